@@ -1,0 +1,31 @@
+"""Resolve the CPU environment with pip and print it as a full lock (name==version, one a line).
+
+The CUDA builds of torchvision, torchaudio and torchcodec break `import transformers` beside a CPU torch, and
+triton only serves GPUs; nothing here needs them, so the lock leaves them out and is installed with --no-deps.
+"""
+
+import json
+import subprocess
+import sys
+
+LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton", "lora-grpo"}
+
+
+def main() -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
+    report = subprocess.run(
+        [*command, "--report", "-", ".[cpu,trl,dev]", *sys.argv[1:]],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    rows = {
+        item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"]
+        for item in json.loads(report)["install"]
+    }
+    for name in sorted(rows.keys() - LEFT_OUT):
+        print(f"{name}=={rows[name]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What flows between the rooms: sampling settings, completions, groups.
+
+Letters for shapes, here and everywhere: P prompts, G completions a group, B = P*G rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from lora_grpo.errors import ConfigError
+
+Message: TypeAlias = Mapping[str, object]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or chat messages (rendered with the model's chat template)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample one call's completions.
+
+    `seed` is the seed of the call; every request gets its own, derived from it with the index of its prompt and of
+    its sample. `None` draws a fresh one. `top_k=0` and `min_p=0.0` mean off. `temperature=0` is greedy.
+    """
+
+    n: int = 1
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "n": (self.n >= 1, "at least 1"),
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+        }
+        for name, (holds, needed) in bounds.items():
+            if not holds:
+                raise ConfigError(f"Sampling.{name}={getattr(self, name)} must be {needed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled completion.
+
+    `logprobs` are of the distribution sampled from (temperature applied), one a token of `token_ids`.
+    `finish_reason` is "stop" (an end token or stop string) or "length" (cut at `max_tokens`).
+    `version` is the number of the adapter version that made it; None is the base model.
+    `token_mask` says which tokens the policy sampled (multi-turn rollouts hold tool output too); None means all.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    version: int | None
+    token_mask: tuple[bool, ...] | None = None
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The completions of one prompt."""
+
+    prompt: Prompt
+    prompt_token_ids: tuple[int, ...]
+    completions: tuple[Completion, ...]
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed in [0, 2**63) from any number of integers, well mixed and the same on every machine."""
+    text = ",".join(str(int(part)) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
