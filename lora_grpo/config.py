@@ -52,9 +52,7 @@ def _sentence(section: type[BaseModel], problem: Any) -> str:
 def _fields_at(section: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
     for part in path:
         field = section.model_fields.get(str(part))
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             continue
         section = field.annotation
     return set(section.model_fields)
@@ -85,29 +83,15 @@ class GRPOConfig(Section):
         "token", description="'sequence' is GSPO's length-normalised ratio"
     )
     epsilon: float = Field(0.2, ge=0, description="lower clip of the ratio (1 - epsilon)")
-    epsilon_high: float | None = Field(
-        None, ge=0, description="upper clip (1 + epsilon_high); default: epsilon"
-    )
-    delta: float | None = Field(
-        None, gt=0, description="two-sided clip: the ratio's upper bound before clipping"
-    )
+    epsilon_high: float | None = Field(None, ge=0, description="upper clip (1 + epsilon_high); default: epsilon")
+    delta: float | None = Field(None, gt=0, description="two-sided clip: the ratio's upper bound before clipping")
     beta: float = Field(0.0, ge=0, description="weight of the KL to the base model; 0 spends nothing on it")
-    scale_rewards: Literal["group", "batch", "none"] = Field(
-        "group", description="what advantages are divided by"
-    )
-    reward_weights: tuple[float, ...] | None = Field(
-        None, description="one weight a reward function; default 1"
-    )
-    mask_truncated_completions: bool = Field(
-        False, description="leave completions cut at the limit out of the loss"
-    )
-    vllm_importance_sampling_correction: bool = Field(
-        True, description="correct for trainer/sampler mismatch"
-    )
+    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="what advantages are divided by")
+    reward_weights: tuple[float, ...] | None = Field(None, description="one weight a reward function; default 1")
+    mask_truncated_completions: bool = Field(False, description="leave completions cut at the limit out of the loss")
+    vllm_importance_sampling_correction: bool = Field(True, description="correct for trainer/sampler mismatch")
     vllm_importance_sampling_mode: CorrectionMode = Field("sequence_mask", description="how it is corrected")
-    vllm_importance_sampling_clip_max: float = Field(
-        3.0, gt=0, description="largest ratio kept or truncated to"
-    )
+    vllm_importance_sampling_clip_max: float = Field(3.0, gt=0, description="largest ratio kept or truncated to")
     vllm_importance_sampling_clip_min: float | None = Field(None, ge=0, description="smallest ratio kept")
 
     learning_rate: float = Field(1e-6, gt=0)
@@ -120,16 +104,10 @@ class GRPOConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
     gradient_checkpointing: bool = Field(False, description="trade a second forward for activation memory")
 
-    canary_every: int = Field(
-        10, ge=1, description="steps between full canaries (one extra forward of a few rows)"
-    )
-    eval_every: int | None = Field(
-        None, ge=1, description="steps between held-out evaluations; default: ends only"
-    )
+    canary_every: int = Field(10, ge=1, description="steps between full canaries (one extra forward of a few rows)")
+    eval_every: int | None = Field(None, ge=1, description="steps between held-out evaluations; default: ends only")
     log_completions_every: int | None = Field(None, ge=1, description="steps between shown samples")
-    report_to: tuple[str, ...] = Field(
-        (), description="accelerate trackers, such as 'tensorboard' or 'wandb'"
-    )
+    report_to: tuple[str, ...] = Field((), description="accelerate trackers, such as 'tensorboard' or 'wandb'")
 
     @model_validator(mode="after")
     def _check(self) -> GRPOConfig:
@@ -171,9 +149,7 @@ class ModelConfig(Section):
 
     name: str = Field(description="hub name or local directory")
     revision: str | None = Field(None, description="hub revision")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="the trainer's base dtype"
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the trainer's base dtype")
     trust_remote_code: bool = False
 
 
@@ -192,17 +168,11 @@ class LoraSettings(Section):
 class EngineConfig(Section):
     """The in-process vLLM engine."""
 
-    max_lora_rank: int | None = Field(
-        None, ge=1, description="default: the adapter's rank, rounded up to vLLM's set"
-    )
+    max_lora_rank: int | None = Field(None, ge=1, description="default: the adapter's rank, rounded up to vLLM's set")
     max_loras: int = Field(2, ge=1, description="adapter slots: versions that one batch can mix")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_model_len: int | None = Field(
-        None, ge=8, description="prompt plus completion, tokens; default: the model's"
-    )
-    gpu_memory_utilization: float = Field(
-        0.35, gt=0, le=1, description="vLLM's share of the GPU, trainer beside it"
-    )
+    max_model_len: int | None = Field(None, ge=8, description="prompt plus completion, tokens; default: the model's")
+    gpu_memory_utilization: float = Field(0.35, gt=0, le=1, description="vLLM's share of the GPU, trainer beside it")
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int | None = Field(None, ge=64)
     enforce_eager: bool = Field(False, description="no CUDA graphs")
@@ -219,9 +189,7 @@ class DataConfig(Section):
     eval_split: str = "test"
     eval_limit: int | None = Field(None, ge=1, description="held-out prompts used at most")
     prompt_column: str = Field("prompt", description="text, or a list of chat messages")
-    system_prompt: str | None = Field(
-        None, description="turns text prompts into chats with this system message"
-    )
+    system_prompt: str | None = Field(None, description="turns text prompts into chats with this system message")
 
 
 class RewardConfig(Section):
@@ -229,9 +197,7 @@ class RewardConfig(Section):
 
     name: str
     weight: float = 1.0
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="passed to a ready-made reward's factory"
-    )
+    options: dict[str, Any] = Field(default_factory=dict, description="passed to a ready-made reward's factory")
 
 
 class RunConfig(Section):
@@ -239,11 +205,9 @@ class RunConfig(Section):
 
     output_dir: str = Field(description="the run's durable directory")
     model: ModelConfig
-    lora: LoraSettings = Field(default_factory=LoraSettings)
+    lora: LoraSettings = LoraSettings()
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = Field(min_length=1)
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    grpo: GRPOConfig = Field(default_factory=GRPOConfig)
-    store_root: str | None = Field(
-        None, description="tmpfs directory of the versions; default: under /dev/shm"
-    )
+    engine: EngineConfig = EngineConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    store_root: str | None = Field(None, description="tmpfs directory of the versions; default: under /dev/shm")

@@ -1,0 +1,144 @@
+"""The durable half of a store: copies of versions and trainer states, each with its `SHA256SUMS`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lora_grpo.adapters import disk
+from lora_grpo.adapters.digest import CHUNK_BYTES, AdapterDigest, Buffer
+from lora_grpo.adapters.disk import Tree, reported
+from lora_grpo.adapters.layout import MANIFEST_FILE, STATES, SUMS_FILE, VERSIONS, Manifest, read_manifest
+from lora_grpo.errors import StoreCorrupt
+
+
+class Archive:
+    """The run directory's folders. Everything is staged, fsynced, renamed, and the rename made durable."""
+
+    def __init__(self, run: Path) -> None:
+        self.tree = Tree(run, (VERSIONS, STATES), sync=True)
+
+    def has(self, number: int) -> bool:
+        return self.tree.has(VERSIONS, number)
+
+    def keep_version(self, manifest: Manifest, source: Path) -> None:
+        """Copy a version from tmpfs. `StoreCorrupt` when tmpfs no longer holds what was published."""
+        with reported(f"archiving version {manifest.number}"), self.tree.staged(VERSIONS, manifest.number) as folder:
+            sums = _copy_checked(source, folder, manifest, sync=True)
+            disk.at("archive.copied")
+            self.tree.write(folder, {SUMS_FILE: [_sums_text(sums)]})
+            disk.at("archive.staged")
+        disk.at("archive.renamed")
+
+    def bring_back(self, manifest: Manifest, root: Tree) -> None:
+        """Copy a version to its old place on tmpfs, digest checked before it appears there."""
+        number = manifest.number
+        with reported(f"restoring version {number}"), root.staged(VERSIONS, number) as folder:
+            _copy_checked(self.tree.folder(VERSIONS, number), folder, manifest, sync=root.sync)
+            disk.at("restore.staged")
+        disk.at("restore.renamed")
+
+    def keep_state(self, number: int, contents: Mapping[str, Sequence[Buffer]]) -> None:
+        with reported(f"archiving the trainer state of version {number}"), self.tree.staged(STATES, number) as folder:
+            sums = {}
+            for name in sorted(contents):
+                self.tree.write(folder, {name: contents[name]})
+                disk.at("state.half")
+                hashed = hashlib.sha256()
+                for buffer in contents[name]:
+                    hashed.update(buffer)
+                sums[name] = hashed.hexdigest()
+            self.tree.write(folder, {SUMS_FILE: [_sums_text(sums)]})
+            disk.at("state.staged")
+        disk.at("state.renamed")
+
+    def verify(self, kind: str, number: int) -> None:
+        """Compare every file of an archived folder with its `SHA256SUMS`; `StoreCorrupt` names what differs."""
+        folder = self.tree.folder(kind, number)
+        with reported(f"reading {folder}"):
+            expected = _read_sums(folder / SUMS_FILE)
+            found = set(os.listdir(folder)) - {SUMS_FILE}
+            if found != set(expected):
+                raise StoreCorrupt(f"{folder} holds {sorted(found)}, its {SUMS_FILE} names {sorted(expected)}")
+            for name, sha256 in expected.items():
+                if _sha256(folder / name) != sha256:
+                    raise StoreCorrupt(f"{folder / name} differs from what was written (sha256)")
+
+
+def verify_version(folder: Path, expected: Manifest) -> None:
+    """Compare a version's folder with what was published; `StoreCorrupt` names what differs."""
+    with reported(f"reading {folder}"):
+        try:
+            manifest = read_manifest(folder)
+        except FileNotFoundError:
+            raise StoreCorrupt(f"{folder} has no {MANIFEST_FILE}") from None
+        if manifest != expected:
+            raise StoreCorrupt(f"{folder / MANIFEST_FILE} differs from what was published: {manifest} != {expected}")
+        _check_sizes(folder, manifest)
+        digest = AdapterDigest()
+        for name in sorted(manifest.sizes):
+            digest.file(name, manifest.sizes[name])
+            _stream(folder / name, digest.update)
+        _check_digest(folder, manifest, digest)
+
+
+def _copy_checked(source: Path, target: Path, manifest: Manifest, *, sync: bool) -> dict[str, str]:
+    """Copy a version's files; their sha256 by name. What is copied is what was published, or `StoreCorrupt`."""
+    _check_sizes(source, manifest)
+    digest, sums = AdapterDigest(), {}
+    for name in sorted(manifest.sizes):
+        digest.file(name, manifest.sizes[name])
+        hashed = hashlib.sha256()
+        descriptor = os.open(target / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb", buffering=0) as stream:
+            _stream(source / name, digest.update, hashed.update, stream.write)
+            if sync:
+                os.fsync(descriptor)
+        sums[name] = hashed.hexdigest()
+    _check_digest(source, manifest, digest)
+    disk.write_file(target / MANIFEST_FILE, [manifest.to_bytes()], sync=sync)
+    return {**sums, MANIFEST_FILE: hashlib.sha256(manifest.to_bytes()).hexdigest()}
+
+
+def _stream(path: Path, *sinks: object) -> None:
+    chunk = memoryview(bytearray(CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as stream:
+        while count := stream.readinto(chunk):
+            for sink in sinks:
+                sink(chunk[:count])  # type: ignore[operator]
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    for name, size in manifest.sizes.items():
+        try:
+            found = os.stat(folder / name).st_size
+        except FileNotFoundError:
+            raise StoreCorrupt(f"{folder / name} is gone: removed by another program?") from None
+        if found != size:
+            raise StoreCorrupt(f"{folder / name} has {found} bytes; {size} were published")
+
+
+def _check_digest(folder: Path, manifest: Manifest, digest: AdapterDigest) -> None:
+    if digest.hexdigest() != manifest.digest:
+        raise StoreCorrupt(f"{folder} has digest {digest.hexdigest()}; version {manifest.number} was published with "
+                           f"{manifest.digest}")  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    hashed = hashlib.sha256()
+    _stream(path, hashed.update)
+    return hashed.hexdigest()
+
+
+def _sums_text(sums: Mapping[str, str]) -> bytes:
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    content = disk.read_small(path)
+    lines = [] if content is None else content.decode(errors="replace").splitlines()
+    if not lines or any(len(line.split("  ", 1)) != 2 for line in lines):
+        raise StoreCorrupt(f"{path} is {'missing' if content is None else 'damaged'}")
+    return {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}

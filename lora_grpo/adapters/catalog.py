@@ -1,0 +1,130 @@
+"""Reading a store: which versions there are, where they live, and whether they are what was published."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.adapters import disk
+from lora_grpo.adapters.archive import Archive, verify_version
+from lora_grpo.adapters.disk import Tree
+from lora_grpo.adapters.journal import Journal
+from lora_grpo.adapters.layout import STATES, VERSIONS, Manifest, read_manifest
+from lora_grpo.adapters.retention import Candidate
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.errors import StoreCorrupt, UnknownVersion
+
+
+class Catalog:
+    """What is on disk. The folders decide which versions exist; the journal saves reading 2,000 manifests."""
+
+    def __init__(self, root: Tree, archive: Archive | None, journal: Journal) -> None:
+        self.root = root
+        self.archive = archive
+        self.journal = journal
+        self._read: dict[int, Manifest] = {}
+
+    def on_tmpfs(self, number: int) -> bool:
+        return self.root.has(VERSIONS, number)
+
+    def in_archive(self, number: int) -> bool:
+        return self.archive is not None and self.archive.has(number)
+
+    def numbers(self) -> list[int]:
+        """Every version with a copy somewhere, ascending."""
+        archived = [] if self.archive is None else self.archive.tree.numbers(VERSIONS)
+        return sorted({*self.root.numbers(VERSIONS), *archived})
+
+    def states(self) -> list[int]:
+        return [] if self.archive is None else self.archive.tree.numbers(STATES)
+
+    def versions(self) -> list[AdapterVersion]:
+        """All of `numbers()` that can be read; a damaged one is `verify`'s to explain."""
+        found = []
+        for number in self.numbers():
+            try:
+                found.append(self.version(number))
+            except (UnknownVersion, StoreCorrupt):
+                continue
+        return found
+
+    def version(self, number: int) -> AdapterVersion:
+        return self.manifest(number).version(self.root.folder(VERSIONS, number))
+
+    def manifest(self, number: int) -> Manifest:
+        """What was published as `number`; `UnknownVersion` says why there is none."""
+        if not (self.on_tmpfs(number) or self.in_archive(number)):
+            raise UnknownVersion(self._why_missing(number))
+        known = self.journal.published.get(number) or self._read.get(number)
+        if known is None:
+            known = self._read[number] = self._read_manifest(number)
+        return known
+
+    def _read_manifest(self, number: int) -> Manifest:
+        try:
+            return read_manifest(self.root.folder(VERSIONS, number))
+        except (FileNotFoundError, StoreCorrupt):
+            if self.archive is None or not self.archive.has(number):
+                raise
+        return read_manifest(self.archive.tree.folder(VERSIONS, number))
+
+    def _why_missing(self, number: int) -> str:
+        if number in self.journal.forgotten:
+            return f"version {number} was removed by retention, or lost with the tmpfs before it was archived"
+        if number in self.journal.published:
+            folder = self.root.folder(VERSIONS, number)
+            return f"version {number} was published, but {folder} is gone: deleted by another program?"
+        return f"there is no version {number}"
+
+    def head_number(self) -> int | None:
+        """The promoted version; where the tmpfs is gone, the last one promoted that has a copy."""
+        try:
+            name = Path(os.readlink(self.root.path / "HEAD")).name
+        except FileNotFoundError:
+            promoted = reversed(self.journal.promoted)
+            return next((n for n in promoted if self.on_tmpfs(n) or self.in_archive(n)), None)
+        except OSError as error:
+            raise StoreCorrupt(f"{self.root.path / 'HEAD'} should be a symbolic link: {error}") from error
+        if not name.isdigit():
+            raise StoreCorrupt(f"{self.root.path / 'HEAD'} points to {name!r}, which is no version")
+        return int(name)
+
+    def verify(self, number: int) -> None:
+        """Compare every copy of a version, and its trainer state, with the digests written with them."""
+        expected = self.manifest(number)
+        if self.on_tmpfs(number):
+            verify_version(self.root.folder(VERSIONS, number), expected)
+        if self.archive is None:
+            return
+        if self.archive.has(number):
+            verify_version(self.archive.tree.folder(VERSIONS, number), expected)
+            self.archive.verify(VERSIONS, number)
+        if self.archive.tree.has(STATES, number):
+            self.archive.verify(STATES, number)
+
+    def metrics(self, number: int) -> dict[str, Any]:
+        return dict(self.journal.metrics.get(number, {}))
+
+    def candidates(self, numbers: list[int]) -> list[Candidate]:
+        """What retention looks at. Of a version whose manifest is unreadable only the number is known."""
+        known = self.journal.published
+        return [
+            Candidate(n, known[n].step if n in known else 0, self.journal.metrics.get(n, {})) for n in sorted(numbers)
+        ]
+
+    def tmpfs_bytes(self) -> int:
+        """Bytes of all versions on tmpfs."""
+        return sum(self.manifest(number).size_bytes for number in self.root.numbers(VERSIONS))
+
+
+def link_head(root: Tree, number: int) -> None:
+    """Point `HEAD` at a version, atomically. A short symbolic link takes no page, so a full tmpfs does not refuse it."""
+    temporary = root.path / ".HEAD.new"
+    temporary.unlink(missing_ok=True)
+    os.symlink(f"{VERSIONS}/{disk.folder_name(number)}", temporary)
+    disk.at("promote.linked")
+    os.replace(temporary, root.path / "HEAD")
+    if root.sync:
+        disk.sync_folder(root.path)
+    disk.at("promote.renamed")

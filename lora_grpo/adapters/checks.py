@@ -1,0 +1,138 @@
+"""Refuses, before anything is trained, what vLLM would not serve as the trainer computes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from lora_grpo.adapters.peft_format import LoraModule, lora_modules, peft_model_of
+from lora_grpo.errors import UnsupportedAdapter
+
+PLAIN_INITS = ("gaussian", "eva", "orthogonal")
+HEADS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "output_layer", "score")
+_MOE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The name of the one active adapter; raises `UnsupportedAdapter` when there are several or none."""
+    peft_model = peft_model_of(model)
+    active = list(peft_model.active_adapters)
+    if len(active) != 1:
+        raise UnsupportedAdapter(
+            f"active adapters {active}: exactly one can be published; activate one with model.set_adapter(name)"
+        )
+    return str(active[0])
+
+
+def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
+    """The adapter's modules, once nothing about the adapter or its base stands against serving it faithfully.
+
+    Raises `UnsupportedAdapter` with the reason and the fix.
+    """
+    peft_model = peft_model_of(model)
+    _check_config(peft_model.peft_config[adapter], adapter)
+    _check_base(peft_model.base_model.model)
+    modules = lora_modules(model, adapter)
+    for module in modules:
+        _check_module(module)
+    _check_nothing_else_trains(peft_model, adapter)
+    return modules
+
+
+def _check_config(config: Any, adapter: str) -> None:
+    if not isinstance(config, LoraConfig):
+        raise UnsupportedAdapter(
+            f"adapter {adapter!r} is a {type(config).__name__}; vLLM hot-swaps LoRA only: use peft.LoraConfig"
+        )
+    refused = {
+        "use_dora": (config.use_dora, "vLLM has no DoRA; set use_dora=False"),
+        "lora_bias": (config.lora_bias, "vLLM serves no LoRA bias; set lora_bias=False"),
+        "bias": (config.bias != "none", "vLLM serves no trained bias; set bias='none'"),
+        "modules_to_save": (config.modules_to_save, "whole modules cannot be hot-swapped; leave it None"),
+        "target_parameters": (config.target_parameters, "vLLM binds modules, not parameters; use target_modules"),
+        "layer_replication": (config.layer_replication, "vLLM does not replicate layers; leave it None"),
+        "trainable_token_indices": (config.trainable_token_indices, "vLLM serves no token deltas; leave it None"),
+        "alora_invocation_tokens": (
+            getattr(config, "alora_invocation_tokens", None),
+            "vLLM has no activated LoRA; leave it None",
+        ),
+    }
+    for field, (found, reason) in refused.items():
+        if found:
+            raise UnsupportedAdapter(f"LoraConfig.{field}={getattr(config, field)!r}: {reason}")
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
+        raise UnsupportedAdapter(
+            f"LoraConfig.init_lora_weights={init!r} changes the base weights, which the engine's base does not follow; "
+            f"use True or one of {PLAIN_INITS}"
+        )
+
+
+def _check_base(base: Any) -> None:
+    config = base.config
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "quantization_config", None) is not None or getattr(base, "is_quantized", False):
+        raise UnsupportedAdapter(
+            "the trainer's base is quantized, so trainer and engine would compute different policies; load it in "
+            "bfloat16 (quantized bases are not proven yet)"
+        )
+    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+        raise UnsupportedAdapter(
+            f"{type(config).__name__} is multimodal: vLLM may ignore adapters of its language model without a word; "
+            "use a text-only checkpoint (multimodal bases are not proven yet)"
+        )
+    experts = [field for field in _MOE_FIELDS if (getattr(text_config, field, None) or 0) > 1]
+    if experts:
+        raise UnsupportedAdapter(
+            f"{type(config).__name__} is a mixture of experts ({experts[0]}="
+            f"{getattr(text_config, experts[0])}); use a dense base (MoE bases are not proven yet)"
+        )
+
+
+def _check_module(module: LoraModule) -> None:
+    leaf = module.path.rsplit(".", 1)[-1]
+    layer: Any = module.layer
+    if leaf in HEADS:
+        raise UnsupportedAdapter(
+            f"{module.path}: vLLM drops or rejects LoRA on heads and embeddings; leave it out of target_modules"
+        )
+    base_layer = layer.get_base_layer()
+    if not isinstance(base_layer, nn.Linear):
+        raise UnsupportedAdapter(
+            f"{module.path} is a {type(base_layer).__name__}; only torch.nn.Linear is served faithfully: leave it "
+            "out of target_modules"
+        )
+    if layer.merged:
+        raise UnsupportedAdapter(f"{module.path} is merged into the base; call model.unmerge_adapter() first")
+    rank = layer.r[module.adapter]
+    found = (tuple(module.a_RI.shape), tuple(module.b_OR.shape))
+    expected = ((rank, base_layer.in_features), (base_layer.out_features, rank))
+    if found != expected:
+        raise UnsupportedAdapter(
+            f"{module.path}: A and B have shapes {found} where rank {rank} of its config needs {expected}; rebuild "
+            "the adapter with peft.get_peft_model"
+        )
+
+
+def _check_nothing_else_trains(peft_model: Any, adapter: str) -> None:
+    """Anything trainable beside the adapter would drift away from the engine's base unseen."""
+    own = {id(parameter) for module in lora_modules(peft_model, adapter) for parameter in (module.a_RI, module.b_OR)}
+    others = [name for name, p in peft_model.named_parameters() if p.requires_grad and id(p) not in own]
+    if others:
+        raise UnsupportedAdapter(
+            f"{others[0]} (and {len(others) - 1} more) would be trained but never published; freeze it with "
+            "requires_grad_(False), or make it part of the adapter"
+        )
+
+
+def check_rank(modules: list[LoraModule], max_lora_rank: int) -> None:
+    """Raises `UnsupportedAdapter` when a module's rank exceeds the engine's."""
+    for module in modules:
+        rank = module.a_RI.shape[0]
+        if rank > max_lora_rank:
+            raise UnsupportedAdapter(
+                f"{module.path} has rank {rank}, the engine takes at most {max_lora_rank}; build the engine with "
+                f"max_lora_rank={rank}"
+            )

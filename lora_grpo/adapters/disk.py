@@ -1,0 +1,208 @@
+"""Folders that appear and vanish whole, and the few file operations that this rests on.
+
+`Tree` writes a numbered folder into `staging/` and renames it to its place; it removes one by renaming it into
+`trash/` and deleting it there. A kill at any moment leaves either the whole folder or a leftover that `sweep` clears.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_grpo.adapters.digest import Buffer
+from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
+
+IOV_MAX = 1024
+PAGE_BYTES = 4096
+MIB = 1 << 20
+
+
+def at(point: str) -> None:
+    """A named moment between two steps of an operation. Does nothing; the crash tests are killed here."""
+
+
+@contextmanager
+def reported(doing: str) -> Iterator[None]:
+    """Turn the system's errors into ours, naming what was being done; a full disk becomes `NoRoom`."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        sentence = f"{doing} failed: {error.strerror or error}{where}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoRoom(f"{sentence}; free some space and try again, what was published before is intact") from error
+        raise StoreError(sentence) from error
+
+
+def write_file(path: Path, buffers: Sequence[Buffer], *, sync: bool) -> None:
+    """Create `path` (owner-only) with the buffers' bytes, in one system call for each 1,024 buffers."""
+    pending = [view for view in (memoryview(buffer).cast("B") for buffer in buffers) if view.nbytes]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        start = 0
+        while start < len(pending):
+            written = os.writev(descriptor, pending[start : start + IOV_MAX])
+            while written:
+                taken = min(written, pending[start].nbytes)
+                written -= taken
+                if taken == pending[start].nbytes:
+                    start += 1
+                else:
+                    pending[start] = pending[start][taken:]
+        if sync:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes, *, sync: bool) -> None:
+    """Put `content` at `path` so that a reader, or the next start, sees the old bytes or the new ones."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    write_file(temporary, [content], sync=sync)
+    os.replace(temporary, path)
+    if sync:
+        sync_folder(path.parent)
+
+
+def read_small(path: Path) -> bytes | None:
+    """A small file's bytes, or None where there is none."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def read_number(path: Path) -> int | None:
+    """The whole number that a file holds, None where there is no file; `StoreCorrupt` for anything else."""
+    content = read_small(path)
+    if content is None:
+        return None
+    if not content.strip().isdigit():
+        raise StoreCorrupt(
+            f"{path} should hold a number and holds {content[:40]!r}; write there a number that is at least as "
+            "large as any version number ever given out by this run"
+        )
+    return int(content)
+
+
+def room_bytes(path: Path) -> int:
+    """Bytes that this user may still write on the file system of `path`."""
+    usage = os.statvfs(path)
+    return usage.f_bavail * usage.f_frsize
+
+
+def file_system(path: Path) -> str:
+    """The type of file system that `path` is on, as the kernel calls it; 'unknown' where it cannot be told."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in (read_small(Path("/proc/self/mountinfo")) or b"").decode(errors="replace").splitlines():
+        mount, _, tail = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return tail.split()[0]
+    return "unknown"
+
+
+def make_private(path: Path) -> None:
+    """Create a folder that only its owner may enter, or make an own one such; refuse somebody else's."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = os.stat(path)
+    if status.st_uid != os.geteuid():
+        raise StoreError(f"{path} belongs to user id {status.st_uid}; choose a folder of your own")
+    if stat.S_IMODE(status.st_mode) != 0o700:
+        os.chmod(path, 0o700)
+
+
+def folder_name(number: int) -> str:
+    return f"{number:06d}"
+
+
+class Tree:
+    """Numbered folders of some kinds ("versions", "states") below one path, each there whole or not at all.
+
+    `sync` makes every change durable before the next one; on tmpfs there is nothing to make durable.
+    """
+
+    def __init__(self, path: Path, kinds: tuple[str, ...], *, sync: bool) -> None:
+        self.path = path
+        self.kinds = kinds
+        self.sync = sync
+        self._staging = path / "staging"
+        self._trash = path / "trash"
+
+    def create(self) -> None:
+        for folder in (*(self.path / kind for kind in self.kinds), self._staging, self._trash):
+            make_private(folder)
+
+    def folder(self, kind: str, number: int) -> Path:
+        return self.path / kind / folder_name(number)
+
+    def has(self, kind: str, number: int) -> bool:
+        return self.folder(kind, number).is_dir()
+
+    def numbers(self, kind: str) -> list[int]:
+        """Numbers of the folders of one kind, ascending; none where the tree does not exist."""
+        try:
+            names = os.listdir(self.path / kind)
+        except FileNotFoundError:
+            return []
+        return sorted(int(name) for name in names if name.isdigit())
+
+    @contextmanager
+    def staged(self, kind: str, number: int) -> Iterator[Path]:
+        """A new folder to fill; it gets its place when the block ends, and is removed when the block fails."""
+        folder = self._staging / f"{kind}-{folder_name(number)}"
+        os.mkdir(folder, 0o700)
+        try:
+            yield folder
+            if self.sync:
+                sync_folder(folder)
+            os.rename(folder, self.folder(kind, number))
+        finally:
+            if folder.exists():
+                shutil.rmtree(folder)
+        if self.sync:
+            sync_folder(self.path / kind)
+
+    def write(self, folder: Path, files: Mapping[str, Sequence[Buffer]]) -> None:
+        for name, buffers in files.items():
+            write_file(folder / name, buffers, sync=self.sync)
+
+    def remove(self, kind: str, number: int) -> None:
+        """Take a folder out of its place in one rename, then delete it."""
+        trash = self._trash / f"{kind}-{folder_name(number)}"
+        if trash.exists():
+            shutil.rmtree(trash)
+        os.rename(self.folder(kind, number), trash)
+        if self.sync:
+            sync_folder(self.path / kind)
+        at("remove.moved")
+        for name in sorted(os.listdir(trash)):
+            os.unlink(trash / name)
+            at("remove.half")
+        os.rmdir(trash)
+
+    def sweep(self) -> list[str]:
+        """Delete what a dead process left half-written or half-removed; the names found."""
+        found: list[str] = []
+        for place in (self._staging, self._trash):
+            for name in sorted(os.listdir(place)):
+                shutil.rmtree(place / name)
+                found.append(f"{place.name}/{name}")
+        return found

@@ -1,0 +1,197 @@
+"""Who may write, and what may not be removed: both are kernel locks, so a dead process holds neither.
+
+A forked child inherits descriptors and with them `flock` locks; ours are closed in the child, so that an engine
+worker that outlives its parent does not keep the run locked.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lora_grpo.adapters.disk import read_small
+from lora_grpo.adapters.layout import MANIFEST_FILE
+from lora_grpo.errors import StoreLocked, UnknownVersion
+
+PATIENCE_S = 0.2
+"""How long a writer waits for a lock: another process that only asks who holds it takes it for microseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that has a run open for writing."""
+
+    pid: int
+    host: str
+    started_at: float
+
+    @classmethod
+    def myself(cls) -> Holder:
+        return cls(os.getpid(), socket.gethostname(), _process_start())
+
+    @classmethod
+    def parse(cls, content: bytes) -> Holder:
+        try:
+            values = json.loads(content)
+            return cls(int(values["pid"]), str(values["host"]), float(values["started_at"]))
+        except (ValueError, KeyError, TypeError):
+            return cls(0, "an unknown host", 0.0)
+
+    def __str__(self) -> str:
+        started = datetime.fromtimestamp(self.started_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return f"process {self.pid} on {self.host}, started {started}"
+
+
+def _process_start() -> float:
+    """When this process started, in seconds since the epoch; now, where the kernel does not say."""
+    status, boot = read_small(Path("/proc/self/stat")), read_small(Path("/proc/stat"))
+    if status is None or boot is None:
+        return time.time()
+    ticks = int(status.rpartition(b")")[2].split()[19])
+    booted_at = next(int(line.split()[1]) for line in boot.splitlines() if line.startswith(b"btime"))
+    return booted_at + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def holder(folder: str | Path) -> Holder | None:
+    """The process that has the store in `folder` (a root or a run directory) open for writing, if any."""
+    try:
+        descriptor = os.open(Path(folder) / "LOCK", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return Holder.parse(os.read(descriptor, 4096))
+    finally:
+        os.close(descriptor)
+
+
+class _Descriptors:
+    """Open locked files by key; emptied in a forked child."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[object, int] = {}
+        _ALL.add(self)
+
+    def close(self) -> None:
+        for descriptor in self.by_key.values():
+            os.close(descriptor)
+        self.by_key.clear()
+
+
+_ALL: weakref.WeakSet[_Descriptors] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for descriptors in list(_ALL):
+        descriptors.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class WriterLock:
+    """The right to write below some folders; taken whole or not at all."""
+
+    def __init__(self) -> None:
+        self._descriptors = _Descriptors()
+
+    @property
+    def held(self) -> bool:
+        return bool(self._descriptors.by_key)
+
+    def take(self, folder: Path) -> None:
+        """Lock one more folder; `StoreLocked` names the process that has it."""
+        descriptor = os.open(folder / "LOCK", os.O_RDWR | os.O_CREAT, 0o600)
+        deadline = time.monotonic() + PATIENCE_S
+        while not _try_lock(descriptor, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                who = Holder.parse(os.pread(descriptor, 4096, 0))
+                os.close(descriptor)
+                raise StoreLocked(
+                    f"{folder} is open for writing in {who}; stop that process, or open the store with readonly=True"
+                )
+            time.sleep(0.005)
+        content = json.dumps(asdict(Holder.myself())).encode()
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, content, 0)
+        self._descriptors.by_key[folder] = descriptor
+
+    def release(self) -> None:
+        self._descriptors.close()
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Leases:
+    """Versions that this process needs on tmpfs: a shared lock on each one's manifest, counted."""
+
+    def __init__(self) -> None:
+        self._descriptors = _Descriptors()
+        self._counts: dict[int, int] = {}
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        return frozenset(number for number, count in self._counts.items() if count)
+
+    def acquire(self, number: int, folder: Path) -> None:
+        if not self._counts.get(number):
+            self._descriptors.by_key[number] = _lock_in_place(number, folder / MANIFEST_FILE)
+        self._counts[number] = self._counts.get(number, 0) + 1
+
+    def release(self, number: int) -> None:
+        if not self._counts.get(number):
+            raise UnknownVersion(f"version {number} is not leased here; release() goes with one acquire()")
+        self._counts[number] -= 1
+        if not self._counts[number]:
+            del self._counts[number]
+            descriptor = self._descriptors.by_key.pop(number, None)
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def close(self) -> None:
+        self._counts.clear()
+        self._descriptors.close()
+
+
+def _lock_in_place(number: int, path: Path) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        # Whoever removes a version locks its manifest first: still being at its path now means staying there.
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+        os.close(descriptor)
+    except FileNotFoundError:
+        pass
+    raise UnknownVersion(f"version {number} is not on tmpfs ({path.parent}); store.restore({number}) brings it back")
+
+
+@contextmanager
+def unleased(folder: Path) -> Iterator[bool]:
+    """Whether nobody leases the version in `folder`; while the block runs, nobody can begin to."""
+    try:
+        descriptor = os.open(folder / MANIFEST_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        yield _try_lock(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)

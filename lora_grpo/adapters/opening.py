@@ -1,0 +1,239 @@
+"""Opening a store: find its two halves, take the locks, sweep what a dead process left, and say what was lost."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import uuid
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_grpo.adapters import disk
+from lora_grpo.adapters.archive import Archive
+from lora_grpo.adapters.catalog import Catalog, link_head
+from lora_grpo.adapters.disk import Tree, make_private
+from lora_grpo.adapters.journal import Journal
+from lora_grpo.adapters.layout import STATES, VERSIONS, Identity
+from lora_grpo.adapters.locks import WriterLock
+from lora_grpo.adapters.numbering import Numbering
+from lora_grpo.errors import StoreCorrupt, StoreError
+
+_OWN_NAMES = {
+    "store.json", ".store.json.new", "LOCK", "NUMBERS", "HEAD", ".HEAD.new", "journal.jsonl",
+    "versions", "staging", "trash",
+}  # fmt: skip
+_SHM = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What opening found.
+
+    `lost`: versions that were on tmpfs only when it went (or were deleted by another program); `lost_states`: trainer
+    states not yet written when their process died; `swept`: half-written or half-removed folders that were deleted;
+    `unarchived`: versions still to be written to the archive; `head_moved`: (promoted before, `HEAD` now) where the
+    promoted version was lost.
+    """
+
+    lost: tuple[int, ...] = ()
+    lost_states: tuple[int, ...] = ()
+    swept: tuple[str, ...] = ()
+    unarchived: tuple[int, ...] = ()
+    head_moved: tuple[int, int | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The two halves of a store. `temporary`: the root was chosen by the store, nobody else knows it by name."""
+
+    root: Path
+    run: Path | None
+    temporary: bool
+
+    @property
+    def journal(self) -> Path:
+        return (self.run or self.root) / "journal.jsonl"
+
+
+def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
+    """Find an existing store, by either half."""
+    run = None if archive is None else Path(archive).resolve()
+    identity = None if run is None else Identity.read(run)
+    if root is None:
+        if identity is None or identity.other is None:
+            raise StoreError(f"there is no store in {run}" if run else "name the store's root or its run directory")
+        return Places(Path(identity.other), run, False)
+    found = Path(root).resolve()
+    identity = Identity.read(found)
+    if identity is None and run is None:
+        raise StoreError(f"there is no store in {found}")
+    if run is None and identity is not None and identity.other is not None:
+        run = Path(identity.other)
+    return Places(found, run, False)
+
+
+def for_writing(root: str | Path | None, archive: str | Path | None, lock: WriterLock) -> Places:
+    """Find or create both halves, each locked before anything in it is believed or changed."""
+    run = None if archive is None else Path(archive).resolve()
+    with disk.reported(f"opening the run directory {run}" if run else "opening a store"):
+        if run is not None:
+            run.mkdir(parents=True, exist_ok=True)
+            lock.take(run)
+        identity = None if run is None else Identity.read(run)
+        chosen, temporary = _choose_root(root, run, identity)
+        make_private(chosen)
+        _refuse_foreign(chosen)
+        lock.take(chosen)
+        _refuse_other_run(chosen, run, identity)
+    return Places(chosen, run, temporary)
+
+
+def _choose_root(root: str | Path | None, run: Path | None, identity: Identity | None) -> tuple[Path, bool]:
+    before = None if identity is None or identity.other is None else Path(identity.other)
+    if root is None and before is not None:
+        return before, before.name.startswith("lora-grpo-")
+    if root is None:
+        label = "" if run is None else f"{run.name}-"
+        parent = _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
+        return Path(tempfile.mkdtemp(prefix=f"lora-grpo-{label}", dir=parent)), True
+    chosen = Path(root).resolve()
+    if before is not None and before != chosen and identity is not None:
+        there = Identity.read(before)
+        if there is not None and there == Identity(identity.run_id, str(run)):
+            raise StoreError(f"the versions of {run} are in {before}: open it with that root, or without root=")
+    return chosen, False
+
+
+def _refuse_foreign(root: Path) -> None:
+    if Identity.read(root) is None and (foreign := set(os.listdir(root)) - _OWN_NAMES):
+        raise StoreError(f"{root} holds no store but {sorted(foreign)[:3]}; give the store a folder of its own")
+
+
+def _refuse_other_run(root: Path, run: Path | None, identity: Identity | None) -> None:
+    there = Identity.read(root)
+    if there is None:
+        return
+    if run is None and there.other is not None:
+        raise StoreError(f"{root} belongs to the run in {there.other}: open it with archive={there.other!r}")
+    adopted = identity is None and there.other is None
+    if run is not None and not adopted and (identity is None or identity.run_id != there.run_id):
+        raise StoreError(
+            f"{root} holds versions of another run ({there.other or 'one without an archive'}), not of {run}; "
+            "choose another root, or remove that folder if its versions are no longer needed"
+        )
+
+
+def warn_unless_tmpfs(root: Path) -> None:
+    kind = disk.file_system(root)
+    if kind not in ("tmpfs", "ramfs"):
+        warnings.warn(
+            f"the store's root {root} is on {kind}, not on tmpfs: every publish and load waits for that disk "
+            "(each version is written with fsync), where tmpfs takes milliseconds; use a folder under /dev/shm",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+class Opening:
+    """The steps from two folders to a store that can be written."""
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        on_disk = disk.file_system(places.root) not in ("tmpfs", "ramfs")
+        self.root = Tree(places.root, (VERSIONS,), sync=on_disk)
+        self.archive = None if places.run is None else Archive(places.run)
+        self.journal = Journal(places.journal, sync=places.run is None and on_disk)
+        self.catalog = Catalog(self.root, self.archive, self.journal)
+        self._swept: list[str] = []
+
+    def prepare(self) -> Numbering:
+        """Create what is missing, sweep, and find the number to go on from."""
+        root, run = self.places.root, self.places.run
+        with disk.reported(f"opening the store in {root}"):
+            for tree in (self.root, *([] if self.archive is None else [self.archive.tree])):
+                tree.create()
+                self._swept += tree.sweep()
+            self._move_journal()
+            self.journal.open_for_writing()
+            before = Identity.read(root)
+            known = max([0, *self.catalog.numbers(), *self.journal.published])
+            numbering = Numbering(root, run, known=known, root_is_new=before is None, sync=self.root.sync)
+            self._identify(before)
+        return numbering
+
+    def _move_journal(self) -> None:
+        """A root that lived without a run directory brings its history with it."""
+        old = self.places.root / "journal.jsonl"
+        if self.places.run is None or not old.exists():
+            return
+        if not self.places.journal.exists():
+            disk.replace_file(self.places.journal, old.read_bytes(), sync=True)
+        old.unlink()
+
+    def _identify(self, root_before: Identity | None) -> None:
+        root, run = self.places.root, self.places.run
+        run_before = None if run is None else Identity.read(run)
+        known = run_before or root_before
+        run_id = known.run_id if known is not None else uuid.uuid4().hex
+        for folder, other, before in ((run, root, run_before), (root, run, root_before)):
+            identity = Identity(run_id, None if other is None else str(other))
+            if folder is not None and before != identity:
+                identity.write(folder, sync=folder == run or self.root.sync)
+
+    def recover(self) -> Recovered:
+        """Settle what a dead process left open; after this, the journal and the folders agree."""
+        lost, lost_states = self._settle_versions(), self._settle_states()
+        head_moved = self._settle_head()
+        on_tmpfs = self.root.numbers(VERSIONS)
+        unarchived = [n for n in on_tmpfs if self.archive is not None and not self.archive.has(n)]
+        return Recovered(tuple(lost), tuple(lost_states), tuple(self._swept), tuple(unarchived), head_moved)
+
+    def _settle_versions(self) -> list[int]:
+        present = set(self.catalog.numbers())
+        for number in sorted(present - self.journal.published.keys()):
+            try:
+                manifest = self.catalog.manifest(number)
+            except (StoreCorrupt, FileNotFoundError):
+                continue
+            self.journal.append("publish", number, **manifest.fields())
+        missing = sorted(self.journal.published.keys() - present - self.journal.forgotten)
+        for number in missing:
+            self.journal.append("forget", number)
+        return [n for n in missing if f"staging/{VERSIONS}-{disk.folder_name(n)}" not in self._swept]
+
+    def _settle_states(self) -> list[int]:
+        present = set(self.catalog.states())
+        for number in sorted(present - self.journal.states):
+            self.journal.append("state", number)
+        missing = sorted(self.journal.states - present)
+        for number in missing:
+            self.journal.append("forget_state", number)
+        return missing
+
+    def _settle_head(self) -> tuple[int, int | None] | None:
+        """Leave `HEAD` on the version promoted last; where that is lost, on the last one before it that is not."""
+        link = self.root.path / "HEAD"
+        linked = self.catalog.head_number() if link.is_symlink() else None
+        promoted = [*self.journal.promoted, *([] if linked is None else [linked])]
+        for number in dict.fromkeys(reversed(promoted)):
+            if not self._bring_to_tmpfs(number):
+                continue
+            if linked != number:
+                link_head(self.root, number)
+            if self.journal.promoted[-1:] != [number]:
+                self.journal.append("promote", number)
+            return None if number == promoted[-1] else (promoted[-1], number)
+        link.unlink(missing_ok=True)
+        return (promoted[-1], None) if promoted else None
+
+    def _bring_to_tmpfs(self, number: int) -> bool:
+        if self.catalog.on_tmpfs(number):
+            return True
+        if self.archive is None or not self.archive.has(number):
+            return False
+        try:
+            self.archive.bring_back(self.catalog.manifest(number), self.root)
+        except StoreCorrupt:
+            return False
+        return True

@@ -1,0 +1,129 @@
+"""Reads a published PEFT directory back: what the engine is about to be given, checked before it gets it."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.errors import DeliveryError
+
+PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file: dtype name as in the file, shape, byte range in the payload."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A published adapter: tensor entries by name in payload order, the mapped payload, and its ranks by module.
+
+    Every name is `base_model.model.PATH.lora_A.weight` or its B, every A has its B, and the scale is 1 throughout.
+    """
+
+    header: bytes
+    entries: Mapping[str, TensorEntry]
+    payload: memoryview
+    paths: tuple[str, ...]
+    dtype: str
+
+
+def open_adapter(version: AdapterVersion) -> AdapterFile:
+    """Map a version's files and check them against each other; raises `DeliveryError` naming the module or value."""
+    weights, config_path = version.path / "adapter_model.safetensors", version.path / "adapter_config.json"
+    try:
+        config = json.loads(config_path.read_text())
+        header, payload = _map(weights)
+        entries = _entries(header)
+    except (OSError, ValueError, KeyError) as error:
+        raise DeliveryError(f"{version} at {version.path} cannot be read: {error}") from error
+    if not entries or max(entry.end for entry in entries.values()) != len(payload):
+        raise DeliveryError(f"{version}: {weights} is truncated or empty ({len(payload)} bytes of tensors)")
+    paths = _paths(version, entries)
+    _check_config(version, config, entries, paths)
+    return AdapterFile(header, entries, payload, paths, _one_dtype(version, entries))
+
+
+def _map(path: Path) -> tuple[bytes, memoryview]:
+    with open(path, "rb") as file:
+        view = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+    length = int.from_bytes(view[:8], "little")
+    if length > len(view) - 8:
+        raise ValueError(f"{path.name} claims a header of {length} bytes in a file of {len(view)}")
+    return bytes(view[8 : 8 + length]), view[8 + length :]
+
+
+def _entries(header: bytes) -> dict[str, TensorEntry]:
+    fields = json.loads(header)
+    fields.pop("__metadata__", None)
+    entries = {
+        name: TensorEntry(field["dtype"], tuple(field["shape"]), *field["data_offsets"])
+        for name, field in fields.items()
+    }
+    return dict(sorted(entries.items(), key=lambda item: item[1].start))
+
+
+def _paths(version: AdapterVersion, entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+    paths: dict[str, set[str]] = {}
+    for name in entries:
+        kind = next((kind for kind in (_A, _B) if name.endswith(kind)), None)
+        if kind is None or not name.startswith(PREFIX):
+            raise DeliveryError(
+                f"{version}: tensor {name!r} is not named {PREFIX}MODULE.lora_A.weight or .lora_B.weight"
+            )
+        paths.setdefault(name.removeprefix(PREFIX).removesuffix(kind), set()).add(kind)
+    for path, kinds in paths.items():
+        if kinds != {_A, _B}:
+            raise DeliveryError(f"{version}: {path} has {' and '.join(sorted(kinds))} only; A and B come in pairs")
+    return tuple(paths)
+
+
+def _one_dtype(version: AdapterVersion, entries: Mapping[str, TensorEntry]) -> str:
+    dtypes = {entry.dtype for entry in entries.values()}
+    if len(dtypes) != 1:
+        raise DeliveryError(f"{version} mixes dtypes {sorted(dtypes)}; publish it with one")
+    return dtypes.pop()
+
+
+def _check_config(
+    version: AdapterVersion, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], paths: tuple[str, ...]
+) -> None:
+    """The config must name exactly the modules of the file, at their ranks, with nothing left to scale."""
+    targets = set(config.get("target_modules") or ())
+    if targets != set(paths):
+        odd = sorted(targets ^ set(paths))[0]
+        where = "named by the config but missing from the file" if odd in targets else "not named by the config"
+        raise DeliveryError(f"{version}: module {odd} is {where}")
+    if config.get("use_rslora") or config.get("use_dora") or config.get("bias", "none") != "none":
+        raise DeliveryError(f"{version}: its config asks for rsLoRA, DoRA or bias; the serving form has none of them")
+    ranks = {path: entries[f"{PREFIX}{path}{_A}"].shape[0] for path in paths}
+    for path, rank in ranks.items():
+        _check_rank(version, config, path, rank, entries[f"{PREFIX}{path}{_B}"].shape)
+
+
+def _check_rank(
+    version: AdapterVersion, config: Mapping[str, Any], path: str, rank: int, b_shape: tuple[int, ...]
+) -> None:
+    key = re.escape(path)
+    stated = (config.get("rank_pattern") or {}).get(key, config.get("r"))
+    alpha = (config.get("alpha_pattern") or {}).get(key, config.get("lora_alpha"))
+    if not (rank == stated == b_shape[1]):
+        raise DeliveryError(
+            f"{version}: {path} has A of rank {rank} and B of rank {b_shape[1]}; its config says {stated}"
+        )
+    if not isinstance(alpha, int | float) or not math.isclose(alpha, rank):
+        raise DeliveryError(f"{version}: {path} has alpha {alpha} at rank {rank}; the serving form's scale is 1")

@@ -1,0 +1,206 @@
+"""The serving form: a PEFT adapter as two files of bytes, scaling folded into B.
+
+vLLM multiplies B by alpha/r in its own dtype when it loads an adapter. Folding the scaling in fp32 before the cast
+and writing alpha = r for every module leaves vLLM nothing to multiply: one rounding fewer, rsLoRA and per-module
+ranks and alphas included, on every vLLM release whatever it makes of those fields.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lora_grpo.errors import TrainingError, UnsupportedAdapter
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_EXPONENT_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted linear layer: `path` is its name in the base model (no wrapper, no PEFT prefix)."""
+
+    path: str
+    layer: LoraLayer
+    adapter: str
+
+    @property
+    def a_RI(self) -> nn.Parameter:
+        """A, shape (rank, in)."""
+        return self.layer.lora_A[self.adapter].weight
+
+    @property
+    def b_OR(self) -> nn.Parameter:
+        """B, shape (out, rank)."""
+        return self.layer.lora_B[self.adapter].weight
+
+    @property
+    def scaling(self) -> float:
+        return float(self.layer.scaling[self.adapter])
+
+
+def clean_name(name: str) -> str:
+    """A parameter or module name without what DDP, FSDP, torch.compile and checkpoint wrappers put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def peft_model_of(model: nn.Module) -> Any:
+    """The PeftModel inside whatever wraps it (DDP, torch.compile); raises `UnsupportedAdapter` when there is none."""
+    inner: Any = model
+    while not hasattr(inner, "peft_config"):
+        following = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if following is None:
+            raise UnsupportedAdapter(
+                f"{type(model).__name__} holds no PEFT adapter; wrap it with peft.get_peft_model(model, LoraConfig())"
+            )
+        inner = following
+    return inner
+
+
+def lora_modules(model: nn.Module, adapter: str) -> list[LoraModule]:
+    """The modules that `adapter` adapts, in the model's own order."""
+    return [
+        LoraModule(clean_name(name), layer, adapter)
+        for name, layer in peft_model_of(model).base_model.model.named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A
+    ]
+
+
+class ServingForm:
+    """Turns one adapter's live parameters into the bytes of its PEFT directory, step after step.
+
+    Built once for a model: names, shapes and the file header are fixed then. The tensors share one flat buffer that
+    every `files()` call fills anew, so what it returned before must have been written by then.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str, dtype: torch.dtype) -> None:
+        """`dtype` is the engine's LoRA dtype. Raises `UnsupportedAdapter` when there is nothing to serve."""
+        if dtype not in _DTYPE_NAMES:
+            raise UnsupportedAdapter(f"dtype {dtype} has no serving form; use one of {sorted(map(str, _DTYPE_NAMES))}")
+        self.dtype = dtype
+        self.modules = lora_modules(model, adapter)
+        if not self.modules:
+            raise UnsupportedAdapter(f"adapter {adapter!r} adapts no linear layer; check LoraConfig.target_modules")
+        self.config_bytes = _config_bytes(peft_model_of(model), adapter, self.modules)
+        self.names = [name for name, _ in self._named_parameters()]
+        self.shapes = [tuple(parameter.shape) for _, parameter in self._named_parameters()]
+        self._header = _safetensors_header(self.names, self.shapes, dtype)
+        elements = sum(_elements(shape) for shape in self.shapes)
+        device = self.modules[0].a_RI.device
+        self._flat = torch.empty(elements, dtype=dtype, device=device)
+        self._host = self._flat if device.type == "cpu" else torch.empty(elements, dtype=dtype, pin_memory=True)
+        self._views = [piece.view(shape) for piece, shape in zip(self._pieces(), self.shapes, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the adapter's tensors in the serving dtype."""
+        return self._flat.numel() * self._flat.element_size()
+
+    def files(self) -> Mapping[str, tuple[bytes | memoryview, ...]]:
+        """The two PEFT files of the adapter as it is now, by name, as buffers.
+
+        FSDP2 parameters are gathered (a collective: call it on every rank). Raises `TrainingError` naming the first
+        tensor that is not finite in the serving dtype; nothing non-finite ever leaves the trainer.
+        """
+        self._fill()
+        self._require_finite()
+        if self._host is not self._flat:
+            self._host.copy_(self._flat)
+        payload = self._host.view(torch.uint8).numpy().data
+        return {WEIGHTS_FILE: (self._header, payload), CONFIG_FILE: (self.config_bytes,)}
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        a_tensors = [_whole(module.a_RI) for module in self.modules]
+        b_tensors = [_whole(module.b_OR) for module in self.modules]
+        scalings = [module.scaling for module in self.modules]
+        if any(scaling != 1.0 for scaling in scalings):
+            b_tensors = list(torch._foreach_mul([b.float() for b in b_tensors], scalings))
+        sources = [tensor for pair in zip(a_tensors, b_tensors, strict=True) for tensor in pair]
+        torch._foreach_copy_(self._views, sources)
+
+    def _require_finite(self) -> None:
+        if _all_finite(self._flat):
+            return
+        for name, view in zip(self.names, self._views, strict=True):
+            if not torch.isfinite(view).all():
+                raise TrainingError(
+                    f"{name} holds non-finite values in {self.dtype}; it was not published. Lower the learning rate, "
+                    "or roll back to an earlier version"
+                )
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for module in self.modules:
+            yield f"base_model.model.{module.path}.lora_A.weight", module.a_RI
+            yield f"base_model.model.{module.path}.lora_B.weight", module.b_OR
+
+    def _pieces(self) -> tuple[torch.Tensor, ...]:
+        return self._flat.split([_elements(shape) for shape in self.shapes])
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a parameter that FSDP2 may have sharded."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+
+
+def _all_finite(flat: torch.Tensor) -> bool:
+    """Whether every element is finite, by the exponent bits: ten times cheaper than `isfinite` on half dtypes."""
+    bits = _EXPONENT_BITS.get(flat.dtype)
+    if bits is None:
+        return bool(torch.isfinite(flat).all())
+    return int((flat.view(torch.int16) & bits).amax()) != bits
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return shape[0] * shape[1]
+
+
+def _config_bytes(peft_model: Any, adapter: str, modules: list[LoraModule]) -> bytes:
+    """adapter_config.json with alpha = rank everywhere and every module named in full."""
+    config = peft_model.peft_config[adapter]
+    ranks = {module.path: module.a_RI.shape[0] for module in modules}
+    rank = max(ranks.values())
+    pattern = {re.escape(path): value for path, value in ranks.items() if value != rank}
+    fields = {
+        "peft_type": "LORA",
+        "task_type": config.task_type if isinstance(config.task_type, str) else None,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(ranks),
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    return json.dumps(fields, indent=1).encode()
+
+
+def _safetensors_header(names: list[str], shapes: list[tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """The header of a safetensors file: a little-endian length, then JSON padded to 8 bytes with spaces."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in zip(names, shapes, strict=True):
+        end = offset + _elements(shape) * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,138 @@
+"""Which versions stay, as small objects joined with `|`.
+
+    keep_latest(8) | keep_best("reward", 2) | keep_every(50) | keep_trainer_state(keep_latest(2))
+
+A version stays where any rule for that place keeps it. There are three places: tmpfs (plain rules), the archive
+(`keep_archived`) and trainer states (`keep_trainer_state`). A place without rules keeps everything. Pins, `HEAD` and
+leases are the store's to respect and no matter of rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from lora_grpo.errors import ConfigError
+
+Place: TypeAlias = Literal["tmpfs", "archive", "state"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a rule may look at."""
+
+    number: int
+    step: int
+    metrics: Mapping[str, Any]
+
+
+Rule: TypeAlias = Callable[[Sequence[Candidate]], set[int]]
+"""The numbers to keep, of candidates in ascending order of number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Rules for each place; `|` joins two."""
+
+    tmpfs: tuple[Rule, ...] = ()
+    archive: tuple[Rule, ...] = ()
+    state: tuple[Rule, ...] = ()
+
+    def __or__(self, other: Retention) -> Retention:
+        return Retention(self.tmpfs + other.tmpfs, self.archive + other.archive, self.state + other.state)
+
+    def limits(self, place: Place) -> bool:
+        """Whether anything is ever removed from `place`."""
+        return bool(self._rules(place))
+
+    def kept(self, place: Place, candidates: Sequence[Candidate]) -> set[int]:
+        """The numbers that stay in `place`."""
+        rules = self._rules(place)
+        if not rules:
+            return {candidate.number for candidate in candidates}
+        ordered = sorted(candidates, key=lambda candidate: candidate.number)
+        return set().union(*(rule(ordered) for rule in rules))
+
+    def _rules(self, place: Place) -> tuple[Rule, ...]:
+        return {"tmpfs": self.tmpfs, "archive": self.archive, "state": self.state}[place]
+
+
+KEEP_ALL = Retention()
+
+
+@dataclass(frozen=True, slots=True)
+class _Latest:
+    n: int
+
+    def __call__(self, candidates: Sequence[Candidate]) -> set[int]:
+        return {candidate.number for candidate in candidates[-self.n :]}
+
+
+@dataclass(frozen=True, slots=True)
+class _Every:
+    k: int
+
+    def __call__(self, candidates: Sequence[Candidate]) -> set[int]:
+        return {candidate.number for candidate in candidates if candidate.number % self.k == 0}
+
+
+@dataclass(frozen=True, slots=True)
+class _Best:
+    metric: str
+    n: int
+    mode: Literal["max", "min"]
+
+    def __call__(self, candidates: Sequence[Candidate]) -> set[int]:
+        sign = 1 if self.mode == "max" else -1
+        scored = [
+            (sign * candidate.metrics[self.metric], candidate.number)
+            for candidate in candidates
+            if is_score(candidate.metrics.get(self.metric))
+        ]
+        return {number for _, number in sorted(scored)[-self.n :]}
+
+
+def is_score(value: object) -> bool:
+    """Whether a recorded metric can be ranked: a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def keep_latest(n: int) -> Retention:
+    """The `n` highest numbers."""
+    return Retention(tmpfs=(_Latest(_positive("keep_latest", n)),))
+
+
+def keep_best(metric: str, n: int = 1, mode: Literal["max", "min"] = "max") -> Retention:
+    """The `n` versions with the best recorded `metric`; of equals the newer. Versions without it do not count."""
+    if mode not in ("max", "min"):
+        raise ConfigError(f"keep_best mode={mode!r} must be 'max' or 'min'")
+    return Retention(tmpfs=(_Best(metric, _positive("keep_best", n), mode),))
+
+
+def keep_every(k: int) -> Retention:
+    """Versions whose number is a multiple of `k`."""
+    return Retention(tmpfs=(_Every(_positive("keep_every", k)),))
+
+
+def keep_archived(rules: Retention) -> Retention:
+    """The same rules, for what stays in the archive after it left tmpfs."""
+    return Retention(archive=_plain("keep_archived", rules))
+
+
+def keep_trainer_state(rules: Retention) -> Retention:
+    """The same rules, for trainer states, each several times the size of an adapter."""
+    return Retention(state=_plain("keep_trainer_state", rules))
+
+
+def _plain(name: str, rules: Retention) -> tuple[Rule, ...]:
+    if not rules.tmpfs or rules.archive or rules.state:
+        raise ConfigError(f"{name}(...) takes plain rules such as keep_latest(2), joined with |")
+    return rules.tmpfs
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ConfigError(f"{name}({value}) must be at least 1")
+    return value

@@ -1,0 +1,83 @@
+"""The seam between the trainer and whatever makes completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.types import Group, Prompt, Sampling
+
+Proof: TypeAlias = Literal["slots", "behaviour", "none"]
+"""What a load was proven by: the slot contents, log-probs over a wire, or nothing (a fake)."""
+
+Adapters: TypeAlias = AdapterVersion | Sequence[AdapterVersion | None] | None
+"""One version for all prompts, or one a prompt; None is the base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReceipt:
+    """What `Engine.load` did and how it was proven; seconds by phase, bytes of adapter compared."""
+
+    proof: Proof
+    seconds: dict[str, float]
+    modules: int
+    proven_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseDescription:
+    """What an engine's base model is: enough to tell it from another one without moving it.
+
+    `shapes` holds config fields; `digests` maps parameter names (embeddings and norms) to a hash of their bytes in
+    `dtype` (a torch dtype's name without the prefix).
+    """
+
+    dtype: str
+    shapes: dict[str, int]
+    vocabulary: int
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Serves immutable adapter versions. One thread uses an engine; nothing in it is 'current'."""
+
+    @property
+    def proof(self) -> Proof:
+        """What its loads are proven by."""
+
+    @property
+    def max_lora_rank(self) -> int: ...
+
+    @property
+    def lora_dtype(self) -> str:
+        """The dtype it keeps adapters in, as a torch dtype's name without the prefix."""
+
+    def load(self, version: AdapterVersion) -> LoadReceipt:
+        """Load and prove `version`; a failure leaves what was loaded before serving, and nothing of `version`.
+
+        Loading one that is loaded proves it again. Raises `DeliveryError` or `EngineError`.
+        """
+
+    def unload(self, version: AdapterVersion) -> None:
+        """Forget `version`. Raises `UnknownVersion` when it is not loaded."""
+
+    def loaded(self) -> tuple[AdapterVersion, ...]:
+        """The versions that can be sampled from, least recently used first."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        """One group a prompt, in order, each completion stamped with the version that made it.
+
+        `adapter` names the version, or one a prompt; None is the base, only when asked for. Raises `UnknownVersion`
+        for a version that is not loaded, and `EngineError` after cleaning up.
+        """
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+        """Teacher-forced log-probs at temperature 1 of tokens 1..T-1 of each sequence."""
+
+    def describe_base(self) -> BaseDescription: ...
+
+    def close(self) -> None:
+        """Free the engine's memory; it cannot be used afterwards."""

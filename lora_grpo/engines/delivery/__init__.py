@@ -1,0 +1,1 @@
+"""Proof that an engine applies what the trainer published: slots, probe, canary."""

@@ -1,0 +1,140 @@
+"""The probe: a loud adapter that proves the whole path from file to log-prob, once per engine start.
+
+A fresh adapter has B = 0 and equals the base, so nothing about its first versions shows whether names, scale, dtype
+and kernels are right. An adapter with large random A and B does.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_grpo.adapters.digest import digest_buffers
+from lora_grpo.adapters.peft_format import LoraModule, ServingForm, peft_model_of
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import Engine
+from lora_grpo.errors import DeliveryError, UnsupportedAdapter
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+
+SEPARATION = 20.0
+"""How many times the base's own noise the probe must move the log-probs, to be able to prove anything."""
+AGREEMENT = 0.1
+"""Share of that movement by which engine and trainer may differ; a scale wrong by 2 differs by about half."""
+MAX_BASE_NOISE_NATS = 0.2
+_MIN_SIGNAL_NATS = 0.3
+_ROWS, _TOKENS = 4, 24
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """Nats, means over the probe's tokens: `noise` engine against trainer on the base, `signal` adapter against base
+    in the trainer, `error` engine against trainer with the adapter."""
+
+    noise: float
+    signal: float
+    error: float
+    seconds: float
+
+
+def run_probe(model: nn.Module, form: ServingForm, engine: Engine, scratch: Path, *, seed: int = 0) -> ProbeReport:
+    """Prove that `engine` computes what `model` computes, with the base and with a loud adapter; leaves no trace.
+
+    `scratch` is a directory to write the probe under. Raises `UnsupportedAdapter` when the bases disagree and
+    `DeliveryError` when the adapter does not arrive.
+    """
+    started = time.perf_counter()
+    sequences = probe_sequences(engine.describe_base().vocabulary, seed)
+    with peft_model_of(model).disable_adapter():
+        trainer_base = teacher_logprobs(model, sequences)
+    noise = mean_abs_difference(engine.logprobs(sequences, adapter=None), trainer_base)
+    if not noise <= MAX_BASE_NOISE_NATS:
+        raise UnsupportedAdapter(
+            f"the bases of engine and trainer differ by {noise:.3f} nats a token (at most {MAX_BASE_NOISE_NATS}); load "
+            "both from the same checkpoint, in dtypes that the model supports"
+        )
+    needed = max(_MIN_SIGNAL_NATS, SEPARATION * noise)
+    with loud(form.modules, model, sequences, trainer_base, needed, seed) as (trainer_probe, signal):
+        served = _serve(form, engine, sequences, scratch)
+    report = ProbeReport(noise, signal, mean_abs_difference(served, trainer_probe), time.perf_counter() - started)
+    if not report.error <= AGREEMENT * signal:
+        raise DeliveryError(
+            f"the engine does not apply the adapter as the trainer does: log-probs differ by {report.error:.3f} nats "
+            f"where the adapter moves them by {signal:.3f} (base noise {noise:.4f}); the path into vLLM is broken"
+        )
+    return report
+
+
+def probe_sequences(vocabulary: int, seed: int) -> list[list[int]]:
+    """Fixed random token sequences, the same for every run of one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[list[int]] = torch.randint(vocabulary, (_ROWS, _TOKENS), generator=generator).tolist()
+    return rows
+
+
+@contextmanager
+def loud(
+    modules: list[LoraModule],
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    base: list[list[float]],
+    needed: float,
+    seed: int,
+) -> Iterator[tuple[list[list[float]], float]]:
+    """The model with random A and B, grown until they move its log-probs by `needed` nats; restored to the bit.
+
+    Yields the trainer's log-probs with them, and the movement.
+    """
+    saved = [(module.a_RI.detach().clone(), module.b_OR.detach().clone()) for module in modules]
+    try:
+        for doubling in range(12):
+            _randomise(modules, 0.02 * 2.0**doubling, seed)
+            moved = teacher_logprobs(model, sequences)
+            signal = mean_abs_difference(moved, base)
+            if signal >= needed:
+                break
+        else:
+            raise DeliveryError(
+                f"a random adapter moves the trainer's log-probs by {signal:.4f} nats only: is it active?"
+            )
+        yield moved, signal
+    finally:
+        with torch.no_grad():
+            for module, (a, b) in zip(modules, saved, strict=True):
+                module.a_RI.copy_(a)
+                module.b_OR.copy_(b)
+
+
+@torch.no_grad()
+def _randomise(modules: list[LoraModule], size: float, seed: int) -> None:
+    """A keeps unit gain on its input; B's entries have standard deviation `size` after scaling, over sqrt(rank)."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in modules:
+        a, b = module.a_RI, module.b_OR
+        a.copy_(torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
+        b.copy_(torch.randn(b.shape, generator=generator) * size / (module.scaling * b.shape[1] ** 0.5))
+
+
+def _serve(form: ServingForm, engine: Engine, sequences: Any, scratch: Path) -> list[list[float]]:
+    with tempfile.TemporaryDirectory(prefix="lora-grpo-probe-", dir=scratch) as folder:
+        version = _write(form, Path(folder) / "versions" / "000000")
+        engine.load(version)
+        try:
+            return engine.logprobs(sequences, adapter=version)
+        finally:
+            engine.unload(version)
+
+
+def _write(form: ServingForm, path: Path) -> AdapterVersion:
+    files = form.files()
+    path.mkdir(parents=True, mode=0o700)
+    for name, buffers in files.items():
+        (path / name).write_bytes(b"".join(buffers))
+    return AdapterVersion(0, None, path, digest_buffers(files), -1, time.time())

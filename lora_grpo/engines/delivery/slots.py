@@ -1,0 +1,161 @@
+"""The slot proof: every tensor of the file is bound to a module, and the slot holds exactly the published bytes.
+
+vLLM answers True to adapters that it does not apply, applies in part or at another scale. What it computes with are
+the slot tensors, so those are read back and hashed, at every load. At a learning rate of 1e-6 no log-prob tells a
+stale adapter from a fresh one; the checksum does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+
+from lora_grpo.adapters.peft_files import PREFIX, AdapterFile
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines import compat
+from lora_grpo.errors import DeliveryError
+
+_FILE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where one file tensor lives in vLLM: a stacked buffer (slots, 1, rows, columns) and its extent there."""
+
+    name: str
+    stacked: torch.Tensor
+    rows: int
+    columns: int
+
+    def view(self, slot: int) -> torch.Tensor:
+        return self.stacked[slot, 0, : self.rows, : self.columns]
+
+    def padding(self, slot: int) -> Iterator[torch.Tensor]:
+        whole = self.stacked[slot, 0]
+        yield from (pad for pad in (whole[self.rows :], whole[: self.rows, self.columns :]) if pad.numel())
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A file layout bound to an engine's modules: its parts in payload order, and the buffers it leaves at zero."""
+
+    parts: tuple[_Part, ...]
+    untouched: tuple[tuple[str, torch.Tensor], ...]
+    runtime_modules: frozenset[str]
+
+
+class SlotProver:
+    """Binds adapter files to one engine's modules and proves slots. Bindings are kept by file layout."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self._modules = compat.wrapped_modules(llm)
+        self._fused = compat.fused_members(llm)
+        self._bindings: dict[bytes, Binding] = {}
+
+    def bind(self, version: AdapterVersion, file: AdapterFile) -> Binding:
+        """Where each tensor of `file` must go; raises `DeliveryError` naming the first that has no place."""
+        expected = _FILE_DTYPES[compat.lora_dtype(self._llm)]
+        if file.dtype != expected:
+            raise DeliveryError(f"{version} is {file.dtype}, the engine keeps adapters in {expected}; publish it so")
+        if file.header not in self._bindings:
+            self._bindings[file.header] = self._bind(version, file)
+        return self._bindings[file.header]
+
+    def prove(self, version: AdapterVersion, file: AdapterFile, lora_id: int) -> int:
+        """Compare the slot of `lora_id` with the file, bit for bit; returns the bytes proven.
+
+        Raises `DeliveryError` naming the module that differs.
+        """
+        binding = self.bind(version, file)
+        registered = compat.registered_modules(self._llm, lora_id)
+        if registered != binding.runtime_modules:
+            odd = sorted(registered ^ binding.runtime_modules)[0]
+            verb = "bound though the file has no tensor for it" if odd in registered else "not bound by vLLM"
+            raise DeliveryError(f"{version}: module {odd} is {verb}")
+        slot = compat.slot_of(self._llm, lora_id)
+        if slot is None:
+            raise DeliveryError(f"{version} (adapter id {lora_id}) is in no slot of the engine")
+        if _digest(part.view(slot) for part in binding.parts) != xxhash.xxh3_128_digest(file.payload):
+            raise DeliveryError(f"{version}: {self._first_difference(binding, file, slot)}")
+        self._require_zero(version, binding, slot)
+        return len(file.payload)
+
+    def _bind(self, version: AdapterVersion, file: AdapterFile) -> Binding:
+        parts: dict[str, _Part] = {}
+        taken: set[tuple[str, int]] = set()
+        for path in file.paths:
+            runtime, index = self._locate(version, path)
+            layer = self._modules[runtime]
+            taken.add((runtime, index))
+            for kind, stacked in (("A", layer.lora_a_stacked[index]), ("B", layer.lora_b_stacked[index])):
+                name = f"{PREFIX}{path}.lora_{kind}.weight"
+                rows, columns = file.entries[name].shape
+                _check_extent(version, path, kind, (rows, columns), tuple(stacked.shape[2:]))
+                parts[name] = _Part(name, stacked, rows, columns)
+        return Binding(
+            parts=tuple(parts[name] for name in file.entries),
+            untouched=tuple(self._untouched(taken)),
+            runtime_modules=frozenset(runtime for runtime, _ in taken),
+        )
+
+    def _locate(self, version: AdapterVersion, path: str) -> tuple[str, int]:
+        if path in self._fused:
+            return self._fused[path]
+        if path in self._modules:
+            return path, 0
+        raise DeliveryError(
+            f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without a word. "
+            f"It has e.g. {next(iter(self._fused), None) or next(iter(self._modules), None)}: check the prefix, the "
+            "layer index, the architecture and lora_target_modules"
+        )
+
+    def _untouched(self, taken: set[tuple[str, int]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for runtime, layer in self._modules.items():
+            for index, stacks in enumerate(zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)):
+                if (runtime, index) not in taken:
+                    yield from ((f"{runtime}[{index}]", stacked) for stacked in stacks)
+
+    def _require_zero(self, version: AdapterVersion, binding: Binding, slot: int) -> None:
+        pads = ((part.name, pad) for part in binding.parts for pad in part.padding(slot))
+        others = ((name, stacked[slot]) for name, stacked in binding.untouched)
+        for name, tensor in (*pads, *others):
+            if tensor.any():
+                raise DeliveryError(f"{version}: {name} holds values in slot {slot} that the file does not have")
+
+    def _first_difference(self, binding: Binding, file: AdapterFile, slot: int) -> str:
+        for part in binding.parts:
+            entry = file.entries[part.name]
+            served, published = _raw(part.view(slot)), bytes(file.payload[entry.start : entry.end])
+            if served != published:
+                return f"{part.name} in slot {slot} differs from the published bytes"
+        return "the slot changed while it was read"
+
+
+def _check_extent(version: AdapterVersion, path: str, kind: str, shape: tuple[int, int], room: tuple[int, ...]) -> None:
+    """A must fill the layer's input and B its output; only the rank may be smaller than the slot's."""
+    rank, size = (shape[0], shape[1]) if kind == "A" else (shape[1], shape[0])
+    room_rank, room_size = (room[0], room[1]) if kind == "A" else (room[1], room[0])
+    if size != room_size:
+        raise DeliveryError(
+            f"{version}: {path} has lora_{kind} of size {size} where the engine's layer has {room_size}; the adapter "
+            "belongs to another model"
+        )
+    if rank > room_rank:
+        raise DeliveryError(f"{version}: {path} has rank {rank}, the engine takes at most {room_rank}")
+
+
+def _digest(views: Iterator[torch.Tensor]) -> bytes:
+    hasher = xxhash.xxh3_128()
+    for view in views:
+        hasher.update(_raw(view))
+    return hasher.digest()
+
+
+def _raw(tensor: torch.Tensor) -> Any:
+    """The bytes of a tensor, wherever it lives, as a flat buffer (a copy only when it is not contiguous here)."""
+    return tensor.contiguous().cpu().view(torch.uint8).numpy().data.cast("B")

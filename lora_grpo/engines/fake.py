@@ -1,0 +1,101 @@
+"""An engine without a model, to test rewards and loops: the replies are yours, the bookkeeping is the real one's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
+from lora_grpo.engines.requests import adapters_by_prompt, request_seeds, token_prompts
+from lora_grpo.errors import EngineError, UnknownVersion
+from lora_grpo.types import Completion, Group, Prompt, Sampling
+
+Reply: TypeAlias = Callable[[Prompt, AdapterVersion | None, int], str]
+"""(prompt, version or None for the base, the request's seed) -> the completion's text."""
+
+
+class _Bytes:
+    """A tokenizer for when the caller brings none: one id a UTF-8 byte."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+class FakeEngine:
+    """Serves `reply` under the rules of a real engine: versions must be loaded, and completions are stamped.
+
+    Its log-probs are all `logprob`, and it proves nothing (`proof` is "none").
+    """
+
+    def __init__(
+        self,
+        reply: Reply,
+        *,
+        tokenizer: Any = None,
+        max_cpu_loras: int = 4,
+        max_lora_rank: int = 512,
+        logprob: float = -1.0,
+    ) -> None:
+        self._reply, self._logprob = reply, logprob
+        self.tokenizer = tokenizer or _Bytes()
+        self._max_cpu_loras, self._max_lora_rank = max_cpu_loras, max_lora_rank
+        self._loaded: dict[int, AdapterVersion] = {}
+
+    @property
+    def proof(self) -> Proof:
+        return "none"
+
+    @property
+    def max_lora_rank(self) -> int:
+        return self._max_lora_rank
+
+    @property
+    def lora_dtype(self) -> str:
+        return "float32"
+
+    def load(self, version: AdapterVersion) -> LoadReceipt:
+        if not version.path.is_dir():
+            raise EngineError(f"{version} has no directory {version.path}")
+        while version.number not in self._loaded and len(self._loaded) >= self._max_cpu_loras:
+            del self._loaded[next(iter(self._loaded))]
+        self._loaded[version.number] = version
+        return LoadReceipt("none", {"load": 0.0}, 0, 0)
+
+    def unload(self, version: AdapterVersion) -> None:
+        del self._loaded[self._find(version).number]
+
+    def loaded(self) -> tuple[AdapterVersion, ...]:
+        return tuple(self._loaded.values())
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        adapter_P = [version and self._find(version) for version in adapters_by_prompt(adapter, len(prompts))]
+        ids_P, seeds_PG = token_prompts(self.tokenizer, prompts), request_seeds(sampling, len(prompts))
+        return [
+            Group(prompt, tuple(ids), tuple(self._complete(prompt, version, seed, sampling) for seed in seeds))
+            for prompt, ids, version, seeds in zip(prompts, ids_P, adapter_P, seeds_PG, strict=True)
+        ]
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+        if adapter is not None:
+            self._find(adapter)
+        return [[self._logprob] * (len(ids) - 1) for ids in sequences]
+
+    def describe_base(self) -> BaseDescription:
+        return BaseDescription("float32", {}, 256, {})
+
+    def close(self) -> None:
+        self._loaded.clear()
+
+    def _complete(self, prompt: Prompt, version: AdapterVersion | None, seed: int, sampling: Sampling) -> Completion:
+        text = self._reply(prompt, version, seed)
+        ids = self.tokenizer.encode(text)
+        reason = "length" if len(ids) > sampling.max_tokens else "stop"
+        kept = tuple(ids[: sampling.max_tokens])
+        return Completion(text, kept, (self._logprob,) * len(kept), reason, version.number if version else None)
+
+    def _find(self, version: AdapterVersion) -> AdapterVersion:
+        if self._loaded.get(version.number) != version:
+            raise UnknownVersion(f"{version} is not loaded; call engine.load(version) first")
+        self._loaded[version.number] = self._loaded.pop(version.number)
+        return version

@@ -1,0 +1,103 @@
+"""From our prompts and settings to vLLM's requests, and from its outputs to completions."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import Adapters
+from lora_grpo.errors import ConfigError, EngineError
+from lora_grpo.types import Completion, Prompt, Sampling, derive_seed
+
+
+def token_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt: text is encoded, chat messages go through the model's chat template."""
+    return [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+
+
+def _encode(tokenizer: Any, prompt: Prompt, index: int) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    elif prompt and isinstance(prompt[0], Mapping):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(f"prompt {index} is a chat, but the tokenizer has no chat template; pass text instead")
+        ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
+    else:
+        ids = list(prompt)
+    if not ids:
+        raise ConfigError(f"prompt {index} ({prompt!r}) has no tokens; every prompt needs at least one")
+    return list(ids)
+
+
+def check_room(ids_P: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
+    """Raises `ConfigError` for the first prompt that leaves no room for `max_tokens`."""
+    for index, ids in enumerate(ids_P):
+        if len(ids) + max_tokens > max_model_len:
+            raise ConfigError(
+                f"prompt {index} has {len(ids)} tokens; with max_tokens={max_tokens} that exceeds "
+                f"max_model_len={max_model_len}: shorten it, lower max_tokens or raise max_model_len"
+            )
+
+
+def adapters_by_prompt(adapter: Adapters, prompts: int) -> list[AdapterVersion | None]:
+    """One version a prompt; raises `ConfigError` when a list of them has another length."""
+    if adapter is None or isinstance(adapter, AdapterVersion):
+        return [adapter] * prompts
+    if len(adapter) != prompts:
+        raise ConfigError(f"adapter names {len(adapter)} versions for {prompts} prompts; give one, or one a prompt")
+    return list(adapter)
+
+
+def mixed_batches(adapter_B: Sequence[AdapterVersion | None], slots: int, mixes_base: bool) -> Iterator[list[int]]:
+    """Rows that may share an engine batch: at most `slots` versions, base rows apart where they cannot mix."""
+    rows_of: dict[AdapterVersion | None, list[int]] = {}
+    for row, adapter in enumerate(adapter_B):
+        rows_of.setdefault(adapter, []).append(row)
+    base = rows_of.pop(None, [])
+    versions = list(rows_of)
+    batches = [
+        [row for version in versions[start : start + slots] for row in rows_of[version]]
+        for start in range(0, len(versions), slots)
+    ]
+    if base and mixes_base and batches:
+        batches[0] += base
+    elif base:
+        batches.append(base)
+    return (sorted(rows) for rows in batches)
+
+
+def request_seeds(sampling: Sampling, prompts: int) -> list[list[int]]:
+    """A seed for each request (P, G), derived from the call's."""
+    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+    return [[derive_seed(seed, p, g) for g in range(sampling.n)] for p in range(prompts)]
+
+
+def sampling_params(sampling: Sampling, seed: int, *, prompt_logprobs: bool = False) -> Any:
+    """vLLM's parameters for one sample, with the log-prob of each sampled token."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=1,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        stop=list(sampling.stop),
+        seed=seed,
+        logprobs=0,
+        prompt_logprobs=0 if prompt_logprobs else None,
+    )
+
+
+def to_completion(output: Any, adapter: AdapterVersion | None) -> Completion:
+    """One vLLM output as a completion; raises `EngineError` when it did not end of itself or lacks a log-prob."""
+    made = output.outputs[0]
+    if made.finish_reason not in ("stop", "length"):
+        raise EngineError(f"request {output.request_id} ended as {made.finish_reason!r}, not by stopping")
+    token_ids = tuple(made.token_ids)
+    logprobs = tuple(entry[token].logprob for entry, token in zip(made.logprobs, token_ids, strict=True))
+    version = None if adapter is None else adapter.number
+    return Completion(made.text, token_ids, logprobs, made.finish_reason, version)

@@ -1,0 +1,32 @@
+"""Which layers an engine wraps for LoRA: by default every linear layer of the decoder, never a head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_grpo.errors import ConfigError
+
+
+def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> list[str]:
+    """The last names (`q_proj`, ...) of a checkpoint's linear layers, its head left out; reads its config only.
+
+    A wrapped layer costs a kernel at every token whether or not an adapter uses it, and vLLM's wrapped heads drop
+    their LoRA from prompt log-probs.
+    """
+    config: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = skeleton.get_output_embeddings()
+    leaves = {
+        name.rsplit(".", 1)[-1]
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    if not leaves:
+        raise ConfigError(f"{model} has no linear layer to adapt; name the layers with target_modules=[...]")
+    return sorted(leaves)

@@ -1,0 +1,273 @@
+"""vLLM in this process: adapters loaded as fresh `LoRARequest`s, each load proven by its slots."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.adapters.digest import digest_directory
+from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines import compat, lora_kernels
+from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
+from lora_grpo.engines.delivery.base_match import describe
+from lora_grpo.engines.delivery.slots import SlotProver
+from lora_grpo.engines.requests import (
+    adapters_by_prompt,
+    check_room,
+    mixed_batches,
+    request_seeds,
+    sampling_params,
+    to_completion,
+    token_prompts,
+)
+from lora_grpo.engines.targets import linear_leaves
+from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion
+from lora_grpo.types import Group, Prompt, Sampling
+
+_live_engines: set[int] = set()
+
+
+@dataclass
+class _Loaded:
+    version: AdapterVersion
+    request: Any
+    file: AdapterFile
+
+
+class VLLMEngine:
+    """An in-process vLLM engine that serves immutable adapter versions and proves each one it loads."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        max_lora_rank: int = 16,
+        max_loras: int = 2,
+        max_cpu_loras: int | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float = 0.35,
+        target_modules: Sequence[str] | None = None,
+        cpu_lora_kernels: bool = True,
+        **vllm_args: Any,
+    ) -> None:
+        """Start vLLM on `model` (hub name or directory).
+
+        `max_lora_rank` is rounded up to a value that vLLM takes. `max_loras` versions can share a batch, and
+        `max_cpu_loras` (default: two more) stay loaded; the least recently used goes when another is loaded.
+        `target_modules` are the layers wrapped for LoRA, by last name (default: every linear layer but the head).
+        `cpu_lora_kernels=False` keeps vLLM's own CPU LoRA path (slower; base rows then get batches of their own).
+        Other keywords go to `vllm.LLM`. Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.
+        """
+        self._max_cpu_loras = max_loras + 2 if max_cpu_loras is None else max_cpu_loras
+        if not 1 <= max_loras <= self._max_cpu_loras:
+            raise ConfigError(f"max_loras={max_loras} must be between 1 and max_cpu_loras={self._max_cpu_loras}")
+        self._max_loras = max_loras
+        self._max_lora_rank = compat.allowed_rank(max_lora_rank)
+        vllm = compat.import_vllm()
+        wrapped = list(target_modules) if target_modules else linear_leaves(model)
+        kernels = cpu_lora_kernels and lora_kernels.install()
+        self._mixes_base = kernels or compat.base_rows_are_safe()
+        self._llm = _start(
+            vllm,
+            model=str(model),
+            enable_lora=True,
+            max_lora_rank=self._max_lora_rank,
+            max_loras=max_loras,
+            max_cpu_loras=self._max_cpu_loras,
+            lora_target_modules=wrapped,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            logprobs_mode="processed_logprobs",
+            **vllm_args,
+        )
+        _live_engines.add(id(self))
+        self._prover = SlotProver(self._llm)
+        self._ids = itertools.count(1)
+        self._loaded: dict[Path, _Loaded] = {}
+        self._tokenizer = self._llm.get_tokenizer()
+
+    @property
+    def proof(self) -> Proof:
+        return "slots"
+
+    @property
+    def max_lora_rank(self) -> int:
+        return self._max_lora_rank
+
+    @property
+    def lora_dtype(self) -> str:
+        return compat.lora_dtype(self._llm)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that text and chat prompts are encoded with."""
+        return self._tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt plus completion, tokens at most."""
+        return int(self._llm.llm_engine.vllm_config.model_config.max_model_len)
+
+    def load(self, version: AdapterVersion) -> LoadReceipt:
+        known = self._loaded.get(version.path)
+        if known is not None:
+            if known.version.digest != version.digest:
+                raise DeliveryError(
+                    f"{version.path} is loaded as {known.version} with other bytes; paths are immutable"
+                )
+            return self._prove_again(known)
+        started = time.perf_counter()
+        file = open_adapter(version)
+        if digest_directory(version.path) != version.digest:
+            raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
+        self._prover.bind(version, file)
+        checked = time.perf_counter()
+        self._make_room()
+        loaded = _Loaded(version, self._request(version), file)
+        with self._boundary(f"load {version}", forget=loaded.request.lora_int_id):
+            if not self._llm.llm_engine.add_lora(loaded.request):
+                raise DeliveryError(f"{version}: vLLM refused the adapter")
+            added = time.perf_counter()
+            proven_bytes = self._prover.prove(version, file, loaded.request.lora_int_id)
+        self._loaded[version.path] = loaded
+        seconds = {"check": checked - started, "load": added - checked, "prove": time.perf_counter() - added}
+        return LoadReceipt("slots", seconds, len(file.paths), proven_bytes)
+
+    def unload(self, version: AdapterVersion) -> None:
+        loaded = self._find(version)
+        with self._boundary(f"unload {version}"):
+            self._llm.llm_engine.remove_lora(loaded.request.lora_int_id)
+        del self._loaded[version.path]
+
+    def loaded(self) -> tuple[AdapterVersion, ...]:
+        return tuple(loaded.version for loaded in self._loaded.values())
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        ids_P = token_prompts(self._tokenizer, prompts)
+        check_room(ids_P, sampling.max_tokens, self.max_model_len)
+        adapter_P = adapters_by_prompt(adapter, len(prompts))
+        seeds_PG = request_seeds(sampling, len(prompts))
+        rows = [(p, g) for p in range(len(prompts)) for g in range(sampling.n)]
+        outputs = self._run(
+            [ids_P[p] for p, _ in rows],
+            [sampling_params(sampling, seeds_PG[p][g]) for p, g in rows],
+            [adapter_P[p] for p, _ in rows],
+        )
+        completions = [to_completion(output, adapter_P[p]) for (p, _), output in zip(rows, outputs, strict=True)]
+        return [
+            Group(prompt, tuple(ids), tuple(completions[p * sampling.n : (p + 1) * sampling.n]))
+            for p, (prompt, ids) in enumerate(zip(prompts, ids_P, strict=True))
+        ]
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+        check_room(sequences, 1, self.max_model_len)
+        params = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
+        outputs = self._run(sequences, [params] * len(sequences), [adapter] * len(sequences))
+        return [
+            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            for output, ids in zip(outputs, sequences, strict=True)
+        ]
+
+    def describe_base(self) -> BaseDescription:
+        return describe(self._llm.llm_engine.vllm_config.model_config.hf_config, compat.base_parameters(self._llm))
+
+    def close(self) -> None:
+        if id(self) in _live_engines:
+            _live_engines.discard(id(self))
+            compat.shutdown(self._llm, last=not _live_engines)
+            del self._llm, self._prover
+            self._loaded.clear()
+
+    def _run(
+        self,
+        ids_B: Sequence[Sequence[int]],
+        params_B: Sequence[Any],
+        adapter_B: Sequence[AdapterVersion | None],
+    ) -> list[Any]:
+        """vLLM's outputs in row order, in as few engine batches as slots and kernels allow."""
+        loaded_B = [None if adapter is None else self._find(adapter) for adapter in adapter_B]
+        outputs: list[Any] = [None] * len(ids_B)
+        for rows in mixed_batches(adapter_B, self._max_loras, self._mixes_base):
+            self._place([loaded for row in rows if (loaded := loaded_B[row]) is not None])
+            with self._boundary("generate"):
+                made = self._llm.generate(
+                    [{"prompt_token_ids": list(ids_B[row])} for row in rows],
+                    [params_B[row] for row in rows],
+                    lora_request=[loaded.request if (loaded := loaded_B[row]) else None for row in rows],
+                    use_tqdm=False,
+                )
+                if len(made) != len(rows):
+                    raise EngineError(f"vLLM answered {len(made)} of {len(rows)} requests")
+            for row, output in zip(rows, made, strict=True):
+                outputs[row] = output
+        return outputs
+
+    def _place(self, wanted: list[_Loaded]) -> None:
+        """See to it that every wanted version holds a slot, proving again those that vLLM copies into one."""
+        distinct = {loaded.version.path: loaded for loaded in wanted}
+        for path, loaded in distinct.items():
+            self._loaded[path] = self._loaded.pop(path)
+            if compat.slot_of(self._llm, loaded.request.lora_int_id) is not None:
+                self._llm.llm_engine.add_lora(loaded.request)
+        for loaded in distinct.values():
+            if compat.slot_of(self._llm, loaded.request.lora_int_id) is None:
+                self._prove_again(loaded)
+
+    def _prove_again(self, loaded: _Loaded) -> LoadReceipt:
+        """Have a loaded version hold a slot and prove it; a failure unloads it."""
+        lora_id, started = loaded.request.lora_int_id, time.perf_counter()
+        try:
+            with self._boundary(f"activate {loaded.version}", forget=lora_id):
+                self._llm.llm_engine.add_lora(loaded.request)
+                added = time.perf_counter()
+                proven_bytes = self._prover.prove(loaded.version, loaded.file, lora_id)
+        except LoraGrpoError:
+            self._loaded.pop(loaded.version.path, None)
+            raise
+        seconds = {"check": 0.0, "load": added - started, "prove": time.perf_counter() - added}
+        return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes)
+
+    def _make_room(self) -> None:
+        while len(self._loaded) >= self._max_cpu_loras:
+            self.unload(next(iter(self._loaded.values())).version)
+
+    def _request(self, version: AdapterVersion) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        lora_id = next(self._ids)
+        return LoRARequest(f"{version.path.parent.parent.name}-v{version.number}-{lora_id}", lora_id, str(version.path))
+
+    def _find(self, version: AdapterVersion) -> _Loaded:
+        loaded = self._loaded.get(version.path)
+        if loaded is None or loaded.version.digest != version.digest:
+            held = ", ".join(str(known) for known in self.loaded()) or "none"
+            raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
+        return loaded
+
+    @contextmanager
+    def _boundary(self, doing: str, *, forget: int | None = None) -> Iterator[None]:
+        """The one place where vLLM's exceptions are caught: cleaned up after, and raised as ours."""
+        try:
+            yield
+        except BaseException as error:
+            compat.abort_everything(self._llm)
+            if forget is not None:
+                self._llm.llm_engine.remove_lora(forget)
+            if isinstance(error, LoraGrpoError) or not isinstance(error, Exception):
+                raise
+            raise EngineError(f"vLLM could not {doing}: {type(error).__name__}: {error}") from error
+
+
+def _start(vllm: Any, **arguments: Any) -> Any:
+    try:
+        return vllm.LLM(**arguments)
+    except Exception as error:
+        raise EngineError(f"vLLM could not start on {arguments['model']}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,91 @@
+"""Rewards to advantages. P prompts, G completions a group, B = P*G rows, F reward functions.
+
+A NaN reward says that the function does not apply to the row; a row to which none applies has no reward, takes no
+part in its group's mean and deviation, and gets advantage 0. Over several processes, rewards are gathered first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_grpo.errors import ConfigError
+
+ScaleRewards = Literal["group", "batch", "none"]
+
+_EPSILON = 1e-4
+"""Added to the deviation, as TRL does; bounds the advantages of a group of nearly equal rewards."""
+
+
+def weighted_rewards(rewards_BF: Tensor, weights_F: Sequence[float] | None = None) -> Tensor:
+    """rewards_B: the weighted sum over the functions that apply to each row; NaN where none does."""
+    columns = rewards_BF.shape[1]
+    if weights_F is not None and len(weights_F) != columns:
+        raise ConfigError(f"reward_weights={tuple(weights_F)} must hold one weight for each of {columns} rewards")
+    weights = rewards_BF.new_tensor([1.0] * columns if weights_F is None else list(weights_F))
+    return (rewards_BF * weights).nansum(dim=1).masked_fill(rewards_BF.isnan().all(dim=1), torch.nan)
+
+
+def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: ScaleRewards = "group") -> Tensor:
+    """advantages_B = (r - mean of its group) / (deviation + 1e-4); rows of a group are adjacent.
+
+    The deviation (Bessel-corrected) is the group's (GRPO, arXiv 2402.03300, eq. 3), the whole batch's (arXiv
+    2508.08221), or 1 (Dr. GRPO, arXiv 2503.20783: dividing by it favours questions that are too easy or too hard).
+    """
+    rewards_PG = _grouped(rewards_B, num_generations)
+    centred_PG = rewards_PG - rewards_PG.nanmean(dim=1, keepdim=True)
+    if scale_rewards != "none":
+        centred_PG = centred_PG / (_deviation(rewards_PG, scale_rewards) + _EPSILON)
+    return centred_PG.nan_to_num(nan=0.0).flatten()
+
+
+def reward_metrics(
+    rewards_BF: Tensor,
+    names: Sequence[str],
+    *,
+    num_generations: int,
+    weights_F: Sequence[float] | None = None,
+    scale_rewards: ScaleRewards = "group",
+) -> dict[str, float]:
+    """TRL's reward metrics: `reward`, `reward_std`, `frac_reward_zero_std`, and `rewards/NAME/mean|std` a function.
+
+    `frac_reward_zero_std` is the share of rows in groups (with "batch": in batches) whose rewards are all equal: they
+    teach nothing.
+    """
+    rewards_B = weighted_rewards(rewards_BF, weights_F)
+    deviation = _deviation(_grouped(rewards_B, num_generations), scale_rewards)
+    metrics = {
+        "reward": rewards_B.nanmean().item(),
+        "reward_std": nan_std(rewards_B).item(),
+        "frac_reward_zero_std": deviation.isclose(torch.zeros_like(deviation)).float().mean().item(),
+    }
+    for name, column_B in zip(names, rewards_BF.T, strict=True):
+        metrics[f"rewards/{name}/mean"] = column_B.nanmean().item()
+        metrics[f"rewards/{name}/std"] = nan_std(column_B).item()
+    return metrics
+
+
+def nan_std(values: Tensor, dim: int | None = None) -> Tensor:
+    """Bessel-corrected standard deviation of the values that are not NaN; NaN where fewer than two are.
+
+    Keeps `dim` as an axis of 1; without `dim` the result is a scalar.
+    """
+    if dim is None:
+        return nan_std(values.flatten(), dim=0).squeeze()
+    count = (~values.isnan()).sum(dim=dim, keepdim=True)
+    squares = (values - values.nanmean(dim=dim, keepdim=True)).square().nansum(dim=dim, keepdim=True)
+    return torch.where(count > 1, squares / (count - 1), torch.nan).sqrt()
+
+
+def _deviation(rewards_PG: Tensor, scale_rewards: ScaleRewards) -> Tensor:
+    """A column a group, or a scalar over the batch."""
+    return nan_std(rewards_PG) if scale_rewards == "batch" else nan_std(rewards_PG, dim=1)
+
+
+def _grouped(rewards_B: Tensor, num_generations: int) -> Tensor:
+    if rewards_B.numel() % num_generations:
+        raise ConfigError(f"{rewards_B.numel()} rewards are no multiple of num_generations={num_generations}")
+    return rewards_B.float().view(-1, num_generations)

@@ -1,0 +1,78 @@
+"""Correcting for a sampler that is not quite the trainer: vLLM's kernels and rounding give other log-probs.
+
+The sampler drew from pi_sampler, the loss takes them as drawn from the trainer's pi_old: each token loss is weighted
+by pi_old / pi_sampler (truncated importance sampling, https://fengyao.notion.site/off-policy-rl; masking instead of
+truncation is MIS of https://richardli.xyz/rl-collapse). Modes, clips and metric names are TRL's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lora_grpo.config import CorrectionMode
+
+Clip = Callable[[Tensor, float | None, float], Tensor]
+
+
+def sampling_ratio(
+    old_logp_BT: Tensor,
+    sampler_logp_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    mode: CorrectionMode,
+    clip_max: float,
+    clip_min: float | None = None,
+) -> Tensor:
+    """The weight of each token, (B, T), or of each row, (B, 1), by the mode.
+
+    `token_*` weigh each token by its own ratio, `sequence_*` each row by the product over its tokens. `*_truncate`
+    clamps ratios to [clip_min, clip_max], `*_mask` drops (weight 0) what lies outside. A token without a sampler
+    log-prob (NaN) counts with ratio 1.
+    """
+    difference, clip = _MODES[mode]
+    return clip(difference(old_logp_BT, sampler_logp_BT, mask_BT).exp(), clip_min, clip_max)
+
+
+def token_differences(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """log pi_old - log pi_sampler, (B, T), nats; 0 where masked or unknown."""
+    return torch.where(mask_BT, old_logp_BT - sampler_logp_BT, 0.0).nan_to_num(nan=0.0)
+
+
+def sequence_differences(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The sum of a row's differences, (B, 1), nats."""
+    return token_differences(old_logp_BT, sampler_logp_BT, mask_BT).sum(dim=1, keepdim=True)
+
+
+def truncate(ratio: Tensor, clip_min: float | None, clip_max: float) -> Tensor:
+    return ratio.clamp(min=clip_min, max=clip_max)
+
+
+def drop_outside(ratio: Tensor, clip_min: float | None, clip_max: float) -> Tensor:
+    outside = ratio > clip_max
+    if clip_min is not None:
+        outside = outside | (ratio < clip_min)
+    return ratio.masked_fill(outside, 0.0)
+
+
+_MODES: dict[CorrectionMode, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Clip]] = {
+    "token_truncate": (token_differences, truncate),
+    "token_mask": (token_differences, drop_outside),
+    "sequence_truncate": (sequence_differences, truncate),
+    "sequence_mask": (sequence_differences, drop_outside),
+}
+
+
+def known_gaps(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """|log pi_old - log pi_sampler| of the N tokens that count and that the sampler scored, (N,), nats."""
+    gap_BT = (old_logp_BT - sampler_logp_BT).abs()
+    return gap_BT[mask_BT & ~gap_BT.isnan()]
+
+
+def ratio_values(ratio: Tensor, mask_BT: Tensor) -> Tensor:
+    """The ratios that the metrics count: one a token of the loss, or one a row, (N,)."""
+    return ratio.flatten() if ratio.shape[1] == 1 else ratio[mask_BT]
+
+

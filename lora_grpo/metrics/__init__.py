@@ -1,0 +1,8 @@
+"""What a run says: to its file, to the terminal, to trackers, and as a picture."""
+
+from lora_grpo.metrics.log import RunLog, history, read_metrics
+from lora_grpo.metrics.plot import plot_run
+from lora_grpo.metrics.quiet import capture_output, quiet_libraries
+from lora_grpo.metrics.reporter import Reporter
+
+__all__ = ["Reporter", "RunLog", "capture_output", "history", "plot_run", "quiet_libraries", "read_metrics"]

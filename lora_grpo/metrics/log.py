@@ -1,0 +1,116 @@
+"""The run's log: one JSON object a line, whole lines only.
+
+Records of `metrics.jsonl`, told apart by `event`:
+
+- `start`: a run or a resumed run begins; `step` is the last step that is behind it, `info` what it runs with
+- `step`: one training step; its metrics lie in the record itself, under TRL's names where TRL has one
+- `evaluation`: held-out metrics of `version`, after `step`
+- `message`: something that a person should know
+- `end`: the run ended; `info` is its result
+
+Each has `time`, seconds since the epoch. A number that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lora_grpo.errors import StoreError
+
+Record: TypeAlias = dict[str, Any]
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Appends records to a JSONL file; a kill at any moment loses at most the line being written."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        _end_whole(path)
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, event: str, /, **fields: Any) -> None:
+        """Writes one record in one write; its `event` and `time` come first."""
+        record = {"event": event, "time": round(time.time(), 3), **_plain(fields)}
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """Every whole record of a run directory's `metrics.jsonl` (or of a JSONL file), in the order of writing.
+
+    A last line that a kill cut short is left out. Raises `StoreError` for a damaged line before it.
+    """
+    file = Path(path) / METRICS_FILE if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise StoreError(f"no metrics in {file}; is this a run directory?")
+    *lines, torn = file.read_bytes().split(b"\n")
+    records = [_parsed(line, file, number) for number, line in enumerate(lines, 1) if line]
+    last = _parsed_or_none(torn)
+    return records if last is None else [*records, last]
+
+
+def history(records: list[Record]) -> list[Record]:
+    """The records of the run as it counts: what a resume went back before, and then did again, is left out."""
+    kept: list[Record] = []
+    for record in records:
+        if record["event"] == "start":
+            behind = record.get("step") or 0
+            kept = [old for old in kept if old["event"] not in {"step", "evaluation"} or old["step"] <= behind]
+        kept.append(record)
+    return kept
+
+
+def _end_whole(path: Path) -> None:
+    """Cuts off a torn last line, which the next record would otherwise be glued to."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    torn = data[data.rfind(b"\n") + 1 :]
+    if not torn:
+        return
+    if _parsed_or_none(torn) is None:
+        os.truncate(path, len(data) - len(torn))
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def _parsed(line: bytes, file: Path, number: int) -> Record:
+    record = _parsed_or_none(line)
+    if record is None:
+        raise StoreError(f"{file}, line {number} is no JSON object; remove the line to read the rest")
+    return record
+
+
+def _parsed_or_none(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON holds it: NumPy and torch scalars become numbers, what is not finite becomes None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | int | None):
+        return value
+    if not isinstance(value, float) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, int) else str(value)

@@ -1,0 +1,238 @@
+"""What the terminal shows of a run: the state, and pure functions from it to rich renderables and plain lines."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+GAP = "sampling/sampling_logp_difference/mean"
+PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "publish": "green"}
+VERDICTS = {"ok": "green", "inconclusive": "yellow", "failed": "bold red"}
+RECENT_STEPS = 20
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class ViewState:
+    """What has been heard of a run so far."""
+
+    run_dir: Path
+    total_steps: int
+    title: str = ""
+    step: int = 0
+    phase: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    rewards: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, int | None, dict[str, Any]]] = field(default_factory=list)
+    step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    started_at: float = field(default_factory=time.monotonic)
+    _heard_at: float = field(default_factory=time.monotonic)
+
+    def hear_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        self.step_times_s.append(float(metrics.get("step_time") or now - self._heard_at))
+        self._heard_at = now
+        self.step, self.phase, self.metrics = step, "", dict(metrics)
+        if metrics.get("reward") is not None:
+            self.rewards.append(float(metrics["reward"]))
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the last step at the pace of the recent ones; None before the first."""
+        if not self.step_times_s:
+            return None
+        return sum(self.step_times_s) / len(self.step_times_s) * max(0, self.total_steps - self.step)
+
+
+def headline(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
+    """The name and value that stand for an evaluation: its accuracy, else its reward, else its first number."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    for name in ("accuracy", "reward", *numbers):
+        if name in numbers:
+            return name, float(numbers[name])
+    return None
+
+
+def panel(state: ViewState) -> RenderableType:
+    """The live panel."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column()
+    for name, value in _facts(state):
+        facts.add_row(name, value)
+    return Panel(
+        Group(_progress(state), Text(), facts),
+        title=Text.assemble(("lora_grpo ", "bold"), (str(state.run_dir), "")),
+        subtitle=Text(state.title, style="dim") if state.title else None,
+        title_align="left",
+        subtitle_align="right",
+        border_style="blue",
+        padding=(1, 2),
+    )
+
+
+def plain_step(state: ViewState) -> str:
+    """One line a step, for files and pipes."""
+    metrics = state.metrics
+    parts = [f"step {state.step}/{state.total_steps}"]
+    if metrics.get("version") is not None:
+        parts.append(f"v{int(metrics['version'])}")
+    if metrics.get("reward") is not None:
+        parts.append(f"reward {_reward(metrics)}")
+    if metrics.get(GAP) is not None:
+        parts.append(f"gap {metrics[GAP]:.4f} nats")
+    parts += [f"{phase} {seconds:.2f} s" for phase, seconds in phase_seconds(metrics).items()]
+    if state.eta_s is not None:
+        parts.append(f"eta {duration(state.eta_s)}")
+    return "  ".join(parts)
+
+
+def plain_evaluation(step: int, version: int | None, metrics: Mapping[str, Any]) -> str:
+    shown = ", ".join(f"{name} {number(value)}" for name, value in metrics.items())
+    return f"held-out after step {step}, {_version(version)}: {shown}"
+
+
+def samples_table(step: int, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """A few completions with their rewards."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=f"samples of step {step}", title_justify="left", show_lines=True, expand=True)
+    for name in names:
+        long = name in ("prompt", "completion")
+        table.add_column(name, ratio=1 if long else None, justify="left" if long else "right")
+    for row in rows:
+        table.add_row(*(Text(_cell(row.get(name))) for name in names))
+    return table
+
+
+def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of each phase of a step, the known phases first, others as they come."""
+    found = {name[5:-2]: value for name, value in metrics.items() if name.startswith("time/") and name.endswith("_s")}
+    ordered = [phase for phase in PHASES if phase in found] + [phase for phase in found if phase not in PHASES]
+    return {phase: float(found[phase]) for phase in ordered if found[phase] is not None}
+
+
+def sparkline(values: Sequence[float], width: int = 32) -> str:
+    """The last `width` values as bars between their own lowest and highest."""
+    shown = values[-width:]
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    if high == low:
+        return SPARKS[3] * len(shown)
+    return "".join(SPARKS[round((value - low) / (high - low) * (len(SPARKS) - 1))] for value in shown)
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as 8s, 1m20s or 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def _progress(state: ViewState) -> RenderableType:
+    elapsed = duration(time.monotonic() - state.started_at)
+    eta = duration(state.eta_s) if state.eta_s is not None else "-"
+    row = Table.grid(padding=(0, 2), expand=True)
+    row.add_column(no_wrap=True)
+    row.add_column(ratio=1)
+    row.add_column(no_wrap=True)
+    row.add_row(
+        Text.assemble("step ", (f"{state.step}", "bold"), f"/{state.total_steps}"),
+        ProgressBar(total=state.total_steps, completed=state.step),
+        Text.assemble((f"{elapsed} elapsed, ", "dim"), f"{eta} left"),
+    )
+    return row
+
+
+def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
+    metrics = state.metrics
+    facts: list[tuple[str, RenderableType]] = []
+    if state.phase:
+        facts.append(("now", Text(state.phase, style=PHASES.get(state.phase, ""))))
+    if metrics.get("reward") is not None:
+        facts.append(("reward", Text.assemble((_reward(metrics), "bold"), "  ", (sparkline(state.rewards), "green"))))
+    if state.evaluations:
+        facts.append(("held-out", _evaluations(state)))
+    if metrics.get("frac_reward_zero_std") is not None:
+        facts.append(("signal", Text(f"{1 - metrics['frac_reward_zero_std']:.0%} of groups")))
+    if metrics.get("completions/mean_length") is not None:
+        facts.append(("length", Text(_length(metrics))))
+    if metrics.get("version") is not None:
+        facts.append(("version", Text(_version(int(metrics["version"])), style="bold")))
+    if metrics.get(GAP) is not None:
+        facts.append(("log-prob gap", _gap(metrics)))
+    if phase_seconds(metrics):
+        facts.append(("seconds", _phase_bar(phase_seconds(metrics))))
+    return facts or [("", Text("starting", style="dim"))]
+
+
+def _evaluations(state: ViewState) -> Text:
+    values = [(version, headline(metrics)) for _, version, metrics in state.evaluations]
+    shown = [(version, value) for version, value in values if value is not None]
+    if not shown:
+        return Text("-")
+    (first_version, first), (last_version, last) = shown[0], shown[-1]
+    text = Text.assemble(f"{last[0]} ", (f"{last[1]:.3f}", "bold"), f" ({_version(last_version)})")
+    if len(shown) > 1:
+        text.append(f"  from {first[1]:.3f} ({_version(first_version)})", style="dim")
+    return text
+
+
+def _gap(metrics: Mapping[str, Any]) -> Text:
+    text = Text(f"{metrics[GAP]:.4f} nats a token")
+    if metrics.get("canary/verdict"):
+        verdict = str(metrics["canary/verdict"])
+        text.append("  canary ")
+        text.append(verdict, style=VERDICTS.get(verdict, ""))
+    return text
+
+
+def _phase_bar(seconds: Mapping[str, float], width: int = 40) -> Text:
+    """Coloured blocks in proportion, and what they stand for."""
+    total = sum(seconds.values()) or 1.0
+    text = Text(no_wrap=True)
+    for phase, value in seconds.items():
+        text.append("█" * round(value / total * width), style=PHASES.get(phase, "white"))
+    text.append("\n")
+    for phase, value in seconds.items():
+        text.append(f"{phase} {value:.2f}  ", style=PHASES.get(phase, "white"))
+    return text
+
+
+def _length(metrics: Mapping[str, Any]) -> str:
+    text = f"{metrics['completions/mean_length']:.0f} tokens"
+    cut = metrics.get("completions/clipped_ratio")
+    return text if cut is None else f"{text}, {cut:.0%} cut at the limit"
+
+
+def _reward(metrics: Mapping[str, Any]) -> str:
+    deviation = metrics.get("reward_std")
+    return f"{metrics['reward']:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+
+
+def _version(version: int | None) -> str:
+    return "base" if version is None else f"v{version}"
+
+
+def _cell(value: Any, width: int = 400) -> str:
+    text = value if isinstance(value, str) else number(value)
+    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -1,0 +1,109 @@
+"""One object that a trainer tells what happened, and that tells the log, the terminal and the trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lora_grpo.metrics.log import METRICS_FILE, RunLog
+from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output, quiet_libraries
+from lora_grpo.metrics.trackers import Trackers
+from lora_grpo.metrics.view import LiveView
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+class Reporter:
+    """Joins `RUN/metrics.jsonl`, `RUN/samples.jsonl`, the live view and accelerate's trackers.
+
+    From construction to `close` the libraries' loggers and warnings go to `RUN/engine.log`. Build it on the main
+    process only. Use it in a `with` block, or close it: an open live view owns the terminal.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, total_steps: int, *, view: bool = True, trackers: Sequence[str] = ()
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self._log = RunLog(self.run_dir / METRICS_FILE)
+        self._samples = RunLog(self.run_dir / SAMPLES_FILE)
+        self._view = LiveView(self.run_dir, total_steps) if view else None
+        self._tracker_names = tuple(trackers)
+        self._trackers: Trackers | None = None
+        self._open = ExitStack()
+        self._open.enter_context(quiet_libraries(self.run_dir / ENGINE_LOG, self.message))
+
+    def start(self, info: Mapping[str, Any], step: int = 0) -> None:
+        """The run begins, or goes on after `step`. `info` is what it runs with; `info["model"]` is shown."""
+        self._log.append("start", step=step, info=info)
+        if self._tracker_names:
+            self._trackers = Trackers(self._tracker_names, self.run_dir, info)
+        if self._view:
+            self._view.start(info, step)
+
+    def phase(self, name: str) -> None:
+        """What the step does now: generate, reward, train or publish. Shown only."""
+        if self._view:
+            self._view.phase(name)
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Step `step` (from 1) is done."""
+        self._log.append("step", **{**metrics, "step": step})
+        self._track(step, metrics)
+        if self._view:
+            self._view.step(step, metrics)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A few completions as dicts of columns, such as prompt, completion, reward, version."""
+        self._samples.append("samples", step=step, rows=rows)
+        if self._view:
+            self._view.samples(step, rows)
+
+    def evaluation(self, step: int, version: int | None, metrics: Mapping[str, Any]) -> None:
+        """Held-out metrics of `version` (None: the base model), measured after `step` (0: before the first)."""
+        self._log.append("evaluation", **{**metrics, "step": step, "version": version})
+        self._track(step, {f"eval/{name}": value for name, value in metrics.items()})
+        if self._view:
+            self._view.evaluation(step, version, metrics)
+
+    def message(self, text: str) -> None:
+        """Something that a person should know."""
+        self._log.append("message", text=text)
+        if self._view:
+            self._view.message(text)
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """While inside, what is written to stdout and stderr goes to `RUN/engine.log`; for the start of an engine."""
+        with capture_output(self.run_dir / ENGINE_LOG):
+            yield
+
+    def end(self, result: Mapping[str, Any]) -> None:
+        """The run came to its end with `result`."""
+        self._log.append("end", info=result)
+
+    def close(self) -> None:
+        """Gives the terminal back and closes every file; a second call does nothing."""
+        self._open.close()
+        if self._view:
+            self._view.close()
+        if self._trackers:
+            self._trackers.close()
+            self._trackers = None
+        self._log.close()
+        self._samples.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _track(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self._trackers:
+            numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+            self._trackers.log(numbers, step)

@@ -1,0 +1,19 @@
+"""Reward functions: TRL's signature, some ready-made ones, and the room that calls them."""
+
+from lora_grpo.rewards.loading import load_reward
+from lora_grpo.rewards.ready import completion_text, exact, format, numeric, regex
+from lora_grpo.rewards.scoring import RewardContext, RewardFunction, check_columns, reward_names, score
+
+__all__ = [
+    "RewardContext",
+    "RewardFunction",
+    "check_columns",
+    "completion_text",
+    "exact",
+    "format",
+    "load_reward",
+    "numeric",
+    "regex",
+    "reward_names",
+    "score",
+]

@@ -1,0 +1,117 @@
+"""Ready-made rewards: each factory returns a function of TRL's signature that gives 1.0 or 0.0."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, TypeAlias
+
+from lora_grpo.errors import ConfigError
+
+Reward: TypeAlias = Callable[..., list[float | None]]
+
+# Grouped thousands, plain digits or a bare fraction, then a short exponent. A minus that follows a word or a number is
+# a dash or a subtraction, and an exponent of many digits is a model's babble that no number type holds.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-\u2212]\$?)?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+    r"(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
+)
+_PLAIN = str.maketrans({",": None, "$": None, "\u2212": "-"})
+
+
+def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a completion as reward functions get it: itself, or the content of a chat's last message."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else None
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(str(part.get("text", "")) for part in content)
+
+
+def exact(column: str = "answer", ignore_case: bool = False) -> Reward:
+    """1.0 where the completion is the text in `column`, whitespace around both left out of account."""
+
+    def normal(text: str) -> str:
+        return text.strip().casefold() if ignore_case else text.strip()
+
+    def exact(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        answers = _column(columns, column, "exact")
+        pairs = zip(completions, answers, strict=True)
+        return [float(normal(completion_text(done)) == normal(str(answer))) for done, answer in pairs]
+
+    return _needs(exact, column)
+
+
+def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
+    """1.0 where the completion's last number is the answer's, to within `tolerance`.
+
+    Where a text has GSM8K's '####', only what follows the last one counts. Numbers are compared as decimals: 1,200
+    equals 1200.0. An answer without a number is an error, a completion without one scores 0.0.
+    """
+    if not tolerance >= 0:
+        raise ConfigError(f"numeric: tolerance={tolerance} must be 0 or more")
+    allowed = Decimal(str(tolerance))
+
+    def numeric(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        rewards: list[float | None] = []
+        for done, answer in zip(completions, _column(columns, column, "numeric"), strict=True):
+            wanted = last_number(str(answer))
+            if wanted is None:
+                raise ValueError(f"column {column!r} holds {answer!r}, in which there is no number")
+            found = last_number(completion_text(done))
+            rewards.append(float(found is not None and abs(found - wanted) <= allowed))
+        return rewards
+
+    return _needs(numeric, column)
+
+
+def regex(pattern: str) -> Reward:
+    """1.0 where `pattern` is found anywhere in the completion ('.' also matches a newline)."""
+    compiled = _compiled(pattern, "regex")
+
+    def regex(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        return [float(compiled.search(completion_text(done)) is not None) for done in completions]
+
+    return regex
+
+
+def format(pattern: str = r"<think>.*?</think>\s*<answer>.*?</answer>") -> Reward:
+    """1.0 where the whole completion, whitespace around it aside, has the form of `pattern` ('.' matches newlines)."""
+    compiled = _compiled(pattern, "format")
+
+    def format(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        return [float(compiled.fullmatch(completion_text(done).strip()) is not None) for done in completions]
+
+    return format
+
+
+READY: dict[str, Callable[..., Reward]] = {"exact": exact, "numeric": numeric, "regex": regex, "format": format}
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in `text`, or in what follows its last '####'; None if there is none."""
+    found = _NUMBER.findall(text.rpartition("####")[2])
+    return Decimal(found[-1].translate(_PLAIN)) if found else None
+
+
+def _compiled(pattern: str, reward: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ConfigError(f"{reward}: pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def _column(columns: Mapping[str, Any], name: str, reward: str) -> Sequence[Any]:
+    if name not in columns:
+        raise ConfigError(f"{reward} needs a column {name!r}; the data have {sorted(columns)}")
+    values: Sequence[Any] = columns[name]
+    return values
+
+
+def _needs(reward: Reward, column: str) -> Reward:
+    """Marks the column that `reward` reads, so that a run without it is refused before its first step."""
+    reward.columns = (column,)  # type: ignore[attr-defined]
+    return reward

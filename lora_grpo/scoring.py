@@ -1,0 +1,50 @@
+"""Teacher-forced log-probs of a trainer's model, for proofs: no gradients, no dropout, nothing left changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def teacher_logprobs(
+    model: nn.Module, sequences: Sequence[Sequence[int]], *, temperature: float = 1.0, rows: int = 8
+) -> list[list[float]]:
+    """log p(token | prefix) of tokens 1..T-1 of each sequence, in fp32 at `temperature`, `rows` sequences at a time."""
+    result: list[list[float]] = []
+    with _evaluating(model):
+        for start in range(0, len(sequences), rows):
+            result += _score(model, sequences[start : start + rows], temperature)
+    return result
+
+
+def _score(model: nn.Module, sequences: Sequence[Sequence[int]], temperature: float) -> list[list[float]]:
+    device = next(model.parameters()).device
+    length = max(len(ids) for ids in sequences)
+    ids_BT = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in sequences], device=device)
+    mask_BT = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in sequences], device=device)
+    output: Any = model(input_ids=ids_BT, attention_mask=mask_BT)
+    logits_BTV = output.logits[:, :-1].float() / temperature
+    targets_BT1 = ids_BT[:, 1:, None]
+    logp_BT = logits_BTV.gather(2, targets_BT1).squeeze(2) - logits_BTV.logsumexp(dim=2)
+    return [row[: len(ids) - 1].tolist() for row, ids in zip(logp_BT, sequences, strict=True)]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def mean_abs_difference(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float:
+    """Mean |left - right| over all tokens of ragged rows, nats."""
+    pairs = [(a, b) for row_a, row_b in zip(left, right, strict=True) for a, b in zip(row_a, row_b, strict=True)]
+    return sum(abs(a - b) for a, b in pairs) / len(pairs)

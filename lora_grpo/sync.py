@@ -1,0 +1,135 @@
+"""`NativeSync`: from a live PEFT model to a proven version in the engine, and nothing merged on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_grpo.adapters.checks import active_adapter, check_rank, check_servable
+from lora_grpo.adapters.peft_format import ServingForm, clean_name, peft_model_of
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import Engine, LoadReceipt
+from lora_grpo.engines.delivery.base_match import check_same_base, describe
+from lora_grpo.engines.delivery.canary import CanaryReport, judge
+from lora_grpo.engines.delivery.probe import ProbeReport, run_probe
+from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.types import Group
+
+
+@dataclass(frozen=True, slots=True)
+class PushReceipt:
+    """One push: seconds by phase (gather, write, check, load, prove, promote), adapter bytes, and how it was proven."""
+
+    version: AdapterVersion
+    seconds: dict[str, float]
+    adapter_bytes: int
+    load: LoadReceipt
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+
+class NativeSync:
+    """Publishes a PEFT model's adapter and has an engine serve it, step after step.
+
+    The model may be wrapped (DDP, FSDP2, torch.compile); it is never merged and its base is never touched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        store: AdapterStore,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+    ) -> None:
+        """Check that everything about `model` can be served faithfully by `engine`, and prove the path with a probe.
+
+        `optimizer` and `scheduler` are restored with the weights on a rollback. Raises `UnsupportedAdapter` for what
+        cannot be served or another base, `DeliveryError` when the probe does not arrive. `probe` holds its figures
+        (None for an engine that is a fake and says so).
+        """
+        self.model, self.engine, self.store = model, engine, store
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.adapter = active_adapter(model)
+        check_rank(check_servable(model, self.adapter), engine.max_lora_rank)
+        self._form = ServingForm(model, self.adapter, getattr(torch, engine.lora_dtype))
+        self.probe = None if engine.proof == "none" else self._prove_path()
+        self.last_receipt: PushReceipt | None = None
+
+    def push(self, step: int) -> AdapterVersion:
+        """Publish the adapter as it is now, load it, prove it, promote it; returns when it can be sampled from.
+
+        A failure leaves `HEAD` and what the engine serves as they were. Raises `TrainingError` for non-finite
+        weights, `NoRoom` or `StoreError` for the store, `DeliveryError` or `EngineError` for the engine.
+        """
+        marks = [time.perf_counter()]
+        files = self._form.files()
+        marks.append(time.perf_counter())
+        version = self.store.publish(files, step=step)
+        marks.append(time.perf_counter())
+        load = self.engine.load(version)
+        promoting = time.perf_counter()
+        self.store.promote(version)
+        seconds = {
+            "gather": marks[1] - marks[0],
+            "write": marks[2] - marks[1],
+            **load.seconds,
+            "promote": time.perf_counter() - promoting,
+        }
+        self.last_receipt = PushReceipt(version, seconds, self._form.nbytes, load)
+        return version
+
+    def canary(self, groups: Sequence[Group], *, temperature: float = 1.0) -> CanaryReport:
+        """Compare sampler log-probs with the model's own, as it is now; call it before the optimizer steps.
+
+        `groups` must come from the version just pushed, at `temperature`. Raises `DeliveryError` when they do not fit.
+        """
+        if self.probe is None:
+            raise ConfigError(f"{type(self.engine).__name__} proves nothing; a canary needs a real engine")
+        rows = [(group.prompt_token_ids, completion) for group in groups for completion in group.completions]
+        stale = {c.version for _, c in rows} - {self.head.number}
+        if stale:
+            raise ConfigError(f"completions of versions {stale} cannot be checked against {self.head}; pass its own")
+        sequences = [[*prompt, *completion.token_ids] for prompt, completion in rows]
+        policy = self._tails(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
+        with peft_model_of(self.model).disable_adapter():
+            base = self._tails(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
+        sampler = [list(completion.logprobs) for _, completion in rows]
+        gap, signal = mean_abs_difference(policy, sampler), mean_abs_difference(policy, base)
+        noise = self.probe.noise
+        report = CanaryReport(judge(gap, signal, noise), gap, signal, noise, sum(map(len, sampler)))
+        if report.verdict == "failed":
+            raise DeliveryError(f"{report}: the completions were not made by {self.head}")
+        return report
+
+    @property
+    def head(self) -> AdapterVersion:
+        """The version that was pushed last, or rolled back to. Raises `ConfigError` before the first push."""
+        head = self.store.head
+        if head is None:
+            raise ConfigError("nothing was pushed yet; call sync.push(step) first")
+        return head
+
+    @staticmethod
+    def _tails(logp: list[list[float]], rows: Sequence[Any]) -> list[list[float]]:
+        return [row[-len(completion.token_ids) :] for row, (_, completion) in zip(logp, rows, strict=True)]
+
+    def _prove_path(self) -> ProbeReport:
+        base = self.engine.describe_base()
+        check_same_base(base, self._describe_trainer(base.dtype))
+        return run_probe(self.model, self._form, self.engine, self.store.root.parent)
+
+    def _describe_trainer(self, dtype: str) -> Any:
+        base = peft_model_of(self.model).base_model.model
+        names = ((clean_name(name).replace(".base_layer.", "."), p) for name, p in base.named_parameters())
+        return describe(base.config, names, getattr(torch, dtype))
