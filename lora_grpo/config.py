@@ -6,6 +6,7 @@ Fields carry TRL's names wherever the meaning is TRL's. Nothing here imports tor
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,37 +26,48 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(type(self), error)) from None
+            raise _failure(_problems(type(self), error)) from None
 
     def replace(self, **changes: Any) -> Any:
         """A copy with `changes`, checked like a new one."""
         return type(self)(**{**self.model_dump(), **changes})
 
 
-def _explain(section: type[BaseModel], error: ValidationError) -> str:
-    """One sentence a problem: the field, the value, what is wrong, and for an unknown key the nearest name."""
-    return "; ".join(_sentence(section, problem) for problem in error.errors())
+def _failure(problems: list[tuple[str, str]]) -> ConfigError:
+    """The error that says what is wrong with each (path of keys), kept apart for a section around this one."""
+    failure = ConfigError("; ".join(f"{path}: {text}" if path else text for path, text in problems))
+    failure.problems = problems  # type: ignore[attr-defined]
+    return failure
+
+
+def nearest_key(key: str, known: Collection[str]) -> str:
+    """What to say of an unknown key: the nearest known one, or all of them."""
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+
+
+def _problems(section: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        inner = getattr(problem.get("ctx", {}).get("error"), "problems", None)
+        if inner is not None:
+            found += [(f"{where}.{path}" if path else where, text) for path, text in inner]
+        elif not any(path.startswith(f"{where}.") for path, _ in found):
+            # Pydantic also calls a list too short when it holds a bad item.
+            found.append((where, _sentence(section, problem)))
+    return found
 
 
 def _sentence(section: type[BaseModel], problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or section.__name__
+    """What is wrong with one key, the value it has, and for an unknown key the nearest name."""
     if problem["type"] == "extra_forbidden":
-        known = sorted(_fields_at(section, problem["loc"][:-1]))
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {where!r}: {hint}"
+        return f"unknown key; {nearest_key(str(problem['loc'][-1]), section.model_fields)}"
+    if problem["type"] == "missing":
+        described = section.model_fields[str(problem["loc"][-1])].description
+        return f"needed, but not there ({described})" if described else "needed, but not there"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    shown = "" if problem["type"] in {"missing", "value_error"} else f" (got {problem['input']!r})"
-    return f"{where}: {message}{shown}"
-
-
-def _fields_at(section: type[BaseModel], path: tuple[Any, ...]) -> set[str]:
-    for part in path:
-        field = section.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            continue
-        section = field.annotation
-    return set(section.model_fields)
+    return message if problem["type"] == "value_error" else f"{message} (got {problem['input']!r})"
 
 
 class GRPOConfig(Section):
@@ -86,6 +98,7 @@ class GRPOConfig(Section):
     epsilon_high: float | None = Field(None, ge=0, description="upper clip (1 + epsilon_high); default: epsilon")
     delta: float | None = Field(None, gt=0, description="two-sided clip: the ratio's upper bound before clipping")
     beta: float = Field(0.0, ge=0, description="weight of the KL to the base model; 0 spends nothing on it")
+    use_bias_correction_kl: bool = Field(True, description="weight the KL by the ratio: its unbiased gradient")
     scale_rewards: Literal["group", "batch", "none"] = Field("group", description="what advantages are divided by")
     reward_weights: tuple[float, ...] | None = Field(None, description="one weight a reward function; default 1")
     mask_truncated_completions: bool = Field(False, description="leave completions cut at the limit out of the loss")
@@ -94,14 +107,16 @@ class GRPOConfig(Section):
     vllm_importance_sampling_clip_max: float = Field(3.0, gt=0, description="largest ratio kept or truncated to")
     vllm_importance_sampling_clip_min: float | None = Field(None, ge=0, description="smallest ratio kept")
 
-    learning_rate: float = Field(1e-6, gt=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    learning_rate: float = Field(1e-6, gt=0, description="AdamW's, at its highest")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="how the learning rate goes on after the warm-up"
+    )
     warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warm-up")
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on every adapter tensor")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's mean gradient")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of AdamW's mean squared gradient")
+    adam_epsilon: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 turns it off")
     gradient_checkpointing: bool = Field(False, description="trade a second forward for activation memory")
 
     canary_every: int = Field(10, ge=1, description="steps between full canaries (one extra forward of a few rows)")
@@ -150,19 +165,21 @@ class ModelConfig(Section):
     name: str = Field(description="hub name or local directory")
     revision: str | None = Field(None, description="hub revision")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the trainer's base dtype")
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
 class LoraSettings(Section):
     """The adapter to train; what `peft.LoraConfig` calls the same."""
 
-    r: int = Field(16, ge=1)
-    lora_alpha: float = Field(32, gt=0)
-    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    use_rslora: bool = False
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    r: int = Field(16, ge=1, description="rank")
+    lora_alpha: float = Field(32, gt=0, description="the update is scaled by lora_alpha / r")
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="names of the linear layers that get an adapter"
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input, in training")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead (rsLoRA)")
+    rank_pattern: dict[str, int] = Field(default_factory=dict, description="other ranks, by module name or regex")
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other alphas, by module name or regex")
 
 
 class EngineConfig(Section):
@@ -170,44 +187,48 @@ class EngineConfig(Section):
 
     max_lora_rank: int | None = Field(None, ge=1, description="default: the adapter's rank, rounded up to vLLM's set")
     max_loras: int = Field(2, ge=1, description="adapter slots: versions that one batch can mix")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of weights and adapters")
     max_model_len: int | None = Field(None, ge=8, description="prompt plus completion, tokens; default: the model's")
     gpu_memory_utilization: float = Field(0.35, gt=0, le=1, description="vLLM's share of the GPU, trainer beside it")
-    max_num_seqs: int = Field(256, ge=1)
-    max_num_batched_tokens: int | None = Field(None, ge=64)
+    max_num_seqs: int = Field(256, ge=1, description="completions sampled at the same time at most")
+    max_num_batched_tokens: int | None = Field(None, ge=64, description="tokens an engine step; default: vLLM's")
     enforce_eager: bool = Field(False, description="no CUDA graphs")
-    enable_prefix_caching: bool = True
+    enable_prefix_caching: bool = Field(True, description="prompts that begin alike share their KV cache")
 
 
 class DataConfig(Section):
     """Where prompts come from: a hub name, a JSONL or Parquet file."""
 
     train: str = Field(description="hub dataset name, or a .jsonl/.json/.parquet file")
-    train_split: str = "train"
+    train_split: str = Field("train", description="split of `train`, if it is on the hub")
     name: str | None = Field(None, description="hub configuration, e.g. 'main' for openai/gsm8k")
     eval: str | None = Field(None, description="held-out prompts, as `train`")
-    eval_split: str = "test"
+    eval_split: str = Field("test", description="split of `eval`, if it is on the hub")
     eval_limit: int | None = Field(None, ge=1, description="held-out prompts used at most")
     prompt_column: str = Field("prompt", description="text, or a list of chat messages")
-    system_prompt: str | None = Field(None, description="turns text prompts into chats with this system message")
+    system_prompt: str | None = Field(
+        None, description="makes chats of text prompts, with this system message (none if empty)"
+    )
 
 
 class RewardConfig(Section):
     """One reward function: a ready-made name, or 'package.module:function'."""
 
-    name: str
-    weight: float = 1.0
-    options: dict[str, Any] = Field(default_factory=dict, description="passed to a ready-made reward's factory")
+    name: str = Field(description="exact, numeric, regex, format, or your own 'package.module:function'")
+    weight: float = Field(1.0, description="factor in the sum of rewards")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="a ready-made reward's options, or keyword arguments for your function"
+    )
 
 
 class RunConfig(Section):
     """Everything `lora-grpo train` reads from one file."""
 
     output_dir: str = Field(description="the run's durable directory")
-    model: ModelConfig
-    lora: LoraSettings = LoraSettings()
-    data: DataConfig
-    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
-    engine: EngineConfig = EngineConfig()
-    grpo: GRPOConfig = GRPOConfig()
+    model: ModelConfig = Field(description="the base model")
+    lora: LoraSettings = Field(LoraSettings(), description="the adapter")
+    data: DataConfig = Field(description="the prompts")
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="the reward functions, one [[rewards]] each")
+    engine: EngineConfig = Field(EngineConfig(), description="the engine")
+    grpo: GRPOConfig = Field(GRPOConfig(), description="the algorithm")
     store_root: str | None = Field(None, description="tmpfs directory of the versions; default: under /dev/shm")

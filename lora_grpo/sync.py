@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_grpo.adapters.checks import active_adapter, check_rank, check_servable
+from lora_grpo.adapters.export import Recipe, export_adapter
 from lora_grpo.adapters.peft_format import ServingForm, clean_name, peft_model_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
@@ -88,6 +90,16 @@ class NativeSync:
         }
         self.last_receipt = PushReceipt(version, seconds, self._form.nbytes, load)
         return version
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes that a push moves: the adapter's tensors in the engine's dtype."""
+        return self._form.nbytes
+
+    def export(self, version: AdapterVersion, directory: Path) -> None:
+        """Write `version` as a plain PEFT folder with its own alpha, as `PeftModel.from_pretrained` loads it."""
+        config = peft_model_of(self.model).peft_config[self.adapter]
+        export_adapter(version, Recipe.of(config, self._form.modules), directory)
 
     def canary(self, groups: Sequence[Group], *, temperature: float = 1.0) -> CanaryReport:
         """Compare sampler log-probs with the model's own, as it is now; call it before the optimizer steps.

@@ -10,7 +10,7 @@ from lora_grpo.adapters import disk
 from lora_grpo.adapters.archive import Archive, verify_version
 from lora_grpo.adapters.disk import Tree
 from lora_grpo.adapters.journal import Journal
-from lora_grpo.adapters.layout import STATES, VERSIONS, Manifest, read_manifest
+from lora_grpo.adapters.layout import MANIFEST_FILE, STATES, VERSIONS, Manifest, read_manifest
 from lora_grpo.adapters.retention import Candidate
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import StoreCorrupt, UnknownVersion
@@ -28,8 +28,14 @@ class Catalog:
     def on_tmpfs(self, number: int) -> bool:
         return self.root.has(VERSIONS, number)
 
+    def has_manifest(self, number: int) -> bool:
+        return (self.root.folder(VERSIONS, number) / MANIFEST_FILE).exists()
+
     def in_archive(self, number: int) -> bool:
         return self.archive is not None and self.archive.has(number)
+
+    def has_state(self, number: int) -> bool:
+        return self.archive is not None and self.archive.tree.has(STATES, number)
 
     def numbers(self) -> list[int]:
         """Every version with a copy somewhere, ascending."""
@@ -55,7 +61,7 @@ class Catalog:
     def manifest(self, number: int) -> Manifest:
         """What was published as `number`; `UnknownVersion` says why there is none."""
         if not (self.on_tmpfs(number) or self.in_archive(number)):
-            raise UnknownVersion(self._why_missing(number))
+            raise UnknownVersion(self.why_missing(number))
         known = self.journal.published.get(number) or self._read.get(number)
         if known is None:
             known = self._read[number] = self._read_manifest(number)
@@ -69,7 +75,7 @@ class Catalog:
                 raise
         return read_manifest(self.archive.tree.folder(VERSIONS, number))
 
-    def _why_missing(self, number: int) -> str:
+    def why_missing(self, number: int) -> str:
         if number in self.journal.forgotten:
             return f"version {number} was removed by retention, or lost with the tmpfs before it was archived"
         if number in self.journal.published:
@@ -94,14 +100,17 @@ class Catalog:
         """Compare every copy of a version, and its trainer state, with the digests written with them."""
         expected = self.manifest(number)
         if self.on_tmpfs(number):
-            verify_version(self.root.folder(VERSIONS, number), expected)
+            self.verify_tmpfs(number)
         if self.archive is None:
             return
         if self.archive.has(number):
             verify_version(self.archive.tree.folder(VERSIONS, number), expected)
             self.archive.verify(VERSIONS, number)
-        if self.archive.tree.has(STATES, number):
+        if self.has_state(number):
             self.archive.verify(STATES, number)
+
+    def verify_tmpfs(self, number: int) -> None:
+        verify_version(self.root.folder(VERSIONS, number), self.manifest(number))
 
     def metrics(self, number: int) -> dict[str, Any]:
         return dict(self.journal.metrics.get(number, {}))
@@ -119,7 +128,10 @@ class Catalog:
 
 
 def link_head(root: Tree, number: int) -> None:
-    """Point `HEAD` at a version, atomically. A short symbolic link takes no page, so a full tmpfs does not refuse it."""
+    """Point `HEAD` at a version, atomically.
+
+    A short symbolic link takes no page, so a full tmpfs does not refuse it.
+    """
     temporary = root.path / ".HEAD.new"
     temporary.unlink(missing_ok=True)
     os.symlink(f"{VERSIONS}/{disk.folder_name(number)}", temporary)

@@ -19,7 +19,6 @@ from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
 
 IOV_MAX = 1024
 PAGE_BYTES = 4096
-MIB = 1 << 20
 
 
 def at(point: str) -> None:

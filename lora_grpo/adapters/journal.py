@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import numbers
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.disk import reported
 from lora_grpo.adapters.layout import Manifest
+from lora_grpo.errors import ConfigError
 
 
 class Journal:
     """The events of a run, and what they add up to.
 
-    `published` maps numbers to manifests; `forgotten` are numbers whose last copy was removed on purpose (or whose
-    loss was reported); `promoted` lists promotions in order; `states` are the trainer states written or on their way.
+    `published` maps the numbers of versions that should have a copy to their manifests; `forgotten` are numbers whose
+    last copy was removed on purpose, or whose loss was reported; `promoted` lists promotions in order; `states` are
+    the trainer states written or on their way.
     """
 
     def __init__(self, path: Path, *, sync: bool) -> None:
@@ -55,6 +60,10 @@ class Journal:
             self.refresh()
             os.ftruncate(self._descriptor, self._end)
 
+    def knows(self, number: int) -> bool:
+        """Whether such a version was ever published."""
+        return number in self.published or number in self.forgotten
+
     def append(self, event: str, number: int, **fields: Any) -> None:
         """Write one event. Safe from a kill when it returns; from a power cut after `make_durable`."""
         assert self._descriptor is not None
@@ -89,6 +98,7 @@ class Journal:
         match event:
             case "publish":
                 self.published[number] = Manifest.from_mapping(fields)
+                self.forgotten.discard(number)
             case "promote":
                 self.promoted.append(number)
             case "record":
@@ -99,7 +109,23 @@ class Journal:
                 self.pins.discard(number)
             case "forget":
                 self.forgotten.add(number)
+                self.published.pop(number, None)
             case "state":
                 self.states.add(number)
             case "forget_state":
                 self.states.discard(number)
+
+
+def as_metrics(values: Mapping[str, object]) -> dict[str, Any]:
+    """Metrics as the journal holds them: whole and floating numbers, text, truth values, None."""
+    return {name: _as_metric(name, value) for name, value in values.items()}
+
+
+def _as_metric(name: str, value: object) -> Any:
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    raise ConfigError(f"metric {name}={value!r} must be a number, text, a truth value or None (a tensor's is .item())")

@@ -2,7 +2,7 @@
 
 The store has a root on tmpfs, and with `archive=` a durable run directory. Both hold:
 
-- `store.json`: format number, the run's id, and the path of the other of the two.
+- `store.json`: format number, the run's id, the path of the other of the two, whether the store chose the root.
 - `LOCK`: the one writer's kernel lock (`flock`; it goes when the process goes) and, as JSON, who that is.
 - `versions/000007/`: one immutable PEFT directory, `adapter_model.safetensors` and `adapter_config.json`, with
   `version.json` (number, parent, digest, step, created_at, sizes in bytes). The digest is xxh3_128 over the sorted
@@ -92,13 +92,17 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What `store.json` says: which run this is, and where its other half lies (None: there is none)."""
+    """What `store.json` says: which run this is, and where its other half lies (None: there is none).
+
+    `own_root`: the store chose the root itself, and clears it when it is closed.
+    """
 
     run_id: str
     other: str | None
+    own_root: bool
 
     def write(self, folder: Path, *, sync: bool) -> None:
-        content = {"format": FORMAT, "run_id": self.run_id, "other": self.other}
+        content = {"format": FORMAT, "run_id": self.run_id, "other": self.other, "own_root": self.own_root}
         disk.replace_file(folder / "store.json", json.dumps(content).encode() + b"\n", sync=sync)
 
     @classmethod
@@ -109,7 +113,7 @@ class Identity:
             return None
         try:
             values = json.loads(content)
-            format_, identity = values["format"], cls(str(values["run_id"]), values["other"])
+            format_, identity = values["format"], cls(values["run_id"], values["other"], values["own_root"])
         except (ValueError, KeyError, TypeError) as error:
             raise StoreCorrupt(f"{path} is damaged: {error}") from error
         if format_ != FORMAT:

@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from lora_grpo.adapters.disk import read_small
 from lora_grpo.adapters.layout import MANIFEST_FILE
 from lora_grpo.errors import StoreLocked, UnknownVersion
 
+_Key = TypeVar("_Key")
 PATIENCE_S = 0.2
 """How long a writer waits for a lock: another process that only asks who holds it takes it for microseconds."""
 
@@ -76,11 +78,11 @@ def holder(folder: str | Path) -> Holder | None:
         os.close(descriptor)
 
 
-class _Descriptors:
+class _Descriptors(Generic[_Key]):
     """Open locked files by key; emptied in a forked child."""
 
     def __init__(self) -> None:
-        self.by_key: dict[object, int] = {}
+        self.by_key: dict[_Key, int] = {}
         _ALL.add(self)
 
     def close(self) -> None:
@@ -89,7 +91,7 @@ class _Descriptors:
         self.by_key.clear()
 
 
-_ALL: weakref.WeakSet[_Descriptors] = weakref.WeakSet()
+_ALL: weakref.WeakSet[_Descriptors[Any]] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
@@ -104,7 +106,7 @@ class WriterLock:
     """The right to write below some folders; taken whole or not at all."""
 
     def __init__(self) -> None:
-        self._descriptors = _Descriptors()
+        self._descriptors: _Descriptors[Path] = _Descriptors()
 
     @property
     def held(self) -> bool:
@@ -143,27 +145,25 @@ class Leases:
     """Versions that this process needs on tmpfs: a shared lock on each one's manifest, counted."""
 
     def __init__(self) -> None:
-        self._descriptors = _Descriptors()
+        self._descriptors: _Descriptors[int] = _Descriptors()
         self._counts: dict[int, int] = {}
 
     @property
     def numbers(self) -> frozenset[int]:
-        return frozenset(number for number, count in self._counts.items() if count)
+        return frozenset(self._descriptors.by_key)
 
     def acquire(self, number: int, folder: Path) -> None:
-        if not self._counts.get(number):
+        if number not in self._descriptors.by_key:
             self._descriptors.by_key[number] = _lock_in_place(number, folder / MANIFEST_FILE)
-        self._counts[number] = self._counts.get(number, 0) + 1
+            self._counts[number] = 0
+        self._counts[number] += 1
 
     def release(self, number: int) -> None:
-        if not self._counts.get(number):
+        if number not in self._descriptors.by_key:
             raise UnknownVersion(f"version {number} is not leased here; release() goes with one acquire()")
         self._counts[number] -= 1
         if not self._counts[number]:
-            del self._counts[number]
-            descriptor = self._descriptors.by_key.pop(number, None)
-            if descriptor is not None:
-                os.close(descriptor)
+            os.close(self._descriptors.by_key.pop(number))
 
     def close(self) -> None:
         self._counts.clear()

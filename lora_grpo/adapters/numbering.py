@@ -38,13 +38,12 @@ class Numbering:
         self._write_last()
         return number
 
-    def close(self) -> None:
-        """Hand back what was reserved and not given out, so that a clean stop leaves no gap."""
+    def give_back(self) -> None:
+        """Return what was reserved and not given out, so that a clean stop leaves no gap."""
         if self._run_file is not None and self._bound > self.last:
             self._reserve(self.last)
-        self.abandon()
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         os.close(self._descriptor)
 
     def _reserve(self, bound: int) -> None:

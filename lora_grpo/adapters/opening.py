@@ -14,7 +14,7 @@ from lora_grpo.adapters.archive import Archive
 from lora_grpo.adapters.catalog import Catalog, link_head
 from lora_grpo.adapters.disk import Tree, make_private
 from lora_grpo.adapters.journal import Journal
-from lora_grpo.adapters.layout import STATES, VERSIONS, Identity
+from lora_grpo.adapters.layout import VERSIONS, Identity
 from lora_grpo.adapters.locks import WriterLock
 from lora_grpo.adapters.numbering import Numbering
 from lora_grpo.errors import StoreCorrupt, StoreError
@@ -31,13 +31,15 @@ class Recovered:
     """What opening found.
 
     `lost`: versions that were on tmpfs only when it went (or were deleted by another program); `lost_states`: trainer
-    states not yet written when their process died; `swept`: half-written or half-removed folders that were deleted;
+    states not yet written when their process died; `damaged`: versions found to differ from what was published (only
+    `HEAD` and those still to be archived are read at opening; `verify` reads the others); `swept`: half-written or half-removed folders that were deleted;
     `unarchived`: versions still to be written to the archive; `head_moved`: (promoted before, `HEAD` now) where the
     promoted version was lost.
     """
 
     lost: tuple[int, ...] = ()
     lost_states: tuple[int, ...] = ()
+    damaged: tuple[int, ...] = ()
     swept: tuple[str, ...] = ()
     unarchived: tuple[int, ...] = ()
     head_moved: tuple[int, int | None] | None = None
@@ -73,6 +75,13 @@ def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
     return Places(found, run, False)
 
 
+def catalog_for_reading(root: str | Path | None, archive: str | Path | None) -> Catalog:
+    """The catalog of an existing store, of which nothing is changed, not even to mend it."""
+    places = for_reading(root, archive)
+    kept = None if places.run is None else Archive(places.run)
+    return Catalog(Tree(places.root, (VERSIONS,), sync=False), kept, Journal(places.journal, sync=False))
+
+
 def for_writing(root: str | Path | None, archive: str | Path | None, lock: WriterLock) -> Places:
     """Find or create both halves, each locked before anything in it is believed or changed."""
     run = None if archive is None else Path(archive).resolve()
@@ -91,8 +100,8 @@ def for_writing(root: str | Path | None, archive: str | Path | None, lock: Write
 
 def _choose_root(root: str | Path | None, run: Path | None, identity: Identity | None) -> tuple[Path, bool]:
     before = None if identity is None or identity.other is None else Path(identity.other)
-    if root is None and before is not None:
-        return before, before.name.startswith("lora-grpo-")
+    if root is None and before is not None and identity is not None:
+        return before, identity.own_root
     if root is None:
         label = "" if run is None else f"{run.name}-"
         parent = _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
@@ -100,7 +109,7 @@ def _choose_root(root: str | Path | None, run: Path | None, identity: Identity |
     chosen = Path(root).resolve()
     if before is not None and before != chosen and identity is not None:
         there = Identity.read(before)
-        if there is not None and there == Identity(identity.run_id, str(run)):
+        if there is not None and (there.run_id, there.other) == (identity.run_id, str(run)):
             raise StoreError(f"the versions of {run} are in {before}: open it with that root, or without root=")
     return chosen, False
 
@@ -146,6 +155,7 @@ class Opening:
         self.journal = Journal(places.journal, sync=places.run is None and on_disk)
         self.catalog = Catalog(self.root, self.archive, self.journal)
         self._swept: list[str] = []
+        self._damaged: set[int] = set()
 
     def prepare(self) -> Numbering:
         """Create what is missing, sweep, and find the number to go on from."""
@@ -157,7 +167,7 @@ class Opening:
             self._move_journal()
             self.journal.open_for_writing()
             before = Identity.read(root)
-            known = max([0, *self.catalog.numbers(), *self.journal.published])
+            known = max([0, *self.catalog.numbers(), *self.journal.published, *self.journal.forgotten])
             numbering = Numbering(root, run, known=known, root_is_new=before is None, sync=self.root.sync)
             self._identify(before)
         return numbering
@@ -177,7 +187,7 @@ class Opening:
         known = run_before or root_before
         run_id = known.run_id if known is not None else uuid.uuid4().hex
         for folder, other, before in ((run, root, run_before), (root, run, root_before)):
-            identity = Identity(run_id, None if other is None else str(other))
+            identity = Identity(run_id, None if other is None else str(other), self.places.temporary)
             if folder is not None and before != identity:
                 identity.write(folder, sync=folder == run or self.root.sync)
 
@@ -185,9 +195,16 @@ class Opening:
         """Settle what a dead process left open; after this, the journal and the folders agree."""
         lost, lost_states = self._settle_versions(), self._settle_states()
         head_moved = self._settle_head()
-        on_tmpfs = self.root.numbers(VERSIONS)
-        unarchived = [n for n in on_tmpfs if self.archive is not None and not self.archive.has(n)]
-        return Recovered(tuple(lost), tuple(lost_states), tuple(self._swept), tuple(unarchived), head_moved)
+        unarchived = [n for n in self.root.numbers(VERSIONS) if self.archive is not None and not self.archive.has(n)]
+        self._damaged.update(n for n in unarchived if not self._is_sound(n))
+        return Recovered(
+            lost=tuple(lost),
+            lost_states=tuple(lost_states),
+            damaged=tuple(sorted(self._damaged)),
+            swept=tuple(self._swept),
+            unarchived=tuple(n for n in unarchived if n not in self._damaged),
+            head_moved=head_moved,
+        )
 
     def _settle_versions(self) -> list[int]:
         present = set(self.catalog.numbers())
@@ -195,9 +212,10 @@ class Opening:
             try:
                 manifest = self.catalog.manifest(number)
             except (StoreCorrupt, FileNotFoundError):
+                self._damaged.add(number)
                 continue
-            self.journal.append("publish", number, **manifest.fields())
-        missing = sorted(self.journal.published.keys() - present - self.journal.forgotten)
+            self.journal.append("publish", **manifest.fields())
+        missing = sorted(self.journal.published.keys() - present)
         for number in missing:
             self.journal.append("forget", number)
         return [n for n in missing if f"staging/{VERSIONS}-{disk.folder_name(n)}" not in self._swept]
@@ -214,7 +232,7 @@ class Opening:
     def _settle_head(self) -> tuple[int, int | None] | None:
         """Leave `HEAD` on the version promoted last; where that is lost, on the last one before it that is not."""
         link = self.root.path / "HEAD"
-        linked = self.catalog.head_number() if link.is_symlink() else None
+        linked = self._linked()
         promoted = [*self.journal.promoted, *([] if linked is None else [linked])]
         for number in dict.fromkeys(reversed(promoted)):
             if not self._bring_to_tmpfs(number):
@@ -227,13 +245,30 @@ class Opening:
         link.unlink(missing_ok=True)
         return (promoted[-1], None) if promoted else None
 
+    def _linked(self) -> int | None:
+        try:
+            return self.catalog.head_number() if (self.root.path / "HEAD").is_symlink() else None
+        except StoreCorrupt:
+            return None
+
     def _bring_to_tmpfs(self, number: int) -> bool:
-        if self.catalog.on_tmpfs(number):
+        if self.catalog.on_tmpfs(number) and self._is_sound(number):
             return True
         if self.archive is None or not self.archive.has(number):
             return False
+        if self.catalog.on_tmpfs(number):
+            self.root.remove(VERSIONS, number)
         try:
             self.archive.bring_back(self.catalog.manifest(number), self.root)
         except StoreCorrupt:
+            self._damaged.add(number)
+            return False
+        return True
+
+    def _is_sound(self, number: int) -> bool:
+        try:
+            self.catalog.verify_tmpfs(number)
+        except (StoreCorrupt, FileNotFoundError):
+            self._damaged.add(number)
             return False
         return True

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
+import torch
+
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.types import Group, Prompt, Sampling
 
@@ -47,6 +49,10 @@ class Engine(Protocol):
     @property
     def proof(self) -> Proof:
         """What its loads are proven by."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where it computes, if that is this process; None elsewhere."""
 
     @property
     def max_lora_rank(self) -> int: ...

@@ -47,6 +47,10 @@ class FakeEngine:
         return "none"
 
     @property
+    def device(self) -> None:
+        return None
+
+    @property
     def max_lora_rank(self) -> int:
         return self._max_lora_rank
 

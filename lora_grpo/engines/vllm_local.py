@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_grpo.adapters.digest import digest_directory
 from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
 from lora_grpo.adapters.version import AdapterVersion
@@ -97,6 +99,10 @@ class VLLMEngine:
     @property
     def proof(self) -> Proof:
         return "slots"
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(compat.base_parameters(self._llm)))[1].device
 
     @property
     def max_lora_rank(self) -> int:

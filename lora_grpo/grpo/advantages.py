@@ -45,7 +45,6 @@ def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: Sca
 def reward_metrics(
     rewards_BF: Tensor,
     names: Sequence[str],
-    *,
     num_generations: int,
     weights_F: Sequence[float] | None = None,
     scale_rewards: ScaleRewards = "group",

@@ -1,8 +1,8 @@
 """Correcting for a sampler that is not quite the trainer: vLLM's kernels and rounding give other log-probs.
 
-The sampler drew from pi_sampler, the loss takes them as drawn from the trainer's pi_old: each token loss is weighted
-by pi_old / pi_sampler (truncated importance sampling, https://fengyao.notion.site/off-policy-rl; masking instead of
-truncation is MIS of https://richardli.xyz/rl-collapse). Modes, clips and metric names are TRL's.
+The sampler drew from pi_sampler, the loss takes its tokens as drawn from the trainer's pi_old: each token loss is
+weighted by pi_old / pi_sampler (truncated importance sampling, https://fengyao.notion.site/off-policy-rl). Modes,
+clips and metric names are TRL's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 from lora_grpo.config import CorrectionMode
 
 Clip = Callable[[Tensor, float | None, float], Tensor]
+Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(old_logp_BT, sampler_logp_BT, mask_BT) to the weights of tokens, (B, T), or of rows, (B, 1)."""
 
 
 def sampling_ratio(
@@ -57,22 +59,15 @@ def drop_outside(ratio: Tensor, clip_min: float | None, clip_max: float) -> Tens
     return ratio.masked_fill(outside, 0.0)
 
 
-_MODES: dict[CorrectionMode, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Clip]] = {
-    "token_truncate": (token_differences, truncate),
-    "token_mask": (token_differences, drop_outside),
-    "sequence_truncate": (sequence_differences, truncate),
-    "sequence_mask": (sequence_differences, drop_outside),
-}
-
-
 def known_gaps(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """|log pi_old - log pi_sampler| of the N tokens that count and that the sampler scored, (N,), nats."""
     gap_BT = (old_logp_BT - sampler_logp_BT).abs()
     return gap_BT[mask_BT & ~gap_BT.isnan()]
 
 
-def ratio_values(ratio: Tensor, mask_BT: Tensor) -> Tensor:
-    """The ratios that the metrics count: one a token of the loss, or one a row, (N,)."""
-    return ratio.flatten() if ratio.shape[1] == 1 else ratio[mask_BT]
-
-
+_MODES: dict[CorrectionMode, tuple[Correction, Clip]] = {
+    "token_truncate": (token_differences, truncate),
+    "token_mask": (token_differences, drop_outside),
+    "sequence_truncate": (sequence_differences, truncate),
+    "sequence_mask": (sequence_differences, drop_outside),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ def plot_run(run_dir: str | Path) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     run_dir = Path(run_dir)
     records = history(read_metrics(run_dir))
@@ -33,7 +35,7 @@ def plot_run(run_dir: str | Path) -> Path:
     if not steps:
         raise StoreError(f"{run_dir} has no finished step to plot")
     # A figure of its own, without pyplot: no global state, and no window system asked for.
-    figure = Figure(figsize=(11, 7), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 7), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, sharex=True)
     _reward(panels[0][0], steps)
@@ -75,9 +77,17 @@ def _held_out(axes: Axes, evaluations: list[Record]) -> None:
         axes.text(0.5, 0.5, "no held-out evaluation", transform=axes.transAxes, ha="center", color=GREY)
         return
     axes.plot([step for step, _, _ in shown], [value[1] for _, _, value in shown], "o-", color=ORANGE, linewidth=2)
-    for step, version, (_, value) in (shown[0], shown[-1]) if len(shown) > 1 else shown:
-        label = f"{value:.3f} ({'base' if version is None else f'v{version}'})"
-        axes.annotate(label, (step, value), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=8)
+    for index in {0, len(shown) - 1}:
+        step, version, (_, value) = shown[index]
+        first = index == 0
+        axes.annotate(
+            f"{value:.3f} ({'base' if version is None else f'v{version}'})",
+            (step, value),
+            textcoords="offset points",
+            xytext=(9, -3) if first else (4, 9),
+            ha="left" if first else "right",
+            fontsize=8,
+        )
     axes.margins(y=0.2)
 
 
@@ -103,18 +113,15 @@ def _seconds(axes: Axes, steps: list[Record]) -> None:
     order = [phase for phase in PHASES if phase in present] + [phase for phase in present if phase not in PHASES]
     if not order:
         return
-    heights = [[seconds.get(phase, 0.0) for seconds in by_step] for phase in order]
-    axes.stackplot(
-        [record["step"] for record in steps],
-        heights,
-        labels=order,
-        colors=[PHASE_COLOURS.get(phase, GREY) for phase in order],
-        step="mid",
-        linewidth=0,
-    )
+    # Each step is a block around its number: edges half a step to either side, the last height held to its end.
+    x = [record["step"] for record in steps]
+    edges = [x[0] - 0.5, *((left + right) / 2 for left, right in pairwise(x)), x[-1] + 0.5]
+    heights = [[seconds.get(phase, 0.0) for seconds in (*by_step, by_step[-1])] for phase in order]
+    colours = [PHASE_COLOURS.get(phase, GREY) for phase in order]
+    axes.stackplot(edges, heights, labels=order, colors=colours, step="post", linewidth=0)
     # One slow first step (warm-up) would flatten all the others.
     totals = sorted(sum(seconds.values()) for seconds in by_step)
-    axes.set_ylim(0, min(totals[-1] * 1.1, totals[len(totals) // 2] * 3) or 1)
+    axes.set_ylim(0, min(totals[-1] * 1.1, totals[len(totals) // 2] * 2) or 1)
     axes.legend(frameon=False, fontsize=8, ncols=len(order), loc="upper right")
 
 
@@ -142,10 +149,14 @@ def _title(run_dir: Path, records: list[Record]) -> str:
 
 
 def _style(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(axes.get_title(), loc="left", fontsize=10, fontweight="bold")
     axes.set_title("", loc="center")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -55,7 +55,7 @@ def _imported(name: str) -> RewardFunction:
         raise ConfigError(f"reward {name!r}: {module_name} has no {attribute!r}{_nearest(attribute, callables)}")
     if not callable(function):
         raise ConfigError(f"reward {name!r}: {attribute!r} is {function!r}, which is no function")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _check_options(config: RewardConfig, function: Callable[..., Any]) -> None:

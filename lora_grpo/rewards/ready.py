@@ -48,8 +48,8 @@ def exact(column: str = "answer", ignore_case: bool = False) -> Reward:
 def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
     """1.0 where the completion's last number is the answer's, to within `tolerance`.
 
-    Where a text has GSM8K's '####', only what follows the last one counts. Numbers are compared as decimals: 1,200
-    equals 1200.0. An answer without a number is an error, a completion without one scores 0.0.
+    Where a text has GSM8K's '####', the number that follows the last one counts. Numbers are compared as decimals:
+    1,200 equals 1200.0. An answer without a number is an error, a completion without one scores 0.0.
     """
     if not tolerance >= 0:
         raise ConfigError(f"numeric: tolerance={tolerance} must be 0 or more")
@@ -58,10 +58,10 @@ def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
     def numeric(completions: Sequence[Any], **columns: Any) -> list[float | None]:
         rewards: list[float | None] = []
         for done, answer in zip(completions, _column(columns, column, "numeric"), strict=True):
-            wanted = last_number(str(answer))
+            wanted = final_number(str(answer))
             if wanted is None:
                 raise ValueError(f"column {column!r} holds {answer!r}, in which there is no number")
-            found = last_number(completion_text(done))
+            found = final_number(completion_text(done))
             rewards.append(float(found is not None and abs(found - wanted) <= allowed))
         return rewards
 
@@ -91,10 +91,11 @@ def format(pattern: str = r"<think>.*?</think>\s*<answer>.*?</answer>") -> Rewar
 READY: dict[str, Callable[..., Reward]] = {"exact": exact, "numeric": numeric, "regex": regex, "format": format}
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number in `text`, or in what follows its last '####'; None if there is none."""
-    found = _NUMBER.findall(text.rpartition("####")[2])
-    return Decimal(found[-1].translate(_PLAIN)) if found else None
+def final_number(text: str) -> Decimal | None:
+    """The first number after the last '####' in `text`, or its last number where it has no '####'; None if none."""
+    _, marked, tail = text.rpartition("####")
+    found = _NUMBER.findall(tail)
+    return Decimal(found[0 if marked else -1].translate(_PLAIN)) if found else None
 
 
 def _compiled(pattern: str, reward: str) -> re.Pattern[str]:

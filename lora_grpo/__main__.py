@@ -1,0 +1,5 @@
+"""`python -m lora_grpo` is `lora-grpo`."""
+
+from lora_grpo.cli import main
+
+main()

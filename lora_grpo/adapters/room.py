@@ -1,0 +1,61 @@
+"""Whether a version fits, found out before a byte is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from lora_grpo.adapters.catalog import Catalog
+from lora_grpo.adapters.disk import PAGE_BYTES, room_bytes
+from lora_grpo.adapters.session import Session
+from lora_grpo.errors import NoRoom
+
+MIB = 1 << 20
+_MANIFEST_PAGES = 3
+"""Pages beyond the files' own: the manifest, and the folder's bookkeeping."""
+
+_DOCKER = "(a Docker container has a /dev/shm of 64 MiB unless it is started with --shm-size, such as --shm-size=8g)"
+
+
+class Room:
+    """Room on the root's file system, and in the byte budget."""
+
+    def __init__(self, catalog: Catalog, budget_bytes: int | None) -> None:
+        self._catalog = catalog
+        self._budget_bytes = budget_bytes
+
+    def make(self, sizes: Mapping[str, int], session: Session) -> None:
+        """Return when files of `sizes` bytes fit, pruning if they do not at first; else raise `NoRoom`."""
+        if self._lacking(sizes) is None:
+            return
+        session.prune()
+        if self._lacking(sizes) is not None and session.writer.backlog_bytes:
+            session.writer.flush()
+            session.prune()
+        lacking = self._lacking(sizes)
+        if lacking is not None:
+            raise NoRoom(lacking)
+
+    def _lacking(self, sizes: Mapping[str, int]) -> str | None:
+        """Why the files do not fit, or None."""
+        root = self._catalog.root.path
+        pages = _MANIFEST_PAGES + sum(-(-size // PAGE_BYTES) for size in sizes.values())
+        need, room = pages * PAGE_BYTES, room_bytes(root)
+        advice = "prune(), a retention that keeps fewer versions"
+        if need > room:
+            usage = os.statvfs(root)
+            size = usage.f_blocks * usage.f_frsize
+            return (
+                f"a version needs {need / MIB:.2f} MiB and {root} has room for {room / MIB:.2f} MiB "
+                f"of {size / MIB:.0f} MiB: {advice}, or a larger tmpfs {_DOCKER}"
+            )
+        if self._budget_bytes is None:
+            return None
+        need, used = sum(sizes.values()), self._catalog.tmpfs_bytes()
+        if used + need > self._budget_bytes:
+            return (
+                f"a version needs {need / MIB:.2f} MiB and budget_bytes={self._budget_bytes} has room for "
+                f"{max(0, self._budget_bytes - used) / MIB:.2f} MiB, versions in {root} taking {used / MIB:.2f} MiB: "
+                f"{advice}, or a larger budget within the tmpfs {_DOCKER}"
+            )
+        return None

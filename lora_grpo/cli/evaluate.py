@@ -1,0 +1,28 @@
+"""`lora-grpo eval RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_grpo.cli.output import print_json, print_table
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")],
+    version: Annotated[
+        list[int] | None,
+        typer.Option("--version", "-v", help="Evaluate this version; may be given again. Default: base and HEAD."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
+) -> None:
+    """Evaluate stored versions on the run's held-out prompts, through the engine."""
+    from lora_grpo.evaluation import evaluate_run
+
+    rows = evaluate_run(run, versions=version or None)
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(rows, f"held-out evaluation of {run}")

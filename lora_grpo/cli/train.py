@@ -1,0 +1,57 @@
+"""`lora-grpo train CONFIG`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_grpo.cli.output import print_json, print_table, say
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, or the config.json of a run.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Settings in place of the file's: grpo.learning_rate=1e-4 rewards.0.weight=2"
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run in output_dir stopped, exactly.")
+    ] = False,
+    help_config: Annotated[
+        bool,
+        typer.Option(
+            "--help-config",
+            is_eager=True,
+            callback=lambda asked: _help_config() if asked else None,
+            help="Explain every setting, with its type and default, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Train a LoRA adapter with GRPO.
+
+    The view and messages go to stderr; the last line of stdout is the result as one JSON object. Ctrl-C stops after
+    the trainer has put itself in order, with the last version intact; --resume goes on from there.
+    """
+    from lora_grpo.config_file import load_config
+
+    run_config = load_config(config, overrides or ())
+    from lora_grpo.trainer import build_trainer
+
+    try:
+        result = build_trainer(run_config, resume=resume).train()
+    except KeyboardInterrupt:
+        say(f"stopped; go on with: lora-grpo train {' '.join([str(config), *(overrides or ())])} --resume")
+        raise
+    print_json(result)
+
+
+def _help_config() -> None:
+    from lora_grpo.config_file import describe_settings
+
+    rows = [setting._asdict() for setting in describe_settings()]
+    print_table(rows, "settings of a run; in TOML 'grpo.beta' is 'beta' under [grpo]")
+    raise typer.Exit

@@ -1,0 +1,162 @@
+"""Run settings in files: TOML to read, JSON for the resolved ones that a run keeps."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from lora_grpo.config import RunConfig, nearest_key
+from lora_grpo.errors import ConfigError
+
+RESOLVED_FILE = "config.json"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The settings of a TOML file (or of a run's `config.json`), with `overrides` such as 'grpo.beta=0.04' applied.
+
+    An override's value is TOML (1e-4, true, ["q_proj", "v_proj"]), or bare text; an empty one takes the key out, back
+    to its default. `rewards.0.weight=2` reaches into a list. Raises `ConfigError` naming the file and the key.
+    """
+    path = Path(path)
+    values = _read(path)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return RunConfig(**values)
+    except ConfigError as error:
+        given = f" with {' '.join(overrides)}" if overrides else ""
+        raise ConfigError(f"{path}{given}: {error}") from error
+
+
+def save_config(config: RunConfig, run_dir: str | Path) -> Path:
+    """Writes every setting, defaults included, to `RUN/config.json`, which `load_config` reads back equal."""
+    path = Path(run_dir) / RESOLVED_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".tmp")
+    staged.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    os.replace(staged, path)
+    return path
+
+
+class Setting(NamedTuple):
+    """One key of the config file, for people."""
+
+    key: str
+    type: str
+    default: str
+    description: str
+
+
+def describe_settings(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Setting]:
+    """Every key with its type, default and meaning, section by section."""
+    for name, field in section.model_fields.items():
+        inner, repeated = _section_of(field.annotation)
+        if inner is not None:
+            yield from describe_settings(inner, f"{prefix}{name}.{'N.' if repeated else ''}")
+            continue
+        default = field.get_default(call_default_factory=True)
+        shown = "(needed)" if default is PydanticUndefined else "-" if default is None else json.dumps(default)
+        yield Setting(f"{prefix}{name}", _type_name(field.annotation), shown, field.description or "")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")], n=1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise ConfigError(f"no config file {path}{hint}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold one table of settings, not a {type(values).__name__}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    _check_path(parts, override)
+    *path, last = parts
+    target: Any = values
+    for part in path:
+        target = target[_index(target, part, override)] if isinstance(target, list) else target.setdefault(part, {})
+        if not isinstance(target, list | dict):
+            raise ConfigError(f"override {override!r}: {part!r} is {target!r}, which has no keys")
+    value = _value(text.strip(), override)
+    if isinstance(target, list):
+        target[_index(target, last, override)] = value
+    elif value is None:
+        target.pop(last, None)
+    else:
+        target[last] = value
+
+
+def _check_path(parts: list[str], override: str) -> None:
+    """Follows the keys through the sections, as far as these go."""
+    section: type[BaseModel] | None = RunConfig
+    for part in parts:
+        if section is None:
+            return
+        if part.isdigit():
+            continue
+        if part not in section.model_fields:
+            raise ConfigError(f"override {override!r}: unknown key {part!r}; {nearest_key(part, section.model_fields)}")
+        section, _ = _section_of(section.model_fields[part].annotation)
+
+
+def _index(target: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(target):
+        raise ConfigError(f"override {override!r}: {part!r} is no index of a list of {len(target)}; they count from 0")
+    return int(part)
+
+
+def _value(text: str, override: str) -> Any:
+    """A TOML value, else the text itself; None for an empty one."""
+    if not text:
+        return None
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError as error:
+        if text[0] in "[{\"'":
+            raise ConfigError(
+                f"override {override!r}: the value is no valid TOML ({error}); text in it needs quotes, and the "
+                """whole quotes for the shell: 'key=["a", "b"]'"""
+            ) from error
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field holds, if it holds one, and whether it holds a list of them."""
+    if isinstance(annotation, type) and not typing.get_origin(annotation):
+        return (annotation, False) if issubclass(annotation, BaseModel) else (None, False)
+    inner = [part for part in typing.get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return (inner[0], True) if inner else (None, False)
+
+
+def _type_name(annotation: Any) -> str:
+    """The type as a writer of TOML thinks of it."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(json.dumps(part) for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(part) for part in parts if part is not type(None))
+    if origin is tuple:
+        return f"list of {_type_name(parts[0])}"
+    if origin is dict:
+        return "table"
+    return {str: "text", bool: "true | false", int: "integer", float: "number"}.get(annotation, str(annotation))

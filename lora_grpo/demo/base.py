@@ -1,0 +1,198 @@
+"""The demo's base model: a small Llama that adds two-digit numbers, with a bad habit.
+
+It is made on the spot by supervised learning on sums in which most carries were forgotten. So it knows how to carry,
+rarely does when sampled, and hardly ever when decoded greedily: something for reinforcement learning to bring out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from lora_grpo.demo import task
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+Progress: TypeAlias = Callable[[int, int, float], None]
+"""Called after each step with `(steps done, steps in all, loss in nats a token)`."""
+
+PAD, EOS = "<pad>", "<eos>"
+TOKENS = (PAD, EOS, *"0123456789+=")
+TOKEN_ID = {token: number for number, token in enumerate(TOKENS)}
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """All that decides what the base model becomes; another recipe is another cache entry."""
+
+    hidden_size: int = 160
+    intermediate_size: int = 640
+    layers: int = 3
+    heads: int = 5
+    # Transformers' default of 0.02 suits widths of thousands; at 160 the first 1,000 steps would be lost to it.
+    initializer_range: float = 0.06
+    forgotten: float = 0.7
+    steps: int = 600
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    final_learning_rate: float = 2e-4
+    warmup_steps: int = 50
+    seed: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits that differ whenever a field or the vocabulary does."""
+        content = json.dumps({"tokens": TOKENS, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, times a linear decay over the whole run to the final rate."""
+        final = self.final_learning_rate / self.learning_rate
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * (1 - (1 - final) * step / self.steps)
+
+
+def default_cache() -> Path:
+    """`lora-grpo` in the user's cache directory (XDG)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-grpo"
+
+
+def base_path(recipe: BaseRecipe, cache: Path | None = None) -> Path:
+    """Where the base of `recipe` is kept; it is there whole or not at all."""
+    return (cache or default_cache()) / f"demo-base-{recipe.digest}"
+
+
+def ensure_base(
+    recipe: BaseRecipe | None = None, *, cache: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """The directory of the base model and its tokenizer (bf16, Transformers' layout), made if it is not there yet.
+
+    Two processes that make it at once both succeed: the first to finish puts its own in place.
+    """
+    recipe = recipe or BaseRecipe()
+    path = base_path(recipe, cache)
+    if path.is_dir():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = pretrain(recipe, progress)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        _save(model, staging)
+        _rename_unless_there(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return path
+
+
+def digit_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character; no token is added before or after a prompt."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(TOKEN_ID, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def pretrain(recipe: BaseRecipe, progress: Progress | None = None) -> LlamaForCausalLM:
+    """The trained model in fp32; the same on one machine for one recipe, whatever the caller's random state."""
+    import torch
+
+    model = _new_model(recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    with _threads(2):
+        for step, (tokens_BT, prompt_length) in enumerate(_batches(recipe)):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate_at(step)
+            loss = _answer_loss(model, tokens_BT, prompt_length)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if progress is not None:
+                progress(step + 1, recipe.steps, loss.item())
+    return model.eval()
+
+
+def _new_model(recipe: BaseRecipe) -> LlamaForCausalLM:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=64,
+        initializer_range=recipe.initializer_range,
+        tie_word_embeddings=False,
+        pad_token_id=TOKEN_ID[PAD],
+        bos_token_id=None,
+        eos_token_id=TOKEN_ID[EOS],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return LlamaForCausalLM(config)
+
+
+def _batches(recipe: BaseRecipe) -> Iterator[tuple[torch.Tensor, int]]:
+    """`(tokens_BT, prompt length)` for each step; every sum has the same number of tokens."""
+    import torch
+
+    sums = task.sloppy_sums(recipe.seed, recipe.forgotten)
+    for _ in range(recipe.steps):
+        pairs = list(itertools.islice(sums, recipe.batch_size))
+        rows = [[TOKEN_ID[token] for token in (*prompt, *answer, EOS)] for prompt, answer in pairs]
+        yield torch.tensor(rows), len(pairs[0][0])
+
+
+def _answer_loss(model: LlamaForCausalLM, tokens_BT: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """Mean cross-entropy of the answer's tokens and the end token."""
+    import torch
+
+    logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits[:, prompt_length - 1 :]
+    targets_BT = tokens_BT[:, prompt_length:]
+    return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
+@contextmanager
+def _threads(most: int) -> Iterator[None]:
+    """At most so many threads: more only wait for each other on matrices this small."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(most, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _save(model: LlamaForCausalLM, directory: Path) -> None:
+    import torch
+
+    model.to(torch.bfloat16).save_pretrained(directory)
+    digit_tokenizer().save_pretrained(directory)
+
+
+def _rename_unless_there(staging: Path, path: Path) -> None:
+    """Put the finished directory in its place; another process's, if there is one already, is as good."""
+    staging.chmod(0o755)
+    try:
+        staging.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise

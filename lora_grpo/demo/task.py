@@ -1,0 +1,91 @@
+"""Two-digit addition: `17+58=` is to be answered `075`, always three digits.
+
+The easy half of the task has no carry out of the ones column, the hard half has one. A prompt is held out by its own
+text, so no generator of training data can reach one by a seed or a count.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from functools import cache
+from typing import TypedDict
+
+from lora_grpo.errors import ConfigError
+from lora_grpo.rewards import exact
+
+ANSWER_DIGITS = 3
+MAX_TOKENS = ANSWER_DIGITS + 1
+"""Tokens of a full answer: its digits and the end token."""
+
+HELD_OUT_ONE_IN = 10
+
+reward = exact("answer")
+"""1.0 where the completion is the row's answer, else 0.0."""
+
+
+class Row(TypedDict):
+    """One problem; `carry` is true where the ones column overflows."""
+
+    prompt: str
+    answer: str
+    carry: bool
+
+
+def problem(a: int, b: int) -> Row:
+    """The row of `a + b`, both in 0..99."""
+    return Row(prompt=f"{a:02d}+{b:02d}=", answer=f"{a + b:03d}", carry=a % 10 + b % 10 >= 10)
+
+
+def without_carry(row: Row) -> str:
+    """The answer of someone who forgets the carry out of the ones column: `065` for `17+58=`."""
+    return f"{int(row['answer']) - 10 * row['carry']:03d}"
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a prompt is kept from both training phases."""
+    return zlib.crc32(prompt.encode()) % HELD_OUT_ONE_IN == 0
+
+
+def held_out_rows(count: int = 512, seed: int = 0) -> list[Row]:
+    """`count` distinct held-out problems in random order, half of them with a carry."""
+    return _balanced(count, seed, held_out=True)
+
+
+def training_rows(count: int = 4096, seed: int = 0) -> list[Row]:
+    """`count` distinct problems for reinforcement learning in random order, half of them with a carry."""
+    return _balanced(count, seed, held_out=False)
+
+
+def sloppy_sums(seed: int, forgotten: float) -> Iterator[tuple[str, str]]:
+    """Endless `(prompt, answer)` pairs for pre-training, with uniform operands and no held-out prompt.
+
+    In the share `forgotten` of the problems that need a carry it is forgotten; all other answers are right.
+    """
+    draw = random.Random(seed)
+    while True:
+        row = problem(draw.randrange(100), draw.randrange(100))
+        if is_held_out(row["prompt"]):
+            continue
+        yield row["prompt"], without_carry(row) if draw.random() < forgotten else row["answer"]
+
+
+def _balanced(count: int, seed: int, *, held_out: bool) -> list[Row]:
+    halves = [[row for row in _rows(held_out) if row["carry"] is carry] for carry in (False, True)]
+    limit = 2 * min(map(len, halves))
+    if not 2 <= count <= limit or count % 2:
+        kind = "held-out" if held_out else "training"
+        raise ConfigError(
+            f"count={count}: the task has {limit} balanced {kind} problems; ask for an even number of them"
+        )
+    draw = random.Random(seed)
+    chosen = [row for half in halves for row in draw.sample(half, count // 2)]
+    draw.shuffle(chosen)
+    return [row.copy() for row in chosen]
+
+
+@cache
+def _rows(held_out: bool) -> tuple[Row, ...]:
+    every = (problem(a, b) for a in range(100) for b in range(100))
+    return tuple(row for row in every if is_held_out(row["prompt"]) is held_out)

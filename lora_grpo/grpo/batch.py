@@ -1,0 +1,161 @@
+"""Groups of completions as padded tensors.
+
+B rows, T completion tokens (the longest), L tokens of prompt and completion. Prompts are padded on the left and
+completions on the right, so that column `prompt_length` of every row is its first completion token and a model's
+last T+1 positions are those that predict completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lora_grpo.errors import ConfigError
+from lora_grpo.types import Completion, Group
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows to learn from. The last three fields are None until `Policy.prepare` fills them."""
+
+    input_ids_BL: Tensor
+    """int64; padding holds the pad token."""
+    attention_mask_BL: Tensor
+    """int64; 1 where a token is."""
+    mask_BT: Tensor
+    """bool; the completion tokens that count in the loss."""
+    sampler_logp_BT: Tensor
+    """fp32, nats; what the sampler said of its tokens, NaN where it did not, 0 where padded."""
+    advantages_B: Tensor
+    """fp32."""
+    old_logp_BT: Tensor | None = None
+    """fp32, nats; of the policy as it was before this batch's first update, at the sampling temperature."""
+    entropy_BT: Tensor | None = None
+    """fp32, nats; of that same policy."""
+    ref_logp_BT: Tensor | None = None
+    """fp32, nats; of the base model. None as long as no KL is asked for."""
+
+    @classmethod
+    def from_groups(
+        cls,
+        groups: Sequence[Group],
+        advantages_B: Tensor,
+        *,
+        pad_token_id: int,
+        mask_truncated_completions: bool = False,
+    ) -> Batch:
+        """A row a completion, in the groups' order.
+
+        Completions hold their end token. `Completion.token_mask` takes tokens out of the loss that the policy did not
+        sample, `mask_truncated_completions` whole rows that were cut at the limit (DAPO, arXiv 2503.14476, 3.4).
+        """
+        pairs = [(group.prompt_token_ids, row) for group in groups for row in group.completions]
+        _check(pairs, advantages_B)
+        prompts = [torch.tensor(ids, dtype=torch.long) for ids, _ in pairs]
+        completions = [torch.tensor(row.token_ids, dtype=torch.long) for _, row in pairs]
+        masks = [_loss_mask(row, mask_truncated_completions) for _, row in pairs]
+        logprobs = [torch.tensor(row.logprobs, dtype=torch.float32) for _, row in pairs]
+        return cls(
+            input_ids_BL=_join(prompts, completions, pad_token_id),
+            attention_mask_BL=_join(_ones(prompts), _ones(completions), 0),
+            mask_BT=pad_sequence(masks, batch_first=True),
+            sampler_logp_BT=pad_sequence(logprobs, batch_first=True),
+            advantages_B=advantages_B.float(),
+        )
+
+    def __len__(self) -> int:
+        return self.input_ids_BL.shape[0]
+
+    @property
+    def completion_length(self) -> int:
+        """T."""
+        return self.mask_BT.shape[1]
+
+    @property
+    def prompt_length(self) -> int:
+        """L - T."""
+        return self.input_ids_BL.shape[1] - self.completion_length
+
+    @property
+    def completion_ids_BT(self) -> Tensor:
+        return self.input_ids_BL[:, self.prompt_length :]
+
+    @property
+    def completion_mask_BT(self) -> Tensor:
+        """bool; where completion tokens are, in the loss or not."""
+        return self.attention_mask_BL[:, self.prompt_length :].bool()
+
+    @property
+    def position_ids_BL(self) -> Tensor:
+        """A row's first token has position 0, however wide its padding; as an unpadded engine counts."""
+        return (self.attention_mask_BL.cumsum(dim=1) - 1).clamp(min=0)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def select(self, rows: Tensor) -> Batch:
+        """The rows at these indices, without the columns that only other rows needed."""
+        return self._map(lambda tensor: tensor[rows])._trimmed()
+
+    def split(self, rows: int) -> Iterator[Batch]:
+        """Consecutive batches of `rows` rows; the last may be smaller."""
+        for indices in torch.arange(len(self), device=self.input_ids_BL.device).split(rows):
+            yield self.select(indices)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The fields that are there."""
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                yield field.name, tensor
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self, **{name: change(tensor) for name, tensor in self._tensors()})
+
+    def _trimmed(self) -> Batch:
+        used_L = self.attention_mask_BL.any(dim=0)
+        first = self.prompt_length - int(used_L[: self.prompt_length].sum())
+        length = max(int(used_L[self.prompt_length :].sum()), 1)
+        columns = {"_BL": slice(first, self.prompt_length + length), "_BT": slice(length)}
+        return replace(
+            self,
+            **{name: tensor[:, columns[name[-3:]]] for name, tensor in self._tensors() if name[-3:] in columns},
+        )
+
+
+def _check(pairs: Sequence[tuple[Sequence[int], Completion]], advantages_B: Tensor) -> None:
+    if not pairs or advantages_B.shape != (len(pairs),):
+        raise ConfigError(
+            f"advantages of shape {tuple(advantages_B.shape)} for {len(pairs)} completions: "
+            "give at least one completion, and one advantage for each"
+        )
+    if not any(completion.token_ids for _, completion in pairs):
+        raise ConfigError(f"none of {len(pairs)} completions has a token: there is nothing to learn from")
+    for row, (prompt, completion) in enumerate(pairs):
+        if not prompt:
+            raise ConfigError(f"row {row} has an empty prompt: its first token has no distribution to be scored by")
+        tokens, mask = len(completion.token_ids), completion.token_mask
+        if len(completion.logprobs) != tokens or (mask is not None and len(mask) != tokens):
+            raise ConfigError(
+                f"row {row} has {tokens} token_ids, {len(completion.logprobs)} logprobs and "
+                f"{'no' if mask is None else len(mask)} token_mask: they must be of one length"
+            )
+
+
+def _loss_mask(completion: Completion, mask_truncated_completions: bool) -> Tensor:
+    if mask_truncated_completions and completion.truncated:
+        return torch.zeros(len(completion.token_ids), dtype=torch.bool)
+    return torch.tensor(completion.token_mask or [True] * len(completion.token_ids), dtype=torch.bool)
+
+
+def _join(prompts: list[Tensor], completions: list[Tensor], padding: int) -> Tensor:
+    left = pad_sequence(prompts, batch_first=True, padding_value=padding, padding_side="left")
+    return torch.cat([left, pad_sequence(completions, batch_first=True, padding_value=padding)], dim=1)
+
+
+def _ones(rows: list[Tensor]) -> list[Tensor]:
+    return [torch.ones_like(row) for row in rows]

@@ -1,0 +1,163 @@
+"""The losses of group-relative policy optimisation, formula by formula.
+
+Shapes: B rows, T completion tokens. `ratio` and what is made of it are (B, T) with token-level importance sampling
+and (B, 1) with sequence-level; both broadcast against (B, T). `advantages_B1` is (B, 1). Inputs hold 0 where masked.
+
+A loss is a sum over tokens, sum_bt weight_bt * loss_bt. The weights hold the normaliser, taken over the whole
+optimizer batch (or rollout) and all processes, so a batch cut into micro-batches or processes gives the same gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_grpo.config import LossType
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRange:
+    """`low`, `high` as TRL's epsilon and epsilon_high; `delta` bounds the unclipped ratio (arXiv 2505.07291)."""
+
+    low: float
+    high: float
+    delta: float | None = None
+
+
+class Size(NamedTuple):
+    """Rows, and tokens that count in the loss, over all processes."""
+
+    rows: int
+    tokens: int
+
+
+class Totals(NamedTuple):
+    """What normalisers divide by: the size of one optimizer batch, of the rollout it is part of, and a constant."""
+
+    update: Size
+    rollout: Size
+    max_completion_length: int
+
+
+# The ratio pi / pi_old.
+
+
+def token_log_ratio(logp_BT: Tensor, old_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """(B, T): each token's own log-ratio (GRPO, arXiv 2402.03300)."""
+    return logp_BT - old_logp_BT
+
+
+def sequence_log_ratio(logp_BT: Tensor, old_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """(B, 1): the row's mean log-ratio, log of its length-normalised likelihood ratio (GSPO, arXiv 2507.18071)."""
+    total_B1 = ((logp_BT - old_logp_BT) * mask_BT).sum(dim=1, keepdim=True)
+    return total_B1 / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+LogRatio = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+LOG_RATIOS: dict[Literal["token", "sequence"], LogRatio] = {
+    "token": token_log_ratio,
+    "sequence": sequence_log_ratio,
+}
+
+
+def k3_kl(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
+    """(B, T): the k3 estimate of KL(pi || pi_ref) from pi's samples, exp(d) - d - 1 >= 0 with d = log pi_ref - log pi.
+
+    See http://joschu.net/blog/kl-approx.html and arXiv 2402.03300, eq. 4. Multiplied by the ratio, its gradient is
+    the unbiased one of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556).
+    """
+    difference_BT = ref_logp_BT - logp_BT
+    return difference_BT.exp() - difference_BT - 1
+
+
+# The loss of one token.
+
+
+def clipped_surrogate(ratio: Tensor, logp_BT: Tensor, advantages_B1: Tensor, clip: ClipRange) -> Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A), PPO's (arXiv 1707.06347), with high != low as in DAPO (2503.14476)."""
+    clipped = ratio.clamp(1 - clip.low, 1 + clip.high)
+    return -torch.min(bounded(ratio, clip) * advantages_B1, clipped * advantages_B1)
+
+
+def cispo_surrogate(ratio: Tensor, logp_BT: Tensor, advantages_B1: Tensor, clip: ClipRange) -> Tensor:
+    """-sg(min(r, high)) A log pi: no token loses its gradient (MiniMax-M1, arXiv 2506.13585).
+
+    `high` bounds the ratio itself, not its distance from 1 (arXiv 2510.13786 recommends 5).
+    """
+    return -ratio.clamp(max=clip.high).detach() * advantages_B1 * logp_BT
+
+
+def bounded(ratio: Tensor, clip: ClipRange) -> Tensor:
+    """The ratio, at most `delta`: without it a negative advantage puts no bound on the loss of a large ratio."""
+    return ratio if clip.delta is None else ratio.clamp(max=clip.delta)
+
+
+# Which tokens (or rows) were clipped, under TRL's metric names.
+
+
+def clip_events(ratio: Tensor, advantages_B1: Tensor, clip: ClipRange) -> dict[str, Tensor]:
+    """Where the clip took the gradient away: below with a negative advantage, above with a positive one."""
+    low = (bounded(ratio, clip) < 1 - clip.low) & (advantages_B1 < 0)
+    high = (bounded(ratio, clip) > 1 + clip.high) & (advantages_B1 > 0)
+    return {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+
+
+def cispo_events(ratio: Tensor, advantages_B1: Tensor, clip: ClipRange) -> dict[str, Tensor]:
+    return {"cispo_clip_ratio": (ratio > clip.high) & (advantages_B1 > 0)}
+
+
+# The weight of one token, (B, T): 0 where masked, summing to about 1 over an update.
+
+
+def row_mean_weights(mask_BT: Tensor, totals: Totals) -> Tensor:
+    """Mean over rows of each row's mean (GRPO): a token of a short completion weighs more."""
+    return mask_BT / mask_BT.sum(dim=1, keepdim=True).clamp(min=1) / totals.update.rows
+
+
+def update_mean_weights(mask_BT: Tensor, totals: Totals) -> Tensor:
+    """Mean over the tokens of the optimizer batch (BNPO).
+
+    TRL takes it over each micro-batch of each process, so its gradient depends on how the batch was cut; on one
+    micro-batch the two are equal.
+    """
+    return mask_BT / max(totals.update.tokens, 1)
+
+
+def constant_weights(mask_BT: Tensor, totals: Totals) -> Tensor:
+    """Sum over tokens, divided by the constant rows * max_completion_length (Dr. GRPO, arXiv 2503.20783)."""
+    return mask_BT / (totals.update.rows * totals.max_completion_length)
+
+
+def rollout_mean_weights(mask_BT: Tensor, totals: Totals) -> Tensor:
+    """Sum over tokens, divided by the rollout's mean number of tokens an optimizer batch (DAPO, arXiv 2503.14476).
+
+    With one optimizer batch a rollout this is the mean over its tokens.
+    """
+    updates = totals.rollout.rows / totals.update.rows
+    return mask_BT * (updates / max(totals.rollout.tokens, 1))
+
+
+Surrogate = Callable[[Tensor, Tensor, Tensor, ClipRange], Tensor]
+Events = Callable[[Tensor, Tensor, ClipRange], dict[str, Tensor]]
+
+
+class Loss(NamedTuple):
+    """What tells one loss from another."""
+
+    surrogate: Surrogate
+    weights: Callable[[Tensor, Totals], Tensor]
+    events: Events
+
+
+LOSSES: dict[LossType, Loss] = {
+    "grpo": Loss(clipped_surrogate, row_mean_weights, clip_events),
+    "bnpo": Loss(clipped_surrogate, update_mean_weights, clip_events),
+    "dr_grpo": Loss(clipped_surrogate, constant_weights, clip_events),
+    "dapo": Loss(clipped_surrogate, rollout_mean_weights, clip_events),
+    "cispo": Loss(cispo_surrogate, rollout_mean_weights, cispo_events),
+}

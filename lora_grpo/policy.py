@@ -1,0 +1,300 @@
+"""The policy that is trained: log-probs of a PEFT model, and optimizer updates that do not depend on how they are cut.
+
+Letters: B rows of a batch, T completion tokens, L tokens of prompt and completion, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lora_grpo.config import GRPOConfig
+from lora_grpo.errors import ConfigError, TrainingError
+from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.logprobs import token_logprobs
+from lora_grpo.grpo.losses import Size, Totals
+from lora_grpo.grpo.objective import Objective, filled
+from lora_grpo.grpo.optimizer import build_optimizer, build_scheduler, trainable_parameters
+from lora_grpo.grpo.processes import Processes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
+
+
+class Policy:
+    """A PEFT model, its optimizer and the GRPO objective.
+
+    Without an optimizer, AdamW over the adapter is built; without a scheduler, `config`'s over `total_steps` rollout
+    steps. `policy.optimizer` and `policy.scheduler` are torch's own, also when accelerate's wrappers were given.
+
+    With an accelerator of several processes, each holds the whole model and its own rows, `update` is called by all
+    with equally many rows, and the gradient is the one that a single process would compute on all rows. Adapters start
+    from the first process's weights.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        config: GRPOConfig,
+        *,
+        accelerator: Accelerator | None = None,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+    ) -> None:
+        _check_sharding(accelerator)
+        self.model = _without_ddp(model)
+        self._base_dtype = _base_dtype(self.model)
+        self.config = config
+        self.processes = Processes(accelerator)
+        self.objective = Objective.from_config(config)
+        self.parameters = trainable_parameters(self.model)
+        self._share_initial_weights()
+        self.optimizer = _unwrapped(optimizer, "optimizer") or build_optimizer(self.model, config)
+        updates = config.total_steps * config.updates_per_step(self.num_processes)
+        self.scheduler = _unwrapped(scheduler, "scheduler") or build_scheduler(self.optimizer, config, updates)
+        if config.gradient_checkpointing:
+            self.model.enable_input_require_grads()
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def num_processes(self) -> int:
+        return self.processes.count
+
+    # Log-probs.
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """logp_BT of the completions under the policy, fp32, nats, at the sampling temperature; 0 where padded.
+
+        No gradient, no dropout, `per_device_train_batch_size` rows at a time.
+        """
+        return self._scores(batch)[0]
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """As `logprobs`, of the base model: the adapter is switched off meanwhile."""
+        with self._adapter_off():
+            return self._scores(batch)[0]
+
+    def prepare(self, batch: Batch) -> Batch:
+        """`batch` on this device with the old log-probs and entropies; with a KL, with the reference's log-probs too.
+
+        To be called before the first update on the batch: the ratios of all updates are taken against these.
+        """
+        batch = batch.to(self.device)
+        logp_BT, entropy_BT = self._scores(batch)
+        ref_logp_BT = self.reference_logprobs(batch) if self.config.beta else None
+        return replace(batch, old_logp_BT=logp_BT, entropy_BT=entropy_BT, ref_logp_BT=ref_logp_BT)
+
+    # Updates.
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """`num_iterations` passes over `batch`, an optimizer and a schedule step every optimizer batch of rows.
+
+        A batch that `prepare` has not seen is prepared first. Where a pass holds several updates, rows are shuffled
+        first (torch's global CPU generator), so that an update sees many prompts. Returns the batch's `sampling/*` and,
+        as means over the updates, `loss`, `grad_norm` (before clipping), `learning_rate` (as used) and TRL's `entropy`,
+        `kl` and clip metrics. Rows that cannot move the policy are not computed; their entropy is `prepare`'s.
+
+        Raises `ConfigError` when the rows are no multiple of an optimizer batch, or not equally many everywhere, and
+        `TrainingError` when a loss or gradient is not finite: that step is not taken, weights, optimizer and schedule
+        stay as the last good one left them.
+        """
+        self._check_rows(len(batch))
+        batch = self.prepare(batch) if batch.old_logp_BT is None else batch.to(self.device)
+        rollout = self._size(batch)
+        with _mode(self.model, training=True):
+            metrics = [self._step(rows, rollout) for rows in self._optimizer_batches(batch)]
+        means = {name: sum(one[name] for one in metrics) / len(metrics) for name in metrics[0]}
+        return means | self.processes.metrics(self.objective.observe_sampling(batch))
+
+    def _step(self, rows: Batch, rollout: Size) -> dict[str, float]:
+        self._zero_gradients()
+        totals = Totals(self._size(rows), rollout, self.config.max_completion_length)
+        local_loss, logp_BT, entropy_BT = self._accumulate(rows, totals)
+        loss = self.processes.sum(local_loss).item()
+        grad_norm = self._sum_gradients()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.optimizer.zero_grad()
+            raise TrainingError(
+                f"loss {loss}, gradient norm {grad_norm}: the step was not taken; lower learning_rate, or look for "
+                "non-finite log-probs in the batch"
+            )
+        self._clip_gradients(grad_norm)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        observed = self.objective.observe(logp_BT, entropy_BT, rows)
+        step = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        return step | self.processes.metrics(observed)
+
+    def _accumulate(self, rows: Batch, totals: Totals) -> tuple[Tensor, Tensor, Tensor]:
+        """Adds this process's gradient of one optimizer batch; its part of the loss, logp_BT and entropy_BT."""
+        loss = torch.zeros((), device=self.device)
+        logp_BT, entropy_BT = filled(rows.old_logp_BT).clone(), filled(rows.entropy_BT).clone()
+        for index in self._micro_batches(rows, self.objective.needs_gradient(rows)):
+            micro = rows.select(index)
+            logp, entropy = self._forward(micro)
+            part = self.objective.value(logp, micro, totals)
+            part.backward()
+            loss += part.detach()
+            logp_BT[index, : micro.completion_length] = logp.detach()
+            entropy_BT[index, : micro.completion_length] = entropy
+        return loss, logp_BT, entropy_BT
+
+    def _optimizer_batches(self, batch: Batch) -> Iterator[Batch]:
+        local_rows = self.config.rows_per_update(1)
+        if len(batch) > local_rows:
+            batch = batch.select(torch.randperm(len(batch)).to(self.device))
+        for _ in range(self.config.num_iterations):
+            yield from batch.split(local_rows)
+
+    def _micro_batches(self, rows: Batch, wanted_B: Tensor) -> Iterator[Tensor]:
+        """Indices of the wanted rows, `per_device_train_batch_size` at a time, rows of like length together."""
+        wanted = wanted_B.nonzero().squeeze(1)
+        by_length = wanted[rows.attention_mask_BL[wanted].sum(dim=1).argsort(descending=True, stable=True)]
+        return (index for index in by_length.split(self.config.per_device_train_batch_size) if len(index))
+
+    def _size(self, rows: Batch) -> Size:
+        """Over all processes."""
+        counts = torch.stack([torch.tensor(len(rows), device=self.device), rows.mask_BT.sum()])
+        return Size(*self.processes.sum(counts).tolist())
+
+    # The model.
+
+    @torch.no_grad()
+    def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """logp_BT and entropy_BT, 0 where padded."""
+        batch = batch.to(self.device)
+        logp_BT, entropy_BT = torch.zeros((2, *batch.mask_BT.shape), device=self.device)
+        with _mode(self.model, training=False):
+            for index in self._micro_batches(batch, batch.mask_BT.new_ones(len(batch))):
+                micro = batch.select(index)
+                logp, entropy = self._forward(micro)
+                logp_BT[index, : micro.completion_length] = logp.where(micro.completion_mask_BT, 0.0)
+                entropy_BT[index, : micro.completion_length] = entropy.where(micro.completion_mask_BT, 0.0)
+        return logp_BT, entropy_BT
+
+    def _forward(self, rows: Batch) -> tuple[Tensor, Tensor]:
+        """logp_BT and entropy_BT; logits are only made where they predict a completion token, or follow the last."""
+        predicting = rows.completion_length + 1
+        with self._autocast():
+            output = self.model(
+                input_ids=rows.input_ids_BL,
+                attention_mask=rows.attention_mask_BL,
+                position_ids=rows.position_ids_BL,
+                logits_to_keep=predicting,
+                use_cache=False,
+            )
+        return token_logprobs(output.logits[:, -predicting:-1], rows.completion_ids_BT, self.config.temperature)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._base_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._base_dtype)
+
+    @contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        """Switching a LoRA layer on again makes all its weights trainable: those that were frozen stay so."""
+        frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+    # Gradients: kept by hand rather than by DDP, so that processes may differ in how many rows they compute.
+
+    def _zero_gradients(self) -> None:
+        """Zeros, not None: a step in which no row moves the policy is still one for Adam's moments, everywhere."""
+        self.optimizer.zero_grad()
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+
+    def _sum_gradients(self) -> float:
+        """Sums over the processes: the normalisers have already divided by all rows. The norm of the sum."""
+        gradients = self._gradients()
+        if self.processes.count > 1:
+            flat = self.processes.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        return get_total_norm(gradients).item()
+
+    def _clip_gradients(self, norm: float) -> None:
+        if self.config.max_grad_norm:
+            total = torch.tensor(norm, device=self.device)
+            clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, total)
+
+    # Checks.
+
+    def _check_rows(self, rows: int) -> None:
+        least, most = self.processes.spread(rows, self.device)
+        if least != most:
+            raise ConfigError(f"processes hold from {least} to {most} rows: give each equally many")
+        local_rows = self.config.rows_per_update(1)
+        if rows == 0 or rows % local_rows:
+            raise ConfigError(
+                f"{rows} rows are no multiple of one optimizer batch, per_device_train_batch_size * "
+                f"gradient_accumulation_steps = {local_rows} rows a process"
+            )
+
+    def _share_initial_weights(self) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters.values():
+                parameter.copy_(self.processes.from_first(parameter))
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def _without_ddp(model: PeftModel) -> PeftModel:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _unwrapped(stepper: Any, attribute: str) -> Any:
+    """accelerate's wrappers step a schedule once a process; what they wrap steps once an update."""
+    if stepper is None:
+        return None
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.scheduler import AcceleratedScheduler
+
+    return getattr(stepper, attribute) if isinstance(stepper, AcceleratedOptimizer | AcceleratedScheduler) else stepper
+
+
+def _base_dtype(model: nn.Module) -> torch.dtype:
+    frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    dtype = next(frozen, torch.float32)
+    if dtype == torch.float16:
+        raise ConfigError("a float16 base needs loss scaling, or small gradients vanish: use bfloat16 or float32")
+    return dtype
+
+
+def _check_sharding(accelerator: Accelerator | None) -> None:
+    kind = str(accelerator.distributed_type.value) if accelerator else "NO"
+    if kind in {"FSDP", "DEEPSPEED", "MEGATRON_LM"}:
+        raise ConfigError(f"accelerate's {kind} shards the model; each process must hold a whole one: use plain DDP")

@@ -1,0 +1,49 @@
+"""From a run's settings to its trainer, and back from a run directory to its engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from lora_grpo.config import LoraSettings, RunConfig
+from lora_grpo.config_file import save_config
+from lora_grpo.data import load_data
+from lora_grpo.rewards import load_reward
+from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+
+
+def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
+    """The trainer of a run; its resolved settings are written to the run directory first."""
+    save_config(config, Path(config.output_dir))
+    train, held_out = load_data(config.data)
+    weights = tuple(reward.weight for reward in config.rewards)
+    return GRPOTrainer(
+        config.model.name,
+        [load_reward(reward) for reward in config.rewards],
+        config.grpo.replace(reward_weights=weights),
+        train,
+        eval_dataset=held_out,
+        peft_config=lora_config(config.lora),
+        engine_config=config.engine,
+        run_dir=config.output_dir,
+        store_root=config.store_root,
+        dtype=config.model.dtype,
+        view=view,
+    )
+
+
+def lora_config(settings: LoraSettings) -> LoraConfig:
+    """`peft.LoraConfig` of a run's settings."""
+    targets: Any = settings.target_modules
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        task_type="CAUSAL_LM",
+    )

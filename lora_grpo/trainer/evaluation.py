@@ -1,0 +1,99 @@
+"""Held-out evaluation: greedy answers of a named version, every one of them kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.config import GRPOConfig
+from lora_grpo.data import PromptDataset
+from lora_grpo.engines.base import Engine
+from lora_grpo.errors import ConfigError
+from lora_grpo.rewards import RewardFunction, reward_names, score
+from lora_grpo.trainer.rollouts import greedy_sampling
+
+FOLDER = "evaluations"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One version's held-out answers: a row a prompt (prompt, completion, version, rewards, its columns)."""
+
+    version: int
+    step: int
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+
+
+def evaluate(
+    engine: Engine,
+    version: AdapterVersion,
+    data: PromptDataset,
+    reward_funcs: Sequence[RewardFunction],
+    config: GRPOConfig,
+) -> Evaluation:
+    """Mean of each reward over all held-out prompts, answered greedily; `reward` is their weighted sum.
+
+    Columns that hold booleans split the reward further: `reward/COLUMN=true`, `reward/COLUMN=false`.
+    """
+    prompts, columns = data.select(range(len(data)))
+    groups = engine.generate(prompts, greedy_sampling(config), adapter=version)
+    rewards_BF = score(reward_funcs, groups, columns)
+    names, weights = reward_names(reward_funcs), config.reward_weights or (1.0,) * len(reward_funcs)
+    rows = []
+    for p, (group, rewards) in enumerate(zip(groups, rewards_BF, strict=True)):
+        known = [weight * reward for weight, reward in zip(weights, rewards, strict=True) if not math.isnan(reward)]
+        rows.append(
+            {
+                "prompt": group.prompt,
+                "completion": group.completions[0].text,
+                "version": group.completions[0].version,
+                "reward": sum(known),
+                **{f"rewards/{name}": reward for name, reward in zip(names, rewards, strict=True)},
+                "columns": {name: values[p] for name, values in columns.items()},
+            }
+        )
+    return Evaluation(version.number, version.step, _means(rows, names), rows)
+
+
+def save_evaluation(run_dir: Path, result: Evaluation) -> Path:
+    """Write every row to RUN/evaluations/NUMBER.json, atomically."""
+    folder = run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result.version:06d}.json"
+    staged = path.with_suffix(".tmp")
+    staged.write_text(json.dumps(asdict(result), indent=1, default=str))
+    os.replace(staged, path)
+    return path
+
+
+def saved_evaluations(run_dir: Path) -> dict[int, Evaluation]:
+    """What `save_evaluation` wrote, by version. Raises `ConfigError` when there is none."""
+    paths = sorted((run_dir / FOLDER).glob("*.json"))
+    if not paths:
+        raise ConfigError(f"{run_dir} holds no evaluation; was it trained with held-out prompts (data.eval)?")
+    loaded = [Evaluation(**json.loads(path.read_text())) for path in paths]
+    return {evaluation.version: evaluation for evaluation in loaded}
+
+
+def _means(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
+    metrics = {"reward": _mean([row["reward"] for row in rows])}
+    metrics |= {f"rewards/{name}": _mean([row[f"rewards/{name}"] for row in rows]) for name in names}
+    flags = sorted({key for row in rows for key, value in row["columns"].items() if isinstance(value, bool)})
+    for flag in flags:
+        for value in (True, False):
+            part = [row["reward"] for row in rows if row["columns"].get(flag) is value]
+            if part:
+                metrics[f"reward/{flag}={str(value).lower()}"] = _mean(part)
+    return metrics
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,98 @@
+"""What a run will hold in memory, from the model's config alone, before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_grpo.errors import ConfigError
+
+_GIB = 1 << 30
+_ADAM_BYTES = 4 + 4 + 4 + 4
+"""fp32 weight, gradient and two moments of each adapter parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes, without activations: the trainer's base, its adapter with optimizer, and the engine's parts."""
+
+    trainer_base_bytes: int
+    adapter_and_optimizer_bytes: int
+    engine_base_bytes: int
+    adapter_slots_bytes: int
+    kv_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __str__(self) -> str:
+        parts = (
+            f"{field.name.removesuffix('_bytes')} {getattr(self, field.name) / _GIB:.2f}" for field in fields(self)
+        )
+        return f"{self.total_bytes / _GIB:.2f} GiB without activations ({', '.join(parts)})"
+
+
+def estimate_memory(
+    model: str | Path,
+    *,
+    rank: int,
+    targets: set[str] | None,
+    slots: int,
+    max_lora_rank: int,
+    trainer_dtype: torch.dtype,
+    engine_dtype: torch.dtype,
+    kv_tokens: int,
+    trust_remote_code: bool = False,
+) -> MemoryEstimate:
+    """The estimate for a checkpoint; `targets` are last names of adapted layers (None: every linear layer)."""
+    config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = skeleton.get_output_embeddings()
+    linears = [(n, m) for n, m in skeleton.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    adapted = [m for n, m in linears if targets is None or n.rsplit(".", 1)[-1] in targets]
+    elements = sum(p.numel() for p in skeleton.parameters())
+    return MemoryEstimate(
+        trainer_base_bytes=elements * trainer_dtype.itemsize,
+        adapter_and_optimizer_bytes=_lora_elements(adapted, rank) * _ADAM_BYTES,
+        engine_base_bytes=elements * engine_dtype.itemsize,
+        adapter_slots_bytes=_lora_elements([m for _, m in linears], max_lora_rank) * slots * engine_dtype.itemsize,
+        kv_bytes=kv_tokens * _kv_bytes_per_token(config, engine_dtype),
+    )
+
+
+def require_memory(estimate: MemoryEstimate, available_bytes: int, where: str) -> None:
+    """Raises `ConfigError` with the parts when the estimate exceeds what is there."""
+    if estimate.total_bytes > available_bytes:
+        raise ConfigError(
+            f"the run needs {estimate}, and {where} has {available_bytes / _GIB:.2f} GiB free: use a smaller model, a "
+            "half-precision trainer (model.dtype='bfloat16'), a lower max_lora_rank or fewer max_loras"
+        )
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes on a CUDA device, or available to the system for the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 1 << 62
+    rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(rows["MemAvailable"].split()[0]) << 10
+
+
+def _lora_elements(linears: list[nn.Linear], rank: int) -> int:
+    return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
+
+
+def _kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * int(text.num_hidden_layers) * int(heads) * int(head_dim) * dtype.itemsize

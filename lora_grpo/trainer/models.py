@@ -1,0 +1,119 @@
+"""The two holders of a base model: the vLLM engine, and the trainer's PEFT model on the same device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, set_seed
+
+from lora_grpo.adapters.checks import active_adapter, check_servable
+from lora_grpo.adapters.peft_format import peft_model_of
+from lora_grpo.config import EngineConfig
+from lora_grpo.engines.base import Engine
+from lora_grpo.errors import ConfigError
+from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate_memory, require_memory
+
+
+def default_device() -> torch.device:
+    """`cuda:0` when there is one: trainer and engine share it."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def checkpoint_of(model: str | Path | nn.Module) -> str:
+    """The hub name or directory that a model came from. Raises `ConfigError` when it does not say."""
+    if isinstance(model, str | Path):
+        return str(model)
+    name = getattr(peft_model_of(model).base_model.model.config, "_name_or_path", "")
+    if not name:
+        raise ConfigError("the model does not know its checkpoint; build VLLMEngine(name) yourself and pass engine=")
+    return str(name)
+
+
+def planned_memory(model: str | Path | nn.Module, peft_config: Any, config: EngineConfig, dtype: str) -> MemoryEstimate:
+    """The run's estimate; raises `ConfigError` when it does not fit where it will run."""
+    lora = _lora_config(model, peft_config)
+    targets = None if isinstance(lora.target_modules, str | None) else set(lora.target_modules)
+    rank = max([lora.r, *lora.rank_pattern.values()])
+    estimate = estimate_memory(
+        checkpoint_of(model),
+        rank=rank,
+        targets=targets,
+        slots=config.max_loras,
+        max_lora_rank=config.max_lora_rank or rank,
+        trainer_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+        engine_dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
+        kv_tokens=config.max_num_seqs * (config.max_model_len or 1024),
+    )
+    device = default_device()
+    require_memory(estimate, available_memory(device), str(device))
+    return estimate
+
+
+def build_engine(model: str | Path | nn.Module, config: EngineConfig, rank: int) -> Engine:
+    """A `VLLMEngine` on the model's checkpoint, sized for adapters of `rank`."""
+    from lora_grpo.engines.vllm_local import VLLMEngine
+
+    return VLLMEngine(
+        checkpoint_of(model),
+        max_lora_rank=config.max_lora_rank or rank,
+        max_loras=config.max_loras,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+
+
+def build_policy_model(model: str | Path | nn.Module, peft_config: Any, dtype: str, seed: int) -> nn.Module:
+    """The PEFT model to train, on the default device, its adapter in fp32 and drawn from `seed`.
+
+    A model that is given is used as it is.
+    """
+    if isinstance(model, nn.Module):
+        if peft_config is not None:
+            raise ConfigError("model is a PeftModel already: leave peft_config out, or pass the checkpoint's name")
+        return model
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    set_seed(seed)
+    policy = get_peft_model(base.to(default_device()), peft_config, autocast_adapter_dtype=True)
+    for module in check_servable(policy, active_adapter(policy)):
+        module.a_RI.data, module.b_OR.data = module.a_RI.data.float(), module.b_OR.data.float()
+    return policy
+
+
+def lora_rank(model: str | Path | nn.Module, peft_config: Any) -> int:
+    """The largest rank of the adapter to be trained."""
+    config = _lora_config(model, peft_config)
+    return max([config.r, *config.rank_pattern.values()])
+
+
+def check_same_device(model: nn.Module, engine: Engine) -> None:
+    """Raises `ConfigError` unless trainer and in-process engine share a device."""
+    trainer, served = next(model.parameters()).device, engine.device
+    if served is not None and (trainer.type, trainer.index or 0) != (served.type, served.index or 0):
+        raise ConfigError(
+            f"the trainer is on {trainer}, the engine on {served}; move the model with model.to('{served}')"
+        )
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id to pad with: the tokenizer's pad token, else its end token, else 0 (padding is masked everywhere)."""
+    for name in ("pad_token_id", "eos_token_id"):
+        if getattr(tokenizer, name, None) is not None:
+            return int(getattr(tokenizer, name))
+    return 0
+
+
+def _lora_config(model: str | Path | nn.Module, peft_config: Any) -> LoraConfig:
+    if isinstance(model, nn.Module):
+        return peft_model_of(model).peft_config[active_adapter(model)]
+    if peft_config is None:
+        raise ConfigError("model is a checkpoint name: pass peft_config=LoraConfig(...) to adapt it")
+    return peft_config

@@ -1,0 +1,39 @@
+"""Shared real engines: starting one takes seconds, so tests that can share one do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ENGINE_ARGS = {"max_model_len": 128, "enforce_eager": True, "gpu_memory_utilization": 0.1, "max_num_seqs": 64}
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny_models import tiny_model
+
+    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def llama_engine(llama_dir: Path) -> Iterator[object]:
+    """One real engine on a tiny Llama: two slots, four loaded versions, rank 16."""
+    from lora_grpo.engines.vllm_local import VLLMEngine
+
+    engine = VLLMEngine(llama_dir, max_lora_rank=16, **ENGINE_ARGS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def shm_dir() -> Iterator[Path]:
+    """A fresh directory on tmpfs."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-test-") as folder:
+        yield Path(folder)

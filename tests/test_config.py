@@ -1,0 +1,148 @@
+"""Run settings: files, overrides, and errors that name file, key and fix."""
+
+import json
+
+import pytest
+
+from lora_grpo.config import GRPOConfig, RunConfig
+from lora_grpo.config_file import describe_settings, load_config, save_config
+from lora_grpo.errors import ConfigError
+
+TOML = """
+output_dir = "runs/t"
+
+[model]
+name = "some/model"
+
+[data]
+train = "train.jsonl"
+
+[[rewards]]
+name = "numeric"
+
+[[rewards]]
+name = "format"
+weight = 0.2
+options.pattern = '\\d+'
+
+[lora]
+target_modules = ["q_proj", "v_proj"]
+rank_pattern = { "layers\\\\.0.*" = 4 }
+
+[grpo]
+learning_rate = 2e-5
+"""
+
+
+@pytest.fixture
+def config_path(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(TOML)
+    return path
+
+
+def test_a_file_becomes_a_run_config(config_path):
+    config = load_config(config_path)
+    assert config.grpo.learning_rate == 2e-5
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert [reward.weight for reward in config.rewards] == [1.0, 0.2]
+    assert config.rewards[1].options == {"pattern": r"\d+"}
+    assert config.engine.max_loras == 2
+
+
+def test_resolved_settings_load_back_equal_and_can_be_overridden(config_path, tmp_path):
+    config = load_config(config_path, ["grpo.learning_rate=0.1", "grpo.adam_epsilon=1e-7"])
+    saved = save_config(config, tmp_path / "run")
+    assert load_config(saved) == config
+    assert load_config(saved, ["grpo.beta=0.5"]).grpo.beta == 0.5
+    assert json.loads(saved.read_text())["grpo"]["total_steps"] == 100
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("grpo.learning_rate=1e-4", "grpo", "learning_rate", 1e-4),
+        ("grpo.scale_rewards=none", "grpo", "scale_rewards", "none"),
+        ("grpo.mask_truncated_completions=true", "grpo", "mask_truncated_completions", True),
+        ("model.name=Qwen/Qwen2.5-0.5B", "model", "name", "Qwen/Qwen2.5-0.5B"),
+        ('lora.target_modules=["up_proj"]', "lora", "target_modules", ("up_proj",)),
+        ("lora.target_modules=all-linear", "lora", "target_modules", "all-linear"),
+        ("lora.target_modules=", "lora", "target_modules", "all-linear"),
+        ("grpo.learning_rate=", "grpo", "learning_rate", 1e-6),
+        ("data.system_prompt=a = b", "data", "system_prompt", "a = b"),
+        ("grpo.epsilon=.3", "grpo", "epsilon", 0.3),
+    ],
+)
+def test_overrides(config_path, override, section, key, value):
+    assert getattr(getattr(load_config(config_path, [override]), section), key) == value
+
+
+def test_overrides_reach_into_lists_and_make_sections(config_path):
+    config = load_config(config_path, ["rewards.1.weight=3", "rewards.1.options.pattern=x+", "engine.max_loras=4"])
+    assert config.rewards[1].weight == 3
+    assert config.rewards[1].options == {"pattern": "x+"}
+    assert config.engine.max_loras == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("grpo.learning_rat=1", ["grpo.learning_rat=1", "'learning_rat'", "did you mean 'learning_rate'?"]),
+        ("gpro.beta=1", ["'gpro'", "'grpo'"]),
+        ("grpo.beta", ["not of the form section.key=value"]),
+        ("rewards.7.weight=1", ["'7'", "list of 2", "count from 0"]),
+        ("rewards.0.wieght=1", ["'wieght'", "'weight'"]),
+        ("lora.target_modules=[q_proj]", ["no valid TOML", "quotes"]),
+        ("grpo.beta=-1", ["run.toml", "grpo.beta", "got -1"]),
+        ("grpo.loss_type=ppo", ["grpo.loss_type", "'dapo'", "got 'ppo'"]),
+        ("model.name.x=1", ["'x'", "some/model"]),
+    ],
+)
+def test_bad_overrides_name_key_value_and_fix(config_path, override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_path, [override])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda text: text.replace("learning_rate", "learning_rat"), ["grpo.learning_rat", "'learning_rate'"]),
+        (lambda text: text.replace("weight = 0.2", "wieght = 0.2"), ["rewards.1.wieght", "'weight'"]),
+        (lambda text: text.replace('name = "some/model"', ""), ["model.name", "needed", "hub name"]),
+        (lambda text: text.replace("[grpo]", "[gpro]"), ["gpro", "did you mean 'grpo'?"]),
+        (lambda text: text.replace("2e-5", "2e-5 x"), ["no valid TOML", "line"]),
+        (lambda text: text + "generation_batch_size = 30", ["grpo: ", "generation_batch_size=30", "num_generations=8"]),
+        (lambda text: text + "top_p = 0.9", ["top_p=0.9", "train with top_p=1"]),
+    ],
+)
+def test_bad_files_name_file_key_and_fix(config_path, edit, words):
+    config_path.write_text(edit(TOML))
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_path)
+    assert all(word in str(caught.value) for word in [str(config_path), *words]), str(caught.value)
+
+
+def test_a_missing_file_names_the_nearest(config_path):
+    with pytest.raises(ConfigError, match=r"no config file .*runn\.toml; did you mean .*run\.toml\?"):
+        load_config(config_path.with_name("runn.toml"))
+
+
+def test_errors_of_nested_settings_are_said_once():
+    """Pydantic also reports the list that holds a bad item as too short."""
+    with pytest.raises(ConfigError) as caught:
+        RunConfig(output_dir="r", model={"name": "m"}, data={"train": "t"}, rewards=[{"name": "exact", "wait": 1}])
+    assert str(caught.value) == "rewards.0.wait: unknown key; did you mean 'weight'?"
+    with pytest.raises(ConfigError, match=r"^learning_rat: unknown key; did you mean 'learning_rate'\?$"):
+        GRPOConfig(learning_rat=1)
+
+
+def test_every_setting_is_explained_and_can_be_unset():
+    """A default of None is the only None: JSON's null and an empty override then mean the same."""
+    settings = list(describe_settings())
+    assert all(setting.description for setting in settings), [s.key for s in settings if not s.description]
+    keys = {setting.key: setting for setting in settings}
+    assert keys["grpo.learning_rate"].default == "1e-06"
+    assert keys["rewards.N.name"].default == "(needed)"
+    assert keys["data.eval"].default == "-"
+    assert keys["grpo.scale_rewards"].type == '"group" | "batch" | "none"'

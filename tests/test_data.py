@@ -1,0 +1,147 @@
+"""Prompts: reading, checking, and an order that resumes exactly."""
+
+import json
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_grpo.config import DataConfig
+from lora_grpo.data import PromptSampler, load_data, load_prompts
+from lora_grpo.errors import ConfigError
+
+ROWS = [{"prompt": "1+1=", "answer": 2, "tag": "easy"}, {"prompt": "17+58=", "answer": "75", "tag": "carry"}]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_jsonl_keeps_prompts_and_columns_of_mixed_types(tmp_path):
+    """Arrow would refuse an answer column that is a number in one row and text in the next."""
+    data = load_prompts(write_jsonl(tmp_path / "train.jsonl", ROWS))
+    assert len(data) == 2
+    assert data.column_names == ("answer", "tag")
+    assert data.select([1, 0, 1]) == (
+        ["17+58=", "1+1=", "17+58="],
+        {"answer": ["75", 2, "75"], "tag": ["carry", "easy", "carry"]},
+    )
+
+
+def test_every_source_gives_the_same_prompts(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": f"{n}+1=", "answer": n + 1} for n in range(5)]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(str(tmp_path / "t.parquet"))
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    write_jsonl(tmp_path / "t.jsonl", rows)
+    sources = [rows, table, tmp_path / "t.parquet", str(tmp_path / "t.jsonl"), tmp_path / "array.json"]
+    read = [load_prompts(source, prompt_column="question") for source in sources]
+    first = read[0].select([3, 1])
+    assert first == (["3+1=", "1+1="], {"answer": [4, 2]})
+    assert all(data.select([3, 1]) == first for data in read)
+    assert all(len(load_prompts(source, prompt_column="question", limit=2)) == 2 for source in sources)
+
+
+def test_chats_from_arrow_lose_the_keys_of_other_messages(tmp_path, monkeypatch):
+    """Arrow gives each message the union of keys, with None; a chat template would render `tool_calls: None`."""
+    datasets = pytest.importorskip("datasets")
+    chat = [{"role": "user", "content": "hi"}]
+    other = [{"role": "user", "content": "a", "name": "Bo"}]
+    data = load_prompts(datasets.Dataset.from_list([{"messages": chat}, {"messages": other}]), prompt_column="messages")
+    assert data.prompt(0) == chat
+    assert data.prompt(1) == other
+
+
+def test_system_prompt_makes_chats():
+    text, chat = {"prompt": "2+2"}, {"prompt": [{"role": "user", "content": "3+3"}]}
+    user = {"role": "user", "content": "2+2"}
+    system = {"role": "system", "content": "Be brief."}
+    assert load_prompts([text]).prompt(0) == "2+2"
+    assert load_prompts([text], system_prompt="Be brief.").prompt(0) == [system, user]
+    assert load_prompts([text], system_prompt="").prompt(0) == [user]
+    assert load_prompts([chat], system_prompt="Be brief.").prompt(0) == [system, *chat["prompt"]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        ([{"question": "a", "x": 1}], {}, ["'prompt'", "'question', 'x'", "prompt_column"]),
+        ([{"messages": [], "x": 1}], {}, ["prompt_column = 'messages'"]),
+        ([{"prompt": "a"}, {"prompt": ""}], {}, ["row 1", "'prompt'", "empty"]),
+        ([{"prompt": "a"}, {"x": 1}], {}, ["row 1", "None", "a prompt is text or a list"]),
+        ([{"prompt": 17}], {}, ["row 0", "17"]),
+        ([{"prompt": [{"content": "no role"}]}], {}, ["row 0", "'role'"]),
+        ([{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}], {}, ["leave out"]),
+        ([{"prompt": [{"role": "system", "content": "s"}]}], {"system_prompt": "t"}, ["data.system_prompt"]),
+        ([{"prompt": "a", "completions": 1}], {}, ["'completions'", "rename"]),
+        ([], {}, ["no rows"]),
+        (["text"], {}, ["row 0", "'text'", "dict"]),
+        ({"train": [], "test": []}, {}, ["'train', 'test'"]),
+    ],
+)
+def test_bad_rows_are_refused_with_the_fix(rows, options, words):
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(rows, **options)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_bad_files_name_file_and_line(tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a"}\n\n{"prompt": \n')
+    with pytest.raises(ConfigError, match=r"broken\.jsonl, line 3: not JSON"):
+        load_prompts(broken)
+    broken.write_text('{"prompt": "a"}\n[1]\n')
+    with pytest.raises(ConfigError, match=r"line 2: \[1\] is no JSON object"):
+        load_prompts(broken)
+    with pytest.raises(ConfigError, match=r"no such data file: .*nowhere\.jsonl"):
+        load_prompts("nowhere.jsonl")
+    (tmp_path / "bad.parquet").write_text("not parquet")
+    with pytest.raises(ConfigError, match=r"bad\.parquet is no readable Parquet file"):
+        load_prompts(tmp_path / "bad.parquet")
+
+
+def test_load_data_reads_both_sets(tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    held_out = write_jsonl(tmp_path / "eval.jsonl", ROWS * 3)
+    trained, evaluated = load_data(DataConfig(train=str(train), eval=str(held_out), eval_limit=4))
+    assert (len(trained), len(evaluated)) == (2, 4)
+    assert load_data(DataConfig(train=str(train)))[1] is None
+
+
+@given(n=st.integers(1, 40), p=st.integers(1, 50), seed=st.integers(0, 2**40), before=st.integers(0, 12))
+@settings(max_examples=60, deadline=None)
+def test_sampler_resumes_exactly_and_epochs_are_permutations(n, p, seed, before):
+    whole = list(islice(PromptSampler(n, p, seed), before + 6))
+    first = PromptSampler(n, p, seed)
+    head = list(islice(first, before))
+    resumed = PromptSampler(n, p, seed)
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert head + list(islice(resumed, 6)) == whole
+    drawn = [index for step in whole for index in step]
+    for start in range(0, len(drawn) - n + 1, n):
+        assert sorted(drawn[start : start + n]) == list(range(n))
+
+
+def test_sampler_order_is_fixed_for_ever_and_depends_on_seed_and_epoch():
+    """A resumed run of another NumPy release must go on in the same order: these numbers never change."""
+    sampler = PromptSampler(8, 8, seed=42)
+    epochs = list(islice(sampler, 3))
+    assert epochs[0] == FIXED_ORDER
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert next(PromptSampler(8, 8, seed=43)) != epochs[0]
+    assert sampler.epochs == 3.0
+
+
+FIXED_ORDER = [7, 3, 4, 6, 5, 2, 1, 0]
+
+
+def test_sampler_refuses_the_state_of_another_run():
+    state = PromptSampler(10, 2, seed=1).state_dict()
+    with pytest.raises(ConfigError, match=r"\(10, 1\), this one has \(11, 1\)"):
+        PromptSampler(11, 2, seed=1).load_state_dict(state)
+    with pytest.raises(ConfigError, match="at least 1"):
+        PromptSampler(0, 2, seed=1)

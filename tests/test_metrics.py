@@ -1,0 +1,248 @@
+"""The log survives kills, the terminal stays in order, the picture is drawn."""
+
+import io
+import json
+import logging
+import math
+import os
+import pty
+import signal
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from lora_grpo.errors import ConfigError, StoreError
+from lora_grpo.metrics import Reporter, RunLog, capture_output, history, plot_run, quiet_libraries, read_metrics
+from lora_grpo.metrics.render import ViewState, duration, phase_seconds, plain_step, sparkline
+from lora_grpo.metrics.view import LiveView
+
+STEP = {
+    "reward": 0.5,
+    "reward_std": 0.25,
+    "frac_reward_zero_std": 0.25,
+    "sampling/sampling_logp_difference/mean": 0.004,
+    "version": 3,
+    "step_time": 2.0,
+    "time/publish_s": 0.01,
+    "time/generate_s": 1.5,
+    "completions/mean_length": 10.0,
+    "completions/clipped_ratio": 0.0,
+    "canary/verdict": "ok",
+}
+
+
+def test_log_writes_plain_json(tmp_path):
+    log = RunLog(tmp_path / "metrics.jsonl")
+    log.append(
+        "step", step=1, reward=np.float32(0.5), kl=math.nan, loss=np.float64(math.inf), names=("a",), where=tmp_path
+    )
+    log.close()
+    (record,) = read_metrics(tmp_path)
+    assert record.pop("time") > 0
+    assert record == {
+        "event": "step",
+        "step": 1,
+        "reward": 0.5,
+        "kl": None,
+        "loss": None,
+        "names": ["a"],
+        "where": str(tmp_path),
+    }
+
+
+@pytest.mark.parametrize("cut", range(1, 24))
+def test_a_torn_last_line_is_left_out_and_the_next_record_stands_alone(tmp_path, cut):
+    """Glued to a torn line, the first record after a resume would be lost too."""
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"event":"step","step":1}\n{"event":"step","step":2}\n'
+    path.write_bytes(whole[:-cut])
+    steps = [1] if cut > 1 else [1, 2]
+    assert [record["step"] for record in read_metrics(path)] == steps
+    log = RunLog(path)
+    log.append("step", step=3)
+    log.close()
+    assert [record["step"] for record in read_metrics(path)] == [*steps, 3]
+
+
+def test_a_killed_writer_leaves_whole_lines(tmp_path):
+    program = (
+        "import sys, itertools\nfrom pathlib import Path\nfrom lora_grpo.metrics.log import RunLog\n"
+        "log = RunLog(Path(sys.argv[1]))\n"
+        "for step in itertools.count(1):\n"
+        "    log.append('step', step=step, pad='x' * 5000)\n"
+        "    if step == 50: print('go', flush=True)\n"
+    )
+    path = tmp_path / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        writer.send_signal(signal.SIGKILL)
+    steps = [record["step"] for record in read_metrics(path)]
+    assert len(steps) >= 50
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "start"}\n{"even\n{"event": "end"}\n')
+    with pytest.raises(StoreError, match=r"metrics\.jsonl, line 2 is no JSON object"):
+        read_metrics(tmp_path)
+    with pytest.raises(StoreError, match="is this a run directory"):
+        read_metrics(tmp_path / "other")
+
+
+def test_history_leaves_out_what_a_resume_did_again():
+    def step(number, reward):
+        return {"event": "step", "step": number, "reward": reward}
+
+    records = [{"event": "start", "step": 0}, step(1, 0.1), step(2, 0.2), step(3, 0.3)]
+    records += [{"event": "start", "step": 1}, step(2, 0.5)]
+    assert [(r["step"], r["reward"]) for r in history(records) if r["event"] == "step"] == [(1, 0.1), (2, 0.5)]
+
+
+def test_reporter_writes_log_samples_and_a_plain_line_a_step(tmp_path, capfd):
+    rows = [{"prompt": "[bold]1+1=[/nonsense]", "completion": "2", "reward": 1.0, "version": 3}]
+    with Reporter(tmp_path / "run", 4) as reporter:
+        reporter.start({"model": "tiny"})
+        reporter.evaluation(0, None, {"accuracy": 0.45})
+        reporter.phase("generate")
+        reporter.step(1, STEP)
+        reporter.samples(1, rows)
+        reporter.message("something to know")
+        reporter.end({"accuracy_after": 0.9})
+    out, err = capfd.readouterr()
+    assert out == "", "stdout is for the final JSON line"
+    assert "step 1/4  v3  reward 0.500 ± 0.250  gap 0.0040 nats  generate 1.50 s  publish 0.01 s  eta 6s" in err
+    assert "held-out after step 0, base: accuracy 0.45" in err
+    assert "[bold]1+1=[/nonsense]" in err
+    assert "something to know" in err
+    assert "\x1b" not in err
+    events = [record["event"] for record in read_metrics(tmp_path / "run")]
+    assert events == ["start", "evaluation", "step", "message", "end"]
+    (samples,) = read_metrics(tmp_path / "run" / "samples.jsonl")
+    assert samples["rows"] == rows
+    reporter.close()
+
+
+def test_live_view_on_a_terminal_shows_the_run_and_gives_the_terminal_back(tmp_path):
+    primary, secondary = pty.openpty()
+    stream = os.fdopen(secondary, "w")
+    view = LiveView(tmp_path, 4, stream)
+    view.start({"model": "tiny"})
+    view.evaluation(0, None, {"accuracy": 0.45})
+    view.step(1, STEP)
+    view.evaluation(1, 3, {"accuracy": 0.75})
+    view.close()
+    stream.flush()
+    shown = os.read(primary, 1 << 16).decode()
+    stream.close()
+    os.close(primary)
+    for words in (
+        "0.500 ± 0.250",
+        "0.750",
+        "from 0.450 (base)",
+        "75% of groups",
+        "v3",
+        "nats a token",
+        "generate 1.50",
+    ):
+        assert words in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor must be visible again"
+
+
+def test_view_on_anything_but_a_terminal_is_plain(tmp_path):
+    stream = io.StringIO()
+    view = LiveView(tmp_path, 2, stream)
+    view.start({})
+    view.step(1, {"reward": 1.0, "step_time": 1.0, "sampling/sampling_logp_difference/mean": None})
+    view.close()
+    assert stream.getvalue().splitlines()[1] == "step 1/2  reward 1.000  eta 1s"
+
+
+def test_libraries_and_children_write_to_the_engine_log_only(tmp_path, capfd):
+    told = []
+    log = tmp_path / "engine.log"
+    before = logging.getLogger("vllm").handlers[:]
+    with quiet_libraries(log, told.append):
+        logging.getLogger("vllm.engine").warning("from a logger")
+        warnings.warn("of the user", stacklevel=1)
+        with capture_output(log):
+            print("from python")
+            subprocess.run(["sh", "-c", "echo from a child; echo and its stderr >&2"], check=True)
+    print("after")
+    out, err = capfd.readouterr()
+    assert (out, err) == ("after\n", "")
+    assert told == ["warning: of the user"]
+    for words in ("from a logger", "from python", "from a child", "and its stderr"):
+        assert words in log.read_text()
+    assert logging.getLogger("vllm").handlers == before
+
+
+def test_a_failure_under_capture_names_the_log_and_gives_the_streams_back(tmp_path, capfd):
+    with pytest.raises(RuntimeError) as caught, capture_output(tmp_path / "engine.log"):
+        raise RuntimeError("no engine")
+    assert str(tmp_path / "engine.log") in caught.value.__notes__[0]
+    os.write(2, b"visible\n")
+    assert capfd.readouterr().err == "visible\n"
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_plot(tmp_path, steps):
+    with Reporter(tmp_path, steps, view=False) as reporter:
+        reporter.start({"model": "tiny"})
+        for step in range(1, steps + 1):
+            reporter.step(step, {**STEP, "kl": math.nan, "canary/verdict": "failed" if step == 9 else "ok"})
+        if steps > 1:
+            reporter.evaluation(0, None, {"accuracy": 0.4})
+            reporter.evaluation(steps, 3, {"accuracy": 0.9})
+    path = plot_run(tmp_path)
+    assert path == tmp_path / "plot.png"
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_plot_of_a_run_without_steps_says_so(tmp_path):
+    with Reporter(tmp_path, 3, view=False) as reporter:
+        reporter.start({})
+    with pytest.raises(StoreError, match="no finished step to plot"):
+        plot_run(tmp_path)
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Reporter(tmp_path, 2, view=False, trackers=("tensorboard",)) as reporter:
+        reporter.start({"model": "tiny", "grpo": {"learning_rate": 1e-3, "reward_weights": (1.0,), "delta": None}})
+        for step in (1, 2):
+            reporter.step(step, {**STEP, "reward": step / 4})
+    accumulator = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert [(event.step, event.value) for event in accumulator.Scalars("reward")] == [(1, 0.25), (2, 0.5)]
+    with pytest.raises(ConfigError, match=r"unknown tracker 'tensorbord'; did you mean 'tensorboard'\?"):
+        Reporter(tmp_path, 2, view=False, trackers=("tensorbord",)).start({})
+
+
+def test_eta_follows_the_recent_steps(tmp_path):
+    state = ViewState(tmp_path, total_steps=100)
+    assert state.eta_s is None
+    for step in range(1, 51):
+        state.hear_step(step, {"step_time": 9.0 if step <= 30 else 2.0})
+    assert state.eta_s == 100.0
+    assert plain_step(state).endswith("eta 1m40s")
+
+
+def test_small_renderings():
+    assert sparkline([0, 7, 3.5]) == "▁█▅"
+    assert sparkline([2, 2]) == "▄▄"
+    assert [duration(seconds) for seconds in (8, 80, 7500)] == ["8s", "1m20s", "2h05m"]
+    assert list(phase_seconds({"time/sync_s": 1, "time/train_s": 2, "time/generate_s": 3, "step_time": 6})) == [
+        "generate",
+        "train",
+        "sync",
+    ]
+
+
+def test_metrics_import_neither_torch_nor_matplotlib():
+    program = (
+        "import sys, lora_grpo.metrics; print(sorted({'torch', 'matplotlib', 'accelerate', 'vllm'} & set(sys.modules)))"
+    )
+    assert json.loads(subprocess.check_output([sys.executable, "-c", program], text=True).replace("'", '"')) == []

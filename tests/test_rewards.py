@@ -1,0 +1,271 @@
+"""Rewards: TRL's signature, what is refused, and the ready-made ones."""
+
+import asyncio
+import functools
+import math
+import threading
+
+import numpy as np
+import pytest
+
+from lora_grpo.config import RewardConfig
+from lora_grpo.errors import ConfigError, RewardError
+from lora_grpo.rewards import (
+    RewardContext,
+    check_columns,
+    completion_text,
+    exact,
+    format,
+    load_reward,
+    numeric,
+    regex,
+    reward_names,
+    score,
+)
+from lora_grpo.rewards.scoring import TrainerState
+from lora_grpo.types import Completion, Group
+
+CHAT = [{"role": "user", "content": "3+3"}]
+
+
+def group(prompt, *texts):
+    done = tuple(Completion(text, (len(text), 7), (-0.1, -0.2), "stop", 1) for text in texts)
+    return Group(prompt, (1, 2), done)
+
+
+GROUPS = [group("1+1=", "2", "3"), group("2+2=", "4", "5")]
+
+
+def length(completions, **kwargs):
+    return [len(text) for text in completions]
+
+
+def test_functions_get_trl_inputs_with_columns_repeated_for_each_completion():
+    seen = {}
+
+    def spy(prompts, completions, completion_ids, answer, trainer_state, **kwargs):
+        seen.update(locals())
+        return [0.0] * 4
+
+    context = RewardContext(TrainerState(global_step=5, max_steps=9))
+    score([spy], GROUPS, {"answer": [2, 4], "tag": ["a", "b"]}, context)
+    assert seen["prompts"] == ["1+1=", "1+1=", "2+2=", "2+2="]
+    assert seen["completions"] == ["2", "3", "4", "5"]
+    assert seen["completion_ids"] == [[1, 7]] * 4
+    assert seen["answer"] == [2, 2, 4, 4]
+    assert seen["kwargs"]["tag"] == ["a", "a", "b", "b"]
+    assert seen["trainer_state"].global_step == 5
+
+
+def test_chat_prompts_get_message_lists():
+    seen = []
+
+    def spy(completions, **kwargs):
+        seen.extend(completions)
+        return [1.0]
+
+    score([spy], [group(CHAT, "6")], {})
+    assert seen == [[{"role": "assistant", "content": "6"}]]
+    assert completion_text(seen[0]) == completion_text("6") == "6"
+
+
+def test_rows_hold_one_value_a_function_and_none_is_nan():
+    def half(completions, **kwargs):
+        return [None, np.float32(0.5), True, np.int64(3)]
+
+    rewards_BF = score([length, half], GROUPS, {})
+    assert [row[0] for row in rewards_BF] == [1.0] * 4
+    assert math.isnan(rewards_BF[0][1])
+    assert [row[1] for row in rewards_BF[1:]] == [0.5, 1.0, 3.0]
+    assert score([lambda completions: np.arange(4)], GROUPS, {})[3] == [3.0]
+
+
+def test_async_functions_run_at_the_same_time_also_inside_a_running_loop():
+    """Each waits for the other: run one after the other, they would never end."""
+    left, right = threading.Event(), threading.Event()
+
+    async def wait_for(mine, other):
+        mine.set()
+        while not other.is_set():
+            await asyncio.sleep(0)
+
+    async def first(completions, **kwargs):
+        await wait_for(left, right)
+        return [1.0] * len(completions)
+
+    async def second(completions, **kwargs):
+        await wait_for(right, left)
+        return [2.0] * len(completions)
+
+    async def in_a_notebook():
+        return score([first, second, functools.partial(second)], GROUPS, {})
+
+    assert asyncio.run(in_a_notebook()) == [[1.0, 2.0, 2.0]] * 4
+
+
+def test_async_functions_share_one_loop_between_steps():
+    """A client bound to the loop of the first step must still work in the second."""
+    loops = []
+
+    async def judge(completions, **kwargs):
+        loops.append(asyncio.get_running_loop())
+        return [0.0] * len(completions)
+
+    score([judge], GROUPS, {})
+    score([judge], GROUPS, {})
+    assert loops[0] is loops[1]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_an_exception_names_function_prompt_and_completion(is_async):
+    def divide(completions, **kwargs):
+        return [1 / (int(text) - 4) for text in completions]
+
+    async def divide_later(completions, **kwargs):
+        return divide(completions)
+
+    with pytest.raises(RewardError) as caught:
+        score([length, divide_later if is_async else divide], GROUPS, {})
+    said = str(caught.value)
+    assert "'divide_later'" in said if is_async else "'divide'" in said
+    assert "ZeroDivisionError" in said
+    assert "prompt '2+2=', completion '4'" in said
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_an_exception_that_no_single_row_repeats_says_so():
+    def whole(completions, **kwargs):
+        if len(completions) > 1:
+            raise KeyError("batch")
+        return [0.0]
+
+    with pytest.raises(RewardError, match=r"batch of 4 rows \(each alone passes\); the first is row 0: prompt '1\+1='"):
+        score([whole], GROUPS, {})
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ([1.0, 2.0], "returned 2 values for 4 completions"),
+        (None, "returned None; it must return a list of 4 numbers"),
+        ("1234", "must return a list"),
+        ([0, 0, "0.5", 0], "returned '0.5', no number, for row 2: prompt '2+2='"),
+        ([0, math.inf, 0, 0], "returned inf for row 1: prompt '1+1=', completion '3'"),
+        ([math.nan, 0, 0, 0], "return None where the reward does not apply"),
+    ],
+)
+def test_bad_results_are_refused(returned, words):
+    with pytest.raises(RewardError) as caught:
+        score([lambda completions: returned], GROUPS, {})
+    assert words in str(caught.value)
+
+
+def test_rows_that_nothing_scored_are_said_and_kept_as_nan(caplog):
+    rewards_BF = score([lambda completions: [None, 1, 1, 1]], GROUPS, {})
+    assert math.isnan(rewards_BF[0][0])
+    assert "no reward function scored 1 of 4" in caplog.text
+
+
+def test_what_functions_log_is_kept():
+    def chatty(completions, log_extra, log_metric, **kwargs):
+        log_extra("seen", [text * 2 for text in completions])
+        log_metric("strictness", 1.0)
+        log_metric("strictness", 0.0)
+        return [0.0] * len(completions)
+
+    context = RewardContext()
+    score([chatty], GROUPS, {}, context)
+    assert context.extra == {"seen": ["22", "33", "44", "55"]}
+    assert context.metrics() == {"strictness": 0.5}
+
+
+def test_a_missing_column_is_refused_before_the_first_step():
+    def strict(completions, solution, **kwargs):
+        return []
+
+    with pytest.raises(ConfigError, match=r"'strict' asks for column 'solution'.*\['answer'\]"):
+        check_columns([length, strict], ["answer"])
+    with pytest.raises(ConfigError, match=r"'exact' asks for column 'gold'"):
+        check_columns([exact(column="gold")], ["answer"])
+    check_columns([length, exact(), lambda completions, extra=None: []], ["answer"])
+    with pytest.raises(ConfigError, match="column 'answer' has 1 values for 2 prompts"):
+        score([length], GROUPS, {"answer": [1]})
+
+
+def test_names_are_distinct():
+    assert reward_names([regex("a"), length, regex("b"), functools.partial(length)]) == [
+        "regex",
+        "length",
+        "regex_2",
+        "length_2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "reward"),
+    [
+        ("so the total is 1,200 dollars.", "#### 1200", 1.0),
+        ("3 apples and 4 pears make 7.", "3 + 4 = <<3+4=7>>7\n#### 7", 1.0),
+        ("#### 12\nLet me check: 5", "12", 1.0),
+        ("the answer is -5", "-5", 1.0),
+        ("10-5", "5", 1.0),
+        ("-$40", "-40", 1.0),
+        ("0.50", 0.5, 1.0),
+        ("it is .5", "0.5", 1.0),
+        ("\u221217", "-17", 1.0),
+        ("the list 1,2,3", "3", 1.0),
+        ("1e3", "1000", 1.0),
+        ("1e99999999999999999999", "5", 0.0),
+        ("75 ", "750", 0.0),
+        ("no idea", "4", 0.0),
+        ("1" * 5000, "1" * 4999 + "2", 0.0),
+    ],
+)
+def test_numeric(completion, answer, reward):
+    assert numeric()([completion], answer=[answer]) == [reward]
+
+
+def test_numeric_tolerance_and_an_answer_without_a_number():
+    assert numeric(tolerance=0.01)(["3.14", "3.2"], answer=["3.1416", "3.1416"]) == [1.0, 0.0]
+    with pytest.raises(RewardError, match=r"column 'answer' holds 'none', in which there is no number"):
+        score([numeric()], [group("q", "1")], {"answer": ["none"]})
+    with pytest.raises(ConfigError, match="tolerance=-1"):
+        numeric(tolerance=-1)
+
+
+def test_exact_regex_and_format():
+    assert exact()([" 075\n", "75"], answer=["075", "075"]) == [1.0, 0.0]
+    assert exact(ignore_case=True)(["Paris"], answer=["PARIS "]) == [1.0]
+    assert regex(r"\bgood\b")(["all good.", "goods", [{"role": "assistant", "content": "good"}]]) == [1.0, 0.0, 1.0]
+    shaped = format()
+    assert shaped(["<think>\na\n</think>\n<answer>4</answer>\n", "<answer>4</answer>"]) == [1.0, 0.0]
+
+
+def test_load_reward_by_name_and_by_import(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def short(completions, limit=3, **kwargs):\n    return [float(len(c) <= limit) for c in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ready = load_reward(RewardConfig(name="regex", options={"pattern": "^4$"}))
+    assert score([ready], GROUPS, {})[2] == [1.0]
+    own = load_reward(RewardConfig(name="my_rewards:short", options={"limit": 0}))
+    assert score([own], GROUPS, {}) == [[0.0]] * 4
+    assert reward_names([own]) == ["short"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"name": "numerc"}, ["'numerc'", "did you mean 'numeric'?", "package.module:function"]),
+        ({"name": "no_such_module:f"}, ["no module 'no_such_module'", "current directory"]),
+        ({"name": "math:sqart"}, ["math has no 'sqart'", "'sqrt'"]),
+        ({"name": "math:pi"}, ["no function"]),
+        ({"name": "numeric", "options": {"tolerence": 1}}, ["'tolerence'", "'tolerance'"]),
+        ({"name": "regex"}, ["needs the option 'pattern'"]),
+        ({"name": "regex", "options": {"pattern": "("}}, ["pattern '('", "no regular expression"]),
+    ],
+)
+def test_bad_reward_settings_name_the_fix(config, words):
+    with pytest.raises(ConfigError) as caught:
+        load_reward(RewardConfig(**config))
+    assert all(word in str(caught.value) for word in words), str(caught.value)

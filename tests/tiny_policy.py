@@ -1,0 +1,112 @@
+"""A tiny Llama with a LoRA adapter that does something, and rollouts for it, for tests of the algorithm."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_grpo.config import GRPOConfig
+from lora_grpo.grpo import Batch
+from lora_grpo.policy import Policy
+from lora_grpo.types import Completion, Group
+
+VOCAB = 64
+PAD, EOS = 0, 1
+
+
+def base_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def peft_model(seed: int = 0, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> PeftModel:
+    """The same weights for the same seed; B is random, so that the adapter changes the model."""
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout)
+    model = get_peft_model(base_model(seed, dtype), settings)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def rollout(
+    prompt_lengths: Sequence[int] = (3, 5), generations: int = 4, longest: int = 7, seed: int = 0, truncated: int = 0
+) -> list[Group]:
+    """Random tokens, 1 to `longest` a completion; every `truncated`-th one was cut."""
+    draw = random.Random(seed)
+    count = iter(range(1, 1 + len(prompt_lengths) * generations))
+
+    def tokens(length: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(2, VOCAB) for _ in range(length))
+
+    def completion() -> Completion:
+        ids = tokens(draw.randint(1, longest))
+        cut = bool(truncated) and next(count) % truncated == 0
+        ids = ids if cut else (*ids[:-1], EOS)
+        logprobs = tuple(-draw.uniform(1.0, 6.0) for _ in ids)
+        return Completion("", ids, logprobs, "length" if cut else "stop", version=1)
+
+    return [Group("", tokens(length), tuple(completion() for _ in range(generations))) for length in prompt_lengths]
+
+
+def config(rows: int, **changes: Any) -> GRPOConfig:
+    """One optimizer batch of `rows` rows in one micro-batch; groups of 4; no clipping of the gradient."""
+    plain = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "num_generations": 4}
+    return GRPOConfig(**{**plain, "max_completion_length": 10, "max_grad_norm": 0.0, **changes})
+
+
+def drifted(batch: Batch, logp_BT: Tensor, spread: float = 0.4, seed: int = 0) -> Batch:
+    """`batch` as if sampled by other policies: old, sampler and reference log-probs `spread` nats around `logp_BT`."""
+    noise = torch.Generator().manual_seed(seed)
+    mask_BT = batch.completion_mask_BT
+
+    def near() -> Tensor:
+        return (logp_BT + spread * torch.randn(logp_BT.shape, generator=noise)).where(mask_BT, 0.0)
+
+    old_logp_BT, ref_logp_BT, sampler_logp_BT = near(), near(), near()
+    return replace(batch, old_logp_BT=old_logp_BT, ref_logp_BT=ref_logp_BT, sampler_logp_BT=sampler_logp_BT)
+
+
+def gradient(policy: Policy, batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The gradient that an update on `batch` steps along, by parameter, and the metrics; weights stay as they are."""
+    caught: dict[str, Tensor] = {}
+
+    def catch(*_: Any) -> None:
+        caught.update({name: p.grad.clone() for name, p in policy.parameters.items() if p.grad is not None})
+
+    still = torch.optim.SGD(policy.parameters.values(), lr=0.0)
+    still.register_step_pre_hook(catch)
+    policy.optimizer = still
+    metrics = policy.update(batch)
+    return caught, metrics
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], rtol: float = 1e-4) -> None:
+    """Equal to fp32 rounding: against the largest entry, for a sum's small entries carry its large ones' rounding."""
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=rtol, atol=rtol * float(tensor.abs().max()), msg=name)
