@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,13 @@ from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.logprobs import token_logprobs
 from lora_grpo.grpo.losses import Size, Totals
 from lora_grpo.grpo.objective import Objective, filled
-from lora_grpo.grpo.optimizer import build_optimizer, build_scheduler, trainable_parameters
+from lora_grpo.grpo.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    plain_optimizer,
+    plain_scheduler,
+    trainable_parameters,
+)
 from lora_grpo.grpo.processes import Processes
 
 if TYPE_CHECKING:
@@ -60,9 +66,9 @@ class Policy:
         self.objective = Objective.from_config(config)
         self.parameters = trainable_parameters(self.model)
         self._share_initial_weights()
-        self.optimizer = _unwrapped(optimizer, "optimizer") or build_optimizer(self.model, config)
+        self.optimizer = plain_optimizer(optimizer, self.parameters) or build_optimizer(self.model, config)
         updates = config.total_steps * config.updates_per_step(self.num_processes)
-        self.scheduler = _unwrapped(scheduler, "scheduler") or build_scheduler(self.optimizer, config, updates)
+        self.scheduler = plain_scheduler(scheduler) or build_scheduler(self.optimizer, config, updates)
         if config.gradient_checkpointing:
             self.model.enable_input_require_grads()
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -274,16 +280,6 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 def _without_ddp(model: PeftModel) -> PeftModel:
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _unwrapped(stepper: Any, attribute: str) -> Any:
-    """accelerate's wrappers step a schedule once a process; what they wrap steps once an update."""
-    if stepper is None:
-        return None
-    from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.scheduler import AcceleratedScheduler
-
-    return getattr(stepper, attribute) if isinstance(stepper, AcceleratedOptimizer | AcceleratedScheduler) else stepper
 
 
 def _base_dtype(model: nn.Module) -> torch.dtype:

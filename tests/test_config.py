@@ -95,7 +95,7 @@ def test_overrides_reach_into_lists_and_make_sections(config_path):
         ("lora.target_modules=[q_proj]", ["no valid TOML", "quotes"]),
         ("grpo.beta=-1", ["run.toml", "grpo.beta", "got -1"]),
         ("grpo.loss_type=ppo", ["grpo.loss_type", "'dapo'", "got 'ppo'"]),
-        ("model.name.x=1", ["'x'", "some/model"]),
+        ("model.name.x=1", ["'name'", "some/model", "no keys"]),
     ],
 )
 def test_bad_overrides_name_key_value_and_fix(config_path, override, words):

@@ -58,8 +58,8 @@ def test_rows_are_distinct_balanced_and_on_their_side(rows, held_out: bool) -> N
 def test_split_does_not_move() -> None:
     """Guards stored evaluations: in another split, held-out problems would be some that a stored version trained on."""
     held_out = [f"{a:02d}+{b:02d}=" for a in range(100) for b in range(100) if task.is_held_out(f"{a:02d}+{b:02d}=")]
-    assert len(held_out) == 1001
-    assert held_out[:3] == ["00+15=", "00+29=", "00+39="]
+    assert len(held_out) == 1022
+    assert held_out[:3] == ["00+01=", "00+03=", "00+09="]
 
 
 @pytest.mark.parametrize("count", [0, 3, 10_000])
@@ -149,7 +149,7 @@ def test_pretraining_depends_on_its_seed_alone() -> None:
 
 def test_pretraining_learns_the_answers() -> None:
     losses: list[float] = []
-    base.pretrain(replace(QUICK, steps=60, warmup_steps=5, batch_size=64), lambda _, __, loss: losses.append(loss))
+    base.pretrain(replace(QUICK, steps=40, warmup_steps=5, batch_size=32), lambda _, __, loss: losses.append(loss))
     # The end token is always the same, so its quarter of the loss (ln 14 / 4) goes first.
     assert losses[-1] < losses[0] - 0.5
 

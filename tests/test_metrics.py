@@ -1,5 +1,6 @@
 """The log survives kills, the terminal stays in order, the picture is drawn."""
 
+import contextlib
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -125,19 +127,28 @@ def test_reporter_writes_log_samples_and_a_plain_line_a_step(tmp_path, capfd):
     reporter.close()
 
 
+def read_to_end(terminal):
+    """All bytes until the other side is closed, which Linux says with an error."""
+    read = b""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(terminal, 1 << 16):
+            read += chunk
+    os.close(terminal)
+    return read
+
+
 def test_live_view_on_a_terminal_shows_the_run_and_gives_the_terminal_back(tmp_path):
     primary, secondary = pty.openpty()
-    stream = os.fdopen(secondary, "w")
-    view = LiveView(tmp_path, 4, stream)
-    view.start({"model": "tiny"})
-    view.evaluation(0, None, {"accuracy": 0.45})
-    view.step(1, STEP)
-    view.evaluation(1, 3, {"accuracy": 0.75})
-    view.close()
-    stream.flush()
-    shown = os.read(primary, 1 << 16).decode()
-    stream.close()
-    os.close(primary)
+    with ThreadPoolExecutor(1) as reader, os.fdopen(secondary, "w") as stream:
+        reading = reader.submit(read_to_end, primary)
+        view = LiveView(tmp_path, 4, stream)
+        view.start({"model": "tiny"})
+        view.evaluation(0, None, {"accuracy": 0.45})
+        view.step(1, STEP)
+        view.evaluation(1, 3, {"accuracy": 0.75})
+        view.close()
+        stream.close()
+        shown = reading.result().decode()
     for words in (
         "0.500 ± 0.250",
         "0.750",

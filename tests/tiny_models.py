@@ -20,7 +20,8 @@ HEAD_SIZE = 32
 
 SLIDING_WINDOW = 32
 LOGIT_STD = 2.0
-SPECIAL_TOKENS = ("<pad>", "<eos>", "<|im_start|>", "<|im_end|>")
+# Transformers gives a Qwen2 directory a tokenizer class that adds <|endoftext|> where it is not in the vocabulary.
+SPECIAL_TOKENS = ("<|endoftext|>", "<eos>", "<|im_start|>", "<|im_end|>")
 VOCAB = len(SPECIAL_TOKENS) + 256
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -73,7 +74,7 @@ def tiny_model(
         num_key_value_heads=hidden // HEAD_SIZE // 2,
         max_position_embeddings=512,
         tie_word_embeddings=arch.startswith("gemma") if tie is None else tie,
-        pad_token_id=SPECIAL_TOKENS.index("<pad>"),
+        pad_token_id=SPECIAL_TOKENS.index("<|endoftext|>"),
         eos_token_id=SPECIAL_TOKENS.index("<eos>"),
         bos_token_id=None,
         **ARCHITECTURES[arch],
@@ -99,7 +100,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
+        pad_token="<|endoftext|>",
         eos_token="<eos>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )

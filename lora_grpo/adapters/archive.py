@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_grpo.adapters import disk
 from lora_grpo.adapters.digest import CHUNK_BYTES, AdapterDigest, Buffer
 from lora_grpo.adapters.disk import Tree, reported
-from lora_grpo.adapters.layout import MANIFEST_FILE, STATES, SUMS_FILE, VERSIONS, Manifest, read_manifest
+from lora_grpo.adapters.layout import MANIFEST_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
 from lora_grpo.errors import StoreCorrupt
 
 
@@ -70,18 +70,17 @@ class Archive:
 def verify_version(folder: Path, expected: Manifest) -> None:
     """Compare a version's folder with what was published; `StoreCorrupt` names what differs."""
     with reported(f"reading {folder}"):
-        try:
-            manifest = read_manifest(folder)
-        except FileNotFoundError:
-            raise StoreCorrupt(f"{folder} has no {MANIFEST_FILE}") from None
-        if manifest != expected:
-            raise StoreCorrupt(f"{folder / MANIFEST_FILE} differs from what was published: {manifest} != {expected}")
-        _check_sizes(folder, manifest)
+        manifest = disk.read_small(folder / MANIFEST_FILE)
+        if manifest != expected.to_bytes():
+            raise StoreCorrupt(
+                f"{folder / MANIFEST_FILE} {'is gone' if manifest is None else 'differs from what was published'}"
+            )
+        _check_sizes(folder, expected)
         digest = AdapterDigest()
-        for name in sorted(manifest.sizes):
-            digest.file(name, manifest.sizes[name])
+        for name in sorted(expected.sizes):
+            digest.file(name, expected.sizes[name])
             _stream(folder / name, digest.update)
-        _check_digest(folder, manifest, digest)
+        _check_digest(folder, expected, digest)
 
 
 def _copy_checked(source: Path, target: Path, manifest: Manifest, *, sync: bool) -> dict[str, str]:

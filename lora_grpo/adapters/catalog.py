@@ -83,6 +83,13 @@ class Catalog:
             return f"version {number} was published, but {folder} is gone: deleted by another program?"
         return f"there is no version {number}"
 
+    def why_not_on_tmpfs(self, number: int) -> str:
+        if self.in_archive(number):
+            return f"version {number} is in the archive only; store.restore({number}) brings it back"
+        if self.on_tmpfs(number):
+            return f"{self.root.folder(VERSIONS, number) / MANIFEST_FILE} is gone: deleted by another program?"
+        return self.why_missing(number)
+
     def head_number(self) -> int | None:
         """The promoted version; where the tmpfs is gone, the last one promoted that has a copy."""
         try:

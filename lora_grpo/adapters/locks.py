@@ -180,7 +180,7 @@ def _lock_in_place(number: int, path: Path) -> int:
         os.close(descriptor)
     except FileNotFoundError:
         pass
-    raise UnknownVersion(f"version {number} is not on tmpfs ({path.parent}); store.restore({number}) brings it back")
+    raise UnknownVersion(f"version {number} was removed from tmpfs just now; store.restore({number}) brings it back")
 
 
 @contextmanager

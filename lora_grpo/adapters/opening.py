@@ -31,10 +31,10 @@ class Recovered:
     """What opening found.
 
     `lost`: versions that were on tmpfs only when it went (or were deleted by another program); `lost_states`: trainer
-    states not yet written when their process died; `damaged`: versions found to differ from what was published (only
-    `HEAD` and those still to be archived are read at opening; `verify` reads the others); `swept`: half-written or half-removed folders that were deleted;
-    `unarchived`: versions still to be written to the archive; `head_moved`: (promoted before, `HEAD` now) where the
-    promoted version was lost.
+    states not yet written when their process died; `damaged`: versions that differ from what was published (opening
+    reads only `HEAD` and those still to be archived; `verify` reads the others); `swept`: half-written or
+    half-removed folders that were deleted; `unarchived`: versions now queued for the archive; `head_moved`:
+    (promoted before, `HEAD` now) where the promoted version was lost or damaged.
     """
 
     lost: tuple[int, ...] = ()
@@ -263,6 +263,7 @@ class Opening:
         except StoreCorrupt:
             self._damaged.add(number)
             return False
+        self._damaged.discard(number)
         return True
 
     def _is_sound(self, number: int) -> bool:

@@ -60,7 +60,7 @@ def open_adapter(version: AdapterVersion) -> AdapterFile:
 
 def _map(path: Path) -> tuple[bytes, memoryview]:
     with open(path, "rb") as file:
-        view = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     length = int.from_bytes(view[:8], "little")
     if length > len(view) - 8:
         raise ValueError(f"{path.name} claims a header of {length} bytes in a file of {len(view)}")

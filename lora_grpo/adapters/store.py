@@ -138,7 +138,7 @@ class AdapterStore(StoreView):
         number = number_of(version)
         with self._writing(f"promoting version {number}") as session:
             if not self._catalog.on_tmpfs(number):
-                raise UnknownVersion(self._not_on_tmpfs(number))
+                raise UnknownVersion(self._catalog.why_not_on_tmpfs(number))
             session.journal.append("promote", number)
             link_head(session.root, number)
 
@@ -277,8 +277,3 @@ class AdapterStore(StoreView):
         with self._mutex, disk.reported(doing):
             self._session.require_open()
             yield self._session
-
-    def _not_on_tmpfs(self, number: int) -> str:
-        if self._catalog.in_archive(number):
-            return f"version {number} is in the archive only; store.restore({number}) brings it back"
-        return self._catalog.why_missing(number)

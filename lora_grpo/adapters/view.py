@@ -12,6 +12,7 @@ from lora_grpo.adapters.catalog import Catalog
 from lora_grpo.adapters.layout import STATES, SUMS_FILE, VERSIONS
 from lora_grpo.adapters.locks import Leases
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.errors import UnknownVersion
 
 
 class StoreView:
@@ -95,8 +96,11 @@ class StoreView:
         """
         number = number_of(version)
         with self._mutex:
-            self._leases.acquire(number, self._catalog.root.folder(VERSIONS, number))
-            return self._looking().version(number)
+            catalog = self._looking()
+            if not catalog.has_manifest(number):
+                raise UnknownVersion(catalog.why_not_on_tmpfs(number))
+            self._leases.acquire(number, catalog.root.folder(VERSIONS, number))
+            return catalog.version(number)
 
     def release(self, version: int | AdapterVersion) -> None:
         """End one `acquire`."""

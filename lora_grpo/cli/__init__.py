@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -22,7 +23,7 @@ from lora_grpo.cli.train import train
 from lora_grpo.cli.versions import versions
 from lora_grpo.errors import LoraGrpoError
 
-COMMANDS = {"train": train, "eval": evaluate, "versions": versions, "demo": demo}
+COMMANDS: dict[str, Callable[..., None]] = {"train": train, "eval": evaluate, "versions": versions, "demo": demo}
 
 
 class _Commands(TyperGroup):

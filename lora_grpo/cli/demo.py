@@ -17,7 +17,7 @@ def demo(
 ) -> None:
     """Watch a tiny model get better at adding, its adapter travelling to vLLM at every step.
 
-    The view goes to stderr; the last line of stdout is the result as one JSON object.
+    The view goes to stderr; the last line of stdout is the result as JSON.
     """
     from lora_grpo.demo import run_demo
 

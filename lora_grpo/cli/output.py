@@ -26,7 +26,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str, columns: Sequence
 
     names = list(columns) or list(dict.fromkeys(name for row in rows for name in row))
     numeric = {name: any(isinstance(row.get(name), int | float) for row in rows) for name in names}
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for name in names:
         table.add_column(name, justify="right" if numeric[name] else "left")
     for row in rows:

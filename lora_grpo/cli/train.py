@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +34,8 @@ def train(
 ) -> None:
     """Train a LoRA adapter with GRPO.
 
-    The view and messages go to stderr; the last line of stdout is the result as one JSON object. Ctrl-C stops after
-    the trainer has put itself in order, with the last version intact; --resume goes on from there.
+    The view goes to stderr; the last line of stdout is the result as JSON.
+    Ctrl-C stops cleanly, the last version intact; --resume goes on from there.
     """
     from lora_grpo.config_file import load_config
 
@@ -44,7 +45,7 @@ def train(
     try:
         result = build_trainer(run_config, resume=resume).train()
     except KeyboardInterrupt:
-        say(f"stopped; go on with: lora-grpo train {' '.join([str(config), *(overrides or ())])} --resume")
+        say(f"stopped; go on with: {shlex.join(['lora-grpo', 'train', str(config), *(overrides or ()), '--resume'])}")
         raise
     print_json(result)
 

@@ -1,6 +1,12 @@
 """Every difference between vLLM releases, and every handle into vLLM that is not its public API.
 
-`RELEASES` says what each supported release is known by: "run" here against the test suite, or "read" from its source.
+Differences that shape code elsewhere, and hold for all of `RELEASES` because of it:
+
+- the prefix cache keys on the adapter's name alone up to 0.30, on name and path from 0.31: every load takes a new name;
+- `rank_pattern` and `alpha_pattern` are ignored up to 0.31, where one alpha / r scales every module: files say
+  alpha = r throughout, with B scaled beforehand;
+- up to 0.32 an adapter that fails half-way into its slot counts as active: a failed load is always removed;
+- `LoRARequest` has other fields after the third up to 0.31: only name, id and path are given.
 """
 
 from __future__ import annotations
@@ -13,6 +19,10 @@ from typing import Any
 
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 
+# "run": the test suite passes on it. "read": its source was compared, for everything that the engines rely on, with a
+# release that was run (0.27 at 0.27.1, the others at .0; V1 and V2 model runner): arguments and environment switches,
+# every handle below, slot shapes, packing, scaling and activation of adapters, add/remove/abort/shutdown, requests and
+# their log-probs, CPU and CUDA LoRA kernels. Reading shows names, shapes and logic; it shows no numbers.
 RELEASES = {
     (0, 26): "read",
     (0, 27): "read",
@@ -60,13 +70,44 @@ def _dotted(release: tuple[int, int]) -> str:
 
 def import_vllm() -> ModuleType:
     """Import vLLM with its engine in this process; raises `UnsupportedVersion` before importing a foreign release."""
-    vllm_release()
+    release = vllm_release()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    for name, value in default_environment(release).items():
+        os.environ.setdefault(name, value)
     import vllm
 
+    check_kernels(release, compute_capability())
     return vllm
+
+
+def default_environment(release: tuple[int, int]) -> dict[str, str]:
+    """vLLM's environment switches that differ from its own defaults; what the user has set wins."""
+    switches = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    if release == (0, 26):
+        # Its V2 runner divides logits by the temperature in the model's dtype. That rounds them a second time, by up
+        # to 0.06 nats in bfloat16 at a logit of 30, and training corrects for a mismatch that it need not have.
+        switches["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    return switches
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """The CUDA device's compute capability; None on other platforms."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    return None if capability is None else (capability.major, capability.minor)
+
+
+def check_kernels(release: tuple[int, int], capability: tuple[int, int] | None) -> None:
+    """Raises `UnsupportedVersion` where a release's LoRA kernels compute nonsense on the device.
+
+    On Hopper (9.0) the expand kernel of layers with one slice (o_proj, down_proj) is miscompiled and gives NaN before
+    0.33 (vllm#48590, triton#9433).
+    """
+    if capability == (9, 0) and release < (0, 33):
+        raise UnsupportedVersion(
+            f"vLLM {_dotted(release)}'s LoRA kernel gives NaN on Hopper GPUs (vllm#48590): install 'vllm>=0.33,<0.34'"
+        )
 
 
 def is_cpu() -> bool:
@@ -103,8 +144,19 @@ def lora_manager(llm: Any) -> Any:
 
 
 def wrapped_modules(llm: Any) -> dict[str, Any]:
-    """vLLM's LoRA-wrapped layers by runtime name (fused ones under their fused name)."""
-    return dict(lora_manager(llm).modules)
+    """vLLM's LoRA-wrapped layers by runtime name (fused ones under their fused name).
+
+    Each has `lora_a_stacked` and `lora_b_stacked`: a tuple with one tensor (slots, 1, rank, in) or (slots, 1, out, rank)
+    for each slice, of which an unfused layer has one. Raises `ConfigError` for heads, embeddings and experts, whose
+    buffers are laid out otherwise.
+    """
+    modules = dict(lora_manager(llm).modules)
+    for name, layer in modules.items():
+        if not isinstance(layer.lora_a_stacked, tuple):
+            raise ConfigError(
+                f"{name} ({type(layer).__name__}) cannot be proven as an adapter's target; leave it out of target_modules"
+            )
+    return modules
 
 
 def fused_members(llm: Any) -> dict[str, tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,3 +55,25 @@ def build_scheduler(optimizer: Optimizer, config: GRPOConfig, num_updates: int) 
         num_training_steps=num_updates,
     )
     return scheduler
+
+
+def plain_optimizer(optimizer: Optimizer | None, parameters: Mapping[str, Parameter]) -> Optimizer | None:
+    """torch's own optimizer, also of an accelerate wrapper; refuses one that would leave `parameters` as they are."""
+    if optimizer is None:
+        return None
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    plain: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    held = {id(parameter) for group in plain.param_groups for parameter in group["params"]}
+    for name, parameter in parameters.items():
+        if id(parameter) not in held:
+            raise ConfigError(f"the optimizer does not hold {name}: build it on this model's trainable parameters")
+    return plain
+
+
+def plain_scheduler(scheduler: LRScheduler | None) -> LRScheduler | None:
+    """torch's own schedule: accelerate's wrapper steps it once a process, and the policy steps once an update."""
+    from accelerate.scheduler import AcceleratedScheduler
+
+    plain: LRScheduler | None = scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
+    return plain

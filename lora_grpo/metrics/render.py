@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ class ViewState:
 
     def hear_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         now = time.monotonic()
+        metrics = {name: value for name, value in metrics.items() if not _is_nan(value)}
         self.step_times_s.append(float(metrics.get("step_time") or now - self._heard_at))
         self._heard_at = now
         self.step, self.phase, self.metrics = step, "", dict(metrics)
@@ -105,7 +107,7 @@ def plain_evaluation(step: int, version: int | None, metrics: Mapping[str, Any])
 def samples_table(step: int, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """A few completions with their rewards."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(title=f"samples of step {step}", title_justify="left", show_lines=True, expand=True)
+    table = Table(title=Text(f"samples of step {step}"), title_justify="left", show_lines=True, expand=True)
     for name in names:
         long = name in ("prompt", "completion")
         table.add_column(name, ratio=1 if long else None, justify="left" if long else "right")
@@ -233,6 +235,13 @@ def _version(version: int | None) -> str:
     return "base" if version is None else f"v{version}"
 
 
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
 def _cell(value: Any, width: int = 400) -> str:
+    """Text as it is, of a chat the last message, numbers short."""
+    if isinstance(value, list | tuple) and value and isinstance(value[-1], Mapping):
+        value = str(value[-1].get("content"))
     text = value if isinstance(value, str) else number(value)
     return text if len(text) <= width else f"{text[: width - 1]}…"

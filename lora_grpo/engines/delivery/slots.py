@@ -15,11 +15,13 @@ import torch
 import xxhash
 
 from lora_grpo.adapters.peft_files import PREFIX, AdapterFile
+from lora_grpo.adapters.peft_format import all_finite
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.errors import DeliveryError
 
 _FILE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class SlotProver:
         expected = _FILE_DTYPES[compat.lora_dtype(self._llm)]
         if file.dtype != expected:
             raise DeliveryError(f"{version} is {file.dtype}, the engine keeps adapters in {expected}; publish it so")
+        _require_finite(version, file)
         if file.header not in self._bindings:
             self._bindings[file.header] = self._bind(version, file)
         return self._bindings[file.header]
@@ -106,7 +109,7 @@ class SlotProver:
     def _locate(self, version: AdapterVersion, path: str) -> tuple[str, int]:
         if path in self._fused:
             return self._fused[path]
-        if path in self._modules:
+        if path in self._modules and len(self._modules[path].lora_a_stacked) == 1:
             return path, 0
         raise DeliveryError(
             f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without a word. "
@@ -134,6 +137,16 @@ class SlotProver:
             if served != published:
                 return f"{part.name} in slot {slot} differs from the published bytes"
         return "the slot changed while it was read"
+
+
+def _require_finite(version: AdapterVersion, file: AdapterFile) -> None:
+    """NaN in an adapter would stay in freed KV-cache blocks and poison every later request."""
+    dtype = _TORCH_DTYPES[file.dtype]
+    if all_finite(torch.frombuffer(file.payload, dtype=dtype)):
+        return
+    for name, entry in file.entries.items():
+        if not torch.frombuffer(file.payload[entry.start : entry.end], dtype=dtype).isfinite().all():
+            raise DeliveryError(f"{version}: {name} holds non-finite values")
 
 
 def _check_extent(version: AdapterVersion, path: str, kind: str, shape: tuple[int, int], room: tuple[int, ...]) -> None:

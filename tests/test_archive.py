@@ -1,0 +1,302 @@
+"""The durable half: archive, trainer states, what a reboot leaves, requests from outside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_grpo.adapters import disk
+from lora_grpo.adapters.locks import holder
+from lora_grpo.adapters.requests import answer_to, request
+from lora_grpo.adapters.retention import keep_archived, keep_best, keep_every, keep_latest, keep_trainer_state
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.errors import StoreError, StoreLocked, UnknownVersion
+from tests.store_files import adapter, content, on_disk
+
+
+def publish(store: AdapterStore, count: int) -> None:
+    for _ in range(count):
+        number = max((version.number for version in store.list()), default=0)
+        store.promote(store.publish(adapter(number + 1), step=number))
+
+
+def reboot(store: AdapterStore) -> None:
+    """Stop without a clean close, and lose the tmpfs."""
+    session = store._session
+    assert session is not None
+    session.lock.release()
+    shutil.rmtree(store.root)
+
+
+def test_a_pruned_version_comes_back_at_its_path(shm_dir: Path, tmp_path: Path) -> None:
+    with AdapterStore(shm_dir, tmp_path, retention=keep_latest(1)) as store:
+        publish(store, 3)
+        store.flush()
+        assert store.prune() == [1, 2]
+        first = store.get(1)
+        assert not first.path.exists()
+        assert store.where(1) == {"archive"}
+        with pytest.raises(UnknownVersion, match=r"restore\(1\)"):
+            store.promote(1)
+        assert store.restore(1) == first
+        assert on_disk(first.path) == content(adapter(1))
+        assert store.where(1) == {"archive", "tmpfs"}
+        store.promote(first)
+        assert store.publish(adapter(4), step=3).parent == 1
+        assert [version.number for version in store.list()] == [1, 2, 3, 4]
+
+
+def test_the_archive_can_be_checked_without_this_library(shm_dir: Path, tmp_path: Path) -> None:
+    with AdapterStore(shm_dir, tmp_path) as store:
+        publish(store, 1)
+        store.archive_state(1, {"optimizer.safetensors": [b"exact", b"weights"]}, {"step": 3})
+    for kind in ("versions", "states"):
+        subprocess.run(["sha256sum", "--strict", "--check", "SHA256SUMS"], cwd=tmp_path / kind / "000001", check=True)
+    assert (tmp_path / "versions/000001/version.json").read_bytes() == (
+        shm_dir / "versions/000001/version.json"
+    ).read_bytes()
+
+
+def test_after_a_reboot_the_run_goes_on_and_says_what_was_lost(shm_dir: Path, tmp_path: Path) -> None:
+    """Numbers given out before the reboot, archived or not, never come back."""
+    root = shm_dir / "root"
+    store = AdapterStore(root, tmp_path, retention=keep_latest(2) | keep_archived(keep_every(2)))
+    publish(store, 5)
+    store.flush()
+    store.prune()
+    store.publish(adapter(6), step=5)
+    assert store.where(3) == frozenset()
+    store.flush()
+    shutil.rmtree(tmp_path / "versions/000005")
+    reboot(store)
+    with AdapterStore(archive=tmp_path) as again:
+        assert again.root == root
+        assert again.recovered.lost == (5,)
+        assert again.recovered.head_moved == (5, 4)
+        assert again.head is not None
+        assert on_disk(again.head.path) == content(adapter(4))
+        assert [version.number for version in again.list()] == [2, 4, 6]
+        assert again.publish(adapter(7), step=6).number > 64
+        with pytest.raises(UnknownVersion, match="lost with the tmpfs"):
+            again.get(5)
+    with AdapterStore(archive=tmp_path) as third:
+        assert third.recovered.lost == ()
+
+
+def test_a_clean_stop_leaves_no_gap_in_the_numbers_even_when_tmpfs_goes(tmp_path: Path) -> None:
+    with AdapterStore(archive=tmp_path) as store:
+        publish(store, 3)
+        root = store.root
+    assert not root.exists()
+    with AdapterStore(archive=tmp_path) as again:
+        assert again.root == root
+        assert again.recovered.lost == ()
+        assert again.head is not None
+        assert on_disk(again.head.path) == content(adapter(3))
+        assert again.publish(adapter(4), step=3).number == 4
+        assert on_disk(again.restore(1).path) == content(adapter(1))
+
+
+def test_a_killed_process_loses_no_version_that_tmpfs_still_has(shm_dir: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nfrom lora_grpo.adapters import disk\nfrom lora_grpo.adapters.store import AdapterStore\n"
+        "from tests.store_files import adapter\n"
+        "disk.at = lambda point: point == 'archive.copied' and os.kill(os.getpid(), 9)\n"
+        "store = AdapterStore(sys.argv[1], sys.argv[2])\n"
+        "store.promote(store.publish(adapter(1), step=0)); store.archive_state(1, {'w': [b'x']}, {}); store.flush()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(shm_dir), str(tmp_path)], check=False)
+    assert done.returncode == -9
+    with AdapterStore(shm_dir, tmp_path) as store:
+        assert store.recovered.unarchived == (1,)
+        assert store.recovered.lost == ()
+        assert store.recovered.lost_states == (1,)
+        assert store.recovered.swept == ("staging/versions-000001",)
+        store.flush()
+        assert store.where(1) == {"tmpfs", "archive"}
+        assert store.load_state(1) is None
+        store.verify(1)
+
+
+def test_trainer_states_follow_their_own_retention(shm_dir: Path, tmp_path: Path) -> None:
+    retention = keep_trainer_state(keep_latest(1) | keep_best("reward"))
+    with AdapterStore(shm_dir, tmp_path, retention=retention) as store:
+        for number in range(1, 6):
+            version = store.publish(adapter(number), step=number)
+            store.record(version, reward=float(number == 2))
+            store.archive_state(version, {"weights.safetensors": [bytes([number])]}, {"step": number})
+        store.pin(3)
+        store.flush()
+        store.prune()
+        assert [number for number in range(1, 6) if store.load_state(number)] == [2, 3, 5]
+        state = store.load_state(5)
+        assert state is not None
+        assert sorted(state) == ["state.json", "weights.safetensors"]
+        assert json.loads(state["state.json"].read_text()) == {"step": 5}
+        assert state["weights.safetensors"].read_bytes() == b"\5"
+        assert len(store.list()) == 5
+        with pytest.raises(StoreError, match="written once"):
+            store.archive_state(5, {"weights.safetensors": [b"other"]}, {})
+
+
+class Gate:
+    """Holds the archive thread at a point until opened."""
+
+    def __init__(self, point: str) -> None:
+        self.point, self.reached, self.opened = point, threading.Event(), threading.Event()
+
+    def __call__(self, point: str) -> None:
+        if point == self.point:
+            self.reached.set()
+            assert self.opened.wait(60)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Gate]:
+    def close(point: str) -> Gate:
+        made = Gate(point)
+        monkeypatch.setattr(disk, "at", made)
+        return made
+
+    return close
+
+
+def test_steps_do_not_wait_for_the_archive(shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]) -> None:
+    """And nothing that the archive has yet to get is pruned, nor removed while it is being read."""
+    slow = gate("archive.copied")
+    with AdapterStore(shm_dir, tmp_path, retention=keep_latest(1)) as store:
+        publish(store, 3)
+        assert slow.reached.wait(60)
+        assert store.prune() == []
+        assert store.archive_backlog_bytes == sum(store.size_bytes(number) for number in (1, 2, 3))
+        slow.opened.set()
+        store.flush()
+        assert store.archive_backlog_bytes == 0
+        assert store.prune() == [1, 2]
+
+
+def test_a_full_queue_first_drops_the_states_that_retention_would(
+    shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]
+) -> None:
+    slow = gate("state.half")
+    retention = keep_trainer_state(keep_latest(1))
+    with AdapterStore(shm_dir, tmp_path, retention=retention, backlog_limit_bytes=250) as store:
+        publish(store, 4)
+        store.flush()
+        for number in (1, 2, 3):
+            store.archive_state(number, {"w": [bytes(100)]}, {})
+            if number == 1:
+                assert slow.reached.wait(60)
+        assert store.archive_backlog_bytes == 2 * 102, "state 2 made room for state 3, state 1 is being written"
+        slow.opened.set()
+        store.flush()
+        assert [number for number in range(1, 5) if store.load_state(number)] == [1, 3]
+
+
+def test_a_full_queue_that_nothing_may_leave_waits(shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]) -> None:
+    slow = gate("state.half")
+    with AdapterStore(shm_dir, tmp_path, backlog_limit_bytes=250) as store:
+        publish(store, 3)
+        store.flush()
+        store.archive_state(1, {"w": [bytes(100)]}, {})
+        store.archive_state(2, {"w": [bytes(100)]}, {})
+        third = threading.Thread(target=store.archive_state, args=(3, {"w": [bytes(100)]}, {}))
+        third.start()
+        assert slow.reached.wait(60)
+        assert store.archive_backlog_bytes <= 250
+        slow.opened.set()
+        third.join()
+        store.flush()
+        assert [number for number in (1, 2, 3) if store.load_state(number)] == [1, 2, 3]
+
+
+def test_reading_a_state_waits_until_it_is_written(shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]) -> None:
+    slow = gate("state.half")
+    with AdapterStore(shm_dir, tmp_path) as store:
+        publish(store, 1)
+        store.archive_state(1, {"w": [b"abc"]}, {})
+        opener = threading.Timer(0, lambda: slow.reached.wait(60) and slow.opened.set())
+        opener.start()
+        state = store.load_state(1)
+        assert state is not None
+        assert state["w"].read_bytes() == b"abc"
+
+
+def test_a_root_without_an_archive_can_be_given_one(shm_dir: Path, tmp_path: Path) -> None:
+    with AdapterStore(shm_dir) as store:
+        publish(store, 2)
+        store.record(2, reward=1.0)
+        with pytest.raises(StoreError, match="open it with archive="):
+            store.archive_state(2, {"w": [b"x"]}, {})
+    with AdapterStore(shm_dir, tmp_path) as store:
+        assert store.metrics(2) == {"reward": 1.0}
+        assert store.head == store.get(2)
+        assert store.publish(adapter(3), step=2).number == 3
+        store.flush()
+        assert store.where(1) == {"tmpfs", "archive"}
+    with pytest.raises(StoreError, match="belongs to the run in"):
+        AdapterStore(shm_dir)
+
+
+def test_the_halves_of_two_runs_do_not_mix(shm_dir: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with AdapterStore(shm_dir / name, tmp_path / name) as store:
+            publish(store, 1)
+    with pytest.raises(StoreError, match="versions of another run"):
+        AdapterStore(shm_dir / "a", tmp_path / "new")
+    with pytest.raises(StoreError, match=f"are in {shm_dir}/a"):
+        AdapterStore(shm_dir / "new", tmp_path / "a")
+    with pytest.raises(StoreError, match=f"are in {shm_dir}/a"):
+        AdapterStore(shm_dir / "b", tmp_path / "a")
+
+
+def test_a_run_directory_can_be_moved(shm_dir: Path, tmp_path: Path) -> None:
+    with AdapterStore(shm_dir, tmp_path / "before") as store:
+        publish(store, 1)
+    (tmp_path / "before").rename(tmp_path / "after")
+    with AdapterStore(archive=tmp_path / "after") as store:
+        assert store.head == store.get(1)
+        store.publish(adapter(2), step=1)
+    assert AdapterStore(shm_dir, readonly=True).archive == tmp_path / "after"
+
+
+def test_one_writer(shm_dir: Path, tmp_path: Path) -> None:
+    with AdapterStore(shm_dir, tmp_path):
+        who = holder(tmp_path)
+        assert who is not None
+        for root, archive in ((shm_dir, tmp_path), (None, tmp_path), (shm_dir, tmp_path / "other")):
+            with pytest.raises(StoreLocked, match=rf"process {who.pid} on {who.host}, started \d{{4}}-"):
+                AdapterStore(root, archive)
+    assert holder(tmp_path) is None
+    AdapterStore(shm_dir, tmp_path).close()
+
+
+def test_requests_reach_the_holder_in_order_and_are_answered(shm_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no process has"):
+        request(tmp_path, "pin", number=1)
+    with AdapterStore(shm_dir, tmp_path) as store:
+        publish(store, 1)
+        program = (
+            "import sys\nfrom lora_grpo.adapters.requests import request\n"
+            "for number in range(12): request(sys.argv[1], 'rollback', to=number)"
+        )
+        others = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(2)]
+        assert [other.wait() for other in others] == [0, 0]
+        mine = request(tmp_path, "pin", number=1)
+        waiting = store.requests()
+        assert [asked.number for asked in waiting] == list(range(1, 26))
+        assert waiting[-1] == mine
+        assert answer_to(tmp_path, mine) is None
+        store.answer(mine, {"ok": True})
+        assert len(store.requests()) == 24
+        assert answer_to(tmp_path, mine) == {"ok": True}
+        assert answer_to(tmp_path, mine) is None
+        (tmp_path / "requests/000001.json").write_text("{half")
+        assert store.requests()[0].verb == "unreadable"

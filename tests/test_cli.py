@@ -1,0 +1,140 @@
+"""The command line as a program: streams, exit codes, light imports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = "{'torch', 'vllm', 'datasets', 'matplotlib', 'transformers', 'peft', 'accelerate'}"
+
+CONFIG = """
+output_dir = "run"
+model.name = "no/model"
+data.train = "train.jsonl"
+rewards = [{ name = "exact" }]
+"""
+
+
+def lora_grpo(*arguments, cwd, **options):
+    environment = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
+    return subprocess.run(
+        [sys.executable, "-m", "lora_grpo", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("module", ["lora_grpo", "lora_grpo.cli", "lora_grpo.config_file", "lora_grpo.rewards"])
+def test_imports_are_light(module):
+    program = f"import sys, {module}; print(sorted({HEAVY} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_help_of_every_command(tmp_path):
+    shown = lora_grpo("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    for command in ("train", "eval", "versions", "demo"):
+        assert command in shown.stdout
+        assert lora_grpo(command, "--help", cwd=tmp_path).returncode == 0
+
+
+def test_help_config_explains_every_setting(tmp_path):
+    shown = lora_grpo("train", "--help-config", cwd=tmp_path)
+    assert shown.returncode == 0
+    for words in ("grpo.learning_rate", "1e-06", "hub name or local directory", "rewards.N.weight", "(needed)"):
+        assert words in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "nowhere.toml"], "no config file nowhere.toml"),
+        (["train", "run.tom"], "did you mean run.toml?"),
+        (["train", "run.toml", "grpo.learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["train", "run.toml", "grpo.beta=-1"], "run.toml with grpo.beta=-1: grpo.beta: "),
+        (["versions", "nowhere"], "nowhere"),
+        (["versions", "nowhere", "--json"], "nowhere"),
+    ],
+)
+def test_errors_are_one_sentence_on_stderr_and_exit_2(tmp_path, arguments, words):
+    (tmp_path / "run.toml").write_text(CONFIG)
+    failed = lora_grpo(*arguments, cwd=tmp_path)
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.startswith("error: ")
+    assert words in failed.stderr
+    assert failed.stderr.count("\n") == 1
+
+
+def test_usage_errors_exit_2(tmp_path):
+    assert lora_grpo("train", cwd=tmp_path).returncode == 2
+    assert lora_grpo("tarin", cwd=tmp_path).returncode == 2
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    program = (
+        "from lora_grpo import cli\n"
+        "@cli.app.command('broken')\n"
+        "def broken(): raise ZeroDivisionError('a bug')\n"
+        "import sys; sys.argv = ['lora-grpo', 'broken']; cli.main()\n"
+    )
+    failed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "Traceback" in failed.stderr
+    assert "ZeroDivisionError: a bug" in failed.stderr
+
+
+def test_ctrl_c_runs_the_clean_up_and_exits_130(tmp_path):
+    """What stands in for a trainer is a loop with a `finally`: the command must end after it, without a traceback."""
+    program = (
+        "import sys, time\n"
+        "from lora_grpo import cli\n"
+        "@cli.app.command('loop')\n"
+        "def loop():\n"
+        "    try:\n"
+        "        print('started', flush=True)\n"
+        "        time.sleep(600)\n"
+        "    finally:\n"
+        "        print('cleaned up', flush=True)\n"
+        "sys.argv = ['lora-grpo', 'loop']; cli.main()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout.readline() == "started\n"
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert out == "cleaned up\n"
+    assert "Traceback" not in err
+
+
+@pytest.mark.filterwarnings("ignore:the store:RuntimeWarning")
+def test_versions_lists_a_run(tmp_path):
+    from lora_grpo.adapters.store import AdapterStore
+
+    files = {"adapter_config.json": [b"{}"], "adapter_model.safetensors": [bytes(2048)]}
+    with AdapterStore(tmp_path / "root", archive=tmp_path / "run") as store:
+        first = store.publish(files, step=0)
+        store.promote(first)
+        second = store.publish(files, step=1)
+        store.record(first, reward=0.5)
+        store.flush()
+        rows = json.loads(lora_grpo("versions", "run", "--json", cwd=tmp_path).stdout)
+        table = lora_grpo("versions", str(Path("run")), cwd=tmp_path).stdout
+    assert [row["version"] for row in rows] == [first.number, second.number]
+    assert [row["head"] for row in rows] == [True, False]
+    assert rows[1]["parent"] == first.number
+    assert rows[0]["metrics"]["reward"] == 0.5
+    assert rows[0]["size_bytes"] == 2050
+    assert rows[0]["digest"] == first.digest
+    for words in ("v1", "HEAD", "0.5", "tmpfs"):
+        assert words in table

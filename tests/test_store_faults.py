@@ -1,0 +1,359 @@
+"""What the world can do to a store: full disks, damaged files, deleted folders, clocks."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from lora_grpo.adapters import disk
+from lora_grpo.adapters.layout import PEFT_FILES
+from lora_grpo.adapters.retention import keep_latest
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError, UnknownVersion
+from tests.store_files import adapter, content, on_disk
+
+MIB = 1 << 20
+WEIGHTS = "adapter_model.safetensors"
+
+
+def check_sound(store: AdapterStore, numbers: list[int]) -> None:
+    assert [version.number for version in store.list()] == numbers
+    for number in numbers:
+        store.verify(number)
+
+
+def mounted(folder: Path, size: str) -> bool:
+    """Mount a small tmpfs; only root may."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False)
+    return done.returncode == 0
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    if not mounted(folder, "1m"):
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_tmpfs_is_found_before_writing(small_tmpfs: Path) -> None:
+    root = small_tmpfs / "root"
+    with AdapterStore(root) as store:
+        for step in range(3):
+            store.promote(store.publish(adapter(step, 300_000), step=step))
+        before = sorted(root.rglob("*"))
+        with pytest.raises(NoRoom, match=r"needs 0\.3\d MiB .* has room for 0\.\d\d MiB of 1 MiB.*--shm-size"):
+            store.publish(adapter(3, 300_000), step=3)
+        assert sorted(root.rglob("*")) == before
+        check_sound(store, [1, 2, 3])
+        assert store.publish(adapter(4, 1000), step=3).number == 4
+
+
+def test_a_tmpfs_that_fills_while_writing_loses_nothing(small_tmpfs: Path) -> None:
+    """Somebody else's file takes the last page after the check; HEAD can still be moved."""
+    root = small_tmpfs / "root"
+    with AdapterStore(root) as store:
+        for step in range(2):
+            store.promote(store.publish(adapter(step), step=step))
+        filler = small_tmpfs / "filler"
+
+        def fill(point: str) -> None:
+            if point == "publish.half" and not filler.exists():
+                filler.write_bytes(bytes(disk.room_bytes(small_tmpfs) - 8192))
+
+        original, disk.at = disk.at, fill
+        try:
+            with pytest.raises(NoRoom, match="No space left"):
+                store.publish(adapter(3, 100_000), step=2)
+        finally:
+            disk.at = original
+        check_sound(store, [1, 2])
+        assert list((root / "staging").iterdir()) == []
+        with open(filler, "ab", buffering=0) as stream:
+            stream.write(bytes(disk.room_bytes(small_tmpfs)))
+        assert disk.room_bytes(small_tmpfs) == 0
+        store.promote(1)
+        assert store.head == store.get(1)
+        filler.unlink()
+        assert store.publish(adapter(4), step=2).number == 4
+
+
+def test_too_little_room_prunes_what_retention_gives_up_first(small_tmpfs: Path, tmp_path: Path) -> None:
+    with AdapterStore(small_tmpfs / "root", tmp_path / "run", retention=keep_latest(2)) as store:
+        for step in range(8):
+            store.promote(store.publish(adapter(step, 250_000), step=step))
+        assert len(store.list()) == 8
+        on_tmpfs = [version.number for version in store.list() if "tmpfs" in store.where(version.number)]
+        assert on_tmpfs[-2:] == [7, 8]
+        assert len(on_tmpfs) <= 3
+
+
+def test_a_budget_is_kept(shm_dir: Path) -> None:
+    with AdapterStore(shm_dir, budget_bytes=10_000) as store:
+        for step in range(3):
+            store.publish(adapter(step), step=step)
+        with pytest.raises(NoRoom, match=r"budget_bytes=10000 has room for 0\.00 MiB.*--shm-size"):
+            store.publish(adapter(3), step=3)
+        check_sound(store, [1, 2, 3])
+    with AdapterStore(shm_dir, budget_bytes=10_000, retention=keep_latest(1)) as store:
+        store.promote(3)
+        assert store.publish(adapter(3), step=3).number == 4
+        check_sound(store, [3, 4])
+
+
+def test_a_file_size_limit_while_writing_is_a_store_error(shm_dir: Path) -> None:
+    """RLIMIT_FSIZE makes write fail half-way, as a quota does."""
+    program = (
+        "import resource, signal, sys\nfrom lora_grpo.adapters.store import AdapterStore\n"
+        "from lora_grpo.errors import StoreError\nfrom tests.store_files import adapter\n"
+        "store = AdapterStore(sys.argv[1]); store.publish(adapter(1), step=0)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, {resource.RLIM_INFINITY}))\n"
+        "try:\n    store.publish(adapter(2, 100_000), step=1)\n"
+        "except StoreError as error:\n    print(error)\n"
+        "store.verify(1); print([v.number for v in store.list()], store.publish(adapter(3), step=1))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(shm_dir)], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("publishing a version failed: File too large")
+    assert second == "[1] v3"
+
+
+@pytest.mark.parametrize("file", [*PEFT_FILES, "version.json"])
+@pytest.mark.parametrize("damage", ["truncated", "garbled", "deleted", "emptied"])
+@pytest.mark.parametrize("half", ["tmpfs", "archive"])
+def test_damage_is_named_and_the_other_copy_survives(
+    shm_dir: Path, tmp_path: Path, file: str, damage: str, half: str
+) -> None:
+    with AdapterStore(shm_dir, tmp_path) as store:
+        for step in range(2):
+            store.promote(store.publish(adapter(step), step=step))
+        store.flush()
+        path = (shm_dir if half == "tmpfs" else tmp_path) / "versions/000001" / file
+        spoil(path, damage)
+        with pytest.raises(StoreCorrupt, match=r"versions/000001"):
+            store.verify(1)
+        store.verify(2)
+        assert [version.number for version in store.list()] == [1, 2]
+        if half == "tmpfs":
+            assert on_disk(store.restore(1).path) == content(adapter(0))
+            store.verify(1)
+        else:
+            assert on_disk(store.get(1).path) == content(adapter(0))
+
+
+def spoil(path: Path, damage: str) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    match damage:
+        case "truncated":
+            os.truncate(path, len(content) - 1)
+        case "emptied":
+            os.truncate(path, 0)
+        case "garbled":
+            path.write_bytes(content)
+        case "deleted":
+            path.unlink()
+
+
+def test_a_damaged_archived_copy_is_not_restored(shm_dir: Path, tmp_path: Path) -> None:
+    with AdapterStore(shm_dir, tmp_path, retention=keep_latest(1)) as store:
+        for step in range(2):
+            store.promote(store.publish(adapter(step), step=step))
+        store.flush()
+        assert store.prune() == [1]
+        spoil(tmp_path / "versions/000001" / WEIGHTS, "garbled")
+        with pytest.raises(StoreCorrupt, match="has digest"):
+            store.restore(1)
+        assert store.where(1) == {"archive"}
+        assert list((shm_dir / "staging").iterdir()) == []
+
+
+def test_a_damaged_trainer_state_is_not_handed_out(shm_dir: Path, tmp_path: Path) -> None:
+    with AdapterStore(shm_dir, tmp_path) as store:
+        store.archive_state(store.publish(adapter(1), step=0), {"w": [b"weights"]}, {})
+        store.flush()
+        spoil(tmp_path / "states/000001/w", "garbled")
+        with pytest.raises(StoreCorrupt, match=r"states/000001/w differs"):
+            store.load_state(1)
+        with pytest.raises(StoreCorrupt, match=r"states/000001/w differs"):
+            store.verify(1)
+
+
+@pytest.mark.parametrize("archived", [True, False])
+def test_damage_on_tmpfs_before_archiving_is_reported_once_and_the_run_goes_on(
+    shm_dir: Path, tmp_path: Path, archived: bool
+) -> None:
+    """A version that no retry can archive must not make every later call, or every later start, fail."""
+    with AdapterStore(shm_dir) as store:
+        for step in range(3):
+            store.promote(store.publish(adapter(step), step=step))
+        spoil(shm_dir / "versions/000002" / WEIGHTS, "truncated")
+        if not archived:
+            spoil(shm_dir / "versions/000003" / WEIGHTS, "garbled")
+    with AdapterStore(shm_dir, tmp_path) as store:
+        assert store.recovered.damaged == ((2,) if archived else (2, 3))
+        assert store.recovered.head_moved == (None if archived else (3, 1))
+        store.promote(store.publish(adapter(3), step=3))
+        store.flush()
+        assert store.where(2) == {"tmpfs"}
+        victim = store.publish(adapter(4), step=4)
+        store.flush()
+        shutil.rmtree(tmp_path / "versions" / victim.path.name)
+        spoil(victim.path / WEIGHTS, "garbled")
+        session = store._session
+        assert session is not None
+        session.archive_version(store._catalog.manifest(victim.number))
+        with pytest.raises(StoreCorrupt, match=victim.path.name):
+            store.flush()
+        store.flush()
+        store.publish(adapter(5), step=5)
+
+
+def test_a_version_deleted_behind_the_stores_back(shm_dir: Path, tmp_path: Path) -> None:
+    with AdapterStore(shm_dir / "bare") as store:
+        for step in range(3):
+            store.promote(store.publish(adapter(step), step=step))
+        shutil.rmtree(store.get(3).path)
+        for look in (store.get, store.restore, store.verify, store.acquire, store.promote):
+            with pytest.raises(UnknownVersion, match="000003 is gone"):
+                look(3)
+        with pytest.raises(UnknownVersion, match="deleted by another program"):
+            _ = store.head
+        check_sound(store, [1, 2])
+        store.promote(store.publish(adapter(4), step=3, parent=2))
+        shutil.rmtree(store.get(4).path)
+    with AdapterStore(shm_dir / "bare") as store:
+        assert store.recovered.lost == (3, 4)
+        assert store.recovered.head_moved == (4, 2)
+        assert store.head == store.get(2)
+        assert store.publish(adapter(5), step=3).number == 5
+    with AdapterStore(shm_dir / "root", tmp_path) as store:
+        store.promote(store.publish(adapter(0), step=0))
+        store.flush()
+        shutil.rmtree(store.get(1).path)
+        assert on_disk(store.restore(1).path) == content(adapter(0))
+
+
+def test_an_archive_that_cannot_be_written_says_so_and_catches_up(shm_dir: Path, tmp_path: Path) -> None:
+    """Tests may run as root, who may write anywhere; a file where a folder should be stops root too."""
+    with AdapterStore(shm_dir, tmp_path, retention=keep_latest(1)) as store:
+        store.promote(store.publish(adapter(0), step=0))
+        store.flush()
+        shutil.rmtree(tmp_path / "staging")
+        (tmp_path / "staging").write_text("in the way")
+        store.promote(store.publish(adapter(1), step=1))
+        with pytest.raises(StoreError, match=r"archiving version 2 failed: Not a directory .*staging"):
+            store.flush()
+        with pytest.raises(StoreError, match="archiving version 2 failed"):
+            store.flush()
+        check_sound(store, [1, 2])
+        (tmp_path / "staging").unlink()
+        (tmp_path / "staging").mkdir()
+        with suppress(StoreError):
+            store.flush()
+        store.flush()
+        assert store.where(2) == {"tmpfs", "archive"}
+        check_sound(store, [1, 2])
+
+
+def test_closing_over_a_broken_archive_raises_and_unlocks(shm_dir: Path, tmp_path: Path) -> None:
+    store = AdapterStore(shm_dir, tmp_path)
+    shutil.rmtree(tmp_path / "staging")
+    store.publish(adapter(0), step=0)
+    with pytest.raises(StoreError, match="archiving version 1 failed"):
+        store.close()
+    with AdapterStore(shm_dir, tmp_path) as again:
+        assert again.recovered.unarchived == (1,)
+        assert again.publish(adapter(1), step=1).number == 2
+
+
+def test_a_run_directory_that_is_a_file(shm_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(StoreError, match="opening the run directory"):
+        AdapterStore(shm_dir, tmp_path / "run")
+
+
+def test_a_clock_that_goes_backwards_changes_no_order(shm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", iter([3e9, 2e9, 1e9, 5e8]).__next__)
+    with AdapterStore(shm_dir, retention=keep_latest(2)) as store:
+        for step in range(3):
+            store.promote(store.publish(adapter(step), step=step))
+        assert [version.number for version in store.list()] == [1, 2, 3]
+        assert store.prune() == [1]
+        assert store.head == store.get(3)
+
+
+def test_a_torn_or_garbled_journal_costs_no_version(shm_dir: Path) -> None:
+    with AdapterStore(shm_dir) as store:
+        for step in range(3):
+            store.promote(store.publish(adapter(step), step=step))
+        store.record(1, reward=1.0)
+    journal = shm_dir / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[0] = b"\xff\xfe garbage\n"
+    journal.write_bytes(b"".join(lines) + b'{"event":"record","number":2,"metr')
+    reader = AdapterStore(shm_dir, readonly=True)
+    check_sound(reader, [1, 2, 3])
+    with AdapterStore(shm_dir) as store:
+        check_sound(store, [1, 2, 3])
+        assert store.metrics(1) == {"reward": 1.0}
+        store.record(2, reward=2.0)
+        assert store.head == store.get(3)
+        assert reader.metrics(2) == {"reward": 2.0}
+    journal.unlink()
+    with AdapterStore(shm_dir) as store:
+        check_sound(store, [1, 2, 3])
+        assert store.publish(adapter(4), step=4).number == 4
+
+
+@pytest.mark.parametrize("half", ["root", "run"])
+def test_a_garbled_number_file_stops_the_writer_not_the_reader(shm_dir: Path, tmp_path: Path, half: str) -> None:
+    with AdapterStore(shm_dir, tmp_path) as store:
+        store.promote(store.publish(adapter(1), step=0))
+    path = (shm_dir if half == "root" else tmp_path) / "NUMBERS"
+    path.write_text("many\n")
+    with pytest.raises(StoreCorrupt, match="NUMBERS should hold a number .* at least as large"):
+        AdapterStore(shm_dir, tmp_path)
+    check_sound(AdapterStore(shm_dir, readonly=True), [1])
+    path.write_text("17\n")
+    with AdapterStore(shm_dir, tmp_path) as store:
+        assert store.publish(adapter(2), step=1).number >= 2
+
+
+@pytest.mark.parametrize("half", ["root", "run"])
+def test_a_garbled_identity_is_named(shm_dir: Path, tmp_path: Path, half: str) -> None:
+    AdapterStore(shm_dir, tmp_path).close()
+    path = (shm_dir if half == "root" else tmp_path) / "store.json"
+    path.write_text('{"format": 1')
+    with pytest.raises(StoreCorrupt, match=r"store\.json is damaged"):
+        AdapterStore(shm_dir, tmp_path)
+    path.write_text('{"format": 99, "run_id": "x", "other": null, "own_root": false}')
+    with pytest.raises(StoreError, match="format 99"):
+        AdapterStore(shm_dir, tmp_path)
+
+
+@pytest.mark.parametrize("spoiled", ["file", "elsewhere", "missing"])
+def test_a_spoiled_head_is_mended_from_the_history(shm_dir: Path, spoiled: str) -> None:
+    with AdapterStore(shm_dir) as store:
+        for step in range(2):
+            store.promote(store.publish(adapter(step), step=step))
+    (shm_dir / "HEAD").unlink()
+    if spoiled == "file":
+        (shm_dir / "HEAD").write_text("2")
+    elif spoiled == "elsewhere":
+        (shm_dir / "HEAD").symlink_to("/nowhere")
+    with AdapterStore(shm_dir) as store:
+        assert store.head == store.get(2)
+        assert store.recovered.head_moved is None
