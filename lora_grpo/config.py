@@ -181,6 +181,10 @@ class LoraSettings(Section):
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="other ranks, by module name or regex")
     alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other alphas, by module name or regex")
 
+    @property
+    def largest_rank(self) -> int:
+        return max([self.r, *self.rank_pattern.values()])
+
 
 class EngineConfig(Section):
     """The in-process vLLM engine."""

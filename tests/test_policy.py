@@ -365,7 +365,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
         make_policy(
             model=get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
         )
-    with pytest.raises(ConfigError, match="lora_A.*is torch.bfloat16"):
+    with pytest.raises(ConfigError, match=r"lora_A.*is torch.bfloat16"):
         make_policy(model=peft_model().bfloat16())
     with pytest.raises(ConfigError, match="float16 base"):
         make_policy(model=peft_model(dtype=torch.float16))
@@ -375,5 +375,5 @@ def test_what_cannot_be_trained_is_refused() -> None:
 
 
 def test_rows_that_make_no_whole_optimizer_batch_are_refused() -> None:
-    with pytest.raises(ConfigError, match="8 rows are no multiple of one optimizer batch.*= 6 rows"):
-        make_policy(3, gradient_accumulation_steps=2, generation_batch_size=24).update(make_batch())
+    with pytest.raises(ConfigError, match=r"8 rows are no multiple of one optimizer batch.*= 6 rows"):
+        make_policy(3, gradient_accumulation_steps=2).update(make_batch())

@@ -324,7 +324,7 @@ def test_a_garbled_number_file_stops_the_writer_not_the_reader(shm_dir: Path, tm
         store.promote(store.publish(adapter(1), step=0))
     path = (shm_dir if half == "root" else tmp_path) / "NUMBERS"
     path.write_text("many\n")
-    with pytest.raises(StoreCorrupt, match="NUMBERS should hold a number .* at least as large"):
+    with pytest.raises(StoreCorrupt, match=r"NUMBERS should hold a number .* at least as large"):
         AdapterStore(shm_dir, tmp_path)
     check_sound(AdapterStore(shm_dir, readonly=True), [1])
     path.write_text("17\n")

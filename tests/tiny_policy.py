@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -74,9 +75,17 @@ def rollout(
 
 
 def config(rows: int, **changes: Any) -> GRPOConfig:
-    """One optimizer batch of `rows` rows in one micro-batch; groups of 4; no clipping of the gradient."""
-    plain = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "num_generations": 4}
-    return GRPOConfig(**{**plain, "max_completion_length": 10, "max_grad_norm": 0.0, **changes})
+    """Micro-batches of `rows` rows, one an update; groups of 4; no clipping of the gradient."""
+    update = rows * changes.get("gradient_accumulation_steps", 1)
+    plain = {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": 1,
+        "generation_batch_size": math.lcm(update, 4),
+        "num_generations": 4,
+        "max_completion_length": 10,
+        "max_grad_norm": 0.0,
+    }
+    return GRPOConfig(**{**plain, **changes})
 
 
 def drifted(batch: Batch, logp_BT: Tensor, spread: float = 0.4, seed: int = 0) -> Batch:

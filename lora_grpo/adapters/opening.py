@@ -169,6 +169,7 @@ class Opening:
             before = Identity.read(root)
             known = max([0, *self.catalog.numbers(), *self.journal.published, *self.journal.forgotten])
             numbering = Numbering(root, run, known=known, root_is_new=before is None, sync=self.root.sync)
+            disk.at("open.numbered")
             self._identify(before)
         return numbering
 
@@ -194,6 +195,7 @@ class Opening:
     def recover(self) -> Recovered:
         """Settle what a dead process left open; after this, the journal and the folders agree."""
         lost, lost_states = self._settle_versions(), self._settle_states()
+        disk.at("open.settled")
         head_moved = self._settle_head()
         unarchived = [n for n in self.root.numbers(VERSIONS) if self.archive is not None and not self.archive.has(n)]
         self._damaged.update(n for n in unarchived if not self._is_sound(n))

@@ -19,7 +19,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
 ) -> None:
     """Evaluate stored versions on the run's held-out prompts, through the engine."""
-    from lora_grpo.evaluation import evaluate_run
+    from lora_grpo.trainer.replay import evaluate_run
 
     rows = evaluate_run(run, versions=version or None)
     if as_json:

@@ -146,15 +146,15 @@ def lora_manager(llm: Any) -> Any:
 def wrapped_modules(llm: Any) -> dict[str, Any]:
     """vLLM's LoRA-wrapped layers by runtime name (fused ones under their fused name).
 
-    Each has `lora_a_stacked` and `lora_b_stacked`: a tuple with one tensor (slots, 1, rank, in) or (slots, 1, out, rank)
-    for each slice, of which an unfused layer has one. Raises `ConfigError` for heads, embeddings and experts, whose
-    buffers are laid out otherwise.
+    Each has tuples `lora_a_stacked` and `lora_b_stacked` with a tensor (slots, 1, rank, in) or (slots, 1, out, rank) a
+    slice; an unfused layer has one slice. Raises `ConfigError` for heads, embeddings and experts, whose buffers are
+    laid out otherwise.
     """
     modules = dict(lora_manager(llm).modules)
     for name, layer in modules.items():
         if not isinstance(layer.lora_a_stacked, tuple):
             raise ConfigError(
-                f"{name} ({type(layer).__name__}) cannot be proven as an adapter's target; leave it out of target_modules"
+                f"an adapter of {name} ({type(layer).__name__}) cannot be proven; leave it out of target_modules"
             )
     return modules
 

@@ -56,6 +56,8 @@ class VLLMEngine:
         max_model_len: int | None = None,
         gpu_memory_utilization: float = 0.35,
         target_modules: Sequence[str] | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
         cpu_lora_kernels: bool = True,
         **vllm_args: Any,
     ) -> None:
@@ -73,12 +75,18 @@ class VLLMEngine:
         self._max_loras = max_loras
         self._max_lora_rank = compat.allowed_rank(max_lora_rank)
         vllm = compat.import_vllm()
-        wrapped = list(target_modules) if target_modules else linear_leaves(model)
+        wrapped = (
+            list(target_modules)
+            if target_modules
+            else linear_leaves(model, revision=revision, trust_remote_code=trust_remote_code)
+        )
         kernels = cpu_lora_kernels and lora_kernels.install()
         self._mixes_base = kernels or compat.base_rows_are_safe()
         self._llm = _start(
             vllm,
             model=str(model),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
             enable_lora=True,
             max_lora_rank=self._max_lora_rank,
             max_loras=max_loras,

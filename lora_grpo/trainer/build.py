@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from lora_grpo.config import LoraSettings, RunConfig
+from lora_grpo.config import GRPOConfig, LoraSettings, RunConfig
 from lora_grpo.config_file import save_config
 from lora_grpo.data import load_data
 from lora_grpo.rewards import load_reward
@@ -18,20 +18,23 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
     """The trainer of a run; its resolved settings are written to the run directory first."""
     save_config(config, Path(config.output_dir))
     train, held_out = load_data(config.data)
-    weights = tuple(reward.weight for reward in config.rewards)
     return GRPOTrainer(
-        config.model.name,
+        config.model,
         [load_reward(reward) for reward in config.rewards],
-        config.grpo.replace(reward_weights=weights),
+        effective_grpo(config),
         train,
         eval_dataset=held_out,
         peft_config=lora_config(config.lora),
         engine_config=config.engine,
         run_dir=config.output_dir,
         store_root=config.store_root,
-        dtype=config.model.dtype,
         view=view,
     )
+
+
+def effective_grpo(config: RunConfig) -> GRPOConfig:
+    """The algorithm's settings with the rewards' own weights."""
+    return config.grpo.replace(reward_weights=tuple(reward.weight for reward in config.rewards))
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:

@@ -16,7 +16,7 @@ from torch import nn
 from lora_grpo.adapters.peft_format import peft_model_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import EngineConfig, GRPOConfig
+from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig
 from lora_grpo.data import PromptDataset, PromptSampler, Rows, load_prompts
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.canary import RESOLUTION, CanaryReport
@@ -51,7 +51,7 @@ class GRPOTrainer:
 
     def __init__(
         self,
-        model: str | Path | nn.Module,
+        model: str | Path | ModelConfig | nn.Module,
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         config: GRPOConfig | None = None,
         train_dataset: Rows | PromptDataset | str | Path | None = None,
@@ -64,12 +64,11 @@ class GRPOTrainer:
         run_dir: str | Path = "runs/grpo",
         store_root: str | Path | None = None,
         rollout_func: RolloutFunc | None = None,
-        dtype: str = "auto",
         view: bool = True,
     ) -> None:
         """Build everything that is not given: the engine on `model`, the PEFT model, the store.
 
-        `model` is a hub name or directory (with `peft_config`), or a PeftModel whose base came from one. An `engine`
+        `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`), or a PeftModel on one of them. An `engine`
         that is given stays open when the run ends. Raises `ConfigError`, `UnsupportedAdapter` or `DeliveryError`
         before anything is trained.
         """
@@ -84,30 +83,30 @@ class GRPOTrainer:
         self._open = ExitStack()
         self._open.callback(self.reporter.close)
         try:
-            self._build(model, peft_config, processing_class, engine, engine_config, store_root, dtype)
+            self._build(_named(model), peft_config, processing_class, engine, engine_config, store_root)
         except BaseException:
             self._open.close()
             raise
 
     def _build(
         self,
-        model: str | Path | nn.Module,
+        model: ModelConfig | nn.Module,
         peft_config: Any,
         processing_class: Any,
         engine: Engine | None,
         engine_config: EngineConfig | None,
         store_root: str | Path | None,
-        dtype: str,
     ) -> None:
         if engine is None:
             settings = engine_config or EngineConfig()
-            estimate = planned_memory(model, peft_config, settings, dtype)
+            estimate = planned_memory(model, peft_config, settings)
             self.reporter.message(f"memory: {estimate}")
+            self.reporter.message("starting the engine")
             with self.reporter.capture():
                 engine = build_engine(model, settings, lora_rank(model, peft_config))
             self._open.callback(engine.close)
         self.engine = engine
-        self.model = build_policy_model(model, peft_config, dtype, self.config.seed)
+        self.model = build_policy_model(model, peft_config, self.config.seed)
         check_same_device(self.model, engine)
         self.pad_token_id = pad_token_id(processing_class or getattr(engine, "tokenizer", None))
         self.store = AdapterStore(store_root, archive=self.run_dir)
@@ -317,6 +316,10 @@ class _Clock:
         started = time.perf_counter()
         yield
         self.seconds[f"time/{phase}_s"] = time.perf_counter() - started
+
+
+def _named(model: str | Path | ModelConfig | nn.Module) -> ModelConfig | nn.Module:
+    return ModelConfig(name=str(model)) if isinstance(model, str | Path) else model
 
 
 def _prompts(data: Any, name: str) -> PromptDataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from lora_grpo.adapters.checks import active_adapter, check_servable
 from lora_grpo.adapters.peft_format import peft_model_of
-from lora_grpo.config import EngineConfig
+from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate_memory, require_memory
@@ -23,28 +22,30 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def checkpoint_of(model: str | Path | nn.Module) -> str:
-    """The hub name or directory that a model came from. Raises `ConfigError` when it does not say."""
-    if isinstance(model, str | Path):
-        return str(model)
+def checkpoint_of(model: ModelConfig | nn.Module) -> ModelConfig:
+    """The checkpoint that a model came from. Raises `ConfigError` when it does not say."""
+    if isinstance(model, ModelConfig):
+        return model
     name = getattr(peft_model_of(model).base_model.model.config, "_name_or_path", "")
     if not name:
         raise ConfigError("the model does not know its checkpoint; build VLLMEngine(name) yourself and pass engine=")
-    return str(name)
+    return ModelConfig(name=str(name))
 
 
-def planned_memory(model: str | Path | nn.Module, peft_config: Any, config: EngineConfig, dtype: str) -> MemoryEstimate:
+def planned_memory(model: ModelConfig | nn.Module, peft_config: Any, config: EngineConfig) -> MemoryEstimate:
     """The run's estimate; raises `ConfigError` when it does not fit where it will run."""
     lora = _lora_config(model, peft_config)
     targets = None if isinstance(lora.target_modules, str | None) else set(lora.target_modules)
     rank = max([lora.r, *lora.rank_pattern.values()])
+    checkpoint = checkpoint_of(model)
     estimate = estimate_memory(
-        checkpoint_of(model),
+        checkpoint.name,
         rank=rank,
         targets=targets,
         slots=config.max_loras,
         max_lora_rank=config.max_lora_rank or rank,
-        trainer_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+        trainer_dtype=torch.bfloat16 if checkpoint.dtype == "auto" else getattr(torch, checkpoint.dtype),
+        trust_remote_code=checkpoint.trust_remote_code,
         engine_dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
         kv_tokens=config.max_num_seqs * (config.max_model_len or 1024),
     )
@@ -53,12 +54,15 @@ def planned_memory(model: str | Path | nn.Module, peft_config: Any, config: Engi
     return estimate
 
 
-def build_engine(model: str | Path | nn.Module, config: EngineConfig, rank: int) -> Engine:
+def build_engine(model: ModelConfig | nn.Module, config: EngineConfig, rank: int) -> Engine:
     """A `VLLMEngine` on the model's checkpoint, sized for adapters of `rank`."""
     from lora_grpo.engines.vllm_local import VLLMEngine
 
+    checkpoint = checkpoint_of(model)
     return VLLMEngine(
-        checkpoint_of(model),
+        checkpoint.name,
+        revision=checkpoint.revision,
+        trust_remote_code=checkpoint.trust_remote_code,
         max_lora_rank=config.max_lora_rank or rank,
         max_loras=config.max_loras,
         dtype=config.dtype,
@@ -71,7 +75,7 @@ def build_engine(model: str | Path | nn.Module, config: EngineConfig, rank: int)
     )
 
 
-def build_policy_model(model: str | Path | nn.Module, peft_config: Any, dtype: str, seed: int) -> nn.Module:
+def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: int) -> nn.Module:
     """The PEFT model to train, on the default device, its adapter in fp32 and drawn from `seed`.
 
     A model that is given is used as it is.
@@ -80,7 +84,12 @@ def build_policy_model(model: str | Path | nn.Module, peft_config: Any, dtype: s
         if peft_config is not None:
             raise ConfigError("model is a PeftModel already: leave peft_config out, or pass the checkpoint's name")
         return model
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        model.name,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        dtype="auto" if model.dtype == "auto" else getattr(torch, model.dtype),
+    )
     set_seed(seed)
     policy = get_peft_model(base.to(default_device()), peft_config, autocast_adapter_dtype=True)
     for module in check_servable(policy, active_adapter(policy)):
@@ -88,7 +97,7 @@ def build_policy_model(model: str | Path | nn.Module, peft_config: Any, dtype: s
     return policy
 
 
-def lora_rank(model: str | Path | nn.Module, peft_config: Any) -> int:
+def lora_rank(model: ModelConfig | nn.Module, peft_config: Any) -> int:
     """The largest rank of the adapter to be trained."""
     config = _lora_config(model, peft_config)
     return max([config.r, *config.rank_pattern.values()])
@@ -111,7 +120,7 @@ def pad_token_id(tokenizer: Any) -> int:
     return 0
 
 
-def _lora_config(model: str | Path | nn.Module, peft_config: Any) -> LoraConfig:
+def _lora_config(model: ModelConfig | nn.Module, peft_config: Any) -> LoraConfig:
     if isinstance(model, nn.Module):
         return peft_model_of(model).peft_config[active_adapter(model)]
     if peft_config is None:

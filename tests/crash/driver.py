@@ -1,0 +1,180 @@
+"""Kills processes that work on one store, again and again, and looks at what each kill left.
+
+Every worker is a fork of this light process. It opens what the last kill left (nothing is ever closed cleanly in
+between), checks it, and works until it dies: at a named point by its own hand, or at a random time by its parent's.
+Now and then the tmpfs half goes too, as in a reboot. The last line of stdout is a JSON summary.
+
+    python -m tests.crash.driver FOLDER SEED KILLS_PER_POINT RANDOM_KILLS
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_grpo.adapters import disk
+from lora_grpo.adapters.retention import keep_archived, keep_latest, keep_trainer_state
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.errors import UnknownVersion
+from tests.store_files import adapter
+
+POINTS = (
+    "open.numbered", "open.settled",
+    "publish.numbered", "publish.half", "publish.staged", "publish.journaled", "publish.renamed", "numbers.reserved",
+    "promote.linked", "promote.renamed",
+    "prune.journaled", "remove.moved", "remove.half", "prune.removed", "prune.unarchived", "prune.state",
+    "archive.copied", "archive.staged", "archive.renamed", "restore.staged", "restore.renamed",
+    "state.half", "state.staged", "state.renamed",
+)  # fmt: skip
+RETENTION = keep_latest(3) | keep_archived(keep_latest(6)) | keep_trainer_state(keep_latest(2))
+MAX_ROUNDS = 400
+
+
+def die_at(point: str, hit: int) -> Callable[[str], None]:
+    """A hook that kills this process the `hit`-th time it comes by `point`."""
+    left = [hit]
+
+    def at(here: str) -> None:
+        left[0] -= here == point
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return at
+
+
+class Witness:
+    """What every version number was seen to hold, over all processes; a number seen with two contents came back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def saw(self, number: int, digest: str) -> None:
+        with open(self.path, "ab", buffering=0) as stream:
+            stream.write(f"{number} {digest}\n".encode())
+
+    def digests(self) -> dict[int, set[str]]:
+        seen: dict[int, set[str]] = {}
+        for line in self.path.read_text().splitlines():
+            number, digest = line.split()
+            seen.setdefault(int(number), set()).add(digest)
+        return seen
+
+
+def check(store: AdapterStore, witness: Witness) -> None:
+    """What has to be true after any kill."""
+    listed = store.list()
+    for version in listed:
+        store.verify(version.number)
+        witness.saw(version.number, version.digest)
+    head = store.head
+    assert head is None or head in listed, f"HEAD is {head}"
+    for number, digests in witness.digests().items():
+        assert len(digests) == 1, f"number {number} was given out twice"
+        try:
+            store.get(number)
+        except UnknownVersion as gone:
+            assert "removed by retention" in str(gone), str(gone)
+
+
+def work(root: Path, run: Path, witness: Witness, inside: mmap.mmap, seed: int, rebooted: bool) -> None:
+    """Open, check, then do everything that a training run does with a store, until killed."""
+    draw = random.Random(seed)
+    inside[0] = 1
+    store = AdapterStore(root, run, retention=RETENTION)
+    assert rebooted or not store.recovered.lost, f"lost without a reboot: {store.recovered}"
+    assert not store.recovered.damaged, store.recovered
+    assert store.head is None or "tmpfs" in store.where(store.head.number), "HEAD cannot be served"
+    check(store, witness)
+    inside[0] = 0
+    for step in range(MAX_ROUNDS):
+        operate(store, witness, inside, draw, seed * MAX_ROUNDS + step)
+
+
+def operate(store: AdapterStore, witness: Witness, inside: mmap.mmap, draw: random.Random, content: int) -> None:
+    inside[0] = 1
+    version = store.publish(adapter(content, draw.randrange(100, 20_000)), step=content)
+    witness.saw(version.number, version.digest)
+    inside[0] = 0
+    state = {"weights.safetensors": [bytes(draw.randrange(1, 30_000))]}
+    operations: list[Callable[[], object]] = [
+        lambda: store.archive_state(version, state, {"step": content}),
+        lambda: store.promote(version),
+        lambda: store.record(version, reward=draw.random()),
+        store.prune,
+        lambda: go_back(store, draw),
+    ]
+    if draw.random() < 0.3:
+        operations.append(store.flush)
+    for operation in operations:
+        inside[0] = 1
+        operation()
+        inside[0] = 0
+
+
+def go_back(store: AdapterStore, draw: random.Random) -> None:
+    archived = [version for version in store.list() if "archive" in store.where(version.number)]
+    if archived:
+        store.promote(store.restore(draw.choice(archived)))
+
+
+def killed(root: Path, run: Path, witness: Witness, seed: int, point: str | None, rebooted: bool) -> bool:
+    """Fork a worker and wait for its death; whether it died inside an operation."""
+    draw = random.Random(seed)
+    inside = mmap.mmap(-1, mmap.PAGESIZE)
+    child = os.fork()
+    if child == 0:
+        code = 3
+        try:
+            if point is not None:
+                disk.at = die_at(point, draw.randint(1, 1 if point.startswith(("open", "numbers")) else 3))
+            work(root, run, witness, inside, seed, rebooted)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            code = 4
+        finally:
+            os._exit(code)
+    if point is None:
+        time.sleep(draw.uniform(0.001, 0.04))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        raise SystemExit(f"the worker for {point or 'a random kill'} (seed {seed}) ended with {status >> 8}")
+    return point is not None or inside[0] == 1
+
+
+def main(folder: Path, seed: int, kills_per_point: int, random_kills: int) -> dict[str, object]:
+    root, run = folder / "root", folder / "run"
+    witness = Witness(folder / "witness")
+    witness.path.touch()
+    plan = [*POINTS * kills_per_point, *[None] * random_kills]
+    draw = random.Random(seed)
+    draw.shuffle(plan)
+    inside, rebooted, reboots = 0, False, 0
+    for index, point in enumerate(plan):
+        inside += killed(root, run, witness, seed * len(plan) + index, point, rebooted)
+        if (run / "store.json").exists() and (root / "store.json").exists():
+            check(AdapterStore(archive=run, readonly=True), witness)
+        rebooted = draw.random() < 0.05
+        if rebooted:
+            shutil.rmtree(root, ignore_errors=True)
+            reboots += 1
+    return {
+        "kills": len(plan),
+        "inside": inside,
+        "points": {point: plan.count(point) for point in POINTS},
+        "random": random_kills,
+        "reboots": reboots,
+        "versions": len(witness.digests()),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))))

