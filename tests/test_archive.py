@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,20 @@ def test_after_a_reboot_the_run_goes_on_and_says_what_was_lost(shm_dir: Path, tm
         assert third.recovered.lost == ()
 
 
+def test_numbers_survive_a_power_cut_that_takes_the_history_too(shm_dir: Path, tmp_path: Path) -> None:
+    """Only what was fsynced is left: the reserved block is, the last lines of the journal may not be."""
+    store = AdapterStore(shm_dir / "root", tmp_path)
+    publish(store, 3)
+    store.flush()
+    for kind in ("versions", "states"):
+        shutil.rmtree(tmp_path / kind)
+    os.truncate(tmp_path / "journal.jsonl", 10)
+    reboot(store)
+    with AdapterStore(archive=tmp_path) as again:
+        assert again.list() == []
+        assert again.publish(adapter(9), step=0).number > 3
+
+
 def test_a_clean_stop_leaves_no_gap_in_the_numbers_even_when_tmpfs_goes(tmp_path: Path) -> None:
     with AdapterStore(archive=tmp_path) as store:
         publish(store, 3)
@@ -123,6 +138,18 @@ def test_a_killed_process_loses_no_version_that_tmpfs_still_has(shm_dir: Path, t
         assert store.where(1) == {"tmpfs", "archive"}
         assert store.load_state(1) is None
         store.verify(1)
+
+
+def test_a_program_that_ends_without_closing_still_finishes_its_archive(shm_dir: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom lora_grpo.adapters.store import AdapterStore\nfrom tests.store_files import adapter\n"
+        "store = AdapterStore(sys.argv[1], sys.argv[2])\n"
+        "store.archive_state(store.publish(adapter(1), step=0), {'w': [bytes(1 << 20)]}, {})"
+    )
+    subprocess.run([sys.executable, "-c", program, str(shm_dir), str(tmp_path)], check=True)
+    reader = AdapterStore(archive=tmp_path, readonly=True)
+    assert reader.where(1) == {"tmpfs", "archive", "state"}
+    reader.verify(1)
 
 
 def test_trainer_states_follow_their_own_retention(shm_dir: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_grpo.config import GRPOConfig
 from lora_grpo.grpo import Batch
+from lora_grpo.grpo.optimizer import build_scheduler
 from lora_grpo.policy import Policy
 from lora_grpo.types import Completion, Group
 
@@ -80,7 +81,7 @@ def config(rows: int, **changes: Any) -> GRPOConfig:
     plain = {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": 1,
-        "generation_batch_size": math.lcm(update, 4),
+        "generation_batch_size": None if update % 4 == 0 else math.lcm(update, 4),
         "num_generations": 4,
         "max_completion_length": 10,
         "max_grad_norm": 0.0,
@@ -109,7 +110,7 @@ def gradient(policy: Policy, batch: Batch) -> tuple[dict[str, Tensor], dict[str,
 
     still = torch.optim.SGD(policy.parameters.values(), lr=0.0)
     still.register_step_pre_hook(catch)
-    policy.optimizer = still
+    policy.optimizer, policy.scheduler = still, build_scheduler(still, policy.config, num_updates=100)
     metrics = policy.update(batch)
     return caught, metrics
 

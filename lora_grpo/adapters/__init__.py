@@ -1,0 +1,1 @@
+"""Adapter versions: their form, their checks, and the store that keeps them."""

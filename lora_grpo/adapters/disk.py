@@ -75,6 +75,7 @@ def replace_file(path: Path, content: bytes, *, sync: bool) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     write_file(temporary, [content], sync=sync)
+    at("replace.written")
     os.replace(temporary, path)
     if sync:
         sync_folder(path.parent)
@@ -197,11 +198,11 @@ class Tree:
             at("remove.half")
         os.rmdir(trash)
 
-    def sweep(self) -> list[str]:
-        """Delete what a dead process left half-written or half-removed; the names found."""
-        found: list[str] = []
-        for place in (self._staging, self._trash):
-            for name in sorted(os.listdir(place)):
-                shutil.rmtree(place / name)
-                found.append(f"{place.name}/{name}")
-        return found
+    def leftovers(self) -> list[str]:
+        """What a dead process left half-written or half-removed."""
+        return [f"{place.name}/{name}" for place in (self._staging, self._trash) for name in sorted(os.listdir(place))]
+
+    def sweep(self) -> None:
+        """Delete the leftovers. Only whoever holds the lock may: a live writer's work looks the same."""
+        for name in self.leftovers():
+            shutil.rmtree(self.path / name)

@@ -11,7 +11,8 @@ The store has a root on tmpfs, and with `archive=` a durable run directory. Both
 
 Only in the root:
 
-- `HEAD`: a symbolic link to the promoted version's folder.
+- `HEAD`: a symbolic link to the promoted version's folder. Where the tmpfs is gone, the journal's last promotion of
+  a version that was archived takes its place.
 - `NUMBERS`: the last number given out.
 
 Only in the run directory:

@@ -26,7 +26,9 @@ class Numbering:
         trusted = counted is not None and not root_is_new
         self.last = max(counted or 0, known, 0 if trusted else self._bound)
         self._sync = sync
-        self._descriptor = os.open(root / "NUMBERS", os.O_WRONLY | os.O_CREAT, 0o600)
+        if counted is None:
+            disk.replace_file(root / "NUMBERS", self._text(), sync=sync)
+        self._descriptor = os.open(root / "NUMBERS", os.O_WRONLY)
         self._write_last()
 
     def next(self) -> int:
@@ -46,6 +48,9 @@ class Numbering:
     def close(self) -> None:
         os.close(self._descriptor)
 
+    def _text(self) -> bytes:
+        return f"{self.last:0{_WIDTH}d}\n".encode()
+
     def _reserve(self, bound: int) -> None:
         assert self._run_file is not None
         disk.replace_file(self._run_file, f"{bound}\n".encode(), sync=True)
@@ -54,6 +59,6 @@ class Numbering:
 
     def _write_last(self) -> None:
         # In place and of fixed width: one page that is already there, so a full tmpfs cannot refuse it.
-        os.pwrite(self._descriptor, f"{self.last:0{_WIDTH}d}\n".encode(), 0)
+        os.pwrite(self._descriptor, self._text(), 0)
         if self._sync:
             os.fsync(self._descriptor)

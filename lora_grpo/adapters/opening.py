@@ -20,7 +20,7 @@ from lora_grpo.adapters.numbering import Numbering
 from lora_grpo.errors import StoreCorrupt, StoreError
 
 _OWN_NAMES = {
-    "store.json", ".store.json.new", "LOCK", "NUMBERS", "HEAD", ".HEAD.new", "journal.jsonl",
+    "store.json", ".store.json.new", "LOCK", "NUMBERS", ".NUMBERS.new", "HEAD", ".HEAD.new", "journal.jsonl",
     "versions", "staging", "trash",
 }  # fmt: skip
 _SHM = Path("/dev/shm")
@@ -154,16 +154,16 @@ class Opening:
         self.archive = None if places.run is None else Archive(places.run)
         self.journal = Journal(places.journal, sync=places.run is None and on_disk)
         self.catalog = Catalog(self.root, self.archive, self.journal)
-        self._swept: list[str] = []
+        self._leftovers: list[str] = []
         self._damaged: set[int] = set()
 
     def prepare(self) -> Numbering:
-        """Create what is missing, sweep, and find the number to go on from."""
+        """Create what is missing, and find the number to go on from."""
         root, run = self.places.root, self.places.run
         with disk.reported(f"opening the store in {root}"):
-            for tree in (self.root, *([] if self.archive is None else [self.archive.tree])):
+            for tree in self._trees():
                 tree.create()
-                self._swept += tree.sweep()
+                self._leftovers += tree.leftovers()
             self._move_journal()
             self.journal.open_for_writing()
             before = Identity.read(root)
@@ -172,6 +172,9 @@ class Opening:
             disk.at("open.numbered")
             self._identify(before)
         return numbering
+
+    def _trees(self) -> list[Tree]:
+        return [self.root] if self.archive is None else [self.root, self.archive.tree]
 
     def _move_journal(self) -> None:
         """A root that lived without a run directory brings its history with it."""
@@ -196,6 +199,9 @@ class Opening:
         """Settle what a dead process left open; after this, the journal and the folders agree."""
         lost, lost_states = self._settle_versions(), self._settle_states()
         disk.at("open.settled")
+        # Only now: a folder left in staging tells a version that never was from one that was lost.
+        for tree in self._trees():
+            tree.sweep()
         head_moved = self._settle_head()
         unarchived = [n for n in self.root.numbers(VERSIONS) if self.archive is not None and not self.archive.has(n)]
         self._damaged.update(n for n in unarchived if not self._is_sound(n))
@@ -203,7 +209,7 @@ class Opening:
             lost=tuple(lost),
             lost_states=tuple(lost_states),
             damaged=tuple(sorted(self._damaged)),
-            swept=tuple(self._swept),
+            swept=tuple(self._leftovers),
             unarchived=tuple(n for n in unarchived if n not in self._damaged),
             head_moved=head_moved,
         )
@@ -220,7 +226,7 @@ class Opening:
         missing = sorted(self.journal.published.keys() - present)
         for number in missing:
             self.journal.append("forget", number)
-        return [n for n in missing if f"staging/{VERSIONS}-{disk.folder_name(n)}" not in self._swept]
+        return [n for n in missing if f"staging/{VERSIONS}-{disk.folder_name(n)}" not in self._leftovers]
 
     def _settle_states(self) -> list[int]:
         present = set(self.catalog.states())

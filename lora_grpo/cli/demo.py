@@ -19,6 +19,6 @@ def demo(
 
     The view goes to stderr; the last line of stdout is the result as JSON.
     """
-    from lora_grpo.demo import run_demo
+    from lora_grpo.demo.run import run_demo
 
     print_json(run_demo(output_dir=output_dir, steps=steps, seed=seed))

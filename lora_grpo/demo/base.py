@@ -43,7 +43,7 @@ class BaseRecipe:
     # Transformers' default of 0.02 suits widths of thousands; at 160 the first 1,000 steps would be lost to it.
     initializer_range: float = 0.06
     forgotten: float = 0.7
-    steps: int = 600
+    steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 2e-3
     final_learning_rate: float = 2e-4

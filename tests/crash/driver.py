@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lora_grpo.errors import UnknownVersion
 from tests.store_files import adapter
 
 POINTS = (
-    "open.numbered", "open.settled",
+    "open.numbered", "open.settled", "replace.written",
     "publish.numbered", "publish.half", "publish.staged", "publish.journaled", "publish.renamed", "numbers.reserved",
     "promote.linked", "promote.renamed",
     "prune.journaled", "remove.moved", "remove.half", "prune.removed", "prune.unarchived", "prune.state",
@@ -78,10 +79,16 @@ def check(store: AdapterStore, witness: Witness) -> None:
     assert head is None or head in listed, f"HEAD is {head}"
     for number, digests in witness.digests().items():
         assert len(digests) == 1, f"number {number} was given out twice"
-        try:
-            store.get(number)
-        except UnknownVersion as gone:
-            assert "removed by retention" in str(gone), str(gone)
+        fate = why_gone(store, number)
+        assert fate is None or "removed by retention" in fate, fate
+
+
+def why_gone(store: AdapterStore, number: int) -> str | None:
+    try:
+        store.get(number)
+    except UnknownVersion as gone:
+        return str(gone)
+    return None
 
 
 def work(root: Path, run: Path, witness: Witness, inside: mmap.mmap, seed: int, rebooted: bool) -> None:
@@ -89,6 +96,7 @@ def work(root: Path, run: Path, witness: Witness, inside: mmap.mmap, seed: int, 
     draw = random.Random(seed)
     inside[0] = 1
     store = AdapterStore(root, run, retention=RETENTION)
+    inside[1] = 1
     assert rebooted or not store.recovered.lost, f"lost without a reboot: {store.recovered}"
     assert not store.recovered.damaged, store.recovered
     assert store.head is None or "tmpfs" in store.where(store.head.number), "HEAD cannot be served"
@@ -125,29 +133,26 @@ def go_back(store: AdapterStore, draw: random.Random) -> None:
         store.promote(store.restore(draw.choice(archived)))
 
 
-def killed(root: Path, run: Path, witness: Witness, seed: int, point: str | None, rebooted: bool) -> bool:
-    """Fork a worker and wait for its death; whether it died inside an operation."""
+def killed(root: Path, run: Path, witness: Witness, seed: int, point: str | None, rebooted: bool) -> tuple[bool, bool]:
+    """Fork a worker and wait for its death; whether it died inside an operation, and whether it got past opening."""
     draw = random.Random(seed)
     inside = mmap.mmap(-1, mmap.PAGESIZE)
     child = os.fork()
     if child == 0:
-        code = 3
         try:
             if point is not None:
-                disk.at = die_at(point, draw.randint(1, 1 if point.startswith(("open", "numbers")) else 3))
+                disk.at = die_at(point, draw.randint(1, 1 if point.startswith(("open", "numbers", "replace")) else 3))
             work(root, run, witness, inside, seed, rebooted)
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-            code = 4
         finally:
-            os._exit(code)
+            traceback.print_exc()
+            os._exit(1)
     if point is None:
         time.sleep(draw.uniform(0.001, 0.04))
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status):
         raise SystemExit(f"the worker for {point or 'a random kill'} (seed {seed}) ended with {status >> 8}")
-    return point is not None or inside[0] == 1
+    return point is not None or inside[0] == 1, inside[1] == 1
 
 
 def main(folder: Path, seed: int, kills_per_point: int, random_kills: int) -> dict[str, object]:
@@ -159,11 +164,13 @@ def main(folder: Path, seed: int, kills_per_point: int, random_kills: int) -> di
     draw.shuffle(plan)
     inside, rebooted, reboots = 0, False, 0
     for index, point in enumerate(plan):
-        inside += killed(root, run, witness, seed * len(plan) + index, point, rebooted)
+        died_inside, opened = killed(root, run, witness, seed * len(plan) + index, point, rebooted)
+        inside += died_inside
         if (run / "store.json").exists() and (root / "store.json").exists():
             check(AdapterStore(archive=run, readonly=True), witness)
-        rebooted = draw.random() < 0.05
-        if rebooted:
+        rebooted = rebooted and not opened
+        if draw.random() < 0.05:
+            rebooted = True
             shutil.rmtree(root, ignore_errors=True)
             reboots += 1
     return {
