@@ -1,0 +1,64 @@
+"""GRPO for LoRA adapters on vLLM, without ever merging.
+
+Names resolve when they are first used: importing the package loads neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.adapters.version import AdapterVersion
+    from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig, RunConfig
+    from lora_grpo.engines.base import Engine
+    from lora_grpo.engines.fake import FakeEngine
+    from lora_grpo.engines.vllm_local import VLLMEngine
+    from lora_grpo.sync import NativeSync
+    from lora_grpo.trainer import GRPOTrainer
+    from lora_grpo.types import Completion, Group, Sampling
+
+_HOMES = {
+    "AdapterStore": "lora_grpo.adapters.store",
+    "AdapterVersion": "lora_grpo.adapters.version",
+    "Completion": "lora_grpo.types",
+    "Engine": "lora_grpo.engines.base",
+    "EngineConfig": "lora_grpo.config",
+    "FakeEngine": "lora_grpo.engines.fake",
+    "GRPOConfig": "lora_grpo.config",
+    "GRPOTrainer": "lora_grpo.trainer",
+    "Group": "lora_grpo.types",
+    "ModelConfig": "lora_grpo.config",
+    "NativeSync": "lora_grpo.sync",
+    "RunConfig": "lora_grpo.config",
+    "Sampling": "lora_grpo.types",
+    "VLLMEngine": "lora_grpo.engines.vllm_local",
+}
+
+__all__ = [
+    "AdapterStore",
+    "AdapterVersion",
+    "Completion",
+    "Engine",
+    "EngineConfig",
+    "FakeEngine",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "Group",
+    "ModelConfig",
+    "NativeSync",
+    "RunConfig",
+    "Sampling",
+    "VLLMEngine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora_grpo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lora_grpo.adapters import disk
@@ -101,12 +101,12 @@ def _copy_checked(source: Path, target: Path, manifest: Manifest, *, sync: bool)
     return {**sums, MANIFEST_FILE: hashlib.sha256(manifest.to_bytes()).hexdigest()}
 
 
-def _stream(path: Path, *sinks: object) -> None:
+def _stream(path: Path, *sinks: Callable[[memoryview], object]) -> None:
     chunk = memoryview(bytearray(CHUNK_BYTES))
     with open(path, "rb", buffering=0) as stream:
         while count := stream.readinto(chunk):
             for sink in sinks:
-                sink(chunk[:count])  # type: ignore[operator]
+                sink(chunk[:count])
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -121,8 +121,9 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
 
 def _check_digest(folder: Path, manifest: Manifest, digest: AdapterDigest) -> None:
     if digest.hexdigest() != manifest.digest:
-        raise StoreCorrupt(f"{folder} has digest {digest.hexdigest()}; version {manifest.number} was published with "
-                           f"{manifest.digest}")  # fmt: skip
+        raise StoreCorrupt(
+            f"{folder} has digest {digest.hexdigest()}; version {manifest.number} was published with {manifest.digest}"
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -163,6 +163,7 @@ class AdapterStore(StoreView):
             session.journal.append("pin", number)
 
     def unpin(self, number: int) -> None:
+        """Leave a version to retention again."""
         with self._writing(f"unpinning version {number}") as session:
             if number not in session.journal.pins:
                 raise UnknownVersion(f"version {number} is not pinned; pinned are {sorted(session.journal.pins)}")

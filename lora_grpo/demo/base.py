@@ -1,7 +1,8 @@
 """The demo's base model: a small Llama that adds two-digit numbers, with a bad habit.
 
 It is made on the spot by supervised learning on sums in which most carries were forgotten. So it knows how to carry,
-rarely does when sampled, and hardly ever when decoded greedily: something for reinforcement learning to bring out.
+does so in under a third of its samples, and hardly ever in its greedy answer: something for reinforcement learning to
+bring out.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def weighted_rewards(rewards_BF: Tensor, weights_F: Sequence[float] | None = Non
 def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: ScaleRewards = "group") -> Tensor:
     """advantages_B = (r - mean of its group) / (deviation + 1e-4); rows of a group are adjacent.
 
-    The deviation (Bessel-corrected) is the group's (GRPO, arXiv 2402.03300, eq. 3), the whole batch's (arXiv
+    The deviation (Bessel-corrected) is the group's (GRPO, arXiv 2402.03300, 4.1.2), the whole batch's (arXiv
     2508.08221), or 1 (Dr. GRPO, arXiv 2503.20783: dividing by it favours questions that are too easy or too hard).
     """
     rewards_PG = _grouped(rewards_B, num_generations)

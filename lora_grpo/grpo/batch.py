@@ -95,7 +95,7 @@ class Batch:
         return (self.attention_mask_BL.cumsum(dim=1) - 1).clamp(min=0)
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device))
 
     def select(self, rows: Tensor) -> Batch:
         """The rows at these indices, without the columns that only other rows needed."""

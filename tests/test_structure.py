@@ -1,0 +1,75 @@
+"""The house: imports point down, vLLM stays in its room, and the package's face is light and fixed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lora_grpo
+
+ROOT = Path(lora_grpo.__file__).parent
+FLOORS = [
+    {"types", "errors"},
+    {"config", "config_file", "data", "rewards", "metrics"},
+    {"adapters"},
+    {"grpo"},
+    {"policy", "scoring", "state"},
+    {"engines"},
+    {"sync"},
+    {"trainer", "bench", "integrations"},
+    {"demo"},
+    {"cli", "__main__", "__init__"},
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Every absolute module name that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    room = room_of(path)
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("lora_grpo.")}
+    if room == "__init__":
+        return
+    too_high = {other for other in rooms - {room} if FLOOR_OF[other] > FLOOR_OF[room]}
+    assert not too_high, f"{room} imports from {too_high}, which is above it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_vllm_stays_in_the_engine_room(path: Path) -> None:
+    if room_of(path) not in ("engines", "bench", "integrations"):
+        assert not {name for name in imported(path) if name.split(".")[0] == "vllm"}
+
+
+@pytest.mark.parametrize("module", ["lora_grpo", "lora_grpo.cli", "lora_grpo.adapters.store", "lora_grpo.rewards"])
+def test_imports_are_light(module: str) -> None:
+    code = f"import {module}, sys; print([m for m in ('torch', 'vllm', 'datasets', 'matplotlib', 'trl') if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert loaded.strip() == "[]"
+
+
+def test_every_public_name_resolves() -> None:
+    assert sorted(lora_grpo.__all__) == lora_grpo.__all__ == sorted(lora_grpo._HOMES)
+    for name in lora_grpo.__all__:
+        assert getattr(lora_grpo, name).__name__ == name
+    with pytest.raises(AttributeError, match="Mergeur"):
+        _ = lora_grpo.Mergeur
