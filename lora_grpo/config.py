@@ -225,6 +225,16 @@ class RewardConfig(Section):
     )
 
 
+class KeepConfig(Section):
+    """Which versions are kept, and where."""
+
+    on_tmpfs: int = Field(8, ge=1, description="latest versions that stay on tmpfs (HEAD, pinned and loaded ones too)")
+    archived: int | None = Field(None, ge=1, description="latest, and best, adapters kept durably; default: all")
+    trainer_states: int = Field(5, ge=1, description="latest trainer states kept, for exact rollback and resume")
+    trainer_state_every: int = Field(1, ge=1, description="steps between kept trainer states")
+    budget_bytes: int | None = Field(None, ge=1, description="most that versions may take on tmpfs")
+
+
 class RunConfig(Section):
     """Everything `lora-grpo train` reads from one file."""
 
@@ -234,5 +244,6 @@ class RunConfig(Section):
     data: DataConfig = Field(description="the prompts")
     rewards: tuple[RewardConfig, ...] = Field(min_length=1, description="the reward functions, one [[rewards]] each")
     engine: EngineConfig = Field(EngineConfig(), description="the engine")
+    keep: KeepConfig = Field(KeepConfig(), description="which versions are kept")
     grpo: GRPOConfig = Field(GRPOConfig(), description="the algorithm")
     store_root: str | None = Field(None, description="tmpfs directory of the versions; default: under /dev/shm")

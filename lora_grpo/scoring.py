@@ -36,12 +36,13 @@ def _score(model: nn.Module, sequences: Sequence[Sequence[int]], temperature: fl
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def mean_abs_difference(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float:

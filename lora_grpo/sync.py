@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,23 @@ from lora_grpo.engines.delivery.base_match import check_same_base, describe
 from lora_grpo.engines.delivery.canary import CanaryReport, judge
 from lora_grpo.engines.delivery.probe import ProbeReport, run_probe
 from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.rollback import RollbackReport, Target, roll_back
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.state import capture_state
 from lora_grpo.types import Group
 
 
 @dataclass(frozen=True, slots=True)
 class PushReceipt:
-    """One push: seconds by phase (gather, write, check, load, prove, promote), adapter bytes, and how it was proven."""
+    """One push: seconds by phase until the version can be sampled from (gather, write, check, load, prove, promote),
+    adapter bytes, and how it was proven. `keeping_s` is what keeping the trainer's state and pruning took after that.
+    """
 
     version: AdapterVersion
     seconds: dict[str, float]
     adapter_bytes: int
     load: LoadReceipt
+    keeping_s: float
 
     @property
     def total_s(self) -> float:
@@ -53,23 +58,28 @@ class NativeSync:
         *,
         optimizer: torch.optim.Optimizer | None = None,
         scheduler: Any = None,
+        keep_state: Callable[[AdapterVersion], bool] = lambda version: True,
     ) -> None:
         """Check that everything about `model` can be served faithfully by `engine`, and prove the path with a probe.
 
-        `optimizer` and `scheduler` are restored with the weights on a rollback. Raises `UnsupportedAdapter` for what
-        cannot be served or another base, `DeliveryError` when the probe does not arrive. `probe` holds its figures
-        (None for an engine that is a fake and says so).
+        `optimizer` and `scheduler` are restored with the weights on a rollback; `keep_state` says of which versions
+        the exact trainer state is archived (several times an adapter's size), by default all. `probe` holds the
+        probe's figures (None for an engine that is a fake and says so). Raises `UnsupportedAdapter` for what cannot be
+        served or another base, `DeliveryError` when the probe does not arrive.
         """
         self.model, self.engine, self.store = model, engine, store
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer, self.scheduler, self.keep_state = optimizer, scheduler, keep_state
         self.adapter = active_adapter(model)
         check_rank(check_servable(model, self.adapter), engine.max_lora_rank)
         self._form = ServingForm(model, self.adapter, getattr(torch, engine.lora_dtype))
         self.probe = None if engine.proof == "none" else self._prove_path()
         self.last_receipt: PushReceipt | None = None
+        self._leased: set[int] = set()
 
-    def push(self, step: int) -> AdapterVersion:
+    def push(self, step: int, *, extra: Mapping[str, Any] | None = None) -> AdapterVersion:
         """Publish the adapter as it is now, load it, prove it, promote it; returns when it can be sampled from.
+
+        With an archive the trainer's exact state is kept with the version (see `keep_state`), and `extra` (JSON) in it.
 
         A failure leaves `HEAD` and what the engine serves as they were. Raises `TrainingError` for non-finite
         weights, `NoRoom` or `StoreError` for the store, `DeliveryError` or `EngineError` for the engine.
@@ -88,8 +98,41 @@ class NativeSync:
             **load.seconds,
             "promote": time.perf_counter() - promoting,
         }
-        self.last_receipt = PushReceipt(version, seconds, self._form.nbytes, load)
+        keeping = time.perf_counter()
+        self._lease_loaded()
+        if self.store.archive is not None and self.keep_state(version):
+            state = capture_state(self._form.modules, self.optimizer, self.scheduler, extra or {})
+            self.store.archive_state(version, *state.to_files())
+        self.store.prune()
+        self.last_receipt = PushReceipt(version, seconds, self._form.nbytes, load, time.perf_counter() - keeping)
         return version
+
+    def rollback(self, to: Target) -> RollbackReport:
+        """Engine and trainer are back on an earlier version: its number, "parent" or "best:METRIC".
+
+        The next push gets a new number with that version as parent. If any part fails, nothing has changed. Raises
+        `UnknownVersion`, `StoreCorrupt`, `DeliveryError` or `EngineError`.
+        """
+        report = roll_back(self.store, self.engine, self._form.modules, self.optimizer, self.scheduler, to)
+        self._lease_loaded()
+        return report
+
+    def close(self) -> None:
+        """Have the engine forget this store's versions, and let go of their files."""
+        for version in self.engine.loaded():
+            if version.path.is_relative_to(self.store.root):
+                self.engine.unload(version)
+        self._lease_loaded()
+
+    def _lease_loaded(self) -> None:
+        """Files outlive their readers: what the engine holds stays on tmpfs, what it let go of may be pruned."""
+        own = (version for version in self.engine.loaded() if version.path.is_relative_to(self.store.root))
+        loaded = {version.number for version in own}
+        for number in loaded - self._leased:
+            self.store.acquire(number)
+        for number in self._leased - loaded:
+            self.store.release(number)
+        self._leased = loaded
 
     @property
     def adapter_bytes(self) -> int:

@@ -19,7 +19,7 @@ FLOORS = [
     {"grpo"},
     {"policy", "scoring", "state"},
     {"engines"},
-    {"sync"},
+    {"sync", "rollback"},
     {"trainer", "bench", "integrations"},
     {"demo"},
     {"cli", "__main__", "__init__"},

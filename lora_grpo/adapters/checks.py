@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_grpo.adapters.peft_format import LoraModule, lora_modules, peft_model_of
+from lora_grpo.adapters.peft_format import LoraModule, clean_name, lora_modules, peft_model_of
 from lora_grpo.errors import UnsupportedAdapter
 
 PLAIN_INITS = ("gaussian", "eva", "orthogonal")
+_NO_HEADS = "vLLM drops or rejects LoRA on heads and embeddings; leave it out of target_modules"
 HEADS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "output_layer", "score")
 _MOE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -34,6 +36,7 @@ def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
     peft_model = peft_model_of(model)
     _check_config(peft_model.peft_config[adapter], adapter)
     _check_base(peft_model.base_model.model)
+    _check_no_embedding(peft_model, adapter)
     modules = lora_modules(model, adapter)
     for module in modules:
         _check_module(module)
@@ -91,12 +94,22 @@ def _check_base(base: Any) -> None:
         )
 
 
+def _check_no_embedding(peft_model: Any, adapter: str) -> None:
+    """PEFT keeps the A and B of an embedding apart from those of other layers."""
+    for name, layer in peft_model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_embedding_A:
+            raise UnsupportedAdapter(f"{clean_name(name)}: {_NO_HEADS}")
+
+
 def _check_module(module: LoraModule) -> None:
     leaf = module.path.rsplit(".", 1)[-1]
     layer: Any = module.layer
     if leaf in HEADS:
+        raise UnsupportedAdapter(f"{module.path}: {_NO_HEADS}")
+    if module.adapter in layer.lora_variant:
         raise UnsupportedAdapter(
-            f"{module.path}: vLLM drops or rejects LoRA on heads and embeddings; leave it out of target_modules"
+            f"{module.path} computes {type(layer.lora_variant[module.adapter]).__name__}, vLLM plain LoRA only; build "
+            "its LoraConfig without the option that asks for it"
         )
     base_layer = layer.get_base_layer()
     if not isinstance(base_layer, nn.Linear):

@@ -43,7 +43,8 @@ def train(
     from lora_grpo.trainer import build_trainer
 
     try:
-        result = build_trainer(run_config, resume=resume).train()
+        with build_trainer(run_config, resume=resume) as trainer:
+            result = trainer.train()
     except KeyboardInterrupt:
         say(f"stopped; go on with: {shlex.join(['lora-grpo', 'train', str(config), *(overrides or ()), '--resume'])}")
         raise

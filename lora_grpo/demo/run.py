@@ -30,8 +30,8 @@ def run_demo(output_dir: Path = Path("runs/demo"), steps: int | None = None, see
     config = demo_config(base, _free(output_dir), steps=steps or STEPS, seed=seed)
     from lora_grpo.trainer import build_trainer
 
-    trainer = build_trainer(config)
-    result = trainer.train()
+    with build_trainer(config) as trainer:
+        result = trainer.train()
     before, after = trainer.evaluations[0].metrics, trainer.evaluations[-1].metrics
     signal = statistics.fmean(metrics["frac_groups_used"] for metrics in trainer.history)
     extra = {

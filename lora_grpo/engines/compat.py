@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-from lora_grpo.errors import ConfigError, UnsupportedVersion
+from lora_grpo.errors import ConfigError, EngineError, UnsupportedVersion
 
 # "run": the test suite passes on it. "read": its source was compared, for everything that the engines rely on, with a
 # release that was run (0.27 at 0.27.1, the others at .0; V1 and V2 model runner): arguments and environment switches,
@@ -193,14 +193,18 @@ def base_parameters(llm: Any) -> Iterable[tuple[str, Any]]:
 
 
 def abort_everything(llm: Any) -> None:
-    """Drop every unfinished request.
+    """Drop every unfinished request, and the prefix cache with what they put into it.
 
     After an exception in a step vLLM keeps the requests scheduled, and its next `generate` would spin on them forever.
+    It enters a prompt's blocks into the prefix cache when it schedules them, before their keys and values are computed
+    (vllm#50283): the same prompt would then be answered from memory that nothing was written to.
     """
     engine = llm.llm_engine
     leftovers = list(engine.output_processor.request_states)
     if leftovers:
         engine.abort_request(leftovers, internal=True)
+    if engine.reset_prefix_cache() is False:
+        raise EngineError("vLLM holds cache blocks of requests that failed; close this engine and start another")
 
 
 def shutdown(llm: Any, *, last: bool) -> None:

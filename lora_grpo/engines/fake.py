@@ -63,6 +63,7 @@ class FakeEngine:
             raise EngineError(f"{version} has no directory {version.path}")
         while version.number not in self._loaded and len(self._loaded) >= self._max_cpu_loras:
             del self._loaded[next(iter(self._loaded))]
+        self._loaded.pop(version.number, None)
         self._loaded[version.number] = version
         return LoadReceipt("none", {"load": 0.0}, 0, 0)
 

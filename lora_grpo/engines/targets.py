@@ -18,7 +18,10 @@ def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remot
     A wrapped layer costs a kernel at every token whether or not an adapter uses it, and vLLM's wrapped heads drop
     their LoRA from prompt log-probs.
     """
-    config: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        config: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model} is no model directory or hub name that can be read: {error}") from error
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     head = skeleton.get_output_embeddings()

@@ -99,10 +99,14 @@ class VLLMEngine:
             **vllm_args,
         )
         _live_engines.add(id(self))
-        self._prover = SlotProver(self._llm)
         self._ids = itertools.count(1)
         self._loaded: dict[Path, _Loaded] = {}
-        self._tokenizer = self._llm.get_tokenizer()
+        try:
+            self._prover = SlotProver(self._llm)
+            self._tokenizer = self._llm.get_tokenizer()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def proof(self) -> Proof:
@@ -137,6 +141,7 @@ class VLLMEngine:
                 raise DeliveryError(
                     f"{version.path} is loaded as {known.version} with other bytes; paths are immutable"
                 )
+            self._touch(known)
             return self._prove_again(known)
         started = time.perf_counter()
         file = open_adapter(version)
@@ -197,7 +202,8 @@ class VLLMEngine:
         if id(self) in _live_engines:
             _live_engines.discard(id(self))
             compat.shutdown(self._llm, last=not _live_engines)
-            del self._llm, self._prover
+            self.__dict__.pop("_prover", None)
+            del self._llm
             self._loaded.clear()
 
     def _run(
@@ -227,8 +233,8 @@ class VLLMEngine:
     def _place(self, wanted: list[_Loaded]) -> None:
         """See to it that every wanted version holds a slot, proving again those that vLLM copies into one."""
         distinct = {loaded.version.path: loaded for loaded in wanted}
-        for path, loaded in distinct.items():
-            self._loaded[path] = self._loaded.pop(path)
+        for loaded in distinct.values():
+            self._touch(loaded)
             if compat.slot_of(self._llm, loaded.request.lora_int_id) is not None:
                 self._llm.llm_engine.add_lora(loaded.request)
         for loaded in distinct.values():
@@ -243,11 +249,15 @@ class VLLMEngine:
                 self._llm.llm_engine.add_lora(loaded.request)
                 added = time.perf_counter()
                 proven_bytes = self._prover.prove(loaded.version, loaded.file, lora_id)
-        except LoraGrpoError:
+        except BaseException:
             self._loaded.pop(loaded.version.path, None)
             raise
         seconds = {"check": 0.0, "load": added - started, "prove": time.perf_counter() - added}
         return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes)
+
+    def _touch(self, loaded: _Loaded) -> None:
+        """Make it the most recently used."""
+        self._loaded[loaded.version.path] = self._loaded.pop(loaded.version.path)
 
     def _make_room(self) -> None:
         while len(self._loaded) >= self._max_cpu_loras:

@@ -8,17 +8,21 @@ from typing import Any
 from peft import LoraConfig
 
 from lora_grpo.config import GRPOConfig, LoraSettings, RunConfig
-from lora_grpo.config_file import save_config
+from lora_grpo.config_file import RESOLVED_FILE, save_config
 from lora_grpo.data import load_data
+from lora_grpo.errors import ConfigError
 from lora_grpo.rewards import load_reward
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
     """The trainer of a run; its resolved settings are written to the run directory first."""
-    save_config(config, Path(config.output_dir))
+    run_dir = Path(config.output_dir)
+    if not resume and (run_dir / RESOLVED_FILE).exists():
+        raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
+    save_config(config, run_dir)
     train, held_out = load_data(config.data)
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         config.model,
         [load_reward(reward) for reward in config.rewards],
         effective_grpo(config),
@@ -26,10 +30,14 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
         eval_dataset=held_out,
         peft_config=lora_config(config.lora),
         engine_config=config.engine,
+        keep=config.keep,
         run_dir=config.output_dir,
         store_root=config.store_root,
         view=view,
     )
+    if resume:
+        trainer.resume()
+    return trainer
 
 
 def effective_grpo(config: RunConfig) -> GRPOConfig:

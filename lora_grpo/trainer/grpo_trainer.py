@@ -4,44 +4,29 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
-import torch
 from torch import nn
 
 from lora_grpo.adapters.peft_format import peft_model_of
-from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig
+from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
 from lora_grpo.data import PromptDataset, PromptSampler, Rows, load_prompts
 from lora_grpo.engines.base import Engine
-from lora_grpo.engines.delivery.canary import RESOLUTION, CanaryReport
 from lora_grpo.errors import ConfigError
-from lora_grpo.grpo.advantages import group_advantages, reward_metrics, weighted_rewards
-from lora_grpo.grpo.batch import Batch
 from lora_grpo.metrics import Reporter, plot_run
-from lora_grpo.policy import Policy
-from lora_grpo.rewards import RewardContext, RewardFunction, check_columns, reward_names, score
-from lora_grpo.rewards.scoring import TrainerState
-from lora_grpo.sync import NativeSync
+from lora_grpo.rewards import RewardFunction, check_columns
+from lora_grpo.rollback import RollbackReport, Target, resolve
+from lora_grpo.trainer.assembly import assemble
 from lora_grpo.trainer.evaluation import Evaluation, evaluate, save_evaluation
-from lora_grpo.trainer.models import (
-    build_engine,
-    build_policy_model,
-    check_same_device,
-    lora_rank,
-    pad_token_id,
-    planned_memory,
-)
-from lora_grpo.trainer.rollouts import RolloutFunc, check_groups, training_sampling
-from lora_grpo.types import Group
+from lora_grpo.trainer.rollouts import RolloutFunc
+from lora_grpo.trainer.stepping import GAP, Clock, learn, reward, roll_out, sample_rows, step_metrics
 
-CANARY_ROWS = 16
-GAP = "sampling/sampling_logp_difference/mean"
 PATIENCE_STEPS = 10
 """Steps in a row without any signal (every group's rewards equal) after which a run ends."""
 
@@ -61,6 +46,7 @@ class GRPOTrainer:
         processing_class: Any = None,
         engine: Engine | None = None,
         engine_config: EngineConfig | None = None,
+        keep: KeepConfig | None = None,
         run_dir: str | Path = "runs/grpo",
         store_root: str | Path | None = None,
         rollout_func: RolloutFunc | None = None,
@@ -68,9 +54,9 @@ class GRPOTrainer:
     ) -> None:
         """Build everything that is not given: the engine on `model`, the PEFT model, the store.
 
-        `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`), or a PeftModel on one of them. An `engine`
-        that is given stays open when the run ends. Raises `ConfigError`, `UnsupportedAdapter` or `DeliveryError`
-        before anything is trained.
+        `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`), or a PeftModel on one of them. An
+        `engine` that is given stays open when the trainer closes. Raises `ConfigError`, `UnsupportedAdapter` or
+        `DeliveryError` before anything is trained.
         """
         self.config = config or GRPOConfig()
         self.run_dir = Path(run_dir)
@@ -79,65 +65,49 @@ class GRPOTrainer:
         self.eval_data = None if eval_dataset is None else _prompts(eval_dataset, "eval_dataset")
         check_columns(self.reward_funcs, self.train_data.column_names)
         self.rollout_func = rollout_func
-        self.reporter = Reporter(self.run_dir, self.config.total_steps, view=view, trackers=self.config.report_to)
-        self._open = ExitStack()
-        self._open.callback(self.reporter.close)
-        try:
-            self._build(_named(model), peft_config, processing_class, engine, engine_config, store_root)
-        except BaseException:
-            self._open.close()
-            raise
-
-    def _build(
-        self,
-        model: ModelConfig | nn.Module,
-        peft_config: Any,
-        processing_class: Any,
-        engine: Engine | None,
-        engine_config: EngineConfig | None,
-        store_root: str | Path | None,
-    ) -> None:
-        if engine is None:
-            settings = engine_config or EngineConfig()
-            estimate = planned_memory(model, peft_config, settings)
-            self.reporter.message(f"memory: {estimate}")
-            self.reporter.message("starting the engine")
-            with self.reporter.capture():
-                engine = build_engine(model, settings, lora_rank(model, peft_config))
-            self._open.callback(engine.close)
-        self.engine = engine
-        self.model = build_policy_model(model, peft_config, self.config.seed)
-        check_same_device(self.model, engine)
-        self.pad_token_id = pad_token_id(processing_class or getattr(engine, "tokenizer", None))
-        self.store = AdapterStore(store_root, archive=self.run_dir)
-        self._open.callback(self.store.close)
-        self.policy = Policy(self.model, self.config)
-        self.sync = NativeSync(
-            self.model, engine, self.store, optimizer=self.policy.optimizer, scheduler=self.policy.scheduler
-        )
+        self._view = view
+        self._closing = ExitStack()
+        with self._reporting() as reporter, ExitStack() as on_failure:
+            on_failure.callback(self._closing.close)
+            self.parts = assemble(
+                self._closing,
+                reporter,
+                self.config,
+                model=ModelConfig(name=str(model)) if isinstance(model, str | Path) else model,
+                peft_config=peft_config,
+                processing_class=processing_class,
+                engine=engine,
+                engine_config=engine_config or EngineConfig(),
+                keep=keep or KeepConfig(),
+                run_dir=self.run_dir,
+                store_root=store_root,
+            )
+            on_failure.pop_all()
+        self.engine, self.model, self.store = self.parts.engine, self.parts.model, self.parts.store
+        self.policy, self.sync = self.parts.policy, self.parts.sync
         prompts_per_step = self.config.rows_per_step(1) // self.config.num_generations
         self.sampler = PromptSampler(len(self.train_data), prompts_per_step, self.config.seed)
         self.steps_done, self.rollbacks, self._without_signal = 0, 0, 0
-        self._sync_s: list[float] = []
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[Evaluation] = []
 
     def train(self) -> dict[str, Any]:
-        """Run to `config.total_steps`; returns a summary. Ctrl-C and errors leave the last version intact."""
+        """Run to `config.total_steps`; returns a summary. Ctrl-C and errors leave the last version intact.
+
+        Raises `ConfigError` when the run directory holds a run that was not resumed.
+        """
         started = time.perf_counter()
-        try:
-            self.reporter.start(self._info(), step=self.steps_done)
-            if self.steps_done == 0:
-                self.sync.push(step=0)
-                self.evaluate()
-            while self.steps_done < self.config.total_steps and self._without_signal < PATIENCE_STEPS:
-                self._step()
-                self._evaluate_when_due()
+        with self._reporting() as reporter:
+            reporter.start(self._info(), step=self.steps_done)
+            try:
+                self._begin(reporter)
+                while self.steps_done < self.config.total_steps and self._without_signal < PATIENCE_STEPS:
+                    self._step(reporter)
+                    self._evaluate_when_due(reporter)
+            finally:
+                self.store.flush()
             result = self._summary(time.perf_counter() - started)
-            self.reporter.end(result)
-            self.store.flush()
-        finally:
-            self.close()
+            reporter.end(result)
         plot_run(self.run_dir)
         return result
 
@@ -146,14 +116,48 @@ class GRPOTrainer:
         """The version that the next step samples from."""
         return self.sync.head
 
-    def evaluate(self) -> Evaluation | None:
-        """Answer the held-out prompts greedily with the current version; recorded with it and in the run directory."""
-        if self.eval_data is None:
+    def rollback(self, to: Target) -> RollbackReport:
+        """Engine and trainer go on from an earlier version: a number, "parent" or "best:METRIC".
+
+        Weights, optimizer, schedule, random state and step are those of that version. The prompts go on where they
+        are and every sampling seed changes, so that the next batches are not the ones that led astray.
+        """
+        report = self.sync.rollback(to)
+        self.rollbacks += 1
+        self.steps_done, self._without_signal = report.version.step, 0
+        self.store.record(report.version, rollbacks=self.rollbacks)
+        return report
+
+    def resume(self) -> RollbackReport | None:
+        """Go on with the run in `run_dir`: weights, optimizer, schedule, random state, step, prompts and `HEAD`.
+
+        Starts from the last promoted version whose trainer state reached the archive; None when nothing was published.
+        Raises `ConfigError` when no state was kept.
+        """
+        head = self.store.head
+        while head is not None and "state" not in self.store.where(head.number):
+            if head.parent is None:
+                raise ConfigError(f"{self.run_dir} kept no trainer state of {self.store.head} or its ancestors")
+            head = self.store.get(head.parent)
+        if head is None:
             return None
+        report = self.sync.rollback(head.number)
+        recorded = [self.store.metrics(version.number).get("rollbacks", 0) for version in self.store.list()]
+        self.rollbacks = max([int(report.extra["rollbacks"]), *map(int, recorded)])
+        self.steps_done, self._without_signal = int(report.extra["steps_done"]), int(report.extra["without_signal"])
+        self.sampler.load_state_dict(report.extra["sampler"])
+        return report
+
+    def evaluate(self) -> Evaluation:
+        """Answer the held-out prompts greedily with the current version; recorded with it and in the run directory.
+
+        Raises `ConfigError` when there are none.
+        """
+        if self.eval_data is None:
+            raise ConfigError("there are no held-out prompts; pass eval_dataset")
         result = evaluate(self.engine, self.version, self.eval_data, self.reward_funcs, self.config)
         save_evaluation(self.run_dir, result)
         self.store.record(self.version, **{f"eval/{name}": value for name, value in result.metrics.items()})
-        self.reporter.evaluation(self.steps_done, self.version.number, result.metrics)
         self.evaluations.append(result)
         return result
 
@@ -162,112 +166,82 @@ class GRPOTrainer:
 
         "best" is the version with the highest held-out reward (training reward without held-out prompts).
         """
-        version = self.version if which == "last" else self._best()
+        metric = "reward" if self.eval_data is None else "eval/reward"
+        version = self.version if which == "last" else resolve(self.store, f"best:{metric}")
         self.sync.export(version, Path(directory))
         return version
 
     def close(self) -> None:
-        """Close the view, the store, and the engine if this trainer started it."""
-        self._open.close()
+        """Close the store, and the engine if this trainer started it. A second call does nothing."""
+        self._closing.close()
 
-    def _step(self) -> None:
-        clock = _Clock(self.reporter)
-        version, step = self.version, self.steps_done + 1
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self, reporter: Reporter) -> None:
+        if self.store.head is None:
+            self._publish(0)
+            self._evaluate(reporter)
+        elif self.steps_done == 0 and not self.rollbacks:
+            raise ConfigError(f"{self.run_dir} holds a run at {self.version}; resume it, or choose another run_dir")
+
+    def _step(self, reporter: Reporter) -> None:
+        clock, version, step = Clock(reporter), self.version, self.steps_done + 1
         with clock("generate"):
             prompts, columns = self.train_data.select(next(self.sampler))
-            groups = self._rollout(prompts, step, version)
+            groups = roll_out(
+                self.parts, self.config, self.rollout_func, prompts, version, step=step, rollbacks=self.rollbacks
+            )
         with clock("reward"):
-            context = RewardContext(TrainerState(step, self.config.total_steps))
-            rewards_BF = torch.tensor(score(self.reward_funcs, groups, columns, context))
-            names = reward_names(self.reward_funcs)
-            rewards_B = weighted_rewards(rewards_BF, self.config.reward_weights)
-            advantages_B = group_advantages(rewards_B, self.config.num_generations, self.config.scale_rewards)
+            rewarded = reward(self.reward_funcs, groups, columns, self.config, step)
         with clock("train"):
-            batch = self.policy.prepare(self._batch(groups, advantages_B))
-            gap = logprob_gap(batch)
-            canary = self._canary(groups, gap, step)
-            trained = self.policy.update(batch)
-        with clock("publish"):
-            self.sync.push(step=step)
+            learned = learn(self.parts, self.config, rewarded, step)
         self.steps_done = step
-        used = float((advantages_B != 0).view(-1, self.config.num_generations).any(1).float().mean())
-        self._without_signal = 0 if used else self._without_signal + 1
-        metrics: dict[str, Any] = {
-            **reward_metrics(rewards_BF, names, self.config.num_generations, self.config.reward_weights),
-            **context.metrics(),
-            **_completion_metrics(groups),
-            **trained,
-            GAP: gap,
-            **({"canary/verdict": canary.verdict, "canary/signal": canary.signal} if canary else {}),
-            "frac_groups_used": used,
+        self._without_signal = 0 if rewarded.used_groups(self.config.num_generations) else self._without_signal + 1
+        with clock("publish"):
+            self._publish(step)
+        metrics = {
+            **step_metrics(rewarded, self.reward_funcs, self.config, self.sync.last_receipt),
+            **learned,
             "version": version.number,
             **clock.seconds,
             "step_time": sum(clock.seconds.values()),
-            **self._sync_metrics(),
         }
         self.store.record(version, **{name: value for name, value in metrics.items() if name.startswith("reward")})
         self.history.append(metrics)
-        self.reporter.step(step, metrics)
-        self._show_samples(step, groups, rewards_B.tolist())
+        reporter.step(step, metrics)
+        if self.config.log_completions_every and step % self.config.log_completions_every == 0:
+            reporter.samples(step, sample_rows(rewarded))
 
-    def _rollout(self, prompts: list[Any], step: int, version: AdapterVersion) -> list[Group]:
-        if self.rollout_func is None:
-            sampling = training_sampling(self.config, step, self.rollbacks)
-            groups = self.engine.generate(prompts, sampling, adapter=version)
-        else:
-            groups = self.rollout_func(prompts, self.engine, version)
-        check_groups(groups, len(prompts), self.config, version)
-        return groups
+    def _publish(self, step: int) -> None:
+        extra = {
+            "steps_done": step,
+            "rollbacks": self.rollbacks,
+            "without_signal": self._without_signal,
+            "sampler": self.sampler.state_dict(),
+        }
+        self.sync.push(step, extra=extra)
 
-    def _sync_metrics(self) -> dict[str, float]:
-        receipt = self.sync.last_receipt
-        if receipt is None:
-            return {}
-        self._sync_s.append(receipt.total_s)
-        return {f"sync/{phase}_s": seconds for phase, seconds in receipt.seconds.items()}
-
-    def _batch(self, groups: list[Group], advantages_B: torch.Tensor) -> Batch:
-        return Batch.from_groups(
-            groups,
-            advantages_B,
-            pad_token_id=self.pad_token_id,
-            mask_truncated_completions=self.config.mask_truncated_completions,
-        )
-
-    def _canary(self, groups: list[Group], gap: float, step: int) -> CanaryReport | None:
-        """At its cadence, and at once when the batch's own gap is above the noise. Raises when it fails."""
-        probe = self.sync.probe
-        if probe is None or (step % self.config.canary_every and gap <= RESOLUTION * probe.noise):
-            return None
-        rows = max(1, CANARY_ROWS // self.config.num_generations)
-        return self.sync.canary(groups[:rows], temperature=self.config.temperature)
-
-    def _evaluate_when_due(self) -> None:
+    def _evaluate_when_due(self, reporter: Reporter) -> None:
         every, last = self.config.eval_every, self.steps_done == self.config.total_steps
         stopped = self._without_signal >= PATIENCE_STEPS
         if stopped:
-            self.reporter.message(f"{PATIENCE_STEPS} steps without a group of unequal rewards: nothing left to learn")
+            reporter.message(f"{PATIENCE_STEPS} steps without a group of unequal rewards: nothing left to learn")
         if last or stopped or (every and self.steps_done % every == 0):
-            self.evaluate()
+            self._evaluate(reporter)
 
-    def _show_samples(self, step: int, groups: list[Group], rewards_B: list[float]) -> None:
-        every = self.config.log_completions_every
-        if every is None or step % every:
-            return
-        pairs = [(group.prompt, completion) for group in groups for completion in group.completions]
-        rows = [
-            {"prompt": prompt, "completion": completion.text, "reward": reward, "version": completion.version}
-            for (prompt, completion), reward in zip(pairs, rewards_B, strict=True)
-        ]
-        self.reporter.samples(step, rows[:: max(1, len(rows) // 4)][:4])
+    def _evaluate(self, reporter: Reporter) -> None:
+        if self.eval_data is not None:
+            result = self.evaluate()
+            reporter.evaluation(self.steps_done, result.version, result.metrics)
 
-    def _best(self) -> AdapterVersion:
-        metric = "eval/reward" if self.eval_data is not None else "reward"
-        scored = [(self.store.metrics(version.number).get(metric), version) for version in self.store.list()]
-        known = [(value, version) for value, version in scored if isinstance(value, int | float)]
-        if not known:
-            raise ConfigError(f"no version has a recorded {metric!r}; save which='last' instead")
-        return max(known, key=lambda pair: pair[0])[1]
+    def _reporting(self) -> Reporter:
+        return Reporter(self.run_dir, self.config.total_steps, view=self._view, trackers=self.config.report_to)
 
     def _info(self) -> dict[str, Any]:
         probe = self.sync.probe
@@ -281,59 +255,21 @@ class GRPOTrainer:
         }
 
     def _summary(self, seconds: float) -> dict[str, Any]:
-        gaps = [metrics[GAP] for metrics in self.history if GAP in metrics]
         first, last = (self.evaluations[0], self.evaluations[-1]) if self.evaluations else (None, None)
+        syncs = [sum(v for name, v in metrics.items() if name.startswith("sync/")) for metrics in self.history]
         return {
             "accuracy_before": first.metrics["reward"] if first else None,
             "accuracy_after": last.metrics["reward"] if last else None,
             "steps": self.steps_done,
             "seconds": round(seconds, 2),
-            "sync_median_s": statistics.median(self._sync_s) if self._sync_s else None,
-            "logprob_gap_mean": statistics.fmean(gaps) if gaps else None,
+            "sync_median_s": round(statistics.median(syncs), 5) if syncs else None,
+            "logprob_gap_mean": statistics.fmean(m[GAP] for m in self.history) if self.history else None,
             "versions": len(self.store.list()),
             "run": str(self.run_dir),
         }
-
-
-def logprob_gap(batch: Batch) -> float:
-    """Mean |trainer - sampler| log-prob over the tokens in the loss, nats; NaN when the sampler gave none."""
-    if batch.old_logp_BT is None:
-        raise ValueError("the batch was not prepared")
-    known_BT = batch.mask_BT & ~batch.sampler_logp_BT.isnan()
-    return float((batch.old_logp_BT - batch.sampler_logp_BT)[known_BT].abs().mean())
-
-
-class _Clock:
-    """Seconds by phase of one step, shown while they pass."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self.seconds: dict[str, float] = {}
-        self._reporter = reporter
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self._reporter.phase(phase)
-        started = time.perf_counter()
-        yield
-        self.seconds[f"time/{phase}_s"] = time.perf_counter() - started
-
-
-def _named(model: str | Path | ModelConfig | nn.Module) -> ModelConfig | nn.Module:
-    return ModelConfig(name=str(model)) if isinstance(model, str | Path) else model
 
 
 def _prompts(data: Any, name: str) -> PromptDataset:
     if data is None:
         raise ConfigError(f"{name} is missing: pass a datasets.Dataset, a list of dicts with 'prompt', or a file")
     return data if isinstance(data, PromptDataset) else load_prompts(data)
-
-
-def _completion_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    completions = [completion for group in groups for completion in group.completions]
-    lengths = [len(completion.token_ids) for completion in completions]
-    return {
-        "completions/mean_length": statistics.fmean(lengths),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(completion.truncated for completion in completions) / len(completions),
-    }

@@ -1,0 +1,157 @@
+"""One GRPO step: generate from a named version, reward, update, publish; and what is measured on the way."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.config import GRPOConfig
+from lora_grpo.engines.delivery.canary import RESOLUTION, CanaryReport
+from lora_grpo.grpo.advantages import group_advantages, reward_metrics, weighted_rewards
+from lora_grpo.grpo.batch import Batch
+from lora_grpo.metrics import Reporter
+from lora_grpo.rewards import RewardContext, RewardFunction, reward_names, score
+from lora_grpo.rewards.scoring import TrainerState
+from lora_grpo.sync import PushReceipt
+from lora_grpo.trainer.assembly import Parts
+from lora_grpo.trainer.rollouts import RolloutFunc, check_groups, training_sampling
+from lora_grpo.types import Group, Prompt
+
+GAP = "sampling/sampling_logp_difference/mean"
+CANARY_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """A step's completions with what they earned: rewards_BF by function, rewards_B weighted, advantages_B."""
+
+    groups: list[Group]
+    rewards_BF: torch.Tensor
+    rewards_B: torch.Tensor
+    advantages_B: torch.Tensor
+    logged: Mapping[str, float]
+
+    def used_groups(self, num_generations: int) -> float:
+        """Share of groups whose rewards differ, the only ones that carry signal."""
+        return float((self.advantages_B != 0).view(-1, num_generations).any(1).float().mean())
+
+
+class Clock:
+    """Seconds by phase of one step, shown while they pass."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.seconds: dict[str, float] = {}
+        self._reporter = reporter
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._reporter.phase(phase)
+        started = time.perf_counter()
+        yield
+        self.seconds[f"time/{phase}_s"] = time.perf_counter() - started
+
+
+def roll_out(
+    parts: Parts,
+    config: GRPOConfig,
+    rollout_func: RolloutFunc | None,
+    prompts: list[Prompt],
+    version: AdapterVersion,
+    *,
+    step: int,
+    rollbacks: int,
+) -> list[Group]:
+    """One group a prompt, all made by `version`; raises for anything else."""
+    if rollout_func is None:
+        sampling = training_sampling(config, step, rollbacks)
+        groups = parts.engine.generate(prompts, sampling, adapter=version)
+    else:
+        groups = rollout_func(prompts, parts.engine, version)
+    check_groups(groups, len(prompts), config, version)
+    return groups
+
+
+def reward(
+    functions: Sequence[RewardFunction],
+    groups: list[Group],
+    columns: Mapping[str, Sequence[Any]],
+    config: GRPOConfig,
+    step: int,
+) -> Rewarded:
+    """Call the reward functions and compare within groups."""
+    context = RewardContext(TrainerState(step, config.total_steps))
+    rewards_BF = torch.tensor(score(functions, groups, columns, context))
+    rewards_B = weighted_rewards(rewards_BF, config.reward_weights)
+    advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
+    return Rewarded(groups, rewards_BF, rewards_B, advantages_B, context.metrics())
+
+
+def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> dict[str, Any]:
+    """Check the completions' log-probs against the policy's, then update it. Raises `DeliveryError` before updating."""
+    batch = parts.policy.prepare(
+        Batch.from_groups(
+            rewarded.groups,
+            rewarded.advantages_B,
+            pad_token_id=parts.pad_token_id,
+            mask_truncated_completions=config.mask_truncated_completions,
+        )
+    )
+    gap = logprob_gap(batch)
+    checked = canary(parts, config, rewarded.groups, gap, step)
+    metrics = {**parts.policy.update(batch), GAP: gap}
+    return (
+        metrics if checked is None else {**metrics, "canary/verdict": checked.verdict, "canary/signal": checked.signal}
+    )
+
+
+def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, step: int) -> CanaryReport | None:
+    """At its cadence, and at once when the batch's own gap is above the noise. Raises `DeliveryError` when it fails."""
+    probe = parts.sync.probe
+    if probe is None or (step % config.canary_every and gap <= RESOLUTION * probe.noise):
+        return None
+    rows = max(1, CANARY_ROWS // config.num_generations)
+    return parts.sync.canary(groups[:rows], temperature=config.temperature)
+
+
+def logprob_gap(batch: Batch) -> float:
+    """Mean |trainer - sampler| log-prob over the tokens in the loss, nats; NaN when the sampler gave none."""
+    if batch.old_logp_BT is None:
+        raise ValueError("the batch was not prepared")
+    known_BT = batch.mask_BT & ~batch.sampler_logp_BT.isnan()
+    return float((batch.old_logp_BT - batch.sampler_logp_BT)[known_BT].abs().mean())
+
+
+def step_metrics(
+    rewarded: Rewarded, functions: Sequence[RewardFunction], config: GRPOConfig, receipt: PushReceipt | None
+) -> dict[str, Any]:
+    """What a step says of its rewards, completions and sync, under TRL's names where it has them."""
+    completions = [completion for group in rewarded.groups for completion in group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    names = reward_names(functions)
+    return {
+        **reward_metrics(rewarded.rewards_BF, names, config.num_generations, config.reward_weights),
+        **rewarded.logged,
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(completion.truncated for completion in completions) / len(completions),
+        "frac_groups_used": rewarded.used_groups(config.num_generations),
+        **({f"sync/{phase}_s": seconds for phase, seconds in receipt.seconds.items()} if receipt else {}),
+    }
+
+
+def sample_rows(rewarded: Rewarded, count: int = 4) -> list[dict[str, Any]]:
+    """A few completions to look at, spread over the batch."""
+    pairs = [(group.prompt, completion) for group in rewarded.groups for completion in group.completions]
+    rows = [
+        {"prompt": prompt, "completion": completion.text, "reward": value, "version": completion.version}
+        for (prompt, completion), value in zip(pairs, rewarded.rewards_B.tolist(), strict=True)
+    ]
+    return rows[:: max(1, len(rows) // count)][:count]
