@@ -164,7 +164,7 @@ class ModelConfig(Section):
 
     name: str = Field(description="hub name or local directory")
     revision: str | None = Field(None, description="hub revision")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="the trainer's base dtype")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="the trainer's base dtype")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -11,13 +12,14 @@ import torch
 from lora_grpo.adapters.peft_format import LoraModule
 from lora_grpo.adapters.peft_read import load_rounded
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.target import Target, resolve
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import UnknownVersion
 from lora_grpo.state import TrainerState, capture_state, check_state, read_state, restore_state
 
-Target: TypeAlias = int | str
-"""A version's number, "parent", or "best:METRIC" ("worst is best" metrics: "best:-METRIC")."""
+__all__ = ["Outcome", "RollbackReport", "Target", "kept_state", "resolve", "roll_back"]
+
 Outcome: TypeAlias = Literal["restored", "reset", "kept", "none"]
 
 
@@ -27,7 +29,7 @@ class RollbackReport:
 
     `weights` are "exact" from the trainer state, or "rounded" to the serving dtype where none was kept. `optimizer`
     and `scheduler` are "restored", "reset" (moments forgotten), "kept" (left where they were) or "none" (not given).
-    `extra` is what the caller gave with that version's push.
+    `extra` is what the caller gave with that version's push, empty where no state was kept.
     """
 
     version: AdapterVersion
@@ -45,31 +47,6 @@ class RollbackReport:
         )
 
 
-def resolve(store: AdapterStore, to: Target) -> AdapterVersion:
-    """The version that `to` names. Raises `UnknownVersion` with what there is to choose from."""
-    head = store.head
-    if isinstance(to, int):
-        return store.get(to)
-    if to == "parent" and head is not None:
-        if head.parent is None:
-            raise UnknownVersion(f"{head} has no parent: it was the first; name a version by its number")
-        return store.get(head.parent)
-    if to.startswith("best:"):
-        return _best(store, to.removeprefix("best:"))
-    raise UnknownVersion(f"to={to!r} names no version; use a number, 'parent' or 'best:METRIC'")
-
-
-def _best(store: AdapterStore, metric: str) -> AdapterVersion:
-    sign = -1.0 if metric.startswith("-") else 1.0
-    name = metric.removeprefix("-")
-    metrics = {version: store.metrics(version.number) for version in store.list()}
-    scored = {version: values[name] for version, values in metrics.items() if isinstance(values.get(name), int | float)}
-    if not scored:
-        known = sorted({key for values in metrics.values() for key in values})
-        raise UnknownVersion(f"no kept version has a recorded {name!r}; recorded are {known}")
-    return max(scored, key=lambda version: sign * scored[version])
-
-
 def roll_back(
     store: AdapterStore,
     engine: Engine,
@@ -85,31 +62,39 @@ def roll_back(
     left, version = store.head, resolve(store, to)
     if left is None:
         raise UnknownVersion("nothing was promoted yet: there is no version to roll back to")
-    was_loaded = version in engine.loaded()
-    if not was_loaded:
+    served = engine.loaded()
+    if version not in served:
         version = store.restore(version)
-    state = _kept_state(store, version, modules)
+    state = kept_state(store, version, modules)
+    before = capture_state(modules, optimizer, scheduler, {})
     with store.lease(version):
-        engine.load(version)
-        before = capture_state(modules, optimizer, scheduler, {})
         try:
+            engine.load(version)
             report = _restore(state, version, left, modules, optimizer, scheduler)
             store.promote(version)
         except BaseException:
             restore_state(before, modules, optimizer, scheduler)
-            if not was_loaded:
-                engine.unload(version)
+            _serve_again(engine, served)
             raise
     return report
 
 
-def _kept_state(store: AdapterStore, version: AdapterVersion, modules: list[LoraModule]) -> TrainerState | None:
+def kept_state(store: AdapterStore, version: AdapterVersion, modules: list[LoraModule]) -> TrainerState | None:
+    """The version's trainer state if it was kept, checked against these modules. Raises `StoreCorrupt`."""
     files = store.load_state(version.number)
     if files is None:
         return None
     state = read_state(files)
     check_state(state, modules)
     return state
+
+
+def _serve_again(engine: Engine, served: Sequence[AdapterVersion]) -> None:
+    """Leave loaded what was loaded before, in the same order of use."""
+    for version in set(engine.loaded()) - set(served):
+        engine.unload(version)
+    for version in served:
+        engine.load(version)
 
 
 def _restore(
@@ -122,21 +107,17 @@ def _restore(
 ) -> RollbackReport:
     if state is None:
         load_rounded(version, modules)
-        if optimizer is not None:
-            optimizer.state = defaultdict(dict)
-        optimizer_did: Outcome = "none" if optimizer is None else "reset"
-        return RollbackReport(
-            version, left, "rounded", optimizer_did, "none" if scheduler is None else "kept", "kept", {}
-        )
-    restore_state(state, modules, optimizer, scheduler)
-    if optimizer is not None and not state.has_optimizer:
+    else:
+        restore_state(state, modules, optimizer, scheduler)
+    has_optimizer, has_scheduler = (state.has_optimizer, state.has_scheduler) if state else (False, False)
+    if optimizer is not None and not has_optimizer:
         optimizer.state = defaultdict(dict)
     return RollbackReport(
         version,
         left,
-        "exact",
-        "none" if optimizer is None else "restored" if state.has_optimizer else "reset",
-        "none" if scheduler is None else "restored" if state.has_scheduler else "kept",
-        "restored",
-        dict(state.meta["extra"]),
+        "exact" if state else "rounded",
+        "none" if optimizer is None else "restored" if has_optimizer else "reset",
+        "none" if scheduler is None else "restored" if has_scheduler else "kept",
+        "restored" if state else "kept",
+        dict(state.meta["extra"]) if state else {},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_grpo.adapters.checks import active_adapter, check_rank, check_servable
-from lora_grpo.adapters.export import Recipe, export_adapter
+from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter
 from lora_grpo.adapters.peft_format import ServingForm, clean_name, peft_model_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
@@ -21,10 +21,10 @@ from lora_grpo.engines.delivery.base_match import check_same_base, describe
 from lora_grpo.engines.delivery.canary import CanaryReport, judge
 from lora_grpo.engines.delivery.probe import ProbeReport, run_probe
 from lora_grpo.errors import ConfigError, DeliveryError
-from lora_grpo.rollback import RollbackReport, Target, roll_back
+from lora_grpo.rollback import RollbackReport, Target, kept_state, roll_back
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
-from lora_grpo.state import capture_state
-from lora_grpo.types import Group
+from lora_grpo.state import capture_state, restore_state
+from lora_grpo.types import Completion, Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +73,11 @@ class NativeSync:
         check_rank(check_servable(model, self.adapter), engine.max_lora_rank)
         self._form = ServingForm(model, self.adapter, getattr(torch, engine.lora_dtype))
         self.probe = None if engine.proof == "none" else self._prove_path()
+        self.noise = 0.0 if self.probe is None else self.probe.noise
         self.last_receipt: PushReceipt | None = None
         self._leased: set[int] = set()
+        if store.archive is not None:
+            self.recipe.write(store.archive / RECIPE_FILE)
 
     def push(self, step: int, *, extra: Mapping[str, Any] | None = None) -> AdapterVersion:
         """Publish the adapter as it is now, load it, prove it, promote it; returns when it can be sampled from.
@@ -113,9 +116,17 @@ class NativeSync:
         The next push gets a new number with that version as parent. If any part fails, nothing has changed. Raises
         `UnknownVersion`, `StoreCorrupt`, `DeliveryError` or `EngineError`.
         """
-        report = roll_back(self.store, self.engine, self._form.modules, self.optimizer, self.scheduler, to)
-        self._lease_loaded()
-        return report
+        try:
+            return roll_back(self.store, self.engine, self._form.modules, self.optimizer, self.scheduler, to)
+        finally:
+            self._lease_loaded()
+
+    def restore_trainer(self, version: AdapterVersion) -> bool:
+        """Put only the trainer back as it was when `version` was published; False where its state was not kept."""
+        state = kept_state(self.store, version, self._form.modules)
+        if state is not None:
+            restore_state(state, self._form.modules, self.optimizer, self.scheduler)
+        return state is not None
 
     def close(self) -> None:
         """Have the engine forget this store's versions, and let go of their files."""
@@ -139,16 +150,25 @@ class NativeSync:
         """Bytes that a push moves: the adapter's tensors in the engine's dtype."""
         return self._form.nbytes
 
-    def export(self, version: AdapterVersion, directory: Path) -> None:
-        """Write `version` as a plain PEFT folder with its own alpha, as `PeftModel.from_pretrained` loads it."""
-        config = peft_model_of(self.model).peft_config[self.adapter]
-        export_adapter(version, Recipe.of(config, self._form.modules), directory)
+    @property
+    def recipe(self) -> Recipe:
+        """What a plain PEFT folder needs beyond a version's files."""
+        return Recipe.of(peft_model_of(self.model).peft_config[self.adapter], self._form.modules)
+
+    def export(self, version: AdapterVersion, directory: Path) -> Weights:
+        """Write `version` as a plain PEFT folder with its own alpha, as `PeftModel.from_pretrained` loads it.
+
+        "exact" where its trainer state is kept, else "rounded" to the serving dtype.
+        """
+        return export_adapter(self.store, version, self.recipe, directory)
 
     def canary(self, groups: Sequence[Group], *, temperature: float = 1.0) -> CanaryReport:
         """Compare sampler log-probs with the model's own, as it is now; call it before the optimizer steps.
 
         `groups` must come from the version just pushed, at `temperature`. Raises `DeliveryError` when they do not fit.
         """
+        if not temperature > 0:
+            raise ConfigError(f"temperature={temperature}: greedy completions carry log-probs at 1; pass temperature=1")
         if self.probe is None:
             raise ConfigError(f"{type(self.engine).__name__} proves nothing; a canary needs a real engine")
         rows = [(group.prompt_token_ids, completion) for group in groups for completion in group.completions]
@@ -156,16 +176,30 @@ class NativeSync:
         if stale:
             raise ConfigError(f"completions of versions {stale} cannot be checked against {self.head}; pass its own")
         sequences = [[*prompt, *completion.token_ids] for prompt, completion in rows]
-        policy = self._tails(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
+        sampler = _sampled((completion.logprobs for _, completion in rows), rows)
+        if not any(sampler):
+            raise ConfigError("the groups hold no sampled token, so there is nothing to compare; pass completions")
+        policy = _sampled(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
         with peft_model_of(self.model).disable_adapter():
-            base = self._tails(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
-        sampler = [list(completion.logprobs) for _, completion in rows]
+            base = _sampled(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
         gap, signal = mean_abs_difference(policy, sampler), mean_abs_difference(policy, base)
-        noise = self.probe.noise
+        noise = self.noise = self._noise(sequences, [len(prompt) for prompt, _ in rows]) / temperature
         report = CanaryReport(judge(gap, signal, noise), gap, signal, noise, sum(map(len, sampler)))
         if report.verdict == "failed":
             raise DeliveryError(f"{report}: the completions were not made by {self.head}")
         return report
+
+    def _noise(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> float:
+        """Mean |engine - trainer| log-prob of the base on these completions: what they differ by with nothing to tell.
+
+        The last token stays out, since the engine needs room for one more.
+        """
+        cut = [ids[:-1] for ids in sequences]
+        served = self.engine.logprobs(cut, adapter=None)
+        with peft_model_of(self.model).disable_adapter():
+            own = teacher_logprobs(self.model, cut)
+        served, own = ([row[n - 1 :] for row, n in zip(rows, prompt_lengths, strict=True)] for rows in (served, own))
+        return mean_abs_difference(served, own) if any(served) else self.noise
 
     @property
     def head(self) -> AdapterVersion:
@@ -174,10 +208,6 @@ class NativeSync:
         if head is None:
             raise ConfigError("nothing was pushed yet; call sync.push(step) first")
         return head
-
-    @staticmethod
-    def _tails(logp: list[list[float]], rows: Sequence[Any]) -> list[list[float]]:
-        return [row[-len(completion.token_ids) :] for row, (_, completion) in zip(logp, rows, strict=True)]
 
     def _prove_path(self) -> ProbeReport:
         base = self.engine.describe_base()
@@ -188,3 +218,12 @@ class NativeSync:
         base = peft_model_of(self.model).base_model.model
         names = ((clean_name(name).replace(".base_layer.", "."), p) for name, p in base.named_parameters())
         return describe(base.config, names, getattr(torch, dtype))
+
+
+def _sampled(logp: Iterable[Sequence[float]], rows: Sequence[tuple[Any, Completion]]) -> list[list[float]]:
+    """Of each row's log-probs, those of the completion's tokens that the policy sampled."""
+    return [
+        [value for value, own in zip(row[len(row) - len(mask) :], mask, strict=True) if own]
+        for row, (_, completion) in zip(logp, rows, strict=True)
+        for mask in [completion.token_mask or (True,) * len(completion.token_ids)]
+    ]

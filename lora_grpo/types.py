@@ -22,7 +22,8 @@ class Sampling:
     """How to sample one call's completions.
 
     `seed` is the seed of the call; every request gets its own, derived from it with the index of its prompt and of
-    its sample. `None` draws a fresh one. `top_k=0` and `min_p=0.0` mean off. `temperature=0` is greedy.
+    its sample. `None` draws a fresh one. `top_k=0` and `min_p=0.0` mean off. `temperature=0` is greedy. `ignore_eos`
+    goes on past end tokens to `max_tokens`, for timings.
     """
 
     n: int = 1
@@ -33,6 +34,7 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         bounds = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_grpo.errors import ConfigError, TrainingError, UnsupportedAdapter
 from lora_grpo.grpo import Batch
@@ -26,9 +27,12 @@ from tests.tiny_policy import (
     config,
     drifted,
     gradient,
+    one_thread,
     peft_model,
     rollout,
 )
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.0, 0.7, -1.2, 0.0, 0.3, 0.9])
 
@@ -81,6 +85,20 @@ def test_logprobs_are_those_of_each_row_alone(temperature: float, rows: int) -> 
         alone = row_logprobs(policy.model, batch, row, temperature)
         torch.testing.assert_close(got[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
         assert (got[row, len(alone) :] == 0).all()
+
+
+def test_left_padding_moves_no_position() -> None:
+    """GPT-2 learns a vector a position, where rotary models only see differences of positions."""
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "initializer_range": 0.5}
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=None, eos_token_id=1, **shape)).eval()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    policy, batch = make_policy(model=model), make_batch()
+    got = policy.logprobs(batch)
+    model.eval()
+    for row in range(len(batch)):
+        alone = row_logprobs(model, batch, row, 1.0)
+        torch.testing.assert_close(got[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_reference_is_the_base_model() -> None:
@@ -292,6 +310,18 @@ def test_no_advantage_anywhere_is_a_step_without_a_forward() -> None:
     assert metrics["loss"] == metrics["grad_norm"] == 0
     assert policy.scheduler.get_last_lr() == [pytest.approx(0.5e-6)]
     assert all(torch.equal(before[name], after) for name, after in adapter_weights(policy.model).items())
+
+
+def test_a_step_without_advantage_lets_momentum_run_on() -> None:
+    """As it does where every row is computed: a gradient of zeros, not none, so Adam's first moment decays by 0.9."""
+    policy = make_policy(learning_rate=1e-2)
+    policy.update(make_batch())
+    before = adapter_weights(policy.model)
+    state = policy.optimizer.state[next(iter(policy.parameters.values()))]
+    moment = state["exp_avg"].clone()
+    policy.update(make_batch(torch.zeros(8)))
+    torch.testing.assert_close(state["exp_avg"], 0.9 * moment)
+    assert any((before[name] - after).abs().max() > 1e-3 for name, after in adapter_weights(policy.model).items())
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -26,12 +26,26 @@ from torch import Tensor
 from lora_grpo.grpo import Batch, group_advantages, reward_metrics, weighted_rewards
 from lora_grpo.policy import Policy
 from lora_grpo.types import Completion, Group
-from tests.tiny_policy import EOS, PAD, VOCAB, assert_same, base_model, config, gradient, peft_model, rollout
+from tests.tiny_policy import (
+    EOS,
+    PAD,
+    VOCAB,
+    assert_same,
+    base_model,
+    config,
+    gradient,
+    one_thread,
+    peft_model,
+    rollout,
+)
 
 trl = pytest.importorskip("trl")
 from trl.trainer.utils import split_tensor_dict  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:TRL currently supports vLLM", "ignore:.torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures(one_thread.__name__),
+    pytest.mark.filterwarnings("ignore:TRL currently supports vLLM", "ignore:.torch.jit:DeprecationWarning"),
+]
 
 FIRST = [1.0, 0.0, 0.5, 2.0, 0.3, 0.3, 0.3, 0.3, 0.0, 1.0, None, 4.0, 1.0, 1.0, 0.0, 0.2]
 SECOND = [0.0, 1.0, None, 0.0, 1.0, 1.0, 1.0, 1.0, 2.0, 0.0, None, 1.0, 0.0, None, 1.0, 3.0]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
@@ -21,6 +22,15 @@ from lora_grpo.types import Completion, Group
 
 VOCAB = 64
 PAD, EOS = 0, 1
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On tensors this small, threads do nothing but wait for each other: on a busy machine, for seconds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def base_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

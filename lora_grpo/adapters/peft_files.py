@@ -8,6 +8,7 @@ import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_grpo.errors import DeliveryError
 
 PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,64 @@ class AdapterFile:
     payload: memoryview
     paths: tuple[str, ...]
     dtype: str
+    mapped: memoryview
+    """The whole tensors file, of which `payload` is the end. The mapping outlives the file."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a file's header and config say; versions of one run share it."""
+
+    entries: Mapping[str, TensorEntry]
+    paths: tuple[str, ...]
+    dtype: str
+    payload_bytes: int
+
+
+class _Malformed(ValueError):
+    """A sentence about a layout that cannot be served."""
 
 
 def open_adapter(version: AdapterVersion) -> AdapterFile:
     """Map a version's files and check them against each other; raises `DeliveryError` naming the module or value."""
     weights, config_path = version.path / "adapter_model.safetensors", version.path / "adapter_config.json"
     try:
-        config = json.loads(config_path.read_text())
-        header, payload = _map(weights)
-        entries = _entries(header)
+        config = config_path.read_bytes()
+        header, mapped = _map(weights)
+        layout = _layout(header, config)
+    except _Malformed as error:
+        raise DeliveryError(f"{version}: {error}") from None
     except (OSError, ValueError, KeyError) as error:
         raise DeliveryError(f"{version} at {version.path} cannot be read: {error}") from error
-    if not entries or max(entry.end for entry in entries.values()) != len(payload):
+    payload = mapped[8 + len(header) :]
+    if not layout.entries or layout.payload_bytes != len(payload):
         raise DeliveryError(f"{version}: {weights} is truncated or empty ({len(payload)} bytes of tensors)")
-    paths = _paths(version, entries)
-    _check_config(version, config, entries, paths)
-    return AdapterFile(header, entries, payload, paths, _one_dtype(version, entries))
+    return AdapterFile(header, layout.entries, payload, layout.paths, layout.dtype, mapped)
+
+
+@lru_cache(maxsize=8)
+def _layout(header: bytes, config: bytes) -> _Layout:
+    """Parsed and checked once for all versions of a run, which differ in their payload only."""
+    entries = _entries(header)
+    if not entries:
+        return _Layout(entries, (), "", 0)
+    paths = _paths(entries)
+    _check_config(json.loads(config), entries, paths)
+    return _Layout(entries, paths, _one_dtype(entries), _payload_bytes(entries))
+
+
+def _payload_bytes(entries: Mapping[str, TensorEntry]) -> int:
+    """The length of tensors that lie end to end, each as long as its shape says."""
+    end = 0
+    for name, entry in entries.items():
+        length = math.prod(entry.shape) * _ITEM_BYTES.get(entry.dtype, 0)
+        if (entry.start, entry.end) != (end, end + length):
+            raise _Malformed(
+                f"tensor {name!r} ({entry.dtype}, shape {entry.shape}) lies at bytes {entry.start} to {entry.end}, "
+                f"where {end} to {end + length} is its place"
+            )
+        end = entry.end
+    return end
 
 
 def _map(path: Path) -> tuple[bytes, memoryview]:
@@ -64,7 +108,7 @@ def _map(path: Path) -> tuple[bytes, memoryview]:
     length = int.from_bytes(view[:8], "little")
     if length > len(view) - 8:
         raise ValueError(f"{path.name} claims a header of {length} bytes in a file of {len(view)}")
-    return bytes(view[8 : 8 + length]), view[8 + length :]
+    return bytes(view[8 : 8 + length]), view
 
 
 def _entries(header: bytes) -> dict[str, TensorEntry]:
@@ -77,53 +121,47 @@ def _entries(header: bytes) -> dict[str, TensorEntry]:
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 
 
-def _paths(version: AdapterVersion, entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+def _paths(entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:
     paths: dict[str, set[str]] = {}
     for name in entries:
         kind = next((kind for kind in (_A, _B) if name.endswith(kind)), None)
         if kind is None or not name.startswith(PREFIX):
-            raise DeliveryError(
-                f"{version}: tensor {name!r} is not named {PREFIX}MODULE.lora_A.weight or .lora_B.weight"
-            )
+            raise _Malformed(f"tensor {name!r} is not named {PREFIX}MODULE.lora_A.weight or .lora_B.weight")
+        if len(entries[name].shape) != 2:
+            raise _Malformed(f"tensor {name!r} has shape {entries[name].shape}; A and B are matrices")
         paths.setdefault(name.removeprefix(PREFIX).removesuffix(kind), set()).add(kind)
     for path, kinds in paths.items():
         if kinds != {_A, _B}:
-            raise DeliveryError(f"{version}: {path} has {' and '.join(sorted(kinds))} only; A and B come in pairs")
+            raise _Malformed(f"{path} has {' and '.join(sorted(kinds))} only; A and B come in pairs")
     return tuple(paths)
 
 
-def _one_dtype(version: AdapterVersion, entries: Mapping[str, TensorEntry]) -> str:
+def _one_dtype(entries: Mapping[str, TensorEntry]) -> str:
     dtypes = {entry.dtype for entry in entries.values()}
     if len(dtypes) != 1:
-        raise DeliveryError(f"{version} mixes dtypes {sorted(dtypes)}; publish it with one")
+        raise _Malformed(f"it mixes dtypes {sorted(dtypes)}; publish it with one")
     return dtypes.pop()
 
 
-def _check_config(
-    version: AdapterVersion, config: Mapping[str, Any], entries: Mapping[str, TensorEntry], paths: tuple[str, ...]
-) -> None:
+def _check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], paths: tuple[str, ...]) -> None:
     """The config must name exactly the modules of the file, at their ranks, with nothing left to scale."""
     targets = set(config.get("target_modules") or ())
     if targets != set(paths):
         odd = sorted(targets ^ set(paths))[0]
         where = "named by the config but missing from the file" if odd in targets else "not named by the config"
-        raise DeliveryError(f"{version}: module {odd} is {where}")
+        raise _Malformed(f"module {odd} is {where}")
     if config.get("use_rslora") or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise DeliveryError(f"{version}: its config asks for rsLoRA, DoRA or bias; the serving form has none of them")
+        raise _Malformed(f"its config asks for rsLoRA, DoRA or bias; the serving form has none of them")
     ranks = {path: entries[f"{PREFIX}{path}{_A}"].shape[0] for path in paths}
     for path, rank in ranks.items():
-        _check_rank(version, config, path, rank, entries[f"{PREFIX}{path}{_B}"].shape)
+        _check_rank(config, path, rank, entries[f"{PREFIX}{path}{_B}"].shape)
 
 
-def _check_rank(
-    version: AdapterVersion, config: Mapping[str, Any], path: str, rank: int, b_shape: tuple[int, ...]
-) -> None:
+def _check_rank(config: Mapping[str, Any], path: str, rank: int, b_shape: tuple[int, ...]) -> None:
     key = re.escape(path)
     stated = (config.get("rank_pattern") or {}).get(key, config.get("r"))
     alpha = (config.get("alpha_pattern") or {}).get(key, config.get("lora_alpha"))
     if not (rank == stated == b_shape[1]):
-        raise DeliveryError(
-            f"{version}: {path} has A of rank {rank} and B of rank {b_shape[1]}; its config says {stated}"
-        )
+        raise _Malformed(f"{path} has A of rank {rank} and B of rank {b_shape[1]}; its config says {stated}")
     if not isinstance(alpha, int | float) or not math.isclose(alpha, rank):
-        raise DeliveryError(f"{version}: {path} has alpha {alpha} at rank {rank}; the serving form's scale is 1")
+        raise _Malformed(f"{path} has alpha {alpha} at rank {rank}; the serving form's scale is 1")

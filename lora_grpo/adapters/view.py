@@ -71,6 +71,30 @@ class StoreView:
                 reading.enter_context(self.lease(number))
             catalog.verify(number)
 
+    def readable(self, version: int | AdapterVersion) -> Path:
+        """A folder that holds a version's two PEFT files, on tmpfs or in the archive; every copy is verified first."""
+        number = number_of(version)
+        self.verify(number)
+        catalog = self._looking()
+        places = [catalog.root] if catalog.on_tmpfs(number) or catalog.archive is None else [catalog.archive.tree]
+        return places[0].folder(VERSIONS, number)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Every version with a copy somewhere, those that cannot be read included."""
+        return self._looking().numbers()
+
+    @property
+    def states(self) -> list[int]:
+        """Every version whose trainer state is kept."""
+        return self._looking().states()
+
+    @property
+    def missing(self) -> list[int]:
+        """Versions without a copy that no retention removed: deleted by another program, or lost with the tmpfs."""
+        catalog = self._looking()
+        return sorted(catalog.journal.published.keys() - set(catalog.numbers()))
+
     def metrics(self, number: int) -> dict[str, Any]:
         """Everything recorded of a version."""
         return self._looking().metrics(number)

@@ -15,7 +15,7 @@ from lora_grpo.config import DataConfig, EngineConfig, GRPOConfig, LoraSettings,
 from lora_grpo.demo import task
 from lora_grpo.demo.base import BaseRecipe, base_path, ensure_base
 
-STEPS = 40
+STEPS = 30
 PROMPTS_PER_STEP, GROUP = 64, 8
 HELD_OUT = 512
 
@@ -74,7 +74,7 @@ def demo_config(base: Path, run_dir: Path, *, steps: int, seed: int) -> RunConfi
             gradient_accumulation_steps=1,
             max_completion_length=task.MAX_TOKENS,
             epsilon_high=0.28,
-            learning_rate=1e-3,
+            learning_rate=4e-3,
             adam_beta2=0.99,
             eval_every=10,
             log_completions_every=20,

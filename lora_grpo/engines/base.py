@@ -20,12 +20,16 @@ Adapters: TypeAlias = AdapterVersion | Sequence[AdapterVersion | None] | None
 
 @dataclass(frozen=True, slots=True)
 class LoadReceipt:
-    """What `Engine.load` did and how it was proven; seconds by phase, bytes of adapter compared."""
+    """What `Engine.load` did and how it was proven; seconds by phase, bytes of adapter compared.
+
+    `loader` says how it got there: "direct" from the mapped file, or through the engine's own ("stock") loader.
+    """
 
     proof: Proof
     seconds: dict[str, float]
     modules: int
     proven_bytes: int
+    loader: Literal["direct", "stock"] = "stock"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -181,6 +181,58 @@ def slot_of(llm: Any, lora_id: int) -> int | None:
     return ids.index(lora_id) if lora_id in ids else None
 
 
+def register_adapter(
+    llm: Any, lora_id: int, layers: Mapping[str, tuple[int, Sequence[tuple[Any, Any] | None]]]
+) -> None:
+    """Enter an adapter among vLLM's loaded ones as its own loader leaves it, the least recently used making room.
+
+    `layers` maps runtime names to a rank and (A, B) of each slice, None for a slice without LoRA. Nothing scales them
+    (scaling 1), so vLLM, which multiplies in place, never writes to them.
+    """
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
+
+    manager = lora_manager(llm)
+    if lora_id in manager._registered_adapters:
+        manager._registered_adapters.touch(lora_id)
+        return
+    loras = {}
+    for name, (rank, members) in layers.items():
+        if len(members) == 1 and members[0] is not None:
+            loras[name] = LoRALayerWeights(name, rank, rank, *members[0], scaling=1.0)
+        else:
+            a, b = ([None if pair is None else pair[side] for pair in members] for side in (0, 1))
+            ones = [None if pair is None else 1 for pair in members]
+            alphas = [None if pair is None else rank for pair in members]
+            loras[name] = PackedLoRALayerWeights(name, rank, alphas, a, b, scaling=ones)
+    if len(manager) + 1 > manager.capacity:
+        manager.remove_oldest_adapter()
+    manager._registered_adapters[lora_id] = LoRAModel(lora_id, max(rank for rank, _ in layers.values()), loras)
+
+
+def free_slot(llm: Any) -> int:
+    """A slot that no adapter holds; the least recently used one gives up its own if need be."""
+    manager = lora_manager(llm)
+    if None not in manager.lora_index_to_id:
+        manager._active_adapters.remove_oldest()
+    return int(manager.lora_index_to_id.index(None))
+
+
+def name_slot(llm: Any, slot: int, lora_id: int) -> None:
+    """From now on, `slot` is the adapter's: requests that name it are computed with what the slot holds."""
+    manager = lora_manager(llm)
+    manager._active_adapters[lora_id] = None
+    manager.lora_index_to_id[slot] = lora_id
+    touch_adapter(llm, lora_id)
+
+
+def touch_adapter(llm: Any, lora_id: int) -> None:
+    """Make a loaded and active adapter the most recently used."""
+    manager = lora_manager(llm)
+    manager._registered_adapters.touch(lora_id)
+    manager._active_adapters.touch(lora_id)
+
+
 def lora_dtype(llm: Any) -> str:
     """The dtype of vLLM's adapter slots, as a torch dtype's name without the prefix."""
     return str(llm.llm_engine.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
@@ -208,9 +260,21 @@ def abort_everything(llm: Any) -> None:
 
 
 def shutdown(llm: Any, *, last: bool) -> None:
-    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too."""
-    llm.llm_engine.engine_core.shutdown()
+    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too.
+
+    What vLLM 0.32 does by itself, also when an engine is collected, tears that down always: other engines could
+    not take another step.
+    """
+    client = llm.llm_engine.engine_core
     if last:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+        client.shutdown()
         cleanup_dist_env_and_memory()
+    else:
+        if finalizer := getattr(client, "_finalizer", None):
+            finalizer.detach()
+        core = client.engine_core
+        core.structured_output_manager.clear_backend()
+        core.model_executor.shutdown()
+        core.scheduler.shutdown()

@@ -21,9 +21,12 @@ class _Bytes:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
 
 class FakeEngine:
-    """Serves `reply` under the rules of a real engine: versions must be loaded, and completions are stamped.
+    """Serves `reply` under the rules of a real engine: versions must be loaded, completions are stamped and cut.
 
     Its log-probs are all `logprob`, and it proves nothing (`proof` is "none").
     """
@@ -97,6 +100,7 @@ class FakeEngine:
         ids = self.tokenizer.encode(text)
         reason = "length" if len(ids) > sampling.max_tokens else "stop"
         kept = tuple(ids[: sampling.max_tokens])
+        text = text if reason == "stop" else self.tokenizer.decode(list(kept))
         return Completion(text, kept, (self._logprob,) * len(kept), reason, version.number if version else None)
 
     def _find(self, version: AdapterVersion) -> AdapterVersion:

@@ -86,6 +86,7 @@ def sampling_params(sampling: Sampling, seed: int, *, prompt_logprobs: bool = Fa
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         stop=list(sampling.stop),
+        ignore_eos=sampling.ignore_eos,
         seed=seed,
         logprobs=0,
         prompt_logprobs=0 if prompt_logprobs else None,

@@ -14,11 +14,14 @@ import torch
 
 from lora_grpo.adapters.digest import digest_directory
 from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
+from lora_grpo.adapters.peft_format import WEIGHTS_FILE
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, lora_kernels
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
 from lora_grpo.engines.delivery.base_match import describe
+from lora_grpo.engines.delivery.binding import Binding
 from lora_grpo.engines.delivery.slots import SlotProver
+from lora_grpo.engines.loading import AdapterLoader, choose_loader
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
     check_room,
@@ -40,6 +43,7 @@ class _Loaded:
     version: AdapterVersion
     request: Any
     file: AdapterFile
+    binding: Binding
 
 
 class VLLMEngine:
@@ -59,6 +63,7 @@ class VLLMEngine:
         revision: str | None = None,
         trust_remote_code: bool = False,
         cpu_lora_kernels: bool = True,
+        direct_load: bool = True,
         **vllm_args: Any,
     ) -> None:
         """Start vLLM on `model` (hub name or directory).
@@ -67,11 +72,14 @@ class VLLMEngine:
         `max_cpu_loras` (default: two more) stay loaded; the least recently used goes when another is loaded.
         `target_modules` are the layers wrapped for LoRA, by last name (default: every linear layer but the head).
         `cpu_lora_kernels=False` keeps vLLM's own CPU LoRA path (slower; base rows then get batches of their own).
+        `direct_load=False` loads through vLLM's own loader, as releases do that the direct way was not tested with.
         Other keywords go to `vllm.LLM`. Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.
         """
         self._max_cpu_loras = max_loras + 2 if max_cpu_loras is None else max_cpu_loras
         if not 1 <= max_loras <= self._max_cpu_loras:
             raise ConfigError(f"max_loras={max_loras} must be between 1 and max_cpu_loras={self._max_cpu_loras}")
+        if self._max_cpu_loras < 2:
+            raise ConfigError("max_cpu_loras=1: a version that fails to load would take the served one's place; set 2")
         self._max_loras = max_loras
         self._max_lora_rank = compat.allowed_rank(max_lora_rank)
         vllm = compat.import_vllm()
@@ -103,6 +111,7 @@ class VLLMEngine:
         self._loaded: dict[Path, _Loaded] = {}
         try:
             self._prover = SlotProver(self._llm)
+            self._loader = AdapterLoader(self._llm, choose_loader(direct_load))
             self._tokenizer = self._llm.get_tokenizer()
         except BaseException:
             self.close()
@@ -145,20 +154,19 @@ class VLLMEngine:
             return self._prove_again(known)
         started = time.perf_counter()
         file = open_adapter(version)
-        if digest_directory(version.path) != version.digest:
+        if digest_directory(version.path, held={WEIGHTS_FILE: file.mapped}) != version.digest:
             raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
-        self._prover.bind(version, file)
+        binding = self._prover.bind(version, file)
         checked = time.perf_counter()
         self._make_room()
-        loaded = _Loaded(version, self._request(version), file)
+        loaded = _Loaded(version, self._request(version), file, binding)
         with self._boundary(f"load {version}", forget=loaded.request.lora_int_id):
-            if not self._llm.llm_engine.add_lora(loaded.request):
-                raise DeliveryError(f"{version}: vLLM refused the adapter")
+            self._loader.place(loaded.request, binding, file)
             added = time.perf_counter()
             proven_bytes = self._prover.prove(version, file, loaded.request.lora_int_id)
         self._loaded[version.path] = loaded
         seconds = {"check": checked - started, "load": added - checked, "prove": time.perf_counter() - added}
-        return LoadReceipt("slots", seconds, len(file.paths), proven_bytes)
+        return LoadReceipt("slots", seconds, len(file.paths), proven_bytes, self._loader.kind)
 
     def unload(self, version: AdapterVersion) -> None:
         loaded = self._find(version)
@@ -202,7 +210,8 @@ class VLLMEngine:
         if id(self) in _live_engines:
             _live_engines.discard(id(self))
             compat.shutdown(self._llm, last=not _live_engines)
-            self.__dict__.pop("_prover", None)
+            for holder in ("_prover", "_loader"):
+                vars(self).pop(holder, None)
             del self._llm
             self._loaded.clear()
 
@@ -236,7 +245,7 @@ class VLLMEngine:
         for loaded in distinct.values():
             self._touch(loaded)
             if compat.slot_of(self._llm, loaded.request.lora_int_id) is not None:
-                self._llm.llm_engine.add_lora(loaded.request)
+                self._loader.place(loaded.request, loaded.binding, loaded.file)
         for loaded in distinct.values():
             if compat.slot_of(self._llm, loaded.request.lora_int_id) is None:
                 self._prove_again(loaded)
@@ -246,14 +255,14 @@ class VLLMEngine:
         lora_id, started = loaded.request.lora_int_id, time.perf_counter()
         try:
             with self._boundary(f"activate {loaded.version}", forget=lora_id):
-                self._llm.llm_engine.add_lora(loaded.request)
+                self._loader.place(loaded.request, loaded.binding, loaded.file)
                 added = time.perf_counter()
                 proven_bytes = self._prover.prove(loaded.version, loaded.file, lora_id)
         except BaseException:
             self._loaded.pop(loaded.version.path, None)
             raise
         seconds = {"check": 0.0, "load": added - started, "prove": time.perf_counter() - added}
-        return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes)
+        return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes, self._loader.kind)
 
     def _touch(self, loaded: _Loaded) -> None:
         """Make it the most recently used."""

@@ -5,6 +5,7 @@ Records of `metrics.jsonl`, told apart by `event`:
 - `start`: a run or a resumed run begins; `step` is the last step that is behind it, `info` what it runs with
 - `step`: one training step; its metrics lie in the record itself, under TRL's names where TRL has one
 - `evaluation`: held-out metrics of `version`, after `step`
+- `rollback`: the run went back to where it was after `step`; `text` says why and how
 - `message`: something that a person should know
 - `end`: the run ended; `info` is its result
 
@@ -61,10 +62,10 @@ def read_metrics(path: str | Path) -> list[Record]:
 
 
 def history(records: list[Record]) -> list[Record]:
-    """The records of the run as it counts: what a resume went back before, and then did again, is left out."""
+    """The records of the run as it counts: what a resume or a rollback went back before is left out."""
     kept: list[Record] = []
     for record in records:
-        if record["event"] == "start":
+        if record["event"] in {"start", "rollback"}:
             behind = record.get("step") or 0
             kept = [old for old in kept if old["event"] not in {"step", "evaluation"} or old["step"] <= behind]
         kept.append(record)

@@ -74,6 +74,12 @@ class Reporter:
         if self._view:
             self._view.message(text)
 
+    def rollback(self, step: int, text: str) -> None:
+        """The run went back to where it was after `step`; `text` says why and how."""
+        self._log.append("rollback", step=step, text=text)
+        if self._view:
+            self._view.rollback(step, text)
+
     @contextmanager
     def capture(self) -> Iterator[None]:
         """While inside, what is written to stdout and stderr goes to `RUN/engine.log`; for the start of an engine."""

@@ -59,6 +59,10 @@ class LiveView:
     def message(self, text: str) -> None:
         self._say(text)
 
+    def rollback(self, step: int, text: str) -> None:
+        self.state.step = step
+        self._say(text)
+
     def close(self) -> None:
         """Leaves the last state of the panel on the terminal; a second call does nothing."""
         if self._live:

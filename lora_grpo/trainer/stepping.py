@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from lora_grpo.trainer.rollouts import RolloutFunc, check_groups, training_sampl
 from lora_grpo.types import Group, Prompt
 
 GAP = "sampling/sampling_logp_difference/mean"
-CANARY_ROWS = 16
+CANARY_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,21 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
 
 
 def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, step: int) -> CanaryReport | None:
-    """At its cadence, and at once when the batch's own gap is above the noise. Raises `DeliveryError` when it fails."""
-    probe = parts.sync.probe
-    if probe is None or (step % config.canary_every and gap <= RESOLUTION * probe.noise):
+    """At the first step, at its cadence, and at once when the batch's own gap is above the noise.
+
+    Raises `DeliveryError` when it fails.
+    """
+    due = (step - 1) % config.canary_every == 0 or not gap <= RESOLUTION * parts.sync.noise
+    if parts.sync.probe is None or not due:
         return None
-    rows = max(1, CANARY_ROWS // config.num_generations)
-    return parts.sync.canary(groups[:rows], temperature=config.temperature)
+    return parts.sync.canary(spread(groups, CANARY_ROWS), temperature=config.temperature)
+
+
+def spread(groups: list[Group], rows: int) -> list[Group]:
+    """About `rows` completions of as many prompts as there are: prompts differ more than samples of one."""
+    chosen = groups[:: max(1, len(groups) // rows)][:rows]
+    each = max(1, rows // len(chosen))
+    return [replace(group, completions=group.completions[:each]) for group in chosen]
 
 
 def logprob_gap(batch: Batch) -> float:
@@ -136,7 +145,9 @@ def step_metrics(
     lengths = [len(completion.token_ids) for completion in completions]
     names = reward_names(functions)
     return {
-        **reward_metrics(rewarded.rewards_BF, names, config.num_generations, config.reward_weights),
+        **reward_metrics(
+            rewarded.rewards_BF, names, config.num_generations, config.reward_weights, config.scale_rewards
+        ),
         **rewarded.logged,
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": float(min(lengths)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -14,7 +15,7 @@ RESOLUTION = 5.0
 @dataclass(frozen=True, slots=True)
 class CanaryReport:
     """Nats, means over completion tokens: `gap` trainer against sampler, `signal` the trainer's adapter against its
-    base, `noise` engine against trainer on the base (from the probe)."""
+    base, `noise` engine against trainer on the base, over the same completions."""
 
     verdict: Verdict
     gap: float
@@ -36,6 +37,6 @@ def judge(gap: float, signal: float, noise: float) -> Verdict:
     half the signal; it passes when the signal is large enough to have shown that. Anything else is inconclusive, NaN
     fails.
     """
-    if not gap <= max(RESOLUTION * noise, 0.5 * signal):
+    if math.isnan(gap + signal + noise) or gap > max(RESOLUTION * noise, 0.5 * signal):
         return "failed"
     return "ok" if signal > RESOLUTION * noise and gap <= 0.5 * signal else "inconclusive"

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lora_grpo.adapters.digest import digest_buffers
-from lora_grpo.adapters.peft_format import LoraModule, ServingForm, peft_model_of
+from lora_grpo.adapters.peft_format import LoraModule, ServingForm, assign, peft_model_of
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import DeliveryError, UnsupportedAdapter
@@ -118,8 +118,8 @@ def _randomise(modules: list[LoraModule], size: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for module in modules:
         a, b = module.a_RI, module.b_OR
-        a.copy_(torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
-        b.copy_(torch.randn(b.shape, generator=generator) * size / (module.scaling * b.shape[1] ** 0.5))
+        assign(a, torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
+        assign(b, torch.randn(b.shape, generator=generator) * size / (module.scaling * b.shape[1] ** 0.5))
 
 
 def _serve(form: ServingForm, engine: Engine, sequences: Any, scratch: Path) -> list[list[float]]:

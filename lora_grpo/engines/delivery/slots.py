@@ -8,7 +8,6 @@ stale adapter from a fresh one; the checksum does.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,36 +17,10 @@ from lora_grpo.adapters.peft_files import PREFIX, AdapterFile
 from lora_grpo.adapters.peft_format import all_finite
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
+from lora_grpo.engines.delivery.binding import TORCH_DTYPES, Binding, Part, Placement, raw_bytes
 from lora_grpo.errors import DeliveryError
 
 _FILE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where one file tensor lives in vLLM: a stacked buffer (slots, 1, rows, columns) and its extent there."""
-
-    name: str
-    stacked: torch.Tensor
-    rows: int
-    columns: int
-
-    def view(self, slot: int) -> torch.Tensor:
-        return self.stacked[slot, 0, : self.rows, : self.columns]
-
-    def padding(self, slot: int) -> Iterator[torch.Tensor]:
-        whole = self.stacked[slot, 0]
-        yield from (pad for pad in (whole[self.rows :], whole[: self.rows, self.columns :]) if pad.numel())
-
-
-@dataclass(frozen=True)
-class Binding:
-    """A file layout bound to an engine's modules: its parts in payload order, and the buffers it leaves at zero."""
-
-    parts: tuple[_Part, ...]
-    untouched: tuple[tuple[str, torch.Tensor], ...]
-    runtime_modules: frozenset[str]
 
 
 class SlotProver:
@@ -74,37 +47,43 @@ class SlotProver:
 
         Raises `DeliveryError` naming the module that differs.
         """
-        binding = self.bind(version, file)
+        binding = self._bindings[file.header] if file.header in self._bindings else self.bind(version, file)
         registered = compat.registered_modules(self._llm, lora_id)
-        if registered != binding.runtime_modules:
-            odd = sorted(registered ^ binding.runtime_modules)[0]
+        if registered != binding.modules.keys():
+            odd = sorted(registered ^ binding.modules.keys())[0]
             verb = "bound though the file has no tensor for it" if odd in registered else "not bound by vLLM"
             raise DeliveryError(f"{version}: module {odd} is {verb}")
         slot = compat.slot_of(self._llm, lora_id)
         if slot is None:
             raise DeliveryError(f"{version} (adapter id {lora_id}) is in no slot of the engine")
-        if _digest(part.view(slot) for part in binding.parts) != xxhash.xxh3_128_digest(file.payload):
+        served = binding.slot(slot)
+        if served.digest() != xxhash.xxh3_128_digest(file.payload):
             raise DeliveryError(f"{version}: {self._first_difference(binding, file, slot)}")
-        self._require_zero(version, binding, slot)
+        if stray := served.nonzero():
+            raise DeliveryError(f"{version}: {stray} holds values in slot {slot} that the file does not have")
         return len(file.payload)
 
     def _bind(self, version: AdapterVersion, file: AdapterFile) -> Binding:
-        parts: dict[str, _Part] = {}
-        taken: set[tuple[str, int]] = set()
+        order = {name: index for index, name in enumerate(file.entries)}
+        parts: dict[str, Part] = {}
+        places: dict[str, dict[int, tuple[int, int]]] = {}
         for path in file.paths:
             runtime, index = self._locate(version, path)
             layer = self._modules[runtime]
-            taken.add((runtime, index))
-            for kind, stacked in (("A", layer.lora_a_stacked[index]), ("B", layer.lora_b_stacked[index])):
-                name = f"{PREFIX}{path}.lora_{kind}.weight"
+            a, b = (f"{PREFIX}{path}.lora_{kind}.weight" for kind in "AB")
+            places.setdefault(runtime, {})[index] = (order[a], order[b])
+            for kind, name, stacked in (("A", a, layer.lora_a_stacked[index]), ("B", b, layer.lora_b_stacked[index])):
                 rows, columns = file.entries[name].shape
                 _check_extent(version, path, kind, (rows, columns), tuple(stacked.shape[2:]))
-                parts[name] = _Part(name, stacked, rows, columns)
-        return Binding(
-            parts=tuple(parts[name] for name in file.entries),
-            untouched=tuple(self._untouched(taken)),
-            runtime_modules=frozenset(runtime for runtime, _ in taken),
-        )
+                parts[name] = Part(name, stacked, rows, columns)
+        ordered = tuple(parts[name] for name in file.entries)
+        modules = {runtime: self._placement(runtime, found, ordered) for runtime, found in places.items()}
+        return Binding(ordered, tuple(self._untouched(places)), modules)
+
+    def _placement(self, runtime: str, found: dict[int, tuple[int, int]], parts: tuple[Part, ...]) -> Placement:
+        members = len(self._modules[runtime].lora_a_stacked)
+        rank = max(parts[a].rows for a, _ in found.values())
+        return Placement(rank, tuple(found.get(index) for index in range(members)))
 
     def _locate(self, version: AdapterVersion, path: str) -> tuple[str, int]:
         if path in self._fused:
@@ -117,23 +96,16 @@ class SlotProver:
             "layer index, the architecture and lora_target_modules"
         )
 
-    def _untouched(self, taken: set[tuple[str, int]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _untouched(self, taken: dict[str, dict[int, tuple[int, int]]]) -> Iterator[tuple[str, torch.Tensor]]:
         for runtime, layer in self._modules.items():
             for index, stacks in enumerate(zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)):
-                if (runtime, index) not in taken:
+                if index not in taken.get(runtime, {}):
                     yield from ((f"{runtime}[{index}]", stacked) for stacked in stacks)
-
-    def _require_zero(self, version: AdapterVersion, binding: Binding, slot: int) -> None:
-        pads = ((part.name, pad) for part in binding.parts for pad in part.padding(slot))
-        others = ((name, stacked[slot]) for name, stacked in binding.untouched)
-        for name, tensor in (*pads, *others):
-            if tensor.any():
-                raise DeliveryError(f"{version}: {name} holds values in slot {slot} that the file does not have")
 
     def _first_difference(self, binding: Binding, file: AdapterFile, slot: int) -> str:
         for part in binding.parts:
             entry = file.entries[part.name]
-            served, published = _raw(part.view(slot)), bytes(file.payload[entry.start : entry.end])
+            served, published = raw_bytes(part.view(slot)), bytes(file.payload[entry.start : entry.end])
             if served != published:
                 return f"{part.name} in slot {slot} differs from the published bytes"
         return "the slot changed while it was read"
@@ -141,7 +113,7 @@ class SlotProver:
 
 def _require_finite(version: AdapterVersion, file: AdapterFile) -> None:
     """NaN in an adapter would stay in freed KV-cache blocks and poison every later request."""
-    dtype = _TORCH_DTYPES[file.dtype]
+    dtype = TORCH_DTYPES[file.dtype]
     if all_finite(torch.frombuffer(file.payload, dtype=dtype)):
         return
     for name, entry in file.entries.items():
@@ -160,15 +132,3 @@ def _check_extent(version: AdapterVersion, path: str, kind: str, shape: tuple[in
         )
     if rank > room_rank:
         raise DeliveryError(f"{version}: {path} has rank {rank}, the engine takes at most {room_rank}")
-
-
-def _digest(views: Iterator[torch.Tensor]) -> bytes:
-    hasher = xxhash.xxh3_128()
-    for view in views:
-        hasher.update(_raw(view))
-    return hasher.digest()
-
-
-def _raw(tensor: torch.Tensor) -> Any:
-    """The bytes of a tensor, wherever it lives, as a flat buffer (a copy only when it is not contiguous here)."""
-    return tensor.contiguous().cpu().view(torch.uint8).numpy().data.cast("B")

@@ -1,0 +1,137 @@
+"""A run's rollbacks, one JSON line each in `RUN/rollbacks.jsonl`: what a resume must know and no version can say.
+
+A version's trainer state holds the data position and the learning rate of the time when it was published. A rollback
+does not rewind the first and a guard may have lowered the second, so both are written down when it happens.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.adapters import disk
+from lora_grpo.adapters.layout import STATE_FILE
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.target import Target, resolve
+from lora_grpo.errors import StoreCorrupt, UnknownVersion
+
+ROLLBACKS_FILE = "rollbacks.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """One rollback: from version `left` to version `to`.
+
+    `sampler` is the data position to go on from (None: unknown, the target's own); `learning_rate_scale` the factor on
+    the configured learning rate from then on; `reason` is a guard's (None: asked for).
+    """
+
+    left: int
+    to: int
+    sampler: dict[str, int] | None
+    learning_rate_scale: float = 1.0
+    reason: str | None = None
+    time: float = 0.0
+
+
+class RollbackLog:
+    """The rollbacks of one run, oldest first. Written before `HEAD` moves, and taken back when that fails."""
+
+    def __init__(self, run: Path) -> None:
+        """Raises `StoreCorrupt` for a line that is no rollback."""
+        self.path = run / ROLLBACKS_FILE
+        content = disk.read_small(self.path) or b""
+        self.entries = [_parse(line, self.path) for line in content.splitlines()]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def learning_rate_scale(self) -> float:
+        """The factor on the configured learning rate by now."""
+        return self.entries[-1].learning_rate_scale if self.entries else 1.0
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why a guard rolled back, each time that it did."""
+        return [entry.reason for entry in self.entries if entry.reason is not None]
+
+    def add(self, entry: Rollback) -> None:
+        self._write([*self.entries, entry])
+
+    def take_back(self) -> None:
+        """The last rollback did not happen."""
+        self._write(self.entries[:-1])
+
+    def settle(self, head: int | None) -> None:
+        """Take back a last rollback that was killed before `HEAD` moved."""
+        if self.entries and self.entries[-1].left == head != self.entries[-1].to:
+            self.take_back()
+
+    def waits_at(self, head: int) -> bool:
+        """Whether the last rollback led to `head` and nothing was published on top of it yet."""
+        return bool(self.entries) and self.entries[-1].to == head
+
+    def data_position(self, extra: Mapping[str, Any] | None) -> dict[str, int] | None:
+        """Where the prompts go on, `extra` being what the trainer state to go on from says (None: not kept)."""
+        if self.entries and (extra is None or int(extra["rollbacks"]) < len(self.entries)):
+            return self.entries[-1].sampler or (None if extra is None else dict(extra["sampler"]))
+        return None if extra is None else dict(extra["sampler"])
+
+    def _write(self, entries: list[Rollback]) -> None:
+        text = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
+        with disk.reported(f"writing {self.path}"):
+            disk.replace_file(self.path, text.encode(), sync=True)
+        self.entries = entries
+
+
+def roll_back_stopped(store: AdapterStore, to: Target) -> Rollback:
+    """Roll back a run that no trainer holds: `HEAD` moves at once, the trainer follows when the run is resumed.
+
+    The version's bytes are checked against their digest first. Raises `UnknownVersion` or `StoreCorrupt`.
+    """
+    left, run = store.head, store.archive
+    if left is None or run is None:
+        raise UnknownVersion("nothing was promoted yet: there is no version to roll back to")
+    log = RollbackLog(run)
+    log.settle(left.number)
+    version = store.restore(resolve(store, to))
+    sampler = log.data_position(state_extra(store, left.number))
+    entry = Rollback(left.number, version.number, sampler, log.learning_rate_scale, time=time.time())
+    log.add(entry)
+    try:
+        store.promote(version)
+    except BaseException:
+        log.take_back()
+        raise
+    return entry
+
+
+def state_extra(store: AdapterStore, number: int) -> dict[str, Any] | None:
+    """What the trainer wrote beside the state of version `number`, or else of its nearest ancestor that has one."""
+    following: int | None = number
+    while following is not None:
+        files = store.load_state(following)
+        if files is not None:
+            extra: dict[str, Any] = json.loads(files[STATE_FILE].read_bytes())["extra"]
+            return extra
+        following = _parent_of(store, following)
+    return None
+
+
+def _parent_of(store: AdapterStore, number: int) -> int | None:
+    try:
+        return store.get(number).parent
+    except UnknownVersion:
+        return None
+
+
+def _parse(line: bytes, path: Path) -> Rollback:
+    try:
+        return Rollback(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise StoreCorrupt(f"{path} holds a line that is no rollback ({line[:60]!r}): {error}; remove it") from error

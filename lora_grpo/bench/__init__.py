@@ -1,0 +1,12 @@
+"""The benchmark suite: native hot-swap against merging, for speed, memory and truth.
+
+scenario, schema      what is asked for, and the JSON that comes of it
+shapes, host, card    models made on the spot, what they need, and the machine
+strategies/           one way from trainer to engine a file; the only place where anything is merged
+worker, process       a strategy alive in its own process
+plan, runner          which processes measure what, in which order; what was measured survives a cut-off
+sync, memory, decode, fidelity, drift, step, rollback
+                      one measurement a file: its plan, what a worker does for it, and its rows of the tables
+breakeven, report, plots, compare
+                      what the figures say
+"""

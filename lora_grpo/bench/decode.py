@@ -1,0 +1,106 @@
+"""What completions cost once a policy is served: time per output token, prefill, tokens a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
+from lora_grpo.bench.schema import DecodeRow, Settings
+from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.timing import median
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.worker import Bench
+
+
+def cells(settings: Settings, subject: Subject) -> list[Cell]:
+    """`native` beside each other strategy."""
+    native = subject.with_strategy(NATIVE)
+    work = {"rows": list(settings.rows), "prompt_tokens": settings.prompt_tokens, "lengths": sorted(settings.lengths)}
+    return [
+        Cell(
+            f"decode/{strategy}",
+            "decode",
+            "decode:measure",
+            (native, subject.with_strategy(strategy)),
+            {**work, "repeat": -(-settings.repeat // 2)},
+            order=ABBA,
+            warm={**work, "lengths": [min(settings.lengths)], "repeat": 1},
+            labels={"shape": settings.label, "prompt_tokens": settings.prompt_tokens},
+        )
+        for strategy in settings.strategies
+        if strategy != NATIVE
+    ]
+
+
+def measure(bench: Bench, rows: list[int], prompt_tokens: int, lengths: list[int], repeat: int) -> dict[str, Any]:
+    """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token)."""
+    bench.strategy.trainer.step()
+    bench.strategy.sync()
+    return {
+        str(count): {
+            str(length): [generate_seconds(bench, count, prompt_tokens, length) for _ in range(repeat)]
+            for length in sorted({1, *lengths})
+        }
+        for count in rows
+    }
+
+
+def generate_seconds(bench: Bench, rows: int, prompt_tokens: int, length: int) -> float:
+    """Seconds to complete `rows` prompts that no cache has seen by exactly `length` tokens each."""
+    from lora_grpo.types import Sampling
+
+    prompts = fresh_prompts(bench, rows, prompt_tokens)
+    sampling = Sampling(n=1, max_tokens=length, temperature=1.0, seed=bench.subject.seed, ignore_eos=True)
+    started = time.perf_counter()
+    bench.strategy.generate(prompts, sampling)
+    return time.perf_counter() - started
+
+
+def fresh_prompts(bench: Bench, rows: int, tokens: int) -> list[list[int]]:
+    """Random token ids, different each time."""
+    import torch
+    from transformers import AutoConfig
+
+    vocabulary = AutoConfig.from_pretrained(bench.subject.model).get_text_config().vocab_size
+    drawn: list[list[int]] = torch.randint(1, vocabulary, (rows, tokens)).tolist()
+    return drawn
+
+
+def rows(cell: Mapping[str, Any], bandwidth: object) -> list[DecodeRow]:
+    """Both strategies of a pair, by batch size and completion length."""
+    native, other = cell["order"][0], cell["order"][1]
+    made: list[DecodeRow] = []
+    for count in results_of(cell, native)[0]:
+        times = {strategy: _medians(cell, strategy, count) for strategy in (native, other)}
+        for length in sorted(times[native]):
+            if length > 1:
+                made += [_row(cell, strategy, int(count), length, times[strategy], times[native]) for strategy in times]
+    return made
+
+
+def _medians(cell: Mapping[str, Any], strategy: str, count: str) -> dict[int, float]:
+    found = results_of(cell, strategy)
+    return {int(length): median([s for one in found for s in one[count][length]]) for length in found[0][count]}
+
+
+def _row(
+    cell: Mapping[str, Any], strategy: str, count: int, length: int, own: dict[int, float], native: dict[int, float]
+) -> DecodeRow:
+    tpot_s, native_tpot_s = ((times[length] - times[1]) / (length - 1) for times in (own, native))
+    return DecodeRow(
+        strategy=strategy,
+        **cell["labels"],
+        rows=count,
+        completion_tokens=length,
+        generate_s=own[length],
+        prefill_s=own[1],
+        tpot_s=tpot_s,
+        tokens_per_s=count * length / own[length],
+        prefill_tokens_per_s=count * cell["labels"]["prompt_tokens"] / own[1],
+        tpot_ratio_to_native=tpot_s / native_tpot_s,
+        prefill_ratio_to_native=own[1] / native[1],
+        generate_ratio_to_native=own[length] / native[length],
+    )

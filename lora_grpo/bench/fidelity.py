@@ -1,0 +1,170 @@
+"""Does the engine serve the policy that it claims to, and what of an update survives the way there?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.bench import drift
+from lora_grpo.bench.plan import Cell, Subject, results_of
+from lora_grpo.bench.schema import FidelityRow, Settings, TruthRow
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.reference import Reference
+    from lora_grpo.bench.worker import Bench
+
+ROWS, TOKENS = 4, 32
+TOLERANCE = 3.0
+"""Times the bf16 noise by which a served policy may differ from the reference."""
+SEPARATION = 20.0
+"""Times the noise by which the adapter must move log-probs, for a wrong policy to show."""
+MIN_SIGNAL_NATS = 0.3
+
+
+def cells(settings: Settings, subject: Subject) -> list[Cell]:
+    """For each strategy: truth and the learning rates in one process, then drift."""
+    planned: list[Cell] = []
+    for strategy in settings.strategies:
+        one = subject.with_strategy(strategy)
+        grid = {"learning_rates": list(settings.learning_rates), "updates": list(settings.updates)}
+        planned.append(truth_cell("fidelity", settings, one))
+        planned.append(
+            Cell(
+                f"fidelity/rates/{strategy}",
+                "fidelity",
+                "fidelity:measure",
+                (one,),
+                grid,
+                labels={"shape": settings.label},
+            )
+        )
+    return planned + drift.cells(settings, subject)
+
+
+def truth_cell(part: str, settings: Settings, subject: Subject) -> Cell:
+    """One strategy's verdict."""
+    return Cell(
+        f"{part}/truth/{subject.strategy}", "truth", "fidelity:truth", (subject,), labels={"shape": settings.label}
+    )
+
+
+def sequences(subject: Subject) -> list[list[int]]:
+    """Fixed random tokens, the same in every process of a model."""
+    import torch
+    from transformers import AutoConfig
+
+    vocabulary = AutoConfig.from_pretrained(subject.model).get_text_config().vocab_size
+    rows: list[list[int]] = torch.randint(
+        1, vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(subject.seed)
+    ).tolist()
+    return rows
+
+
+def truth(bench: Bench) -> dict[str, Any]:
+    """Worker: serve an adapter that is loud enough to tell, and compare with the fp32 reference."""
+    from lora_grpo.bench.reference import Reference
+    from lora_grpo.scoring import mean_abs_difference
+
+    trainer, tokens = bench.strategy.trainer, sequences(bench.subject)
+    before = trainer.snapshot()
+    reference = Reference(bench.subject.model, bench.subject.device)
+    base = reference.logprobs(tokens)
+    noise = mean_abs_difference(bench.base_logprobs, base)
+    signal = _make_loud(bench, reference, base, max(MIN_SIGNAL_NATS, SEPARATION * noise))
+    bench.strategy.sync()
+    served = bench.strategy.logprobs(tokens)
+    with reference.policy(trainer):
+        exact = reference.logprobs(tokens)
+        noise = max(noise, mean_abs_difference(reference.rounded_logprobs(tokens), exact))
+    trainer.restore(before)
+    bench.strategy.sync()
+    return {"error_nats": mean_abs_difference(served, exact), "noise_nats": noise, "signal_nats": signal}
+
+
+def _make_loud(bench: Bench, reference: Reference, base: list[list[float]], needed: float) -> float:
+    """Grow the trainer's adapter until it moves the reference's log-probs by `needed`; returns by how much it does."""
+    from lora_grpo.errors import EngineError
+    from lora_grpo.scoring import mean_abs_difference
+
+    for doubling in range(12):
+        bench.strategy.trainer.randomise(0.02 * 2.0**doubling)
+        with reference.policy(bench.strategy.trainer):
+            signal = mean_abs_difference(reference.logprobs(sequences(bench.subject)), base)
+        if signal >= needed:
+            return signal
+    raise EngineError(
+        f"no adapter moves the log-probs by {needed:.2f} nats ({signal:.2f} at most); nothing can be told"
+    )
+
+
+def measure(bench: Bench, learning_rates: list[float], updates: list[int]) -> list[dict[str, float]]:
+    """Worker: for updates of several sizes, what of them is served.
+
+    AdamW moves an entry of B by up to the learning rate a step, and by about its square root of steps over many.
+    """
+    from lora_grpo.bench.reference import Reference
+
+    strategy = bench.strategy
+    strategy.remember_pushed = True
+    reference = Reference(bench.subject.model, bench.subject.device)
+    base = reference.logprobs(sequences(bench.subject))
+    found = []
+    for learning_rate in learning_rates:
+        for steps in updates:
+            strategy.trainer.reset(learning_rate * steps**0.5)
+            strategy.sync()
+            found.append({"learning_rate": learning_rate, "updates": steps, **_compare(bench, reference, base)})
+    strategy.remember_pushed = False
+    return found
+
+
+def _compare(bench: Bench, reference: Reference, base: list[list[float]]) -> dict[str, float]:
+    from lora_grpo.scoring import mean_abs_difference
+
+    strategy, tokens = bench.strategy, sequences(bench.subject)
+    with reference.policy(strategy.trainer):
+        exact = reference.logprobs(tokens)
+    with reference.weights([module.path for module in strategy.trainer.modules], strategy.served_weight):
+        weights_only = reference.logprobs(tokens)
+    return {
+        "signal_nats": mean_abs_difference(exact, base),
+        "served_error_nats": mean_abs_difference(strategy.logprobs(tokens), exact),
+        "weights_error_nats": mean_abs_difference(weights_only, exact),
+        **_losses(bench, reference),
+    }
+
+
+def _losses(bench: Bench, reference: Reference) -> dict[str, float]:
+    """Over all adapted weights: the relative error of the update as served, and the share of weights it moved."""
+    error = size = changed = count = 0.0
+    for module in bench.strategy.trainer.modules:
+        base_OI = reference.weight(module.path)
+        update_OI = bench.strategy.trainer.update_of(module)
+        served_OI = bench.strategy.served_weight(module.path, base_OI) - base_OI
+        error += float((served_OI - update_OI).square().sum())
+        size += float(update_OI.square().sum())
+        changed += float((served_OI != 0).sum())
+        count += served_OI.numel()
+    return {"lost_share": (error / size) ** 0.5, "changed_share": changed / count}
+
+
+def truth_rows(cell: Mapping[str, Any], bandwidth: object) -> list[TruthRow]:
+    strategy = cell["order"][0]
+    found = results_of(cell, strategy)[0]
+    passed = found["error_nats"] <= TOLERANCE * found["noise_nats"]
+    return [TruthRow(strategy=strategy, **cell["labels"], **found, passed=passed)]
+
+
+def rows(cell: Mapping[str, Any], bandwidth: object) -> list[FidelityRow]:
+    strategy = cell["order"][0]
+    return [FidelityRow(strategy=strategy, **cell["labels"], **found) for found in results_of(cell, strategy)[0]]
+
+
+def verdict(row: TruthRow) -> str | None:
+    """The sentence that fails the suite, or None."""
+    if row.passed:
+        return None
+    return (
+        f"{row.strategy} serves another policy than it claims on {row.shape}: log-probs differ from the fp32 reference by "
+        f"{row.error_nats:.4f} nats a token, where bf16 alone makes {row.noise_nats:.4f} and the adapter {row.signal_nats:.3f}"
+    )

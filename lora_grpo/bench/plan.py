@@ -1,0 +1,69 @@
+"""What is measured where: a subject is a strategy alive in a process, a cell is one piece of measuring."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+TARGETS = {"all-linear": "all-linear", "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
+"""LoRA targets by the name they have in the tables."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything that decides what a worker process becomes. `model` is a directory or a hub name."""
+
+    strategy: str
+    model: str
+    rank: int
+    targets: str
+    device: str
+    tmpfs: str
+    disk: str
+    max_model_len: int
+    max_num_seqs: int
+    graphs: bool
+    gpu_memory_utilization: float
+    seed: int = 0
+
+    def with_strategy(self, name: str) -> Subject:
+        return replace(self, strategy=name)
+
+    def at(self, rank: int, targets: str) -> Subject:
+        return replace(self, rank=rank, targets=targets)
+
+    @property
+    def target_modules(self) -> Any:
+        """What `peft.LoraConfig` takes."""
+        known = TARGETS.get(self.targets, tuple(self.targets.split("+")))
+        return known if isinstance(known, str) else list(known)
+
+    def fields(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of measuring: `work` ("room:function") is done by `subjects` in the given order of their indices.
+
+    (0, 1, 1, 0) has a drifting machine favour neither. `warm` arguments, if any, are for a round before those, thrown
+    away. `table` is where its rows belong, `labels` are columns of them. `fresh` subjects start in new processes and end with the cell; others may live on into the next.
+    """
+
+    key: str
+    table: str
+    work: str
+    subjects: tuple[Subject, ...]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    order: tuple[int, ...] = (0,)
+    warm: dict[str, Any] | None = None
+    fresh: bool = False
+    labels: dict[str, Any] = field(default_factory=dict)
+
+
+ABBA = (0, 1, 1, 0)
+
+
+def results_of(cell: dict[str, Any], strategy: str) -> list[Any]:
+    """What the rounds of one strategy returned, in order."""
+    return [done["result"] for done in cell["rounds"] if done["strategy"] == strategy]

@@ -1,0 +1,86 @@
+"""The parent's side of a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from lora_grpo import errors
+from lora_grpo.bench.plan import Subject
+from lora_grpo.errors import EngineError
+
+_GRACE_S = 20.0
+
+
+class WorkerProcess:
+    """A worker in a process of its own; what it prints goes to `log`."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        read_fd, write_fd = os.pipe()
+        with open(log, "ab") as output:
+            # In a session of its own, Ctrl-C reaches the parent alone, which keeps what was measured.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "lora_grpo.bench.worker", str(write_fd)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=(write_fd,),
+                start_new_session=True,
+                text=True,
+            )
+        os.close(write_fd)
+        self._replies = os.fdopen(read_fd)
+
+    def prepare(self, subject: Subject) -> None:
+        """Have it load trainer and engine; `finish` waits for it."""
+        self.ask({"prepare": subject.fields()})
+
+    def do(self, work: str, **arguments: Any) -> Any:
+        """Have a piece of work done; returns its result. Raises `EngineError` when it failed."""
+        self.ask({"work": work, "with": arguments})
+        return self.finish()
+
+    def ask(self, request: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise EngineError(self._obituary()) from None
+
+    def finish(self) -> Any:
+        """The result of what was asked last."""
+        line = self._replies.readline()
+        if not line:
+            raise EngineError(self._obituary())
+        reply = json.loads(line)
+        if "error" in reply:
+            where = f" (traceback in {self._log})" if reply.get("bug") else ""
+            raise getattr(errors, reply["type"])(f"{reply['error']}{where}")
+        return reply["result"]
+
+    def close(self) -> None:
+        """Let it close its engine and end; kill it when it takes long."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._replies.close()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _obituary(self) -> str:
+        code = self._process.wait()
+        with open(self._log, errors="replace") as log:
+            last = " | ".join(line.strip() for line in deque(log, maxlen=3))
+        return f"a worker died with exit code {code}; its log ({self._log}) ends: {last}"

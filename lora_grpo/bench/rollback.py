@@ -1,0 +1,77 @@
+"""Seconds until an earlier version serves and trains again: still loaded, evicted, or merged again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
+from lora_grpo.bench.schema import RollbackRow, Settings
+from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.timing import median, percentile_95
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.worker import Bench
+
+
+def cells(settings: Settings, subject: Subject) -> list[Cell]:
+    """`native` beside each other strategy."""
+    return [
+        Cell(
+            f"rollback/{strategy}",
+            "rollback",
+            "rollback:measure",
+            (subject.with_strategy(NATIVE), subject.with_strategy(strategy)),
+            {"repeat": -(-settings.repeat // 2)},
+            order=ABBA,
+            warm={"repeat": 1},
+            labels={"shape": settings.label},
+        )
+        for strategy in settings.strategies
+        if strategy != NATIVE
+    ]
+
+
+def measure(bench: Bench, repeat: int) -> dict[str, Any]:
+    """Worker: by case, seconds, and how far what is served then is from what the version served when it was new."""
+    cases = bench.strategy.rollback_cases()
+    return {case: [_go_back(bench, between) for _ in range(repeat)] for case, between in cases.items()}
+
+
+def _go_back(bench: Bench, between: int) -> dict[str, float]:
+    from lora_grpo.bench.fidelity import sequences
+    from lora_grpo.scoring import mean_abs_difference
+
+    strategy, tokens = bench.strategy, sequences(bench.subject)
+    strategy.trainer.randomise(0.2)
+    strategy.sync()
+    mark, then = strategy.mark(), strategy.logprobs(tokens)
+    for _ in range(between):
+        strategy.trainer.randomise(0.2)
+        strategy.sync()
+    seconds = strategy.rollback(mark).total_s
+    return {"seconds": seconds, "error_nats": mean_abs_difference(strategy.logprobs(tokens), then)}
+
+
+def rows(cell: Mapping[str, Any], bandwidth: object) -> list[RollbackRow]:
+    """Every case of both strategies; ratios to native's first case."""
+    native = results_of(cell, cell["order"][0])
+    native_s = median(_values(native, next(iter(native[0])), "seconds"))
+    return [
+        RollbackRow(
+            strategy=strategy,
+            **cell["labels"],
+            case=case,
+            median_s=(middle := median(_values(found, case, "seconds"))),
+            p95_s=percentile_95(_values(found, case, "seconds")),
+            ratio_to_native=middle / native_s,
+            error_nats=max(_values(found, case, "error_nats")),
+        )
+        for strategy in dict.fromkeys(cell["order"])
+        for found in [results_of(cell, strategy)]
+        for case in found[0]
+    ]
+
+
+def _values(found: list[Any], case: str, name: str) -> list[float]:
+    return [one[name] for result in found for one in result[case]]

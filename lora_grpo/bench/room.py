@@ -1,0 +1,62 @@
+"""Whether a part fits the machine, from the model's size, before anything starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from lora_grpo.bench.schema import Settings
+from lora_grpo.errors import ConfigError
+
+_GIB = 1 << 30
+_PROCESS = int(1.5 * _GIB)
+"""Libraries, buffers and activations of one worker."""
+_TRAINING = 6 * _GIB
+"""Of a trainer on a GPU: activations and logits of a step, CUDA's own."""
+_ENGINE = 3 * _GIB
+"""Of an engine on a GPU: activations, graphs and a KV cache that is worth having."""
+_MOST_SHARE = 0.4
+
+
+def needed_on_cpu(part: str, settings: Settings, model: Mapping[str, int]) -> int:
+    """Bytes: the model's files on tmpfs, two workers at a time (one for memory and fidelity), the fp32 reference."""
+    base = 2 * model["parameters"]
+    pristine = 2 * model["linear_elements"] if "merge-fold" in settings.strategies else 0
+    cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * _GIB
+    workers = 1 if part in ("memory", "fidelity") else 2
+    reference = 4 * (model["parameters"] + model["linear_elements"]) if _has_reference(part, settings) else 0
+    return base + workers * (2 * base + cache + _PROCESS) + pristine + reference
+
+
+def check_cpu(part: str, settings: Settings, model: Mapping[str, int], free_bytes: int) -> None:
+    """Raises `ConfigError` when a part does not fit."""
+    needed = needed_on_cpu(part, settings, model)
+    if needed > free_bytes:
+        raise ConfigError(
+            f"bench {part} with {settings.label} needs about {needed / _GIB:.1f} GiB (trainer, engine and what is "
+            f"compared with them), and {free_bytes / _GIB:.1f} GiB are free; use a smaller --shape"
+        )
+
+
+def engine_share(part: str, settings: Settings, model: Mapping[str, int], memory: Mapping[str, int]) -> float:
+    """`gpu_memory_utilization` with which two trainers, two engines and the reference fit one GPU.
+
+    Raises `ConfigError` when there is none.
+    """
+    base = 2 * model["parameters"]
+    pristine = 2 * model["linear_elements"]
+    reference = 4 * (model["parameters"] + model["linear_elements"]) if _has_reference(part, settings) else 0
+    workers = 1 if part in ("memory", "fidelity") else 2
+    left = 0.95 * memory["free"] - workers * (base + _TRAINING) - pristine - reference
+    share = min(_MOST_SHARE, left / workers / memory["total"])
+    if share * memory["total"] < base + _ENGINE:
+        raise ConfigError(
+            f"bench {part} with {settings.label} leaves each engine {max(0.0, left) / workers / _GIB:.1f} GiB of the "
+            f"{memory['free'] / _GIB:.1f} GiB free on {settings.device}, and it needs {(base + _ENGINE) / _GIB:.1f}; use "
+            "a smaller --shape or free the GPU"
+        )
+    return round(share, 3)
+
+
+def _has_reference(part: str, settings: Settings) -> bool:
+    return part == "fidelity" or (part == "sync" and settings.truth)

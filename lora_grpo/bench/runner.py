@@ -1,0 +1,116 @@
+"""Runs cells: starts what each needs, keeps alive what the next can use, and keeps every result the moment it is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lora_grpo.bench.plan import Cell, Subject
+from lora_grpo.bench.process import WorkerProcess
+from lora_grpo.errors import ConfigError, LoraGrpoError
+
+Progress: TypeAlias = Callable[[str, int], None]
+"""Called with what is being done, and how many rounds were just finished."""
+
+ALIVE_AT_ONCE = 2
+
+
+class Partial:
+    """Results of finished cells in a file, for a cut-off run to go on from. Without a path they are kept in memory."""
+
+    def __init__(self, path: Path | None, fingerprint: dict[str, Any]) -> None:
+        """Raises `ConfigError` when the file is of a run with other settings or on another machine."""
+        self._path, self._fingerprint = path, fingerprint
+        self.cells: dict[str, Any] = {}
+        if path is not None and path.exists():
+            stored = json.loads(path.read_text())
+            if stored["fingerprint"] != fingerprint:
+                raise ConfigError(
+                    f"{path} holds an unfinished run with other settings, versions or another machine; finish that one "
+                    "with the command it names, use another --out, or remove the file"
+                )
+            self.cells = stored["cells"]
+
+    def keep(self, key: str, result: dict[str, Any]) -> None:
+        self.cells[key] = result
+        if self._path is not None:
+            staged = self._path.with_suffix(".new")
+            staged.write_text(json.dumps({"fingerprint": self._fingerprint, "cells": self.cells}))
+            os.replace(staged, self._path)
+
+    def remove(self) -> None:
+        """The run is finished."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+class Runner:
+    """Workers that are alive, by subject."""
+
+    def __init__(self, log: Path, progress: Progress) -> None:
+        self._log, self._progress = log, progress
+        self._alive: dict[Subject, WorkerProcess] = {}
+
+    def run(self, cells: Sequence[Cell], partial: Partial) -> list[str]:
+        """Run what `partial` does not hold yet; returns a sentence for each cell that failed."""
+        failures = []
+        for cell in cells:
+            if cell.key in partial.cells:
+                self._progress(f"{cell.key}: kept from before", len(cell.order))
+                continue
+            try:
+                partial.keep(cell.key, self._measure(cell))
+            except LoraGrpoError as error:
+                failures.append(f"{cell.key} failed: {error}")
+                self._stop(cell.subjects)
+        return failures
+
+    def close(self) -> None:
+        self._stop(tuple(self._alive))
+
+    def kill(self) -> None:
+        """End the workers in the middle of what they do."""
+        for worker in self._alive.values():
+            worker.kill()
+        self._alive.clear()
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        workers = self._start(cell)
+        for subject, worker in zip(cell.subjects, workers, strict=True):
+            if cell.warm is not None:
+                self._progress(f"{cell.key}: {subject.strategy} warms up", 0)
+                worker.do(cell.work, **cell.warm)
+        rounds = []
+        for index in cell.order:
+            strategy = cell.subjects[index].strategy
+            self._progress(f"{cell.key}: {strategy}", 0)
+            rounds.append({"strategy": strategy, "result": workers[index].do(cell.work, **cell.arguments)})
+            self._progress(f"{cell.key}: {strategy}", 1)
+        if cell.fresh:
+            self._stop(cell.subjects)
+        order = [done["strategy"] for done in rounds]
+        return {"table": cell.table, "order": order, "labels": cell.labels, "rounds": rounds}
+
+    def _start(self, cell: Cell) -> list[WorkerProcess]:
+        if cell.fresh:
+            self._stop(tuple(self._alive))
+        missing = [subject for subject in cell.subjects if subject not in self._alive]
+        idle = [subject for subject in self._alive if subject not in cell.subjects]
+        room = ALIVE_AT_ONCE - len(cell.subjects)
+        self._stop(tuple(idle[: max(0, len(idle) - room)]) if missing else ())
+        for subject in missing:
+            self._progress(f"{cell.key}: starting {subject.strategy}", 0)
+            self._alive[subject] = WorkerProcess(self._log)
+            self._alive[subject].prepare(subject)
+            # One after the other: engines on one GPU size their caches by what is free when they start.
+            self._alive[subject].finish()
+        return [self._alive[subject] for subject in cell.subjects]
+
+    def _stop(self, subjects: Sequence[Subject]) -> None:
+        for subject in subjects:
+            worker = self._alive.pop(subject, None)
+            if worker is not None:
+                worker.close()

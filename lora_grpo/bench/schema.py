@@ -1,0 +1,217 @@
+"""What is asked of the suite (settings), and the JSON that comes of it (a document of rows). Units are in the names."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lora_grpo.bench.strategies import STRATEGIES
+from lora_grpo.config import Section
+
+PARTS = ("sync", "memory", "decode", "fidelity", "step", "rollback")
+"""The measurements, in the order in which `all` makes them."""
+
+DEFAULT_STRATEGIES: dict[str, tuple[str, ...]] = {
+    "sync": STRATEGIES,
+    "memory": STRATEGIES,
+    "decode": ("base", "native", "merge-trl", "merge-fold"),
+    "fidelity": STRATEGIES,
+    "step": ("native", "merge-trl", "merge-fold"),
+    "rollback": ("native", "by-hand", "merge-trl", "merge-fold"),
+}
+
+DEFAULT_REPEAT = {"sync": 20, "memory": 1, "decode": 2, "fidelity": 1, "step": 2, "rollback": 6}
+"""Measurements of each strategy, by part."""
+
+
+class Settings(Section):
+    """How one part is measured."""
+
+    shape: str | None = Field("qwen2.5-0.5b", description="model shape with random weights")
+    model: str | None = Field(None, description="hub name or directory, in place of a shape")
+    device: str = Field("cpu", description="where trainer and engine are: cpu or cuda:0")
+    strategies: tuple[str, ...] = Field((), description="what is compared; native is always measured beside it")
+    rank: int = Field(16, ge=1, description="LoRA rank")
+    targets: str = Field("all-linear", description="LoRA targets: all-linear, attention or names joined with +")
+    repeat: int = Field(ge=1, description="measurements of each strategy")
+    seed: int = Field(0, ge=0, description="of weights, adapters and prompts")
+    graphs: bool = Field(False, description="CUDA graphs and compilation (slow to start; for decode and step)")
+    max_model_len: int = Field(512, ge=16, description="tokens of prompt and completion at most")
+    max_num_seqs: int = Field(64, ge=1, description="rows that an engine takes at once")
+    truth: bool = Field(True, description="sync: check that what was timed serves the right policy")
+    sweep_ranks: tuple[int, ...] = Field((8, 64), description="sync: further ranks")
+    sweep_targets: tuple[str, ...] = Field(("attention",), description="sync: further targets")
+    sweep_strategies: tuple[str, ...] = Field(("merge-trl",), description="sync: what is swept beside native")
+    rows: tuple[int, ...] = Field((1, 8, 32), min_length=1, description="decode: batch sizes; step: the first")
+    prompt_tokens: int = Field(32, ge=1, description="decode, step: tokens a prompt")
+    lengths: tuple[int, ...] = Field((16, 48), min_length=1, description="decode: completion tokens; step: the first")
+    group: int = Field(4, ge=2, description="step: completions a prompt")
+    learning_rates: tuple[float, ...] = Field((1e-6, 1e-5, 1e-4), description="fidelity: of the update served")
+    updates: tuple[int, ...] = Field((1, 100), description="fidelity: optimizer steps that the update stands for")
+    cycles: tuple[int, ...] = Field((1, 10, 100, 1000), description="fidelity: syncs after which drift is looked at")
+    drift_strategies: tuple[str, ...] = Field(
+        ("native", "merge-trl", "merge-out-of-place", "merge-fold"), description="fidelity: whose drift"
+    )
+
+    @property
+    def label(self) -> str:
+        """The model's name in tables."""
+        return self.model or str(self.shape)
+
+    @property
+    def sweep(self) -> tuple[tuple[int, str], ...]:
+        """Further (rank, targets), the main ones left out."""
+        wanted = [(rank, self.targets) for rank in self.sweep_ranks]
+        wanted += [(self.rank, targets) for targets in self.sweep_targets]
+        return tuple(pair for pair in wanted if pair != (self.rank, self.targets))
+
+    @property
+    def largest_rank(self) -> int:
+        return max(self.rank, *self.sweep_ranks, self.rank)
+
+
+class Row(BaseModel):
+    """A line of a table."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: str
+    shape: str
+
+
+class SyncRow(Row):
+    """`ratio_to_native` compares with the syncs of `native` that alternated with these; `decodes_like` names the
+    strategy whose decode figures are this one's too."""
+
+    against: str
+    rank: int
+    targets: str
+    median_s: float
+    p95_s: float
+    phases_s: dict[str, float]
+    afterwards_s: float
+    moved_bytes: int
+    floor_s: float
+    times_floor: float | None
+    ratio_to_native: float
+    syncs: int
+    decodes_like: str
+
+
+class TruthRow(Row):
+    """Mean |difference of log-probs| over tokens, nats: `error` served against the fp32 reference; `noise` of bf16
+    itself; `signal` the adapter against the base."""
+
+    error_nats: float
+    noise_nats: float
+    signal_nats: float
+    passed: bool
+
+
+class MemoryRow(Row):
+    """`kind`: pss on the CPU, CUDA allocated on a GPU (with `reserved_peak_bytes`). `kv_tokens` fit the KV cache."""
+
+    kind: Literal["pss", "cuda"]
+    trainer_bytes: int
+    engine_bytes: int
+    sync_bytes: int
+    tmpfs_bytes: int
+    peak_bytes: int
+    reserved_peak_bytes: int | None
+    kv_tokens: int
+    ratio_to_native: float | None = None
+
+
+class DecodeRow(Row):
+    """`tpot_s` is time per output token of one row; ratios compare with `native` in alternation."""
+
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    generate_s: float
+    prefill_s: float
+    tpot_s: float
+    tokens_per_s: float
+    prefill_tokens_per_s: float
+    tpot_ratio_to_native: float
+    prefill_ratio_to_native: float
+    generate_ratio_to_native: float
+
+
+class BreakEvenRow(Row):
+    """From how many completion tokens a step on `strategy` is faster than `native` (None: never as measured)."""
+
+    rows: int
+    sync_gain_s: float
+    decode_loss_s_per_token: float
+    prefill_loss_s: float
+    completion_tokens: float | None
+    measured_up_to_tokens: int
+
+
+class FidelityRow(Row):
+    """`served_error_nats` engine against fp32 reference, `weights_error_nats` the served weights alone (computed in
+    fp32), `lost_share` |served update - update| / |update|, `changed_share` of the weights that moved at all."""
+
+    learning_rate: float
+    updates: int
+    signal_nats: float
+    served_error_nats: float
+    weights_error_nats: float
+    lost_share: float
+    changed_share: float
+
+
+class DriftRow(Row):
+    """The trainer's frozen base after so many syncs, against what it was."""
+
+    cycles: int
+    mean_relative: float
+    max_abs: float
+    logprob_shift_nats: float
+
+
+class StepRow(Row):
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    generate_s: float
+    train_s: float
+    sync_s: float
+    step_s: float
+    ratio_to_native: float
+
+
+class RollbackRow(Row):
+    """`error_nats`: log-probs served afterwards against those served when the version was new."""
+
+    case: str
+    median_s: float
+    p95_s: float
+    ratio_to_native: float
+    error_nats: float
+
+
+class Document(BaseModel):
+    """One run of the suite."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    command: str
+    started_at: str
+    complete: bool
+    card: dict[str, Any]
+    bandwidth_bytes_per_s: dict[str, float]
+    settings: dict[str, Settings]
+    failures: list[str]
+    sync: list[SyncRow] = []
+    truth: list[TruthRow] = []
+    memory: list[MemoryRow] = []
+    decode: list[DecodeRow] = []
+    break_even: list[BreakEvenRow] = []
+    fidelity: list[FidelityRow] = []
+    drift: list[DriftRow] = []
+    step: list[StepRow] = []
+    rollback: list[RollbackRow] = []

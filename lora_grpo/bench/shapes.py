@@ -1,0 +1,144 @@
+"""Models with the shapes of released ones and random weights, made on the spot: a sync costs the same whatever the values.
+
+Weights are scaled so that activations stay of order one and next-token distributions are far from uniform: a log-prob
+then depends on every weight, and a wrong policy shows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.config import nearest_key
+from lora_grpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+_QWEN = {
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+_LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _shape(
+    kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, tie: bool, **more: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tie,
+        **more,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": _shape("qwen2", 128, 512, 4, 4, 2, 1024, False, **{**_QWEN, "max_position_embeddings": 1024}),
+    "qwen2.5-0.5b": _shape("qwen2", 896, 4864, 24, 14, 2, 151936, True, **_QWEN),
+    "qwen2.5-1.5b": _shape("qwen2", 1536, 8960, 28, 12, 2, 151936, True, **_QWEN),
+    "qwen2.5-7b": _shape("qwen2", 3584, 18944, 28, 28, 4, 152064, False, **_QWEN),
+    "llama-3.1-8b": _shape(
+        "llama", 4096, 14336, 32, 32, 8, 128256, False,
+        rms_norm_eps=1e-5, max_position_embeddings=131072, rope_parameters=_LLAMA_ROPE,
+    ),
+}  # fmt: skip
+"""Fields of the released models' configs."""
+
+LOGIT_STD = 2.0
+_BYTES = 256
+
+
+def shape_config(name: str) -> dict[str, Any]:
+    """The config of a shape. Raises `ConfigError` naming the nearest shape."""
+    if name not in SHAPES:
+        raise ConfigError(f"unknown shape {name!r}; {nearest_key(name, SHAPES)}")
+    return SHAPES[name]
+
+
+def write_model(name: str, directory: Path, *, device: str = "cpu", seed: int = 0) -> Path:
+    """Write a shape's config, random bf16 weights (drawn on `device`, a file a layer) and a tokenizer to `directory`.
+
+    A directory that holds them already is left as it is; returns it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(shape_config(name))
+    finished = directory / "model.safetensors.index.json"
+    if finished.exists():
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    config = AutoConfig.for_model(
+        fields.pop("model_type"), dtype="bfloat16", bos_token_id=None, eos_token_id=0, pad_token_id=0, **fields
+    )
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(skeleton).__name__]
+    config.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    index = dict(_write_weights(skeleton, directory, device, seed))
+    total = sum(tensor.numel() * 2 for name, tensor in skeleton.named_parameters() if name in index)
+    finished.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+    return directory
+
+
+def byte_tokenizer() -> Any:
+    """One token a byte, and an end token: any text encodes and comes back as it was."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ("<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
+    )
+
+
+def _write_weights(skeleton: Any, directory: Path, device: str, seed: int) -> Iterator[tuple[str, str]]:
+    """Writes the files; yields (parameter, its file). Tied parameters appear once."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator(device).manual_seed(seed)
+    files: dict[str, list[tuple[str, torch.Size]]] = {}
+    for name, parameter in skeleton.named_parameters():
+        part = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "rest"
+        files.setdefault(f"model-{part}.safetensors", []).append((name, parameter.shape))
+    hidden = skeleton.config.hidden_size
+    for file, entries in files.items():
+        tensors = {name: _values(name, shape, hidden, device, generator).cpu() for name, shape in entries}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        yield from ((name, file) for name in tensors)
+
+
+def _values(name: str, shape: torch.Size, hidden: int, device: str, generator: torch.Generator) -> torch.Tensor:
+    import torch
+
+    values = torch.randn(shape, device=device, generator=generator, dtype=torch.bfloat16)
+    if name.endswith("bias"):
+        return values.mul_(0.2)
+    if len(shape) == 1:
+        gains = values.mul(0.2).add_(1.0)
+        # With random signs in the final norm a tied output layer does not just repeat the input token.
+        return gains * values.sign() if ".layers." not in name else gains
+    scale = LOGIT_STD / math.sqrt(hidden) if "embed" in name or "lm_head" in name else 1 / math.sqrt(shape[1])
+    return values.mul_(scale)

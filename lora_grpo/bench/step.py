@@ -1,0 +1,101 @@
+"""A whole GRPO step: generate, train, sync."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
+from lora_grpo.bench.schema import Settings, StepRow
+from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.timing import Clock, median
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.worker import Bench
+
+PHASES = ("generate", "train", "sync")
+
+
+def cells(settings: Settings, subject: Subject) -> list[Cell]:
+    """`native` beside each other strategy."""
+    size = {
+        "rows": settings.rows[0],
+        "prompt_tokens": settings.prompt_tokens,
+        "length": settings.lengths[0],
+        "group": min(settings.group, settings.rows[0]),
+    }
+    return [
+        Cell(
+            f"step/{strategy}",
+            "step",
+            "step:measure",
+            (subject.with_strategy(NATIVE), subject.with_strategy(strategy)),
+            {**size, "steps": -(-settings.repeat // 2)},
+            order=ABBA,
+            warm={**size, "steps": 1},
+            labels={
+                "shape": settings.label,
+                "rows": settings.rows[0],
+                "prompt_tokens": settings.prompt_tokens,
+                "completion_tokens": settings.lengths[0],
+            },
+        )
+        for strategy in settings.strategies
+        if strategy != NATIVE
+    ]
+
+
+def measure(bench: Bench, rows: int, prompt_tokens: int, length: int, group: int, steps: int) -> dict[str, list[float]]:
+    """Worker: `steps` steps on random prompts, with advantages drawn at random; seconds by phase."""
+    from lora_grpo.config import GRPOConfig
+    from lora_grpo.policy import Policy
+
+    config = GRPOConfig(
+        num_generations=group,
+        per_device_train_batch_size=group,
+        gradient_accumulation_steps=rows // group,
+        max_completion_length=length,
+        total_steps=steps,
+    )
+    policy = Policy(bench.strategy.trainer.model, config)
+    done = [_step(bench, policy, rows // group, prompt_tokens) for _ in range(steps)]
+    return {phase: [seconds[phase] for seconds in done] for phase in PHASES}
+
+
+def _step(bench: Bench, policy: Any, prompts: int, prompt_tokens: int) -> dict[str, float]:
+    import torch
+
+    from lora_grpo.bench.decode import fresh_prompts
+    from lora_grpo.grpo.advantages import group_advantages
+    from lora_grpo.grpo.batch import Batch
+    from lora_grpo.types import Sampling
+
+    config, clock = policy.config, Clock(bench.subject.device)
+    drawn = fresh_prompts(bench, prompts, prompt_tokens)
+    sampling = Sampling(n=config.num_generations, max_tokens=config.max_completion_length, seed=0, ignore_eos=True)
+    with clock("generate"):
+        groups = bench.strategy.generate(drawn, sampling)
+    with clock("train"):
+        rewards_B = torch.rand(prompts * config.num_generations)
+        advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
+        batch = policy.prepare(Batch.from_groups(groups, advantages_B, pad_token_id=0))
+        policy.update(batch)
+    with clock("sync"):
+        bench.strategy.sync()
+    return clock.seconds
+
+
+def rows(cell: Mapping[str, Any], bandwidth: object) -> list[StepRow]:
+    native_s = median(_totals(results_of(cell, cell["order"][0])))
+    return [_row(cell, strategy, native_s) for strategy in dict.fromkeys(cell["order"])]
+
+
+def _row(cell: Mapping[str, Any], strategy: str, native_s: float) -> StepRow:
+    found = results_of(cell, strategy)
+    phases = {f"{phase}_s": median([s for one in found for s in one[phase]]) for phase in PHASES}
+    step_s = median(_totals(found))
+    return StepRow(strategy=strategy, **cell["labels"], **phases, step_s=step_s, ratio_to_native=step_s / native_s)
+
+
+def _totals(found: list[Any]) -> list[float]:
+    return [sum(one) for result in found for one in zip(*(result[phase] for phase in PHASES), strict=True)]

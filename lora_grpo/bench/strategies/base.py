@@ -1,0 +1,110 @@
+"""The seam: what a strategy is to the measurements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from lora_grpo.bench.plan import Subject
+from lora_grpo.bench.strategies.trainer import Trainer
+from lora_grpo.types import Group, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """One sync: seconds by phase until the engine can sample from the new policy, what had to cross, and what was left
+    to do afterwards.
+
+    `moved_bytes` is by channel of `floor.measure_bandwidth`.
+    """
+
+    seconds: dict[str, float]
+    moved_bytes: dict[str, int]
+    afterwards_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+
+class Strategy(ABC):
+    """A trainer's adapter on its way to an engine, again and again."""
+
+    summary: ClassVar[str]
+    decodes_like: ClassVar[str]
+    """The strategy whose engine computes completions the same way (itself, or another)."""
+    copies_of_base: ClassVar[int] = 2
+    """Bases held, trainer and engine together."""
+
+    trainer: Trainer
+    subject: Subject
+
+    def prepare(self, subject: Subject, trainer: Trainer) -> None:
+        """Start the engine; `trainer` holds the model already."""
+        self.subject, self.trainer = subject, trainer
+        self.start()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the engine on `self.subject`."""
+
+    @abstractmethod
+    def sync(self) -> Synced:
+        """Have the engine serve the trainer's policy as it is now."""
+
+    @abstractmethod
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Teacher-forced log-probs of what is served; of the base before the first sync."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
+        """Completions of what is served."""
+
+    @abstractmethod
+    def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
+        """The weight that the engine computes with at `path`, fp32, given the base's; after `sync` with
+        `remember_pushed`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the engine and remove files."""
+
+    remember_pushed: bool = False
+    """Keep copies of what a sync pushes, so that `served_weight` can tell; costs memory and time."""
+
+    @property
+    @abstractmethod
+    def kv_tokens(self) -> int:
+        """Tokens that the engine's KV cache holds."""
+
+    def rollback_cases(self) -> dict[str, int]:
+        """The ways back to an earlier version that differ in cost -> syncs in between that bring such a case about."""
+        return {}
+
+    def mark(self) -> Any:
+        """What `rollback` needs to come back to what was synced last."""
+        raise NotImplementedError
+
+    def rollback(self, mark: Any) -> Synced:
+        """Have engine and trainer back on what was marked."""
+        raise NotImplementedError
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Directories that hold the strategy's own files."""
+        return ()
+
+
+def engine_arguments(subject: Subject) -> dict[str, Any]:
+    """What every engine of a comparison is started with."""
+    return {
+        "max_model_len": subject.max_model_len,
+        "max_num_seqs": subject.max_num_seqs,
+        "enforce_eager": not subject.graphs,
+        "gpu_memory_utilization": subject.gpu_memory_utilization,
+    }

@@ -1,0 +1,80 @@
+"""What a user writes without this project: PEFT's `save_pretrained`, vLLM's `add_lora`, nothing proven."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
+from lora_grpo.bench.strategies.native import adapter_crossing
+from lora_grpo.bench.timing import Clock
+from lora_grpo.engines.weights import PlainEngine
+from lora_grpo.types import Group, Sampling
+
+KEPT = 8
+
+
+class ByHand(Strategy):
+    """A fresh directory on tmpfs, id and name each time; old directories are removed after the clock stopped."""
+
+    summary: ClassVar[str] = "save_pretrained + add_lora, unproven, stock kernels"
+    decodes_like: ClassVar[str] = "by-hand"
+
+    def start(self) -> None:
+        self.folder = Path(self.subject.tmpfs) / "by-hand"
+        self.engine = PlainEngine(self.subject.model, lora_rank=self.subject.rank, **engine_arguments(self.subject))
+        self._count = 0
+        self._request: Any = None
+
+    def sync(self) -> Synced:
+        clock = Clock(self.subject.device)
+        self._count += 1
+        path = self.folder / str(self._count)
+        with clock("write"):
+            self.trainer.model.save_pretrained(path)
+        with clock("load"):
+            self._request = self.engine.load_adapter(path)
+        shutil.rmtree(self.folder / str(self._count - KEPT), ignore_errors=True)
+        # PEFT writes the adapter as it is trained, in fp32; at least that much crosses.
+        return Synced(clock.seconds, adapter_crossing(self.subject.device, 4 * self.trainer.adapter_elements))
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self.engine.logprobs(sequences)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
+        return self.engine.generate(prompts, sampling)
+
+    def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
+        a_RI, b_OR = self.engine.lora_tensors()[path]
+        return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
+
+    def rollback_cases(self) -> dict[str, int]:
+        return {"evicted": KEPT - 2}
+
+    def mark(self) -> tuple[Any, list[torch.Tensor]]:
+        return self._request, self.trainer.snapshot()
+
+    def rollback(self, mark: tuple[Any, list[torch.Tensor]]) -> Synced:
+        request, weights = mark
+        clock = Clock(self.subject.device)
+        with clock("load"):
+            self.engine.serve(request)
+        with clock("trainer"):
+            self.trainer.restore(weights)
+        return Synced(clock.seconds, {})
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.engine.kv_tokens
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.folder,)
+
+    def close(self) -> None:
+        self.engine.close()
+        shutil.rmtree(self.folder, ignore_errors=True)

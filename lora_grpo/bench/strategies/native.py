@@ -1,0 +1,100 @@
+"""This project's path: the adapter alone, on tmpfs, under a fresh id, proof included in the time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from lora_grpo.adapters.retention import keep_latest
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.bench.plan import Subject
+from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
+from lora_grpo.bench.timing import Clock
+from lora_grpo.engines.vllm_local import VLLMEngine
+from lora_grpo.engines.weights import engine_kv_tokens, version_tensors
+from lora_grpo.sync import NativeSync
+from lora_grpo.types import Group, Sampling
+
+KEPT_VERSIONS = 8
+
+
+class Native(Strategy):
+    """`NativeSync.push`, as a user calls it."""
+
+    summary: ClassVar[str] = "adapter only, tmpfs, fresh LoRARequest, proven"
+    decodes_like: ClassVar[str] = "native"
+
+    def start(self) -> None:
+        targets = None if self.subject.targets == "all-linear" else self.subject.target_modules
+        self.engine = VLLMEngine(
+            self.subject.model,
+            max_lora_rank=self.subject.rank,
+            target_modules=targets,
+            **engine_arguments(self.subject),
+        )
+        self.store = AdapterStore(self.folder(self.subject), retention=keep_latest(KEPT_VERSIONS))
+        self._sync = NativeSync(self.trainer.model, self.engine, self.store)
+        self.version: AdapterVersion | None = None
+
+    def folder(self, subject: Subject) -> Path:
+        """Where versions live."""
+        return Path(subject.tmpfs) / "versions"
+
+    def sync(self) -> Synced:
+        clock = Clock(self.subject.device)
+        started = clock.now()
+        self.version = self._sync.push(step=0)
+        elapsed = clock.now() - started
+        receipt = self._sync.last_receipt
+        assert receipt is not None
+        return Synced(
+            {**receipt.seconds, "device": max(0.0, elapsed - receipt.total_s - receipt.keeping_s)},
+            adapter_crossing(self.subject.device, self._sync.adapter_bytes),
+            receipt.keeping_s,
+        )
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self.engine.logprobs(sequences, adapter=self.version)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
+        return self.engine.generate(prompts, sampling, adapter=self.version)
+
+    def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
+        assert self.version is not None
+        a_RI, b_OR = version_tensors(self.engine, self.version)[path]
+        return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
+
+    def rollback_cases(self) -> dict[str, int]:
+        return {"still loaded": 1, "evicted": KEPT_VERSIONS - 2}
+
+    def mark(self) -> int:
+        assert self.version is not None
+        return self.version.number
+
+    def rollback(self, mark: int) -> Synced:
+        clock = Clock(self.subject.device)
+        started = clock.now()
+        self.version = self._sync.rollback(to=mark).version
+        return Synced({"rollback": clock.now() - started}, {})
+
+    @property
+    def kv_tokens(self) -> int:
+        return engine_kv_tokens(self.engine)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.folder(self.subject),)
+
+    def close(self) -> None:
+        self._sync.close()
+        self.engine.close()
+        self.store.close()
+
+
+def adapter_crossing(device: str, nbytes: int) -> dict[str, int]:
+    """What an adapter must cross at the very least: memory once, or the bus to the host and back."""
+    return {"host_copy": nbytes} if device == "cpu" else {"to_host": nbytes, "to_device": nbytes}

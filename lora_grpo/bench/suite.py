@@ -1,0 +1,219 @@
+"""One run of the suite: look at the machine, make the models, measure every part, and put the figures together."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lora_grpo.bench import decode, drift, fidelity, memory, rollback, room, step, sync
+from lora_grpo.bench.breakeven import break_even
+from lora_grpo.bench.floor import floor_seconds
+from lora_grpo.bench.plan import Cell, Subject
+from lora_grpo.bench.process import WorkerProcess
+from lora_grpo.bench.runner import Partial, Progress, Runner
+from lora_grpo.bench.schema import Document, DriftRow, FidelityRow, Settings
+from lora_grpo.bench.strategies import NATIVE
+
+Planner: TypeAlias = Callable[[Settings, Subject], list[Cell]]
+PLANNERS: dict[str, Planner] = {
+    "sync": sync.cells,
+    "memory": memory.cells,
+    "decode": decode.cells,
+    "fidelity": fidelity.cells,
+    "step": step.cells,
+    "rollback": rollback.cells,
+}
+ROWS: dict[str, Callable[[Any, Any], list[Any]]] = {
+    "sync": sync.rows,
+    "truth": fidelity.truth_rows,
+    "memory": memory.rows,
+    "decode": decode.rows,
+    "fidelity": fidelity.rows,
+    "drift": drift.rows,
+    "step": step.rows,
+    "rollback": rollback.rows,
+}
+PARTIAL, RESULTS = "partial.json", "results.json"
+_FLEETING = ("load_average_1min",)
+
+
+class Suite:
+    """Build it (which checks everything that can be checked), then `run` it; `document` says what was measured, also
+    after Ctrl-C. Use it as a context manager: what it put on tmpfs goes when it ends."""
+
+    def __init__(
+        self, parts: Mapping[str, Settings], *, command: str, out: Path | None = None, models: Path | None = None
+    ) -> None:
+        """`out` keeps results for a cut-off run to go on from, `models` keeps the models that are made.
+
+        Raises `ConfigError` for a device, model or size that cannot be, before anything is measured.
+        """
+        self._parts, self._command, self._out = parts, command, out
+        self._started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._failures: list[str] = []
+        self._finished = False
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        self._tmpfs = Path(tempfile.mkdtemp(prefix="lora-grpo-bench-", dir="/dev/shm"))
+        self._disk = Path(tempfile.mkdtemp(prefix=".lora-grpo-bench-", dir=out or Path.cwd()))
+        self._models = models or self._tmpfs / "models"
+        self._log = (out or self._disk) / "workers.log"
+        try:
+            self._look()
+        except BaseException:
+            self.close()
+            raise
+
+    def _look(self) -> None:
+        self._host = WorkerProcess(self._log)
+        self._sizes: dict[str, dict[str, int]] = {}
+        self._shares: dict[str, float] = {}
+        (device,) = {settings.device for settings in self._parts.values()}
+        seen = self._host.do("host:look", device=device)
+        for part, settings in self._parts.items():
+            if settings.label not in self._sizes:
+                wanted = {"shape": None if settings.model else settings.shape, "model": settings.model}
+                self._sizes[settings.label] = self._host.do("host:measure_model", **wanted)
+            self._shares[part] = self._check_room(part, settings, seen["memory_bytes"])
+        self.bandwidth: dict[str, float] = seen["bandwidth"]
+        self.card = {**seen["card"], **self._floors(device)}
+        dumped = {part: settings.model_dump(mode="json") for part, settings in self._parts.items()}
+        machine = {name: value for name, value in seen["card"].items() if name not in _FLEETING}
+        self._partial = Partial(self._out / PARTIAL if self._out else None, {"settings": dumped, "machine": machine})
+
+    def _check_room(self, part: str, settings: Settings, memory_bytes: Mapping[str, int]) -> float:
+        model = self._sizes[settings.label]
+        if settings.device != "cpu":
+            return room.engine_share(part, settings, model, memory_bytes)
+        room.check_cpu(part, settings, model, memory_bytes["free"])
+        return 0.1
+
+    def _floors(self, device: str) -> dict[str, Any]:
+        """What each model weighs, its adapter and all of it, and the least time that either can take."""
+        lines: dict[str, Any] = {}
+        for settings in self._parts.values():
+            model = self._sizes[settings.label]
+            adapter = 2 * settings.rank * model["linear_inputs_and_outputs"]
+            whole = 2 * model["parameters"]
+            channels = ("host_copy",) if device == "cpu" else ("to_host", "to_device")
+            adapter_s = floor_seconds(dict.fromkeys(channels, adapter), self.bandwidth)
+            whole_s = floor_seconds({"host_copy" if device == "cpu" else "device_copy": whole}, self.bandwidth)
+            lines[settings.label] = (
+                f"{model['parameters'] / 1e6:.0f} M parameters, {whole / 1e6:.0f} MB in bf16 (floor {1e3 * whole_s:.1f} ms); "
+                f"adapter r={settings.rank} all-linear {adapter / 1e6:.1f} MB (floor {1e3 * adapter_s:.2f} ms)"
+            )
+        return lines
+
+    def run(self, progress: Progress) -> None:
+        """Measure every cell that an earlier run has not."""
+        cells = self._plan(progress)
+        self._host.close()
+        runner = Runner(self._log, progress)
+        try:
+            self._failures = runner.run(cells, self._partial)
+        except BaseException:
+            runner.kill()
+            raise
+        runner.close()
+        self._finished = not self._failures
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds a whole run has."""
+        planned = [
+            PLANNERS[part](settings, self._subject(part, settings, "")) for part, settings in self._parts.items()
+        ]
+        return sum(len(cell.order) for cells in planned for cell in cells)
+
+    def document(self) -> Document:
+        """The figures so far."""
+        found: dict[str, list[Any]] = {table: [] for table in ROWS}
+        for cell in self._partial.cells.values():
+            found[cell["table"]] += ROWS[cell["table"]](cell, self.bandwidth)
+        tables = {table: _native_once(rows) for table, rows in found.items()}
+        tables["memory"] = memory.with_ratios(tables["memory"])
+        verdicts = [text for row in tables["truth"] if (text := fidelity.verdict(row))]
+        return Document(
+            command=self._command,
+            started_at=self._started_at,
+            complete=self._finished,
+            card=self.card,
+            bandwidth_bytes_per_s=self.bandwidth,
+            settings=dict(self._parts),
+            failures=[*self._failures, *verdicts],
+            break_even=break_even(tables["sync"], tables["decode"]),
+            **tables,
+        )
+
+    def finish(self, document: Document) -> None:
+        """Write the results; a finished run leaves nothing to go on from."""
+        if self._out is not None:
+            (self._out / RESULTS).write_text(document.model_dump_json(indent=1) + "\n")
+            if document.complete:
+                self._partial.remove()
+
+    def close(self) -> None:
+        self._host.close()
+        for folder in (self._tmpfs, self._disk):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def __enter__(self) -> Suite:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _plan(self, progress: Progress) -> list[Cell]:
+        cells: list[Cell] = []
+        for part, settings in self._parts.items():
+            cells += PLANNERS[part](settings, self._subject(part, settings, self._model(settings, progress)))
+        return cells
+
+    def _model(self, settings: Settings, progress: Progress) -> str:
+        """A hub name or directory; a shape's model is made first."""
+        if settings.model is not None:
+            return settings.model
+        progress(f"making {settings.shape}", 0)
+        directory = self._models / f"{settings.shape}-seed{settings.seed}"
+        made: str = self._host.do(
+            "host:build_model",
+            shape=settings.shape,
+            directory=str(directory),
+            device=settings.device,
+            seed=settings.seed,
+        )
+        return made
+
+    def _subject(self, part: str, settings: Settings, model: str) -> Subject:
+        return Subject(
+            strategy=NATIVE,
+            model=model,
+            rank=settings.rank,
+            targets=settings.targets,
+            device=settings.device,
+            tmpfs=str(self._tmpfs),
+            disk=str(self._disk),
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            graphs=settings.graphs,
+            gpu_memory_utilization=self._shares[part],
+            seed=settings.seed,
+        )
+
+
+def _native_once(rows: list[Any]) -> list[Any]:
+    """Native is measured beside every other strategy: its first row of each kind stands for the others."""
+    kinds: set[tuple[Any, ...]] = set()
+    kept = []
+    for row in rows:
+        names = ("shape", "rank", "targets", "rows", "prompt_tokens", "completion_tokens", "case")
+        kind = tuple(getattr(row, name, None) for name in names)
+        if row.strategy != NATIVE or kind not in kinds or isinstance(row, FidelityRow | DriftRow):
+            kept.append(row)
+        if row.strategy == NATIVE:
+            kinds.add(kind)
+    return kept

@@ -1,0 +1,104 @@
+"""Seconds until the engine can sample from the new policy, by phase; bytes moved; times the physical floor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.bench import fidelity
+from lora_grpo.bench.floor import floor_seconds
+from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
+from lora_grpo.bench.schema import Settings, SyncRow
+from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.timing import median, percentile_95
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.worker import Bench
+
+WARM = 3
+"""Syncs thrown away: caches, allocators and lazily built state of every strategy settle."""
+
+
+def cells(settings: Settings, subject: Subject) -> list[Cell]:
+    """Each strategy beside `native` at the first rank, with its truth; then the sweeps of ranks and targets."""
+    native = subject.with_strategy(NATIVE)
+    planned: list[Cell] = []
+    for strategy in settings.strategies:
+        if strategy != NATIVE:
+            planned.append(_pair(settings, native, subject.with_strategy(strategy)))
+        if settings.truth:
+            # In the same process, while it is alive: what was timed serves what it claims to.
+            planned.append(fidelity.truth_cell("sync", settings, subject.with_strategy(strategy)))
+    for rank, targets in settings.sweep:
+        swept = native.at(rank, targets)
+        planned += [_pair(settings, swept, swept.with_strategy(strategy)) for strategy in settings.sweep_strategies]
+    return planned
+
+
+def _pair(settings: Settings, native: Subject, other: Subject) -> Cell:
+    return Cell(
+        key=f"sync/{other.strategy}/r{other.rank}/{other.targets}",
+        table="sync",
+        work="sync:measure",
+        subjects=(native, other),
+        arguments={"syncs": -(-settings.repeat // 2)},
+        warm={"syncs": WARM},
+        order=ABBA,
+        labels={"rank": other.rank, "targets": other.targets, "shape": settings.label},
+    )
+
+
+def measure(bench: Bench, syncs: int) -> dict[str, Any]:
+    """Worker: syncs, each after a step of the trainer that is not timed."""
+    done = []
+    for _ in range(syncs):
+        bench.strategy.trainer.step()
+        done.append(bench.strategy.sync())
+    return {
+        "phases_s": {phase: [synced.seconds[phase] for synced in done] for phase in done[-1].seconds},
+        "afterwards_s": [synced.afterwards_s for synced in done],
+        "moved_bytes": done[-1].moved_bytes,
+        "decodes_like": bench.strategy.decodes_like,
+    }
+
+
+def rows(cell: Mapping[str, Any], bandwidth: Mapping[str, float]) -> list[SyncRow]:
+    """Both strategies of a pair."""
+    rounds = {strategy: results_of(cell, strategy) for strategy in dict.fromkeys(cell["order"])}
+    native_s = median(totals(rounds[NATIVE]))
+    return [
+        _row(strategy, found, native_s, bandwidth, cell, against=cell["order"][1 if index == 0 else 0])
+        for index, (strategy, found) in enumerate(rounds.items())
+    ]
+
+
+def _row(
+    strategy: str, found: list[Any], native_s: float, bandwidth: Mapping[str, float], cell: Any, against: str
+) -> SyncRow:
+    seconds = totals(found)
+    floor_s = floor_seconds(found[-1]["moved_bytes"], bandwidth)
+    return SyncRow(
+        strategy=strategy,
+        **cell["labels"],
+        against=against,
+        median_s=median(seconds),
+        p95_s=percentile_95(seconds),
+        phases_s={phase: median(joined(found, phase)) for phase in found[-1]["phases_s"]},
+        afterwards_s=median([value for one in found for value in one["afterwards_s"]]),
+        moved_bytes=max(found[-1]["moved_bytes"].values(), default=0),
+        floor_s=floor_s,
+        times_floor=median(seconds) / floor_s if floor_s else None,
+        ratio_to_native=median(seconds) / native_s,
+        syncs=len(seconds),
+        decodes_like=found[-1]["decodes_like"],
+    )
+
+
+def joined(rounds: list[Any], phase: str) -> list[float]:
+    """A phase's seconds, all rounds of one strategy."""
+    return [value for one in rounds for value in one["phases_s"][phase]]
+
+
+def totals(rounds: list[Any]) -> list[float]:
+    """Seconds of each sync, all phases."""
+    return [sum(one) for result in rounds for one in zip(*result["phases_s"].values(), strict=True)]

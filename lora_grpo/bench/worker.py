@@ -1,0 +1,114 @@
+"""A process with one strategy alive in it, told what to do line by line: `python -m lora_grpo.bench.worker REPLY_FD`.
+
+Requests are JSON lines on stdin, replies JSON lines on a descriptor of their own: vLLM and PEFT print to stdout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.bench.plan import Subject
+from lora_grpo.errors import LoraGrpoError
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.strategies.base import Strategy
+
+
+@dataclass
+class Bench:
+    """What a piece of work is given: the strategy, and what was seen while it was prepared."""
+
+    strategy: Strategy
+    subject: Subject
+    base_logprobs: list[list[float]]
+    """Of `fidelity.sequences`, before the first sync."""
+    levels: dict[str, Any]
+    """Memory before the trainer, with it, and with the engine (`memory.level`)."""
+
+
+class Worker:
+    """Answers requests: `{"work": "room:function", "with": {...}}`, preceded by one `{"prepare": {...}}` if it needs
+    a strategy."""
+
+    def __init__(self) -> None:
+        self._bench: Bench | None = None
+
+    def answer(self, request: dict[str, Any]) -> Any:
+        if "prepare" in request:
+            self._bench = prepare(Subject(**request["prepare"]))
+            return None
+        work = find_work(request["work"])
+        return work(self._bench, **request["with"]) if self._bench else work(**request["with"])
+
+    def close(self) -> None:
+        if self._bench is not None:
+            self._bench.strategy.close()
+
+
+def find_work(name: str) -> Callable[..., Any]:
+    room, _, function = name.partition(":")
+    work: Callable[..., Any] = getattr(importlib.import_module(f"lora_grpo.bench.{room}"), function)
+    return work
+
+
+def prepare(subject: Subject) -> Bench:
+    """Load trainer and engine of a subject."""
+    from lora_grpo.bench import fidelity, memory
+    from lora_grpo.bench.strategies import load_strategy
+    from lora_grpo.bench.strategies.trainer import Trainer
+    from lora_grpo.engines import compat
+
+    subject = replace(subject, tmpfs=_own(subject.tmpfs), disk=_own(subject.disk))
+    strategy = load_strategy(subject.strategy)()
+    compat.import_vllm()
+    levels = {"start": memory.level(subject.device)}
+    trainer = Trainer(subject)
+    levels["trainer"] = memory.level(subject.device)
+    strategy.prepare(subject, trainer)
+    levels["engine"] = memory.level(subject.device)
+    return Bench(strategy, subject, strategy.logprobs(fidelity.sequences(subject)), levels)
+
+
+def _own(folder: str) -> str:
+    return os.path.join(folder, str(os.getpid()))
+
+
+def serve(reply_fd: int) -> None:
+    """Answer until stdin ends."""
+    worker = Worker()
+    with os.fdopen(reply_fd, "w") as replies:
+        for line in sys.stdin:
+            print(json.dumps(_reply(worker, json.loads(line))), file=replies, flush=True)
+    worker.close()
+
+
+def _reply(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"result": worker.answer(request)}
+    except LoraGrpoError as error:
+        return {"error": str(error), "type": type(error).__name__}
+    except Exception as error:  # noqa: BLE001 - a benchmark outlives what it measures
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}", "type": "EngineError", "bug": True}
+
+
+def _die_with(parent: int) -> None:
+    """A worker in the middle of a long piece of work does not outlive whoever asked for it."""
+    while os.getppid() == parent:
+        time.sleep(2.0)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.path.append(os.getcwd())
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    serve(int(sys.argv[1]))

@@ -1,0 +1,127 @@
+"""Where an adapter file's tensors live in an engine: written there, and read back, without a word per tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+
+from lora_grpo.adapters.peft_files import AdapterFile
+
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one file tensor lives in vLLM: a stacked buffer (slots, 1, rows, columns) and its extent there."""
+
+    name: str
+    stacked: torch.Tensor
+    rows: int
+    columns: int
+
+    def view(self, slot: int) -> torch.Tensor:
+        return self.stacked[slot, 0, : self.rows, : self.columns]
+
+    def padding(self, slot: int) -> Iterator[torch.Tensor]:
+        whole = self.stacked[slot, 0]
+        yield from (pad for pad in (whole[self.rows :], whole[: self.rows, self.columns :]) if pad.numel())
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one layer of the engine finds its tensors: the indices of A and B among the file's parts, None where the
+    file has none for a member of a fused layer."""
+
+    rank: int
+    members: tuple[tuple[int, int] | None, ...]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A file layout bound to an engine's modules: its parts in payload order, the buffers it leaves at zero, and what
+    each runtime module gets."""
+
+    parts: tuple[Part, ...]
+    untouched: tuple[tuple[str, torch.Tensor], ...]
+    modules: dict[str, Placement]
+    _slots: dict[int, SlotView] = field(default_factory=dict)
+
+    def slot(self, slot: int) -> SlotView:
+        """The buffers of one slot. vLLM never rebinds them, so the views are made once."""
+        if slot not in self._slots:
+            pads = [(part.name, pad) for part in self.parts for pad in part.padding(slot)]
+            others = [(name, stacked[slot]) for name, stacked in self.untouched]
+            self._slots[slot] = SlotView([part.view(slot) for part in self.parts], [*pads, *others])
+        return self._slots[slot]
+
+    def tensors(self, file: AdapterFile) -> list[torch.Tensor]:
+        """The file's tensors in payload order, as views of its mapping."""
+        flat = torch.frombuffer(file.payload, dtype=TORCH_DTYPES[file.dtype])
+        pieces = flat.split([part.rows * part.columns for part in self.parts])
+        return [piece.view(part.rows, part.columns) for piece, part in zip(pieces, self.parts, strict=True)]
+
+
+class SlotView:
+    """One slot's tensors in payload order, and what must be zero beside them."""
+
+    def __init__(self, tensors: list[torch.Tensor], zeros: list[tuple[str, torch.Tensor]]) -> None:
+        self.tensors, self.zeros = tensors, zeros
+        self._in_place = all(view.device.type == "cpu" and view.is_contiguous() for view in tensors)
+        self._buffers = [raw_bytes(view) for view in tensors] if self._in_place else []
+        self._flat: torch.Tensor | None = None
+        self._host: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def write(self, file: AdapterFile, tensors: list[torch.Tensor]) -> None:
+        """Copy a file's tensors in, and zeros beside them."""
+        if self.tensors[0].device.type != "cpu":
+            flat, pieces = self._gathering()
+            flat.copy_(torch.frombuffer(file.payload, dtype=flat.dtype))
+            tensors = pieces
+        torch._foreach_copy_(self.tensors, tensors)
+        if self.zeros:
+            torch._foreach_zero_([tensor for _, tensor in self.zeros])
+
+    def digest(self) -> bytes:
+        """xxh3_128 of the slot's tensors laid end to end.
+
+        Where they are not plain host memory they are gathered into one flat buffer first, which crosses in one copy.
+        """
+        hasher = xxhash.xxh3_128()
+        if self._in_place:
+            for buffer in self._buffers:
+                hasher.update(buffer)
+            return hasher.digest()
+        flat, pieces = self._gathering()
+        torch._foreach_copy_(pieces, self.tensors)
+        hasher.update(raw_bytes(self._to_host(flat)))
+        return hasher.digest()
+
+    def nonzero(self) -> str | None:
+        """The name of the first buffer that should be zero and is not."""
+        if self.zeros and torch.stack([tensor.any() for _, tensor in self.zeros]).any():
+            return next(name for name, tensor in self.zeros if tensor.any())
+        return None
+
+    def _gathering(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if self._flat is None:
+            like = self.tensors[0]
+            self._flat = torch.empty(sum(t.numel() for t in self.tensors), dtype=like.dtype, device=like.device)
+        pieces = self._flat.split([tensor.numel() for tensor in self.tensors])
+        return self._flat, [piece.view(t.shape) for piece, t in zip(pieces, self.tensors, strict=True)]
+
+    def _to_host(self, flat: torch.Tensor) -> torch.Tensor:
+        if flat.device.type == "cpu":
+            return flat
+        if self._host is None:
+            self._host = torch.empty(flat.numel(), dtype=flat.dtype, pin_memory=True)
+        return self._host.copy_(flat)
+
+
+def raw_bytes(tensor: torch.Tensor) -> Any:
+    """The bytes of a tensor, wherever it lives, as a flat buffer (a copy only when it is not contiguous here)."""
+    return tensor.contiguous().cpu().view(torch.uint8).numpy().data.cast("B")

@@ -1,0 +1,60 @@
+"""How a version gets into vLLM: through vLLM's own loader, or straight from the mapped file into a slot.
+
+vLLM's loader reads a file's tensors one by one, parses each name three times, and fills a slot a tensor at a time; a
+sync is made of that. The direct way does what it does to vLLM's state (an adapter is registered, the least recently
+used one makes room, one slot is filled and named) with the copies done in one call. It stands on the same file: vLLM
+itself can activate, evict or remove what was loaded so, or read it again from its path.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from lora_grpo.adapters.peft_files import AdapterFile
+from lora_grpo.engines import compat
+from lora_grpo.engines.delivery.binding import Binding
+from lora_grpo.errors import DeliveryError
+
+Loader: TypeAlias = Literal["direct", "stock"]
+
+TESTED = ((0, 32),)
+"""The releases whose bookkeeping the direct way was tested to keep."""
+
+
+def choose_loader(wanted: bool) -> Loader:
+    """ "direct" when it is wanted and was tested with the installed release, else "stock"."""
+    return "direct" if wanted and compat.vllm_release() in TESTED else "stock"
+
+
+class AdapterLoader:
+    """Loads adapters into one engine and sees to it that they hold a slot."""
+
+    def __init__(self, llm: Any, loader: Loader) -> None:
+        self._llm, self.kind = llm, loader
+
+    def place(self, request: Any, binding: Binding, file: AdapterFile) -> None:
+        """Have the adapter of `request` loaded and in a slot, as the most recently used; nothing where it is already.
+
+        Raises `DeliveryError` when vLLM refuses it, or whatever vLLM raises; the adapter is then to be removed.
+        """
+        if self.kind == "direct":
+            self._place_directly(request.lora_int_id, binding, file)
+        elif not self._llm.llm_engine.add_lora(request):
+            raise DeliveryError(f"vLLM refused the adapter at {request.lora_path}")
+
+    def _place_directly(self, lora_id: int, binding: Binding, file: AdapterFile) -> None:
+        if compat.slot_of(self._llm, lora_id) is not None:
+            compat.touch_adapter(self._llm, lora_id)
+            return
+        tensors = binding.tensors(file)
+        layers = {
+            name: (
+                placement.rank,
+                [None if pair is None else (tensors[pair[0]], tensors[pair[1]]) for pair in placement.members],
+            )
+            for name, placement in binding.modules.items()
+        }
+        compat.register_adapter(self._llm, lora_id, layers)
+        slot = compat.free_slot(self._llm)
+        binding.slot(slot).write(file, tensors)
+        compat.name_slot(self._llm, slot, lora_id)

@@ -1,0 +1,199 @@
+"""vLLM engines whose own weights are replaced, or that load adapters the stock way: what the benchmark compares with.
+
+The product never merges and never pushes base weights; nothing outside the benchmark uses this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines import compat
+from lora_grpo.engines.requests import check_room, request_seeds, sampling_params, to_completion
+from lora_grpo.engines.vllm_local import VLLMEngine
+from lora_grpo.errors import EngineError
+from lora_grpo.types import Group, Sampling
+
+
+class PlainEngine:
+    """A stock in-process vLLM engine.
+
+    Without LoRA by default, which is what merged weights are served best from; `lora_rank` has it take adapters with
+    vLLM's own loader and kernels. `prepack=False` keeps the CPU backend's linear weights as plain tensors that can be
+    written to (its prepacked ones cannot, and are what it computes faster with).
+    """
+
+    def __init__(self, model: str | Path, *, lora_rank: int | None = None, prepack: bool = True, **vllm_args: Any):
+        """Other keywords go to `vllm.LLM`. Raises `UnsupportedVersion`, or `EngineError` when vLLM does not start."""
+        vllm = compat.import_vllm()
+        lora = {} if lora_rank is None else {"enable_lora": True, "max_lora_rank": compat.allowed_rank(lora_rank)}
+        try:
+            with _unpacked(compat.is_cpu() and not prepack):
+                self._llm = vllm.LLM(model=str(model), logprobs_mode="processed_logprobs", **lora, **vllm_args)
+        except Exception as error:
+            raise EngineError(f"vLLM could not start on {model}: {type(error).__name__}: {error}") from error
+        self._request: Any = None
+        self._requests = 0
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
+        """One group a prompt, as `Engine.generate`; stamped with no version."""
+        check_room(prompts, sampling.max_tokens, self._llm.llm_engine.vllm_config.model_config.max_model_len)
+        seeds_PG = request_seeds(sampling, len(prompts))
+        rows = [(p, g) for p in range(len(prompts)) for g in range(sampling.n)]
+        outputs = self._run([prompts[p] for p, _ in rows], [sampling_params(sampling, seeds_PG[p][g]) for p, g in rows])
+        made = [to_completion(output, None) for output in outputs]
+        return [
+            Group(list(ids), tuple(ids), tuple(made[p * sampling.n : (p + 1) * sampling.n]))
+            for p, ids in enumerate(prompts)
+        ]
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Teacher-forced log-probs at temperature 1 of tokens 1..T-1 of each sequence."""
+        params = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
+        outputs = self._run(sequences, [params] * len(sequences))
+        return [
+            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            for output, ids in zip(outputs, sequences, strict=True)
+        ]
+
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Put checkpoint tensors in place of the engine's: one at a time as they come, or where weights are prepacked
+        (CPU) all through `reload_weights`. Every member of a fused layer must be among them."""
+        if compat.is_cpu():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named)})
+            return
+        model = compat.runner(self._llm).get_model()
+        for name, tensor in named:
+            model.load_weights([(name, tensor)])
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the keys and values that earlier weights made. Raises `EngineError` when vLLM refuses."""
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM did not reset its prefix cache; are requests unfinished?")
+
+    def load_adapter(self, path: Path) -> Any:
+        """Give vLLM a PEFT directory under a fresh id and name, and serve it from now on; returns the request."""
+        from vllm.lora.request import LoRARequest
+
+        self._requests += 1
+        self.serve(LoRARequest(f"adapter-{self._requests}", self._requests, str(path)))
+        return self._request
+
+    def serve(self, request: Any) -> None:
+        """Have an adapter loaded (again) and serve it from now on."""
+        if not self._llm.llm_engine.add_lora(request):
+            raise EngineError(f"vLLM refused the adapter at {request.lora_path}")
+        self._request = request
+
+    def linear_weights(self) -> dict[str, torch.Tensor]:
+        """The engine's linear weights by checkpoint path, members of fused layers as row slices. Writable views."""
+        linear = importlib.import_module("vllm.model_executor.layers.linear").LinearBase
+        found: dict[str, torch.Tensor] = {}
+        for name, module in compat.runner(self._llm).get_model().named_modules():
+            if isinstance(module, linear):
+                found.update(_members(name, module, self._packed()))
+        return found
+
+    def fused_with(self, path: str) -> tuple[str, ...]:
+        """The checkpoint paths that vLLM fuses with `path` (itself included)."""
+        parent, _, leaf = path.rpartition(".")
+        members = next((members for members in self._packed().values() if leaf in members), [leaf])
+        return tuple(f"{parent}.{member}" for member in members)
+
+    def lora_tensors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What is computed with: (A, B) of the served adapter's slot by checkpoint path, scaling in B."""
+        return slot_tensors(self._llm, self._request.lora_int_id)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return kv_tokens(self._llm)
+
+    def close(self) -> None:
+        compat.shutdown(self._llm, last=True)
+        del self._llm
+
+    def _packed(self) -> Mapping[str, Sequence[str]]:
+        mapping: Mapping[str, Sequence[str]] = compat.runner(self._llm).get_model().packed_modules_mapping
+        return mapping
+
+    def _run(self, ids_B: Sequence[Sequence[int]], params_B: Sequence[Any]) -> list[Any]:
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(ids)} for ids in ids_B],
+            list(params_B),
+            lora_request=self._request,
+            use_tqdm=False,
+        )
+        if len(outputs) != len(ids_B):
+            raise EngineError(f"vLLM answered {len(outputs)} of {len(ids_B)} requests")
+        return list(outputs)
+
+
+def version_tensors(engine: VLLMEngine, version: AdapterVersion) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """As `PlainEngine.lora_tensors`, of a version that our engine has loaded."""
+    return slot_tensors(engine._llm, engine._find(version).request.lora_int_id)
+
+
+def engine_kv_tokens(engine: VLLMEngine) -> int:
+    """Tokens that our engine's KV cache holds."""
+    return kv_tokens(engine._llm)
+
+
+def kv_tokens(llm: Any) -> int:
+    cache = llm.llm_engine.vllm_config.cache_config
+    return int(cache.num_gpu_blocks) * int(cache.block_size)
+
+
+def slot_tensors(llm: Any, lora_id: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    slot = compat.slot_of(llm, lora_id)
+    if slot is None:
+        raise EngineError(f"adapter {lora_id} is in no slot")
+    modules, fused = compat.wrapped_modules(llm), compat.fused_members(llm)
+    places = {path: place for path, place in fused.items() if place[0] in modules}
+    inside = {name for name, _ in places.values()}
+    places.update({name: (name, 0) for name in modules if name not in inside})
+    return {
+        path: (modules[name].lora_a_stacked[index][slot, 0], modules[name].lora_b_stacked[index][slot, 0])
+        for path, (name, index) in places.items()
+    }
+
+
+def _members(name: str, module: Any, packed: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, torch.Tensor]]:
+    parent, _, leaf = name.rpartition(".")
+    if leaf not in packed:
+        yield name, module.weight.data
+        return
+    pieces = module.weight.data.split(list(module.output_partition_sizes))
+    for member, piece in zip(packed[leaf], pieces, strict=True):
+        yield f"{parent}.{member}", piece
+
+
+@contextmanager
+def _unpacked(wanted: bool) -> Iterator[None]:
+    """Meanwhile, vLLM's CPU backend keeps the linear weights that it loads, and computes with plain products.
+
+    No switch of vLLM's own does this in 0.26 to 0.33.
+    """
+    if not wanted:
+        yield
+        return
+    layers = importlib.import_module("vllm.model_executor.layers.utils")
+    stock = layers.dispatch_cpu_unquantized_gemm
+
+    def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
+        if remove_weight and layer.weight.ndim == 2:
+            layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
+        else:
+            stock(layer, remove_weight)
+
+    layers.dispatch_cpu_unquantized_gemm = dispatch
+    try:
+        yield
+    finally:
+        layers.dispatch_cpu_unquantized_gemm = stock

@@ -1,0 +1,121 @@
+"""Versions of a LoRA adapter out of any `transformers.Trainer`: for serving, and for going back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof
+from lora_grpo.errors import ConfigError
+from lora_grpo.rollback import RollbackReport, Target
+from lora_grpo.sync import NativeSync
+from lora_grpo.types import Group, Prompt, Sampling
+
+
+class PublishAdapter(TrainerCallback):
+    """Publishes the adapter when training begins, after every `every`-th optimizer step, and when it ends.
+
+    With an `engine` each version is loaded and proven before it is promoted. Without one nothing here serves: `HEAD` is
+    then the trainer's own place, and whoever opens the store with `readonly=True` loads and proves what it finds there.
+    """
+
+    def __init__(
+        self, store: AdapterStore, *, engine: Engine | None = None, every: int = 1, dtype: str = "bfloat16"
+    ) -> None:
+        """`dtype` is what versions are written in without an engine: the dtype that the serving one keeps adapters in.
+
+        `store` and `engine` stay the caller's to close.
+        """
+        if every < 1:
+            raise ConfigError(f"every={every} must be at least 1 optimizer step")
+        self.store, self.every = store, every
+        self.engine: Engine = Elsewhere(dtype) if engine is None else engine
+        self.sync: NativeSync | None = None
+        self._published_at: int | None = None
+
+    def rollback(self, to: Target) -> RollbackReport:
+        """Trainer (and engine) go on from an earlier version: a number, "parent" or "best:METRIC".
+
+        Weights, optimizer, schedule and random state are that version's where the store has an archive; the trainer's
+        step counter and data go on. Call it from `on_step_end`, `on_log` or `on_evaluate`. Evaluation metrics are
+        recorded with the version they measured, so "best:-eval_loss" is a target.
+        """
+        if self.sync is None:
+            raise ConfigError("training has not begun, so there is nothing to roll back")
+        return self.sync.rollback(to)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any
+    ) -> None:
+        """Check that the adapter can be served and publish it as it is. Raises `ConfigError`, `UnsupportedAdapter`."""
+        if args.world_size > 1 or args.deepspeed or args.fsdp:
+            raise ConfigError("one process publishes its own weights; train without torchrun, DeepSpeed and FSDP")
+        self.sync = NativeSync(model, self.engine, self.store, optimizer=optimizer, scheduler=lr_scheduler)
+        self._publish(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._publish(state.global_step)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, *, metrics: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Keep the metrics with the version that holds the weights they were measured on, where there is one."""
+        if self._published_at == state.global_step and metrics:
+            known = {name: value for name, value in metrics.items() if isinstance(value, int | float | str | bool)}
+            self.store.record(self._sync.head, **known)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._published_at != state.global_step:
+            self._publish(state.global_step)
+        self.store.flush()
+
+    @property
+    def _sync(self) -> NativeSync:
+        if self.sync is None:
+            raise ConfigError("training has not begun")
+        return self.sync
+
+    def _publish(self, step: int) -> None:
+        self._sync.push(step)
+        self._published_at = step
+
+
+class Elsewhere:
+    """The place of an engine when versions are served by other processes: nothing is loaded, proven or sampled."""
+
+    device: torch.device | None = None
+    max_lora_rank = 512
+
+    def __init__(self, dtype: str) -> None:
+        self.lora_dtype = dtype
+
+    @property
+    def proof(self) -> Proof:
+        return "none"
+
+    def load(self, version: AdapterVersion) -> LoadReceipt:
+        return LoadReceipt("none", {}, 0, 0)
+
+    def unload(self, version: AdapterVersion) -> None:
+        """Nothing is loaded."""
+
+    def loaded(self) -> tuple[AdapterVersion, ...]:
+        return ()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to sample here")
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+        raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to compute here")
+
+    def describe_base(self) -> BaseDescription:
+        raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to compare bases")
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,136 @@
+"""Every touch of TRL's internals: what is read, replaced or overridden in TRL 1.16's GRPOTrainer, and nothing else.
+
+Relied on: `trl.trainer.grpo_trainer.VLLMGeneration` is looked up when a trainer is built, and of what it makes the
+trainer uses `sync_weights()`, `generate(...)` and, with tools, `llm.llm_engine.model_config.max_model_len`;
+`sync_weights` is called before the first generation after every optimizer step; `_calculate_rewards` gets one row a
+completion and returns rewards by function; `_buffered_inputs` set to None makes the next step generate anew.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from lora_grpo.errors import ConfigError, UnsupportedVersion
+from lora_grpo.types import Completion
+
+RELEASES = ((1, 16),)
+REQUIREMENT = "trl>=1.16,<1.17"
+
+
+def check_release(version: str | None) -> None:
+    """Raises `UnsupportedVersion` unless `version` (None: not installed) is a TRL that this file was read against."""
+    if version is None:
+        raise UnsupportedVersion(f"TRL is not installed; install lora-grpo[trl] (or '{REQUIREMENT}')")
+    if tuple(int(part) for part in version.split(".")[:2]) not in RELEASES:
+        raise UnsupportedVersion(
+            f"TRL {version} was neither run with nor read against: install '{REQUIREMENT}', or train with "
+            "lora_grpo.GRPOTrainer, which needs no TRL"
+        )
+
+
+def _installed() -> str | None:
+    try:
+        return importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+check_release(_installed())
+
+from trl.trainer import grpo_trainer  # noqa: E402  the release is checked before any of it is imported
+
+
+class Rollouts(Protocol):
+    """What stands behind TRL's generation: publishes, samples, remembers."""
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def rolled_back(self) -> bool:
+        """Whether `HEAD` went back since the last publication or generation."""
+
+    def publish(self, step: int, optimizer: Any, scheduler: Any) -> object: ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], step: int) -> list[Completion]: ...
+
+    def record(self, rewards_BF: Any, names: Sequence[str], weights: Any, *, training: bool) -> Mapping[str, float]:
+        """Keep the rewards with the version that earned them; returns metrics to log."""
+
+    @property
+    def sampled(self) -> int:
+        """The number of the version that was sampled from last."""
+
+
+class Backend:
+    """Stands where TRL keeps its `VLLMGeneration`; merges nothing and pushes no weights."""
+
+    def __init__(self, trainer: Any, rollouts: Rollouts) -> None:
+        self._trainer, self._rollouts = trainer, rollouts
+        model_config = SimpleNamespace(max_model_len=rollouts.max_model_len)
+        self.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=model_config))
+        """All of vLLM that TRL looks at from outside; sampling past `generate` would not name a version."""
+
+    def sync_weights(self) -> None:
+        trainer = self._trainer
+        self._rollouts.publish(trainer.state.global_step, trainer.optimizer, trainer.lr_scheduler)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: Sequence[Any] | None,
+        num_generations: int,
+        profiler: AbstractContextManager[Any] | None = None,
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float | None]]], list[list[list[int]]]]:
+        """TRL's form: (prompt ids, completion ids, log-probs B T 1, their token ids B T 1), one row a prompt given.
+
+        `prompts` holds each prompt `num_generations` times already. A log-prob that is not a number is None.
+        """
+        if images is not None and any(images):
+            raise ConfigError("images cannot be sampled with an adapter yet; train on text prompts")
+        with profiler or nullcontext():
+            made = self._rollouts.generate(prompts, self._trainer.state.global_step)
+        return (
+            [list(ids) for ids in prompts],
+            [list(completion.token_ids) for completion in made],
+            [[[None if math.isnan(logp) else logp] for logp in completion.logprobs] for completion in made],
+            [[[token] for token in completion.token_ids] for completion in made],
+        )
+
+
+@contextmanager
+def generation_by(make: Callable[..., Backend]) -> Iterator[None]:
+    """Meanwhile a TRL trainer that is built calls `make` with the keywords of `VLLMGeneration` instead of that."""
+    stock = grpo_trainer.VLLMGeneration
+    grpo_trainer.VLLMGeneration = make
+    try:
+        yield
+    finally:
+        grpo_trainer.VLLMGeneration = stock
+
+
+class HookedTrainer(grpo_trainer.GRPOTrainer):
+    """TRL's trainer with provenance: rewards go to the version that earned them, stale rollouts are not trained on."""
+
+    rollouts: Rollouts
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self.rollouts.rolled_back:
+            # What is buffered was sampled from the version that was left.
+            self._buffered_inputs = None
+        return super()._prepare_inputs(generation_batch)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        metrics = self.rollouts.record(
+            rewards_BF, self.reward_func_names, self.reward_weights, training=self.model.training
+        )
+        self._log_completion_extra("version", [self.rollouts.sampled] * len(prompts))
+        for name, value in metrics.items():
+            self._log_metric(name, value)
+        return rewards_BF

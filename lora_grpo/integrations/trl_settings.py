@@ -1,0 +1,123 @@
+"""From TRL's arguments to ours: what is passed on, and what is refused with the reason and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+
+from lora_grpo.errors import ConfigError, UnsupportedAdapter
+from lora_grpo.types import Sampling
+
+_SAMPLED_WITH = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "ignore_eos", "seed")
+"""What `generation_kwargs` may override: the fields of `Sampling`, which mean what vLLM's mean."""
+
+
+def check_arguments(args: Any, peft_config: Any) -> None:
+    """Raises `ConfigError` or `UnsupportedAdapter` for a `trl.GRPOConfig` that cannot work without merging."""
+    if args is None or not args.use_vllm or args.vllm_mode != "colocate":
+        found = "args=None" if args is None else f"use_vllm={args.use_vllm}, vllm_mode={args.vllm_mode!r}"
+        raise ConfigError(
+            f"{found}: versions are served by a vLLM in this process; set use_vllm=True, vllm_mode='colocate' (for a "
+            "server, publish with lora_grpo.integrations.callback)"
+        )
+    for name, (stands_against, reason) in _refused(args).items():
+        if stands_against:
+            raise ConfigError(f"{name}={getattr(args, name)!r}: {reason}")
+    if peft_config is not None and not isinstance(peft_config, LoraConfig):
+        raise UnsupportedAdapter(
+            f"peft_config is a {type(peft_config).__name__}; vLLM hot-swaps LoRA only: use peft.LoraConfig"
+        )
+
+
+def _refused(args: Any) -> dict[str, tuple[bool, str]]:
+    return {
+        "world_size": (
+            args.world_size > 1,
+            "one process trains and serves; launch it without torchrun, or train with lora_grpo.GRPOTrainer",
+        ),
+        "deepspeed": (bool(args.deepspeed), "its optimizer cannot be rolled back; leave it out (LoRA's is small)"),
+        "fsdp": (bool(args.fsdp), "one process trains and serves; leave it out"),
+        "vllm_tensor_parallel_size": (
+            args.vllm_tensor_parallel_size > 1,
+            "the proofs read the adapter slots of one worker; set it to 1",
+        ),
+        "vllm_enable_sleep_mode": (
+            bool(args.vllm_enable_sleep_mode),
+            "TRL sleeps at level 2, which discards the base and every adapter slot with it; set it to False and lower "
+            "vllm_gpu_memory_utilization",
+        ),
+        "vllm_model_impl": (
+            args.vllm_model_impl not in ("vllm", "auto"),
+            "adapters are proven in vLLM's own model classes; set it to 'vllm'",
+        ),
+        "vllm_structured_outputs_regex": (
+            args.vllm_structured_outputs_regex is not None,
+            "the sampled distribution would not be the trained one; check the format in a reward function",
+        ),
+        "use_transformers_continuous_batching": (
+            args.use_transformers_continuous_batching,
+            "completions come from vLLM here; set it to False",
+        ),
+        "use_transformers_paged": (
+            bool(args.use_transformers_paged),
+            "completions come from vLLM here; leave it out",
+        ),
+        "repetition_penalty": (
+            args.repetition_penalty != 1.0,
+            "the sampled distribution would not be the trained one; set it to 1.0",
+        ),
+        "generation_kwargs": (
+            not set(args.generation_kwargs or {}) <= set(_SAMPLED_WITH),
+            f"only {', '.join(_SAMPLED_WITH)} can be given here",
+        ),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What TRL's trainer would have given its own vLLM, as its keywords were when it was built."""
+
+    model: Any
+    keywords: Mapping[str, Any]
+    revision: str | None
+    seed: int
+
+    def sampling(self) -> Sampling:
+        """How every completion is sampled, but for the seed of the call."""
+        given = self.keywords
+        fields = {
+            "max_tokens": given["max_completion_length"],
+            "temperature": given["temperature"],
+            "top_p": given["top_p"],
+            "top_k": given["top_k"],
+            "min_p": given["min_p"] or 0.0,
+            "seed": self.seed,
+            **(given["generation_kwargs"] or {}),
+        }
+        stop = fields.get("stop") or ()
+        return Sampling(**{**fields, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+
+    def engine_args(self, rank: int, others: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords of `VLLMEngine`; `others` are the user's own and may not repeat what TRL's arguments say."""
+        checkpoint = getattr(self.model, "name_or_path", "")
+        if not checkpoint:
+            raise ConfigError(
+                "the model does not know its checkpoint, which vLLM loads too; pass the trainer its name or directory"
+            )
+        said = {
+            "model": checkpoint,
+            "revision": self.revision,
+            "gpu_memory_utilization": self.keywords["gpu_memory_utilization"],
+            "max_model_len": self.keywords["max_model_length"],
+            "max_num_seqs": self.keywords["max_num_seqs"],
+            "model_impl": self.keywords["model_impl"],
+            "trust_remote_code": self.keywords["trust_remote_code"],
+        }
+        if twice := sorted(said.keys() & others.keys()):
+            raise ConfigError(f"engine_args: {twice[0]} is said by trl.GRPOConfig already; set it there")
+        # vLLM's CPU backend compiles for a minute when not eager, and gains little by it.
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        return {"max_lora_rank": rank, "max_num_batched_tokens": 4096, "enforce_eager": on_cpu, **said, **others}
