@@ -95,7 +95,9 @@ class GRPOConfig(Section):
         "token", description="'sequence' is GSPO's length-normalised ratio"
     )
     epsilon: float = Field(0.2, ge=0, description="lower clip of the ratio (1 - epsilon)")
-    epsilon_high: float | None = Field(None, ge=0, description="upper clip (1 + epsilon_high); default: epsilon")
+    epsilon_high: float | None = Field(
+        None, ge=0, description="upper clip (1 + epsilon_high); default: epsilon. For cispo the bound itself, e.g. 5"
+    )
     delta: float | None = Field(None, gt=0, description="two-sided clip: the ratio's upper bound before clipping")
     beta: float = Field(0.0, ge=0, description="weight of the KL to the base model; 0 spends nothing on it")
     use_bias_correction_kl: bool = Field(True, description="weight the KL by the ratio: its unbiased gradient")
@@ -230,9 +232,23 @@ class KeepConfig(Section):
 
     on_tmpfs: int = Field(8, ge=1, description="latest versions that stay on tmpfs (HEAD, pinned and loaded ones too)")
     archived: int | None = Field(None, ge=1, description="latest, and best, adapters kept durably; default: all")
-    trainer_states: int = Field(5, ge=1, description="latest trainer states kept, for exact rollback and resume")
+    trainer_states: int = Field(5, ge=1, description="latest trainer states kept, and the best by reward")
     trainer_state_every: int = Field(1, ge=1, description="steps between kept trainer states")
     budget_bytes: int | None = Field(None, ge=1, description="most that versions may take on tmpfs")
+
+
+class GuardConfig(Section):
+    """Automatic rollback; off while none of `non_finite`, `reward_drop`, `logprob_gap` and `kl` is set."""
+
+    non_finite: bool = Field(False, description="go back when a loss, gradient or weight is not finite")
+    reward_drop: float | None = Field(None, gt=0, description="go back when the reward falls this far below its mean")
+    reward_window: int = Field(10, ge=1, description="steps of that mean")
+    reward_patience: int = Field(2, ge=1, description="steps in a row that must lie so far below it")
+    logprob_gap: float | None = Field(None, gt=0, description="go back above this trainer/sampler gap, nats a token")
+    kl: float | None = Field(None, gt=0, description="go back above this KL to the base, nats a token (beta > 0)")
+    to: int | str = Field("best:reward", description="version to go back to: a number, 'parent' or 'best:METRIC'")
+    max_rollbacks: int = Field(3, ge=1, description="rollbacks after which the next reason ends the run")
+    learning_rate_factor: float = Field(1.0, gt=0, le=1, description="of the learning rate, at each rollback")
 
 
 class RunConfig(Section):
@@ -246,4 +262,5 @@ class RunConfig(Section):
     engine: EngineConfig = Field(EngineConfig(), description="the engine")
     keep: KeepConfig = Field(KeepConfig(), description="which versions are kept")
     grpo: GRPOConfig = Field(GRPOConfig(), description="the algorithm")
+    guard: GuardConfig = Field(GuardConfig(), description="automatic rollback")
     store_root: str | None = Field(None, description="tmpfs directory of the versions; default: under /dev/shm")

@@ -447,7 +447,7 @@ def test_slots_and_loaded_versions_must_fit(llama_dir: Path, loras: int, cpu_lor
 
 
 def test_there_is_room_for_the_served_version_and_the_next(llama_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="max_cpu_loras=1: .* would take the served one's place; set 2"):
+    with pytest.raises(ConfigError, match=r"max_cpu_loras=1: .* would take the served one's place; set 2"):
         VLLMEngine(llama_dir, max_loras=1, max_cpu_loras=1, **ENGINE_ARGS)
 
 

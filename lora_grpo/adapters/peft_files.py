@@ -151,7 +151,7 @@ def _check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry],
         where = "named by the config but missing from the file" if odd in targets else "not named by the config"
         raise _Malformed(f"module {odd} is {where}")
     if config.get("use_rslora") or config.get("use_dora") or config.get("bias", "none") != "none":
-        raise _Malformed(f"its config asks for rsLoRA, DoRA or bias; the serving form has none of them")
+        raise _Malformed("its config asks for rsLoRA, DoRA or bias; the serving form has none of them")
     ranks = {path: entries[f"{PREFIX}{path}{_A}"].shape[0] for path in paths}
     for path, rank in ranks.items():
         _check_rank(config, path, rank, entries[f"{PREFIX}{path}{_B}"].shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from lora_grpo.adapters.retention import Retention, keep_archived, keep_best, keep_latest, keep_trainer_state
+from lora_grpo.adapters.keeping import keeps_state, retention
+from lora_grpo.adapters.locks import holder
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
 from lora_grpo.engines.base import Engine
+from lora_grpo.errors import StoreLocked
 from lora_grpo.metrics import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
@@ -26,6 +26,8 @@ from lora_grpo.trainer.models import (
     pad_token_id,
     planned_memory,
 )
+
+__all__ = ["Parts", "assemble", "keeps_state", "refuse_live", "retention"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,10 @@ def assemble(
     run_dir: Path,
     store_root: str | Path | None,
 ) -> Parts:
-    """Build what is not given, the engine first; `closing` gets what must be closed, in the right order."""
+    """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files."""
+    refuse_live(run_dir)
+    store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
+    closing.callback(store.close)
     if engine is None:
         reporter.message(f"memory: {planned_memory(model, peft_config, engine_config)}")
         reporter.message("starting the engine")
@@ -63,8 +68,6 @@ def assemble(
         closing.callback(engine.close)
     policy_model: Any = build_policy_model(model, peft_config, config.seed)
     check_same_device(policy_model, engine)
-    store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
-    closing.callback(store.close)
     policy = Policy(policy_model, config)
     sync = NativeSync(
         policy_model,
@@ -79,14 +82,8 @@ def assemble(
     return Parts(engine, policy_model, store, policy, sync, pad_token_id(tokenizer))
 
 
-def retention(keep: KeepConfig) -> Retention:
-    """The store's policy for a run's settings."""
-    rules = keep_latest(keep.on_tmpfs) | keep_trainer_state(keep_latest(keep.trainer_states))
-    if keep.archived is not None:
-        archived = keep_latest(keep.archived) | keep_best("reward", keep.archived) | keep_best("eval/reward", 3)
-        rules |= keep_archived(archived)
-    return rules
-
-
-def keeps_state(keep: KeepConfig) -> Callable[[AdapterVersion], bool]:
-    return lambda version: version.step % keep.trainer_state_every == 0
+def refuse_live(run_dir: Path) -> None:
+    """Raises `StoreLocked` naming the process that has the run open, before anything expensive is started."""
+    who = holder(run_dir)
+    if who is not None:
+        raise StoreLocked(f"{run_dir} is open in {who}; stop that process first, or choose another run directory")

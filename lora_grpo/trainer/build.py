@@ -12,7 +12,9 @@ from lora_grpo.config_file import RESOLVED_FILE, save_config
 from lora_grpo.data import load_data
 from lora_grpo.errors import ConfigError
 from lora_grpo.rewards import load_reward
+from lora_grpo.trainer.assembly import refuse_live
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+from lora_grpo.trainer.guards import build_guard
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
@@ -20,6 +22,7 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
     run_dir = Path(config.output_dir)
     if not resume and (run_dir / RESOLVED_FILE).exists():
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
+    refuse_live(run_dir)
     save_config(config, run_dir)
     train, held_out = load_data(config.data)
     trainer = GRPOTrainer(
@@ -33,6 +36,7 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
         keep=config.keep,
         run_dir=config.output_dir,
         store_root=config.store_root,
+        guard=build_guard(config.guard),
         view=view,
     )
     if resume:

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from torch import nn
 
-from lora_grpo.adapters.peft_format import peft_model_of
+from lora_grpo.adapters.rollbacks import RollbackLog
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
 from lora_grpo.data import PromptDataset, PromptSampler, Rows, load_prompts
 from lora_grpo.engines.base import Engine
-from lora_grpo.errors import ConfigError
+from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.metrics import Reporter, plot_run
 from lora_grpo.rewards import RewardFunction, check_columns
 from lora_grpo.rollback import RollbackReport, Target, resolve
+from lora_grpo.trainer import going_back
 from lora_grpo.trainer.assembly import assemble
 from lora_grpo.trainer.evaluation import Evaluation, evaluate, save_evaluation
+from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.rollouts import RolloutFunc
-from lora_grpo.trainer.stepping import GAP, Clock, learn, reward, roll_out, sample_rows, step_metrics
+from lora_grpo.trainer.steering import apply_requests
+from lora_grpo.trainer.stepping import Clock, learn, of_the_version, reward, roll_out, sample_rows, step_metrics
+from lora_grpo.trainer.summary import run_info, summary
 
 PATIENCE_STEPS = 10
 """Steps in a row without any signal (every group's rewards equal) after which a run ends."""
@@ -50,13 +52,15 @@ class GRPOTrainer:
         run_dir: str | Path = "runs/grpo",
         store_root: str | Path | None = None,
         rollout_func: RolloutFunc | None = None,
+        guard: Guard | None = None,
         view: bool = True,
     ) -> None:
         """Build everything that is not given: the engine on `model`, the PEFT model, the store.
 
         `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`), or a PeftModel on one of them. An
-        `engine` that is given stays open when the trainer closes. Raises `ConfigError`, `UnsupportedAdapter` or
-        `DeliveryError` before anything is trained.
+        `engine` that is given stays open when the trainer closes. `guard` rolls back on its own when the run goes
+        astray. Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
+        has the run open, before anything is trained.
         """
         self.config = config or GRPOConfig()
         self.run_dir = Path(run_dir)
@@ -64,7 +68,9 @@ class GRPOTrainer:
         self.train_data = _prompts(train_dataset, "train_dataset")
         self.eval_data = None if eval_dataset is None else _prompts(eval_dataset, "eval_dataset")
         check_columns(self.reward_funcs, self.train_data.column_names)
-        self.rollout_func = rollout_func
+        self.rollout_func, self.guard = rollout_func, guard
+        if guard is not None:
+            guard.check(self.config)
         self._view = view
         self._closing = ExitStack()
         with self._reporting() as reporter, ExitStack() as on_failure:
@@ -87,7 +93,9 @@ class GRPOTrainer:
         self.policy, self.sync = self.parts.policy, self.parts.sync
         prompts_per_step = self.config.rows_per_step(1) // self.config.num_generations
         self.sampler = PromptSampler(len(self.train_data), prompts_per_step, self.config.seed)
-        self.steps_done, self.rollbacks, self._without_signal = 0, 0, 0
+        self.rollback_log = RollbackLog(self.run_dir)
+        self.steps_done, self.without_signal = 0, 0
+        self._resumed = self._own = False
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[Evaluation] = []
 
@@ -98,15 +106,16 @@ class GRPOTrainer:
         """
         started = time.perf_counter()
         with self._reporting() as reporter:
-            reporter.start(self._info(), step=self.steps_done)
+            reporter.start(run_info(self), step=self.steps_done)
             try:
                 self._begin(reporter)
-                while self.steps_done < self.config.total_steps and self._without_signal < PATIENCE_STEPS:
-                    self._step(reporter)
-                    self._evaluate_when_due(reporter)
+                while self.steps_done < self.config.total_steps and self.without_signal < PATIENCE_STEPS:
+                    apply_requests(self.store, self.rollback, reporter)
+                    if self._guarded_step(reporter):
+                        self._evaluate_when_due(reporter)
             finally:
                 self.store.flush()
-            result = self._summary(time.perf_counter() - started)
+            result = summary(self, time.perf_counter() - started)
             reporter.end(result)
         plot_run(self.run_dir)
         return result
@@ -116,37 +125,35 @@ class GRPOTrainer:
         """The version that the next step samples from."""
         return self.sync.head
 
+    @property
+    def rollbacks(self) -> int:
+        """How often the run was rolled back; every sampling seed depends on it."""
+        return len(self.rollback_log)
+
     def rollback(self, to: Target) -> RollbackReport:
         """Engine and trainer go on from an earlier version: a number, "parent" or "best:METRIC".
 
         Weights, optimizer, schedule, random state and step are those of that version. The prompts go on where they
-        are and every sampling seed changes, so that the next batches are not the ones that led astray.
+        are and every sampling seed changes, so that the next batches are not the ones that led astray; a learning rate
+        that a guard has lowered stays low. If any part fails, nothing has changed.
         """
-        report = self.sync.rollback(to)
-        self.rollbacks += 1
-        self.steps_done, self._without_signal = report.version.step, 0
-        self.store.record(report.version, rollbacks=self.rollbacks)
-        return report
+        return going_back.roll_back(self, to)
 
     def resume(self) -> RollbackReport | None:
         """Go on with the run in `run_dir`: weights, optimizer, schedule, random state, step, prompts and `HEAD`.
 
-        Starts from the last promoted version whose trainer state reached the archive; None when nothing was published.
-        Raises `ConfigError` when no state was kept.
+        Starts from `HEAD`, or from its nearest ancestor whose trainer state reached the archive; None when nothing was
+        published. A rollback made while the run was stopped is completed. Raises `ConfigError` when no state was kept.
         """
-        head = self.store.head
-        while head is not None and "state" not in self.store.where(head.number):
-            if head.parent is None:
-                raise ConfigError(f"{self.run_dir} kept no trainer state of {self.store.head} or its ancestors")
-            head = self.store.get(head.parent)
-        if head is None:
-            return None
-        report = self.sync.rollback(head.number)
-        recorded = [self.store.metrics(version.number).get("rollbacks", 0) for version in self.store.list()]
-        self.rollbacks = max([int(report.extra["rollbacks"]), *map(int, recorded)])
-        self.steps_done, self._without_signal = int(report.extra["steps_done"]), int(report.extra["without_signal"])
-        self.sampler.load_state_dict(report.extra["sampler"])
+        report = going_back.resume(self)
+        self._resumed = report is not None
+        self.evaluations = going_back.evaluations_until(self, self.steps_done)
         return report
+
+    def take_up(self, step: int, *, without_signal: int) -> None:
+        """Count on from `step`; what came after it in the history did not happen."""
+        self.steps_done, self.without_signal = step, without_signal
+        self.history = [metrics for metrics in self.history if metrics["step"] <= step]
 
     def evaluate(self) -> Evaluation:
         """Answer the held-out prompts greedily with the current version; recorded with it and in the run directory.
@@ -184,11 +191,32 @@ class GRPOTrainer:
         self.close()
 
     def _begin(self, reporter: Reporter) -> None:
+        for sentence in going_back.what_was_found(self.store.recovered):
+            reporter.message(sentence)
         if self.store.head is None:
             self._publish(0)
-            self._evaluate(reporter)
-        elif self.steps_done == 0 and not self.rollbacks:
+        elif not (self._resumed or self._own):
             raise ConfigError(f"{self.run_dir} holds a run at {self.version}; resume it, or choose another run_dir")
+        self._own = True
+        if not self.evaluations and self.steps_done == 0:
+            self._evaluate(reporter)
+
+    def _guarded_step(self, reporter: Reporter) -> bool:
+        """One step; False when the guard went back instead. Raises what it is not set to catch."""
+        if self.guard is None:
+            self._step(reporter)
+            return True
+        error: TrainingError | None = None
+        try:
+            self._step(reporter)
+        except TrainingError as caught:
+            error = caught
+        reason = self.guard.why(self.history, error)
+        if reason is None and error is not None:
+            raise error
+        if reason is not None:
+            going_back.guarded(self, self.guard, reason, reporter)
+        return reason is None
 
     def _step(self, reporter: Reporter) -> None:
         clock, version, step = Clock(reporter), self.version, self.steps_done + 1
@@ -202,34 +230,29 @@ class GRPOTrainer:
         with clock("train"):
             learned = learn(self.parts, self.config, rewarded, step)
         self.steps_done = step
-        self._without_signal = 0 if rewarded.used_groups(self.config.num_generations) else self._without_signal + 1
+        self.without_signal = 0 if rewarded.used_groups(self.config.num_generations) else self.without_signal + 1
         with clock("publish"):
             self._publish(step)
         metrics = {
             **step_metrics(rewarded, self.reward_funcs, self.config, self.sync.last_receipt),
             **learned,
+            "step": step,
             "version": version.number,
             **clock.seconds,
             "step_time": sum(clock.seconds.values()),
         }
-        self.store.record(version, **{name: value for name, value in metrics.items() if name.startswith("reward")})
+        self.store.record(version, **of_the_version(metrics))
         self.history.append(metrics)
         reporter.step(step, metrics)
         if self.config.log_completions_every and step % self.config.log_completions_every == 0:
             reporter.samples(step, sample_rows(rewarded))
 
     def _publish(self, step: int) -> None:
-        extra = {
-            "steps_done": step,
-            "rollbacks": self.rollbacks,
-            "without_signal": self._without_signal,
-            "sampler": self.sampler.state_dict(),
-        }
-        self.sync.push(step, extra=extra)
+        self.sync.push(step, extra=going_back.state_for(self, step))
 
     def _evaluate_when_due(self, reporter: Reporter) -> None:
         every, last = self.config.eval_every, self.steps_done == self.config.total_steps
-        stopped = self._without_signal >= PATIENCE_STEPS
+        stopped = self.without_signal >= PATIENCE_STEPS
         if stopped:
             reporter.message(f"{PATIENCE_STEPS} steps without a group of unequal rewards: nothing left to learn")
         if last or stopped or (every and self.steps_done % every == 0):
@@ -242,31 +265,6 @@ class GRPOTrainer:
 
     def _reporting(self) -> Reporter:
         return Reporter(self.run_dir, self.config.total_steps, view=self._view, trackers=self.config.report_to)
-
-    def _info(self) -> dict[str, Any]:
-        probe = self.sync.probe
-        return {
-            "model": getattr(peft_model_of(self.model).base_model.model.config, "_name_or_path", ""),
-            "device": str(self.policy.device),
-            "adapter_mib": round(self.sync.adapter_bytes / 2**20, 3),
-            "store": str(self.store.root),
-            "probe": None if probe is None else asdict(probe),
-            "config": self.config.model_dump(mode="json"),
-        }
-
-    def _summary(self, seconds: float) -> dict[str, Any]:
-        first, last = (self.evaluations[0], self.evaluations[-1]) if self.evaluations else (None, None)
-        syncs = [sum(v for name, v in metrics.items() if name.startswith("sync/")) for metrics in self.history]
-        return {
-            "accuracy_before": first.metrics["reward"] if first else None,
-            "accuracy_after": last.metrics["reward"] if last else None,
-            "steps": self.steps_done,
-            "seconds": round(seconds, 2),
-            "sync_median_s": round(statistics.median(syncs), 5) if syncs else None,
-            "logprob_gap_mean": statistics.fmean(m[GAP] for m in self.history) if self.history else None,
-            "versions": len(self.store.list()),
-            "run": str(self.run_dir),
-        }
 
 
 def _prompts(data: Any, name: str) -> PromptDataset:

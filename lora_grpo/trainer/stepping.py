@@ -25,6 +25,7 @@ from lora_grpo.trainer.rollouts import RolloutFunc, check_groups, training_sampl
 from lora_grpo.types import Group, Prompt
 
 GAP = "sampling/sampling_logp_difference/mean"
+OF_THE_VERSION = {"kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_groups_used", GAP}
 CANARY_ROWS = 32
 
 
@@ -156,6 +157,11 @@ def step_metrics(
         "frac_groups_used": rewarded.used_groups(config.num_generations),
         **({f"sync/{phase}_s": seconds for phase, seconds in receipt.seconds.items()} if receipt else {}),
     }
+
+
+def of_the_version(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a step's metrics, those that say something about the version that made its completions."""
+    return {name: value for name, value in metrics.items() if name.startswith("reward") or name in OF_THE_VERSION}
 
 
 def sample_rows(rewarded: Rewarded, count: int = 4) -> list[dict[str, Any]]:

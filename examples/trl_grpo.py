@@ -1,0 +1,191 @@
+"""TRL's GRPOTrainer with one line changed: adapters are hot-swapped instead of merged.
+
+Trains the demo task (two-digit sums with a bad habit to unlearn) on whatever machine this is:
+
+    python examples/trl_grpo.py                    # TRL's trainer, our path to vLLM
+    python examples/trl_grpo.py --trainer ours     # the same work on lora_grpo.GRPOTrainer
+    python examples/trl_grpo.py --trainer stock    # TRL as it comes (needs a GPU: its weight push fails on the CPU)
+
+The last line on stdout is one JSON object with what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+
+import lora_grpo
+from lora_grpo.demo import task
+from lora_grpo.demo.base import ensure_base
+
+# The one line. Everything else in `with_trl` is what a script for stock TRL says.
+from lora_grpo.integrations.trl import NativeGRPOTrainer as GRPOTrainer
+
+ROWS_A_STEP, GROUP, UPDATES_A_STEP = 512, 8, 2
+# What both trainers call by the same name.
+COMMON: dict[str, Any] = {
+    "num_generations": GROUP,
+    "generation_batch_size": ROWS_A_STEP,
+    "per_device_train_batch_size": ROWS_A_STEP // UPDATES_A_STEP,
+    "gradient_accumulation_steps": 1,
+    "max_completion_length": task.MAX_TOKENS,
+    "learning_rate": 4e-3,
+    "adam_beta2": 0.99,
+    "epsilon_high": 0.28,
+    "seed": 0,
+}
+LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+Answers = Callable[[list[str]], list[str]]
+
+
+def exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """1 where the completion is the row's answer."""
+    return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
+
+
+def with_trl(trainer_class: Any, base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
+    """Train with TRL: its own GRPOTrainer, or the one that stands in for it."""
+    trainer = trainer_class(
+        model=str(base),
+        reward_funcs=exact,
+        args=trl.GRPOConfig(
+            output_dir=str(output_dir),
+            max_steps=UPDATES_A_STEP * steps,
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_max_model_length=64,
+            vllm_gpu_memory_utilization=0.1,
+            model_init_kwargs={"dtype": "float32"},
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=UPDATES_A_STEP,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **COMMON,
+        ),
+        train_dataset=Dataset.from_list([dict(row) for row in task.training_rows()]),
+        peft_config=LORA,
+    )
+    answers = stock_answers(trainer) if trainer_class is trl.GRPOTrainer else native_answers(trainer)
+    before = accuracy(answers)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    logged = [entry for entry in trainer.state.log_history if "sync/load_s" in entry]
+    return {
+        "accuracy_before": before,
+        "accuracy_after": accuracy(answers),
+        "step_s": seconds / steps,
+        "sync_s": median([sum(v for k, v in entry.items() if k.startswith("sync/")) for entry in logged]),
+    }
+
+
+def with_ours(base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
+    """The same work on our trainer; one step is one generation, with as many updates as fit its rows."""
+    trainer = lora_grpo.GRPOTrainer(
+        lora_grpo.ModelConfig(name=str(base), dtype="float32"),
+        exact,
+        lora_grpo.GRPOConfig(total_steps=steps, **COMMON),
+        task.training_rows(),
+        peft_config=LORA,
+        engine_config=lora_grpo.EngineConfig(
+            max_model_len=64, gpu_memory_utilization=0.1, max_num_seqs=ROWS_A_STEP, enforce_eager=True
+        ),
+        run_dir=output_dir,
+        view=False,
+    )
+    with trainer:
+        before = accuracy(engine_answers(trainer.engine, lambda: trainer.sync.push(0)))
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        after = accuracy(engine_answers(trainer.engine, lambda: trainer.version))
+    syncs = [sum(v for k, v in metrics.items() if k.startswith("sync/")) for metrics in trainer.history]
+    return {
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "step_s": seconds / steps,
+        "sync_s": median(syncs),
+    }
+
+
+def engine_answers(engine: Any, version: Callable[[], Any]) -> Answers:
+    """Greedy answers of an adapter version."""
+
+    def answers(prompts: list[str]) -> list[str]:
+        greedy = lora_grpo.Sampling(max_tokens=task.MAX_TOKENS, temperature=0.0)
+        groups = engine.generate(prompts, greedy, adapter=version())
+        return [group.completions[0].text for group in groups]
+
+    return answers
+
+
+def native_answers(trainer: Any) -> Answers:
+    """Greedy answers of the weights that the trainer holds."""
+    native = trainer.native
+    return engine_answers(
+        native.engine, lambda: native.publish(trainer.state.global_step, trainer.optimizer, trainer.lr_scheduler)
+    )
+
+
+def stock_answers(trainer: Any) -> Answers:
+    """Greedy answers of stock TRL's vLLM, after a weight push."""
+
+    def answers(prompts: list[str]) -> list[str]:
+        vllm, tokenizer = trainer.vllm_generation, trainer.processing_class
+        vllm.sync_weights()
+        vllm.temperature = 0.0
+        _, completion_ids, _, _ = vllm.generate(tokenizer(prompts)["input_ids"], None, 1)
+        vllm.temperature = trainer.temperature
+        return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+
+    return answers
+
+
+def accuracy(answers: Answers) -> float:
+    """Share of 512 held-out sums that are answered right."""
+    rows = task.held_out_rows()
+    given = answers([row["prompt"] for row in rows])
+    return statistics.fmean(exact(given, [row["answer"] for row in rows]))
+
+
+def median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def peak_memory_mib() -> float:
+    """Most that this process held: of the GPU's memory (torch's allocator) where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainer", choices=["native", "ours", "stock"], default="native")
+    parser.add_argument("--steps", type=int, default=30, help="generations, each with two optimizer updates")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/trl-grpo"))
+    chosen = parser.parse_args()
+    base, folder = ensure_base(), chosen.output_dir / chosen.trainer
+    if chosen.trainer == "ours":
+        measured = with_ours(base, chosen.steps, folder)
+    else:
+        trainer_class = GRPOTrainer if chosen.trainer == "native" else trl.GRPOTrainer
+        measured = with_trl(trainer_class, base, chosen.steps, folder)
+    print(json.dumps({"trainer": chosen.trainer, "steps": chosen.steps, **measured, "memory_mib": peak_memory_mib()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Taking up a run at a version: after a stop, or because it went astray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from lora_grpo.adapters.opening import Recovered
+from lora_grpo.adapters.rollbacks import Rollback, state_extra
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.data import SamplerState
+from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
+from lora_grpo.metrics import Reporter
+from lora_grpo.rollback import RollbackReport, Target, resolve
+from lora_grpo.state import scale_learning_rate
+from lora_grpo.trainer.evaluation import saved_evaluations
+
+if TYPE_CHECKING:
+    from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+    from lora_grpo.trainer.guards import Guard
+
+
+def roll_back(
+    trainer: GRPOTrainer, to: Target, *, reason: str | None = None, learning_rate_factor: float = 1.0
+) -> RollbackReport:
+    """Engine and trainer go on from `to`; data position and learning rate are written down before `HEAD` moves."""
+    log, left = trainer.rollback_log, trainer.version
+    version = resolve(trainer.store, to)
+    scale = log.learning_rate_scale * learning_rate_factor
+    sampler: Any = trainer.sampler.state_dict()
+    log.add(Rollback(left.number, version.number, dict(sampler), scale, reason, time.time()))
+    try:
+        report = trainer.sync.rollback(version.number)
+    except BaseException:
+        log.take_back()
+        raise
+    before = scale / learning_rate_factor if report.weights == "rounded" else _scale_of(report.extra)
+    scale_learning_rate(trainer.policy.optimizer, trainer.policy.scheduler, scale / before)
+    trainer.take_up(version.step, without_signal=0)
+    return report
+
+
+def guarded(trainer: GRPOTrainer, guard: Guard, reason: str, reporter: Reporter) -> None:
+    """Roll back as `guard` says, and write down why. Raises `TrainingError` when it did so often enough before."""
+    left = trainer.version
+    trainer.store.record(left, guard=reason)
+    reasons = [*trainer.rollback_log.reasons, reason]
+    if len(reasons) > guard.max_rollbacks:
+        listed = "; ".join(f"({index}) {text}" for index, text in enumerate(reasons, 1))
+        raise TrainingError(f"the guard rolled back {guard.max_rollbacks} times, and here it would again: {listed}")
+    try:
+        report = roll_back(trainer, guard.to, reason=reason, learning_rate_factor=guard.learning_rate_factor)
+    except UnknownVersion as nowhere:
+        raise TrainingError(f"{reason}; and the guard has nowhere to go back to: {nowhere}") from nowhere
+    scale = trainer.rollback_log.learning_rate_scale
+    reporter.rollback(report.version.step, f"guard: {reason}: {report}; learning rate at {scale:g} times its setting")
+
+
+def resume(trainer: GRPOTrainer) -> RollbackReport | None:
+    """Go on with the run in `run_dir` from `HEAD`, or from its nearest ancestor whose trainer state was kept.
+
+    Where a rollback moved `HEAD` and nothing was published since, that rollback is completed: its data position, new
+    seeds, and rounded weights if that version's state was not kept.
+    """
+    head, log = trainer.store.head, trainer.rollback_log
+    if head is None:
+        return None
+    log.settle(head.number)
+    waiting = log.waits_at(head.number)
+    if waiting and "state" not in trainer.store.where(head.number):
+        _restore_schedule_of(trainer, log.entries[-1].left)
+        report = trainer.sync.rollback(head.number)
+    else:
+        report = trainer.sync.rollback(_with_state(trainer, head).number)
+    extra = report.extra or None
+    position = log.data_position(extra)
+    if position is not None:
+        trainer.sampler.load_state_dict(cast(SamplerState, position))
+    scale_learning_rate(
+        trainer.policy.optimizer, trainer.policy.scheduler, log.learning_rate_scale / _scale_of(report.extra)
+    )
+    idle = 0 if waiting or extra is None else int(extra["without_signal"])
+    trainer.take_up(report.version.step, without_signal=idle)
+    return report
+
+
+def state_for(trainer: GRPOTrainer, step: int) -> dict[str, Any]:
+    """What goes into a version's trainer state beside weights, optimizer, schedule and random state."""
+    return {
+        "steps_done": step,
+        "rollbacks": trainer.rollbacks,
+        "learning_rate_scale": trainer.rollback_log.learning_rate_scale,
+        "without_signal": trainer.without_signal,
+        "sampler": trainer.sampler.state_dict(),
+    }
+
+
+def evaluations_until(trainer: GRPOTrainer, step: int) -> list[Any]:
+    """The held-out evaluations that the run made up to `step`."""
+    try:
+        saved = saved_evaluations(trainer.run_dir)
+    except ConfigError:
+        return []
+    return [saved[number] for number in sorted(saved) if saved[number].step <= step]
+
+
+def what_was_found(recovered: Recovered) -> list[str]:
+    """Sentences for what a dead process left, and what was lost with it."""
+    said = {
+        "lost before they reached the archive: versions": recovered.lost,
+        "trainer states lost before they reached the archive, of versions": recovered.lost_states,
+        "damaged, differing from what was published: versions": recovered.damaged,
+        "brought to the archive now: versions": recovered.unarchived,
+    }
+    sentences = [f"{words} {', '.join(map(str, numbers))}" for words, numbers in said.items() if numbers]
+    if recovered.swept:
+        sentences.append(f"deleted {len(recovered.swept)} half-written folders of a process that was killed")
+    if recovered.head_moved is not None:
+        before, now = recovered.head_moved
+        sentences.append(f"HEAD was v{before}, which is lost; it is {'nowhere' if now is None else f'v{now}'} now")
+    return sentences
+
+
+def _with_state(trainer: GRPOTrainer, head: AdapterVersion) -> AdapterVersion:
+    version = head
+    while "state" not in trainer.store.where(version.number):
+        if version.parent is None:
+            raise ConfigError(
+                f"{trainer.run_dir} kept no trainer state of {head} or its ancestors, so it cannot be resumed exactly; "
+                f"`lora-grpo rollback {trainer.run_dir} --to {head.number}` and resume go on from its rounded weights"
+            )
+        version = trainer.store.get(version.parent)
+    return version
+
+
+def _restore_schedule_of(trainer: GRPOTrainer, left: int) -> None:
+    """A rounded rollback keeps schedule and random state where they were: with the version that was left."""
+    following: int | None = left
+    while following is not None:
+        version = trainer.store.get(following)
+        if trainer.sync.restore_trainer(version):
+            extra = state_extra(trainer.store, following) or {}
+            scale_learning_rate(trainer.policy.optimizer, trainer.policy.scheduler, 1 / _scale_of(extra))
+            return
+        following = version.parent
+
+
+def _scale_of(extra: Mapping[str, Any]) -> float:
+    return float(extra.get("learning_rate_scale", 1.0))

@@ -1,0 +1,175 @@
+"""Automatic rollback: small policies that look at the steps so far and may give a reason to go back.
+
+Guard(NonFinite(), RewardCollapse(drop=0.3), ReferenceKL(limit=0.5), to="best:reward", learning_rate_factor=0.5)
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lora_grpo.adapters.target import Target
+from lora_grpo.config import GRPOConfig, GuardConfig
+from lora_grpo.errors import ConfigError, TrainingError
+from lora_grpo.trainer.stepping import GAP
+
+Steps = Sequence[Mapping[str, Any]]
+"""Each step's metrics in order, those that a rollback undid left out."""
+
+
+class Policy(Protocol):
+    """One reason to go back."""
+
+    def why(self, steps: Steps, error: TrainingError | None) -> str | None:
+        """A sentence, or None. `error` is what ended the step, which then has no metrics in `steps`."""
+
+    def check(self, config: GRPOConfig) -> None:
+        """Raise `ConfigError` when runs with `config` do not measure what this looks at."""
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """A loss, gradient or adapter weight that is not finite."""
+
+    def why(self, steps: Steps, error: TrainingError | None) -> str | None:
+        return None if error is None else str(error)
+
+    def check(self, config: GRPOConfig) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class RewardCollapse:
+    """`metric` of the last `patience` steps, each of them, `drop` or more below the mean of `window` steps before."""
+
+    drop: float
+    window: int = 10
+    patience: int = 2
+    metric: str = "reward"
+
+    def __post_init__(self) -> None:
+        _require("RewardCollapse.drop", self.drop, self.drop > 0, "above 0, in units of the reward")
+        _require("RewardCollapse.window", self.window, self.window >= 1, "at least 1 step")
+        _require("RewardCollapse.patience", self.patience, self.patience >= 1, "at least 1 step")
+
+    def why(self, steps: Steps, error: TrainingError | None) -> str | None:
+        if error is not None or len(steps) < self.window + self.patience:
+            return None
+        values = [float(metrics[self.metric]) for metrics in steps[-self.window - self.patience :]]
+        baseline, latest = statistics.fmean(values[: self.window]), values[self.window :]
+        if max(latest) > baseline - self.drop:
+            return None
+        shown = ", ".join(f"{value:.4g}" for value in latest)
+        return (
+            f"{self.metric} fell to {shown}, {self.drop:g} or more below its mean of {baseline:.4g} in the steps before"
+        )
+
+    def check(self, config: GRPOConfig) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobGap:
+    """Mean |trainer - sampler| log-prob of a step above `limit`, nats a token."""
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        _require("LogprobGap.limit", self.limit, self.limit > 0, "above 0 nats")
+
+    def why(self, steps: Steps, error: TrainingError | None) -> str | None:
+        return _above(steps, error, GAP, self.limit, "the trainer/sampler log-prob gap")
+
+    def check(self, config: GRPOConfig) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceKL:
+    """Mean KL to the base model of a step above `limit`, nats a token; it is measured where `beta` is above 0."""
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        _require("ReferenceKL.limit", self.limit, self.limit > 0, "above 0 nats")
+
+    def why(self, steps: Steps, error: TrainingError | None) -> str | None:
+        return _above(steps, error, "kl", self.limit, "the KL to the reference")
+
+    def check(self, config: GRPOConfig) -> None:
+        if not config.beta:
+            raise ConfigError("a guard on the KL to the reference needs beta > 0: with beta=0 it is never computed")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Guard:
+    """When any policy has a reason, the run goes back to version `to`, at most `max_rollbacks` times.
+
+    `to` is a number, "parent" or "best:METRIC". Each time, the learning rate is multiplied by `learning_rate_factor`,
+    and stays so whatever version is restored. The count survives a resume.
+    """
+
+    policies: tuple[Policy, ...]
+    to: Target
+    max_rollbacks: int
+    learning_rate_factor: float
+
+    def __init__(
+        self,
+        *policies: Policy,
+        to: Target = "best:reward",
+        max_rollbacks: int = 3,
+        learning_rate_factor: float = 1.0,
+    ) -> None:
+        if not policies:
+            raise ConfigError("a Guard needs at least one policy, such as NonFinite()")
+        _require("Guard.max_rollbacks", max_rollbacks, max_rollbacks >= 1, "at least 1")
+        _require("Guard.learning_rate_factor", learning_rate_factor, 0 < learning_rate_factor <= 1, "in (0, 1]")
+        for name, value in {
+            "policies": policies,
+            "to": to,
+            "max_rollbacks": max_rollbacks,
+            "learning_rate_factor": learning_rate_factor,
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def check(self, config: GRPOConfig) -> None:
+        """Raises `ConfigError` for a policy that could never fire in a run with `config`."""
+        for policy in self.policies:
+            policy.check(config)
+
+    def why(self, steps: Steps, error: TrainingError | None) -> str | None:
+        """Every policy's reason, joined; None where there is none."""
+        reasons = [reason for policy in self.policies if (reason := policy.why(steps, error)) is not None]
+        return "; ".join(reasons) or None
+
+
+def build_guard(config: GuardConfig) -> Guard | None:
+    """The guard of a run's settings; None where no policy is set."""
+    policies: list[Policy] = [NonFinite()] if config.non_finite else []
+    if config.reward_drop is not None:
+        policies.append(RewardCollapse(config.reward_drop, config.reward_window, config.reward_patience))
+    if config.logprob_gap is not None:
+        policies.append(LogprobGap(config.logprob_gap))
+    if config.kl is not None:
+        policies.append(ReferenceKL(config.kl))
+    if not policies:
+        return None
+    return Guard(
+        *policies,
+        to=config.to,
+        max_rollbacks=config.max_rollbacks,
+        learning_rate_factor=config.learning_rate_factor,
+    )
+
+
+def _above(steps: Steps, error: TrainingError | None, metric: str, limit: float, words: str) -> str | None:
+    value = None if error is not None or not steps else steps[-1].get(metric)
+    return f"{words} is {value:.4g} nats a token, above {limit:g}" if value is not None and value > limit else None
+
+
+def _require(name: str, value: float, holds: bool, needed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}={value} must be {needed}")
