@@ -107,7 +107,7 @@ def with_ours(base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
         view=False,
     )
     with trainer:
-        before = accuracy(engine_answers(trainer.engine, lambda: trainer.sync.push(0)))
+        before = accuracy(engine_answers(trainer.engine, lambda: None))
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
@@ -122,7 +122,7 @@ def with_ours(base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
 
 
 def engine_answers(engine: Any, version: Callable[[], Any]) -> Answers:
-    """Greedy answers of an adapter version."""
+    """Greedy answers of an adapter version; None is the base, which every run starts from."""
 
     def answers(prompts: list[str]) -> list[str]:
         greedy = lora_grpo.Sampling(max_tokens=task.MAX_TOKENS, temperature=0.0)
@@ -134,10 +134,7 @@ def engine_answers(engine: Any, version: Callable[[], Any]) -> Answers:
 
 def native_answers(trainer: Any) -> Answers:
     """Greedy answers of the weights that the trainer holds."""
-    native = trainer.native
-    return engine_answers(
-        native.engine, lambda: native.publish(trainer.state.global_step, trainer.optimizer, trainer.lr_scheduler)
-    )
+    return engine_answers(trainer.native.engine, lambda: trainer.publish() if trainer.state.global_step else None)
 
 
 def stock_answers(trainer: Any) -> Answers:

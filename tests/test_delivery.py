@@ -18,6 +18,7 @@ from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, ServingFor
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
+from lora_grpo.engines.delivery.binding import SlotView
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError, EngineError, UnknownVersion, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference
@@ -246,8 +247,9 @@ def test_untargeted_module_must_be_empty(llama_engine: VLLMEngine, llama_dir: Pa
             llama_engine.load(version)
 
 
+@pytest.mark.parametrize("loader", ["stock", "direct"])
 def test_a_load_that_fails_half_way_leaves_nothing(
-    llama_engine: VLLMEngine, llama_dir: Path, shm_dir: Path, monkeypatch: pytest.MonkeyPatch
+    loader: str, llama_engine: VLLMEngine, llama_dir: Path, shm_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """vLLM 0.32 registers an adapter and marks it active before its layers are set."""
     model = tiny_lora(load_model(llama_dir), r=16)
@@ -261,7 +263,14 @@ def test_a_load_that_fails_half_way_leaves_nothing(
         def explode(*args: Any) -> None:
             raise RuntimeError("out of slots")
 
+        def write_half(view: SlotView, file: Any, tensors: list[torch.Tensor]) -> None:
+            for served, published in zip(view.tensors[::2], tensors[::2], strict=True):
+                served.copy_(published)
+            explode()
+
+        monkeypatch.setattr(llama_engine._loader, "kind", loader)
         monkeypatch.setattr(type(layer), "set_lora", explode)
+        monkeypatch.setattr(SlotView, "write", write_half)
         with pytest.raises(EngineError, match="could not load v2: RuntimeError: out of slots"):
             sync.push(step=1)
         monkeypatch.undo()

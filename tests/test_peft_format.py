@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_grpo.adapters.digest import digest_directory
-from lora_grpo.adapters.export import Recipe, export_adapter
+from lora_grpo.adapters.export import RECIPE_FILE, Recipe, export_adapter
 from lora_grpo.adapters.peft_files import open_adapter
 from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, ServingForm, lora_modules, peft_model_of
 from lora_grpo.adapters.store import AdapterStore
@@ -126,7 +126,7 @@ def test_only_the_adapter_is_in_the_file(llama_dir: Path) -> None:
 
 @pytest.mark.vllm
 def test_stock_vllm_loads_the_published_and_the_exported_folder(
-    llama_engine: Any, llama_dir: Path, tmp_path: Path
+    llama_engine: Any, llama_dir: Path, shm_dir: Path, tmp_path: Path
 ) -> None:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -134,8 +134,9 @@ def test_stock_vllm_loads_the_published_and_the_exported_folder(
     model = tiny_lora(load_model(llama_dir), scale=0.2, **ADAPTERS["rslora"])
     form = ServingForm(model, "default", torch.bfloat16)
     version = write(form, tmp_path / "versions" / "000001")
-    recipe = Recipe.of(model.peft_config["default"], form.modules)
-    export_adapter(version, recipe, tmp_path / "exported")
+    with AdapterStore(shm_dir / "store") as store:
+        recipe = Recipe.of(model.peft_config["default"], form.modules)
+        export_adapter(store, store.publish(form.files(), step=0), recipe, tmp_path / "exported")
     llm, params = llama_engine._llm, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     prompts = [{"prompt_token_ids": ids} for ids in SEQUENCES]
     trainer = teacher_logprobs(model, SEQUENCES)
@@ -333,13 +334,16 @@ def test_publishing_leaves_the_model_as_it_is(llama_dir: Path) -> None:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_exported_adapter_has_its_own_alpha_and_the_same_function(
-    llama_dir: Path, tmp_path: Path, kind: str
+    llama_dir: Path, shm_dir: Path, tmp_path: Path, kind: str
 ) -> None:
     model = tiny_lora(load_model(llama_dir), **ADAPTERS[kind])
     form = ServingForm(model, "default", torch.float32)
-    version = write(form, tmp_path / "v")
-    recipe = Recipe.from_bytes(Recipe.of(model.peft_config["default"], form.modules).to_bytes())
-    export_adapter(version, recipe, tmp_path / "out")
+    Recipe.of(model.peft_config["default"], form.modules).write(tmp_path / RECIPE_FILE)
+    with AdapterStore(shm_dir / "store") as store:
+        version, recipe = store.publish(form.files(), step=0), Recipe.read(tmp_path)
+        assert export_adapter(store, version, recipe, tmp_path / "out") == "rounded"
+        with pytest.raises(StoreError, match="already holds an adapter"):
+            export_adapter(store, version, recipe, tmp_path / "out")
     again = PeftModel.from_pretrained(load_model(llama_dir), tmp_path / "out", is_trainable=True).eval()
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=2e-5)
     for ours, theirs in zip(lora_modules(again, "default"), lora_modules(model, "default"), strict=True):
@@ -348,8 +352,6 @@ def test_an_exported_adapter_has_its_own_alpha_and_the_same_function(
         torch.testing.assert_close(ours.b_OR, theirs.b_OR, rtol=1e-6, atol=0)
     config = again.peft_config["default"]
     assert (config.r, config.lora_alpha) == (ADAPTERS[kind]["r"], model.peft_config["default"].lora_alpha)
-    with pytest.raises(StoreError, match="already holds an adapter"):
-        export_adapter(version, recipe, tmp_path / "out")
 
 
 # Reading back

@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError
 
@@ -43,7 +45,11 @@ class AdapterFile:
     paths: tuple[str, ...]
     dtype: str
     mapped: memoryview
-    """The whole tensors file, of which `payload` is the end. The mapping outlives the file."""
+    """The whole tensors file, of which `payload` is the end. The mapping is private and outlives the file."""
+    payload_digest: bytes
+    """xxh3_128 of the payload as it was opened, before anybody who could write to the mapping had it."""
+    checksum: bytes
+    """xxh3_128 of the payload when it was opened; an engine may share the mapping's memory and write to it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,9 @@ def open_adapter(version: AdapterVersion) -> AdapterFile:
     payload = mapped[8 + len(header) :]
     if not layout.entries or layout.payload_bytes != len(payload):
         raise DeliveryError(f"{version}: {weights} is truncated or empty ({len(payload)} bytes of tensors)")
-    return AdapterFile(header, layout.entries, payload, layout.paths, layout.dtype, mapped)
+    return AdapterFile(
+        header, layout.entries, payload, layout.paths, layout.dtype, mapped, xxhash.xxh3_128_digest(payload)
+    )
 
 
 @lru_cache(maxsize=8)

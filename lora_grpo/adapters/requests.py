@@ -54,6 +54,15 @@ def answer_to(run: str | Path, request: Request) -> dict[str, Any] | None:
     return answer
 
 
+def withdraw(run: str | Path, request: Request) -> bool:
+    """Take a request back; False when it is gone already, answered or withdrawn."""
+    try:
+        (Path(run) / "requests" / f"{disk.folder_name(request.number)}.json").unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def pending(run: Path) -> list[Request]:
     """Requests not yet answered, in order; a file that is none has the verb "unreadable", to be answered as such."""
     read = ((number, disk.read_small(path)) for number, path in sorted(_files(run / "requests").items()))

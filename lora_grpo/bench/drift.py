@@ -14,19 +14,16 @@ if TYPE_CHECKING:
 LEARNING_RATE = 1e-4
 
 
-def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    return [
-        Cell(
-            f"fidelity/drift/{strategy}",
-            "drift",
-            "drift:measure",
-            (subject.with_strategy(strategy),),
-            {"cycles": sorted(settings.cycles)},
-            fresh=True,
-            labels={"shape": settings.label},
-        )
-        for strategy in settings.drift_strategies
-    ]
+def cell(settings: Settings, subject: Subject) -> Cell:
+    """Of one strategy, which may live on from other measurements."""
+    return Cell(
+        f"fidelity/drift/{subject.strategy}",
+        "drift",
+        "drift:measure",
+        (subject,),
+        {"cycles": sorted(settings.cycles)},
+        labels={"shape": settings.label},
+    )
 
 
 def measure(bench: Bench, cycles: list[int]) -> list[dict[str, Any]]:
@@ -35,6 +32,7 @@ def measure(bench: Bench, cycles: list[int]) -> list[dict[str, Any]]:
 
     trainer = bench.strategy.trainer
     reference = Reference(bench.subject.model, bench.subject.device)
+    reference.restore_base(trainer)
     trainer.reset(LEARNING_RATE * 10)
     found, done = [], 0
     for cycle in cycles:

@@ -22,7 +22,7 @@ MIN_SIGNAL_NATS = 0.3
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """For each strategy: truth and the learning rates in one process, then drift."""
+    """For each strategy, in one process: truth, learning rates, drift."""
     planned: list[Cell] = []
     for strategy in settings.strategies:
         one = subject.with_strategy(strategy)
@@ -38,7 +38,9 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
                 labels={"shape": settings.label},
             )
         )
-    return planned + drift.cells(settings, subject)
+        if strategy in settings.drift_strategies:
+            planned.append(drift.cell(settings, one))
+    return planned
 
 
 def truth_cell(part: str, settings: Settings, subject: Subject) -> Cell:
@@ -107,6 +109,7 @@ def measure(bench: Bench, learning_rates: list[float], updates: list[int]) -> li
     strategy = bench.strategy
     strategy.remember_pushed = True
     reference = Reference(bench.subject.model, bench.subject.device)
+    reference.restore_base(strategy.trainer)
     base = reference.logprobs(sequences(bench.subject))
     found = []
     for learning_rate in learning_rates:

@@ -36,6 +36,11 @@ class Reference:
         weight: torch.Tensor = self._modules[path].weight.detach()
         return weight
 
+    def restore_base(self, trainer: Trainer) -> None:
+        """Make the trainer's frozen base what the checkpoint says, whatever merging has left of it."""
+        for module in trainer.modules:
+            trainer.base_weight(module).copy_(self.weight(module.path))
+
     @contextmanager
     def weights(self, paths: Iterable[str], new: NewWeight) -> Iterator[None]:
         """Meanwhile, the weights at `paths` are what `new` makes of the base's."""

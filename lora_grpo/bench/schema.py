@@ -16,7 +16,7 @@ DEFAULT_STRATEGIES: dict[str, tuple[str, ...]] = {
     "sync": STRATEGIES,
     "memory": STRATEGIES,
     "decode": ("base", "native", "merge-trl", "merge-fold"),
-    "fidelity": STRATEGIES,
+    "fidelity": ("native", "by-hand", "merge-trl", "merge-out-of-place", "merge-fold"),
     "step": ("native", "merge-trl", "merge-fold"),
     "rollback": ("native", "by-hand", "merge-trl", "merge-fold"),
 }

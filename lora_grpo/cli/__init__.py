@@ -1,9 +1,9 @@
 """The command line: parsing, printing and exit codes; the work is done by the rooms below.
 
-A command is a function in a file of its own, and an entry in `COMMANDS`. Commands import what they run inside the
+A command is a function in the file of its subject, and an entry in `COMMANDS`. Commands import what they run inside the
 function, so that `lora-grpo --help` loads neither torch nor vllm.
 
-Exit codes: 0 done, 1 a bug (with its traceback), 2 an error of `lora_grpo.errors` or of usage, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,14 +16,35 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from lora_grpo.cli.compare import compare
 from lora_grpo.cli.demo import demo
+from lora_grpo.cli.diff import diff
 from lora_grpo.cli.evaluate import evaluate
+from lora_grpo.cli.export import export
 from lora_grpo.cli.output import say_error
+from lora_grpo.cli.pin import pin, unpin
+from lora_grpo.cli.prune import prune
+from lora_grpo.cli.rollback import rollback
 from lora_grpo.cli.train import train
-from lora_grpo.cli.versions import versions
+from lora_grpo.cli.verify import verify
+from lora_grpo.cli.versions import show, versions
 from lora_grpo.errors import LoraGrpoError
 
-COMMANDS: dict[str, Callable[..., None]] = {"train": train, "eval": evaluate, "versions": versions, "demo": demo}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "eval": evaluate,
+    "versions": versions,
+    "show": show,
+    "rollback": rollback,
+    "pin": pin,
+    "unpin": unpin,
+    "prune": prune,
+    "verify": verify,
+    "diff": diff,
+    "compare": compare,
+    "export": export,
+    "demo": demo,
+}
 
 
 class _Commands(TyperGroup):

@@ -1,57 +1,119 @@
-"""`lora-grpo versions RUN`."""
+"""`lora-grpo versions RUN`, and `lora-grpo show RUN VERSION`."""
 
 from __future__ import annotations
 
+import time
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_grpo.cli.live import Json, Run
 from lora_grpo.cli.output import print_json, print_table
 
+if TYPE_CHECKING:
+    from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.adapters.version import AdapterVersion
 
-def versions(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
-) -> None:
+
+def versions(run: Run, as_json: Json = False) -> None:
     """List a run's adapter versions: where they are, what they weigh, and what is known of them."""
     from lora_grpo.adapters.store import AdapterStore
 
     with AdapterStore(archive=run, readonly=True) as store:
-        head, pins = store.head, store.pins
-        rows: list[dict[str, Any]] = [
-            {
-                "version": version.number,
-                "parent": version.parent,
-                "step": version.step,
-                "head": head is not None and version.number == head.number,
-                "pinned": version.number in pins,
-                "created_at": version.created_at,
-                "size_bytes": store.size_bytes(version.number),
-                "where": sorted(store.where(version.number)),
-                "path": str(version.path),
-                "digest": version.digest,
-                "metrics": store.metrics(version.number),
-            }
-            for version in store.list()
-        ]
+        rows = [describe(store, version) for version in store.list()]
     if as_json:
         print_json(rows)
     else:
         print_table([_for_people(row) for row in rows], f"versions of {run}")
 
 
+def show(
+    run: Run,
+    version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A version's number.")],
+    as_json: Json = False,
+) -> None:
+    """Everything that is known of one version."""
+    from lora_grpo.adapters.rollbacks import RollbackLog
+    from lora_grpo.adapters.store import AdapterStore
+
+    with AdapterStore(archive=run, readonly=True) as store:
+        found = store.get(version)
+        children = [child.number for child in store.list() if child.parent == version]
+        returns = [entry for entry in RollbackLog(run).entries if version in (entry.to, entry.left)]
+        row = describe(store, found) | {
+            "children": children,
+            "rollbacks": [{"from": entry.left, "to": entry.to, "reason": entry.reason} for entry in returns],
+        }
+    if as_json:
+        print_json(row)
+        return
+    metrics = row.pop("metrics")
+    row |= {"created_at": f"{datetime.fromtimestamp(row['created_at']):%Y-%m-%d %H:%M:%S}", "where": _places(row)}
+    row |= {"rollbacks": "; ".join(_returned(entry) for entry in row["rollbacks"])}
+    row |= {"children": ", ".join(f"v{child}" for child in children)}
+    rows = [{"": name, "value": None if value == "" else value} for name, value in {**row, **metrics}.items()]
+    print_table(rows, f"v{version} of {run}")
+
+
+def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
+    """One version as JSON."""
+    head = store.head
+    return {
+        "version": version.number,
+        "parent": version.parent,
+        "step": version.step,
+        "head": head is not None and version.number == head.number,
+        "pinned": version.number in store.pins,
+        "served": _is_leased(version.path),
+        "created_at": version.created_at,
+        "age_s": round(time.time() - version.created_at, 1),
+        "size_bytes": store.size_bytes(version.number),
+        "where": sorted(store.where(version.number)),
+        "path": str(version.path),
+        "digest": version.digest,
+        "metrics": store.metrics(version.number),
+    }
+
+
+def _is_leased(folder: Path) -> bool:
+    """Whether some process keeps the version on tmpfs because an engine of it holds it."""
+    from lora_grpo.adapters.locks import unleased
+
+    with unleased(folder) as free:
+        return not free
+
+
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
     metrics = {name: row["metrics"].get(name) for name in ("reward", "eval/reward")}
-    marks = [mark for mark, holds in (("HEAD", row["head"]), ("pinned", row["pinned"])) if holds]
     return {
         "version": f"v{row['version']}",
         "from": "-" if row["parent"] is None else f"v{row['parent']}",
         "step": row["step"],
-        **metrics,
+        "age": age(row["age_s"]),
         "MiB": row["size_bytes"] / 2**20,
-        "where": ", ".join(row["where"]),
-        "created": f"{datetime.fromtimestamp(row['created_at']):%Y-%m-%d %H:%M:%S}",
-        "": ", ".join(marks),
+        **metrics,
+        "where": _places(row),
+        "": ", ".join(word for word, key in (("HEAD", "head"), ("pinned", "pinned"), ("served", "served")) if row[key]),
     }
+
+
+def _places(row: dict[str, Any]) -> str:
+    return ", ".join(row["where"])
+
+
+def _returned(entry: dict[str, Any]) -> str:
+    why = f" ({entry['reason']})" if entry["reason"] else ""
+    return f"v{entry['from']} to v{entry['to']}{why}"
+
+
+def age(seconds: float) -> str:
+    """A duration in its two largest units: 45s, 12m 3s, 5h 2m, 3d 4h."""
+    left = max(0, round(seconds))
+    parts = []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count or parts or unit == "s":
+            parts.append(f"{count}{unit}")
+    return " ".join(parts[:2])

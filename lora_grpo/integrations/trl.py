@@ -14,9 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from lora_grpo.adapters.checks import active_adapter, check_servable
+from lora_grpo.adapters.digest import digest_buffers
+from lora_grpo.adapters.peft_format import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import KeepConfig
@@ -42,7 +45,7 @@ class NativeRollouts:
         self.engine, self.sync, self.store = engine, sync, sync.store
         self._sampling = sampling
         self._current: AdapterVersion | None = None
-        self._stepped_from: AdapterVersion | None = None
+        self._moved = False
         self._calls = (-1, 0)
         self._generations = 0
         self._earned: dict[str, tuple[float, int]] = {}
@@ -64,18 +67,22 @@ class NativeRollouts:
         return (self._current or self.sync.head).number
 
     def stepped(self) -> None:
-        """The optimizer has stepped: the trainer's weights are no longer `HEAD`'s."""
-        self._stepped_from = self.store.head
+        """The optimizer has stepped: there is no need to look whether the weights are still `HEAD`'s."""
+        self._moved = True
 
     def publish(self, step: int, optimizer: Any = None, scheduler: Any = None) -> AdapterVersion:
-        """The proven version that holds the trainer's weights: a new one, or after a rollback the one gone back to."""
+        """The proven version that holds the trainer's weights: `HEAD` where they did not change, else a new one."""
         self.sync.optimizer, self.sync.scheduler = optimizer, scheduler
         head = self.store.head
-        if head is not None and self.rolled_back and head != self._stepped_from and head in self.engine.loaded():
-            self._current = head
-        else:
-            self._current = self.sync.push(step)
-        return self._current
+        surely_new = self._moved and not self.rolled_back
+        if head is None or surely_new or head not in self.engine.loaded() or not self._trainer_holds(head):
+            head = self.sync.push(step)
+        self._current, self._moved = head, False
+        return head
+
+    def _trainer_holds(self, version: AdapterVersion) -> bool:
+        dtype = getattr(torch, self.engine.lora_dtype)
+        return digest_buffers(ServingForm(self.sync.model, self.sync.adapter, dtype).files()) == version.digest
 
     def generate(self, prompts: Sequence[Sequence[int]], step: int) -> list[Completion]:
         """One completion a prompt, all by `HEAD`; a prompt near the model's limit gets the tokens that are left.
@@ -171,6 +178,10 @@ class NativeGRPOTrainer(HookedTrainer):
             on_failure.pop_all()
         self.add_callback(_Steps(self.native))
         weakref.finalize(self, self._closing.close)
+
+    def publish(self) -> AdapterVersion:
+        """The proven version that holds the weights as they are now, for sampling through `native.engine`."""
+        return self.native.publish(self.state.global_step, self.optimizer, self.lr_scheduler)
 
     def rollback(self, to: Target) -> RollbackReport:
         """Engine and trainer go on from an earlier version: a number, "parent" or "best:METRIC".

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import xxhash
 
 from lora_grpo.adapters.peft_files import PREFIX, AdapterFile
 from lora_grpo.adapters.peft_format import all_finite
@@ -57,7 +56,7 @@ class SlotProver:
         if slot is None:
             raise DeliveryError(f"{version} (adapter id {lora_id}) is in no slot of the engine")
         served = binding.slot(slot)
-        if served.digest() != xxhash.xxh3_128_digest(file.payload):
+        if served.digest() != file.checksum:
             raise DeliveryError(f"{version}: {self._first_difference(binding, file, slot)}")
         if stray := served.nonzero():
             raise DeliveryError(f"{version}: {stray} holds values in slot {slot} that the file does not have")
@@ -108,7 +107,7 @@ class SlotProver:
             served, published = raw_bytes(part.view(slot)), bytes(file.payload[entry.start : entry.end])
             if served != published:
                 return f"{part.name} in slot {slot} differs from the published bytes"
-        return "the slot changed while it was read"
+        return f"slot {slot} differs from the published bytes, as the copy in memory does that it was filled from"
 
 
 def _require_finite(version: AdapterVersion, file: AdapterFile) -> None:

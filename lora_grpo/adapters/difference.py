@@ -1,0 +1,82 @@
+"""How far apart two versions are, measured on what they do to the base: the effective update W = B A of each module.
+
+For W1 = B1 A1 and W2 = B2 A2 of ranks r1 and r2, the Frobenius inner product needs no out x in matrix:
+
+    <W1, W2> = tr(A1' B1' B2 A2) = sum over (r1, r2) of (B1' B2) * (A1 A2')
+
+from which |W2 - W1|^2 = |W1|^2 + |W2|^2 - 2 <W1, W2>, the relative change is |W2 - W1| / |W1|, and the cosine is
+<W1, W2> / (|W1| |W2|). Over all modules, inner products add up. Sums are in fp64, so that changes down to about 1e-7 of
+the update are told from none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lora_grpo.adapters.layout import ADAPTER_FILE
+from lora_grpo.errors import StoreCorrupt
+
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """`first` and `second` are |W1| and |W2|; `change` is |W2 - W1| / |W1| (None from zero), `cosine` of the two."""
+
+    module: str
+    first: float
+    second: float
+    change: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Inner:
+    """<W1, W1>, <W2, W2>, <W1, W2>."""
+
+    first: float
+    second: float
+    both: float
+
+
+def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]:
+    """Over all modules ("all"), and of each; of two folders in serving form, their scaling folded into B.
+
+    Raises `StoreCorrupt` when they do not adapt the same modules.
+    """
+    inner = dict(_inner_products(load_file(first / ADAPTER_FILE), load_file(second / ADAPTER_FILE)))
+    total = _Inner(*(math.fsum(getattr(one, name) for one in inner.values()) for name in _Inner.__slots__))
+    return _difference("all", total), [_difference(module, one) for module, one in inner.items()]
+
+
+def _inner_products(
+    first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, _Inner]]:
+    if first.keys() != second.keys():
+        odd = sorted(first.keys() ^ second.keys())[0]
+        raise StoreCorrupt(f"the two versions adapt other modules: only one of them has {odd}")
+    for name in sorted(first):
+        if name.endswith(_A):
+            other = name.removesuffix(_A) + _B
+            one, two = ((tensors[other].double(), tensors[name].double()) for tensors in (first, second))
+            yield name.removeprefix(_PREFIX).removesuffix(_A), _Inner(_dot(one, one), _dot(two, two), _dot(one, two))
+
+
+def _dot(one: tuple[torch.Tensor, torch.Tensor], two: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """<B1 A1, B2 A2> by (r1, r2) products."""
+    (b1_OR, a1_RI), (b2_OR, a2_RI) = one, two
+    return float(((b1_OR.T @ b2_OR) * (a1_RI @ a2_RI.T)).sum())
+
+
+def _difference(module: str, inner: _Inner) -> Difference:
+    first, second = math.sqrt(max(0.0, inner.first)), math.sqrt(max(0.0, inner.second))
+    apart = math.sqrt(max(0.0, inner.first + inner.second - 2 * inner.both))
+    product = first * second
+    cosine = max(-1.0, min(1.0, inner.both / product)) if product else None
+    return Difference(module, first, second, apart / first if first else None, cosine)

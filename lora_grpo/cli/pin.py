@@ -1,0 +1,43 @@
+"""`lora-grpo pin RUN VERSION` and `lora-grpo unpin RUN VERSION`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_grpo.cli.live import TIMEOUT_S, Json, Run, Timeout, change
+from lora_grpo.cli.output import print_json
+
+if TYPE_CHECKING:
+    from lora_grpo.adapters.store import AdapterStore
+
+Version = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A version's number.")]
+
+
+def pin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
+    """Keep a version, its archived copy and its trainer state until it is unpinned."""
+
+    def act(store: AdapterStore) -> dict[str, Any]:
+        store.pin(version)
+        return {"done": "pinned", "pins": sorted(store.pins)}
+
+    _tell(change(run, "pin", act, timeout_s=timeout, version=version), as_json)
+
+
+def unpin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
+    """Leave a version to retention again."""
+
+    def act(store: AdapterStore) -> dict[str, Any]:
+        store.unpin(version)
+        return {"done": "unpinned", "pins": sorted(store.pins)}
+
+    _tell(change(run, "unpin", act, timeout_s=timeout, version=version), as_json)
+
+
+def _tell(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+    else:
+        pins = ", ".join(f"v{number}" for number in result["pins"]) or "none"
+        typer.echo(f"{result['done']}; pinned are: {pins}")

@@ -1,0 +1,73 @@
+"""`lora-grpo prune RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_grpo.cli.live import TIMEOUT_S, Json, Run, Timeout, change
+from lora_grpo.cli.output import print_json
+
+if TYPE_CHECKING:
+    from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.config import KeepConfig
+
+
+def prune(
+    run: Run,
+    archived: Annotated[
+        int | None,
+        typer.Option("--archived", min=1, help="In place of keep.archived: latest, and best, adapters kept durably."),
+    ] = None,
+    trainer_states: Annotated[
+        int | None,
+        typer.Option("--trainer-states", min=1, help="In place of keep.trainer_states: latest trainer states kept."),
+    ] = None,
+    timeout: Timeout = TIMEOUT_S,
+    as_json: Json = False,
+) -> None:
+    """Remove what the run's `keep` settings no longer keep; HEAD, pinned and served versions always stay.
+
+    A live run prunes by its own settings, as it does after every step.
+    """
+    from lora_grpo.adapters.keeping import retention
+    from lora_grpo.adapters.locks import holder
+    from lora_grpo.errors import ConfigError
+
+    given = {"archived": archived, "trainer_states": trainer_states}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if changes and holder(run) is not None:
+        raise ConfigError(f"{run} is live and prunes by its own settings; leave out {', '.join(changes)}, or stop it")
+
+    def act(store: AdapterStore) -> dict[str, Any]:
+        before, states = set(store.numbers), set(store.states)
+        store.prune()
+        removed = sorted(before - set(store.numbers))
+        gone = sorted(states - set(store.states))
+        done = f"removed {len(removed)} versions and {len(gone)} trainer states for good"
+        return {"done": done, "removed": removed, "states_removed": gone}
+
+    settings = retention(_keep(run, changes))
+    result = change(run, "prune", act, timeout_s=timeout, retention=settings)
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(result["done"])
+
+
+def _keep(run: Path, changes: dict[str, int]) -> KeepConfig:
+    from lora_grpo.adapters.locks import holder
+    from lora_grpo.config import KeepConfig
+    from lora_grpo.config_file import RESOLVED_FILE, load_config
+    from lora_grpo.errors import ConfigError
+
+    if (run / RESOLVED_FILE).is_file():
+        keep: KeepConfig = load_config(run / RESOLVED_FILE).keep.replace(**changes)
+        return keep
+    if run.is_dir() and len(changes) < 2 and holder(run) is None:
+        raise ConfigError(
+            f"{run} has no {RESOLVED_FILE} that says what it keeps; give both --archived N and --trainer-states N"
+        )
+    return KeepConfig(**changes)

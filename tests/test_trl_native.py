@@ -1,0 +1,351 @@
+"""Our path inside TRL's own trainer, on a real vLLM: what is sampled from, what is never touched, what comes back."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl")
+
+import pandas as pd  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig, PromptTuningConfig, get_peft_model  # noqa: E402
+from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from lora_grpo.adapters.digest import digest_buffers  # noqa: E402
+from lora_grpo.adapters.peft_format import ServingForm  # noqa: E402
+from lora_grpo.engines import compat  # noqa: E402
+from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter, UnsupportedVersion  # noqa: E402
+from lora_grpo.integrations.trl import NativeGRPOTrainer  # noqa: E402
+from lora_grpo.integrations.trl_internals import Backend, check_release  # noqa: E402
+from lora_grpo.rollback import RollbackReport  # noqa: E402
+from tests.tiny_models import load_model  # noqa: E402
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+ROLLED_BACK_AT, STEPS = 5, 8
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def even(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    """Some completions earn something, some nothing, and one has no reward at all."""
+    rewards: list[float | None] = [float(sum(ids) % 2) for ids in completion_ids]
+    rewards[0] = None
+    return rewards
+
+
+def arguments(folder: Path, **changes: Any) -> Any:
+    plain: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.1,
+        "vllm_max_model_length": 128,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "generation_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "learning_rate": 1e-2,
+        "beta": 0.02,
+        "model_init_kwargs": {"dtype": "float32"},
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "log_completions": True,
+        "num_completions_to_print": 1,
+        "save_steps": 4,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    return trl.GRPOConfig(**{**plain, **changes})
+
+
+def native_trainer(model: Any, args: Any, **others: Any) -> NativeGRPOTrainer:
+    data = Dataset.from_dict({"prompt": ["ab", "hello", "x y", "12+34="] * 4})
+    return NativeGRPOTrainer(model=model, reward_funcs=even, args=args, train_dataset=data, **others)
+
+
+@dataclass
+class Seen:
+    """A training, as its callbacks saw it. `sampled`: step, version, whether the trainer then held its weights."""
+
+    trainer: Any
+    base_before: str
+    sampled: list[tuple[int, int, bool]] = field(default_factory=list)
+    head_before: int = 0
+    report: RollbackReport | None = None
+    weights_then: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights_after_rollback: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class BackAtStep(TrainerCallback):
+    """What a user writes: go back when something is wrong."""
+
+    def __init__(self) -> None:
+        self.seen: Seen | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seen = self.seen
+        assert seen is not None
+        if state.global_step == ROLLED_BACK_AT:
+            seen.head_before = seen.trainer.native.store.head.number
+            seen.report = seen.trainer.rollback(to=2)
+            seen.weights_after_rollback = adapter_weights(seen.trainer.model)
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def base_digest(trainer: Any) -> str:
+    """Of every byte of the base, in the trainer and in the engine."""
+    found = hashlib.sha256()
+    engine = trainer.native.engine
+    for name, parameter in [*trainer.model.named_parameters(), *compat.base_parameters(engine._llm)]:
+        if "lora_" not in name:
+            found.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def holds(trainer: Any, version: Any) -> bool:
+    form = ServingForm(trainer.model, "default", getattr(torch, trainer.native.engine.lora_dtype))
+    return digest_buffers(form.files()) == version.digest
+
+
+def watch(seen: Seen) -> None:
+    """Note what each call samples from, and which weights the trainer has then."""
+    engine, trainer = seen.trainer.native.engine, seen.trainer
+    generate = engine.generate
+
+    def noting(prompts: Any, sampling: Any, *, adapter: Any) -> Any:
+        groups = generate(prompts, sampling, adapter=adapter)
+        made_by = {completion.version for group in groups for completion in group.completions}
+        assert made_by == {adapter.number}
+        if trainer.state.global_step == 2:
+            seen.weights_then = adapter_weights(trainer.model)
+        seen.sampled.append((trainer.state.global_step, adapter.number, holds(trainer, adapter)))
+        return groups
+
+    engine.generate = noting
+
+
+@pytest.fixture(scope="module")
+def seen(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+    """Eight optimizer steps, two a generation, with a rollback in the middle of one; merging raises."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something merged the adapter")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseTuner, "merge_adapter", refuse)
+        patch.setattr(BaseTuner, "unmerge_adapter", refuse)
+        back = BackAtStep()
+        trainer = native_trainer(
+            str(llama_dir),
+            arguments(tmp_path_factory.mktemp("trl")),
+            peft_config=LoraConfig(**LORA),
+            callbacks=[back],
+        )
+        back.seen = result = Seen(trainer, base_digest(trainer))
+        watch(result)
+        trainer.train()
+        yield result
+        trainer.close()
+
+
+def test_every_rollout_is_made_by_the_version_that_holds_the_weights(seen: Seen) -> None:
+    """One version a generation; after the rollback at step 5, mid-generation, the next is made by version 2 itself."""
+    assert seen.sampled == [(0, 1, True), (2, 2, True), (4, 3, True), (5, 2, True), (6, 4, True)]
+
+
+def test_the_base_never_changes(seen: Seen) -> None:
+    """Merging and unmerging would leave rounding behind, even where it ends with the adapter apart again."""
+    assert base_digest(seen.trainer) == seen.base_before
+
+
+def test_rollback_from_a_callback(seen: Seen) -> None:
+    """Weights come back to the bit and the next version has the one gone back to as its parent."""
+    assert seen.head_before == 3
+    assert seen.report is not None
+    assert (seen.report.version.number, seen.report.weights, seen.report.optimizer) == (2, "exact", "restored")
+    assert seen.weights_then.keys() == seen.weights_after_rollback.keys()
+    assert all(torch.equal(seen.weights_then[name], seen.weights_after_rollback[name]) for name in seen.weights_then)
+    assert seen.trainer.native.store.get(4).parent == 2
+
+
+def test_importance_sampling_correction_finds_nothing_to_correct(seen: Seen) -> None:
+    """TRL's own ratio of trainer to sampler; a merged or stale policy moves it at this learning rate."""
+    ratios = [
+        entry["sampling/importance_sampling_ratio/mean"]
+        for entry in seen.trainer.state.log_history
+        if "sampling/importance_sampling_ratio/mean" in entry
+    ]
+    assert len(ratios) == 5
+    assert all(ratio == pytest.approx(1.0, abs=0.05) for ratio in ratios)
+
+
+def test_provenance(seen: Seen) -> None:
+    """TRL's logs and completion tables say which version made what, and the store what each version earned."""
+    logged = [entry for entry in seen.trainer.state.log_history if "version" in entry]
+    assert [int(entry["version"]) for entry in logged] == [1, 2, 3, 2, 4]
+    assert all(entry["sync/prove_s"] > 0 for entry in logged)
+    by_step = dict(zip((1, 3, 5, 6, 7), logged, strict=True))
+    store = seen.trainer.native.store
+    for step, number in ((1, 1), (5, 3), (7, 4)):
+        assert store.metrics(number)["reward"] == pytest.approx(by_step[step]["reward"])
+        assert store.metrics(number)["rewards/even/mean"] == pytest.approx(by_step[step]["rewards/even/mean"])
+    both = [by_step[3]["reward"], by_step[6]["reward"]]
+    assert store.metrics(2)["reward"] in (pytest.approx(both[1]), pytest.approx(sum(both) / 2))
+    table = pd.read_parquet(Path(seen.trainer.args.output_dir) / "completions" / "completions_00007.parquet")
+    assert set(table["version"]) == {4}
+
+
+def test_versions_survive_in_the_run_directory(seen: Seen) -> None:
+    store = seen.trainer.native.store
+    assert store.archive == Path(seen.trainer.args.output_dir) / "native"
+    assert [version.step for version in store.list()] == [0, 2, 4, 6]
+    for version in store.list():
+        store.verify(version.number)
+        assert store.where(version.number) >= {"archive", "state"}
+
+
+def test_backend_answers_in_trl_form(seen: Seen) -> None:
+    """A row near the model's limit gets the tokens that are left, as in stock TRL; the others get all of theirs."""
+    trainer = seen.trainer
+    prompts = [[70, 71], [80] * 126, [90, 91, 92]]
+    backend: Backend = trainer.vllm_generation
+    prompt_ids, completion_ids, logprobs, tokens = backend.generate(prompts, None, 1)
+    assert prompt_ids == prompts
+    assert len(completion_ids[1]) <= 2 < len(completion_ids[0])
+    for ids, rows, named in zip(completion_ids, logprobs, tokens, strict=True):
+        assert named == [[token] for token in ids]
+        assert all(row[0] is not None and math.isfinite(row[0]) and row[0] <= 0 for row in rows)
+    assert backend.llm.llm_engine.model_config.max_model_len == 128
+    with pytest.raises(ConfigError, match="images"):
+        backend.generate([[70]], [["picture"]], 1)
+
+
+def test_publishing_twice_makes_one_version(seen: Seen) -> None:
+    """Also when the weights moved without an optimizer step, the version published is theirs."""
+    trainer = seen.trainer
+    first = trainer.publish()
+    assert trainer.publish() == first
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.requires_grad).add_(0.5)
+    moved = trainer.publish()
+    assert moved.number == first.number + 1
+    assert holds(trainer, moved)
+
+
+def test_checkpoints_and_resuming(seen: Seen, llama_dir: Path) -> None:
+    """TRL's checkpoint holds the adapter; a trainer resumed from it publishes those weights under a new number."""
+    folder = Path(seen.trainer.args.output_dir)
+    saved = load_file(folder / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
+    known = [version.number for version in seen.trainer.native.store.list()]
+    seen.trainer.close()
+    args = arguments(folder, max_steps=STEPS + 2)
+    trainer = native_trainer(str(llama_dir), args, peft_config=LoraConfig(**LORA))
+    resumed = Seen(trainer, base_digest(trainer))
+    started: list[dict[str, torch.Tensor]] = []
+    generate = trainer.native.generate
+
+    def noting(*call: Any) -> Any:
+        started.append(adapter_weights(trainer.model))
+        return generate(*call)
+
+    trainer.native.generate = noting  # type: ignore[method-assign]
+    try:
+        watch(resumed)
+        trainer.train(resume_from_checkpoint=True)
+        assert resumed.sampled == [(STEPS, known[-1] + 1, True)]
+        weights = {name.replace(".default", ""): tensor for name, tensor in started[0].items()}
+        assert saved.keys() == weights.keys()
+        assert all(torch.equal(saved[name], weights[name].cpu()) for name in saved)
+    finally:
+        trainer.close()
+
+
+REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no vLLM": ({"use_vllm": False}, "use_vllm=True"),
+    "server": ({"vllm_mode": "server"}, "colocate"),
+    "tensor parallel": ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2"),
+    "sleep": ({"vllm_enable_sleep_mode": True}, "level 2"),
+    "other model code": ({"vllm_model_impl": "transformers"}, "vllm_model_impl"),
+    "structured outputs": ({"vllm_structured_outputs_regex": "[0-9]+"}, "reward function"),
+    "continuous batching": ({"use_transformers_continuous_batching": True}, "come from vLLM"),
+    "repetition penalty": ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+    "unknown sampling": ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "logit_bias"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_ARGUMENTS)
+def test_refused_arguments(name: str, llama_dir: Path, tmp_path: Path) -> None:
+    changes, message = REFUSED_ARGUMENTS[name]
+    with pytest.raises(ConfigError, match=message):
+        native_trainer(str(llama_dir), arguments(tmp_path, **changes), peft_config=LoraConfig(**LORA))
+
+
+REFUSED_ADAPTERS: dict[str, tuple[Any, str]] = {
+    "none": (None, "full fine-tuning"),
+    "dora": (LoraConfig(**LORA, use_dora=True), "use_dora"),
+    "modules_to_save": (LoraConfig(**LORA, modules_to_save=["embed_tokens"]), "modules_to_save"),
+    "target_parameters": (
+        LoraConfig(r=8, target_modules=["q_proj"], target_parameters=["self_attn.v_proj.weight"]),
+        "target_parameters",
+    ),
+    "prompt learning": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PromptTuningConfig"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_ADAPTERS)
+def test_refused_adapters(name: str, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before an engine is started."""
+    peft_config, message = REFUSED_ADAPTERS[name]
+    monkeypatch.setattr("lora_grpo.integrations.trl.VLLMEngine", None)
+    with pytest.raises((ConfigError, UnsupportedAdapter), match=message) as caught:
+        native_trainer(str(llama_dir), arguments(tmp_path), peft_config=peft_config)
+    assert isinstance(caught.value, LoraGrpoError)
+
+
+def test_several_adapters_are_refused(llama_dir: Path, tmp_path: Path) -> None:
+    model = get_peft_model(load_model(llama_dir), LoraConfig(**LORA))
+    model.add_adapter("second", LoraConfig(**LORA))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(UnsupportedAdapter, match="exactly one"):
+        native_trainer(model, arguments(tmp_path, beta=0.0))
+
+
+def test_a_model_without_a_checkpoint_is_refused(llama_dir: Path, tmp_path: Path) -> None:
+    model = get_peft_model(load_model(llama_dir), LoraConfig(**LORA))
+    model.base_model.model.config._name_or_path = model.base_model.model.name_or_path = ""
+    with pytest.raises(ConfigError, match="checkpoint"):
+        native_trainer(model, arguments(tmp_path, beta=0.0), processing_class=None)
+
+
+@pytest.mark.parametrize("release", ["1.15.2", "1.17.0", "2.0.0", None])
+def test_other_releases_of_trl_are_refused(release: str | None) -> None:
+    with pytest.raises(UnsupportedVersion, match=r"trl>=1\.16,<1\.17"):
+        check_release(release)
+
+
+def test_stock_trl_is_left_as_it_was(seen: Seen) -> None:
+    """The stand-in is there only while our trainer is built."""
+    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.trainer import grpo_trainer
+
+    assert grpo_trainer.VLLMGeneration is VLLMGeneration
