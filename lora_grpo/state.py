@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from lora_grpo.adapters.peft_format import LoraModule
-from lora_grpo.errors import StoreCorrupt
+from lora_grpo.errors import ConfigError, StoreCorrupt
 
 TENSORS_FILE = "state.safetensors"
 META_FILE = "state.json"
@@ -54,7 +54,7 @@ def read_state(files: Mapping[str, Path]) -> TrainerState:
 def capture_state(
     modules: list[LoraModule], optimizer: torch.optim.Optimizer | None, scheduler: Any, extra: Mapping[str, Any]
 ) -> TrainerState:
-    """Copy a trainer's state to the CPU. `extra` is the caller's own, JSON."""
+    """Copy a trainer's state to the CPU. `extra` is the caller's own, JSON; `ConfigError` for what is none."""
     tensors = {name: _copied(parameter) for name, parameter in _weights(modules)}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -75,7 +75,13 @@ def capture_state(
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "extra": dict(extra),
     }
-    return TrainerState(tensors, json.loads(json.dumps(meta)))
+    try:
+        return TrainerState(tensors, json.loads(json.dumps(meta)))
+    except TypeError as error:
+        raise ConfigError(
+            f"the state of {type(optimizer).__name__}, {type(scheduler).__name__} or extra= holds more than tensors, "
+            f"numbers and text, and nothing is pickled here: {error}"
+        ) from error
 
 
 def check_state(state: TrainerState, modules: list[LoraModule]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +30,7 @@ from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter, Uns
 from lora_grpo.integrations.trl import NativeGRPOTrainer  # noqa: E402
 from lora_grpo.integrations.trl_internals import Backend, check_release  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
-from tests.tiny_models import load_model  # noqa: E402
+from tests.tiny_models import load_model, tiny_tokenizer  # noqa: E402
 
 pytestmark = [
     pytest.mark.vllm,
@@ -209,8 +211,7 @@ def test_provenance(seen: Seen) -> None:
     for step, number in ((1, 1), (5, 3), (7, 4)):
         assert store.metrics(number)["reward"] == pytest.approx(by_step[step]["reward"])
         assert store.metrics(number)["rewards/even/mean"] == pytest.approx(by_step[step]["rewards/even/mean"])
-    both = [by_step[3]["reward"], by_step[6]["reward"]]
-    assert store.metrics(2)["reward"] in (pytest.approx(both[1]), pytest.approx(sum(both) / 2))
+    assert store.metrics(2)["reward"] == pytest.approx((by_step[3]["reward"] + by_step[6]["reward"]) / 2)
     table = pd.read_parquet(Path(seen.trainer.args.output_dir) / "completions" / "completions_00007.parquet")
     assert set(table["version"]) == {4}
 
@@ -300,6 +301,18 @@ def test_refused_arguments(name: str, llama_dir: Path, tmp_path: Path) -> None:
         native_trainer(str(llama_dir), arguments(tmp_path, **changes), peft_config=LoraConfig(**LORA))
 
 
+class TwoProcesses(trl.GRPOConfig):  # type: ignore[misc]
+    """What torchrun with two processes makes of the arguments."""
+
+    world_size = 2
+
+
+def test_several_processes_are_refused(llama_dir: Path, tmp_path: Path) -> None:
+    args = TwoProcesses(str(tmp_path), use_vllm=True, vllm_mode="colocate", report_to="none", bf16=False)
+    with pytest.raises(ConfigError, match="world_size=2"):
+        native_trainer(str(llama_dir), args, peft_config=LoraConfig(**LORA))
+
+
 REFUSED_ADAPTERS: dict[str, tuple[Any, str]] = {
     "none": (None, "full fine-tuning"),
     "dora": (LoraConfig(**LORA, use_dora=True), "use_dora"),
@@ -334,13 +347,36 @@ def test_a_model_without_a_checkpoint_is_refused(llama_dir: Path, tmp_path: Path
     model = get_peft_model(load_model(llama_dir), LoraConfig(**LORA))
     model.base_model.model.config._name_or_path = model.base_model.model.name_or_path = ""
     with pytest.raises(ConfigError, match="checkpoint"):
-        native_trainer(model, arguments(tmp_path, beta=0.0), processing_class=None)
+        native_trainer(model, arguments(tmp_path, beta=0.0), processing_class=tiny_tokenizer())
 
 
 @pytest.mark.parametrize("release", ["1.15.2", "1.17.0", "2.0.0", None])
 def test_other_releases_of_trl_are_refused(release: str | None) -> None:
     with pytest.raises(UnsupportedVersion, match=r"trl>=1\.16,<1\.17"):
         check_release(release)
+
+
+def test_without_trl_the_rest_works() -> None:
+    """Only our TRL room needs it, and says so."""
+    code = """
+import importlib.metadata, sys
+stock = importlib.metadata.version
+def version(name):
+    if name == "trl":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return stock(name)
+importlib.metadata.version = version
+sys.modules["trl"] = None
+import lora_grpo, lora_grpo.integrations.callback
+lora_grpo.GRPOTrainer, lora_grpo.VLLMEngine
+from lora_grpo.errors import UnsupportedVersion
+try:
+    import lora_grpo.integrations.trl
+except UnsupportedVersion as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "install lora-grpo[trl]" in done.stdout
 
 
 def test_stock_trl_is_left_as_it_was(seen: Seen) -> None:

@@ -46,8 +46,6 @@ class AdapterFile:
     dtype: str
     mapped: memoryview
     """The whole tensors file, of which `payload` is the end. The mapping is private and outlives the file."""
-    payload_digest: bytes
-    """xxh3_128 of the payload as it was opened, before anybody who could write to the mapping had it."""
     checksum: bytes
     """xxh3_128 of the payload when it was opened; an engine may share the mapping's memory and write to it."""
 

@@ -92,6 +92,8 @@ class ServingForm:
         self.modules = lora_modules(model, adapter)
         if not self.modules:
             raise UnsupportedAdapter(f"adapter {adapter!r} adapts no linear layer; check LoraConfig.target_modules")
+        self._a_linears = [module.layer.lora_A[adapter] for module in self.modules]
+        self._b_linears = [module.layer.lora_B[adapter] for module in self.modules]
         self.config_bytes = _config_bytes(peft_model_of(model), adapter, self.modules)
         self.names = [name for name, _ in self._named_parameters()]
         self.shapes = [tuple(parameter.shape) for _, parameter in self._named_parameters()]
@@ -122,13 +124,18 @@ class ServingForm:
 
     @torch.no_grad()
     def _fill(self) -> None:
-        a_tensors = [_whole(module.a_RI) for module in self.modules]
-        b_tensors = [_whole(module.b_OR) for module in self.modules]
+        a_views, b_views = self._views[0::2], self._views[1::2]
         scalings = [module.scaling for module in self.modules]
-        if any(scaling != 1.0 for scaling in scalings):
-            b_tensors = list(torch._foreach_mul([b.float() for b in b_tensors], scalings))
-        sources = [tensor for pair in zip(a_tensors, b_tensors, strict=True) for tensor in pair]
-        torch._foreach_copy_(self._views, sources)
+        torch._foreach_copy_(a_views, [_whole(linear.weight) for linear in self._a_linears])
+        b_tensors = [_whole(linear.weight) for linear in self._b_linears]
+        if all(scaling == 1.0 for scaling in scalings):
+            torch._foreach_copy_(b_views, b_tensors)
+        elif self._flat.device.type == "cpu":
+            # A third of the time of the fused call, which on the CPU is a loop over fresh fp32 tensors.
+            for view, b, scaling in zip(b_views, b_tensors, scalings, strict=True):
+                torch.mul(b.float(), scaling, out=view)
+        else:
+            torch._foreach_copy_(b_views, torch._foreach_mul([b.float() for b in b_tensors], scalings))
 
     def _require_finite(self) -> None:
         if all_finite(self._flat):
@@ -151,7 +158,7 @@ class ServingForm:
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
     """The full tensor of a parameter that FSDP2 may have sharded."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @torch.no_grad()

@@ -140,7 +140,14 @@ class AdapterStore(StoreView):
             if not self._catalog.on_tmpfs(number):
                 raise UnknownVersion(self._catalog.why_not_on_tmpfs(number))
             session.journal.append("promote", number)
-            link_head(session.root, number)
+            try:
+                link_head(session.root, number)
+            except BaseException:
+                # Where the tmpfs goes, the journal's last promotion is HEAD: it must not name one that failed.
+                stayed = self._catalog.head_number()
+                if stayed is not None and stayed != number:
+                    session.journal.append("promote", stayed)
+                raise
 
     def record(self, version: int | AdapterVersion, **metrics: float | int | str | bool | None) -> None:
         """Record what was learned about a version, beside it; a name recorded before is overwritten.

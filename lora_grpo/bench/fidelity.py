@@ -168,6 +168,7 @@ def verdict(row: TruthRow) -> str | None:
     if row.passed:
         return None
     return (
-        f"{row.strategy} serves another policy than it claims on {row.shape}: log-probs differ from the fp32 reference by "
-        f"{row.error_nats:.4f} nats a token, where bf16 alone makes {row.noise_nats:.4f} and the adapter {row.signal_nats:.3f}"
+        f"{row.strategy} serves another policy than it claims on {row.shape}: log-probs differ from the fp32 reference "
+        f"by {row.error_nats:.4f} nats a token, where bf16 alone makes {row.noise_nats:.4f} and the adapter "
+        f"{row.signal_nats:.3f}"
     )

@@ -1,4 +1,4 @@
-"""The machine and the model, looked at before anything is measured; done in a worker, so that the parent stays light."""
+"""The machine and the model, looked at in a worker before anything is measured: the parent stays light."""
 
 from __future__ import annotations
 

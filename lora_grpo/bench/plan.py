@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -47,7 +48,8 @@ class Cell:
     """One piece of measuring: `work` ("room:function") is done by `subjects` in the given order of their indices.
 
     (0, 1, 1, 0) has a drifting machine favour neither. `warm` arguments, if any, are for a round before those, thrown
-    away. `table` is where its rows belong, `labels` are columns of them. `fresh` subjects start in new processes and end with the cell; others may live on into the next.
+    away. `table` is where its rows belong, `labels` are columns of them.
+    `fresh` subjects start in new processes and end with the cell; others may live on into the next.
     """
 
     key: str
@@ -64,6 +66,6 @@ class Cell:
 ABBA = (0, 1, 1, 0)
 
 
-def results_of(cell: dict[str, Any], strategy: str) -> list[Any]:
+def results_of(cell: Mapping[str, Any], strategy: str) -> list[Any]:
     """What the rounds of one strategy returned, in order."""
     return [done["result"] for done in cell["rounds"] if done["strategy"] == strategy]

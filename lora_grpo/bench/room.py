@@ -52,8 +52,8 @@ def engine_share(part: str, settings: Settings, model: Mapping[str, int], memory
     if share * memory["total"] < base + _ENGINE:
         raise ConfigError(
             f"bench {part} with {settings.label} leaves each engine {max(0.0, left) / workers / _GIB:.1f} GiB of the "
-            f"{memory['free'] / _GIB:.1f} GiB free on {settings.device}, and it needs {(base + _ENGINE) / _GIB:.1f}; use "
-            "a smaller --shape or free the GPU"
+            f"{memory['free'] / _GIB:.1f} GiB free on {settings.device}, and it needs {(base + _ENGINE) / _GIB:.1f}; "
+            "use a smaller --shape or free the GPU"
         )
     return round(share, 3)
 

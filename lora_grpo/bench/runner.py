@@ -1,4 +1,4 @@
-"""Runs cells: starts what each needs, keeps alive what the next can use, and keeps every result the moment it is there."""
+"""Runs cells: starts what each needs, keeps alive what the next can use, keeps every result the moment it is there."""
 
 from __future__ import annotations
 

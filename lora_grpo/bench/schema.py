@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_grpo.bench.strategies import STRATEGIES
 from lora_grpo.config import Section
@@ -43,9 +43,11 @@ class Settings(Section):
     sweep_ranks: tuple[int, ...] = Field((8, 64), description="sync: further ranks")
     sweep_targets: tuple[str, ...] = Field(("attention",), description="sync: further targets")
     sweep_strategies: tuple[str, ...] = Field(("merge-trl",), description="sync: what is swept beside native")
-    rows: tuple[int, ...] = Field((1, 8, 32), min_length=1, description="decode: batch sizes; step: the first")
+    rows: tuple[int, ...] = Field((1, 8, 32), min_length=1, description="decode: batch sizes")
     prompt_tokens: int = Field(32, ge=1, description="decode, step: tokens a prompt")
-    lengths: tuple[int, ...] = Field((16, 48), min_length=1, description="decode: completion tokens; step: the first")
+    lengths: tuple[int, ...] = Field((16, 48), min_length=1, description="decode: completion tokens")
+    step_rows: int = Field(8, ge=2, description="step: completions a step")
+    step_tokens: int = Field(32, ge=1, description="step: tokens a completion")
     group: int = Field(4, ge=2, description="step: completions a prompt")
     learning_rates: tuple[float, ...] = Field((1e-6, 1e-5, 1e-4), description="fidelity: of the update served")
     updates: tuple[int, ...] = Field((1, 100), description="fidelity: optimizer steps that the update stands for")
@@ -53,6 +55,15 @@ class Settings(Section):
     drift_strategies: tuple[str, ...] = Field(
         ("native", "merge-trl", "merge-out-of-place", "merge-fold"), description="fidelity: whose drift"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        if self.step_rows % self.group:
+            raise ValueError(f"step_rows={self.step_rows} must be a multiple of group={self.group}")
+        longest = self.prompt_tokens + max(*self.lengths, self.step_tokens)
+        if longest > self.max_model_len:
+            raise ValueError(f"prompt and completion reach {longest} tokens, above max_model_len={self.max_model_len}")
+        return self
 
     @property
     def label(self) -> str:
@@ -65,10 +76,6 @@ class Settings(Section):
         wanted = [(rank, self.targets) for rank in self.sweep_ranks]
         wanted += [(self.rank, targets) for targets in self.sweep_targets]
         return tuple(pair for pair in wanted if pair != (self.rank, self.targets))
-
-    @property
-    def largest_rank(self) -> int:
-        return max(self.rank, *self.sweep_ranks, self.rank)
 
 
 class Row(BaseModel):

@@ -1,4 +1,4 @@
-"""Models with the shapes of released ones and random weights, made on the spot: a sync costs the same whatever the values.
+"""Models with the shapes of released ones and random weights: a sync costs the same whatever the values.
 
 Weights are scaled so that activations stay of order one and next-token distributions are far from uniform: a log-prob
 then depends on every weight, and a wrong policy shows.

@@ -19,10 +19,10 @@ PHASES = ("generate", "train", "sync")
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy."""
     size = {
-        "rows": settings.rows[0],
+        "rows": settings.step_rows,
         "prompt_tokens": settings.prompt_tokens,
-        "length": settings.lengths[0],
-        "group": min(settings.group, settings.rows[0]),
+        "length": settings.step_tokens,
+        "group": settings.group,
     }
     return [
         Cell(
@@ -35,9 +35,9 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
             warm={**size, "steps": 1},
             labels={
                 "shape": settings.label,
-                "rows": settings.rows[0],
+                "rows": settings.step_rows,
                 "prompt_tokens": settings.prompt_tokens,
-                "completion_tokens": settings.lengths[0],
+                "completion_tokens": settings.step_tokens,
             },
         )
         for strategy in settings.strategies

@@ -103,8 +103,8 @@ class Suite:
             adapter_s = floor_seconds(dict.fromkeys(channels, adapter), self.bandwidth)
             whole_s = floor_seconds({"host_copy" if device == "cpu" else "device_copy": whole}, self.bandwidth)
             lines[settings.label] = (
-                f"{model['parameters'] / 1e6:.0f} M parameters, {whole / 1e6:.0f} MB in bf16 (floor {1e3 * whole_s:.1f} ms); "
-                f"adapter r={settings.rank} all-linear {adapter / 1e6:.1f} MB (floor {1e3 * adapter_s:.2f} ms)"
+                f"{model['parameters'] / 1e6:.0f} M parameters, {whole / 1e6:.0f} MB in bf16 "
+                f"(floor {1e3 * whole_s:.1f} ms); adapter r={settings.rank} all-linear {adapter / 1e6:.1f} MB (floor {1e3 * adapter_s:.2f} ms)"
             )
         return lines
 

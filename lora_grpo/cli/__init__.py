@@ -3,7 +3,8 @@
 A command is a function in the file of its subject, and an entry in `COMMANDS`. Commands import what they run inside the
 function, so that `lora-grpo --help` loads neither torch nor vllm.
 
-Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of usage, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of
+usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from lora_grpo.cli.compare import compare
+from lora_grpo.cli.bench import bench
 from lora_grpo.cli.demo import demo
 from lora_grpo.cli.diff import diff
 from lora_grpo.cli.evaluate import evaluate
@@ -43,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "diff": diff,
     "compare": compare,
     "export": export,
+    "bench": bench,
     "demo": demo,
 }
 

@@ -57,6 +57,6 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "version": f"v{row['version']}",
         "": "ok" if row["ok"] else "DAMAGED",
-        "where": ", ".join(row.get("where", [])),
+        "where": ", ".join(row["where"]),
         "found": row["found"],
     }

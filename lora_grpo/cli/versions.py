@@ -111,7 +111,7 @@ def _returned(entry: dict[str, Any]) -> str:
 def age(seconds: float) -> str:
     """A duration in its two largest units: 45s, 12m 3s, 5h 2m, 3d 4h."""
     left = max(0, round(seconds))
-    parts = []
+    parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         count, left = divmod(left, size)
         if count or parts or unit == "s":

@@ -287,9 +287,14 @@ class VLLMEngine:
 
     @contextmanager
     def _boundary(self, doing: str, *, forget: int | None = None) -> Iterator[None]:
-        """The one place where vLLM's exceptions are caught: cleaned up after, and raised as ours."""
+        """The one place where vLLM's exceptions are caught: cleaned up after, and raised as ours.
+
+        vLLM draws from torch's global generators; a trainer in this process finds them as it left them.
+        """
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         try:
-            yield
+            with torch.random.fork_rng(devices):
+                yield
         except BaseException as error:
             compat.abort_everything(self._llm)
             if forget is not None:

@@ -183,7 +183,7 @@ def _unpacked(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    layers = importlib.import_module("vllm.model_executor.layers.utils")
+    layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
     stock = layers.dispatch_cpu_unquantized_gemm
 
     def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:

@@ -16,6 +16,8 @@ from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Group, Prompt, Sampling
 
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 class PublishAdapter(TrainerCallback):
     """Publishes the adapter when training begins, after every `every`-th optimizer step, and when it ends.
@@ -33,6 +35,8 @@ class PublishAdapter(TrainerCallback):
         """
         if every < 1:
             raise ConfigError(f"every={every} must be at least 1 optimizer step")
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
         self.store, self.every = store, every
         self.engine: Engine = Elsewhere(dtype) if engine is None else engine
         self.sync: NativeSync | None = None

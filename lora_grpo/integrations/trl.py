@@ -48,8 +48,7 @@ class NativeRollouts:
         self._moved = False
         self._calls = (-1, 0)
         self._generations = 0
-        self._earned: dict[str, tuple[float, int]] = {}
-        self._earned_by = 0
+        self._earned: dict[tuple[int, str], tuple[float, int]] = {}
 
     @property
     def max_model_len(self) -> int:
@@ -105,16 +104,14 @@ class NativeRollouts:
     def record(self, rewards_BF: Any, names: Sequence[str], weights: Any, *, training: bool) -> dict[str, float]:
         """Keep mean rewards with the version that earned them (`eval/` outside training); returns what to log."""
         prefix, number = "" if training else "eval/", self.sampled
-        if number != self._earned_by:
-            self._earned, self._earned_by = {}, number
         totals_B = (rewards_BF * weights.to(rewards_BF.device)).nansum(dim=1)
         columns = {"reward": totals_B[~rewards_BF.isnan().all(dim=1)]}
         columns |= {f"rewards/{name}/mean": rewards_BF[:, i] for i, name in enumerate(names)}
         found: dict[str, float] = {}
         for name, values in columns.items():
-            total, count = self._earned.get(prefix + name, (0.0, 0))
+            total, count = self._earned.get((number, prefix + name), (0.0, 0))
             total, count = total + float(values.nansum()), count + int((~values.isnan()).sum())
-            self._earned[prefix + name] = (total, count)
+            self._earned[number, prefix + name] = (total, count)
             if count:
                 found[prefix + name] = total / count
         self.store.record(number, **found)

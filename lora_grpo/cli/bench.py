@@ -1,0 +1,173 @@
+"""`lora-grpo bench PART`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_grpo.cli.output import print_json, print_table, say, say_error
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.runner import Progress
+    from lora_grpo.bench.schema import Document
+    from lora_grpo.bench.suite import Suite
+
+
+def bench(
+    part: Annotated[
+        str,
+        typer.Argument(metavar="PART", help="sync, memory, decode, fidelity, step, rollback, all; or report."),
+    ],
+    shape: Annotated[
+        str | None,
+        typer.Option(help="A model of this shape with random weights: tiny, qwen2.5-0.5b, -1.5b, -7b, llama-3.1-8b."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A hub name or directory, in place of a shape.")] = None,
+    scenario: Annotated[Path | None, typer.Option(help="A TOML file with settings for each part.")] = None,
+    ranks: Annotated[str | None, typer.Option(help="LoRA ranks, such as 16,8,64; the first is the main one.")] = None,
+    strategies: Annotated[str | None, typer.Option(help="What is compared, such as native,merge-trl.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda:0.")] = None,
+    repeat: Annotated[int | None, typer.Option(min=1, help="Measurements of each strategy.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for JSON, report and plots; a cut-off run resumes.")
+    ] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="Keep models made from shapes here. Default: /dev/shm, for now.")
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="A results.json to compare ratios with; exit 1 outside.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Relative tolerance of --compare.")] = 0.3,
+    readme: Annotated[Path | None, typer.Option(help="With report: put the figures into this file.")] = None,
+) -> None:
+    """Measure native hot-swap against merging: speed, memory, truth.
+
+    The card comes first; progress goes to stderr; the last line of stdout is the result as JSON.
+    Ctrl-C keeps what was measured, and with --out the same command goes on from there.
+    `bench report --out DIR` draws plots and report from DIR/results.json again.
+    """
+    if part == "report":
+        _report(out, readme)
+        return
+    options = _options(shape=shape, model=model, ranks=ranks, strategies=strategies, device=device, repeat=repeat)
+    from lora_grpo.bench.scenario import plan_parts
+
+    parts = plan_parts(part, scenario, options)
+    baseline = None if compare is None else _read(compare)
+    from lora_grpo.bench.suite import Suite
+
+    with Suite(parts, command=_command(), out=out, models=models) as suite:
+        print_table([{"": name, "value": str(value)} for name, value in suite.card.items()], "lora-grpo bench")
+        interrupted = _measure(suite)
+        document = suite.document()
+        suite.finish(document)
+    _show(document, out)
+    held = baseline is None or _compare(document, baseline, tolerance)
+    print_json(document.model_dump(mode="json"))
+    if interrupted:
+        say("stopped; the same command goes on from here" if out else "stopped; with --out a run can be gone on with")
+        raise typer.Exit(130)
+    if document.failures or not held:
+        raise typer.Exit(1)
+
+
+def _measure(suite: Suite) -> bool:
+    """Run to the end or to Ctrl-C; returns whether it was that."""
+    try:
+        with _bar(suite.rounds) as progress:
+            suite.run(progress)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+@contextmanager
+def _bar(rounds: int) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=rounds)
+        yield lambda doing, done: bar.update(task, description=doing, advance=done)
+
+
+def _show(document: Document, out: Path | None) -> None:
+    from lora_grpo.bench.report import findings, write_report
+    from lora_grpo.bench.tables import tables
+
+    for title, lines in tables(document):
+        print_table(lines, title)
+    typer.echo("\n".join(findings(document)))
+    if out is not None:
+        say(f"report and plots: {write_report(document, out)}")
+    for failure in document.failures:
+        say_error(RuntimeError(failure))
+
+
+def _compare(document: Document, baseline: Document, tolerance: float) -> bool:
+    from lora_grpo.bench.compare import compare
+
+    found = compare(document, baseline, tolerance)
+    rows = [
+        {"ratio to native": one.name, "baseline": one.baseline, "now": one.now, "": "" if one.held else "outside"}
+        for one in found
+    ]
+    print_table(rows, f"against the baseline, tolerance {tolerance:.0%}")
+    if not found:
+        say_error(RuntimeError("the baseline shares no ratio with this run: same parts, shape and strategies?"))
+    return bool(found) and all(one.held for one in found)
+
+
+def _report(out: Path | None, readme: Path | None) -> None:
+    from lora_grpo.bench.report import update_readme, write_report
+    from lora_grpo.errors import ConfigError
+
+    if out is None:
+        raise ConfigError("bench report reads a finished run: name it with --out DIR")
+    document = _read(out / "results.json")
+    typer.echo(str(write_report(document, out)))
+    if readme is not None:
+        update_readme(document, readme)
+
+
+def _read(path: Path) -> Document:
+    from pydantic import ValidationError
+
+    from lora_grpo.bench.schema import Document
+    from lora_grpo.errors import ConfigError
+
+    try:
+        return Document.model_validate_json(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"no results at {path}: {error.strerror}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{path} is no result of this suite: {problem['loc']} {problem['msg']}") from error
+
+
+def _options(**given: Any) -> dict[str, Any]:
+    """Settings from options that were given."""
+    options = {name: value for name, value in given.items() if value is not None}
+    if options.get("shape") and options.get("model"):
+        raise typer.BadParameter("give --shape or --model, not both")
+    if "strategies" in options:
+        options["strategies"] = tuple(options["strategies"].split(","))
+    if "ranks" in options:
+        first, *others = _integers(options.pop("ranks"))
+        options |= {"rank": first, "sweep_ranks": tuple(others)}
+    return options
+
+
+def _integers(text: str) -> list[int]:
+    if not all(piece.strip().isdigit() for piece in text.split(",")):
+        raise typer.BadParameter(f"--ranks {text!r} must be whole numbers, such as 8,16,64")
+    return [int(piece) for piece in text.split(",")]
+
+
+def _command() -> str:
+    return shlex.join(["lora-grpo", *sys.argv[1:]])

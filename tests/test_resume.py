@@ -1,0 +1,197 @@
+"""A run that was killed and resumed is the run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_grpo.adapters.rollbacks import RollbackLog, roll_back_stopped
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.errors import ConfigError, StoreLocked
+from lora_grpo.metrics.log import history, read_metrics
+from tests.tiny_run import fake_engine
+from tests.tiny_trainer import CONFIG, moments, same, tiny_trainer, weights
+
+STEPS = 6
+
+
+def run_tiny(base: Path, folder: Path, root: Path, **plan: Any) -> subprocess.Popen[str]:
+    plan = {"engine": "fake", "steps": STEPS, **plan}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.tiny_run", str(base), str(folder), str(root), json.dumps(plan)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return result
+
+
+def killed(process: subprocess.Popen[str]) -> None:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, err
+
+
+def state_at(folder: Path, step: int) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
+    """The trainer's state in the archive of the last version published at `step`: weights, moments, random state."""
+    with AdapterStore(archive=folder, readonly=True) as store:
+        number = max(version.number for version in store.list() if version.step == step)
+        files = store.load_state(number)
+    assert files is not None
+    return load_file(files["state.safetensors"]), json.loads(files["state.json"].read_text())
+
+
+@pytest.mark.vllm
+def test_killed_in_a_step_and_resumed_on_real_vllm(llama_dir: Path, tmp_path: Path, shm_dir: Path) -> None:
+    whole = run_tiny(llama_dir, tmp_path / "whole", shm_dir / "whole", engine="vllm")
+    result = finished(whole)
+    killed(run_tiny(llama_dir, tmp_path / "killed", shm_dir / "killed", engine="vllm", die_in_step=4))
+    resumed = finished(run_tiny(llama_dir, tmp_path / "killed", shm_dir / "killed", engine="vllm", resume=True))
+    assert (resumed["steps"], resumed["rollbacks"]) == (result["steps"], 0) == (STEPS, 0)
+    for step in range(1, STEPS + 1):
+        ours, theirs = state_at(tmp_path / "killed", step), state_at(tmp_path / "whole", step)
+        assert same(ours[0], theirs[0]), f"step {step}"
+        assert ours[1] == theirs[1], f"step {step}"
+    steps = [record for record in history(read_metrics(tmp_path / "killed")) if record["event"] == "step"]
+    assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("reboot", [False, True])
+def test_killed_between_promotion_and_archive(llama_dir: Path, tmp_path: Path, shm_dir: Path, reboot: bool) -> None:
+    """What was not archived is lost with the tmpfs only, and the next start says which."""
+    finished(run_tiny(llama_dir, tmp_path / "whole", shm_dir / "whole"))
+    killed(run_tiny(llama_dir, tmp_path / "killed", shm_dir / "killed", die_at=["archive.copied", 3]))
+    with AdapterStore(archive=tmp_path / "killed", readonly=True) as store:
+        head = store.head
+        assert head is not None
+        assert store.where(3) == {"tmpfs"}
+        published = max(store.numbers)
+    if reboot:
+        shutil.rmtree(shm_dir / "killed")
+    finished(run_tiny(llama_dir, tmp_path / "killed", shm_dir / "killed", resume=True))
+    assert same(state_at(tmp_path / "killed", STEPS)[0], state_at(tmp_path / "whole", STEPS)[0])
+    said = " | ".join(record["text"] for record in read_metrics(tmp_path / "killed") if record["event"] == "message")
+    with AdapterStore(archive=tmp_path / "killed", readonly=True) as store:
+        numbers = store.numbers
+        assert len(numbers) == len(set(numbers))
+        for number in numbers:
+            store.verify(number)
+        assert (3 in numbers) is not reboot
+    assert max(numbers) > published
+    assert ("lost before they reached the archive: versions 3" in said) is reboot
+    assert ("brought to the archive now: versions 3" in said) is not reboot
+
+
+def test_a_second_process_is_told_who_holds_the_run(llama_dir: Path, tmp_path: Path, shm_dir: Path) -> None:
+    run = tmp_path / "run"
+    holding = run_tiny(llama_dir, run, shm_dir / "run", pause=True)
+    try:
+        assert holding.stdout is not None
+        assert holding.stdout.readline() == "step 1\n"
+        with pytest.raises(StoreLocked, match=rf"{run} is open in process {holding.pid} on "):
+            tiny_trainer(llama_dir, fake_engine(llama_dir), run)
+    finally:
+        holding.kill()
+        holding.communicate()
+
+
+def config(steps: int = STEPS) -> Any:
+    return CONFIG.replace(total_steps=steps, vllm_importance_sampling_correction=False)
+
+
+def test_a_rollback_made_while_stopped_is_taken_up(llama_dir: Path, tmp_path: Path, shm_dir: Path) -> None:
+    """The same as rolling back in the running trainer: state of v3, prompts not rewound, other seeds, parent 3."""
+    engine = fake_engine(llama_dir)
+    stopped, live = tmp_path / "stopped", tmp_path / "live"
+    with tiny_trainer(llama_dir, engine, stopped, config(4)) as trainer:
+        trainer.train()
+        position = trainer.sampler.state_dict()
+    with AdapterStore(archive=stopped) as store:
+        assert roll_back_stopped(store, 4).to == 4
+        assert roll_back_stopped(store, "parent").to == 3
+    with tiny_trainer(llama_dir, engine, stopped, config(4)) as trainer:
+        report = trainer.resume()
+        assert report is not None
+        assert (report.version.number, report.weights, trainer.steps_done, trainer.rollbacks) == (3, "exact", 2, 2)
+        assert trainer.sampler.state_dict() == position
+        trainer.train()
+        assert trainer.store.get(6).parent == 3
+    with tiny_trainer(llama_dir, engine, live, config(4)) as trainer:
+        trainer.train()
+        trainer.rollback(4)
+        trainer.rollback("parent")
+        trainer.train()
+    assert same(state_at(stopped, 4)[0], state_at(live, 4)[0])
+
+
+def test_a_rollback_without_state_is_completed_rounded(llama_dir: Path, tmp_path: Path) -> None:
+    engine, run = fake_engine(llama_dir), tmp_path / "run"
+    with tiny_trainer(llama_dir, engine, run, config(4)) as trainer:
+        trainer.train()
+        schedule = trainer.policy.scheduler.state_dict()
+    shutil.rmtree(run / "states" / "000003")
+    with AdapterStore(archive=run) as store:
+        roll_back_stopped(store, 3)
+    with tiny_trainer(llama_dir, engine, run, config(4)) as trainer:
+        report = trainer.resume()
+        assert report is not None
+        assert (report.version.number, report.weights, report.optimizer) == (3, "rounded", "reset")
+        assert trainer.policy.scheduler.state_dict() == schedule
+        assert moments(trainer) == []
+        assert trainer.steps_done == 2
+
+
+def test_killed_in_the_middle_of_a_rollback_is_as_if_it_was_not_asked(llama_dir: Path, tmp_path: Path) -> None:
+    """The intention is written before HEAD moves; a kill in between must not change seeds or prompts."""
+    engine, run = fake_engine(llama_dir), tmp_path / "run"
+    with tiny_trainer(llama_dir, engine, run, config(3)) as trainer:
+        trainer.train()
+        last = weights(trainer)
+        trainer.rollback(2)
+        lines = (run / "rollbacks.jsonl").read_bytes()
+        trainer.rollback(4)
+    with AdapterStore(archive=run) as store:
+        store.promote(4)
+    (run / "rollbacks.jsonl").write_bytes(lines)
+    with tiny_trainer(llama_dir, engine, run, config(3)) as trainer:
+        trainer.resume()
+        assert trainer.rollbacks == 0
+        assert trainer.version.number == 4
+        assert same(weights(trainer), last)
+    assert len(RollbackLog(run)) == 0
+
+
+def test_killed_right_after_the_first_version(llama_dir: Path, tmp_path: Path, shm_dir: Path) -> None:
+    killed(run_tiny(llama_dir, tmp_path / "run", shm_dir / "run", die_in_step=1))
+    result = finished(run_tiny(llama_dir, tmp_path / "run", shm_dir / "run", resume=True, steps=2))
+    assert result["steps"] == 2
+
+
+def test_without_any_state_there_is_nothing_to_resume_exactly(llama_dir: Path, tmp_path: Path) -> None:
+    engine, run = fake_engine(llama_dir), tmp_path / "run"
+    with tiny_trainer(llama_dir, engine, run, config(2)) as trainer:
+        trainer.train()
+    shutil.rmtree(run / "states")
+    with (
+        tiny_trainer(llama_dir, engine, run, config(2)) as trainer,
+        pytest.raises(ConfigError, match="rounded weights"),
+    ):
+        trainer.resume()
