@@ -173,9 +173,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainer", choices=["native", "ours", "stock"], default="native")
     parser.add_argument("--steps", type=int, default=30, help="generations, each with two optimizer updates")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/trl-grpo"))
+    parser.add_argument("--output-dir", type=Path, help="default: a new one under runs/")
     chosen = parser.parse_args()
-    base, folder = ensure_base(), chosen.output_dir / chosen.trainer
+    base = ensure_base()
+    folder = chosen.output_dir or Path("runs") / f"trl-{chosen.trainer}-{time.strftime('%Y%m%d-%H%M%S')}"
     if chosen.trainer == "ours":
         measured = with_ours(base, chosen.steps, folder)
     else:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lora_grpo.adapters.checks import active_adapter, check_rank, check_servable
+from lora_grpo.adapters.digest import digest_buffers
 from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter
 from lora_grpo.adapters.peft_format import ServingForm, clean_name, peft_model_of
 from lora_grpo.adapters.store import AdapterStore
@@ -127,6 +128,16 @@ class NativeSync:
         if state is not None:
             restore_state(state, self._form.modules, self.optimizer, self.scheduler)
         return state is not None
+
+    def adopt(self, version: AdapterVersion) -> bool:
+        """Serve `version` and go on from it, the model being that version already; False when it is another."""
+        if digest_buffers(self._form.files()) != version.digest:
+            return False
+        version = self.store.restore(version)
+        self.engine.load(version)
+        self.store.promote(version)
+        self._lease_loaded()
+        return True
 
     def close(self) -> None:
         """Have the engine forget this store's versions, and let go of their files."""

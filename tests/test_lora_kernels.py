@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.engines.lora_kernels import apply_segments, segments_of
+from lora_grpo.engines.lora_kernels import LayerSlots, Rows, adjoin, segments_of
 
 SLOTS, RANK, IN = 3, 8, 24
 FUSIONS = {"single": (40,), "qkv": (32, 16, 16), "gate_up": (48, 48)}
@@ -19,6 +19,22 @@ BATCHES = {
     "decode": [2, 0, 1, -1],
     "base alone": [-1, -1, -1],
 }
+
+
+def apply_segments(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: Any,
+    b: Any,
+    scale: float,
+    sizes: tuple[int, ...],
+    segments: list[tuple[int, Rows]],
+) -> None:
+    """Both ways: with the A's of a fused layer apart, and in one buffer as they are in an engine."""
+    apart = y.clone()
+    LayerSlots(a, b, sizes).add(apart, x, scale, segments)
+    LayerSlots(adjoin(a), b, sizes).add(y, x, scale, segments)
+    torch.testing.assert_close(y, apart)
 
 
 def stacks(sizes: tuple[int, ...], dtype: torch.dtype, ranks: tuple[int, ...] = (RANK,) * SLOTS) -> tuple[Any, Any]:

@@ -32,7 +32,7 @@ def test_trl_learns_on_our_path(tmp_path: Path) -> None:
     measured = run_example(tmp_path)
     assert measured["accuracy_before"] < 0.55
     assert measured["accuracy_after"] > 0.95
-    with AdapterStore(archive=tmp_path / "native" / "native", readonly=True) as store:
+    with AdapterStore(archive=tmp_path / "native", readonly=True) as store:
         versions = store.list()
         assert [version.parent for version in versions] == [None, *(version.number for version in versions[:-1])]
         assert len(versions) == measured["steps"] + 1

@@ -19,6 +19,7 @@ trl = pytest.importorskip("trl")
 import pandas as pd  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, PromptTuningConfig, get_peft_model  # noqa: E402
+from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
 from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
@@ -26,8 +27,8 @@ from transformers import TrainerCallback  # noqa: E402
 from lora_grpo.adapters.digest import digest_buffers  # noqa: E402
 from lora_grpo.adapters.peft_format import ServingForm  # noqa: E402
 from lora_grpo.engines import compat  # noqa: E402
-from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter, UnsupportedVersion  # noqa: E402
-from lora_grpo.integrations.trl import NativeGRPOTrainer  # noqa: E402
+from lora_grpo.errors import ConfigError, DeliveryError, LoraGrpoError, UnsupportedAdapter, UnsupportedVersion  # noqa: E402
+from lora_grpo.integrations.trl import CANARY_EVERY, NativeGRPOTrainer  # noqa: E402
 from lora_grpo.integrations.trl_internals import Backend, check_release  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
 from tests.tiny_models import load_model, tiny_tokenizer  # noqa: E402
@@ -70,6 +71,9 @@ def arguments(folder: Path, **changes: Any) -> Any:
         "log_completions": True,
         "num_completions_to_print": 1,
         "save_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "per_device_eval_batch_size": 8,
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
@@ -78,8 +82,12 @@ def arguments(folder: Path, **changes: Any) -> Any:
 
 
 def native_trainer(model: Any, args: Any, **others: Any) -> NativeGRPOTrainer:
-    data = Dataset.from_dict({"prompt": ["ab", "hello", "x y", "12+34="] * 4})
-    return NativeGRPOTrainer(model=model, reward_funcs=even, args=args, train_dataset=data, **others)
+    train, held_out = (
+        Dataset.from_dict({"prompt": rows}) for rows in (["ab", "hello", "x y", "12+34="] * 4, ["a", "b"])
+    )
+    return NativeGRPOTrainer(
+        model=model, reward_funcs=even, args=args, train_dataset=train, eval_dataset=held_out, **others
+    )
 
 
 @dataclass
@@ -156,6 +164,7 @@ def seen(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BaseTuner, "merge_adapter", refuse)
         patch.setattr(BaseTuner, "unmerge_adapter", refuse)
+        patch.setattr(LoraLinear, "merge", refuse)
         back = BackAtStep()
         trainer = native_trainer(
             str(llama_dir),
@@ -166,13 +175,26 @@ def seen(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         back.seen = result = Seen(trainer, base_digest(trainer))
         watch(result)
         trainer.train()
+        del trainer.native.engine.generate
         yield result
         trainer.close()
 
 
 def test_every_rollout_is_made_by_the_version_that_holds_the_weights(seen: Seen) -> None:
-    """One version a generation; after the rollback at step 5, mid-generation, the next is made by version 2 itself."""
-    assert seen.sampled == [(0, 1, True), (2, 2, True), (4, 3, True), (5, 2, True), (6, 4, True)]
+    """One version a generation; after the rollback at step 5, mid-generation, the next is made by version 2 itself.
+
+    The evaluations after steps 4 and 8 use the version of their weights: the first is the next generation's too.
+    """
+    assert [(step, number) for step, number, _ in seen.sampled] == [
+        (0, 1),
+        (2, 2),
+        (4, 3),
+        (4, 3),
+        (5, 2),
+        (6, 4),
+        (8, 5),
+    ]
+    assert all(held for _, _, held in seen.sampled)
 
 
 def test_the_base_never_changes(seen: Seen) -> None:
@@ -212,6 +234,8 @@ def test_provenance(seen: Seen) -> None:
         assert store.metrics(number)["reward"] == pytest.approx(by_step[step]["reward"])
         assert store.metrics(number)["rewards/even/mean"] == pytest.approx(by_step[step]["rewards/even/mean"])
     assert store.metrics(2)["reward"] == pytest.approx((by_step[3]["reward"] + by_step[6]["reward"]) / 2)
+    evaluated = [entry["eval_reward"] for entry in seen.trainer.state.log_history if "eval_reward" in entry]
+    assert [store.metrics(number)["eval/reward"] for number in (3, 5)] == pytest.approx(evaluated)
     table = pd.read_parquet(Path(seen.trainer.args.output_dir) / "completions" / "completions_00007.parquet")
     assert set(table["version"]) == {4}
 
@@ -219,7 +243,7 @@ def test_provenance(seen: Seen) -> None:
 def test_versions_survive_in_the_run_directory(seen: Seen) -> None:
     store = seen.trainer.native.store
     assert store.archive == Path(seen.trainer.args.output_dir) / "native"
-    assert [version.step for version in store.list()] == [0, 2, 4, 6]
+    assert [version.step for version in store.list()] == [0, 2, 4, 6, 8]
     for version in store.list():
         store.verify(version.number)
         assert store.where(version.number) >= {"archive", "state"}
@@ -239,6 +263,27 @@ def test_backend_answers_in_trl_form(seen: Seen) -> None:
     assert backend.llm.llm_engine.model_config.max_model_len == 128
     with pytest.raises(ConfigError, match="images"):
         backend.generate([[70]], [["picture"]], 1)
+
+
+def test_the_canary_catches_weights_that_were_not_published(seen: Seen) -> None:
+    trainer = seen.trainer
+    trainer.publish()
+    kept = adapter_weights(trainer.model)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if name in kept:
+                parameter.add_(torch.randn_like(parameter))
+
+    def until_due() -> None:
+        for _ in range(CANARY_EVERY):
+            trainer.native.generate([[70, 71], [80, 81]], STEPS)
+
+    with pytest.raises(DeliveryError):
+        until_due()
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if name in kept:
+                parameter.copy_(kept[name])
 
 
 def test_publishing_twice_makes_one_version(seen: Seen) -> None:
@@ -273,10 +318,48 @@ def test_checkpoints_and_resuming(seen: Seen, llama_dir: Path) -> None:
     try:
         watch(resumed)
         trainer.train(resume_from_checkpoint=True)
-        assert resumed.sampled == [(STEPS, known[-1] + 1, True)]
+        assert resumed.sampled == [(STEPS, known[-1] + 1, True), (STEPS + 2, known[-1] + 2, True)]
         weights = {name.replace(".default", ""): tensor for name, tensor in started[0].items()}
         assert saved.keys() == weights.keys()
         assert all(torch.equal(saved[name], weights[name].cpu()) for name in saved)
+    finally:
+        trainer.close()
+
+
+def test_a_rollout_function_on_trls_own_defaults(llama_dir: Path, tmp_path: Path) -> None:
+    """bf16 autocast, gradient checkpointing, TRL's dtype; the user's function samples through the stand-in."""
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        ids = trainer.processing_class(prompts)["input_ids"]
+        prompt_ids, completion_ids, logprobs, _ = trainer.vllm_generation.generate(ids, None, trainer.num_generations)
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            "logprobs": [[row[0] for row in rows] for rows in logprobs],
+        }
+
+    args = arguments(tmp_path, max_steps=4, bf16=True, gradient_checkpointing=True, model_init_kwargs=None, beta=0.0)
+    trainer = native_trainer(str(llama_dir), args, peft_config=LoraConfig(**LORA), rollout_func=rollout)
+    try:
+        result = Seen(trainer, base_digest(trainer))
+        watch(result)
+        trainer.train()
+        assert [(step, number) for step, number, _ in result.sampled] == [(0, 1), (2, 2), (4, 3)]
+        assert all(held for _, _, held in result.sampled)
+        assert base_digest(trainer) == result.base_before
+    finally:
+        trainer.close()
+
+
+def test_a_directory_that_holds_a_run_is_not_trained_over(seen: Seen, llama_dir: Path) -> None:
+    """Else versions of two runs would be each other's parents."""
+    seen.trainer.close()
+    trainer = native_trainer(
+        str(llama_dir), arguments(Path(seen.trainer.args.output_dir)), peft_config=LoraConfig(**LORA)
+    )
+    try:
+        with pytest.raises(ConfigError, match="holds a run at v"):
+            trainer.train()
     finally:
         trainer.close()
 

@@ -155,6 +155,7 @@ class Opening:
         self.journal = Journal(places.journal, sync=places.run is None and on_disk)
         self.catalog = Catalog(self.root, self.archive, self.journal)
         self._leftovers: list[str] = []
+        self._unborn: set[str] = set()
         self._damaged: set[int] = set()
 
     def prepare(self) -> Numbering:
@@ -164,6 +165,7 @@ class Opening:
             for tree in self._trees():
                 tree.create()
                 self._leftovers += tree.leftovers()
+            self._unborn.update(self.root.leftovers())
             self._move_journal()
             self.journal.open_for_writing()
             before = Identity.read(root)
@@ -226,7 +228,7 @@ class Opening:
         missing = sorted(self.journal.published.keys() - present)
         for number in missing:
             self.journal.append("forget", number)
-        return [n for n in missing if f"staging/{VERSIONS}-{disk.folder_name(n)}" not in self._leftovers]
+        return [n for n in missing if f"staging/{VERSIONS}-{disk.folder_name(n)}" not in self._unborn]
 
     def _settle_states(self) -> list[int]:
         present = set(self.catalog.states())

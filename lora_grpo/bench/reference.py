@@ -44,14 +44,17 @@ class Reference:
     @contextmanager
     def weights(self, paths: Iterable[str], new: NewWeight) -> Iterator[None]:
         """Meanwhile, the weights at `paths` are what `new` makes of the base's."""
-        replaced = {path: self._modules[path].weight.data for path in paths}
+        # What is replaced waits in the host's memory: a GPU holds one model in fp32, not two.
+        replaced: dict[str, torch.Tensor] = {}
         try:
-            for path, base_OI in replaced.items():
+            for path in paths:
+                base_OI = self._modules[path].weight.data
+                replaced[path] = base_OI.cpu()
                 self._modules[path].weight.data = new(path, base_OI).to(base_OI)
             yield
         finally:
-            for path, base_OI in replaced.items():
-                self._modules[path].weight.data = base_OI
+            for path, saved_OI in replaced.items():
+                self._modules[path].weight.data = saved_OI.to(self._modules[path].weight.device)
 
     @contextmanager
     def policy(self, trainer: Trainer) -> Iterator[None]:

@@ -11,7 +11,7 @@ from lora_grpo.errors import ConfigError
 _GIB = 1 << 30
 _PROCESS = int(1.5 * _GIB)
 """Libraries, buffers and activations of one worker."""
-_TRAINING = 6 * _GIB
+_TRAINING = 4 * _GIB
 """Of a trainer on a GPU: activations and logits of a step, CUDA's own."""
 _ENGINE = 3 * _GIB
 """Of an engine on a GPU: activations, graphs and a KV cache that is worth having."""
@@ -45,7 +45,7 @@ def engine_share(part: str, settings: Settings, model: Mapping[str, int], memory
     """
     base = 2 * model["parameters"]
     pristine = 2 * model["linear_elements"]
-    reference = 4 * (model["parameters"] + model["linear_elements"]) if _has_reference(part, settings) else 0
+    reference = 4 * model["parameters"] if _has_reference(part, settings) else 0
     workers = 1 if part in ("memory", "fidelity") else 2
     left = 0.95 * memory["free"] - workers * (base + _TRAINING) - pristine - reference
     share = min(_MOST_SHARE, left / workers / memory["total"])

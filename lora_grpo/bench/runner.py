@@ -21,24 +21,28 @@ ALIVE_AT_ONCE = 2
 class Partial:
     """Results of finished cells in a file, for a cut-off run to go on from. Without a path they are kept in memory."""
 
-    def __init__(self, path: Path | None, fingerprint: dict[str, Any]) -> None:
-        """Raises `ConfigError` when the file is of a run with other settings or on another machine."""
-        self._path, self._fingerprint = path, fingerprint
+    def __init__(self, path: Path | None, fingerprint: dict[str, Any], bandwidth: dict[str, float]) -> None:
+        """`bandwidth` is of this start; a run that is gone on with keeps that of its first.
+
+        Raises `ConfigError` when the file is of a run with other settings or on another machine.
+        """
+        self._path, self._fingerprint, self.bandwidth = path, fingerprint, bandwidth
         self.cells: dict[str, Any] = {}
         if path is not None and path.exists():
             stored = json.loads(path.read_text())
             if stored["fingerprint"] != fingerprint:
                 raise ConfigError(
-                    f"{path} holds an unfinished run with other settings, versions or another machine; finish that one "
-                    "with the command it names, use another --out, or remove the file"
+                    f"{path} holds an unfinished run with other settings or versions, or of another machine; use "
+                    "another --out, or remove the file"
                 )
-            self.cells = stored["cells"]
+            self.cells, self.bandwidth = stored["cells"], stored["bandwidth"]
 
     def keep(self, key: str, result: dict[str, Any]) -> None:
         self.cells[key] = result
         if self._path is not None:
             staged = self._path.with_suffix(".new")
-            staged.write_text(json.dumps({"fingerprint": self._fingerprint, "cells": self.cells}))
+            fields = {"fingerprint": self._fingerprint, "bandwidth": self.bandwidth, "cells": self.cells}
+            staged.write_text(json.dumps(fields))
             os.replace(staged, self._path)
 
     def remove(self) -> None:

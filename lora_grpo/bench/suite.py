@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -79,11 +79,11 @@ class Suite:
                 wanted = {"shape": None if settings.model else settings.shape, "model": settings.model}
                 self._sizes[settings.label] = self._host.do("host:measure_model", **wanted)
             self._shares[part] = self._check_room(part, settings, seen["memory_bytes"])
-        self.bandwidth: dict[str, float] = seen["bandwidth"]
-        self.card = {**seen["card"], **self._floors(device)}
         dumped = {part: settings.model_dump(mode="json") for part, settings in self._parts.items()}
         machine = {name: value for name, value in seen["card"].items() if name not in _FLEETING}
-        self._partial = Partial(self._out / PARTIAL if self._out else None, {"settings": dumped, "machine": machine})
+        path = self._out / PARTIAL if self._out else None
+        self._partial = Partial(path, {"settings": dumped, "machine": machine}, seen["bandwidth"])
+        self.card = {**seen["card"], **self._floors(device)}
 
     def _check_room(self, part: str, settings: Settings, memory_bytes: Mapping[str, int]) -> float:
         model = self._sizes[settings.label]
@@ -100,11 +100,12 @@ class Suite:
             adapter = 2 * settings.rank * model["linear_inputs_and_outputs"]
             whole = 2 * model["parameters"]
             channels = ("host_copy",) if device == "cpu" else ("to_host", "to_device")
-            adapter_s = floor_seconds(dict.fromkeys(channels, adapter), self.bandwidth)
-            whole_s = floor_seconds({"host_copy" if device == "cpu" else "device_copy": whole}, self.bandwidth)
+            adapter_s = floor_seconds(dict.fromkeys(channels, adapter), self._partial.bandwidth)
+            whole_s = floor_seconds({"host_copy" if device == "cpu" else "device_copy": whole}, self._partial.bandwidth)
+            weights = f"{model['parameters'] / 1e6:.0f} M parameters, {whole / 1e6:.0f} MB in bf16"
             lines[settings.label] = (
-                f"{model['parameters'] / 1e6:.0f} M parameters, {whole / 1e6:.0f} MB in bf16 "
-                f"(floor {1e3 * whole_s:.1f} ms); adapter r={settings.rank} all-linear {adapter / 1e6:.1f} MB (floor {1e3 * adapter_s:.2f} ms)"
+                f"{weights} (floor {1e3 * whole_s:.1f} ms); adapter r={settings.rank} all-linear "
+                f"{adapter / 1e6:.1f} MB (floor {1e3 * adapter_s:.2f} ms)"
             )
         return lines
 
@@ -133,7 +134,7 @@ class Suite:
         """The figures so far."""
         found: dict[str, list[Any]] = {table: [] for table in ROWS}
         for cell in self._partial.cells.values():
-            found[cell["table"]] += ROWS[cell["table"]](cell, self.bandwidth)
+            found[cell["table"]] += ROWS[cell["table"]](cell, self._partial.bandwidth)
         tables = {table: _native_once(rows) for table, rows in found.items()}
         tables["memory"] = memory.with_ratios(tables["memory"])
         verdicts = [text for row in tables["truth"] if (text := fidelity.verdict(row))]
@@ -142,7 +143,7 @@ class Suite:
             started_at=self._started_at,
             complete=self._finished,
             card=self.card,
-            bandwidth_bytes_per_s=self.bandwidth,
+            bandwidth_bytes_per_s=self._partial.bandwidth,
             settings=dict(self._parts),
             failures=[*self._failures, *verdicts],
             break_even=break_even(tables["sync"], tables["decode"]),
@@ -171,7 +172,7 @@ class Suite:
         cells: list[Cell] = []
         for part, settings in self._parts.items():
             cells += PLANNERS[part](settings, self._subject(part, settings, self._model(settings, progress)))
-        return cells
+        return in_turn(cells)
 
     def _model(self, settings: Settings, progress: Progress) -> str:
         """A hub name or directory; a shape's model is made first."""
@@ -203,6 +204,14 @@ class Suite:
             gpu_memory_utilization=self._shares[part],
             seed=settings.seed,
         )
+
+
+def in_turn(cells: Sequence[Cell]) -> list[Cell]:
+    """All parts of one strategy after another, so that it starts once; what needs fresh processes comes last."""
+    first: dict[Subject, int] = {}
+    for place, cell in enumerate(cells):
+        first.setdefault(cell.subjects[-1], place)
+    return sorted(cells, key=lambda cell: (cell.fresh, first[cell.subjects[-1]]))
 
 
 def _native_once(rows: list[Any]) -> list[Any]:

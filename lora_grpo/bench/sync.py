@@ -31,7 +31,11 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
             planned.append(fidelity.truth_cell("sync", settings, subject.with_strategy(strategy)))
     for rank, targets in settings.sweep:
         swept = native.at(rank, targets)
-        planned += [_pair(settings, swept, swept.with_strategy(strategy)) for strategy in settings.sweep_strategies]
+        planned += [
+            _pair(settings, swept, swept.with_strategy(strategy))
+            for strategy in settings.sweep_strategies
+            if strategy in settings.strategies
+        ]
     return planned
 
 

@@ -8,6 +8,8 @@ go through two plain products, and base rows through none.
 from __future__ import annotations
 
 import importlib
+import itertools
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +22,9 @@ TESTED = ((0, 32),)
 
 Rows: TypeAlias = slice | torch.Tensor
 """Rows of a batch: a slice when they are consecutive, an index tensor when not."""
+
+Stacks: TypeAlias = tuple[torch.Tensor, ...]
+"""One tensor a slice of a fused layer: A (slots, 1, rank, in), or B (slots, 1, out, rank)."""
 
 _installed: list[type] = []
 
@@ -34,7 +39,12 @@ def install() -> bool:
     if not compat.is_cpu() or compat.vllm_release() not in TESTED:
         return False
     wrapper = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu").PunicaWrapperCPU
-    stock_update = wrapper.update_metadata
+    fused = importlib.import_module("vllm.lora.layers.column_parallel_linear").MergedColumnParallelLinearWithLoRA
+    stock_update, stock_create = wrapper.update_metadata, fused.create_lora_weights
+
+    def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_create(self, *args, **kwargs)
+        self.lora_a_stacked = adjoin(self.lora_a_stacked)
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_update(self, *args, **kwargs)
@@ -44,19 +54,34 @@ def install() -> bool:
         self: Any,
         y: torch.Tensor,
         x: torch.Tensor,
-        lora_a_stacked: tuple[torch.Tensor, ...],
-        lora_b_stacked: tuple[torch.Tensor, ...],
+        lora_a_stacked: Stacks,
+        lora_b_stacked: Stacks,
         scale: float,
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        apply_segments(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, self.lora_segments)
+        layers = self.__dict__.setdefault("lora_layers", {})
+        layer = layers.get(id(lora_a_stacked))
+        if layer is None:
+            # The layer holds the tuple, so its id is not given to another one while the wrapper lives.
+            layer = layers[id(lora_a_stacked)] = LayerSlots(lora_a_stacked, lora_b_stacked, output_slices)
+        layer.add(y, x, scale, self.lora_segments)
 
+    fused.create_lora_weights = create_lora_weights
     wrapper.update_metadata = update_metadata
     wrapper.add_lora_linear = add_lora_linear
     wrapper.lora_segments = []
     _installed.append(wrapper)
     return True
+
+
+def adjoin(stacks: Stacks) -> Stacks:
+    """The stacked A's of a fused layer again, now one above the other in one buffer (slots, 1, slices * rank, in).
+
+    They are written to as before; a slot's, read as one matrix, take one product instead of one a slice.
+    """
+    ranks = [stack.shape[2] for stack in stacks]
+    return torch.cat(stacks, dim=2).split(ranks, dim=2)
 
 
 def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
@@ -71,27 +96,66 @@ def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
     return segments
 
 
-def apply_segments(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    a_stacked: tuple[torch.Tensor, ...],
-    b_stacked: tuple[torch.Tensor, ...],
-    scale: float,
-    output_slices: tuple[int, ...],
-    segments: list[tuple[int, Rows]],
-) -> None:
-    """y += scale * (x A^T) B^T in place, each row with its own slot's A and B.
+@dataclass(frozen=True)
+class _Slot:
+    """One slot's matrices: A of all slices (n * rank, in), or None where they are not adjoined; and for each slice its
+    A (rank, in), B transposed (rank, out), its columns of the product with A and its columns of the output."""
 
-    y is (N, out), x is (N, in); each stacked A is (slots, 1, rank, in), each stacked B (slots, 1, size, rank); slice i
-    of y's columns, `output_slices[i]` wide, belongs to stack i.
-    """
-    y_NO, x_NI = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-    for slot, rows in segments:
-        x_rows = x_NI[rows]
-        start = 0
-        for a, b, width in zip(a_stacked, b_stacked, output_slices, strict=True):
-            h_nR = F.linear(x_rows, a[slot, 0])
-            if scale != 1.0:
-                h_nR *= scale
-            y_NO[rows, start : start + width] += F.linear(h_nR, b[slot, 0])
-            start += width
+    a_RI: torch.Tensor | None
+    slices: tuple[tuple[torch.Tensor, torch.Tensor, slice, slice], ...]
+
+
+class LayerSlots:
+    """One wrapped layer's slots, cut up once: the buffers stay where they are for the engine's life."""
+
+    def __init__(self, a_stacked: Stacks, b_stacked: Stacks, output_slices: tuple[int, ...]) -> None:
+        """`output_slices[i]` is the width of the output columns that belong to stack i."""
+        self.stacks = a_stacked
+        slots = range(a_stacked[0].shape[0])
+        self._slots = [_cut(slot, a_stacked, b_stacked, output_slices) for slot in slots]
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, scale: float, segments: list[tuple[int, Rows]]) -> None:
+        """y += scale * (x A^T) B^T in place, each row with its own slot's A and B; y is (N, out), x is (N, in)."""
+        y_NO = y if y.ndim == 2 else y.view(-1, y.shape[-1])
+        x_NI = x if x.ndim == 2 else x.view(-1, x.shape[-1])
+        for slot, rows in segments:
+            if isinstance(rows, torch.Tensor):
+                y_nO = y_NO[rows]
+                _add(y_nO, x_NI[rows], scale, self._slots[slot])
+                y_NO[rows] = y_nO
+            elif rows.start == 0 and rows.stop == y_NO.shape[0]:
+                _add(y_NO, x_NI, scale, self._slots[slot])
+            else:
+                _add(y_NO[rows], x_NI[rows], scale, self._slots[slot])
+
+
+def _add(y_nO: torch.Tensor, x_nI: torch.Tensor, scale: float, slot: _Slot) -> None:
+    """One adapter's rows. B's product is summed onto y before it is rounded."""
+    h = None if slot.a_RI is None else F.linear(x_nI, slot.a_RI)
+    for a_RI, b_RO, inner, outer in slot.slices:
+        h_nR = F.linear(x_nI, a_RI) if h is None else h[:, inner]
+        y_n = y_nO if len(slot.slices) == 1 else y_nO[:, outer]
+        torch.addmm(y_n, h_nR, b_RO, alpha=scale, out=y_n)
+
+
+def _cut(slot: int, a_stacked: Stacks, b_stacked: Stacks, output_slices: tuple[int, ...]) -> _Slot:
+    pieces, inner, outer = [], 0, 0
+    for a, b, width in zip(a_stacked, b_stacked, output_slices, strict=True):
+        a_RI, b_OR = a[slot, 0], b[slot, 0]
+        rank = a_RI.shape[0]
+        pieces.append((a_RI, b_OR.t(), slice(inner, inner + rank), slice(outer, outer + width)))
+        inner, outer = inner + rank, outer + width
+    first = pieces[0][0]
+    adjoined = all(_follows(before[0], after[0]) for before, after in itertools.pairwise(pieces))
+    whole = first.as_strided((inner, first.shape[1]), first.stride()) if adjoined else None
+    return _Slot(whole, tuple(pieces))
+
+
+def _follows(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether two matrices lie in one buffer, the second right behind the first."""
+    return (
+        before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
+        and before.is_contiguous()
+        and after.is_contiguous()
+        and before.storage_offset() + before.numel() == after.storage_offset()
+    )

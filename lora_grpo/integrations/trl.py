@@ -44,6 +44,7 @@ class NativeRollouts:
     def __init__(self, engine: VLLMEngine, sync: NativeSync, sampling: Sampling) -> None:
         self.engine, self.sync, self.store = engine, sync, sync.store
         self._sampling = sampling
+        self._found = self.store.head
         self._current: AdapterVersion | None = None
         self._moved = False
         self._calls = (-1, 0)
@@ -64,6 +65,14 @@ class NativeRollouts:
     def sampled(self) -> int:
         """The number of the version that was sampled from last."""
         return (self._current or self.sync.head).number
+
+    def begin(self, step: int) -> None:
+        """Raises `ConfigError` when training starts from nothing in a directory that holds a run."""
+        if self._found is not None and step == 0:
+            raise ConfigError(
+                f"{self.store.archive} holds a run at {self._found}; go on with train(resume_from_checkpoint=True), "
+                "or name another output_dir"
+            )
 
     def stepped(self) -> None:
         """The optimizer has stepped: there is no need to look whether the weights are still `HEAD`'s."""
@@ -194,10 +203,13 @@ class NativeGRPOTrainer(HookedTrainer):
 
 
 class _Steps(TrainerCallback):
-    """Tells the rollouts when weights have moved, and makes what was published durable when training ends."""
+    """Tells the rollouts when training begins and weights move; makes what was published durable when it ends."""
 
     def __init__(self, native: NativeRollouts) -> None:
         self._native = native
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._native.begin(state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._native.stepped()

@@ -61,12 +61,15 @@ def resume(trainer: GRPOTrainer) -> RollbackReport | None:
     """Go on with the run in `run_dir` from `HEAD`, or from its nearest ancestor whose trainer state was kept.
 
     Where a rollback moved `HEAD` and nothing was published since, that rollback is completed: its data position, new
-    seeds, and rounded weights if that version's state was not kept.
+    seeds, and rounded weights if that version's state was not kept. A run that was killed before its first state was
+    written has nothing to restore: it begins again from its first version.
     """
     head, log = trainer.store.head, trainer.rollback_log
     if head is None:
         return None
     log.settle(head.number)
+    if head.step == 0 and "state" not in trainer.store.where(head.number) and trainer.sync.adopt(head):
+        return RollbackReport(head, head, "exact", "kept", "kept", "kept", {})
     waiting = log.waits_at(head.number)
     if waiting and "state" not in trainer.store.where(head.number):
         _restore_schedule_of(trainer, log.entries[-1].left)

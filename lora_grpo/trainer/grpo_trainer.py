@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import torch
 from torch import nn
 
 from lora_grpo.adapters.rollbacks import RollbackLog
@@ -194,6 +195,8 @@ class GRPOTrainer:
         for sentence in going_back.what_was_found(self.store.recovered):
             reporter.message(sentence)
         if self.store.head is None:
+            # Whatever this process drew before, a run depends on its own seed only.
+            torch.manual_seed(self.config.seed)
             self._publish(0)
         elif not (self._resumed or self._own):
             raise ConfigError(f"{self.run_dir} holds a run at {self.version}; resume it, or choose another run_dir")

@@ -1,0 +1,32 @@
+"""Strategies that are wrong on purpose."""
+
+from __future__ import annotations
+
+import time
+
+from lora_grpo.bench.strategies.base import Synced
+from lora_grpo.bench.strategies.native import Native
+
+DELAY_S = 0.2
+
+
+class Slow(Native):
+    """The native path with a wait in it."""
+
+    def sync(self) -> Synced:
+        started = time.perf_counter()
+        time.sleep(DELAY_S)
+        waited = time.perf_counter() - started
+        synced = super().sync()
+        return Synced({**synced.seconds, "wait": waited}, synced.moved_bytes, synced.afterwards_s)
+
+
+class Stale(Native):
+    """Says that it syncs, and does so the first time only."""
+
+    first: Synced | None = None
+
+    def sync(self) -> Synced:
+        if self.first is None:
+            self.first = super().sync()
+        return self.first

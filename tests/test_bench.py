@@ -1,0 +1,377 @@
+"""The parts of the suite that need no engine: arithmetic, sizes, settings, reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_grpo.bench import breakeven, fidelity, host, memory, room, shapes, sync
+from lora_grpo.bench.compare import compare
+from lora_grpo.bench.floor import floor_seconds, measure_bandwidth
+from lora_grpo.bench.plan import ABBA, Cell, Subject
+from lora_grpo.bench.reference import Reference
+from lora_grpo.bench.report import findings, update_readme, write_report
+from lora_grpo.bench.runner import Partial
+from lora_grpo.bench.scenario import plan_parts
+from lora_grpo.bench.schema import DecodeRow, Document, Settings, SyncRow
+from lora_grpo.bench.strategies import STRATEGIES, load_strategy
+from lora_grpo.bench.strategies.trainer import Trainer
+from lora_grpo.bench.suite import in_turn
+from lora_grpo.bench.timing import percentile_95
+from lora_grpo.errors import ConfigError
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shapes.write_model("tiny", tmp_path_factory.mktemp("shapes") / "tiny")
+
+
+def subject(model: Path | str = "m", strategy: str = "native", **changes: Any) -> Subject:
+    plain: dict[str, Any] = {
+        "rank": 4,
+        "targets": "all-linear",
+        "device": "cpu",
+        "tmpfs": "",
+        "disk": "",
+        "max_model_len": 64,
+        "max_num_seqs": 8,
+        "graphs": False,
+        "gpu_memory_utilization": 0.1,
+    }
+    return Subject(strategy, str(model), **{**plain, **changes})
+
+
+def sync_row(strategy: str, seconds: float, native_s: float, **changes: Any) -> SyncRow:
+    fields: dict[str, Any] = {
+        "shape": "tiny",
+        "against": "native",
+        "rank": 16,
+        "targets": "all-linear",
+        "p95_s": seconds,
+        "phases_s": {"push": seconds},
+        "afterwards_s": 0.0,
+        "moved_bytes": 1000,
+        "floor_s": 1e-4,
+        "times_floor": seconds / 1e-4,
+        "syncs": 10,
+        "decodes_like": strategy,
+    }
+    return SyncRow(strategy=strategy, median_s=seconds, ratio_to_native=seconds / native_s, **{**fields, **changes})
+
+
+def decode_row(strategy: str, tpot_s: float, native_tpot_s: float, prefill_s: float = 0.1) -> DecodeRow:
+    return DecodeRow(
+        strategy=strategy,
+        shape="tiny",
+        rows=8,
+        prompt_tokens=32,
+        completion_tokens=65,
+        generate_s=prefill_s + 64 * tpot_s,
+        prefill_s=prefill_s,
+        tpot_s=tpot_s,
+        tokens_per_s=8 * 65 / (prefill_s + 64 * tpot_s),
+        prefill_tokens_per_s=256 / prefill_s,
+        tpot_ratio_to_native=tpot_s / native_tpot_s,
+        prefill_ratio_to_native=prefill_s / 0.1,
+        generate_ratio_to_native=1.0,
+    )
+
+
+def document(sync_rows: list[SyncRow], decode_rows: list[DecodeRow]) -> Document:
+    return Document(
+        command="lora-grpo bench all",
+        started_at="2026-01-01",
+        complete=True,
+        card={"device": "cpu", "processor": "one", "cores": 2, "torch": "2"},
+        bandwidth_bytes_per_s={"host_copy": 1e10},
+        settings={"sync": Settings(repeat=2)},
+        failures=[],
+        sync=sync_rows,
+        decode=decode_rows,
+        break_even=breakeven.break_even(sync_rows, decode_rows),
+    )
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("llama-3.1-8b", 8_030_261_248),
+    ],
+)
+def test_shapes_have_the_released_models_parameters(shape: str, parameters: int) -> None:
+    assert host.measure_model(shape, None)["parameters"] == parameters
+
+
+def test_a_model_is_written_once_the_same_and_loads(tiny: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    again = AutoModelForCausalLM.from_pretrained(shapes.write_model("tiny", tmp_path / "again"))
+    for (name, left), right in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(left, right), name
+        assert left.dtype == torch.bfloat16
+    written = (tiny / "config.json").stat().st_mtime_ns
+    assert shapes.write_model("tiny", tiny) == tiny
+    assert (tiny / "config.json").stat().st_mtime_ns == written
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    assert tokenizer.decode(tokenizer.encode("2 + 2 = é")) == "2 + 2 = é"
+
+
+def test_log_probs_of_a_made_model_are_far_from_uniform(tiny: Path) -> None:
+    logp = teacher_logprobs(
+        AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), fidelity.sequences(subject(tiny))
+    )
+    values = torch.tensor(logp)
+    assert 0.5 < float(values.std()) < 5
+
+
+# The reference and the trainer.
+
+
+def test_reference_agrees_with_peft_and_is_restored(tiny: Path) -> None:
+    """Two ways to the same fp32 policy: weights summed here, PEFT's adapter path there."""
+    trainer = Trainer(subject(tiny))
+    trainer.model.to(torch.float32)
+    trainer.randomise(0.3)
+    reference, tokens = Reference(str(tiny), "cpu"), fidelity.sequences(subject(tiny))
+    base = reference.logprobs(tokens)
+    with reference.policy(trainer):
+        policy = reference.logprobs(tokens)
+    assert mean_abs_difference(policy, base) > 0.1
+    assert mean_abs_difference(policy, teacher_logprobs(trainer.model, tokens)) < 1e-4
+    assert reference.logprobs(tokens) == base
+
+
+def test_a_step_moves_every_entry_by_the_learning_rate(tiny: Path) -> None:
+    trainer = Trainer(subject(tiny))
+    before = trainer.snapshot()
+    trainer.step(1e-3)
+    for tensor, was in zip(trainer.tensors(), before, strict=True):
+        torch.testing.assert_close((tensor - was).abs(), torch.full_like(was, 1e-3), rtol=1e-3, atol=1e-6)
+    trainer.restore(before)
+    assert all(torch.equal(tensor, was) for tensor, was in zip(trainer.tensors(), before, strict=True))
+
+
+def test_restore_base_undoes_what_merging_left(tiny: Path) -> None:
+    trainer, reference = Trainer(subject(tiny)), Reference(str(tiny), "cpu")
+    trainer.randomise(1.0)
+    trainer.model.merge_adapter()
+    trainer.model.unmerge_adapter()
+    module = trainer.modules[0]
+    assert not torch.equal(trainer.base_weight(module).float(), reference.weight(module.path))
+    reference.restore_base(trainer)
+    assert torch.equal(trainer.base_weight(module).float(), reference.weight(module.path))
+
+
+def test_every_strategy_can_be_named() -> None:
+    for name in STRATEGIES:
+        assert load_strategy(name).decodes_like in (*STRATEGIES, "base")
+
+
+# Arithmetic.
+
+
+def test_percentile_by_hand() -> None:
+    assert percentile_95([3.0]) == 3.0
+    assert percentile_95(list(map(float, range(1, 22)))) == 20.0
+    assert percentile_95([1.0, 2.0]) == pytest.approx(1.95)
+
+
+def test_floor_adds_the_channels() -> None:
+    assert floor_seconds({"to_host": 100, "to_device": 300}, {"to_host": 50.0, "to_device": 100.0}) == 5.0
+    assert measure_bandwidth("cpu")["host_copy"] > 1e8
+
+
+@pytest.mark.parametrize(
+    ("gain_s", "loss_s_per_token", "tokens"),
+    [(1.0, 0.01, 101.0), (1.0, 0.0, None), (1.0, -0.1, None), (-0.5, 0.01, 1.0), (-0.5, -0.1, 1.0)],
+)
+def test_crossing_by_hand(gain_s: float, loss_s_per_token: float, tokens: float | None) -> None:
+    assert breakeven.crossing(gain_s, loss_s_per_token) == tokens
+
+
+def test_break_even_from_rows() -> None:
+    """Native syncs in 0.02 s and decodes at 12 ms a token; the merge takes 1.02 s and 10 ms, its prefill 50 ms less."""
+    syncs = [sync_row("native", 0.02, 0.02), sync_row("merge-trl", 1.02, 0.02, decodes_like="merge-trl")]
+    decodes = [decode_row("native", 0.012, 0.012), decode_row("merge-trl", 0.010, 0.012, prefill_s=0.05)]
+    (row,) = breakeven.break_even(syncs, decodes)
+    assert row.sync_gain_s == pytest.approx(1.0)
+    assert row.prefill_loss_s == pytest.approx(0.05)
+    assert row.completion_tokens == pytest.approx(1 + 0.95 / 0.002)
+    assert "merge-trl wins from 476 completion tokens on (extrapolated)" in breakeven.sentence(row)
+
+
+def test_a_pair_is_compared_with_its_own_native_rounds() -> None:
+    def done(strategy: str, seconds: list[float]) -> dict[str, Any]:
+        result = {
+            "phases_s": {"write": [0.25 * s for s in seconds], "load": [0.75 * s for s in seconds]},
+            "afterwards_s": [0.0] * len(seconds),
+            "moved_bytes": {"host_copy": 100},
+            "decodes_like": strategy,
+        }
+        return {"strategy": strategy, "result": result}
+
+    cell = {
+        "order": ["native", "by-hand", "by-hand", "native"],
+        "labels": {"shape": "tiny", "rank": 16, "targets": "all-linear"},
+        "rounds": [
+            done("native", [1.0, 2.0]),
+            done("by-hand", [4.0]),
+            done("by-hand", [8.0]),
+            done("native", [2.0, 3.0]),
+        ],
+    }
+    native, by_hand = sync.rows(cell, {"host_copy": 100.0})
+    assert (native.median_s, native.ratio_to_native, native.syncs) == (2.0, 1.0, 4)
+    assert (by_hand.median_s, by_hand.ratio_to_native, by_hand.against) == (6.0, 3.0, "native")
+    assert by_hand.phases_s == {"write": 1.5, "load": 4.5}
+    assert by_hand.times_floor == 6.0
+
+
+# Order, resuming, settings, sizes.
+
+
+def test_each_strategy_starts_once() -> None:
+    native, merge, fold = (subject(strategy=name) for name in ("native", "merge-trl", "merge-fold"))
+    cells = [
+        Cell("memory/native", "memory", "", (native,), fresh=True),
+        Cell("sync/trl", "sync", "", (native, merge), order=ABBA),
+        Cell("sync/fold", "sync", "", (native, fold), order=ABBA),
+        Cell("decode/trl", "decode", "", (native, merge), order=ABBA),
+        Cell("truth/trl", "truth", "", (merge,)),
+    ]
+    assert [cell.key for cell in in_turn(cells)] == [
+        "sync/trl",
+        "decode/trl",
+        "truth/trl",
+        "sync/fold",
+        "memory/native",
+    ]
+
+
+def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "partial.json"
+    Partial(path, {"repeat": 2}, {"host_copy": 5.0}).keep("sync/x", {"rounds": []})
+    resumed = Partial(path, {"repeat": 2}, {"host_copy": 9.0})
+    assert (resumed.cells, resumed.bandwidth) == ({"sync/x": {"rounds": []}}, {"host_copy": 5.0})
+    with pytest.raises(ConfigError, match="other settings"):
+        Partial(path, {"repeat": 3}, {})
+
+
+def test_options_win_over_the_scenario(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text('[all]\nshape = "tiny"\nrepeat = 3\n[sync]\nrepeat = 5\n[step]\n')
+    parts = plan_parts("all", path, {"rank": 8})
+    assert list(parts) == ["sync", "step"]
+    assert (parts["sync"].repeat, parts["step"].repeat, parts["sync"].rank) == (5, 3, 8)
+    path.write_text("[snyc]\n")
+    with pytest.raises(ConfigError, match="did you mean 'sync'"):
+        plan_parts("all", path, {})
+    path.write_text("[sync]\nrepeats = 3\n")
+    with pytest.raises(ConfigError, match="did you mean 'repeat'"):
+        plan_parts("all", path, {})
+
+
+@pytest.mark.parametrize("path", sorted(Path("benchmarks/scenarios").glob("*.toml")), ids=lambda path: path.name)
+def test_committed_scenarios_are_valid(path: Path) -> None:
+    parts = plan_parts("all", path, {})
+    assert len({settings.device for settings in parts.values()}) == 1
+
+
+def test_too_big_a_model_is_refused_by_arithmetic() -> None:
+    model = host.measure_model("qwen2.5-7b", None)
+    settings = plan_parts("sync", None, {"shape": "qwen2.5-7b"})["sync"]
+    with pytest.raises(ConfigError, match=r"needs about \d+\.\d GiB .* and 22\.0 GiB are free"):
+        room.check_cpu("sync", settings, model, 22 * GIB)
+    with pytest.raises(ConfigError, match="leaves each engine"):
+        room.engine_share("sync", settings, model, {"free": 40 * GIB, "total": 48 * GIB})
+
+
+def test_a_7b_pair_and_its_reference_fit_an_h200() -> None:
+    model = host.measure_model("qwen2.5-7b", None)
+    settings = plan_parts("sync", None, {"shape": "qwen2.5-7b", "device": "cuda:0"})["sync"]
+    share = room.engine_share("sync", settings, model, {"free": 138 * GIB, "total": 139 * GIB})
+    base = 2 * model["parameters"]
+    assert share * 139 * GIB > base + 2 * GIB
+    fixed = 2 * base + 2 * model["linear_elements"] + 4 * model["parameters"]
+    assert 2 * share * 139 * GIB + fixed < 138 * GIB
+
+
+def test_memory_levels_follow_an_allocation() -> None:
+    before = memory.level("cpu")
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert 60 << 20 < memory.level("cpu") - before < 80 << 20
+    del block
+
+
+# Comparison and report.
+
+
+def test_compare_fails_in_both_directions() -> None:
+    then = document([sync_row("native", 0.02, 0.02), sync_row("merge-trl", 1.0, 0.02)], [])
+    same = document([sync_row("native", 0.04, 0.04), sync_row("merge-trl", 2.2, 0.04)], [])
+    slower = document([sync_row("native", 0.04, 0.04), sync_row("merge-trl", 1.0, 0.04)], [])
+    other = document([sync_row("native", 0.02, 0.02), sync_row("merge-trl", 2.0, 0.02)], [])
+    assert [one.held for one in compare(same, then, 0.2)] == [True]
+    assert [one.held for one in compare(slower, then, 0.2)] == [False]
+    assert [one.held for one in compare(other, then, 0.2)] == [False]
+
+
+def test_report_says_where_merging_wins(tmp_path: Path) -> None:
+    made = document(
+        [sync_row("native", 0.02, 0.02), sync_row("merge-fold", 0.01, 0.02), sync_row("merge-trl", 2.0, 0.02)],
+        [
+            decode_row("native", 0.010, 0.010),
+            decode_row("merge-fold", 0.013, 0.010),
+            decode_row("merge-trl", 0.008, 0.010),
+        ],
+    )
+    text = write_report(made, tmp_path).read_text()
+    assert "merge-fold takes 10.0 ms: native is 2 times slower." in text
+    assert "merge-trl takes 2000.0 ms: native is 100 times faster." in text
+    assert "merge-trl wins from 991 completion tokens on (extrapolated)" in text
+    assert {path.name for path in tmp_path.glob("*.png")} == {"sync-times.png", "sync-phases.png", "break-even.png"}
+
+
+def test_a_wrong_policy_fails_and_bf16_noise_does_not() -> None:
+    def verdict(error: float) -> str | None:
+        found = {"error_nats": error, "noise_nats": 0.02, "signal_nats": 0.5}
+        cell = {
+            "order": ["x"],
+            "labels": {"shape": "tiny"},
+            "rounds": [{"strategy": "x", "result": found}],
+        }
+        return fidelity.verdict(fidelity.truth_rows(cell, None)[0])
+
+    assert verdict(0.05) is None
+    assert verdict(float("nan")) is not None
+    assert "x serves another policy" in str(verdict(0.2))
+
+
+def test_readme_figures_are_replaced(tmp_path: Path) -> None:
+    made = document([sync_row("native", 0.02, 0.02), sync_row("merge-trl", 1.0, 0.02)], [])
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    update_readme(made, readme)
+    text = readme.read_text()
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "native is 50 times faster" in text
+    assert findings(made)[0] in text
+    update_readme(made, readme)
+    assert readme.read_text() == text
+    readme.write_text("no block")
+    with pytest.raises(ConfigError, match="bench:begin"):
+        update_readme(made, readme)

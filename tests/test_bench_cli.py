@@ -1,0 +1,174 @@
+"""`lora-grpo bench` from end to end, with real engines on the tiny shape."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_grpo.bench.schema import PARTS, Document
+
+pytestmark = pytest.mark.vllm
+
+SCENARIO = """
+[all]
+shape = "tiny"
+max_model_len = 64
+max_num_seqs = 8
+repeat = 2
+strategies = ["native", "merge-trl", "merge-fold"]
+rows = [2]
+lengths = [4, 8]
+prompt_tokens = 8
+step_rows = 4
+step_tokens = 8
+
+[sync]
+sweep_ranks = []
+sweep_targets = []
+
+[memory]
+strategies = ["native"]
+
+[decode]
+
+[fidelity]
+learning_rates = [1e-6]
+updates = [1]
+cycles = [1, 20]
+
+[step]
+
+[rollback]
+"""
+SLOW, STALE = "tests.bench_strategies:Slow", "tests.bench_strategies:Stale"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "lora_grpo", "bench", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+
+
+def last_line(stdout: str) -> Document:
+    return Document.model_validate_json(stdout.rstrip("\n").rsplit("\n", 1)[-1])
+
+
+def test_every_part_and_its_report(tmp_path: Path) -> None:
+    scenario, out = tmp_path / "tiny.toml", tmp_path / "out"
+    scenario.write_text(SCENARIO)
+    done = subprocess.run(
+        command("all", "--scenario", str(scenario), "--out", str(out)),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    document = last_line(done.stdout)
+    assert document.complete
+    assert document.failures == []
+    assert set(document.settings) == set(PARTS)
+    assert done.stdout.index("floor") < done.stdout.index("Sync: until") < done.stdout.index("Rollback: back")
+
+    sync = {row.strategy: row for row in document.sync}
+    assert set(sync) == {"native", "merge-trl", "merge-fold"}
+    for row in sync.values():
+        assert row.syncs == 2
+        assert sum(row.phases_s.values()) == pytest.approx(row.median_s, rel=0.5)
+    assert sync["merge-trl"].moved_bytes > 4 * sync["native"].moved_bytes == 4 * sync["merge-fold"].moved_bytes
+    assert all(row.passed and row.signal_nats > 10 * row.noise_nats for row in document.truth)
+
+    (memory,) = document.memory
+    assert memory.peak_bytes > memory.engine_bytes > memory.trainer_bytes > 0
+    assert memory.tmpfs_bytes > sync["native"].moved_bytes
+
+    assert {(row.strategy, row.rows, row.completion_tokens) for row in document.decode} == {
+        (strategy, 2, length) for strategy in sync for length in (4, 8)
+    }
+    assert {row.strategy for row in document.break_even} == {"merge-trl", "merge-fold"}
+    fidelity = {row.strategy: row for row in document.fidelity}
+    assert fidelity["native"].lost_share < 0.02 < 0.9 < fidelity["merge-fold"].lost_share < 1.1
+    drift = {(row.strategy, row.cycles): row for row in document.drift}
+    assert drift["native", 20].max_abs == drift["merge-fold", 20].max_abs == 0
+    assert drift["merge-trl", 20].mean_relative > drift["merge-trl", 1].mean_relative > 0
+    assert all(row.generate_s > 0 and row.train_s > 0 for row in document.step)
+    assert {(row.strategy, row.case) for row in document.rollback} == {
+        ("native", "still loaded"),
+        ("native", "evicted"),
+        ("merge-trl", "merged again"),
+        ("merge-fold", "merged again"),
+    }
+    assert all(row.error_nats == 0 for row in document.rollback if row.strategy == "native")
+
+    assert json.loads((out / "results.json").read_text()) == document.model_dump(mode="json")
+    assert not (out / "partial.json").exists()
+    report = (out / "report.md").read_text()
+    for picture in ("sync-times", "sync-phases", "break-even", "memory", "fidelity", "drift"):
+        assert f"({picture}.png)" in report
+        assert (out / f"{picture}.png").stat().st_size > 10_000
+    assert "completion tokens on" in report or "never wins" in report
+
+
+def test_interrupted_then_resumed_and_a_stale_policy_fails(tmp_path: Path) -> None:
+    """Ctrl-C keeps the pair that was measured; going on does not measure it again, and finds the stale one out."""
+    arguments = command("sync", "--shape", "tiny", "--ranks", "4", "--repeat", "2", "--out", str(tmp_path / "out"))
+    arguments += ["--strategies", f"native,{SLOW},{STALE}"]
+    partial = tmp_path / "out" / "partial.json"
+    running = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while running.poll() is None and not (partial.exists() and f"sync/{SLOW}" in partial.read_text()):
+        _wait(running)
+    running.send_signal(signal.SIGINT)
+    stdout, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130, stderr[-3000:]
+    before = last_line(stdout)
+    assert not before.complete
+    slow = next(row for row in before.sync if row.strategy == SLOW)
+    assert slow.median_s > 0.2
+    assert slow.ratio_to_native > 2
+
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=400)
+    document = last_line(done.stdout)
+    assert done.returncode == 1
+    assert next(row for row in document.sync if row.strategy == SLOW) == slow
+    (failure,) = document.failures
+    assert failure.startswith(f"{STALE} serves another policy than it claims")
+    assert failure in done.stderr
+    assert {row.strategy: row.passed for row in document.truth} == {"native": True, SLOW: True, STALE: False}
+
+
+def _wait(process: subprocess.Popen[str]) -> None:
+    try:
+        process.wait(0.05)
+    except subprocess.TimeoutExpired:
+        return
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sync", "--shape", "qwen2.5-05b"], "did you mean 'qwen2.5-0.5b'?"),
+        (["sync", "--shape", "tiny", "--strategies", "merge-tlr"], "did you mean 'merge-trl'?"),
+        (["snyc"], "did you mean 'sync'?"),
+        (["sync", "--shape", "tiny", "--device", "cuda:63"], "there is no device 'cuda:63' here"),
+        (["sync", "--shape", "tiny", "--device", "gpu"], "device 'gpu' is none"),
+        (["memory", "--model", "./nowhere"], "model './nowhere' cannot be read"),
+        (["report"], "name it with --out"),
+    ],
+)
+def test_one_sentence_before_anything_starts(arguments: list[str], words: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(*arguments), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
