@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready-$(FLAVOUR)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint format bench lock clean
+.PHONY: setup demo test lint format bench gpu-bench lock clean
 
 setup: $(READY)
 
@@ -30,6 +30,14 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Both go on where they were cut off. PART is 1 to 8 (benchmarks/scenarios/gpu-PART.toml says what is in it).
+bench: $(READY)
+	$(BIN)/lora-grpo bench all --scenario benchmarks/scenarios/cpu.toml --out benchmarks/results/cpu-$(shell nproc)-cores
+
+GPU_NAME ?= gpu
+gpu-bench: $(READY)
+	$(BIN)/lora-grpo bench all --scenario benchmarks/scenarios/gpu-$(PART).toml --out benchmarks/results/$(GPU_NAME)-part-$(PART)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

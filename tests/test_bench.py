@@ -81,6 +81,7 @@ def decode_row(strategy: str, tpot_s: float, native_tpot_s: float, prefill_s: fl
         tpot_ratio_to_native=tpot_s / native_tpot_s,
         prefill_ratio_to_native=prefill_s / 0.1,
         generate_ratio_to_native=1.0,
+        kv_tokens=1024,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from lora_grpo.engines import compat
+from lora_grpo.engines.hopper import mend_kernels
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 
 HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
@@ -65,15 +66,51 @@ def test_the_packages_of_pyproject_agree_with_the_releases() -> None:
     assert compat.RELEASES[compat.check_release(cpu)] == "run"
 
 
+def expand_module() -> SimpleNamespace:
+    """What the expand kernel's module holds in 0.26 to 0.32: the kernel, and the choice of its launch settings."""
+    chosen = {"block_m": 64, "num_stages": 2}
+    return SimpleNamespace(_lora_expand_kernel=object(), get_lora_op_configs=lambda **kwargs: {**chosen, **kwargs})
+
+
 @pytest.mark.parametrize("release", compat.RELEASES)
-def test_hopper_is_refused_where_its_lora_kernel_gives_nan(release: tuple[int, int]) -> None:
+def test_on_hopper_the_expand_kernel_runs_with_one_stage_where_two_give_nan(release: tuple[int, int]) -> None:
     for device in (None, AMPERE, BLACKWELL):
-        compat.check_kernels(release, device)
-    if release >= (0, 33):
-        compat.check_kernels(release, HOPPER)
-    else:
-        with pytest.raises(UnsupportedVersion, match=r"Hopper.*vllm>=0\.33"):
-            compat.check_kernels(release, HOPPER)
+        untouched = expand_module()
+        mend_kernels(release, device, untouched)
+        assert untouched.get_lora_op_configs()["num_stages"] == 2
+    module = expand_module()
+    mend_kernels(release, HOPPER, module)
+    stages = 2 if release >= (0, 33) else 1
+    assert module.get_lora_op_configs(op_type="expand") == {"block_m": 64, "num_stages": stages, "op_type": "expand"}
+
+
+def test_the_kernel_is_mended_once() -> None:
+    module = expand_module()
+    mend_kernels((0, 32), HOPPER, module)
+    mended = module.get_lora_op_configs
+    mend_kernels((0, 32), HOPPER, module)
+    assert module.get_lora_op_configs is mended
+
+
+@pytest.mark.parametrize("missing", ["get_lora_op_configs", "_lora_expand_kernel"])
+def test_hopper_is_refused_where_the_kernel_cannot_be_mended(missing: str) -> None:
+    module = expand_module()
+    delattr(module, missing)
+    with pytest.raises(UnsupportedVersion, match=r"Hopper.*vllm>=0\.33"):
+        mend_kernels((0, 31), HOPPER, module)
+
+
+@pytest.mark.vllm
+def test_the_installed_release_has_what_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real module: its launcher reads the settings by the name that is replaced, as a global of the module."""
+    from vllm.lora.ops.triton_ops import lora_expand_op
+
+    monkeypatch.setattr(lora_expand_op, "get_lora_op_configs", lora_expand_op.get_lora_op_configs)
+    ask = {"op_type": "expand", "max_loras": 2, "batch": 8, "hidden_size": 896, "rank": 16, "num_slices": 1}
+    before = lora_expand_op.get_lora_op_configs(**ask)
+    mend_kernels((0, 32), HOPPER)
+    assert lora_expand_op.get_lora_op_configs(**ask) == {**before, "num_stages": 1}
+    assert "get_lora_op_configs" in lora_expand_op._lora_expand.__code__.co_names
 
 
 def test_only_0_26_is_kept_off_the_v2_runner() -> None:

@@ -39,13 +39,14 @@ def measure(bench: Bench, rows: list[int], prompt_tokens: int, lengths: list[int
     """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token)."""
     bench.strategy.trainer.step()
     bench.strategy.sync()
-    return {
+    seconds = {
         str(count): {
             str(length): [generate_seconds(bench, count, prompt_tokens, length) for _ in range(repeat)]
             for length in sorted({1, *lengths})
         }
         for count in rows
     }
+    return {"seconds": seconds, "kv_tokens": bench.strategy.kv_tokens}
 
 
 def generate_seconds(bench: Bench, rows: int, prompt_tokens: int, length: int) -> float:
@@ -73,7 +74,7 @@ def rows(cell: Mapping[str, Any], bandwidth: object) -> list[DecodeRow]:
     """Both strategies of a pair, by batch size and completion length."""
     native, other = cell["order"][0], cell["order"][1]
     made: list[DecodeRow] = []
-    for count in results_of(cell, native)[0]:
+    for count in results_of(cell, native)[0]["seconds"]:
         times = {strategy: _medians(cell, strategy, count) for strategy in (native, other)}
         for length in sorted(times[native]):
             if length > 1:
@@ -82,7 +83,7 @@ def rows(cell: Mapping[str, Any], bandwidth: object) -> list[DecodeRow]:
 
 
 def _medians(cell: Mapping[str, Any], strategy: str, count: str) -> dict[int, float]:
-    found = results_of(cell, strategy)
+    found = [result["seconds"] for result in results_of(cell, strategy)]
     return {int(length): median([s for one in found for s in one[count][length]]) for length in found[0][count]}
 
 
@@ -103,4 +104,5 @@ def _row(
         tpot_ratio_to_native=tpot_s / native_tpot_s,
         prefill_ratio_to_native=own[1] / native[1],
         generate_ratio_to_native=own[length] / native[length],
+        kv_tokens=results_of(cell, strategy)[0]["kv_tokens"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
     from lora_grpo.bench.worker import Bench
 
 SYNCS = 5
+KV_CACHE_BYTES = 1 << 30
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """One fresh process a strategy."""
+    """One fresh process a strategy, on a GPU with one KV cache size for all: else each takes what is left."""
+    if _is_cuda(settings.device):
+        subject = replace(subject, kv_cache_bytes=KV_CACHE_BYTES)
     return [
         Cell(
             f"memory/{strategy}",

@@ -12,7 +12,10 @@ TARGETS = {"all-linear": "all-linear", "attention": ("q_proj", "k_proj", "v_proj
 
 @dataclass(frozen=True)
 class Subject:
-    """Everything that decides what a worker process becomes. `model` is a directory or a hub name."""
+    """Everything that decides what a worker process becomes. `model` is a directory or a hub name.
+
+    `kv_cache_bytes` fixes the KV cache on a GPU; without it, it takes what `gpu_memory_utilization` leaves.
+    """
 
     strategy: str
     model: str
@@ -25,6 +28,7 @@ class Subject:
     max_num_seqs: int
     graphs: bool
     gpu_memory_utilization: float
+    kv_cache_bytes: int | None = None
     seed: int = 0
 
     def with_strategy(self, name: str) -> Subject:

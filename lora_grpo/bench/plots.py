@@ -14,8 +14,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREY, INK = "#2a6fbb", "#d9722b", "#b6bac0", "#333333"
-PALETTE = ("#4c9bb8", "#e0b13c", "#9a63a8", "#4f9d69", "#c8553d", "#6c7a89", "#2f4b7c", "#a05195")
+PALETTE = ("#4c9bb8", "#e0b13c", "#9a63a8", "#4f9d69", "#c8553d", "#6c7a89")
+PHASES = {
+    "gather": "#a6cee3",
+    "write": "#4c9bb8",
+    "check": "#b2d8b2",
+    "load": "#2a6fbb",
+    "prove": "#4f9d69",
+    "promote": "#2d6a4f",
+    "device": "#c9c9c9",
+    "merge": "#e0b13c",
+    "push": "#d9722b",
+    "unmerge": "#c8553d",
+    "cache reset": "#7a3b2e",
+}
 _MIB = 1 << 20
+_STYLES = ("o-", "s--", "^:")
+"""Lines that lie on one another can be told apart."""
 
 
 def draw(document: Document, directory: Path) -> list[Path]:
@@ -33,9 +48,10 @@ def draw(document: Document, directory: Path) -> list[Path]:
 def _picture(path: Path, paint: Callable[[Axes, Document], None], document: Document) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     # A figure of its own, without pyplot: no global state, and no window system asked for.
-    figure = Figure(figsize=(8.5, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8.5, 4.6), dpi=150, layout=ConstrainedLayoutEngine(rect=(0, 0.04, 1, 0.96)))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     paint(axes, document)
@@ -87,11 +103,12 @@ def _sync_phases(axes: Axes, document: Document) -> None:
         shares = [100 * row.phases_s.get(phase, 0.0) / (sum(row.phases_s.values()) or 1.0) for row in rows]
         if max(shares) >= 1:
             names = [f"{row.strategy} ({_duration(row.median_s)})" for row in rows]
-            axes.barh(names, shares, left=left, color=_colour(index), label=phase, height=0.6)
+            colour = PHASES.get(phase, _colour(index))
+            axes.barh(names, shares, left=left, color=colour, label=phase, height=0.6)
         left = [done + share for done, share in zip(left, shares, strict=True)]
     axes.set_xlabel("% of the sync", fontsize=9)
     axes.set_xlim(0, 100)
-    axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.4, -0.14))
+    axes.legend(frameon=False, fontsize=8, ncols=6, loc="upper center", bbox_to_anchor=(0.4, -0.14))
 
 
 def _break_even(axes: Axes, document: Document) -> None:
@@ -116,6 +133,7 @@ def _break_even(axes: Axes, document: Document) -> None:
     if reach > measured:
         axes.axvspan(measured, reach, color="#f2f2f2", zorder=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
     axes.set_xlabel("completion tokens (grey: extrapolated; dots: break-even)", fontsize=9)
     axes.set_ylabel("time, as multiple of native's (above 1 native wins)", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
@@ -126,9 +144,11 @@ def _drift(axes: Axes, document: Document) -> None:
     for index, strategy in enumerate(dict.fromkeys(row.strategy for row in document.drift)):
         rows = [row for row in document.drift if row.strategy == strategy]
         x, y = [row.cycles for row in rows], [100 * row.mean_relative for row in rows]
-        axes.plot(x, y, "o-", color=BLUE if strategy == NATIVE else _colour(index), label=strategy, linewidth=2)
+        label = f"{strategy}: {y[-1]:.2g} % after {x[-1]}"
+        axes.plot(x, y, _STYLES[index % 3], color=BLUE if strategy == NATIVE else _colour(index), label=label)
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("syncs", fontsize=9)
     axes.set_ylabel("mean |W - W0|, % of mean |W0|", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
@@ -159,7 +179,8 @@ def _fidelity(axes: Axes, document: Document) -> None:
     for index, strategy in enumerate(dict.fromkeys(row.strategy for row in document.fidelity)):
         rows = [row for row in document.fidelity if row.strategy == strategy and row.updates == first]
         x, y = [row.learning_rate for row in rows], [100 * row.lost_share for row in rows]
-        axes.plot(x, y, "o-", color=BLUE if strategy == NATIVE else _colour(index), label=strategy, linewidth=2)
+        label = f"{strategy}: {y[0]:.2g} % at {x[0]:g}"
+        axes.plot(x, y, _STYLES[index % 3], color=BLUE if strategy == NATIVE else _colour(index), label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("learning rate", fontsize=9)

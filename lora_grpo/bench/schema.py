@@ -117,7 +117,8 @@ class TruthRow(Row):
 
 
 class MemoryRow(Row):
-    """`kind`: pss on the CPU, CUDA allocated on a GPU (with `reserved_peak_bytes`). `kv_tokens` fit the KV cache."""
+    """`kind`: pss on the CPU, CUDA allocated on a GPU (with `reserved_peak_bytes`), the KV cache
+    of `kv_tokens` included."""
 
     kind: Literal["pss", "cuda"]
     trainer_bytes: int
@@ -131,7 +132,8 @@ class MemoryRow(Row):
 
 
 class DecodeRow(Row):
-    """`tpot_s` is time per output token of one row; ratios compare with `native` in alternation."""
+    """`tpot_s` is time per output token of one row; ratios compare with `native` in alternation. `kv_tokens` fit the
+    KV cache, at one `gpu_memory_utilization` for all."""
 
     rows: int
     prompt_tokens: int
@@ -144,6 +146,7 @@ class DecodeRow(Row):
     tpot_ratio_to_native: float
     prefill_ratio_to_native: float
     generate_ratio_to_native: float
+    kv_tokens: int
 
 
 class BreakEvenRow(Row):

@@ -156,6 +156,7 @@ class Suite:
             (self._out / RESULTS).write_text(document.model_dump_json(indent=1) + "\n")
             if document.complete:
                 self._partial.remove()
+                self._log.unlink(missing_ok=True)
 
     def close(self) -> None:
         self._host.close()

@@ -87,6 +87,7 @@ def _decode(row: DecodeRow) -> Line:
         "prefill ms": ms(row.prefill_s),
         "prefill tokens/s": row.prefill_tokens_per_s,
         "x native (prefill)": row.prefill_ratio_to_native,
+        "KV cache tokens": row.kv_tokens,
     }
 
 

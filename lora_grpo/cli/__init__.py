@@ -17,8 +17,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from lora_grpo.cli.compare import compare
 from lora_grpo.cli.bench import bench
+from lora_grpo.cli.compare import compare
 from lora_grpo.cli.demo import demo
 from lora_grpo.cli.diff import diff
 from lora_grpo.cli.evaluate import evaluate

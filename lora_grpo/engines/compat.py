@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from lora_grpo.engines.hopper import mend_kernels
 from lora_grpo.errors import ConfigError, EngineError, UnsupportedVersion
 
 # "run": the test suite passes on it. "read": its source was compared, for everything that the engines rely on, with a
@@ -77,7 +78,7 @@ def import_vllm() -> ModuleType:
         os.environ.setdefault(name, value)
     import vllm
 
-    check_kernels(release, compute_capability())
+    mend_kernels(release, compute_capability())
     return vllm
 
 
@@ -97,18 +98,6 @@ def compute_capability() -> tuple[int, int] | None:
 
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
     return None if capability is None else (capability.major, capability.minor)
-
-
-def check_kernels(release: tuple[int, int], capability: tuple[int, int] | None) -> None:
-    """Raises `UnsupportedVersion` where a release's LoRA kernels compute nonsense on the device.
-
-    On Hopper (9.0) the expand kernel of layers with one slice (o_proj, down_proj) is miscompiled and gives NaN before
-    0.33 (vllm#48590, triton#9433).
-    """
-    if capability == (9, 0) and release < (0, 33):
-        raise UnsupportedVersion(
-            f"vLLM {_dotted(release)}'s LoRA kernel gives NaN on Hopper GPUs (vllm#48590): install 'vllm>=0.33,<0.34'"
-        )
 
 
 def is_cpu() -> bool:
@@ -179,6 +168,12 @@ def slot_of(llm: Any, lora_id: int) -> int | None:
     """The slot an adapter is active in, or None."""
     ids = list(lora_manager(llm).lora_index_to_id)
     return ids.index(lora_id) if lora_id in ids else None
+
+
+def packed_members(llm: Any) -> dict[str, tuple[str, ...]]:
+    """Last names of the model's fused layers -> last names of what each is made of, in the order of its rows."""
+    mapping = getattr(runner(llm).get_model(), "packed_modules_mapping", {})
+    return {fused: tuple(members) for fused, members in mapping.items() if len(members) > 1}
 
 
 def register_adapter(

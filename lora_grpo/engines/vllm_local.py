@@ -16,7 +16,7 @@ from lora_grpo.adapters.digest import digest_directory
 from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
 from lora_grpo.adapters.peft_format import WEIGHTS_FILE
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines import compat, lora_kernels
+from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.binding import Binding
@@ -31,7 +31,8 @@ from lora_grpo.engines.requests import (
     to_completion,
     token_prompts,
 )
-from lora_grpo.engines.targets import linear_leaves
+from lora_grpo.engines.shared_weights import SharedBase, check_same_function
+from lora_grpo.engines.starting import start_llm
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion
 from lora_grpo.types import Group, Prompt, Sampling
 
@@ -64,6 +65,7 @@ class VLLMEngine:
         trust_remote_code: bool = False,
         cpu_lora_kernels: bool = True,
         direct_load: bool = True,
+        share_base_weights: bool = False,
         **vllm_args: Any,
     ) -> None:
         """Start vLLM on `model` (hub name or directory).
@@ -73,7 +75,9 @@ class VLLMEngine:
         `target_modules` are the layers wrapped for LoRA, by last name (default: every linear layer but the head).
         `cpu_lora_kernels=False` keeps vLLM's own CPU LoRA path (slower; base rows then get batches of their own).
         `direct_load=False` loads through vLLM's own loader, as releases do that the direct way was not tested with.
-        Other keywords go to `vllm.LLM`. Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.
+        `share_base_weights` keeps the weights in a form that `shared_model` can give out: needed on the CPU only, and
+        decoding is slower there with it. Other keywords go to `vllm.LLM`.
+        Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.
         """
         self._max_cpu_loras = max_loras + 2 if max_cpu_loras is None else max_cpu_loras
         if not 1 <= max_loras <= self._max_cpu_loras:
@@ -82,28 +86,21 @@ class VLLMEngine:
             raise ConfigError("max_cpu_loras=1: a version that fails to load would take the served one's place; set 2")
         self._max_loras = max_loras
         self._max_lora_rank = compat.allowed_rank(max_lora_rank)
-        vllm = compat.import_vllm()
-        wrapped = (
-            list(target_modules)
-            if target_modules
-            else linear_leaves(model, revision=revision, trust_remote_code=trust_remote_code)
-        )
-        kernels = cpu_lora_kernels and lora_kernels.install()
-        self._mixes_base = kernels or compat.base_rows_are_safe()
-        self._llm = _start(
-            vllm,
-            model=str(model),
+        self._shared: SharedBase | None = None
+        self._trust_remote_code = trust_remote_code
+        self._llm, self._mixes_base = start_llm(
+            str(model),
+            target_modules=target_modules,
+            cpu_lora_kernels=cpu_lora_kernels,
+            share_base_weights=share_base_weights,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            enable_lora=True,
             max_lora_rank=self._max_lora_rank,
             max_loras=max_loras,
             max_cpu_loras=self._max_cpu_loras,
-            lora_target_modules=wrapped,
             dtype=dtype,
             max_model_len=max_model_len,
             gpu_memory_utilization=gpu_memory_utilization,
-            logprobs_mode="processed_logprobs",
             **vllm_args,
         )
         _live_engines.add(id(self))
@@ -153,6 +150,8 @@ class VLLMEngine:
             self._touch(known)
             return self._prove_again(known)
         started = time.perf_counter()
+        if self._shared is not None:
+            self._shared.check_untouched()
         file = open_adapter(version)
         if digest_directory(version.path, held={WEIGHTS_FILE: file.mapped}) != version.digest:
             raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
@@ -203,6 +202,19 @@ class VLLMEngine:
             for output, ids in zip(outputs, sequences, strict=True)
         ]
 
+    def shared_model(self) -> Any:
+        """A transformers model whose parameters are this engine's own weights: one copy of the base for both.
+
+        In the engine's dtype, frozen: whatever would merge into it or write to it raises. Each call returns the same
+        model, and every load checks that the weights are untouched. Raises `UnsupportedAdapter` for an engine or
+        architecture that cannot be shared (quantized, split, prepacked, unknown).
+        """
+        if self._shared is None:
+            shared = SharedBase(self._llm, trust_remote_code=self._trust_remote_code)
+            check_same_function(self, shared.model)
+            self._shared = shared
+        return self._shared.model
+
     def describe_base(self) -> BaseDescription:
         return describe(self._llm.llm_engine.vllm_config.model_config.hf_config, compat.base_parameters(self._llm))
 
@@ -210,7 +222,7 @@ class VLLMEngine:
         if id(self) in _live_engines:
             _live_engines.discard(id(self))
             compat.shutdown(self._llm, last=not _live_engines)
-            for holder in ("_prover", "_loader"):
+            for holder in ("_prover", "_loader", "_shared"):
                 vars(self).pop(holder, None)
             del self._llm
             self._loaded.clear()
@@ -302,10 +314,3 @@ class VLLMEngine:
             if isinstance(error, LoraGrpoError) or not isinstance(error, Exception):
                 raise
             raise EngineError(f"vLLM could not {doing}: {type(error).__name__}: {error}") from error
-
-
-def _start(vllm: Any, **arguments: Any) -> Any:
-    try:
-        return vllm.LLM(**arguments)
-    except Exception as error:
-        raise EngineError(f"vLLM could not start on {arguments['model']}: {type(error).__name__}: {error}") from error

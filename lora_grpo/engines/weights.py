@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.requests import check_room, request_seeds, sampling_params, to_completion
+from lora_grpo.engines.shared_weights import plain_cpu_weights
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import EngineError
 from lora_grpo.types import Group, Sampling
@@ -34,7 +34,7 @@ class PlainEngine:
         vllm = compat.import_vllm()
         lora = {} if lora_rank is None else {"enable_lora": True, "max_lora_rank": compat.allowed_rank(lora_rank)}
         try:
-            with _unpacked(compat.is_cpu() and not prepack):
+            with plain_cpu_weights(compat.is_cpu() and not prepack, heads=False):
                 self._llm = vllm.LLM(model=str(model), logprobs_mode="processed_logprobs", **lora, **vllm_args)
         except Exception as error:
             raise EngineError(f"vLLM could not start on {model}: {type(error).__name__}: {error}") from error
@@ -172,28 +172,3 @@ def _members(name: str, module: Any, packed: Mapping[str, Sequence[str]]) -> Ite
     pieces = module.weight.data.split(list(module.output_partition_sizes))
     for member, piece in zip(packed[leaf], pieces, strict=True):
         yield f"{parent}.{member}", piece
-
-
-@contextmanager
-def _unpacked(wanted: bool) -> Iterator[None]:
-    """Meanwhile, vLLM's CPU backend keeps the linear weights that it loads, and computes with plain products.
-
-    No switch of vLLM's own does this in 0.26 to 0.33.
-    """
-    if not wanted:
-        yield
-        return
-    layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
-    stock = layers.dispatch_cpu_unquantized_gemm
-
-    def dispatch(layer: torch.nn.Module, remove_weight: bool) -> None:
-        if remove_weight and layer.weight.ndim == 2:
-            layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]
-        else:
-            stock(layer, remove_weight)
-
-    layers.dispatch_cpu_unquantized_gemm = dispatch
-    try:
-        yield
-    finally:
-        layers.dispatch_cpu_unquantized_gemm = stock

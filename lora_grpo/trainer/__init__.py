@@ -1,6 +1,17 @@
 """Training: the GRPO loop over a proven engine, from Python or from a config file."""
 
 from lora_grpo.trainer.build import build_trainer
+from lora_grpo.trainer.compare import compare_versions
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+from lora_grpo.trainer.guards import Guard, LogprobGap, NonFinite, ReferenceKL, RewardCollapse
 
-__all__ = ["GRPOTrainer", "build_trainer"]
+__all__ = [
+    "GRPOTrainer",
+    "Guard",
+    "LogprobGap",
+    "NonFinite",
+    "ReferenceKL",
+    "RewardCollapse",
+    "build_trainer",
+    "compare_versions",
+]

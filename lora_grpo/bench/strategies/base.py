@@ -102,7 +102,9 @@ class Strategy(ABC):
 
 def engine_arguments(subject: Subject) -> dict[str, Any]:
     """What every engine of a comparison is started with."""
+    fixed = {} if subject.kv_cache_bytes is None else {"kv_cache_memory_bytes": subject.kv_cache_bytes}
     return {
+        **fixed,
         "max_model_len": subject.max_model_len,
         "max_num_seqs": subject.max_num_seqs,
         "enforce_eager": not subject.graphs,

@@ -1,0 +1,67 @@
+"""A parameter that refuses to be written to, because an inference engine computes with the same memory."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from lora_grpo.errors import ConfigError
+
+_ALLOWED = {"requires_grad_", "rename_"}
+_REASON = "an engine computes with the same memory"
+
+
+class FrozenParameter(nn.Parameter):
+    """A view of an engine's weights. Reading costs what it costs of any parameter.
+
+    Every in-place method and `.data`, which PEFT's merge and optimizers write through, raise `ConfigError`. Casting or
+    moving it is refused too: that would be a second copy. `copy.deepcopy` gives an ordinary parameter.
+    """
+
+    def __new__(cls, view: torch.Tensor) -> Self:
+        return torch.Tensor._make_subclass(cls, view, False)
+
+    @property
+    def data(self) -> torch.Tensor:
+        raise ConfigError(
+            f"a base parameter's .data was asked for, but {_REASON}: nothing may merge into it or write to it"
+        )
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if value.data_ptr() != self.data_ptr() or value.dtype != self.dtype or value.shape != self.shape:
+            raise ConfigError(
+                f"a base parameter was to be replaced, moved or cast, but {_REASON}; use share_base_weights=False"
+            )
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        if requires_grad:
+            raise ConfigError(f"a base parameter was to be trained, but {_REASON}; train an adapter")
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), requires_grad=False))
+
+
+def _refuse(name: str) -> Any:
+    def method(self: FrozenParameter, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(f"a base parameter was to be written to ({name}), but {_REASON}")
+
+    method.__name__ = name
+    return method
+
+
+for _name in dir(torch.Tensor):
+    _plain = _name.endswith("_") and not _name.startswith("_") and _name not in _ALLOWED
+    _operator = _name.startswith("__i") and _name not in (
+        "__init__",
+        "__init_subclass__",
+        "__iter__",
+        "__invert__",
+        "__int__",
+        "__index__",
+    )
+    if _plain or _operator or _name == "__setitem__":
+        setattr(FrozenParameter, _name, _refuse(_name))

@@ -1,0 +1,237 @@
+"""One copy of the base: a transformers model whose parameters are views into a vLLM engine's weights.
+
+Nothing here is ever merged, so the base is frozen on both sides and can be the same memory. vLLM keeps q/k/v and
+gate/up fused, members below each other, and pads the vocabulary: every checkpoint tensor is a row slice of one of its
+tensors. The trainer's base then has the engine's dtype. On the CPU vLLM must be kept from prepacking its weights, which
+makes decoding slower.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_grpo.engines import compat
+from lora_grpo.engines.base import Engine
+from lora_grpo.engines.delivery.probe import MAX_BASE_NOISE_NATS, probe_sequences
+from lora_grpo.engines.frozen import FrozenParameter
+from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+
+TESTED_CPU = ((0, 32),)
+"""The releases whose CPU backend was tested to compute with plain weights."""
+
+_OWN_COPY = "give the trainer its own copy (share_base_weights=False)"
+
+
+class SharedBase:
+    """The transformers model on an engine's weights, and a watch over both."""
+
+    def __init__(self, llm: Any, *, trust_remote_code: bool = False) -> None:
+        """Build the model; `UnsupportedAdapter` says what about the engine or the architecture stands against it."""
+        self._llm = llm
+        _check_engine(llm)
+        self.model = _skeleton(llm, trust_remote_code)
+        served = dict(compat.base_parameters(llm))
+        fused = compat.packed_members(llm)
+        _fill(self.model, served, fused)
+        self._tensors = {name: p.detach() for name, p in self.model.named_parameters()}
+        self._writes = {name: tensor._version for name, tensor in self._tensors.items()}
+        self._places = {name: parameter.data_ptr() for name, parameter in served.items()}
+
+    def check_untouched(self) -> None:
+        """Raises `DeliveryError` when the shared weights were written to, or the engine has put others in their place.
+
+        Sees what autograd's version counters see: in-place writes through any view that is not `.data`.
+        """
+        for name, tensor in self._tensors.items():
+            if tensor._version != self._writes[name]:
+                raise DeliveryError(
+                    f"{name}, which trainer and engine share, was written to: neither has the checkpoint's base any "
+                    "more; start both anew"
+                )
+        for name, parameter in compat.base_parameters(self._llm):
+            if parameter.data_ptr() != self._places[name]:
+                raise DeliveryError(
+                    f"the engine has replaced {name}, which the trainer's base is a view of; build both anew"
+                )
+
+
+@contextmanager
+def plain_cpu_weights(wanted: bool, *, heads: bool = True) -> Iterator[None]:
+    """Meanwhile, vLLM's CPU backend keeps the linear weights that it loads as they are and computes with `F.linear`.
+
+    By itself it prepacks them into buffers that nothing else can read; no switch of its own prevents that in 0.26 to
+    0.33. `heads=False` leaves it the output layer, of which it packs a second copy.
+    """
+    if not wanted:
+        yield
+        return
+    layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
+    stock = layers.dispatch_cpu_unquantized_gemm
+
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.ndim == 2 and (heads or remove_weight):
+            layer.cpu_linear = nn.functional.linear
+        else:
+            stock(layer, remove_weight)
+
+    layers.dispatch_cpu_unquantized_gemm = dispatch
+    try:
+        yield
+    finally:
+        layers.dispatch_cpu_unquantized_gemm = stock
+
+
+def check_shareable(arguments: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for arguments of an engine whose weights could not be shared, before it starts."""
+    refused = {
+        "quantization": (arguments.get("quantization") is not None, "quantized weights are not the trainer's"),
+        "tensor_parallel_size": (arguments.get("tensor_parallel_size", 1) != 1, "each process holds a part only"),
+        "pipeline_parallel_size": (arguments.get("pipeline_parallel_size", 1) != 1, "each process holds a part only"),
+        "enable_sleep_mode": (bool(arguments.get("enable_sleep_mode")), "a sleeping engine unmaps its weights"),
+    }
+    for name, (found, reason) in refused.items():
+        if found:
+            raise ConfigError(f"{name}={arguments[name]!r} with share_base_weights: {reason}; drop it, or {_OWN_COPY}")
+    if compat.is_cpu() and compat.vllm_release() not in TESTED_CPU:
+        raise ConfigError(
+            f"share_base_weights on the CPU was not tested with vLLM {'.'.join(map(str, compat.vllm_release()))}; "
+            f"{_OWN_COPY}"
+        )
+
+
+def check_same_function(engine: Engine, model: nn.Module) -> None:
+    """Raises `UnsupportedAdapter` unless the shared model gives the engine's log-probs, on fixed random tokens."""
+    sequences = probe_sequences(engine.describe_base().vocabulary, seed=0)
+    gap = mean_abs_difference(engine.logprobs(sequences, adapter=None), teacher_logprobs(model, sequences))
+    if not gap <= MAX_BASE_NOISE_NATS:
+        raise UnsupportedAdapter(
+            f"the engine's weights cannot be shared: the transformers model on them differs by {gap:.3f} nats a token "
+            f"(at most {MAX_BASE_NOISE_NATS}); {_OWN_COPY}"
+        )
+
+
+def _check_engine(llm: Any) -> None:
+    config = llm.llm_engine.vllm_config
+    model = compat.runner(llm).get_model()
+    found = {
+        f"its weights are quantized ({config.model_config.quantization})": config.quant_config is not None,
+        "its weights are split over processes": config.parallel_config.world_size > 1,
+        "it can sleep, which unmaps its weights": bool(config.model_config.enable_sleep_mode),
+        f"{type(model).__name__} is vLLM's wrapper of a transformers model": type(model).__name__.startswith(
+            "Transformers"
+        ),
+        "it has prepacked its weights (build it with share_base_weights=True)": any(
+            parameter.numel() == 0 for _, parameter in compat.base_parameters(llm)
+        ),
+        "its weights are inference tensors, which autograd cannot go through": any(
+            parameter.is_inference() for _, parameter in compat.base_parameters(llm)
+        ),
+    }
+    for reason, stands_against in found.items():
+        if stands_against:
+            raise UnsupportedAdapter(f"the engine's weights cannot be shared: {reason}; {_OWN_COPY}")
+
+
+def _skeleton(llm: Any, trust_remote_code: bool) -> Any:
+    """The checkpoint's transformers model: parameters without memory, buffers (rotary frequencies, scales) computed."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = llm.llm_engine.vllm_config.model_config
+    config: Any = AutoConfig.from_pretrained(
+        settings.model, revision=settings.revision, trust_remote_code=trust_remote_code
+    )
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=settings.dtype, trust_remote_code=trust_remote_code)
+    model.config._name_or_path = settings.model
+    persistent = [name for name, _ in model.named_buffers() if name in model.state_dict()]
+    if persistent:
+        raise UnsupportedAdapter(
+            f"the engine's weights cannot be shared: {type(model).__name__} has buffers in its checkpoint "
+            f"({persistent[0]}), which vLLM keeps in a form of its own; {_OWN_COPY}"
+        )
+    device = next(iter(compat.base_parameters(llm)))[1].device
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model.eval()
+
+
+def _fill(model: Any, served: Mapping[str, torch.Tensor], fused: Mapping[str, tuple[str, ...]]) -> None:
+    """Put a view of the engine's weights in place of every parameter, and tie what is tied."""
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    padded = _vocabulary_parameters(model)
+    if model.config.get_text_config().tie_word_embeddings:
+        head = f"{_name_of(model, model.get_output_embeddings())}.weight"
+        wanted.pop(head, None)
+    taken = set()
+    for name, shape in wanted.items():
+        source, view = _view(name, shape, wanted, served, fused, padded=name in padded)
+        taken.add(source)
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._parameters[leaf] = FrozenParameter(view)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if not isinstance(parameter, FrozenParameter)]
+    unused = sorted(served.keys() - taken)
+    if left or unused:
+        raise UnsupportedAdapter(
+            f"the engine's weights cannot be shared: {(left or unused)[0]} is in "
+            f"{'transformers' if left else 'vLLM'}'s {type(model).__name__} only; {_OWN_COPY}"
+        )
+
+
+def _view(
+    name: str,
+    shape: torch.Size,
+    wanted: Mapping[str, torch.Size],
+    served: Mapping[str, torch.Tensor],
+    fused: Mapping[str, tuple[str, ...]],
+    *,
+    padded: bool,
+) -> tuple[str, torch.Tensor]:
+    """The engine's parameter that holds `name`, and the rows of it that are `name`."""
+    source, first, rows = name, 0, shape[0]
+    total = rows
+    if name not in served:
+        source, members = _fused_source(name, fused)
+        sizes = [wanted[member][0] for member in members if member in wanted]
+        if source not in served or len(sizes) != len(members):
+            raise UnsupportedAdapter(
+                f"the engine's weights cannot be shared: vLLM has no weights for {name}; {_OWN_COPY}"
+            )
+        first, total = sum(sizes[: members.index(name)]), sum(sizes)
+    whole = served[source].detach().as_subclass(torch.Tensor)
+    fits = whole.shape[0] >= total if padded else whole.shape[0] == total
+    if not fits or whole.shape[1:] != shape[1:]:
+        raise UnsupportedAdapter(
+            f"the engine's weights cannot be shared: {name} is {tuple(shape)}, {source} in vLLM {tuple(whole.shape)}; "
+            f"{_OWN_COPY}"
+        )
+    return source, whole[first : first + rows]
+
+
+def _fused_source(name: str, fused: Mapping[str, tuple[str, ...]]) -> tuple[str, list[str]]:
+    """The name that vLLM fuses a parameter under, and the names of all parameters fused there; itself if none."""
+    module, _, kind = name.rpartition(".")
+    parent, _, leaf = module.rpartition(".")
+    for source, members in fused.items():
+        if leaf in members:
+            return f"{parent}.{source}.{kind}", [f"{parent}.{member}.{kind}" for member in members]
+    return name, [name]
+
+
+def _vocabulary_parameters(model: Any) -> set[str]:
+    """Names of the weights whose rows are tokens: vLLM may hold more of those."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {f"{_name_of(model, module)}.weight" for module in modules}
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
