@@ -62,7 +62,8 @@ def test_vllm_stays_in_the_engine_room(path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["lora_grpo", "lora_grpo.cli", "lora_grpo.adapters.store", "lora_grpo.rewards"])
 def test_imports_are_light(module: str) -> None:
-    code = f"import {module}, sys; print([m for m in ('torch', 'vllm', 'datasets', 'matplotlib', 'trl') if m in sys.modules])"
+    heavy = ("torch", "vllm", "datasets", "matplotlib", "trl")
+    code = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert loaded.strip() == "[]"
 

@@ -26,6 +26,7 @@ from lora_grpo.rewards import exact
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.trainer.stepping import GAP
 from lora_grpo.types import Group, Prompt
+from tests.tiny_models import tiny_tokenizer
 
 pytestmark = pytest.mark.vllm
 
@@ -290,6 +291,11 @@ def test_a_loop_can_be_tried_on_a_fake_engine(base_dir: Path, tmp_path: Path) ->
         assert trainer.sync.probe is None
         assert 0.3 < trainer.history[0]["reward"] < 0.7
         assert trainer.version.number == 3
+
+
+def test_another_vocabulary_is_refused(trainer_of: Any) -> None:
+    with pytest.raises(ConfigError, match=r"in processing_class and .* in the engine's tokenizer"):
+        trainer_of(processing_class=tiny_tokenizer())
 
 
 def test_what_is_missing_is_said_before_anything_starts(base_dir: Path, tmp_path: Path) -> None:

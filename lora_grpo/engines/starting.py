@@ -28,14 +28,18 @@ def start_llm(
     vllm = compat.import_vllm()
     if share_base_weights:
         check_shareable(arguments)
-    checkpoint = {"revision": revision, "trust_remote_code": trust_remote_code}
-    wrapped = list(target_modules) if target_modules else linear_leaves(model, **checkpoint)
+    wrapped = (
+        list(target_modules)
+        if target_modules
+        else linear_leaves(model, revision=revision, trust_remote_code=trust_remote_code)
+    )
     mixes_base = (cpu_lora_kernels and lora_kernels.install()) or compat.base_rows_are_safe()
     try:
         with plain_cpu_weights(share_base_weights and compat.is_cpu()):
             llm = vllm.LLM(
                 model=model,
-                **checkpoint,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
                 enable_lora=True,
                 lora_target_modules=wrapped,
                 logprobs_mode="processed_logprobs",

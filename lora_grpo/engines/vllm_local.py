@@ -160,12 +160,9 @@ class VLLMEngine:
         self._make_room()
         loaded = _Loaded(version, self._request(version), file, binding)
         with self._boundary(f"load {version}", forget=loaded.request.lora_int_id):
-            self._loader.place(loaded.request, binding, file)
-            added = time.perf_counter()
-            proven_bytes = self._prover.prove(version, file, loaded.request.lora_int_id)
+            receipt = self._place_and_prove(loaded, started, checked)
         self._loaded[version.path] = loaded
-        seconds = {"check": checked - started, "load": added - checked, "prove": time.perf_counter() - added}
-        return LoadReceipt("slots", seconds, len(file.paths), proven_bytes, self._loader.kind)
+        return receipt
 
     def unload(self, version: AdapterVersion) -> None:
         loaded = self._find(version)
@@ -264,16 +261,19 @@ class VLLMEngine:
 
     def _prove_again(self, loaded: _Loaded) -> LoadReceipt:
         """Have a loaded version hold a slot and prove it; a failure unloads it."""
-        lora_id, started = loaded.request.lora_int_id, time.perf_counter()
+        started = time.perf_counter()
         try:
-            with self._boundary(f"activate {loaded.version}", forget=lora_id):
-                self._loader.place(loaded.request, loaded.binding, loaded.file)
-                added = time.perf_counter()
-                proven_bytes = self._prover.prove(loaded.version, loaded.file, lora_id)
+            with self._boundary(f"activate {loaded.version}", forget=loaded.request.lora_int_id):
+                return self._place_and_prove(loaded, started, started)
         except BaseException:
             self._loaded.pop(loaded.version.path, None)
             raise
-        seconds = {"check": 0.0, "load": added - started, "prove": time.perf_counter() - added}
+
+    def _place_and_prove(self, loaded: _Loaded, started: float, checked: float) -> LoadReceipt:
+        self._loader.place(loaded.request, loaded.binding, loaded.file)
+        placed = time.perf_counter()
+        proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.request.lora_int_id)
+        seconds = {"check": checked - started, "load": placed - checked, "prove": time.perf_counter() - placed}
         return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes, self._loader.kind)
 
     def _touch(self, loaded: _Loaded) -> None:

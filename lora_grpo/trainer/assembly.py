@@ -22,6 +22,7 @@ from lora_grpo.trainer.models import (
     build_engine,
     build_policy_model,
     check_same_device,
+    check_same_vocabulary,
     lora_rank,
     pad_token_id,
     planned_memory,
@@ -66,7 +67,8 @@ def assemble(
         with reporter.capture():
             engine = build_engine(model, engine_config, lora_rank(model, peft_config))
         closing.callback(engine.close)
-    policy_model: Any = build_policy_model(model, peft_config, config.seed)
+    with reporter.capture():
+        policy_model: Any = build_policy_model(model, peft_config, config.seed)
     check_same_device(policy_model, engine)
     policy = Policy(policy_model, config)
     sync = NativeSync(
@@ -78,8 +80,10 @@ def assemble(
         keep_state=keeps_state(keep),
     )
     closing.callback(sync.close)
-    tokenizer = processing_class or getattr(engine, "tokenizer", None)
-    return Parts(engine, policy_model, store, policy, sync, pad_token_id(tokenizer))
+    tokenizer = getattr(engine, "tokenizer", None)
+    if processing_class is not None:
+        check_same_vocabulary(processing_class, tokenizer)
+    return Parts(engine, policy_model, store, policy, sync, pad_token_id(processing_class or tokenizer))
 
 
 def refuse_live(run_dir: Path) -> None:

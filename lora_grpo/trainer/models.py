@@ -112,6 +112,19 @@ def check_same_device(model: nn.Module, engine: Engine) -> None:
         )
 
 
+def check_same_vocabulary(trainer: Any, engine: Any) -> None:
+    """Raises `ConfigError` naming a token that the trainer's tokenizer and the engine's number differently."""
+    if not (hasattr(trainer, "get_vocab") and hasattr(engine, "get_vocab")):
+        return
+    own, served = trainer.get_vocab(), engine.get_vocab()
+    odd = next((token for token in own.keys() | served.keys() if own.get(token) != served.get(token)), None)
+    if odd is not None:
+        raise ConfigError(
+            f"token {odd!r} is {own.get(odd)} in processing_class and {served.get(odd)} in the engine's tokenizer; "
+            "load both from the same checkpoint, or leave processing_class out"
+        )
+
+
 def pad_token_id(tokenizer: Any) -> int:
     """The id to pad with: the tokenizer's pad token, else its end token, else 0 (padding is masked everywhere)."""
     for name in ("pad_token_id", "eos_token_id"):
