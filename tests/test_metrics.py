@@ -176,7 +176,7 @@ def test_libraries_and_children_write_to_the_engine_log_only(tmp_path, capfd):
     log = tmp_path / "engine.log"
     before = logging.getLogger("vllm").handlers[:]
     with quiet_libraries(log, told.append):
-        logging.getLogger("vllm.engine").warning("from a logger")
+        logging.getLogger("vllm.engine").error("from a logger")
         warnings.warn("of the user", stacklevel=1)
         with capture_output(log):
             print("from python")
