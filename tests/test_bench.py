@@ -195,11 +195,17 @@ def test_floor_adds_the_channels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gain_s", "loss_s_per_token", "tokens"),
-    [(1.0, 0.01, 101.0), (1.0, 0.0, None), (1.0, -0.1, None), (-0.5, 0.01, 1.0), (-0.5, -0.1, 1.0)],
+    ("gain_s", "loss_s_per_token", "tokens", "beyond"),
+    [
+        (1.0, 0.01, 101.0, "merge"),
+        (1.0, 0.0, None, "native"),
+        (1.0, -0.1, None, "native"),
+        (-0.5, 0.01, None, "merge"),
+        (-0.5, -0.1, 6.0, "native"),
+    ],
 )
-def test_crossing_by_hand(gain_s: float, loss_s_per_token: float, tokens: float | None) -> None:
-    assert breakeven.crossing(gain_s, loss_s_per_token) == tokens
+def test_crossing_by_hand(gain_s: float, loss_s_per_token: float, tokens: float | None, beyond: str) -> None:
+    assert breakeven.crossing(gain_s, loss_s_per_token) == (tokens, beyond)
 
 
 def test_break_even_from_rows() -> None:
@@ -210,7 +216,7 @@ def test_break_even_from_rows() -> None:
     assert row.sync_gain_s == pytest.approx(1.0)
     assert row.prefill_loss_s == pytest.approx(0.05)
     assert row.completion_tokens == pytest.approx(1 + 0.95 / 0.002)
-    assert "merge-trl wins from 476 completion tokens on (extrapolated)" in breakeven.sentence(row)
+    assert "merge-trl wins from 476 tokens (extrapolated): its sync is 1,000.00 ms slower" in breakeven.sentence(row)
 
 
 def test_a_pair_is_compared_with_its_own_native_rounds() -> None:
@@ -341,7 +347,8 @@ def test_report_says_where_merging_wins(tmp_path: Path) -> None:
     text = write_report(made, tmp_path).read_text()
     assert "merge-fold takes 10.0 ms: native is 2 times slower." in text
     assert "merge-trl takes 2000.0 ms: native is 100 times faster." in text
-    assert "merge-trl wins from 991 completion tokens on (extrapolated)" in text
+    assert "merge-trl wins from 991 tokens (extrapolated)" in text
+    assert "merge-fold wins up to 4 tokens: its sync is 10.00 ms faster" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {"sync-times.png", "sync-phases.png", "break-even.png"}
 
 

@@ -114,7 +114,7 @@ def test_every_part_and_its_report(tmp_path: Path) -> None:
     for picture in ("sync-times", "sync-phases", "break-even", "memory", "fidelity", "drift"):
         assert f"({picture}.png)" in report
         assert (out / f"{picture}.png").stat().st_size > 10_000
-    assert "completion tokens on" in report or "never wins" in report
+    assert "merge-trl wins" in report
 
 
 def test_interrupted_then_resumed_and_a_stale_policy_fails(tmp_path: Path) -> None:
@@ -172,3 +172,28 @@ def test_one_sentence_before_anything_starts(arguments: list[str], words: str, t
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_time_limit_keeps_what_was_measured_and_leaves_no_model_behind(tmp_path: Path) -> None:
+    """`timeout` sends SIGTERM; a model of gigabytes on tmpfs would stay in memory for good."""
+    before = _models()
+    running = subprocess.Popen(
+        command("memory", "--shape", "tiny", "--out", str(tmp_path)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while running.poll() is None and not _models() - before:
+        _wait(running)
+    mine = _models() - before
+    running.send_signal(signal.SIGTERM)
+    stdout, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130, stderr[-3000:]
+    assert not last_line(stdout).complete
+    assert mine
+    assert not mine & _models()
+
+
+def _models() -> set[Path]:
+    return set(Path("/dev/shm").glob("lora-grpo-bench-*/models/tiny-seed0/config.json"))

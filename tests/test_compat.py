@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import importlib.metadata
+import inspect
 import os
 import sys
 import tomllib

@@ -56,7 +56,7 @@ def test_imports_point_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_vllm_stays_in_the_engine_room(path: Path) -> None:
-    if room_of(path) not in ("engines", "bench", "integrations"):
+    if room_of(path) != "engines":
         assert not {name for name in imported(path) if name.split(".")[0] == "vllm"}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, SyncRow
+from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, SyncRow, Winner
 from lora_grpo.bench.strategies import NATIVE
 
 
@@ -32,6 +32,7 @@ def _row(pair: SyncRow, decoded: DecodeRow, native_s: float) -> BreakEvenRow:
     gain_s = pair.median_s - native_s
     loss_s = decoded.tpot_s / decoded.tpot_ratio_to_native - decoded.tpot_s
     prefill_s = decoded.prefill_s / decoded.prefill_ratio_to_native - decoded.prefill_s
+    tokens, beyond = crossing(gain_s - prefill_s, loss_s)
     return BreakEvenRow(
         strategy=pair.strategy,
         shape=pair.shape,
@@ -39,35 +40,39 @@ def _row(pair: SyncRow, decoded: DecodeRow, native_s: float) -> BreakEvenRow:
         sync_gain_s=gain_s,
         decode_loss_s_per_token=loss_s,
         prefill_loss_s=prefill_s,
-        completion_tokens=crossing(gain_s - prefill_s, loss_s),
+        completion_tokens=tokens,
+        beyond=beyond,
         measured_up_to_tokens=decoded.completion_tokens,
     )
 
 
-def crossing(gain_s: float, loss_s_per_token: float) -> float | None:
-    """The completion length at which a constant gain is used up by a loss at each token after the first.
+def crossing(gain_s: float, loss_s_per_token: float) -> tuple[float | None, Winner]:
+    """The completion length at which native's constant gain meets its loss at each token after the first (None: they
+    never meet), and who is faster on longer ones."""
+    if gain_s >= 0 and loss_s_per_token <= 0:
+        return None, "native"
+    if gain_s <= 0 and loss_s_per_token >= 0:
+        return None, "merge"
+    return 1.0 + gain_s / loss_s_per_token, "merge" if loss_s_per_token > 0 else "native"
 
-    None when it never is; 1 when there is nothing to use up.
-    """
-    if loss_s_per_token <= 0:
-        return None if gain_s >= 0 else 1.0
-    return max(1.0, 1.0 + gain_s / loss_s_per_token)
+
+def wins(row: BreakEvenRow) -> str:
+    """Where merging wins."""
+    if row.completion_tokens is None:
+        return "always" if row.beyond == "merge" else "never"
+    return f"{'from' if row.beyond == 'merge' else 'up to'} {row.completion_tokens:,.0f} tokens"
 
 
 def sentence(row: BreakEvenRow) -> str:
     """What a row says."""
-    where = f"{row.shape}, {row.rows} rows"
-    if row.completion_tokens is None:
-        return (
-            f"{where}: {row.strategy} never wins: it syncs {_more(row.sync_gain_s)} and decodes no faster than native "
-            f"({1e3 * -row.decode_loss_s_per_token:+.2f} ms a token)."
-        )
-    extrapolated = " (extrapolated)" if row.completion_tokens > row.measured_up_to_tokens else ""
+    beyond = row.completion_tokens is not None and row.completion_tokens > row.measured_up_to_tokens
+    where = f"{wins(row)}{' (extrapolated)' if beyond else ''}"
     return (
-        f"{where}: {row.strategy} wins from {row.completion_tokens:,.0f} completion tokens on{extrapolated}: it syncs "
-        f"{_more(row.sync_gain_s)} but saves {1e3 * row.decode_loss_s_per_token:.2f} ms a token."
+        f"{row.shape}, {row.rows} rows: {row.strategy} wins {where}: its sync is "
+        f"{_than_native(row.sync_gain_s)}, its prefill {_than_native(-row.prefill_loss_s)}, each token "
+        f"{_than_native(-row.decode_loss_s_per_token)} than native's."
     )
 
 
-def _more(gain_s: float) -> str:
-    return f"{abs(gain_s):.3f} s {'slower' if gain_s >= 0 else 'faster'}"
+def _than_native(seconds: float) -> str:
+    return f"{1e3 * abs(seconds):,.2f} ms {'slower' if seconds >= 0 else 'faster'}"

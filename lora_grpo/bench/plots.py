@@ -134,6 +134,7 @@ def _break_even(axes: Axes, document: Document) -> None:
         axes.axvspan(measured, reach, color="#f2f2f2", zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+    axes.xaxis.set_minor_formatter(lambda tokens, _: "")
     axes.set_xlabel("completion tokens (grey: extrapolated; dots: break-even)", fontsize=9)
     axes.set_ylabel("time, as multiple of native's (above 1 native wins)", fontsize=9)
     axes.legend(frameon=False, fontsize=8)

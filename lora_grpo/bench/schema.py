@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -78,6 +78,9 @@ class Settings(Section):
         return tuple(pair for pair in wanted if pair != (self.rank, self.targets))
 
 
+Winner: TypeAlias = Literal["native", "merge"]
+
+
 class Row(BaseModel):
     """A line of a table."""
 
@@ -150,13 +153,15 @@ class DecodeRow(Row):
 
 
 class BreakEvenRow(Row):
-    """From how many completion tokens a step on `strategy` is faster than `native` (None: never as measured)."""
+    """At how many completion tokens a step takes as long on `strategy` as on `native` (None: at no number), and which
+    is faster beyond."""
 
     rows: int
     sync_gain_s: float
     decode_loss_s_per_token: float
     prefill_loss_s: float
     completion_tokens: float | None
+    beyond: Winner
     measured_up_to_tokens: int
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
+from lora_grpo.bench.breakeven import wins
 from lora_grpo.bench.schema import (
     BreakEvenRow,
     DecodeRow,
@@ -99,7 +100,7 @@ def _break_even(row: BreakEvenRow) -> Line:
         "sync behind native, ms": ms(row.sync_gain_s),
         "prefill ahead, ms": ms(row.prefill_loss_s),
         "decode ahead, ms a token": ms(row.decode_loss_s_per_token),
-        "wins from, tokens": "never" if row.completion_tokens is None else round(row.completion_tokens),
+        "merging wins": wins(row),
         "measured up to, tokens": row.measured_up_to_tokens,
     }
 
@@ -165,7 +166,7 @@ _TABLES: tuple[tuple[str, str, Callable[[Any], Line]], ...] = (
     ("truth", "Truth: log-probs of the served policy against an fp32 reference", _truth),
     ("memory", "Memory: trainer and engine in one process", _memory),
     ("decode", "Decode: completions of a served policy", _decode),
-    ("break_even", "Break-even: from which completion length on merging is faster", _break_even),
+    ("break_even", "Break-even: the completion lengths at which merging is faster", _break_even),
     ("fidelity", "Fidelity: what is left of an update", _fidelity),
     ("drift", "Drift: the trainer's frozen base after many syncs", _drift),
     ("step", "Step: generate, train, sync", _step),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,7 +77,8 @@ def bench(
 
 
 def _measure(suite: Suite) -> bool:
-    """Run to the end or to Ctrl-C; returns whether it was that."""
+    """Run to the end or to Ctrl-C (or the SIGTERM of a time limit); returns whether it was that."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _bar(suite.rounds) as progress:
             suite.run(progress)

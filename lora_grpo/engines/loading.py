@@ -8,9 +8,11 @@ itself can activate, evict or remove what was loaded so, or read it again from i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from lora_grpo.adapters.peft_files import AdapterFile
+from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.delivery.binding import Binding
 from lora_grpo.errors import DeliveryError
@@ -19,6 +21,16 @@ Loader: TypeAlias = Literal["direct", "stock"]
 
 TESTED = ((0, 32),)
 """The releases whose bookkeeping the direct way was tested to keep."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A version that vLLM has: the request that names it, its mapped file, and where its tensors live."""
+
+    version: AdapterVersion
+    request: Any
+    file: AdapterFile
+    binding: Binding
 
 
 def choose_loader(wanted: bool) -> Loader:

@@ -6,22 +6,20 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_grpo.adapters.digest import digest_directory
-from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
+from lora_grpo.adapters.peft_files import open_adapter
 from lora_grpo.adapters.peft_format import WEIGHTS_FILE
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
 from lora_grpo.engines.delivery.base_match import describe
-from lora_grpo.engines.delivery.binding import Binding
 from lora_grpo.engines.delivery.slots import SlotProver
-from lora_grpo.engines.loading import AdapterLoader, choose_loader
+from lora_grpo.engines.loading import AdapterLoader, Loaded, choose_loader
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
     check_room,
@@ -37,14 +35,6 @@ from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoEr
 from lora_grpo.types import Group, Prompt, Sampling
 
 _live_engines: set[int] = set()
-
-
-@dataclass
-class _Loaded:
-    version: AdapterVersion
-    request: Any
-    file: AdapterFile
-    binding: Binding
 
 
 class VLLMEngine:
@@ -105,7 +95,7 @@ class VLLMEngine:
         )
         _live_engines.add(id(self))
         self._ids = itertools.count(1)
-        self._loaded: dict[Path, _Loaded] = {}
+        self._loaded: dict[Path, Loaded] = {}
         try:
             self._prover = SlotProver(self._llm)
             self._loader = AdapterLoader(self._llm, choose_loader(direct_load))
@@ -158,7 +148,7 @@ class VLLMEngine:
         binding = self._prover.bind(version, file)
         checked = time.perf_counter()
         self._make_room()
-        loaded = _Loaded(version, self._request(version), file, binding)
+        loaded = Loaded(version, self._request(version), file, binding)
         with self._boundary(f"load {version}", forget=loaded.request.lora_int_id):
             receipt = self._place_and_prove(loaded, started, checked)
         self._loaded[version.path] = loaded
@@ -202,15 +192,17 @@ class VLLMEngine:
     def shared_model(self) -> Any:
         """A transformers model whose parameters are this engine's own weights: one copy of the base for both.
 
-        In the engine's dtype, frozen: whatever would merge into it or write to it raises. Each call returns the same
-        model, and every load checks that the weights are untouched. Raises `UnsupportedAdapter` for an engine or
+        In the engine's dtype, frozen: whatever would merge into it or write to it raises. Each call builds a new model
+        on the same weights, and every load checks that they are untouched. Raises `UnsupportedAdapter` for an engine or
         architecture that cannot be shared (quantized, split, prepacked, unknown).
         """
-        if self._shared is None:
-            shared = SharedBase(self._llm, trust_remote_code=self._trust_remote_code)
-            check_same_function(self, shared.model)
-            self._shared = shared
-        return self._shared.model
+        if self._shared is not None:
+            self._shared.check_untouched()
+        shared = SharedBase(self._llm, trust_remote_code=self._trust_remote_code)
+        check_same_function(self, shared.model)
+        # The first one's watch stays: it knows the weights as they were loaded.
+        self._shared = self._shared or shared
+        return shared.model
 
     def describe_base(self) -> BaseDescription:
         return describe(self._llm.llm_engine.vllm_config.model_config.hf_config, compat.base_parameters(self._llm))
@@ -248,7 +240,7 @@ class VLLMEngine:
                 outputs[row] = output
         return outputs
 
-    def _place(self, wanted: list[_Loaded]) -> None:
+    def _place(self, wanted: list[Loaded]) -> None:
         """See to it that every wanted version holds a slot, proving again those that vLLM copies into one."""
         distinct = {loaded.version.path: loaded for loaded in wanted}
         for loaded in distinct.values():
@@ -259,7 +251,7 @@ class VLLMEngine:
             if compat.slot_of(self._llm, loaded.request.lora_int_id) is None:
                 self._prove_again(loaded)
 
-    def _prove_again(self, loaded: _Loaded) -> LoadReceipt:
+    def _prove_again(self, loaded: Loaded) -> LoadReceipt:
         """Have a loaded version hold a slot and prove it; a failure unloads it."""
         started = time.perf_counter()
         try:
@@ -269,14 +261,14 @@ class VLLMEngine:
             self._loaded.pop(loaded.version.path, None)
             raise
 
-    def _place_and_prove(self, loaded: _Loaded, started: float, checked: float) -> LoadReceipt:
+    def _place_and_prove(self, loaded: Loaded, started: float, checked: float) -> LoadReceipt:
         self._loader.place(loaded.request, loaded.binding, loaded.file)
         placed = time.perf_counter()
         proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.request.lora_int_id)
         seconds = {"check": checked - started, "load": placed - checked, "prove": time.perf_counter() - placed}
         return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes, self._loader.kind)
 
-    def _touch(self, loaded: _Loaded) -> None:
+    def _touch(self, loaded: Loaded) -> None:
         """Make it the most recently used."""
         self._loaded[loaded.version.path] = self._loaded.pop(loaded.version.path)
 
@@ -290,7 +282,7 @@ class VLLMEngine:
         lora_id = next(self._ids)
         return LoRARequest(f"{version.path.parent.parent.name}-v{version.number}-{lora_id}", lora_id, str(version.path))
 
-    def _find(self, version: AdapterVersion) -> _Loaded:
+    def _find(self, version: AdapterVersion) -> Loaded:
         loaded = self._loaded.get(version.path)
         if loaded is None or loaded.version.digest != version.digest:
             held = ", ".join(str(known) for known in self.loaded()) or "none"

@@ -19,6 +19,8 @@ from lora_grpo.metrics import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.models import (
+    Sharing,
+    adapted_leaves,
     build_engine,
     build_policy_model,
     check_same_device,
@@ -26,6 +28,7 @@ from lora_grpo.trainer.models import (
     lora_rank,
     pad_token_id,
     planned_memory,
+    shared_base,
 )
 
 __all__ = ["Parts", "assemble", "keeps_state", "refuse_live", "retention"]
@@ -56,6 +59,7 @@ def assemble(
     keep: KeepConfig,
     run_dir: Path,
     store_root: str | Path | None,
+    share_base_weights: Sharing,
 ) -> Parts:
     """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files."""
     refuse_live(run_dir)
@@ -65,10 +69,17 @@ def assemble(
         reporter.message(f"memory: {planned_memory(model, peft_config, engine_config)}")
         reporter.message("starting the engine")
         with reporter.capture():
-            engine = build_engine(model, engine_config, lora_rank(model, peft_config))
+            engine = build_engine(
+                model,
+                engine_config,
+                lora_rank(model, peft_config),
+                targets=adapted_leaves(model, peft_config),
+                share_base_weights=share_base_weights is True,
+            )
         closing.callback(engine.close)
     with reporter.capture():
-        policy_model: Any = build_policy_model(model, peft_config, config.seed)
+        base = shared_base(share_base_weights, model, engine, reporter.message)
+        policy_model: Any = build_policy_model(model, peft_config, config.seed, base)
     check_same_device(policy_model, engine)
     policy = Policy(policy_model, config)
     sync = NativeSync(

@@ -25,6 +25,7 @@ from lora_grpo.trainer import going_back
 from lora_grpo.trainer.assembly import assemble
 from lora_grpo.trainer.evaluation import Evaluation, evaluate, save_evaluation
 from lora_grpo.trainer.guards import Guard
+from lora_grpo.trainer.models import Sharing
 from lora_grpo.trainer.rollouts import RolloutFunc
 from lora_grpo.trainer.steering import apply_requests
 from lora_grpo.trainer.stepping import Clock, learn, of_the_version, reward, roll_out, sample_rows, step_metrics
@@ -54,13 +55,16 @@ class GRPOTrainer:
         store_root: str | Path | None = None,
         rollout_func: RolloutFunc | None = None,
         guard: Guard | None = None,
+        share_base_weights: Sharing = "auto",
         view: bool = True,
     ) -> None:
         """Build everything that is not given: the engine on `model`, the PEFT model, the store.
 
         `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`), or a PeftModel on one of them. An
         `engine` that is given stays open when the trainer closes. `guard` rolls back on its own when the run goes
-        astray. Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
+        astray. `share_base_weights` has trainer and engine hold one copy of the base, in the engine's dtype: "auto"
+        where that costs nothing (CUDA, unquantized, same dtype), True on the CPU too, where decoding is slower then.
+        Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
         has the run open, before anything is trained.
         """
         self.config = config or GRPOConfig()
@@ -88,6 +92,7 @@ class GRPOTrainer:
                 keep=keep or KeepConfig(),
                 run_dir=self.run_dir,
                 store_root=store_root,
+                share_base_weights=share_base_weights,
             )
             on_failure.pop_all()
         self.engine, self.model, self.store = self.parts.engine, self.parts.model, self.parts.store

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 from lora_grpo.adapters.checks import active_adapter, check_servable
-from lora_grpo.adapters.peft_format import peft_model_of
+from lora_grpo.adapters.peft_format import lora_modules, peft_model_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
-from lora_grpo.errors import ConfigError
+from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate_memory, require_memory
+
+Sharing: TypeAlias = Literal["auto"] | bool
+"""Whether trainer and engine hold one copy of the base."""
 
 
 def default_device() -> torch.device:
@@ -54,8 +58,19 @@ def planned_memory(model: ModelConfig | nn.Module, peft_config: Any, config: Eng
     return estimate
 
 
-def build_engine(model: ModelConfig | nn.Module, config: EngineConfig, rank: int) -> Engine:
-    """A `VLLMEngine` on the model's checkpoint, sized for adapters of `rank`."""
+def build_engine(
+    model: ModelConfig | nn.Module,
+    config: EngineConfig,
+    rank: int,
+    *,
+    targets: Sequence[str] | None = None,
+    share_base_weights: bool = False,
+) -> Engine:
+    """A `VLLMEngine` on the model's checkpoint, sized for adapters of `rank`.
+
+    `targets` are the last names of the layers to be adapted (None: all linear ones); each wrapped layer costs decoding
+    time, whether an adapter uses it or not.
+    """
     from lora_grpo.engines.vllm_local import VLLMEngine
 
     checkpoint = checkpoint_of(model)
@@ -65,6 +80,8 @@ def build_engine(model: ModelConfig | nn.Module, config: EngineConfig, rank: int
         trust_remote_code=checkpoint.trust_remote_code,
         max_lora_rank=config.max_lora_rank or rank,
         max_loras=config.max_loras,
+        target_modules=targets,
+        share_base_weights=share_base_weights,
         dtype=config.dtype,
         max_model_len=config.max_model_len,
         gpu_memory_utilization=config.gpu_memory_utilization,
@@ -75,23 +92,25 @@ def build_engine(model: ModelConfig | nn.Module, config: EngineConfig, rank: int
     )
 
 
-def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: int) -> nn.Module:
-    """The PEFT model to train, on the default device, its adapter in fp32 and drawn from `seed`.
+def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: int, base: Any = None) -> nn.Module:
+    """The PEFT model to train, its adapter in fp32 and drawn from `seed`, on `base` or else the checkpoint's own copy.
 
-    A model that is given is used as it is.
+    A model that is given is used as it is. A copy goes to the default device.
     """
     if isinstance(model, nn.Module):
         if peft_config is not None:
             raise ConfigError("model is a PeftModel already: leave peft_config out, or pass the checkpoint's name")
         return model
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        model.name,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        dtype="auto" if model.dtype == "auto" else getattr(torch, model.dtype),
-    )
+    if base is None:
+        copied: Any = AutoModelForCausalLM.from_pretrained(
+            model.name,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype="auto" if model.dtype == "auto" else getattr(torch, model.dtype),
+        )
+        base = copied.to(default_device())
     set_seed(seed)
-    policy = get_peft_model(base.to(default_device()), peft_config, autocast_adapter_dtype=True)
+    policy = get_peft_model(base, peft_config, autocast_adapter_dtype=True)
     for module in check_servable(policy, active_adapter(policy)):
         module.a_RI.data, module.b_OR.data = module.a_RI.data.float(), module.b_OR.data.float()
     return policy
@@ -101,6 +120,57 @@ def lora_rank(model: ModelConfig | nn.Module, peft_config: Any) -> int:
     """The largest rank of the adapter to be trained."""
     config = _lora_config(model, peft_config)
     return max([config.r, *config.rank_pattern.values()])
+
+
+def shared_base(
+    choice: Sharing, model: ModelConfig | nn.Module, engine: Engine, tell: Callable[[str], None]
+) -> Any | None:
+    """The engine's weights as the trainer's base, or None for a copy of its own.
+
+    "auto" takes them on CUDA, where that costs nothing, if they are in the dtype that the trainer's base would have;
+    else it goes on with a copy and tells why. True raises `ConfigError` or `UnsupportedAdapter` with the reason.
+    """
+    if choice is False or (choice == "auto" and not (isinstance(model, ModelConfig) and torch.cuda.is_available())):
+        return None
+    try:
+        return _shared_base(model, engine)
+    except (ConfigError, UnsupportedAdapter) as reason:
+        if choice is True:
+            raise
+        tell(f"the trainer has its own copy of the base: {reason}")
+        return None
+
+
+def _shared_base(model: ModelConfig | nn.Module, engine: Engine) -> Any:
+    share = getattr(engine, "shared_model", None)
+    if not isinstance(model, ModelConfig):
+        raise ConfigError(
+            "share_base_weights=True builds the trainer's model: pass the checkpoint's name, no PeftModel"
+        )
+    if share is None:
+        raise ConfigError(f"share_base_weights=True needs a VLLMEngine, not a {type(engine).__name__}")
+    served = engine.describe_base().dtype
+    wanted: str = model.dtype
+    if wanted == "auto":
+        config: Any = AutoConfig.from_pretrained(
+            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        wanted = str(config.dtype or torch.float32).removeprefix("torch.")
+    if served != wanted:
+        raise ConfigError(f"the engine's base is {served}, the trainer's would be {wanted}: set model.dtype='{served}'")
+    return share()
+
+
+def adapted_leaves(model: ModelConfig | nn.Module, peft_config: Any) -> list[str] | None:
+    """Last names of the layers to be adapted; None where only the built model could tell (all-linear, a regex)."""
+    if isinstance(model, nn.Module):
+        names: Iterable[str] = [module.path for module in lora_modules(model, active_adapter(model))]
+    else:
+        targets = _lora_config(model, peft_config).target_modules
+        if targets is None or isinstance(targets, str):
+            return None
+        names = targets
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
 def check_same_device(model: nn.Module, engine: Engine) -> None:

@@ -20,6 +20,9 @@ class Trainer:
 
     def __init__(self, subject: Subject) -> None:
         base = AutoModelForCausalLM.from_pretrained(subject.model, dtype=torch.bfloat16).to(subject.device)
+        for parameter in base.parameters():
+            # On the CPU they are views of the mapped file, whose pages count when they are first touched, whoever does.
+            parameter.data = parameter.data.clone()
         torch.manual_seed(subject.seed)
         config = LoraConfig(r=subject.rank, lora_alpha=2 * subject.rank, target_modules=subject.target_modules)
         self.model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)

@@ -1,0 +1,351 @@
+"""One copy of the base: the trainer's model on the engine's weights computes, learns and refuses as it should."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.config import EngineConfig, ModelConfig
+from lora_grpo.engines import compat, shared_weights
+from lora_grpo.engines.fake import FakeEngine
+from lora_grpo.engines.frozen import FrozenParameter
+from lora_grpo.engines.shared_weights import SharedBase, check_shareable
+from lora_grpo.engines.vllm_local import VLLMEngine
+from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
+from lora_grpo.sync import NativeSync
+from lora_grpo.trainer.models import adapted_leaves, build_policy_model, shared_base
+from tests.conftest import ENGINE_ARGS
+from tests.tiny_models import ARCHITECTURES, VOCAB, load_model, tiny_lora, tiny_model
+
+pytestmark = pytest.mark.vllm
+
+SHAPES = [(arch, tie) for arch in ARCHITECTURES for tie in (False, True) if (arch, tie) != ("gemma2", False)]
+IDS = torch.arange(60).view(3, 20) % VOCAB
+
+
+def shared_engine(directory: Path, **arguments: Any) -> VLLMEngine:
+    return VLLMEngine(directory, max_lora_rank=8, share_base_weights=True, **{**ENGINE_ARGS, **arguments})
+
+
+@pytest.fixture(scope="module")
+def engine(llama_dir: Path) -> Iterator[VLLMEngine]:
+    engine = shared_engine(llama_dir)
+    yield engine
+    engine.close()
+
+
+def gradients(base: Any) -> dict[str, torch.Tensor]:
+    """Gradients of an adapter's A and B for a fixed loss."""
+    model = tiny_lora(base, r=8, scale=0.3).train()
+    logits_BTV = model(IDS).logits.float()
+    nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("arch", "tie"), SHAPES)
+def test_same_memory_same_logits_same_gradients(arch: str, tie: bool, tmp_path: Path) -> None:
+    """The vocabulary is no multiple of 64, so that vLLM pads it."""
+    directory = tiny_model(arch, tmp_path, tie=tie, vocab=VOCAB + 3)
+    engine = shared_engine(directory)
+    try:
+        model = engine.shared_model()
+        assert_views(model, engine)
+        assert_views(engine.shared_model(), engine)
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        assert (head is embedding) == tie
+        own = load_model(directory, "bfloat16")
+        assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in own.named_parameters()}
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, own(IDS).logits)
+        shared, separate = gradients(model), gradients(own)
+        assert shared.keys() == separate.keys()
+        assert len(shared) == 2 * 7 * 2
+        assert all(torch.equal(shared[name], separate[name]) for name in shared)
+    finally:
+        engine.close()
+
+
+def assert_views(model: Any, engine: VLLMEngine) -> None:
+    """Every parameter lies within the storage of one of the engine's."""
+    storages = {
+        parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
+        for _, parameter in compat.base_parameters(engine._llm)
+    }
+    for name, parameter in model.named_parameters():
+        start = parameter.untyped_storage().data_ptr()
+        assert start in storages, name
+        assert start <= parameter.data_ptr() < start + storages[start], name
+    layer = model.model.layers[1].self_attn
+    fused = dict(compat.base_parameters(engine._llm))["model.layers.1.self_attn.qkv_proj.weight"]
+    rows = layer.q_proj.weight.shape[0] + layer.k_proj.weight.shape[0]
+    assert layer.q_proj.weight.data_ptr() == fused.data_ptr()
+    assert layer.v_proj.weight.data_ptr() == fused[rows:].data_ptr()
+
+
+def test_a_trainer_on_the_engines_weights_pushes_and_is_proven(
+    engine: VLLMEngine, llama_dir: Path, shm_dir: Path
+) -> None:
+    model = tiny_lora(engine.shared_model(), r=8)
+    before = {name: p.detach().clone() for name, p in engine.shared_model().named_parameters()}
+    with AdapterStore(shm_dir / "store") as store:
+        sync = NativeSync(model, engine, store)
+        assert sync.probe is not None
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(3):
+            model(IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            sync.push(step)
+        sync.close()
+    base = peft_base(model)
+    assert base.keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in base.items())
+
+
+def peft_base(model: Any) -> dict[str, torch.Tensor]:
+    inner = model.base_model.model
+    return {name.replace(".base_layer.", "."): p for name, p in inner.named_parameters() if "lora_" not in name}
+
+
+WRITES: dict[str, Callable[[FrozenParameter], object]] = {
+    "add_": lambda p: p.add_(1),
+    "copy_": lambda p: p.copy_(torch.zeros_like(p)),
+    "zero_": lambda p: p.zero_(),
+    "+=": lambda p: p.__iadd__(1),
+    "*=": lambda p: p.__imul__(2),
+    "[...] =": lambda p: p.__setitem__(0, 1.0),
+    ".data +=": lambda p: p.data.add_(1),
+    ".data =": lambda p: setattr(p, "data", torch.zeros(1)),
+    "training it": lambda p: p.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_writing_to_a_shared_parameter_raises(engine: VLLMEngine, write: Callable[[FrozenParameter], object]) -> None:
+    parameter = engine.shared_model().model.layers[0].mlp.down_proj.weight
+    before = parameter.detach().clone()
+    with pytest.raises(ConfigError, match="an engine computes with the same memory"):
+        write(parameter)
+    assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_merging_raises_and_leaves_the_engine_as_it_was(engine: VLLMEngine, safe: bool) -> None:
+    model = tiny_lora(engine.shared_model(), r=8)
+    before = engine.logprobs([[5, 6, 7, 8]], adapter=None)
+    with pytest.raises(ConfigError, match="nothing may merge into it"):
+        model.merge_adapter(safe_merge=safe)
+    with pytest.raises(ConfigError, match="nothing may merge into it"):
+        model.merge_and_unload()
+    assert engine.logprobs([[5, 6, 7, 8]], adapter=None) == before
+
+
+def test_casting_and_moving_raise_unless_nothing_moves(engine: VLLMEngine) -> None:
+    model = engine.shared_model()
+    assert model.to("cpu", torch.bfloat16) is model
+    with pytest.raises(ConfigError, match="moved or cast"):
+        model.float()
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_deep_copy_is_an_ordinary_model(engine: VLLMEngine) -> None:
+    layer = copy.deepcopy(engine.shared_model().model.layers[0].mlp.down_proj)
+    assert type(layer.weight) is nn.Parameter
+    layer.weight.data.zero_()
+    assert engine.shared_model().model.layers[0].mlp.down_proj.weight.any()
+
+
+def test_a_write_that_went_around_the_guard_stops_the_next_push(llama_dir: Path, shm_dir: Path) -> None:
+    engine = shared_engine(llama_dir)
+    try:
+        model = tiny_lora(engine.shared_model(), r=8)
+        with AdapterStore(shm_dir / "store") as store:
+            sync = NativeSync(model, engine, store)
+            sync.push(0)
+            peft_base(model)["model.layers.1.mlp.down_proj.weight"].detach().add_(0.01)
+            with pytest.raises(DeliveryError, match=r"model\.layers\.1\.mlp\.down_proj\.weight.*was written to"):
+                sync.push(1)
+            assert store.head is not None
+            assert store.head.number == 1
+    finally:
+        engine.close()
+
+
+def test_weights_that_the_engine_replaced_stop_the_next_load(llama_dir: Path) -> None:
+    engine = shared_engine(llama_dir)
+    try:
+        shared = SharedBase(engine._llm)
+        shared.check_untouched()
+        layer = compat.wrapped_modules(engine._llm)["model.layers.0.self_attn.o_proj"].base_layer
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        with pytest.raises(DeliveryError, match=r"replaced model\.layers\.0\.self_attn\.o_proj\.weight"):
+            shared.check_untouched()
+    finally:
+        engine.close()
+
+
+REFUSED = {
+    "quantization": {"quantization": "fp8"},
+    "tensor_parallel_size": {"tensor_parallel_size": 2},
+    "pipeline_parallel_size": {"pipeline_parallel_size": 2},
+    "enable_sleep_mode": {"enable_sleep_mode": True},
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED.values(), ids=REFUSED)
+def test_arguments_that_break_sharing_are_refused_before_the_engine_starts(arguments: dict[str, Any]) -> None:
+    check_shareable({"max_model_len": 128, "tensor_parallel_size": 1, "enable_sleep_mode": False})
+    with pytest.raises(ConfigError, match=f"{next(iter(arguments))}=.* with share_base_weights"):
+        check_shareable(arguments)
+
+
+def test_an_untested_release_is_refused_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "vllm_release", lambda: (0, 31))
+    with pytest.raises(ConfigError, match=r"not tested with vLLM 0\.31"):
+        check_shareable({})
+    monkeypatch.setattr(compat, "is_cpu", lambda: False)
+    check_shareable({})
+
+
+def test_a_prepacked_engine_is_refused(llama_engine: VLLMEngine) -> None:
+    with pytest.raises(UnsupportedAdapter, match="it has prepacked its weights"):
+        llama_engine.shared_model()
+
+
+def test_a_quantized_engine_is_refused(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine._llm.llm_engine.vllm_config, "quant_config", object())
+    with pytest.raises(UnsupportedAdapter, match="its weights are quantized"):
+        SharedBase(engine._llm)
+
+
+def odd_architecture() -> Any:
+    """A transformers model whose second linear layer vLLM would not have."""
+    model = nn.Module()
+    model.embed, model.head, model.extra = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False), nn.Linear(4, 4, bias=False)
+    model.get_input_embeddings, model.get_output_embeddings = lambda: model.embed, lambda: model.head
+    model.tie_weights = lambda: None
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(tie_word_embeddings=False))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra.weight": None}, r"vLLM has no weights for extra\.weight"),
+        ({"extra.weight": torch.zeros(4, 5)}, r"extra\.weight is \(4, 4\), extra\.weight in vLLM \(4, 5\)"),
+        ({"head.weight": torch.zeros(7, 4)}, r"head\.weight is \(8, 4\)"),
+        ({"gate.weight": torch.zeros(4, 4)}, r"gate\.weight is in vLLM's"),
+    ],
+)
+def test_what_does_not_match_is_refused_by_name(change: dict[str, torch.Tensor | None], message: str) -> None:
+    served = {"embed.weight": torch.zeros(64, 4), "head.weight": torch.zeros(64, 4), "extra.weight": torch.zeros(4, 4)}
+    shared_weights._fill(odd_architecture(), served, {})
+    changed = {name: tensor for name, tensor in {**served, **change}.items() if tensor is not None}
+    with pytest.raises(UnsupportedAdapter, match=message):
+        shared_weights._fill(odd_architecture(), changed, {})
+
+
+def test_another_function_on_the_same_weights_is_refused(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names and shapes can agree where the architectures do not: here the rotary base differs."""
+    engine = shared_engine(llama_dir)
+    build = shared_weights._skeleton
+
+    def other_rotary(*args: Any) -> Any:
+        model = build(*args)
+        model.model.rotary_emb.inv_freq.mul_(7.3)
+        return model
+
+    try:
+        monkeypatch.setattr(shared_weights, "_skeleton", other_rotary)
+        with pytest.raises(UnsupportedAdapter, match="nats a token"):
+            engine.shared_model()
+        monkeypatch.undo()
+        engine.shared_model()
+    finally:
+        engine.close()
+
+
+def test_the_trainers_choice(engine: VLLMEngine, llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    name = ModelConfig(name=str(llama_dir))
+    assert shared_base(False, name, engine, told.append) is None
+    assert shared_base("auto", name, engine, told.append) is None
+    assert shared_base(True, name, engine, told.append).dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match=r"base is bfloat16, the trainer's would be float32"):
+        shared_base(True, name.replace(dtype="float32"), engine, told.append)
+    with pytest.raises(ConfigError, match="no PeftModel"):
+        shared_base(True, nn.Linear(1, 1), engine, told.append)
+    with pytest.raises(ConfigError, match="needs a VLLMEngine, not a FakeEngine"):
+        shared_base(True, name, FakeEngine(lambda *_: "x"), told.append)
+    assert told == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert shared_base("auto", name, engine, told.append).dtype == torch.bfloat16
+    assert shared_base("auto", name.replace(dtype="float32"), engine, told.append) is None
+    assert len(told) == 1
+    assert told[0].startswith("the trainer has its own copy of the base: the engine's base is bfloat16")
+
+
+def test_a_policy_on_the_shared_base_has_a_trainable_adapter_only(engine: VLLMEngine, llama_dir: Path) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=8, target_modules=["q_proj", "model.layers.0.mlp.up_proj"], task_type="CAUSAL_LM")
+    name = ModelConfig(name=str(llama_dir))
+    policy = build_policy_model(name, config, 0, engine.shared_model())
+    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+    assert all("lora_" in name for name, p in policy.named_parameters() if p.requires_grad)
+    assert adapted_leaves(name, config) == ["q_proj", "up_proj"] == adapted_leaves(policy, None)
+    assert adapted_leaves(name, LoraConfig(target_modules="all-linear")) is None
+
+
+MEASURE = """
+import json, sys
+import torch
+from lora_grpo.engines.vllm_local import VLLMEngine
+from tests.conftest import ENGINE_ARGS
+from tests.tiny_models import load_model
+
+def pss():
+    rows = dict(line.split(":", 1) for line in open("/proc/self/smaps_rollup") if ":" in line)
+    return 1024 * int(rows["Pss"].split()[0])
+
+engine = VLLMEngine(sys.argv[1], max_lora_rank=8, share_base_weights=True, **ENGINE_ARGS)
+own = load_model(sys.argv[1], "bfloat16")
+weights = sum(p.numel() * p.element_size() for p in own.parameters())
+tokens = torch.arange(24)[None]
+own(tokens); engine.logprobs([list(range(24))] * 4, adapter=None)
+with_copy = pss()
+del own
+without = pss()
+model = engine.shared_model(); model(tokens)
+with open(sys.argv[2], "w") as out:
+    json.dump({"weights": weights, "copy": with_copy - without, "shared": pss() - without}, out)
+"""
+
+
+def test_memory_holds_one_copy(tmp_path: Path) -> None:
+    """Pss of a process: an own copy takes the weights' size again, the shared model next to nothing."""
+    directory = tiny_model("qwen2", tmp_path / "model", hidden=1536, tie=True)
+    code = [sys.executable, "-c", MEASURE, str(directory), str(tmp_path / "out.json")]
+    done = subprocess.run(code, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["weights"] > 60e6
+    assert found["copy"] > 0.8 * found["weights"]
+    assert found["shared"] < 0.1 * found["weights"], found
+
+
+def test_engine_settings_need_no_word_about_sharing() -> None:
+    """Sharing is an argument of the trainer and of `VLLMEngine`; a run's file stays as it is."""
+    assert "share_base_weights" not in EngineConfig.model_fields
