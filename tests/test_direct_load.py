@@ -202,7 +202,7 @@ def test_a_release_it_was_not_tested_with_loads_the_stock_way(monkeypatch: pytes
 
 
 def test_a_long_prompt_in_chunks_and_mixed_with_others(llama_dir: Path, store: AdapterStore) -> None:
-    """Chunked prefill: rows of one prompt reach the kernels in several batches, beside other versions' and the base's."""
+    """Chunked prefill: one prompt reaches the kernels in several batches, beside other versions and the base."""
     engine = VLLMEngine(
         llama_dir,
         max_lora_rank=8,
