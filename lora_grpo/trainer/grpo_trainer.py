@@ -55,7 +55,7 @@ class GRPOTrainer:
         store_root: str | Path | None = None,
         rollout_func: RolloutFunc | None = None,
         guard: Guard | None = None,
-        share_base_weights: Sharing = "auto",
+        share_base_weights: Sharing = False,
         view: bool = True,
     ) -> None:
         """Build everything that is not given: the engine on `model`, the PEFT model, the store.
@@ -63,7 +63,8 @@ class GRPOTrainer:
         `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`), or a PeftModel on one of them. An
         `engine` that is given stays open when the trainer closes. `guard` rolls back on its own when the run goes
         astray. `share_base_weights` has trainer and engine hold one copy of the base, in the engine's dtype: "auto"
-        where that costs nothing (CUDA, unquantized, same dtype), True on the CPU too, where decoding is slower then.
+        where that costs nothing (CUDA, unquantized, same dtype; not measured there yet, so not the default), True on
+        the CPU too, where decoding is slower then.
         Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
         has the run open, before anything is trained.
         """
