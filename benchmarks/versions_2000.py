@@ -17,6 +17,7 @@ import random
 import statistics
 import tempfile
 import time
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def measure(root: Path, run: Path, versions: int, size_bytes: int) -> list[tuple
     """Seconds of publish and promote, of the whole round, resident MiB and tmpfs MiB, round by round."""
     draw = random.Random(0)
     body = bytearray(draw.randbytes(size_bytes))
-    rounds = []
+    # Room for every figure from the start, so that what grows is the store.
+    rounds = [array("d", [0.0] * versions) for _ in range(4)]
     with AdapterStore(root, run, retention=RETENTION) as store:
         for step in range(versions):
             body[:8] = step.to_bytes(8, "little")
@@ -63,8 +65,9 @@ def measure(root: Path, run: Path, versions: int, size_bytes: int) -> list[tuple
             seconds = time.perf_counter() - started
             # Outside the clock: so that memory shows what is kept, not how far a slow disk is behind.
             store.flush()
-            rounds.append((published, seconds, resident_mib(), used_mib(root)))
-    return rounds
+            for column, value in zip(rounds, (published, seconds, resident_mib(), used_mib(root)), strict=True):
+                column[step] = value
+    return list(zip(*rounds, strict=True))
 
 
 def resident_mib() -> float:

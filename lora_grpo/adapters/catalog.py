@@ -76,7 +76,7 @@ class Catalog:
         return read_manifest(self.archive.tree.folder(VERSIONS, number))
 
     def why_missing(self, number: int) -> str:
-        if number in self.journal.forgotten:
+        if self.journal.has_forgotten(number):
             return f"version {number} was removed by retention, or lost with the tmpfs before it was archived"
         if number in self.journal.published:
             folder = self.root.folder(VERSIONS, number)
@@ -120,14 +120,12 @@ class Catalog:
         verify_version(self.root.folder(VERSIONS, number), self.manifest(number))
 
     def metrics(self, number: int) -> dict[str, Any]:
-        return dict(self.journal.metrics.get(number, {}))
+        return self.journal.metrics_of(number)
 
     def candidates(self, numbers: list[int]) -> list[Candidate]:
         """What retention looks at. Of a version whose manifest is unreadable only the number is known."""
         known = self.journal.published
-        return [
-            Candidate(n, known[n].step if n in known else 0, self.journal.metrics.get(n, {})) for n in sorted(numbers)
-        ]
+        return [Candidate(n, known[n].step if n in known else 0, self.journal.metrics_of(n)) for n in sorted(numbers)]
 
     def tmpfs_bytes(self) -> int:
         """Bytes of all versions on tmpfs."""

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,17 +187,26 @@ class Tree:
 
     def remove(self, kind: str, number: int) -> None:
         """Take a folder out of its place in one rename, then delete it."""
+        self.delete(kind, self.take_out(kind, number))
+
+    def take_out(self, kind: str, number: int) -> Path:
+        """Rename a folder out of its place; where it waits for `delete`, or for the next `sweep`."""
         trash = self._trash / f"{kind}-{folder_name(number)}"
         if trash.exists():
-            shutil.rmtree(trash)
+            trash = Path(tempfile.mkdtemp(prefix=f"{trash.name}-", dir=self._trash))
         os.rename(self.folder(kind, number), trash)
+        return trash
+
+    def delete(self, kind: str, trash: Path) -> None:
+        """Delete a folder that was taken out, once a power cut can no longer put it back. May be tried again."""
         if self.sync:
             sync_folder(self.path / kind)
         at("remove.moved")
-        for name in sorted(os.listdir(trash)):
+        for name in sorted(os.listdir(trash)) if trash.exists() else []:
             os.unlink(trash / name)
             at("remove.half")
-        os.rmdir(trash)
+        if trash.exists():
+            os.rmdir(trash)
 
     def leftovers(self) -> list[str]:
         """What a dead process left half-written or half-removed."""

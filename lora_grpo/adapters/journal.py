@@ -10,7 +10,9 @@ import json
 import math
 import numbers
 import os
+from bisect import bisect_right
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,28 @@ from lora_grpo.adapters.disk import reported
 from lora_grpo.adapters.layout import Manifest
 from lora_grpo.errors import ConfigError
 
+_DAMAGE = (ValueError, KeyError, TypeError)
+
 
 class Journal:
     """The events of a run, and what they add up to.
 
-    `published` maps the numbers of versions that should have a copy to their manifests; `forgotten` are numbers whose
-    last copy was removed on purpose, or whose loss was reported; `promoted` lists promotions in order; `states` are
-    the trainer states written or on their way.
+    `published` maps the numbers of versions that should have a copy to their manifests, `metrics` what was
+    recorded of those; `promoted` are the ones that were promoted, in the order of their last promotion, and the last
+    one even if it is gone; `states` are the trainer states written or on their way. What grows with every version
+    ever published is the file alone.
     """
 
     def __init__(self, path: Path, *, sync: bool) -> None:
         self.path = path
         self.published: dict[int, Manifest] = {}
-        self.forgotten: set[int] = set()
-        self.promoted: list[int] = []
+        self.promoted: dict[int, None] = {}
         self.pins: set[int] = set()
         self.states: set[int] = set()
         self.metrics: dict[int, dict[str, Any]] = {}
         self.damaged_lines = 0
+        self._ever = Spans()
+        self._back: set[int] = set()
         self._sync = sync
         self._descriptor: int | None = None
         self._end = 0
@@ -60,9 +66,31 @@ class Journal:
             self.refresh()
             os.ftruncate(self._descriptor, self._end)
 
+    @property
+    def last(self) -> int:
+        """The largest number ever published, 0 before."""
+        return self._ever.last
+
     def knows(self, number: int) -> bool:
         """Whether such a version was ever published."""
-        return number in self.published or number in self.forgotten
+        return number in self._ever
+
+    def has_forgotten(self, number: int) -> bool:
+        """Whether a version's last copy was removed on purpose, or its loss reported."""
+        return number in self._ever and number not in self.published
+
+    def metrics_of(self, number: int) -> dict[str, Any]:
+        """What was recorded of a version; read from the file again where the version is, or once was, gone."""
+        if number in self.metrics or not (self.has_forgotten(number) or number in self._back):
+            return dict(self.metrics.get(number, {}))
+        found: dict[str, Any] = {}
+        with open(self.path, "rb") as stream:
+            for line in stream.read(self._end).splitlines():
+                with suppress(*_DAMAGE):
+                    event, about, fields = _parsed(line)
+                    if (event, about) == ("record", number):
+                        found.update(fields["metrics"])
+        return found
 
     def append(self, event: str, number: int, **fields: Any) -> None:
         """Write one event. Safe from a kill when it returns; from a power cut after `make_durable`."""
@@ -88,32 +116,86 @@ class Journal:
 
     def _take(self, line: bytes) -> None:
         try:
-            fields = json.loads(line)
-            event, number = fields["event"], int(fields["number"])
-            self._apply(event, number, fields)
-        except (ValueError, KeyError, TypeError):
+            self._apply(*_parsed(line))
+        except _DAMAGE:
             self.damaged_lines += 1
 
     def _apply(self, event: str, number: int, fields: dict[str, Any]) -> None:
         match event:
             case "publish":
+                if self.has_forgotten(number):
+                    self._back.add(number)
                 self.published[number] = Manifest.from_mapping(fields)
-                self.forgotten.discard(number)
+                self._ever.add(number)
             case "promote":
-                self.promoted.append(number)
+                self._promote(number)
             case "record":
-                self.metrics.setdefault(number, {}).update(fields["metrics"])
+                if number in self.published:
+                    self.metrics[number] = {**self.metrics_of(number), **fields["metrics"]}
+                elif not self.knows(number):
+                    self._back.add(number)
             case "pin":
                 self.pins.add(number)
             case "unpin":
                 self.pins.discard(number)
             case "forget":
-                self.forgotten.add(number)
-                self.published.pop(number, None)
+                self._forget(number)
             case "state":
                 self.states.add(number)
             case "forget_state":
                 self.states.discard(number)
+
+    def _promote(self, number: int) -> None:
+        before = next(reversed(self.promoted), None)
+        if before is not None and before not in self.published:
+            del self.promoted[before]
+        self.promoted.pop(number, None)
+        self.promoted[number] = None
+
+    def _forget(self, number: int) -> None:
+        self._ever.add(number)
+        self.published.pop(number, None)
+        self.metrics.pop(number, None)
+        if next(reversed(self.promoted), None) != number:
+            self.promoted.pop(number, None)
+
+
+def _parsed(line: bytes) -> tuple[str, int, dict[str, Any]]:
+    fields = json.loads(line)
+    return fields["event"], int(fields["number"]), fields
+
+
+class Spans:
+    """A set of whole numbers that takes memory for its gaps only."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    @property
+    def last(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __contains__(self, number: int) -> bool:
+        place = bisect_right(self._starts, number) - 1
+        return place >= 0 and number <= self._ends[place]
+
+    def add(self, number: int) -> None:
+        if number in self:
+            return
+        place = bisect_right(self._starts, number)
+        joins_left = place > 0 and self._ends[place - 1] == number - 1
+        joins_right = place < len(self._starts) and self._starts[place] == number + 1
+        if joins_left and joins_right:
+            self._ends[place - 1] = self._ends.pop(place)
+            del self._starts[place]
+        elif joins_left:
+            self._ends[place - 1] = number
+        elif joins_right:
+            self._starts[place] = number
+        else:
+            self._starts.insert(place, number)
+            self._ends.insert(place, number)
 
 
 def as_metrics(values: Mapping[str, object]) -> dict[str, Any]:

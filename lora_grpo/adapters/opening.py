@@ -169,7 +169,7 @@ class Opening:
             self._move_journal()
             self.journal.open_for_writing()
             before = Identity.read(root)
-            known = max([0, *self.catalog.numbers(), *self.journal.published, *self.journal.forgotten])
+            known = max([self.journal.last, *self.catalog.numbers()])
             numbering = Numbering(root, run, known=known, root_is_new=before is None, sync=self.root.sync)
             disk.at("open.numbered")
             self._identify(before)
@@ -249,7 +249,7 @@ class Opening:
                 continue
             if linked != number:
                 link_head(self.root, number)
-            if self.journal.promoted[-1:] != [number]:
+            if next(reversed(self.journal.promoted), None) != number:
                 self.journal.append("promote", number)
             return None if number == promoted[-1] else (promoted[-1], number)
         link.unlink(missing_ok=True)

@@ -19,6 +19,9 @@ from lora_grpo.adapters.retention import Retention
 from lora_grpo.adapters.writer import BackgroundWriter, Job
 from lora_grpo.errors import StoreError
 
+TRASH = "trash"
+"""The kind of the archive thread's jobs that delete."""
+
 
 class Session:
     """A store open for writing, from lock to unlock."""
@@ -134,7 +137,7 @@ class Session:
                 continue
             if not self.catalog.on_tmpfs(number):
                 self.journal.append("forget", number)
-            archive.tree.remove(VERSIONS, number)
+            self._remove(archive, VERSIONS, number)
             disk.at("prune.unarchived")
 
     def _prune_states(self, numbers: set[int], *, coming: int | None = None) -> None:
@@ -148,8 +151,13 @@ class Session:
                 continue
             self.journal.append("forget_state", number)
             if archive.tree.has(STATES, number):
-                archive.tree.remove(STATES, number)
+                self._remove(archive, STATES, number)
                 disk.at("prune.state")
+
+    def _remove(self, archive: Archive, kind: str, number: int) -> None:
+        """Take an archived folder away at once; waiting for the disk is left to the archive thread."""
+        trash = archive.tree.take_out(kind, number)
+        self.writer.submit(Job(TRASH, number, 0, 0, partial(_delete, archive, kind, trash)))
 
     def _clear_root(self) -> None:
         """Remove a root that only this store knows; what is archived comes back there when the run is opened again."""
@@ -171,6 +179,11 @@ def open_session(
     except BaseException:
         lock.release()
         raise
+
+
+def _delete(archive: Archive, kind: str, trash: Path) -> None:
+    with disk.reported(f"deleting {trash}"):
+        archive.tree.delete(kind, trash)
 
 
 def _archive_version(archive: Archive, journal: Journal, manifest: Manifest, source: Path) -> None:
