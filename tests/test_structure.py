@@ -16,6 +16,7 @@ FLOORS = [
     {"types", "errors"},
     {"config", "config_file", "data", "rewards", "metrics"},
     {"adapters"},
+    {"remote"},
     {"grpo"},
     {"policy", "scoring", "state"},
     {"engines"},

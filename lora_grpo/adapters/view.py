@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.catalog import Catalog
-from lora_grpo.adapters.layout import STATES, SUMS_FILE, VERSIONS
+from lora_grpo.adapters.layout import STATES, SUMS_FILE, VERSIONS, Identity, Manifest
 from lora_grpo.adapters.locks import Leases
+from lora_grpo.adapters.naming import run_name
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.errors import UnknownVersion
+from lora_grpo.errors import StoreError, UnknownVersion
 
 
 class StoreView:
@@ -34,6 +36,15 @@ class StoreView:
     def archive(self) -> Path | None:
         """The durable run directory."""
         return None if self._catalog.archive is None else self._catalog.archive.tree.path
+
+    @cached_property
+    def run(self) -> str:
+        """The run's name beyond this store: letters, digits, '.', '_' and '-', and no other run's."""
+        folder = self.archive or self.root
+        identity = Identity.read(folder)
+        if identity is None:
+            raise StoreError(f"{folder / 'store.json'} is gone: deleted by another program?")
+        return run_name(folder, identity.run_id)
 
     @property
     def head(self) -> AdapterVersion | None:
@@ -59,9 +70,13 @@ class StoreView:
         }
         return frozenset(place for place, there in has.items() if there)
 
+    def manifest(self, number: int) -> Manifest:
+        """What was published as a version: digest and sizes; `UnknownVersion` where there is no copy."""
+        return self._looking().manifest(number)
+
     def size_bytes(self, number: int) -> int:
         """Bytes of a version's PEFT files."""
-        return self._looking().manifest(number).size_bytes
+        return self.manifest(number).size_bytes
 
     def verify(self, number: int) -> None:
         """Read every copy of a version and its trainer state; `StoreCorrupt` names the file that differs, and how."""
@@ -78,6 +93,22 @@ class StoreView:
         catalog = self._looking()
         places = [catalog.root] if catalog.on_tmpfs(number) or catalog.archive is None else [catalog.archive.tree]
         return places[0].folder(VERSIONS, number)
+
+    @contextmanager
+    def reading(self, number: int) -> Iterator[Path]:
+        """A folder that holds a version's two PEFT files: on tmpfs, leased while the block runs, or in the archive.
+
+        Nothing is verified. Retention may remove the archived folder meanwhile; files that are open then stay whole.
+        """
+        with ExitStack() as held:
+            try:
+                folder = held.enter_context(self.lease(number)).path
+            except UnknownVersion:
+                catalog = self._looking()
+                if catalog.archive is None or not catalog.in_archive(number):
+                    raise
+                folder = catalog.archive.tree.folder(VERSIONS, number)
+            yield folder
 
     @property
     def numbers(self) -> list[int]:
@@ -151,7 +182,8 @@ class StoreView:
     def _looking(self) -> Catalog:
         """The catalog, with what a writer elsewhere has added since the last look."""
         if self._follow:
-            self._catalog.journal.refresh()
+            with self._mutex:
+                self._catalog.journal.refresh()
         return self._catalog
 
     def list(self) -> list[AdapterVersion]:

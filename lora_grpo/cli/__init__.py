@@ -27,6 +27,7 @@ from lora_grpo.cli.output import say_error
 from lora_grpo.cli.pin import pin, unpin
 from lora_grpo.cli.prune import prune
 from lora_grpo.cli.rollback import rollback
+from lora_grpo.cli.store_server import store_server
 from lora_grpo.cli.train import train
 from lora_grpo.cli.verify import verify
 from lora_grpo.cli.versions import show, versions
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "diff": diff,
     "compare": compare,
     "export": export,
+    "store-server": store_server,
     "bench": bench,
     "demo": demo,
 }

@@ -1,0 +1,150 @@
+"""A vLLM LoRA resolver: a server asked for the model `RUN@NUMBER` pulls that version from the trainer's store.
+
+For replicas that share no disk with the trainer. vLLM finds it by its entry point, `lora_grpo_store_resolver` in the
+group `vllm.general_plugins`, wherever this package is installed; it does nothing unless LORA_GRPO_STORE_URL is set:
+
+    LORA_GRPO_STORE_URL            the store server's address, such as http://trainer:8731
+    LORA_GRPO_STORE_TOKEN_FILE     a file with its token (or LORA_GRPO_STORE_TOKEN: the token itself)
+    LORA_GRPO_STORE_CACHE          where versions are kept; an own folder on tmpfs by default
+    LORA_GRPO_STORE_CACHE_MIB      how much of them may be kept; half of that file system by default
+
+and vLLM's own:
+
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True    without it vLLM asks no resolver
+    VLLM_PLUGINS                             if set, it must name lora_grpo_store_resolver among the others
+    VLLM_SKIP_MODEL_NAME_VALIDATION          must not be set: the base model would answer for every unknown name
+
+VLLM_LORA_RESOLVER_CACHE_DIR belongs to vLLM's file system resolver; leave it unset.
+
+A version that cannot be had, or is not what was published, is refused: the reason is in the server's log, and the
+request is answered with 404, by no model. Read in vLLM 0.26 to 0.33: the server gives every resolved adapter an id of
+its own counter, so the name and the path are what tell versions apart, and both are never used twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.adapters.naming import parse_served_name, served_name
+from lora_grpo.errors import ConfigError, LoraGrpoError
+from lora_grpo.remote.cache import MIB, ReplicaCache
+from lora_grpo.remote.client import StoreClient
+from lora_grpo.remote.token import read_token
+
+URL_VARIABLE = "LORA_GRPO_STORE_URL"
+CACHE_VARIABLE = "LORA_GRPO_STORE_CACHE"
+CACHE_MIB_VARIABLE = "LORA_GRPO_STORE_CACHE_MIB"
+
+
+def register() -> None:
+    """The entry point; vLLM calls it in each of its processes. Only the one that answers requests will pull.
+
+    Raises `ConfigError` for settings that cannot work, which stops the server's start.
+    """
+    settings = Settings.from_environment()
+    if settings is None:
+        return
+    from vllm import envs
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    if envs.VLLM_SKIP_MODEL_NAME_VALIDATION:
+        raise ConfigError(
+            f"VLLM_SKIP_MODEL_NAME_VALIDATION is set together with {URL_VARIABLE}: requests that name a version would "
+            "be answered by the base model; unset it"
+        )
+    if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        _log().warning(
+            "%s is set, but VLLM_ALLOW_RUNTIME_LORA_UPDATING=True is not: no version is pulled", URL_VARIABLE
+        )
+    LoRAResolverRegistry.register_resolver("lora_grpo store", StoreResolver(settings))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Which store to pull from, and where to keep what was pulled."""
+
+    url: str
+    token: str
+    cache: Path
+    budget_bytes: int | None
+
+    @classmethod
+    def from_environment(cls) -> Settings | None:
+        """None where LORA_GRPO_STORE_URL is not set; raises `ConfigError` for what cannot work."""
+        url = os.environ.get(URL_VARIABLE)
+        if not url:
+            return None
+        mib = os.environ.get(CACHE_MIB_VARIABLE, "")
+        if mib and not (mib.isascii() and mib.isdigit() and int(mib)):
+            raise ConfigError(f"{CACHE_MIB_VARIABLE}={mib!r} must be a whole number of MiB, such as 4096")
+        shm = Path("/dev/shm")
+        cache = Path(os.environ.get(CACHE_VARIABLE) or shm / f"lora-grpo-replica-{os.geteuid()}")
+        StoreClient(url, "").close()
+        return cls(url, read_token(), cache.absolute(), int(mib) * MIB if mib else None)
+
+
+class StoreResolver:
+    """vLLM's resolver protocol over a store server. Versions asked for at once are pulled once, one after the other."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client = StoreClient(settings.url, settings.token)
+        self._cache: ReplicaCache | None = None
+        self._pulls: dict[tuple[str, int], asyncio.Task[Path]] = {}
+        self._one_at_a_time = asyncio.Lock()
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+        """A `vllm.lora.request.LoRARequest` for `RUN@NUMBER`; None for other names and for what is refused."""
+        asked = parse_served_name(lora_name)
+        if asked is None:
+            return None
+        try:
+            path = await self._path(*asked)
+        except LoraGrpoError as error:
+            _log().error("%s is refused, and no model answers for it: %s", lora_name, error)
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(lora_name, asked[1], str(path))
+
+    async def _path(self, run: str, number: int) -> Path:
+        """Where a version lies, once it does. A request that is given up leaves the pull to those that wait for it."""
+        pull = self._pulls.get((run, number))
+        if pull is None:
+            pull = self._pulls[run, number] = asyncio.create_task(self._pull(run, number))
+            pull.add_done_callback(lambda _: self._pulls.pop((run, number)))
+        return await asyncio.shield(pull)
+
+    async def _pull(self, run: str, number: int) -> Path:
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(self._have, run, number)
+
+    def _have(self, run: str, number: int) -> Path:
+        if self._cache is None:
+            self._cache = ReplicaCache(self._settings.cache, self._settings.budget_bytes)
+        path = self._cache.path(run, number)
+        if path is None:
+            started = time.monotonic()
+            path = self._cache.pull(self._client, run, number)
+            size_mib = sum(file.stat().st_size for file in path.iterdir()) / MIB
+            name, seconds = served_name(run, number), time.monotonic() - started
+            _log().info("pulled %s from %s: %.1f MiB in %.2f s", name, self._client.url, size_mib, seconds)
+        return path
+
+    def close(self) -> None:
+        """Remove what was pulled. Close the engine first."""
+        self._client.close()
+        if self._cache is not None:
+            self._cache.close()
+
+
+def _log() -> Any:
+    """A logger below vLLM's, whose level and format are the server's."""
+    from vllm.logger import init_logger
+
+    return init_logger(f"vllm.plugins.{__name__}")

@@ -1,0 +1,139 @@
+"""The client of a store server: what it takes from there is what was published, or an error that says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from lora_grpo.adapters.archive import verify_version
+from lora_grpo.adapters.disk import reported, write_file
+from lora_grpo.adapters.layout import MANIFEST_FILE, PEFT_FILES, Manifest
+from lora_grpo.adapters.naming import served_name
+from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError, UnknownVersion
+
+TIMEOUT_S = 30.0
+"""Seconds without a byte after which the store counts as out of reach."""
+
+_CONNECT_TIMEOUT_S = 5.0
+_CONNECT_RETRIES = 2
+
+
+class StoreClient:
+    """Asks one store server. Usable from several threads; raises `ConfigError` for what is no http(s) address."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url = _checked(url)
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"},
+            timeout=httpx.Timeout(TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
+            transport=httpx.HTTPTransport(retries=_CONNECT_RETRIES),
+        )
+
+    def health(self) -> dict[str, Any]:
+        """The store's `run` name and its `head`, a version number or None."""
+        with self._asking("/health") as response:
+            return self._fields(response)
+
+    def manifest(self, run: str, number: int) -> Manifest:
+        """What was published as a version of `run`: digest and sizes.
+
+        Raises `UnknownVersion` when the store has no such version or is another run's.
+        """
+        with self._asking(f"/versions/{number}") as response:
+            fields = self._fields(response)
+        try:
+            manifest = Manifest.from_mapping(fields)
+            serves = str(fields["run"])
+            sound = manifest.number == number and set(manifest.sizes) == set(PEFT_FILES)
+            sound = sound and all(isinstance(size, int) and size >= 0 for size in manifest.sizes.values())
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise StoreError(f"the store at {self.url} describes version {number} as {fields}; is it a store server?")
+        if serves != run:
+            raise UnknownVersion(f"the store at {self.url} holds the run {serves}, not {run}; ask for {serves}@NUMBER")
+        return manifest
+
+    def pull(self, run: str, manifest: Manifest, folder: Path) -> None:
+        """Write a version's files and manifest into the empty `folder`, and compare them with the digest.
+
+        Raises `StoreCorrupt` when they are not what was published, `NoRoom` for a full disk.
+        """
+        name = served_name(run, manifest.number)
+        with reported(f"writing {name}"):
+            for file, size_bytes in sorted(manifest.sizes.items()):
+                self._pull_file(manifest.number, file, size_bytes, folder / file)
+            write_file(folder / MANIFEST_FILE, [manifest.to_bytes()], sync=False)
+        try:
+            verify_version(folder, manifest)
+        except StoreCorrupt as error:
+            raise StoreCorrupt(
+                f"what the store at {self.url} sent as {name} is not what was published: {error}. See what "
+                "'lora-grpo verify' says of the run; store.restore(number) there replaces a damaged copy"
+            ) from error
+
+    def _pull_file(self, number: int, file: str, size_bytes: int, path: Path) -> None:
+        with self._asking(f"/versions/{number}/{file}") as response, open(path, "xb") as stream:
+            received = 0
+            for chunk in response.iter_bytes():
+                received += len(chunk)
+                if received > size_bytes:
+                    raise StoreCorrupt(
+                        f"{self.url} sends more than the {size_bytes} bytes of version {number}'s {file}"
+                    )
+                stream.write(chunk)
+
+    def close(self) -> None:
+        self._http.close()
+
+    @contextmanager
+    def _asking(self, path: str) -> Iterator[httpx.Response]:
+        try:
+            with self._http.stream("GET", path) as response:
+                if not response.is_success:
+                    self._refuse(response, path)
+                yield response
+        except httpx.HTTPError as error:
+            raise StoreError(
+                f"the store at {self.url} cannot be reached ({type(error).__name__}: {error}); is the trainer, or "
+                "lora-grpo store-server, running there, and is LORA_GRPO_STORE_URL its address?"
+            ) from error
+
+    def _refuse(self, response: httpx.Response, path: str) -> None:
+        response.read()
+        sentence = self._sentence(response)
+        if response.status_code == 401:
+            raise ConfigError(f"the store at {self.url} refuses this token: {sentence}")
+        if response.status_code == 404:
+            raise UnknownVersion(f"the store at {self.url} answers: {sentence}")
+        raise StoreError(f"the store at {self.url} answers {path} with {response.status_code}: {sentence}")
+
+    def _sentence(self, response: httpx.Response) -> str:
+        try:
+            return str(response.json()["error"])
+        except (ValueError, KeyError, TypeError):
+            return f"{response.text[:200]!r} (is it a store server?)"
+
+    def _fields(self, response: httpx.Response) -> dict[str, Any]:
+        response.read()
+        try:
+            return dict(response.json())
+        except (ValueError, TypeError):
+            raise StoreError(
+                f"the store at {self.url} answers {response.text[:200]!r}; is it a store server?"
+            ) from None
+
+
+def _checked(url: str) -> str:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"the store's address {url!r} is no URL: {error}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
+        raise ConfigError(f"the store's address {url!r} must be like http://HOST:PORT; the token travels in a header")
+    return str(parsed).rstrip("/")

@@ -1,0 +1,233 @@
+"""A read-only HTTP server on a live run's versions, for replicas that share no disk with it.
+
+    GET /health                  {"status": "ok", "run": NAME, "head": NUMBER or null}
+    GET /versions/NUMBER         {"run": NAME, "number", "parent", "digest", "step", "created_at", "sizes"}
+    GET /versions/NUMBER/FILE    the bytes of one of a version's two PEFT files
+
+Every request needs `Authorization: Bearer TOKEN`. Errors are `{"error": SENTENCE}`: 401 for the token, 404 for a
+version or file that there is not, 500 for a damaged store. The token and the adapters travel as they are: across a
+network that others can read, put a TLS proxy in front and give the replicas its https address.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import BinaryIO, NoReturn
+
+import anyio
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lora_grpo.adapters.digest import CHUNK_BYTES
+from lora_grpo.adapters.layout import PEFT_FILES
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.view import StoreView
+from lora_grpo.errors import StoreError, UnknownVersion
+from lora_grpo.remote.token import read_token
+
+LOOPBACK = "127.0.0.1"
+_START_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 5
+_STALL_S = 60.0
+_NUMBER = re.compile("[1-9][0-9]{0,8}")
+
+
+class StoreServer:
+    """Serves a store from a thread of this process, from the start of a `with` block to its end.
+
+    It looks at the store through a reader of its own, as another process would: it takes no lock of the writer's and
+    goes on while the writer is busy or closed. Nothing can be changed through it.
+    """
+
+    def __init__(self, store: StoreView, token: str | None = None, *, host: str = LOOPBACK, port: int = 0) -> None:
+        """Open `store` for reading and listen; `port=0` takes a free one. Without `token`, see `read_token`.
+
+        Raises `ConfigError` without a token and `StoreError` for an address that cannot be listened on.
+        """
+        checked = token or read_token()
+        self._view = AdapterStore(store.root, store.archive, readonly=True)
+        self.run = self._view.run
+        self._socket = _listen(host, port)
+        config = uvicorn.Config(
+            store_app(self._view, checked),
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_STOP_TIMEOUT_S,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([self._socket],), name="lora-grpo store server", daemon=True
+        )
+
+    @property
+    def url(self) -> str:
+        """Where to reach it; by this machine's name when it listens on every address."""
+        host, port = self._socket.getsockname()[:2]
+        if host in ("0.0.0.0", "::"):
+            host = socket.gethostname()
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def wait(self) -> NoReturn:
+        """Stay until interrupted; raises `StoreError` when the server ends by itself."""
+        self._thread.join()
+        raise StoreError(f"the store server at {self.url} ended by itself; its log says why")
+
+    def __enter__(self) -> StoreServer:
+        self._thread.start()
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                self._stop()
+                raise StoreError(f"the store server on {self.url} did not start; its log says why")
+            time.sleep(0.005)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(2 * _STOP_TIMEOUT_S)
+        self._socket.close()
+        self._view.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise StoreError(f"the store server cannot listen on {host} port {port}: {error.strerror or error}") from error
+
+
+def store_app(view: StoreView, token: str) -> ASGIApp:
+    """The ASGI application of the endpoints above, over a view that follows the store."""
+    endpoints = _Endpoints(view)
+    app = Starlette(
+        routes=[
+            Route("/health", endpoints.health),
+            Route("/versions/{number}", endpoints.manifest),
+            Route("/versions/{number}/{file}", endpoints.file),
+        ],
+        exception_handlers={HTTPException: _refused, UnknownVersion: _unknown, StoreError: _damaged},
+    )
+    app.router.redirect_slashes = False
+    return _Guard(app, token)
+
+
+class _Guard:
+    """Lets nothing through without the token, not even the question of what there is."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token.encode("latin-1")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._allows(Headers(scope=scope).get("authorization", "")):
+            sentence = "this store needs its bearer token; give both sides the same one in LORA_GRPO_STORE_TOKEN_FILE"
+            refusal = JSONResponse({"error": sentence}, 401, {"WWW-Authenticate": "Bearer"})
+            await refusal(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _allows(self, header: str) -> bool:
+        scheme, _, given = header.partition(" ")
+        return hmac.compare_digest(given.encode("latin-1"), self._token) and scheme.lower() == "bearer"
+
+
+class _Endpoints:
+    """What is read from disk is read in worker threads; the view stands several."""
+
+    def __init__(self, view: StoreView) -> None:
+        self._view = view
+
+    async def health(self, _: Request) -> Response:
+        head = await run_in_threadpool(lambda: self._view.head)
+        return JSONResponse({"status": "ok", "run": self._view.run, "head": None if head is None else head.number})
+
+    async def manifest(self, request: Request) -> Response:
+        manifest = await run_in_threadpool(self._view.manifest, _number(request))
+        return JSONResponse({"run": self._view.run, **manifest.fields()})
+
+    async def file(self, request: Request) -> Response:
+        name = request.path_params["file"]
+        if name not in PEFT_FILES:
+            raise HTTPException(404, f"a version has the files {' and '.join(PEFT_FILES)}; there is no {name!r}")
+        held = ExitStack()
+        try:
+            stream = await run_in_threadpool(self._open, _number(request), name, held)
+        except BaseException:
+            held.close()
+            raise
+        return _FileResponse(stream, held)
+
+    def _open(self, number: int, name: str, held: ExitStack) -> BinaryIO:
+        path = held.enter_context(self._view.reading(number)) / name
+        try:
+            return held.enter_context(open(path, "rb", buffering=0))
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+class _FileResponse(StreamingResponse):
+    """An open file of a version, the version held until the last byte is gone, or the client is or takes no more."""
+
+    def __init__(self, stream: BinaryIO, held: ExitStack) -> None:
+        size_bytes = os.fstat(stream.fileno()).st_size
+        super().__init__(_chunks(stream), 200, {"Content-Length": str(size_bytes)}, "application/octet-stream")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            with anyio.fail_after(_STALL_S):
+                await send(message)
+
+        with self._held:
+            await super().__call__(scope, receive, sending)
+
+
+def _chunks(stream: BinaryIO) -> Iterator[bytes]:
+    while chunk := stream.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _number(request: Request) -> int:
+    text = request.path_params["number"]
+    if not _NUMBER.fullmatch(text):
+        raise HTTPException(404, f"{text!r} is no version number; versions are counted 1, 2, 3 and so on")
+    return int(text)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    sentence = error.detail
+    if error.status_code == 405:
+        sentence = "this store is read-only: it answers GET"
+    elif "number" not in request.path_params:
+        sentence = f"there is no {request.url.path}; there are /health, /versions/NUMBER and /versions/NUMBER/FILE"
+    return JSONResponse({"error": sentence}, error.status_code, error.headers)
+
+
+async def _unknown(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 404)
+
+
+async def _damaged(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 500)
