@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lora_grpo.engines.fake import FakeEngine
     from lora_grpo.engines.vllm_local import VLLMEngine
     from lora_grpo.sync import NativeSync
-    from lora_grpo.trainer import GRPOTrainer
+    from lora_grpo.trainer import GRPOTrainer, Guard
     from lora_grpo.types import Completion, Group, Sampling
 
 _HOMES = {
@@ -29,6 +29,7 @@ _HOMES = {
     "GRPOConfig": "lora_grpo.config",
     "GRPOTrainer": "lora_grpo.trainer",
     "Group": "lora_grpo.types",
+    "Guard": "lora_grpo.trainer",
     "ModelConfig": "lora_grpo.config",
     "NativeSync": "lora_grpo.sync",
     "RunConfig": "lora_grpo.config",
@@ -46,6 +47,7 @@ __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
     "Group",
+    "Guard",
     "ModelConfig",
     "NativeSync",
     "RunConfig",

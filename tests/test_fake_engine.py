@@ -86,6 +86,15 @@ def test_long_replies_are_cut() -> None:
     assert (whole.text, whole.truncated) == ("abcdef", False)
 
 
+def test_replies_end_before_the_first_stop_string() -> None:
+    engine = FakeEngine(lambda *_: "one\ntwo;three")
+    for stop, text in (((";", "\n"), "one"), (("three",), "one\ntwo;"), (("four",), "one\ntwo;three")):
+        [group] = engine.generate(["p"], Sampling(stop=stop), adapter=None)
+        [completion] = group.completions
+        assert (completion.text, completion.finish_reason) == (text, "stop")
+        assert bytes(completion.token_ids).decode() == text
+
+
 def test_a_tokenizer_of_the_callers() -> None:
     tokenizer = tiny_tokenizer()
     assert tokenizer.chat_template == CHAT_TEMPLATE

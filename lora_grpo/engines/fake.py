@@ -44,6 +44,7 @@ class FakeEngine:
         self.tokenizer = tokenizer or _Bytes()
         self._max_cpu_loras, self._max_lora_rank = max_cpu_loras, max_lora_rank
         self._loaded: dict[int, AdapterVersion] = {}
+        self.between_steps: Callable[[], None] | None = None
 
     @property
     def proof(self) -> Proof:
@@ -79,10 +80,13 @@ class FakeEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
         adapter_P = [version and self._find(version) for version in adapters_by_prompt(adapter, len(prompts))]
         ids_P, seeds_PG = token_prompts(self.tokenizer, prompts), request_seeds(sampling, len(prompts))
-        return [
-            Group(prompt, tuple(ids), tuple(self._complete(prompt, version, seed, sampling) for seed in seeds))
-            for prompt, ids, version, seeds in zip(prompts, ids_P, adapter_P, seeds_PG, strict=True)
-        ]
+        groups = []
+        for prompt, ids, version, seeds in zip(prompts, ids_P, adapter_P, seeds_PG, strict=True):
+            if self.between_steps is not None:
+                self.between_steps()
+            completions = tuple(self._complete(prompt, version, seed, sampling) for seed in seeds)
+            groups.append(Group(prompt, tuple(ids), completions))
+        return groups
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
         if adapter is not None:
@@ -96,7 +100,7 @@ class FakeEngine:
         self._loaded.clear()
 
     def _complete(self, prompt: Prompt, version: AdapterVersion | None, seed: int, sampling: Sampling) -> Completion:
-        text = self._reply(prompt, version, seed)
+        text = _until(self._reply(prompt, version, seed), sampling.stop)
         ids = self.tokenizer.encode(text)
         reason = "length" if len(ids) > sampling.max_tokens else "stop"
         kept = tuple(ids[: sampling.max_tokens])
@@ -108,3 +112,8 @@ class FakeEngine:
             raise UnknownVersion(f"{version} is not loaded; call engine.load(version) first")
         self._loaded[version.number] = self._loaded.pop(version.number)
         return version
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    return text[: min([len(text), *(found for string in stop if (found := text.find(string)) >= 0)])]
