@@ -120,6 +120,32 @@ def test_only_0_26_is_kept_off_the_v2_runner() -> None:
     assert kept_off == {(0, 26)}
 
 
+@pytest.mark.parametrize("release", compat.RELEASES)
+def test_what_differs_between_releases(release: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.33: the CPU's kernels leave base rows alone, and a sleep at level 2 leaves the adapter slots alone."""
+    monkeypatch.setattr(compat, "vllm_release", lambda: release)
+    assert compat.slots_outlive_level_2() is (release >= (0, 33))
+    for cpu in (True, False):
+        monkeypatch.setattr(compat, "is_cpu", lambda cpu=cpu: cpu)
+        assert compat.base_rows_are_safe() is (not cpu or release >= (0, 33))
+
+
+@pytest.mark.parametrize(("level", "done"), [(1, ["wake_up"]), (2, ["wake_up", "reload_weights"])])
+def test_after_level_2_the_base_is_read_again(level: int, done: list[str]) -> None:
+    """Memory is mapped again first; what it holds then is anything."""
+    called: list[str] = []
+    compat.wake_up(SimpleNamespace(wake_up=lambda: called.append("wake_up"), collective_rpc=called.append), level)
+    assert called == done
+
+
+@pytest.mark.vllm
+def test_the_installed_release_sleeps_and_wakes_as_it_is_asked_to() -> None:
+    vllm = pytest.importorskip("vllm")
+    assert inspect.signature(vllm.LLM.sleep).parameters["level"].default == 1
+    assert inspect.signature(vllm.LLM.wake_up).parameters["tags"].default is None
+    assert "enable_sleep_mode" in inspect.signature(vllm.config.ModelConfig).parameters
+
+
 @pytest.mark.parametrize(("rank", "allowed"), [(1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512)])
 def test_the_rank_is_rounded_up(rank: int, allowed: int) -> None:
     assert compat.allowed_rank(rank) == allowed

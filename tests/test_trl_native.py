@@ -339,8 +339,11 @@ def test_a_rollout_function_on_trls_own_defaults(llama_dir: Path, tmp_path: Path
         }
 
     args = arguments(tmp_path, max_steps=4, bf16=True, gradient_checkpointing=True, model_init_kwargs=None, beta=0.0)
-    trainer = native_trainer(str(llama_dir), args, peft_config=LoraConfig(**LORA), rollout_func=rollout)
+    adapted = LoraConfig(**{**LORA, "target_modules": ["q_proj", "down_proj"]})
+    trainer = native_trainer(str(llama_dir), args, peft_config=adapted, rollout_func=rollout)
     try:
+        wrapped = compat.wrapped_modules(trainer.native.engine._llm)
+        assert {name.rsplit(".", 1)[-1] for name in wrapped} == {"qkv_proj", "down_proj"}
         result = Seen(trainer, base_digest(trainer))
         watch(result)
         trainer.train()

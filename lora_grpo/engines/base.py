@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import torch
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.types import Group, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from lora_grpo.engines.delivery.probe import Witness
 
 Proof: TypeAlias = Literal["slots", "behaviour", "none"]
 """What a load was proven by: the slot contents, log-probs over a wire, or nothing (a fake)."""
@@ -23,6 +26,7 @@ class LoadReceipt:
     """What `Engine.load` did and how it was proven; seconds by phase, bytes of adapter compared.
 
     `loader` says how it got there: "direct" from the mapped file, or through the engine's own ("stock") loader.
+    `verdict` is a proof by behaviour's: whether log-probs could tell the version from every other ("ok") or not.
     """
 
     proof: Proof
@@ -30,6 +34,7 @@ class LoadReceipt:
     modules: int
     proven_bytes: int
     loader: Literal["direct", "stock"] = "stock"
+    verdict: Literal["ok", "inconclusive"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +96,27 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards."""
+
+
+class RemoteEngine(Engine, Protocol):
+    """An engine of one or many servers, none of which can be looked into: it is told what the trainer computes, and
+    compares what they answer. Its `proof` is "behaviour"."""
+
+    def load(self, version: AdapterVersion, *, expected: list[list[float]] | None = None) -> LoadReceipt:
+        """`Engine.load` on every server or on none.
+
+        `expected` are the trainer's log-probs of `probe_sequences`, with this version.
+        """
+
+    def logprobs_of_each(
+        self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None
+    ) -> list[list[list[float]]]:
+        """`logprobs` of each server in use."""
+
+    def keep_probe(self, version: AdapterVersion, witness: Witness, noise: float) -> None:
+        """Prove with this probe every server that restarts; `noise` is the servers' on the base, nats. Its files are
+        copied."""
+
+
+def is_remote(engine: Engine) -> TypeGuard[RemoteEngine]:
+    return engine.proof == "behaviour"

@@ -228,6 +228,30 @@ def touch_adapter(llm: Any, lora_id: int) -> None:
     manager._active_adapters.touch(lora_id)
 
 
+def sleep_mode(llm: Any) -> bool:
+    """Whether the engine was started with vLLM's sleep mode."""
+    return bool(llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
+
+
+def slots_outlive_level_2() -> bool:
+    """Whether adapter slots keep their values in a sleep at level 2.
+
+    Up to 0.32 they lie in the weights' memory pool, which that level discards, and count as active afterwards. From
+    0.33 they have a pool of their own, which every level keeps.
+    """
+    return vllm_release() >= (0, 33)
+
+
+def wake_up(llm: Any, level: int) -> None:
+    """End a sleep. After level 2 the base is read from its files again.
+
+    From 0.28 that makes vLLM forget all adapters; 0.26 and 0.27 would go on with slots that hold anything.
+    """
+    llm.wake_up()
+    if level == 2:
+        llm.collective_rpc("reload_weights")
+
+
 def lora_dtype(llm: Any) -> str:
     """The dtype of vLLM's adapter slots, as a torch dtype's name without the prefix."""
     return str(llm.llm_engine.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
@@ -254,14 +278,14 @@ def abort_everything(llm: Any) -> None:
         raise EngineError("vLLM holds cache blocks of requests that failed; close this engine and start another")
 
 
-def shutdown(llm: Any, *, last: bool) -> None:
+def shutdown(llm: Any, *, last: bool, joined: bool) -> None:
     """Stop an in-process engine; with `last`, tear down the process-wide parallel state too.
 
     What vLLM 0.32 does by itself, also when an engine is collected, tears that down always: other engines could
-    not take another step.
+    not take another step, and a trainer whose process group was `joined` could not either.
     """
     client = llm.llm_engine.engine_core
-    if last:
+    if last and not joined:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         client.shutdown()
@@ -273,3 +297,15 @@ def shutdown(llm: Any, *, last: bool) -> None:
         core.structured_output_manager.clear_backend()
         core.model_executor.shutdown()
         core.scheduler.shutdown()
+        if last:
+            _leave_group()
+
+
+def _leave_group() -> None:
+    """vLLM's own groups go, and the process group that they were made of stays."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None

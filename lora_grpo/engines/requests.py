@@ -9,7 +9,7 @@ from typing import Any
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters
 from lora_grpo.errors import ConfigError, EngineError
-from lora_grpo.types import Completion, Prompt, Sampling, derive_seed
+from lora_grpo.types import Completion, Group, Prompt, Sampling, derive_seed
 
 
 def token_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -71,7 +71,8 @@ def mixed_batches(adapter_B: Sequence[AdapterVersion | None], slots: int, mixes_
 def request_seeds(sampling: Sampling, prompts: int) -> list[list[int]]:
     """A seed for each request (P, G), derived from the call's."""
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-    return [[derive_seed(seed, p, g) for g in range(sampling.n)] for p in range(prompts)]
+    first = sampling.first_prompt
+    return [[derive_seed(seed, p, g) for g in range(sampling.n)] for p in range(first, first + prompts)]
 
 
 def sampling_params(sampling: Sampling, seed: int, *, prompt_logprobs: bool = False) -> Any:
@@ -102,3 +103,22 @@ def to_completion(output: Any, adapter: AdapterVersion | None) -> Completion:
     logprobs = tuple(entry[token].logprob for entry, token in zip(made.logprobs, token_ids, strict=True))
     version = None if adapter is None else adapter.number
     return Completion(made.text, token_ids, logprobs, made.finish_reason, version)
+
+
+def to_groups(
+    prompts: Sequence[Prompt], ids_P: Sequence[Sequence[int]], completions: Sequence[Completion]
+) -> list[Group]:
+    """One group a prompt, of completions (P * G) in the order of the prompts."""
+    size = len(completions) // max(1, len(prompts))
+    return [
+        Group(prompt, tuple(ids), tuple(completions[p * size : (p + 1) * size]))
+        for p, (prompt, ids) in enumerate(zip(prompts, ids_P, strict=True))
+    ]
+
+
+def scored_tokens(outputs: Sequence[Any], sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The log-probs of tokens 1..T-1 of each sequence, from vLLM's outputs for them as prompts."""
+    return [
+        [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+        for output, ids in zip(outputs, sequences, strict=True)
+    ]

@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lora_grpo.engines import compat, lora_kernels
+from lora_grpo.engines import compat, lora_gemm, lora_kernels
+from lora_grpo.engines.boundary import vllm_boundary
+from lora_grpo.engines.grouped import join
 from lora_grpo.engines.shared_weights import check_shareable, plain_cpu_weights
+from lora_grpo.engines.sleeping import check_can_ever_sleep
 from lora_grpo.engines.targets import linear_leaves
-from lora_grpo.errors import EngineError
+from lora_grpo.errors import ConfigError
+
+
+def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
+    """How many versions stay loaded: two more than slots by default. Raises `ConfigError` for what cannot work."""
+    room = max_loras + 2 if max_cpu_loras is None else max_cpu_loras
+    if not 1 <= max_loras <= room:
+        raise ConfigError(f"max_loras={max_loras} must be between 1 and max_cpu_loras={room}")
+    if room < 2:
+        raise ConfigError("max_cpu_loras=1: a version that fails to load would take the served one's place; set 2")
+    return room
 
 
 def start_llm(
@@ -16,6 +29,7 @@ def start_llm(
     *,
     target_modules: Sequence[str] | None,
     cpu_lora_kernels: bool,
+    plain_lora_gemm: bool,
     share_base_weights: bool,
     revision: str | None,
     trust_remote_code: bool,
@@ -23,28 +37,34 @@ def start_llm(
 ) -> tuple[Any, bool]:
     """A `vllm.LLM`, and whether its LoRA kernels leave base rows alone in a batch with adapter rows.
 
-    Raises `UnsupportedVersion`, `ConfigError` for weights that could not be shared, or `EngineError`.
+    Raises `UnsupportedVersion`, `ConfigError` for weights that could not be shared or a sleep mode that there is not,
+    or `EngineError`.
     """
     vllm = compat.import_vllm()
+    arguments = join(arguments)
+    check_can_ever_sleep(arguments)
     if share_base_weights:
         check_shareable(arguments)
+    if plain_lora_gemm:
+        arguments = lora_gemm.engine_arguments(arguments)
     wrapped = (
         list(target_modules)
         if target_modules
         else linear_leaves(model, revision=revision, trust_remote_code=trust_remote_code)
     )
-    mixes_base = (cpu_lora_kernels and lora_kernels.install()) or compat.base_rows_are_safe()
-    try:
-        with plain_cpu_weights(share_base_weights and compat.is_cpu()):
-            llm = vllm.LLM(
-                model=model,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                enable_lora=True,
-                lora_target_modules=wrapped,
-                logprobs_mode="processed_logprobs",
-                **arguments,
-            )
-    except Exception as error:
-        raise EngineError(f"vLLM could not start on {model}: {type(error).__name__}: {error}") from error
+    mixes_base = plain_lora_gemm or (cpu_lora_kernels and lora_kernels.install()) or compat.base_rows_are_safe()
+    with (
+        vllm_boundary(f"start on {model}"),
+        plain_cpu_weights(share_base_weights and compat.is_cpu()),
+        lora_gemm.plain_products(plain_lora_gemm),
+    ):
+        llm = vllm.LLM(
+            model=model,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            enable_lora=True,
+            lora_target_modules=wrapped,
+            logprobs_mode="processed_logprobs",
+            **arguments,
+        )
     return llm, mixes_base

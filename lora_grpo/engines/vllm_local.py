@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,11 @@ from lora_grpo.adapters.peft_format import WEIGHTS_FILE
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
+from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.slots import SlotProver
+from lora_grpo.engines.driving import StepDriver
+from lora_grpo.engines.held import HeldLLM, engines_alive
 from lora_grpo.engines.loading import AdapterLoader, Loaded, choose_loader
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
@@ -26,15 +29,16 @@ from lora_grpo.engines.requests import (
     mixed_batches,
     request_seeds,
     sampling_params,
+    scored_tokens,
     to_completion,
+    to_groups,
     token_prompts,
 )
 from lora_grpo.engines.shared_weights import SharedBase, check_same_function
-from lora_grpo.engines.starting import start_llm
-from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion
+from lora_grpo.engines.sleeping import check_base_is_back, check_may_sleep, fall_asleep
+from lora_grpo.engines.starting import adapter_room, start_llm
+from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError, UnknownVersion
 from lora_grpo.types import Group, Prompt, Sampling
-
-_live_engines: set[int] = set()
 
 
 class VLLMEngine:
@@ -54,6 +58,7 @@ class VLLMEngine:
         revision: str | None = None,
         trust_remote_code: bool = False,
         cpu_lora_kernels: bool = True,
+        plain_lora_gemm: bool = False,
         direct_load: bool = True,
         share_base_weights: bool = False,
         **vllm_args: Any,
@@ -64,45 +69,42 @@ class VLLMEngine:
         `max_cpu_loras` (default: two more) stay loaded; the least recently used goes when another is loaded.
         `target_modules` are the layers wrapped for LoRA, by last name (default: every linear layer but the head).
         `cpu_lora_kernels=False` keeps vLLM's own CPU LoRA path (slower; base rows then get batches of their own).
+        `plain_lora_gemm` computes LoRA as plain matrix products over all slots instead; it is untimed on a GPU as yet.
         `direct_load=False` loads through vLLM's own loader, as releases do that the direct way was not tested with.
         `share_base_weights` keeps the weights in a form that `shared_model` can give out: needed on the CPU only, and
         decoding is slower there with it. Other keywords go to `vllm.LLM`.
         Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.
         """
-        self._max_cpu_loras = max_loras + 2 if max_cpu_loras is None else max_cpu_loras
-        if not 1 <= max_loras <= self._max_cpu_loras:
-            raise ConfigError(f"max_loras={max_loras} must be between 1 and max_cpu_loras={self._max_cpu_loras}")
-        if self._max_cpu_loras < 2:
-            raise ConfigError("max_cpu_loras=1: a version that fails to load would take the served one's place; set 2")
-        self._max_loras = max_loras
+        self._max_loras, self._max_cpu_loras = max_loras, adapter_room(max_loras, max_cpu_loras)
         self._max_lora_rank = compat.allowed_rank(max_lora_rank)
-        self._shared: SharedBase | None = None
         self._trust_remote_code = trust_remote_code
-        self._llm, self._mixes_base = start_llm(
+        vllm_args |= {"dtype": dtype, "max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
+        llm, self._mixes_base = start_llm(
             str(model),
             target_modules=target_modules,
             cpu_lora_kernels=cpu_lora_kernels,
+            plain_lora_gemm=plain_lora_gemm,
             share_base_weights=share_base_weights,
             revision=revision,
             trust_remote_code=trust_remote_code,
             max_lora_rank=self._max_lora_rank,
             max_loras=max_loras,
             max_cpu_loras=self._max_cpu_loras,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
             **vllm_args,
         )
-        _live_engines.add(id(self))
+        self._held = HeldLLM(llm)
+        with vllm_boundary(f"take adapters on {model}", self.close):
+            self._take_up(direct_load)
+
+    def _take_up(self, direct_load: bool) -> None:
         self._ids = itertools.count(1)
         self._loaded: dict[Path, Loaded] = {}
-        try:
-            self._prover = SlotProver(self._llm)
-            self._loader = AdapterLoader(self._llm, choose_loader(direct_load))
-            self._tokenizer = self._llm.get_tokenizer()
-        except BaseException:
-            self.close()
-            raise
+        self._shared: SharedBase | None = None
+        self.between_steps: Callable[[], None] | None = None
+        self._driver = StepDriver(self._llm)
+        self._prover = SlotProver(self._llm)
+        self._loader = AdapterLoader(self._llm, choose_loader(direct_load))
+        self._tokenizer = self._llm.get_tokenizer()
 
     @property
     def proof(self) -> Proof:
@@ -131,6 +133,7 @@ class VLLMEngine:
         return int(self._llm.llm_engine.vllm_config.model_config.max_model_len)
 
     def load(self, version: AdapterVersion) -> LoadReceipt:
+        self._held.check_awake()
         known = self._loaded.get(version.path)
         if known is not None:
             if known.version.digest != version.digest:
@@ -149,13 +152,15 @@ class VLLMEngine:
         checked = time.perf_counter()
         self._make_room()
         loaded = Loaded(version, self._request(version), file, binding)
-        with self._boundary(f"load {version}", forget=loaded.request.lora_int_id):
+        with self._boundary(f"load {version}", forget=loaded):
             receipt = self._place_and_prove(loaded, started, checked)
         self._loaded[version.path] = loaded
         return receipt
 
     def unload(self, version: AdapterVersion) -> None:
         loaded = self._find(version)
+        if loaded.request.lora_int_id in self._driver.answering:
+            raise EngineError(f"{version} answers requests; unload it when they are done")
         with self._boundary(f"unload {version}"):
             self._llm.llm_engine.remove_lora(loaded.request.lora_int_id)
         del self._loaded[version.path]
@@ -175,19 +180,12 @@ class VLLMEngine:
             [adapter_P[p] for p, _ in rows],
         )
         completions = [to_completion(output, adapter_P[p]) for (p, _), output in zip(rows, outputs, strict=True)]
-        return [
-            Group(prompt, tuple(ids), tuple(completions[p * sampling.n : (p + 1) * sampling.n]))
-            for p, (prompt, ids) in enumerate(zip(prompts, ids_P, strict=True))
-        ]
+        return to_groups(prompts, ids_P, completions)
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
         check_room(sequences, 1, self.max_model_len)
         params = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
-        outputs = self._run(sequences, [params] * len(sequences), [adapter] * len(sequences))
-        return [
-            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
-            for output, ids in zip(outputs, sequences, strict=True)
-        ]
+        return scored_tokens(self._run(sequences, [params] * len(sequences), [adapter] * len(sequences)), sequences)
 
     def shared_model(self) -> Any:
         """A transformers model whose parameters are this engine's own weights: one copy of the base for both.
@@ -196,6 +194,7 @@ class VLLMEngine:
         on the same weights, and every load checks that they are untouched. Raises `UnsupportedAdapter` for an engine or
         architecture that cannot be shared (quantized, split, prepacked, unknown).
         """
+        self._held.check_awake()
         if self._shared is not None:
             self._shared.check_untouched()
         shared = SharedBase(self._llm, trust_remote_code=self._trust_remote_code)
@@ -205,16 +204,52 @@ class VLLMEngine:
         return shared.model
 
     def describe_base(self) -> BaseDescription:
+        self._held.check_awake()
         return describe(self._llm.llm_engine.vllm_config.model_config.hf_config, compat.base_parameters(self._llm))
 
+    def sleep(self, level: int = 1) -> None:
+        """Give the GPU memory of weights and KV cache back until `wake_up`; needs `enable_sleep_mode=True`.
+
+        At level 1 the weights wait in host memory and loaded versions survive; at level 2 nothing is kept. Meanwhile
+        the engine can be woken, closed, or made to forget versions. Raises `ConfigError` for what would lose
+        something, and nothing has changed; `EngineError` when vLLM fails, and the engine is closed.
+        """
+        self._held.check_awake()
+        check_may_sleep(self._llm, level, self.loaded(), shared=self._shared is not None, alive=engines_alive())
+        with vllm_boundary("fall asleep", self.close):
+            self._held.asleep = fall_asleep(self, self._llm, level)
+
+    def wake_up(self) -> None:
+        """Be what the engine was before `sleep`: the base compared, and every loaded version proven again.
+
+        A version that cannot be proven is unloaded, and its `DeliveryError` or `EngineError` raised when the others
+        are; without its base the engine is closed.
+        """
+        asleep = self._held.rouse()
+        if asleep is None:
+            return
+        with vllm_boundary("wake up", self.close):
+            compat.wake_up(self._llm, asleep.level)
+            check_base_is_back(self, asleep)
+        unproven, self._loaded, failures = self._loaded, {}, []
+        for path, loaded in unproven.items():
+            try:
+                self._prove_again(loaded)
+                self._loaded[path] = loaded
+            except LoraGrpoError as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+
     def close(self) -> None:
-        if id(self) in _live_engines:
-            _live_engines.discard(id(self))
-            compat.shutdown(self._llm, last=not _live_engines)
-            for holder in ("_prover", "_loader", "_shared"):
-                vars(self).pop(holder, None)
-            del self._llm
-            self._loaded.clear()
+        self._held.close()
+        self._loaded = {}
+        for holder in ("_driver", "_prover", "_loader", "_shared"):
+            vars(self).pop(holder, None)
+
+    @property
+    def _llm(self) -> Any:
+        return self._held.llm
 
     def _run(
         self,
@@ -223,19 +258,20 @@ class VLLMEngine:
         adapter_B: Sequence[AdapterVersion | None],
     ) -> list[Any]:
         """vLLM's outputs in row order, in as few engine batches as slots and kernels allow."""
+        self._held.check_awake()
         loaded_B = [None if adapter is None else self._find(adapter) for adapter in adapter_B]
         outputs: list[Any] = [None] * len(ids_B)
-        for rows in mixed_batches(adapter_B, self._max_loras, self._mixes_base):
+        if self._driver.answering and not self._mixes_base:
+            self._driver.drain()
+        for rows in mixed_batches(adapter_B, self._max_loras - len(self._driver.answering), self._mixes_base):
             self._place([loaded for row in rows if (loaded := loaded_B[row]) is not None])
-            with self._boundary("generate"):
-                made = self._llm.generate(
+            with self._boundary("generate", stepping=True):
+                made = self._driver.run(
                     [{"prompt_token_ids": list(ids_B[row])} for row in rows],
                     [params_B[row] for row in rows],
-                    lora_request=[loaded.request if (loaded := loaded_B[row]) else None for row in rows],
-                    use_tqdm=False,
+                    [loaded.request if (loaded := loaded_B[row]) else None for row in rows],
+                    self.between_steps,
                 )
-                if len(made) != len(rows):
-                    raise EngineError(f"vLLM answered {len(made)} of {len(rows)} requests")
             for row, output in zip(rows, made, strict=True):
                 outputs[row] = output
         return outputs
@@ -254,14 +290,13 @@ class VLLMEngine:
     def _prove_again(self, loaded: Loaded) -> LoadReceipt:
         """Have a loaded version hold a slot and prove it; a failure unloads it."""
         started = time.perf_counter()
-        try:
-            with self._boundary(f"activate {loaded.version}", forget=loaded.request.lora_int_id):
-                return self._place_and_prove(loaded, started, started)
-        except BaseException:
-            self._loaded.pop(loaded.version.path, None)
-            raise
+        with self._boundary(f"activate {loaded.version}", forget=loaded):
+            return self._place_and_prove(loaded, started, started)
 
     def _place_and_prove(self, loaded: Loaded, started: float, checked: float) -> LoadReceipt:
+        for lora_id in self._driver.answering:
+            # The slot that another takes is the least recently used one.
+            compat.touch_adapter(self._llm, lora_id)
         self._loader.place(loaded.request, loaded.binding, loaded.file)
         placed = time.perf_counter()
         proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.request.lora_int_id)
@@ -273,8 +308,17 @@ class VLLMEngine:
         self._loaded[loaded.version.path] = self._loaded.pop(loaded.version.path)
 
     def _make_room(self) -> None:
-        while len(self._loaded) >= self._max_cpu_loras:
-            self.unload(next(iter(self._loaded.values())).version)
+        """Unload the least recently used versions until another fits; those that answer requests stay."""
+        answering = self._driver.answering
+        idle = [one.version for one in self._loaded.values() if one.request.lora_int_id not in answering]
+        excess = max(0, len(self._loaded) + 1 - self._max_cpu_loras)
+        if excess > len(idle) or len(answering) >= self._max_loras:
+            raise EngineError(
+                f"{len(answering)} versions answer requests, so there is no place for another: start the engine with "
+                f"more than max_loras={self._max_loras}, max_cpu_loras={self._max_cpu_loras}"
+            )
+        for version in idle[:excess]:
+            self.unload(version)
 
     def _request(self, version: AdapterVersion) -> Any:
         from vllm.lora.request import LoRARequest
@@ -290,19 +334,24 @@ class VLLMEngine:
         return loaded
 
     @contextmanager
-    def _boundary(self, doing: str, *, forget: int | None = None) -> Iterator[None]:
-        """The one place where vLLM's exceptions are caught: cleaned up after, and raised as ours.
+    def _boundary(self, doing: str, *, forget: Loaded | None = None, stepping: bool = False) -> Iterator[None]:
+        """A failure inside leaves nothing scheduled that was, and nothing of the version to `forget`.
 
-        vLLM draws from torch's global generators; a trainer in this process finds them as it left them.
+        vLLM draws from torch's global generators; a trainer in this process finds them as it left them, unless it goes
+        on in another thread: what it draws meanwhile would come again.
         """
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        try:
-            with torch.random.fork_rng(devices):
-                yield
-        except BaseException as error:
-            compat.abort_everything(self._llm)
+
+        def clean_up() -> None:
+            if stepping or (forget is not None and forget.request.lora_int_id in self._driver.answering):
+                compat.abort_everything(self._llm)
+                self._driver.forget()
             if forget is not None:
-                self._llm.llm_engine.remove_lora(forget)
-            if isinstance(error, LoraGrpoError) or not isinstance(error, Exception):
-                raise
-            raise EngineError(f"vLLM could not {doing}: {type(error).__name__}: {error}") from error
+                self._loaded.pop(forget.version.path, None)
+                self._llm.llm_engine.remove_lora(forget.request.lora_int_id)
+
+        with vllm_boundary(doing, clean_up), nullcontext() if self.between_steps else _generators_kept():
+            yield
+
+
+def _generators_kept() -> AbstractContextManager[None]:
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])

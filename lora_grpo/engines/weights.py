@@ -14,7 +14,15 @@ import torch
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
-from lora_grpo.engines.requests import check_room, request_seeds, sampling_params, to_completion
+from lora_grpo.engines.boundary import vllm_boundary
+from lora_grpo.engines.requests import (
+    check_room,
+    request_seeds,
+    sampling_params,
+    scored_tokens,
+    to_completion,
+    to_groups,
+)
 from lora_grpo.engines.shared_weights import plain_cpu_weights
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import EngineError
@@ -33,11 +41,9 @@ class PlainEngine:
         """Other keywords go to `vllm.LLM`. Raises `UnsupportedVersion`, or `EngineError` when vLLM does not start."""
         vllm = compat.import_vllm()
         lora = {} if lora_rank is None else {"enable_lora": True, "max_lora_rank": compat.allowed_rank(lora_rank)}
-        try:
-            with plain_cpu_weights(compat.is_cpu() and not prepack, heads=False):
-                self._llm = vllm.LLM(model=str(model), logprobs_mode="processed_logprobs", **lora, **vllm_args)
-        except Exception as error:
-            raise EngineError(f"vLLM could not start on {model}: {type(error).__name__}: {error}") from error
+        plain = plain_cpu_weights(compat.is_cpu() and not prepack, heads=False)
+        with vllm_boundary(f"start on {model}"), plain:
+            self._llm = vllm.LLM(model=str(model), logprobs_mode="processed_logprobs", **lora, **vllm_args)
         self._request: Any = None
         self._requests = 0
 
@@ -47,20 +53,13 @@ class PlainEngine:
         seeds_PG = request_seeds(sampling, len(prompts))
         rows = [(p, g) for p in range(len(prompts)) for g in range(sampling.n)]
         outputs = self._run([prompts[p] for p, _ in rows], [sampling_params(sampling, seeds_PG[p][g]) for p, g in rows])
-        made = [to_completion(output, None) for output in outputs]
-        return [
-            Group(list(ids), tuple(ids), tuple(made[p * sampling.n : (p + 1) * sampling.n]))
-            for p, ids in enumerate(prompts)
-        ]
+        completions = [to_completion(output, None) for output in outputs]
+        return to_groups([list(ids) for ids in prompts], prompts, completions)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Teacher-forced log-probs at temperature 1 of tokens 1..T-1 of each sequence."""
         params = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
-        outputs = self._run(sequences, [params] * len(sequences))
-        return [
-            [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
-            for output, ids in zip(outputs, sequences, strict=True)
-        ]
+        return scored_tokens(self._run(sequences, [params] * len(sequences)), sequences)
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Put checkpoint tensors in place of the engine's: one at a time as they come, or where weights are prepacked
@@ -116,7 +115,7 @@ class PlainEngine:
         return kv_tokens(self._llm)
 
     def close(self) -> None:
-        compat.shutdown(self._llm, last=True)
+        compat.shutdown(self._llm, joined=False, last=True)
         del self._llm
 
     def _packed(self) -> Mapping[str, Sequence[str]]:

@@ -232,7 +232,10 @@ def _assemble(
             "full fine-tuning has no adapter to swap: pass peft_config=LoraConfig(...), or use trl.GRPOTrainer"
         )
     modules = check_servable(given.model, active_adapter(given.model))
-    keywords = given.engine_args(max(module.a_RI.shape[0] for module in modules), engine_args)
+    # Each wrapped layer costs decoding time, whether an adapter uses it or not.
+    adapted = {module.path.rsplit(".", 1)[-1] for module in modules}
+    rank = max(module.a_RI.shape[0] for module in modules)
+    keywords = given.engine_args(rank, {"target_modules": sorted(adapted), **engine_args})
     engine = VLLMEngine(keywords.pop("model"), **keywords)
     closing.callback(engine.close)
     check_same_device(given.model, engine)

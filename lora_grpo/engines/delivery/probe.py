@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from torch import nn
 from lora_grpo.adapters.digest import digest_buffers
 from lora_grpo.adapters.peft_format import LoraModule, ServingForm, assign, peft_model_of
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Engine
+from lora_grpo.engines.base import Engine, is_remote
 from lora_grpo.errors import DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
@@ -44,6 +43,32 @@ class ProbeReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Witness:
+    """What a trainer computes on fixed `sequences`, without an adapter (`base`) and with the loud one (`loud`), which
+    moves the log-probs by `signal` nats a token; lists of log-probs of tokens 1..T-1."""
+
+    sequences: list[list[int]]
+    base: list[list[float]]
+    loud: list[list[float]]
+    signal: float
+
+    def noise(self, served: list[list[float]]) -> float:
+        """Nats by which an engine's base differs from the trainer's; raises `UnsupportedAdapter` for another base."""
+        return _base_noise(served, self.base)
+
+    def error(self, served: list[list[float]], noise: float) -> float:
+        """Nats by which an engine with the probe differs from the trainer; raises `DeliveryError` for too many."""
+        error = mean_abs_difference(served, self.loud)
+        if not error <= AGREEMENT * self.signal:
+            raise DeliveryError(
+                f"the engine does not apply the adapter as the trainer does: log-probs differ by {error:.3f} nats "
+                f"where the adapter moves them by {self.signal:.3f} (base noise {noise:.4f}); the path into vLLM is "
+                "broken"
+            )
+        return error
+
+
 def run_probe(model: nn.Module, form: ServingForm, engine: Engine, scratch: Path, *, seed: int = 0) -> ProbeReport:
     """Prove that `engine` computes what `model` computes, with the base and with a loud adapter; leaves no trace.
 
@@ -54,22 +79,18 @@ def run_probe(model: nn.Module, form: ServingForm, engine: Engine, scratch: Path
     sequences = probe_sequences(engine.describe_base().vocabulary, seed)
     with peft_model_of(model).disable_adapter():
         trainer_base = teacher_logprobs(model, sequences)
-    noise = mean_abs_difference(engine.logprobs(sequences, adapter=None), trainer_base)
-    if not noise <= MAX_BASE_NOISE_NATS:
-        raise UnsupportedAdapter(
-            f"the bases of engine and trainer differ by {noise:.3f} nats a token (at most {MAX_BASE_NOISE_NATS}); load "
-            "both from the same checkpoint, in dtypes that the model supports"
-        )
+    noise = max(_base_noise(served, trainer_base) for served in _answers(engine, sequences, None))
     needed = max(_MIN_SIGNAL_NATS, SEPARATION * noise)
-    with loud(form.modules, model, sequences, trainer_base, needed, seed) as (trainer_probe, signal):
-        served = _serve(form, engine, sequences, scratch)
-    report = ProbeReport(noise, signal, mean_abs_difference(served, trainer_probe), time.perf_counter() - started)
-    if not report.error <= AGREEMENT * signal:
-        raise DeliveryError(
-            f"the engine does not apply the adapter as the trainer does: log-probs differ by {report.error:.3f} nats "
-            f"where the adapter moves them by {signal:.3f} (base noise {noise:.4f}); the path into vLLM is broken"
-        )
-    return report
+    with (
+        loud(form.modules, model, sequences, trainer_base, needed, seed) as (trainer_probe, signal),
+        tempfile.TemporaryDirectory(prefix="lora-grpo-probe-", dir=scratch) as folder,
+    ):
+        witness = Witness(sequences, trainer_base, trainer_probe, signal)
+        version = _write(form, Path(folder) / "versions" / "000000")
+        error = max(witness.error(served, noise) for served in _serve(version, engine, sequences))
+        if is_remote(engine):
+            engine.keep_probe(version, witness, noise)
+    return ProbeReport(noise, signal, error, time.perf_counter() - started)
 
 
 def probe_sequences(vocabulary: int, seed: int) -> list[list[int]]:
@@ -122,14 +143,29 @@ def _randomise(modules: list[LoraModule], size: float, seed: int) -> None:
         assign(b, torch.randn(b.shape, generator=generator) * size / (module.scaling * b.shape[1] ** 0.5))
 
 
-def _serve(form: ServingForm, engine: Engine, sequences: Any, scratch: Path) -> list[list[float]]:
-    with tempfile.TemporaryDirectory(prefix="lora-grpo-probe-", dir=scratch) as folder:
-        version = _write(form, Path(folder) / "versions" / "000000")
-        engine.load(version)
-        try:
-            return engine.logprobs(sequences, adapter=version)
-        finally:
-            engine.unload(version)
+def _base_noise(served: list[list[float]], trainer: list[list[float]]) -> float:
+    noise = mean_abs_difference(served, trainer)
+    if not noise <= MAX_BASE_NOISE_NATS:
+        raise UnsupportedAdapter(
+            f"the bases of engine and trainer differ by {noise:.3f} nats a token (at most {MAX_BASE_NOISE_NATS}); load "
+            "both from the same checkpoint, in dtypes that the model supports"
+        )
+    return noise
+
+
+def _serve(version: AdapterVersion, engine: Engine, sequences: list[list[int]]) -> list[list[list[float]]]:
+    engine.load(version)
+    try:
+        return _answers(engine, sequences, version)
+    finally:
+        engine.unload(version)
+
+
+def _answers(engine: Engine, sequences: list[list[int]], adapter: AdapterVersion | None) -> list[list[list[float]]]:
+    """The log-probs that an engine gives, or those of each of its servers."""
+    if is_remote(engine):
+        return engine.logprobs_of_each(sequences, adapter=adapter)
+    return [engine.logprobs(sequences, adapter=adapter)]
 
 
 def _write(form: ServingForm, path: Path) -> AdapterVersion:

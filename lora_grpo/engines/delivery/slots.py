@@ -36,7 +36,7 @@ class SlotProver:
         expected = _FILE_DTYPES[compat.lora_dtype(self._llm)]
         if file.dtype != expected:
             raise DeliveryError(f"{version} is {file.dtype}, the engine keeps adapters in {expected}; publish it so")
-        _require_finite(version, file)
+        require_finite(version, file)
         if file.header not in self._bindings:
             self._bindings[file.header] = self._bind(version, file)
         return self._bindings[file.header]
@@ -110,7 +110,7 @@ class SlotProver:
         return f"slot {slot} differs from the published bytes, as the copy in memory does that it was filled from"
 
 
-def _require_finite(version: AdapterVersion, file: AdapterFile) -> None:
+def require_finite(version: AdapterVersion, file: AdapterFile) -> None:
     """NaN in an adapter would stay in freed KV-cache blocks and poison every later request."""
     dtype = TORCH_DTYPES[file.dtype]
     if all_finite(torch.frombuffer(file.payload, dtype=dtype)):

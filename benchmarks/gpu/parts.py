@@ -1,0 +1,108 @@
+"""What is run on a GPU, in order: each part is one command of the project, and where its result is read from."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tomllib
+import xml.etree.ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+SCENARIOS = REPOSITORY / "benchmarks" / "scenarios"
+SUITES = {"parity": ("tests/test_parity.py", "tests/test_gpu_sleep.py"), "nan": ("tests/test_nan_hunt.py",)}
+MEASURED = ("memory", "sync", "decode", "step", "rollback")
+KINDS = ("card", *SUITES, *MEASURED, "demo")
+DEMO_STEPS = {"cpu": 3, "cuda": 30}
+
+
+@dataclass(frozen=True)
+class Part:
+    """`read` finds the result when the command has ended, given what it printed; None where there is none."""
+
+    name: str
+    kind: str
+    command: Sequence[str]
+    read: Callable[[str], Any]
+
+
+def plan(out: Path, device: str, shapes: Sequence[str], select: str | None, models: Path) -> list[Part]:
+    """Everything with the first shape, then what is measured with each further one."""
+    card = Part("card", "card", [sys.executable, str(HERE / "card.py"), device], last_json)
+    suites = [_suite(kind, out, device, select) for kind in SUITES]
+    measured = [[_bench(kind, shape, out, device, models) for kind in MEASURED] for shape in shapes]
+    further = [part for parts in measured[1:] for part in parts]
+    return [card, *suites, *measured[0], _demo(out, device), *further]
+
+
+def scenario_of(shape: str, kind: str) -> Path:
+    """The scenario file that has settings for a part with a shape. Raises `LookupError` where there is none."""
+    for path in sorted(SCENARIOS.glob("gpu-*.toml")):
+        tables = tomllib.loads(path.read_text())
+        if tables["all"]["shape"] == shape and kind in tables:
+            return path
+    raise LookupError(f"no {SCENARIOS.name}/gpu-*.toml measures {kind} with shape {shape!r}")
+
+
+def _suite(kind: str, out: Path, device: str, select: str | None) -> Part:
+    report = out / "suites" / f"{kind}.xml"
+    options = ["-q", "--device", device, "--junitxml", str(report), "-o", "junit_family=xunit1"]
+    # Without the project's pytest settings, some of which need plugins that a bare host does not have.
+    bare = ["-c", os.devnull, "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider"]
+    chosen = [] if select is None else ["-k", select]
+    command = [sys.executable, "-m", "pytest", *SUITES[kind], *bare, *options, *chosen]
+    return Part(kind, kind, command, lambda printed: _cases(report))
+
+
+def _bench(kind: str, shape: str, out: Path, device: str, models: Path) -> Part:
+    results = out / "bench" / f"{kind}-{shape}"
+    options = {"--shape": shape, "--device": device, "--out": results, "--models": models}
+    scenario = ["--scenario", str(scenario_of(shape, kind))]
+    command = [*_project("bench", kind), *scenario, *(str(word) for pair in options.items() for word in pair)]
+    return Part(f"{kind}-{shape}", kind, command, lambda printed: _figures(kind, results / "results.json"))
+
+
+def _demo(out: Path, device: str) -> Part:
+    steps = DEMO_STEPS[device.partition(":")[0]]
+    command = [*_project("demo"), "--output-dir", str(out / "demo"), "--steps", str(steps)]
+    return Part("demo", "demo", command, last_json)
+
+
+def _project(*words: str) -> list[str]:
+    return [sys.executable, "-m", "lora_grpo", *words]
+
+
+def last_json(printed: str) -> Any:
+    """The last line that is a JSON object."""
+    for line in reversed(printed.splitlines()):
+        if line.startswith("{") and line.endswith("}"):
+            return json.loads(line)
+    return None
+
+
+def _figures(kind: str, results: Path) -> Any:
+    """The part's own rows of what the benchmark wrote; the whole of it stays where it is, for reports and plots."""
+    if not results.exists():
+        return None
+    document = json.loads(results.read_text())
+    return {name: document[name] for name in ("complete", "failures", "card", kind)}
+
+
+def _cases(report: Path) -> Any:
+    """Each test with its outcome, and the figures that it recorded."""
+    if not report.exists():
+        return None
+    return [
+        {
+            "test": case.get("name"),
+            "outcome": next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed"),
+            "seconds": float(case.get("time", "nan")),
+            **{found.attrib["name"]: found.attrib["value"] for found in case.iter("property")},
+        }
+        for case in xml.etree.ElementTree.parse(report).iter("testcase")
+    ]

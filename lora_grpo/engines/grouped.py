@@ -1,0 +1,42 @@
+"""vLLM inside a trainer process that is one of several.
+
+vLLM makes its groups out of the process group that it finds: with one engine in every process, built by all at the same
+time, each gets groups of one process and generates on its own. An engine in some of them only waits for the others for
+ever; one that is built before the trainer's group leaves a group of one process behind, which a trainer would take for
+its own, and train alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_grpo.engines.held import joins_group
+from lora_grpo.errors import ConfigError
+
+_SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's arguments for the process group that there is.
+
+    Raises `ConfigError` for an engine over several devices, and where the trainer's process group is still missing.
+    """
+    for name in _SPLIT:
+        if arguments.get(name, 1) != 1:
+            raise ConfigError(
+                f"{name}={arguments[name]}: an engine in the trainer's process is one whole model on its device; serve "
+                "larger ones with `vllm serve`, and use VLLMServerEngine"
+            )
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if launched > 1 and not torch.distributed.is_initialized():
+        raise ConfigError(
+            f"this is one of {launched} processes, and they are not joined yet: build accelerate's Accelerator() first"
+        )
+    if not joins_group() or torch.distributed.get_world_size() == 1:
+        return dict(arguments)
+    # Takes the process's own device, where vLLM would take the first one.
+    return {"distributed_executor_backend": "external_launcher", **arguments}

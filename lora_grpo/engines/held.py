@@ -1,0 +1,60 @@
+"""An in-process `vllm.LLM` as long as it can be used: not closed, and awake."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lora_grpo.engines import compat
+from lora_grpo.engines.sleeping import Asleep
+from lora_grpo.errors import EngineError
+
+_alive: set[int] = set()
+_joined = False
+
+
+class HeldLLM:
+    """Whoever holds it asks for `llm` each time, and gets an `EngineError` for one that is gone."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self.asleep: Asleep | None = None
+        _alive.add(id(self))
+
+    @property
+    def llm(self) -> Any:
+        if self._llm is None:
+            raise EngineError("this engine is closed; start another")
+        return self._llm
+
+    def check_awake(self) -> None:
+        """Raises `EngineError` when it is closed or asleep."""
+        if self.llm is not None and self.asleep is not None:
+            raise EngineError("the engine sleeps; call wake_up() first")
+
+    def rouse(self) -> Asleep | None:
+        """Not asleep from now on; returns what it slept with, None when it was awake. `EngineError` when closed."""
+        asleep = None if self.llm is None else self.asleep
+        self.asleep = None
+        return asleep
+
+    def close(self) -> None:
+        """Shut it down, for the first time that it is called."""
+        if id(self) in _alive:
+            _alive.discard(id(self))
+            compat.shutdown(self._llm, last=not _alive, joined=_joined)
+            self._llm = None
+
+
+def engines_alive() -> int:
+    """How many there are in this process."""
+    return len(_alive)
+
+
+def joins_group() -> bool:
+    """Whether the process group is a trainer's, which engines join and leave as it is; asked before one starts."""
+    global _joined
+    if not _alive:
+        _joined = torch.distributed.is_initialized()
+    return _joined

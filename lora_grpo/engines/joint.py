@@ -1,0 +1,170 @@
+"""An engine that several processes use together: every call is made by all of them, and ends alike for all.
+
+Engines in the trainers' own processes are one a process: each loads and proves every version, prompts are split. Any
+other engine (a server, a fake) is asked by the first process alone, and the others are told what it said.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
+
+import torch
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof, RemoteEngine, is_remote
+from lora_grpo.engines.delivery.probe import Witness
+from lora_grpo.engines.requests import adapters_by_prompt
+from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.grpo.processes import Processes
+from lora_grpo.scoring import mean_abs_difference
+from lora_grpo.types import Group, Prompt, Sampling
+
+T = TypeVar("T")
+
+AGREEMENT_NATS = 0.03
+"""By how much the engines of two processes may differ, mean over tokens: a tenth of what the probe moves them by."""
+
+
+def joint(engine: Engine | None, processes: Processes) -> Engine:
+    """`engine` as all processes use it; itself where there is one process.
+
+    Raises `ConfigError` in all for an in-process engine that only some of them have, or none in the first.
+    """
+    if processes.count == 1:
+        return _there(engine)
+    here = engine is not None and engine.device is not None
+    having = [index for index, has in enumerate(processes.gather(here)) if has]
+    if engine is not None and len(having) == processes.count:
+        return EngineInEach(engine, processes)
+    if having:
+        raise ConfigError(
+            f"of {processes.count} processes, {having} have an engine of their own: build one in every process, or "
+            "leave it to a server (a VLLMServerEngine in the first process)"
+        )
+    remote = processes.first(lambda: is_remote(_there(engine)))
+    return (RemoteEngineOfFirst if remote else EngineOfFirst)(engine, processes)
+
+
+class _Joint:
+    """What both kinds have in common."""
+
+    def __init__(self, own: Engine | None, processes: Processes) -> None:
+        self._own, self._processes = own, processes
+        said = self._ask(lambda engine: (engine.proof, engine.max_lora_rank, engine.lora_dtype))
+        self._proof, self._max_lora_rank, self._lora_dtype = said
+
+    @property
+    def proof(self) -> Proof:
+        return self._proof
+
+    @property
+    def max_lora_rank(self) -> int:
+        return self._max_lora_rank
+
+    @property
+    def lora_dtype(self) -> str:
+        return self._lora_dtype
+
+    def unload(self, version: AdapterVersion) -> None:
+        self._ask(lambda engine: engine.unload(version))
+
+    def loaded(self) -> tuple[AdapterVersion, ...]:
+        return self._ask(lambda engine: engine.loaded())
+
+    def describe_base(self) -> BaseDescription:
+        return self._ask(lambda engine: engine.describe_base())
+
+    def close(self) -> None:
+        """Only this process's."""
+        if self._own is not None:
+            self._own.close()
+
+    def _ask(self, act: Callable[[Engine], T]) -> T:
+        return self._processes.first(lambda: act(_there(self._own)))
+
+
+class EngineInEach(_Joint):
+    """One in every process."""
+
+    _own: Engine
+
+    @property
+    def device(self) -> torch.device | None:
+        return self._own.device
+
+    def load(self, version: AdapterVersion) -> LoadReceipt:
+        try:
+            return self._ask(lambda engine: engine.load(version))
+        except BaseException:
+            if version in self._own.loaded():
+                self._own.unload(version)
+            raise
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        """All groups, in every process; each process's engine makes those of its part of the prompts."""
+        seed = self._processes.share(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+        part, adapter_P = self._processes.part(len(prompts)), adapters_by_prompt(adapter, len(prompts))
+        own = replace(sampling, seed=seed, first_prompt=sampling.first_prompt + part.start)
+        made = self._ask(
+            lambda engine: engine.generate(prompts[part], own, adapter=adapter_P[part]) if prompts[part] else []
+        )
+        return [group for groups in self._processes.gather(made) for group in groups]
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+        """The first engine's answer, in every process, once all engines' are seen to agree.
+
+        Raises `DeliveryError` when they do not.
+        """
+        answers = self._processes.gather(self._ask(lambda engine: engine.logprobs(sequences, adapter=adapter)))
+        for index, answer in enumerate(answers):
+            apart = mean_abs_difference(answer, answers[0])
+            if not apart <= AGREEMENT_NATS:
+                raise DeliveryError(
+                    f"the engines of processes 0 and {index} differ by {apart:.4f} nats a token for "
+                    f"{adapter or 'the base'}: start them alike, on devices of one kind"
+                )
+        return answers[0]
+
+    def _ask(self, act: Callable[[Engine], T]) -> T:
+        return self._processes.each(lambda: act(self._own))
+
+
+class EngineOfFirst(_Joint):
+    """The first process's, which computes in none of them."""
+
+    @property
+    def device(self) -> None:
+        return None
+
+    def load(self, version: AdapterVersion) -> LoadReceipt:
+        return self._ask(lambda engine: engine.load(version))
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        return self._ask(lambda engine: engine.generate(prompts, sampling, adapter=adapter))
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+        return self._ask(lambda engine: engine.logprobs(sequences, adapter=adapter))
+
+
+class RemoteEngineOfFirst(EngineOfFirst):
+    """Servers."""
+
+    def load(self, version: AdapterVersion, *, expected: list[list[float]] | None = None) -> LoadReceipt:
+        return self._ask(lambda engine: cast(RemoteEngine, engine).load(version, expected=expected))
+
+    def logprobs_of_each(
+        self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None
+    ) -> list[list[list[float]]]:
+        return self._ask(lambda engine: cast(RemoteEngine, engine).logprobs_of_each(sequences, adapter=adapter))
+
+    def keep_probe(self, version: AdapterVersion, witness: Witness, noise: float) -> None:
+        self._ask(lambda engine: cast(RemoteEngine, engine).keep_probe(version, witness, noise))
+
+
+def _there(engine: Engine | None) -> Engine:
+    if engine is None:
+        raise ConfigError("there is no engine: pass engine= (with several processes, in the first one)")
+    return engine

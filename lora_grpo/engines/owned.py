@@ -1,0 +1,93 @@
+"""An engine that one thread owns: what other threads ask of it is done there, between two of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt
+from lora_grpo.types import Group, Prompt, Sampling
+from lora_grpo.worker import Worker
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Stepping(Engine, Protocol):
+    """An engine that computes in this process, in the thread that calls it, and that only one thread may use.
+
+    It calls `between_steps`, where that is set, before each of its steps; other methods may be called from inside.
+    """
+
+    between_steps: Callable[[], None] | None
+
+
+class OwnedEngine:
+    """A `Stepping` engine for use from any thread. `worker` owns it: rollouts are its jobs, all else its calls.
+
+    A load waits for one engine step at most, not for the rollout. After a step that never ended, the engine holds
+    nothing that anyone could ask for, and it is left as it is until the process ends.
+    """
+
+    def __init__(self, engine: Stepping, worker: Worker) -> None:
+        self.worker, self._engine = worker, engine
+        self.proof, self.device = engine.proof, engine.device
+        self.max_lora_rank, self.lora_dtype = engine.max_lora_rank, engine.lora_dtype
+        self._loaded = engine.loaded()
+        engine.between_steps = worker.poll
+        if self.device is not None and self.device.type == "cuda":
+            # A new thread's current device is the first one.
+            worker.call(partial(torch.cuda.set_device, self.device))
+
+    def __getattr__(self, name: str) -> Any:
+        """What only some engines offer, such as `tokenizer`; not for use while the thread is at work."""
+        return getattr(self._engine, name)
+
+    def load(self, version: AdapterVersion) -> LoadReceipt:
+        return self._do(lambda: self._engine.load(version))
+
+    def unload(self, version: AdapterVersion) -> None:
+        self._do(lambda: self._engine.unload(version))
+
+    def loaded(self) -> tuple[AdapterVersion, ...]:
+        """As after the last call that ended, without waiting for the thread."""
+        return () if self.worker.hangs else self._loaded
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        return self._do(lambda: self._engine.generate(prompts, sampling, adapter=adapter))
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+        return self._do(lambda: self._engine.logprobs(sequences, adapter=adapter))
+
+    def describe_base(self) -> BaseDescription:
+        return self._do(self._engine.describe_base)
+
+    def release(self) -> bool:
+        """End the thread: the engine is again its caller's alone. False when it hangs in a step."""
+        self.worker.end()
+        ended = self.worker.join()
+        if ended:
+            self._engine.between_steps = None
+        return ended
+
+    def close(self) -> None:
+        if self.release():
+            self._engine.close()
+
+    def _do(self, function: Callable[[], T]) -> T:
+        def noting() -> T:
+            try:
+                return function()
+            finally:
+                self._loaded = self._engine.loaded()
+
+        return self.worker.call(noting)
+
+
+def owned(engine: Engine, patience_s: float) -> Engine:
+    """`engine` for use from several threads: a `Stepping` one gets a thread that owns it, any other is left alone."""
+    return OwnedEngine(engine, Worker("generator", patience_s=patience_s)) if isinstance(engine, Stepping) else engine

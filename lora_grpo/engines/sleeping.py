@@ -1,0 +1,84 @@
+"""Sleep mode: an engine gives its GPU memory back for a while, and shows on waking that it is what it was.
+
+vLLM frees weights and KV cache. At level 1 it keeps a copy of the weights in host memory, adapter slots included; at
+level 2 it keeps none, and the base is read from its files again. Its allocator is one for the whole process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines import compat
+from lora_grpo.engines.base import Engine
+from lora_grpo.engines.delivery.probe import probe_sequences
+from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.scoring import mean_abs_difference
+
+SAME_BASE_NATS = 0.02
+"""What two scorings of the same tokens on the same weights may differ by, mean a token."""
+
+
+@dataclass(frozen=True)
+class Asleep:
+    """The level that an engine sleeps at, and the base's log-probs of `probe_sequences` before it did."""
+
+    level: int
+    base_logprobs: list[list[float]]
+
+
+def check_can_ever_sleep(arguments: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for an engine that is to be started with a sleep mode that its platform does not have."""
+    if arguments.get("enable_sleep_mode") and compat.is_cpu():
+        raise ConfigError("enable_sleep_mode=True: vLLM sleeps on GPUs only, and it runs on the CPU here; leave it out")
+
+
+def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, shared: bool, alive: int) -> None:
+    """Raises `ConfigError` with what stands against putting an engine to sleep.
+
+    `shared`: a trainer's base is a view of its weights; `alive` engines are in this process.
+    """
+    if level not in (1, 2):
+        raise ConfigError(f"there is no sleep level {level}: use 1 (weights wait in host memory) or 2 (read again)")
+    if shared:
+        raise ConfigError(
+            "the trainer's base is a view of this engine's weights, which sleeping unmaps; do not sleep, or give the "
+            "trainer its own copy (share_base_weights=False)"
+        )
+    if not compat.sleep_mode(llm):
+        raise ConfigError("the engine was not started with enable_sleep_mode=True (GPUs only), so it cannot sleep")
+    if llm.llm_engine.has_unfinished_requests():
+        raise ConfigError("the engine is answering requests, which sleep would abort; sleep when they are done")
+    if alive > 1:
+        raise ConfigError(
+            f"{alive} engines are alive in this process, and vLLM would unmap the memory of all; close the others first"
+        )
+    if level == 2 and loaded and not compat.slots_outlive_level_2():
+        release = ".".join(map(str, compat.vllm_release()))
+        raise ConfigError(
+            f"sleep level 2 on vLLM {release} discards the adapter slots ({', '.join(map(str, loaded))} loaded); use "
+            "level 1, or unload every version first"
+        )
+
+
+def fall_asleep(engine: Engine, llm: Any, level: int) -> Asleep:
+    """Have vLLM free its memory; what the base computes is remembered first."""
+    asleep = Asleep(level, _score_base(engine))
+    llm.sleep(level)
+    return asleep
+
+
+def check_base_is_back(engine: Engine, asleep: Asleep) -> None:
+    """Raises `DeliveryError` unless the base computes what it did before."""
+    gap = mean_abs_difference(_score_base(engine), asleep.base_logprobs)
+    if not gap <= SAME_BASE_NATS:
+        raise DeliveryError(
+            f"the base came back from sleep level {asleep.level} as another: its log-probs differ by {gap:.3f} nats a "
+            f"token (at most {SAME_BASE_NATS}); the engine is closed, start another"
+        )
+
+
+def _score_base(engine: Engine) -> list[list[float]]:
+    return engine.logprobs(probe_sequences(engine.describe_base().vocabulary, seed=0), adapter=None)
