@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig, RunConfig
     from lora_grpo.engines.base import Engine
     from lora_grpo.engines.fake import FakeEngine
+    from lora_grpo.engines.server.engine import VLLMServerEngine
     from lora_grpo.engines.vllm_local import VLLMEngine
     from lora_grpo.sync import NativeSync
     from lora_grpo.trainer import GRPOTrainer, Guard
@@ -35,6 +36,7 @@ _HOMES = {
     "RunConfig": "lora_grpo.config",
     "Sampling": "lora_grpo.types",
     "VLLMEngine": "lora_grpo.engines.vllm_local",
+    "VLLMServerEngine": "lora_grpo.engines.server.engine",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "VLLMEngine",
+    "VLLMServerEngine",
 ]
 
 

@@ -84,6 +84,13 @@ class GRPOConfig(Section):
     gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches an optimizer update")
     num_iterations: int = Field(1, ge=1, description="passes over each rollout batch")
 
+    max_staleness: int = Field(
+        0, ge=0, description="versions a batch may lag behind; above 0 generation goes on meanwhile"
+    )
+    stall_timeout_s: float = Field(
+        1800.0, gt=0, description="with max_staleness: seconds without a sign of life that end the run"
+    )
+
     max_completion_length: int = Field(256, ge=1, description="tokens a completion at most")
     temperature: float = Field(1.0, gt=0, description="of the sampler, and of the trainer's log-probs")
     top_p: float = Field(1.0, description="1 only: filtered sampling is not corrected for in the loss")
@@ -138,6 +145,11 @@ class GRPOConfig(Section):
                 f"generation_batch_size={self.generation_batch_size} must be a multiple of "
                 f"num_generations={self.num_generations}"
             )
+        if self.max_staleness and not self.vllm_importance_sampling_correction:
+            raise ValueError(
+                f"max_staleness={self.max_staleness} trains on completions of earlier versions, which only the "
+                "correction accounts for; set vllm_importance_sampling_correction=True"
+            )
         return self
 
     def rows_per_update(self, num_processes: int) -> int:
@@ -189,8 +201,14 @@ class LoraSettings(Section):
 
 
 class EngineConfig(Section):
-    """The in-process vLLM engine."""
+    """The vLLM engine: in this process, or with `urls` the servers there, which have the other settings themselves."""
 
+    urls: tuple[str, ...] = Field(
+        (), description="vLLM servers (lora-grpo serve) to generate with, instead of an engine in this process"
+    )
+    on_failure: Literal["raise", "drop"] = Field(
+        "raise", description="a version that one server fails to load fails the run, or goes on without that server"
+    )
     max_lora_rank: int | None = Field(None, ge=1, description="default: the adapter's rank, rounded up to vLLM's set")
     max_loras: int = Field(2, ge=1, description="adapter slots: versions that one batch can mix")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of weights and adapters")

@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lora_grpo.adapters.peft_format import reshard
 from lora_grpo.config import GRPOConfig
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.gradients import Gradients
 from lora_grpo.grpo.logprobs import token_logprobs
 from lora_grpo.grpo.losses import Size, Totals
 from lora_grpo.grpo.objective import Objective, filled
@@ -44,9 +46,10 @@ class Policy:
     Without an optimizer, AdamW over the adapter is built; without a scheduler, `config`'s over `total_steps` rollout
     steps. `policy.optimizer` and `policy.scheduler` are torch's own, also when accelerate's wrappers were given.
 
-    With an accelerator of several processes, each holds the whole model and its own rows, `update` is called by all
-    with equally many rows, and the gradient is the one that a single process would compute on all rows. Adapters start
-    from the first process's weights.
+    With an accelerator of several processes, each holds its own rows, as many as any other, and the whole model (DDP)
+    or a shard of it (FSDP2). `prepare` and `update` are called by all, and the gradient of each update is the one that
+    a single process would compute on all rows, the first process's first. Adapters held whole start from the first
+    process's weights.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Policy:
         self.objective = Objective.from_config(config)
         self.parameters = trainable_parameters(self.model)
         self._share_initial_weights()
+        self.gradients = Gradients(self.model, self.parameters.values(), self.processes)
         self.optimizer = plain_optimizer(optimizer, self.parameters) or build_optimizer(self.model, config)
         updates = config.total_steps * config.updates_per_step(self.num_processes)
         self.scheduler = plain_scheduler(scheduler) or build_scheduler(self.optimizer, config, updates)
@@ -110,10 +114,11 @@ class Policy:
     def update(self, batch: Batch) -> dict[str, float]:
         """`num_iterations` passes over `batch`, an optimizer and a schedule step every optimizer batch of rows.
 
-        A batch that `prepare` has not seen is prepared first. Where a pass holds several updates, rows are shuffled
-        first (torch's global CPU generator), so that an update sees many prompts. Returns the batch's `sampling/*` and,
-        as means over the updates, `loss`, `grad_norm` (before clipping), `learning_rate` (as used) and TRL's `entropy`,
-        `kl` and clip metrics. Rows that cannot move the policy are not computed; their entropy is `prepare`'s.
+        A batch that `prepare` has not seen is prepared first. Where a pass holds several updates, the rows of all
+        processes are shuffled first (the first one's global CPU generator), so that an update sees many prompts.
+        Returns the batch's `sampling/*` and, as means over the updates, `loss`, `grad_norm` (before clipping),
+        `learning_rate` (as used) and TRL's `entropy`, `kl` and clip metrics. Rows that cannot move the policy are not
+        computed; their entropy is `prepare`'s.
 
         Raises `ConfigError` when the rows are no multiple of an optimizer batch, or not equally many everywhere, and
         `TrainingError` when a loss or gradient is not finite: that step is not taken, weights, optimizer and schedule
@@ -128,18 +133,18 @@ class Policy:
         return means | self.processes.metrics(self.objective.observe_sampling(batch))
 
     def _step(self, rows: Batch, rollout: Size) -> dict[str, float]:
-        self._zero_gradients()
+        self.gradients.zero()
         totals = Totals(self._size(rows), rollout, self.config.max_completion_length)
         local_loss, logp_BT, entropy_BT = self._accumulate(rows, totals)
         loss = self.processes.sum(local_loss).item()
-        grad_norm = self._sum_gradients()
+        grad_norm = self.gradients.add_up()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()
             raise TrainingError(
                 f"loss {loss}, gradient norm {grad_norm}: the step was not taken; lower learning_rate, or look for "
                 "non-finite log-probs in the batch"
             )
-        self._clip_gradients(grad_norm)
+        self.gradients.clip(grad_norm, self.config.max_grad_norm)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.scheduler.step()
@@ -152,28 +157,41 @@ class Policy:
         """Adds this process's gradient of one optimizer batch; its part of the loss, logp_BT and entropy_BT."""
         loss = torch.zeros((), device=self.device)
         logp_BT, entropy_BT = filled(rows.old_logp_BT).clone(), filled(rows.entropy_BT).clone()
-        for index in self._micro_batches(rows, self.objective.needs_gradient(rows)):
-            micro = rows.select(index)
+        micro_batches = self._micro_batches(rows, self.objective.needs_gradient(rows))
+        for number, (index, micro) in enumerate(micro_batches, 1):
+            self.gradients.add_up_with(last=number == len(micro_batches))
             logp, entropy = self._forward(micro)
             part = self.objective.value(logp, micro, totals)
             part.backward()
             loss += part.detach()
-            logp_BT[index, : micro.completion_length] = logp.detach()
-            entropy_BT[index, : micro.completion_length] = entropy
+            logp_BT[index, : micro.completion_length] = logp.detach()[: len(index)]
+            entropy_BT[index, : micro.completion_length] = entropy[: len(index)]
         return loss, logp_BT, entropy_BT
 
     def _optimizer_batches(self, batch: Batch) -> Iterator[Batch]:
-        local_rows = self.config.rows_per_update(1)
-        if len(batch) > local_rows:
-            batch = batch.select(torch.randperm(len(batch)).to(self.device))
+        """Of each update's rows, those that this process holds: the updates are the same however many share them."""
+        local, count = len(batch), self.processes.count
+        order = torch.arange(local * count)
+        if local > self.config.rows_per_update(1):
+            order = self.processes.from_first(torch.randperm(local * count).to(self.device)).cpu()
         for _ in range(self.config.num_iterations):
-            yield from batch.split(local_rows)
+            for update in order.split(self.config.rows_per_update(count)):
+                own = update[update // local == self.processes.index] % local
+                yield batch.select(own.to(self.device))
 
-    def _micro_batches(self, rows: Batch, wanted_B: Tensor) -> Iterator[Tensor]:
-        """Indices of the wanted rows, `per_device_train_batch_size` at a time, rows of like length together."""
+    def _micro_batches(self, rows: Batch, wanted_B: Tensor) -> list[tuple[Tensor, Batch]]:
+        """The wanted rows with their indices, `per_device_train_batch_size` at a time, rows of like length together.
+
+        A sharded model takes its forwards in all processes at once: one that has fewer goes on with an idle batch.
+        """
         wanted = wanted_B.nonzero().squeeze(1)
         by_length = wanted[rows.attention_mask_BL[wanted].sum(dim=1).argsort(descending=True, stable=True)]
-        return (index for index in by_length.split(self.config.per_device_train_batch_size) if len(index))
+        indices = [index for index in by_length.split(self.config.per_device_train_batch_size) if len(index)]
+        micro_batches = [(index, rows.select(index)) for index in indices]
+        if self.gradients.sharded:
+            most = self.processes.spread(len(indices), self.device)[1]
+            micro_batches += [(wanted[:0], _idle(rows))] * (most - len(indices))
+        return micro_batches
 
     def _size(self, rows: Batch) -> Size:
         """Over all processes."""
@@ -188,11 +206,11 @@ class Policy:
         batch = batch.to(self.device)
         logp_BT, entropy_BT = torch.zeros((2, *batch.mask_BT.shape), device=self.device)
         with _mode(self.model, training=False):
-            for index in self._micro_batches(batch, batch.mask_BT.new_ones(len(batch))):
-                micro = batch.select(index)
+            for index, micro in self._micro_batches(batch, batch.mask_BT.new_ones(len(batch))):
+                columns, there_BT = slice(micro.completion_length), micro.completion_mask_BT
                 logp, entropy = self._forward(micro)
-                logp_BT[index, : micro.completion_length] = logp.where(micro.completion_mask_BT, 0.0)
-                entropy_BT[index, : micro.completion_length] = entropy.where(micro.completion_mask_BT, 0.0)
+                logp_BT[index, columns] = logp.where(there_BT, 0.0)[: len(index)]
+                entropy_BT[index, columns] = entropy.where(there_BT, 0.0)[: len(index)]
         return logp_BT, entropy_BT
 
     def _forward(self, rows: Batch) -> tuple[Tensor, Tensor]:
@@ -224,31 +242,6 @@ class Policy:
             for parameter in frozen:
                 parameter.requires_grad_(False)
 
-    # Gradients: kept by hand rather than by DDP, so that processes may differ in how many rows they compute.
-
-    def _zero_gradients(self) -> None:
-        """Zeros, not None: a step in which no row moves the policy is still one for Adam's moments, everywhere."""
-        self.optimizer.zero_grad()
-        for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
-
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-
-    def _sum_gradients(self) -> float:
-        """Sums over the processes: the normalisers have already divided by all rows. The norm of the sum."""
-        gradients = self._gradients()
-        if self.processes.count > 1:
-            flat = self.processes.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-        return get_total_norm(gradients).item()
-
-    def _clip_gradients(self, norm: float) -> None:
-        if self.config.max_grad_norm:
-            total = torch.tensor(norm, device=self.device)
-            clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, total)
-
     # Checks.
 
     def _check_rows(self, rows: int) -> None:
@@ -265,7 +258,8 @@ class Policy:
     def _share_initial_weights(self) -> None:
         with torch.no_grad():
             for parameter in self.parameters.values():
-                parameter.copy_(self.processes.from_first(parameter))
+                if not isinstance(parameter, DTensor):
+                    parameter.copy_(self.processes.from_first(parameter))
 
 
 @contextmanager
@@ -275,7 +269,16 @@ def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(model)
         model.train(before)
+
+
+def _idle(like: Batch) -> Batch:
+    """A row of two tokens, none of which counts: the loss on it and its gradient are 0."""
+    shapes = {"BL": (1, 2), "BT": (1, 1), "B": (1,)}
+    there = {field.name: getattr(like, field.name) for field in fields(like) if getattr(like, field.name) is not None}
+    zeros = replace(like, **{name: t.new_zeros(shapes[name.rsplit("_", 1)[1]]) for name, t in there.items()})
+    return replace(zeros, attention_mask_BL=torch.ones_like(zeros.attention_mask_BL))
 
 
 def _without_ddp(model: PeftModel) -> PeftModel:
@@ -292,5 +295,5 @@ def _base_dtype(model: nn.Module) -> torch.dtype:
 
 def _check_sharding(accelerator: Accelerator | None) -> None:
     kind = str(accelerator.distributed_type.value) if accelerator else "NO"
-    if kind in {"FSDP", "DEEPSPEED", "MEGATRON_LM"}:
-        raise ConfigError(f"accelerate's {kind} shards the model; each process must hold a whole one: use plain DDP")
+    if kind in {"DEEPSPEED", "MEGATRON_LM"} or (kind == "FSDP" and accelerator and not accelerator.is_fsdp2):
+        raise ConfigError(f"accelerate's {kind} is not supported: use plain DDP, or FSDP with fsdp_version: 2")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import torch
-
-from lora_grpo.adapters.peft_format import LoraModule
-from lora_grpo.adapters.peft_read import load_rounded
+from lora_grpo.adapters.peft_format import reshard
+from lora_grpo.adapters.peft_read import assign_rounded, read_rounded
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.target import Target, resolve
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine
-from lora_grpo.errors import UnknownVersion
-from lora_grpo.state import TrainerState, capture_state, check_state, read_state, restore_state
+from lora_grpo.errors import ConfigError, UnknownVersion
+from lora_grpo.grpo.processes import Processes
+from lora_grpo.state import TrainerState, Training, capture_state, check_state, read_state, restore_state
 
 __all__ = ["Outcome", "RollbackReport", "Target", "kept_state", "resolve", "roll_back"]
 
@@ -47,46 +47,69 @@ class RollbackReport:
         )
 
 
-def roll_back(
-    store: AdapterStore,
-    engine: Engine,
-    modules: list[LoraModule],
-    optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
-    to: Target,
-) -> RollbackReport:
-    """Serve and train from an earlier version again; if any part fails, nothing has changed.
+def roll_back(store: AdapterStore | None, engine: Engine, training: Training, to: Target) -> RollbackReport:
+    """Serve and train from an earlier version again; if any part fails in any process, nothing has changed in any.
 
-    The engine confirms the version first, then the trainer is put back, then `HEAD` moves.
+    The engine confirms the version first, then the trainer is put back, then `HEAD` moves. Called by every process;
+    the first one has the store.
     """
-    left, version = store.head, resolve(store, to)
-    if left is None:
-        raise UnknownVersion("nothing was promoted yet: there is no version to roll back to")
+    processes = training.processes
+    left, version = processes.first(lambda: _ends(_the(store), to))
     served = engine.loaded()
-    if version not in served:
-        version = store.restore(version)
-    state = kept_state(store, version, modules)
-    before = capture_state(modules, optimizer, scheduler, {})
-    with store.lease(version):
+    if not all(processes.gather(version in served)):
+        version = processes.first(lambda: _the(store).restore(version))
+    state = kept_state(store, version, training)
+    before = capture_state(training, {})
+    with _leased(store, version, processes):
         try:
             engine.load(version)
-            report = _restore(state, version, left, modules, optimizer, scheduler)
-            store.promote(version)
+            report = _restore(state, version, left, training)
+            processes.first(lambda: _the(store).promote(version))
         except BaseException:
-            restore_state(before, modules, optimizer, scheduler)
+            restore_state(before, training)
             _serve_again(engine, served)
             raise
     return report
 
 
-def kept_state(store: AdapterStore, version: AdapterVersion, modules: list[LoraModule]) -> TrainerState | None:
-    """The version's trainer state if it was kept, checked against these modules. Raises `StoreCorrupt`."""
-    files = store.load_state(version.number)
-    if files is None:
-        return None
-    state = read_state(files)
-    check_state(state, modules)
-    return state
+def kept_state(store: AdapterStore | None, version: AdapterVersion, training: Training) -> TrainerState | None:
+    """The version's trainer state if it was kept, checked against these modules, in every process.
+
+    Raises `StoreCorrupt`.
+    """
+
+    def read() -> TrainerState | None:
+        files = _the(store).load_state(version.number)
+        if files is None:
+            return None
+        state = read_state(files)
+        check_state(state, training.modules)
+        return state
+
+    return training.processes.first(read)
+
+
+def _the(store: AdapterStore | None) -> AdapterStore:
+    if store is None:
+        raise ConfigError("the store is the first process's: pass store= there")
+    return store
+
+
+def _ends(store: AdapterStore, to: Target) -> tuple[AdapterVersion, AdapterVersion]:
+    left, version = store.head, resolve(store, to)
+    if left is None:
+        raise UnknownVersion("nothing was promoted yet: there is no version to roll back to")
+    return left, version
+
+
+@contextmanager
+def _leased(store: AdapterStore | None, version: AdapterVersion, processes: Processes) -> Iterator[None]:
+    processes.first(lambda: _the(store).acquire(version))
+    try:
+        yield
+    finally:
+        if store is not None:
+            store.release(version)
 
 
 def _serve_again(engine: Engine, served: Sequence[AdapterVersion]) -> None:
@@ -98,17 +121,15 @@ def _serve_again(engine: Engine, served: Sequence[AdapterVersion]) -> None:
 
 
 def _restore(
-    state: TrainerState | None,
-    version: AdapterVersion,
-    left: AdapterVersion,
-    modules: list[LoraModule],
-    optimizer: torch.optim.Optimizer | None,
-    scheduler: Any,
+    state: TrainerState | None, version: AdapterVersion, left: AdapterVersion, training: Training
 ) -> RollbackReport:
     if state is None:
-        load_rounded(version, modules)
+        tensors = training.processes.first(lambda: read_rounded(version))
+        reshard(training.model)
+        training.processes.each(lambda: assign_rounded(tensors, training.modules))
     else:
-        restore_state(state, modules, optimizer, scheduler)
+        training.processes.each(lambda: restore_state(state, training))
+    optimizer, scheduler = training.optimizer, training.scheduler
     has_optimizer, has_scheduler = (state.has_optimizer, state.has_scheduler) if state else (False, False)
     if optimizer is not None and not has_optimizer:
         optimizer.state = defaultdict(dict)

@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_grpo.adapters.peft_format import reshard
+
 
 @torch.no_grad()
 def teacher_logprobs(
     model: nn.Module, sequences: Sequence[Sequence[int]], *, temperature: float = 1.0, rows: int = 8
 ) -> list[list[float]]:
-    """log p(token | prefix) of tokens 1..T-1 of each sequence, in fp32 at `temperature`, `rows` sequences at a time."""
+    """log p(token | prefix) of tokens 1..T-1 of each sequence, in fp32 at `temperature`, `rows` sequences at a time.
+
+    A model that FSDP2 sharded is to be asked by every process, for as many sequences.
+    """
     result: list[list[float]] = []
     with _evaluating(model):
         for start in range(0, len(sequences), rows):
@@ -41,6 +46,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        reshard(model)
         for module in training:
             module.training = True
 

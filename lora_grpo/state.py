@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from lora_grpo.adapters.peft_format import LoraModule
+from lora_grpo.adapters.peft_format import LoraModule, assign, reshard, sharded_like, whole
 from lora_grpo.errors import ConfigError, StoreCorrupt
+from lora_grpo.grpo.processes import Processes
 
 TENSORS_FILE = "state.safetensors"
 META_FILE = "state.json"
@@ -22,7 +23,8 @@ META_FILE = "state.json"
 class TrainerState:
     """A trainer at one moment. `tensors` are on the CPU and its own; `meta` is JSON.
 
-    Tensor names: `weights/MODULE.A`, `weights/MODULE.B`, `optimizer/INDEX/NAME`, `rng/cpu`, `rng/cuda`.
+    Tensor names: `weights/MODULE.A`, `weights/MODULE.B`, `optimizer/INDEX/NAME`, all of them whole, and the random
+    state of the first process, `rng/cpu`, `rng/cuda`, and of others, `rng/cpu/INDEX`, `rng/cuda/INDEX`.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -41,6 +43,17 @@ class TrainerState:
         return {TENSORS_FILE: (save(dict(self.tensors)),)}, dict(self.meta)
 
 
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The live objects whose state is kept: the adapter's modules, optimizer and scheduler (None: not given)."""
+
+    model: torch.nn.Module
+    modules: list[LoraModule]
+    optimizer: torch.optim.Optimizer | None
+    scheduler: Any
+    processes: Processes
+
+
 def read_state(files: Mapping[str, Path]) -> TrainerState:
     """What `to_files` wrote. Raises `StoreCorrupt` when it cannot be read."""
     try:
@@ -51,14 +64,15 @@ def read_state(files: Mapping[str, Path]) -> TrainerState:
         ) from error
 
 
-def capture_state(
-    modules: list[LoraModule], optimizer: torch.optim.Optimizer | None, scheduler: Any, extra: Mapping[str, Any]
-) -> TrainerState:
-    """Copy a trainer's state to the CPU. `extra` is the caller's own, JSON; `ConfigError` for what is none."""
-    tensors = {name: _copied(parameter) for name, parameter in _weights(modules)}
-    tensors["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
+    """Copy a trainer's state to the CPU, whole in every process; sharded parameters and moments are gathered.
+
+    `extra` is the caller's own, JSON; `ConfigError` for what is none.
+    """
+    reshard(training.model)
+    optimizer, scheduler = training.optimizer, training.scheduler
+    tensors = {name: _copied(parameter) for name, parameter in _weights(training.modules)}
+    tensors |= _random_states(training.processes)
     scalars: dict[str, dict[str, Any]] = {}
     groups = None
     if optimizer is not None:
@@ -93,21 +107,25 @@ def check_state(state: TrainerState, modules: list[LoraModule]) -> None:
         raise StoreCorrupt(f"the trainer state has {odd} as {found.get(odd)}, the model as {expected.get(odd)}")
 
 
-def restore_state(
-    state: TrainerState, modules: list[LoraModule], optimizer: torch.optim.Optimizer | None, scheduler: Any
-) -> None:
-    """Put weights, optimizer, scheduler and random state back as they were; what the state lacks is left alone."""
-    check_state(state, modules)
-    with torch.no_grad():
-        for name, parameter in _weights(modules):
-            parameter.copy_(state.tensors[name])
-    if optimizer is not None and state.has_optimizer:
-        optimizer.load_state_dict({"state": _optimizer_entries(state), "param_groups": state.meta["param_groups"]})
-    if scheduler is not None and state.has_scheduler:
-        scheduler.load_state_dict(dict(state.meta["scheduler"]))
-    torch.set_rng_state(state.tensors["rng/cpu"])
-    if "rng/cuda" in state.tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state.tensors["rng/cuda"])
+def restore_state(state: TrainerState, training: Training) -> None:
+    """Put weights, optimizer, scheduler and random state back as they were; what the state lacks is left alone.
+
+    Every process gives the same state, and takes its own shards and its own random state of it; no collective.
+    """
+    check_state(state, training.modules)
+    reshard(training.model)
+    for name, parameter in _weights(training.modules):
+        assign(parameter, state.tensors[name])
+    if training.optimizer is not None and state.has_optimizer:
+        entries = _optimizer_entries(state, training.optimizer)
+        training.optimizer.load_state_dict({"state": entries, "param_groups": state.meta["param_groups"]})
+    if training.scheduler is not None and state.has_scheduler:
+        training.scheduler.load_state_dict(dict(state.meta["scheduler"]))
+    own = _random_suffix(training.processes.index)
+    if f"rng/cpu{own}" in state.tensors:
+        torch.set_rng_state(state.tensors[f"rng/cpu{own}"])
+    if f"rng/cuda{own}" in state.tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state.tensors[f"rng/cuda{own}"])
 
 
 def scale_learning_rate(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
@@ -125,13 +143,29 @@ def scale_learning_rate(optimizer: torch.optim.Optimizer, scheduler: Any, factor
                 setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
 
 
-def _optimizer_entries(state: TrainerState) -> dict[int, dict[str, Any]]:
+def _optimizer_entries(state: TrainerState, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """A moment is cut as its parameter is; what has no such shape (a step count) is whole everywhere."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = {int(index): dict(scalars) for index, scalars in state.meta["optimizer_scalars"].items()}
     for name, tensor in state.tensors.items():
         if name.startswith("optimizer/"):
             _, index, field = name.split("/", 2)
-            entries[int(index)][field] = tensor.clone()
+            like = parameters[int(index)]
+            fits = tensor.dim() and tensor.shape == like.shape
+            entries[int(index)][field] = sharded_like(like, tensor.clone()) if fits else tensor.clone()
     return entries
+
+
+def _random_states(processes: Processes) -> dict[str, torch.Tensor]:
+    own = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["rng/cuda"] = torch.cuda.get_rng_state()
+    everyone = enumerate(processes.gather(own))
+    return {f"{name}{_random_suffix(index)}": tensor for index, states in everyone for name, tensor in states.items()}
+
+
+def _random_suffix(index: int) -> str:
+    return f"/{index}" if index else ""
 
 
 def _weights(modules: list[LoraModule]) -> list[tuple[str, torch.nn.Parameter]]:
@@ -143,4 +177,4 @@ def _weights(modules: list[LoraModule]) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    return whole(tensor.detach()).to("cpu", copy=True)

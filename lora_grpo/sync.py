@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lora_grpo.adapters.borrowed import weights_of
 from lora_grpo.adapters.checks import active_adapter, check_rank, check_servable
 from lora_grpo.adapters.digest import digest_buffers
 from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter
 from lora_grpo.adapters.peft_format import ServingForm, clean_name, peft_model_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Engine, LoadReceipt
+from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
 from lora_grpo.engines.delivery.base_match import check_same_base, describe
 from lora_grpo.engines.delivery.canary import CanaryReport, judge
-from lora_grpo.engines.delivery.probe import ProbeReport, run_probe
-from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.engines.delivery.probe import ProbeReport, probe_sequences, run_probe
+from lora_grpo.engines.joint import joint
+from lora_grpo.errors import ConfigError, DeliveryError, TrainingError
+from lora_grpo.grpo.processes import Processes
 from lora_grpo.rollback import RollbackReport, Target, kept_state, roll_back
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
-from lora_grpo.state import capture_state, restore_state
+from lora_grpo.state import Training, capture_state, restore_state
 from lora_grpo.types import Completion, Group
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,36 +56,46 @@ class NativeSync:
     """Publishes a PEFT model's adapter and has an engine serve it, step after step.
 
     The model may be wrapped (DDP, FSDP2, torch.compile); it is never merged and its base is never touched.
+
+    With an accelerator of several processes, all of them call every method, in one order; only `close`, `export` and
+    properties are a process's own business. The first one has the store and publishes; of a sharded model the adapter
+    alone is gathered. What fails in one process fails in all, with the same error, which names that process.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        engine: Engine,
-        store: AdapterStore,
+        engine: Engine | None,
+        store: AdapterStore | None,
         *,
+        accelerator: Accelerator | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         scheduler: Any = None,
         keep_state: Callable[[AdapterVersion], bool] = lambda version: True,
     ) -> None:
         """Check that everything about `model` can be served faithfully by `engine`, and prove the path with a probe.
 
+        With several processes, `store` is None in all but the first. An in-process engine there is one a process, each
+        reading what the first one published; any other is asked by the first process alone (None elsewhere).
+
         `optimizer` and `scheduler` are restored with the weights on a rollback; `keep_state` says of which versions
         the exact trainer state is archived (several times an adapter's size), by default all. `probe` holds the
         probe's figures (None for an engine that is a fake and says so). Raises `UnsupportedAdapter` for what cannot be
         served or another base, `DeliveryError` when the probe does not arrive.
         """
-        self.model, self.engine, self.store = model, engine, store
+        self.processes = Processes(accelerator)
+        self.model, self._own_engine, self._store = model, engine, store
+        self.engine = joint(engine, self.processes)
         self.optimizer, self.scheduler, self.keep_state = optimizer, scheduler, keep_state
         self.adapter = active_adapter(model)
-        check_rank(check_servable(model, self.adapter), engine.max_lora_rank)
-        self._form = ServingForm(model, self.adapter, getattr(torch, engine.lora_dtype))
-        self.probe = None if engine.proof == "none" else self._prove_path()
+        check_rank(check_servable(model, self.adapter), self.engine.max_lora_rank)
+        self._form = ServingForm(model, self.adapter, getattr(torch, self.engine.lora_dtype))
+        self._root, self._head = self.processes.first(lambda: (self.store.root, self.store.head))
+        self.probe = None if self.engine.proof == "none" else self._prove_path()
         self.noise = 0.0 if self.probe is None else self.probe.noise
         self.last_receipt: PushReceipt | None = None
         self._leased: set[int] = set()
-        if store.archive is not None:
-            self.recipe.write(store.archive / RECIPE_FILE)
+        self.processes.first(self._write_recipe)
 
     def push(self, step: int, *, extra: Mapping[str, Any] | None = None) -> AdapterVersion:
         """Publish the adapter as it is now, load it, prove it, promote it; returns when it can be sampled from.
@@ -89,13 +106,14 @@ class NativeSync:
         weights, `NoRoom` or `StoreError` for the store, `DeliveryError` or `EngineError` for the engine.
         """
         marks = [time.perf_counter()]
-        files = self._form.files()
+        files = self.processes.each(self._form.files)
         marks.append(time.perf_counter())
-        version = self.store.publish(files, step=step)
+        version = self.processes.first(lambda: self.store.publish(files, step=step))
+        self.processes.each(lambda: self._check_equal(files, version))
         marks.append(time.perf_counter())
-        load = self.engine.load(version)
+        load = self._load(version)
         promoting = time.perf_counter()
-        self.store.promote(version)
+        self._promote(version)
         seconds = {
             "gather": marks[1] - marks[0],
             "write": marks[2] - marks[1],
@@ -104,10 +122,8 @@ class NativeSync:
         }
         keeping = time.perf_counter()
         self._lease_loaded()
-        if self.store.archive is not None and self.keep_state(version):
-            state = capture_state(self._form.modules, self.optimizer, self.scheduler, extra or {})
-            self.store.archive_state(version, *state.to_files())
-        self.store.prune()
+        self._keep_state_of(version, extra or {})
+        self.processes.first(lambda: self.store.prune())
         self.last_receipt = PushReceipt(version, seconds, self._form.nbytes, load, time.perf_counter() - keeping)
         return version
 
@@ -118,43 +134,86 @@ class NativeSync:
         `UnknownVersion`, `StoreCorrupt`, `DeliveryError` or `EngineError`.
         """
         try:
-            return roll_back(self.store, self.engine, self._form.modules, self.optimizer, self.scheduler, to)
+            report = roll_back(self._store, self.engine, self._training, to)
+            self._head = report.version
         finally:
             self._lease_loaded()
+        return report
 
     def restore_trainer(self, version: AdapterVersion) -> bool:
         """Put only the trainer back as it was when `version` was published; False where its state was not kept."""
-        state = kept_state(self.store, version, self._form.modules)
+        state = kept_state(self._store, version, self._training)
         if state is not None:
-            restore_state(state, self._form.modules, self.optimizer, self.scheduler)
+            restore_state(state, self._training)
         return state is not None
 
     def adopt(self, version: AdapterVersion) -> bool:
         """Serve `version` and go on from it, the model being that version already; False when it is another."""
-        if digest_buffers(self._form.files()) != version.digest:
+        files = self._form.files()
+        if not self.processes.first(lambda: digest_buffers(files) == version.digest):
             return False
-        version = self.store.restore(version)
+        version = self.processes.first(lambda: self.store.restore(version))
         self.engine.load(version)
-        self.store.promote(version)
+        self._promote(version)
         self._lease_loaded()
         return True
 
     def close(self) -> None:
         """Have the engine forget this store's versions, and let go of their files."""
-        for version in self.engine.loaded():
-            if version.path.is_relative_to(self.store.root):
-                self.engine.unload(version)
-        self._lease_loaded()
+        engine = self._own_engine
+        if engine is not None:
+            for version in engine.loaded():
+                if version.path.is_relative_to(self._root):
+                    engine.unload(version)
+        for number in self._leased if self._store is not None else ():
+            self.store.release(number)
+        self._leased = set()
+
+    @property
+    def store(self) -> AdapterStore:
+        """Raises `ConfigError` in a process that has none."""
+        if self._store is None:
+            raise ConfigError("the store is the first process's: pass store= there, and ask there")
+        return self._store
+
+    @property
+    def _training(self) -> Training:
+        return Training(self.model, self._form.modules, self.optimizer, self.scheduler, self.processes)
+
+    def _load(self, version: AdapterVersion) -> LoadReceipt:
+        if not is_remote(self.engine):
+            return self.engine.load(version)
+        # Nobody can look into a server: it is told what the probe's tokens have to look like now.
+        return self.engine.load(version, expected=teacher_logprobs(self.model, self._probed))
+
+    def _promote(self, version: AdapterVersion) -> None:
+        self.processes.first(lambda: self.store.promote(version))
+        self._head = version
+
+    def _check_equal(self, files: Mapping[str, Any], version: AdapterVersion) -> None:
+        """Raises `TrainingError` where another process than the first trains other weights than were published."""
+        if self.processes.index and digest_buffers(files) != version.digest:
+            raise TrainingError(f"the adapter here is not the {version} that the first process published: they drifted")
+
+    def _keep_state_of(self, version: AdapterVersion, extra: Mapping[str, Any]) -> None:
+        if self.processes.first(lambda: self.store.archive is not None and self.keep_state(version)):
+            state = self.processes.each(lambda: capture_state(self._training, extra))
+            self.processes.first(lambda: self.store.archive_state(version, *state.to_files()))
 
     def _lease_loaded(self) -> None:
-        """Files outlive their readers: what the engine holds stays on tmpfs, what it let go of may be pruned."""
-        own = (version for version in self.engine.loaded() if version.path.is_relative_to(self.store.root))
-        loaded = {version.number for version in own}
-        for number in loaded - self._leased:
-            self.store.acquire(number)
-        for number in self._leased - loaded:
-            self.store.release(number)
+        """Files outlive their readers: what an engine holds stays on tmpfs, what all let go of may be pruned."""
+        own = {version.number for version in self.engine.loaded() if version.path.is_relative_to(self._root)}
+        loaded = set().union(*self.processes.gather(own))
+        if self._store is not None:
+            for number in loaded - self._leased:
+                self._store.acquire(number)
+            for number in self._leased - loaded:
+                self._store.release(number)
         self._leased = loaded
+
+    def _write_recipe(self) -> None:
+        if self.store.archive is not None:
+            self.recipe.write(self.store.archive / RECIPE_FILE)
 
     @property
     def adapter_bytes(self) -> int:
@@ -169,36 +228,46 @@ class NativeSync:
     def export(self, version: AdapterVersion, directory: Path) -> Weights:
         """Write `version` as a plain PEFT folder with its own alpha, as `PeftModel.from_pretrained` loads it.
 
+        Called by the process that has the store.
+
         "exact" where its trainer state is kept, else "rounded" to the serving dtype.
         """
         return export_adapter(self.store, version, self.recipe, directory)
 
-    def canary(self, groups: Sequence[Group], *, temperature: float = 1.0) -> CanaryReport:
+    def canary(
+        self, groups: Sequence[Group], *, version: AdapterVersion | None = None, temperature: float = 1.0
+    ) -> CanaryReport:
         """Compare sampler log-probs with the model's own, as it is now; call it before the optimizer steps.
 
-        `groups` must come from the version just pushed, at `temperature`. Raises `DeliveryError` when they do not fit.
+        `groups` must come from the version just pushed, at `temperature`, or from an earlier `version`, whose weights
+        the model then takes for the moment. Raises `DeliveryError` when they do not fit.
         """
         if not temperature > 0:
             raise ConfigError(f"temperature={temperature}: greedy completions carry log-probs at 1; pass temperature=1")
         if self.probe is None:
             raise ConfigError(f"{type(self.engine).__name__} proves nothing; a canary needs a real engine")
         rows = [(group.prompt_token_ids, completion) for group in groups for completion in group.completions]
-        stale = {c.version for _, c in rows} - {self.head.number}
+        version = version or self.head
+        stale = {c.version for _, c in rows} - {version.number}
         if stale:
-            raise ConfigError(f"completions of versions {stale} cannot be checked against {self.head}; pass its own")
+            raise ConfigError(f"completions of versions {stale} cannot be checked against {version}; pass its own")
         sequences = [[*prompt, *completion.token_ids] for prompt, completion in rows]
         sampler = _sampled((completion.logprobs for _, completion in rows), rows)
         if not any(sampler):
             raise ConfigError("the groups hold no sampled token, so there is nothing to compare; pass completions")
-        policy = _sampled(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
+        with nullcontext() if version == self.head else weights_of(version, self._form.modules):
+            policy = _sampled(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
         with peft_model_of(self.model).disable_adapter():
             base = _sampled(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
         gap, signal = mean_abs_difference(policy, sampler), mean_abs_difference(policy, base)
         noise = self.noise = self._noise(sequences, [len(prompt) for prompt, _ in rows]) / temperature
         report = CanaryReport(judge(gap, signal, noise), gap, signal, noise, sum(map(len, sampler)))
-        if report.verdict == "failed":
-            raise DeliveryError(f"{report}: the completions were not made by {self.head}")
+        self.processes.each(lambda: self._pass_on(report, version))
         return report
+
+    def _pass_on(self, report: CanaryReport, version: AdapterVersion) -> None:
+        if report.verdict == "failed":
+            raise DeliveryError(f"{report}: the completions were not made by {version}")
 
     def _noise(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> float:
         """Mean |engine - trainer| log-prob of the base on these completions: what they differ by with nothing to tell.
@@ -215,15 +284,25 @@ class NativeSync:
     @property
     def head(self) -> AdapterVersion:
         """The version that was pushed last, or rolled back to. Raises `ConfigError` before the first push."""
-        head = self.store.head
+        head = self._head if self._store is None else self._store.head
         if head is None:
             raise ConfigError("nothing was pushed yet; call sync.push(step) first")
         return head
 
     def _prove_path(self) -> ProbeReport:
         base = self.engine.describe_base()
-        check_same_base(base, self._describe_trainer(base.dtype))
-        return run_probe(self.model, self._form, self.engine, self.store.root.parent)
+        self._probed = probe_sequences(base.vocabulary, seed=0)
+        own = self._describe_trainer(base.dtype)
+        self.processes.each(lambda: check_same_base(base, own))
+        pulls = is_remote(self.engine) and self.engine.pulls
+        publish = self._publish_probe if pulls else None
+        return run_probe(self.model, self._form, self.engine, self._root.parent, publish=publish)
+
+    def _publish_probe(self, files: Mapping[str, Any]) -> AdapterVersion:
+        """Put the probe into the store, of step -1 and never promoted, for servers to pull; it stays for restarts."""
+        version = self.processes.first(lambda: self.store.publish(files, step=-1, parent=None))
+        self.processes.first(lambda: self.store.acquire(version.number))
+        return version
 
     def _describe_trainer(self, dtype: str) -> Any:
         base = peft_model_of(self.model).base_model.model

@@ -23,7 +23,8 @@ class Sampling:
 
     `seed` is the seed of the call; every request gets its own, derived from it with the index of its prompt and of
     its sample. `None` draws a fresh one. `top_k=0` and `min_p=0.0` mean off. `temperature=0` is greedy. `ignore_eos`
-    goes on past end tokens to `max_tokens`, for timings.
+    goes on past end tokens to `max_tokens`, for timings. `first_prompt` is the index that the first prompt counts as,
+    for a call that is a part of one.
     """
 
     n: int = 1
@@ -35,6 +36,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    first_prompt: int = 0
 
     def __post_init__(self) -> None:
         bounds = {

@@ -21,6 +21,13 @@ class Slow(Native):
         return Synced({**synced.seconds, "wait": waited}, synced.moved_bytes, synced.afterwards_s)
 
 
+class Broken(Native):
+    """Meets an error that is nobody's to translate."""
+
+    def sync(self) -> Synced:
+        raise RuntimeError("the seventh layer is missing")
+
+
 class Stale(Native):
     """Says that it syncs, and does so the first time only."""
 

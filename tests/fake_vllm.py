@@ -50,6 +50,7 @@ class FakeServer:
     processed_logprobs: bool = True
     sees_files: bool = True
     slots: int = 2
+    resolves_from: Path | None = None
     api_key: str | None = None
 
     down: bool = False
@@ -161,11 +162,19 @@ class FakeServer:
             await asyncio.sleep(self.delay_s)
             if refusal := self._refusal(request):
                 return refusal
+            if self.resolves_from is not None:
+                self._resolve(body["model"], self.resolves_from)
             if body["model"] != "base" and body["model"] not in self.adapters:
                 return _error(404, f"The model `{body['model']}` does not exist.")
             return JSONResponse(self._answer(body))
         finally:
             self.in_flight -= 1
+
+    def _resolve(self, name: str, versions: Path) -> None:
+        """As a resolver plugin does for RUN@NUMBER."""
+        path = versions / f"{int(name.rpartition('@')[2]):06d}" if "@" in name else None
+        if path is not None and path.is_dir() and name not in self.adapters:
+            self.adapters[name], self.weights[name] = str(path), weights_of(path)
 
     def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         weights = self.weights.get(body["model"], "")

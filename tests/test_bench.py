@@ -9,15 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_grpo.bench import breakeven, fidelity, host, memory, room, shapes, sync
+from lora_grpo.bench import breakeven, decode, endurance, fidelity, host, memory, room, shapes, sync
 from lora_grpo.bench.compare import compare
 from lora_grpo.bench.floor import floor_seconds, measure_bandwidth
-from lora_grpo.bench.plan import ABBA, Cell, Subject
+from lora_grpo.bench.goals import goals
+from lora_grpo.bench.plan import ABBA, Cell, Subject, there_and_back
 from lora_grpo.bench.reference import Reference
 from lora_grpo.bench.report import findings, update_readme, write_report
 from lora_grpo.bench.runner import Partial
 from lora_grpo.bench.scenario import plan_parts
-from lora_grpo.bench.schema import DecodeRow, Document, Settings, SyncRow
+from lora_grpo.bench.schema import DecodeRow, Document, EnduranceRow, MemoryRow, Settings, SyncRow
 from lora_grpo.bench.strategies import STRATEGIES, load_strategy
 from lora_grpo.bench.strategies.trainer import Trainer
 from lora_grpo.bench.suite import in_turn
@@ -82,6 +83,32 @@ def decode_row(strategy: str, tpot_s: float, native_tpot_s: float, prefill_s: fl
         prefill_ratio_to_native=prefill_s / 0.1,
         generate_ratio_to_native=1.0,
         kv_tokens=1024,
+    )
+
+
+def memory_row(strategy: str, weights_bytes: int | None) -> MemoryRow:
+    return MemoryRow(
+        strategy=strategy,
+        shape="tiny",
+        kind="pss",
+        trainer_bytes=1,
+        engine_bytes=1,
+        sync_bytes=1,
+        tmpfs_bytes=1,
+        peak_bytes=4,
+        reserved_peak_bytes=None,
+        kv_tokens=None,
+        weights_bytes=weights_bytes,
+        copy_bytes=100,
+    )
+
+
+def tenth(number: int, seconds: float, tmpfs: float = 5e6, **changes: Any) -> EnduranceRow:
+    """The tenth of that number of 1,000 syncs."""
+    fields: dict[str, Any] = {"strategy": "native", "shape": "tiny", "rank": 16, "memory_bytes": 1e9, **changes}
+    first = 100 * number
+    return EnduranceRow(
+        **fields, first=first + 1, last=first + 100, median_s=seconds, cuda_bytes=None, tmpfs_bytes=tmpfs
     )
 
 
@@ -246,7 +273,95 @@ def test_a_pair_is_compared_with_its_own_native_rounds() -> None:
     assert by_hand.times_floor == 6.0
 
 
+def test_slopes_by_hand() -> None:
+    """A millisecond and 0.5 MB more each tenth are 10 ms and 5 MB per 1,000 syncs; flat is none."""
+    growing = [tenth(n, 0.010 + 0.001 * n, 5e6 + 5e5 * n) for n in range(10)]
+    (slope,) = endurance.slopes(growing)
+    assert slope.syncs == 1000
+    assert slope.seconds_per_1000 == pytest.approx(0.010)
+    assert slope.tmpfs_bytes_per_1000 == pytest.approx(5e6)
+    assert slope.time_share == pytest.approx(0.010 / 0.0145)
+    assert (slope.memory_bytes_per_1000, slope.cuda_bytes_per_1000) == (pytest.approx(0), None)
+    (flat,) = endurance.slopes([tenth(n, 0.010) for n in range(10)])
+    assert flat.time_share == pytest.approx(0)
+
+
+def test_tenths_are_medians_of_their_own_syncs() -> None:
+    levels = [{"sync": n, "memory_bytes": 100 + n, "cuda_bytes": None, "tmpfs_bytes": 7} for n in range(0, 40, 2)]
+    result = {"seconds": [float(n) for n in range(40)], "levels": levels}
+    cell = {
+        "order": ["native"],
+        "labels": {"shape": "tiny", "rank": 16},
+        "rounds": [{"strategy": "native", "result": result}],
+    }
+    made = endurance.rows(cell, None)
+    assert [(row.first, row.last, row.median_s) for row in made[:2]] == [(1, 4, 1.5), (5, 8, 5.5)]
+    assert [row.memory_bytes for row in made[:2]] == [101, 105]
+
+
+def test_before_and_after_by_hand() -> None:
+    """Native at 17 ms and merge-trl at 85 times that; the base at 0.8 of native, stock at 2.4 of it."""
+    main = {"shape": "qwen2.5-0.5b"}
+    made = document(
+        [
+            sync_row("native", 0.017, 0.017, **main),
+            sync_row("by-hand", 0.068, 0.017, **main),
+            sync_row("merge-trl", 1.445, 0.017, **main),
+            sync_row("merge-fold", 0.051, 0.017, **main),
+        ],
+        [
+            decode_row(name, seconds, 0.010).model_copy(update=main)
+            for name, seconds in (("native", 0.010), ("base", 0.008), ("native-stock", 0.024))
+        ],
+    )
+    made.memory = [memory_row("native", 260), memory_row("native-shared", 120)]
+    made.slopes = endurance.slopes([tenth(n, 0.010) for n in range(10)])
+    found = {goal.what: goal for goal in goals(made)}
+    push, merge = found["publish + load + slot proof, 0.5B, r=16, CPU"], found["the same against merge-trl"]
+    assert (push.before, push.ours, push.met) == ("by hand 68.0 ms", "17.0 ms", True)
+    assert (merge.before, merge.met) == ("merge-trl 1445.0 ms", True)
+    assert merge.ours == "85.0 times faster (than the best, merge-fold at 51.0 ms: 3.0)"
+    decoded = found["CPU decode, native / base, 8 rows"]
+    assert (decoded.before, decoded.ours, decoded.met) == ("stock kernels 3.00", "1.25", True)
+    base = found["base weights in trainer + engine, copies"]
+    assert (base.before, base.ours, base.met) == ("two copies 2.60", "1.20", False)
+    assert found["1,000 syncs: time, PSS and tmpfs per 1,000"].met
+    assert found["CPU decode, native / base, 64 rows"].met is None
+    assert found["GPU decode, native / merged, 7B, at least 64 rows"].met is None
+
+
+def test_a_goal_of_a_gpu_counts_on_a_gpu_only() -> None:
+    large = {"shape": "qwen2.5-7b", "rows": 64}
+    rows = [decode_row(name, s, 0.011).model_copy(update=large) for name, s in (("native", 0.011), ("merge-trl", 0.01))]
+    made = document([], rows)
+    name = "GPU decode, native / merged, 7B, at least 64 rows"
+    assert {goal.what: goal.met for goal in goals(made)}[name] is None
+    made.card["device"] = "cuda:0"
+    found = {goal.what: goal for goal in goals(made)}
+    assert (found[name].ours, found[name].met) == ("1.10 at 64", True)
+    assert not any("CPU" in what for what in found)
+
+
 # Order, resuming, settings, sizes.
+
+
+def test_base_and_stock_kernels_alternate_with_native_in_one_round() -> None:
+    settings = plan_parts("decode", None, {"shape": "tiny"})["decode"]
+    cells = decode.cells(settings, subject())
+    first = cells[0]
+    assert [one.strategy for one in first.subjects] == ["native", "base", "native-stock"]
+    assert first.order == there_and_back(3) == (0, 1, 2, 2, 1, 0)
+    truths = {cell.subjects[0].strategy for cell in cells if cell.table == "truth"}
+    assert truths == {"native-stock", "native-shared"}
+    on_gpu = decode.cells(settings.model_copy(update={"device": "cuda:0"}), subject())
+    assert all(one.strategy != "native-stock" for cell in on_gpu for one in cell.subjects)
+
+
+def test_the_plain_products_are_checked_where_they_are_timed() -> None:
+    settings = plan_parts("decode", None, {"shape": "tiny", "strategies": ("native", "native-gemm")})["decode"]
+    timed, truth = decode.cells(settings, subject())
+    assert [one.strategy for one in timed.subjects] == ["native", "native-gemm"]
+    assert (truth.table, [one.strategy for one in truth.subjects]) == ("truth", ["native-gemm"])
 
 
 def test_each_strategy_starts_once() -> None:
@@ -322,6 +437,20 @@ def test_memory_levels_follow_an_allocation() -> None:
     del block
 
 
+def test_what_grew_is_known_by_part() -> None:
+    levels = memory.Levels("cpu")
+    first = torch.ones(64 << 20, dtype=torch.uint8)
+    levels.seen("engine")
+    second = torch.ones(32 << 20, dtype=torch.uint8)
+    levels.seen("trainer")
+    third = torch.ones(32 << 20, dtype=torch.uint8)
+    levels.seen("engine")
+    assert 28 << 20 < levels.grown["trainer"] < 40 << 20
+    assert 88 << 20 < levels.grown["engine"] < 110 << 20
+    assert levels.last - levels.start == sum(levels.grown.values())
+    del first, second, third
+
+
 # Comparison and report.
 
 
@@ -333,6 +462,24 @@ def test_compare_fails_in_both_directions() -> None:
     assert [one.held for one in compare(same, then, 0.2)] == [True]
     assert [one.held for one in compare(slower, then, 0.2)] == [False]
     assert [one.held for one in compare(other, then, 0.2)] == [False]
+
+
+def test_compare_looks_at_proofs_and_copies_too() -> None:
+    then, now = document([], []), document([], [])
+    then.memory, now.memory = [memory_row("native-shared", 105)], [memory_row("native-shared", 210)]
+    (copies,) = [one for one in compare(now, then, 0.3) if one.name == "base tiny native-shared"]
+    assert (copies.baseline, copies.now, copies.held) == (1.05, 2.1, False)
+
+
+def test_what_was_tried_stands_in_the_report(tmp_path: Path) -> None:
+    (tmp_path / "tried.md").write_text("- folding paper: no gain\n")
+    out = tmp_path / "results" / "cpu"
+    out.mkdir(parents=True)
+    assert (
+        "## Tried, and it did not help\n\n- folding paper: no gain" in write_report(document([], []), out).read_text()
+    )
+    (tmp_path / "tried.md").unlink()
+    assert "Tried" not in write_report(document([], []), out).read_text()
 
 
 def test_report_says_where_merging_wins(tmp_path: Path) -> None:

@@ -32,10 +32,13 @@ step_tokens = 8
 sweep_ranks = []
 sweep_targets = []
 
+canary_rows = [2]
+
 [memory]
-strategies = ["native"]
+strategies = ["native", "native-shared"]
 
 [decode]
+strategies = ["base", "native", "native-stock", "native-shared", "merge-trl", "merge-fold"]
 
 [fidelity]
 learning_rates = [1e-6]
@@ -45,8 +48,12 @@ cycles = [1, 20]
 [step]
 
 [rollback]
+
+[endurance]
+strategies = ["native"]
+endurance_syncs = 40
 """
-SLOW, STALE = "tests.bench_strategies:Slow", "tests.bench_strategies:Stale"
+SLOW, STALE, BROKEN = (f"tests.bench_strategies:{name}" for name in ("Slow", "Stale", "Broken"))
 
 
 def command(*arguments: str) -> list[str]:
@@ -86,13 +93,21 @@ def test_every_part_and_its_report(tmp_path: Path) -> None:
     assert sync["merge-trl"].moved_bytes > 4 * sync["native"].moved_bytes == 4 * sync["merge-fold"].moved_bytes
     assert all(row.passed and row.signal_nats > 10 * row.noise_nats for row in document.truth)
 
-    (memory,) = document.memory
+    memory, shared = document.memory
     assert memory.peak_bytes > memory.engine_bytes > memory.trainer_bytes > 0
     assert memory.tmpfs_bytes > sync["native"].moved_bytes
+    assert (memory.strategy, shared.strategy) == ("native", "native-shared")
+    assert memory.kv_tokens is None
 
-    assert {(row.strategy, row.rows, row.completion_tokens) for row in document.decode} == {
-        (strategy, 2, length) for strategy in sync for length in (4, 8)
-    }
+    assert [(row.proof, row.rows) for row in document.proof] == [("same base", None), ("probe", None), ("canary", 2)]
+    assert all(row.median_s > 0 and row.ratio_to_push > 0 for row in document.proof)
+    assert document.proof[1].median_s > document.proof[0].median_s
+
+    decoded = {(row.strategy, row.rows, row.completion_tokens) for row in document.decode}
+    variants = ("base", "native-stock", "native-shared")
+    assert decoded == {(strategy, 2, length) for strategy in (*sync, *variants) for length in (4, 8)}
+    assert {row.threads for row in document.decode} == {1}
+    assert {"native-stock", "native-shared"} < {row.strategy for row in document.truth}
     assert {row.strategy for row in document.break_even} == {"merge-trl", "merge-fold"}
     fidelity = {row.strategy: row for row in document.fidelity}
     assert fidelity["native"].lost_share < 0.02 < 0.9 < fidelity["merge-fold"].lost_share < 1.1
@@ -108,13 +123,22 @@ def test_every_part_and_its_report(tmp_path: Path) -> None:
     }
     assert all(row.error_nats == 0 for row in document.rollback if row.strategy == "native")
 
+    assert [(row.first, row.last) for row in document.endurance] == [(4 * n + 1, 4 * n + 4) for n in range(10)]
+    assert all(row.memory_bytes > 1e8 and row.tmpfs_bytes > sync["native"].moved_bytes for row in document.endurance)
+    (slope,) = document.slopes
+    assert slope.syncs == 40
+    # Retention keeps tmpfs at a constant number of versions from the first tenth on.
+    assert max(row.tmpfs_bytes for row in document.endurance) < 1.1 * document.endurance[0].tmpfs_bytes
+
     assert json.loads((out / "results.json").read_text()) == document.model_dump(mode="json")
     assert not (out / "partial.json").exists()
     report = (out / "report.md").read_text()
-    for picture in ("sync-times", "sync-phases", "break-even", "memory", "fidelity", "drift"):
+    for picture in ("sync-times", "sync-phases", "break-even", "memory", "fidelity", "drift", "endurance"):
         assert f"({picture}.png)" in report
         assert (out / f"{picture}.png").stat().st_size > 10_000
     assert "merge-trl wins" in report
+    assert "## Before and after" in report
+    assert "## Where the milliseconds of a sync go: native, tiny" in report
 
 
 def test_interrupted_then_resumed_and_a_stale_policy_fails(tmp_path: Path) -> None:
@@ -142,6 +166,22 @@ def test_interrupted_then_resumed_and_a_stale_policy_fails(tmp_path: Path) -> No
     assert failure.startswith(f"{STALE} serves another policy than it claims")
     assert failure in done.stderr
     assert {row.strategy: row.passed for row in document.truth} == {"native": True, SLOW: True, STALE: False}
+
+
+def test_a_strategy_that_breaks_fails_its_cells_and_no_other(tmp_path: Path) -> None:
+    """Its worker dies with the traceback in its log; what others measured stays, and another start goes on."""
+    out = tmp_path / "out"
+    arguments = command("step", "--shape", "tiny", "--ranks", "4", "--repeat", "2", "--out", str(out))
+    arguments += ["--strategies", f"native,{BROKEN},merge-fold"]
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 1, done.stderr[-3000:]
+    document = last_line(done.stdout)
+    (failure,) = document.failures
+    assert failure.startswith(f"step/{BROKEN} failed: a worker died with exit code 1")
+    assert "RuntimeError: the seventh layer is missing" in failure
+    assert {row.strategy for row in document.step} == {"native", "merge-fold"}
+    assert "Traceback" in (out / "workers.log").read_text()
+    assert (out / "partial.json").exists()
 
 
 def _wait(process: subprocess.Popen[str]) -> None:

@@ -14,7 +14,7 @@ import lora_grpo
 ROOT = Path(lora_grpo.__file__).parent
 FLOORS = [
     {"types", "errors"},
-    {"config", "config_file", "data", "rewards", "metrics"},
+    {"config", "config_file", "data", "rewards", "metrics", "worker"},
     {"adapters"},
     {"remote"},
     {"grpo"},

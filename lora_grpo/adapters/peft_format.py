@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_grpo.errors import TrainingError, UnsupportedAdapter
@@ -89,6 +90,7 @@ class ServingForm:
         if dtype not in _DTYPE_NAMES:
             raise UnsupportedAdapter(f"dtype {dtype} has no serving form; use one of {sorted(map(str, _DTYPE_NAMES))}")
         self.dtype = dtype
+        self._model = model
         self.modules = lora_modules(model, adapter)
         if not self.modules:
             raise UnsupportedAdapter(f"adapter {adapter!r} adapts no linear layer; check LoraConfig.target_modules")
@@ -112,9 +114,11 @@ class ServingForm:
     def files(self) -> Mapping[str, tuple[bytes | memoryview, ...]]:
         """The two PEFT files of the adapter as it is now, by name, as buffers.
 
-        FSDP2 parameters are gathered (a collective: call it on every rank). Raises `TrainingError` naming the first
-        tensor that is not finite in the serving dtype; nothing non-finite ever leaves the trainer.
+        Of parameters that FSDP2 sharded, the adapter's are gathered (a collective: call it in every process). Raises
+        `TrainingError` naming the first tensor that is not finite in the serving dtype; nothing non-finite ever leaves
+        the trainer.
         """
+        reshard(self._model)
         self._fill()
         self._require_finite()
         if self._host is not self._flat:
@@ -126,8 +130,8 @@ class ServingForm:
     def _fill(self) -> None:
         a_views, b_views = self._views[0::2], self._views[1::2]
         scalings = [module.scaling for module in self.modules]
-        torch._foreach_copy_(a_views, [_whole(linear.weight) for linear in self._a_linears])
-        b_tensors = [_whole(linear.weight) for linear in self._b_linears]
+        torch._foreach_copy_(a_views, [whole(linear.weight) for linear in self._a_linears])
+        b_tensors = [whole(linear.weight) for linear in self._b_linears]
         if all(scaling == 1.0 for scaling in scalings):
             torch._foreach_copy_(b_views, b_tensors)
         elif self._flat.device.type == "cpu":
@@ -156,17 +160,31 @@ class ServingForm:
         return self._flat.split([_elements(shape) for shape in self.shapes])
 
 
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a parameter that FSDP2 may have sharded."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a parameter, gradient or moment that FSDP2 may have sharded (then a collective)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """`full` on the parameter's device, cut as the parameter is; every process holds the same `full`."""
+    full = full.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return full
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 @torch.no_grad()
-def assign(parameter: torch.Tensor, whole: torch.Tensor) -> None:
-    """Set a parameter that FSDP2 may have sharded to the values of a full tensor (then a collective)."""
-    if isinstance(parameter, DTensor):
-        whole = distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
-    parameter.copy_(whole)
+def assign(parameter: torch.Tensor, full: torch.Tensor) -> None:
+    """Set a parameter that FSDP2 may have sharded to the values of a full tensor, the same in every process."""
+    parameter.copy_(sharded_like(parameter, full))
+
+
+def reshard(model: nn.Module) -> None:
+    """Back to shards what FSDP2 keeps whole after a forward without a backward: what is written to those copies,
+    or asked of them, never reaches the parameters that the optimizer holds."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def all_finite(flat: torch.Tensor) -> bool:

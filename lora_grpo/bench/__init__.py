@@ -5,8 +5,8 @@ shapes, host, card    models made on the spot, what they need, and the machine
 strategies/           one way from trainer to engine a file; the only place where anything is merged
 worker, process       a strategy alive in its own process
 plan, runner          which processes measure what, in which order; what was measured survives a cut-off
-sync, memory, decode, fidelity, drift, step, rollback
+sync, proofs, memory, decode, fidelity, drift, step, rollback, endurance
                       one measurement a file: its plan, what a worker does for it, and its rows of the tables
-breakeven, report, plots, compare
+breakeven, goals, report, plots, compare
                       what the figures say
 """

@@ -20,7 +20,7 @@ def break_even(sync: Sequence[SyncRow], decode: Sequence[DecodeRow]) -> list[Bre
         curves = [
             row
             for row in decode
-            if row.shape == pair.shape and row.strategy == pair.decodes_like and pair.decodes_like != NATIVE
+            if row.shape == pair.shape and row.strategy == pair.decodes_like and not row.strategy.startswith(NATIVE)
         ]
         for count in sorted({row.rows for row in curves}):
             longest = max((row for row in curves if row.rows == count), key=lambda row: row.completion_tokens)

@@ -35,6 +35,8 @@ def ratios(document: Document) -> dict[str, float]:
         for row in document.sync
         if row.strategy != "native"
     }
+    found |= {f"proof {row.shape} {row.proof} {row.rows or ''}".rstrip(): row.ratio_to_push for row in document.proof}
+    found |= {f"base {row.shape} {row.strategy}": row.copies for row in document.memory if row.copies is not None}
     found |= {
         f"memory {row.shape} {row.strategy}": row.ratio_to_native
         for row in document.memory

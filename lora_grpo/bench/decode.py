@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
+from lora_grpo.bench import fidelity
+from lora_grpo.bench.memory import kv_tokens
+from lora_grpo.bench.plan import Cell, Subject, results_of, there_and_back
 from lora_grpo.bench.schema import DecodeRow, Settings
-from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.strategies import BASE, GEMM, NATIVE, SHARED, STOCK
 from lora_grpo.bench.timing import median
 
 if TYPE_CHECKING:
@@ -16,27 +18,43 @@ if TYPE_CHECKING:
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """`native` beside each other strategy."""
-    native = subject.with_strategy(NATIVE)
+    """`native` beside each other strategy, but beside the base and the stock CPU kernels at once: before, after and
+    what they are measured by alternate. With the truth of what no other part looks at."""
+    others = [name for name in settings.strategies if name != NATIVE]
+    if settings.device != "cpu":
+        others = [name for name in others if name != STOCK]
+    together = [name for name in others if name in (BASE, STOCK)]
+    groups = [together, *([name] for name in others if name not in together)]
+    planned: list[Cell] = []
+    for group in groups:
+        if group:
+            planned.append(_cell(settings, tuple(subject.with_strategy(name) for name in (NATIVE, *group))))
+        planned += [
+            fidelity.truth_cell("decode", settings, subject.with_strategy(name))
+            for name in group
+            if settings.truth and name in (SHARED, STOCK, GEMM)
+        ]
+    return planned
+
+
+def _cell(settings: Settings, subjects: tuple[Subject, ...]) -> Cell:
     work = {"rows": list(settings.rows), "prompt_tokens": settings.prompt_tokens, "lengths": sorted(settings.lengths)}
-    return [
-        Cell(
-            f"decode/{strategy}",
-            "decode",
-            "decode:measure",
-            (native, subject.with_strategy(strategy)),
-            {**work, "repeat": -(-settings.repeat // 2)},
-            order=ABBA,
-            warm={**work, "lengths": [min(settings.lengths)], "repeat": 1},
-            labels={"shape": settings.label, "prompt_tokens": settings.prompt_tokens},
-        )
-        for strategy in settings.strategies
-        if strategy != NATIVE
-    ]
+    return Cell(
+        f"decode/{'+'.join(subject.strategy for subject in subjects[1:])}",
+        "decode",
+        "decode:measure",
+        subjects,
+        {**work, "repeat": -(-settings.repeat // 2)},
+        order=there_and_back(len(subjects)),
+        warm={**work, "lengths": [2], "repeat": 1},
+        labels={"shape": settings.label, "prompt_tokens": settings.prompt_tokens},
+    )
 
 
 def measure(bench: Bench, rows: list[int], prompt_tokens: int, lengths: list[int], repeat: int) -> dict[str, Any]:
     """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token)."""
+    import torch
+
     bench.strategy.trainer.step()
     bench.strategy.sync()
     seconds = {
@@ -46,7 +64,7 @@ def measure(bench: Bench, rows: list[int], prompt_tokens: int, lengths: list[int
         }
         for count in rows
     }
-    return {"seconds": seconds, "kv_tokens": bench.strategy.kv_tokens}
+    return {"seconds": seconds, "kv_tokens": kv_tokens(bench), "threads": torch.get_num_threads()}
 
 
 def generate_seconds(bench: Bench, rows: int, prompt_tokens: int, length: int) -> float:
@@ -71,11 +89,12 @@ def fresh_prompts(bench: Bench, rows: int, tokens: int) -> list[list[int]]:
 
 
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[DecodeRow]:
-    """Both strategies of a pair, by batch size and completion length."""
-    native, other = cell["order"][0], cell["order"][1]
+    """All strategies of a cell, by batch size and completion length."""
+    strategies = list(dict.fromkeys(cell["order"]))
+    native = strategies[0]
     made: list[DecodeRow] = []
     for count in results_of(cell, native)[0]["seconds"]:
-        times = {strategy: _medians(cell, strategy, count) for strategy in (native, other)}
+        times = {strategy: _medians(cell, strategy, count) for strategy in strategies}
         for length in sorted(times[native]):
             if length > 1:
                 made += [_row(cell, strategy, int(count), length, times[strategy], times[native]) for strategy in times]
@@ -105,4 +124,5 @@ def _row(
         prefill_ratio_to_native=own[1] / native[1],
         generate_ratio_to_native=own[length] / native[length],
         kv_tokens=results_of(cell, strategy)[0]["kv_tokens"],
+        threads=results_of(cell, strategy)[0]["threads"],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -39,32 +41,80 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
 def measure(bench: Bench) -> dict[str, Any]:
     """Worker: the levels on the way here, and the peak over some syncs."""
     device, levels = bench.subject.device, bench.levels
+    copy_bytes = bench.strategy.trainer.base_bytes
     _forget_peaks(device)
     for _ in range(SYNCS):
         bench.strategy.trainer.step()
         bench.strategy.sync()
     peak, reserved = _peak(device)
-    tmpfs, mapped = _on_tmpfs(bench.strategy.files)
+    tmpfs, mapped = on_tmpfs(bench.strategy.files), _mapped(_tmpfs_folders(bench.strategy.files))
     return {
         "kind": "cuda" if _is_cuda(device) else "pss",
-        "trainer_bytes": levels["trainer"] - levels["start"],
-        "engine_bytes": levels["engine"] - levels["trainer"],
+        "trainer_bytes": levels.grown["trainer"],
+        "engine_bytes": levels.grown["engine"],
         # Mapped version files are counted once, as tmpfs.
-        "sync_bytes": max(0, peak - levels["engine"] - mapped),
+        "sync_bytes": max(0, peak - levels.last - mapped),
         "tmpfs_bytes": tmpfs,
-        "peak_bytes": peak - levels["start"] - mapped + tmpfs,
+        "peak_bytes": peak - levels.start - mapped + tmpfs,
         "reserved_peak_bytes": reserved,
-        "kv_tokens": bench.strategy.kv_tokens,
+        "kv_tokens": kv_tokens(bench),
+        "weights_bytes": _weights(bench),
+        "copy_bytes": copy_bytes,
     }
+
+
+class Levels:
+    """What a process grew by, step by step."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.start = self.last = level(device)
+        self.grown: dict[str, int] = {}
+
+    def seen(self, part: str) -> None:
+        """Whatever was taken since the last call belongs to `part`."""
+        now = level(self._device)
+        self.grown[part] = self.grown.get(part, 0) + now - self.last
+        self.last = now
+
+
+def kv_tokens(bench: Bench) -> int | None:
+    """Tokens that fit the KV cache; None on the CPU, where its size is configured and not what is left."""
+    return bench.strategy.kv_tokens if _is_cuda(bench.subject.device) else None
+
+
+def _weights(bench: Bench) -> int:
+    """Bytes that go when trainer and engine let go of the base; the last thing that can be done with them."""
+    before = _settled_level(bench.subject.device)
+    bench.strategy.drop_base()
+    return before - _settled_level(bench.subject.device)
+
+
+def _settled_level(device: str) -> int:
+    """`level` without garbage, and without what glibc keeps of freed memory for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return level(device)
 
 
 def level(device: str) -> int:
     """Bytes in use now: CUDA allocated, or this process's proportional set."""
-    if _is_cuda(device):
-        import torch
+    allocated = cuda_level(device)
+    return resident() if allocated is None else allocated
 
-        torch.cuda.synchronize(device)
-        return int(torch.cuda.memory_allocated(device))
+
+def cuda_level(device: str) -> int | None:
+    """Bytes that torch has allocated on a GPU now; None on the CPU."""
+    if not _is_cuda(device):
+        return None
+    import torch
+
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.memory_allocated(device))
+
+
+def resident() -> int:
+    """This process's proportional set now, bytes."""
     rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss:"))
 
@@ -110,14 +160,18 @@ def _peak(device: str) -> tuple[int, int | None]:
     return level(device) + most - resident, None
 
 
-def _on_tmpfs(folders: Iterable[Path]) -> tuple[int, int]:
-    """Bytes that a strategy's files take on tmpfs, and how many of those are mapped into this process."""
-    here = [folder for folder in folders if str(folder).startswith("/dev/shm")]
-    files = [path for folder in here for path in folder.rglob("*") if path.is_file()]
-    return sum(path.stat().st_blocks * 512 for path in files), _mapped(here)
+def on_tmpfs(folders: Iterable[Path]) -> int:
+    """Bytes that a strategy's files take on tmpfs."""
+    files = [path for folder in _tmpfs_folders(folders) for path in folder.rglob("*") if path.is_file()]
+    return sum(path.stat().st_blocks * 512 for path in files)
+
+
+def _tmpfs_folders(folders: Iterable[Path]) -> list[Path]:
+    return [folder for folder in folders if str(folder).startswith("/dev/shm")]
 
 
 def _mapped(folders: list[Path]) -> int:
+    """Bytes of files in `folders` that are mapped into this process."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split(" ", 1)[0] and not line.split(" ", 1)[0].endswith(":"):

@@ -67,7 +67,12 @@ class Cell:
     labels: dict[str, Any] = field(default_factory=dict)
 
 
-ABBA = (0, 1, 1, 0)
+def there_and_back(subjects: int) -> tuple[int, ...]:
+    """An order in which a machine that drifts steadily favours none: 0, 1, 1, 0 for two."""
+    return (*range(subjects), *reversed(range(subjects)))
+
+
+ABBA = there_and_back(2)
 
 
 def results_of(cell: Mapping[str, Any], strategy: str) -> list[Any]:

@@ -74,6 +74,7 @@ def _sync_times(axes: Axes, document: Document) -> None:
     rows = sorted(_main(document), key=lambda row: row.median_s, reverse=True)
     axes.set_title(f"Sync, {_named(rows[0])}")
     axes.set_xscale("log")
+    _plain(axes.xaxis)
     axes.barh(
         [row.strategy for row in rows],
         [ms(row.median_s) for row in rows],
@@ -97,7 +98,8 @@ def _sync_times(axes: Axes, document: Document) -> None:
 def _sync_phases(axes: Axes, document: Document) -> None:
     rows = sorted(_main(document), key=lambda row: row.median_s, reverse=True)
     axes.set_title(f"Where a sync's time goes, {_named(rows[0])}")
-    phases = list(dict.fromkeys(phase for row in reversed(rows) for phase in row.phases_s))
+    present = dict.fromkeys(phase for row in reversed(rows) for phase in row.phases_s)
+    phases = sorted(present, key=lambda phase: list(PHASES).index(phase) if phase in PHASES else len(PHASES))
     left = [0.0] * len(rows)
     for index, phase in enumerate(phases):
         shares = [100 * row.phases_s.get(phase, 0.0) / (sum(row.phases_s.values()) or 1.0) for row in rows]
@@ -133,8 +135,7 @@ def _break_even(axes: Axes, document: Document) -> None:
     if reach > measured:
         axes.axvspan(measured, reach, color="#f2f2f2", zorder=0)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
-    axes.xaxis.set_minor_formatter(lambda tokens, _: "")
+    _plain(axes.xaxis)
     axes.set_xlabel("completion tokens (grey: extrapolated; dots: break-even)", fontsize=9)
     axes.set_ylabel("time, as multiple of native's (above 1 native wins)", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
@@ -145,10 +146,11 @@ def _drift(axes: Axes, document: Document) -> None:
     for index, strategy in enumerate(dict.fromkeys(row.strategy for row in document.drift)):
         rows = [row for row in document.drift if row.strategy == strategy]
         x, y = [row.cycles for row in rows], [100 * row.mean_relative for row in rows]
-        label = f"{strategy}: {y[-1]:.2g} % after {x[-1]}"
+        label = f"{strategy}: {_figure(y[-1])} % after {x[-1]:,}"
         axes.plot(x, y, _STYLES[index % 3], color=BLUE if strategy == NATIVE else _colour(index), label=label)
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1e-3)
+    _plain(axes.xaxis, axes.yaxis)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("syncs", fontsize=9)
     axes.set_ylabel("mean |W - W0|, % of mean |W0|", fontsize=9)
@@ -174,16 +176,50 @@ def _memory(axes: Axes, document: Document) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.14))
 
 
+def _endurance(axes: Axes, document: Document) -> None:
+    """The first strategy's tenths, each relative to the first."""
+    first = document.endurance[0]
+    rows = [row for row in document.endurance if (row.strategy, row.shape) == (first.strategy, first.shape)]
+    axes.set_title(f"{rows[-1].last:,} syncs on one engine, {first.strategy}, {first.shape}, r={first.rank}")
+    lines = {
+        "median_s": ("sync", ms, "ms"),
+        "memory_bytes": ("PSS", _mib, "MiB"),
+        "tmpfs_bytes": ("tmpfs", _mib, "MiB"),
+    }
+    for index, (field, (name, scaled, unit)) in enumerate(lines.items()):
+        values = [getattr(row, field) for row in rows]
+        label = f"{name}: {_figure(scaled(values[0]))} to {_figure(scaled(values[-1]))} {unit}"
+        shares = [100 * value / (values[0] or 1.0) for value in values]
+        axes.plot(
+            [row.last for row in rows], shares, _STYLES[index], color=(BLUE, ORANGE, PALETTE[3])[index], label=label
+        )
+    axes.set_ylim(0, 150)
+    axes.set_xlabel("syncs (a tenth a point)", fontsize=9)
+    axes.set_ylabel("% of the first tenth", fontsize=9)
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.grid(axis="y", color="#e6e6e6")
+
+
+def _figure(value: float) -> str:
+    """Three digits, never as a power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _mib(size: float) -> float:
+    return size / _MIB
+
+
 def _fidelity(axes: Axes, document: Document) -> None:
     first = min(row.updates for row in document.fidelity)
     axes.set_title(f"Share of the update lost on the way, {document.fidelity[0].shape}, {first} update")
     for index, strategy in enumerate(dict.fromkeys(row.strategy for row in document.fidelity)):
         rows = [row for row in document.fidelity if row.strategy == strategy and row.updates == first]
         x, y = [row.learning_rate for row in rows], [100 * row.lost_share for row in rows]
-        label = f"{strategy}: {y[0]:.2g} % at {x[0]:g}"
+        label = f"{strategy}: {_figure(y[0])} % at {x[0]:g}"
         axes.plot(x, y, _STYLES[index % 3], color=BLUE if strategy == NATIVE else _colour(index), label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _plain(axes.yaxis)
     axes.set_xlabel("learning rate", fontsize=9)
     axes.set_ylabel("|served update - update|, % of |update|", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
@@ -197,6 +233,7 @@ _PICTURES: tuple[tuple[str, str, Callable[[Any, Document], None]], ...] = (
     ("memory", "memory", _memory),
     ("fidelity", "fidelity", _fidelity),
     ("drift", "drift", _drift),
+    ("endurance", "endurance", _endurance),
 )
 
 
@@ -222,6 +259,13 @@ def _named(row: SyncRow) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{ms(seconds):.3g} ms"
+
+
+def _plain(*logarithmic: Any) -> None:
+    """Figures instead of powers of ten at an axis's ticks."""
+    for axis in logarithmic:
+        axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        axis.set_minor_formatter(lambda value, _: "")
 
 
 def _colour(index: int) -> str:

@@ -61,8 +61,7 @@ class WorkerProcess:
             raise EngineError(self._obituary())
         reply = json.loads(line)
         if "error" in reply:
-            where = f" (traceback in {self._log})" if reply.get("bug") else ""
-            raise getattr(errors, reply["type"])(f"{reply['error']}{where}")
+            raise getattr(errors, reply["type"])(reply["error"])
         return reply["result"]
 
     def close(self) -> None:

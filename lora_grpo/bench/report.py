@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lora_grpo.bench import breakeven
+from lora_grpo.bench.goals import goals
 from lora_grpo.bench.plots import draw
 from lora_grpo.bench.schema import Document, SyncRow
-from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.strategies import NATIVE, SHARED
 from lora_grpo.bench.tables import Line, ms, tables
 from lora_grpo.errors import ConfigError
 
-REPORT = "report.md"
+REPORT, TRIED = "report.md", "tried.md"
 _BLOCK = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
 
@@ -21,8 +22,14 @@ def write_report(document: Document, directory: Path) -> Path:
     """Draw the plots and write `report.md` beside them; returns its path."""
     plots = draw(document, directory)
     path = directory / REPORT
-    path.write_text("\n".join(_lines(document, [plot.name for plot in plots])) + "\n")
+    path.write_text("\n".join(_lines(document, [plot.name for plot in plots], _tried(directory))) + "\n")
     return path
+
+
+def _tried(directory: Path) -> str:
+    """What is written in `tried.md` beside the results or above them, where a repository keeps it."""
+    found = (folder / TRIED for folder in [directory, *directory.resolve().parents[:2]])
+    return next((path.read_text().strip() for path in found if path.exists()), "")
 
 
 def update_readme(document: Document, readme: Path) -> None:
@@ -35,7 +42,7 @@ def update_readme(document: Document, readme: Path) -> None:
     readme.write_text(changed)
 
 
-def _lines(document: Document, plots: Sequence[str]) -> Iterator[str]:
+def _lines(document: Document, plots: Sequence[str], tried: str) -> Iterator[str]:
     yield "# Benchmark: native hot-swap against merging"
     yield ""
     yield from _provenance(document)
@@ -46,13 +53,35 @@ def _lines(document: Document, plots: Sequence[str]) -> Iterator[str]:
     yield "## What it says"
     yield ""
     yield from findings(document)
+    yield "\n## Before and after\n"
+    yield from markdown_table([goal.line() for goal in goals(document)])
+    yield from _profile(document)
     for plot in plots:
         yield f"\n![{Path(plot).stem.replace('-', ' ')}]({plot})"
     for title, lines in tables(document):
         yield f"\n## {title}\n"
         yield from markdown_table(lines)
+    if tried:
+        yield f"\n## Tried, and it did not help\n\n{tried}"
     yield "\n## How it was measured\n"
     yield METHOD
+
+
+def _profile(document: Document) -> Iterator[str]:
+    """Where the time of native's first sync row goes."""
+    row = next((row for row in document.sync if row.strategy == NATIVE), None)
+    if row is None:
+        return
+    yield f"\n## Where the milliseconds of a sync go: native, {row.shape}, r={row.rank} {row.targets}\n"
+    total_s = sum(row.phases_s.values())
+    yield from markdown_table(
+        [
+            {"phase": name, "ms": ms(value), "% of the sync": 100 * value / total_s, "what it is": PHASES.get(name)}
+            for name, value in row.phases_s.items()
+        ]
+    )
+    floor = f", {row.times_floor:.0f} times the floor of {ms(row.floor_s):.2f} ms" if row.times_floor else ""
+    yield f"\nIn all {ms(row.median_s):.1f} ms{floor}; {ms(row.afterwards_s):.1f} ms of pruning and leases come after."
 
 
 def findings(document: Document) -> list[str]:
@@ -60,6 +89,7 @@ def findings(document: Document) -> list[str]:
     sentences = [*_sync_findings(document), *_decode_findings(document)]
     sentences += [breakeven.sentence(row) for row in document.break_even]
     sentences += [*_fidelity_findings(document), *_drift_findings(document), *_step_findings(document)]
+    sentences += [*_base_findings(document), *_endurance_findings(document)]
     return [f"- {sentence}" for sentence in sentences]
 
 
@@ -130,6 +160,21 @@ def _step_findings(document: Document) -> Iterator[str]:
         )
 
 
+def _base_findings(document: Document) -> Iterator[str]:
+    for row in document.memory:
+        if row.strategy in (NATIVE, SHARED) and row.copies is not None:
+            yield f"Base weights, {row.shape}: trainer and engine of {row.strategy} hold {row.copies:.2f} copies."
+
+
+def _endurance_findings(document: Document) -> Iterator[str]:
+    for row in document.slopes:
+        yield (
+            f"Endurance, {row.shape}, {row.syncs:,} syncs by {row.strategy}: per 1,000 the time of a sync moved by "
+            f"{100 * row.time_share:+.1f} %, the process's memory by {row.memory_bytes_per_1000 / 2**20:+.1f} MiB, "
+            f"tmpfs by {row.tmpfs_bytes_per_1000 / 2**20:+.1f} MiB."
+        )
+
+
 def markdown_table(lines: Sequence[Line]) -> Iterator[str]:
     """Lines as a Markdown table; columns that are empty throughout are left out."""
     names = [name for name in lines[0] if any(line[name] is not None for line in lines)]
@@ -150,6 +195,15 @@ def _provenance(document: Document) -> Iterator[str]:
     yield f"Measured {document.started_at} with `{document.command}` on: {shown}."
 
 
+PHASES = {
+    "gather": "parameters to one buffer of the serving dtype, scaling folded into B",
+    "write": "files onto fresh tmpfs pages, digest, rename",
+    "check": "digest of the mapped file, tensors bound to modules",
+    "load": "registered in vLLM, copied into a slot",
+    "prove": "checksum of the slot against the file",
+    "promote": "HEAD moved",
+    "device": "what the device still had queued",
+}
 METHOD = """\
 - Each strategy lives in a process of its own with its trainer and engine. Timed ones alternate with native, A B B A,
   and `x native` compares the medians of one such pairing.
@@ -161,6 +215,13 @@ METHOD = """\
   show what that costs.
 - Memory on the CPU is the process's proportional set, KV cache included, against what it was before the model was
   loaded.
+- `base weights` is what memory falls by when trainer and engine let go of every weight of the base, at the very end;
+  `copies of the base` divides it by the bytes of one. vLLM's CPU backend packs a tied output layer a second time.
+- Proofs are timed in a process of native alone, beside pushes of the same process. A canary looks at completions as
+  long as their prompts; making those is not in its time.
+- In the decode table native, the base and the stock CPU kernels are one round, A B C C B A. The KV cache's size says
+  something on a GPU only, where it is what `gpu_memory_utilization` leaves; on the CPU it is configured.
+- Endurance: each tenth's medians; memory is looked at ten times a tenth, between syncs.
 - Truth: an adapter that moves log-probs by 20 times the noise; a strategy fails at 3 times the bf16 noise. `error of
   the weights` is computed in fp32, so that only what became of the weights shows.
 - Break-even: sync, prefill and time a token of the same run; beyond the longest completion it is extrapolated."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 from lora_grpo.bench.schema import Settings
+from lora_grpo.bench.strategies import BASE, GEMM, SHARED, STOCK
 from lora_grpo.errors import ConfigError
 
 _GIB = 1 << 30
@@ -19,11 +20,11 @@ _MOST_SHARE = 0.4
 
 
 def needed_on_cpu(part: str, settings: Settings, model: Mapping[str, int]) -> int:
-    """Bytes: the model's files on tmpfs, two workers at a time (one for memory and fidelity), the fp32 reference."""
+    """Bytes: the model's files on tmpfs, the workers that are alive at a time, the fp32 reference."""
     base = 2 * model["parameters"]
     pristine = 2 * model["linear_elements"] if "merge-fold" in settings.strategies else 0
     cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * _GIB
-    workers = 1 if part in ("memory", "fidelity") else 2
+    workers = 3 if part == "decode" and {BASE, STOCK} <= set(settings.strategies) else _workers(part)
     reference = 4 * (model["parameters"] + model["linear_elements"]) if _has_reference(part, settings) else 0
     return base + workers * (2 * base + cache + _PROCESS) + pristine + reference
 
@@ -34,7 +35,8 @@ def check_cpu(part: str, settings: Settings, model: Mapping[str, int], free_byte
     if needed > free_bytes:
         raise ConfigError(
             f"bench {part} with {settings.label} needs about {needed / _GIB:.1f} GiB (trainer, engine and what is "
-            f"compared with them), and {free_bytes / _GIB:.1f} GiB are free; use a smaller --shape"
+            f"compared with them), and {free_bytes / _GIB:.1f} GiB are free; use a smaller --shape or fewer "
+            "--strategies"
         )
 
 
@@ -46,7 +48,7 @@ def engine_share(part: str, settings: Settings, model: Mapping[str, int], memory
     base = 2 * model["parameters"]
     pristine = 2 * model["linear_elements"]
     reference = 4 * model["parameters"] if _has_reference(part, settings) else 0
-    workers = 1 if part in ("memory", "fidelity") else 2
+    workers = _workers(part)
     left = 0.95 * memory["free"] - workers * (base + _TRAINING) - pristine - reference
     share = min(_MOST_SHARE, left / workers / memory["total"])
     if share * memory["total"] < base + _ENGINE:
@@ -58,5 +60,10 @@ def engine_share(part: str, settings: Settings, model: Mapping[str, int], memory
     return round(share, 3)
 
 
+def _workers(part: str) -> int:
+    return 1 if part in ("memory", "fidelity", "endurance") else 2
+
+
 def _has_reference(part: str, settings: Settings) -> bool:
-    return part == "fidelity" or (part == "sync" and settings.truth)
+    checked = part == "sync" or (part == "decode" and {SHARED, STOCK, GEMM} & set(settings.strategies))
+    return part == "fidelity" or bool(settings.truth and checked)

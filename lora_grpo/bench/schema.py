@@ -9,19 +9,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lora_grpo.bench.strategies import STRATEGIES
 from lora_grpo.config import Section
 
-PARTS = ("sync", "memory", "decode", "fidelity", "step", "rollback")
+PARTS = ("sync", "memory", "decode", "fidelity", "step", "rollback", "endurance")
 """The measurements, in the order in which `all` makes them."""
 
 DEFAULT_STRATEGIES: dict[str, tuple[str, ...]] = {
     "sync": STRATEGIES,
-    "memory": STRATEGIES,
-    "decode": ("base", "native", "merge-trl", "merge-fold"),
+    "memory": (*STRATEGIES, "native-shared"),
+    "decode": ("base", "native", "native-stock", "native-shared", "merge-trl", "merge-fold"),
     "fidelity": ("native", "by-hand", "merge-trl", "merge-out-of-place", "merge-fold"),
     "step": ("native", "merge-trl", "merge-fold"),
     "rollback": ("native", "by-hand", "merge-trl", "merge-fold"),
+    "endurance": ("native",),
 }
 
-DEFAULT_REPEAT = {"sync": 20, "memory": 1, "decode": 2, "fidelity": 1, "step": 2, "rollback": 6}
+DEFAULT_REPEAT = {"sync": 20, "memory": 1, "decode": 2, "fidelity": 1, "step": 2, "rollback": 6, "endurance": 1}
 """Measurements of each strategy, by part."""
 
 
@@ -39,12 +40,13 @@ class Settings(Section):
     graphs: bool = Field(False, description="CUDA graphs and compilation (slow to start; for decode and step)")
     max_model_len: int = Field(512, ge=16, description="tokens of prompt and completion at most")
     max_num_seqs: int = Field(64, ge=1, description="rows that an engine takes at once")
-    truth: bool = Field(True, description="sync: check that what was timed serves the right policy")
+    truth: bool = Field(True, description="sync, decode: check that what was timed serves the right policy")
+    canary_rows: tuple[int, ...] = Field((8, 32), description="sync: completions of a canary whose cost is measured")
     sweep_ranks: tuple[int, ...] = Field((8, 64), description="sync: further ranks")
     sweep_targets: tuple[str, ...] = Field(("attention",), description="sync: further targets")
     sweep_strategies: tuple[str, ...] = Field(("merge-trl",), description="sync: what is swept beside native")
     rows: tuple[int, ...] = Field((1, 8, 32), min_length=1, description="decode: batch sizes")
-    prompt_tokens: int = Field(32, ge=1, description="decode, step: tokens a prompt")
+    prompt_tokens: int = Field(32, ge=1, description="decode, step, canary: tokens a prompt")
     lengths: tuple[int, ...] = Field((16, 48), min_length=1, description="decode: completion tokens")
     step_rows: int = Field(8, ge=2, description="step: completions a step")
     step_tokens: int = Field(32, ge=1, description="step: tokens a completion")
@@ -55,6 +57,8 @@ class Settings(Section):
     drift_strategies: tuple[str, ...] = Field(
         ("native", "merge-trl", "merge-out-of-place", "merge-fold"), description="fidelity: whose drift"
     )
+
+    endurance_syncs: int = Field(1000, ge=20, description="endurance: syncs of one engine")
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
@@ -119,9 +123,23 @@ class TruthRow(Row):
     passed: bool
 
 
+class ProofRow(Row):
+    """What is proven besides each push: seconds of it, and as a multiple of a push measured in the same process.
+
+    `rows` completions of `tokens` tokens each were looked at (None: none)."""
+
+    proof: str
+    rows: int | None
+    tokens: int | None
+    median_s: float
+    ratio_to_push: float
+    times: int
+
+
 class MemoryRow(Row):
-    """`kind`: pss on the CPU, CUDA allocated on a GPU (with `reserved_peak_bytes`), the KV cache
-    of `kv_tokens` included."""
+    """`kind`: pss on the CPU, CUDA allocated on a GPU (with `reserved_peak_bytes`), the KV cache of `kv_tokens`
+    included (None: set by configuration, which tells nothing). `weights_bytes` go when trainer and engine let go of
+    the base, of which one copy is `copy_bytes`."""
 
     kind: Literal["pss", "cuda"]
     trainer_bytes: int
@@ -130,13 +148,21 @@ class MemoryRow(Row):
     tmpfs_bytes: int
     peak_bytes: int
     reserved_peak_bytes: int | None
-    kv_tokens: int
+    kv_tokens: int | None
+    weights_bytes: int | None = None
+    copy_bytes: int | None = None
     ratio_to_native: float | None = None
+
+    @property
+    def copies(self) -> float | None:
+        """Copies of the base that are resident."""
+        return None if self.weights_bytes is None or not self.copy_bytes else self.weights_bytes / self.copy_bytes
 
 
 class DecodeRow(Row):
     """`tpot_s` is time per output token of one row; ratios compare with `native` in alternation. `kv_tokens` fit the
-    KV cache, at one `gpu_memory_utilization` for all."""
+    KV cache, at one `gpu_memory_utilization` for all (None on the CPU, where its size is configured). `threads` of the
+    worker's torch."""
 
     rows: int
     prompt_tokens: int
@@ -149,7 +175,8 @@ class DecodeRow(Row):
     tpot_ratio_to_native: float
     prefill_ratio_to_native: float
     generate_ratio_to_native: float
-    kv_tokens: int
+    kv_tokens: int | None
+    threads: int | None = None
 
 
 class BreakEvenRow(Row):
@@ -208,6 +235,34 @@ class RollbackRow(Row):
     error_nats: float
 
 
+class EnduranceRow(Row):
+    """One tenth of many syncs: medians. `memory_bytes` is the process's proportional set, `cuda_bytes` what it has
+    allocated on a GPU."""
+
+    rank: int
+    first: int
+    last: int
+    median_s: float
+    memory_bytes: float
+    cuda_bytes: float | None
+    tmpfs_bytes: float
+
+
+class SlopeRow(Row):
+    """Least-squares lines through the tenths: changes per 1,000 syncs, also as shares of the medians."""
+
+    rank: int
+    syncs: int
+    median_s: float
+    seconds_per_1000: float
+    memory_bytes_per_1000: float
+    cuda_bytes_per_1000: float | None
+    tmpfs_bytes_per_1000: float
+    time_share: float
+    memory_share: float
+    tmpfs_share: float
+
+
 class Document(BaseModel):
     """One run of the suite."""
 
@@ -222,6 +277,7 @@ class Document(BaseModel):
     settings: dict[str, Settings]
     failures: list[str]
     sync: list[SyncRow] = []
+    proof: list[ProofRow] = []
     truth: list[TruthRow] = []
     memory: list[MemoryRow] = []
     decode: list[DecodeRow] = []
@@ -230,3 +286,5 @@ class Document(BaseModel):
     drift: list[DriftRow] = []
     step: list[StepRow] = []
     rollback: list[RollbackRow] = []
+    endurance: list[EnduranceRow] = []
+    slopes: list[SlopeRow] = []

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lora_grpo.bench import decode, drift, fidelity, memory, rollback, room, step, sync
+from lora_grpo.bench import decode, drift, endurance, fidelity, memory, proofs, rollback, room, step, sync
 from lora_grpo.bench.breakeven import break_even
 from lora_grpo.bench.floor import floor_seconds
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.bench.runner import Partial, Progress, Runner
-from lora_grpo.bench.schema import Document, DriftRow, FidelityRow, Settings
+from lora_grpo.bench.schema import Document, Settings
 from lora_grpo.bench.strategies import NATIVE
 
 Planner: TypeAlias = Callable[[Settings, Subject], list[Cell]]
@@ -26,9 +26,11 @@ PLANNERS: dict[str, Planner] = {
     "fidelity": fidelity.cells,
     "step": step.cells,
     "rollback": rollback.cells,
+    "endurance": endurance.cells,
 }
 ROWS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "sync": sync.rows,
+    "proof": proofs.rows,
     "truth": fidelity.truth_rows,
     "memory": memory.rows,
     "decode": decode.rows,
@@ -36,7 +38,10 @@ ROWS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "drift": drift.rows,
     "step": step.rows,
     "rollback": rollback.rows,
+    "endurance": endurance.rows,
 }
+_BESIDE_NATIVE = ("sync", "decode", "step", "rollback")
+"""The tables in whose every cell native is measured again."""
 PARTIAL, RESULTS = "partial.json", "results.json"
 _FLEETING = ("load_average_1min",)
 
@@ -135,7 +140,7 @@ class Suite:
         found: dict[str, list[Any]] = {table: [] for table in ROWS}
         for cell in self._partial.cells.values():
             found[cell["table"]] += ROWS[cell["table"]](cell, self._partial.bandwidth)
-        tables = {table: _native_once(rows) for table, rows in found.items()}
+        tables = {**found, **{table: _native_once(found[table]) for table in _BESIDE_NATIVE}}
         tables["memory"] = memory.with_ratios(tables["memory"])
         verdicts = [text for row in tables["truth"] if (text := fidelity.verdict(row))]
         return Document(
@@ -147,6 +152,7 @@ class Suite:
             settings=dict(self._parts),
             failures=[*self._failures, *verdicts],
             break_even=break_even(tables["sync"], tables["decode"]),
+            slopes=endurance.slopes(tables["endurance"]),
             **tables,
         )
 
@@ -222,7 +228,7 @@ def _native_once(rows: list[Any]) -> list[Any]:
     for row in rows:
         names = ("shape", "rank", "targets", "rows", "prompt_tokens", "completion_tokens", "case")
         kind = tuple(getattr(row, name, None) for name in names)
-        if row.strategy != NATIVE or kind not in kinds or isinstance(row, FidelityRow | DriftRow):
+        if row.strategy != NATIVE or kind not in kinds:
             kept.append(row)
         if row.strategy == NATIVE:
             kinds.add(kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.bench import fidelity
+from lora_grpo.bench import fidelity, proofs
 from lora_grpo.bench.floor import floor_seconds
 from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
 from lora_grpo.bench.schema import Settings, SyncRow
@@ -20,7 +20,8 @@ WARM = 3
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """Each strategy beside `native` at the first rank, with its truth; then the sweeps of ranks and targets."""
+    """Each strategy beside `native` at the first rank, with its truth; what proofs cost besides; the sweeps of ranks
+    and targets."""
     native = subject.with_strategy(NATIVE)
     planned: list[Cell] = []
     for strategy in settings.strategies:
@@ -29,6 +30,8 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
         if settings.truth:
             # In the same process, while it is alive: what was timed serves what it claims to.
             planned.append(fidelity.truth_cell("sync", settings, subject.with_strategy(strategy)))
+    if settings.canary_rows:
+        planned.append(proofs.cell(settings, native))
     for rank, targets in settings.sweep:
         swept = native.at(rank, targets)
         planned += [

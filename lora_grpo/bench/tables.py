@@ -2,173 +2,180 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 from lora_grpo.bench.breakeven import wins
-from lora_grpo.bench.schema import (
-    BreakEvenRow,
-    DecodeRow,
-    Document,
-    DriftRow,
-    FidelityRow,
-    MemoryRow,
-    RollbackRow,
-    StepRow,
-    SyncRow,
-    TruthRow,
-)
+from lora_grpo.bench.schema import Document, ProofRow, Row, SyncRow
 
 Line: TypeAlias = dict[str, Any]
-_MIB = 1 << 20
+Columns: TypeAlias = Mapping[str, Callable[[Any], Any]]
+"""Heads and what of a row stands under them."""
 
 
 def tables(document: Document) -> Iterator[tuple[str, list[Line]]]:
     """(title, lines) of every table that holds anything."""
-    for name, title, line in _TABLES:
-        lines = [line(row) for row in getattr(document, name)]
+    for name, (title, columns) in _TABLES.items():
+        lines = [_line(row, columns) for row in getattr(document, name)]
         if lines:
             yield title, lines
-
-
-def _sync(row: SyncRow) -> Line:
-    return {
-        "strategy": row.strategy,
-        "shape": row.shape,
-        "rank": row.rank,
-        "targets": row.targets,
-        "median ms": ms(row.median_s),
-        "p95 ms": ms(row.p95_s),
-        "x native": row.ratio_to_native,
-        "moved MB": row.moved_bytes / 1e6,
-        "x floor": row.times_floor,
-        "after ms": ms(row.afterwards_s),
-        "phases, ms": ", ".join(f"{name} {ms(value):.2f}" for name, value in row.phases_s.items()),
-    }
-
-
-def _truth(row: TruthRow) -> Line:
-    return {
-        "strategy": row.strategy,
-        "shape": row.shape,
-        "error, nats": row.error_nats,
-        "bf16 noise, nats": row.noise_nats,
-        "adapter's effect, nats": row.signal_nats,
-        "verdict": "serves it" if row.passed else "SERVES ANOTHER POLICY",
-    }
-
-
-def _memory(row: MemoryRow) -> Line:
-    kind = "PSS" if row.kind == "pss" else "CUDA allocated"
-    return {
-        "strategy": row.strategy,
-        "shape": row.shape,
-        "of": kind,
-        "trainer MiB": row.trainer_bytes / _MIB,
-        "engine MiB": row.engine_bytes / _MIB,
-        "syncs MiB": row.sync_bytes / _MIB,
-        "tmpfs MiB": row.tmpfs_bytes / _MIB,
-        "peak MiB": row.peak_bytes / _MIB,
-        "CUDA reserved MiB": None if row.reserved_peak_bytes is None else row.reserved_peak_bytes / _MIB,
-        "x native": row.ratio_to_native,
-        "KV cache tokens": row.kv_tokens,
-    }
-
-
-def _decode(row: DecodeRow) -> Line:
-    return {
-        "strategy": row.strategy,
-        "shape": row.shape,
-        "rows": row.rows,
-        "prompt tokens": row.prompt_tokens,
-        "new tokens": row.completion_tokens,
-        "ms a token": ms(row.tpot_s),
-        "x native (decode)": row.tpot_ratio_to_native,
-        "tokens/s": row.tokens_per_s,
-        "prefill ms": ms(row.prefill_s),
-        "prefill tokens/s": row.prefill_tokens_per_s,
-        "x native (prefill)": row.prefill_ratio_to_native,
-        "KV cache tokens": row.kv_tokens,
-    }
-
-
-def _break_even(row: BreakEvenRow) -> Line:
-    return {
-        "strategy": row.strategy,
-        "shape": row.shape,
-        "rows": row.rows,
-        "sync behind native, ms": ms(row.sync_gain_s),
-        "prefill ahead, ms": ms(row.prefill_loss_s),
-        "decode ahead, ms a token": ms(row.decode_loss_s_per_token),
-        "merging wins": wins(row),
-        "measured up to, tokens": row.measured_up_to_tokens,
-    }
-
-
-def _fidelity(row: FidelityRow) -> Line:
-    return {
-        "strategy": row.strategy,
-        "shape": row.shape,
-        "learning rate": row.learning_rate,
-        "updates": row.updates,
-        "update's effect, nats": row.signal_nats,
-        "error as served, nats": row.served_error_nats,
-        "error of the weights, nats": row.weights_error_nats,
-        "update lost, %": 100 * row.lost_share,
-        "weights moved, %": 100 * row.changed_share,
-    }
-
-
-def _drift(row: DriftRow) -> Line:
-    return {
-        "strategy": row.strategy,
-        "shape": row.shape,
-        "syncs": row.cycles,
-        "mean drift, % of |W|": 100 * row.mean_relative,
-        "largest": row.max_abs,
-        "base's log-probs moved, nats": row.logprob_shift_nats,
-    }
-
-
-def _step(row: StepRow) -> Line:
-    return {
-        "strategy": row.strategy,
-        "shape": row.shape,
-        "rows": row.rows,
-        "prompt tokens": row.prompt_tokens,
-        "new tokens": row.completion_tokens,
-        "generate s": row.generate_s,
-        "train s": row.train_s,
-        "sync s": row.sync_s,
-        "step s": row.step_s,
-        "x native": row.ratio_to_native,
-    }
-
-
-def _rollback(row: RollbackRow) -> Line:
-    return {
-        "strategy": row.strategy,
-        "shape": row.shape,
-        "version": row.case,
-        "median ms": ms(row.median_s),
-        "p95 ms": ms(row.p95_s),
-        "x native": row.ratio_to_native,
-        "off what it was, nats": row.error_nats,
-    }
 
 
 def ms(seconds: float) -> float:
     return 1e3 * seconds
 
 
-_TABLES: tuple[tuple[str, str, Callable[[Any], Line]], ...] = (
-    ("sync", "Sync: until the engine can sample from the new policy", _sync),
-    ("truth", "Truth: log-probs of the served policy against an fp32 reference", _truth),
-    ("memory", "Memory: trainer and engine in one process", _memory),
-    ("decode", "Decode: completions of a served policy", _decode),
-    ("break_even", "Break-even: the completion lengths at which merging is faster", _break_even),
-    ("fidelity", "Fidelity: what is left of an update", _fidelity),
-    ("drift", "Drift: the trainer's frozen base after many syncs", _drift),
-    ("step", "Step: generate, train, sync", _step),
-    ("rollback", "Rollback: back on an earlier version", _rollback),
-)
+def _line(row: Row, columns: Columns) -> Line:
+    return {"strategy": row.strategy, "shape": row.shape, **{head: value(row) for head, value in columns.items()}}
+
+
+def _scaled(name: str, factor: float) -> Callable[[Any], float | None]:
+    field = attrgetter(name)
+    return lambda row: None if (value := field(row)) is None else factor * value
+
+
+def _ms(name: str) -> Callable[[Any], float | None]:
+    return _scaled(name, 1e3)
+
+
+def _mib(name: str) -> Callable[[Any], float | None]:
+    return _scaled(name, 1 / (1 << 20))
+
+
+def _percent(name: str) -> Callable[[Any], float | None]:
+    return _scaled(name, 100)
+
+
+def _phases(row: SyncRow) -> str:
+    return ", ".join(f"{name} {ms(value):.2f}" for name, value in row.phases_s.items())
+
+
+def _occasion(row: ProofRow) -> str:
+    return "when asked for" if row.proof == "canary" else "once an engine"
+
+
+_SYNC: Columns = {
+    "rank": attrgetter("rank"),
+    "targets": attrgetter("targets"),
+    "median ms": _ms("median_s"),
+    "p95 ms": _ms("p95_s"),
+    "x native": attrgetter("ratio_to_native"),
+    "moved MB": _scaled("moved_bytes", 1e-6),
+    "x floor": attrgetter("times_floor"),
+    "after ms": _ms("afterwards_s"),
+    "phases, ms": _phases,
+}
+_PROOF: Columns = {
+    "proof": attrgetter("proof"),
+    "when": _occasion,
+    "rows": attrgetter("rows"),
+    "tokens a row": attrgetter("tokens"),
+    "median ms": _ms("median_s"),
+    "x a push": attrgetter("ratio_to_push"),
+}
+_TRUTH: Columns = {
+    "error, nats": attrgetter("error_nats"),
+    "bf16 noise, nats": attrgetter("noise_nats"),
+    "adapter's effect, nats": attrgetter("signal_nats"),
+    "verdict": lambda row: "serves it" if row.passed else "SERVES ANOTHER POLICY",
+}
+_MEMORY: Columns = {
+    "of": lambda row: "PSS" if row.kind == "pss" else "CUDA allocated",
+    "trainer MiB": _mib("trainer_bytes"),
+    "engine MiB": _mib("engine_bytes"),
+    "syncs MiB": _mib("sync_bytes"),
+    "tmpfs MiB": _mib("tmpfs_bytes"),
+    "peak MiB": _mib("peak_bytes"),
+    "CUDA reserved MiB": _mib("reserved_peak_bytes"),
+    "x native": attrgetter("ratio_to_native"),
+    "base weights MiB": _mib("weights_bytes"),
+    "copies of the base": attrgetter("copies"),
+    "KV cache tokens": attrgetter("kv_tokens"),
+}
+_DECODE: Columns = {
+    "rows": attrgetter("rows"),
+    "prompt tokens": attrgetter("prompt_tokens"),
+    "new tokens": attrgetter("completion_tokens"),
+    "ms a token": _ms("tpot_s"),
+    "x native (decode)": attrgetter("tpot_ratio_to_native"),
+    "tokens/s": attrgetter("tokens_per_s"),
+    "prefill ms": _ms("prefill_s"),
+    "prefill tokens/s": attrgetter("prefill_tokens_per_s"),
+    "x native (prefill)": attrgetter("prefill_ratio_to_native"),
+    "KV cache tokens": attrgetter("kv_tokens"),
+    "threads": attrgetter("threads"),
+}
+_BREAK_EVEN: Columns = {
+    "rows": attrgetter("rows"),
+    "sync behind native, ms": _ms("sync_gain_s"),
+    "prefill ahead, ms": _ms("prefill_loss_s"),
+    "decode ahead, ms a token": _ms("decode_loss_s_per_token"),
+    "merging wins": wins,
+    "measured up to, tokens": attrgetter("measured_up_to_tokens"),
+}
+_FIDELITY: Columns = {
+    "learning rate": attrgetter("learning_rate"),
+    "updates": attrgetter("updates"),
+    "update's effect, nats": attrgetter("signal_nats"),
+    "error as served, nats": attrgetter("served_error_nats"),
+    "error of the weights, nats": attrgetter("weights_error_nats"),
+    "update lost, %": _percent("lost_share"),
+    "weights moved, %": _percent("changed_share"),
+}
+_DRIFT: Columns = {
+    "syncs": attrgetter("cycles"),
+    "mean drift, % of |W|": _percent("mean_relative"),
+    "largest": attrgetter("max_abs"),
+    "base's log-probs moved, nats": attrgetter("logprob_shift_nats"),
+}
+_STEP: Columns = {
+    "rows": attrgetter("rows"),
+    "prompt tokens": attrgetter("prompt_tokens"),
+    "new tokens": attrgetter("completion_tokens"),
+    "generate s": attrgetter("generate_s"),
+    "train s": attrgetter("train_s"),
+    "sync s": attrgetter("sync_s"),
+    "step s": attrgetter("step_s"),
+    "x native": attrgetter("ratio_to_native"),
+}
+_ROLLBACK: Columns = {
+    "version": attrgetter("case"),
+    "median ms": _ms("median_s"),
+    "p95 ms": _ms("p95_s"),
+    "x native": attrgetter("ratio_to_native"),
+    "off what it was, nats": attrgetter("error_nats"),
+}
+_ENDURANCE: Columns = {
+    "rank": attrgetter("rank"),
+    "syncs": lambda row: f"{row.first} to {row.last}",
+    "median ms": _ms("median_s"),
+    "PSS MiB": _mib("memory_bytes"),
+    "CUDA allocated MiB": _mib("cuda_bytes"),
+    "tmpfs MiB": _mib("tmpfs_bytes"),
+}
+_SLOPES: Columns = {
+    "rank": attrgetter("rank"),
+    "syncs": attrgetter("syncs"),
+    "ms": _ms("seconds_per_1000"),
+    "ms, %": _percent("time_share"),
+    "PSS MiB": _mib("memory_bytes_per_1000"),
+    "PSS, %": _percent("memory_share"),
+    "CUDA allocated MiB": _mib("cuda_bytes_per_1000"),
+    "tmpfs MiB": _mib("tmpfs_bytes_per_1000"),
+    "tmpfs, %": _percent("tmpfs_share"),
+}
+_TABLES: dict[str, tuple[str, Columns]] = {
+    "sync": ("Sync: until the engine can sample from the new policy", _SYNC),
+    "proof": ("Proofs that are not part of a push", _PROOF),
+    "truth": ("Truth: log-probs of the served policy against an fp32 reference", _TRUTH),
+    "memory": ("Memory: trainer and engine in one process", _MEMORY),
+    "decode": ("Decode: completions of a served policy", _DECODE),
+    "break_even": ("Break-even: the completion lengths at which merging is faster", _BREAK_EVEN),
+    "fidelity": ("Fidelity: what is left of an update", _FIDELITY),
+    "drift": ("Drift: the trainer's frozen base after many syncs", _DRIFT),
+    "step": ("Step: generate, train, sync", _STEP),
+    "rollback": ("Rollback: back on an earlier version", _ROLLBACK),
+    "endurance": ("Endurance: many syncs on one engine, a tenth a line", _ENDURANCE),
+    "slopes": ("Endurance: change per 1,000 syncs, by lines through the tenths", _SLOPES),
+}

@@ -1,6 +1,7 @@
 """A process with one strategy alive in it, told what to do line by line: `python -m lora_grpo.bench.worker REPLY_FD`.
 
 Requests are JSON lines on stdin, replies JSON lines on a descriptor of their own: vLLM and PEFT print to stdout.
+Our own errors are replies; any other ends the process, and its log, which the parent quotes, has the traceback.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from lora_grpo.bench.plan import Subject
 from lora_grpo.errors import LoraGrpoError
 
 if TYPE_CHECKING:
+    from lora_grpo.bench.memory import Levels
     from lora_grpo.bench.strategies.base import Strategy
 
 
@@ -31,8 +32,8 @@ class Bench:
     subject: Subject
     base_logprobs: list[list[float]]
     """Of `fidelity.sequences`, before the first sync."""
-    levels: dict[str, Any]
-    """Memory before the trainer, with it, and with the engine (`memory.level`)."""
+    levels: Levels
+    """What trainer and engine grew by when they were loaded."""
 
 
 class Worker:
@@ -64,17 +65,13 @@ def prepare(subject: Subject) -> Bench:
     """Load trainer and engine of a subject."""
     from lora_grpo.bench import fidelity, memory
     from lora_grpo.bench.strategies import load_strategy
-    from lora_grpo.bench.strategies.trainer import Trainer
     from lora_grpo.engines import compat
 
     subject = replace(subject, tmpfs=_own(subject.tmpfs), disk=_own(subject.disk))
     strategy = load_strategy(subject.strategy)()
     compat.import_vllm()
-    levels = {"start": memory.level(subject.device)}
-    trainer = Trainer(subject)
-    levels["trainer"] = memory.level(subject.device)
-    strategy.prepare(subject, trainer)
-    levels["engine"] = memory.level(subject.device)
+    levels = memory.Levels(subject.device)
+    strategy.prepare(subject, levels.seen)
     return Bench(strategy, subject, strategy.logprobs(fidelity.sequences(subject)), levels)
 
 
@@ -96,9 +93,6 @@ def _reply(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
         return {"result": worker.answer(request)}
     except LoraGrpoError as error:
         return {"error": str(error), "type": type(error).__name__}
-    except Exception as error:  # noqa: BLE001 - a benchmark outlives what it measures
-        traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}", "type": "EngineError", "bug": True}
 
 
 def _die_with(parent: int) -> None:

@@ -27,6 +27,7 @@ from lora_grpo.cli.output import say_error
 from lora_grpo.cli.pin import pin, unpin
 from lora_grpo.cli.prune import prune
 from lora_grpo.cli.rollback import rollback
+from lora_grpo.cli.serve import serve
 from lora_grpo.cli.store_server import store_server
 from lora_grpo.cli.train import train
 from lora_grpo.cli.verify import verify
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "diff": diff,
     "compare": compare,
     "export": export,
+    "serve": serve,
     "store-server": store_server,
     "bench": bench,
     "demo": demo,

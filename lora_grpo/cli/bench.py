@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,34 +16,45 @@ from lora_grpo.cli.output import print_json, print_table, say, say_error
 
 if TYPE_CHECKING:
     from lora_grpo.bench.runner import Progress
-    from lora_grpo.bench.schema import Document
+    from lora_grpo.bench.schema import Document, Settings
     from lora_grpo.bench.suite import Suite
 
 
+Part = Annotated[
+    str,
+    typer.Argument(metavar="PART", help="sync, memory, decode, fidelity, step, rollback, endurance, all; or report."),
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(help="A model of this shape with random weights: tiny, qwen2.5-0.5b, -1.5b, -7b, llama-3.1-8b."),
+]
+Model = Annotated[str | None, typer.Option(help="A hub name or directory, in place of a shape.")]
+Scenario = Annotated[Path | None, typer.Option(help="A TOML file with settings for each part.")]
+Ranks = Annotated[str | None, typer.Option(help="LoRA ranks, such as 16,8,64; the first is the main one.")]
+Strategies = Annotated[str | None, typer.Option(help="What is compared, such as native,merge-trl.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda:0.")]
+Repeat = Annotated[int | None, typer.Option(min=1, help="Measurements of each strategy.")]
+Out = Annotated[Path | None, typer.Option(help="Directory for JSON, report and plots; a cut-off run resumes.")]
+Models = Annotated[Path | None, typer.Option(help="Keep models made from shapes here. Default: /dev/shm, for now.")]
+Compare = Annotated[Path | None, typer.Option(help="A results.json to compare ratios with; exit 1 outside.")]
+Tolerance = Annotated[float, typer.Option(min=0.0, help="Relative tolerance of --compare.")]
+Readme = Annotated[Path | None, typer.Option(help="With report: put the figures into this file.")]
+
+
 def bench(
-    part: Annotated[
-        str,
-        typer.Argument(metavar="PART", help="sync, memory, decode, fidelity, step, rollback, all; or report."),
-    ],
-    shape: Annotated[
-        str | None,
-        typer.Option(help="A model of this shape with random weights: tiny, qwen2.5-0.5b, -1.5b, -7b, llama-3.1-8b."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="A hub name or directory, in place of a shape.")] = None,
-    scenario: Annotated[Path | None, typer.Option(help="A TOML file with settings for each part.")] = None,
-    ranks: Annotated[str | None, typer.Option(help="LoRA ranks, such as 16,8,64; the first is the main one.")] = None,
-    strategies: Annotated[str | None, typer.Option(help="What is compared, such as native,merge-trl.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda:0.")] = None,
-    repeat: Annotated[int | None, typer.Option(min=1, help="Measurements of each strategy.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for JSON, report and plots; a cut-off run resumes.")
-    ] = None,
-    models: Annotated[
-        Path | None, typer.Option(help="Keep models made from shapes here. Default: /dev/shm, for now.")
-    ] = None,
-    compare: Annotated[Path | None, typer.Option(help="A results.json to compare ratios with; exit 1 outside.")] = None,
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Relative tolerance of --compare.")] = 0.3,
-    readme: Annotated[Path | None, typer.Option(help="With report: put the figures into this file.")] = None,
+    part: Part,
+    shape: Shape = None,
+    model: Model = None,
+    scenario: Scenario = None,
+    ranks: Ranks = None,
+    strategies: Strategies = None,
+    device: Device = None,
+    repeat: Repeat = None,
+    out: Out = None,
+    models: Models = None,
+    compare: Compare = None,
+    tolerance: Tolerance = 0.3,
+    readme: Readme = None,
 ) -> None:
     """Measure native hot-swap against merging: speed, memory, truth.
 
@@ -59,13 +70,7 @@ def bench(
 
     parts = plan_parts(part, scenario, options)
     baseline = None if compare is None else _read(compare)
-    from lora_grpo.bench.suite import Suite
-
-    with Suite(parts, command=_command(), out=out, models=models) as suite:
-        print_table([{"": name, "value": str(value)} for name, value in suite.card.items()], "lora-grpo bench")
-        interrupted = _measure(suite)
-        document = suite.document()
-        suite.finish(document)
+    document, interrupted = _run(parts, out, models)
     _show(document, out)
     held = baseline is None or _compare(document, baseline, tolerance)
     print_json(document.model_dump(mode="json"))
@@ -74,6 +79,18 @@ def bench(
         raise typer.Exit(130)
     if document.failures or not held:
         raise typer.Exit(1)
+
+
+def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -> tuple[Document, bool]:
+    """What was measured, and whether that was interrupted."""
+    from lora_grpo.bench.suite import Suite
+
+    with Suite(parts, command=_command(), out=out, models=models) as suite:
+        print_table([{"": name, "value": str(value)} for name, value in suite.card.items()], "lora-grpo bench")
+        interrupted = _measure(suite)
+        document = suite.document()
+        suite.finish(document)
+    return document, interrupted
 
 
 def _measure(suite: Suite) -> bool:

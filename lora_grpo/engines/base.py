@@ -102,6 +102,10 @@ class RemoteEngine(Engine, Protocol):
     """An engine of one or many servers, none of which can be looked into: it is told what the trainer computes, and
     compares what they answer. Its `proof` is "behaviour"."""
 
+    @property
+    def pulls(self) -> bool:
+        """Whether servers pull versions from the store, so that a version has to be in it to be loaded."""
+
     def load(self, version: AdapterVersion, *, expected: list[list[float]] | None = None) -> LoadReceipt:
         """`Engine.load` on every server or on none.
 

@@ -278,7 +278,7 @@ def abort_everything(llm: Any) -> None:
         raise EngineError("vLLM holds cache blocks of requests that failed; close this engine and start another")
 
 
-def shutdown(llm: Any, *, last: bool, joined: bool) -> None:
+def shutdown(llm: Any, *, last: bool, joined: bool = False) -> None:
     """Stop an in-process engine; with `last`, tear down the process-wide parallel state too.
 
     What vLLM 0.32 does by itself, also when an engine is collected, tears that down always: other engines could

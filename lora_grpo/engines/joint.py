@@ -152,6 +152,10 @@ class EngineOfFirst(_Joint):
 class RemoteEngineOfFirst(EngineOfFirst):
     """Servers."""
 
+    @property
+    def pulls(self) -> bool:
+        return self._ask(lambda engine: cast(RemoteEngine, engine).pulls)
+
     def load(self, version: AdapterVersion, *, expected: list[list[float]] | None = None) -> LoadReceipt:
         return self._ask(lambda engine: cast(RemoteEngine, engine).load(version, expected=expected))
 

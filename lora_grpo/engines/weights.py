@@ -115,7 +115,7 @@ class PlainEngine:
         return kv_tokens(self._llm)
 
     def close(self) -> None:
-        compat.shutdown(self._llm, joined=False, last=True)
+        compat.shutdown(self._llm, last=True)
         del self._llm
 
     def _packed(self) -> Mapping[str, Sequence[str]]:

@@ -1,17 +1,26 @@
-"""Sums and metrics over all training processes, and what one process has to say of a metric."""
+"""All training processes: sums and metrics over them, what one tells the others, and errors that all of them get."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple
+import os
+import pickle
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from lora_grpo.errors import ConfigError, LoraGrpoError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Reduction = Literal["mean", "min", "max"]
+T = TypeVar("T")
+Order = TypeVar("Order")
+Result = TypeVar("Result")
 
 
 class Observed(NamedTuple):
@@ -39,12 +48,125 @@ def row_means(values: Tensor, mask_BT: Tensor) -> Tensor:
     return (values * mask_BT).sum(dim=1) / mask_BT.sum(dim=1)
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What one process raised, as the others are told."""
+
+    process: int
+    kind: type[BaseException]
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException, process: int) -> Failure:
+        """A class that the others could not import, or not build from a sentence, becomes a `RuntimeError`."""
+        kind, message = type(error), str(error)
+        process = getattr(error, "process", process)
+        try:
+            pickle.dumps(kind)
+            kind(message)
+        except (TypeError, AttributeError, pickle.PicklingError):
+            kind, message = RuntimeError, f"{type(error).__name__}: {error}"
+        return cls(process, kind, message.removeprefix(f"process {process}: "))
+
+    def error(self) -> BaseException:
+        error = self.kind(f"process {self.process}: {self.message}")
+        error.process = self.process  # type: ignore[attr-defined]
+        return error
+
+
 class Processes:
-    """This process among all those that train; without an accelerator it is the only one."""
+    """This process among all those that train; without an accelerator it is the only one.
+
+    Every method is called by all of them, in one order. They wait for each other as long as their process group's
+    timeout says (accelerate's `InitProcessGroupKwargs`); one that dies is an error in the others at once.
+    """
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
+        """Raises `ConfigError` for an accelerator that is not joined with all the processes that were launched."""
         self._accelerator = accelerator
         self.count: int = accelerator.num_processes if accelerator else 1
+        self.index: int = accelerator.process_index if accelerator else 0
+
+        launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else self.count
+        if accelerator is not None and launched != self.count:
+            raise ConfigError(
+                f"this is one of {launched} processes, but its process group has {self.count}, and it would train "
+                "alone: build accelerate's Accelerator() before any engine"
+            )
+
+    def share(self, value: T) -> T:
+        """The first process's value, pickled; what the others give is not looked at."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        shared: T = broadcast_object_list([value])[0]
+        return shared
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in their order, everywhere."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        gathered: list[T] = gather_object([value])
+        return gathered
+
+    def first(self, act: Callable[[], T]) -> T:
+        """What `act` gives in the first process, everywhere; it runs nowhere else. What it raises, all raise."""
+        if self.count == 1:
+            return act()
+        tried = attempt(act, self.index) if self.index == 0 else None
+        value, failure = self.share((tried.value, tried.failure) if tried else (None, None))
+        if failure is not None:
+            raise failure.error() from (tried and tried.error)
+        return value  # type: ignore[return-value]
+
+    def each(self, act: Callable[[], T]) -> T:
+        """What `act` gives here; it runs in all. What it raises in any, all raise, the culprit's index in the message.
+
+        Collectives in `act` must be ones that no process leaves out by raising before them.
+        """
+        if self.count == 1:
+            return act()
+        tried = attempt(act, self.index)
+        failures = [failure for failure in self.gather(tried.failure) if failure is not None]
+        if failures:
+            raise failures[0].error() from tried.error
+        return tried.value  # type: ignore[return-value]
+
+    def lead(self, act: Callable[[Callable[[Order], Result]], T], follow: Callable[[Order], Result]) -> T:
+        """`act` runs in the first process; each order that it gives to its argument, all carry out with `follow`.
+
+        What `act` gives or raises, all give or raise. Errors of this package end an order alike in all processes, and
+        the next may come; after any other there is no saying where each of them stands, and this one just raises.
+        """
+        if self.count == 1:
+            return act(follow)
+        if self.index:
+            return self._obey(follow)
+        orders = _Orders(self, follow)
+        tried = attempt(lambda: act(orders), self.index)
+        if not orders.broken:
+            self.share(_End(tried.value, tried.failure))
+        if tried.error is not None:
+            raise tried.error
+        return tried.value  # type: ignore[return-value]
+
+    def _obey(self, follow: Callable[[Any], object]) -> Any:
+        nothing: Any = None
+        while not isinstance(said := self.share(nothing), _End):
+            try:
+                follow(said)
+            except LoraGrpoError:
+                continue
+        if said.failure is not None:
+            raise said.failure.error()
+        return said.value
+
+    def part(self, length: int) -> slice:
+        """This process's part of a list of `length`: parts are contiguous and differ by one item at most."""
+        return slice(self.index * length // self.count, (self.index + 1) * length // self.count)
 
     def sum(self, tensor: Tensor) -> Tensor:
         return self._reduce(tensor, "sum")
@@ -99,3 +221,47 @@ class Processes:
 def _greatest(values_N: Tensor) -> Tensor:
     """-inf where there is none."""
     return torch.cat([values_N, values_N.new_full((1,), -torch.inf)]).amax()
+
+
+class Attempt(NamedTuple):
+    """How a call ended: with a value, or with an error and what the others are told of it."""
+
+    value: object
+    failure: Failure | None
+    error: BaseException | None
+
+
+def attempt(act: Callable[[], object], process: int) -> Attempt:
+    """Whatever ends the call, Ctrl-C included: the others wait to be told, so nothing may pass by unsaid."""
+    try:
+        return Attempt(act(), None, None)
+    except BaseException as error:  # noqa: BLE001 - raised again by all processes
+        return Attempt(None, Failure.of(error, process), error)
+
+
+class _End(NamedTuple):
+    """The last word of a `lead`."""
+
+    value: object
+    failure: Failure | None
+
+
+class _Orders(Generic[Order, Result]):
+    """Gives orders, one at a time from whatever thread."""
+
+    def __init__(self, processes: Processes, follow: Callable[[Order], Result]) -> None:
+        self._processes, self._follow = processes, follow
+        self._one_at_a_time = threading.Lock()
+        self.broken = False
+
+    def __call__(self, order: Order) -> Result:
+        with self._one_at_a_time:
+            self.broken = True
+            try:
+                self._processes.share(order)
+                result = self._follow(order)
+            except LoraGrpoError:
+                self.broken = False
+                raise
+            self.broken = False
+            return result

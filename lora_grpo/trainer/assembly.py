@@ -14,10 +14,14 @@ from lora_grpo.adapters.locks import holder
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
 from lora_grpo.engines.base import Engine
-from lora_grpo.errors import StoreLocked
+from lora_grpo.engines.joint import EngineInEach
+from lora_grpo.engines.owned import OwnedEngine, owned
+from lora_grpo.errors import ConfigError, StoreLocked
+from lora_grpo.grpo.optimizer import build_optimizer
 from lora_grpo.metrics import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
+from lora_grpo.trainer.crew import Crew, CrewEngine, Unheard, launched
 from lora_grpo.trainer.models import (
     Sharing,
     adapted_leaves,
@@ -36,11 +40,10 @@ __all__ = ["Parts", "assemble", "keeps_state", "refuse_live", "retention"]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer drives."""
+    """What a trainer drives. With several processes, the first one's `engine` stands for all of theirs."""
 
     engine: Engine
     model: nn.Module
-    store: AdapterStore
     policy: Policy
     sync: NativeSync
     pad_token_id: int
@@ -48,7 +51,8 @@ class Parts:
 
 def assemble(
     closing: ExitStack,
-    reporter: Reporter,
+    reporter: Reporter | Unheard,
+    crew: Crew,
     config: GRPOConfig,
     *,
     model: ModelConfig | nn.Module,
@@ -61,31 +65,32 @@ def assemble(
     store_root: str | Path | None,
     share_base_weights: Sharing,
 ) -> Parts:
-    """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files."""
-    refuse_live(run_dir)
-    store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
-    closing.callback(store.close)
-    if engine is None:
-        reporter.message(f"memory: {planned_memory(model, peft_config, engine_config)}")
-        reporter.message("starting the engine")
-        with reporter.capture():
-            engine = build_engine(
-                model,
-                engine_config,
-                lora_rank(model, peft_config),
-                targets=adapted_leaves(model, peft_config),
-                share_base_weights=share_base_weights is True,
-            )
-        closing.callback(engine.close)
+    """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
+
+    With several processes, each builds its own; only the store is the first one's.
+    """
+    processes, accelerator = crew.processes, launched()
+    processes.first(lambda: refuse_live(run_dir))
+    store = processes.each(lambda: _open_store(crew, store_root, run_dir, keep))
+    if store is not None:
+        closing.callback(store.close)
+    built = not any(processes.gather(engine is not None))
+    if built:
+        shares, sized = share_base_weights is True, with_room(engine_config, config.max_staleness)
+        engine = _start_engine(reporter, model, peft_config, sized, shares=shares)
+    if engine is not None:
+        engine = taken_over(closing, engine, config, built=built)
     with reporter.capture():
-        base = shared_base(share_base_weights, model, engine, reporter.message)
-        policy_model: Any = build_policy_model(model, peft_config, config.seed, base)
-    check_same_device(policy_model, engine)
-    policy = Policy(policy_model, config)
+        base = None if engine is None else shared_base(share_base_weights, model, engine, reporter.message)
+        policy_model, optimizer = _distributed(build_policy_model(model, peft_config, config.seed, base), config, base)
+    if engine is not None:
+        check_same_device(policy_model, engine)
+    policy = Policy(policy_model, config, accelerator=accelerator, optimizer=optimizer)
     sync = NativeSync(
         policy_model,
         engine,
         store,
+        accelerator=accelerator,
         optimizer=policy.optimizer,
         scheduler=policy.scheduler,
         keep_state=keeps_state(keep),
@@ -94,7 +99,71 @@ def assemble(
     tokenizer = getattr(engine, "tokenizer", None)
     if processing_class is not None:
         check_same_vocabulary(processing_class, tokenizer)
-    return Parts(engine, policy_model, store, policy, sync, pad_token_id(processing_class or tokenizer))
+    padding = processes.share(pad_token_id(processing_class or tokenizer))
+    return Parts(_led(crew, sync, engine), policy_model, policy, sync, padding)
+
+
+def _open_store(crew: Crew, root: str | Path | None, run_dir: Path, keep: KeepConfig) -> AdapterStore | None:
+    if not crew.leads:
+        return None
+    return AdapterStore(root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
+
+
+def _start_engine(
+    reporter: Reporter | Unheard,
+    model: ModelConfig | nn.Module,
+    peft_config: Any,
+    engine_config: EngineConfig,
+    *,
+    shares: bool,
+) -> Engine:
+    reporter.message(f"memory: {planned_memory(model, peft_config, engine_config, shared_base=shares)}")
+    reporter.message("starting the engine")
+    with reporter.capture():
+        return build_engine(
+            model,
+            engine_config,
+            lora_rank(model, peft_config),
+            targets=adapted_leaves(model, peft_config),
+            share_base_weights=shares,
+        )
+
+
+def _led(crew: Crew, sync: NativeSync, engine: Engine | None) -> Engine:
+    """The engine that the trainer asks: its own, unless there is one in every process."""
+    if engine is None or not crew.leads:
+        return sync.engine
+    return CrewEngine(crew, engine) if isinstance(sync.engine, EngineInEach) else engine
+
+
+def _distributed(model: nn.Module, config: GRPOConfig, base: Any) -> tuple[Any, Any]:
+    """The model with its optimizer as accelerate's FSDP2 shards them, if it is set to; else the model, and None."""
+    accelerator = launched()
+    if accelerator is None or not accelerator.is_fsdp2:
+        return model, None
+    if base is not None:
+        raise ConfigError("share_base_weights with FSDP2 would shard the engine's own weights; leave it False")
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
+    return model, optimizer
+
+
+def with_room(config: EngineConfig, max_staleness: int) -> EngineConfig:
+    """Slots for the version of a rollout that goes on, and for those that may be published meanwhile."""
+    if not max_staleness:
+        return config
+    roomy: EngineConfig = config.replace(max_loras=max(config.max_loras, max_staleness + 1))
+    return roomy
+
+
+def taken_over(closing: ExitStack, engine: Engine, config: GRPOConfig, *, built: bool) -> Engine:
+    """The engine as the trainer uses it. Where generation goes on while the trainer works, a thread owns it."""
+    if config.max_staleness:
+        engine = owned(engine, config.stall_timeout_s)
+    if built:
+        closing.callback(engine.close)
+    elif isinstance(engine, OwnedEngine):
+        closing.callback(engine.release)
+    return engine
 
 
 def refuse_live(run_dir: Path) -> None:

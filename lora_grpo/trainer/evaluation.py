@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import GRPOConfig
@@ -19,6 +19,7 @@ from lora_grpo.rewards import RewardFunction, reward_names, score
 from lora_grpo.trainer.rollouts import greedy_sampling
 
 FOLDER = "evaluations"
+Rewards: TypeAlias = list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,16 @@ def evaluate(
     data: PromptDataset,
     reward_funcs: Sequence[RewardFunction],
     config: GRPOConfig,
+    scored: Callable[[Callable[[], Rewards]], Rewards] = lambda scoring: scoring(),
 ) -> Evaluation:
     """Mean of each reward over all held-out prompts, answered greedily; `reward` is their weighted sum.
 
+    `scored` calls what calls the reward functions.
     Columns that hold booleans split the reward further: `reward/COLUMN=true`, `reward/COLUMN=false`.
     """
     prompts, columns = data.select(range(len(data)))
     groups = engine.generate(prompts, greedy_sampling(config), adapter=version)
-    rewards_BF = score(reward_funcs, groups, columns)
+    rewards_BF = scored(lambda: score(reward_funcs, groups, columns))
     names, weights = reward_names(reward_funcs), config.reward_weights or (1.0,) * len(reward_funcs)
     rows = []
     for p, (group, rewards) in enumerate(zip(groups, rewards_BF, strict=True)):

@@ -13,7 +13,7 @@ from lora_grpo.data import SamplerState
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
 from lora_grpo.metrics import Reporter
 from lora_grpo.rollback import RollbackReport, Target, resolve
-from lora_grpo.state import scale_learning_rate
+from lora_grpo.trainer import crew
 from lora_grpo.trainer.evaluation import saved_evaluations
 
 if TYPE_CHECKING:
@@ -27,16 +27,17 @@ def roll_back(
     """Engine and trainer go on from `to`; data position and learning rate are written down before `HEAD` moves."""
     log, left = trainer.rollback_log, trainer.version
     version = resolve(trainer.store, to)
+    trainer.rollouts.drop("rollback")
     scale = log.learning_rate_scale * learning_rate_factor
     sampler: Any = trainer.sampler.state_dict()
     log.add(Rollback(left.number, version.number, dict(sampler), scale, reason, time.time()))
     try:
-        report = trainer.sync.rollback(version.number)
+        report = trainer.crew(crew.roll_back, version.number)
     except BaseException:
         log.take_back()
         raise
     before = scale / learning_rate_factor if report.weights == "rounded" else _scale_of(report.extra)
-    scale_learning_rate(trainer.policy.optimizer, trainer.policy.scheduler, scale / before)
+    trainer.crew(crew.scale_learning_rates, scale / before)
     trainer.take_up(version.step, without_signal=0)
     return report
 
@@ -68,21 +69,19 @@ def resume(trainer: GRPOTrainer) -> RollbackReport | None:
     if head is None:
         return None
     log.settle(head.number)
-    if head.step == 0 and "state" not in trainer.store.where(head.number) and trainer.sync.adopt(head):
+    if head.step == 0 and "state" not in trainer.store.where(head.number) and trainer.crew(crew.adopt, head):
         return RollbackReport(head, head, "exact", "kept", "kept", "kept", {})
     waiting = log.waits_at(head.number)
     if waiting and "state" not in trainer.store.where(head.number):
         _restore_schedule_of(trainer, log.entries[-1].left)
-        report = trainer.sync.rollback(head.number)
+        report = trainer.crew(crew.roll_back, head.number)
     else:
-        report = trainer.sync.rollback(_with_state(trainer, head).number)
+        report = trainer.crew(crew.roll_back, _with_state(trainer, head).number)
     extra = report.extra or None
     position = log.data_position(extra)
     if position is not None:
         trainer.sampler.load_state_dict(cast(SamplerState, position))
-    scale_learning_rate(
-        trainer.policy.optimizer, trainer.policy.scheduler, log.learning_rate_scale / _scale_of(report.extra)
-    )
+    trainer.crew(crew.scale_learning_rates, log.learning_rate_scale / _scale_of(report.extra))
     idle = 0 if waiting or extra is None else int(extra["without_signal"])
     trainer.take_up(report.version.step, without_signal=idle)
     return report
@@ -95,7 +94,7 @@ def state_for(trainer: GRPOTrainer, step: int) -> dict[str, Any]:
         "rollbacks": trainer.rollbacks,
         "learning_rate_scale": trainer.rollback_log.learning_rate_scale,
         "without_signal": trainer.without_signal,
-        "sampler": trainer.sampler.state_dict(),
+        "sampler": trainer.rollouts.position(),
     }
 
 
@@ -142,9 +141,9 @@ def _restore_schedule_of(trainer: GRPOTrainer, left: int) -> None:
     following: int | None = left
     while following is not None:
         version = trainer.store.get(following)
-        if trainer.sync.restore_trainer(version):
+        if trainer.crew(crew.restore_trainer, version):
             extra = state_extra(trainer.store, following) or {}
-            scale_learning_rate(trainer.policy.optimizer, trainer.policy.scheduler, 1 / _scale_of(extra))
+            trainer.crew(crew.scale_learning_rates, 1 / _scale_of(extra))
             return
         following = version.parent
 

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import torch
 from torch import nn
 
 from lora_grpo.adapters.rollbacks import RollbackLog
+from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
 from lora_grpo.data import PromptDataset, PromptSampler, Rows, load_prompts
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError, TrainingError
+from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics import Reporter, plot_run
 from lora_grpo.rewards import RewardFunction, check_columns
 from lora_grpo.rollback import RollbackReport, Target, resolve
 from lora_grpo.trainer import going_back
 from lora_grpo.trainer.assembly import assemble
+from lora_grpo.trainer.crew import Crew, Unheard, launched, led, push, seed_everything
 from lora_grpo.trainer.evaluation import Evaluation, evaluate, save_evaluation
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Sharing
+from lora_grpo.trainer.overlap import rollouts_of
 from lora_grpo.trainer.rollouts import RolloutFunc
 from lora_grpo.trainer.steering import apply_requests
-from lora_grpo.trainer.stepping import Clock, learn, of_the_version, reward, roll_out, sample_rows, step_metrics
+from lora_grpo.trainer.stepping import Clock, learn, of_the_version, sample_rows, step_metrics
 from lora_grpo.trainer.summary import run_info, summary
 
 PATIENCE_STEPS = 10
@@ -60,6 +63,10 @@ class GRPOTrainer:
     ) -> None:
         """Build everything that is not given: the engine on `model`, the PEFT model, the store.
 
+        Started by `accelerate launch` or `torchrun`, every process builds and calls the same; the first one runs the
+        trainer and keeps the run, each has an engine of its own (or all share the first one's server), and the steps
+        are those of a single process with as many rows an update.
+
         `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`), or a PeftModel on one of them. An
         `engine` that is given stays open when the trainer closes. `guard` rolls back on its own when the run goes
         astray. `share_base_weights` has trainer and engine hold one copy of the base, in the engine's dtype: "auto"
@@ -78,12 +85,14 @@ class GRPOTrainer:
         if guard is not None:
             guard.check(self.config)
         self._view = view
+        self.crew = Crew(Processes(launched()))
         self._closing = ExitStack()
-        with self._reporting() as reporter, ExitStack() as on_failure:
+        with self._reporting() if self.crew.leads else nullcontext(Unheard()) as reporter, ExitStack() as on_failure:
             on_failure.callback(self._closing.close)
             self.parts = assemble(
                 self._closing,
                 reporter,
+                self.crew,
                 self.config,
                 model=ModelConfig(name=str(model)) if isinstance(model, str | Path) else model,
                 peft_config=peft_config,
@@ -95,10 +104,13 @@ class GRPOTrainer:
                 store_root=store_root,
                 share_base_weights=share_base_weights,
             )
+            self.crew.parts = self.parts
+            self.engine, self.model = self.parts.engine, self.parts.model
+            self.policy, self.sync = self.parts.policy, self.parts.sync
+            self.rollouts = rollouts_of(self)
+            self._closing.callback(self.rollouts.close)
             on_failure.pop_all()
-        self.engine, self.model, self.store = self.parts.engine, self.parts.model, self.parts.store
-        self.policy, self.sync = self.parts.policy, self.parts.sync
-        prompts_per_step = self.config.rows_per_step(1) // self.config.num_generations
+        prompts_per_step = self.config.rows_per_step(self.crew.processes.count) // self.config.num_generations
         self.sampler = PromptSampler(len(self.train_data), prompts_per_step, self.config.seed)
         self.rollback_log = RollbackLog(self.run_dir)
         self.steps_done, self.without_signal = 0, 0
@@ -106,6 +118,7 @@ class GRPOTrainer:
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[Evaluation] = []
 
+    @led
     def train(self) -> dict[str, Any]:
         """Run to `config.total_steps`; returns a summary. Ctrl-C and errors leave the last version intact.
 
@@ -116,16 +129,19 @@ class GRPOTrainer:
             reporter.start(run_info(self), step=self.steps_done)
             try:
                 self._begin(reporter)
-                while self.steps_done < self.config.total_steps and self.without_signal < PATIENCE_STEPS:
-                    apply_requests(self.store, self.rollback, reporter)
-                    if self._guarded_step(reporter):
-                        self._evaluate_when_due(reporter)
+                with self.rollouts.running():
+                    self._run(reporter)
             finally:
                 self.store.flush()
             result = summary(self, time.perf_counter() - started)
             reporter.end(result)
         plot_run(self.run_dir)
         return result
+
+    @property
+    def store(self) -> AdapterStore:
+        """Raises `ConfigError` in a process other than the first."""
+        return self.sync.store
 
     @property
     def version(self) -> AdapterVersion:
@@ -137,6 +153,7 @@ class GRPOTrainer:
         """How often the run was rolled back; every sampling seed depends on it."""
         return len(self.rollback_log)
 
+    @led
     def rollback(self, to: Target) -> RollbackReport:
         """Engine and trainer go on from an earlier version: a number, "parent" or "best:METRIC".
 
@@ -146,6 +163,7 @@ class GRPOTrainer:
         """
         return going_back.roll_back(self, to)
 
+    @led
     def resume(self) -> RollbackReport | None:
         """Go on with the run in `run_dir`: weights, optimizer, schedule, random state, step, prompts and `HEAD`.
 
@@ -162,6 +180,7 @@ class GRPOTrainer:
         self.steps_done, self.without_signal = step, without_signal
         self.history = [metrics for metrics in self.history if metrics["step"] <= step]
 
+    @led
     def evaluate(self) -> Evaluation:
         """Answer the held-out prompts greedily with the current version; recorded with it and in the run directory.
 
@@ -169,12 +188,15 @@ class GRPOTrainer:
         """
         if self.eval_data is None:
             raise ConfigError("there are no held-out prompts; pass eval_dataset")
-        result = evaluate(self.engine, self.version, self.eval_data, self.reward_funcs, self.config)
+        result = evaluate(
+            self.engine, self.version, self.eval_data, self.reward_funcs, self.config, scored=self.rollouts.score
+        )
         save_evaluation(self.run_dir, result)
         self.store.record(self.version, **{f"eval/{name}": value for name, value in result.metrics.items()})
         self.evaluations.append(result)
         return result
 
+    @led
     def save_model(self, directory: str | Path, which: Literal["last", "best"] = "last") -> AdapterVersion:
         """Write a version as a plain PEFT folder that `PeftModel.from_pretrained` and vLLM load.
 
@@ -201,14 +223,19 @@ class GRPOTrainer:
         for sentence in going_back.what_was_found(self.store.recovered):
             reporter.message(sentence)
         if self.store.head is None:
-            # Whatever this process drew before, a run depends on its own seed only.
-            torch.manual_seed(self.config.seed)
+            self.crew(seed_everything, self.config.seed)
             self._publish(0)
         elif not (self._resumed or self._own):
             raise ConfigError(f"{self.run_dir} holds a run at {self.version}; resume it, or choose another run_dir")
         self._own = True
         if not self.evaluations and self.steps_done == 0:
             self._evaluate(reporter)
+
+    def _run(self, reporter: Reporter) -> None:
+        while self.steps_done < self.config.total_steps and self.without_signal < PATIENCE_STEPS:
+            apply_requests(self.store, self.rollback, reporter)
+            if self._guarded_step(reporter):
+                self._evaluate_when_due(reporter)
 
     def _guarded_step(self, reporter: Reporter) -> bool:
         """One step; False when the guard went back instead. Raises what it is not set to catch."""
@@ -228,16 +255,13 @@ class GRPOTrainer:
         return reason is None
 
     def _step(self, reporter: Reporter) -> None:
-        clock, version, step = Clock(reporter), self.version, self.steps_done + 1
+        clock, step = Clock(reporter), self.steps_done + 1
         with clock("generate"):
-            prompts, columns = self.train_data.select(next(self.sampler))
-            groups = roll_out(
-                self.parts, self.config, self.rollout_func, prompts, version, step=step, rollbacks=self.rollbacks
-            )
+            rollout = self.rollouts.take(step)
         with clock("reward"):
-            rewarded = reward(self.reward_funcs, groups, columns, self.config, step)
+            rewarded = self.rollouts.reward(rollout)
         with clock("train"):
-            learned = learn(self.parts, self.config, rewarded, step)
+            learned = self.crew(learn, self.config, rewarded, step)
         self.steps_done = step
         self.without_signal = 0 if rewarded.used_groups(self.config.num_generations) else self.without_signal + 1
         with clock("publish"):
@@ -245,19 +269,20 @@ class GRPOTrainer:
         metrics = {
             **step_metrics(rewarded, self.reward_funcs, self.config, self.sync.last_receipt),
             **learned,
+            **self.rollouts.metrics(),
             "step": step,
-            "version": version.number,
+            "version": rollout.version.number,
             **clock.seconds,
             "step_time": sum(clock.seconds.values()),
         }
-        self.store.record(version, **of_the_version(metrics))
+        self.store.record(rollout.version, **of_the_version(metrics))
         self.history.append(metrics)
         reporter.step(step, metrics)
         if self.config.log_completions_every and step % self.config.log_completions_every == 0:
             reporter.samples(step, sample_rows(rewarded))
 
     def _publish(self, step: int) -> None:
-        self.sync.push(step, extra=going_back.state_for(self, step))
+        self.crew(push, step, going_back.state_for(self, step))
 
     def _evaluate_when_due(self, reporter: Reporter) -> None:
         every, last = self.config.eval_every, self.steps_done == self.config.total_steps
@@ -273,6 +298,7 @@ class GRPOTrainer:
             reporter.evaluation(self.steps_done, result.version, result.metrics)
 
     def _reporting(self) -> Reporter:
+        """Told by the first process alone."""
         return Reporter(self.run_dir, self.config.total_steps, view=self._view, trackers=self.config.report_to)
 
 

@@ -48,9 +48,13 @@ def estimate_memory(
     trainer_dtype: torch.dtype,
     engine_dtype: torch.dtype,
     kv_tokens: int,
+    shared_base: bool = False,
     trust_remote_code: bool = False,
 ) -> MemoryEstimate:
-    """The estimate for a checkpoint; `targets` are last names of adapted layers (None: every linear layer)."""
+    """The estimate for a checkpoint; `targets` are last names of adapted layers (None: every linear layer).
+
+    With `shared_base` the trainer's base is the engine's.
+    """
     config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -59,7 +63,7 @@ def estimate_memory(
     adapted = [m for n, m in linears if targets is None or n.rsplit(".", 1)[-1] in targets]
     elements = sum(p.numel() for p in skeleton.parameters())
     return MemoryEstimate(
-        trainer_base_bytes=elements * trainer_dtype.itemsize,
+        trainer_base_bytes=0 if shared_base else elements * trainer_dtype.itemsize,
         adapter_and_optimizer_bytes=_lora_elements(adapted, rank) * _ADAM_BYTES,
         engine_base_bytes=elements * engine_dtype.itemsize,
         adapter_slots_bytes=_lora_elements([m for _, m in linears], max_lora_rank) * slots * engine_dtype.itemsize,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -22,8 +23,8 @@ Sharing: TypeAlias = Literal["auto"] | bool
 
 
 def default_device() -> torch.device:
-    """`cuda:0` when there is one: trainer and engine share it."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The process's CUDA device when there is one (`cuda:0` of a single process): trainer and engine share it."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def checkpoint_of(model: ModelConfig | nn.Module) -> ModelConfig:
@@ -36,7 +37,9 @@ def checkpoint_of(model: ModelConfig | nn.Module) -> ModelConfig:
     return ModelConfig(name=str(name))
 
 
-def planned_memory(model: ModelConfig | nn.Module, peft_config: Any, config: EngineConfig) -> MemoryEstimate:
+def planned_memory(
+    model: ModelConfig | nn.Module, peft_config: Any, config: EngineConfig, *, shared_base: bool = False
+) -> MemoryEstimate:
     """The run's estimate; raises `ConfigError` when it does not fit where it will run."""
     lora = _lora_config(model, peft_config)
     targets = None if isinstance(lora.target_modules, str | None) else set(lora.target_modules)
@@ -52,7 +55,10 @@ def planned_memory(model: ModelConfig | nn.Module, peft_config: Any, config: Eng
         trust_remote_code=checkpoint.trust_remote_code,
         engine_dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
         kv_tokens=config.max_num_seqs * (config.max_model_len or 1024),
+        shared_base=shared_base,
     )
+    if config.urls:
+        estimate = replace(estimate, engine_base_bytes=0, adapter_slots_bytes=0, kv_bytes=0)
     device = default_device()
     require_memory(estimate, available_memory(device), str(device))
     return estimate
@@ -66,14 +72,24 @@ def build_engine(
     targets: Sequence[str] | None = None,
     share_base_weights: bool = False,
 ) -> Engine:
-    """A `VLLMEngine` on the model's checkpoint, sized for adapters of `rank`.
+    """A `VLLMEngine` on the model's checkpoint, sized for adapters of `rank`, or the servers that `config.urls` names.
 
     `targets` are the last names of the layers to be adapted (None: all linear ones); each wrapped layer costs decoding
     time, whether an adapter uses it or not.
     """
+    checkpoint = checkpoint_of(model)
+    if config.urls:
+        from lora_grpo.engines.server.engine import VLLMServerEngine
+
+        return VLLMServerEngine(
+            config.urls,
+            model=checkpoint.name,
+            max_loras=config.max_loras,
+            on_failure=config.on_failure,
+            trust_remote_code=checkpoint.trust_remote_code,
+        )
     from lora_grpo.engines.vllm_local import VLLMEngine
 
-    checkpoint = checkpoint_of(model)
     return VLLMEngine(
         checkpoint.name,
         revision=checkpoint.revision,
@@ -178,7 +194,8 @@ def check_same_device(model: nn.Module, engine: Engine) -> None:
     trainer, served = next(model.parameters()).device, engine.device
     if served is not None and (trainer.type, trainer.index or 0) != (served.type, served.index or 0):
         raise ConfigError(
-            f"the trainer is on {trainer}, the engine on {served}; move the model with model.to('{served}')"
+            f"the trainer is on {trainer}, the engine on {served}; move the model with model.to('{served}'), or serve "
+            "on that device with `vllm serve` and use VLLMServerEngine"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from lora_grpo.config import GRPOConfig
 from lora_grpo.engines.delivery.canary import RESOLUTION, CanaryReport
 from lora_grpo.grpo.advantages import group_advantages, reward_metrics, weighted_rewards
 from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics import Reporter
 from lora_grpo.rewards import RewardContext, RewardFunction, reward_names, score
 from lora_grpo.rewards.scoring import TrainerState
@@ -95,16 +97,19 @@ def reward(
 
 
 def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> dict[str, Any]:
-    """Check the completions' log-probs against the policy's, then update it. Raises `DeliveryError` before updating."""
-    batch = parts.policy.prepare(
-        Batch.from_groups(
-            rewarded.groups,
-            rewarded.advantages_B,
-            pad_token_id=parts.pad_token_id,
-            mask_truncated_completions=config.mask_truncated_completions,
-        )
+    """Check the completions' log-probs against the policy's, then update it. Raises `DeliveryError` before updating.
+
+    Called by every process with all completions; each learns from its part of the rows.
+    """
+    processes = parts.policy.processes
+    rows = Batch.from_groups(
+        rewarded.groups,
+        rewarded.advantages_B,
+        pad_token_id=parts.pad_token_id,
+        mask_truncated_completions=config.mask_truncated_completions,
     )
-    gap = logprob_gap(batch)
+    batch = parts.policy.prepare(rows.select(torch.arange(len(rows))[processes.part(len(rows))]))
+    gap = logprob_gap(batch, processes)
     checked = canary(parts, config, rewarded.groups, gap, step)
     metrics = {**parts.policy.update(batch), GAP: gap}
     return (
@@ -115,12 +120,16 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
 def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, step: int) -> CanaryReport | None:
     """At the first step, at its cadence, and at once when the batch's own gap is above the noise.
 
+    A batch of an earlier version than the trainer's is compared with that one's weights; its own gap says nothing.
     Raises `DeliveryError` when it fails.
     """
-    due = (step - 1) % config.canary_every == 0 or not gap <= RESOLUTION * parts.sync.noise
+    number = groups[0].completions[0].version
+    late = number is not None and number != parts.sync.head.number
+    due = (step - 1) % config.canary_every == 0 or not (late or gap <= RESOLUTION * parts.sync.noise)
     if parts.sync.probe is None or not due:
         return None
-    return parts.sync.canary(spread(groups, CANARY_ROWS), temperature=config.temperature)
+    version = parts.sync.store.get(number) if late and number is not None else None
+    return parts.sync.canary(spread(groups, CANARY_ROWS), version=version, temperature=config.temperature)
 
 
 def spread(groups: list[Group], rows: int) -> list[Group]:
@@ -130,12 +139,15 @@ def spread(groups: list[Group], rows: int) -> list[Group]:
     return [replace(group, completions=group.completions[:each]) for group in chosen]
 
 
-def logprob_gap(batch: Batch) -> float:
-    """Mean |trainer - sampler| log-prob over the tokens in the loss, nats; NaN when the sampler gave none."""
+def logprob_gap(batch: Batch, processes: Processes) -> float:
+    """Mean |trainer - sampler| log-prob over the tokens in the loss, nats, of all processes' batches; NaN when the
+    sampler gave none."""
     if batch.old_logp_BT is None:
         raise ValueError("the batch was not prepared")
     known_BT = batch.mask_BT & ~batch.sampler_logp_BT.isnan()
-    return float((batch.old_logp_BT - batch.sampler_logp_BT)[known_BT].abs().mean())
+    gaps_N = (batch.old_logp_BT - batch.sampler_logp_BT)[known_BT].abs()
+    total, count = processes.sum(torch.stack([gaps_N.sum(), known_BT.sum().float()])).tolist()
+    return total / count if count else math.nan
 
 
 def step_metrics(

@@ -39,5 +39,6 @@ def summary(trainer: GRPOTrainer, seconds: float) -> dict[str, Any]:
         "logprob_gap_mean": statistics.fmean(metrics[GAP] for metrics in history) if history else None,
         "versions": len(trainer.store.list()),
         "rollbacks": trainer.rollbacks,
+        **trainer.rollouts.counts(),
         "run": str(trainer.run_dir),
     }

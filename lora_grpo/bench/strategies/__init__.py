@@ -14,11 +14,14 @@ from lora_grpo.errors import ConfigError
 if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy
 
-NATIVE, BASE = "native", "base"
+NATIVE, SHARED, STOCK, GEMM, BASE = "native", "native-shared", "native-stock", "native-gemm", "base"
 
 _HOMES = {
     "native": "native:Native",
     "native-disk": "native_disk:NativeDisk",
+    "native-shared": "native_shared:NativeShared",
+    "native-stock": "native_stock:NativeStock",
+    "native-gemm": "native_gemm:NativeGemm",
     "by-hand": "by_hand:ByHand",
     "merge-trl": "merge_trl:MergeTRL",
     "merge-touched": "merge_touched:MergeTouched",
@@ -26,8 +29,16 @@ _HOMES = {
     "merge-fold": "merge_fold:MergeFold",
     "base": "base_only:BaseOnly",
 }
-STRATEGIES = tuple(name for name in _HOMES if name != BASE)
-"""What is compared; `base`, the engine without any adapter, is only decoded with."""
+STRATEGIES = (
+    "native",
+    "native-disk",
+    "by-hand",
+    "merge-trl",
+    "merge-touched",
+    "merge-out-of-place",
+    "merge-fold",
+)
+"""What is compared; the others differ from one of these in what they hold or compute with, not in their syncs."""
 
 
 def check_name(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,20 +38,20 @@ class Strategy(ABC):
     summary: ClassVar[str]
     decodes_like: ClassVar[str]
     """The strategy whose engine computes completions the same way (itself, or another)."""
-    copies_of_base: ClassVar[int] = 2
-    """Bases held, trainer and engine together."""
-
     trainer: Trainer
     subject: Subject
 
-    def prepare(self, subject: Subject, trainer: Trainer) -> None:
-        """Start the engine; `trainer` holds the model already."""
-        self.subject, self.trainer = subject, trainer
+    def prepare(self, subject: Subject, seen: Callable[[str], None]) -> None:
+        """Load the trainer, then the engine; `seen` is told after each what was loaded."""
+        self.subject = subject
+        self.trainer = Trainer(subject)
+        seen("trainer")
         self.start()
+        seen("engine")
 
     @abstractmethod
     def start(self) -> None:
-        """Start the engine on `self.subject`."""
+        """Start the engine on `self.subject`, for `self.trainer`."""
 
     @abstractmethod
     def sync(self) -> Synced:
@@ -76,6 +76,10 @@ class Strategy(ABC):
 
     remember_pushed: bool = False
     """Keep copies of what a sync pushes, so that `served_weight` can tell; costs memory and time."""
+
+    @abstractmethod
+    def drop_base(self) -> None:
+        """Let go of every weight of the base, to see what they took; neither side can be used afterwards."""
 
     @property
     @abstractmethod

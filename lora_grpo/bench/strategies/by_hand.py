@@ -12,6 +12,7 @@ import torch
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.strategies.native import adapter_crossing
 from lora_grpo.bench.timing import Clock
+from lora_grpo.engines.dropping import drop_weights
 from lora_grpo.engines.weights import PlainEngine
 from lora_grpo.types import Group, Sampling
 
@@ -66,6 +67,10 @@ class ByHand(Strategy):
         with clock("trainer"):
             self.trainer.restore(weights)
         return Synced(clock.seconds, {})
+
+    def drop_base(self) -> None:
+        self.trainer.drop_base()
+        drop_weights(self.engine)
 
     @property
     def kv_tokens(self) -> int:

@@ -20,7 +20,6 @@ class MergeFold(Merging):
 
     summary: ClassVar[str] = "engine folds A and B into its weights from a pristine copy"
     decodes_like: ClassVar[str] = "merge-fold"
-    copies_of_base: ClassVar[int] = 3
     prepack = False
 
     def start(self) -> None:
@@ -41,6 +40,11 @@ class MergeFold(Merging):
         elements = self.trainer.adapter_elements
         # Trainer and engine share the device: A and B cross its memory once.
         return Synced(clock.seconds, {self.channel: elements * 2})
+
+    def drop_base(self) -> None:
+        self._folds.clear()
+        self._pristine.clear()
+        super().drop_base()
 
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
         return next(weight for module, weight in self._folds if module.path == path).float()

@@ -9,6 +9,7 @@ import torch
 
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.timing import Clock
+from lora_grpo.engines.dropping import drop_weights
 from lora_grpo.engines.weights import PlainEngine
 from lora_grpo.types import Group, Sampling
 
@@ -47,6 +48,10 @@ class Merging(Strategy):
             self.trainer.restore(mark)
         synced = self.sync()
         return Synced({**clock.seconds, **synced.seconds}, synced.moved_bytes, synced.afterwards_s)
+
+    def drop_base(self) -> None:
+        self.trainer.drop_base()
+        drop_weights(self.engine)
 
     def close(self) -> None:
         self.engine.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,6 +14,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.timing import Clock
+from lora_grpo.engines.dropping import drop_weights
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.engines.weights import engine_kv_tokens, version_tensors
 from lora_grpo.sync import NativeSync
@@ -28,16 +29,27 @@ class Native(Strategy):
     summary: ClassVar[str] = "adapter only, tmpfs, fresh LoRARequest, proven"
     decodes_like: ClassVar[str] = "native"
 
+    engine_options: ClassVar[dict[str, Any]] = {}
+    """What `VLLMEngine` is given besides the comparison's own arguments."""
+
     def start(self) -> None:
+        self.start_engine()
+        self.connect()
+
+    def start_engine(self) -> None:
         targets = None if self.subject.targets == "all-linear" else self.subject.target_modules
         self.engine = VLLMEngine(
             self.subject.model,
             max_lora_rank=self.subject.rank,
             target_modules=targets,
+            **self.engine_options,
             **engine_arguments(self.subject),
         )
+
+    def connect(self) -> None:
+        """Prove the path from the trainer to the engine."""
         self.store = AdapterStore(self.folder(self.subject), retention=keep_latest(KEPT_VERSIONS))
-        self._sync = NativeSync(self.trainer.model, self.engine, self.store)
+        self.pusher = NativeSync(self.trainer.model, self.engine, self.store)
         self.version: AdapterVersion | None = None
 
     def folder(self, subject: Subject) -> Path:
@@ -47,13 +59,13 @@ class Native(Strategy):
     def sync(self) -> Synced:
         clock = Clock(self.subject.device)
         started = clock.now()
-        self.version = self._sync.push(step=0)
+        self.version = self.pusher.push(step=0)
         elapsed = clock.now() - started
-        receipt = self._sync.last_receipt
+        receipt = self.pusher.last_receipt
         assert receipt is not None
         return Synced(
             {**receipt.seconds, "device": max(0.0, elapsed - receipt.total_s - receipt.keeping_s)},
-            adapter_crossing(self.subject.device, self._sync.adapter_bytes),
+            adapter_crossing(self.subject.device, self.pusher.adapter_bytes),
             receipt.keeping_s,
         )
 
@@ -78,8 +90,12 @@ class Native(Strategy):
     def rollback(self, mark: int) -> Synced:
         clock = Clock(self.subject.device)
         started = clock.now()
-        self.version = self._sync.rollback(to=mark).version
+        self.version = self.pusher.rollback(to=mark).version
         return Synced({"rollback": clock.now() - started}, {})
+
+    def drop_base(self) -> None:
+        self.trainer.drop_base()
+        drop_weights(self.engine)
 
     @property
     def kv_tokens(self) -> int:
@@ -90,7 +106,7 @@ class Native(Strategy):
         return (self.folder(self.subject),)
 
     def close(self) -> None:
-        self._sync.close()
+        self.pusher.close()
         self.engine.close()
         self.store.close()
 

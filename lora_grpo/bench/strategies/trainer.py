@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,11 +19,10 @@ ADAPTER = "default"
 class Trainer:
     """A PEFT model with alpha = 2r. What training would do to the adapter is done to it by random signs."""
 
-    def __init__(self, subject: Subject) -> None:
-        base = AutoModelForCausalLM.from_pretrained(subject.model, dtype=torch.bfloat16).to(subject.device)
-        for parameter in base.parameters():
-            # On the CPU they are views of the mapped file, whose pages count when they are first touched, whoever does.
-            parameter.data = parameter.data.clone()
+    def __init__(self, subject: Subject, base: Any = None) -> None:
+        """On `base`, or on a copy of its own."""
+        if base is None:
+            base = _own_base(subject)
         torch.manual_seed(subject.seed)
         config = LoraConfig(r=subject.rank, lora_alpha=2 * subject.rank, target_modules=subject.target_modules)
         self.model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
@@ -35,6 +35,11 @@ class Trainer:
         with torch.no_grad():
             for tensor in self.tensors():
                 tensor.add_(self._signs(tensor), alpha=learning_rate)
+
+    def nudge(self, size: float = 1e-5) -> None:
+        """Move every entry by the same: a change that takes next to no time."""
+        with torch.no_grad():
+            torch._foreach_add_(list(self.tensors()), size)
 
     def reset(self, b_size: float) -> None:
         """A as PEFT draws it, every entry of B at plus or minus `b_size`."""
@@ -80,6 +85,18 @@ class Trainer:
         a_RI, b_OR = module.a_RI.detach().float(), module.b_OR.detach().float()
         return module.scaling * (b_OR @ a_RI)
 
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of one copy of the base; tied weights count once."""
+        own = (p for name, p in self.model.named_parameters() if "lora_" not in name)
+        return sum(parameter.numel() * parameter.element_size() for parameter in own)
+
+    def drop_base(self) -> None:
+        """Let go of the base's weights; the model cannot be used afterwards."""
+        for name, module in self.model.named_modules():
+            if "lora_" not in name:
+                module._parameters.clear()
+
     def _signs(self, like: torch.Tensor) -> torch.Tensor:
         return (
             torch.randint(0, 2, like.shape, generator=self._generator, device=self.device)
@@ -90,3 +107,11 @@ class Trainer:
 
     def _normal(self, like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=self._generator, device=self.device)
+
+
+def _own_base(subject: Subject) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(subject.model, dtype=torch.bfloat16).to(subject.device)
+    for parameter in base.parameters():
+        # On the CPU they are views of the mapped file, whose pages count when they are first touched, whoever does.
+        parameter.data = parameter.data.clone()
+    return base

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_grpo.adapters.digest import digest_buffers
+from lora_grpo.adapters.digest import Buffer, digest_buffers
 from lora_grpo.adapters.peft_format import LoraModule, ServingForm, assign, peft_model_of
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine, is_remote
@@ -69,10 +69,19 @@ class Witness:
         return error
 
 
-def run_probe(model: nn.Module, form: ServingForm, engine: Engine, scratch: Path, *, seed: int = 0) -> ProbeReport:
+def run_probe(
+    model: nn.Module,
+    form: ServingForm,
+    engine: Engine,
+    scratch: Path,
+    *,
+    seed: int = 0,
+    publish: Callable[[Mapping[str, Sequence[Buffer]]], AdapterVersion] | None = None,
+) -> ProbeReport:
     """Prove that `engine` computes what `model` computes, with the base and with a loud adapter; leaves no trace.
 
-    `scratch` is a directory to write the probe under. Raises `UnsupportedAdapter` when the bases disagree and
+    `scratch` is a directory to write the probe under; an engine that can only pull from a store gets it by `publish`.
+    Raises `UnsupportedAdapter` when the bases disagree and
     `DeliveryError` when the adapter does not arrive.
     """
     started = time.perf_counter()
@@ -86,7 +95,7 @@ def run_probe(model: nn.Module, form: ServingForm, engine: Engine, scratch: Path
         tempfile.TemporaryDirectory(prefix="lora-grpo-probe-", dir=scratch) as folder,
     ):
         witness = Witness(sequences, trainer_base, trainer_probe, signal)
-        version = _write(form, Path(folder) / "versions" / "000000")
+        version = publish(form.files()) if publish else _write(form, Path(folder) / "versions" / "000000")
         error = max(witness.error(served, noise) for served in _serve(version, engine, sequences))
         if is_remote(engine):
             engine.keep_probe(version, witness, noise)

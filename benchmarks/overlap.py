@@ -1,0 +1,133 @@
+"""Synchronous training against sampling ahead: seconds a step and the accuracy reached, on the demo's task, in one run.
+
+    python benchmarks/overlap.py [--order 012210] [--steps 30]
+
+`--order` names the `max_staleness` of each training in turn: there and back, so that a machine that warms up or slows
+down favours none. All share one engine (as large as the largest needs) and start from the same adapter. On a CPU
+trainer and engine compete for the same cores, and with one thread each (OMP_NUM_THREADS=1) a synchronous step leaves
+one of two cores idle: read the seconds with the threads beside them. Prints a line a training, and as the last line of
+stdout one JSON object with the medians over the trainings of each `max_staleness`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_grpo.config import ModelConfig, RunConfig
+from lora_grpo.data import load_data
+from lora_grpo.demo.base import ensure_base
+from lora_grpo.demo.run import demo_config
+from lora_grpo.engines.base import Engine
+from lora_grpo.errors import ConfigError
+from lora_grpo.rewards import load_reward
+from lora_grpo.trainer import GRPOTrainer
+from lora_grpo.trainer.assembly import with_room
+from lora_grpo.trainer.build import effective_grpo, lora_config
+from lora_grpo.trainer.models import build_engine
+
+WARM_UP_STEPS = 3
+"""Steps at the start of each training that the seconds leave out: the pipeline fills, caches are cold."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--order", default="012210", help="max_staleness of each training, a digit each")
+    parser.add_argument("--steps", type=int, default=30)
+    arguments = parser.parse_args()
+    if not arguments.order.isdigit() or arguments.steps <= WARM_UP_STEPS:
+        raise ConfigError(f"--order={arguments.order} must be digits, --steps above {WARM_UP_STEPS}")
+    rows: dict[int, list[dict[str, float]]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        config = demo_config(ensure_base(), Path(folder) / "demo", steps=arguments.steps, seed=0)
+        most = max(map(int, arguments.order))
+        engine = build_engine(config.model, with_room(config.engine, most), config.lora.largest_rank)
+        train(config, engine, Path(folder) / "warm-up", most, steps=WARM_UP_STEPS)
+        print(f"{'max_staleness':>13} {'step s':>8} {'wait s':>8} {'train s':>8} {'lag':>5} {'accuracy':>16}")
+        for index, digit in enumerate(arguments.order):
+            row = train(config, engine, Path(folder) / f"run{index}", int(digit), steps=arguments.steps)
+            rows[int(digit)].append(row)
+            print(
+                f"{digit:>13} {row['step_s']:>8.3f} {row['wait_s']:>8.3f} {row['train_s']:>8.3f} {row['lag']:>5.2f} "
+                f"{row['accuracy_before']:>7.3f} {row['accuracy_after']:>8.3f}",
+                flush=True,
+            )
+        engine.close()
+    report(rows, arguments.steps, arguments.order)
+
+
+def train(config: RunConfig, engine: Engine, run: Path, most: int, *, steps: int) -> dict[str, float]:
+    """One training; medians of seconds over the steps after the warm-up, and means over the whole."""
+    data, held_out = load_data(config.data)
+    with GRPOTrainer(
+        ModelConfig(**config.model.model_dump()),
+        [load_reward(reward) for reward in config.rewards],
+        effective_grpo(config).replace(max_staleness=most, total_steps=steps, eval_every=None),
+        data,
+        eval_dataset=held_out,
+        peft_config=lora_config(config.lora),
+        engine=engine,
+        run_dir=run,
+        view=False,
+    ) as trainer:
+        started = time.perf_counter()
+        result = trainer.train()
+        seconds = time.perf_counter() - started
+        return {**of_history(trainer.history), **of_result(result), "train_call_s": round(seconds, 3)}
+
+
+def of_history(history: list[Mapping[str, Any]]) -> dict[str, float]:
+    settled = history[WARM_UP_STEPS:] or history
+
+    def median(name: str) -> float:
+        return round(statistics.median(metrics[name] for metrics in settled), 5)
+
+    return {
+        "step_s": median("step_time"),
+        "wait_s": median("time/generate_s"),
+        "reward_s": median("time/reward_s"),
+        "train_s": median("time/train_s"),
+        "publish_s": median("time/publish_s"),
+        "steps_s": round(sum(metrics["step_time"] for metrics in history), 3),
+        "lag": round(statistics.fmean(metrics.get("sample/staleness_mean", 0.0) for metrics in history), 3),
+        "most_lag": max(metrics.get("sample/staleness_max", 0.0) for metrics in history),
+    }
+
+
+def of_result(result: Mapping[str, Any]) -> dict[str, float]:
+    names = ("accuracy_before", "accuracy_after", "logprob_gap_mean", "dropped_stale", "dropped_rollback")
+    return {name: round(float(result.get(name, 0)), 5) for name in names}
+
+
+def report(rows: Mapping[int, list[dict[str, float]]], steps: int, order: str) -> None:
+    medians = {
+        str(most): {name: statistics.median(row[name] for row in found) for name in found[0]}
+        for most, found in sorted(rows.items())
+    }
+    print(
+        json.dumps(
+            {
+                "steps": steps,
+                "order": order,
+                "threads": torch.get_num_threads(),
+                "cores": len(os.sched_getaffinity(0)),
+                "max_staleness": medians,
+                "accuracy_after": {str(most): [row["accuracy_after"] for row in found] for most, found in rows.items()},
+                "step_s": {str(most): [row["step_s"] for row in found] for most, found in rows.items()},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

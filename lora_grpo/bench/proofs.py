@@ -1,0 +1,103 @@
+"""What proving costs besides each push, whose own proofs (digest, slots) are phases of it: the same base and the probe
+once an engine, the canary when it is asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_grpo.bench.plan import Cell, Subject, results_of
+from lora_grpo.bench.schema import ProofRow, Settings
+from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.timing import median
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.worker import Bench
+
+TIMES = 3
+
+
+def cell(settings: Settings, subject: Subject) -> Cell:
+    """Of `native` alone."""
+    return Cell(
+        "sync/proofs",
+        "proof",
+        "proofs:measure",
+        (subject.with_strategy(NATIVE),),
+        {"canary_rows": list(settings.canary_rows), "prompt_tokens": settings.prompt_tokens},
+        warm={"canary_rows": [], "prompt_tokens": settings.prompt_tokens, "times": 1},
+        labels={"shape": settings.label},
+    )
+
+
+def measure(bench: Bench, canary_rows: list[int], prompt_tokens: int, times: int = TIMES) -> list[dict[str, Any]]:
+    """Worker: seconds of each proof, several times, and of as many pushes."""
+    strategy: Any = bench.strategy
+    strategy.trainer.step()
+    push_s = median([strategy.sync().total_s for _ in range(4 * times)])
+    found = [_timed("same base", lambda: _match(strategy), times), _timed("probe", lambda: _probe(strategy), times)]
+    found += [_canary(bench, rows, prompt_tokens, times) for rows in canary_rows]
+    return [{"rows": None, "tokens": None, **one, "push_s": push_s} for one in found]
+
+
+def _timed(proof: str, prove: Callable[[], object], times: int) -> dict[str, Any]:
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        prove()
+        seconds.append(time.perf_counter() - started)
+    return {"proof": proof, "seconds": seconds}
+
+
+def _match(strategy: Any) -> None:
+    from lora_grpo.adapters.peft_format import peft_model_of
+    from lora_grpo.bench.strategies.merging import checkpoint_tensors
+    from lora_grpo.engines.delivery.base_match import check_same_base, describe
+
+    engine, model = strategy.engine.describe_base(), strategy.trainer.model
+    own = describe(
+        peft_model_of(model).base_model.model.config, checkpoint_tensors(model), getattr(torch, engine.dtype)
+    )
+    check_same_base(engine, own)
+
+
+def _probe(strategy: Any) -> None:
+    from lora_grpo.adapters.peft_format import ServingForm
+    from lora_grpo.bench.strategies.trainer import ADAPTER
+    from lora_grpo.engines.delivery.probe import run_probe
+
+    engine, model = strategy.engine, strategy.trainer.model
+    form = ServingForm(model, ADAPTER, getattr(torch, engine.lora_dtype))
+    run_probe(model, form, engine, strategy.store.root.parent)
+
+
+def _canary(bench: Bench, rows: int, tokens: int, times: int) -> dict[str, Any]:
+    """Completions as long as their prompts; making them is not part of the canary's cost."""
+    from lora_grpo.bench.decode import fresh_prompts
+    from lora_grpo.types import Sampling
+
+    strategy: Any = bench.strategy
+    sampling = Sampling(n=1, max_tokens=tokens, temperature=1.0, seed=bench.subject.seed, ignore_eos=True)
+    groups = strategy.generate(fresh_prompts(bench, rows, tokens), sampling)
+    found = _timed("canary", lambda: strategy.pusher.canary(groups), times)
+    return {**found, "rows": rows, "tokens": tokens}
+
+
+def rows(cell: Mapping[str, Any], bandwidth: object) -> list[ProofRow]:
+    strategy = cell["order"][0]
+    return [
+        ProofRow(
+            strategy=strategy,
+            **cell["labels"],
+            proof=one["proof"],
+            rows=one["rows"],
+            tokens=one["tokens"],
+            median_s=median(one["seconds"]),
+            ratio_to_push=median(one["seconds"]) / one["push_s"],
+            times=len(one["seconds"]),
+        )
+        for one in results_of(cell, strategy)[0]
+    ]

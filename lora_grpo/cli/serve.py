@@ -1,0 +1,80 @@
+"""`lora-grpo serve MODEL`."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_grpo.cli.output import print_json, say
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or directory of the base model.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- VLLM_ARGS]...", help="Further arguments for vLLM, after --, as they are."),
+    ] = None,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Servers; each gets its share of GPUs.")] = 1,
+    host: Annotated[
+        str, typer.Option("--host", help="Any other address than loopback's needs an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of the first; the others count on.")] = 8000,
+    max_lora_rank: Annotated[int, typer.Option("--max-lora-rank", min=1, help="The adapters' rank.")] = 16,
+    max_loras: Annotated[
+        int, typer.Option("--max-loras", min=1, help="Adapter slots: versions in use at the same time.")
+    ] = 2,
+    max_cpu_loras: Annotated[
+        int | None, typer.Option("--max-cpu-loras", min=1, help="Adapters kept in memory; two more than slots.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar="VLLM_API_KEY", help="Better in the environment, which others cannot see."),
+    ] = None,
+    store_url: Annotated[
+        str | None, typer.Option("--store-url", help="Pull versions from this store server (adapters='resolver').")
+    ] = None,
+    store_token_file: Annotated[
+        Path | None, typer.Option("--store-token-file", help="A file with the store server's token.")
+    ] = None,
+    log_dir: Annotated[Path | None, typer.Option("--log-dir", help="Where logs go; a new temporary folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The servers as one line of JSON, once they answer.")] = False,
+) -> None:
+    """Start vLLM servers that take adapters as `VLLMServerEngine` loads them, until Ctrl-C.
+
+    When one of them ends, all end: its log's last lines say why.
+    """
+    from lora_grpo.engines.server.launch import Servers, Serving
+    from lora_grpo.engines.targets import linear_leaves
+
+    serving = Serving(
+        model,
+        replicas,
+        host,
+        port,
+        max_lora_rank,
+        max_loras,
+        max_cpu_loras,
+        tuple(linear_leaves(model)),
+        api_key,
+        store_url,
+        None if store_token_file is None else str(store_token_file),
+        tuple(arguments or ()),
+    )
+    logs = log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    say(f"starting {replicas} of {model}; logs in {logs}")
+    with Servers(serving, logs) as servers:
+        if as_json:
+            print_json({"urls": servers.urls, "logs": str(logs)})
+        else:
+            typer.echo("\n".join(servers.urls))
+        servers.watch()
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,1 @@
+"""Stock `vllm serve` processes as one engine: versions loaded by HTTP, proven by what they answer."""

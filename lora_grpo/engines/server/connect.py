@@ -1,0 +1,164 @@
+"""What a server must be to take adapters from us, found out by asking; what is missing is named by its flag."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.engines import compat
+from lora_grpo.engines.server.client import Client, Refused, Unreachable
+from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body, to_logprobs
+from lora_grpo.errors import ConfigError, EngineError
+
+LOAD, UNLOAD, MODELS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"
+
+_TOO_HIGH_RANK = 1 << 20
+_STARTED = re.compile(r"^process_start_time_seconds (\S+)", re.MULTILINE)
+_SLOTS = re.compile(r'^vllm:lora_requests_info\{[^}]*max_lora="(\d+)"', re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a server says of itself. `base` is the name and `root` the checkpoint of its base model, `release` vLLM's;
+    `max_lora_rank` is None where it cannot be asked for; `started` tells one life of the process from the next."""
+
+    base: str
+    root: str
+    max_model_len: int
+    release: tuple[int, int]
+    max_lora_rank: int | None
+    started: str | None
+
+
+async def connect(client: Client, rank_folder: Path | None) -> Facts:
+    """Check a server and describe it.
+
+    `rank_folder` is what `write_rank_probe` wrote, which the server must be able to read; None where no disk is
+    shared. Raises `ConfigError` naming the flag to start the server with, `UnsupportedVersion`, or `EngineError`.
+    """
+    try:
+        await client.look("/health")
+    except Unreachable as error:
+        raise Unreachable(f"{error}; start a server there with `lora-grpo serve`") from None
+    cards = (await models(client)).values()
+    base = next((card for card in cards if card.get("max_model_len")), None)
+    if base is None:
+        raise EngineError(f"{client.url}{MODELS} lists no base model with a max_model_len; is it a vLLM server?")
+    release = compat.check_release(json.loads(await client.look("/version"))["version"])
+    rank = await _max_lora_rank(client, rank_folder)
+    await _check_logprobs(client, base["id"])
+    await _check_scoring(client, base["id"])
+    return Facts(
+        base["id"], base.get("root") or base["id"], base["max_model_len"], release, rank, await started(client)
+    )
+
+
+async def models(client: Client) -> dict[str, dict[str, Any]]:
+    """The cards of what a server serves, base and adapters, by name."""
+    answer = await client.look(MODELS)
+    try:
+        return {card["id"]: card for card in json.loads(answer)["data"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{client.url}{MODELS} is no list of models ({error!r}); is it a vLLM server?") from None
+
+
+async def started(client: Client) -> str | None:
+    """When the server's process started, as it says; None where it does not."""
+    found = _STARTED.search(await _metrics(client))
+    return found and found[1]
+
+
+async def slots(client: Client) -> int | None:
+    """The server's max_loras, as it says once it has served an adapter; None where it does not."""
+    found = _SLOTS.search(await _metrics(client))
+    return int(found[1]) if found else None
+
+
+async def _metrics(client: Client) -> str:
+    try:
+        return await client.look("/metrics")
+    except Refused:
+        return ""
+
+
+def write_rank_probe(folder: Path) -> Path:
+    """A folder with an adapter's config of an absurd rank, which no server loads; its refusal says what it would."""
+    folder.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "r": _TOO_HIGH_RANK,
+        "lora_alpha": _TOO_HIGH_RANK,
+        "target_modules": [],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+async def _max_lora_rank(client: Client, rank_folder: Path | None) -> int | None:
+    """The server's, from its refusal of an absurd one; on the way it shows that it takes adapters from here at all."""
+    body = {"lora_name": "lora-grpo.rank", "lora_path": str(rank_folder or "/nonexistent/lora-grpo")}
+    try:
+        await client.change(LOAD, body)
+    except Refused as refusal:
+        said = str(refusal)
+    else:
+        raise EngineError(f"{client.url} accepted an adapter of rank {_TOO_HIGH_RANK}; is it a vLLM server?")
+    if found := re.search(r"max_lora_rank (\d+)", said):
+        return int(found[1])
+    if "No adapter found" in said:
+        if rank_folder is None:
+            return None
+        raise ConfigError(
+            f"{client.url} cannot read {rank_folder}: it shares no tmpfs with this process, or runs as another user. "
+            "Start it on this host as this user, or use adapters='resolver'"
+        )
+    if "not enabled" in said:
+        raise ConfigError(f"{client.url} serves without LoRA; start it with --enable-lora")
+    if refusal_is_a_missing_route(said):
+        raise ConfigError(
+            f"{client.url} has no {LOAD}; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and "
+            "with --enable-lora"
+        )
+    raise EngineError(f"{client.url} refuses to load adapters: {said}")
+
+
+def refusal_is_a_missing_route(said: str) -> bool:
+    return "answered 404" in said or "answered 405" in said
+
+
+async def _check_logprobs(client: Client, base: str) -> None:
+    """Halving the temperature doubles the distance between two log-probs of the distribution that is sampled from."""
+    body = {"model": base, "prompt": [1, 2, 3], "max_tokens": 1, "seed": 0, "logprobs": 2, "top_p": 1.0, "top_k": 0}
+    body |= {"min_p": 0.0, "repetition_penalty": 1.0, "return_tokens_as_token_ids": True}
+    top: list[dict[str, float]] = []
+    for temperature in (1.0, 0.5):
+        answer = await client.ask(COMPLETIONS, body | {"temperature": temperature})
+        top.append(answer["choices"][0]["logprobs"]["top_logprobs"][0])
+    shared = sorted(top[0].keys() & top[1].keys(), key=lambda token: top[0][token])
+    apart, twice = (values[shared[-1]] - values[shared[0]] for values in top)
+    if twice < 1.5 * apart:
+        raise ConfigError(
+            f"{client.url} gives log-probs of another distribution than it samples from; start it with "
+            "--logprobs-mode processed_logprobs"
+        )
+
+
+async def _check_scoring(client: Client, base: str) -> None:
+    """Score a few prompts at once, which ends a server on vLLM's CPU backend whose output layer is wrapped for LoRA."""
+    bodies = [scoring_body(base, [1, 2, 3] * (row + 2)) for row in range(4)]
+    answers = await asyncio.gather(*(client.ask(COMPLETIONS, body) for body in bodies), return_exceptions=True)
+    for body, answer in zip(bodies, answers, strict=True):
+        if isinstance(answer, Unreachable) or (isinstance(answer, Refused) and answer.status >= 500):
+            raise ConfigError(
+                f"{client.url} failed to score several prompts at once ({answer}). On a CPU, vLLM ends so where the "
+                "output layer is wrapped for LoRA: start it with --lora-target-modules and the names of the other "
+                "linear layers, such as q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+            )
+        if isinstance(answer, BaseException):
+            raise answer
+        to_logprobs(answer, body)

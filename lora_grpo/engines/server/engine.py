@@ -1,0 +1,243 @@
+"""`VLLMServerEngine`: the engine protocol over one or many `vllm serve` processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig, AutoTokenizer
+
+from lora_grpo.adapters.digest import digest_directory
+from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
+from lora_grpo.adapters.peft_format import WEIGHTS_FILE
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines import compat
+from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
+from lora_grpo.engines.delivery.base_match import describe
+from lora_grpo.engines.delivery.canary import CanaryReport
+from lora_grpo.engines.delivery.probe import Witness, probe_sequences
+from lora_grpo.engines.delivery.slots import require_finite
+from lora_grpo.engines.requests import adapters_by_prompt, check_room, request_seeds, to_groups, token_prompts
+from lora_grpo.engines.server.client import Client
+from lora_grpo.engines.server.connect import write_rank_probe
+from lora_grpo.engines.server.fleet import Fleet, KeptProbe, OnFailure, Settings
+from lora_grpo.engines.server.loop import Loop
+from lora_grpo.engines.server.names import Names
+from lora_grpo.engines.server.pool import completing, scoring
+from lora_grpo.engines.server.replica import Replica
+from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.types import Completion, Group, Prompt, Sampling
+
+API_KEY_VARIABLE = "VLLM_API_KEY"
+
+
+class VLLMServerEngine:
+    """Unmodified vLLM servers that serve immutable adapter versions, each proven by what every server answers.
+
+    Methods may be called from several threads: a load does not wait for completions, nor they for it.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        model: str | Path | None = None,
+        api_key: str | None = None,
+        max_loras: int = 2,
+        adapters: Literal["path", "resolver"] = "path",
+        on_failure: OnFailure = "raise",
+        concurrency: int = 256,
+        timeout_s: float = 600.0,
+        patience_s: float = 300.0,
+        lora_dtype: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Connect to the servers and check them; what dead runs left on them is unloaded.
+
+        `model` is where this process finds their checkpoint (default: where they say that they do), `api_key` theirs
+        (default: VLLM_API_KEY). `max_loras` versions stay in use; each server needs as many slots.
+        `adapters`: "path" has servers read a version where the store keeps it, "resolver" has them pull it by name.
+        `on_failure`: a version that one replica fails to load fails on all ("raise"), or that replica leaves the
+        rotation until it can be brought back ("drop").
+        `concurrency` bounds the requests on each replica, `timeout_s` each one's time, waiting in line included.
+        `patience_s` is how long a replica that went away is waited for.
+        `lora_dtype` is what the servers keep adapters in, where it is not the checkpoint's dtype.
+        Raises `ConfigError` naming the flag that a server lacks, `UnsupportedVersion`, or `EngineError`.
+        """
+        if not urls or len(set(urls)) != len(urls):
+            raise ConfigError(f"urls={list(urls)} must name each server once, and one at least")
+        if max_loras < 1 or concurrency < 1:
+            raise ConfigError(f"max_loras={max_loras} and concurrency={concurrency} must be at least 1")
+        self._max_loras = max_loras
+        self._names = Names()
+        self._loop = Loop("lora-grpo-servers")
+        settings = Settings(max_loras, concurrency, on_failure, patience_s, adapters == "resolver")
+        key = api_key or os.environ.get(API_KEY_VARIABLE)
+        try:
+            rank_folder = write_rank_probe(self._names.folder / "rank") if adapters == "path" else None
+            clients = [Client(url, key, timeout_s) for url in urls]
+            self._fleet = self._loop.run(Fleet.connect(clients, self._names, rank_folder, settings))
+            self._describe(model, lora_dtype, trust_remote_code)
+        except BaseException:
+            self._loop.close()
+            self._names.close()
+            raise
+
+    def _describe(self, model: str | Path | None, lora_dtype: str | None, trust_remote_code: bool) -> None:
+        root = str(model or self._fleet.replicas[0].facts.root)
+        try:
+            config: Any = AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"the servers' checkpoint cannot be read here as {root}: {error}; pass model= with its path or name "
+                "on this host"
+            ) from error
+        dtype = str(config.dtype or "float32").removeprefix("torch.")
+        self._base = replace(describe(config, ()), dtype=lora_dtype or dtype)
+        self._fleet.sequences = probe_sequences(self._base.vocabulary, seed=0)
+
+    @property
+    def proof(self) -> Proof:
+        return "behaviour"
+
+    @property
+    def device(self) -> None:
+        return None
+
+    @property
+    def max_lora_rank(self) -> int:
+        ranks = [replica.facts.max_lora_rank for replica in self._fleet.replicas]
+        return min((rank for rank in ranks if rank is not None), default=compat.LORA_RANKS[-1])
+
+    @property
+    def lora_dtype(self) -> str:
+        return self._base.dtype
+
+    @property
+    def pulls(self) -> bool:
+        return self._fleet.settings.resolves
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that text and chat prompts are encoded with."""
+        return self._tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt plus completion, tokens at most."""
+        return self._fleet.replicas[0].facts.max_model_len
+
+    @property
+    def replicas(self) -> dict[str, str]:
+        """Each server's state by URL: "serving", or what keeps it out of rotation."""
+        return {r.url: "serving" if r.state == "serving" else f"{r.state}: {r.trouble}" for r in self._fleet.replicas}
+
+    def served_names(self, version: AdapterVersion) -> dict[str, str]:
+        """The model name to ask for `version` by on each server in rotation, for other OpenAI clients."""
+        name = self._fleet.find(version).name
+        return {r.url: r.names[name] for r in self._fleet.replicas if r.state == "serving"}
+
+    def load(self, version: AdapterVersion, *, expected: list[list[float]] | None = None) -> LoadReceipt:
+        started = time.perf_counter()
+        known = self._fleet.in_use.get(version.path)
+        if known is not None:
+            if known.version.digest != version.digest:
+                raise DeliveryError(
+                    f"{version.path} is loaded as {known.version} with other bytes; paths are immutable"
+                )
+            report: CanaryReport | None = self._loop.run(self._fleet.prove_again(known))
+            return self._receipt(open_adapter(version), report, started, started)
+        file = open_adapter(version)
+        if digest_directory(version.path, held={WEIGHTS_FILE: file.mapped}) != version.digest:
+            raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
+        require_finite(version, file)
+        checked = time.perf_counter()
+        report = self._loop.run(self._fleet.load(self._fleet.named(version), expected))
+        return self._receipt(file, report, started, checked)
+
+    def unload(self, version: AdapterVersion) -> None:
+        self._loop.run(self._fleet.unload(self._fleet.find(version)))
+
+    def loaded(self) -> tuple[AdapterVersion, ...]:
+        return tuple(served.version for served in list(self._fleet.in_use.values()))
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        ids_P = token_prompts(self._tokenizer, prompts)
+        check_room(ids_P, sampling.max_tokens, self.max_model_len)
+        adapter_P = adapters_by_prompt(adapter, len(prompts))
+        seeds_PG = request_seeds(sampling, len(prompts))
+        completions_PG = self._loop.run(self._complete(ids_P, adapter_P, seeds_PG, sampling))
+        return to_groups(prompts, ids_P, [completion for group in completions_PG for completion in group])
+
+    async def _complete(
+        self,
+        ids_P: list[list[int]],
+        adapter_P: list[AdapterVersion | None],
+        seeds_PG: list[list[int]],
+        sampling: Sampling,
+    ) -> list[list[Completion]]:
+        with self._fleet.using(adapter_P) as served_P:
+            asks_PG = [
+                [completing(served, ids, sampling, seed) for seed in seeds]
+                for ids, served, seeds in zip(ids_P, served_P, seeds_PG, strict=True)
+            ]
+            return await self._fleet.pool.run(asks_PG)
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+        check_room(sequences, 1, self.max_model_len)
+        return self._loop.run(self._score(sequences, adapter, None))
+
+    def logprobs_of_each(
+        self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None
+    ) -> list[list[list[float]]]:
+        check_room(sequences, 1, self.max_model_len)
+        serving = [replica for replica in self._fleet.replicas if replica.state == "serving"]
+        return [self._loop.run(self._score(sequences, adapter, replica)) for replica in serving]
+
+    async def _score(
+        self, sequences: Sequence[Sequence[int]], adapter: AdapterVersion | None, only: Replica | None
+    ) -> list[list[float]]:
+        with self._fleet.using([adapter]) as [served]:
+            answers = await self._fleet.pool.run([[scoring(served, ids)] for ids in sequences], only=only)
+            return [logprobs for [logprobs] in answers]
+
+    def keep_probe(self, version: AdapterVersion, witness: Witness, noise: float) -> None:
+        if not self.pulls:
+            kept = self._names.folder / "probe" / "versions" / version.path.name
+            shutil.copytree(version.path, kept, dirs_exist_ok=True)
+            version = replace(version, path=kept)
+        self._fleet.sequences = witness.sequences
+        self._fleet.probe = KeptProbe(version, witness, noise)
+        self._check_slots()
+
+    def describe_base(self) -> BaseDescription:
+        return self._base
+
+    def close(self) -> None:
+        """Unload this engine's versions from the servers, which go on."""
+        self._loop.run(self._fleet.close())
+        self._loop.close()
+        self._names.close()
+
+    def _receipt(self, file: AdapterFile, report: CanaryReport | None, started: float, checked: float) -> LoadReceipt:
+        seconds = {"check": checked - started, "load": time.perf_counter() - checked}
+        verdict: Literal["ok", "inconclusive"] = "inconclusive"
+        if report is not None and report.verdict == "ok":
+            verdict = "ok"
+        return LoadReceipt("behaviour", seconds, len(file.paths), 0, "stock", verdict)
+
+    def _check_slots(self) -> None:
+        for url, slots in self._loop.run(self._fleet.slots()).items():
+            if slots is not None and slots < self._max_loras:
+                warnings.warn(
+                    f"{url} has {slots} adapter slots for the {self._max_loras} versions that stay in use, and would "
+                    f"swap them in and out: start it with --max-loras {self._max_loras}, or pass max_loras={slots}",
+                    stacklevel=3,
+                )

@@ -1,0 +1,238 @@
+"""Starts `vllm serve` replicas on this host with the flags that `VLLMServerEngine` needs, and ends them together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from lora_grpo.engines import compat
+from lora_grpo.engines.resolver import URL_VARIABLE
+from lora_grpo.errors import ConfigError, EngineError
+from lora_grpo.remote.token import TOKEN_FILE_VARIABLE
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LOG_LINES = 20
+
+_STOP_PATIENCE_S = 20.0
+_POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What to serve, and how. Ports count on from `port`, one a replica; `arguments` go to vLLM as they are."""
+
+    model: str
+    replicas: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_lora_rank: int = 16
+    max_loras: int = 2
+    max_cpu_loras: int | None = None
+    target_modules: tuple[str, ...] = ()
+    api_key: str | None = None
+    store_url: str | None = None
+    store_token_file: str | None = None
+    arguments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.host not in LOOPBACK and not self.api_key:
+            raise ConfigError(
+                f"host={self.host} lets other machines in, and whoever may load adapters may read files: set an API "
+                "key in VLLM_API_KEY, or serve on 127.0.0.1"
+            )
+        if self.replicas < 1:
+            raise ConfigError(f"replicas={self.replicas} must be at least 1")
+        if self.store_token_file and not self.store_url:
+            raise ConfigError("a store token file is of no use without the store's address (store_url)")
+
+    def command(self, port: int) -> list[str]:
+        # The `vllm` command asks for a distribution of that name, which the CPU builds do not have.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
+        command += ["--host", self.host, "--port", str(port), "--enable-lora"]
+        command += ["--max-lora-rank", str(compat.allowed_rank(self.max_lora_rank))]
+        command += ["--max-loras", str(self.max_loras), "--max-cpu-loras", str(self.room)]
+        command += ["--logprobs-mode", "processed_logprobs"]
+        if self.target_modules:
+            command += ["--lora-target-modules", *self.target_modules]
+        return [*command, *self.arguments]
+
+    @property
+    def room(self) -> int:
+        """Adapters that a server keeps in memory: two more than slots by default, since it never lets go of one."""
+        return self.max_loras + 2 if self.max_cpu_loras is None else self.max_cpu_loras
+
+    def environment(self, replica: int, devices: int) -> dict[str, str]:
+        """Of one replica's process, on a host with that many GPUs; what the user has set wins but for the devices."""
+        chosen = {"VLLM_LOGGING_LEVEL": "WARNING", **_places(replica, self.replicas, devices)}
+        needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        if self.api_key:
+            needed["VLLM_API_KEY"] = self.api_key
+        if self.store_url:
+            needed[URL_VARIABLE] = self.store_url
+        if self.store_token_file:
+            needed[TOKEN_FILE_VARIABLE] = str(Path(self.store_token_file).absolute())
+        return {**chosen, **os.environ, **needed, **_gpus(replica, self.replicas, devices)}
+
+    def url(self, port: int) -> str:
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server:
+    """One replica's process and its log."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> None:
+        self.command, self.environment, self.url, self.log = list(command), dict(environment), url, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process; its log goes on where it was. It gets no Ctrl-C of a terminal: `stop` is its end."""
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    @property
+    def exit_code(self) -> int | None:
+        return None if self._process is None else self._process.poll()
+
+    @property
+    def healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def require_alive(self) -> None:
+        """Raises `EngineError` with the end of the log when the process ended."""
+        if self.exit_code is not None:
+            raise EngineError(
+                f"the server at {self.url} ended with exit code {self.exit_code}; the end of {self.log}:\n{self.tail()}"
+            )
+
+    def tail(self, lines: int = LOG_LINES) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process and all that it started."""
+        if self._process is not None:
+            try:
+                os.killpg(self._process.pid, number)
+            except ProcessLookupError:
+                return
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the process ended in time."""
+        try:
+            if self._process is not None:
+                self._process.wait(timeout_s)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+
+
+class Servers:
+    """All replicas of a `Serving`: started together, ended together."""
+
+    def __init__(self, serving: Serving, log_dir: Path) -> None:
+        devices = _device_count()
+        if 0 < devices < serving.replicas:
+            raise ConfigError(f"replicas={serving.replicas} need a GPU each, and there are {devices}")
+        self.all = [
+            Server(
+                serving.command(serving.port + index),
+                serving.environment(index, devices),
+                serving.url(serving.port + index),
+                log_dir / f"replica-{index}.log",
+            )
+            for index in range(serving.replicas)
+        ]
+
+    @property
+    def urls(self) -> list[str]:
+        return [server.url for server in self.all]
+
+    def start(self) -> None:
+        """Start all and wait until each is healthy; raises `EngineError` for the first that ends instead."""
+        for server in self.all:
+            if server.healthy:
+                raise ConfigError(f"something serves at {server.url} already; choose another port")
+            server.start()
+        for server in self.all:
+            while not server.healthy:
+                self.require_alive()
+                time.sleep(_POLL_S)
+
+    def require_alive(self) -> None:
+        for server in self.all:
+            server.require_alive()
+
+    def watch(self) -> None:
+        """Return never; raises `EngineError` for the first that ends."""
+        while True:
+            self.require_alive()
+            time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """End all: asked first, killed after a while, with everything that they started."""
+        for server in self.all:
+            server.signal(signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_PATIENCE_S
+        for server in self.all:
+            server.wait(max(0.0, deadline - time.monotonic()))
+        for server in self.all:
+            server.signal(signal.SIGKILL)
+            server.wait(_STOP_PATIENCE_S)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _device_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _gpus(replica: int, replicas: int, devices: int) -> dict[str, str]:
+    """An equal share of the GPUs that this process sees."""
+    if not devices:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+    share = devices // replicas
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[replica * share : (replica + 1) * share])}
+
+
+def _places(replica: int, replicas: int, devices: int) -> dict[str, str]:
+    """On the CPU: an equal share of the cores, since vLLM would pin every replica's threads to the same ones."""
+    if devices:
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    own = cores[replica * len(cores) // replicas : (replica + 1) * len(cores) // replicas]
+    chosen = own or [cores[replica % len(cores)]]
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, chosen)), "VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -1,0 +1,74 @@
+"""The names that servers know versions by: never reused, and telling whose they are.
+
+A server keeps a name until it is told to forget it, and its caches key on it. So every load takes a new one, made of
+this host, a token that only this engine has, and a counter. The token is that of a locked folder: where the lock is
+free, the process is dead and what it left on servers can go.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+from lora_grpo.adapters.layout import Identity
+from lora_grpo.adapters.locks import WriterLock, holder
+from lora_grpo.adapters.naming import run_name, served_name
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.errors import ConfigError
+
+_FOLDER = "lora-grpo-engine-"
+_OWNED = re.compile(r"lora-grpo\.([A-Za-z0-9-]+)\.([a-z0-9_]+)\..+")
+
+
+class Names:
+    """Gives out names, and holds the folder whose lock says that this process lives."""
+
+    def __init__(self) -> None:
+        shm = Path("/dev/shm")
+        self._parent = shm if shm.is_dir() else Path(tempfile.gettempdir())
+        self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=self._parent))
+        self._lock = WriterLock()
+        self._lock.take(self.folder)
+        self._host = re.sub("[^A-Za-z0-9-]+", "-", socket.gethostname())
+        self._token = self.folder.name.removeprefix(_FOLDER)
+        self._counter = itertools.count(1)
+
+    def fresh(self, version: AdapterVersion) -> str:
+        run = re.sub("[^A-Za-z0-9_-]+", "-", version.path.parent.parent.name)
+        return f"lora-grpo.{self._host}.{self._token}.{run}.v{version.number}.{next(self._counter)}"
+
+    def is_leftover(self, name: str) -> bool:
+        """Whether a dead process of this host gave out `name`."""
+        owner = _OWNED.fullmatch(name)
+        return owner is not None and owner[1] == self._host and _is_free(self._parent / f"{_FOLDER}{owner[2]}")
+
+    def sweep(self) -> None:
+        """Remove the folders of dead processes."""
+        for lock in self._parent.glob(f"{_FOLDER}*/LOCK"):
+            if _is_free(lock.parent):
+                shutil.rmtree(lock.parent, ignore_errors=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether no process holds the folder; another user's is not ours to judge."""
+    try:
+        return holder(folder) is None
+    except PermissionError:
+        return False
+
+
+def resolver_name(version: AdapterVersion) -> str:
+    """The name, RUN@NUMBER, by which a resolver finds a published version. Raises `ConfigError` for one of no store."""
+    root = version.path.parent.parent
+    identity = Identity.read(root)
+    if identity is None:
+        raise ConfigError(f"{version} at {version.path} is in no store, so no resolver can pull it; publish it first")
+    return served_name(run_name(Path(identity.other or root), identity.run_id), version.number)

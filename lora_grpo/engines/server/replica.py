@@ -1,0 +1,131 @@
+"""One server: what it is, what it has loaded, and what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.server.client import Client, Refused, Unreachable
+from lora_grpo.engines.server.connect import LOAD, UNLOAD, Facts, connect, models, started
+from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body, to_logprobs
+from lora_grpo.errors import DeliveryError, EngineError
+
+State: TypeAlias = Literal["serving", "away", "lost"]
+"""In rotation; out of it and being brought back; given up until the next load asks for it."""
+
+
+@dataclass(eq=False)
+class Served:
+    """A version in use: the name it goes by, the log-probs it is known by, and how many calls need it."""
+
+    version: AdapterVersion
+    name: str
+    answers: list[list[float]] = field(default_factory=list)
+    users: int = 0
+
+
+@dataclass(eq=False)
+class Replica:
+    """A server and what we know of it. Only the engine's loop touches one.
+
+    `names` are what it knows versions by: their own name, or another where that one was tried on it in vain.
+    """
+
+    client: Client
+    facts: Facts
+    state: State = "serving"
+    names: dict[str, str] = field(default_factory=dict)
+    tried: set[str] = field(default_factory=set)
+    in_flight: int = 0
+    serves_base: bool = False
+    trouble: str = ""
+    returning: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+    @property
+    def mixes_base(self) -> bool:
+        """Whether base and adapter requests may share a batch: vLLM's CPU kernels mix them up before 0.33, and no
+        server says that it computes on a CPU."""
+        return self.facts.release >= (0, 33)
+
+    async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        """One completion. Raises `Unreachable` for a server that cannot answer, or no longer knows the name."""
+        try:
+            return await self.client.ask(COMPLETIONS, body)
+        except Refused as refusal:
+            if refusal.status == 404 or refusal.status >= 500:
+                raise Unreachable(str(refusal)) from None
+            raise
+
+    async def score(self, name: str, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of tokens 1..T-1 of each sequence, by the model of that name."""
+        bodies = [scoring_body(name, ids) for ids in sequences]
+        answers = await asyncio.gather(*(self.ask(body) for body in bodies))
+        return [to_logprobs(answer, body) for answer, body in zip(answers, bodies, strict=True)]
+
+    async def load(self, served: Served) -> None:
+        """Have the server read a version from its path. An answer that was lost on the way is looked for."""
+        name = served.name if served.name not in self.tried else f"{served.name}.{len(self.tried)}"
+        self.tried.add(name)
+        try:
+            await self.client.change(LOAD, {"lora_name": name, "lora_path": str(served.version.path)})
+        except Unreachable:
+            if name not in await models(self.client):
+                raise
+        self.names[served.name] = name
+
+    async def resolve(self, served: Served) -> None:
+        """Have the server's resolver pull a version: by one token asked of it."""
+        try:
+            await self.client.ask(COMPLETIONS, scoring_body(served.name, [1]) | {"prompt_logprobs": None})
+        except Refused as refusal:
+            if refusal.status != 404:
+                raise
+            raise EngineError(
+                f"{self.url} cannot resolve {served.name}: {refusal}; the reason is in the server's log (is "
+                "LORA_GRPO_STORE_URL set there, and the store server up?)"
+            ) from None
+        self.names[served.name] = served.name
+
+    async def unload(self, name: str) -> None:
+        """Have the server forget a name. What it holds in memory stays until newer adapters take its place."""
+        try:
+            await self.client.change(UNLOAD, {"lora_name": name})
+        except Refused as refusal:
+            if refusal.status != 404:
+                raise
+
+    async def forget(self, served: Served) -> None:
+        name = self.names.pop(served.name, None)
+        if name is not None:
+            await self.unload(name)
+
+    async def look(self) -> None:
+        """Raises `Unreachable` when the server is away, or has forgotten what it had since it was last looked at."""
+        await self.client.look("/health")
+        listed = (await models(self.client)).keys()
+        if missing := set(self.names.values()) - listed:
+            raise Unreachable(f"{self.url} no longer knows {', '.join(sorted(missing))}: it restarted")
+        if await started(self.client) != self.facts.started:
+            raise Unreachable(f"{self.url} restarted")
+
+    async def reconnect(self, rank_folder: Path | None) -> None:
+        """After an absence: check the server as a new one, and take note of which names it still has."""
+        facts = await connect(self.client, rank_folder)
+        if (facts.root, facts.max_model_len) != (self.facts.root, self.facts.max_model_len):
+            raise DeliveryError(
+                f"{self.url} came back with {facts.root} (max_model_len={facts.max_model_len}) where it had "
+                f"{self.facts.root} ({self.facts.max_model_len})"
+            )
+        if facts.started != self.facts.started or facts.started is None:
+            self.tried.clear()
+        listed = await models(self.client)
+        self.names = {own: name for own, name in self.names.items() if name in listed}
+        self.facts = facts

@@ -1,0 +1,91 @@
+"""From our prompts and settings to completion requests, and from their answers to completions and log-probs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lora_grpo.errors import DeliveryError, EngineError
+from lora_grpo.types import Completion, Sampling
+
+COMPLETIONS = "/v1/completions"
+
+
+def completion_body(name: str, ids: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
+    """One sample of one prompt. Every setting is said, since a server fills in its model's own defaults."""
+    return {
+        "model": name,
+        "prompt": list(ids),
+        "n": 1,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop": list(sampling.stop),
+        "ignore_eos": sampling.ignore_eos,
+        "seed": seed,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
+
+
+def scoring_body(name: str, ids: Sequence[int]) -> dict[str, Any]:
+    """One sequence to be scored as a prompt; a server generates one token after it at least."""
+    return completion_body(name, ids, Sampling(max_tokens=1, temperature=0.0), seed=0) | {"prompt_logprobs": 0}
+
+
+def to_completion(answer: dict[str, Any], body: dict[str, Any], version: int | None) -> Completion:
+    """The completion in an answer. Raises `DeliveryError` for another model's or another prompt's, `EngineError` for
+    one that did not end of itself or lacks a token's log-prob."""
+    choice = _choice(answer, body)
+    token_ids, reason = tuple(choice["token_ids"] or ()), choice["finish_reason"]
+    if reason not in ("stop", "length"):
+        raise EngineError(f"a completion by {body['model']} ended as {reason!r}, not by stopping")
+    if reason == "length" and len(token_ids) < body["max_tokens"]:
+        raise EngineError(
+            f"the server cut a completion at {len(token_ids)} of max_tokens={body['max_tokens']}; start it without "
+            "--override-generation-config and --generation-config"
+        )
+    logprobs = tuple((choice["logprobs"] or {}).get("token_logprobs") or ())
+    if len(logprobs) != len(token_ids) or not all(_is_finite(value) for value in logprobs):
+        raise EngineError(f"a completion by {body['model']} has {len(token_ids)} tokens with log-probs {logprobs}")
+    return Completion(choice["text"], token_ids, logprobs, reason, version)
+
+
+def to_logprobs(answer: dict[str, Any], body: dict[str, Any]) -> list[float]:
+    """Log-probs of tokens 1..T-1 of a scored sequence. Raises as `to_completion`."""
+    entries = _choice(answer, body)["prompt_logprobs"] or []
+    ids = body["prompt"]
+    try:
+        logprobs = [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
+    except (ValueError, KeyError, TypeError):
+        logprobs = [None]
+    if not all(_is_finite(value) for value in logprobs):
+        raise EngineError(f"{body['model']} did not score every token of a prompt of {len(ids)}")
+    return logprobs
+
+
+def _choice(answer: dict[str, Any], body: dict[str, Any]) -> Any:
+    if answer.get("model") != body["model"]:
+        raise DeliveryError(
+            f"{body['model']} was asked and {answer.get('model')!r} answered; is a proxy in between, or "
+            "VLLM_SKIP_MODEL_NAME_VALIDATION set on the server?"
+        )
+    choices = answer.get("choices") or [{}]
+    missing = {"text", "token_ids", "logprobs", "finish_reason", "prompt_token_ids", "prompt_logprobs"} - set(
+        choices[0]
+    )
+    if missing:
+        raise EngineError(f"an answer by {body['model']} lacks {', '.join(sorted(missing))}; is it a vLLM server?")
+    if choices[0]["prompt_token_ids"] != body["prompt"]:
+        raise DeliveryError(f"{body['model']} completed another prompt than the one it was sent")
+    return choices[0]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

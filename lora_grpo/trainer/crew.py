@@ -1,0 +1,182 @@
+"""Several trainer processes: the first runs the trainer, the others do with it what takes all of them.
+
+So the order of the prompts, rewards, metrics, decisions and files are those of a run with one process. What all do
+together: sample (each a part of the prompts, where each has an engine), update, publish, go back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt
+from lora_grpo.grpo.processes import Processes
+from lora_grpo.rollback import RollbackReport
+from lora_grpo.state import scale_learning_rate
+from lora_grpo.types import Group, Prompt, Sampling, derive_seed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from lora_grpo.trainer.assembly import Parts
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@cache
+def launched() -> Accelerator | None:
+    """accelerate's own view of what `accelerate launch` or `torchrun` started; None for a single process."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator()
+
+
+class Crew:
+    """This process's place among those that train together, and what it trains with."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.parts: Parts
+        self._order: Callable[[partial[Any]], Any] | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether the run is this process's: its files, its terminal, its decisions."""
+        return self.processes.index == 0
+
+    def lead(self, act: Callable[[], R]) -> R:
+        """`act` runs in the first process, and gives or raises the same in all; the others follow its orders."""
+        if self.processes.count == 1 or self._order is not None:
+            return act()
+        return self.processes.lead(partial(self._led, act), self._do)
+
+    def __call__(self, act: Callable[Concatenate[Parts, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """`act(parts, ...)` in every process, each with its own parts; what it gives here. Only inside `lead`."""
+        order: partial[R] = partial(act, *args, **kwargs)  # type: ignore[arg-type]
+        if self.processes.count == 1:
+            return self._do(order)
+        if self._order is None:
+            raise RuntimeError("only the first process gives orders, and only while it leads")
+        return self._order(order)
+
+    def _do(self, order: partial[Any]) -> Any:
+        return order.func(self.parts, *order.args, **order.keywords)
+
+    def _led(self, act: Callable[[], R], order: Callable[[partial[Any]], Any]) -> R:
+        self._order = order
+        try:
+            return act()
+        finally:
+            self._order = None
+
+
+class Led(Protocol):
+    crew: Crew
+
+
+Self = TypeVar("Self", bound=Led)
+
+
+def led(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
+    """A method that all processes call, and that runs in the first; see `Crew.lead`."""
+
+    @wraps(method)
+    def together(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.crew.lead(lambda: method(self, *args, **kwargs))
+
+    return together
+
+
+class CrewEngine:
+    """The engines of all processes, as the first one's trainer uses them; see `EngineInEach`."""
+
+    def __init__(self, crew: Crew, own: Engine) -> None:
+        self._crew, self._own = crew, own
+        self.proof, self.device = own.proof, own.device
+        self.max_lora_rank, self.lora_dtype = own.max_lora_rank, own.lora_dtype
+
+    def __getattr__(self, name: str) -> Any:
+        """What only some engines offer, such as `tokenizer`."""
+        return getattr(self._own, name)
+
+    def load(self, version: AdapterVersion) -> LoadReceipt:
+        return self._crew(_load, version)
+
+    def unload(self, version: AdapterVersion) -> None:
+        self._crew(_unload, version)
+
+    def loaded(self) -> tuple[AdapterVersion, ...]:
+        return self._own.loaded()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        return self._crew(_generate, prompts, sampling, adapter)
+
+    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+        return self._own.logprobs(sequences, adapter=adapter)
+
+    def describe_base(self) -> BaseDescription:
+        return self._own.describe_base()
+
+    def close(self) -> None:
+        self._own.close()
+
+
+# What all processes do; `parts` are each one's own.
+
+
+def _load(parts: Parts, version: AdapterVersion) -> LoadReceipt:
+    return parts.sync.engine.load(version)
+
+
+def _unload(parts: Parts, version: AdapterVersion) -> None:
+    parts.sync.engine.unload(version)
+
+
+def _generate(parts: Parts, prompts: Sequence[Prompt], sampling: Sampling, adapter: Adapters) -> list[Group]:
+    return parts.sync.engine.generate(prompts, sampling, adapter=adapter)
+
+
+def push(parts: Parts, step: int, extra: dict[str, Any]) -> AdapterVersion:
+    return parts.sync.push(step, extra=extra)
+
+
+def roll_back(parts: Parts, number: int) -> RollbackReport:
+    return parts.sync.rollback(number)
+
+
+def restore_trainer(parts: Parts, version: AdapterVersion) -> bool:
+    return parts.sync.restore_trainer(version)
+
+
+def adopt(parts: Parts, version: AdapterVersion) -> bool:
+    return parts.sync.adopt(version)
+
+
+def scale_learning_rates(parts: Parts, factor: float) -> None:
+    scale_learning_rate(parts.policy.optimizer, parts.policy.scheduler, factor)
+
+
+def seed_everything(parts: Parts, seed: int) -> None:
+    """Whatever a process drew before, a run depends on its own seed only; dropout differs between processes."""
+    index = parts.policy.processes.index
+    torch.manual_seed(derive_seed(seed, index) if index else seed)
+
+
+class Unheard:
+    """What a process other than the first has to tell: nothing, for a run says everything once."""
+
+    def message(self, text: str) -> None:
+        return None
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,309 @@
+"""Where a step's batch comes from: sampled in its turn, or ahead of it while earlier steps are trained.
+
+Ahead, the rollout of step t begins once version t - 1 - max_staleness is promoted, on the newest version there is by
+then, and ends on it; so when its turn comes it lags by `max_staleness` versions at most, and nothing that is sampled
+in the ordinary course is ever thrown away. Timing decides on the versions, so such a run does not repeat bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.data import SamplerState
+from lora_grpo.engines.owned import OwnedEngine
+from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError, UnknownVersion
+from lora_grpo.trainer.stepping import Rewarded, reward, roll_out
+from lora_grpo.types import Group, Prompt
+from lora_grpo.worker import Job, Worker
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+
+T = TypeVar("T")
+
+
+@dataclass
+class Rollout:
+    """The batch of one step on its way. `position` is where the data stood before its prompts were drawn."""
+
+    step: int
+    position: SamplerState
+    prompts: list[Prompt]
+    columns: dict[str, list[Any]]
+    version: AdapterVersion = field(init=False)
+    """Set when it begins."""
+    groups: list[Group] = field(init=False)
+    """Set when it ends, and then its rewards are on their way."""
+
+
+class Rollouts(Protocol):
+    """The batches of a trainer's steps, in order."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around a call of `train`: outside nothing is sampled."""
+
+    def take(self, step: int) -> Rollout:
+        """The sampled batch of `step`, all of one version."""
+
+    def reward(self, rollout: Rollout) -> Rewarded:
+        """What it earned."""
+
+    def score(self, function: Callable[[], T]) -> T:
+        """Call reward functions on other completions."""
+
+    def metrics(self) -> dict[str, float]:
+        """Of the batch that was taken last, and what was dropped so far."""
+
+    def counts(self) -> dict[str, int]:
+        """Rollouts dropped so far, by reason."""
+
+    def position(self) -> SamplerState:
+        """Where the data stand: what is drawn next, or was drawn for a batch that no step has taken yet."""
+
+    def drop(self, why: str) -> None:
+        """Forget every batch that no step has taken, and draw its prompts again later."""
+
+    def close(self) -> None: ...
+
+
+def rollouts_of(trainer: GRPOTrainer) -> Rollouts:
+    """As `config.max_staleness` asks for."""
+    return Ahead(trainer) if trainer.config.max_staleness else InTurn(trainer)
+
+
+def drawn(trainer: GRPOTrainer, step: int) -> Rollout:
+    """The next prompts, for `step`."""
+    position = trainer.sampler.state_dict()
+    prompts, columns = trainer.train_data.select(next(trainer.sampler))
+    return Rollout(step, position, prompts, columns)
+
+
+def sampled(trainer: GRPOTrainer, rollout: Rollout, version: AdapterVersion, rollbacks: int) -> None:
+    """Have `version` complete its prompts."""
+    rollout.version = version
+    rollout.groups = roll_out(
+        trainer.parts,
+        trainer.config,
+        trainer.rollout_func,
+        rollout.prompts,
+        version,
+        step=rollout.step,
+        rollbacks=rollbacks,
+    )
+
+
+def rewarded(trainer: GRPOTrainer, rollout: Rollout) -> Rewarded:
+    return reward(trainer.reward_funcs, rollout.groups, rollout.columns, trainer.config, rollout.step)
+
+
+class InTurn:
+    """Each batch is sampled when its step begins, from the version that the step before published."""
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self._trainer = trainer
+
+    def running(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def take(self, step: int) -> Rollout:
+        rollout = drawn(self._trainer, step)
+        sampled(self._trainer, rollout, self._trainer.version, self._trainer.rollbacks)
+        return rollout
+
+    def reward(self, rollout: Rollout) -> Rewarded:
+        return rewarded(self._trainer, rollout)
+
+    def score(self, function: Callable[[], T]) -> T:
+        return function()
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    def position(self) -> SamplerState:
+        return self._trainer.sampler.state_dict()
+
+    def drop(self, why: str) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+@dataclass
+class Flight:
+    """A rollout in the hands of the two workers; `rewards` is there when `groups` is done."""
+
+    rollout: Rollout
+    groups: Job[None] = field(init=False)
+    rewards: Job[Rewarded] | None = None
+    leased: bool = False
+
+
+class Ahead:
+    """Batches sampled up to `max_staleness` steps ahead, by two threads: `generator` samples, `reward` scores.
+
+    Versions stay on tmpfs from the start of their rollout to the end of the step that trains on it. What fails in a
+    thread is raised by `take` or `reward` in the trainer's.
+    """
+
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        """Raises `ConfigError` where the trainer has several processes."""
+        if trainer.sync.processes.count > 1:
+            raise ConfigError("max_staleness > 0 is for one trainer process; set max_staleness=0")
+        patience_s, engine = trainer.config.stall_timeout_s, trainer.engine
+        self._trainer, self._most = trainer, trainer.config.max_staleness
+        self._own_generator = not isinstance(engine, OwnedEngine)
+        self._generator = (
+            engine.worker if isinstance(engine, OwnedEngine) else Worker("generator", patience_s=patience_s)
+        )
+        self._rewarder = Worker("reward", patience_s=patience_s, failure=RewardError)
+        self._ahead: deque[Flight] = deque()
+        self._taken: Flight | None = None
+        self._lag = 0
+        self.dropped = {"stale": 0, "rollback": 0}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not (hasattr(error, "__notes__") or self._generator.hangs):
+                error.add_note(f"the trainer failed here; {self._where()}")
+            raise
+        finally:
+            self._forget()
+
+    def take(self, step: int) -> Rollout:
+        """Waits for the generator. A batch that lags by more than `max_staleness` versions is dropped, with what was
+        begun behind it, and sampled again."""
+        self._let_go(self._taken)
+        self._taken = None
+        while True:
+            self._fill(step)
+            flight = self._ahead[0]
+            with self._blamed("generator"):
+                self._generator.wait(flight.groups)
+            lag = lag_behind(self._trainer.store, self._trainer.version, flight.rollout.version, self._most)
+            if lag is not None:
+                break
+            self.drop("stale")
+        self._lag, self._taken = lag, self._ahead.popleft()
+        return flight.rollout
+
+    def reward(self, rollout: Rollout) -> Rewarded:
+        if self._taken is None or self._taken.rollout is not rollout or self._taken.rewards is None:
+            raise ValueError("only the rollout that was taken last has rewards")
+        with self._blamed("reward"):
+            return self._rewarder.wait(self._taken.rewards)
+
+    def score(self, function: Callable[[], T]) -> T:
+        with self._blamed("reward"):
+            return self._rewarder.wait(self._rewarder.submit(function))
+
+    def metrics(self) -> dict[str, float]:
+        """Under TRL's names; the counts are of completions, over the whole run of this process."""
+        lag, rows = float(self._lag), self._trainer.config.rows_per_step(1)
+        counts = {f"sample/dropped_{why}_total": float(count * rows) for why, count in self.dropped.items()}
+        return {"sample/staleness_mean": lag, "sample/staleness_max": lag, **counts}
+
+    def counts(self) -> dict[str, int]:
+        return {f"dropped_{why}": count for why, count in self.dropped.items()}
+
+    def position(self) -> SamplerState:
+        return self._ahead[0].rollout.position if self._ahead else self._trainer.sampler.state_dict()
+
+    def drop(self, why: str) -> None:
+        self.dropped[why] += self._forget()
+
+    def close(self) -> None:
+        """Stop and end the threads. A reward that hangs is left to itself, as it cannot be interrupted."""
+        self._forget()
+        self._rewarder.end()
+        if self._own_generator:
+            self._generator.end()
+            self._generator.join()
+
+    def _fill(self, step: int) -> None:
+        """Begin what `step`, the next to be trained, leaves room for."""
+        last = min(step + self._most, self._trainer.config.total_steps)
+        for following in range(step + len(self._ahead), last + 1):
+            self._begin(drawn(self._trainer, following))
+
+    def _begin(self, rollout: Rollout) -> None:
+        trainer, flight, rollbacks = self._trainer, Flight(rollout), self._trainer.rollbacks
+
+        def generate() -> None:
+            version = trainer.store.acquire(trainer.version)
+            rollout.version, flight.leased = version, True
+            sampled(trainer, rollout, version, rollbacks)
+            flight.rewards = self._rewarder.submit(lambda: rewarded(trainer, rollout))
+
+        flight.groups = self._generator.submit(generate)
+        self._ahead.append(flight)
+
+    def _forget(self) -> int:
+        """Stop and let go of all that is under way, and put the data back; how many rollouts those were."""
+        flights, position = list(self._ahead), self.position()
+        self._ahead.clear()
+        for flight in flights:
+            flight.groups.stop()
+            if flight.rewards is not None:
+                flight.rewards.stop()
+            self._let_go(flight)
+        self._let_go(self._taken)
+        self._taken = None
+        self._trainer.sampler.load_state_dict(position)
+        return len(flights)
+
+    def _let_go(self, flight: Flight | None) -> None:
+        """End its lease, now or when it has stopped."""
+
+        def release(_: object) -> None:
+            if flight is not None and flight.leased:
+                flight.leased = False
+                self._trainer.store.release(flight.rollout.version)
+
+        if flight is not None:
+            flight.groups.result.add_done_callback(release)
+
+    @contextmanager
+    def _blamed(self, culprit: str) -> Iterator[None]:
+        """Name the culprit of what is raised inside; what is none of ours becomes an `EngineError`."""
+        try:
+            yield
+        except LoraGrpoError as error:
+            error.add_note(f"the {culprit} failed; {self._where()}")
+            raise
+        except Exception as error:
+            failure = EngineError(f"the {culprit} died: {type(error).__name__}: {error}")
+            failure.add_note(self._where())
+            raise failure from error
+
+    def _where(self) -> str:
+        return f"{self._trainer.steps_done} steps are done, and HEAD is {self._trainer.store.head}"
+
+
+def lag_behind(store: AdapterStore, head: AdapterVersion, version: AdapterVersion, most: int) -> int | None:
+    """How many versions were made after `version` on the way to `head`; None for more than `most`, or another way."""
+    following: AdapterVersion = head
+    for lag in range(most + 1):
+        if following.number == version.number:
+            return lag
+        if following.parent is None:
+            return None
+        try:
+            following = store.get(following.parent)
+        except UnknownVersion:
+            return None
+    return None

@@ -1,0 +1,141 @@
+"""A thread that does one job at a time, short calls in between, and shows signs of life."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from lora_grpo.errors import EngineError, LoraGrpoError
+
+T = TypeVar("T")
+
+
+class Stopped(EngineError):
+    """A job was stopped because nobody wants its result any more."""
+
+
+@dataclass
+class Job(Generic[T]):
+    """Something to do; `stopping` asks it to end at its next `poll`."""
+
+    function: Callable[[], T]
+    result: Future[T] = field(default_factory=Future)
+    stopping: bool = False
+
+    def stop(self) -> None:
+        """Never start it, or end it at its next `poll`."""
+        self.stopping = True
+        self.result.cancel()
+
+    def run(self) -> None:
+        if not self.result.set_running_or_notify_cancel():
+            return
+        try:
+            value = self.function()
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is waited for
+            self.result.set_exception(error)
+        else:
+            self.result.set_result(value)
+
+
+class Worker:
+    """Runs jobs in the order of `submit`, in a thread of its own that ends with the process.
+
+    A job that calls `poll` lets others `call` in between, and can be stopped there.
+    """
+
+    def __init__(self, name: str, *, patience_s: float, failure: type[LoraGrpoError] = EngineError) -> None:
+        """`wait` and `call` raise `failure` with the name when there was no sign of life for `patience_s`."""
+        self.name = name
+        self._patience_s, self._failure = patience_s, failure
+        self._jobs: deque[Job[Any]] = deque()
+        self._calls: deque[Job[Any]] = deque()
+        self._current: Job[Any] | None = None
+        self._wake = threading.Condition()
+        self._ended = False
+        self._sign_s = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name=f"lora_grpo-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[[], T]) -> Job[T]:
+        """Have `function` run after the jobs before it."""
+        return self._enter(self._jobs, function)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """The result of `function`, run in the thread before any waiting job, within a running one if it polls."""
+        if threading.current_thread() is self._thread:
+            return function()
+        return self.wait(self._enter(self._calls, function))
+
+    def wait(self, job: Job[T]) -> T:
+        """The job's result, or whatever it raised."""
+        while True:
+            try:
+                return job.result.result(timeout=max(0.0, self._left_s()))
+            except TimeoutError:
+                if job.result.done():
+                    return job.result.result()
+                if self.hangs:
+                    raise self._failure(
+                        f"the {self.name} has shown no sign of life for {self._patience_s:g} s (stall_timeout_s), so "
+                        "it is given up; HEAD stays where it is"
+                    ) from None
+
+    def poll(self) -> None:
+        """For a job, wherever it can be interrupted: run the calls that came. Raises `Stopped` when it is to end."""
+        self._sign_s = time.monotonic()
+        if self._current is not None and self._current.stopping:
+            raise Stopped(f"the {self.name} was told to stop")
+        while self._calls:
+            self._calls.popleft().run()
+            self._sign_s = time.monotonic()
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it was at work, or should have been, without a sign of life for longer than its patience."""
+        busy = self._current is not None or bool(self._jobs or self._calls)
+        return busy and self._left_s() <= 0
+
+    def end(self) -> None:
+        """Have the running job stop, drop the others, take no more, and let the thread end."""
+        with self._wake:
+            self._ended = True
+            for job in [*self._jobs, *([self._current] if self._current else [])]:
+                job.stop()
+            self._wake.notify()
+
+    def join(self) -> bool:
+        """Wait for the thread to `end`; False when it hangs and is left behind."""
+        while self._thread.is_alive() and not self.hangs:
+            self._thread.join(timeout=min(1.0, max(0.01, self._left_s())))
+        return not self._thread.is_alive()
+
+    def _left_s(self) -> float:
+        return self._sign_s + self._patience_s - time.monotonic()
+
+    def _enter(self, queue: deque[Job[Any]], function: Callable[[], T]) -> Job[T]:
+        job = Job(function)
+        with self._wake:
+            if self._ended:
+                raise EngineError(f"the {self.name} has ended")
+            if self._current is None and not (self._jobs or self._calls):
+                self._sign_s = time.monotonic()
+            queue.append(job)
+            self._wake.notify()
+        return job
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                self._current = None
+                self._wake.wait_for(lambda: self._jobs or self._calls or self._ended)
+                if not (self._jobs or self._calls):
+                    return
+                self._current = self._calls.popleft() if self._calls else self._jobs.popleft()
+                self._sign_s = time.monotonic()
+            self._current.run()

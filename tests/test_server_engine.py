@@ -1,0 +1,535 @@
+"""vLLM servers as one engine: checked at connect, loaded all or none, never answering for another version.
+
+Failures are driven in a fake server (tests/fake_vllm.py); what works is shown on real ones in
+tests/test_server_engine_real.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from lora_grpo.adapters.digest import digest_directory
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.delivery.probe import Witness, probe_sequences
+from lora_grpo.engines.fake import FakeEngine
+from lora_grpo.engines.requests import request_seeds
+from lora_grpo.engines.server.engine import VLLMServerEngine
+from lora_grpo.engines.server.names import Names
+from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion, UnsupportedVersion
+from lora_grpo.types import Sampling
+from tests.fake_vllm import FakeServer, logprob, scores, weights_of
+from tests.tiny_models import VOCAB
+
+PROMPTS = [[10, 11, 12], [20, 21], [30, 31, 32, 33]]
+SAMPLING = Sampling(n=4, max_tokens=3, seed=7)
+SEQUENCES = probe_sequences(VOCAB, seed=0)
+
+Pair = tuple[FakeServer, FakeServer]
+MakeEngine = Callable[..., VLLMServerEngine]
+
+
+@pytest.fixture
+def pair(llama_dir: Path) -> Iterator[Pair]:
+    with FakeServer(str(llama_dir)) as one, FakeServer(str(llama_dir)) as two:
+        yield one, two
+
+
+@pytest.fixture
+def connect(pair: Pair) -> Iterator[MakeEngine]:
+    """Engines on both servers, closed in the end."""
+    with ExitStack() as closing:
+
+        def make(*servers: FakeServer, **settings: Any) -> VLLMServerEngine:
+            engine = VLLMServerEngine([server.url for server in servers or pair], patience_s=3.0, **settings)
+            closing.callback(engine.close)
+            return engine
+
+        yield make
+
+
+@pytest.fixture
+def versions(shm_dir: Path) -> list[AdapterVersion]:
+    return [version(shm_dir, number) for number in (1, 2, 3)]
+
+
+def version(folder: Path, number: int) -> AdapterVersion:
+    """A sound adapter of one module, other bytes for every number."""
+    path = folder / "run" / "versions" / f"{number:06d}"
+    path.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(number)
+    prefix, rows = "base_model.model.model.layers.0.self_attn.q_proj", torch.randn(4, 64, generator=generator)
+    (path / "adapter_model.safetensors").write_bytes(
+        save({f"{prefix}.lora_A.weight": rows, f"{prefix}.lora_B.weight": rows.T.contiguous()})
+    )
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": ["model.layers.0.self_attn.q_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    return AdapterVersion(number, None, path, digest_directory(path), 0, 0.0)
+
+
+def answers(known: AdapterVersion) -> list[list[float]]:
+    """What a sound server answers to the probe's sequences."""
+    return scores(weights_of(known.path), SEQUENCES)
+
+
+def probed(engine: VLLMServerEngine, folder: Path) -> VLLMServerEngine:
+    """The engine after what `run_probe` does to it."""
+    loud = version(folder / "loud", 1)
+    engine.keep_probe(loud, Witness(SEQUENCES, scores("", SEQUENCES), answers(loud), 0.3), noise=0.001)
+    return engine
+
+
+def check_made_by(groups: Any, known: AdapterVersion | None) -> None:
+    """Every completion's log-probs are those of `known`, from its weights' bytes on."""
+    weights = "" if known is None else weights_of(known.path)
+    for group in groups:
+        for completion in group.completions:
+            ids = [group.prompt_token_ids[-1], *completion.token_ids]
+            assert list(completion.logprobs) == scores(weights, [ids])[0]
+            assert completion.version == (known and known.number)
+
+
+# Connecting
+
+
+@pytest.mark.parametrize(
+    ("defect", "error", "names"),
+    [
+        ({"runtime_loading": False}, ConfigError, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
+        ({"lora": False}, ConfigError, "--enable-lora"),
+        ({"processed_logprobs": False}, ConfigError, "--logprobs-mode processed_logprobs"),
+        ({"sees_files": False}, ConfigError, "adapters='resolver'"),
+        ({"api_key": "secret"}, ConfigError, "api_key="),
+        ({"release": "0.12.1"}, UnsupportedVersion, "0.12.1"),
+        ({"root": "/nonexistent/model"}, ConfigError, "start all replicas alike"),
+        ({"down": True}, EngineError, "503"),
+    ],
+)
+def test_what_a_server_lacks_is_named(
+    pair: Pair, connect: MakeEngine, defect: dict[str, Any], error: type[Exception], names: str
+) -> None:
+    for name, value in defect.items():
+        setattr(pair[1], name, value)
+    with pytest.raises(error, match=names.replace("(", r"\(")) as raised:
+        connect()
+    assert pair[1].url in str(raised.value) or error is UnsupportedVersion
+
+
+def test_no_server_at_all(connect: MakeEngine) -> None:
+    with pytest.raises(EngineError, match="lora-grpo serve"):
+        VLLMServerEngine(["http://127.0.0.1:9"])
+
+
+def test_what_the_servers_say(pair: Pair, connect: MakeEngine) -> None:
+    pair[1].rank = 8
+    engine = connect()
+    assert (engine.max_lora_rank, engine.max_model_len, engine.lora_dtype) == (8, 128, "bfloat16")
+    assert engine.describe_base().vocabulary == VOCAB
+    assert (engine.proof, engine.device) == ("behaviour", None)
+
+
+def test_an_api_key_is_sent(pair: Pair, connect: MakeEngine) -> None:
+    for server in pair:
+        server.api_key = "secret"
+    assert set(connect(api_key="secret").replicas.values()) == {"serving"}
+
+
+def test_too_few_slots_are_said(pair: Pair, connect: MakeEngine, shm_dir: Path) -> None:
+    pair[0].slots = 1
+    with pytest.warns(UserWarning, match=r"1 adapter slots .* --max-loras 2"):
+        probed(connect(), shm_dir)
+
+
+def test_leftovers_of_a_dead_run_are_unloaded_and_those_of_a_live_one_stay(
+    pair: Pair, connect: MakeEngine, versions: list[AdapterVersion]
+) -> None:
+    dead, live = Names(), Names()
+    left = dead.fresh(versions[0])
+    dead.close()
+    pair[0].adapters = {name: str(versions[0].path) for name in (left, live.fresh(versions[0]), "somebody's")}
+    connect()
+    live.close()
+    assert len(pair[0].adapters) == 2
+    assert left not in pair[0].adapters
+
+
+# Generating
+
+
+def test_groups_are_stamped_and_seeded_as_in_process(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    engine.load(versions[0])
+    groups = engine.generate(PROMPTS, SAMPLING, adapter=versions[0])
+    check_made_by(groups, versions[0])
+    assert [list(group.prompt_token_ids) for group in groups] == PROMPTS
+    seeds = {tuple(body["prompt"]): set() for body in pair[0].completions() + pair[1].completions()}
+    for body in pair[0].completions() + pair[1].completions():
+        seeds[tuple(body["prompt"])].add(body["seed"])
+    assert [seeds[tuple(ids)] for ids in PROMPTS] == [set(row) for row in request_seeds(SAMPLING, 3)]
+
+
+def test_every_setting_is_said_so_that_no_default_of_the_server_counts(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    connect(pair[0]).generate([[5, 6]], Sampling(max_tokens=2, temperature=0.7, stop=("x",)), adapter=None)
+    body = pair[0].completions()[-1]
+    assert (body["temperature"], body["top_p"], body["top_k"], body["min_p"]) == (0.7, 1.0, 0, 0.0)
+    assert (body["repetition_penalty"], body["presence_penalty"], body["frequency_penalty"]) == (1.0, 0.0, 0.0)
+    assert (body["n"], body["logprobs"], body["stop"]) == (1, 0, ["x"])
+
+
+def test_one_version_a_prompt_and_the_base(connect: MakeEngine, versions: list[AdapterVersion]) -> None:
+    engine = connect()
+    for known in versions[:2]:
+        engine.load(known)
+    adapters = [versions[1], None, versions[0]]
+    for group, known in zip(engine.generate(PROMPTS, SAMPLING, adapter=adapters), adapters, strict=True):
+        check_made_by([group], known)
+
+
+def test_base_and_adapters_share_no_batch_before_033(
+    pair: Pair, connect: MakeEngine, versions: list[AdapterVersion]
+) -> None:
+    """Stock CPU kernels give base rows of such a batch an adapter."""
+    one = pair[0]
+    one.release, one.delay_s = "0.32.0", 0.02
+    engine = connect(one)
+    engine.load(versions[0])
+    one.asked.clear()
+    seen: list[set[bool]] = []
+    answer = one._answer
+
+    def noting(body: dict[str, Any]) -> dict[str, Any]:
+        seen.append({other["model"] == "base" for other in one.asked[-one.in_flight :]})
+        return answer(body)
+
+    one._answer = noting  # type: ignore[method-assign]
+    engine.generate(PROMPTS * 2, SAMPLING, adapter=[versions[0], None] * 3)
+    assert len(seen) == 24
+    assert all(len(kinds) == 1 for kinds in seen)
+
+
+def test_scores(connect: MakeEngine, versions: list[AdapterVersion]) -> None:
+    engine = connect()
+    engine.load(versions[2])
+    assert engine.logprobs(SEQUENCES, adapter=versions[2]) == answers(versions[2])
+    assert engine.logprobs_of_each(SEQUENCES, adapter=None) == [scores("", SEQUENCES)] * 2
+
+
+def test_the_slower_replica_gets_less_and_none_more_than_its_share(pair: Pair, connect: MakeEngine) -> None:
+    pair[0].delay_s, pair[1].delay_s = 0.2, 0.01
+    engine = connect(concurrency=8)
+    engine.generate([[10 + i, 11] for i in range(24)], SAMPLING, adapter=None)
+    assert len(pair[0].completions()) < len(pair[1].completions())
+    assert len(pair[0].completions()) + len(pair[1].completions()) == 96
+    assert max(server.most_in_flight for server in pair) <= 8
+
+
+def test_a_version_that_is_not_loaded_is_refused_before_anything_is_asked(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    engine.load(versions[0])
+    asked = len(pair[0].asked)
+    with pytest.raises(UnknownVersion, match="v2 is not loaded"):
+        engine.generate(PROMPTS, SAMPLING, adapter=versions[1])
+    assert len(pair[0].asked) == asked
+
+
+def test_an_answer_by_another_model_is_an_error(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    engine.load(versions[0])
+    pair[0].answers_as = pair[1].answers_as = "base"
+    with pytest.raises(DeliveryError, match="'base' answered"):
+        engine.generate(PROMPTS, SAMPLING, adapter=versions[0])
+
+
+# Loading
+
+
+def test_a_version_is_on_every_server_under_a_name_of_its_own(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    receipt = engine.load(versions[0])
+    assert (receipt.proof, receipt.verdict, receipt.modules, receipt.proven_bytes) == (
+        "behaviour",
+        "inconclusive",
+        1,
+        0,
+    )
+    first = engine.served_names(versions[0])
+    assert {server.url: next(iter(server.adapters)) for server in pair} == first
+    engine.unload(versions[0])
+    assert not pair[0].adapters
+    engine.load(versions[0])
+    assert set(engine.served_names(versions[0]).values()).isdisjoint(first.values())
+
+
+def test_the_least_recently_used_goes_once_a_newer_one_is_proven(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect(max_loras=2)
+    for known in versions[:2]:
+        engine.load(known)
+    engine.generate([[5, 6]], SAMPLING, adapter=versions[0])
+    engine.load(versions[2])
+    assert engine.loaded() == (versions[0], versions[2])
+    assert [len(server.adapters) for server in pair] == [2, 2]
+
+
+def test_verdicts(connect: MakeEngine, versions: list[AdapterVersion], shm_dir: Path) -> None:
+    engine = probed(connect(), shm_dir)
+    assert engine.load(versions[0], expected=answers(versions[0])).verdict == "ok"
+    assert engine.load(versions[1]).verdict == "inconclusive"
+    assert engine.load(versions[0]).verdict == "ok"
+
+
+def test_a_load_that_fails_now_and_then_is_tried_again(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    pair[1].failing_loads = 2
+    engine.load(versions[0])
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+
+
+def test_a_load_that_goes_on_failing_is_on_no_server(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    engine.load(versions[0])
+    pair[1].failing_loads = 100
+    with pytest.raises(EngineError, match=f"v2 failed on 1 of 2 replicas: {pair[1].url}.*out of memory"):
+        engine.load(versions[1])
+    assert engine.loaded() == (versions[0],)
+    assert {len(server.adapters) for server in pair} == {1}
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+
+
+def test_wrong_weights_are_noticed_and_loaded_again_under_another_name(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    engine = probed(connect(), shm_dir)
+    pair[0].wrong_weights = 1
+    engine.load(versions[0], expected=answers(versions[0]))
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+    names = engine.served_names(versions[0])
+    assert names[pair[0].url] == f"{names[pair[1].url]}.1"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_wrong_weights_for_good_fail_the_load(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path, told: bool
+) -> None:
+    """Also where nobody said what to expect: the other replica answers otherwise."""
+    engine = probed(connect(), shm_dir)
+    pair[0].wrong_weights = 100
+    with pytest.raises(DeliveryError, match="v1"):
+        engine.load(versions[0], expected=answers(versions[0]) if told else None)
+    assert not engine.loaded()
+    assert not pair[1].adapters
+
+
+def test_stale_weights_are_told_from_the_version_before(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    engine = probed(connect(pair[0]), shm_dir)
+    engine.load(versions[0], expected=answers(versions[0]))
+    with pytest.raises(DeliveryError, match="v2"):
+        engine.load(versions[1], expected=answers(versions[0]))
+
+
+def test_changed_or_unsound_files_reach_no_server(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    with pytest.raises(DeliveryError, match="not the ones that were published"):
+        engine.load(replace(versions[0], digest="0" * 32))
+    assert not pair[0].adapters
+
+
+# Replicas that go and come
+
+
+def test_the_other_replica_does_what_one_cannot(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    engine.load(versions[0])
+    pair[0].down = True
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+    assert "serving" not in engine.replicas[pair[0].url]
+
+
+def test_a_restarted_replica_answers_only_after_it_is_proven_again(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    engine = probed(connect(), shm_dir)
+    engine.load(versions[0], expected=answers(versions[0]))
+    pair[0].restart()
+    pair[0].asked.clear()
+    for _ in range(3):
+        check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+        time.sleep(0.3)
+    assert set(engine.replicas.values()) == {"serving"}
+    assert list(pair[0].adapters) == [engine.served_names(versions[0])[pair[0].url]]
+    assert [body for body in pair[0].completions() if body["model"] in pair[0].adapters]
+
+
+def test_a_restart_is_noticed_before_a_load_and_another_base_is_not_let_in(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    engine = probed(connect(), shm_dir)
+    pair[1].restart()
+    answer = pair[1]._answer
+    pair[1]._answer = lambda body: answer(body) | other_base(body)  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match=r"1 of 2 replicas cannot take a version: .*nats"):
+        engine.load(versions[0], expected=answers(versions[0]))
+    assert "lost" in engine.replicas[pair[1].url]
+
+
+def other_base(body: dict[str, Any]) -> dict[str, Any]:
+    """What a server with other base weights scores."""
+    if "prompt_logprobs" not in body:
+        return {}
+    prompt = body["prompt"]
+    entries = [
+        None,
+        *({str(b): {"logprob": logprob("other", a, b) - 1}} for a, b in itertools.pairwise(prompt)),
+    ]
+    choice = {"text": "", "token_ids": [4], "logprobs": None, "finish_reason": "length"}
+    return {"choices": [{**choice, "prompt_token_ids": prompt, "prompt_logprobs": entries}]}
+
+
+def test_a_load_waits_for_a_replica_that_comes_back(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    engine = probed(connect(), shm_dir)
+    engine.load(versions[0], expected=answers(versions[0]))
+    pair[0].down = True
+
+    def come_back() -> None:
+        pair[0].restart()
+        pair[0].down = False
+
+    threading.Timer(1.0, come_back).start()
+    engine.load(versions[1], expected=answers(versions[1]))
+    assert len(pair[0].adapters) == 2
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[1]), versions[1])
+
+
+def test_a_load_fails_whole_when_a_replica_stays_away(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    engine.load(versions[0])
+    pair[0].down = True
+    with pytest.raises(EngineError, match=f"1 of 2 replicas cannot take a version: .*{pair[0].url}"):
+        engine.load(versions[1])
+    assert engine.loaded() == (versions[0],)
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+
+
+def test_a_dropped_replica_is_out_of_rotation_until_it_has_everything(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    engine = probed(connect(on_failure="drop"), shm_dir)
+    pair[0].failing_loads = 5
+    engine.load(versions[0], expected=answers(versions[0]))
+    assert "failed to load v1" in engine.replicas[pair[0].url] or "out of memory" in engine.replicas[pair[0].url]
+    pair[0].asked.clear()
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+    assert not pair[0].completions()
+    for _ in range(40):
+        if set(engine.replicas.values()) == {"serving"}:
+            break
+        time.sleep(0.1)
+    assert len(pair[0].adapters) == 1
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+    assert pair[0].completions()
+
+
+def test_nothing_hangs_when_all_are_gone(connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]) -> None:
+    engine = connect()
+    engine.load(versions[0])
+    for server in pair:
+        server.down = True
+    with pytest.raises(LoraGrpoError, match=r"no replica is left|failed wherever"):
+        engine.generate(PROMPTS, SAMPLING, adapter=versions[0])
+
+
+def test_a_load_and_a_rollout_do_not_wait_for_each_other(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect(max_loras=1, concurrency=4)
+    engine.load(versions[0])
+    for server in pair:
+        server.delay_s = 0.3
+    made: list[Any] = []
+    rollout = threading.Thread(target=lambda: made.extend(engine.generate(PROMPTS * 10, SAMPLING, adapter=versions[0])))
+    rollout.start()
+    time.sleep(0.2)
+    engine.load(versions[1])
+    assert rollout.is_alive()
+    assert engine.loaded() == (versions[0], versions[1]), "a version that a rollout needs stays"
+    rollout.join()
+    check_made_by(made, versions[0])
+
+
+def test_close_leaves_nothing_behind(pair: Pair, versions: list[AdapterVersion]) -> None:
+    engine = VLLMServerEngine([server.url for server in pair])
+    engine.load(versions[0])
+    folder = engine._names.folder
+    engine.close()
+    assert not pair[0].adapters
+    assert not folder.exists()
+
+
+# Servers that pull
+
+
+def test_servers_that_pull_are_asked_for_run_and_number(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    store = AdapterStore(shm_dir / "store")
+    files = {path.name: [path.read_bytes()] for path in versions[0].path.iterdir()}
+    published = store.publish(files, step=0)
+    for server in pair:
+        server.resolves_from, server.sees_files = store.root / "versions", False
+    engine = connect(adapters="resolver")
+    engine.load(published)
+    assert set(engine.served_names(published).values()) == {f"{store.run}@1"}
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=published), published)
+    pair[0].resolves_from = None
+    pair[0].restart()
+    with pytest.raises(EngineError, match=r"cannot resolve .*@1.*LORA_GRPO_STORE_URL"):
+        engine.load(published)
+    store.close()
+
+
+def test_a_version_of_no_store_cannot_be_pulled(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    with pytest.raises(ConfigError, match="v1 .* is in no store"):
+        connect(adapters="resolver").load(versions[0])
+
+
+def test_the_fake_engine_is_no_remote_one() -> None:
+    assert FakeEngine(lambda prompt, version, seed: "").proof != "behaviour"

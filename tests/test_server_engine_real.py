@@ -1,0 +1,188 @@
+"""Two real vLLM servers on loopback as one engine: proven, all or none, back after a kill, open to other clients."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.engines.server.engine import VLLMServerEngine
+from lora_grpo.engines.server.launch import Server, Servers, Serving
+from lora_grpo.errors import ConfigError, EngineError
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.sync import NativeSync
+from lora_grpo.types import Group, Sampling
+from tests.tiny_models import load_model, refill_lora, tiny_lora
+from tests.tiny_trainer import CONFIG, tiny_trainer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+VLLM_ARGS = ("--max-model-len", "128", "--enforce-eager", "--max-num-seqs", "64", "--gpu-memory-utilization", "0.1")
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROMPTS = ["one, two, ", "a b c d ", "the sum of 1 and 2 is "]
+SAMPLING = Sampling(n=4, max_tokens=8, seed=3)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row."""
+    for _ in range(100):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            first: int = probe.getsockname()[1]
+        try:
+            for port in range(first + 1, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            return first
+        except OSError:
+            continue
+    raise RuntimeError("no free ports")
+
+
+@pytest.fixture(scope="module")
+def servers(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Two replicas as `lora-grpo serve` starts them, and a third, plain one that knows nothing of LoRA."""
+    logs = tmp_path_factory.mktemp("servers")
+    serving = Serving(str(llama_dir), replicas=3, port=free_ports(3), target_modules=LEAVES, arguments=VLLM_ARGS)
+    started = Servers(serving, logs)
+    plain = started.all[2]
+    lora = plain.command.index("--enable-lora")
+    plain.command = plain.command[:lora] + list(VLLM_ARGS)
+    with started:
+        yield started
+
+
+@pytest.fixture
+def engine(servers: Servers) -> Iterator[VLLMServerEngine]:
+    engine = VLLMServerEngine(servers.urls[:2], patience_s=200)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def sync(llama_dir: Path, engine: VLLMServerEngine, shm_dir: Path) -> Iterator[NativeSync]:
+    with AdapterStore(shm_dir / "run") as store:
+        sync = NativeSync(tiny_lora(load_model(llama_dir), r=8), engine, store)
+        yield sync
+        sync.close()
+
+
+def push(sync: NativeSync, seed: int) -> None:
+    refill_lora(sync.model, seed=seed)  # type: ignore[arg-type]
+    sync.push(seed)
+
+
+def gap(sync: NativeSync, groups: list[Group]) -> float:
+    """Mean |trainer - sampler| over every token of the groups, nats."""
+    rows = [(group.prompt_token_ids, made) for group in groups for made in group.completions]
+    own = teacher_logprobs(sync.model, [[*prompt, *made.token_ids] for prompt, made in rows])
+    own = [values[len(prompt) - 1 :] for values, (prompt, _) in zip(own, rows, strict=True)]
+    return mean_abs_difference(own, [list(made.logprobs) for _, made in rows])
+
+
+def test_versions_are_proven_and_sampled_from(sync: NativeSync, engine: VLLMServerEngine) -> None:
+    assert sync.probe is not None
+    assert sync.probe.error < 0.1 * sync.probe.signal
+    for seed in (1, 2, 3):
+        push(sync, seed)
+        assert sync.last_receipt is not None
+        assert (sync.last_receipt.load.proof, sync.last_receipt.load.verdict) == ("behaviour", "ok")
+        groups = engine.generate(PROMPTS, SAMPLING, adapter=sync.head)
+        assert {made.version for group in groups for made in group.completions} == {sync.head.number}
+        assert gap(sync, groups) < 5 * sync.probe.noise
+        assert sync.canary(groups).verdict == "ok"
+    assert [version.number for version in engine.loaded()] == [2, 3]
+    sync.rollback(2)
+    assert gap(sync, engine.generate(PROMPTS, SAMPLING, adapter=sync.head)) < 5 * sync.probe.noise
+
+
+def test_the_same_seeds_give_the_same_tokens_from_either_replica(sync: NativeSync, servers: Servers) -> None:
+    push(sync, 1)
+    greedy = Sampling(max_tokens=8, temperature=0.0)
+    made = []
+    for url in servers.urls[:2]:
+        alone = VLLMServerEngine([url])
+        alone.load(sync.head)
+        sampled = alone.generate(PROMPTS, SAMPLING, adapter=sync.head)
+        made.append([c.token_ids for g in sampled for c in g.completions])
+        made[-1] += [g.completions[0].token_ids for g in alone.generate(PROMPTS, greedy, adapter=sync.head)]
+        alone.close()
+    assert made[0] == made[1]
+    assert len(set(made[0][:4])) == 4
+
+
+def test_the_openai_client_talks_to_a_version_by_name(sync: NativeSync, engine: VLLMServerEngine) -> None:
+    push(sync, 1)
+    [group] = engine.generate(PROMPTS[:1], Sampling(max_tokens=8, temperature=0.0), adapter=sync.head)
+    for url, name in engine.served_names(sync.head).items():
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        answer = client.completions.create(model=name, prompt=PROMPTS[0], max_tokens=8, temperature=0.0)
+        assert (answer.choices[0].text, answer.model) == (group.completions[0].text, name)
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model=f"{name}0", prompt=PROMPTS[0])
+
+
+def test_a_load_that_one_server_refuses_is_on_neither(
+    sync: NativeSync, engine: VLLMServerEngine, servers: Servers
+) -> None:
+    push(sync, 1)
+    last = int(engine.served_names(sync.head)[servers.urls[0]].rpartition(".")[2])
+    taken = engine.served_names(sync.head)[servers.urls[0]].replace(".v1.", ".v2.").rpartition(".")[0]
+    client = openai.OpenAI(base_url=servers.urls[1], api_key="none")
+    for name in (f"{taken}.{last + 1}", *(f"{taken}.{last + 1}.{tried}" for tried in range(1, 5))):
+        client.post("/v1/load_lora_adapter", cast_to=str, body={"lora_name": name, "lora_path": str(sync.head.path)})
+    with pytest.raises(EngineError, match=r"v2 failed on 1 of 2 replicas: .*already been loaded"):
+        push(sync, 2)
+    assert sync.head.number == 1
+    assert [version.number for version in engine.loaded()] == [1]
+    refill_lora(sync.model, seed=1)  # type: ignore[arg-type]
+    assert sync.probe is not None
+    assert gap(sync, engine.generate(PROMPTS, SAMPLING, adapter=sync.head)) < 5 * sync.probe.noise
+
+
+def test_what_dead_runs_left_is_swept(sync: NativeSync, engine: VLLMServerEngine, servers: Servers) -> None:
+    push(sync, 1)
+    client = openai.OpenAI(base_url=f"{servers.urls[0]}/v1", api_key="none")
+    left = f"lora-grpo.{socket.gethostname()}.nobody_0.run.v9.1"
+    body = {"lora_name": left, "lora_path": str(sync.head.path)}
+    client.post("/load_lora_adapter", cast_to=str, body=body)
+    VLLMServerEngine(servers.urls[:2]).close()
+    names = {model.id for model in client.models.list()}
+    assert left not in names
+    assert engine.served_names(sync.head)[servers.urls[0]] in names
+
+
+def test_a_server_without_lora_is_told_its_flag(servers: Servers) -> None:
+    with pytest.raises(ConfigError, match=f"{servers.urls[2]} serves without LoRA; start it with --enable-lora"):
+        VLLMServerEngine([servers.urls[2]])
+
+
+def test_a_trainer_on_servers_survives_the_kill_of_one(
+    llama_dir: Path, engine: VLLMServerEngine, servers: Servers, tmp_path: Path
+) -> None:
+    """Killed while a step's completions are rewarded, started again at once, not waited for by generation."""
+    killed: Server = servers.all[0]
+
+    def reward(completions: list[str], trainer_state: object, **columns: object) -> list[float]:
+        if trainer_state.global_step == 2 and killed.exit_code is None:  # type: ignore[attr-defined]
+            killed.signal(signal.SIGKILL)
+            killed.wait(10)
+            killed.start()
+        return [float(len(set(text))) for text in completions]
+
+    config = CONFIG.replace(total_steps=4, canary_every=1)
+    with tiny_trainer(llama_dir, engine, tmp_path / "run", config, reward_funcs=reward) as trainer:
+        trainer.train()
+        assert [metrics["canary/verdict"] for metrics in trainer.history if "canary/verdict" in metrics]
+        assert trainer.version.number == 5
+        assert set(engine.replicas.values()) == {"serving"}
+        torch.testing.assert_close(
+            torch.tensor(engine.logprobs_of_each([list(range(10, 40))], adapter=trainer.version)[0]),
+            torch.tensor(engine.logprobs_of_each([list(range(10, 40))], adapter=trainer.version)[1]),
+        )
