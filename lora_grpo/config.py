@@ -209,6 +209,9 @@ class EngineConfig(Section):
     on_failure: Literal["raise", "drop"] = Field(
         "raise", description="a version that one server fails to load fails the run, or goes on without that server"
     )
+    store_address: str | None = Field(
+        None, description="host:port to serve versions at, for `urls` that share no disk with the trainer"
+    )
     max_lora_rank: int | None = Field(None, ge=1, description="default: the adapter's rank, rounded up to vLLM's set")
     max_loras: int = Field(2, ge=1, description="adapter slots: versions that one batch can mix")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of weights and adapters")
@@ -218,6 +221,20 @@ class EngineConfig(Section):
     max_num_batched_tokens: int | None = Field(None, ge=64, description="tokens an engine step; default: vLLM's")
     enforce_eager: bool = Field(False, description="no CUDA graphs")
     enable_prefix_caching: bool = Field(True, description="prompts that begin alike share their KV cache")
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineConfig:
+        if self.store_address is None:
+            return self
+        host, _, port = self.store_address.rpartition(":")
+        if not (host and port.isdigit() and int(port) < 65536):
+            raise ValueError(f"store_address={self.store_address!r} must be host:port, such as '10.0.0.5:8731'")
+        if not self.urls:
+            raise ValueError(
+                f"store_address={self.store_address!r} serves versions to the servers in urls, and there are none; "
+                "name them, or leave store_address out"
+            )
+        return self
 
 
 class DataConfig(Section):

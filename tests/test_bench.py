@@ -18,7 +18,7 @@ from lora_grpo.bench.reference import Reference
 from lora_grpo.bench.report import findings, update_readme, write_report
 from lora_grpo.bench.runner import Partial
 from lora_grpo.bench.scenario import plan_parts
-from lora_grpo.bench.schema import DecodeRow, Document, EnduranceRow, MemoryRow, Settings, SyncRow
+from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, Document, EnduranceRow, MemoryRow, Settings, SyncRow
 from lora_grpo.bench.strategies import STRATEGIES, load_strategy
 from lora_grpo.bench.strategies.trainer import Trainer
 from lora_grpo.bench.suite import in_turn
@@ -233,6 +233,28 @@ def test_floor_adds_the_channels() -> None:
 )
 def test_crossing_by_hand(gain_s: float, loss_s_per_token: float, tokens: float | None, beyond: str) -> None:
     assert breakeven.crossing(gain_s, loss_s_per_token) == (tokens, beyond)
+
+
+def test_the_merge_that_wins_first_stands_for_the_others() -> None:
+    def row(strategy: str, rows: int, tokens: float | None, beyond: Any) -> BreakEvenRow:
+        return BreakEvenRow(
+            strategy=strategy,
+            shape="tiny",
+            rows=rows,
+            sync_gain_s=1.0,
+            decode_loss_s_per_token=1.0,
+            prefill_loss_s=0.0,
+            completion_tokens=tokens,
+            beyond=beyond,
+            measured_up_to_tokens=8,
+        )
+
+    late, soon = row("late", 8, 90.0, "merge"), row("soon", 8, 30.0, "merge")
+    never, native = row("never", 8, None, "native"), row("short", 64, 20.0, "native")
+    always = row("always", 64, None, "merge")
+    assert breakeven.earliest([never, late, soon, native]) == [soon, native]
+    assert breakeven.earliest([never, never]) == [never]
+    assert breakeven.earliest([late, always])[1].strategy == "always"
 
 
 def test_break_even_from_rows() -> None:

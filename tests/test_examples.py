@@ -47,3 +47,16 @@ def test_gsm8k_settings_load() -> None:
     assert config.grpo.rows_per_step(1) == 256
     for reward in config.rewards:
         assert callable(load_reward(reward))
+
+
+@pytest.mark.parametrize("name", ["one_process", "replicas", "several_hosts"])
+def test_topologies_load(name: str) -> None:
+    config = load_config(EXAMPLES / "topologies" / f"{name}.toml")
+    assert config.grpo.rows_per_step(1) == 256
+    assert len(config.engine.urls) == (0 if name == "one_process" else 2)
+    assert (config.engine.store_address is not None) == (name == "several_hosts")
+
+
+def test_four_processes_share_the_batch() -> None:
+    config = load_config(EXAMPLES / "topologies" / "one_process.toml", ["grpo.gradient_accumulation_steps=2"])
+    assert config.grpo.rows_per_step(4) == 256

@@ -90,7 +90,8 @@ class ServingForm:
         if dtype not in _DTYPE_NAMES:
             raise UnsupportedAdapter(f"dtype {dtype} has no serving form; use one of {sorted(map(str, _DTYPE_NAMES))}")
         self.dtype = dtype
-        self._model = model
+        # Looked up once: walking a 0.5B model's modules takes longer than proving its slots.
+        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.modules = lora_modules(model, adapter)
         if not self.modules:
             raise UnsupportedAdapter(f"adapter {adapter!r} adapts no linear layer; check LoraConfig.target_modules")
@@ -118,7 +119,8 @@ class ServingForm:
         `TrainingError` naming the first tensor that is not finite in the serving dtype; nothing non-finite ever leaves
         the trainer.
         """
-        reshard(self._model)
+        for module in self._sharded:
+            module.reshard()
         self._fill()
         self._require_finite()
         if self._host is not self._flat:

@@ -5,6 +5,7 @@ A step costs sync + prefill + tokens; what a merge loses at the sync it may win 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, SyncRow, Winner
@@ -54,6 +55,23 @@ def crossing(gain_s: float, loss_s_per_token: float) -> tuple[float | None, Winn
     if gain_s <= 0 and loss_s_per_token >= 0:
         return None, "merge"
     return 1.0 + gain_s / loss_s_per_token, "merge" if loss_s_per_token > 0 else "native"
+
+
+def earliest(rows: Sequence[BreakEvenRow]) -> list[BreakEvenRow]:
+    """Of each shape and batch size, the merge that wins from the shortest completions on; the first of those that
+    never do."""
+    first: dict[tuple[str, int], BreakEvenRow] = {}
+    for row in rows:
+        best = first.setdefault((row.shape, row.rows), row)
+        if _wins_from(row) < _wins_from(best):
+            first[row.shape, row.rows] = row
+    return list(first.values())
+
+
+def _wins_from(row: BreakEvenRow) -> float:
+    if row.completion_tokens is None:
+        return 0.0 if row.beyond == "merge" else math.inf
+    return row.completion_tokens if row.beyond == "merge" else 0.0
 
 
 def wins(row: BreakEvenRow) -> str:

@@ -35,7 +35,8 @@ def _tried(directory: Path) -> str:
 def update_readme(document: Document, readme: Path) -> None:
     """Put the figures between `<!-- bench:begin -->` and `<!-- bench:end -->`. Raises `ConfigError` without those."""
     text = readme.read_text()
-    block = "\n".join([*findings(document), "", *_provenance(document)])
+    short = document.model_copy(update={"break_even": breakeven.earliest(document.break_even)})
+    block = "\n".join([*findings(short), "", *_provenance(document)])
     changed, count = _BLOCK.subn(lambda found: f"{found[1]}{block}\n{found[2]}", text)
     if count != 1:
         raise ConfigError(f"{readme} needs one <!-- bench:begin --> ... <!-- bench:end --> for the figures to go in")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -34,6 +34,9 @@ from lora_grpo.trainer.models import (
     planned_memory,
     shared_base,
 )
+
+if TYPE_CHECKING:
+    from lora_grpo.remote.server import StoreServer
 
 __all__ = ["Parts", "assemble", "keeps_state", "refuse_live", "retention"]
 
@@ -74,6 +77,8 @@ def assemble(
     store = processes.each(lambda: _open_store(crew, store_root, run_dir, keep))
     if store is not None:
         closing.callback(store.close)
+        if engine_config.store_address is not None:
+            closing.enter_context(store_server(store, engine_config.store_address))
     built = not any(processes.gather(engine is not None))
     if built:
         shares, sized = share_base_weights is True, with_room(engine_config, config.max_staleness)
@@ -107,6 +112,14 @@ def _open_store(crew: Crew, root: str | Path | None, run_dir: Path, keep: KeepCo
     if not crew.leads:
         return None
     return AdapterStore(root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
+
+
+def store_server(store: AdapterStore, address: str) -> StoreServer:
+    """What servers that share no disk with the trainer pull versions from; the token is the environment's."""
+    from lora_grpo.remote.server import StoreServer
+
+    host, _, port = address.rpartition(":")
+    return StoreServer(store, host=host, port=int(port))
 
 
 def _start_engine(

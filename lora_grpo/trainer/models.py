@@ -85,6 +85,7 @@ def build_engine(
             config.urls,
             model=checkpoint.name,
             max_loras=config.max_loras,
+            adapters="path" if config.store_address is None else "resolver",
             on_failure=config.on_failure,
             trust_remote_code=checkpoint.trust_remote_code,
         )
