@@ -41,10 +41,10 @@ def test_a_server_pulls_each_version_from_the_trainer(
         with tiny_trainer(llama_dir, None, tmp_path / "run", config, engine_config=there) as trainer:
             trainer.train()
             names = trainer.engine.served_names(trainer.version)
-            assert [name.endswith("@4") for name in names.values()] == [True]
+            assert list(names.values()) == [f"{trainer.store.run}@{trainer.version.number}"]
             assert trainer.history[-1]["canary/verdict"] == "ok"
             [group] = trainer.engine.generate(["abc "], Sampling(n=4, max_tokens=8, seed=1), adapter=trainer.version)
-            assert {completion.version for completion in group.completions} == {4}
+            assert {completion.version for completion in group.completions} == {trainer.version.number}
             rows = [[*group.prompt_token_ids, *completion.token_ids] for completion in group.completions]
             served = trainer.engine.logprobs(rows, adapter=trainer.version)
             own, of_the_base = (teacher_logprobs(model, rows) for model in (trainer.model, load_model(llama_dir)))
