@@ -84,7 +84,7 @@ def test_slots_and_registration_are_those_of_vllms_own_loader(
     version, _ = publish(store, llama_dir, **settings)
     left, seen = {}, {}
     for kind in ("stock", "direct"):
-        monkeypatch.setattr(engine._loader, "kind", kind)
+        monkeypatch.setattr(engine._residents._loader, "kind", kind)
         for other in dirty:
             engine.load(other)
         receipt = engine.load(version)

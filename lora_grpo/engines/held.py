@@ -28,6 +28,10 @@ class HeldLLM:
             raise EngineError("this engine is closed; start another")
         return self._llm
 
+    @property
+    def is_open(self) -> bool:
+        return self._llm is not None
+
     def check_awake(self) -> None:
         """Raises `EngineError` when it is closed or asleep."""
         if self.llm is not None and self.asleep is not None:

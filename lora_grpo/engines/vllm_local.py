@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_grpo.adapters.digest import digest_directory
-from lora_grpo.adapters.peft_files import open_adapter
-from lora_grpo.adapters.peft_format import WEIGHTS_FILE
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
@@ -34,10 +28,11 @@ from lora_grpo.engines.requests import (
     to_groups,
     token_prompts,
 )
+from lora_grpo.engines.residents import Residents
 from lora_grpo.engines.shared_weights import SharedBase, check_same_function
 from lora_grpo.engines.sleeping import check_base_is_back, check_may_sleep, fall_asleep
 from lora_grpo.engines.starting import adapter_room, start_llm
-from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError, UnknownVersion
+from lora_grpo.errors import UnknownVersion
 from lora_grpo.types import Group, Prompt, Sampling
 
 
@@ -97,14 +92,18 @@ class VLLMEngine:
             self._take_up(direct_load)
 
     def _take_up(self, direct_load: bool) -> None:
-        self._ids = itertools.count(1)
-        self._loaded: dict[Path, Loaded] = {}
+        llm = self._llm
         self._shared: SharedBase | None = None
-        self.between_steps: Callable[[], None] | None = None
-        self._driver = StepDriver(self._llm)
-        self._prover = SlotProver(self._llm)
-        self._loader = AdapterLoader(self._llm, choose_loader(direct_load))
-        self._tokenizer = self._llm.get_tokenizer()
+        self._driver = StepDriver(llm)
+        self._residents = Residents(
+            llm,
+            self._driver,
+            AdapterLoader(llm, choose_loader(direct_load)),
+            SlotProver(llm),
+            max_loras=self._max_loras,
+            max_cpu_loras=self._max_cpu_loras,
+        )
+        self._tokenizer = llm.get_tokenizer()
 
     @property
     def proof(self) -> Proof:
@@ -132,41 +131,27 @@ class VLLMEngine:
         """Prompt plus completion, tokens at most."""
         return int(self._llm.llm_engine.vllm_config.model_config.max_model_len)
 
+    @property
+    def between_steps(self) -> Callable[[], None] | None:
+        """Called before each step of vLLM; whatever it asks of this engine is done before the rollout goes on."""
+        return self._residents.between_steps
+
+    @between_steps.setter
+    def between_steps(self, called: Callable[[], None] | None) -> None:
+        self._residents.between_steps = called
+
     def load(self, version: AdapterVersion) -> LoadReceipt:
         self._held.check_awake()
-        known = self._loaded.get(version.path)
-        if known is not None:
-            if known.version.digest != version.digest:
-                raise DeliveryError(
-                    f"{version.path} is loaded as {known.version} with other bytes; paths are immutable"
-                )
-            self._touch(known)
-            return self._prove_again(known)
-        started = time.perf_counter()
         if self._shared is not None:
             self._shared.check_untouched()
-        file = open_adapter(version)
-        if digest_directory(version.path, held={WEIGHTS_FILE: file.mapped}) != version.digest:
-            raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
-        binding = self._prover.bind(version, file)
-        checked = time.perf_counter()
-        self._make_room()
-        loaded = Loaded(version, self._request(version), file, binding)
-        with self._boundary(f"load {version}", forget=loaded):
-            receipt = self._place_and_prove(loaded, started, checked)
-        self._loaded[version.path] = loaded
-        return receipt
+        return self._residents.load(version)
 
     def unload(self, version: AdapterVersion) -> None:
-        loaded = self._find(version)
-        if loaded.request.lora_int_id in self._driver.answering:
-            raise EngineError(f"{version} answers requests; unload it when they are done")
-        with self._boundary(f"unload {version}"):
-            self._llm.llm_engine.remove_lora(loaded.request.lora_int_id)
-        del self._loaded[version.path]
+        self._find(version)
+        self._residents.unload(version)
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
-        return tuple(loaded.version for loaded in self._loaded.values())
+        return self._residents.versions() if self._held.is_open else ()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
         ids_P = token_prompts(self._tokenizer, prompts)
@@ -231,20 +216,11 @@ class VLLMEngine:
         with vllm_boundary("wake up", self.close):
             compat.wake_up(self._llm, asleep.level)
             check_base_is_back(self, asleep)
-        unproven, self._loaded, failures = self._loaded, {}, []
-        for path, loaded in unproven.items():
-            try:
-                self._prove_again(loaded)
-                self._loaded[path] = loaded
-            except LoraGrpoError as failure:
-                failures.append(failure)
-        if failures:
-            raise failures[0]
+        self._residents.prove_all_again()
 
     def close(self) -> None:
         self._held.close()
-        self._loaded = {}
-        for holder in ("_driver", "_prover", "_loader", "_shared"):
+        for holder in ("_driver", "_residents", "_shared"):
             vars(self).pop(holder, None)
 
     @property
@@ -264,94 +240,19 @@ class VLLMEngine:
         if self._driver.answering and not self._mixes_base:
             self._driver.drain()
         for rows in mixed_batches(adapter_B, self._max_loras - len(self._driver.answering), self._mixes_base):
-            self._place([loaded for row in rows if (loaded := loaded_B[row]) is not None])
-            with self._boundary("generate", stepping=True):
+            self._residents.place([loaded for row in rows if (loaded := loaded_B[row]) is not None])
+            with self._residents.boundary("generate", stepping=True):
                 made = self._driver.run(
                     [{"prompt_token_ids": list(ids_B[row])} for row in rows],
                     [params_B[row] for row in rows],
                     [loaded.request if (loaded := loaded_B[row]) else None for row in rows],
-                    self.between_steps,
+                    self._residents.between_steps,
                 )
             for row, output in zip(rows, made, strict=True):
                 outputs[row] = output
         return outputs
 
-    def _place(self, wanted: list[Loaded]) -> None:
-        """See to it that every wanted version holds a slot, proving again those that vLLM copies into one."""
-        distinct = {loaded.version.path: loaded for loaded in wanted}
-        for loaded in distinct.values():
-            self._touch(loaded)
-            if compat.slot_of(self._llm, loaded.request.lora_int_id) is not None:
-                self._loader.place(loaded.request, loaded.binding, loaded.file)
-        for loaded in distinct.values():
-            if compat.slot_of(self._llm, loaded.request.lora_int_id) is None:
-                self._prove_again(loaded)
-
-    def _prove_again(self, loaded: Loaded) -> LoadReceipt:
-        """Have a loaded version hold a slot and prove it; a failure unloads it."""
-        started = time.perf_counter()
-        with self._boundary(f"activate {loaded.version}", forget=loaded):
-            return self._place_and_prove(loaded, started, started)
-
-    def _place_and_prove(self, loaded: Loaded, started: float, checked: float) -> LoadReceipt:
-        for lora_id in self._driver.answering:
-            # The slot that another takes is the least recently used one.
-            compat.touch_adapter(self._llm, lora_id)
-        self._loader.place(loaded.request, loaded.binding, loaded.file)
-        placed = time.perf_counter()
-        proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.request.lora_int_id)
-        seconds = {"check": checked - started, "load": placed - checked, "prove": time.perf_counter() - placed}
-        return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes, self._loader.kind)
-
-    def _touch(self, loaded: Loaded) -> None:
-        """Make it the most recently used."""
-        self._loaded[loaded.version.path] = self._loaded.pop(loaded.version.path)
-
-    def _make_room(self) -> None:
-        """Unload the least recently used versions until another fits; those that answer requests stay."""
-        answering = self._driver.answering
-        idle = [one.version for one in self._loaded.values() if one.request.lora_int_id not in answering]
-        excess = max(0, len(self._loaded) + 1 - self._max_cpu_loras)
-        if excess > len(idle) or len(answering) >= self._max_loras:
-            raise EngineError(
-                f"{len(answering)} versions answer requests, so there is no place for another: start the engine with "
-                f"more than max_loras={self._max_loras}, max_cpu_loras={self._max_cpu_loras}"
-            )
-        for version in idle[:excess]:
-            self.unload(version)
-
-    def _request(self, version: AdapterVersion) -> Any:
-        from vllm.lora.request import LoRARequest
-
-        lora_id = next(self._ids)
-        return LoRARequest(f"{version.path.parent.parent.name}-v{version.number}-{lora_id}", lora_id, str(version.path))
-
     def _find(self, version: AdapterVersion) -> Loaded:
-        loaded = self._loaded.get(version.path)
-        if loaded is None or loaded.version.digest != version.digest:
-            held = ", ".join(str(known) for known in self.loaded()) or "none"
-            raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
-        return loaded
-
-    @contextmanager
-    def _boundary(self, doing: str, *, forget: Loaded | None = None, stepping: bool = False) -> Iterator[None]:
-        """A failure inside leaves nothing scheduled that was, and nothing of the version to `forget`.
-
-        vLLM draws from torch's global generators; a trainer in this process finds them as it left them, unless it goes
-        on in another thread: what it draws meanwhile would come again.
-        """
-
-        def clean_up() -> None:
-            if stepping or (forget is not None and forget.request.lora_int_id in self._driver.answering):
-                compat.abort_everything(self._llm)
-                self._driver.forget()
-            if forget is not None:
-                self._loaded.pop(forget.version.path, None)
-                self._llm.llm_engine.remove_lora(forget.request.lora_int_id)
-
-        with vllm_boundary(doing, clean_up), nullcontext() if self.between_steps else _generators_kept():
-            yield
-
-
-def _generators_kept() -> AbstractContextManager[None]:
-    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
+        if not self._held.is_open:
+            raise UnknownVersion(f"{version} is not loaded: this engine is closed; start another")
+        return self._residents.find(version)

@@ -1,0 +1,176 @@
+"""The versions that an in-process engine holds: loaded, given a slot, proven in it, let go."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_grpo.adapters.digest import digest_directory
+from lora_grpo.adapters.peft_files import open_adapter
+from lora_grpo.adapters.peft_format import WEIGHTS_FILE
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines import compat
+from lora_grpo.engines.base import LoadReceipt
+from lora_grpo.engines.boundary import vllm_boundary
+from lora_grpo.engines.delivery.slots import SlotProver
+from lora_grpo.engines.driving import StepDriver
+from lora_grpo.engines.loading import AdapterLoader, Loaded
+from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError, UnknownVersion
+
+
+class Residents:
+    """Knows loaded versions by their paths, the least recently used first; those that answer `driver`'s requests stay."""
+
+    def __init__(
+        self,
+        llm: Any,
+        driver: StepDriver,
+        loader: AdapterLoader,
+        prover: SlotProver,
+        *,
+        max_loras: int,
+        max_cpu_loras: int,
+    ) -> None:
+        self._llm, self._driver, self._loader, self._prover = llm, driver, loader, prover
+        self._max_loras, self._max_cpu_loras = max_loras, max_cpu_loras
+        self._ids = itertools.count(1)
+        self._loaded: dict[Path, Loaded] = {}
+        self.between_steps: Callable[[], None] | None = None
+        """Called before each step of vLLM; whatever it asks of the engine is done before the rollout goes on."""
+
+    def versions(self) -> tuple[AdapterVersion, ...]:
+        return tuple(loaded.version for loaded in self._loaded.values())
+
+    def find(self, version: AdapterVersion) -> Loaded:
+        """Raises `UnknownVersion` for one that is not loaded."""
+        loaded = self._loaded.get(version.path)
+        if loaded is None or loaded.version.digest != version.digest:
+            held = ", ".join(str(known) for known in self.versions()) or "none"
+            raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
+        return loaded
+
+    def load(self, version: AdapterVersion) -> LoadReceipt:
+        """See `Engine.load`."""
+        known = self._loaded.get(version.path)
+        if known is not None:
+            if known.version.digest != version.digest:
+                raise DeliveryError(
+                    f"{version.path} is loaded as {known.version} with other bytes; paths are immutable"
+                )
+            self._touch(known)
+            return self._prove_again(known)
+        started = time.perf_counter()
+        file = open_adapter(version)
+        if digest_directory(version.path, held={WEIGHTS_FILE: file.mapped}) != version.digest:
+            raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
+        binding = self._prover.bind(version, file)
+        checked = time.perf_counter()
+        self._make_room()
+        loaded = Loaded(version, self._request(version), file, binding)
+        with self.boundary(f"load {version}", forget=loaded):
+            receipt = self._place_and_prove(loaded, started, checked)
+        self._loaded[version.path] = loaded
+        return receipt
+
+    def unload(self, version: AdapterVersion) -> None:
+        """Raises `EngineError` for one that answers requests."""
+        loaded = self.find(version)
+        if loaded.request.lora_int_id in self._driver.answering:
+            raise EngineError(f"{version} answers requests; unload it when they are done")
+        with self.boundary(f"unload {version}"):
+            self._llm.llm_engine.remove_lora(loaded.request.lora_int_id)
+        del self._loaded[version.path]
+
+    def place(self, wanted: Sequence[Loaded]) -> None:
+        """See to it that every wanted version holds a slot, proving again those that vLLM copies into one."""
+        distinct = {loaded.version.path: loaded for loaded in wanted}
+        for loaded in distinct.values():
+            self._touch(loaded)
+            if compat.slot_of(self._llm, loaded.request.lora_int_id) is not None:
+                self._loader.place(loaded.request, loaded.binding, loaded.file)
+        for loaded in distinct.values():
+            if compat.slot_of(self._llm, loaded.request.lora_int_id) is None:
+                self._prove_again(loaded)
+
+    def prove_all_again(self) -> None:
+        """Every loaded version, none of which can be found until it is proven.
+
+        One that cannot be proven is unloaded; the first such failure is raised when the others are.
+        """
+        unproven, self._loaded, failures = self._loaded, {}, []
+        for path, loaded in unproven.items():
+            try:
+                self._prove_again(loaded)
+                self._loaded[path] = loaded
+            except LoraGrpoError as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+
+    @contextmanager
+    def boundary(self, doing: str, *, forget: Loaded | None = None, stepping: bool = False) -> Iterator[None]:
+        """A failure inside leaves nothing scheduled that was, and nothing of the version to `forget`.
+
+        vLLM draws from torch's global generators; a trainer in this process finds them as it left them, unless it goes
+        on in another thread: what it draws meanwhile would come again.
+        """
+
+        def clean_up() -> None:
+            if stepping or (forget is not None and forget.request.lora_int_id in self._driver.answering):
+                compat.abort_everything(self._llm)
+                self._driver.forget()
+            if forget is not None:
+                self._loaded.pop(forget.version.path, None)
+                self._llm.llm_engine.remove_lora(forget.request.lora_int_id)
+
+        with vllm_boundary(doing, clean_up), nullcontext() if self.between_steps else _generators_kept():
+            yield
+
+    def _prove_again(self, loaded: Loaded) -> LoadReceipt:
+        """Have a loaded version hold a slot and prove it; a failure unloads it."""
+        started = time.perf_counter()
+        with self.boundary(f"activate {loaded.version}", forget=loaded):
+            return self._place_and_prove(loaded, started, started)
+
+    def _place_and_prove(self, loaded: Loaded, started: float, checked: float) -> LoadReceipt:
+        for lora_id in self._driver.answering:
+            # The slot that another takes is the least recently used one.
+            compat.touch_adapter(self._llm, lora_id)
+        self._loader.place(loaded.request, loaded.binding, loaded.file)
+        placed = time.perf_counter()
+        proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.request.lora_int_id)
+        seconds = {"check": checked - started, "load": placed - checked, "prove": time.perf_counter() - placed}
+        return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes, self._loader.kind)
+
+    def _touch(self, loaded: Loaded) -> None:
+        """Make it the most recently used."""
+        self._loaded[loaded.version.path] = self._loaded.pop(loaded.version.path)
+
+    def _make_room(self) -> None:
+        """Unload the least recently used versions until another fits; those that answer requests stay."""
+        answering = self._driver.answering
+        idle = [one.version for one in self._loaded.values() if one.request.lora_int_id not in answering]
+        excess = max(0, len(self._loaded) + 1 - self._max_cpu_loras)
+        if excess > len(idle) or len(answering) >= self._max_loras:
+            raise EngineError(
+                f"{len(answering)} versions answer requests, so there is no place for another: start the engine with "
+                f"more than max_loras={self._max_loras}, max_cpu_loras={self._max_cpu_loras}"
+            )
+        for version in idle[:excess]:
+            self.unload(version)
+
+    def _request(self, version: AdapterVersion) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        lora_id = next(self._ids)
+        return LoRARequest(f"{version.path.parent.parent.name}-v{version.number}-{lora_id}", lora_id, str(version.path))
+
+
+def _generators_kept() -> AbstractContextManager[None]:
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
