@@ -4,9 +4,10 @@
 
 One server is killed in the middle of a rollout and started again at once, one load is refused by a server, and for a
 few steps the store is slow. Afterwards each completion's log-probs are compared with what the trainer computes for the
-version that it is stamped with, and for the versions before and after. That says something where these are further
-apart than servers and trainer are on the base, so it is counted for how many completions they are. Prints one line of
-JSON.
+version that it is stamped with, and for the versions before and after. A completion is told apart when it is less than
+half as far from its own version as that is from the nearest of the others (one made by another would be as far from
+its own as they are apart); wrong when it is nearer to another, further than noise; and inconclusive where the versions
+agree about it. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora_grpo.adapters import disk
 from lora_grpo.adapters.checks import active_adapter
@@ -36,7 +40,7 @@ from lora_grpo.engines.base import Adapters
 from lora_grpo.engines.server.client import Client, Refused
 from lora_grpo.engines.server.connect import LOAD
 from lora_grpo.engines.server.engine import VLLMServerEngine
-from lora_grpo.engines.server.launch import Server, Servers, Serving
+from lora_grpo.engines.server.launch import Servers, Serving
 from lora_grpo.rewards import load_reward
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
@@ -56,23 +60,25 @@ class Witnessed(VLLMServerEngine):
     def __init__(self, servers: Servers, kill_in_call: int, **settings: Any) -> None:
         super().__init__(servers.urls, **settings)
         self.made: list[Row] = []
-        self.asked = self.calls = 0
+        self.asked = self.calls = self.in_flight_at_kill = 0
         self._servers, self._kill_in_call = servers, kill_in_call
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
         self.calls += 1
         if self.calls == self._kill_in_call:
-            threading.Timer(0.3, kill_and_start, [self._servers.all[0]]).start()
+            threading.Timer(0.3, self._kill).start()
         groups = super().generate(prompts, sampling, adapter=adapter)
         self.asked += len(prompts) * sampling.n
         self.made += [(group.prompt_token_ids, made) for group in groups for made in group.completions]
         return groups
 
-
-def kill_and_start(server: Server) -> None:
-    server.signal(signal.SIGKILL)
-    server.wait(10)
-    server.start()
+    def _kill(self) -> None:
+        """Kill the first server and start it again at once."""
+        killed = self._servers.all[0]
+        self.in_flight_at_kill = self._fleet.replicas[0].in_flight
+        killed.signal(signal.SIGKILL)
+        killed.wait(10)
+        killed.start()
 
 
 class Faults:
@@ -151,20 +157,22 @@ def base_noise(model: Any, engine: VLLMServerEngine, rows: Sequence[Row]) -> flo
     return gaps[int(0.999 * (len(gaps) - 1))]
 
 
-def check(model: Any, run: Path, rows: Sequence[Row], noise: float) -> dict[str, Any]:
-    """Counts over all completions: told apart from the versions before and after, and nearest to which.
+def stored(store: AdapterStore, number: int) -> dict[str, torch.Tensor]:
+    with store.reading(number) as folder:
+        return read_rounded(replace(store.get(number), path=folder))
 
-    Completions at temperature 0 carry log-probs at temperature 1, as all the others here.
-    """
+
+def check(model: Any, run: Path, rows: Sequence[Row], noise: float) -> dict[str, Any]:
+    """Counts over all completions, as the module says. Greedy ones carry log-probs at temperature 1, as all others."""
     of: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         of[int(row[1].version or 0)].append(row)
     modules = lora_modules(model, active_adapter(model))
-    counts = {"checked": 0, "separable": 0, "wrong": 0, "beyond_noise": 0}
+    counts = {"checked": 0, "told_apart": 0, "wrong": 0, "inconclusive": 0}
     gaps: list[float] = []
     distances: list[float] = []
     with AdapterStore(archive=run, readonly=True) as store:
-        weights = {number: read_rounded(store.get(number)) for number in store.numbers}
+        weights = {number: stored(store, number) for number in store.numbers}
     for number, made in sorted(of.items()):
         logp: dict[int, list[list[float]]] = {}
         for other in sorted({number - 1, number, number + 1} & weights.keys()):
@@ -175,10 +183,10 @@ def check(model: Any, run: Path, rows: Sequence[Row], noise: float) -> dict[str,
             others = [values[index] for other, values in logp.items() if other != number]
             distance = min(apart(values, logp[number][index]) for values in others)
             nearer = any(apart(values, completion.logprobs) < gap for values in others)
-            counts["checked"] += 1
-            counts["separable"] += distance > 2 * noise
-            counts["wrong"] += nearer and distance > 2 * noise
-            counts["beyond_noise"] += gap > 2 * noise
+            wrong, told = nearer and distance > 2 * noise, gap < 0.5 * distance
+            for name, holds in {"checked": True, "told_apart": told, "wrong": wrong}.items():
+                counts[name] += holds
+            counts["inconclusive"] += not told and not wrong
             gaps.append(gap)
             distances.append(distance)
     return {
@@ -215,7 +223,7 @@ def run(steps: int, folder: Path) -> dict[str, Any]:
         "load_median_s": round(statistics.median(metrics["sync/load_s"] for metrics in trainer.history), 3),
         "completions": len(engine.made),
         "lost": lost,
-        "kills": 1,
+        "in_flight_at_kill": engine.in_flight_at_kill,
         "loads_refused": faults.refused,
         "slow_store_waits": faults.slow_waits,
         "replicas_at_the_end": list(states.values()),

@@ -51,6 +51,7 @@ class FakeServer:
     sees_files: bool = True
     slots: int = 2
     resolves_from: Path | None = None
+    has_metrics: bool = True
     api_key: str | None = None
 
     down: bool = False
@@ -109,6 +110,8 @@ class FakeServer:
         return Response(status_code=503 if self.down else 200)
 
     async def _metrics(self, _: Request) -> Response:
+        if not self.has_metrics:
+            return NOT_THERE
         lines = [f"process_start_time_seconds {self.started}"]
         lines.append(f'vllm:lora_requests_info{{engine="0",max_lora="{self.slots}",waiting_lora_adapters=""}} 1.0')
         return PlainTextResponse("\n".join(lines))

@@ -230,6 +230,13 @@ def test_scores(connect: MakeEngine, versions: list[AdapterVersion]) -> None:
     assert engine.logprobs_of_each(SEQUENCES, adapter=None) == [scores("", SEQUENCES)] * 2
 
 
+def test_replicas_share_what_there_is_to_do(pair: Pair, connect: MakeEngine) -> None:
+    for server in pair:
+        server.delay_s = 0.1
+    connect().generate([[10 + i, 11] for i in range(8)], SAMPLING, adapter=None)
+    assert [len(server.completions()) for server in pair] == [16, 16]
+
+
 def test_the_slower_replica_gets_less_and_none_more_than_its_share(pair: Pair, connect: MakeEngine) -> None:
     pair[0].delay_s, pair[1].delay_s = 0.2, 0.01
     engine = connect(concurrency=8)
@@ -299,6 +306,15 @@ def test_verdicts(connect: MakeEngine, versions: list[AdapterVersion], shm_dir: 
     assert engine.load(versions[0], expected=answers(versions[0])).verdict == "ok"
     assert engine.load(versions[1]).verdict == "inconclusive"
     assert engine.load(versions[0]).verdict == "ok"
+
+
+def test_a_version_that_answers_as_the_one_before_is_inconclusive(
+    connect: MakeEngine, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    engine = probed(connect(), shm_dir)
+    engine.load(versions[0], expected=answers(versions[0]))
+    same = version(shm_dir / "again", 1)
+    assert engine.load(same, expected=answers(same)).verdict == "inconclusive"
 
 
 def test_a_load_that_fails_now_and_then_is_tried_again(
@@ -405,6 +421,18 @@ def test_a_restart_is_noticed_before_a_load_and_another_base_is_not_let_in(
     assert "lost" in engine.replicas[pair[1].url]
 
 
+def test_a_restart_is_noticed_by_what_the_server_forgot_where_it_has_no_metrics(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    for server in pair:
+        server.has_metrics = False
+    engine = probed(connect(), shm_dir)
+    engine.load(versions[0], expected=answers(versions[0]))
+    pair[0].restart()
+    engine.load(versions[1], expected=answers(versions[1]))
+    assert [len(server.adapters) for server in pair] == [2, 2]
+
+
 def other_base(body: dict[str, Any]) -> dict[str, Any]:
     """What a server with other base weights scores."""
     if "prompt_logprobs" not in body:
@@ -498,6 +526,7 @@ def test_close_leaves_nothing_behind(pair: Pair, versions: list[AdapterVersion])
     engine.load(versions[0])
     folder = engine._names.folder
     engine.close()
+    engine.close()
     assert not pair[0].adapters
     assert not folder.exists()
 
@@ -527,7 +556,7 @@ def test_servers_that_pull_are_asked_for_run_and_number(
 def test_a_version_of_no_store_cannot_be_pulled(
     connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
 ) -> None:
-    with pytest.raises(ConfigError, match="v1 .* is in no store"):
+    with pytest.raises(ConfigError, match=r"v1 .* is in no store"):
         connect(adapters="resolver").load(versions[0])
 
 

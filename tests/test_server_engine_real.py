@@ -1,4 +1,7 @@
-"""Two real vLLM servers on loopback as one engine: proven, all or none, back after a kill, open to other clients."""
+"""Two real vLLM servers on loopback as one engine: proven, all or none, back after a kill, open to other clients.
+
+They read versions where the store keeps them, or pull them from a store server.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ import pytest
 import torch
 
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.engines.resolver import URL_VARIABLE
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Server, Servers, Serving
 from lora_grpo.errors import ConfigError, EngineError
+from lora_grpo.remote.server import StoreServer
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Group, Sampling
@@ -25,6 +30,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 VLLM_ARGS = ("--max-model-len", "128", "--enforce-eager", "--max-num-seqs", "64", "--gpu-memory-utilization", "0.1")
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOKEN = "a-token-of-the-tests"
 PROMPTS = ["one, two, ", "a b c d ", "the sum of 1 and 2 is "]
 SAMPLING = Sampling(n=4, max_tokens=8, seed=3)
 
@@ -49,7 +55,17 @@ def free_ports(count: int) -> int:
 def servers(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """Two replicas as `lora-grpo serve` starts them, and a third, plain one that knows nothing of LoRA."""
     logs = tmp_path_factory.mktemp("servers")
-    serving = Serving(str(llama_dir), replicas=3, port=free_ports(3), target_modules=LEAVES, arguments=VLLM_ARGS)
+    (logs / "token").write_text(TOKEN)
+    first = free_ports(4)
+    serving = Serving(
+        str(llama_dir),
+        replicas=3,
+        port=first,
+        target_modules=LEAVES,
+        store_url=f"http://127.0.0.1:{first + 3}",
+        store_token_file=str(logs / "token"),
+        arguments=VLLM_ARGS,
+    )
     started = Servers(serving, logs)
     plain = started.all[2]
     lora = plain.command.index("--enable-lora")
@@ -156,6 +172,27 @@ def test_what_dead_runs_left_is_swept(sync: NativeSync, engine: VLLMServerEngine
     names = {model.id for model in client.models.list()}
     assert left not in names
     assert engine.served_names(sync.head)[servers.urls[0]] in names
+
+
+def test_servers_pull_versions_from_the_store(llama_dir: Path, servers: Servers, shm_dir: Path, tmp_path: Path) -> None:
+    """The probe is a version there too, never promoted, since servers can pull nothing else."""
+    url = servers.all[0].environment[URL_VARIABLE]
+    engine = VLLMServerEngine(servers.urls[:2], adapters="resolver")
+    with AdapterStore(shm_dir / "run", tmp_path / "run") as store:
+        with StoreServer(store, TOKEN, port=int(url.rpartition(":")[2])):
+            sync = NativeSync(tiny_lora(load_model(llama_dir), r=8), engine, store)
+            assert store.head is None
+            push(sync, 1)
+            assert set(engine.served_names(sync.head).values()) == {f"{store.run}@2"}
+            assert sync.canary(engine.generate(PROMPTS, SAMPLING, adapter=sync.head)).verdict == "ok"
+            client = openai.OpenAI(base_url=f"{servers.urls[0]}/v1", api_key="none")
+            [card] = [model for model in client.models.list() if model.id == f"{store.run}@2"]
+            assert not Path(card.model_extra["root"]).is_relative_to(store.root)  # type: ignore[index]
+        with pytest.raises(EngineError, match=r"cannot resolve .*@3"):
+            push(sync, 2)
+        assert sync.head.number == 2
+        sync.close()
+    engine.close()
 
 
 def test_a_server_without_lora_is_told_its_flag(servers: Servers) -> None:

@@ -50,6 +50,7 @@ def serve(
     from lora_grpo.engines.server.launch import Servers, Serving
     from lora_grpo.engines.targets import linear_leaves
 
+    extra = tuple(arguments or ())
     serving = Serving(
         model,
         replicas,
@@ -58,11 +59,11 @@ def serve(
         max_lora_rank,
         max_loras,
         max_cpu_loras,
-        tuple(linear_leaves(model)),
+        tuple(linear_leaves(model, trust_remote_code="--trust-remote-code" in extra)),
         api_key,
         store_url,
         None if store_token_file is None else str(store_token_file),
-        tuple(arguments or ()),
+        extra,
     )
     logs = log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-"))
     logs.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,14 @@ from lora_grpo.engines.base import Adapters
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.types import Completion, Group, Prompt, Sampling, derive_seed
 
+_ENCODING = threading.Lock()
+"""A fast tokenizer raises "Already borrowed" when two threads use it."""
+
 
 def token_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of each prompt: text is encoded, chat messages go through the model's chat template."""
-    return [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    with _ENCODING:
+        return [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
 
 
 def _encode(tokenizer: Any, prompt: Prompt, index: int) -> list[int]:

@@ -67,8 +67,17 @@ async def models(client: Client) -> dict[str, dict[str, Any]]:
 
 
 async def started(client: Client) -> str | None:
-    """When the server's process started, as it says; None where it does not."""
-    found = _STARTED.search(await _metrics(client))
+    """When the server's process started, as it says; None where it has no metrics.
+
+    Raises `ConfigError` where several processes answer for it: a version would reach one of them.
+    """
+    metrics = await _metrics(client)
+    found = _STARTED.search(metrics)
+    if metrics and found is None:
+        raise ConfigError(
+            f"{client.url} has several API server processes, of which an adapter reaches one: start it with "
+            "--api-server-count 1"
+        )
     return found and found[1]
 
 
@@ -105,7 +114,7 @@ async def _max_lora_rank(client: Client, rank_folder: Path | None) -> int | None
     try:
         await client.change(LOAD, body)
     except Refused as refusal:
-        said = str(refusal)
+        refused, said = refusal, str(refusal)
     else:
         raise EngineError(f"{client.url} accepted an adapter of rank {_TOO_HIGH_RANK}; is it a vLLM server?")
     if found := re.search(r"max_lora_rank (\d+)", said):
@@ -119,16 +128,12 @@ async def _max_lora_rank(client: Client, rank_folder: Path | None) -> int | None
         )
     if "not enabled" in said:
         raise ConfigError(f"{client.url} serves without LoRA; start it with --enable-lora")
-    if refusal_is_a_missing_route(said):
+    if refused.status in (404, 405):
         raise ConfigError(
             f"{client.url} has no {LOAD}; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and "
             "with --enable-lora"
         )
     raise EngineError(f"{client.url} refuses to load adapters: {said}")
-
-
-def refusal_is_a_missing_route(said: str) -> bool:
-    return "answered 404" in said or "answered 405" in said
 
 
 async def _check_logprobs(client: Client, base: str) -> None:

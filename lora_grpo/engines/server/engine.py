@@ -26,10 +26,11 @@ from lora_grpo.engines.delivery.slots import require_finite
 from lora_grpo.engines.requests import adapters_by_prompt, check_room, request_seeds, to_groups, token_prompts
 from lora_grpo.engines.server.client import Client
 from lora_grpo.engines.server.connect import write_rank_probe
-from lora_grpo.engines.server.fleet import Fleet, KeptProbe, OnFailure, Settings
+from lora_grpo.engines.server.fleet import Fleet, OnFailure, Settings
 from lora_grpo.engines.server.loop import Loop
 from lora_grpo.engines.server.names import Names
 from lora_grpo.engines.server.pool import completing, scoring
+from lora_grpo.engines.server.proofs import KeptProbe
 from lora_grpo.engines.server.replica import Replica
 from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.types import Completion, Group, Prompt, Sampling
@@ -101,7 +102,7 @@ class VLLMServerEngine:
             ) from error
         dtype = str(config.dtype or "float32").removeprefix("torch.")
         self._base = replace(describe(config, ()), dtype=lora_dtype or dtype)
-        self._fleet.sequences = probe_sequences(self._base.vocabulary, seed=0)
+        self._fleet.proofs.sequences = probe_sequences(self._base.vocabulary, seed=0)
 
     @property
     def proof(self) -> Proof:
@@ -213,18 +214,19 @@ class VLLMServerEngine:
             kept = self._names.folder / "probe" / "versions" / version.path.name
             shutil.copytree(version.path, kept, dirs_exist_ok=True)
             version = replace(version, path=kept)
-        self._fleet.sequences = witness.sequences
-        self._fleet.probe = KeptProbe(version, witness, noise)
+        self._fleet.proofs.sequences = witness.sequences
+        self._fleet.proofs.probe = KeptProbe(version, witness, noise)
         self._check_slots()
 
     def describe_base(self) -> BaseDescription:
         return self._base
 
     def close(self) -> None:
-        """Unload this engine's versions from the servers, which go on."""
-        self._loop.run(self._fleet.close())
-        self._loop.close()
-        self._names.close()
+        """Unload this engine's versions from the servers, which go on. A second call does nothing."""
+        if not self._loop.closed:
+            self._loop.run(self._fleet.close())
+            self._loop.close()
+            self._names.close()
 
     def _receipt(self, file: AdapterFile, report: CanaryReport | None, started: float, checked: float) -> LoadReceipt:
         seconds = {"check": checked - started, "load": time.perf_counter() - checked}

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.delivery.behaviour import compare
 from lora_grpo.engines.delivery.canary import CanaryReport
-from lora_grpo.engines.delivery.probe import MAX_BASE_NOISE_NATS, Witness
 from lora_grpo.engines.server.client import Client, Unreachable
 from lora_grpo.engines.server.connect import connect, models, slots
 from lora_grpo.engines.server.names import Names, resolver_name
 from lora_grpo.engines.server.pool import Pool, scoring
+from lora_grpo.engines.server.proofs import KeptProbe, Proofs
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion
 
@@ -39,15 +38,6 @@ class Settings:
     resolves: bool
 
 
-@dataclass(frozen=True)
-class KeptProbe:
-    """The probe that replicas were proven with: its own copy of the files, what a trainer computes with them, nats."""
-
-    version: AdapterVersion
-    witness: Witness
-    noise: float
-
-
 class Fleet:
     """The replicas of one engine. Every method runs in the engine's loop."""
 
@@ -55,8 +45,7 @@ class Fleet:
         self.replicas, self.names, self.settings = replicas, names, settings
         self.in_use: dict[Path, Served] = {}
         self.pool = Pool(replicas, settings.concurrency, self.lost)
-        self.probe: KeptProbe | None = None
-        self.sequences: list[list[int]] = []
+        self.proofs = Proofs(self.in_use.values())
         self._rank_folder = rank_folder
         self._changing = asyncio.Lock()
 
@@ -85,10 +74,10 @@ class Fleet:
         """
         async with self._changing:
             replicas = await self._present()
-            outcomes = await asyncio.gather(
-                *(self._take(replica, served, expected) for replica in replicas), return_exceptions=True
-            )
             try:
+                outcomes = await asyncio.gather(
+                    *(self._take(replica, served, expected) for replica in replicas), return_exceptions=True
+                )
                 answers, verdict = self._judge(replicas, outcomes, served, expected)
             except BaseException:
                 await self._take_back(served)
@@ -102,13 +91,17 @@ class Fleet:
             return verdict
 
     async def prove_again(self, served: Served) -> CanaryReport:
-        """Score a version in use on every replica; the first that differs fails it. Raises as `load`."""
+        """Score a version in use on every replica; one that differs takes it out of use. Raises as `load`."""
         async with self._changing:
-            reports = [
-                self._compare(replica, served, await self.score(replica, served), served.answers)
-                for replica in await self._present()
-            ]
-            return reports[0]
+            replicas = await self._present()
+            try:
+                answers = await asyncio.gather(*(self.score(replica, served) for replica in replicas))
+                pairs = zip(replicas, answers, strict=True)
+                reports = [self.proofs.compare(replica, served, own, served.answers) for replica, own in pairs]
+                return reports[0]
+            except DeliveryError:
+                await self._drop(served)
+                raise
 
     async def unload(self, served: Served) -> None:
         async with self._changing:
@@ -162,8 +155,8 @@ class Fleet:
         """One replica's log-probs of `sequences`, by a version that it has or by the base."""
         if replica.state != "serving":
             name = replica.facts.base if served is None else replica.names[served.name]
-            return await replica.score(name, self.sequences)
-        asks = [scoring(served, ids) for ids in self.sequences]
+            return await replica.score(name, self.proofs.sequences)
+        asks = [scoring(served, ids) for ids in self.proofs.sequences]
         return [answers[0] for answers in await self.pool.run([[ask] for ask in asks], only=replica)]
 
     # Loading
@@ -201,7 +194,7 @@ class Fleet:
                 if served.name not in replica.names:
                     await self._give(replica, served)
                 answers = await self.score(replica, served)
-                return answers, None if expected is None else self._compare(replica, served, answers, expected)
+                return answers, None if expected is None else self.proofs.compare(replica, served, answers, expected)
             except (EngineError, DeliveryError) as error:
                 if isinstance(error, Unreachable):
                     self.lost(replica, error)
@@ -240,24 +233,8 @@ class Fleet:
         answers, verdict = next(iter(proven.values()))
         if expected is None:
             for replica, (others, _) in proven.items():
-                self._compare(replica, served, others, answers)
+                self.proofs.compare(replica, served, others, answers)
         return answers, verdict
-
-    def _compare(
-        self, replica: Replica, served: Served, answers: list[list[float]], expected: list[list[float]]
-    ) -> CanaryReport:
-        others = [known.answers for known in self.in_use.values() if known is not served]
-        if self.probe is not None:
-            others.append(self.probe.witness.base)
-        try:
-            return compare(answers, expected, others, self._noise)
-        except DeliveryError as error:
-            raise DeliveryError(f"{replica.url} does not serve {served.version}: {error}") from None
-
-    @property
-    def _noise(self) -> float:
-        """Nats between servers and trainer on the base; before the probe, what is allowed at most."""
-        return MAX_BASE_NOISE_NATS if self.probe is None else self.probe.noise
 
     async def _take_back(self, served: Served) -> None:
         await asyncio.gather(*(self._forget(replica, served) for replica in self.replicas))
@@ -314,16 +291,16 @@ class Fleet:
     async def _readmit(self, replica: Replica) -> None:
         """Put a server that answers again back into rotation: checked, probed, with everything in use, proven."""
         await replica.reconnect(self._rank_folder)
-        if self.probe is not None:
-            await self._prove_path(replica, self.probe)
+        if self.proofs.probe is not None:
+            await self._prove_path(replica, self.proofs.probe)
         wanted = list(self.in_use.values())
         for served in wanted:
             if served.name not in replica.names:
                 await self._give(replica, served)
-            self._compare(replica, served, await self.score(replica, served), served.answers)
+            self.proofs.compare(replica, served, await self.score(replica, served), served.answers)
         for own in replica.names.keys() - {served.name for served in wanted}:
             await replica.unload(replica.names.pop(own))
-        if wanted == list(self.in_use.values()):
+        if set(wanted) == set(self.in_use.values()):
             replica.state, replica.trouble = "serving", ""
 
     async def _prove_path(self, replica: Replica, probe: KeptProbe) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from lora_grpo.engines.server.client import Unreachable
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.engines.server.wire import completion_body, scoring_body, to_completion, to_logprobs
-from lora_grpo.errors import EngineError
+from lora_grpo.errors import EngineError, UnknownVersion
 from lora_grpo.types import Completion, Sampling
 
 _Result = TypeVar("_Result")
@@ -97,7 +97,10 @@ class Pool:
         return [done[index] for index in range(len(asks))]
 
     async def _one(self, replica: Replica, ask: Ask[_Result]) -> _Result:
-        body = ask.body(replica.facts.base if ask.served is None else replica.names[ask.served.name])
+        name = replica.facts.base if ask.served is None else replica.names.get(ask.served.name)
+        if name is None:
+            raise UnknownVersion("a version was unloaded while it was being sampled from; unload it afterwards")
+        body = ask.body(name)
         return ask.read(await replica.ask(body), body)
 
     async def _place(self, count: int, base: bool, only: Replica | None) -> Replica:

@@ -1,0 +1,48 @@
+"""What replicas must answer: the trainer's log-probs, and each version's own from when it was proven."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.delivery.behaviour import compare
+from lora_grpo.engines.delivery.canary import CanaryReport
+from lora_grpo.engines.delivery.probe import MAX_BASE_NOISE_NATS, Witness
+from lora_grpo.engines.server.replica import Replica, Served
+from lora_grpo.errors import DeliveryError
+
+Answers = list[list[float]]
+
+
+@dataclass(frozen=True)
+class KeptProbe:
+    """The probe that replicas were proven with: files that stay, what a trainer computes with them, noise in nats."""
+
+    version: AdapterVersion
+    witness: Witness
+    noise: float
+
+
+class Proofs:
+    """Judges answers to `sequences`. `known` are the versions that one may be mistaken for."""
+
+    def __init__(self, known: Iterable[Served]) -> None:
+        self.probe: KeptProbe | None = None
+        self.sequences: list[list[int]] = []
+        self._known = known
+
+    def compare(self, replica: Replica, served: Served, answers: Answers, expected: Answers) -> CanaryReport:
+        """Raises `DeliveryError` naming the replica when it answers otherwise than expected."""
+        others = [known.answers for known in self._known if known is not served]
+        if self.probe is not None:
+            others.append(self.probe.witness.base)
+        try:
+            return compare(answers, expected, others, self._noise)
+        except DeliveryError as error:
+            raise DeliveryError(f"{replica.url} does not serve {served.version}: {error}") from None
+
+    @property
+    def _noise(self) -> float:
+        """Nats between servers and trainer on the base; before the probe, what is allowed at most."""
+        return MAX_BASE_NOISE_NATS if self.probe is None else self.probe.noise

@@ -1,0 +1,126 @@
+"""`lora-grpo serve`: the flags that servers need, secrets kept off command lines, and ends that name the culprit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lora_grpo.cli import app
+from lora_grpo.engines.server import launch
+from lora_grpo.engines.server.launch import Server, Servers, Serving
+from lora_grpo.errors import ConfigError, EngineError
+
+HEALTHY = """
+import http.server, sys
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
+"""
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_the_flags_that_the_engine_needs() -> None:
+    serving = Serving("m", max_lora_rank=12, target_modules=("q_proj", "v_proj"), arguments=("--seed", "1"))
+    command = serving.command(8000)
+    assert "--enable-lora" in command
+    assert option(command, "--max-lora-rank") == "16"
+    assert (option(command, "--max-loras"), option(command, "--max-cpu-loras")) == ("2", "4")
+    assert option(command, "--logprobs-mode") == "processed_logprobs"
+    assert option(command, "--host") == "127.0.0.1"
+    assert command[-5:] == ["--lora-target-modules", "q_proj", "v_proj", "--seed", "1"]
+    assert serving.environment(0, 0)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+
+
+def test_secrets_are_in_the_environment_alone(tmp_path: Path) -> None:
+    serving = Serving("m", host="0.0.0.0", api_key="secret", store_url="http://store:1", store_token_file="token")
+    environment = serving.environment(0, 0)
+    assert not any("secret" in part for part in serving.command(8000))
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert environment["LORA_GRPO_STORE_URL"] == "http://store:1"
+    assert Path(environment["LORA_GRPO_STORE_TOKEN_FILE"]).is_absolute()
+
+
+def test_replicas_share_neither_cores_nor_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
+    serving = Serving("m", replicas=2)
+    assert [serving.environment(i, 0)["VLLM_CPU_OMP_THREADS_BIND"] for i in (0, 1)] == ["0,1", "2,3,4"]
+    assert [serving.environment(i, 4)["CUDA_VISIBLE_DEVICES"] for i in (0, 1)] == ["0,1", "2,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [serving.environment(i, 2)["CUDA_VISIBLE_DEVICES"] for i in (0, 1)] == ["5", "7"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    assert [serving.environment(i, 0)["VLLM_CPU_OMP_THREADS_BIND"] for i in (0, 1)] == ["3", "3"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"host": "0.0.0.0"}, "VLLM_API_KEY"),
+        ({"replicas": 0}, "replicas=0"),
+        ({"store_token_file": "token"}, "store_url"),
+    ],
+)
+def test_what_cannot_be_served(settings: dict[str, Any], names: str) -> None:
+    with pytest.raises(ConfigError, match=names):
+        Serving("m", **settings)
+
+
+def test_more_replicas_than_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch, "_device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="there are 1"):
+        Servers(Serving("m", replicas=2), tmp_path)
+
+
+def test_a_server_that_ends_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:
+    """The other one, which is up, ends with it."""
+    servers = Servers(Serving("m", replicas=2, port=18461), tmp_path)
+    up, broken = servers.all
+    up.command = [sys.executable, "-c", HEALTHY, "18461"]
+    broken.command = [sys.executable, "-c", "print('no such model'); raise SystemExit(3)"]
+    with pytest.raises(EngineError, match=rf"{broken.url} ended with exit code 3(?s:.*)no such model"), servers:
+        pytest.fail("it cannot be up")
+    assert up.exit_code is not None
+
+
+def test_what_a_server_started_ends_with_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    child = (
+        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+    )
+    server = Server([sys.executable, "-c", child + "print(p.pid, flush=True); time.sleep(600)"], os.environ, "", log)
+    server.start()
+    while not log.read_text().strip():
+        time.sleep(0.05)
+    server.signal(signal.SIGTERM)
+    assert server.wait(10)
+    for _ in range(100):
+        if not cmdline(log):
+            break
+        time.sleep(0.05)
+    assert not cmdline(log)
+
+
+def cmdline(log: Path) -> str:
+    """Of the process whose id is in the log; empty for one that ended, reaped or not."""
+    path = Path(f"/proc/{log.read_text().strip()}/cmdline")
+    return path.read_text() if path.exists() else ""
+
+
+def test_the_command_refuses_an_open_address_without_a_key(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    result = CliRunner().invoke(app, ["serve", str(llama_dir), "--host", "0.0.0.0"])
+    assert result.exit_code == 2
+    assert "VLLM_API_KEY" in result.output
