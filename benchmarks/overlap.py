@@ -5,8 +5,8 @@
 `--order` names the `max_staleness` of each training in turn: there and back, so that a machine that warms up or slows
 down favours none. All share one engine (as large as the largest needs) and start from the same adapter. On a CPU
 trainer and engine compete for the same cores, and with one thread each (OMP_NUM_THREADS=1) a synchronous step leaves
-one of two cores idle: read the seconds with the threads beside them. Prints a line a training, and as the last line of
-stdout one JSON object with the medians over the trainings of each `max_staleness`.
+one of two cores idle: read the seconds with threads and cores used (CPU seconds a second) beside them. Prints a line
+a training, and as the last line of stdout one JSON object with the medians over the trainings of each `max_staleness`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.build import effective_grpo, lora_config
 from lora_grpo.trainer.models import build_engine
 
+TABLE = "{:>13} {:>8.8} {:>8.8} {:>8.8} {:>6.6} {:>6.6} {:>8.8} {:>8.8}"
 WARM_UP_STEPS = 3
 """Steps at the start of each training that the seconds leave out: the pipeline fills, caches are cold."""
 
@@ -53,15 +54,12 @@ def main() -> None:
         most = max(map(int, arguments.order))
         engine = build_engine(config.model, with_room(config.engine, most), config.lora.largest_rank)
         train(config, engine, Path(folder) / "warm-up", most, steps=WARM_UP_STEPS)
-        print(f"{'max_staleness':>13} {'step s':>8} {'wait s':>8} {'train s':>8} {'lag':>5} {'accuracy':>16}")
+        print(TABLE.format("max_staleness", "step s", "wait s", "train s", "lag", "cores", "accuracy", ""))
         for index, digit in enumerate(arguments.order):
             row = train(config, engine, Path(folder) / f"run{index}", int(digit), steps=arguments.steps)
             rows[int(digit)].append(row)
-            print(
-                f"{digit:>13} {row['step_s']:>8.3f} {row['wait_s']:>8.3f} {row['train_s']:>8.3f} {row['lag']:>5.2f} "
-                f"{row['accuracy_before']:>7.3f} {row['accuracy_after']:>8.3f}",
-                flush=True,
-            )
+            shown = [row[name] for name in ("step_s", "wait_s", "train_s", "lag", "cores_used")]
+            print(TABLE.format(digit, *shown, row["accuracy_before"], row["accuracy_after"]), flush=True)
         engine.close()
     report(rows, arguments.steps, arguments.order)
 
@@ -80,10 +78,10 @@ def train(config: RunConfig, engine: Engine, run: Path, most: int, *, steps: int
         run_dir=run,
         view=False,
     ) as trainer:
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         result = trainer.train()
-        seconds = time.perf_counter() - started
-        return {**of_history(trainer.history), **of_result(result), "train_call_s": round(seconds, 3)}
+        seconds, busy = time.perf_counter() - started, time.process_time() - busy
+        return {**of_history(trainer.history), **of_result(result), "cores_used": round(busy / seconds, 3)}
 
 
 def of_history(history: list[Mapping[str, Any]]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from transformers import AutoTokenizer
 
 from lora_grpo.adapters.peft_format import whole
 from lora_grpo.engines.fake import FakeEngine
-from lora_grpo.errors import EngineError, RewardError, TrainingError
+from lora_grpo.errors import ConfigError, EngineError, RewardError
+from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics.log import read_metrics
 from lora_grpo.trainer import Guard, NonFinite
 from lora_grpo.types import Group
@@ -66,14 +68,26 @@ def reply(prompt: Any, version: Any, seed: int) -> str:
 def run(base: Path, engine: Any, folder: Path, settings: Any, **kwargs: Any) -> dict[str, Any]:
     """A whole run, as a script would have it: every process says the same."""
     kwargs = {"store_root": folder / "root", "eval_dataset": HELD_OUT, "reward_funcs": noted, **kwargs}
-    resumes = kwargs.pop("resumes", False)
+    resumes, receipts = kwargs.pop("resumes", False), kwargs.pop("receipts", [])
     NOTED.clear()
     with tiny_trainer(base, engine, folder / "run", settings, **kwargs) as trainer:
+        noting(trainer.sync, receipts)
         if resumes:
             trainer.resume()
         result = trainer.train()
         weights = {name: whole(p.detach()).clone() for name, p in trainer.policy.parameters.items()}
         return {"result": result, "weights": weights, "head": trainer.version, "noted": list(NOTED)}
+
+
+def noting(sync: Any, receipts: list[Any]) -> None:
+    push = sync.push
+
+    def noted_push(*args: Any, **kwargs: Any) -> Any:
+        version = push(*args, **kwargs)
+        receipts.append(sync.last_receipt)
+        return version
+
+    sync.push = noted_push
 
 
 NOTED: list[list[str]] = []
@@ -97,14 +111,13 @@ def whole_runs(accelerator: Any, folder: Path) -> dict[str, Any]:
 
 
 def interrupted(accelerator: Any, folder: Path) -> dict[str, Any]:
-    """Three steps, a stop, and the rest by other processes' worth of objects."""
-    with fsdp2(accelerator):
-        start = partial(run, folder / "base", folder=folder / "interrupted")
-        start(PerProcess(folder / "base"), settings=config(2, total_steps=3, lr_scheduler_type="constant"))
-        settings = config(2, lr_scheduler_type="constant")
-        resumed = start(PerProcess(folder / "base"), settings=settings, resumes=True)
-        through = run(folder / "base", PerProcess(folder / "base"), folder / "through", settings)
-    return {"resumed": resumed, "through": through}
+    """Three steps, a stop, and the rest; beside it, all in one go."""
+    found = {}
+    for name, steps, resumes in (("stopped", 3, False), ("stopped", STEPS, True), ("through", STEPS, False)):
+        settings = config(2, total_steps=steps, lr_scheduler_type="constant")
+        with fsdp2(accelerator):
+            found[name] = run(folder / "base", PerProcess(folder / "base"), folder / name, settings, resumes=resumes)
+    return found
 
 
 def failures(accelerator: Any, folder: Path) -> dict[str, Any]:
@@ -214,7 +227,7 @@ def test_one_run_is_written(both: list[dict[str, Any]], folder: Path) -> None:
 
 def test_a_sharded_run_that_was_stopped_goes_on_to_the_bit(both: list[dict[str, Any]]) -> None:
     for results in both:
-        resumed, through = results["interrupted"]["resumed"], results["interrupted"]["through"]
+        resumed, through = results["interrupted"]["stopped"], results["interrupted"]["through"]
         assert all(torch.equal(resumed["weights"][name], tensor) for name, tensor in through["weights"].items())
         assert resumed["head"].digest == through["head"].digest
 
@@ -235,4 +248,48 @@ def test_a_guard_takes_both_back(both: list[dict[str, Any]]) -> None:
     assert [results["failures"]["guard"] for results in both] == [1, 1]
 
 
-_ = (ENGINE_ARGS, TrainingError)
+def real_engines(accelerator: Any, folder: Path) -> dict[str, Any]:
+    """vLLM in each of two processes, the trainer's weights sharded over both."""
+    from lora_grpo.engines.vllm_local import VLLMEngine
+
+    engine = VLLMEngine(folder / "base", max_lora_rank=16, **ENGINE_ARGS)
+    receipts: list[Any] = []
+    with fsdp2(accelerator):
+        found = run(folder / "base", engine, folder / "real", REAL(2), receipts=receipts)
+    engine.close()
+    alive = torch.ones(1)
+    torch.distributed.all_reduce(alive)
+    return found | {"receipts": receipts, "alive": alive.item()}
+
+
+REAL = partial(config, total_steps=2, vllm_importance_sampling_correction=True, canary_every=1)
+
+
+@pytest.mark.vllm
+def test_an_engine_in_each_process_serves_what_the_first_one_published(folder: Path, llama_engine: Any) -> None:
+    """Each proves its own slots; the process group is the trainer's again afterwards, when the engines are closed."""
+    expected = run(folder / "base", llama_engine, folder / "real-alone", REAL(1))
+    for results in in_two({"real": real_engines}, folder):
+        found = results["real"]
+        assert [(r.load.proof, r.version.number, r.load.proven_bytes > 0) for r in found["receipts"]] == [
+            ("slots", number, True) for number in (1, 2, 3)
+        ]
+        assert found["alive"] == 2
+        assert_near(found["weights"], expected["weights"], 2e-5)
+    steps = [record for record in read_metrics(folder / "real" / "run") if record["event"] == "step"]
+    assert [record["canary/verdict"] for record in steps] == ["ok", "ok"]
+
+
+@pytest.mark.vllm
+def test_an_engine_that_would_leave_its_trainer_alone_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_grpo.engines.vllm_local import VLLMEngine
+
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2.*VLLMServerEngine"):
+        VLLMEngine(folder / "base", tensor_parallel_size=2)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match="one of 2 processes, and they are not joined yet: build accelerate's"):
+        VLLMEngine(folder / "base")
+    with pytest.raises(ConfigError, match="its process group has 1, and it would train alone"):
+        Processes(SimpleNamespace(num_processes=1, process_index=0))  # type: ignore[arg-type]

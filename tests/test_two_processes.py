@@ -25,13 +25,14 @@ from lora_grpo.grpo import Batch
 from lora_grpo.grpo.optimizer import build_optimizer
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
+from lora_grpo.types import Sampling
 from tests.tiny_policy import PAD, adapter_weights, config, drifted, peft_model, rollout
 from tests.two_processes import TIMEOUT_S, in_two, sharded
 
 STEPS = 5
 ADVANTAGES = torch.tensor([1.0, -0.5, 0.4, 0.7, 0.9, -1.1, 0.3, 0.2, -1.2, 0.8, 0.3, 0.9, 0.0, 0.0, 0.0, 0.0])
 RAGGED = {"prompt_lengths": (3, 5, 2, 9)}
-KINDS = ("ddp", "fsdp2")
+KINDS = ("ddp", "fsdp2", "fsdp2-one-group")
 
 
 def settings(processes: int, **changes: Any) -> Any:
@@ -66,7 +67,7 @@ def policy_of(kind: str, accelerator: Any, **changes: Any) -> Policy:
     model, chosen = peft_model(), settings(2, **changes)
     if kind == "ddp":
         return Policy(accelerator.prepare_model(model), chosen, accelerator=accelerator)
-    model, optimizer = sharded(accelerator, model, build_optimizer(model, chosen))
+    model, optimizer = sharded(accelerator, model, build_optimizer(model, chosen), by_layer=kind == "fsdp2")
     return Policy(model, chosen, accelerator=accelerator, optimizer=optimizer)
 
 
@@ -88,7 +89,7 @@ def five_steps(accelerator: Any, folder: Path) -> dict[str, Any]:
         for case, changes in CASES.items():
             policy = policy_of(kind, accelerator, **changes)
             is_sharded = isinstance(next(iter(policy.parameters.values())), DTensor)
-            assert is_sharded == (kind == "fsdp2")
+            assert is_sharded == (kind != "ddp")
             torch.manual_seed(7 + accelerator.process_index)
             metrics = [policy.update(half(batches(case != "bits"), accelerator)) for _ in range(STEPS)]
             found[kind, case] = whole_weights(policy), metrics
@@ -216,6 +217,22 @@ def one_engine_alone(accelerator: Any, folder: Path) -> str:
     return "nothing was said"
 
 
+def engine_of_the_first(accelerator: Any, folder: Path) -> list[Any]:
+    """An engine that computes in neither process, as a server does not: the first one asks it for both."""
+    policy, engine = policy_of("fsdp2", accelerator), None
+    if not accelerator.process_index:
+        engine = FakeEngine(lambda prompt, version, seed: f"{prompt}{seed % 1000}")
+    store = store_of(accelerator, folder, "server")
+    sync = NativeSync(policy.model, engine, store, accelerator=accelerator)
+    version = sync.push(step=0)
+    groups = sync.engine.generate(["a", "b", "c"], Sampling(n=2, seed=1), adapter=version)
+    said = [completion.text for group in groups for completion in group.completions]
+    sync.close()
+    if store:
+        store.close()
+    return [said, [completion.version for group in groups for completion in group.completions]]
+
+
 def going_back(accelerator: Any, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in KINDS:
@@ -259,6 +276,7 @@ def both() -> Iterator[list[dict[str, Any]]]:
         "publishing": publishing,
         "failing": failing,
         "one_engine_alone": one_engine_alone,
+        "engine_of_the_first": engine_of_the_first,
         "going_back": going_back,
     }
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-test-") as folder:
@@ -306,7 +324,7 @@ def test_a_push_gathers_the_adapter_and_nothing_else(both: list[dict[str, Any]])
     assert base_bytes > 2 * form.nbytes
     for results in both:
         gathered = {kind: results["publishing"][kind][0] for kind in KINDS}
-        assert gathered == {"ddp": 0, "fsdp2": form.nbytes}
+        assert gathered == {"ddp": 0, "fsdp2": form.nbytes, "fsdp2-one-group": form.nbytes}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -343,6 +361,13 @@ def test_what_fails_in_one_fails_in_both(both: list[dict[str, Any]], what: str, 
 def test_an_engine_in_one_process_only_is_refused(both: list[dict[str, Any]]) -> None:
     for results in both:
         assert "of 2 processes, [0] have an engine of their own" in results["one_engine_alone"]
+
+
+def test_a_server_is_asked_by_the_first_for_both(both: list[dict[str, Any]]) -> None:
+    said, versions = both[0]["engine_of_the_first"]
+    assert both[1]["engine_of_the_first"] == [said, versions]
+    assert len(set(said)) == 6
+    assert set(versions) == {1}
 
 
 @pytest.mark.parametrize("kind", KINDS)

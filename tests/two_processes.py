@@ -44,15 +44,18 @@ def _run(rank: int, port: int, folder: str, scenarios: dict[str, Scenario]) -> N
 
 
 @contextmanager
-def fsdp2(accelerator: Any) -> Iterator[None]:
-    """accelerate set to FSDP2: it reads such settings on GPUs only, so they are put where it looks for them."""
+def fsdp2(accelerator: Any, *, by_layer: bool = True) -> Iterator[None]:
+    """accelerate set to FSDP2: it reads such settings on GPUs only, so they are put where it looks for them.
+
+    Not `by_layer`, all parameters are one group, which stays whole after a forward.
+    """
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         cpu_ram_efficient_loading=False,
-        auto_wrap_policy="transformer_based_wrap",
+        auto_wrap_policy="transformer_based_wrap" if by_layer else "no_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
     )
     state = accelerator.state
@@ -64,9 +67,11 @@ def fsdp2(accelerator: Any) -> Iterator[None]:
         state.distributed_type = before
 
 
-def sharded(accelerator: Any, model: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, torch.optim.Optimizer]:
+def sharded(
+    accelerator: Any, model: Any, optimizer: torch.optim.Optimizer, *, by_layer: bool = True
+) -> tuple[Any, torch.optim.Optimizer]:
     """By accelerate's own FSDP2."""
-    with fsdp2(accelerator):
+    with fsdp2(accelerator, by_layer=by_layer):
         prepared: tuple[Any, torch.optim.Optimizer] = accelerator.prepare(model, optimizer)
     accelerator._models.clear()
     return prepared

@@ -45,10 +45,12 @@ def train(
     try:
         with build_trainer(run_config, resume=resume) as trainer:
             result = trainer.train()
+            leads = trainer.crew.leads
     except KeyboardInterrupt:
         say(f"stopped; go on with: {shlex.join(['lora-grpo', 'train', str(config), *(overrides or ()), '--resume'])}")
         raise
-    print_json(result)
+    if leads:
+        print_json(result)
 
 
 def _help_config() -> None:

@@ -45,6 +45,7 @@ class FakeEngine:
         self._max_cpu_loras, self._max_lora_rank = max_cpu_loras, max_lora_rank
         self._loaded: dict[int, AdapterVersion] = {}
         self.between_steps: Callable[[], None] | None = None
+        """Called before each prompt is answered."""
 
     @property
     def proof(self) -> Proof:

@@ -11,19 +11,17 @@ from lora_grpo.config import GRPOConfig, LoraSettings, RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, save_config
 from lora_grpo.data import load_data
 from lora_grpo.errors import ConfigError
+from lora_grpo.grpo.processes import Processes
 from lora_grpo.rewards import load_reward
 from lora_grpo.trainer.assembly import refuse_live
+from lora_grpo.trainer.crew import launched
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import build_guard
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
     """The trainer of a run; its resolved settings are written to the run directory first."""
-    run_dir = Path(config.output_dir)
-    if not resume and (run_dir / RESOLVED_FILE).exists():
-        raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
-    refuse_live(run_dir)
-    save_config(config, run_dir)
+    Processes(launched()).first(lambda: _settle(config, Path(config.output_dir), resume=resume))
     train, held_out = load_data(config.data)
     trainer = GRPOTrainer(
         config.model,
@@ -42,6 +40,13 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
     if resume:
         trainer.resume()
     return trainer
+
+
+def _settle(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
+    if not resume and (run_dir / RESOLVED_FILE).exists():
+        raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
+    refuse_live(run_dir)
+    save_config(config, run_dir)
 
 
 def effective_grpo(config: RunConfig) -> GRPOConfig:

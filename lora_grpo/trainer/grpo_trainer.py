@@ -39,7 +39,11 @@ PATIENCE_STEPS = 10
 
 
 class GRPOTrainer:
-    """GRPO on a LoRA adapter: each step samples from the version that the step before published and proved."""
+    """GRPO on a LoRA adapter: each step samples from the version that the step before published and proved.
+
+    With `config.max_staleness` above 0, from one that lags by at most so many versions, while earlier steps are
+    trained. Timing then decides on versions: such a run resumes where it stood, but does not repeat bit by bit.
+    """
 
     def __init__(
         self,

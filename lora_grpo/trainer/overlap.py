@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import SamplerState
@@ -44,37 +44,7 @@ class Rollout:
     """Set when it ends, and then its rewards are on their way."""
 
 
-class Rollouts(Protocol):
-    """The batches of a trainer's steps, in order."""
-
-    def running(self) -> AbstractContextManager[None]:
-        """Around a call of `train`: outside nothing is sampled."""
-
-    def take(self, step: int) -> Rollout:
-        """The sampled batch of `step`, all of one version."""
-
-    def reward(self, rollout: Rollout) -> Rewarded:
-        """What it earned."""
-
-    def score(self, function: Callable[[], T]) -> T:
-        """Call reward functions on other completions."""
-
-    def metrics(self) -> dict[str, float]:
-        """Of the batch that was taken last, and what was dropped so far."""
-
-    def counts(self) -> dict[str, int]:
-        """Rollouts dropped so far, by reason."""
-
-    def position(self) -> SamplerState:
-        """Where the data stand: what is drawn next, or was drawn for a batch that no step has taken yet."""
-
-    def drop(self, why: str) -> None:
-        """Forget every batch that no step has taken, and draw its prompts again later."""
-
-    def close(self) -> None: ...
-
-
-def rollouts_of(trainer: GRPOTrainer) -> Rollouts:
+def rollouts_of(trainer: GRPOTrainer) -> InTurn:
     """As `config.max_staleness` asks for."""
     return Ahead(trainer) if trainer.config.max_staleness else InTurn(trainer)
 
@@ -105,39 +75,46 @@ def rewarded(trainer: GRPOTrainer, rollout: Rollout) -> Rewarded:
 
 
 class InTurn:
-    """Each batch is sampled when its step begins, from the version that the step before published."""
+    """The batches of a trainer's steps, each sampled when its step begins, from the version published before."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self._trainer = trainer
 
     def running(self) -> AbstractContextManager[None]:
+        """Around a call of `train`: outside nothing is sampled."""
         return nullcontext()
 
     def take(self, step: int) -> Rollout:
+        """The sampled batch of `step`, all of one version."""
         rollout = drawn(self._trainer, step)
         sampled(self._trainer, rollout, self._trainer.version, self._trainer.rollbacks)
         return rollout
 
     def reward(self, rollout: Rollout) -> Rewarded:
+        """What the batch that was taken last earned."""
         return rewarded(self._trainer, rollout)
 
     def score(self, function: Callable[[], T]) -> T:
+        """Call reward functions on other completions."""
         return function()
 
     def metrics(self) -> dict[str, float]:
+        """Of the batch that was taken last, and what was dropped so far."""
         return {}
 
     def counts(self) -> dict[str, int]:
+        """Rollouts dropped so far, by reason."""
         return {}
 
     def position(self) -> SamplerState:
+        """Where the data stand: what is drawn next, or was drawn for a batch that no step has taken yet."""
         return self._trainer.sampler.state_dict()
 
     def drop(self, why: str) -> None:
-        return None
+        """Forget every batch that no step has taken, and draw its prompts again later."""
 
     def close(self) -> None:
-        return None
+        """End the threads, where there are any."""
 
 
 @dataclass
@@ -150,7 +127,7 @@ class Flight:
     leased: bool = False
 
 
-class Ahead:
+class Ahead(InTurn):
     """Batches sampled up to `max_staleness` steps ahead, by two threads: `generator` samples, `reward` scores.
 
     Versions stay on tmpfs from the start of their rollout to the end of the step that trains on it. What fails in a
@@ -162,7 +139,8 @@ class Ahead:
         if trainer.sync.processes.count > 1:
             raise ConfigError("max_staleness > 0 is for one trainer process; set max_staleness=0")
         patience_s, engine = trainer.config.stall_timeout_s, trainer.engine
-        self._trainer, self._most = trainer, trainer.config.max_staleness
+        super().__init__(trainer)
+        self._most = trainer.config.max_staleness
         self._own_generator = not isinstance(engine, OwnedEngine)
         self._generator = (
             engine.worker if isinstance(engine, OwnedEngine) else Worker("generator", patience_s=patience_s)
