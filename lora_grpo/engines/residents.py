@@ -25,7 +25,7 @@ from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError, UnknownV
 
 
 class Residents:
-    """Knows loaded versions by their paths, the least recently used first; those that answer `driver`'s requests stay."""
+    """Loaded versions by their paths, the least recently used first; those that answer `driver`'s requests stay."""
 
     def __init__(
         self,
