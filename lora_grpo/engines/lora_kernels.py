@@ -26,6 +26,9 @@ Rows: TypeAlias = slice | torch.Tensor
 Stacks: TypeAlias = tuple[torch.Tensor, ...]
 """One tensor a slice of a fused layer: A (slots, 1, rank, in), or B (slots, 1, out, rank)."""
 
+FEW_ROWS = 32
+"""Up to as many rows of one adapter, a launch costs more than multiplying by the zeros off the diagonal."""
+
 _installed: list[type] = []
 
 
@@ -45,6 +48,7 @@ def install() -> bool:
     def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_create(self, *args, **kwargs)
         self.lora_a_stacked = adjoin(self.lora_a_stacked)
+        self.lora_b_stacked = diagonal(self.lora_b_stacked)
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_update(self, *args, **kwargs)
@@ -84,6 +88,22 @@ def adjoin(stacks: Stacks) -> Stacks:
     return torch.cat(stacks, dim=2).split(ranks, dim=2)
 
 
+def diagonal(stacks: Stacks) -> Stacks:
+    """The stacked B's of a fused layer again, now the diagonal blocks of one buffer (slots, 1, out, slices * rank).
+
+    They are written to as before, and nothing ever writes to the zeros beside them; a slot's, read as one matrix, take
+    one product instead of one a slice.
+    """
+    slots, _, _, rank = stacks[0].shape
+    widths = [stack.shape[2] for stack in stacks]
+    whole = stacks[0].new_zeros(slots, 1, sum(widths), len(stacks) * rank)
+    bands = whole.split(widths, dim=2)
+    blocks = tuple(band[..., i * rank : (i + 1) * rank] for i, band in enumerate(bands))
+    for block, stack in zip(blocks, stacks, strict=True):
+        block.copy_(stack)
+    return blocks
+
+
 def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
     """(slot, rows) for each adapter in a batch of N tokens; -1 (the base) has none."""
     segments: list[tuple[int, Rows]] = []
@@ -98,10 +118,12 @@ def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
 
 @dataclass(frozen=True)
 class _Slot:
-    """One slot's matrices: A of all slices (n * rank, in), or None where they are not adjoined; and for each slice its
-    A (rank, in), B transposed (rank, out), its columns of the product with A and its columns of the output."""
+    """One slot's matrices: A of all slices (n * rank, in), or None where they are not adjoined; B of all slices
+    transposed (n * rank, out), or None where they are not on one diagonal; and for each slice its A (rank, in), B
+    transposed (rank, out), its columns of the product with A and its columns of the output."""
 
     a_RI: torch.Tensor | None
+    b_RO: torch.Tensor | None
     slices: tuple[tuple[torch.Tensor, torch.Tensor, slice, slice], ...]
 
 
@@ -132,10 +154,12 @@ class LayerSlots:
 def _add(y_nO: torch.Tensor, x_nI: torch.Tensor, scale: float, slot: _Slot) -> None:
     """One adapter's rows. B's product is summed onto y before it is rounded."""
     h = None if slot.a_RI is None else F.linear(x_nI, slot.a_RI)
+    if h is not None and slot.b_RO is not None and (len(slot.slices) == 1 or y_nO.shape[0] <= FEW_ROWS):
+        y_nO.addmm_(h, slot.b_RO, alpha=scale)
+        return
     for a_RI, b_RO, inner, outer in slot.slices:
         h_nR = F.linear(x_nI, a_RI) if h is None else h[:, inner]
-        y_n = y_nO if len(slot.slices) == 1 else y_nO[:, outer]
-        torch.addmm(y_n, h_nR, b_RO, alpha=scale, out=y_n)
+        y_nO[:, outer].addmm_(h_nR, b_RO, alpha=scale)
 
 
 def _cut(slot: int, a_stacked: Stacks, b_stacked: Stacks, output_slices: tuple[int, ...]) -> _Slot:
@@ -148,7 +172,23 @@ def _cut(slot: int, a_stacked: Stacks, b_stacked: Stacks, output_slices: tuple[i
     first = pieces[0][0]
     adjoined = all(_follows(before[0], after[0]) for before, after in itertools.pairwise(pieces))
     whole = first.as_strided((inner, first.shape[1]), first.stride()) if adjoined else None
-    return _Slot(whole, tuple(pieces))
+    return _Slot(whole, _on_diagonal(pieces, inner, outer), tuple(pieces))
+
+
+def _on_diagonal(
+    pieces: list[tuple[torch.Tensor, torch.Tensor, slice, slice]], ranks: int, width: int
+) -> torch.Tensor | None:
+    """The transposed B of all slices (ranks, width), when they are the diagonal blocks of one."""
+    first = pieces[0][1]
+    start, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    if any(
+        b_RO.untyped_storage().data_ptr() != storage
+        or b_RO.stride() != (1, ranks)
+        or b_RO.storage_offset() != start + outer.start * ranks + inner.start
+        for _, b_RO, inner, outer in pieces
+    ):
+        return None
+    return first.as_strided((ranks, width), (1, ranks))
 
 
 def _follows(before: torch.Tensor, after: torch.Tensor) -> bool:

@@ -70,8 +70,8 @@ class SlotView:
 
     def __init__(self, tensors: list[torch.Tensor], zeros: list[tuple[str, torch.Tensor]]) -> None:
         self.tensors, self.zeros = tensors, zeros
-        self._in_place = all(view.device.type == "cpu" and view.is_contiguous() for view in tensors)
-        self._buffers = [raw_bytes(view) for view in tensors] if self._in_place else []
+        self._in_place = all(view.device.type == "cpu" for view in tensors)
+        self._buffers = list(self._in_order()) if self._in_place else []
         self._flat: torch.Tensor | None = None
         self._host: torch.Tensor | None = None
 
@@ -93,13 +93,26 @@ class SlotView:
         """
         hasher = xxhash.xxh3_128()
         if self._in_place:
-            for buffer in self._buffers:
+            for view, copy, buffer in self._buffers:
+                if copy is not None:
+                    copy.copy_(view)
                 hasher.update(buffer)
             return hasher.digest()
         flat, pieces = self._gathering()
         torch._foreach_copy_(pieces, self.tensors)
         hasher.update(raw_bytes(self._to_host(flat)))
         return hasher.digest()
+
+    def _in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, Any]]:
+        """Each tensor, a copy to take of it where its bytes do not lie in a row, and the buffer to hash.
+
+        The copies share one room that stays in the processor's cache.
+        """
+        strided = [view for view in self.tensors if not view.is_contiguous()]
+        room = self.tensors[0].new_empty(max((view.numel() for view in strided), default=0))
+        for view in self.tensors:
+            copy = None if view.is_contiguous() else room[: view.numel()].view(view.shape)
+            yield view, copy, raw_bytes(view if copy is None else copy)
 
     def nonzero(self) -> str | None:
         """The name of the first buffer that should be zero and is not."""
