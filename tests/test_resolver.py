@@ -161,6 +161,11 @@ def test_other_names_are_other_resolvers_business(settings: Settings, name: str)
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    from vllm import envs
+
+    # An engine that was started in this process has had vLLM remember its variables.
+    remembering: Any = vars(envs)["__getattr__"]
+    monkeypatch.setattr(envs, "__getattr__", getattr(remembering, "__wrapped__", remembering))
     for name in VARIABLES:
         monkeypatch.delenv(f"LORA_GRPO_STORE_{name}", raising=False)
     return monkeypatch
