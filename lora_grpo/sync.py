@@ -153,7 +153,7 @@ class NativeSync:
         if not self.processes.first(lambda: digest_buffers(files) == version.digest):
             return False
         version = self.processes.first(lambda: self.store.restore(version))
-        self.engine.load(version)
+        self._load(version)
         self._promote(version)
         self._lease_loaded()
         return True
