@@ -91,6 +91,7 @@ class NativeSync:
         check_rank(check_servable(model, self.adapter), self.engine.max_lora_rank)
         self._form = ServingForm(model, self.adapter, getattr(torch, self.engine.lora_dtype))
         self._root, self._head = self.processes.first(lambda: (self.store.root, self.store.head))
+        self._kept: list[int] = []
         self.probe = None if self.engine.proof == "none" else self._prove_path()
         self.noise = 0.0 if self.probe is None else self.probe.noise
         self.last_receipt: PushReceipt | None = None
@@ -165,9 +166,9 @@ class NativeSync:
             for version in engine.loaded():
                 if version.path.is_relative_to(self._root):
                     engine.unload(version)
-        for number in self._leased if self._store is not None else ():
+        for number in [*self._leased, *self._kept] if self._store is not None else ():
             self.store.release(number)
-        self._leased = set()
+        self._leased, self._kept = set(), []
 
     @property
     def store(self) -> AdapterStore:
@@ -302,6 +303,7 @@ class NativeSync:
         """Put the probe into the store, of step -1 and never promoted, for servers to pull; it stays for restarts."""
         version = self.processes.first(lambda: self.store.publish(files, step=-1, parent=None))
         self.processes.first(lambda: self.store.acquire(version.number))
+        self._kept.append(version.number)
         return version
 
     def _describe_trainer(self, dtype: str) -> Any:

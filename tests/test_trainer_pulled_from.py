@@ -49,6 +49,9 @@ def test_a_server_pulls_each_version_from_the_trainer(
             served = trainer.engine.logprobs(rows, adapter=trainer.version)
             own, of_the_base = (teacher_logprobs(model, rows) for model in (trainer.model, load_model(llama_dir)))
             assert mean_abs_difference(served, own) < mean_abs_difference(served, of_the_base) / 5
+            root = trainer.store.root
+            assert root.is_dir()
+        assert not root.exists()
 
 
 def test_an_address_that_cannot_be_listened_on_ends_the_start(
