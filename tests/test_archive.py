@@ -209,6 +209,38 @@ def test_steps_do_not_wait_for_the_archive(shm_dir: Path, tmp_path: Path, gate: 
         assert store.prune() == [1, 2]
 
 
+def test_what_a_slow_disk_was_writing_while_pruned_is_gone_once_closed(
+    shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]
+) -> None:
+    slow = gate("state.half")
+    store = AdapterStore(shm_dir, tmp_path, retention=keep_trainer_state(keep_latest(1)))
+    publish(store, 3)
+    store.flush()
+    for number in (1, 2, 3):
+        store.archive_state(number, {"w": [bytes(100)]}, {})
+    assert slow.reached.wait(60)
+    store.prune()
+    slow.opened.set()
+    store.close()
+    with AdapterStore(shm_dir, tmp_path) as store:
+        assert [number for number in (1, 2, 3) if store.load_state(number)] == [3]
+        assert [store.where(number) for number in (1, 3)] == [{"tmpfs", "archive"}, {"tmpfs", "archive", "state"}]
+
+
+def test_an_archived_copy_that_nobody_wants_is_gone_once_closed(
+    shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]
+) -> None:
+    slow = gate("archive.copied")
+    store = AdapterStore(shm_dir, tmp_path, retention=keep_archived(keep_latest(1)))
+    publish(store, 3)
+    assert slow.reached.wait(60)
+    assert store.prune() == []
+    slow.opened.set()
+    store.close()
+    with AdapterStore(shm_dir, tmp_path, readonly=True) as store:
+        assert [store.where(number) for number in (1, 2, 3)] == [{"tmpfs"}, {"tmpfs"}, {"tmpfs", "archive"}]
+
+
 def test_a_full_queue_first_drops_the_states_that_retention_would(
     shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]
 ) -> None:

@@ -37,6 +37,7 @@ class Session:
         self.numbering = opening.prepare()
         self.recovered = opening.recover()
         self._process = os.getpid()
+        self._late: dict[str, set[int]] = {VERSIONS: set(), STATES: set()}
         for number in self.recovered.unarchived:
             self.archive_version(self.catalog.manifest(number))
 
@@ -100,7 +101,10 @@ class Session:
         if not self.lock.held or os.getpid() != self._process:
             return
         try:
-            self.writer.close()
+            try:
+                self._prune_late()
+            finally:
+                self.writer.close()
             self.numbering.give_back()
             if self.places.temporary:
                 self._clear_root()
@@ -132,6 +136,7 @@ class Session:
         return removed
 
     def _prune_archive(self, archive: Archive, durable: Callable[[int], bool]) -> None:
+        self._late[VERSIONS] |= {number for number in self.writer.pending(VERSIONS) if not durable(number)}
         for number in archive.tree.numbers(VERSIONS):
             if durable(number):
                 continue
@@ -148,11 +153,21 @@ class Session:
         keep = self.retention.kept("state", self.catalog.candidates(sorted(known))) | self.protected()
         for number in sorted(numbers - keep):
             if not self.writer.cancel(STATES, number):
+                self._late[STATES].add(number)
                 continue
             self.journal.append("forget_state", number)
             if archive.tree.has(STATES, number):
                 self._remove(archive, STATES, number)
                 disk.at("prune.state")
+
+    def _prune_late(self) -> None:
+        """Remove what was on its way to the disk when a prune wanted it gone, where the rules still say so."""
+        if self.archive is None or not any(self._late.values()):
+            return
+        self.writer.flush()
+        durable = self._archive_keeps()
+        self._prune_archive(self.archive, lambda number: number not in self._late[VERSIONS] or durable(number))
+        self._prune_states(self._late[STATES].intersection(self.catalog.states()))
 
     def _remove(self, archive: Archive, kind: str, number: int) -> None:
         """Take an archived folder away at once; waiting for the disk is left to the archive thread."""
