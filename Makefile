@@ -31,7 +31,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# Both go on where they were cut off. PART is 1 to 8 (benchmarks/scenarios/gpu-PART.toml says what is in it).
+# Both go on where they were cut off. PART is 1 to 14 (benchmarks/scenarios/gpu-PART.toml says what is in it);
+# `lora-grpo bench report --out DIR --join DIR-OF-PART ...` makes one report of them, break-even included.
 bench: $(READY)
 	$(BIN)/lora-grpo bench all --scenario benchmarks/scenarios/cpu.toml --out benchmarks/results/cpu-$(shell nproc)-cores
 

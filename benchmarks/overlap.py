@@ -6,14 +6,14 @@
 down favours none. All share one engine (as large as the largest needs) and start from the same adapter. On a CPU
 trainer and engine compete for the same cores, and with one thread each (OMP_NUM_THREADS=1) a synchronous step leaves
 one of two cores idle: read the seconds with threads and cores used (CPU seconds a second) beside them. Prints a line
-a training, and as the last line of stdout one JSON object with the medians over the trainings of each `max_staleness`.
+a training, and as the last line of stdout one JSON object: command, commit, machine (with its cores and threads) and
+the medians over the trainings of each `max_staleness`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -22,8 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lora_grpo.bench.provenance import provenance
 from lora_grpo.config import ModelConfig, RunConfig
 from lora_grpo.data import load_data
 from lora_grpo.demo.base import ensure_base
@@ -48,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.order.isdigit() or arguments.steps <= WARM_UP_STEPS:
         raise ConfigError(f"--order={arguments.order} must be digits, --steps above {WARM_UP_STEPS}")
-    rows: dict[int, list[dict[str, float]]] = defaultdict(list)
+    about, rows = provenance("benchmarks/overlap.py"), defaultdict[int, list[dict[str, float]]](list)
     with tempfile.TemporaryDirectory() as folder:
         config = demo_config(ensure_base(), Path(folder) / "demo", steps=arguments.steps, seed=0)
         most = max(map(int, arguments.order))
@@ -61,7 +60,7 @@ def main() -> None:
             shown = [row[name] for name in ("step_s", "wait_s", "train_s", "lag", "cores_used")]
             print(TABLE.format(digit, *shown, row["accuracy_before"], row["accuracy_after"]), flush=True)
         engine.close()
-    report(rows, arguments.steps, arguments.order)
+    report(rows, arguments.steps, arguments.order, about)
 
 
 def train(config: RunConfig, engine: Engine, run: Path, most: int, *, steps: int) -> dict[str, float]:
@@ -107,7 +106,7 @@ def of_result(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: round(float(result.get(name, 0)), 5) for name in names}
 
 
-def report(rows: Mapping[int, list[dict[str, float]]], steps: int, order: str) -> None:
+def report(rows: Mapping[int, list[dict[str, float]]], steps: int, order: str, about: Mapping[str, Any]) -> None:
     medians = {
         str(most): {name: statistics.median(row[name] for row in found) for name in found[0]}
         for most, found in sorted(rows.items())
@@ -115,10 +114,9 @@ def report(rows: Mapping[int, list[dict[str, float]]], steps: int, order: str) -
     print(
         json.dumps(
             {
+                **about,
                 "steps": steps,
                 "order": order,
-                "threads": torch.get_num_threads(),
-                "cores": len(os.sched_getaffinity(0)),
                 "max_staleness": medians,
                 "accuracy_after": {str(most): [row["accuracy_after"] for row in found] for most, found in rows.items()},
                 "step_s": {str(most): [row["step_s"] for row in found] for most, found in rows.items()},

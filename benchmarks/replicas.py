@@ -1,46 +1,54 @@
 """The demo's task trained through two vLLM servers, with everything going wrong that may; every completion checked.
 
-    python benchmarks/replicas.py [--steps 30] [--output replicas.json]
+    python benchmarks/replicas.py [--steps 30] [--max-staleness 0] [--output FOLDER]
 
-One server is killed in the middle of a rollout and started again at once, one load is refused by a server, and for a
-few steps the store is slow. Afterwards each completion's log-probs are compared with what the trainer computes for the
-version that it is stamped with, and for the versions before and after. A completion is told apart when it is less than
-half as far from its own version as that is from the nearest of the others (one made by another would be as far from
-its own as they are apart); wrong when it is nearer to another, further than noise; and inconclusive where the versions
-agree about it. Prints one line of JSON.
+One server is killed in the middle of a rollout and started again at once. Another refuses a load, since some other
+client has loaded an older version's files under the very name that is to be given out next. For three steps the store
+is slow. Afterwards each completion's log-probs are compared with what the trainer computes for the version that it is
+stamped with, and for every other version of the run; `lora_grpo.bench.attribution` has the rule. The servers compute
+in float32, as the trainer does: so rounding hides no difference between versions.
+
+Whether the check would see a wrong version is measured in the same run, with the same rule: on the same completions,
+each claiming its neighbour's number, and on completions that the base made, each claiming a version's.
+
+Writes results.json into the folder (default: one in benchmarks/results, by kind of run) and prints it as a line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import httpx
 
 from lora_grpo.adapters import disk
 from lora_grpo.adapters.checks import active_adapter
 from lora_grpo.adapters.peft_format import lora_modules, peft_model_of
 from lora_grpo.adapters.peft_read import assign_rounded, read_rounded
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.bench.attribution import Rows, judge
+from lora_grpo.bench.provenance import provenance
 from lora_grpo.config import RunConfig
 from lora_grpo.data import load_data
 from lora_grpo.demo.base import ensure_base
 from lora_grpo.demo.run import demo_config
-from lora_grpo.engines.base import Adapters
-from lora_grpo.engines.server.client import Client, Refused
+from lora_grpo.engines.base import Adapters, LoadReceipt
 from lora_grpo.engines.server.connect import LOAD
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Servers, Serving
+from lora_grpo.errors import ConfigError
 from lora_grpo.rewards import load_reward
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
@@ -49,28 +57,73 @@ from lora_grpo.types import Completion, Group, Prompt, Sampling
 
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VLLM_ARGS = ("--max-model-len", "64", "--max-num-seqs", "256", "--enforce-eager", "--gpu-memory-utilization", "0.1")
+PORT = 8461
+MIN_STEPS = 6
 NOISE_ROWS = 1024
+RESULTS = Path(__file__).parent / "results"
 
 Row = tuple[tuple[int, ...], Completion]
 
 
 class Witnessed(VLLMServerEngine):
-    """Keeps every completion, and kills a server in the middle of one rollout."""
+    """Keeps every completion with the server that made it, and has everything go wrong in its time."""
 
-    def __init__(self, servers: Servers, kill_in_call: int, **settings: Any) -> None:
-        super().__init__(servers.urls, **settings)
+    def __init__(self, servers: Servers, steps: int, **settings: Any) -> None:
+        super().__init__(servers.urls, lora_dtype="float32", **settings)
         self.made: list[Row] = []
-        self.asked = self.calls = self.in_flight_at_kill = 0
-        self._servers, self._kill_in_call = servers, kill_in_call
+        self.asked = self.calls = self.loads = self.in_flight_at_kill = self.refused = self.slow_waits = 0
+        self._servers = servers
+        self._kill_in_call, self._refuse_load = max(2, steps // 4), 1 + steps // 2
+        self._slow_loads = range(2 + 2 * steps // 3, 5 + 2 * steps // 3)
+        self._answered: dict[Any, list[int]] = defaultdict(list)
+        for index, replica in enumerate(self._fleet.replicas):
+            replica.client.ask = self._noting(index, replica.client.ask)  # type: ignore[method-assign]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
         self.calls += 1
+        self.asked += len(prompts) * sampling.n
         if self.calls == self._kill_in_call:
             threading.Timer(0.3, self._kill).start()
         groups = super().generate(prompts, sampling, adapter=adapter)
-        self.asked += len(prompts) * sampling.n
-        self.made += [(group.prompt_token_ids, made) for group in groups for made in group.completions]
+        self.made += rows_of(groups)
         return groups
+
+    def load(self, version: AdapterVersion, **named: Any) -> LoadReceipt:
+        self.loads += 1
+        if self.loads == self._refuse_load:
+            return self._load_refused(version, **named)
+        return super().load(version, **named)
+
+    def servers_of(self, rows: Sequence[Row]) -> list[int]:
+        """Which server made each; rows that are alike to the last bit are anyone's."""
+        return [self._answered[prompt, made.token_ids, made.logprobs].pop() for prompt, made in rows]
+
+    def slow_store(self, point: str) -> None:
+        """Between two steps of one of the store's operations."""
+        if self.loads in self._slow_loads:
+            self.slow_waits += 1
+            time.sleep(0.3)
+
+    def _load_refused(self, version: AdapterVersion, **named: Any) -> LoadReceipt:
+        """Load it once its name is taken on the last server, by what is in use already."""
+        stem, _, counter = self._names.fresh(version).rpartition(".")
+        name, url = f"{stem}.{int(counter) + 1}", self._servers.urls[-1]
+        body = {"lora_name": name, "lora_path": str(self.loaded()[-1].path)}
+        httpx.post(f"{url}{LOAD}", json=body, timeout=60).raise_for_status()
+        receipt = super().load(version, **named)
+        self.refused += self.served_names(version)[url] != name == self.served_names(version)[self._servers.urls[0]]
+        return receipt
+
+    def _noting(self, server: int, ask: Callable[..., Any]) -> Callable[..., Any]:
+        async def noted(path: str, body: dict[str, Any], **named: Any) -> dict[str, Any]:
+            answer: dict[str, Any] = await ask(path, body, **named)
+            if body.get("return_token_ids") and "prompt_logprobs" not in body:
+                choice = answer["choices"][0]
+                logprobs = tuple(choice["logprobs"]["token_logprobs"])
+                self._answered[tuple(body["prompt"]), tuple(choice["token_ids"]), logprobs].append(server)
+            return answer
+
+        return noted
 
     def _kill(self) -> None:
         """Kill the first server and start it again at once."""
@@ -81,47 +134,16 @@ class Witnessed(VLLMServerEngine):
         killed.start()
 
 
-class Faults:
-    """What goes wrong besides the kill, and how often it did."""
-
-    def __init__(self, refuse_load: int, slow: range) -> None:
-        self.refused, self.slow_waits = 0, 0
-        self._refuse_load, self._slow = refuse_load, slow
-        self._loads = 0
-        self._change = Client.change
-        faults = self
-
-        async def change(client: Client, path: str, body: dict[str, Any]) -> None:
-            await faults.changing(client, path, body)
-
-        Client.change = change  # type: ignore[method-assign]
-        self._at = disk.at
-        disk.at = self._waiting  # type: ignore[assignment]
-
-    async def changing(self, client: Client, path: str, body: dict[str, Any]) -> None:
-        self._loads += path == LOAD
-        if path == LOAD and self._loads == self._refuse_load:
-            self.refused += 1
-            raise Refused(f"{client.url} is made to refuse this load", 500)
-        await self._change(client, path, body)
-
-    def _waiting(self, point: str) -> None:
-        self._at(point)
-        if self._loads // 2 in self._slow:
-            self.slow_waits += 1
-            time.sleep(0.3)
-
-    def end(self) -> None:
-        Client.change = self._change  # type: ignore[method-assign]
-        disk.at = self._at
+def rows_of(groups: Sequence[Group]) -> list[Row]:
+    return [(group.prompt_token_ids, made) for group in groups for made in group.completions]
 
 
-def train(config: RunConfig, engine: VLLMServerEngine) -> GRPOTrainer:
+def train(config: RunConfig, engine: Witnessed, most: int) -> GRPOTrainer:
     data, held_out = load_data(config.data)
     trainer = GRPOTrainer(
         config.model,
         [load_reward(reward) for reward in config.rewards],
-        effective_grpo(config),
+        effective_grpo(config).replace(max_staleness=most),
         data,
         eval_dataset=held_out,
         peft_config=lora_config(config.lora),
@@ -130,118 +152,130 @@ def train(config: RunConfig, engine: VLLMServerEngine) -> GRPOTrainer:
         run_dir=config.output_dir,
         view=False,
     )
-    with trainer:
-        trainer.train()
+    at, disk.at = disk.at, engine.slow_store
+    try:
+        with trainer:
+            trainer.train()
+    finally:
+        disk.at = at
     return trainer
 
 
+def made_by_the_base(trainer: GRPOTrainer, engine: Witnessed) -> list[Row]:
+    """Completions as in training, but for the version."""
+    prompts, _ = trainer.train_data.select(range(64))
+    sampling = Sampling(n=8, max_tokens=trainer.config.max_completion_length, seed=1)
+    return rows_of(engine.generate(prompts, sampling, adapter=None))
+
+
 def own_logprobs(model: Any, rows: Sequence[Row]) -> list[list[float]]:
-    """The model's log-probs of each row's completion."""
-    scored = teacher_logprobs(model, [[*prompt, *made.token_ids] for prompt, made in rows], rows=256)
-    return [values[len(prompt) - 1 :] for values, (prompt, _) in zip(scored, rows, strict=True)]
-
-
-def apart(left: Sequence[float], right: Sequence[float]) -> float:
-    """Mean |left - right|, nats a token."""
-    return sum(abs(a - b) for a, b in zip(left, right, strict=True)) / len(left)
+    """The model's log-probs of each row's completion; rows of the same tokens are computed once."""
+    sequences = [(*prompt, *made.token_ids) for prompt, made in rows]
+    distinct = list(dict.fromkeys(sequences))
+    scored = dict(zip(distinct, teacher_logprobs(model, distinct, rows=256), strict=True))
+    return [scored[ids][len(prompt) - 1 :] for ids, (prompt, _) in zip(sequences, rows, strict=True)]
 
 
 def base_noise(model: Any, engine: VLLMServerEngine, rows: Sequence[Row]) -> float:
-    """What servers and trainer differ by on the base, for nearly every completion (99.9 of 100), nats a token."""
+    """The most that servers and trainer differ by on a completion, computed by the base, nats a token."""
     chosen = rows[:: max(1, len(rows) // NOISE_ROWS)][:NOISE_ROWS]
     served = engine.logprobs([[*prompt, *made.token_ids] for prompt, made in chosen], adapter=None)
-    served = [values[len(prompt) - 1 :] for values, (prompt, _) in zip(served, chosen, strict=True)]
     with peft_model_of(model).disable_adapter():
         own = own_logprobs(model, chosen)
-    gaps = sorted(apart(a, b) for a, b in zip(served, own, strict=True))
-    return gaps[int(0.999 * (len(gaps) - 1))]
+    return max(
+        statistics.fmean(abs(a - b) for a, b in zip(values[len(prompt) - 1 :], other, strict=True))
+        for values, other, (prompt, _) in zip(served, own, chosen, strict=True)
+    )
 
 
-def stored(store: AdapterStore, number: int) -> dict[str, torch.Tensor]:
-    with store.reading(number) as folder:
-        return read_rounded(replace(store.get(number), path=folder))
-
-
-def check(model: Any, run: Path, rows: Sequence[Row], noise: float) -> dict[str, Any]:
-    """Counts over all completions, as the module says. Greedy ones carry log-probs at temperature 1, as all others."""
-    of: dict[int, list[Row]] = defaultdict(list)
-    for row in rows:
-        of[int(row[1].version or 0)].append(row)
+def by_every_version(model: Any, run: Path, rows: Sequence[Row]) -> tuple[list[int], list[list[list[float]]]]:
+    """The versions' numbers, and the rows' log-probs by each; greedy rows, too, carry those of temperature 1."""
     modules = lora_modules(model, active_adapter(model))
-    counts = {"checked": 0, "told_apart": 0, "wrong": 0, "inconclusive": 0}
-    gaps: list[float] = []
-    distances: list[float] = []
+    logp = []
     with AdapterStore(archive=run, readonly=True) as store:
-        weights = {number: stored(store, number) for number in store.numbers}
-    for number, made in sorted(of.items()):
-        logp: dict[int, list[list[float]]] = {}
-        for other in sorted({number - 1, number, number + 1} & weights.keys()):
-            assign_rounded(weights[other], modules)
-            logp[other] = own_logprobs(model, made)
-        for index, (_, completion) in enumerate(made):
-            gap = apart(logp[number][index], completion.logprobs)
-            others = [values[index] for other, values in logp.items() if other != number]
-            distance = min(apart(values, logp[number][index]) for values in others)
-            nearer = any(apart(values, completion.logprobs) < gap for values in others)
-            wrong, told = nearer and distance > 2 * noise, gap < 0.5 * distance
-            for name, holds in {"checked": True, "told_apart": told, "wrong": wrong}.items():
-                counts[name] += holds
-            counts["inconclusive"] += not told and not wrong
-            gaps.append(gap)
-            distances.append(distance)
+        numbers = sorted(store.numbers)
+        for number in numbers:
+            with store.reading(number) as folder:
+                assign_rounded(read_rounded(replace(store.get(number), path=folder)), modules)
+            logp.append(own_logprobs(model, rows))
+    return numbers, logp
+
+
+def check(trainer: GRPOTrainer, engine: Witnessed, of_the_base: list[Row], noise: float) -> dict[str, Any]:
+    """The verdicts on all completions, and on both kinds that claim a version which did not make them."""
+    rows = [row for row in engine.made if row[1].version is not None]
+    numbers, logp = by_every_version(trainer.model, trainer.run_dir, [*rows, *of_the_base])
+    # The first version's B is zero, so it is the base.
+    claims = [1 + index % (len(numbers) - 1) for index in range(len(of_the_base))]
+
+    def rows_with(part: Sequence[Row], stamped: list[int], here: slice) -> Rows:
+        sampler = [made.logprobs for _, made in part]
+        return Rows.of([values[here] for values in logp], sampler, stamped, engine.servers_of(part))
+
+    own = rows_with(rows, [numbers.index(made.version) for _, made in rows], slice(0, len(rows)))  # type: ignore[arg-type]
+    base = rows_with(of_the_base, claims, slice(len(rows), None))
+    controls = {"claiming_the_next_version": judge(own.next_stamped(), noise), "made_by_the_base": judge(base, noise)}
     return {
-        **counts,
-        "versions": len(of),
-        "noise_nats": round(noise, 5),
-        "gap_mean_nats": round(statistics.fmean(gaps), 5),
-        "gap_max_nats": round(max(gaps), 5),
-        "distance_to_next_version_mean_nats": round(statistics.fmean(distances), 5),
+        **asdict(judge(own, noise)),
+        "versions": len(numbers),
+        "control_detected": {name: round(verdicts.detected, 4) for name, verdicts in controls.items()},
+        "controls": {name: asdict(verdicts) for name, verdicts in controls.items()},
+        "noise_nats": float(f"{noise:.3g}"),
+        "gap_mean_nats": float(f"{own.own_gap().mean():.3g}"),
+        "gap_max_nats": float(f"{own.own_gap().max():.3g}"),
+        "distance_to_next_version_mean_nats": float(f"{own.next_distance().mean():.3g}"),
     }
 
 
-def run(steps: int, folder: Path) -> dict[str, Any]:
+def run(steps: int, most: int, folder: Path) -> dict[str, Any]:
     base = ensure_base()
     config = demo_config(base, folder / "run", steps=steps, seed=0)
-    serving = Serving(str(base), replicas=2, port=8461, target_modules=LEAVES, arguments=VLLM_ARGS)
+    slots, arguments = max(2, most + 1), (*VLLM_ARGS, "--dtype", "float32")
+    serving = Serving(str(base), replicas=2, port=PORT, max_loras=slots, target_modules=LEAVES, arguments=arguments)
     with Servers(serving, folder) as servers:
-        engine = Witnessed(servers, kill_in_call=max(2, steps // 4))
-        faults = Faults(refuse_load=2 * (steps // 2), slow=range(2 * steps // 3, 2 * steps // 3 + 3))
+        engine = Witnessed(servers, steps, max_loras=slots)
         started = time.perf_counter()
-        trainer = train(config, engine)
+        trainer = train(config, engine, most)
         seconds = time.perf_counter() - started
-        faults.end()
-        lost = engine.asked - len(engine.made)
-        noise = base_noise(trainer.model, engine, engine.made)
-        states = engine.replicas
+        made, states = list(engine.made), engine.replicas
+        lost = engine.asked - len(made)
+        of_the_base, noise = made_by_the_base(trainer, engine), base_noise(trainer.model, engine, made)
         engine.close()
     return {
         "steps": trainer.steps_done,
+        "max_staleness": most,
+        "lag_mean": round(statistics.fmean(row.get("sample/staleness_mean", 0.0) for row in trainer.history), 3),
         "accuracy_before": round(trainer.evaluations[0].metrics["reward"], 4),
         "accuracy_after": round(trainer.evaluations[-1].metrics["reward"], 4),
         "seconds": round(seconds, 1),
         "step_median_s": round(statistics.median(metrics["step_time"] for metrics in trainer.history), 3),
         "load_median_s": round(statistics.median(metrics["sync/load_s"] for metrics in trainer.history), 3),
-        "completions": len(engine.made),
+        "completions": len(made),
         "lost": lost,
         "in_flight_at_kill": engine.in_flight_at_kill,
-        "loads_refused": faults.refused,
-        "slow_store_waits": faults.slow_waits,
+        "loads_refused": engine.refused,
+        "slow_store_waits": engine.slow_waits,
         "replicas_at_the_end": list(states.values()),
-        **check(trainer.model, Path(config.output_dir), engine.made, noise),
+        **check(trainer, engine, of_the_base, noise),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--output", type=Path, help="also write the JSON here")
+    parser.add_argument("--max-staleness", type=int, default=0, help="versions that a batch may lag behind")
+    parser.add_argument("--output", type=Path, help="the folder that results.json goes into")
     arguments = parser.parse_args()
+    if arguments.steps < MIN_STEPS or arguments.max_staleness < 0:
+        raise ConfigError(f"--steps must be at least {MIN_STEPS}, for everything to go wrong in, --max-staleness 0")
+    about = provenance("benchmarks/replicas.py")
     with tempfile.TemporaryDirectory(prefix="lora-grpo-replicas-") as folder:
-        result = run(arguments.steps, Path(folder))
-    line = json.dumps(result)
-    if arguments.output:
-        arguments.output.write_text(line + "\n")
-    print(line)
+        result = about | run(arguments.steps, arguments.max_staleness, Path(folder))
+    kind = f"-staleness-{arguments.max_staleness}" if arguments.max_staleness else ""
+    output = arguments.output or RESULTS / f"replicas{kind}-cpu-{len(os.sched_getaffinity(0))}-cores"
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lora_grpo.engines.fake import FakeEngine
     from lora_grpo.engines.server.engine import VLLMServerEngine
     from lora_grpo.engines.vllm_local import VLLMEngine
+    from lora_grpo.integrations.own_loop import answer_requests
     from lora_grpo.sync import NativeSync
     from lora_grpo.trainer import GRPOTrainer, Guard
     from lora_grpo.types import Completion, Group, Sampling
@@ -37,6 +38,7 @@ _HOMES = {
     "Sampling": "lora_grpo.types",
     "VLLMEngine": "lora_grpo.engines.vllm_local",
     "VLLMServerEngine": "lora_grpo.engines.server.engine",
+    "answer_requests": "lora_grpo.integrations.own_loop",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Sampling",
     "VLLMEngine",
     "VLLMServerEngine",
+    "answer_requests",
 ]
 
 

@@ -91,6 +91,8 @@ class GRPOConfig(Section):
         1800.0, gt=0, description="with max_staleness: seconds without a sign of life that end the run"
     )
 
+    ddp_timeout: float = Field(1800.0, gt=0, description="seconds that several processes wait for each other at most")
+
     max_completion_length: int = Field(256, ge=1, description="tokens a completion at most")
     temperature: float = Field(1.0, gt=0, description="of the sampler, and of the trainer's log-probs")
     top_p: float = Field(1.0, description="1 only: filtered sampling is not corrected for in the loss")
@@ -212,6 +214,11 @@ class EngineConfig(Section):
     store_address: str | None = Field(
         None, description="host:port to serve versions at, for `urls` that share no disk with the trainer"
     )
+    concurrency: int = Field(256, ge=1, description="requests in flight on each of `urls` at most; others wait in line")
+    timeout_s: float = Field(
+        600.0, gt=0, description="of one request to `urls`, from when it is sent: the server's own queue included"
+    )
+    patience_s: float = Field(300.0, gt=0, description="how long one of `urls` that went away is waited for")
     max_lora_rank: int | None = Field(None, ge=1, description="default: the adapter's rank, rounded up to vLLM's set")
     max_loras: int = Field(2, ge=1, description="adapter slots: versions that one batch can mix")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of weights and adapters")

@@ -22,13 +22,14 @@ RESOLVED_FILE = "config.json"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The settings of a TOML file (or of a run's `config.json`), with `overrides` such as 'grpo.beta=0.04' applied.
+    """The settings of a TOML file, or of a run, with `overrides` such as 'grpo.beta=0.04' applied.
 
-    An override's value is TOML (1e-4, true, ["q_proj", "v_proj"]), or bare text; an empty one takes the key out, back
+    A run is its directory (the settings' `output_dir` is then that one, wherever it lies) or its `config.json`. An
+    override's value is TOML (1e-4, true, ["q_proj", "v_proj"]), or bare text; an empty one takes the key out, back
     to its default. `rewards.0.weight=2` reaches into a list. Raises `ConfigError` naming the file and the key.
     """
     path = Path(path)
-    values = _read(path)
+    values = _of_run(path) if path.is_dir() else _read(path)
     for override in overrides:
         _apply(values, override)
     try:
@@ -67,6 +68,12 @@ def describe_settings(section: type[BaseModel] = RunConfig, prefix: str = "") ->
         default = field.get_default(call_default_factory=True)
         shown = "(needed)" if default is PydanticUndefined else "-" if default is None else json.dumps(default)
         yield Setting(f"{prefix}{name}", _type_name(field.annotation), shown, field.description or "")
+
+
+def _of_run(run: Path) -> dict[str, Any]:
+    if not (run / RESOLVED_FILE).is_file():
+        raise ConfigError(f"{run} has no {RESOLVED_FILE}: it is no run of `lora-grpo train`; name a TOML file")
+    return {**_read(run / RESOLVED_FILE), "output_dir": str(run)}
 
 
 def _read(path: Path) -> dict[str, Any]:

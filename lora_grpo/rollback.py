@@ -13,9 +13,11 @@ from lora_grpo.adapters.peft_read import assign_rounded, read_rounded
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.target import Target, resolve
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Engine
+from lora_grpo.engines.base import Engine, is_remote
+from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.errors import ConfigError, UnknownVersion
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import TrainerState, Training, capture_state, check_state, read_state, restore_state
 
 __all__ = ["Outcome", "RollbackReport", "Target", "kept_state", "resolve", "roll_back"]
@@ -27,9 +29,10 @@ Outcome: TypeAlias = Literal["restored", "reset", "kept", "none"]
 class RollbackReport:
     """What a rollback did.
 
-    `weights` are "exact" from the trainer state, or "rounded" to the serving dtype where none was kept. `optimizer`
-    and `scheduler` are "restored", "reset" (moments forgotten), "kept" (left where they were) or "none" (not given).
-    `extra` is what the caller gave with that version's push, empty where no state was kept.
+    `weights` are "exact" from the trainer state, or "rounded" to the serving dtype where none was kept. `optimizer`,
+    `scheduler` and `random_state` are "restored", "reset" (as at a start: without moments, freshly seeded), "kept"
+    (left where they were) or "none" (not given). `extra` is what the caller gave with that version's push, empty where
+    no state was kept.
     """
 
     version: AdapterVersion
@@ -62,12 +65,14 @@ def roll_back(store: AdapterStore | None, engine: Engine, training: Training, to
     before = capture_state(training, {})
     with _leased(store, version, processes):
         try:
-            engine.load(version)
+            _load(engine, version, training)
             report = _restore(state, version, left, training)
             processes.first(lambda: _the(store).promote(version))
         except BaseException:
-            restore_state(before, training)
-            _serve_again(engine, served)
+            try:
+                _serve_again(engine, served, training)
+            finally:
+                restore_state(before, training)
             raise
     return report
 
@@ -112,21 +117,37 @@ def _leased(store: AdapterStore | None, version: AdapterVersion, processes: Proc
             store.release(version)
 
 
-def _serve_again(engine: Engine, served: Sequence[AdapterVersion]) -> None:
+def _load(engine: Engine, version: AdapterVersion, training: Training) -> None:
+    """Have the engine prove a version. For servers, which are told what to answer, the model takes on its weights:
+    whoever calls this puts the trainer in order afterwards."""
+    if not is_remote(engine) or version in engine.loaded():
+        engine.load(version)
+        return
+    _take_on(version, training)
+    sequences = probe_sequences(engine.describe_base().vocabulary, seed=0)
+    engine.load(version, expected=teacher_logprobs(training.model, sequences))
+
+
+def _serve_again(engine: Engine, served: Sequence[AdapterVersion], training: Training) -> None:
     """Leave loaded what was loaded before, in the same order of use."""
     for version in set(engine.loaded()) - set(served):
         engine.unload(version)
     for version in served:
-        engine.load(version)
+        _load(engine, version, training)
+
+
+def _take_on(version: AdapterVersion, training: Training) -> None:
+    """Give the model the weights that `version` serves."""
+    tensors = training.processes.first(lambda: read_rounded(version))
+    reshard(training.model)
+    training.processes.each(lambda: assign_rounded(tensors, training.modules))
 
 
 def _restore(
     state: TrainerState | None, version: AdapterVersion, left: AdapterVersion, training: Training
 ) -> RollbackReport:
     if state is None:
-        tensors = training.processes.first(lambda: read_rounded(version))
-        reshard(training.model)
-        training.processes.each(lambda: assign_rounded(tensors, training.modules))
+        _take_on(version, training)
     else:
         training.processes.each(lambda: restore_state(state, training))
     optimizer, scheduler = training.optimizer, training.scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +85,9 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
                 if torch.is_tensor(value):
                     tensors[f"optimizer/{index}/{name}"] = _copied(value)
     meta = {
-        "param_groups": groups,
-        "optimizer_scalars": scalars,
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "param_groups": _coded(groups),
+        "optimizer_scalars": _coded(scalars),
+        "scheduler": None if scheduler is None else _coded(scheduler.state_dict()),
         "extra": dict(extra),
     }
     try:
@@ -118,9 +119,9 @@ def restore_state(state: TrainerState, training: Training) -> None:
         assign(parameter, state.tensors[name])
     if training.optimizer is not None and state.has_optimizer:
         entries = _optimizer_entries(state, training.optimizer)
-        training.optimizer.load_state_dict({"state": entries, "param_groups": state.meta["param_groups"]})
+        training.optimizer.load_state_dict({"state": entries, "param_groups": _decoded(state.meta["param_groups"])})
     if training.scheduler is not None and state.has_scheduler:
-        training.scheduler.load_state_dict(dict(state.meta["scheduler"]))
+        training.scheduler.load_state_dict(_decoded(state.meta["scheduler"]))
     own = _random_suffix(training.processes.index)
     if f"rng/cpu{own}" in state.tensors:
         torch.set_rng_state(state.tensors[f"rng/cpu{own}"])
@@ -143,10 +144,42 @@ def scale_learning_rate(optimizer: torch.optim.Optimizer, scheduler: Any, factor
                 setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
 
 
+def _coded(value: Any) -> Any:
+    """`value` so that it comes back from JSON as it was: a schedule's milestones are a Counter of whole numbers.
+
+    What JSON has no form of is an object of one key: "$tuple", "$Counter", or "$dict" where keys are not plain text.
+    """
+    if isinstance(value, Mapping):
+        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+        if plain and not isinstance(value, Counter):
+            return {key: _coded(item) for key, item in value.items()}
+        kind = "$Counter" if isinstance(value, Counter) else "$dict"
+        return {kind: [[_coded(key), _coded(item)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"$tuple": [_coded(item) for item in value]}
+    return [_coded(item) for item in value] if isinstance(value, list) else value
+
+
+def _decoded(value: Any) -> Any:
+    """What `_coded` was given, in containers of its own."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    match next(iter(value), ""):
+        case "$tuple":
+            return tuple(_decoded(value["$tuple"]))
+        case "$dict" | "$Counter" as name:
+            pairs = {_decoded(key): _decoded(item) for key, item in value[name]}
+            return Counter(pairs) if name == "$Counter" else pairs
+    return {key: _decoded(item) for key, item in value.items()}
+
+
 def _optimizer_entries(state: TrainerState, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """A moment is cut as its parameter is; what has no such shape (a step count) is whole everywhere."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries = {int(index): dict(scalars) for index, scalars in state.meta["optimizer_scalars"].items()}
+    scalars: dict[str, dict[str, Any]] = _decoded(state.meta["optimizer_scalars"])
+    entries = {int(index): values for index, values in scalars.items()}
     for name, tensor in state.tensors.items():
         if name.startswith("optimizer/"):
             _, index, field = name.split("/", 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +15,23 @@ from torch import nn
 from lora_grpo.adapters.borrowed import weights_of
 from lora_grpo.adapters.checks import active_adapter, check_rank, check_servable
 from lora_grpo.adapters.digest import digest_buffers
+from lora_grpo.adapters.disk import STAGING
 from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter
-from lora_grpo.adapters.peft_format import ServingForm, clean_name, peft_model_of
+from lora_grpo.adapters.peft_format import Held, ServingForm, clean_name, peft_model_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.canary import take_canary
 from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
 from lora_grpo.engines.delivery.base_match import check_same_base, describe
-from lora_grpo.engines.delivery.canary import CanaryReport, judge
+from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.delivery.probe import ProbeReport, probe_sequences, run_probe
 from lora_grpo.engines.joint import joint
 from lora_grpo.errors import ConfigError, DeliveryError, TrainingError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.rollback import RollbackReport, Target, kept_state, roll_back
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import Training, capture_state, restore_state
-from lora_grpo.types import Completion, Group
+from lora_grpo.types import Group
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -103,8 +105,9 @@ class NativeSync:
 
         With an archive the trainer's exact state is kept with the version (see `keep_state`), and `extra` (JSON) in it.
 
-        A failure leaves `HEAD` and what the engine serves as they were. Raises `TrainingError` for non-finite
-        weights, `NoRoom` or `StoreError` for the store, `DeliveryError` or `EngineError` for the engine.
+        A failure up to there leaves `HEAD` and what the engine serves as they were. Raises `TrainingError` for
+        non-finite weights, `NoRoom` or `StoreError` for the store, `DeliveryError` or `EngineError` for the engine.
+        What fails after that is keeping and pruning alone: the `StoreError` then finds the version promoted.
         """
         marks = [time.perf_counter()]
         files = self.processes.each(self._form.files)
@@ -112,16 +115,20 @@ class NativeSync:
         version = self.processes.first(lambda: self.store.publish(files, step=step))
         self.processes.each(lambda: self._check_equal(files, version))
         marks.append(time.perf_counter())
-        load = self._load(version)
-        promoting = time.perf_counter()
-        self._promote(version)
+        load = self._load(version, self._form.held)
+        marks.append(time.perf_counter())
+        try:
+            self._promote(version)
+        except BaseException:
+            self.engine.unload(version)
+            raise
+        keeping = time.perf_counter()
         seconds = {
             "gather": marks[1] - marks[0],
             "write": marks[2] - marks[1],
             **load.seconds,
-            "promote": time.perf_counter() - promoting,
+            "promote": keeping - marks[3],
         }
-        keeping = time.perf_counter()
         self._lease_loaded()
         self._keep_state_of(version, extra or {})
         self.processes.first(lambda: self.store.prune())
@@ -154,7 +161,7 @@ class NativeSync:
         if not self.processes.first(lambda: digest_buffers(files) == version.digest):
             return False
         version = self.processes.first(lambda: self.store.restore(version))
-        self._load(version)
+        self._load(version, self._form.held)
         self._promote(version)
         self._lease_loaded()
         return True
@@ -181,9 +188,9 @@ class NativeSync:
     def _training(self) -> Training:
         return Training(self.model, self._form.modules, self.optimizer, self.scheduler, self.processes)
 
-    def _load(self, version: AdapterVersion) -> LoadReceipt:
+    def _load(self, version: AdapterVersion, held: Held | None) -> LoadReceipt:
         if not is_remote(self.engine):
-            return self.engine.load(version)
+            return self.engine.load(version, held=held)
         # Nobody can look into a server: it is told what the probe's tokens have to look like now.
         return self.engine.load(version, expected=teacher_logprobs(self.model, self._probed))
 
@@ -252,35 +259,15 @@ class NativeSync:
         stale = {c.version for _, c in rows} - {version.number}
         if stale:
             raise ConfigError(f"completions of versions {stale} cannot be checked against {version}; pass its own")
-        sequences = [[*prompt, *completion.token_ids] for prompt, completion in rows]
-        sampler = _sampled((completion.logprobs for _, completion in rows), rows)
-        if not any(sampler):
-            raise ConfigError("the groups hold no sampled token, so there is nothing to compare; pass completions")
-        with nullcontext() if version == self.head else weights_of(version, self._form.modules):
-            policy = _sampled(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
-        with peft_model_of(self.model).disable_adapter():
-            base = _sampled(teacher_logprobs(self.model, sequences, temperature=temperature), rows)
-        gap, signal = mean_abs_difference(policy, sampler), mean_abs_difference(policy, base)
-        noise = self.noise = self._noise(sequences, [len(prompt) for prompt, _ in rows]) / temperature
-        report = CanaryReport(judge(gap, signal, noise), gap, signal, noise, sum(map(len, sampler)))
+        weights = nullcontext() if version == self.head else weights_of(version, self._form.modules)
+        report = take_canary(self.model, self.engine, rows, weights, temperature, known_noise=self.noise)
+        self.noise = report.noise
         self.processes.each(lambda: self._pass_on(report, version))
         return report
 
     def _pass_on(self, report: CanaryReport, version: AdapterVersion) -> None:
         if report.verdict == "failed":
             raise DeliveryError(f"{report}: the completions were not made by {version}")
-
-    def _noise(self, sequences: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> float:
-        """Mean |engine - trainer| log-prob of the base on these completions: what they differ by with nothing to tell.
-
-        The last token stays out, since the engine needs room for one more.
-        """
-        cut = [ids[:-1] for ids in sequences]
-        served = self.engine.logprobs(cut, adapter=None)
-        with peft_model_of(self.model).disable_adapter():
-            own = teacher_logprobs(self.model, cut)
-        served, own = ([row[n - 1 :] for row, n in zip(rows, prompt_lengths, strict=True)] for rows in (served, own))
-        return mean_abs_difference(served, own) if any(served) else self.noise
 
     @property
     def head(self) -> AdapterVersion:
@@ -297,7 +284,7 @@ class NativeSync:
         self.processes.each(lambda: check_same_base(base, own))
         pulls = is_remote(self.engine) and self.engine.pulls
         publish = self._publish_probe if pulls else None
-        return run_probe(self.model, self._form, self.engine, self._root.parent, publish=publish)
+        return run_probe(self.model, self._form, self.engine, self._root / STAGING, publish=publish)
 
     def _publish_probe(self, files: Mapping[str, Any]) -> AdapterVersion:
         """Put the probe into the store, of step -1 and never promoted, for servers to pull; it stays for restarts."""
@@ -310,12 +297,3 @@ class NativeSync:
         base = peft_model_of(self.model).base_model.model
         names = ((clean_name(name).replace(".base_layer.", "."), p) for name, p in base.named_parameters())
         return describe(base.config, names, getattr(torch, dtype))
-
-
-def _sampled(logp: Iterable[Sequence[float]], rows: Sequence[tuple[Any, Completion]]) -> list[list[float]]:
-    """Of each row's log-probs, those of the completion's tokens that the policy sampled."""
-    return [
-        [value for value, own in zip(row[len(row) - len(mask) :], mask, strict=True) if own]
-        for row, (_, completion) in zip(logp, rows, strict=True)
-        for mask in [completion.token_mask or (True,) * len(completion.token_ids)]
-    ]

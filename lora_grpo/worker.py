@@ -15,6 +15,14 @@ from lora_grpo.errors import EngineError, LoraGrpoError
 T = TypeVar("T")
 
 
+_here = threading.local()
+
+
+def working() -> Worker | None:
+    """The worker in whose thread this is called, if it is one's."""
+    return getattr(_here, "worker", None)
+
+
 class Stopped(EngineError):
     """A job was stopped because nobody wants its result any more."""
 
@@ -89,11 +97,15 @@ class Worker:
     def poll(self) -> None:
         """For a job, wherever it can be interrupted: run the calls that came. Raises `Stopped` when it is to end."""
         self._sign_s = time.monotonic()
-        if self._current is not None and self._current.stopping:
-            raise Stopped(f"the {self.name} was told to stop")
+        self.look()
         while self._calls:
             self._calls.popleft().run()
             self._sign_s = time.monotonic()
+
+    def look(self) -> None:
+        """For a job that waits for others, who may hang: raises `Stopped` when it is to end, and is no sign of life."""
+        if self._current is not None and self._current.stopping:
+            raise Stopped(f"the {self.name} was told to stop")
 
     @property
     def hangs(self) -> bool:
@@ -130,6 +142,7 @@ class Worker:
         return job
 
     def _work(self) -> None:
+        _here.worker = self
         while True:
             with self._wake:
                 self._current = None

@@ -55,6 +55,8 @@ class FakeServer:
     api_key: str | None = None
 
     down: bool = False
+    frozen: bool = False
+    version_text: str | None = None
     failing_loads: int = 0
     wrong_weights: int = 0
     answers_as: str | None = None
@@ -70,14 +72,15 @@ class FakeServer:
     def __enter__(self) -> FakeServer:
         routes = [
             Route("/health", self._health),
-            Route("/version", lambda _: JSONResponse({"version": self.release})),
+            Route("/version", self._version),
             Route("/metrics", self._metrics),
             Route("/v1/models", self._models),
             Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
             Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
         ]
-        self._server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="critical"))
+        self._app = Starlette(routes=routes)
+        self._server = uvicorn.Server(uvicorn.Config(self._answered, interface="asgi3", port=0, log_level="critical"))
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         while not self._server.started:
@@ -86,8 +89,19 @@ class FakeServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.frozen = False
         self._server.should_exit = self._server.force_exit = True
         self._thread.join()
+
+    async def _answered(self, scope: Any, receive: Any, send: Any) -> None:
+        """What came while the server is frozen, or was in work then, is never answered."""
+
+        async def sent(message: Any) -> None:
+            while self.frozen:
+                await asyncio.sleep(0.02)
+            await send(message)
+
+        await self._app(scope, receive, sent)
 
     def restart(self) -> None:
         """Another process, which knows no adapter."""
@@ -108,6 +122,9 @@ class FakeServer:
 
     async def _health(self, _: Request) -> Response:
         return Response(status_code=503 if self.down else 200)
+
+    async def _version(self, _: Request) -> Response:
+        return PlainTextResponse(self.version_text or json.dumps({"version": self.release}))
 
     async def _metrics(self, _: Request) -> Response:
         if not self.has_metrics:

@@ -241,6 +241,92 @@ def test_an_archived_copy_that_nobody_wants_is_gone_once_closed(
         assert [store.where(number) for number in (1, 2, 3)] == [{"tmpfs"}, {"tmpfs"}, {"tmpfs", "archive"}]
 
 
+def test_what_is_durable_stays_until_what_replaces_it_is(
+    shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]
+) -> None:
+    """A kill takes the queue with it: what is on the disk by then has to be worth going back to."""
+    rules = keep_latest(8) | keep_archived(keep_latest(2)) | keep_trainer_state(keep_latest(2))
+    store = AdapterStore(shm_dir, tmp_path, retention=rules)
+    publish_with_states(store, 3)
+    store.flush()
+    store.prune()
+    slow = gate("archive.copied")
+    publish_with_states(store, 4)
+    assert slow.reached.wait(60)
+    store.prune()
+    assert store.states == [2, 3]
+    assert [number for number in range(1, 8) if "archive" in store.where(number)] == [2, 3]
+    slow.opened.set()
+    store.close()
+    with AdapterStore(shm_dir, tmp_path, readonly=True) as store:
+        assert store.states == [6, 7]
+        assert [number for number in range(1, 8) if "archive" in store.where(number)] == [6, 7]
+
+
+def publish_with_states(store: AdapterStore, count: int) -> None:
+    for _ in range(count):
+        publish(store, 1)
+        head = store.head
+        assert head is not None
+        store.archive_state(head, {"w": [bytes(100)]}, {"step": head.step})
+
+
+def test_a_state_keeps_its_adapter_and_the_line_that_leads_to_it(shm_dir: Path, tmp_path: Path) -> None:
+    rules = keep_latest(1) | keep_archived(keep_latest(1)) | keep_trainer_state(keep_every(2))
+    with AdapterStore(shm_dir, tmp_path, retention=rules) as store:
+        publish_with_states(store, 2)
+        publish(store, 2)
+        store.flush()
+        store.prune()
+        assert store.states == [2]
+        assert store.where(2) == {"archive", "state"}
+        assert store.where(3) == frozenset()
+        assert on_disk(store.restore(2).path) == content(adapter(2))
+        assert [store.parent_of(number) for number in (4, 3, 2, 1, 5)] == [3, 2, 1, None, None]
+        store.promote(2)
+        assert store.publish(adapter(5), step=2).parent == 2
+    with AdapterStore(shm_dir, tmp_path, readonly=True) as store:
+        assert [store.parent_of(number) for number in (5, 4, 3)] == [2, 3, 2]
+
+
+def test_a_state_brings_its_adapter_to_an_archive_that_did_not_want_it(shm_dir: Path, tmp_path: Path) -> None:
+    rules = keep_latest(2) | keep_archived(keep_latest(1)) | keep_trainer_state(keep_latest(1))
+    with AdapterStore(shm_dir, tmp_path, retention=rules) as store:
+        publish(store, 2)
+        store.flush()
+        store.prune()
+        assert store.where(1) == {"tmpfs"}
+        store.archive_state(1, {"w": [b"x"]}, {})
+        store.flush()
+        store.prune()
+        assert store.where(1) == {"tmpfs", "archive", "state"}
+
+
+def test_an_adapter_that_arrives_while_its_state_is_queued_is_not_written_twice(
+    shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = gate("archive.copied")
+    with AdapterStore(shm_dir, tmp_path) as store:
+        publish(store, 1)
+        assert slow.reached.wait(60)
+        session = store._session
+        assert session is not None
+        assert session.archive is not None
+        real = session.archive.has
+
+        def late(number: int) -> bool:
+            found = real(number)
+            slow.opened.set()
+            session.writer.flush()
+            return found
+
+        monkeypatch.setattr(session.archive, "has", late)
+        store.archive_state(1, {"w": [b"x"]}, {})
+        slow.opened.set()
+        store.flush()
+        assert store.states == [1]
+
+
 def test_a_full_queue_first_drops_the_states_that_retention_would(
     shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]
 ) -> None:

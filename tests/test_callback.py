@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from lora_grpo.adapters.requests import answer_to, request
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.integrations.callback import PublishAdapter
@@ -127,6 +128,28 @@ def test_rollback_from_another_callback(llama_dir: Path, shm_dir: Path, tmp_path
         assert any(not torch.equal(going.after[3][name], tensor) for name, tensor in going.after[2].items())
         assert store.list()[-1].parent == 3
         assert store.list()[-1].step == 5
+
+
+class Asking(TrainerCallback):
+    """Another process asks for version 1 while step 2 is under way."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            self.asked = request(self.run, "rollback", to=1)
+
+
+def test_the_command_line_is_answered_before_the_next_step(llama_dir: Path, shm_dir: Path, tmp_path: Path) -> None:
+    model, run = tiny_lora(load_model(llama_dir), scale=0.05), tmp_path / "run"
+    with AdapterStore(shm_dir / "store", archive=run) as store:
+        asking = Asking(run)
+        fit(model, tmp_path, PublishAdapter(store), asking)
+        answer = answer_to(run, asking.asked)
+        assert answer is not None
+        assert (answer["left"], answer["version"]) == (3, 1)
+        assert [(version.number, version.parent) for version in store.list()][2:4] == [(3, 2), (4, 1)]
 
 
 def test_evaluations_are_kept_with_the_version_they_measured(llama_dir: Path, shm_dir: Path, tmp_path: Path) -> None:

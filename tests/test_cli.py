@@ -74,6 +74,20 @@ def test_errors_are_one_sentence_on_stderr_and_exit_2(tmp_path, arguments, words
     assert failed.stderr.count("\n") == 1
 
 
+def test_a_run_directory_is_a_run_to_go_on_with(tmp_path):
+    """Its settings are found; without --resume nothing in it is touched."""
+    from lora_grpo.config_file import load_config, save_config
+
+    (tmp_path / "run.toml").write_text(CONFIG)
+    settings = save_config(load_config(tmp_path / "run.toml", ["output_dir=elsewhere"]), tmp_path / "run")
+    before = settings.read_bytes()
+    failed = lora_grpo("train", "run", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert "run holds a run already; go on with --resume" in failed.stderr
+    assert settings.read_bytes() == before
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_usage_errors_exit_2(tmp_path):
     assert lora_grpo("train", cwd=tmp_path).returncode == 2
     assert lora_grpo("tarin", cwd=tmp_path).returncode == 2

@@ -159,6 +159,20 @@ def test_verify_names_the_damage(run: Path) -> None:
     assert verdicts[3]["found"] == "no copy is left"
 
 
+def test_verify_names_lines_of_the_history_that_are_lost(run: Path) -> None:
+    journal = run / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    record = max(number for number, line in enumerate(lines) if json.loads(line)["event"] == "record")
+    lines[record] = b"\xff" + lines[record]
+    journal.write_bytes(b"".join(lines))
+    found = lora_grpo("verify", run)
+    assert found.returncode == 1
+    assert f"damaged: {record + 1};" in found.stderr.replace("\n", " ")
+    answered = json.loads(lora_grpo("verify", run, "--json").stdout)
+    assert (answered["ok"], answered["damaged_lines"]) == (False, [record + 1])
+    assert all(row["ok"] for row in answered["versions"])
+
+
 def test_diff_is_that_of_the_effective_update(run: Path) -> None:
     """Against B @ A written out in full; and a version against itself."""
     found = answer("diff", run, 2, 5)

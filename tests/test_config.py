@@ -128,6 +128,17 @@ def test_a_missing_file_names_the_nearest(config_path):
         load_config(config_path.with_name("runn.toml"))
 
 
+def test_a_run_directory_stands_for_its_settings(config_path, tmp_path):
+    config = load_config(config_path, ["output_dir=elsewhere"])
+    run = save_config(config, tmp_path / "run").parent
+    assert load_config(run) == config.replace(output_dir=str(run))
+    moved = run.rename(tmp_path / "moved")
+    assert load_config(moved, ["grpo.beta=0.5"]).output_dir == str(moved)
+    assert load_config(moved, ["grpo.beta=0.5"]).grpo.beta == 0.5
+    with pytest.raises(ConfigError, match=r"has no config\.json: it is no run of `lora-grpo train`; name a TOML file"):
+        load_config(tmp_path)
+
+
 def test_errors_of_nested_settings_are_said_once():
     """Pydantic also reports the list that holds a bad item as too short."""
     with pytest.raises(ConfigError) as caught:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from lora_grpo.adapters import disk, room
 from lora_grpo.adapters.digest import digest_buffers, digest_directory
 from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, ServingForm
 from lora_grpo.adapters.store import AdapterStore
@@ -20,7 +23,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.delivery.binding import SlotView
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.errors import DeliveryError, EngineError, UnknownVersion, UnsupportedAdapter
+from lora_grpo.errors import DeliveryError, EngineError, NoRoom, UnknownVersion, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Sampling
@@ -318,11 +321,53 @@ def test_probe_leaves_no_trace(llama_engine: VLLMEngine, llama_dir: Path, shm_di
     with AdapterStore(shm_dir / "store") as store:
         report = NativeSync(model, llama_engine, store).probe
         assert [path.name for path in shm_dir.iterdir()] == ["store"]
+        assert list((store.root / "staging").iterdir()) == []
     assert report is not None
     assert report.error < 0.1 * report.signal
     assert report.noise < report.signal / 20
     assert llama_engine.loaded() == loaded
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_a_probe_cut_short_is_swept_by_the_next_start(
+    llama_engine: VLLMEngine, llama_dir: Path, shm_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Path] = []
+
+    def load(version: AdapterVersion, **_: object) -> None:
+        served.append(version.path)
+        shutil.copytree(version.path.parents[1], shm_dir / "killed")
+        raise EngineError("no memory")
+
+    monkeypatch.setattr(llama_engine, "load", load)
+    with AdapterStore(shm_dir / "store") as store, pytest.raises(EngineError, match="no memory"):
+        NativeSync(tiny_lora(load_model(llama_dir)), llama_engine, store)
+    # What a kill in that moment leaves.
+    shutil.copytree(shm_dir / "killed", served[0].parents[1])
+    with AdapterStore(shm_dir / "store") as store:
+        assert [Path(name).name for name in store.recovered.swept] == [served[0].parents[1].name]
+    assert not served[0].exists()
+
+
+def test_a_probe_that_does_not_fit_says_so_before_it_is_written(
+    llama_engine: VLLMEngine, llama_dir: Path, shm_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "room_bytes", lambda path: 10_000)
+    with AdapterStore(shm_dir / "store") as store:
+        with pytest.raises(NoRoom, match=r"the probe of the engine needs 0\.\d\d MiB .*/staging has room .*--shm-size"):
+            NativeSync(tiny_lora(load_model(llama_dir), r=8), llama_engine, store)
+        monkeypatch.undo()
+        write = disk.write_file
+
+        def full(path: Path, *arguments: Any, **options: Any) -> None:
+            if "lora-grpo-probe-" in str(path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(path, *arguments, **options)
+
+        monkeypatch.setattr(disk, "write_file", full)
+        with pytest.raises(NoRoom, match=r"writing the probe failed: No space left.*--shm-size"):
+            NativeSync(tiny_lora(load_model(llama_dir), r=8), llama_engine, store)
+        assert list((store.root / "staging").iterdir()) == []
 
 
 def test_another_base_is_refused(llama_engine: VLLMEngine, shm_dir: Path, tmp_path: Path) -> None:

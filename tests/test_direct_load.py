@@ -175,6 +175,57 @@ def test_a_thousand_bytes_changed_after_publishing_are_noticed(
     assert not engine._llm.llm_engine.list_loras()
 
 
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_what_the_trainer_holds_gets_into_the_slot_without_reading_the_file_back(
+    engine: VLLMEngine, store: AdapterStore, llama_dir: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    form = ServingForm(tiny_lora(load_model(llama_dir), scale=0.5, **settings), "default", torch.bfloat16)
+    version = store.publish(form.files(), step=0)
+    engine.load(version)
+    from_file, answers = slots(engine, version), engine.logprobs(SEQUENCES, adapter=version)
+    engine.unload(version)
+    for seed in (7, 8):
+        engine.load(publish(store, llama_dir, seed, r=16)[0])
+    monkeypatch.setattr("lora_grpo.engines.residents.digest_directory", lambda *_, **__: pytest.fail("read back"))
+    receipt = engine.load(version, held=form.held)
+    assert (receipt.proof, receipt.proven_bytes, receipt.loader) == ("slots", form.nbytes, "direct")
+    assert all(torch.equal(tensor, slots(engine, version)[name]) for name, tensor in from_file.items())
+    assert engine.logprobs(SEQUENCES, adapter=version) == answers
+
+
+def test_held_tensors_of_another_version_are_refused(engine: VLLMEngine, store: AdapterStore, llama_dir: Path) -> None:
+    """One bit of one tensor: the trainer took a step between publishing and loading."""
+    model = tiny_lora(load_model(llama_dir))
+    form = ServingForm(model, "default", torch.bfloat16)
+    served, version = store.publish(form.files(), step=0), store.publish(form.files(), step=1)
+    engine.load(served, held=form.held)
+    form.held.tensors[-1].view(torch.int16)[-1, -1] ^= 1
+    with pytest.raises(DeliveryError, match="differs from the published bytes"):
+        engine.load(version, held=form.held)
+    assert engine.loaded() == (served,)
+    engine.load(served)
+    assert len(engine._llm.llm_engine.list_loras()) == 1
+
+
+def test_a_file_that_changed_under_a_held_load_is_noticed_when_it_is_read(
+    engine: VLLMEngine, store: AdapterStore, llama_dir: Path
+) -> None:
+    form = ServingForm(tiny_lora(load_model(llama_dir)), "default", torch.bfloat16)
+    version = store.publish(form.files(), step=0)
+    engine.load(version, held=form.held)
+    weights = version.path / "adapter_model.safetensors"
+    weights.chmod(0o600)
+    with open(weights, "r+b") as file:
+        file.seek(-1000, 2)
+        file.write(bytes(1000))
+    engine.logprobs(SEQUENCES, adapter=version)
+    for seed in (1, 2):
+        engine.load(publish(store, llama_dir, seed)[0])
+    with pytest.raises(DeliveryError, match="differs from the published bytes"):
+        engine.logprobs(SEQUENCES, adapter=version)
+    assert version not in engine.loaded()
+
+
 def test_nothing_of_an_unloaded_version_stays_mapped(engine: VLLMEngine, store: AdapterStore, llama_dir: Path) -> None:
     """Each held mapping keeps the tmpfs pages of a version that was pruned: memory that grows with every sync."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +17,13 @@ from typing import Any
 
 import pytest
 
+from tests.test_parity import ARCHITECTURES
+
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = REPOSITORY / "benchmarks" / "gpu" / "run.py"
 SHAPES = ("tiny", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b")
-ORDER = ["card", "parity", "nan", "memory", "sync", "decode", "step", "rollback", "demo"]
+MEASURED = ["memory", "sync", "decode", "step", "rollback"]
+PARITY = [f"parity-{name}" for name in ARCHITECTURES]
 
 
 @pytest.fixture
@@ -51,16 +56,16 @@ def record(out: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.vllm
 def test_the_dry_run(tmp_path: Path) -> None:
-    """Suites cut to a few tests, which the whole test run has all of; decode, step and rollback run as sync does."""
-    only = "card,parity,nan,memory,sync,demo"
+    """Suites cut to a few tests, which the whole test run has all of; everything else as on a GPU."""
+    only = ",".join(["card", "parity-qwen2", "nan", *MEASURED, "demo"])
     chosen = "test_one_call_mixes_base_and_versions and qwen2 or test_mixed_batches"
     options = ["--device", "cpu", "--shape", "tiny", "--only", only, "--select", chosen]
     script = [sys.executable, str(SCRIPT), "--out", str(tmp_path), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=400)
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=500)
     tails = [record(tmp_path, path.stem)["tail"] for path in (tmp_path / "parts").iterdir()]
     assert done.returncode == 0, (done.stderr, states(tmp_path), tails)
-    names = ["card", "parity", "nan", "memory-tiny", "sync-tiny", "demo"]
+    names = ["card", "parity-qwen2", "nan", *(f"{kind}-tiny" for kind in MEASURED), "demo"]
     assert states(tmp_path) == dict.fromkeys(names, "passed")
     found = {name: record(tmp_path, name) for name in names}
     assert all(part["rc"] == 0 and part["seconds"] > 0 and part["tail"] for part in found.values())
@@ -68,13 +73,13 @@ def test_the_dry_run(tmp_path: Path) -> None:
     assert results["card"]["vllm"]["known_by"] == "run"
     assert results["card"]["missing_packages"] == []
     assert results["card"]["card"]["device"] == "cpu"
-    assert [(case["test"], case["outcome"]) for case in results["parity"]] == [
+    assert [(case["test"], case["outcome"]) for case in results["parity-qwen2"]] == [
         ("test_one_call_mixes_base_and_versions[qwen2]", "passed")
     ]
     (hunted,) = results["nan"]
     assert hunted["outcome"] == "passed"
     assert 0 < float(hunted["worst_share_of_allowed"]) <= 1
-    for kind in ("memory", "sync"):
+    for kind in MEASURED:
         result = results[f"{kind}-tiny"]
         assert result["complete"]
         assert result["failures"] == []
@@ -90,12 +95,14 @@ def test_the_dry_run(tmp_path: Path) -> None:
 def test_the_plan(run: ModuleType, device: str, tmp_path: Path) -> None:
     """In order, each further shape after everything with the first; each with settings of its own shape."""
     planned = run.plan(tmp_path, device, list(SHAPES), None, tmp_path / "models")
-    measured = ORDER[3:8]
-    assert [part.kind for part in planned] == ORDER + measured * (len(SHAPES) - 1)
-    assert len({part.name for part in planned}) == len(planned)
+    alone = ["parity-graphs", "parity-sleep"] if device != "cpu" else []
+    first = ["card", *PARITY, *alone, "nan", *(f"{kind}-{SHAPES[0]}" for kind in MEASURED), "demo"]
+    further = [f"{kind}-{shape}" for shape in SHAPES[1:] for kind in MEASURED]
+    assert [part.name for part in planned] == first + further
+    assert {part.kind for part in planned} == {"card", "parity", "nan", *MEASURED, "demo"}
     for part in planned:
         words = part.command
-        if part.kind in measured:
+        if part.kind in MEASURED:
             shape = part.name.removeprefix(f"{part.kind}-")
             tables = tomllib.loads(Path(words[words.index("--scenario") + 1]).read_text())
             assert (words[words.index("--shape") + 1], tables["all"]["shape"]) == (shape, shape)
@@ -104,6 +111,72 @@ def test_the_plan(run: ModuleType, device: str, tmp_path: Path) -> None:
             assert device in words
     with pytest.raises(LookupError, match=r"no scenarios/gpu-\*\.toml measures memory with shape 'huge'"):
         run.plan(tmp_path, device, ["huge"], None, tmp_path)
+
+
+@pytest.mark.vllm
+def test_each_architecture_is_a_part_and_none_is_left_out(run: ModuleType, tmp_path: Path) -> None:
+    """A suite that time runs out for is then run again by itself, and not with four others."""
+    planned = run.plan(tmp_path, "cuda:0", ["tiny"], None, tmp_path)
+    suites = ("tests/test_parity.py", "tests/test_gpu_sleep.py")
+    whole = [*suites, "-q", "--device", "cuda:0"]
+    every, *chosen = collected([whole, *(list(part.command[3:]) for part in planned if part.kind == "parity")])
+    assert len(chosen) == len(ARCHITECTURES) + 2
+    assert all(chosen)
+    assert sorted(name for names in chosen for name in names) == sorted(every)
+
+
+def collected(commands: list[list[str]]) -> list[list[str]]:
+    """The tests that each pytest command would run, found in one process."""
+    code = (
+        "import json, sys, pytest\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    print('=====')\n"
+        "    assert pytest.main([*words, '--collect-only']) == 0\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    return [[line for line in part.splitlines() if "::" in line] for part in done.stdout.split("=====\n")[1:]]
+
+
+def test_a_suite_that_is_cut_off_leaves_what_it_has_done(tmp_path: Path) -> None:
+    """As a time limit ends it: the tests that have finished are in the report."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(REPOSITORY / "tests" / "conftest.py", tmp_path / "tests")
+    (tmp_path / "tests" / "test_two.py").write_text(
+        "import time, pathlib\n\ndef test_quick():\n    pass\n\n"
+        "def test_long():\n    pathlib.Path('started').touch()\n    time.sleep(60)\n"
+    )
+    report = tmp_path / "report.xml"
+    words = [
+        "tests/test_two.py",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        ".",
+        "-p",
+        "no:cacheprovider",
+        "--junitxml",
+        str(report),
+    ]
+    running = subprocess.Popen([sys.executable, "-m", "pytest", *words], cwd=tmp_path, stdout=subprocess.PIPE)
+    while running.poll() is None and not (tmp_path / "started").exists():
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    printed, _ = running.communicate(timeout=30)
+    assert running.returncode == 2, printed
+    assert 'name="test_quick"' in report.read_text()
+
+
+def test_the_commit_is_told_where_there_is_no_repository(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_of(run, monkeypatch, card="import os, json; print(json.dumps({'is': os.environ['LORA_GRPO_COMMIT']}))")
+    assert run.main(["--out", str(tmp_path), "--commit", "abc1234"]) == 0
+    assert record(tmp_path, "card")["result"] == {"is": "abc1234"}
+    monkeypatch.setenv("LORA_GRPO_COMMIT", "def5678")
+    assert run.main(["--out", str(tmp_path), "--again"]) == 0
+    assert record(tmp_path, "card")["result"] == {"is": "def5678"}
 
 
 def test_it_goes_on_past_a_failed_part(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,9 +32,20 @@ def test_a_collapse_needs_every_recent_step_below_the_baseline() -> None:
     )
     assert collapse.why(steps(0.5, 0.6, 0.7, 0.2, 0.31), None) is None
     assert collapse.why(steps(0.6, 0.7, 0.2, 0.3), None) is None, "the window is not full"
+    assert collapse.why(steps(0.5, float("nan"), 0.7, 0.2, 0.3), None) is None, "the baseline is not known"
+    assert collapse.why(steps(0.5, 0.6, 0.7, 0.2, float("nan")), None) is None
     # The baseline moves: what counts is the three steps before, not the best ever.
     assert collapse.why(steps(9.0, 0.5, 0.6, 0.7, 0.4, 0.4), None) is None
     assert RewardCollapse(drop=1.0, window=1, patience=1).why(steps(-1.0, -2.5), None) is not None
+
+
+def test_a_metric_that_a_resumed_run_did_not_have_before_needs_steps_of_its_own() -> None:
+    collapse = RewardCollapse(drop=0.3, window=3, patience=2, metric="rewards/new/mean")
+    new = [{"reward": 0.5, "rewards/new/mean": value} for value in (0.5, 0.6, 0.7, 0.2, 0.3)]
+    assert collapse.why([*steps(0.9, 0.9, 0.9), *new[1:]], None) is None
+    assert collapse.why([*steps(0.9, 0.9, 0.9), *new], None) is not None
+    with pytest.raises(KeyError, match="rewards/new/mean"):
+        collapse.why([*new, *steps(0.9)], None)
 
 
 def test_gap_and_kl_are_limits_on_the_last_step() -> None:
@@ -179,3 +190,16 @@ def test_without_a_guard_and_without_anywhere_to_go_the_error_stands(llama_dir: 
             with pytest.raises(TrainingError, match=words):
                 trainer.train()
             assert trainer.version.number == 1
+
+
+def test_its_baseline_survives_a_stop(llama_dir: Path, tmp_path: Path) -> None:
+    """Three steps before the stop and two that collapse after it: what a run in one piece goes back for."""
+    settings = {"guard": Guard(RewardCollapse(drop=2.0, window=3, patience=2), to=3), "reward_funcs": collapsing_at(4)}
+    engine, run = fake_engine(llama_dir), tmp_path / "run"
+    with tiny_trainer(llama_dir, engine, run, FAKE.replace(total_steps=3), **settings) as trainer:
+        trainer.train()
+    with tiny_trainer(llama_dir, engine, run, FAKE.replace(total_steps=6), **settings) as trainer:
+        trainer.resume()
+        trainer.train()
+        assert [(entry.left, entry.to) for entry in trainer.rollback_log.entries] == [(6, 3)]
+        assert trainer.rollback_log.reasons[0].startswith("reward fell to -")

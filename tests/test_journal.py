@@ -17,7 +17,8 @@ from tests.store_files import adapter
 
 def remembered(journal: Journal) -> int:
     """Entries that the journal holds in memory."""
-    return len(journal.published) + len(journal.promoted) + len(journal.metrics) + len(journal.states)
+    held = (journal.published, journal.promoted, journal.metrics, journal.states, journal._branches)
+    return sum(map(len, held))
 
 
 def test_memory_does_not_grow_with_the_number_of_versions(shm_dir: Path, tmp_path: Path) -> None:
@@ -39,6 +40,7 @@ def test_memory_does_not_grow_with_the_number_of_versions(shm_dir: Path, tmp_pat
     with AdapterStore(shm_dir, tmp_path / "run") as store:
         assert remembered(store._catalog.journal) == sizes[0]
         assert store.metrics(4) == {"reward": 0.04}
+        assert store.parent_of(4) == 3
         with pytest.raises(LookupError, match="version 4 was removed by retention"):
             store.get(4)
         with pytest.raises(LookupError, match="there is no version 61"):

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from lora_grpo.errors import ConfigError, StoreError
 from lora_grpo.metrics import Reporter, RunLog, capture_output, history, plot_run, quiet_libraries, read_metrics
-from lora_grpo.metrics.render import ViewState, duration, phase_seconds, plain_step, sparkline
+from lora_grpo.metrics.render import ViewState, duration, panel, phase_seconds, plain_step, sparkline
 from lora_grpo.metrics.view import LiveView
 
 STEP = {
@@ -250,6 +251,15 @@ def test_small_renderings():
         "train",
         "sync",
     ]
+
+
+def test_the_panel_shows_what_is_on_its_way_to_the_disk(tmp_path):
+    state, shown = ViewState(tmp_path, total_steps=2), Console(record=True, width=100, file=io.StringIO())
+    for step, waiting_bytes in ((1, 3 << 19), (2, 0)):
+        state.hear_step(step, {**STEP, "archive/backlog_bytes": waiting_bytes})
+        shown.print(panel(state))
+    text = shown.export_text()
+    assert text.index("1.5 MiB on the way to the disk") < text.index("all on the disk")
 
 
 def test_metrics_import_neither_torch_nor_matplotlib():

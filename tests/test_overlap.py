@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lora_grpo.adapters.borrowed import weights_of
-from lora_grpo.adapters.peft_format import ServingForm
+from lora_grpo.adapters.peft_format import Held, ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, GRPOConfig
@@ -253,9 +253,9 @@ class HeldSteps:
             self.events.append("step")
             step(driver)
 
-        def loading(this: VLLMEngine, version: AdapterVersion) -> Any:
+        def loading(this: VLLMEngine, version: AdapterVersion, *, held: Held | None = None) -> Any:
             self.threads.add(threading.current_thread().name)
-            receipt = load(this, version)
+            receipt = load(this, version, held=held)
             self.events.append(f"load {version}")
             return receipt
 
@@ -435,8 +435,8 @@ class OverAWire:
             raise AttributeError(name)
         return getattr(self._engine, name)
 
-    def load(self, version: AdapterVersion) -> Any:
-        receipt = self._engine.load(version)
+    def load(self, version: AdapterVersion, *, held: Held | None = None) -> Any:
+        receipt = self._engine.load(version, held=held)
         if version.number == 3:
             self.third_loaded.set()
         return receipt
@@ -487,7 +487,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[Any]]]:
         batches.append((step, [group.prompt for group in rewarded.groups]))
         return learn(parts, config, rewarded, step)
 
-    monkeypatch.setattr("lora_grpo.trainer.grpo_trainer.learn", noting)
+    monkeypatch.setattr("lora_grpo.trainer.loop.learn", noting)
     return batches
 
 

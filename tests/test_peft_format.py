@@ -309,6 +309,20 @@ def test_scaling_is_folded_in_before_the_cast(llama_dir: Path) -> None:
     assert not torch.equal(tensors[Q0.format("B")], b.bfloat16() * (11 / 8))
 
 
+@pytest.mark.parametrize("alpha", [1, 4, 8, 16, 64, 11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scaling_gives_the_bits_of_fp32_scaled_and_rounded_once(
+    llama_dir: Path, dtype: torch.dtype, alpha: int
+) -> None:
+    model = tiny_lora(load_model(llama_dir), r=8, lora_alpha=alpha)
+    b = lora_parameter(model, "layers.0.self_attn.q_proj.lora_B")
+    with torch.no_grad():
+        # Over all magnitudes at which B and its bits live, float16's subnormals among them.
+        b.mul_(torch.logspace(-7, 3, b.numel()).view_as(b))
+    tensors = load(payload(ServingForm(model, "default", dtype))[WEIGHTS_FILE])
+    assert torch.equal(tensors[Q0.format("B")], (b.detach() * (alpha / 8)).to(dtype))
+
+
 def test_files_follow_the_weights_step_after_step(llama_dir: Path) -> None:
     model = tiny_lora(load_model(llama_dir), r=8)
     form = ServingForm(model, "default", torch.bfloat16)

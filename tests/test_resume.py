@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 
 from lora_grpo.adapters.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.config import KeepConfig
 from lora_grpo.errors import ConfigError, StoreLocked
 from lora_grpo.metrics.log import history, read_metrics
+from lora_grpo.trainer import going_back
 from tests.tiny_run import fake_engine
-from tests.tiny_trainer import CONFIG, moments, same, tiny_trainer, weights
+from tests.tiny_trainer import CONFIG, moments, same, share_of_low_bytes, tiny_trainer, weights
 
 STEPS = 6
 
@@ -179,10 +181,102 @@ def test_killed_in_the_middle_of_a_rollback_is_as_if_it_was_not_asked(llama_dir:
     assert len(RollbackLog(run)) == 0
 
 
-def test_killed_right_after_the_first_version(llama_dir: Path, tmp_path: Path, shm_dir: Path) -> None:
-    killed(run_tiny(llama_dir, tmp_path / "run", shm_dir / "run", die_in_step=1))
-    result = finished(run_tiny(llama_dir, tmp_path / "run", shm_dir / "run", resume=True, steps=2))
+@pytest.mark.parametrize("reboot", [False, True])
+def test_killed_before_its_first_state_was_written(
+    llama_dir: Path, tmp_path: Path, shm_dir: Path, reboot: bool
+) -> None:
+    """It begins again as a run that was not killed begins: same rows in the same batches, by the same seed."""
+    finished(run_tiny(llama_dir, tmp_path / "whole", shm_dir / "whole", steps=2))
+    killed(run_tiny(llama_dir, tmp_path / "killed", shm_dir / "killed", die_at=["promote.renamed", 1]))
+    with AdapterStore(archive=tmp_path / "killed", readonly=True) as store:
+        assert (store.numbers, store.states) == ([1], [])
+    if reboot:
+        shutil.rmtree(shm_dir / "killed")
+    result = finished(run_tiny(llama_dir, tmp_path / "killed", shm_dir / "killed", resume=True, steps=2))
     assert result["steps"] == 2
+    for step in (1, 2):
+        ours, theirs = state_at(tmp_path / "killed", step), state_at(tmp_path / "whole", step)
+        assert same(ours[0], theirs[0]), f"step {step}"
+        assert ours[1] == theirs[1], f"step {step}"
+
+
+def test_back_to_the_first_version_without_its_state(llama_dir: Path, tmp_path: Path) -> None:
+    """Its weights are the ones that every start makes: exact and seeded, while prompts and learning rate go on."""
+    engine, run = fake_engine(llama_dir), tmp_path / "run"
+    with tiny_trainer(llama_dir, engine, run, config(3)) as trainer:
+        first = weights(trainer)
+        trainer.train()
+        position = trainer.sampler.state_dict()
+        going_back.roll_back(trainer, 2, learning_rate_factor=0.5)
+    shutil.rmtree(run / "states" / "000001")
+    with AdapterStore(archive=run) as store:
+        roll_back_stopped(store, 1)
+    with tiny_trainer(llama_dir, engine, run, config(3)) as trainer:
+        torch.manual_seed(99)
+        report = trainer.resume()
+        assert report is not None
+        assert (report.version.number, report.weights, report.random_state) == (1, "exact", "reset")
+        assert same(weights(trainer), first)
+        assert torch.initial_seed() == CONFIG.seed
+        assert trainer.sampler.state_dict() == position
+        assert trainer.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * CONFIG.learning_rate)
+        assert (trainer.steps_done, trainer.rollbacks) == (0, 2)
+
+
+def test_what_was_measured_is_known_after_a_resume(llama_dir: Path, tmp_path: Path) -> None:
+    """The steps that count, without what a rollback undid; a guard compares the next ones with them."""
+    engine, run = fake_engine(llama_dir), tmp_path / "run"
+    with tiny_trainer(llama_dir, engine, run, config(4)) as trainer:
+        trainer.train()
+        steps = trainer.history
+    with tiny_trainer(llama_dir, engine, run, config(5)) as trainer:
+        trainer.resume()
+        assert [list(metrics) for metrics in trainer.history] == [list(metrics) for metrics in steps]
+        for ours, theirs in zip(trainer.history, steps, strict=True):
+            assert ours == pytest.approx(theirs, nan_ok=True)
+        trainer.train()
+        trainer.rollback(2)
+    with tiny_trainer(llama_dir, engine, run, config(5)) as trainer:
+        trainer.resume(run)
+        assert [metrics["step"] for metrics in trainer.history] == [1]
+
+
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_versions_between_a_state_and_head_may_be_gone(llama_dir: Path, tmp_path: Path, rolled_back: bool) -> None:
+    """Retention leaves gaps in the line of ancestors: it is followed across them, for the state or the schedule."""
+    keep = KeepConfig(on_tmpfs=2, archived=2, trainer_states=2, trainer_state_every=10)
+    engine, run = fake_engine(llama_dir), tmp_path / "run"
+    schedules: dict[int, Any] = {}
+
+    def reward(completions: Sequence[str], trainer_state: Any, **columns: Any) -> list[float]:
+        schedules[trainer_state.global_step - 1] = trainer.policy.scheduler.state_dict()
+        return share_of_low_bytes(completions)
+
+    with tiny_trainer(llama_dir, engine, run, config(18), keep=keep, reward_funcs=reward) as trainer:
+        trainer.train()
+    with AdapterStore(archive=run) as store:
+        assert store.states == [1, 11]
+        assert set(range(12, 19)) - set(store.numbers)
+        if rolled_back:
+            roll_back_stopped(store, 18)
+    with tiny_trainer(llama_dir, engine, run, config(18), keep=keep, reward_funcs=reward) as trainer:
+        report = trainer.resume()
+        assert report is not None
+        expected = (18, "rounded", 17) if rolled_back else (11, "exact", 10)
+        assert (report.version.number, report.weights, trainer.steps_done) == expected
+        assert trainer.policy.scheduler.state_dict() == schedules[10]
+        trainer.train()
+        assert trainer.store.get(20).parent == expected[0]
+
+
+def test_another_run_than_its_own_is_not_resumed(llama_dir: Path, tmp_path: Path) -> None:
+    with (
+        tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "run", config(1)) as trainer,
+        pytest.raises(
+            ConfigError, match=r"this trainer's run is .*run; to go on with .*other, build one with run_dir="
+        ),
+    ):
+        trainer.resume(tmp_path / "other")
 
 
 def test_without_any_state_there_is_nothing_to_resume_exactly(llama_dir: Path, tmp_path: Path) -> None:

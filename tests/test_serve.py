@@ -71,6 +71,15 @@ def test_replicas_share_neither_cores_nor_gpus(monkeypatch: pytest.MonkeyPatch) 
         ({"host": "0.0.0.0"}, "VLLM_API_KEY"),
         ({"replicas": 0}, "replicas=0"),
         ({"store_token_file": "token"}, "store_url"),
+        ({"max_loras": 1}, "max_loras=1"),
+        ({"start_timeout_s": 0.0}, "start_timeout_s=0"),
+        ({"arguments": ("--host", "0.0.0.0")}, "--host .*VLLM_API_KEY"),
+        ({"arguments": ("--seed", "1", "--host=0.0.0.0")}, "--host=0.0.0.0"),
+        ({"arguments": ("--port", "80")}, "--port"),
+        ({"arguments": ("--uds=/tmp/socket",)}, "--uds"),
+        ({"arguments": ("--api-key", "short")}, "--api-key"),
+        ({"arguments": ("--api_key=short",)}, "--api_key"),
+        ({"arguments": ("--ho", "::")}, "--ho "),
     ],
 )
 def test_what_cannot_be_served(settings: dict[str, Any], names: str) -> None:
@@ -93,6 +102,27 @@ def test_a_server_that_ends_is_named_with_the_end_of_its_log(tmp_path: Path) -> 
     with pytest.raises(EngineError, match=rf"{broken.url} ended with exit code 3(?s:.*)no such model"), servers:
         pytest.fail("it cannot be up")
     assert up.exit_code is not None
+
+
+def test_the_first_that_ends_is_named_while_others_are_still_starting(tmp_path: Path) -> None:
+    servers = Servers(Serving("m", replicas=2, port=18465), tmp_path)
+    slow, broken = servers.all
+    slow.command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    broken.command = [sys.executable, "-c", "raise SystemExit(3)"]
+    with pytest.raises(EngineError, match=f"{broken.url} ended with exit code 3"), servers:
+        pytest.fail("it cannot be up")
+
+
+def test_a_server_that_never_answers_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    servers = Servers(Serving("m", port=18463, start_timeout_s=2.0), tmp_path)
+    [stuck] = servers.all
+    stuck.command = [sys.executable, "-c", "import time; print('fetching', flush=True); time.sleep(600)"]
+    with (
+        pytest.raises(EngineError, match=rf"{stuck.url} does not answer .*=2 s (?s:.*){stuck.log}:\nfetching"),
+        servers,
+    ):
+        pytest.fail("it cannot be up")
+    assert stuck.exit_code is not None
 
 
 def test_what_a_server_started_ends_with_it(tmp_path: Path) -> None:
@@ -119,8 +149,11 @@ def cmdline(log: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def test_the_command_refuses_an_open_address_without_a_key(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--", "--host", "0.0.0.0"]])
+def test_the_command_refuses_an_open_address_without_a_key(
+    llama_dir: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    result = CliRunner().invoke(app, ["serve", str(llama_dir), "--host", "0.0.0.0"])
+    result = CliRunner().invoke(app, ["serve", str(llama_dir), *arguments])
     assert result.exit_code == 2
     assert "VLLM_API_KEY" in result.output

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.delivery.probe import Witness, probe_sequences
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.requests import request_seeds
+from lora_grpo.engines.server import client, names, replica, watch
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.names import Names
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion, UnsupportedVersion
@@ -302,9 +304,10 @@ def test_the_least_recently_used_goes_once_a_newer_one_is_proven(
 
 
 def test_verdicts(connect: MakeEngine, versions: list[AdapterVersion], shm_dir: Path) -> None:
-    engine = probed(connect(), shm_dir)
-    assert engine.load(versions[0], expected=answers(versions[0])).verdict == "ok"
+    engine = connect()
     assert engine.load(versions[1]).verdict == "inconclusive"
+    probed(engine, shm_dir)
+    assert engine.load(versions[0], expected=answers(versions[0])).verdict == "ok"
     assert engine.load(versions[0]).verdict == "ok"
 
 
@@ -350,17 +353,43 @@ def test_wrong_weights_are_noticed_and_loaded_again_under_another_name(
     assert names[pair[0].url] == f"{names[pair[1].url]}.1"
 
 
-@pytest.mark.parametrize("told", [True, False])
 def test_wrong_weights_for_good_fail_the_load(
-    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path, told: bool
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
 ) -> None:
-    """Also where nobody said what to expect: the other replica answers otherwise."""
     engine = probed(connect(), shm_dir)
     pair[0].wrong_weights = 100
-    with pytest.raises(DeliveryError, match="v1"):
-        engine.load(versions[0], expected=answers(versions[0]) if told else None)
+    with pytest.raises(DeliveryError, match="v1 failed on 1 of 2"):
+        engine.load(versions[0], expected=answers(versions[0]))
     assert not engine.loaded()
     assert not pair[1].adapters
+
+
+def test_replicas_that_are_far_apart_fail_a_load_that_nobody_said_what_to_expect_of(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine, answer = connect(), pair[0]._answer
+    pair[0]._answer = lambda body: answer(body) | other_base(body, apart=5.0)  # type: ignore[method-assign]
+    with pytest.raises(DeliveryError, match=f"{pair[1].url} does not serve v1"):
+        engine.load(versions[0])
+    assert not engine.loaded()
+    assert not pair[1].adapters
+
+
+def test_where_a_trainer_has_shown_itself_a_version_is_proven_by_it_or_not_loaded(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    """Two replicas that are wrong alike agree with one another. A probe comes before its trainer's figures."""
+    engine = probed(connect(), shm_dir)
+    for server in pair:
+        server.wrong_weights = 100
+    with pytest.raises(ConfigError, match=r"v1 cannot be proven.*expected="):
+        engine.load(versions[0])
+    with pytest.raises(DeliveryError, match="v1 failed on 2 of 2"):
+        engine.load(versions[0], expected=answers(versions[0]))
+    assert not engine.loaded()
+    for server in pair:
+        server.wrong_weights = 0
+    engine.load(replace(versions[1], step=-1))
 
 
 def test_stale_weights_are_told_from_the_version_before(
@@ -433,14 +462,14 @@ def test_a_restart_is_noticed_by_what_the_server_forgot_where_it_has_no_metrics(
     assert [len(server.adapters) for server in pair] == [2, 2]
 
 
-def other_base(body: dict[str, Any]) -> dict[str, Any]:
+def other_base(body: dict[str, Any], apart: float = 1.0) -> dict[str, Any]:
     """What a server with other base weights scores."""
     if "prompt_logprobs" not in body:
         return {}
     prompt = body["prompt"]
     entries = [
         None,
-        *({str(b): {"logprob": logprob("other", a, b) - 1}} for a, b in itertools.pairwise(prompt)),
+        *({str(b): {"logprob": logprob("other", a, b) - apart}} for a, b in itertools.pairwise(prompt)),
     ]
     choice = {"text": "", "token_ids": [4], "logprobs": None, "finish_reason": "length"}
     return {"choices": [{**choice, "prompt_token_ids": prompt, "prompt_logprobs": entries}]}
@@ -506,7 +535,7 @@ def test_nothing_hangs_when_all_are_gone(connect: MakeEngine, pair: Pair, versio
 def test_a_load_and_a_rollout_do_not_wait_for_each_other(
     connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
 ) -> None:
-    engine = connect(max_loras=1, concurrency=4)
+    engine = connect(concurrency=4)
     engine.load(versions[0])
     for server in pair:
         server.delay_s = 0.3
@@ -514,9 +543,10 @@ def test_a_load_and_a_rollout_do_not_wait_for_each_other(
     rollout = threading.Thread(target=lambda: made.extend(engine.generate(PROMPTS * 10, SAMPLING, adapter=versions[0])))
     rollout.start()
     time.sleep(0.2)
-    engine.load(versions[1])
+    for known in versions[1:]:
+        engine.load(known)
     assert rollout.is_alive()
-    assert engine.loaded() == (versions[0], versions[1]), "a version that a rollout needs stays"
+    assert engine.loaded() == (versions[0], versions[2]), "a version that a rollout needs stays"
     rollout.join()
     check_made_by(made, versions[0])
 
@@ -531,7 +561,254 @@ def test_close_leaves_nothing_behind(pair: Pair, versions: list[AdapterVersion])
     assert not folder.exists()
 
 
+# Replicas that stop answering, or answer oddly
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds takes tenths of them."""
+    monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.1)
+    for room in (client, replica):
+        monkeypatch.setattr(room, "QUICK_TIMEOUT_S", 0.3)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_requests_of_a_server_that_will_never_answer_go_to_another(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    """As vLLM does that is asked to end: requests in flight are forgotten, their connections stay open."""
+    engine = connect()
+    engine.load(versions[0])
+    pair[0].delay_s = 0.3
+    threading.Timer(0.15, lambda: setattr(pair[0], "frozen", True)).start()
+    started = time.monotonic()
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+    assert time.monotonic() - started < 3
+    assert "serving" not in engine.replicas[pair[0].url]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_slow_server_that_is_well_is_waited_for(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    engine.load(versions[0])
+    for server in pair:
+        server.delay_s = 1.5
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+    assert set(engine.replicas.values()) == {"serving"}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_all_that_waits_for_frozen_servers_ends(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    """A rollout, a load, and in the end `close`; patience_s is 3."""
+    engine = connect()
+    engine.load(versions[0])
+    for server in pair:
+        server.frozen = True
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"no replica is left to answer: .*not back within patience_s=3 s"):
+        engine.generate(PROMPTS, SAMPLING, adapter=versions[0])
+    with pytest.raises(EngineError, match="2 of 2 replicas cannot take a version"):
+        engine.load(versions[1])
+    engine.close()
+    assert time.monotonic() - started < 12
+
+
+@pytest.mark.usefixtures("impatient")
+def test_patience_ends_though_a_returning_server_goes_on_answering_slowly(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    """It is well, but takes longer to be proven than it is waited for."""
+    engine = connect()
+    engine.load(versions[0])
+    pair[0].restart()
+    pair[0].delay_s = 20.0
+    started = time.monotonic()
+    with pytest.raises(EngineError, match="1 of 2 replicas cannot take a version"):
+        engine.load(versions[1])
+    assert time.monotonic() - started < 10
+    pair[0].delay_s = 0.0
+
+
+def test_what_takes_longer_than_its_time_is_not_sent_to_the_same_server_again(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect(timeout_s=1.0)
+    engine.load(versions[0])
+    pair[0].delay_s = 2.5
+    pair[0].asked.clear()
+    check_made_by(engine.generate([[5, 6]], Sampling(max_tokens=2, seed=1), adapter=versions[0]), versions[0])
+    assert len(pair[0].completions()) == 1
+
+
+def test_an_odd_answer_of_a_server_that_comes_back_is_one_more_reason_to_wait(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect(pair[0])
+    engine.load(versions[0])
+    pair[0].version_text, pair[0].down = "<html>starting</html>", True
+    threading.Timer(0.5, lambda: setattr(pair[0], "down", False)).start()
+    threading.Timer(1.0, lambda: setattr(pair[0], "version_text", None)).start()
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+
+
+@pytest.mark.parametrize("text", ["<html>", "{}", "[1]", '{"version": "dev"}'])
+def test_an_odd_answer_is_an_error_that_names_the_server(pair: Pair, connect: MakeEngine, text: str) -> None:
+    pair[1].version_text = text
+    with pytest.raises(EngineError, match=f"{pair[1].url}/version answered .* is it a vLLM server"):
+        connect()
+
+
+def test_what_nobody_foresaw_on_the_way_back_reaches_those_who_wait(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = connect(pair[0])
+    engine.load(versions[0])
+
+    async def broken(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(replica.Replica, "reconnect", broken)
+    pair[0].down = True
+    with pytest.raises(EngineError, match=r"no replica is left to answer: .*ZeroDivisionError\('a bug'\)"):
+        engine.generate(PROMPTS, SAMPLING, adapter=versions[0])
+    with pytest.raises(ZeroDivisionError):
+        engine.load(versions[1])
+
+
+def test_a_version_in_use_is_scored_again_before_a_failure_counts(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    engine = probed(connect(), shm_dir)
+    engine.load(versions[0], expected=answers(versions[0]))
+    names, answer = engine.served_names(versions[0]), pair[1]._answer
+    odd = iter([{"choices": []}])
+    pair[1]._answer = lambda body: answer(body) | next(odd, {})  # type: ignore[method-assign]
+    assert engine.load(versions[0]).verdict == "ok"
+    assert next(odd, None) is None
+    assert engine.served_names(versions[0]) == names
+
+
+def test_a_replica_that_answers_otherwise_than_before_is_dropped_where_that_is_the_policy(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    """The version stays in use on the other one; where all have to agree, it goes out of use."""
+    for policy, loaded in (("drop", (versions[0],)), ("raise", ())):
+        engine = probed(connect(on_failure=policy), shm_dir / policy)
+        engine.load(versions[0], expected=answers(versions[0]))
+        pair[0].weights[engine.served_names(versions[0])[pair[0].url]] = "wrong"
+        if policy == "drop":
+            assert engine.load(versions[0]).verdict == "ok"
+            assert "serving" not in engine.replicas[pair[0].url]
+            check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+        else:
+            with pytest.raises(DeliveryError, match="v1 failed on 1 of 2"):
+                engine.load(versions[0])
+        assert engine.loaded() == loaded
+
+
+def test_a_replica_that_came_back_with_wrong_weights_loads_them_anew(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    engine = probed(connect(), shm_dir)
+    engine.load(versions[0], expected=answers(versions[0]))
+    pair[0].restart()
+    pair[0].wrong_weights = 2  # the probe, and the version at first
+    engine.load(versions[1], expected=answers(versions[1]))
+    assert [len(server.adapters) for server in pair] == [2, 2]
+
+
+def test_one_slot_is_too_few(pair: Pair) -> None:
+    with pytest.raises(ConfigError, match="max_loras=1 must be at least 2"):
+        VLLMServerEngine([pair[0].url], max_loras=1)
+
+
+def test_versions_in_use_are_never_missed_by_another_thread(
+    connect: MakeEngine, versions: list[AdapterVersion]
+) -> None:
+    """Being used moves a version to the end of the line; meanwhile it is in use."""
+    engine = connect()
+    for known in versions[:2]:
+        engine.load(known)
+    in_use, done, seen = engine._fleet.in_use, threading.Event(), set()
+
+    def look() -> None:
+        while not done.is_set():
+            seen.add(len(engine.loaded()))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for turn in range(20_000):
+        with in_use.using([versions[turn % 2]]):
+            pass
+    done.set()
+    looking.join()
+    assert seen == {2}
+
+
 # Servers that pull
+
+
+def test_a_container_of_the_same_name_leaves_the_versions_of_another_alone(
+    pair: Pair, connect: MakeEngine, versions: list[AdapterVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own tmpfs has none of the other's locks, which says nothing of the other's life."""
+    with monkeypatch.context() as elsewhere, tempfile.TemporaryDirectory() as disk:
+        elsewhere.setattr(names, "_parent", lambda: Path(disk))
+        other = Names()
+    pair[0].adapters = {other.fresh(versions[0]): str(versions[0].path)}
+    connect()
+    assert pair[0].adapters
+
+
+@pytest.fixture
+def pulling(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> Iterator[tuple[VLLMServerEngine, AdapterVersion]]:
+    """An engine whose servers pull, and a version that they have."""
+    with AdapterStore(shm_dir / "store") as store:
+        published = store.publish({path.name: [path.read_bytes()] for path in versions[0].path.iterdir()}, step=0)
+        for server in pair:
+            server.resolves_from, server.sees_files = store.root / "versions", False
+        engine = probed(connect(adapters="resolver"), shm_dir)
+        engine.load(published, expected=answers(published))
+        yield engine, published
+
+
+def test_what_a_restarted_server_pulled_and_answered_unproven_does_not_count(
+    pulling: tuple[VLLMServerEngine, AdapterVersion], pair: Pair
+) -> None:
+    """It knows every name as soon as it is up; here it came back with weights of its own."""
+    engine, published = pulling
+    pair[0].restart()
+    right, pair[0].resolves_from = pair[0].resolves_from, None
+    pair[0].adapters[f"{engine.served_names(published)[pair[0].url]}"] = "pulled"
+    pair[0].weights[engine.served_names(published)[pair[0].url]] = "wrong"
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=published), published)
+    assert pair[0].completions(), "it did answer"
+    pair[0].resolves_from = right
+
+
+def test_the_base_of_a_restarted_server_does_not_count_before_it_is_proven(
+    connect: MakeEngine, pair: Pair, shm_dir: Path
+) -> None:
+    engine = probed(connect(), shm_dir)
+    engine.generate(PROMPTS, SAMPLING, adapter=None)
+    pair[0].restart()
+    answer = pair[0]._answer
+    pair[0]._answer = lambda body: answer({**body, "model": "other"}) | {"model": body["model"]}  # type: ignore[method-assign]
+    pair[0].weights["other"] = "another base"
+    check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=None), None)
+    assert "serving" not in engine.replicas[pair[0].url]
+
+
+def test_a_server_that_pulls_has_to_say_when_it_started(pair: Pair, connect: MakeEngine) -> None:
+    pair[0].has_metrics = False
+    with pytest.raises(ConfigError, match=f"{pair[0].url} has no /metrics"):
+        connect(adapters="resolver")
 
 
 def test_servers_that_pull_are_asked_for_run_and_number(

@@ -162,7 +162,10 @@ def test_level_2_is_refused_with_adapters_where_it_loses_them(
     engine.load(versions[1])
     for release in compat.RELEASES:
         monkeypatch.setattr(compat, "vllm_release", lambda release=release: release)
-        if release < (0, 33):
+        if release < (0, 28):
+            with pytest.raises(ConfigError, match=rf"on vLLM {release[0]}\.{release[1]} is for good: .*level 1"):
+                engine.sleep(level=2)
+        elif release < (0, 33):
             with pytest.raises(ConfigError, match=rf"level 2 on vLLM {release[0]}\.{release[1]} .*\(v1, v2 loaded\)"):
                 engine.sleep(level=2)
         else:
@@ -186,7 +189,13 @@ def test_level_2_reads_the_base_again_and_then_the_adapters(
     assert answers(engine, versions) == before
 
 
-def test_without_adapters_level_2_is_open_to_all_releases(engine: VLLMEngine, versions: list[AdapterVersion]) -> None:
+def test_without_adapters_level_2_is_open_to_releases_that_read_the_base_again(
+    engine: VLLMEngine, versions: list[AdapterVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(compat, "vllm_release", lambda: (0, 27))
+        with pytest.raises(ConfigError, match=r"level 2 on vLLM 0\.27 is for good"):
+            engine.sleep(level=2)
     before = answers(engine, [])
     engine.sleep(level=2)
     discard(engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -142,6 +143,19 @@ def test_pruning_leaves_head_pins_and_leases_of_any_process(shm_dir: Path) -> No
             with pytest.raises(UnknownVersion, match="3"):
                 call(3)
         assert [version.number for version in store.list()] == [1, 6]
+
+
+def test_a_lease_on_a_version_that_is_just_being_removed_leaves_nothing_open(
+    shm_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AdapterStore(shm_dir) as store:
+        version = store.publish(adapter(1), step=0)
+        opened = os.listdir("/proc/self/fd")
+        with monkeypatch.context() as removing:
+            removing.setattr("fcntl.flock", lambda descriptor, kind: shutil.rmtree(version.path))
+            with pytest.raises(UnknownVersion, match="removed from tmpfs just now"):
+                store.acquire(version)
+        assert len(os.listdir("/proc/self/fd")) == len(opened)
 
 
 def test_a_lease_ends_with_its_process(shm_dir: Path) -> None:

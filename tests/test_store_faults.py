@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -268,6 +270,68 @@ def test_an_archive_that_cannot_be_written_says_so_and_catches_up(shm_dir: Path,
         check_sound(store, [1, 2])
 
 
+def test_a_disk_that_fails_while_a_version_is_written_does_not_cost_that_version(
+    shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version is published by then: the failure, which is an earlier one's, waits for the next call."""
+    with AdapterStore(shm_dir, tmp_path, retention=keep_latest(1)) as store:
+        store.publish(adapter(0), step=0)
+        store.flush()
+        session = store._session
+        assert session is not None
+        writing, failed = threading.Event(), threading.Event()
+
+        def fail_once(point: str) -> None:
+            if point == "archive.copied" and not failed.is_set():
+                assert writing.wait(60)
+                failed.set()
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if point == "publish.staged" and session.journal.last == 2:
+                writing.set()
+                while session.writer._failure is None:
+                    time.sleep(0.001)
+
+        monkeypatch.setattr(disk, "at", fail_once)
+        store.publish(adapter(1), step=1)
+        third = store.publish(adapter(2), step=2)
+        with pytest.raises(StoreError, match="archiving version 2 failed"):
+            store.promote(third)
+        store.promote(third)
+        store.flush()
+        assert [store.where(number) for number in (2, 3)] == [{"tmpfs", "archive"}] * 2
+        assert store.prune() == [1, 2]
+
+
+def test_a_full_queue_before_a_broken_disk_refuses_the_next_state(
+    shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes in flight stay bounded, and the refused state can be handed over again."""
+    second = threading.Event()
+
+    def fail(point: str) -> None:
+        if point == "state.half":
+            assert second.wait(60)
+            time.sleep(0.05)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with AdapterStore(shm_dir, tmp_path, backlog_limit_bytes=150) as store:
+        for step in range(2):
+            store.publish(adapter(step), step=step)
+        store.flush()
+        with monkeypatch.context() as broken:
+            broken.setattr(disk, "at", fail)
+            store.archive_state(1, {"w": [bytes(100)]}, {})
+            second.set()
+            with pytest.raises(StoreError, match="trainer state of version 1 failed"):
+                store.archive_state(2, {"w": [bytes(100)]}, {})
+            assert store.archive_backlog_bytes == 102
+        with suppress(StoreError):
+            store.flush()
+        store.archive_state(2, {"w": [bytes(100)]}, {})
+        store.flush()
+        assert store.states == [1, 2]
+
+
 def test_closing_over_a_broken_archive_raises_and_unlocks(shm_dir: Path, tmp_path: Path) -> None:
     store = AdapterStore(shm_dir, tmp_path)
     shutil.rmtree(tmp_path / "staging")
@@ -306,7 +370,9 @@ def test_a_torn_or_garbled_journal_costs_no_version(shm_dir: Path) -> None:
     journal.write_bytes(b"".join(lines) + b'{"event":"record","number":2,"metr')
     reader = AdapterStore(shm_dir, readonly=True)
     check_sound(reader, [1, 2, 3])
+    assert reader.damaged_lines == (1,)
     with AdapterStore(shm_dir) as store:
+        assert store.recovered.damaged_lines == (1,)
         check_sound(store, [1, 2, 3])
         assert store.metrics(1) == {"reward": 1.0}
         store.record(2, reward=2.0)

@@ -20,7 +20,7 @@ FLOORS = [
     {"grpo"},
     {"policy", "scoring", "state"},
     {"engines"},
-    {"sync", "rollback"},
+    {"sync", "rollback", "canary"},
     {"trainer", "bench", "integrations"},
     {"demo"},
     {"cli", "__main__", "__init__"},

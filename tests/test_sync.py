@@ -17,7 +17,7 @@ from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.delivery.canary import judge
 from lora_grpo.engines.delivery.slots import SlotProver
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.errors import ConfigError, DeliveryError, TrainingError
+from lora_grpo.errors import ConfigError, DeliveryError, NoRoom, TrainingError
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Completion, Group, Sampling
 from tests.tiny_models import load_model, refill_lora, tiny_lora
@@ -146,6 +146,23 @@ def test_a_version_that_is_not_proven_is_never_head(
     assert llama_engine.generate(PROMPTS, GREEDY, adapter=first) == answer
     third = sync.push(step=1)
     assert (third.number, third.parent) == (3, 1)
+
+
+def test_a_version_that_cannot_be_promoted_is_not_served(
+    sync: NativeSync, llama_engine: VLLMEngine, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = sync.push(step=0)
+
+    def full(version: AdapterVersion) -> None:
+        raise NoRoom("HEAD cannot be moved")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "promote", full)
+        with pytest.raises(NoRoom, match="HEAD cannot be moved"):
+            sync.push(step=1)
+    assert store.head == first
+    assert [version for version in llama_engine.loaded() if version.path.is_relative_to(store.root)] == [first]
+    assert sync.push(step=1).parent == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

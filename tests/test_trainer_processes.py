@@ -197,7 +197,7 @@ def test_five_steps_are_those_of_one_process(
     assert len(steps) == STEPS
     for one, other in zip(steps, expected, strict=True):
         numbers = {name for name, value in other.items() if isinstance(value, float | int)}
-        timings = {name for name in numbers if name.startswith(("time", "sync/", "step_time"))}
+        timings = {name for name in numbers if name.startswith(("time", "sync/", "step_time", "archive/"))}
         assert one.keys() == other.keys()
         for name in numbers - timings:
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name

@@ -26,10 +26,12 @@ from transformers import TrainerCallback  # noqa: E402
 
 from lora_grpo.adapters.digest import digest_buffers  # noqa: E402
 from lora_grpo.adapters.peft_format import ServingForm  # noqa: E402
+from lora_grpo.adapters.requests import Request, answer_to, request  # noqa: E402
 from lora_grpo.engines import compat  # noqa: E402
 from lora_grpo.errors import ConfigError, DeliveryError, LoraGrpoError, UnsupportedAdapter, UnsupportedVersion  # noqa: E402
 from lora_grpo.integrations.trl import CANARY_EVERY, NativeGRPOTrainer  # noqa: E402
 from lora_grpo.integrations.trl_internals import Backend, check_release  # noqa: E402
+from lora_grpo.metrics import read_metrics  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
 from tests.tiny_models import load_model, tiny_tokenizer  # noqa: E402
 
@@ -350,6 +352,44 @@ def test_a_rollout_function_on_trls_own_defaults(llama_dir: Path, tmp_path: Path
         assert [(step, number) for step, number, _ in result.sampled] == [(0, 1), (2, 2), (4, 3)]
         assert all(held for _, _, held in result.sampled)
         assert base_digest(trainer) == result.base_before
+    finally:
+        trainer.close()
+
+
+class Asking(TrainerCallback):
+    """Another process that asks for an earlier version in the middle of a generation."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.asked: list[Request] = []
+        self.answers: list[Any] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        run = self.trainer.native.store.archive
+        self.answers += [answer_to(run, each) for each in self.asked]
+        self.asked = []
+        if state.global_step == 3:
+            self.asked = [request(run, "rollback", to="parent"), request(run, "pin", version=1)]
+
+
+def test_the_command_line_is_answered_before_the_next_step(llama_dir: Path, tmp_path: Path) -> None:
+    """And what was sampled from the version that was left is thrown away: v1 samples what its step is trained on."""
+    asking = Asking()
+    args = arguments(tmp_path, max_steps=6, eval_strategy="no")
+    trainer = native_trainer(str(llama_dir), args, peft_config=LoraConfig(**LORA), callbacks=[asking])
+    asking.trainer = trainer
+    try:
+        result = Seen(trainer, base_digest(trainer))
+        watch(result)
+        trainer.train()
+        back, pinned = asking.answers
+        assert (back["left"], back["version"], back["weights"]) == (2, 1, "exact")
+        assert "optimizer restored, scheduler restored" in back["done"]
+        assert pinned["pins"] == [1]
+        assert result.sampled == [(0, 1, True), (2, 2, True), (3, 1, True), (4, 3, True)]
+        assert trainer.native.store.get(3).parent == 1
+        told = [record["event"] for record in read_metrics(trainer.native.store.archive)]
+        assert told == ["rollback", "message"]
     finally:
         trainer.close()
 

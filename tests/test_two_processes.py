@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_grpo.adapters.peft_format import ServingForm, whole
+from lora_grpo.adapters.peft_format import Held, ServingForm, whole
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.fake import FakeEngine
@@ -128,10 +128,10 @@ class PerProcess(FakeEngine):
     def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("cpu")
 
-    def load(self, version: Any) -> LoadReceipt:
+    def load(self, version: Any, *, held: Held | None = None) -> LoadReceipt:
         if self.fails:
             raise DeliveryError("the slot holds something else")
-        return super().load(version)
+        return super().load(version, held=held)
 
 
 def fake() -> PerProcess:

@@ -25,7 +25,7 @@ from lora_grpo.adapters import disk
 from lora_grpo.config import KeepConfig
 from lora_grpo.engines.fake import FakeEngine
 from tests.conftest import ENGINE_ARGS
-from tests.crash.driver import die_at
+from tests.crash.driver import hook
 from tests.tiny_trainer import CONFIG, share_of_low_bytes, tiny_trainer
 
 
@@ -49,7 +49,7 @@ def engine_of(kind: str, base: Path) -> Any:
 def main(base: Path, run: Path, root: Path, plan: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     if "die_at" in plan:
-        disk.at = die_at(*plan["die_at"])
+        disk.at = hook(*plan["die_at"], disk_s=0.0)
 
     def reward(completions: Sequence[str], trainer_state: Any, **columns: Any) -> list[float]:
         step = trainer_state.global_step

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -18,6 +17,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def main(device: str) -> None:
+    from lora_grpo.bench.commit import commit
+
     found: dict[str, Any] = {"commit": commit(), "missing_packages": missing_packages()}
     print(json.dumps(found), flush=True)
     from lora_grpo.bench import host
@@ -29,15 +30,6 @@ def main(device: str) -> None:
     found["vllm"] = {"release": release, "known_by": compat.RELEASES[release]}
     found["compute_capability"] = compat.compute_capability()
     print(json.dumps(found))
-
-
-def commit() -> str | None:
-    """The commit that runs, with a + where files differ from it; None outside a repository."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def missing_packages() -> list[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 import tomllib
 import xml.etree.ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 SCENARIOS = REPOSITORY / "benchmarks" / "scenarios"
-SUITES = {"parity": ("tests/test_parity.py", "tests/test_gpu_sleep.py"), "nan": ("tests/test_nan_hunt.py",)}
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma")
+"""Those of tests/test_parity.py, a part each: one that is cut off leaves the others."""
+PARITY = (*(f"parity-{name}" for name in ARCHITECTURES), "parity-graphs", "parity-sleep")
 MEASURED = ("memory", "sync", "decode", "step", "rollback")
-KINDS = ("card", *SUITES, *MEASURED, "demo")
+KINDS = ("card", "parity", "nan", *MEASURED, "demo")
 DEMO_STEPS = {"cpu": 3, "cuda": 30}
 
 
@@ -34,29 +36,41 @@ class Part:
 def plan(out: Path, device: str, shapes: Sequence[str], select: str | None, models: Path) -> list[Part]:
     """Everything with the first shape, then what is measured with each further one."""
     card = Part("card", "card", [sys.executable, str(HERE / "card.py"), device], last_json)
-    suites = [_suite(kind, out, device, select) for kind in SUITES]
+    suites = list(_suites(out, device, select))
     measured = [[_bench(kind, shape, out, device, models) for kind in MEASURED] for shape in shapes]
     further = [part for parts in measured[1:] for part in parts]
     return [card, *suites, *measured[0], _demo(out, device), *further]
 
 
 def scenario_of(shape: str, kind: str) -> Path:
-    """The scenario file that has settings for a part with a shape. Raises `LookupError` where there is none."""
-    for path in sorted(SCENARIOS.glob("gpu-*.toml")):
+    """The first scenario file that has settings for a part with a shape. Raises `LookupError` where there is none."""
+    for path in sorted(SCENARIOS.glob("gpu-*.toml"), key=lambda path: (len(path.name), path.name)):
         tables = tomllib.loads(path.read_text())
         if tables["all"]["shape"] == shape and kind in tables:
             return path
     raise LookupError(f"no {SCENARIOS.name}/gpu-*.toml measures {kind} with shape {shape!r}")
 
 
-def _suite(kind: str, out: Path, device: str, select: str | None) -> Part:
-    report = out / "suites" / f"{kind}.xml"
+def _suites(out: Path, device: str, select: str | None) -> Iterator[Part]:
+    """Parity by architecture; with CUDA graphs and asleep where there is a GPU; the hunt for NaN."""
+    tests = "tests/test_parity.py"
+    for name in ARCHITECTURES:
+        yield _suite(f"parity-{name}", "parity", tests, out, device, f"{name} and not graphs", select)
+    if device != "cpu":
+        yield _suite("parity-graphs", "parity", tests, out, device, "graphs", select)
+        yield _suite("parity-sleep", "parity", "tests/test_gpu_sleep.py", out, device, None, select)
+    yield _suite("nan", "nan", "tests/test_nan_hunt.py", out, device, None, select)
+
+
+def _suite(name: str, kind: str, tests: str, out: Path, device: str, own: str | None, select: str | None) -> Part:
+    report = out / "suites" / f"{name}.xml"
     options = ["-q", "--device", device, "--junitxml", str(report), "-o", "junit_family=xunit1"]
     # Without the project's pytest settings, some of which need plugins that a bare host does not have.
     bare = ["-c", os.devnull, "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider"]
-    chosen = [] if select is None else ["-k", select]
-    command = [sys.executable, "-m", "pytest", *SUITES[kind], *bare, *options, *chosen]
-    return Part(kind, kind, command, lambda printed: _cases(report))
+    expression = " and ".join(f"({one})" for one in (own, select) if one is not None)
+    chosen = ["-k", expression] if expression else []
+    command = [sys.executable, "-m", "pytest", tests, *bare, *options, *chosen]
+    return Part(name, kind, command, lambda printed: _cases(report))
 
 
 def _bench(kind: str, shape: str, out: Path, device: str, models: Path) -> Part:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parts import KINDS, REPOSITORY, Part, plan
+from parts import KINDS, MEASURED, PARITY, REPOSITORY, Part, plan
 
 LEAST_S = 20.0
 """Less than this is not worth starting a part for."""
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         planned = plan(out, options.device, options.shape, options.select, models)
         chosen = [part for part in planned if not options.only or {part.name, part.kind} & set(options.only)]
-        states = run_all(chosen, out, time_s, environment(options.site), again=options.again)
+        states = run_all(chosen, out, time_s, environment(options.site, options.commit), again=options.again)
     except LookupError as error:
         sys.exit(str(error))
     finally:
@@ -58,10 +58,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", type=words, default=["qwen2.5-0.5b"], help="model shapes, such as tiny or a,b,c")
     parser.add_argument("--only", type=words, default=[], help=f"parts or kinds: {', '.join(KINDS)}")
     parser.add_argument("--minutes", type=float, help="stop then; no part may take more than half of them")
+    parser.add_argument("--commit", help="what to name the code by where it came without its repository")
     parser.add_argument("--select", help="of parity and nan, the tests that match (as pytest -k)")
     parser.add_argument("--again", action="store_true", help="run what has passed before, too")
     options = parser.parse_args(arguments)
-    known = {*KINDS, *(f"{kind}-{shape}" for kind in KINDS for shape in options.shape)}
+    known = {*KINDS, *PARITY, *(f"{kind}-{shape}" for kind in MEASURED for shape in options.shape)}
     if unknown := set(options.only) - known:
         parser.error(f"--only {','.join(sorted(unknown))}: there is no such part; use {', '.join(KINDS)}")
     return options
@@ -71,12 +72,13 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def environment(site: Path | None) -> dict[str, str]:
-    """For the parts: this repository and the site folder to import from, and nothing to be fetched."""
+def environment(site: Path | None, commit: str | None) -> dict[str, str]:
+    """For the parts: this repository and the site folder to import from, its commit, and nothing to be fetched."""
     paths = [str(REPOSITORY), *([] if site is None else [str(site.resolve())]), os.environ.get("PYTHONPATH", "")]
     fixed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "NO_COLOR": "1", "TERM": "dumb"}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return {**os.environ, **fixed, **offline}
+    named = {} if commit is None else {"LORA_GRPO_COMMIT": commit}
+    return {**os.environ, **fixed, **offline, **named}
 
 
 def run_all(

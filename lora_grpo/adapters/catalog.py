@@ -67,6 +67,15 @@ class Catalog:
             known = self._read[number] = self._read_manifest(number)
         return known
 
+    def parent_of(self, number: int) -> int | None:
+        """The version that a version was made from, kept or not; None where neither journal nor manifest tells."""
+        if self.journal.knows(number):
+            return self.journal.parent_of(number)
+        try:
+            return self.manifest(number).parent
+        except (UnknownVersion, StoreCorrupt, FileNotFoundError):
+            return None
+
     def _read_manifest(self, number: int) -> Manifest:
         try:
             return read_manifest(self.root.folder(VERSIONS, number))

@@ -20,6 +20,9 @@ from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
 
 IOV_MAX = 1024
 PAGE_BYTES = 4096
+STAGING = "staging"
+"""The folder of a tree for what is not whole yet; whatever is there when the tree is next opened is deleted."""
+SHM_SIZE = "a Docker container has a /dev/shm of 64 MiB unless it is started with --shm-size, such as --shm-size=8g"
 
 
 def at(point: str) -> None:
@@ -37,7 +40,8 @@ def reported(doing: str) -> Iterator[None]:
         where = f" ({error.filename})" if error.filename else ""
         sentence = f"{doing} failed: {error.strerror or error}{where}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoRoom(f"{sentence}; free some space and try again, what was published before is intact") from error
+            intact = "free some space and try again, what was published before is intact"
+            raise NoRoom(f"{sentence}; {intact} ({SHM_SIZE})") from error
         raise StoreError(sentence) from error
 
 
@@ -144,7 +148,7 @@ class Tree:
         self.path = path
         self.kinds = kinds
         self.sync = sync
-        self._staging = path / "staging"
+        self._staging = path / STAGING
         self._trash = path / "trash"
 
     def create(self) -> None:

@@ -28,8 +28,9 @@ class Journal:
 
     `published` maps the numbers of versions that should have a copy to their manifests, `metrics` what was
     recorded of those; `promoted` are the ones that were promoted, in the order of their last promotion, and the last
-    one even if it is gone; `states` are the trainer states written or on their way. What grows with every version
-    ever published is the file alone.
+    one even if it is gone; `states` are the trainer states written or on their way; `damaged_lines` are the lines,
+    counted from 1, that could not be read, so that what they told is not in the rest. What grows with every version
+    ever published is the file alone; with every branch (a version whose parent is not the number before) a few bytes.
     """
 
     def __init__(self, path: Path, *, sync: bool) -> None:
@@ -39,8 +40,10 @@ class Journal:
         self.pins: set[int] = set()
         self.states: set[int] = set()
         self.metrics: dict[int, dict[str, Any]] = {}
-        self.damaged_lines = 0
+        self.damaged_lines: list[int] = []
+        self._lines = 0
         self._ever = Spans()
+        self._branches: dict[int, int | None] = {}
         self._back: set[int] = set()
         self._sync = sync
         self._descriptor: int | None = None
@@ -56,7 +59,7 @@ class Journal:
             return
         complete = added[: added.rfind(b"\n") + 1]
         self._end += len(complete)
-        for line in complete.splitlines():
+        for line in complete.split(b"\n")[:-1]:
             self._take(line)
 
     def open_for_writing(self) -> None:
@@ -78,6 +81,10 @@ class Journal:
     def has_forgotten(self, number: int) -> bool:
         """Whether a version's last copy was removed on purpose, or its loss reported."""
         return number in self._ever and number not in self.published
+
+    def parent_of(self, number: int) -> int | None:
+        """The version that a version was made from, kept or not; None for a first one, or where no line tells."""
+        return self._branches.get(number, number - 1) if number in self._ever else None
 
     def metrics_of(self, number: int) -> dict[str, Any]:
         """What was recorded of a version; read from the file again where the version is, or once was, gone."""
@@ -115,18 +122,16 @@ class Journal:
             self._descriptor = None
 
     def _take(self, line: bytes) -> None:
+        self._lines += 1
         try:
             self._apply(*_parsed(line))
         except _DAMAGE:
-            self.damaged_lines += 1
+            self.damaged_lines.append(self._lines)
 
     def _apply(self, event: str, number: int, fields: dict[str, Any]) -> None:
         match event:
             case "publish":
-                if self.has_forgotten(number):
-                    self._back.add(number)
-                self.published[number] = Manifest.from_mapping(fields)
-                self._ever.add(number)
+                self._publish(Manifest.from_mapping(fields))
             case "promote":
                 self._promote(number)
             case "record":
@@ -145,6 +150,16 @@ class Journal:
             case "forget_state":
                 self.states.discard(number)
 
+    def _publish(self, manifest: Manifest) -> None:
+        number = manifest.number
+        if self.has_forgotten(number):
+            self._back.add(number)
+        self.published[number] = manifest
+        self._ever.add(number)
+        self._branches.pop(number, None)
+        if manifest.parent != number - 1:
+            self._branches[number] = manifest.parent
+
     def _promote(self, number: int) -> None:
         before = next(reversed(self.promoted), None)
         if before is not None and before not in self.published:
@@ -153,7 +168,9 @@ class Journal:
         self.promoted[number] = None
 
     def _forget(self, number: int) -> None:
-        self._ever.add(number)
+        if number not in self._ever:
+            self._ever.add(number)
+            self._branches[number] = None
         self.published.pop(number, None)
         self.metrics.pop(number, None)
         if next(reversed(self.promoted), None) != number:

@@ -13,7 +13,7 @@ import socket
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -171,15 +171,18 @@ class Leases:
 
 
 def _lock_in_place(number: int, path: Path) -> int:
-    try:
+    with suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        # Whoever removes a version locks its manifest first: still being at its path now means staying there.
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+        stays = False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            # Whoever removes a version locks its manifest first: still being at its path now means staying there.
+            stays = os.path.samestat(os.fstat(descriptor), os.stat(path))
+        finally:
+            if not stays:
+                os.close(descriptor)
+        if stays:
             return descriptor
-        os.close(descriptor)
-    except FileNotFoundError:
-        pass
     raise UnknownVersion(f"version {number} was removed from tmpfs just now; store.restore({number}) brings it back")
 
 

@@ -9,7 +9,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_grpo.adapters import disk
+from lora_grpo.adapters import disk, requests
 from lora_grpo.adapters.archive import Archive
 from lora_grpo.adapters.catalog import Catalog, link_head
 from lora_grpo.adapters.disk import Tree, make_private
@@ -32,7 +32,8 @@ class Recovered:
 
     `lost`: versions that were on tmpfs only when it went (or were deleted by another program); `lost_states`: trainer
     states not yet written when their process died; `damaged`: versions that differ from what was published (opening
-    reads only `HEAD` and those still to be archived; `verify` reads the others); `swept`: half-written or
+    reads only `HEAD` and those still to be archived; `verify` reads the others); `damaged_lines`: lines of the journal
+    that cannot be read, counted from 1, with the metrics, pins or promotions that they held; `swept`: half-written or
     half-removed folders that were deleted; `unarchived`: versions now queued for the archive; `head_moved`:
     (promoted before, `HEAD` now) where the promoted version was lost or damaged.
     """
@@ -40,6 +41,7 @@ class Recovered:
     lost: tuple[int, ...] = ()
     lost_states: tuple[int, ...] = ()
     damaged: tuple[int, ...] = ()
+    damaged_lines: tuple[int, ...] = ()
     swept: tuple[str, ...] = ()
     unarchived: tuple[int, ...] = ()
     head_moved: tuple[int, int | None] | None = None
@@ -207,10 +209,14 @@ class Opening:
         head_moved = self._settle_head()
         unarchived = [n for n in self.root.numbers(VERSIONS) if self.archive is not None and not self.archive.has(n)]
         self._damaged.update(n for n in unarchived if not self._is_sound(n))
+        if self.places.run is not None:
+            with disk.reported(f"settling what was asked of {self.places.run}"):
+                requests.sweep(self.places.run)
         return Recovered(
             lost=tuple(lost),
             lost_states=tuple(lost_states),
             damaged=tuple(sorted(self._damaged)),
+            damaged_lines=tuple(self.journal.damaged_lines),
             swept=tuple(self._leftovers),
             unarchived=tuple(n for n in unarchived if n not in self._damaged),
             head_moved=head_moved,

@@ -6,14 +6,15 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
+from lora_grpo.adapters.digest import AdapterDigest, Buffer
+from lora_grpo.adapters.layout import ADAPTER_FILE as WEIGHTS_FILE
+from lora_grpo.adapters.layout import CONFIG_FILE
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError
 
@@ -46,8 +47,18 @@ class AdapterFile:
     dtype: str
     mapped: memoryview
     """The whole tensors file, of which `payload` is the end. The mapping is private and outlives the file."""
-    checksum: bytes
-    """xxh3_128 of the payload when it was opened; an engine may share the mapping's memory and write to it."""
+    config: bytes
+
+    def digest_with(self, payload: Iterable[Buffer]) -> str:
+        """The version's digest, were `payload`, in pieces, what its tensors file holds after the header."""
+        digest = AdapterDigest()
+        digest.file(CONFIG_FILE, len(self.config))
+        digest.update(self.config)
+        digest.file(WEIGHTS_FILE, len(self.mapped))
+        digest.update(self.mapped[: len(self.mapped) - len(self.payload)])
+        for piece in payload:
+            digest.update(piece)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class _Malformed(ValueError):
 
 def open_adapter(version: AdapterVersion) -> AdapterFile:
     """Map a version's files and check them against each other; raises `DeliveryError` naming the module or value."""
-    weights, config_path = version.path / "adapter_model.safetensors", version.path / "adapter_config.json"
+    weights, config_path = version.path / WEIGHTS_FILE, version.path / CONFIG_FILE
     try:
         config = config_path.read_bytes()
         header, mapped = _map(weights)
@@ -78,9 +89,7 @@ def open_adapter(version: AdapterVersion) -> AdapterFile:
     payload = mapped[8 + len(header) :]
     if not layout.entries or layout.payload_bytes != len(payload):
         raise DeliveryError(f"{version}: {weights} is truncated or empty ({len(payload)} bytes of tensors)")
-    return AdapterFile(
-        header, layout.entries, payload, layout.paths, layout.dtype, mapped, xxhash.xxh3_128_digest(payload)
-    )
+    return AdapterFile(header, layout.entries, payload, layout.paths, layout.dtype, mapped, config)
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,8 @@
-"""What other processes ask of the one that holds a run: a file each, numbered, answered by a file beside it."""
+"""What other processes ask of the one that holds a run: a file each, numbered, answered by a file beside it.
+
+`000001.json` is asked, and its client may take it back; `000001.doing` is being done; `000001.answer.json` is done.
+Each step is one rename or unlink, so that client and holder never both believe that a request was theirs to end.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ from lora_grpo.adapters.locks import holder
 from lora_grpo.errors import StoreError
 
 _ANSWER = ".answer.json"
+_DOING = ".doing"
+_DROPPED = "dropped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ def request(run: str | Path, verb: str, **args: Any) -> Request:
 
 
 def answer_to(run: str | Path, request: Request) -> dict[str, Any] | None:
-    """The holder's answer, taken away by reading it; None while there is none."""
+    """The holder's answer, taken away by reading it; None while there is none. See `is_dropped`."""
     path = Path(run) / "requests" / f"{disk.folder_name(request.number)}{_ANSWER}"
     content = disk.read_small(path)
     if content is None:
@@ -55,12 +61,66 @@ def answer_to(run: str | Path, request: Request) -> dict[str, Any] | None:
 
 
 def withdraw(run: str | Path, request: Request) -> bool:
-    """Take a request back; False when it is gone already, answered or withdrawn."""
+    """Take a request back, so that it is never done; False when it was begun, answered or withdrawn already."""
     try:
         (Path(run) / "requests" / f"{disk.folder_name(request.number)}.json").unlink()
     except FileNotFoundError:
         return False
     return True
+
+
+def is_dropped(answer: dict[str, Any]) -> bool:
+    """Whether an answer says that nobody began with the request, and nobody will: the run was opened again since."""
+    return bool(answer.get(_DROPPED))
+
+
+def claim(run: Path, request: Request) -> bool:
+    """Begin with a request: from here on it cannot be taken back. False when it was."""
+    folder, name = run / "requests", disk.folder_name(request.number)
+    try:
+        os.rename(folder / f"{name}.json", folder / f"{name}{_DOING}")
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def is_begun(run: str | Path, request: Request) -> bool:
+    """Whether the holder is doing it, or ended while it did."""
+    return (Path(run) / "requests" / f"{disk.folder_name(request.number)}{_DOING}").exists()
+
+
+def is_answered(run: str | Path, request: Request) -> bool:
+    """Whether an answer waits to be taken."""
+    return (Path(run) / "requests" / f"{disk.folder_name(request.number)}{_ANSWER}").exists()
+
+
+def cut_short(run: str | Path) -> str:
+    """Why nobody knows what became of a request."""
+    return (
+        "the process that held the run ended while it was doing this; "
+        f"`lora-grpo versions {run}` shows whether it was done"
+    )
+
+
+def sweep(run: Path) -> None:
+    """Settle what was asked of a process that is gone: nobody else does it, and whoever still waits is told so.
+
+    Answers that nobody came for are removed.
+    """
+    folder = run / "requests"
+    endings: dict[int, set[str]] = {}
+    for name in os.listdir(folder) if folder.is_dir() else ():
+        number, _, ending = name.partition(".")
+        if number.isdigit():
+            endings.setdefault(int(number), set()).add(f".{ending}")
+    for asked, found in endings.items():
+        if found == {_ANSWER}:
+            (folder / f"{disk.folder_name(asked)}{_ANSWER}").unlink()
+        elif _ANSWER in found:
+            _clear(folder, asked)
+        else:
+            unfinished = {"error": cut_short(run), "kind": StoreError.__name__}
+            answer(run, Request(asked, ""), unfinished if _DOING in found else {_DROPPED: True})
 
 
 def pending(run: Path) -> list[Request]:
@@ -78,12 +138,17 @@ def _parse(number: int, content: bytes) -> Request:
 
 
 def answer(run: Path, request: Request, result: dict[str, Any]) -> None:
-    """Leave the answer, then take the request away: a kill in between has it answered twice, never lost."""
+    """Leave the answer, then take the request away: a kill in between leaves both, and the answer counts."""
     folder = run / "requests"
     name = disk.folder_name(request.number)
     with disk.reported(f"answering request {request.number}"):
         disk.replace_file(folder / f"{name}{_ANSWER}", json.dumps(result).encode(), sync=False)
-        (folder / f"{name}.json").unlink(missing_ok=True)
+        _clear(folder, request.number)
+
+
+def _clear(folder: Path, number: int) -> None:
+    for ending in (_DOING, ".json"):
+        (folder / f"{disk.folder_name(number)}{ending}").unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> dict[int, Path]:

@@ -122,7 +122,10 @@ def keep_archived(rules: Retention) -> Retention:
 
 
 def keep_trainer_state(rules: Retention) -> Retention:
-    """The same rules, for trainer states, each several times the size of an adapter."""
+    """The same rules, for trainer states, each several times the size of an adapter.
+
+    The archived adapter of a version whose state is kept stays with it: without one there is no going back there.
+    """
     return Retention(state=_plain("keep_trainer_state", rules))
 
 

@@ -119,15 +119,8 @@ def state_extra(store: AdapterStore, number: int) -> dict[str, Any] | None:
         if files is not None:
             extra: dict[str, Any] = json.loads(files[STATE_FILE].read_bytes())["extra"]
             return extra
-        following = _parent_of(store, following)
+        following = store.parent_of(following)
     return None
-
-
-def _parent_of(store: AdapterStore, number: int) -> int | None:
-    try:
-        return store.get(number).parent
-    except UnknownVersion:
-        return None
 
 
 def _parse(line: bytes, path: Path) -> Rollback:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from lora_grpo.adapters.catalog import Catalog
-from lora_grpo.adapters.disk import PAGE_BYTES, room_bytes
+from lora_grpo.adapters.disk import PAGE_BYTES, SHM_SIZE, room_bytes
 from lora_grpo.adapters.session import Session
 from lora_grpo.errors import NoRoom
 
 MIB = 1 << 20
 _MANIFEST_PAGES = 3
 """Pages beyond the files' own: the manifest, and the folder's bookkeeping."""
-
-_DOCKER = "(a Docker container has a /dev/shm of 64 MiB unless it is started with --shm-size, such as --shm-size=8g)"
 
 
 class Room:
@@ -38,17 +37,10 @@ class Room:
 
     def _lacking(self, sizes: Mapping[str, int]) -> str | None:
         """Why the files do not fit, or None."""
-        root = self._catalog.root.path
-        pages = _MANIFEST_PAGES + sum(-(-size // PAGE_BYTES) for size in sizes.values())
-        need, room = pages * PAGE_BYTES, room_bytes(root)
-        advice = "prune(), a retention that keeps fewer versions"
-        if need > room:
-            usage = os.statvfs(root)
-            size = usage.f_blocks * usage.f_frsize
-            return (
-                f"a version needs {need / MIB:.2f} MiB and {root} has room for {room / MIB:.2f} MiB "
-                f"of {size / MIB:.0f} MiB: {advice}, or a larger tmpfs {_DOCKER}"
-            )
+        root, advice = self._catalog.root.path, "prune(), a retention that keeps fewer versions"
+        lacking = _lacking_in(root, sizes)
+        if lacking is not None:
+            return f"a version {lacking}: {advice}, or a larger tmpfs ({SHM_SIZE})"
         if self._budget_bytes is None:
             return None
         need, used = sum(sizes.values()), self._catalog.tmpfs_bytes()
@@ -56,6 +48,23 @@ class Room:
             return (
                 f"a version needs {need / MIB:.2f} MiB and budget_bytes={self._budget_bytes} has room for "
                 f"{max(0, self._budget_bytes - used) / MIB:.2f} MiB, versions in {root} taking {used / MIB:.2f} MiB: "
-                f"{advice}, or a larger budget within the tmpfs {_DOCKER}"
+                f"{advice}, or a larger budget within the tmpfs ({SHM_SIZE})"
             )
         return None
+
+
+def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
+    """Raise `NoRoom` when files of `sizes` bytes, which `what` names, do not fit the file system of `folder`."""
+    lacking = _lacking_in(folder, sizes)
+    if lacking is not None:
+        raise NoRoom(f"{what} {lacking}: free some of it, or use a larger tmpfs ({SHM_SIZE})")
+
+
+def _lacking_in(folder: Path, sizes: Mapping[str, int]) -> str | None:
+    pages = _MANIFEST_PAGES + sum(-(-size // PAGE_BYTES) for size in sizes.values())
+    need, room = pages * PAGE_BYTES, room_bytes(folder)
+    if need <= room:
+        return None
+    usage = os.statvfs(folder)
+    size = usage.f_blocks * usage.f_frsize
+    return f"needs {need / MIB:.2f} MiB and {folder} has room for {room / MIB:.2f} MiB of {size / MIB:.0f} MiB"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +16,25 @@ from lora_grpo.adapters.journal import Journal
 from lora_grpo.adapters.layout import STATES, VERSIONS, Manifest
 from lora_grpo.adapters.locks import Leases, WriterLock, unleased
 from lora_grpo.adapters.opening import Opening, for_writing, warn_unless_tmpfs
-from lora_grpo.adapters.retention import Retention
+from lora_grpo.adapters.retention import Place, Retention
 from lora_grpo.adapters.writer import BackgroundWriter, Job
 from lora_grpo.errors import StoreError
 
 TRASH = "trash"
 """The kind of the archive thread's jobs that delete."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What a place keeps: `wanted` once everything queued is on the disk; `now` also what is there and has to stay
+    until then, since a kill takes the queue with it."""
+
+    now: Set[int]
+    wanted: Set[int]
+
+    @classmethod
+    def of(cls, numbers: Set[int]) -> _Kept:
+        return cls(numbers, numbers)
 
 
 class Session:
@@ -66,8 +80,14 @@ class Session:
         self.writer.submit(Job(VERSIONS, manifest.number, manifest.size_bytes, 0, copy))
 
     def archive_state(self, number: int, contents: Mapping[str, Sequence[Buffer]]) -> None:
-        """Queue a trainer state; when the queue is full, states that retention would drop anyway leave it first."""
+        """Queue a trainer state, after its version if the archive has not got that.
+
+        When the queue is full, states that retention would drop anyway leave it first.
+        """
         archive = self.required_archive()
+        # In this order: a copy that is finished in between is seen by the second look.
+        if number not in self.writer.pending(VERSIONS) and not archive.has(number):
+            self.archive_version(self.catalog.manifest(number))
         size = sum(memoryview(buffer).nbytes for buffers in contents.values() for buffer in buffers)
         if not self.writer.has_room(size):
             self._prune_states(self.writer.pending(STATES), coming=number)
@@ -76,13 +96,14 @@ class Session:
 
     def prune(self) -> list[int]:
         """Apply retention to tmpfs, archive and trainer states; the numbers whose tmpfs copy went."""
-        durable = self._archive_keeps()
-        removed = self._prune_tmpfs(durable)
-        if self.archive is not None:
-            if self.retention.limits("archive"):
-                self._prune_archive(self.archive, durable)
-            if self.retention.limits("state"):
-                self._prune_states({*self.catalog.states(), *self.writer.pending(STATES)})
+        # States first: a kill in between leaves an adapter without its state, never a state without its adapter.
+        if self.archive is not None and self.retention.limits("state"):
+            queued = self.writer.pending(STATES)
+            self._prune_states({*queued, *self.catalog.states()})
+        archived = self._archive_keeps()
+        removed = self._prune_tmpfs(archived.now)
+        if self.archive is not None and self.retention.limits("archive"):
+            self._prune_archive(self.archive, archived)
         return removed
 
     def remove_from_tmpfs(self, number: int, *, survives: bool) -> bool:
@@ -114,32 +135,41 @@ class Session:
             self.leases.close()
             self.lock.release()
 
-    def _archive_keeps(self) -> Callable[[int], bool]:
-        """Whether a version is to be in the archive, by its number."""
+    def _archive_keeps(self) -> _Kept:
+        """What is to be in the archive: what its rules keep, and the adapter of every trainer state."""
         if self.archive is None:
-            return lambda number: False
+            return _Kept.of(frozenset())
         if not self.retention.limits("archive"):
-            return lambda number: True
-        kept = self.retention.kept("archive", self.catalog.candidates(self.catalog.numbers()))
-        return (kept | self.protected()).__contains__
+            # Everything; listing an archive that only grows would make every prune slower than the last one.
+            return _Kept.of({*self.root.numbers(VERSIONS)})
+        queued, states = self.writer.pending(VERSIONS), self.writer.pending(STATES)
+        durable = {*self.archive.tree.numbers(VERSIONS)} - queued
+        always = self.protected().union(states, self.catalog.states())
+        return self._kept("archive", {*self.catalog.numbers()}, durable, always)
 
-    def _prune_tmpfs(self, durable: Callable[[int], bool]) -> list[int]:
+    def _kept(self, place: Place, numbers: set[int], durable: set[int], always: set[int]) -> _Kept:
+        """What retention keeps of `numbers`, of which `durable` are on the disk."""
+        candidates = self.catalog.candidates(sorted(numbers))
+        wanted = self.retention.kept(place, candidates) | always
+        on_disk = [candidate for candidate in candidates if candidate.number in durable]
+        return _Kept(wanted | self.retention.kept(place, on_disk), wanted)
+
+    def _prune_tmpfs(self, durable: Set[int]) -> list[int]:
         here = self.root.numbers(VERSIONS)
         keep = self.retention.kept("tmpfs", self.catalog.candidates(here)) | self.protected()
         removed, pending = [], self.writer.pending(VERSIONS)
         for number in (n for n in here if n not in keep):
             archived = self.catalog.in_archive(number) and number not in pending
             # What the archive wants and does not have yet stays; what it does not want need not be written.
-            going = archived if durable(number) else self.writer.cancel(VERSIONS, number)
+            going = archived if number in durable else self.writer.cancel(VERSIONS, number)
             if (going or self.archive is None) and self.remove_from_tmpfs(number, survives=archived):
                 removed.append(number)
         return removed
 
-    def _prune_archive(self, archive: Archive, durable: Callable[[int], bool]) -> None:
-        self._late[VERSIONS] |= {number for number in self.writer.pending(VERSIONS) if not durable(number)}
-        for number in archive.tree.numbers(VERSIONS):
-            if durable(number):
-                continue
+    def _prune_archive(self, archive: Archive, kept: _Kept) -> None:
+        queued, numbers = self.writer.pending(VERSIONS), {*archive.tree.numbers(VERSIONS)}
+        self._late[VERSIONS] = (queued | numbers & kept.now) - kept.wanted
+        for number in sorted(numbers - kept.now):
             if not self.catalog.on_tmpfs(number):
                 self.journal.append("forget", number)
             self._remove(archive, VERSIONS, number)
@@ -147,12 +177,12 @@ class Session:
 
     def _prune_states(self, numbers: set[int], *, coming: int | None = None) -> None:
         archive = self.required_archive()
-        known = {*archive.tree.numbers(STATES), *self.writer.pending(STATES)}
-        if coming is not None:
-            known.add(coming)
-        keep = self.retention.kept("state", self.catalog.candidates(sorted(known))) | self.protected()
-        for number in sorted(numbers - keep):
-            if not self.writer.cancel(STATES, number):
+        queued = self.writer.pending(STATES) | ({coming} if coming is not None else set())
+        durable = {*archive.tree.numbers(STATES)} - queued
+        kept = self._kept("state", queued | durable, durable, self.protected())
+        self._late[STATES] -= numbers
+        for number in sorted(numbers - kept.wanted):
+            if number in kept.now or not self.writer.cancel(STATES, number):
                 self._late[STATES].add(number)
                 continue
             self.journal.append("forget_state", number)
@@ -161,13 +191,15 @@ class Session:
                 disk.at("prune.state")
 
     def _prune_late(self) -> None:
-        """Remove what was on its way to the disk when a prune wanted it gone, where the rules still say so."""
+        """Remove what had to wait for the disk when a prune wanted it gone, where the rules still say so."""
         if self.archive is None or not any(self._late.values()):
             return
         self.writer.flush()
-        durable = self._archive_keeps()
-        self._prune_archive(self.archive, lambda number: number not in self._late[VERSIONS] or durable(number))
+        late = self._late[VERSIONS] | self._late[STATES]
         self._prune_states(self._late[STATES].intersection(self.catalog.states()))
+        if self.retention.limits("archive"):
+            kept, spared = self._archive_keeps(), {*self.catalog.numbers()} - late
+            self._prune_archive(self.archive, _Kept(kept.now | spared, kept.wanted | spared))
 
     def _remove(self, archive: Archive, kind: str, number: int) -> None:
         """Take an archived folder away at once; waiting for the disk is left to the archive thread."""

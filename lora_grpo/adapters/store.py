@@ -180,7 +180,8 @@ class AdapterStore(StoreView):
         """Remove what retention no longer keeps; the numbers whose tmpfs copy went.
 
         What is leased (by any process), pinned or `HEAD` stays, and so does, with an archive, what the archive is to
-        keep and has not got yet. The archive and trainer states follow their own rules.
+        keep and has not got yet. The archive and trainer states follow their own rules, and no durable copy is
+        removed in favour of one that still waits for the disk.
         """
         with self._writing("pruning") as session:
             return session.prune()
@@ -219,7 +220,8 @@ class AdapterStore(StoreView):
         """Queue a version's trainer state for the archive; `meta` becomes `state.json`.
 
         The buffers are the store's from now on: nobody may change them. Waits only when more than
-        `backlog_limit_bytes` are queued and no queued state is one that retention would drop.
+        `backlog_limit_bytes` are queued and no queued state is one that retention would drop; raises what the disk
+        failed with meanwhile, and then the state is not queued.
         """
         number = number_of(version)
         if clash := {STATE_FILE, SUMS_FILE} & set(files):
@@ -227,7 +229,8 @@ class AdapterStore(StoreView):
         contents = {**files, STATE_FILE: [json.dumps(dict(meta)).encode()]}
         with self._writing(f"archiving the trainer state of version {number}") as session:
             self._catalog.manifest(number)
-            if session.required_archive().tree.has(STATES, number) or number in session.writer.pending(STATES):
+            archive = session.required_archive()
+            if number in session.writer.pending(STATES) or archive.tree.has(STATES, number):
                 raise StoreError(f"version {number} has a trainer state already; states are written once")
             session.archive_state(number, contents)
 
@@ -253,6 +256,11 @@ class AdapterStore(StoreView):
     def requests(self) -> list[Request]:
         """What other processes ask for, in the order in which they asked; see `requests.request`."""
         return [] if self.archive is None else requests.pending(self.archive)
+
+    def claim(self, request: Request) -> bool:
+        """Begin with a request, so that it can no longer be taken back; False when it was."""
+        with self._writing("beginning with a request") as session:
+            return requests.claim(session.required_archive().tree.path, request)
 
     def answer(self, request: Request, result: Mapping[str, Any]) -> None:
         """Tell the process that asked what became of its request."""

@@ -60,6 +60,13 @@ class StoreView:
         """
         return self._looking().version(number)
 
+    def parent_of(self, number: int) -> int | None:
+        """The version that a version was made from, be they kept or not.
+
+        None for a first one, for a number that was never given out, and where the run's history is damaged.
+        """
+        return self._looking().parent_of(number)
+
     def where(self, number: int) -> frozenset[str]:
         """Which of "tmpfs", "archive" and "state" (the trainer state) there are of a version."""
         catalog = self._looking()
@@ -125,6 +132,11 @@ class StoreView:
         """Versions without a copy that no retention removed: deleted by another program, or lost with the tmpfs."""
         catalog = self._looking()
         return sorted(catalog.journal.published.keys() - set(catalog.numbers()))
+
+    @property
+    def damaged_lines(self) -> tuple[int, ...]:
+        """Lines of the journal, counted from 1, that cannot be read: what they held of the run's history is lost."""
+        return tuple(self._looking().journal.damaged_lines)
 
     def metrics(self, number: int) -> dict[str, Any]:
         """Everything recorded of a version."""

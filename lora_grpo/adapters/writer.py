@@ -53,11 +53,16 @@ class BackgroundWriter:
             return self._fits(held_bytes)
 
     def submit(self, job: Job) -> None:
-        """Queue a job; waits while the memory held by the queue is above the limit."""
+        """Queue a job; waits while the memory held by the queue is above the limit.
+
+        What failed meanwhile is raised by the next call on the store, since this one was done. Only where the disk
+        takes nothing and the queue is full is it raised here, and the job is not queued.
+        """
         with self._changed:
             self._start()
             self._changed.wait_for(lambda: self._failure is not None or self._fits(job.held_bytes))
-            self._raise()
+            if not self._fits(job.held_bytes):
+                self._raise()
             self._jobs.append(job)
             self._changed.notify_all()
 

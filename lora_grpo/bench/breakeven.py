@@ -18,15 +18,20 @@ def break_even(sync: Sequence[SyncRow], decode: Sequence[DecodeRow]) -> list[Bre
     first = {(row.strategy, row.shape): row for row in reversed(sync) if row.strategy != NATIVE}
     for pair in reversed(first.values()):
         native_s = pair.median_s / pair.ratio_to_native
-        curves = [
-            row
-            for row in decode
-            if row.shape == pair.shape and row.strategy == pair.decodes_like and not row.strategy.startswith(NATIVE)
-        ]
+        curves = _curves(pair, decode)
         for count in sorted({row.rows for row in curves}):
             longest = max((row for row in curves if row.rows == count), key=lambda row: row.completion_tokens)
             rows.append(_row(pair, longest, native_s))
     return rows
+
+
+def _curves(pair: SyncRow, decode: Sequence[DecodeRow]) -> list[DecodeRow]:
+    """The merge's own decode figures, or those of the strategy that it decodes like."""
+    for name in (pair.strategy, pair.decodes_like):
+        found = [row for row in decode if (row.shape, row.strategy) == (pair.shape, name)]
+        if found and not name.startswith(NATIVE):
+            return found
+    return []
 
 
 def _row(pair: SyncRow, decoded: DecodeRow, native_s: float) -> BreakEvenRow:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench import fidelity
 from lora_grpo.bench.memory import kv_tokens
 from lora_grpo.bench.plan import Cell, Subject, results_of, there_and_back
-from lora_grpo.bench.schema import DecodeRow, Settings
+from lora_grpo.bench.schema import DecodeRow, RoomRow, Settings
 from lora_grpo.bench.strategies import BASE, GEMM, NATIVE, SHARED, STOCK
 from lora_grpo.bench.timing import median
 
@@ -34,7 +35,32 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
             for name in group
             if settings.truth and name in (SHARED, STOCK, GEMM)
         ]
-    return planned
+    return [*planned, *_room_cells(settings, subject)]
+
+
+def _room_cells(settings: Settings, subject: Subject) -> list[Cell]:
+    """What the shared base is worth on a GPU in tokens: at the share that all have, and with the trainer's copy given
+    to the engine, which is as much memory in all."""
+    if settings.device == "cpu" or SHARED not in settings.strategies:
+        return []
+    shared = subject.with_strategy(SHARED)
+    more = replace(shared, gpu_memory_utilization=round(shared.gpu_memory_utilization + shared.base_share, 3))
+    same, both = "the same share", "the share and the trainer's copy"
+    found = ((subject.with_strategy(NATIVE), same), (shared, same), (more, both))
+    return [
+        Cell(
+            f"decode/room/{one.strategy}/{given}",
+            "room",
+            "decode:room",
+            (one,),
+            labels={
+                "shape": settings.label,
+                "given": given,
+                "gpu_memory_utilization": one.gpu_memory_utilization,
+            },
+        )
+        for one, given in found
+    ]
 
 
 def _cell(settings: Settings, subjects: tuple[Subject, ...]) -> Cell:
@@ -67,12 +93,22 @@ def measure(bench: Bench, rows: list[int], prompt_tokens: int, lengths: list[int
     return {"seconds": seconds, "kv_tokens": kv_tokens(bench), "threads": torch.get_num_threads()}
 
 
+def room(bench: Bench) -> int | None:
+    """Worker: tokens that fit the KV cache."""
+    return kv_tokens(bench)
+
+
 def generate_seconds(bench: Bench, rows: int, prompt_tokens: int, length: int) -> float:
-    """Seconds to complete `rows` prompts that no cache has seen by exactly `length` tokens each."""
+    """Seconds to complete `rows` prompts that no cache has seen by exactly `length` tokens each.
+
+    Drawn at temperature 1, but on a GPU greedily: requests that have a seed are drawn there one after the other, which
+    takes as long as the model does at many rows and hides what strategies differ in.
+    """
     from lora_grpo.types import Sampling
 
     prompts = fresh_prompts(bench, rows, prompt_tokens)
-    sampling = Sampling(n=1, max_tokens=length, temperature=1.0, seed=bench.subject.seed, ignore_eos=True)
+    temperature = 1.0 if bench.subject.device == "cpu" else 0.0
+    sampling = Sampling(n=1, max_tokens=length, temperature=temperature, seed=bench.subject.seed, ignore_eos=True)
     started = time.perf_counter()
     bench.strategy.generate(prompts, sampling)
     return time.perf_counter() - started
@@ -99,6 +135,11 @@ def rows(cell: Mapping[str, Any], bandwidth: object) -> list[DecodeRow]:
             if length > 1:
                 made += [_row(cell, strategy, int(count), length, times[strategy], times[native]) for strategy in times]
     return made
+
+
+def room_rows(cell: Mapping[str, Any], bandwidth: object) -> list[RoomRow]:
+    strategy = cell["order"][0]
+    return [RoomRow(strategy=strategy, **cell["labels"], kv_tokens=results_of(cell, strategy)[0])]
 
 
 def _medians(cell: Mapping[str, Any], strategy: str, count: str) -> dict[int, float]:

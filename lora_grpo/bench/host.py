@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_grpo.bench import shapes
+from lora_grpo.bench.commit import commit
 from lora_grpo.bench.floor import measure_bandwidth
 from lora_grpo.errors import ConfigError
 
@@ -50,26 +50,14 @@ def card(device: str) -> dict[str, Any]:
         "load_average_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **versions,
-        **_commit(),
     }
+    if measured := commit():
+        found["commit"] = measured
     if device != "cpu":
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / _GIB, 1)}
         found |= {"cuda": torch.version.cuda}
     return found
-
-
-def _commit() -> dict[str, str]:
-    """The commit that this code was checked out at, a plus sign where files differ; nothing for an installed copy."""
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, timeout=10, check=True)
-        described = [*git, "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"]
-        found = subprocess.run(described, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return {"commit": found.stdout.strip()}
 
 
 def memory(device: str) -> dict[str, int]:

@@ -47,7 +47,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         bench.strategy.trainer.step()
         bench.strategy.sync()
     peak, reserved = _peak(device)
-    tmpfs, mapped = on_tmpfs(bench.strategy.files), _mapped(_tmpfs_folders(bench.strategy.files))
+    tmpfs, mapped = on_tmpfs(bench.strategy.files), _counted_mapped(device, bench.strategy.files)
     return {
         "kind": "cuda" if _is_cuda(device) else "pss",
         "trainer_bytes": levels.grown["trainer"],
@@ -76,6 +76,15 @@ class Levels:
         now = level(self._device)
         self.grown[part] = self.grown.get(part, 0) + now - self.last
         self.last = now
+
+
+def give_back(bench: Bench) -> None:
+    """Worker: what garbage and torch's cache still hold of a GPU goes back to it, for whoever measures next there."""
+    if _is_cuda(bench.subject.device):
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def kv_tokens(bench: Bench) -> int | None:
@@ -164,6 +173,11 @@ def on_tmpfs(folders: Iterable[Path]) -> int:
     """Bytes that a strategy's files take on tmpfs."""
     files = [path for folder in _tmpfs_folders(folders) for path in folder.rglob("*") if path.is_file()]
     return sum(path.stat().st_blocks * 512 for path in files)
+
+
+def _counted_mapped(device: str, folders: Iterable[Path]) -> int:
+    """Bytes of mapped files on tmpfs that `level` counts: CUDA's knows of none."""
+    return 0 if _is_cuda(device) else _mapped(_tmpfs_folders(folders))
 
 
 def _tmpfs_folders(folders: Iterable[Path]) -> list[Path]:

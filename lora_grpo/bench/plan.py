@@ -15,6 +15,7 @@ class Subject:
     """Everything that decides what a worker process becomes. `model` is a directory or a hub name.
 
     `kv_cache_bytes` fixes the KV cache on a GPU; without it, it takes what `gpu_memory_utilization` leaves.
+    `base_share` of a GPU's memory is what one copy of the base takes.
     """
 
     strategy: str
@@ -28,6 +29,7 @@ class Subject:
     max_num_seqs: int
     graphs: bool
     gpu_memory_utilization: float
+    base_share: float = 0.0
     kv_cache_bytes: int | None = None
     seed: int = 0
 

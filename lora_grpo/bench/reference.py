@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lora_grpo.bench.strategies.trainer import Trainer
@@ -20,7 +22,8 @@ class Reference:
     """A checkpoint in fp32 whose linear weights can be replaced for a while."""
 
     def __init__(self, model: str, device: str) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device).eval()
+        # The checkpoint's own dtype crosses to the device: half of what fp32 would.
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).float().eval()
         self._modules = dict(self._model.named_modules())
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -42,19 +45,20 @@ class Reference:
             trainer.base_weight(module).copy_(self.weight(module.path))
 
     @contextmanager
-    def weights(self, paths: Iterable[str], new: NewWeight) -> Iterator[None]:
-        """Meanwhile, the weights at `paths` are what `new` makes of the base's."""
-        # What is replaced waits in the host's memory: a GPU holds one model in fp32, not two.
-        replaced: dict[str, torch.Tensor] = {}
+    def weights(self, paths: Collection[str], new: NewWeight) -> Iterator[None]:
+        """Meanwhile, what is computed with at `paths` is what `new` makes of the base's weights, in each forward pass.
+
+        The base stays where it is, and no more than one new weight is there at a time: a GPU holds one model in fp32,
+        and nothing crosses to the host.
+        """
+        replaced = [self._modules[path] for path in paths]
+        for path, module in zip(paths, replaced, strict=True):
+            module.forward = partial(_linear, module, path, new)
         try:
-            for path in paths:
-                base_OI = self._modules[path].weight.data
-                replaced[path] = base_OI.cpu()
-                self._modules[path].weight.data = new(path, base_OI).to(base_OI)
             yield
         finally:
-            for path, saved_OI in replaced.items():
-                self._modules[path].weight.data = saved_OI.to(self._modules[path].weight.device)
+            for module in replaced:
+                del module.forward
 
     @contextmanager
     def policy(self, trainer: Trainer) -> Iterator[None]:
@@ -62,3 +66,8 @@ class Reference:
         modules = {module.path: module for module in trainer.modules}
         with self.weights(modules, lambda path, base_OI: base_OI + trainer.update_of(modules[path])):
             yield
+
+
+def _linear(module: nn.Linear, path: str, new: NewWeight, x: torch.Tensor) -> torch.Tensor:
+    weight_OI = new(path, module.weight.detach().float())
+    return nn.functional.linear(x, weight_OI.to(x), module.bias)

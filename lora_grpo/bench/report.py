@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_grpo.bench import breakeven
 from lora_grpo.bench.goals import goals
 from lora_grpo.bench.plots import draw
-from lora_grpo.bench.schema import Document, SyncRow
+from lora_grpo.bench.schema import Document, StepRow, SyncRow
 from lora_grpo.bench.strategies import NATIVE, SHARED
 from lora_grpo.bench.tables import Line, ms, tables
 from lora_grpo.errors import ConfigError
@@ -90,7 +90,7 @@ def findings(document: Document) -> list[str]:
     sentences = [*_sync_findings(document), *_decode_findings(document)]
     sentences += [breakeven.sentence(row) for row in document.break_even]
     sentences += [*_fidelity_findings(document), *_drift_findings(document), *_step_findings(document)]
-    sentences += [*_base_findings(document), *_endurance_findings(document)]
+    sentences += [*_base_findings(document), *_room_findings(document), *_endurance_findings(document)]
     return [f"- {sentence}" for sentence in sentences]
 
 
@@ -99,9 +99,10 @@ def _sync_findings(document: Document) -> Iterator[str]:
     native = next((row for row in main if row.strategy == NATIVE), None)
     if native is None:
         return
+    through = f" through {LOADERS[native.loader]}" if native.loader else ""
     yield (
         f"Sync, {native.shape}, r={native.rank} {native.targets}: native takes {ms(native.median_s):.1f} ms (p95 "
-        f"{ms(native.p95_s):.1f}) for {native.moved_bytes / 1e6:.1f} MB, proof included."
+        f"{ms(native.p95_s):.1f}) for {native.moved_bytes / 1e6:.1f} MB{through}, proof included."
     )
     for row in main:
         if row.strategy != NATIVE:
@@ -157,8 +158,25 @@ def _step_findings(document: Document) -> Iterator[str]:
         best = min(merges, key=lambda row: row.ratio_to_native)
         yield (
             f"Step, {best.shape}, {best.rows} rows of {best.completion_tokens} tokens: the best merge "
-            f"({best.strategy}) takes {best.ratio_to_native:.2f} times native's time."
+            f"({best.strategy}) takes {best.ratio_to_native:.2f} times native's time{_serving(best)}."
         )
+
+
+def _serving(row: StepRow) -> str:
+    if row.serving_ratio_to_native is None:
+        return ""
+    return f", {row.serving_ratio_to_native:.2f} times for generate and sync alone (training is the same work on both)"
+
+
+def _room_findings(document: Document) -> Iterator[str]:
+    found = {(row.shape, row.strategy, row.given): row for row in document.room}
+    for (shape, strategy, given), row in found.items():
+        own = found.get((shape, NATIVE, "the same share"))
+        if strategy == SHARED and own:
+            yield (
+                f"KV cache, {shape}: native-shared has room for {row.kv_tokens:,} tokens given {given} "
+                f"({row.gpu_memory_utilization:.3f}), {row.kv_tokens / own.kv_tokens:.2f} times native's."
+            )
 
 
 def _base_findings(document: Document) -> Iterator[str]:
@@ -193,9 +211,12 @@ def _cell(value: object) -> str:
 
 def _provenance(document: Document) -> Iterator[str]:
     shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in document.card.items())
-    yield f"Measured {document.started_at} with `{document.command}` on: {shown}."
+    took = f" in {document.seconds / 60:.1f} minutes" if document.seconds is not None else ""
+    yield f"Measured {document.started_at}{took} with `{document.command}` on: {shown}."
 
 
+LOADERS = {"direct": "the direct loader", "stock": "vLLM's own loader"}
+"""`LoadReceipt.loader` in words."""
 PHASES = {
     "gather": "parameters to one buffer of the serving dtype, scaling folded into B",
     "write": "files onto fresh tmpfs pages, digest, rename",
@@ -220,8 +241,13 @@ METHOD = """\
   `copies of the base` divides it by the bytes of one. vLLM's CPU backend packs a tied output layer a second time.
 - Proofs are timed in a process of native alone, beside pushes of the same process. A canary looks at completions as
   long as their prompts; making those is not in its time.
-- In the decode table native, the base and the stock CPU kernels are one round, A B C C B A. The KV cache's size says
-  something on a GPU only, where it is what `gpu_memory_utilization` leaves; on the CPU it is configured.
+- In the decode table native, the base and the stock CPU kernels are one round, A B C C B A. On the CPU tokens are drawn
+  at temperature 1, which takes all the same time, more with more rows, and pulls ratios towards 1; on a GPU completions
+  are greedy. The KV cache's size says something on a GPU only, where it is what `gpu_memory_utilization` leaves; on the
+  CPU it is configured.
+- vLLM's share of a GPU does not count a trainer beside it: sharing the base leaves it the same KV cache, and gives the
+  trainer's copy back. The KV cache's table says both, the second with that copy added to the engine's share.
+- In a step training is the same work on both sides; both are given its median over all rounds of a pair.
 - Endurance: each tenth's medians; memory is looked at ten times a tenth, between syncs.
 - Truth: an adapter that moves log-probs by 20 times the noise; a strategy fails at 3 times the bf16 noise. `error of
   the weights` is computed in fp32, so that only what became of the weights shows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,12 +22,16 @@ ALIVE_AT_ONCE = 2
 class Partial:
     """Results of finished cells in a file, for a cut-off run to go on from. Without a path they are kept in memory."""
 
-    def __init__(self, path: Path | None, fingerprint: dict[str, Any], bandwidth: dict[str, float]) -> None:
-        """`bandwidth` is of this start; a run that is gone on with keeps that of its first.
+    def __init__(
+        self, path: Path | None, fingerprint: dict[str, Any], bandwidth: dict[str, float], started: float
+    ) -> None:
+        """`bandwidth` is of this start, which began at `started` on the monotonic clock; a run that is gone on with
+        keeps the bandwidth of its first.
 
         Raises `ConfigError` when the file is of a run with other settings or on another machine.
         """
         self._path, self._fingerprint, self.bandwidth = path, fingerprint, bandwidth
+        self._started, self._earlier_s = started, 0.0
         self.cells: dict[str, Any] = {}
         if path is not None and path.exists():
             stored = json.loads(path.read_text())
@@ -36,13 +41,22 @@ class Partial:
                     "another --out, or remove the file"
                 )
             self.cells, self.bandwidth = stored["cells"], stored["bandwidth"]
+            self._earlier_s = stored.get("seconds", 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken so far, all its starts together (of one that was killed, up to what it saved)."""
+        return self._earlier_s + time.monotonic() - self._started
 
     def keep(self, key: str, result: dict[str, Any]) -> None:
         self.cells[key] = result
+        self.save()
+
+    def save(self) -> None:
         if self._path is not None:
             staged = self._path.with_suffix(".new")
-            fields = {"fingerprint": self._fingerprint, "bandwidth": self.bandwidth, "cells": self.cells}
-            staged.write_text(json.dumps(fields))
+            fields = {"fingerprint": self._fingerprint, "bandwidth": self.bandwidth, "seconds": self.seconds}
+            staged.write_text(json.dumps({**fields, "cells": self.cells}))
             os.replace(staged, self._path)
 
     def remove(self) -> None:
@@ -95,6 +109,9 @@ class Runner:
             self._progress(f"{cell.key}: {strategy}", 1)
         if cell.fresh:
             self._stop(cell.subjects)
+        else:
+            for worker in workers:
+                worker.do("memory:give_back")
         order = [done["strategy"] for done in rounds]
         return {"table": cell.table, "order": order, "labels": cell.labels, "rounds": rounds}
 

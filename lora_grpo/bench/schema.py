@@ -96,7 +96,7 @@ class Row(BaseModel):
 
 class SyncRow(Row):
     """`ratio_to_native` compares with the syncs of `native` that alternated with these; `decodes_like` names the
-    strategy whose decode figures are this one's too."""
+    strategy whose decode figures are this one's too. `loader` is how our engine took the adapter (`LoadReceipt`)."""
 
     against: str
     rank: int
@@ -111,6 +111,7 @@ class SyncRow(Row):
     ratio_to_native: float
     syncs: int
     decodes_like: str
+    loader: str | None = None
 
 
 class TruthRow(Row):
@@ -179,6 +180,16 @@ class DecodeRow(Row):
     threads: int | None = None
 
 
+class RoomRow(Row):
+    """Tokens that fit a GPU's KV cache at a `gpu_memory_utilization`, of which vLLM takes what the engine needs: a
+    trainer's own copy of the base lies outside. `given` says what the share is.
+    """
+
+    given: Literal["the same share", "the share and the trainer's copy"]
+    gpu_memory_utilization: float
+    kv_tokens: int
+
+
 class BreakEvenRow(Row):
     """At how many completion tokens a step takes as long on `strategy` as on `native` (None: at no number), and which
     is faster beyond."""
@@ -215,6 +226,9 @@ class DriftRow(Row):
 
 
 class StepRow(Row):
+    """Medians by phase; `train_s` is that of all rounds of a pair, both strategies' alike. `serving_ratio_to_native`
+    leaves it out: generate and sync alone."""
+
     rows: int
     prompt_tokens: int
     completion_tokens: int
@@ -223,6 +237,7 @@ class StepRow(Row):
     sync_s: float
     step_s: float
     ratio_to_native: float
+    serving_ratio_to_native: float | None = None
 
 
 class RollbackRow(Row):
@@ -264,13 +279,14 @@ class SlopeRow(Row):
 
 
 class Document(BaseModel):
-    """One run of the suite."""
+    """One run of the suite, or several of one machine joined. It took `seconds`, all its starts together."""
 
     model_config = ConfigDict(extra="forbid")
 
     schema_version: Literal[1] = 1
     command: str
     started_at: str
+    seconds: float | None = None
     complete: bool
     card: dict[str, Any]
     bandwidth_bytes_per_s: dict[str, float]
@@ -281,6 +297,7 @@ class Document(BaseModel):
     truth: list[TruthRow] = []
     memory: list[MemoryRow] = []
     decode: list[DecodeRow] = []
+    room: list[RoomRow] = []
     break_even: list[BreakEvenRow] = []
     fidelity: list[FidelityRow] = []
     drift: list[DriftRow] = []
@@ -288,3 +305,7 @@ class Document(BaseModel):
     rollback: list[RollbackRow] = []
     endurance: list[EnduranceRow] = []
     slopes: list[SlopeRow] = []
+
+
+TABLES = ("sync", "proof", "truth", "memory", "decode", "room", "fidelity", "drift", "step", "rollback", "endurance")
+"""What is measured; the other tables of a document follow from these."""

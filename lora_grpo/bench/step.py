@@ -13,7 +13,9 @@ from lora_grpo.bench.timing import Clock, median
 if TYPE_CHECKING:
     from lora_grpo.bench.worker import Bench
 
-PHASES = ("generate", "train", "sync")
+SERVING = ("generate", "sync")
+"""The phases in which strategies differ."""
+PHASES = (*SERVING, "train")
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
@@ -56,6 +58,8 @@ def measure(bench: Bench, rows: int, prompt_tokens: int, length: int, group: int
         gradient_accumulation_steps=rows // group,
         max_completion_length=length,
         total_steps=steps,
+        # Two trainers and two engines share one GPU.
+        gradient_checkpointing=bench.subject.device != "cpu",
     )
     policy = Policy(bench.strategy.trainer.model, config)
     done = [_step(bench, policy, rows // group, prompt_tokens) for _ in range(steps)]
@@ -86,16 +90,25 @@ def _step(bench: Bench, policy: Any, prompts: int, prompt_tokens: int) -> dict[s
 
 
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[StepRow]:
-    native_s = median(_totals(results_of(cell, cell["order"][0])))
-    return [_row(cell, strategy, native_s) for strategy in dict.fromkeys(cell["order"])]
+    """Both strategies of a pair. Training is the same work whatever syncs: both are given the median of all its rounds,
+    so that its noise, which is more than what they differ in, favours neither."""
+    strategies = list(dict.fromkeys(cell["order"]))
+    train_s = median([s for strategy in strategies for s in _seconds(cell, strategy, "train")])
+    parts = {strategy: {phase: median(_seconds(cell, strategy, phase)) for phase in SERVING} for strategy in strategies}
+    native_s = sum(parts[strategies[0]].values())
+    return [
+        StepRow(
+            strategy=strategy,
+            **cell["labels"],
+            **{f"{phase}_s": seconds for phase, seconds in serving.items()},
+            train_s=train_s,
+            step_s=(serving_s := sum(serving.values())) + train_s,
+            ratio_to_native=(serving_s + train_s) / (native_s + train_s),
+            serving_ratio_to_native=serving_s / native_s,
+        )
+        for strategy, serving in parts.items()
+    ]
 
 
-def _row(cell: Mapping[str, Any], strategy: str, native_s: float) -> StepRow:
-    found = results_of(cell, strategy)
-    phases = {f"{phase}_s": median([s for one in found for s in one[phase]]) for phase in PHASES}
-    step_s = median(_totals(found))
-    return StepRow(strategy=strategy, **cell["labels"], **phases, step_s=step_s, ratio_to_native=step_s / native_s)
-
-
-def _totals(found: list[Any]) -> list[float]:
-    return [sum(one) for result in found for one in zip(*(result[phase] for phase in PHASES), strict=True)]
+def _seconds(cell: Mapping[str, Any], strategy: str, phase: str) -> list[float]:
+    return [s for result in results_of(cell, strategy) for s in result[phase]]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lora_grpo.bench import decode, drift, endurance, fidelity, memory, proofs, rollback, room, step, sync
-from lora_grpo.bench.breakeven import break_even
 from lora_grpo.bench.floor import floor_seconds
+from lora_grpo.bench.joining import finished
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.bench.runner import Partial, Progress, Runner
@@ -34,14 +34,13 @@ ROWS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "truth": fidelity.truth_rows,
     "memory": memory.rows,
     "decode": decode.rows,
+    "room": decode.room_rows,
     "fidelity": fidelity.rows,
     "drift": drift.rows,
     "step": step.rows,
     "rollback": rollback.rows,
     "endurance": endurance.rows,
 }
-_BESIDE_NATIVE = ("sync", "decode", "step", "rollback")
-"""The tables in whose every cell native is measured again."""
 PARTIAL, RESULTS = "partial.json", "results.json"
 _FLEETING = ("load_average_1min",)
 
@@ -58,7 +57,7 @@ class Suite:
         Raises `ConfigError` for a device, model or size that cannot be, before anything is measured.
         """
         self._parts, self._command, self._out = parts, command, out
-        self._started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._started_at, started = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.monotonic()
         self._failures: list[str] = []
         self._finished = False
         if out is not None:
@@ -68,34 +67,30 @@ class Suite:
         self._models = models or self._tmpfs / "models"
         self._log = (out or self._disk) / "workers.log"
         try:
-            self._look()
+            self._look(started)
         except BaseException:
             self.close()
             raise
 
-    def _look(self) -> None:
+    def _look(self, started: float) -> None:
         self._host = WorkerProcess(self._log)
         self._sizes: dict[str, dict[str, int]] = {}
-        self._shares: dict[str, float] = {}
         (device,) = {settings.device for settings in self._parts.values()}
         seen = self._host.do("host:look", device=device)
-        for part, settings in self._parts.items():
+        self._memory_bytes: Mapping[str, int] = seen["memory_bytes"]
+        for settings in self._parts.values():
             if settings.label not in self._sizes:
                 wanted = {"shape": None if settings.model else settings.shape, "model": settings.model}
                 self._sizes[settings.label] = self._host.do("host:measure_model", **wanted)
-            self._shares[part] = self._check_room(part, settings, seen["memory_bytes"])
+        self._shares = room.engine_shares(self._parts, self._sizes, self._memory_bytes)
         dumped = {part: settings.model_dump(mode="json") for part, settings in self._parts.items()}
         machine = {name: value for name, value in seen["card"].items() if name not in _FLEETING}
         path = self._out / PARTIAL if self._out else None
-        self._partial = Partial(path, {"settings": dumped, "machine": machine}, seen["bandwidth"])
+        self._partial = Partial(path, {"settings": dumped, "machine": machine}, seen["bandwidth"], started)
         self.card = {**seen["card"], **self._floors(device)}
 
-    def _check_room(self, part: str, settings: Settings, memory_bytes: Mapping[str, int]) -> float:
-        model = self._sizes[settings.label]
-        if settings.device != "cpu":
-            return room.engine_share(part, settings, model, memory_bytes)
-        room.check_cpu(part, settings, model, memory_bytes["free"])
-        return 0.1
+    def _base_share(self, settings: Settings) -> float:
+        return 2 * self._sizes[settings.label]["parameters"] / self._memory_bytes["total"]
 
     def _floors(self, device: str) -> dict[str, Any]:
         """What each model weighs, its adapter and all of it, and the least time that either can take."""
@@ -130,9 +125,7 @@ class Suite:
     @property
     def rounds(self) -> int:
         """How many rounds a whole run has."""
-        planned = [
-            PLANNERS[part](settings, self._subject(part, settings, "")) for part, settings in self._parts.items()
-        ]
+        planned = [PLANNERS[part](settings, self._subject(settings, "")) for part, settings in self._parts.items()]
         return sum(len(cell.order) for cells in planned for cell in cells)
 
     def document(self) -> Document:
@@ -140,19 +133,17 @@ class Suite:
         found: dict[str, list[Any]] = {table: [] for table in ROWS}
         for cell in self._partial.cells.values():
             found[cell["table"]] += ROWS[cell["table"]](cell, self._partial.bandwidth)
-        tables = {**found, **{table: _native_once(found[table]) for table in _BESIDE_NATIVE}}
-        tables["memory"] = memory.with_ratios(tables["memory"])
+        tables = finished(found)
         verdicts = [text for row in tables["truth"] if (text := fidelity.verdict(row))]
         return Document(
             command=self._command,
             started_at=self._started_at,
+            seconds=self._partial.seconds,
             complete=self._finished,
             card=self.card,
             bandwidth_bytes_per_s=self._partial.bandwidth,
             settings=dict(self._parts),
             failures=[*self._failures, *verdicts],
-            break_even=break_even(tables["sync"], tables["decode"]),
-            slopes=endurance.slopes(tables["endurance"]),
             **tables,
         )
 
@@ -163,6 +154,8 @@ class Suite:
             if document.complete:
                 self._partial.remove()
                 self._log.unlink(missing_ok=True)
+            else:
+                self._partial.save()
 
     def close(self) -> None:
         self._host.close()
@@ -178,7 +171,7 @@ class Suite:
     def _plan(self, progress: Progress) -> list[Cell]:
         cells: list[Cell] = []
         for part, settings in self._parts.items():
-            cells += PLANNERS[part](settings, self._subject(part, settings, self._model(settings, progress)))
+            cells += PLANNERS[part](settings, self._subject(settings, self._model(settings, progress)))
         return in_turn(cells)
 
     def _model(self, settings: Settings, progress: Progress) -> str:
@@ -196,7 +189,7 @@ class Suite:
         )
         return made
 
-    def _subject(self, part: str, settings: Settings, model: str) -> Subject:
+    def _subject(self, settings: Settings, model: str) -> Subject:
         return Subject(
             strategy=NATIVE,
             model=model,
@@ -208,7 +201,8 @@ class Suite:
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             graphs=settings.graphs,
-            gpu_memory_utilization=self._shares[part],
+            gpu_memory_utilization=self._shares[settings.label],
+            base_share=self._base_share(settings),
             seed=settings.seed,
         )
 
@@ -219,17 +213,3 @@ def in_turn(cells: Sequence[Cell]) -> list[Cell]:
     for place, cell in enumerate(cells):
         first.setdefault(cell.subjects[-1], place)
     return sorted(cells, key=lambda cell: (cell.fresh, first[cell.subjects[-1]]))
-
-
-def _native_once(rows: list[Any]) -> list[Any]:
-    """Native is measured beside every other strategy: its first row of each kind stands for the others."""
-    kinds: set[tuple[Any, ...]] = set()
-    kept = []
-    for row in rows:
-        names = ("shape", "rank", "targets", "rows", "prompt_tokens", "completion_tokens", "case")
-        kind = tuple(getattr(row, name, None) for name in names)
-        if row.strategy != NATIVE or kind not in kinds:
-            kept.append(row)
-        if row.strategy == NATIVE:
-            kinds.add(kind)
-    return kept

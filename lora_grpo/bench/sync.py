@@ -65,7 +65,8 @@ def measure(bench: Bench, syncs: int) -> dict[str, Any]:
         "phases_s": {phase: [synced.seconds[phase] for synced in done] for phase in done[-1].seconds},
         "afterwards_s": [synced.afterwards_s for synced in done],
         "moved_bytes": done[-1].moved_bytes,
-        "decodes_like": bench.strategy.decodes_like,
+        "decodes_like": bench.strategy.decodes_here_like,
+        "loader": bench.strategy.loader,
     }
 
 
@@ -98,6 +99,7 @@ def _row(
         ratio_to_native=median(seconds) / native_s,
         syncs=len(seconds),
         decodes_like=found[-1]["decodes_like"],
+        loader=found[-1]["loader"],
     )
 
 

@@ -64,6 +64,7 @@ _SYNC: Columns = {
     "moved MB": _scaled("moved_bytes", 1e-6),
     "x floor": attrgetter("times_floor"),
     "after ms": _ms("afterwards_s"),
+    "loader": attrgetter("loader"),
     "phases, ms": _phases,
 }
 _PROOF: Columns = {
@@ -106,6 +107,11 @@ _DECODE: Columns = {
     "KV cache tokens": attrgetter("kv_tokens"),
     "threads": attrgetter("threads"),
 }
+_ROOM: Columns = {
+    "given": attrgetter("given"),
+    "gpu_memory_utilization": attrgetter("gpu_memory_utilization"),
+    "KV cache tokens": attrgetter("kv_tokens"),
+}
 _BREAK_EVEN: Columns = {
     "rows": attrgetter("rows"),
     "sync behind native, ms": _ms("sync_gain_s"),
@@ -138,6 +144,7 @@ _STEP: Columns = {
     "sync s": attrgetter("sync_s"),
     "step s": attrgetter("step_s"),
     "x native": attrgetter("ratio_to_native"),
+    "x native (generate + sync)": attrgetter("serving_ratio_to_native"),
 }
 _ROLLBACK: Columns = {
     "version": attrgetter("case"),
@@ -171,6 +178,7 @@ _TABLES: dict[str, tuple[str, Columns]] = {
     "truth": ("Truth: log-probs of the served policy against an fp32 reference", _TRUTH),
     "memory": ("Memory: trainer and engine in one process", _MEMORY),
     "decode": ("Decode: completions of a served policy", _DECODE),
+    "room": ("KV cache: what is left for it", _ROOM),
     "break_even": ("Break-even: the completion lengths at which merging is faster", _BREAK_EVEN),
     "fidelity": ("Fidelity: what is left of an update", _FIDELITY),
     "drift": ("Drift: the trainer's frozen base after many syncs", _DRIFT),

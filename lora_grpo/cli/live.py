@@ -12,17 +12,19 @@ import typer
 from lora_grpo.cli.output import say
 
 if TYPE_CHECKING:
+    from lora_grpo.adapters.locks import Holder
     from lora_grpo.adapters.requests import Request
     from lora_grpo.adapters.retention import Retention
     from lora_grpo.adapters.store import AdapterStore
 
 TIMEOUT_S = 600.0
 POLL_S = 0.05
+_TAKEN_BACK = "the request was taken back, and nothing has changed"
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Timeout = Annotated[
-    float, typer.Option("--timeout", min=0, help="Seconds to wait for a live run, which looks before its next step.")
+    float, typer.Option("--timeout", min=0, help="Seconds to wait until a live run begins, before its next step.")
 ]
 
 
@@ -37,7 +39,7 @@ def change(
 ) -> dict[str, Any]:
     """What became of it: `act` on the store of a stopped run, the holder's answer for a live one.
 
-    Raises the error that either met, and `StoreError` when a live run has not answered after `timeout_s`.
+    Raises the error that either met, and `StoreError` when a live run has not begun with it after `timeout_s`.
     """
     from lora_grpo.adapters.locks import holder
     from lora_grpo.adapters.requests import request
@@ -61,27 +63,45 @@ def change(
 
 
 def _wait(run: Path, request: Request, deadline: float) -> dict[str, Any] | None:
-    """The holder's answer; None when it ended without one, the request then withdrawn."""
+    """The holder's answer; None when nobody did what was asked, nor ever will.
+
+    Once it is begun there is no taking it back, so that the deadline is for the beginning.
+    """
     from lora_grpo.adapters.locks import holder
-    from lora_grpo.adapters.requests import answer_to, withdraw
-    from lora_grpo.errors import StoreError
+    from lora_grpo.adapters.requests import answer_to, is_dropped, withdraw
 
     who = holder(run)
-    say(f"asked {who}, which looks before its next step")
-    while time.monotonic() < deadline:
-        answer = answer_to(run, request)
-        if answer is not None:
-            return answer
-        if holder(run) is None:
-            withdraw(run, request)
-            return answer_to(run, request)
-        time.sleep(POLL_S)
-    if not withdraw(run, request) and (answer := answer_to(run, request)) is not None:
-        return answer
-    raise StoreError(
-        f"{who} holds {run} and has not answered; the request was taken back, and nothing has changed. Its step may "
-        "be a long one: give more time with --timeout, or stop it and try again"
-    )
+    try:
+        say(f"asked {who}, which looks before its next step")
+        while (answer := answer_to(run, request)) is None:
+            live = holder(run) is not None
+            if (not live or time.monotonic() > deadline) and _ended(run, request, who if live else None):
+                return None
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        taken_back = withdraw(run, request)
+        say(_TAKEN_BACK if taken_back else f"it is too late to take the request back: {who} is doing it, or has done")
+        raise
+    return None if is_dropped(answer) else answer
+
+
+def _ended(run: Path, request: Request, who: Holder | None) -> bool:
+    """Take the request back from `who` (None: it ended): True when nobody saw it, False when its answer will come."""
+    from lora_grpo.adapters.requests import cut_short, is_answered, is_begun, withdraw
+    from lora_grpo.errors import StoreError
+
+    if withdraw(run, request):
+        if who is None:
+            return True
+        raise StoreError(
+            f"{who} holds {run} and has not answered; {_TAKEN_BACK}. Its step may be a long one: give more time with "
+            "--timeout, or stop it and try again"
+        )
+    # The answer comes before the request goes: what is neither being done nor answered after that never will be.
+    waiting = who is not None and is_begun(run, request)
+    if not waiting and not is_answered(run, request):
+        raise StoreError(cut_short(run))
+    return False
 
 
 def _done(answer: dict[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import signal
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_grpo.cli.output import print_json, say
+
+if TYPE_CHECKING:
+    from lora_grpo.engines.server.launch import Serving
 
 
 def serve(
@@ -25,7 +28,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of the first; the others count on.")] = 8000,
     max_lora_rank: Annotated[int, typer.Option("--max-lora-rank", min=1, help="The adapters' rank.")] = 16,
     max_loras: Annotated[
-        int, typer.Option("--max-loras", min=1, help="Adapter slots: versions in use at the same time.")
+        int, typer.Option("--max-loras", min=2, help="Adapter slots: versions in use at the same time.")
     ] = 2,
     max_cpu_loras: Annotated[
         int | None, typer.Option("--max-cpu-loras", min=1, help="Adapters kept in memory; two more than slots.")
@@ -40,6 +43,9 @@ def serve(
     store_token_file: Annotated[
         Path | None, typer.Option("--store-token-file", help="A file with the store server's token.")
     ] = None,
+    start_timeout_s: Annotated[
+        float, typer.Option("--start-timeout", min=1, help="Seconds until all have to answer, downloads included.")
+    ] = 1800.0,
     log_dir: Annotated[Path | None, typer.Option("--log-dir", help="Where logs go; a new temporary folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The servers as one line of JSON, once they answer.")] = False,
 ) -> None:
@@ -47,7 +53,7 @@ def serve(
 
     When one of them ends, all end: its log's last lines say why.
     """
-    from lora_grpo.engines.server.launch import Servers, Serving
+    from lora_grpo.engines.server.launch import Serving
     from lora_grpo.engines.targets import linear_leaves
 
     extra = tuple(arguments or ())
@@ -64,11 +70,17 @@ def serve(
         store_url,
         None if store_token_file is None else str(store_token_file),
         extra,
+        start_timeout_s,
     )
-    logs = log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-"))
+    _until_interrupted(serving, log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-")), as_json)
+
+
+def _until_interrupted(serving: Serving, logs: Path, as_json: bool) -> None:
+    from lora_grpo.engines.server.launch import Servers
+
     logs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, _interrupt)
-    say(f"starting {replicas} of {model}; logs in {logs}")
+    say(f"starting {serving.replicas} of {serving.model}; logs in {logs}")
     with Servers(serving, logs) as servers:
         if as_json:
             print_json({"urls": servers.urls, "logs": str(logs)})

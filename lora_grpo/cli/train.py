@@ -1,4 +1,4 @@
-"""`lora-grpo train CONFIG`."""
+"""`lora-grpo train CONFIG`, `lora-grpo train RUN --resume`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from lora_grpo.cli.output import print_json, print_table, say
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file, or the config.json of a run.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG|RUN", help="A TOML file, or a run's directory to go on with.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(

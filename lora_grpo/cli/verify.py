@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def verify(run: Run, as_json: Json = False) -> None:
-    """Read every copy of every version and every trainer state, and compare them with their digests.
+    """Read every copy of every version and every trainer state, and the run's history, and compare with the digests.
 
     Exits with 1 when anything differs or is missing.
     """
@@ -28,13 +28,19 @@ def verify(run: Run, as_json: Json = False) -> None:
             {"version": number, "ok": False, "found": "no copy is left"}
             for number in sorted({*missing} & {*store.missing})
         ]
+        lines = store.damaged_lines
     damaged = [row for row in rows if not row["ok"]]
     if as_json:
-        print_json({"ok": not damaged, "versions": rows})
+        print_json({"ok": not damaged and not lines, "versions": rows, "damaged_lines": lines})
     else:
         print_table([_for_people(row) for row in rows], f"digests of {run}")
         say(f"{len(rows) - len(damaged)} of {len(rows)} versions are what was published")
-    if damaged:
+        if lines:
+            say(
+                f"of {run / 'journal.jsonl'} these lines are damaged: {', '.join(map(str, lines))}; metrics, pins or "
+                "promotions that they held are lost (delete the lines once that is dealt with)"
+            )
+    if damaged or lines:
         raise typer.Exit(1)
 
 

@@ -12,6 +12,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.types import Group, Prompt, Sampling
 
 if TYPE_CHECKING:
+    from lora_grpo.adapters.peft_format import Held
     from lora_grpo.engines.delivery.probe import Witness
 
 Proof: TypeAlias = Literal["slots", "behaviour", "none"]
@@ -25,7 +26,7 @@ Adapters: TypeAlias = AdapterVersion | Sequence[AdapterVersion | None] | None
 class LoadReceipt:
     """What `Engine.load` did and how it was proven; seconds by phase, bytes of adapter compared.
 
-    `loader` says how it got there: "direct" from the mapped file, or through the engine's own ("stock") loader.
+    `loader` says how it got there: "direct", from memory or the mapped file, or through the engine's own ("stock").
     `verdict` is a proof by behaviour's: whether log-probs could tell the version from every other ("ok") or not.
     """
 
@@ -70,10 +71,11 @@ class Engine(Protocol):
     def lora_dtype(self) -> str:
         """The dtype it keeps adapters in, as a torch dtype's name without the prefix."""
 
-    def load(self, version: AdapterVersion) -> LoadReceipt:
+    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         """Load and prove `version`; a failure leaves what was loaded before serving, and nothing of `version`.
 
-        Loading one that is loaded proves it again. Raises `DeliveryError` or `EngineError`.
+        `held` are its tensors where the caller has them in memory, to save reading them back. Loading one that is
+        loaded proves it again. Raises `DeliveryError` or `EngineError`.
         """
 
     def unload(self, version: AdapterVersion) -> None:
@@ -106,7 +108,13 @@ class RemoteEngine(Engine, Protocol):
     def pulls(self) -> bool:
         """Whether servers pull versions from the store, so that a version has to be in it to be loaded."""
 
-    def load(self, version: AdapterVersion, *, expected: list[list[float]] | None = None) -> LoadReceipt:
+    def load(
+        self,
+        version: AdapterVersion,
+        *,
+        held: Held | None = None,
+        expected: list[list[float]] | None = None,
+    ) -> LoadReceipt:
         """`Engine.load` on every server or on none.
 
         `expected` are the trainer's log-probs of `probe_sequences`, with this version.

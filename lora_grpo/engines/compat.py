@@ -242,11 +242,16 @@ def slots_outlive_level_2() -> bool:
     return vllm_release() >= (0, 33)
 
 
-def wake_up(llm: Any, level: int) -> None:
-    """End a sleep. After level 2 the base is read from its files again.
+def reads_base_again() -> bool:
+    """Whether an engine with LoRA can read its base from its files again, which waking from level 2 takes.
 
-    From 0.28 that makes vLLM forget all adapters; 0.26 and 0.27 would go on with slots that hold anything.
+    Up to 0.27 `reload_weights` meets the wrapped layers, whose weights have other names than the files', and raises.
     """
+    return vllm_release() >= (0, 28)
+
+
+def wake_up(llm: Any, level: int) -> None:
+    """End a sleep. After level 2 the base is read from its files again, which makes vLLM forget all adapters."""
     llm.wake_up()
     if level == 2:
         llm.collective_rpc("reload_weights")

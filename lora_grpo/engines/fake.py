@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
 from lora_grpo.engines.requests import adapters_by_prompt, request_seeds, token_prompts
 from lora_grpo.errors import EngineError, UnknownVersion
 from lora_grpo.types import Completion, Group, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from lora_grpo.adapters.peft_format import Held
 
 Reply: TypeAlias = Callable[[Prompt, AdapterVersion | None, int], str]
 """(prompt, version or None for the base, the request's seed) -> the completion's text."""
@@ -63,7 +66,7 @@ class FakeEngine:
     def lora_dtype(self) -> str:
         return "float32"
 
-    def load(self, version: AdapterVersion) -> LoadReceipt:
+    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         if not version.path.is_dir():
             raise EngineError(f"{version} has no directory {version.path}")
         while version.number not in self._loaded and len(self._loaded) >= self._max_cpu_loras:

@@ -13,6 +13,7 @@ from typing import TypeVar, cast
 
 import torch
 
+from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof, RemoteEngine, is_remote
 from lora_grpo.engines.delivery.probe import Witness
@@ -95,9 +96,9 @@ class EngineInEach(_Joint):
     def device(self) -> torch.device | None:
         return self._own.device
 
-    def load(self, version: AdapterVersion) -> LoadReceipt:
+    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         try:
-            return self._ask(lambda engine: engine.load(version))
+            return self._ask(lambda engine: engine.load(version, held=held))
         except BaseException:
             if version in self._own.loaded():
                 self._own.unload(version)
@@ -139,8 +140,8 @@ class EngineOfFirst(_Joint):
     def device(self) -> None:
         return None
 
-    def load(self, version: AdapterVersion) -> LoadReceipt:
-        return self._ask(lambda engine: engine.load(version))
+    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
+        return self._ask(lambda engine: engine.load(version, held=held))
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
         return self._ask(lambda engine: engine.generate(prompts, sampling, adapter=adapter))
@@ -156,7 +157,13 @@ class RemoteEngineOfFirst(EngineOfFirst):
     def pulls(self) -> bool:
         return self._ask(lambda engine: cast(RemoteEngine, engine).pulls)
 
-    def load(self, version: AdapterVersion, *, expected: list[list[float]] | None = None) -> LoadReceipt:
+    def load(
+        self,
+        version: AdapterVersion,
+        *,
+        held: Held | None = None,
+        expected: list[list[float]] | None = None,
+    ) -> LoadReceipt:
         return self._ask(lambda engine: cast(RemoteEngine, engine).load(version, expected=expected))
 
     def logprobs_of_each(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from lora_grpo.adapters.peft_files import AdapterFile
+from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.delivery.binding import Binding
@@ -44,17 +45,18 @@ class AdapterLoader:
     def __init__(self, llm: Any, loader: Loader) -> None:
         self._llm, self.kind = llm, loader
 
-    def place(self, request: Any, binding: Binding, file: AdapterFile) -> None:
+    def place(self, request: Any, binding: Binding, file: AdapterFile, held: Held | None = None) -> None:
         """Have the adapter of `request` loaded and in a slot, as the most recently used; nothing where it is already.
 
-        Raises `DeliveryError` when vLLM refuses it, or whatever vLLM raises; the adapter is then to be removed.
+        Its tensors come from where they are `held`, else from the file. Raises `DeliveryError` when vLLM refuses it,
+        or whatever vLLM raises; the adapter is then to be removed.
         """
         if self.kind == "direct":
-            self._place_directly(request.lora_int_id, binding, file)
+            self._place_directly(request.lora_int_id, binding, file, held)
         elif not self._llm.llm_engine.add_lora(request):
             raise DeliveryError(f"vLLM refused the adapter at {request.lora_path}")
 
-    def _place_directly(self, lora_id: int, binding: Binding, file: AdapterFile) -> None:
+    def _place_directly(self, lora_id: int, binding: Binding, file: AdapterFile, held: Held | None) -> None:
         if compat.slot_of(self._llm, lora_id) is not None:
             compat.touch_adapter(self._llm, lora_id)
             return
@@ -68,5 +70,5 @@ class AdapterLoader:
         }
         compat.register_adapter(self._llm, lora_id, layers)
         slot = compat.free_slot(self._llm)
-        binding.slot(slot).write(file, tensors)
+        binding.slot(slot).write(file, tensors if held is None else held.tensors)
         compat.name_slot(self._llm, slot, lora_id)

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
+from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt
 from lora_grpo.types import Group, Prompt, Sampling
@@ -47,8 +48,8 @@ class OwnedEngine:
         """What only some engines offer, such as `tokenizer`; not for use while the thread is at work."""
         return getattr(self._engine, name)
 
-    def load(self, version: AdapterVersion) -> LoadReceipt:
-        return self._do(lambda: self._engine.load(version))
+    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
+        return self._do(lambda: self._engine.load(version, held=held))
 
     def unload(self, version: AdapterVersion) -> None:
         self._do(lambda: self._engine.unload(version))

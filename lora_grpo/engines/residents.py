@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from lora_grpo.adapters.digest import digest_directory
-from lora_grpo.adapters.peft_files import open_adapter
-from lora_grpo.adapters.peft_format import WEIGHTS_FILE
+from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
+from lora_grpo.adapters.peft_format import WEIGHTS_FILE, Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.boundary import vllm_boundary
-from lora_grpo.engines.delivery.slots import SlotProver
+from lora_grpo.engines.delivery.slots import SlotProver, require_finite
 from lora_grpo.engines.driving import StepDriver
 from lora_grpo.engines.loading import AdapterLoader, Loaded
 from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError, UnknownVersion
@@ -55,7 +55,7 @@ class Residents:
             raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
         return loaded
 
-    def load(self, version: AdapterVersion) -> LoadReceipt:
+    def load(self, version: AdapterVersion, held: Held | None = None) -> LoadReceipt:
         """See `Engine.load`."""
         known = self._loaded.get(version.path)
         if known is not None:
@@ -67,14 +67,16 @@ class Residents:
             return self._prove_again(known)
         started = time.perf_counter()
         file = open_adapter(version)
-        if digest_directory(version.path, held={WEIGHTS_FILE: file.mapped}) != version.digest:
-            raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
+        if self._loader.kind != "direct":
+            held = None
+        if held is None:
+            _check_published(version, file)
         binding = self._prover.bind(version, file)
         checked = time.perf_counter()
         self._make_room()
         loaded = Loaded(version, self._request(version), file, binding)
         with self.boundary(f"load {version}", forget=loaded):
-            receipt = self._place_and_prove(loaded, started, checked)
+            receipt = self._place_and_prove(loaded, started, checked, held)
         self._loaded[version.path] = loaded
         return receipt
 
@@ -138,11 +140,11 @@ class Residents:
         with self.boundary(f"activate {loaded.version}", forget=loaded):
             return self._place_and_prove(loaded, started, started)
 
-    def _place_and_prove(self, loaded: Loaded, started: float, checked: float) -> LoadReceipt:
+    def _place_and_prove(self, loaded: Loaded, started: float, checked: float, held: Held | None = None) -> LoadReceipt:
         for lora_id in self._driver.answering:
             # The slot that another takes is the least recently used one.
             compat.touch_adapter(self._llm, lora_id)
-        self._loader.place(loaded.request, loaded.binding, loaded.file)
+        self._loader.place(loaded.request, loaded.binding, loaded.file, held)
         placed = time.perf_counter()
         proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.request.lora_int_id)
         seconds = {"check": checked - started, "load": placed - checked, "prove": time.perf_counter() - placed}
@@ -170,6 +172,12 @@ class Residents:
 
         lora_id = next(self._ids)
         return LoRARequest(f"{version.path.parent.parent.name}-v{version.number}-{lora_id}", lora_id, str(version.path))
+
+
+def _check_published(version: AdapterVersion, file: AdapterFile) -> None:
+    if digest_directory(version.path, held={WEIGHTS_FILE: file.mapped}) != version.digest:
+        raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
+    require_finite(version, file)
 
 
 def _generators_kept() -> AbstractContextManager[None]:

@@ -1,7 +1,8 @@
 """Sleep mode: an engine gives its GPU memory back for a while, and shows on waking that it is what it was.
 
 vLLM frees weights and KV cache. At level 1 it keeps a copy of the weights in host memory, adapter slots included; at
-level 2 it keeps none, and the base is read from its files again. Its allocator is one for the whole process.
+level 2 it keeps none, and the base is read from its files again (from vLLM 0.28). Its allocator is one for the whole
+process.
 """
 
 from __future__ import annotations
@@ -55,8 +56,18 @@ def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, s
         raise ConfigError(
             f"{alive} engines are alive in this process, and vLLM would unmap the memory of all; close the others first"
         )
-    if level == 2 and loaded and not compat.slots_outlive_level_2():
-        release = ".".join(map(str, compat.vllm_release()))
+    if level == 2:
+        _check_can_wake_from_level_2(loaded)
+
+
+def _check_can_wake_from_level_2(loaded: Sequence[AdapterVersion]) -> None:
+    release = ".".join(map(str, compat.vllm_release()))
+    if not compat.reads_base_again():
+        raise ConfigError(
+            f"sleep level 2 on vLLM {release} is for good: it cannot read the base of an engine with LoRA again; use "
+            "level 1, or vLLM 0.28 or newer"
+        )
+    if loaded and not compat.slots_outlive_level_2():
         raise ConfigError(
             f"sleep level 2 on vLLM {release} discards the adapter slots ({', '.join(map(str, loaded))} loaded); use "
             "level 1, or unload every version first"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
@@ -140,11 +141,11 @@ class VLLMEngine:
     def between_steps(self, called: Callable[[], None] | None) -> None:
         self._residents.between_steps = called
 
-    def load(self, version: AdapterVersion) -> LoadReceipt:
+    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         self._held.check_awake()
         if self._shared is not None:
             self._shared.check_untouched()
-        return self._residents.load(version)
+        return self._residents.load(version, held)
 
     def unload(self, version: AdapterVersion) -> None:
         self._find(version)

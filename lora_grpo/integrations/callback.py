@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof
 from lora_grpo.errors import ConfigError
+from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Group, Prompt, Sampling
@@ -62,6 +64,9 @@ class PublishAdapter(TrainerCallback):
         self.sync = NativeSync(model, self.engine, self.store, optimizer=optimizer, scheduler=lr_scheduler)
         self._publish(state.global_step)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        answer_requests(self._sync)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every == 0:
             self._publish(state.global_step)
@@ -103,7 +108,7 @@ class Elsewhere:
     def proof(self) -> Proof:
         return "none"
 
-    def load(self, version: AdapterVersion) -> LoadReceipt:
+    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         return LoadReceipt("none", {}, 0, 0)
 
     def unload(self, version: AdapterVersion) -> None:

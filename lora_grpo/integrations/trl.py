@@ -25,8 +25,10 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import KeepConfig
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
+from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, generation_by
 from lora_grpo.integrations.trl_settings import Given, check_arguments
+from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.assembly import keeps_state, retention
@@ -73,6 +75,11 @@ class NativeRollouts:
                 f"{self.store.archive} holds a run at {self._found}; go on with train(resume_from_checkpoint=True), "
                 "or name another output_dir"
             )
+
+    def answer_requests(self, optimizer: Any, scheduler: Any) -> None:
+        """Do what other processes ask of the run, rollbacks among it; between two optimizer steps."""
+        self.sync.optimizer, self.sync.scheduler = optimizer, scheduler
+        answer_requests(self.sync)
 
     def stepped(self) -> None:
         """The optimizer has stepped: there is no need to look whether the weights are still `HEAD`'s."""
@@ -126,7 +133,7 @@ class NativeRollouts:
         self.store.record(number, **found)
         receipt = self.sync.last_receipt
         timings = {f"sync/{phase}_s": seconds for phase, seconds in receipt.seconds.items()} if receipt else {}
-        return {"version": float(number), **timings}
+        return {"version": float(number), **timings, BACKLOG: float(self.store.archive_backlog_bytes)}
 
     def _canary(self, groups: Sequence[Any]) -> None:
         """At its cadence, where sampler and trainer describe one distribution. Raises `DeliveryError`."""
@@ -141,7 +148,8 @@ class NativeGRPOTrainer(HookedTrainer):
     """`trl.GRPOTrainer` whose completions come from proven adapter versions; nothing is merged on the way.
 
     Rewards, data, losses, logging, checkpoints and callbacks are TRL's. `native` holds the engine, the store and the
-    sync; `rollback` works from a callback's `on_step_end`, `on_log` or `on_evaluate`.
+    sync; `rollback` works from a callback's `on_step_end`, `on_log` or `on_evaluate`. `lora-grpo rollback` and its like
+    on the run's directory are answered before the next step.
     """
 
     native: NativeRollouts
@@ -203,13 +211,19 @@ class NativeGRPOTrainer(HookedTrainer):
 
 
 class _Steps(TrainerCallback):
-    """Tells the rollouts when training begins and weights move; makes what was published durable when it ends."""
+    """Tells the rollouts when training begins, before each step, and when weights move; makes what was published
+    durable when it ends."""
 
     def __init__(self, native: NativeRollouts) -> None:
         self._native = native
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._native.begin(state.global_step)
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, *, optimizer: Any, lr_scheduler: Any, **_: Any
+    ) -> None:
+        self._native.answer_requests(optimizer, lr_scheduler)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._native.stepped()

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 GAP = "sampling/sampling_logp_difference/mean"
+BACKLOG = "archive/backlog_bytes"
 PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "publish": "green"}
 VERDICTS = {"ok": "green", "inconclusive": "yellow", "failed": "bold red"}
 RECENT_STEPS = 20
@@ -182,6 +183,8 @@ def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
         facts.append(("version", Text(_version(int(metrics["version"])), style="bold")))
     if metrics.get(GAP) is not None:
         facts.append(("log-prob gap", _gap(metrics)))
+    if metrics.get(BACKLOG) is not None:
+        facts.append(("archive", Text(_backlog(metrics[BACKLOG]))))
     if phase_seconds(metrics):
         facts.append(("seconds", _phase_bar(phase_seconds(metrics))))
     return facts or [("", Text("starting", style="dim"))]
@@ -224,6 +227,10 @@ def _length(metrics: Mapping[str, Any]) -> str:
     text = f"{metrics['completions/mean_length']:.0f} tokens"
     cut = metrics.get("completions/clipped_ratio")
     return text if cut is None else f"{text}, {cut:.0%} cut at the limit"
+
+
+def _backlog(waiting_bytes: float) -> str:
+    return f"{waiting_bytes / 2**20:.1f} MiB on the way to the disk" if waiting_bytes else "all on the disk"
 
 
 def _reward(metrics: Mapping[str, Any]) -> str:

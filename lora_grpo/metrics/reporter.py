@@ -28,7 +28,7 @@ class Reporter:
     ) -> None:
         self.run_dir = Path(run_dir)
         self._log = RunLog(self.run_dir / METRICS_FILE)
-        self._samples = RunLog(self.run_dir / SAMPLES_FILE)
+        self._samples: RunLog | None = None
         self._view = LiveView(self.run_dir, total_steps) if view else None
         self._tracker_names = tuple(trackers)
         self._trackers: Trackers | None = None
@@ -57,6 +57,8 @@ class Reporter:
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """A few completions as dicts of columns, such as prompt, completion, reward, version."""
+        if self._samples is None:
+            self._samples = RunLog(self.run_dir / SAMPLES_FILE)
         self._samples.append("samples", step=step, rows=rows)
         if self._view:
             self._view.samples(step, rows)
@@ -99,7 +101,8 @@ class Reporter:
             self._trackers.close()
             self._trackers = None
         self._log.close()
-        self._samples.close()
+        if self._samples:
+            self._samples.close()
 
     def __enter__(self) -> Self:
         return self

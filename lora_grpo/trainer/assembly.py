@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lora_grpo.engines.joint import EngineInEach
 from lora_grpo.engines.owned import OwnedEngine, owned
 from lora_grpo.errors import ConfigError, StoreLocked
 from lora_grpo.grpo.optimizer import build_optimizer
+from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
@@ -70,26 +72,25 @@ def assemble(
 ) -> Parts:
     """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
 
-    With several processes, each builds its own; only the store is the first one's.
+    With several processes, each builds its own; only the store, and an engine that is servers, are the first one's.
+    What fails in one of them fails in all.
     """
-    processes, accelerator = crew.processes, launched()
+    processes = crew.processes
     processes.first(lambda: refuse_live(run_dir))
-    store = processes.each(lambda: _open_store(crew, store_root, run_dir, keep))
-    if store is not None:
-        closing.callback(store.close)
-        if engine_config.store_address is not None:
-            closing.enter_context(store_server(store, engine_config.store_address))
-    built = not any(processes.gather(engine is not None))
-    if built:
+    store = processes.each(lambda: _open_store(closing, crew, store_root, run_dir, keep, engine_config))
+    if any(processes.gather(engine is not None)):
+        engine = None if engine is None else taken_over(closing, engine, config, built=False)
+    else:
         shares, sized = share_base_weights is True, with_room(engine_config, config.max_staleness)
-        engine = _start_engine(reporter, model, peft_config, sized, shares=shares)
-    if engine is not None:
-        engine = taken_over(closing, engine, config, built=built)
+        start = _prepared(reporter, model, peft_config, sized, shares=shares, processes=processes)
+        here = crew.leads or not sized.urls
+        engine = processes.each(lambda: taken_over(closing, start(), config, built=True) if here else None)
     with reporter.capture():
-        base = None if engine is None else shared_base(share_base_weights, model, engine, reporter.message)
-        policy_model, optimizer = _distributed(build_policy_model(model, peft_config, config.seed, base), config, base)
-    if engine is not None:
-        check_same_device(policy_model, engine)
+        built, base = processes.each(
+            lambda: _trained_model(reporter, model, peft_config, engine, config, share_base_weights)
+        )
+        policy_model, optimizer = _distributed(built, config, base)
+    accelerator = launched()
     policy = Policy(policy_model, config, accelerator=accelerator, optimizer=optimizer)
     sync = NativeSync(
         policy_model,
@@ -101,17 +102,26 @@ def assemble(
         keep_state=keeps_state(keep),
     )
     closing.callback(sync.close)
-    tokenizer = getattr(engine, "tokenizer", None)
-    if processing_class is not None:
-        check_same_vocabulary(processing_class, tokenizer)
-    padding = processes.share(pad_token_id(processing_class or tokenizer))
+    padding = processes.first(lambda: _padding(processing_class, getattr(engine, "tokenizer", None)))
     return Parts(_led(crew, sync, engine), policy_model, policy, sync, padding)
 
 
-def _open_store(crew: Crew, root: str | Path | None, run_dir: Path, keep: KeepConfig) -> AdapterStore | None:
+def _open_store(
+    closing: ExitStack,
+    crew: Crew,
+    root: str | Path | None,
+    run_dir: Path,
+    keep: KeepConfig,
+    engine_config: EngineConfig,
+) -> AdapterStore | None:
+    """The first process's, with the server that it is pulled from, where there is to be one."""
     if not crew.leads:
         return None
-    return AdapterStore(root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
+    store = AdapterStore(root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
+    closing.callback(store.close)
+    if engine_config.store_address is not None:
+        closing.enter_context(store_server(store, engine_config.store_address))
+    return store
 
 
 def store_server(store: AdapterStore, address: str) -> StoreServer:
@@ -122,24 +132,52 @@ def store_server(store: AdapterStore, address: str) -> StoreServer:
     return StoreServer(store, host=host, port=int(port))
 
 
-def _start_engine(
+def _prepared(
     reporter: Reporter | Unheard,
     model: ModelConfig | nn.Module,
     peft_config: Any,
     engine_config: EngineConfig,
     *,
     shares: bool,
-) -> Engine:
-    reporter.message(f"memory: {planned_memory(model, peft_config, engine_config, shared_base=shares)}")
-    reporter.message("starting the engine")
-    with reporter.capture():
-        return build_engine(
-            model,
-            engine_config,
-            lora_rank(model, peft_config),
-            targets=adapted_leaves(model, peft_config),
-            share_base_weights=shares,
-        )
+    processes: Processes,
+) -> Callable[[], Engine]:
+    """How to start the engine. All that can be found wrong before is, in every process: engines in the trainers' own
+    wait for each other while they start, and one that never began would keep the others waiting."""
+
+    def check() -> tuple[int, list[str] | None]:
+        reporter.message(f"memory: {planned_memory(model, peft_config, engine_config, shared_base=shares)}")
+        reporter.message("starting the engine")
+        return lora_rank(model, peft_config), adapted_leaves(model, peft_config)
+
+    rank, targets = processes.each(check)
+
+    def start() -> Engine:
+        with reporter.capture():
+            return build_engine(model, engine_config, rank, targets=targets, share_base_weights=shares)
+
+    return start
+
+
+def _trained_model(
+    reporter: Reporter | Unheard,
+    model: ModelConfig | nn.Module,
+    peft_config: Any,
+    engine: Engine | None,
+    config: GRPOConfig,
+    sharing: Sharing,
+) -> tuple[nn.Module, Any | None]:
+    """This process's PEFT model, and the base that it has from the engine."""
+    base = None if engine is None else shared_base(sharing, model, engine, reporter.message)
+    built = build_policy_model(model, peft_config, config.seed, base)
+    if engine is not None:
+        check_same_device(built, engine)
+    return built, base
+
+
+def _padding(processing_class: Any, tokenizer: Any) -> int:
+    if processing_class is not None:
+        check_same_vocabulary(processing_class, tokenizer)
+    return pad_token_id(processing_class or tokenizer)
 
 
 def _led(crew: Crew, sync: NativeSync, engine: Engine | None) -> Engine:

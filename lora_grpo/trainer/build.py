@@ -21,7 +21,7 @@ from lora_grpo.trainer.guards import build_guard
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
     """The trainer of a run; its resolved settings are written to the run directory first."""
-    Processes(launched()).first(lambda: _settle(config, Path(config.output_dir), resume=resume))
+    Processes(launched(config.grpo.ddp_timeout)).first(lambda: _settle(config, Path(config.output_dir), resume=resume))
     train, held_out = load_data(config.data)
     trainer = GRPOTrainer(
         config.model,

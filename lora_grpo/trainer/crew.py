@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial, wraps
+from datetime import timedelta
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
+from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt
 from lora_grpo.grpo.processes import Processes
@@ -30,14 +32,24 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@cache
-def launched() -> Accelerator | None:
-    """accelerate's own view of what `accelerate launch` or `torchrun` started; None for a single process."""
+def launched(timeout_s: float | None = None) -> Accelerator | None:
+    """accelerate's own view of what `accelerate launch` or `torchrun` started; None for a single process.
+
+    The first call joins the processes, unless the caller has: from then on they wait for each other `timeout_s` at
+    most (None: accelerate's default), and later calls give the same.
+    """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
-    from accelerate import Accelerator
+    if not _joined:
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
-    return Accelerator()
+        waiting = [] if timeout_s is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))]
+        _joined.append(Accelerator(kwargs_handlers=list(waiting)))
+    return _joined[0]
+
+
+_joined: list[Accelerator] = []
+"""This process's accelerator, once there is one."""
 
 
 class Crew:
@@ -108,7 +120,7 @@ class CrewEngine:
         """What only some engines offer, such as `tokenizer`."""
         return getattr(self._own, name)
 
-    def load(self, version: AdapterVersion) -> LoadReceipt:
+    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         return self._crew(_load, version)
 
     def unload(self, version: AdapterVersion) -> None:

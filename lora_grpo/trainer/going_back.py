@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +12,8 @@ from lora_grpo.adapters.rollbacks import Rollback, state_extra
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import SamplerState
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
-from lora_grpo.metrics import Reporter
+from lora_grpo.metrics import Reporter, history, read_metrics
+from lora_grpo.metrics.log import Record
 from lora_grpo.rollback import RollbackReport, Target, resolve
 from lora_grpo.trainer import crew
 from lora_grpo.trainer.evaluation import saved_evaluations
@@ -63,20 +65,14 @@ def resume(trainer: GRPOTrainer) -> RollbackReport | None:
 
     Where a rollback moved `HEAD` and nothing was published since, that rollback is completed: its data position, new
     seeds, and rounded weights if that version's state was not kept. A run that was killed before its first state was
-    written has nothing to restore: it begins again from its first version.
+    written has nothing to restore: it begins again from its first version, seeded as at its start.
     """
     head, log = trainer.store.head, trainer.rollback_log
     if head is None:
         return None
     log.settle(head.number)
-    if head.step == 0 and "state" not in trainer.store.where(head.number) and trainer.crew(crew.adopt, head):
-        return RollbackReport(head, head, "exact", "kept", "kept", "kept", {})
     waiting = log.waits_at(head.number)
-    if waiting and "state" not in trainer.store.where(head.number):
-        _restore_schedule_of(trainer, log.entries[-1].left)
-        report = trainer.crew(crew.roll_back, head.number)
-    else:
-        report = trainer.crew(crew.roll_back, _with_state(trainer, head).number)
+    report = _put_back(trainer, head, waiting=waiting)
     extra = report.extra or None
     position = log.data_position(extra)
     if position is not None:
@@ -96,6 +92,12 @@ def state_for(trainer: GRPOTrainer, step: int) -> dict[str, Any]:
         "without_signal": trainer.without_signal,
         "sampler": trainer.rollouts.position(),
     }
+
+
+def steps_until(trainer: GRPOTrainer, step: int) -> list[dict[str, Any]]:
+    """The metrics of the steps up to `step`, as the run wrote them down: a guard's baseline is what they say."""
+    records = [record for record in history(read_metrics(trainer.run_dir)) if record["event"] == "step"]
+    return [_metrics_of(record) for record in records if record["step"] <= step]
 
 
 def evaluations_until(trainer: GRPOTrainer, step: int) -> list[Any]:
@@ -124,28 +126,53 @@ def what_was_found(recovered: Recovered) -> list[str]:
     return sentences
 
 
-def _with_state(trainer: GRPOTrainer, head: AdapterVersion) -> AdapterVersion:
-    version = head
-    while "state" not in trainer.store.where(version.number):
-        if version.parent is None:
-            raise ConfigError(
-                f"{trainer.run_dir} kept no trainer state of {head} or its ancestors, so it cannot be resumed exactly; "
-                f"`lora-grpo rollback {trainer.run_dir} --to {head.number}` and resume go on from its rounded weights"
-            )
-        version = trainer.store.get(version.parent)
-    return version
+def _put_back(trainer: GRPOTrainer, head: AdapterVersion, *, waiting: bool) -> RollbackReport:
+    """Engine and trainer at the version to go on from; `waiting`: a rollback to `head` is to be completed."""
+    if "state" not in trainer.store.where(head.number):
+        if head.step == 0 and trainer.crew(crew.adopt, head):
+            trainer.crew(crew.seed_everything, trainer.config.seed)
+            return RollbackReport(head, head, "exact", "kept", "kept", "reset", {})
+        if waiting:
+            _restore_schedule_of(trainer, trainer.rollback_log.entries[-1].left)
+            return trainer.crew(crew.roll_back, head.number)
+    return trainer.crew(crew.roll_back, _with_state(trainer, head))
+
+
+def _with_state(trainer: GRPOTrainer, head: AdapterVersion) -> int:
+    number = _nearest_state(trainer, head.number)
+    if number is None:
+        raise ConfigError(
+            f"{trainer.run_dir} kept no trainer state of {head} or its ancestors, so it cannot be resumed exactly; "
+            f"`lora-grpo rollback {trainer.run_dir} --to {head.number}` and resume go on from its rounded weights"
+        )
+    return number
+
+
+def _nearest_state(trainer: GRPOTrainer, number: int) -> int | None:
+    """The version, or the nearest of its ancestors, whose trainer state is kept; those between may be gone."""
+    store, following = trainer.store, number
+    kept = {*store.states} & {*store.numbers}
+    while following not in kept:
+        parent = store.parent_of(following)
+        if parent is None:
+            return None
+        following = parent
+    return following
 
 
 def _restore_schedule_of(trainer: GRPOTrainer, left: int) -> None:
     """A rounded rollback keeps schedule and random state where they were: with the version that was left."""
-    following: int | None = left
-    while following is not None:
-        version = trainer.store.get(following)
-        if trainer.crew(crew.restore_trainer, version):
-            extra = state_extra(trainer.store, following) or {}
-            trainer.crew(crew.scale_learning_rates, 1 / _scale_of(extra))
-            return
-        following = version.parent
+    number = _nearest_state(trainer, left)
+    if number is not None:
+        trainer.crew(crew.restore_trainer, trainer.store.get(number))
+        trainer.crew(crew.scale_learning_rates, 1 / _scale_of(state_extra(trainer.store, number) or {}))
+
+
+def _metrics_of(record: Record) -> dict[str, Any]:
+    """A logged step's metrics; the log holds what is not finite as null."""
+    return {
+        name: math.nan if value is None else value for name, value in record.items() if name not in ("event", "time")
+    }
 
 
 def _scale_of(extra: Mapping[str, Any]) -> float:

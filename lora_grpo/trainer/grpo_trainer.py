@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,25 +18,20 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
 from lora_grpo.data import PromptDataset, PromptSampler, Rows, load_prompts
 from lora_grpo.engines.base import Engine
-from lora_grpo.errors import ConfigError, TrainingError
+from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics import Reporter, plot_run
 from lora_grpo.rewards import RewardFunction, check_columns
 from lora_grpo.rollback import RollbackReport, Target, resolve
-from lora_grpo.trainer import going_back
-from lora_grpo.trainer.assembly import assemble
-from lora_grpo.trainer.crew import Crew, Unheard, launched, led, push, seed_everything
+from lora_grpo.trainer import going_back, loop
+from lora_grpo.trainer.assembly import Parts, assemble
+from lora_grpo.trainer.crew import Crew, Unheard, launched, led, seed_everything
 from lora_grpo.trainer.evaluation import Evaluation, evaluate, save_evaluation
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Sharing
 from lora_grpo.trainer.overlap import rollouts_of
 from lora_grpo.trainer.rollouts import RolloutFunc
-from lora_grpo.trainer.steering import apply_requests
-from lora_grpo.trainer.stepping import Clock, learn, of_the_version, sample_rows, step_metrics
 from lora_grpo.trainer.summary import run_info, summary
-
-PATIENCE_STEPS = 10
-"""Steps in a row without any signal (every group's rewards equal) after which a run ends."""
 
 
 class GRPOTrainer:
@@ -79,25 +75,19 @@ class GRPOTrainer:
         Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
         has the run open, before anything is trained.
         """
-        self.config = config or GRPOConfig()
-        self.run_dir = Path(run_dir)
+        self.config, self.run_dir = config or GRPOConfig(), Path(run_dir)
         self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         self.train_data = _prompts(train_dataset, "train_dataset")
         self.eval_data = None if eval_dataset is None else _prompts(eval_dataset, "eval_dataset")
         check_columns(self.reward_funcs, self.train_data.column_names)
-        self.rollout_func, self.guard = rollout_func, guard
+        self.rollout_func, self.guard, self._view = rollout_func, guard, view
         if guard is not None:
             guard.check(self.config)
-        self._view = view
-        self.crew = Crew(Processes(launched()))
+        self.crew = Crew(Processes(launched(self.config.ddp_timeout)))
         self._closing = ExitStack()
-        with self._reporting() if self.crew.leads else nullcontext(Unheard()) as reporter, ExitStack() as on_failure:
-            on_failure.callback(self._closing.close)
-            self.parts = assemble(
-                self._closing,
-                reporter,
-                self.crew,
-                self.config,
+        self._build(
+            partial(
+                assemble,
                 model=ModelConfig(name=str(model)) if isinstance(model, str | Path) else model,
                 peft_config=peft_config,
                 processing_class=processing_class,
@@ -108,12 +98,7 @@ class GRPOTrainer:
                 store_root=store_root,
                 share_base_weights=share_base_weights,
             )
-            self.crew.parts = self.parts
-            self.engine, self.model = self.parts.engine, self.parts.model
-            self.policy, self.sync = self.parts.policy, self.parts.sync
-            self.rollouts = rollouts_of(self)
-            self._closing.callback(self.rollouts.close)
-            on_failure.pop_all()
+        )
         prompts_per_step = self.config.rows_per_step(self.crew.processes.count) // self.config.num_generations
         self.sampler = PromptSampler(len(self.train_data), prompts_per_step, self.config.seed)
         self.rollback_log = RollbackLog(self.run_dir)
@@ -121,6 +106,17 @@ class GRPOTrainer:
         self._resumed = self._own = False
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[Evaluation] = []
+
+    def _build(self, assembled: Callable[[ExitStack, Reporter | Unheard, Crew, GRPOConfig], Parts]) -> None:
+        """The parts, closed again when one of them fails."""
+        with self._reporting() if self.crew.leads else nullcontext(Unheard()) as reporter, ExitStack() as on_failure:
+            on_failure.callback(self._closing.close)
+            self.parts = self.crew.parts = assembled(self._closing, reporter, self.crew, self.config)
+            self.engine, self.model = self.parts.engine, self.parts.model
+            self.policy, self.sync = self.parts.policy, self.parts.sync
+            self.rollouts = rollouts_of(self)
+            self._closing.callback(self.rollouts.close)
+            on_failure.pop_all()
 
     @led
     def train(self) -> dict[str, Any]:
@@ -134,7 +130,7 @@ class GRPOTrainer:
             try:
                 self._begin(reporter)
                 with self.rollouts.running():
-                    self._run(reporter)
+                    loop.run(self, reporter)
             finally:
                 self.store.flush()
             result = summary(self, time.perf_counter() - started)
@@ -168,14 +164,20 @@ class GRPOTrainer:
         return going_back.roll_back(self, to)
 
     @led
-    def resume(self) -> RollbackReport | None:
+    def resume(self, run: str | Path | None = None) -> RollbackReport | None:
         """Go on with the run in `run_dir`: weights, optimizer, schedule, random state, step, prompts and `HEAD`.
 
         Starts from `HEAD`, or from its nearest ancestor whose trainer state reached the archive; None when nothing was
-        published. A rollback made while the run was stopped is completed. Raises `ConfigError` when no state was kept.
+        published. A rollback made while the run was stopped is completed. `run`, where it is named, is `run_dir`.
+        Raises `ConfigError` when no state was kept, or for another run.
         """
+        if run is not None and Path(run).resolve() != self.run_dir.resolve():
+            raise ConfigError(
+                f"this trainer's run is {self.run_dir}; to go on with {run}, build one with run_dir={run}"
+            )
         report = going_back.resume(self)
         self._resumed = report is not None
+        self.history = going_back.steps_until(self, self.steps_done)
         self.evaluations = going_back.evaluations_until(self, self.steps_done)
         return report
 
@@ -228,78 +230,12 @@ class GRPOTrainer:
             reporter.message(sentence)
         if self.store.head is None:
             self.crew(seed_everything, self.config.seed)
-            self._publish(0)
+            loop.publish(self, 0)
         elif not (self._resumed or self._own):
             raise ConfigError(f"{self.run_dir} holds a run at {self.version}; resume it, or choose another run_dir")
         self._own = True
         if not self.evaluations and self.steps_done == 0:
-            self._evaluate(reporter)
-
-    def _run(self, reporter: Reporter) -> None:
-        while self.steps_done < self.config.total_steps and self.without_signal < PATIENCE_STEPS:
-            apply_requests(self.store, self.rollback, reporter)
-            if self._guarded_step(reporter):
-                self._evaluate_when_due(reporter)
-
-    def _guarded_step(self, reporter: Reporter) -> bool:
-        """One step; False when the guard went back instead. Raises what it is not set to catch."""
-        if self.guard is None:
-            self._step(reporter)
-            return True
-        error: TrainingError | None = None
-        try:
-            self._step(reporter)
-        except TrainingError as caught:
-            error = caught
-        reason = self.guard.why(self.history, error)
-        if reason is None and error is not None:
-            raise error
-        if reason is not None:
-            going_back.guarded(self, self.guard, reason, reporter)
-        return reason is None
-
-    def _step(self, reporter: Reporter) -> None:
-        clock, step = Clock(reporter), self.steps_done + 1
-        with clock("generate"):
-            rollout = self.rollouts.take(step)
-        with clock("reward"):
-            rewarded = self.rollouts.reward(rollout)
-        with clock("train"):
-            learned = self.crew(learn, self.config, rewarded, step)
-        self.steps_done = step
-        self.without_signal = 0 if rewarded.used_groups(self.config.num_generations) else self.without_signal + 1
-        with clock("publish"):
-            self._publish(step)
-        metrics = {
-            **step_metrics(rewarded, self.reward_funcs, self.config, self.sync.last_receipt),
-            **learned,
-            **self.rollouts.metrics(),
-            "step": step,
-            "version": rollout.version.number,
-            **clock.seconds,
-            "step_time": sum(clock.seconds.values()),
-        }
-        self.store.record(rollout.version, **of_the_version(metrics))
-        self.history.append(metrics)
-        reporter.step(step, metrics)
-        if self.config.log_completions_every and step % self.config.log_completions_every == 0:
-            reporter.samples(step, sample_rows(rewarded))
-
-    def _publish(self, step: int) -> None:
-        self.crew(push, step, going_back.state_for(self, step))
-
-    def _evaluate_when_due(self, reporter: Reporter) -> None:
-        every, last = self.config.eval_every, self.steps_done == self.config.total_steps
-        stopped = self.without_signal >= PATIENCE_STEPS
-        if stopped:
-            reporter.message(f"{PATIENCE_STEPS} steps without a group of unequal rewards: nothing left to learn")
-        if last or stopped or (every and self.steps_done % every == 0):
-            self._evaluate(reporter)
-
-    def _evaluate(self, reporter: Reporter) -> None:
-        if self.eval_data is not None:
-            result = self.evaluate()
-            reporter.evaluation(self.steps_done, result.version, result.metrics)
+            loop.held_out(self, reporter)
 
     def _reporting(self) -> Reporter:
         """Told by the first process alone."""

@@ -57,9 +57,12 @@ class RewardCollapse:
     def why(self, steps: Steps, error: TrainingError | None) -> str | None:
         if error is not None or len(steps) < self.window + self.patience:
             return None
-        values = [float(metrics[self.metric]) for metrics in steps[-self.window - self.patience :]]
+        *before, last = steps[-self.window - self.patience :]
+        if any(self.metric not in metrics for metrics in before):
+            return None  # the run was begun with other rewards
+        values = [float(metrics[self.metric]) for metrics in (*before, last)]
         baseline, latest = statistics.fmean(values[: self.window]), values[self.window :]
-        if max(latest) > baseline - self.drop:
+        if not all(value <= baseline - self.drop for value in latest):
             return None
         shown = ", ".join(f"{value:.4g}" for value in latest)
         return (

@@ -87,6 +87,9 @@ def build_engine(
             max_loras=config.max_loras,
             adapters="path" if config.store_address is None else "resolver",
             on_failure=config.on_failure,
+            concurrency=config.concurrency,
+            timeout_s=config.timeout_s,
+            patience_s=config.patience_s,
             trust_remote_code=checkpoint.trust_remote_code,
         )
     from lora_grpo.engines.vllm_local import VLLMEngine

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import SamplerState
 from lora_grpo.engines.owned import OwnedEngine
-from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError, UnknownVersion
+from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError
 from lora_grpo.trainer.stepping import Rewarded, reward, roll_out
 from lora_grpo.types import Group, Prompt
 from lora_grpo.worker import Job, Worker
@@ -274,14 +274,9 @@ class Ahead(InTurn):
 
 def lag_behind(store: AdapterStore, head: AdapterVersion, version: AdapterVersion, most: int) -> int | None:
     """How many versions were made after `version` on the way to `head`; None for more than `most`, or another way."""
-    following: AdapterVersion = head
+    number: int | None = head.number
     for lag in range(most + 1):
-        if following.number == version.number:
+        if number == version.number:
             return lag
-        if following.parent is None:
-            return None
-        try:
-            following = store.get(following.parent)
-        except UnknownVersion:
-            return None
+        number = None if number is None else store.parent_of(number)
     return None

@@ -17,7 +17,7 @@ RollBack: TypeAlias = Callable[[Target], RollbackReport]
 
 def apply_requests(store: AdapterStore, roll_back: RollBack, reporter: Reporter) -> None:
     """Do what was asked, in order. A request that cannot be done changes nothing, and its answer says why."""
-    for request in store.requests():
+    for request in filter(store.claim, store.requests()):
         try:
             result = _apply(store, roll_back, request)
         except LoraGrpoError as error:

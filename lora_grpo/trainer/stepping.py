@@ -126,7 +126,8 @@ def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, st
     number = groups[0].completions[0].version
     late = number is not None and number != parts.sync.head.number
     due = (step - 1) % config.canary_every == 0 or not (late or gap <= RESOLUTION * parts.sync.noise)
-    if parts.sync.probe is None or not due:
+    # Noise is each process's own, to rounding, and a canary takes all of them.
+    if parts.sync.probe is None or not parts.policy.processes.share(due):
         return None
     version = parts.sync.store.get(number) if late and number is not None else None
     return parts.sync.canary(spread(groups, CANARY_ROWS), version=version, temperature=config.temperature)

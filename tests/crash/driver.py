@@ -35,15 +35,24 @@ POINTS = (
     "archive.copied", "archive.staged", "archive.renamed", "restore.staged", "restore.renamed",
     "state.half", "state.staged", "state.renamed",
 )  # fmt: skip
-RETENTION = keep_latest(3) | keep_archived(keep_latest(6)) | keep_trainer_state(keep_latest(2))
+DURABLE = {"versions": 6, "states": 2}
+RETENTION = (
+    keep_latest(3)
+    | keep_archived(keep_latest(DURABLE["versions"]))
+    | keep_trainer_state(keep_latest(DURABLE["states"]))
+)
 MAX_ROUNDS = 400
+SLOW_DISK_S = 0.01
+"""What a slow disk takes for each folder: several steps, so that retention meets a queue of folders not yet written."""
 
 
-def die_at(point: str, hit: int) -> Callable[[str], None]:
-    """A hook that kills this process the `hit`-th time it comes by `point`."""
+def hook(point: str | None, hit: int, disk_s: float) -> Callable[[str], None]:
+    """A hook that kills this process the `hit`-th time it comes by `point`; an archived folder takes `disk_s` more."""
     left = [hit]
 
     def at(here: str) -> None:
+        if disk_s and here in ("archive.copied", "state.half"):
+            time.sleep(disk_s)
         left[0] -= here == point
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -81,6 +90,15 @@ def check(store: AdapterStore, witness: Witness) -> None:
         assert len(digests) == 1, f"number {number} was given out twice"
         fate = why_gone(store, number)
         assert fate is None or "removed by retention" in fate, fate
+
+
+def check_durable(run: Path, most: dict[str, int]) -> None:
+    """What is on the disk outlives what only waits for it; `most` is the largest number of folders ever seen there."""
+    here = {kind: {path.name for path in (run / kind).glob("*")} for kind in DURABLE}
+    for kind, kept in DURABLE.items():
+        most[kind] = max(most[kind], len(here[kind]))
+        assert len(here[kind]) >= min(kept, most[kind]), f"of {kept} durable {kind} to be kept, {here[kind]} are left"
+    assert here["states"] <= here["versions"], f"states without their adapters: {here}"
 
 
 def why_gone(store: AdapterStore, number: int) -> str | None:
@@ -140,8 +158,8 @@ def killed(root: Path, run: Path, witness: Witness, seed: int, point: str | None
     child = os.fork()
     if child == 0:
         try:
-            if point is not None:
-                disk.at = die_at(point, draw.randint(1, 1 if point.startswith(("open", "numbers", "replace")) else 3))
+            once = point is None or point.startswith(("open", "numbers", "replace"))
+            disk.at = hook(point, draw.randint(1, 1 if once else 3), draw.choice((0, SLOW_DISK_S)))
             work(root, run, witness, inside, seed, rebooted)
         finally:
             traceback.print_exc()
@@ -163,9 +181,11 @@ def main(folder: Path, seed: int, kills_per_point: int, random_kills: int) -> di
     draw = random.Random(seed)
     draw.shuffle(plan)
     inside, rebooted, reboots = 0, False, 0
+    most = dict.fromkeys(DURABLE, 0)
     for index, point in enumerate(plan):
         died_inside, opened = killed(root, run, witness, seed * len(plan) + index, point, rebooted)
         inside += died_inside
+        check_durable(run, most)
         if (run / "store.json").exists() and (root / "store.json").exists():
             check(AdapterStore(archive=run, readonly=True), witness)
         rebooted = rebooted and not opened

@@ -40,6 +40,13 @@ class Strategy(ABC):
     """The strategy whose engine computes completions the same way (itself, or another)."""
     trainer: Trainer
     subject: Subject
+    loader: str | None = None
+    """How our engine took the last sync's adapter; None where another engine does."""
+
+    @property
+    def decodes_here_like(self) -> str:
+        """`decodes_like`, on the subject's device."""
+        return self.decodes_like
 
     def prepare(self, subject: Subject, seen: Callable[[str], None]) -> None:
         """Load the trainer, then the engine; `seen` is told after each what was loaded."""

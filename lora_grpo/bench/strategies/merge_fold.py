@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from lora_grpo.bench.strategies.base import Synced
+from lora_grpo.bench.strategies.merge_trl import MergeTRL
 from lora_grpo.bench.strategies.merging import Merging
 from lora_grpo.bench.timing import Clock
 
@@ -27,6 +28,11 @@ class MergeFold(Merging):
         weights = self.engine.linear_weights()
         self._folds = [(module, weights[module.path]) for module in self.trainer.modules]
         self._pristine = [weight.clone() for _, weight in self._folds]
+
+    @property
+    def decodes_here_like(self) -> str:
+        # Nothing is prepacked on a GPU: merged weights are merged weights.
+        return self.decodes_like if self.subject.device == "cpu" else MergeTRL.decodes_like
 
     @torch.no_grad()
     def sync(self) -> Synced:

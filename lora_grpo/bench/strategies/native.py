@@ -63,6 +63,7 @@ class Native(Strategy):
         elapsed = clock.now() - started
         receipt = self.pusher.last_receipt
         assert receipt is not None
+        self.loader = receipt.load.loader
         return Synced(
             {**receipt.seconds, "device": max(0.0, elapsed - receipt.total_s - receipt.keeping_s)},
             adapter_crossing(self.subject.device, self.pusher.adapter_bytes),

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import xxhash
 
+from lora_grpo.adapters.digest import Buffer
 from lora_grpo.adapters.peft_files import AdapterFile
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -77,8 +77,8 @@ class SlotView:
 
     @torch.no_grad()
     def write(self, file: AdapterFile, tensors: list[torch.Tensor]) -> None:
-        """Copy a file's tensors in, and zeros beside them."""
-        if self.tensors[0].device.type != "cpu":
+        """Copy a file's tensors in, wherever they are, and zeros beside them."""
+        if self.tensors[0].device != tensors[0].device:
             flat, pieces = self._gathering()
             flat.copy_(torch.frombuffer(file.payload, dtype=flat.dtype))
             tensors = pieces
@@ -86,22 +86,20 @@ class SlotView:
         if self.zeros:
             torch._foreach_zero_([tensor for _, tensor in self.zeros])
 
-    def digest(self) -> bytes:
-        """xxh3_128 of the slot's tensors laid end to end.
+    def payload(self) -> Iterator[Buffer]:
+        """The bytes of the slot's tensors, end to end; each piece is good until the next.
 
         Where they are not plain host memory they are gathered into one flat buffer first, which crosses in one copy.
         """
-        hasher = xxhash.xxh3_128()
         if self._in_place:
             for view, copy, buffer in self._buffers:
                 if copy is not None:
                     copy.copy_(view)
-                hasher.update(buffer)
-            return hasher.digest()
+                yield buffer
+            return
         flat, pieces = self._gathering()
         torch._foreach_copy_(pieces, self.tensors)
-        hasher.update(raw_bytes(self._to_host(flat)))
-        return hasher.digest()
+        yield raw_bytes(self._to_host(flat))
 
     def _in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, Any]]:
         """Each tensor, a copy to take of it where its bytes do not lie in a row, and the buffer to hash.

@@ -9,15 +9,17 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from lora_grpo.adapters import disk
 from lora_grpo.adapters.digest import Buffer, digest_buffers
 from lora_grpo.adapters.peft_format import LoraModule, ServingForm, assign, peft_model_of
+from lora_grpo.adapters.room import require_room
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine, is_remote
 from lora_grpo.errors import DeliveryError, UnsupportedAdapter
@@ -80,9 +82,9 @@ def run_probe(
 ) -> ProbeReport:
     """Prove that `engine` computes what `model` computes, with the base and with a loud adapter; leaves no trace.
 
-    `scratch` is a directory to write the probe under; an engine that can only pull from a store gets it by `publish`.
-    Raises `UnsupportedAdapter` when the bases disagree and
-    `DeliveryError` when the adapter does not arrive.
+    `scratch` is a directory to write the probe under, best one that is swept after a kill; an engine that can only
+    pull from a store gets it by `publish`. Raises `UnsupportedAdapter` when the bases disagree, `DeliveryError` when
+    the adapter does not arrive, `NoRoom` when it does not fit `scratch`.
     """
     started = time.perf_counter()
     sequences = probe_sequences(engine.describe_base().vocabulary, seed)
@@ -92,10 +94,9 @@ def run_probe(
     needed = max(_MIN_SIGNAL_NATS, SEPARATION * noise)
     with (
         loud(form.modules, model, sequences, trainer_base, needed, seed) as (trainer_probe, signal),
-        tempfile.TemporaryDirectory(prefix="lora-grpo-probe-", dir=scratch) as folder,
+        nullcontext(publish(form.files())) if publish else _written(form.files(), scratch) as version,
     ):
         witness = Witness(sequences, trainer_base, trainer_probe, signal)
-        version = publish(form.files()) if publish else _write(form, Path(folder) / "versions" / "000000")
         error = max(witness.error(served, noise) for served in _serve(version, engine, sequences))
         if is_remote(engine):
             engine.keep_probe(version, witness, noise)
@@ -177,9 +178,16 @@ def _answers(engine: Engine, sequences: list[list[int]], adapter: AdapterVersion
     return [engine.logprobs(sequences, adapter=adapter)]
 
 
-def _write(form: ServingForm, path: Path) -> AdapterVersion:
-    files = form.files()
-    path.mkdir(parents=True, mode=0o700)
-    for name, buffers in files.items():
-        (path / name).write_bytes(b"".join(buffers))
-    return AdapterVersion(0, None, path, digest_buffers(files), -1, time.time())
+@contextmanager
+def _written(files: Mapping[str, Sequence[Buffer]], scratch: Path) -> Iterator[AdapterVersion]:
+    """The probe in a folder of its own below `scratch`, while the block runs."""
+    sizes = {name: sum(memoryview(buffer).nbytes for buffer in buffers) for name, buffers in files.items()}
+    with ExitStack() as held:
+        with disk.reported("writing the probe"):
+            require_room(scratch, sizes, "the probe of the engine")
+            folder = held.enter_context(tempfile.TemporaryDirectory(prefix="lora-grpo-probe-", dir=scratch))
+            path = Path(folder) / "versions" / "000000"
+            path.mkdir(parents=True, mode=0o700)
+            for name, buffers in files.items():
+                disk.write_file(path / name, buffers, sync=False)
+        yield AdapterVersion(0, None, path, digest_buffers(files), -1, time.time())

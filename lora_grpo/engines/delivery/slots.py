@@ -36,13 +36,12 @@ class SlotProver:
         expected = _FILE_DTYPES[compat.lora_dtype(self._llm)]
         if file.dtype != expected:
             raise DeliveryError(f"{version} is {file.dtype}, the engine keeps adapters in {expected}; publish it so")
-        require_finite(version, file)
         if file.header not in self._bindings:
             self._bindings[file.header] = self._bind(version, file)
         return self._bindings[file.header]
 
     def prove(self, version: AdapterVersion, file: AdapterFile, lora_id: int) -> int:
-        """Compare the slot of `lora_id` with the file, bit for bit; returns the bytes proven.
+        """Compare the slot of `lora_id` with what was published, bit for bit; returns the bytes proven.
 
         Raises `DeliveryError` naming the module that differs.
         """
@@ -56,7 +55,7 @@ class SlotProver:
         if slot is None:
             raise DeliveryError(f"{version} (adapter id {lora_id}) is in no slot of the engine")
         served = binding.slot(slot)
-        if served.digest() != file.checksum:
+        if file.digest_with(served.payload()) != version.digest:
             raise DeliveryError(f"{version}: {self._first_difference(binding, file, slot)}")
         if stray := served.nonzero():
             raise DeliveryError(f"{version}: {stray} holds values in slot {slot} that the file does not have")

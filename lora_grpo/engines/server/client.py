@@ -1,19 +1,24 @@
-"""One server's HTTP interface, through the openai client: its connections, timeouts and retries, our errors."""
+"""One server's HTTP interface, through the openai client: its connections and retries, our deadlines and errors."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import openai
 
+from lora_grpo.engines.server.watch import Watch
 from lora_grpo.errors import ConfigError, EngineError
 
 RETRIES = 2
 """Of a request that met a dropped connection or a 5xx; the openai client waits longer before each."""
 
-_QUICK_TIMEOUT_S = 10.0
+QUICK_TIMEOUT_S = 10.0
+"""For what a server answers at once or not at all."""
 
 
 class Unreachable(EngineError):
@@ -29,37 +34,59 @@ class Refused(EngineError):
 
 
 class Client:
-    """Asks one server. Raises `Unreachable`, `Refused`, or `ConfigError` for a wrong API key."""
+    """Asks one server. Raises `Unreachable`, `Refused`, or `ConfigError` for a wrong API key.
+
+    While an answer is owed, the server's health is looked at: one that is gone has no answers to wait for.
+    """
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
-        """`url` is the server's, with or without `/v1`. `timeout_s` bounds a completion, waiting in line included."""
+        """`url` is the server's, with or without `/v1`. `timeout_s` bounds a completion, waiting in line and further
+        tries included: the openai client would send what timed out to the same server again."""
         if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):
             raise ConfigError(f"{url!r} is no server's address; write one such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
-        self._asking = openai.AsyncOpenAI(
-            base_url=self.url, api_key=api_key or "none", timeout=timeout_s, max_retries=RETRIES
-        )
+        self._timeout_s = timeout_s
+        key = api_key or "none"
+        self._asking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=None, max_retries=RETRIES)
         self._changing = self._asking.with_options(max_retries=0)
-        self._looking = self._asking.with_options(max_retries=0, timeout=_QUICK_TIMEOUT_S)
+        # Connections of its own: those that completions wait on may all be taken.
+        self._looking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=QUICK_TIMEOUT_S, max_retries=0)
+        self._watch = Watch(self._is_up)
 
     async def look(self, path: str) -> str:
         """GET, at once or not at all."""
-        return await self._answer(path, self._looking.get(path, cast_to=str))
+        return await self._answer(path, lambda: self._looking.get(path, cast_to=str))
 
     async def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST what changes nothing on the server; tried again where that may help."""
-        return _parsed(self.url, path, await self._answer(path, self._asking.post(path, cast_to=str, body=body)))
+        text = await self._owed(path, lambda: self._asking.post(path, cast_to=str, body=body), self._timeout_s)
+        return _parsed(self.url, path, text)
 
-    async def change(self, path: str, body: dict[str, Any]) -> None:
+    async def change(self, path: str, body: dict[str, Any], *, timeout_s: float | None = None) -> None:
         """POST what changes the server, once."""
-        await self._answer(path, self._changing.post(path, cast_to=str, body=body))
+        post = self._changing.post
+        await self._owed(path, lambda: post(path, cast_to=str, body=body), timeout_s or self._timeout_s)
 
     async def close(self) -> None:
         await self._asking.close()
+        await self._looking.close()
 
-    async def _answer(self, path: str, request: Any) -> str:
+    async def _owed(self, path: str, request: Callable[[], Awaitable[str]], timeout_s: float) -> str:
         try:
-            return str(await request)
+            async with asyncio.timeout(timeout_s):
+                return await self._watch.over(self._answer(path, request))
+        except TimeoutError:
+            raise Unreachable(f"{self.url} gave no answer to {path} within {timeout_s:g} s") from None
+
+    async def _is_up(self) -> None:
+        try:
+            await self.look("/health")
+        except Refused as refusal:
+            raise Unreachable(str(refusal)) from None
+
+    async def _answer(self, path: str, request: Callable[[], Awaitable[str]]) -> str:
+        try:
+            return str(await request())
         except openai.APIStatusError as error:
             said = _message(error.response.text)
             if error.status_code in (401, 403):
@@ -72,14 +99,18 @@ class Client:
             raise Unreachable(f"{self.url} does not answer {path}: {type(cause).__name__}: {cause}") from None
 
 
-def _parsed(url: str, path: str, text: str) -> dict[str, Any]:
+@contextmanager
+def reading(url: str, path: str, answer: object) -> Iterator[None]:
+    """While an answer is taken apart: one of another form than vLLM's raises `EngineError`."""
     try:
-        answer = json.loads(text)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise EngineError(f"{url}{path} answered {text[:200]!r}; is it a vLLM server?")
-    return answer
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise EngineError(f"{url}{path} answered {str(answer)[:200]!r} ({error!r}); is it a vLLM server?") from None
+
+
+def _parsed(url: str, path: str, text: str) -> dict[str, Any]:
+    with reading(url, path, text):
+        return {**json.loads(text)}
 
 
 def _message(text: str) -> str:

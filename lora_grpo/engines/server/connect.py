@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.server.client import Client, Refused, Unreachable
+from lora_grpo.engines.server.client import Client, Refused, Unreachable, reading
 from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body, to_logprobs
 from lora_grpo.errors import ConfigError, EngineError
 
@@ -48,22 +48,31 @@ async def connect(client: Client, rank_folder: Path | None) -> Facts:
     base = next((card for card in cards if card.get("max_model_len")), None)
     if base is None:
         raise EngineError(f"{client.url}{MODELS} lists no base model with a max_model_len; is it a vLLM server?")
-    release = compat.check_release(json.loads(await client.look("/version"))["version"])
+    release = await _release(client)
     rank = await _max_lora_rank(client, rank_folder)
     await _check_logprobs(client, base["id"])
     await _check_scoring(client, base["id"])
-    return Facts(
-        base["id"], base.get("root") or base["id"], base["max_model_len"], release, rank, await started(client)
-    )
+    life = await started(client)
+    if life is None and rank_folder is None:
+        raise ConfigError(
+            f"{client.url} has no /metrics that say when its process started. A server that pulls answers for a "
+            "version as soon as it is up, so that a restart would pass unnoticed: let /metrics through"
+        )
+    return Facts(base["id"], base.get("root") or base["id"], base["max_model_len"], release, rank, life)
 
 
 async def models(client: Client) -> dict[str, dict[str, Any]]:
     """The cards of what a server serves, base and adapters, by name."""
     answer = await client.look(MODELS)
-    try:
-        return {card["id"]: card for card in json.loads(answer)["data"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{client.url}{MODELS} is no list of models ({error!r}); is it a vLLM server?") from None
+    with reading(client.url, MODELS, answer):
+        return {card["id"]: dict(card) for card in json.loads(answer)["data"]}
+
+
+async def _release(client: Client) -> tuple[int, int]:
+    answer = await client.look("/version")
+    with reading(client.url, "/version", answer):
+        version = str(json.loads(answer)["version"])
+        return compat.check_release(version)
 
 
 async def started(client: Client) -> str | None:
@@ -143,9 +152,11 @@ async def _check_logprobs(client: Client, base: str) -> None:
     top: list[dict[str, float]] = []
     for temperature in (1.0, 0.5):
         answer = await client.ask(COMPLETIONS, body | {"temperature": temperature})
-        top.append(answer["choices"][0]["logprobs"]["top_logprobs"][0])
-    shared = sorted(top[0].keys() & top[1].keys(), key=lambda token: top[0][token])
-    apart, twice = (values[shared[-1]] - values[shared[0]] for values in top)
+        with reading(client.url, COMPLETIONS, answer):
+            top.append(answer["choices"][0]["logprobs"]["top_logprobs"][0])
+    with reading(client.url, COMPLETIONS, top):
+        shared = sorted(top[0].keys() & top[1].keys(), key=lambda token: top[0][token])
+        apart, twice = (values[shared[-1]] - values[shared[0]] for values in top)
     if twice < 1.5 * apart:
         raise ConfigError(
             f"{client.url} gives log-probs of another distribution than it samples from; start it with "

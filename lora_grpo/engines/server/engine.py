@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lora_grpo.adapters.digest import digest_directory
 from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
-from lora_grpo.adapters.peft_format import WEIGHTS_FILE
+from lora_grpo.adapters.peft_format import WEIGHTS_FILE, Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
@@ -73,8 +73,11 @@ class VLLMServerEngine:
         """
         if not urls or len(set(urls)) != len(urls):
             raise ConfigError(f"urls={list(urls)} must name each server once, and one at least")
-        if max_loras < 1 or concurrency < 1:
-            raise ConfigError(f"max_loras={max_loras} and concurrency={concurrency} must be at least 1")
+        if max_loras < 2 or concurrency < 1:
+            raise ConfigError(
+                f"max_loras={max_loras} must be at least 2, so that the promoted version is served until a newer one "
+                f"takes its place, and concurrency={concurrency} at least 1"
+            )
         self._max_loras = max_loras
         self._names = Names()
         self._loop = Loop("lora-grpo-servers")
@@ -142,12 +145,18 @@ class VLLMServerEngine:
 
     def served_names(self, version: AdapterVersion) -> dict[str, str]:
         """The model name to ask for `version` by on each server in rotation, for other OpenAI clients."""
-        name = self._fleet.find(version).name
+        name = self._fleet.in_use.find(version).name
         return {r.url: r.names[name] for r in self._fleet.replicas if r.state == "serving"}
 
-    def load(self, version: AdapterVersion, *, expected: list[list[float]] | None = None) -> LoadReceipt:
+    def load(
+        self,
+        version: AdapterVersion,
+        *,
+        held: Held | None = None,
+        expected: list[list[float]] | None = None,
+    ) -> LoadReceipt:
         started = time.perf_counter()
-        known = self._fleet.in_use.get(version.path)
+        known = self._fleet.in_use.at(version.path)
         if known is not None:
             if known.version.digest != version.digest:
                 raise DeliveryError(
@@ -164,10 +173,10 @@ class VLLMServerEngine:
         return self._receipt(file, report, started, checked)
 
     def unload(self, version: AdapterVersion) -> None:
-        self._loop.run(self._fleet.unload(self._fleet.find(version)))
+        self._loop.run(self._fleet.unload(self._fleet.in_use.find(version)))
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
-        return tuple(served.version for served in list(self._fleet.in_use.values()))
+        return tuple(served.version for served in self._fleet.in_use.all())
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
         ids_P = token_prompts(self._tokenizer, prompts)
@@ -184,7 +193,7 @@ class VLLMServerEngine:
         seeds_PG: list[list[int]],
         sampling: Sampling,
     ) -> list[list[Completion]]:
-        with self._fleet.using(adapter_P) as served_P:
+        with self._fleet.in_use.using(adapter_P) as served_P:
             asks_PG = [
                 [completing(served, ids, sampling, seed) for seed in seeds]
                 for ids, served, seeds in zip(ids_P, served_P, seeds_PG, strict=True)
@@ -205,7 +214,7 @@ class VLLMServerEngine:
     async def _score(
         self, sequences: Sequence[Sequence[int]], adapter: AdapterVersion | None, only: Replica | None
     ) -> list[list[float]]:
-        with self._fleet.using([adapter]) as [served]:
+        with self._fleet.in_use.using([adapter]) as [served]:
             answers = await self._fleet.pool.run([[scoring(served, ids)] for ids in sequences], only=only)
             return [logprobs for [logprobs] in answers]
 
@@ -238,8 +247,9 @@ class VLLMServerEngine:
     def _check_slots(self) -> None:
         for url, slots in self._loop.run(self._fleet.slots()).items():
             if slots is not None and slots < self._max_loras:
+                fewer = f", or pass max_loras={slots}" if slots > 1 else ""
                 warnings.warn(
                     f"{url} has {slots} adapter slots for the {self._max_loras} versions that stay in use, and would "
-                    f"swap them in and out: start it with --max-loras {self._max_loras}, or pass max_loras={slots}",
+                    f"swap them in and out: start it with --max-loras {self._max_loras}{fewer}",
                     stacklevel=3,
                 )

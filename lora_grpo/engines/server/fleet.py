@@ -1,11 +1,9 @@
-"""Versions on all replicas or on none, and replicas that fall out of rotation and come back proven."""
+"""Versions on all replicas or on none."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -14,17 +12,21 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.server.client import Client, Unreachable
 from lora_grpo.engines.server.connect import connect, models, slots
+from lora_grpo.engines.server.in_use import InUse
 from lora_grpo.engines.server.names import Names, resolver_name
 from lora_grpo.engines.server.pool import Pool, scoring
-from lora_grpo.engines.server.proofs import KeptProbe, Proofs
+from lora_grpo.engines.server.proofs import Answers, Proofs
 from lora_grpo.engines.server.replica import Replica, Served
-from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion
+from lora_grpo.engines.server.returning import FIRST_PAUSE_S, Returning
+from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError
 
 OnFailure: TypeAlias = Literal["raise", "drop"]
 """What becomes of a load that one replica fails: it fails on all of them, or that replica leaves the rotation."""
 
+Outcome: TypeAlias = tuple[Answers, CanaryReport | None]
+"""What a replica answers for a version, and the verdict on it where somebody said what to expect."""
+
 _LOAD_ATTEMPTS = 3
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,12 @@ class Fleet:
 
     def __init__(self, replicas: list[Replica], names: Names, rank_folder: Path | None, settings: Settings) -> None:
         self.replicas, self.names, self.settings = replicas, names, settings
-        self.in_use: dict[Path, Served] = {}
+        self.in_use = InUse()
+        self.proofs = Proofs(self.in_use)
         self.pool = Pool(replicas, settings.concurrency, self.lost)
-        self.proofs = Proofs(self.in_use.values())
-        self._rank_folder = rank_folder
+        self._returning = Returning(
+            self.in_use, self.proofs, self.named, rank_folder, settings.patience_s, self.pool.notify
+        )
         self._changing = asyncio.Lock()
 
     @classmethod
@@ -61,47 +65,47 @@ class Fleet:
                     f"{client.url} serves {other.root} with max_model_len={other.max_model_len}, {clients[0].url} "
                     f"{facts[0].root} with {facts[0].max_model_len}; start all replicas alike"
                 )
-        fleet = cls([Replica(*pair) for pair in zip(clients, facts, strict=True)], names, rank_folder, settings)
+        replicas = [Replica(*pair, settings.resolves) for pair in zip(clients, facts, strict=True)]
+        fleet = cls(replicas, names, rank_folder, settings)
         await asyncio.gather(*(fleet._sweep(replica) for replica in fleet.replicas))
         names.sweep()
         return fleet
 
-    async def load(self, served: Served, expected: list[list[float]] | None) -> CanaryReport | None:
+    async def load(self, served: Served, expected: Answers | None) -> CanaryReport | None:
         """Put a version into use on every replica, proven, or on none.
 
         `expected` are the trainer's log-probs of `sequences`; without them the replicas are compared with one another
-        only, and there is no verdict. Raises `DeliveryError` or `EngineError` naming each replica that failed.
+        only, and there is no verdict. Raises `DeliveryError` or `EngineError` naming each replica that failed, and
+        `ConfigError` where nothing is expected although a probe is kept.
         """
+        self.proofs.require_expected(served.version, expected)
         async with self._changing:
-            replicas = await self._present()
             try:
-                outcomes = await asyncio.gather(
-                    *(self._take(replica, served, expected) for replica in replicas), return_exceptions=True
-                )
-                answers, verdict = self._judge(replicas, outcomes, served, expected)
+                answers, verdict = await self._prove(served, expected)
             except BaseException:
                 await self._take_back(served)
                 raise
             served.answers = answers if expected is None else expected
-            self.in_use[served.version.path] = served
+            self.in_use.add(served)
             for replica in self.replicas:
                 if served.name not in replica.names:
                     self.lost(replica, EngineError(f"{replica.url} has yet to load {served.version}"))
             await self._retire(served)
             return verdict
 
-    async def prove_again(self, served: Served) -> CanaryReport:
-        """Score a version in use on every replica; one that differs takes it out of use. Raises as `load`."""
+    async def prove_again(self, served: Served) -> CanaryReport | None:
+        """Score a version in use on every replica; one that differs takes it out of use, unless it may be dropped.
+
+        Raises as `load`.
+        """
         async with self._changing:
-            replicas = await self._present()
             try:
-                answers = await asyncio.gather(*(self.score(replica, served) for replica in replicas))
-                pairs = zip(replicas, answers, strict=True)
-                reports = [self.proofs.compare(replica, served, own, served.answers) for replica, own in pairs]
-                return reports[0]
+                _, verdict = await self._prove(served, served.answers)
             except DeliveryError:
                 await self._drop(served)
                 raise
+            self.in_use.add(served)
+            return verdict
 
     async def unload(self, served: Served) -> None:
         async with self._changing:
@@ -109,33 +113,9 @@ class Fleet:
 
     async def close(self) -> None:
         """Have the servers forget this engine's versions; those that do not answer forget them when they restart."""
-        for served in list(self.in_use.values()):
+        for served in self.in_use.all():
             await self._drop(served)
         await asyncio.gather(*(replica.client.close() for replica in self.replicas))
-
-    @contextmanager
-    def using(self, versions: Sequence[AdapterVersion | None]) -> Iterator[list[Served | None]]:
-        """The versions as they are served (None: the base), kept in use meanwhile and made the most recently used.
-
-        Raises `UnknownVersion` for one that is not loaded.
-        """
-        wanted = [None if version is None else self.find(version) for version in versions]
-        distinct = list(dict.fromkeys(served for served in wanted if served is not None))
-        for served in distinct:
-            self.in_use[served.version.path] = self.in_use.pop(served.version.path)
-            served.users += 1
-        try:
-            yield wanted
-        finally:
-            for served in distinct:
-                served.users -= 1
-
-    def find(self, version: AdapterVersion) -> Served:
-        served = self.in_use.get(version.path)
-        if served is None or served.version.digest != version.digest:
-            held = ", ".join(str(known.version) for known in self.in_use.values()) or "none"
-            raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
-        return served
 
     def named(self, version: AdapterVersion) -> Served:
         """A version under the name that servers are to know it by."""
@@ -147,17 +127,7 @@ class Fleet:
 
     def lost(self, replica: Replica, error: Exception) -> None:
         """Take a replica out of rotation and try to bring it back."""
-        if replica.state == "serving":
-            replica.trouble = str(error)
-            self._bring_back(replica)
-
-    async def score(self, replica: Replica, served: Served | None) -> list[list[float]]:
-        """One replica's log-probs of `sequences`, by a version that it has or by the base."""
-        if replica.state != "serving":
-            name = replica.facts.base if served is None else replica.names[served.name]
-            return await replica.score(name, self.proofs.sequences)
-        asks = [scoring(served, ids) for ids in self.proofs.sequences]
-        return [answers[0] for answers in await self.pool.run([[ask] for ask in asks], only=replica)]
+        self._returning.lost(replica, error)
 
     # Loading
 
@@ -166,9 +136,9 @@ class Fleet:
         await asyncio.gather(*(self._look(replica) for replica in self.replicas if replica.state == "serving"))
         for replica in self.replicas:
             if replica.state == "lost":
-                self._bring_back(replica)
+                self._returning.begin(replica)
         if self.settings.on_failure == "raise":
-            await asyncio.gather(*(self._returned(replica) for replica in self.replicas))
+            await asyncio.gather(*(self._returning.end(replica) for replica in self.replicas))
         present = [replica for replica in self.replicas if replica.state == "serving"]
         absent = [replica for replica in self.replicas if replica.state != "serving"]
         if absent and (self.settings.on_failure == "raise" or not present):
@@ -184,41 +154,54 @@ class Fleet:
         except EngineError as error:
             self.lost(replica, error)
 
-    async def _take(
-        self, replica: Replica, served: Served, expected: list[list[float]] | None
-    ) -> tuple[list[list[float]], CanaryReport | None]:
-        """Load a version on one replica and score it; tried again after a pause, on a replica that came back too."""
-        pause_s = _FIRST_PAUSE_S
+    async def _prove(self, served: Served, expected: Answers | None) -> Outcome:
+        """Have every replica serve a version, and compare what they answer."""
+        replicas = await self._present()
+        outcomes = await asyncio.gather(
+            *(self._take(replica, served, expected) for replica in replicas), return_exceptions=True
+        )
+        return self._judge(replicas, outcomes, served, expected)
+
+    async def _take(self, replica: Replica, served: Served, expected: Answers | None) -> Outcome:
+        """Load a version on one replica and score it; tried again after a pause, on a replica that came back too.
+
+        One that is in use is not loaded again: that it answers otherwise than before has to be heard of, and whoever
+        samples from it needs its name.
+        """
+        known, pause_s = self.in_use.at(served.version.path) is served, FIRST_PAUSE_S
         for attempt in range(1, _LOAD_ATTEMPTS + 1):
             try:
                 if served.name not in replica.names:
-                    await self._give(replica, served)
-                answers = await self.score(replica, served)
+                    await replica.give(served)
+                answers = await self._score(replica, served)
                 return answers, None if expected is None else self.proofs.compare(replica, served, answers, expected)
             except (EngineError, DeliveryError) as error:
                 if isinstance(error, Unreachable):
                     self.lost(replica, error)
-                if attempt == _LOAD_ATTEMPTS or (replica.state != "serving" and self.settings.on_failure == "drop"):
+                dropped = replica.state != "serving" and self.settings.on_failure == "drop"
+                if attempt == _LOAD_ATTEMPTS or dropped or (known and isinstance(error, DeliveryError)):
                     raise
-            await self._forget(replica, served)
+            if not known:
+                await self._forget(replica, served)
             await asyncio.sleep(pause_s)
             pause_s *= 2
-            await self._returned(replica)
+            await self._returning.end(replica)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _give(self, replica: Replica, served: Served) -> None:
-        if self.settings.resolves:
-            await replica.resolve(served)
-        else:
-            await replica.load(served)
+    async def _score(self, replica: Replica, served: Served) -> Answers:
+        """One replica's log-probs of `sequences`, by a version that it has."""
+        if replica.state != "serving":
+            return await replica.score(replica.names[served.name], self.proofs.sequences)
+        asks = [scoring(served, ids) for ids in self.proofs.sequences]
+        return [answers[0] for answers in await self.pool.run([[ask] for ask in asks], only=replica)]
 
     def _judge(
         self,
         replicas: list[Replica],
-        outcomes: Sequence[tuple[list[list[float]], CanaryReport | None] | BaseException],
+        outcomes: Sequence[Outcome | BaseException],
         served: Served,
-        expected: list[list[float]] | None,
-    ) -> tuple[list[list[float]], CanaryReport | None]:
+        expected: Answers | None,
+    ) -> Outcome:
         failed = {r: o for r, o in zip(replicas, outcomes, strict=True) if isinstance(o, BaseException)}
         proven = {r: o for r, o in zip(replicas, outcomes, strict=True) if not isinstance(o, BaseException)}
         for outcome in failed.values():
@@ -229,7 +212,7 @@ class Fleet:
             listed = "; ".join(f"{replica.url}: {outcome}" for replica, outcome in failed.items())
             raise kind(f"{served.version} failed on {len(failed)} of {len(replicas)} replicas: {listed}")
         for replica, outcome in failed.items():
-            self.lost(replica, EngineError(f"{replica.url} failed to load {served.version}: {outcome}"))
+            self.lost(replica, EngineError(f"{replica.url} failed to prove {served.version}: {outcome}"))
         answers, verdict = next(iter(proven.values()))
         if expected is None:
             for replica, (others, _) in proven.items():
@@ -249,65 +232,17 @@ class Fleet:
             self.lost(replica, error)
 
     async def _drop(self, served: Served) -> None:
-        self.in_use.pop(served.version.path, None)
+        self.in_use.remove(served)
         await self._take_back(served)
 
     async def _retire(self, newest: Served) -> None:
         """Unload the least recently used versions beyond those that the slots hold; never one that is being used."""
-        idle = [served for served in self.in_use.values() if not served.users and served is not newest]
-        for served in idle[: max(0, len(self.in_use) - self.settings.max_loras)]:
+        every = self.in_use.all()
+        idle = [served for served in every if not served.users and served is not newest]
+        for served in idle[: max(0, len(every) - self.settings.max_loras)]:
             await self._drop(served)
 
     async def _sweep(self, replica: Replica) -> None:
         for name in await models(replica.client):
             if self.names.is_leftover(name):
                 await replica.unload(name)
-
-    # Coming back
-
-    def _bring_back(self, replica: Replica) -> None:
-        replica.state = "away"
-        replica.returning = asyncio.create_task(self._wait_for(replica))
-        self.pool.notify()
-
-    async def _returned(self, replica: Replica) -> None:
-        if replica.state == "away" and replica.returning is not None:
-            await asyncio.shield(replica.returning)
-
-    async def _wait_for(self, replica: Replica) -> None:
-        deadline, pause_s = time.monotonic() + self.settings.patience_s, _FIRST_PAUSE_S
-        while replica.state == "away":
-            try:
-                await self._readmit(replica)
-            except LoraGrpoError as error:
-                replica.trouble = f"{error}"
-                if time.monotonic() + pause_s > deadline:
-                    replica.state = "lost"
-                else:
-                    await asyncio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-        self.pool.notify()
-
-    async def _readmit(self, replica: Replica) -> None:
-        """Put a server that answers again back into rotation: checked, probed, with everything in use, proven."""
-        await replica.reconnect(self._rank_folder)
-        if self.proofs.probe is not None:
-            await self._prove_path(replica, self.proofs.probe)
-        wanted = list(self.in_use.values())
-        for served in wanted:
-            if served.name not in replica.names:
-                await self._give(replica, served)
-            self.proofs.compare(replica, served, await self.score(replica, served), served.answers)
-        for own in replica.names.keys() - {served.name for served in wanted}:
-            await replica.unload(replica.names.pop(own))
-        if set(wanted) == set(self.in_use.values()):
-            replica.state, replica.trouble = "serving", ""
-
-    async def _prove_path(self, replica: Replica, probe: KeptProbe) -> None:
-        """Compare a server on the base, and with the loud adapter, with what the trainer computed."""
-        served = self.named(probe.version)
-        await self._give(replica, served)
-        try:
-            probe.witness.error(await self.score(replica, served), probe.witness.noise(await self.score(replica, None)))
-        finally:
-            await replica.forget(served)

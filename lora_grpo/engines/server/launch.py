@@ -22,6 +22,9 @@ from lora_grpo.remote.token import TOKEN_FILE_VARIABLE
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LOG_LINES = 20
+START_TIMEOUT_S = 1800.0
+OWN_OPTIONS = ("--host", "--port", "--uds", "--api-key")
+"""vLLM's options that decide who gets in; they are set here, where an open address is refused without a key."""
 
 _STOP_PATIENCE_S = 20.0
 _POLL_S = 0.25
@@ -29,7 +32,10 @@ _POLL_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What to serve, and how. Ports count on from `port`, one a replica; `arguments` go to vLLM as they are."""
+    """What to serve, and how. Ports count on from `port`, one a replica; `arguments` go to vLLM as they are.
+
+    `start_timeout_s` is how long a server may take until it answers, its download and compilation included.
+    """
 
     model: str
     replicas: int = 1
@@ -43,6 +49,7 @@ class Serving:
     store_url: str | None = None
     store_token_file: str | None = None
     arguments: tuple[str, ...] = ()
+    start_timeout_s: float = START_TIMEOUT_S
 
     def __post_init__(self) -> None:
         if self.host not in LOOPBACK and not self.api_key:
@@ -50,10 +57,21 @@ class Serving:
                 f"host={self.host} lets other machines in, and whoever may load adapters may read files: set an API "
                 "key in VLLM_API_KEY, or serve on 127.0.0.1"
             )
-        if self.replicas < 1:
-            raise ConfigError(f"replicas={self.replicas} must be at least 1")
+        if self.replicas < 1 or self.start_timeout_s <= 0:
+            raise ConfigError(
+                f"replicas={self.replicas} must be at least 1, and start_timeout_s={self.start_timeout_s:g} positive"
+            )
+        if self.max_loras < 2:
+            raise ConfigError(
+                f"max_loras={self.max_loras} must be at least 2: a version is in use until the next one is promoted"
+            )
         if self.store_token_file and not self.store_url:
             raise ConfigError("a store token file is of no use without the store's address (store_url)")
+        if taken := [argument for argument in self.arguments if _is_own(argument)]:
+            raise ConfigError(
+                f"{', '.join(taken)} cannot be handed on to vLLM, which would open an address unseen: use lora-grpo's "
+                "own --host and --port, and VLLM_API_KEY"
+            )
 
     def command(self, port: int) -> list[str]:
         # The `vllm` command asks for a distribution of that name, which the CPU builds do not have.
@@ -86,6 +104,12 @@ class Serving:
     def url(self, port: int) -> str:
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _is_own(argument: str) -> bool:
+    """Whether vLLM would read `argument` as one of `OWN_OPTIONS`: it takes `_` for `-`, and the start of a name."""
+    name = argument.partition("=")[0].replace("_", "-")
+    return len(name) > 2 and any(option.startswith(name) for option in OWN_OPTIONS)
 
 
 class Server:
@@ -153,6 +177,7 @@ class Servers:
         devices = _device_count()
         if 0 < devices < serving.replicas:
             raise ConfigError(f"replicas={serving.replicas} need a GPU each, and there are {devices}")
+        self._start_timeout_s = serving.start_timeout_s
         self.all = [
             Server(
                 serving.command(serving.port + index),
@@ -168,15 +193,21 @@ class Servers:
         return [server.url for server in self.all]
 
     def start(self) -> None:
-        """Start all and wait until each is healthy; raises `EngineError` for the first that ends instead."""
+        """Start all and wait until each is healthy; raises `EngineError` for the first that ends, or takes too long."""
         for server in self.all:
             if server.healthy:
                 raise ConfigError(f"something serves at {server.url} already; choose another port")
             server.start()
-        for server in self.all:
-            while not server.healthy:
-                self.require_alive()
-                time.sleep(_POLL_S)
+        deadline = time.monotonic() + self._start_timeout_s
+        while waiting := [server for server in self.all if not server.healthy]:
+            self.require_alive()
+            if time.monotonic() > deadline:
+                late = waiting[0]
+                raise EngineError(
+                    f"the server at {late.url} does not answer after start_timeout_s={self._start_timeout_s:g} s "
+                    f"(--start-timeout); the end of {late.log}:\n{late.tail()}"
+                )
+            time.sleep(_POLL_S)
 
     def require_alive(self) -> None:
         for server in self.all:

@@ -1,12 +1,14 @@
 """The names that servers know versions by: never reused, and telling whose they are.
 
 A server keeps a name until it is told to forget it, and its caches key on it. So every load takes a new one, made of
-this host, a token that only this engine has, and a counter. The token is that of a locked folder: where the lock is
-free, the process is dead and what it left on servers can go.
+this place, a token that only this engine has, and a counter. The token is that of a locked folder: where the lock is
+free, the process is dead and what it left on servers can go. The place is the file system that the folder lies in, as
+this boot of the kernel numbers it: containers of one host name each have their own, and see no lock in another's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 import shutil
@@ -14,6 +16,7 @@ import socket
 import tempfile
 from pathlib import Path
 
+from lora_grpo.adapters.disk import read_small
 from lora_grpo.adapters.layout import Identity
 from lora_grpo.adapters.locks import WriterLock, holder
 from lora_grpo.adapters.naming import run_name, served_name
@@ -28,23 +31,22 @@ class Names:
     """Gives out names, and holds the folder whose lock says that this process lives."""
 
     def __init__(self) -> None:
-        shm = Path("/dev/shm")
-        self._parent = shm if shm.is_dir() else Path(tempfile.gettempdir())
+        self._parent = _parent()
         self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=self._parent))
         self._lock = WriterLock()
         self._lock.take(self.folder)
-        self._host = re.sub("[^A-Za-z0-9-]+", "-", socket.gethostname())
+        self._place = _place(self.folder)
         self._token = self.folder.name.removeprefix(_FOLDER)
         self._counter = itertools.count(1)
 
     def fresh(self, version: AdapterVersion) -> str:
         run = re.sub("[^A-Za-z0-9_-]+", "-", version.path.parent.parent.name)
-        return f"lora-grpo.{self._host}.{self._token}.{run}.v{version.number}.{next(self._counter)}"
+        return f"lora-grpo.{self._place}.{self._token}.{run}.v{version.number}.{next(self._counter)}"
 
     def is_leftover(self, name: str) -> bool:
-        """Whether a dead process of this host gave out `name`."""
+        """Whether a dead process of this place gave out `name`."""
         owner = _OWNED.fullmatch(name)
-        return owner is not None and owner[1] == self._host and _is_free(self._parent / f"{_FOLDER}{owner[2]}")
+        return owner is not None and owner[1] == self._place and _is_free(self._parent / f"{_FOLDER}{owner[2]}")
 
     def sweep(self) -> None:
         """Remove the folders of dead processes."""
@@ -55,6 +57,18 @@ class Names:
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
+
+
+def _parent() -> Path:
+    shm = Path("/dev/shm")
+    return shm if shm.is_dir() else Path(tempfile.gettempdir())
+
+
+def _place(folder: Path) -> str:
+    """The host's name, for people, and what tells the folder's file system from every other one."""
+    host = re.sub("[^A-Za-z0-9-]+", "-", socket.gethostname())
+    boot = read_small(Path("/proc/sys/kernel/random/boot_id")) or b""
+    return f"{host}-{hashlib.blake2b(boot + str(folder.stat().st_dev).encode(), digest_size=4).hexdigest()}"
 
 
 def _is_free(folder: Path) -> bool:

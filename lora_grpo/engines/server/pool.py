@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from lora_grpo.engines.server.client import Unreachable
+from lora_grpo.engines.server.loop import arrived
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.engines.server.wire import completion_body, scoring_body, to_completion, to_logprobs
 from lora_grpo.errors import EngineError, UnknownVersion
@@ -17,6 +18,9 @@ _Result = TypeVar("_Result")
 
 _PLACEMENTS = 4
 """Replicas that a request may lose, one after the other, before it counts as the reason."""
+
+Life: TypeAlias = tuple[Replica, str | None]
+"""A replica and when its process started."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,49 +63,95 @@ class Pool:
             for g, group in enumerate(groups)
             for start in range(0, len(group), self._limit)
         ]
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                running = [(g, tasks.create_task(self._finish(part, only))) for g, part in parts]
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
         answers: list[list[_Result]] = [[] for _ in groups]
-        for g, task in running:
-            answers[g] += task.result()
+        for (g, _), made in zip(parts, await self._vouched([part for _, part in parts], only), strict=True):
+            answers[g] += made
         return answers
+
+    async def _vouched(self, parts: Sequence[Sequence[Ask[_Result]]], only: Replica | None) -> list[list[_Result]]:
+        """Each part's answers. Those that another life of a process may have given, which nothing had proven, are
+        thrown away and asked for again."""
+        done: dict[int, list[_Result]] = {}
+        for _ in range(_PLACEMENTS):
+            left = [index for index in range(len(parts)) if index not in done]
+            made = await _together([self._finish(parts[index], only) for index in left])
+            ended = await self._ended(set().union(*(lives for _, lives in made)))
+            done |= {index: answers for index, (answers, lives) in zip(left, made, strict=True) if not lives & ended}
+            if len(done) == len(parts):
+                return [done[index] for index in range(len(parts))]
+            if only is not None:
+                break
+        urls = ", ".join(sorted({replica.url for replica, _ in ended}))
+        raise EngineError(
+            f"{urls} restarted, or went away, each time before an answer could count; is each of them the address of "
+            "one server?"
+        )
+
+    async def _ended(self, lives: set[Life]) -> set[Life]:
+        """Those that are over, or cannot be asked."""
+        over = await asyncio.gather(*(self._is_over(*life) for life in lives))
+        return {life for life, is_over in zip(lives, over, strict=True) if is_over}
+
+    async def _is_over(self, replica: Replica, life: str | None) -> bool:
+        try:
+            await replica.require_life(life)
+        except EngineError as error:
+            if replica.facts.started == life:
+                self._lost(replica, error)
+            return True
+        return False
 
     def notify(self) -> None:
         """Wake those that wait for a place: some replica has room now, came back or was given up."""
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _finish(self, asks: Sequence[Ask[_Result]], only: Replica | None) -> list[_Result]:
+    async def _finish(self, asks: Sequence[Ask[_Result]], only: Replica | None) -> tuple[list[_Result], set[Life]]:
+        """The answers, and the lives that have to be vouched for: of servers where names do not tell one from the
+        next."""
         done: dict[int, _Result] = {}
+        lives: set[Life] = set()
         failures: list[str] = []
+        base = asks[0].served is None
         while len(done) < len(asks):
             left = [index for index in range(len(asks)) if index not in done]
-            replica = await self._place(len(left), asks[0].served is None, only)
-            try:
-                answers = await asyncio.gather(*(self._one(replica, asks[i]) for i in left), return_exceptions=True)
-            finally:
-                self._give_back(replica, len(left))
-            for index, answer in zip(left, answers, strict=True):
-                if isinstance(answer, Unreachable):
-                    self._lost(replica, answer)
-                elif isinstance(answer, BaseException):
-                    raise answer
-                else:
-                    done[index] = answer
+            replica = await self._place(len(left), base, only)
+            life = (replica, replica.facts.started)
+            answers = await self._send(replica, [asks[index] for index in left])
+            answered = {i: a for i, a in zip(left, answers, strict=True) if not isinstance(a, Unreachable)}
+            if answered and (base or replica.pulls):
+                lives.add(life)
+            done |= answered
             failures += [str(answer) for answer in answers if isinstance(answer, Unreachable)][:1]
             if len(failures) == _PLACEMENTS or (failures and only is not None):
                 raise EngineError(f"a request failed wherever it was sent: {'; '.join(failures)}")
-        return [done[index] for index in range(len(asks))]
+        return [done[index] for index in range(len(asks))], lives
+
+    async def _send(self, replica: Replica, asks: Sequence[Ask[_Result]]) -> list[_Result | Unreachable]:
+        """What comes back from where the requests were entered; raises any failure that another replica would share."""
+        try:
+            answers = await asyncio.gather(*(self._one(replica, ask) for ask in asks), return_exceptions=True)
+        finally:
+            self._give_back(replica, len(asks))
+        kept: list[_Result | Unreachable] = []
+        for answer in answers:
+            if isinstance(answer, Unreachable):
+                self._lost(replica, answer)
+                kept.append(answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                kept.append(answer)
+        return kept
 
     async def _one(self, replica: Replica, ask: Ask[_Result]) -> _Result:
         name = replica.facts.base if ask.served is None else replica.names.get(ask.served.name)
         if name is None:
             raise UnknownVersion("a version was unloaded while it was being sampled from; unload it afterwards")
         body = ask.body(name)
-        return ask.read(await replica.ask(body), body)
+        answer = ask.read(await replica.ask(body), body)
+        arrived()
+        return answer
 
     async def _place(self, count: int, base: bool, only: Replica | None) -> Replica:
         """A replica with room for `count` requests, which are entered there; raises `EngineError` when none is left.
@@ -125,6 +175,16 @@ class Pool:
     def _give_back(self, replica: Replica, count: int) -> None:
         replica.in_flight -= count
         self.notify()
+
+
+async def _together(coroutines: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """All results; the first failure ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def _has_room(replica: Replica, count: int, base: bool, limit: int) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.server.client import Client, Refused, Unreachable
+from lora_grpo.engines.server.client import QUICK_TIMEOUT_S, Client, Refused, Unreachable
 from lora_grpo.engines.server.connect import LOAD, UNLOAD, Facts, connect, models, started
 from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body, to_logprobs
 from lora_grpo.errors import DeliveryError, EngineError
@@ -32,11 +32,14 @@ class Served:
 class Replica:
     """A server and what we know of it. Only the engine's loop touches one.
 
-    `names` are what it knows versions by: their own name, or another where that one was tried on it in vain.
+    `pulls`: it gets versions from a store by their names; else from their paths, by names that only this life of the
+    process was told. `names` are what it knows versions by: their own name, or another where that one was tried on it
+    in vain.
     """
 
     client: Client
     facts: Facts
+    pulls: bool
     state: State = "serving"
     names: dict[str, str] = field(default_factory=dict)
     tried: set[str] = field(default_factory=set)
@@ -70,8 +73,12 @@ class Replica:
         answers = await asyncio.gather(*(self.ask(body) for body in bodies))
         return [to_logprobs(answer, body) for answer, body in zip(answers, bodies, strict=True)]
 
-    async def load(self, served: Served) -> None:
-        """Have the server read a version from its path. An answer that was lost on the way is looked for."""
+    async def give(self, served: Served) -> None:
+        """Have the server take a version, under a name that it then knows it by."""
+        await (self._pull(served) if self.pulls else self._load(served))
+
+    async def _load(self, served: Served) -> None:
+        """From its path. An answer that was lost on the way is looked for."""
         name = served.name if served.name not in self.tried else f"{served.name}.{len(self.tried)}"
         self.tried.add(name)
         try:
@@ -81,8 +88,8 @@ class Replica:
                 raise
         self.names[served.name] = name
 
-    async def resolve(self, served: Served) -> None:
-        """Have the server's resolver pull a version: by one token asked of it."""
+    async def _pull(self, served: Served) -> None:
+        """By the server's resolver: one token is asked of it."""
         try:
             await self.client.ask(COMPLETIONS, scoring_body(served.name, [1]) | {"prompt_logprobs": None})
         except Refused as refusal:
@@ -97,7 +104,7 @@ class Replica:
     async def unload(self, name: str) -> None:
         """Have the server forget a name. What it holds in memory stays until newer adapters take its place."""
         try:
-            await self.client.change(UNLOAD, {"lora_name": name})
+            await self.client.change(UNLOAD, {"lora_name": name}, timeout_s=QUICK_TIMEOUT_S)
         except Refused as refusal:
             if refusal.status != 404:
                 raise
@@ -113,7 +120,11 @@ class Replica:
         listed = (await models(self.client)).keys()
         if missing := set(self.names.values()) - listed:
             raise Unreachable(f"{self.url} no longer knows {', '.join(sorted(missing))}: it restarted")
-        if await started(self.client) != self.facts.started:
+        await self.require_life(self.facts.started)
+
+    async def require_life(self, life: str | None) -> None:
+        """Raises `Unreachable` unless the process that answers is the one that started then."""
+        if await started(self.client) != life:
             raise Unreachable(f"{self.url} restarted")
 
     async def reconnect(self, rank_folder: Path | None) -> None:

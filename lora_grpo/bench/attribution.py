@@ -1,0 +1,155 @@
+"""Whose completion it is, told by log-probs: what it was sampled with against what the trainer computes.
+
+One rule, for a completion and for a bucket of them: it is told apart from every other version when it lies less than
+half as far from its own as that one lies from each other, and wrong when it lies less than half as far from another as
+its own does, and further from its own than noise. Distances are mean absolute differences of log-probs, so no
+completion is both. What is neither is judged again with those of the same version and server, by their means. Noise
+has no direction, so on average it leaves them as far from another version as that one is from theirs at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+MIN_BUCKET = 10
+"""Completions of a bucket that may be called wrong: fewer could lie near another version by chance."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B completions of up to T tokens, and what each of V versions makes of them.
+
+    logp_VBT are the trainer's log-probs, sampler_BT those that came with them, mask_BT says which tokens there are.
+    stamped_B is the index of the version that each claims, server_B that of the server that made it.
+    """
+
+    logp_VBT: Tensor
+    sampler_BT: Tensor
+    mask_BT: Tensor
+    stamped_B: Tensor
+    server_B: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        logp: Sequence[Sequence[Sequence[float]]],
+        sampler: Sequence[Sequence[float]],
+        stamped: Sequence[int],
+        server: Sequence[int],
+    ) -> Rows:
+        """From ragged rows of log-probs; `logp` has such rows for each version."""
+        mask_BT = _padded([[1.0] * len(row) for row in sampler]).bool()
+        logp_VBT = torch.stack([_padded(rows) for rows in logp])
+        return cls(logp_VBT, _padded(sampler), mask_BT, torch.tensor(stamped), torch.tensor(server))
+
+    def stamp(self, stamped_B: Tensor) -> Rows:
+        """The same completions, each claiming another version."""
+        return replace(self, stamped_B=stamped_B)
+
+    def next_stamped(self) -> Rows:
+        """Each claims the version after the one that made it, those of the last the one before."""
+        last = len(self.logp_VBT) - 1
+        return self.stamp(torch.where(self.stamped_B < last, self.stamped_B + 1, self.stamped_B - 1))
+
+    def own_gap(self) -> Tensor:
+        """(B,) nats a token between a completion and the version that it claims."""
+        return self._gap().gather(0, self.stamped_B[None])[0]
+
+    def next_distance(self) -> Tensor:
+        """(B,) nats a token between the version that a completion claims and its nearest neighbour in number."""
+        distance_VB, last = self._distance(), len(self.logp_VBT) - 1
+        neighbours_2B = torch.stack([self.stamped_B - 1, self.stamped_B + 1])
+        found_2B = distance_VB.gather(0, neighbours_2B.clamp(0, last))
+        return found_2B.where((neighbours_2B >= 0) & (neighbours_2B <= last), torch.inf).amin(0)
+
+    def _gap(self) -> Tensor:
+        """(V, B) nats a token between each version and the sampler."""
+        return self._mean_over_tokens((self.logp_VBT - self.sampler_BT).abs())
+
+    def _distance(self) -> Tensor:
+        """(V, B) nats a token between each version and the one that is claimed."""
+        claimed_1BT = self.stamped_B[None, :, None].expand(1, *self.sampler_BT.shape)
+        return self._mean_over_tokens((self.logp_VBT - self.logp_VBT.gather(0, claimed_1BT)).abs())
+
+    def _mean_over_tokens(self, values_VBT: Tensor) -> Tensor:
+        return (values_VBT * self.mask_BT).sum(2) / self.mask_BT.sum(1)
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Counts of completions, then of the buckets of those that are `inconclusive` by themselves.
+
+    `undecided` are the completions whose bucket is inconclusive too. `bucket_gap_share` is the greatest gap of a
+    decided bucket, as a share of the distance to the nearest other version: about the share of its completions that
+    could be another's unseen.
+    """
+
+    checked: int
+    told_apart: int
+    wrong: int
+    inconclusive: int
+    buckets_told_apart: int
+    buckets_wrong: int
+    buckets_inconclusive: int
+    undecided: int
+    bucket_gap_share: float
+
+    @property
+    def detected(self) -> float:
+        """Share of the completions that are seen to be wrong, by themselves."""
+        return self.wrong / self.checked
+
+
+def judge(rows: Rows, noise: float) -> Verdicts:
+    """What can be said of each; `noise` is the most that server and trainer differ by on a completion of the base,
+    nats a token."""
+    gap_VB, distance_VB = rows._gap(), rows._distance()
+    told_B, wrong_B = _verdict(gap_VB, distance_VB, rows.stamped_B)
+    wrong_B &= rows.own_gap() > noise
+    left_B = ~(told_B | wrong_B)
+    keys_N2, bucket_L = torch.stack([rows.stamped_B, rows.server_B], 1)[left_B].unique(dim=0, return_inverse=True)
+    size_N = bucket_L.bincount(minlength=len(keys_N2))
+    gap_VN, distance_VN = (_bucket_means(values[:, left_B], bucket_L, size_N) for values in (gap_VB, distance_VB))
+    told_N, wrong_N = _verdict(gap_VN, distance_VN, keys_N2[:, 0])
+    wrong_N &= size_N >= MIN_BUCKET
+    unknown_N = ~(told_N | wrong_N)
+    own_N = gap_VN.gather(0, keys_N2[:, 0][None])[0]
+    share_N = own_N / _others(distance_VN, keys_N2[:, 0], torch.inf).amin(0)
+    return Verdicts(
+        checked=len(left_B),
+        told_apart=int(told_B.sum()),
+        wrong=int(wrong_B.sum()),
+        inconclusive=int(left_B.sum()),
+        buckets_told_apart=int(told_N.sum()),
+        buckets_wrong=int(wrong_N.sum()),
+        buckets_inconclusive=int(unknown_N.sum()),
+        undecided=int(size_N[unknown_N].sum()),
+        bucket_gap_share=round(float(share_N[told_N].max()), 4) if told_N.any() else 0.0,
+    )
+
+
+def _verdict(gap_VN: Tensor, distance_VN: Tensor, claimed_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(told apart, nearer to another) of each."""
+    own_N = gap_VN.gather(0, claimed_N[None])[0]
+    told_N = (own_N < 0.5 * _others(distance_VN, claimed_N, torch.inf)).all(0)
+    return told_N, (_others(gap_VN, claimed_N, torch.inf) < 0.5 * distance_VN).any(0)
+
+
+def _others(values_VN: Tensor, claimed_N: Tensor, instead: float) -> Tensor:
+    """The values, with `instead` where the version is the one that is claimed."""
+    return values_VN.scatter(0, claimed_N[None], instead)
+
+
+def _bucket_means(values_VL: Tensor, bucket_L: Tensor, size_N: Tensor) -> Tensor:
+    sums_VN = values_VL.new_zeros(len(values_VL), len(size_N))
+    return sums_VN.index_add(1, bucket_L, values_VL) / size_N
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
+    """(B, T) float64, zeros after each row's end."""
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0.0] * (length - len(row))] for row in rows], dtype=torch.float64)

@@ -1,0 +1,23 @@
+"""Which commit's code is measured."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+VARIABLE = "LORA_GRPO_COMMIT"
+"""Says it where the code came without its repository."""
+
+
+def commit() -> str | None:
+    """The commit that this code was checked out at, a plus sign where files differ; outside a repository what the
+    environment says; None for an installed copy."""
+    here = Path(__file__).parent.with_name("__init__.py")
+    git = ["git", "-C", str(here.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, timeout=10, check=True)
+        described = [*git, "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"]
+        return subprocess.run(described, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get(VARIABLE)

@@ -1,0 +1,86 @@
+"""Rows of a run as one document's tables, and the documents of several runs on one machine as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_grpo.bench import endurance, memory
+from lora_grpo.bench.breakeven import break_even
+from lora_grpo.bench.schema import TABLES, Document
+from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.errors import ConfigError
+
+_BESIDE_NATIVE = ("sync", "decode", "step", "rollback")
+"""The tables in whose every cell native is measured again."""
+_OF_A_START = ("load_average_1min", "memory_gib", "commit")
+"""What may differ on a card between two starts on one machine."""
+
+
+def finished(found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Measured tables, native once in each, with the tables that follow from them."""
+    tables = {**found, **{table: _native_once(found[table]) for table in _BESIDE_NATIVE}}
+    tables["memory"] = memory.with_ratios(tables["memory"])
+    tables["break_even"] = break_even(tables["sync"], tables["decode"])
+    tables["slopes"] = endurance.slopes(tables["endurance"])
+    return tables
+
+
+def join(documents: Mapping[str, Document]) -> Document:
+    """One document of several by name, so that what one run measured meets what another did.
+
+    Raises `ConfigError` when they are not of one machine with one set of versions. Commits may differ: all are named.
+    """
+    made = list(documents.values())
+    _check_one_machine(documents)
+    commits = dict.fromkeys(str(one.card["commit"]) for one in made if "commit" in one.card)
+    cards: dict[str, Any] = {}
+    for one in reversed(made):
+        cards |= one.card
+    seconds = [one.seconds for one in made if one.seconds is not None]
+    return Document(
+        command="; ".join(one.command for one in made),
+        started_at=min(one.started_at for one in made),
+        seconds=sum(seconds) if len(seconds) == len(made) else None,
+        complete=all(one.complete for one in made),
+        card=cards | ({"commit": ", ".join(commits)} if commits else {}),
+        bandwidth_bytes_per_s=_fastest([one.bandwidth_bytes_per_s for one in made]),
+        settings={f"{name}/{part}": kept for name, one in documents.items() for part, kept in one.settings.items()},
+        failures=[failure for one in made for failure in one.failures],
+        **finished({table: [row for one in made for row in getattr(one, table)] for table in TABLES}),
+    )
+
+
+def _check_one_machine(documents: Mapping[str, Document]) -> None:
+    (first, one), *others = documents.items()
+    for name, other in others:
+        for key in {**_identity(one), **_identity(other)}:
+            values = [_identity(document).get(key) for document in (one, other)]
+            if values[0] != values[1]:
+                raise ConfigError(
+                    f"{first} and {name} are not of one machine with one set of versions: {key} is {values[0]!r} in "
+                    f"the one and {values[1]!r} in the other; join them apart"
+                )
+
+
+def _identity(document: Document) -> dict[str, Any]:
+    labels = {settings.label for settings in document.settings.values()}
+    return {name: value for name, value in document.card.items() if name not in {*labels, *_OF_A_START}}
+
+
+def _fastest(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {channel: max(one[channel] for one in measured) for channel in measured[0]}
+
+
+def _native_once(rows: list[Any]) -> list[Any]:
+    """Native is measured beside every other strategy: its first row of each kind stands for the others."""
+    kinds: set[tuple[Any, ...]] = set()
+    kept = []
+    for row in rows:
+        names = ("shape", "rank", "targets", "rows", "prompt_tokens", "completion_tokens", "case")
+        kind = tuple(getattr(row, name, None) for name in names)
+        if row.strategy != NATIVE or kind not in kinds:
+            kept.append(row)
+        if row.strategy == NATIVE:
+            kinds.add(kind)
+    return kept

@@ -1,0 +1,96 @@
+"""A run's loop: step after step, hearing before each what is asked from outside, and after each the guard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_grpo.errors import TrainingError
+from lora_grpo.metrics import Reporter
+from lora_grpo.metrics.render import BACKLOG
+from lora_grpo.trainer import going_back
+from lora_grpo.trainer.crew import push
+from lora_grpo.trainer.steering import apply_requests
+from lora_grpo.trainer.stepping import Clock, learn, of_the_version, sample_rows, step_metrics
+
+if TYPE_CHECKING:
+    from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+
+PATIENCE_STEPS = 10
+"""Steps in a row without any signal (every group's rewards equal) after which a run ends."""
+
+
+def run(trainer: GRPOTrainer, reporter: Reporter) -> None:
+    """Step until `total_steps`, or until nothing is left to learn."""
+    while trainer.steps_done < trainer.config.total_steps and trainer.without_signal < PATIENCE_STEPS:
+        apply_requests(trainer.store, trainer.rollback, reporter)
+        if _guarded_step(trainer, reporter):
+            _evaluate_when_due(trainer, reporter)
+
+
+def publish(trainer: GRPOTrainer, step: int) -> None:
+    """The weights after `step` become a version, which is proven, promoted, and kept with the trainer's state."""
+    trainer.crew(push, step, going_back.state_for(trainer, step))
+
+
+def held_out(trainer: GRPOTrainer, reporter: Reporter) -> None:
+    """Evaluate and report, where there are held-out prompts."""
+    if trainer.eval_data is not None:
+        result = trainer.evaluate()
+        reporter.evaluation(trainer.steps_done, result.version, result.metrics)
+
+
+def _guarded_step(trainer: GRPOTrainer, reporter: Reporter) -> bool:
+    """One step; False when the guard went back instead. Raises what it is not set to catch."""
+    if trainer.guard is None:
+        _step(trainer, reporter)
+        return True
+    error: TrainingError | None = None
+    try:
+        _step(trainer, reporter)
+    except TrainingError as caught:
+        error = caught
+    reason = trainer.guard.why(trainer.history, error)
+    if reason is None and error is not None:
+        raise error
+    if reason is not None:
+        going_back.guarded(trainer, trainer.guard, reason, reporter)
+    return reason is None
+
+
+def _step(trainer: GRPOTrainer, reporter: Reporter) -> None:
+    config, rollouts = trainer.config, trainer.rollouts
+    clock, step = Clock(reporter), trainer.steps_done + 1
+    with clock("generate"):
+        rollout = rollouts.take(step)
+    with clock("reward"):
+        rewarded = rollouts.reward(rollout)
+    with clock("train"):
+        learned = trainer.crew(learn, config, rewarded, step)
+    trainer.steps_done = step
+    trainer.without_signal = 0 if rewarded.used_groups(config.num_generations) else trainer.without_signal + 1
+    with clock("publish"):
+        publish(trainer, step)
+    metrics = {
+        **step_metrics(rewarded, trainer.reward_funcs, config, trainer.sync.last_receipt),
+        **learned,
+        **rollouts.metrics(),
+        BACKLOG: trainer.store.archive_backlog_bytes,
+        "step": step,
+        "version": rollout.version.number,
+        **clock.seconds,
+        "step_time": sum(clock.seconds.values()),
+    }
+    trainer.store.record(rollout.version, **of_the_version(metrics))
+    trainer.history.append(metrics)
+    reporter.step(step, metrics)
+    if config.log_completions_every and step % config.log_completions_every == 0:
+        reporter.samples(step, sample_rows(rewarded))
+
+
+def _evaluate_when_due(trainer: GRPOTrainer, reporter: Reporter) -> None:
+    every, last = trainer.config.eval_every, trainer.steps_done == trainer.config.total_steps
+    stopped = trainer.without_signal >= PATIENCE_STEPS
+    if stopped:
+        reporter.message(f"{PATIENCE_STEPS} steps without a group of unequal rewards: nothing left to learn")
+    if last or stopped or (every and trainer.steps_done % every == 0):
+        held_out(trainer, reporter)

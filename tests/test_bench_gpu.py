@@ -1,0 +1,325 @@
+"""What of the suite concerns a GPU, as far as arithmetic and fakes can show it."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_grpo.bench import commit, decode, drift, fidelity, host, memory, room, runner, shapes, step
+from lora_grpo.bench import reference as references
+from lora_grpo.bench.breakeven import break_even
+from lora_grpo.bench.plan import ABBA, Cell
+from lora_grpo.bench.report import findings
+from lora_grpo.bench.runner import Partial, Runner
+from lora_grpo.bench.scenario import plan_parts
+from lora_grpo.bench.schema import RoomRow, Settings
+from lora_grpo.bench.strategies import NATIVE, SHARED, load_strategy
+from lora_grpo.bench.strategies.base import Synced
+from lora_grpo.bench.strategies.trainer import Trainer
+from lora_grpo.scoring import teacher_logprobs
+from tests.test_bench import decode_row, document, subject, sync_row
+
+GIB = 1 << 30
+H200 = {"free": 138 * GIB, "total": 139 * GIB}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shapes.write_model("tiny", tmp_path_factory.mktemp("shapes") / "tiny")
+
+
+def settings_of(part: str, shape: str, **changes: Any) -> Settings:
+    return plan_parts(part, None, {"shape": shape, "device": "cuda:0", "max_model_len": 1024, **changes})[part]
+
+
+# Room.
+
+BASE_GIB = {"qwen2.5-0.5b": 0.92, "qwen2.5-1.5b": 2.88, "qwen2.5-7b": 14.19}
+"""In bf16; in fp32 it is twice that."""
+PRISTINE_GIB = {"qwen2.5-0.5b": 0.67, "qwen2.5-1.5b": 2.44, "qwen2.5-7b": 12.16}
+"""merge-fold's copy of the linear layers."""
+SAVED_GIB = {"qwen2.5-0.5b": 5.7, "qwen2.5-1.5b": 12.0, "qwen2.5-7b": 26.2}
+"""For the backward pass of 8 rows of 512 tokens without checkpointing, measured with autograd's hooks on the CPU."""
+LAYERS = {"qwen2.5-0.5b": 24, "qwen2.5-1.5b": 28, "qwen2.5-7b": 28}
+HIDDEN = {"qwen2.5-0.5b": 896, "qwen2.5-1.5b": 1536, "qwen2.5-7b": 3584}
+LOGITS_GIB = 0.58
+"""bf16, of 8 rows of 257 tokens."""
+ADAPTER_GIB = 0.6
+"""At r=16, 7B: fp32 weights, gradients and two moments."""
+CUDA_GIB = 1.2
+"""Context, workspaces and graphs of one process, outside vLLM's share."""
+
+
+def training_gib(shape: str) -> float:
+    """With checkpointing: the layers' inputs, one layer computed again and its gradients, logits and two gradients."""
+    inputs = LAYERS[shape] * 8 * 512 * HIDDEN[shape] * 2 / GIB
+    return inputs + 2 * SAVED_GIB[shape] / LAYERS[shape] + 3 * LOGITS_GIB + ADAPTER_GIB
+
+
+@pytest.mark.parametrize("part", ["sync", "decode", "step", "rollback", "fidelity"])
+@pytest.mark.parametrize(("shape", "gpu_gib"), [*((shape, 139) for shape in BASE_GIB), ("qwen2.5-1.5b", 40)])
+def test_everything_that_is_alive_at_once_fits(part: str, shape: str, gpu_gib: int) -> None:
+    """Native and merge-fold, each with a trainer, an engine and, in a step, what training takes at most in both."""
+    sizes = {"free": (gpu_gib - 1) * GIB, "total": gpu_gib * GIB}
+    share = room.engine_share(part, settings_of(part, shape), host.measure_model(shape, None), sizes)
+    worker = BASE_GIB[shape] + share * gpu_gib + CUDA_GIB + (training_gib(shape) if part == "step" else 0)
+    reference = 2 * BASE_GIB[shape] if part in ("sync", "fidelity", "decode") else 0
+    assert 2 * worker + PRISTINE_GIB[shape] + reference < gpu_gib - 1
+    assert share * gpu_gib > BASE_GIB[shape] + 3
+
+
+def test_fidelity_counts_two_workers_and_memory_one() -> None:
+    model = host.measure_model("qwen2.5-7b", None)
+    cpu = {"shape": "qwen2.5-7b"}
+    of = {part: room.needed_on_cpu(part, plan_parts(part, None, cpu)[part], model) for part in ("fidelity", "memory")}
+    alone = plan_parts("fidelity", None, {**cpu, "strategies": (NATIVE,)})["fidelity"]
+    assert of["fidelity"] - room.needed_on_cpu("fidelity", alone, model) > 4 * model["parameters"]
+    assert of["memory"] < room.needed_on_cpu("sync", plan_parts("sync", None, cpu)["sync"], model)
+
+
+def test_a_step_trains_with_checkpoints_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lora_grpo.policy
+
+    seen: dict[str, bool] = {}
+    monkeypatch.setattr(step, "_step", lambda *_: dict.fromkeys(step.PHASES, 0.0))
+    for device in ("cpu", "cuda:0"):
+        monkeypatch.setattr(
+            lora_grpo.policy,
+            "Policy",
+            lambda model, config, device=device: seen.update({device: config.gradient_checkpointing}),
+        )
+        bench: Any = SimpleNamespace(
+            strategy=SimpleNamespace(trainer=SimpleNamespace(model=None)), subject=subject(device=device)
+        )
+        step.measure(bench, rows=8, prompt_tokens=4, length=4, group=4, steps=1)
+    assert seen == {"cpu": False, "cuda:0": True}
+
+
+class FakeWorker:
+    def __init__(self, log: Path) -> None:
+        self.done: list[str] = []
+
+    def prepare(self, subject: Any) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def do(self, work: str, **arguments: Any) -> str:
+        self.done.append(work)
+        return work
+
+
+def test_a_worker_that_lives_on_gives_its_memory_back_after_each_cell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
+    native, other = subject(), subject(strategy="merge-trl")
+    run = Runner(tmp_path / "log", lambda *_: None)
+    pair = Cell("sync/x", "sync", "sync:measure", (native, other), order=ABBA)
+    truth = Cell("truth/x", "truth", "fidelity:truth", (native,))
+    assert run.run([pair, truth], Partial(None, {}, {}, 0.0)) == []
+    done: Any = {one.strategy: worker.done for one, worker in run._alive.items()}  # type: ignore[attr-defined]
+    assert done["merge-trl"] == ["sync:measure", "sync:measure", "memory:give_back"]
+    assert done[NATIVE] == [*done["merge-trl"], "fidelity:truth", "memory:give_back"]
+
+
+def test_giving_back_empties_the_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    for device in ("cpu", "cuda:0"):
+        bench: Any = SimpleNamespace(subject=subject(device=device))
+        memory.give_back(bench)
+    assert emptied == [True]
+
+
+class Served:
+    """A strategy that serves what its trainer has."""
+
+    remember_pushed = False
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def sync(self) -> Synced:
+        return Synced({}, {})
+
+    def logprobs(self, sequences: Any) -> list[list[float]]:
+        return teacher_logprobs(self.trainer.model, sequences)
+
+    def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
+        (module,) = [module for module in self.trainer.modules if module.path == path]
+        return base_OI + self.trainer.update_of(module)
+
+
+def test_no_reference_outlives_what_it_was_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as much of a GPU as two bases, and the worker lives on beside the next pair."""
+    made: list[weakref.ref[Any]] = []
+
+    class Noted(references.Reference):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(weakref.ref(self._model))
+
+    monkeypatch.setattr(references, "Reference", Noted)
+    strategy = Served(Trainer(subject(tiny)))
+    tokens = fidelity.sequences(subject(tiny))
+    bench: Any = SimpleNamespace(
+        strategy=strategy, subject=subject(tiny), base_logprobs=teacher_logprobs(strategy.trainer.model, tokens)
+    )
+    found = fidelity.truth(bench)
+    assert found["error_nats"] <= fidelity.TOLERANCE * found["noise_nats"]
+    assert found["signal_nats"] > fidelity.MIN_SIGNAL_NATS
+    fidelity.measure(bench, [1e-4], [1])
+    assert drift.measure(bench, [1])[0]["max_abs"] == 0
+    gc.collect()
+    assert len(made) == 3
+    assert all(reference() is None for reference in made)
+
+
+def test_a_reference_computes_with_new_weights_and_holds_none(tiny: Path) -> None:
+    """Halved weights halve what a layer adds; nothing but the layer in hand is there twice, and nothing is copied."""
+    reference = references.Reference(str(tiny), "cpu")
+    path = "model.layers.1.mlp.down_proj"
+    places = {name: p.data_ptr() for name, p in reference._model.named_parameters()}
+    tokens = fidelity.sequences(subject(tiny))
+    base = reference.logprobs(tokens)
+    assert all(p.dtype == torch.float32 for p in reference._model.parameters())
+    with reference.weights([path], lambda _, weight_OI: weight_OI / 2):
+        halved = reference.logprobs(tokens)
+        assert {name: p.data_ptr() for name, p in reference._model.named_parameters()} == places
+    with torch.no_grad():
+        reference.weight(path).div_(2)
+    assert reference.logprobs(tokens) == halved != base
+
+
+# What is measured.
+
+
+def test_mapped_files_are_no_part_of_what_cuda_has_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native peaks 100 bytes above its levels on a GPU, whatever version files are mapped into the process."""
+    monkeypatch.setattr(memory, "_mapped", lambda folders: 70)
+    monkeypatch.setattr(memory, "_forget_peaks", lambda device: None)
+    monkeypatch.setattr(memory, "_peak", lambda device: (1100, None))
+    monkeypatch.setattr(memory, "_weights", lambda bench: 0)
+    monkeypatch.setattr(memory, "kv_tokens", lambda bench: None)
+    trainer = SimpleNamespace(base_bytes=1, step=lambda: None)
+    strategy = SimpleNamespace(trainer=trainer, sync=lambda: None, files=())
+    levels = SimpleNamespace(start=0, last=1000, grown={"trainer": 400, "engine": 600})
+    found = {}
+    for device in ("cpu", "cuda:0"):
+        bench: Any = SimpleNamespace(strategy=strategy, subject=subject(device=device), levels=levels)
+        found[device] = memory.measure(bench)
+    assert (found["cuda:0"]["sync_bytes"], found["cuda:0"]["peak_bytes"]) == (100, 1100)
+    assert (found["cpu"]["sync_bytes"], found["cpu"]["peak_bytes"]) == (30, 1030)
+
+
+def test_the_room_that_sharing_gives_back_is_measured_too() -> None:
+    one = subject(device="cuda:0", gpu_memory_utilization=0.3, base_share=0.1)
+    settings = settings_of("decode", "tiny", truth=False)
+    cells = [cell for cell in decode.cells(settings, one) if cell.table == "room"]
+    assert [(cell.subjects[0].strategy, cell.subjects[0].gpu_memory_utilization) for cell in cells] == [
+        (NATIVE, 0.3),
+        (SHARED, 0.3),
+        (SHARED, 0.4),
+    ]
+    assert len({cell.key for cell in cells}) == 3
+    on_cpu = decode.cells(settings.model_copy(update={"device": "cpu"}), subject())
+    assert "room" not in {cell.table for cell in on_cpu}
+    made = document([], [])
+    given: tuple[Any, ...] = ("the same share", "the same share", "the share and the trainer's copy")
+    made.room = [
+        RoomRow(strategy=cell.subjects[0].strategy, shape="tiny", given=how, gpu_memory_utilization=u, kv_tokens=tokens)
+        for cell, how, u, tokens in zip(cells, given, (0.3, 0.3, 0.4), (1000, 1000, 1500), strict=True)
+    ]
+    assert any("1,500 tokens given the share and the trainer's copy (0.400), 1.50 times" in s for s in findings(made))
+
+
+def test_decoding_is_greedy_on_a_gpu() -> None:
+    """A seed of each row's own is a loop over rows in vLLM's sampler, as slow for the base as for an adapter."""
+    asked = []
+    strategy = SimpleNamespace(generate=lambda prompts, sampling: asked.append(sampling))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(decode, "fresh_prompts", lambda *_: [[1]])
+        for device in ("cpu", "cuda:0"):
+            bench: Any = SimpleNamespace(strategy=strategy, subject=subject(device=device))
+            decode.generate_seconds(bench, 1, 1, 5)
+    assert [(sampling.temperature, sampling.max_tokens) for sampling in asked] == [(1.0, 5), (0.0, 5)]
+    assert all(sampling.ignore_eos for sampling in asked)
+
+
+def test_training_is_counted_alike_on_both_sides_of_a_step() -> None:
+    """Native generates 2 s and syncs 0, the merge 1 s and 0.5; that the merge's trainer had a better day is noise."""
+
+    def done(strategy: str, generate: float, train: float, sync: float) -> dict[str, Any]:
+        return {"strategy": strategy, "result": {"generate": [generate], "train": [train], "sync": [sync]}}
+
+    cell = {
+        "order": [NATIVE, "merge-fold", "merge-fold", NATIVE],
+        "labels": {"shape": "tiny", "rows": 8, "prompt_tokens": 8, "completion_tokens": 8},
+        "rounds": [
+            done(NATIVE, 2.0, 9.0, 0.0),
+            done("merge-fold", 1.0, 6.0, 0.5),
+            done("merge-fold", 1.0, 7.0, 0.5),
+            done(NATIVE, 2.0, 8.0, 0.0),
+        ],
+    }
+    native, merge = step.rows(cell, None)
+    assert (native.train_s, merge.train_s) == (7.5, 7.5)
+    assert (native.step_s, merge.step_s) == (9.5, 9.0)
+    assert merge.ratio_to_native == pytest.approx(9.0 / 9.5)
+    assert merge.serving_ratio_to_native == 0.75
+    made = document([], [])
+    made.step = [native, merge]
+    assert "takes 0.95 times native's time, 0.75 times for generate and sync alone" in findings(made)[0]
+
+
+@pytest.mark.parametrize(("device", "like"), [("cpu", "merge-fold"), ("cuda:0", "merge-trl")])
+def test_merge_fold_decodes_like_any_merge_where_nothing_is_prepacked(device: str, like: str) -> None:
+    kind = load_strategy("merge-fold")
+    strategy = kind.__new__(kind)
+    strategy.subject = subject(device=device)
+    assert strategy.decodes_here_like == like
+
+
+def test_a_merge_that_was_decoded_itself_is_judged_by_that() -> None:
+    syncs = [sync_row(NATIVE, 0.02, 0.02), sync_row("merge-fold", 1.02, 0.02, decodes_like="merge-trl")]
+    own, other = decode_row("merge-fold", 0.008, 0.012), decode_row("merge-trl", 0.010, 0.012)
+    assert break_even(syncs, [other])[0].decode_loss_s_per_token == pytest.approx(0.002)
+    assert break_even(syncs, [other, own])[0].decode_loss_s_per_token == pytest.approx(0.004)
+    assert break_even([sync_row("native-disk", 1.0, 0.5, decodes_like=NATIVE)], [decode_row(NATIVE, 1.0, 1.0)]) == []
+
+
+def test_one_share_serves_all_parts_of_a_model() -> None:
+    """Else none of a part's workers would be what the next part asks for."""
+    parts = {part: settings_of(part, "qwen2.5-7b") for part in ("sync", "rollback", "step")}
+    model = host.measure_model("qwen2.5-7b", None)
+    shares = {part: room.engine_share(part, settings, model, H200) for part, settings in parts.items()}
+    assert len(set(shares.values())) == 3
+    assert room.engine_shares(parts, {"qwen2.5-7b": model}, H200) == {"qwen2.5-7b": min(shares.values())}
+
+
+# Where it was measured.
+
+
+def test_the_environment_names_the_commit_where_there_is_no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(commit.VARIABLE, "abc1234")
+    inside = commit.commit()
+
+    def absent(*_: Any, **__: Any) -> Any:
+        raise subprocess.CalledProcessError(128, "git")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert commit.commit() == "abc1234"
+    assert host.card("cpu")["commit"] == "abc1234"
+    assert inside != "abc1234"
+    monkeypatch.delenv(commit.VARIABLE)
+    assert commit.commit() is None
+    assert "commit" not in host.card("cpu")

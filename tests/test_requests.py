@@ -1,0 +1,206 @@
+"""Requests to the process that holds a run: done once, by the holder that they were left for, or never."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from lora_grpo.adapters.requests import answer_to, request, withdraw
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.cli.live import change
+from lora_grpo.errors import StoreError
+from lora_grpo.metrics import Reporter
+from lora_grpo.trainer.steering import apply_requests
+from tests.store_files import adapter
+
+
+class Said:
+    """What the run reports."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture
+def store(shm_dir: Path, tmp_path: Path) -> Iterator[AdapterStore]:
+    with AdapterStore(shm_dir, tmp_path / "run") as store:
+        for step in range(3):
+            store.promote(store.publish(adapter(step), step=step))
+        store.flush()
+        yield store
+
+
+@pytest.fixture
+def ask(store: AdapterStore) -> Iterator[Callable[..., Future[dict[str, Any]]]]:
+    """A client in a thread of its own; returns when its request is there."""
+    assert store.archive is not None
+    run = store.archive
+
+    def act(store: AdapterStore) -> dict[str, Any]:
+        return {"done": "by the client itself", "head": store.head}
+
+    with ThreadPoolExecutor(1) as clients:
+
+        def start(timeout_s: float) -> Future[dict[str, Any]]:
+            asking = clients.submit(change, run, "pin", act, timeout_s=timeout_s, version=1)
+            until(lambda: bool(store.requests()))
+            return asking
+
+        yield start
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def files(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "requests").iterdir())
+
+
+def die(store: AdapterStore) -> None:
+    """What a kill leaves: no lock, and everything else as it was."""
+    assert store._session is not None
+    store._session.lock.release()
+
+
+def apply(store: AdapterStore) -> list[str]:
+    said = Said()
+    apply_requests(store, pytest.fail, cast(Reporter, said))
+    return said.messages
+
+
+def test_a_request_is_either_taken_back_or_done(store: AdapterStore, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first, second = request(run, "pin", version=1), request(run, "pin", version=2)
+    listed = store.requests()
+    assert withdraw(run, first)
+    assert not store.claim(listed[0]), "it was taken back after the holder had looked"
+    assert store.claim(listed[1])
+    assert not withdraw(run, second)
+    assert store.requests() == []
+    store.answer(second, {"done": "pinned"})
+    assert answer_to(run, second) == {"done": "pinned"}
+    assert files(run) == []
+
+
+def test_a_request_taken_back_while_others_are_done_is_left_out(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    asked = [request(run, "pin", version=version) for version in (1, 2)]
+    real = store.pin
+
+    def pin(number: int) -> None:
+        withdraw(run, asked[1])
+        real(number)
+
+    monkeypatch.setattr(store, "pin", pin)
+    assert apply(store) == ["asked from outside: pin 1: pinned"]
+    assert store.pins == {1}
+
+
+def test_a_client_waits_for_what_is_begun_and_says_nothing_else(
+    store: AdapterStore, tmp_path: Path, ask: Callable[..., Future[dict[str, Any]]]
+) -> None:
+    asking = ask(timeout_s=0.2)
+    (asked,) = store.requests()
+    assert store.claim(asked)
+    time.sleep(0.4)
+    assert not asking.done()
+    store.answer(asked, {"done": "pinned"})
+    assert asking.result(60) == {"live": True, "done": "pinned"}
+    assert files(tmp_path / "run") == []
+
+
+def test_a_client_that_nobody_listens_to_takes_its_request_back(
+    store: AdapterStore, tmp_path: Path, ask: Callable[..., Future[dict[str, Any]]]
+) -> None:
+    asking = ask(timeout_s=0.2)
+    with pytest.raises(StoreError, match=r"has not answered; the request was taken back, and nothing has changed\."):
+        asking.result(60)
+    assert apply(store) == []
+    assert files(tmp_path / "run") == []
+
+
+def test_a_holder_that_dies_while_doing_it_leaves_it_undone_for_good(
+    store: AdapterStore, shm_dir: Path, tmp_path: Path, ask: Callable[..., Future[dict[str, Any]]]
+) -> None:
+    asking = ask(timeout_s=60)
+    assert store.claim(store.requests()[0])
+    die(store)
+    with pytest.raises(StoreError, match=r"ended while it was doing this; `lora-grpo versions .*run` shows"):
+        asking.result(60)
+    with AdapterStore(shm_dir, tmp_path / "run") as again:
+        assert apply(again) == []
+    with AdapterStore(shm_dir, tmp_path / "run"):
+        assert files(tmp_path / "run") == [], "the answer that nobody came for"
+
+
+def test_a_client_whose_holder_was_replaced_asks_the_new_one(
+    store: AdapterStore, shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two looks of a client, the holder dies and the run is opened again."""
+    monkeypatch.setattr("lora_grpo.cli.live.POLL_S", 1.0)
+    with ThreadPoolExecutor(1) as clients:
+        asking = clients.submit(change, tmp_path / "run", "pin", pytest.fail, timeout_s=60, version=1)
+        until(lambda: bool(store.requests()))
+        time.sleep(0.2)
+        die(store)
+        with AdapterStore(shm_dir, tmp_path / "run") as again:
+            assert again.requests() == [], "nobody does what another holder was asked"
+            until(lambda: bool(again.requests()))
+            assert apply(again) == ["asked from outside: pin 1: pinned"]
+            assert asking.result(60) == {"live": True, "done": "pinned", "pins": [1]}
+
+
+def test_an_answer_of_a_holder_that_died_right_after_it_still_counts(
+    store: AdapterStore, shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    asked = request(run, "pin", version=1)
+    assert store.claim(asked)
+    monkeypatch.setattr("lora_grpo.adapters.requests._clear", lambda folder, number: None)
+    store.answer(asked, {"done": "pinned"})
+    monkeypatch.undo()
+    die(store)
+    with AdapterStore(shm_dir, run):
+        assert answer_to(run, asked) == {"done": "pinned"}
+        assert files(run) == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_ctrl_c_takes_a_request_back_or_says_that_it_cannot(store: AdapterStore, tmp_path: Path, begun: bool) -> None:
+    run = tmp_path / "run"
+    client = subprocess.Popen(
+        [sys.executable, "-m", "lora_grpo", "rollback", str(run), "--to", "parent"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "NO_COLOR": "1", "TERM": "dumb"},
+    )
+    assert client.stderr is not None
+    assert client.stderr.readline().startswith("asked process ")
+    until(lambda: bool(store.requests()))
+    if begun:
+        assert store.claim(store.requests()[0])
+    time.sleep(0.2)
+    client.send_signal(signal.SIGINT)
+    said = client.stderr.read()
+    assert client.wait(60) == 130
+    assert store.requests() == []
+    assert ("nothing has changed" in said) is not begun
+    assert ("too late" in said) is begun
