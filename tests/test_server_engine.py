@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import tempfile
 import threading
 import time
@@ -716,8 +717,16 @@ def test_a_replica_that_came_back_with_wrong_weights_loads_them_anew(
     engine = probed(connect(), shm_dir)
     engine.load(versions[0], expected=answers(versions[0]))
     pair[0].restart()
-    pair[0].wrong_weights = 2  # the probe, and the version at first
+    why_not, wrong = pair[0]._why_not, iter([1])
+
+    def wrong_at_first(name: str, path: Path) -> Any:
+        if ".run.v1." in name:
+            pair[0].wrong_weights = next(wrong, 0)
+        return why_not(name, path)
+
+    pair[0]._why_not = wrong_at_first  # type: ignore[method-assign]
     engine.load(versions[1], expected=answers(versions[1]))
+    assert next(wrong, None) is None
     assert [len(server.adapters) for server in pair] == [2, 2]
 
 
@@ -739,17 +748,30 @@ def test_versions_in_use_are_never_missed_by_another_thread(
         while not done.is_set():
             seen.add(len(engine.loaded()))
 
-    looking = threading.Thread(target=look)
-    looking.start()
-    for turn in range(20_000):
-        with in_use.using([versions[turn % 2]]):
-            pass
-    done.set()
-    looking.join()
+    looking, interval_s = threading.Thread(target=look), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        looking.start()
+        for turn in range(20_000):
+            with in_use.using([versions[turn % 2]]):
+                pass
+    finally:
+        sys.setswitchinterval(interval_s)
+        done.set()
+        looking.join()
     assert seen == {2}
 
 
-# Servers that pull
+def test_closing_waits_for_a_frozen_server_only_as_long_as_a_well_one_takes(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "QUICK_TIMEOUT_S", 0.3)
+    engine = connect()
+    engine.load(versions[0])
+    pair[0].frozen = True
+    started = time.monotonic()
+    engine.close()
+    assert time.monotonic() - started < 2
 
 
 def test_a_container_of_the_same_name_leaves_the_versions_of_another_alone(
@@ -762,6 +784,9 @@ def test_a_container_of_the_same_name_leaves_the_versions_of_another_alone(
     pair[0].adapters = {other.fresh(versions[0]): str(versions[0].path)}
     connect()
     assert pair[0].adapters
+
+
+# Servers that pull
 
 
 @pytest.fixture

@@ -65,13 +65,14 @@ def _match(strategy: Any) -> None:
 
 
 def _probe(strategy: Any) -> None:
+    from lora_grpo.adapters.disk import STAGING
     from lora_grpo.adapters.peft_format import ServingForm
     from lora_grpo.bench.strategies.trainer import ADAPTER
     from lora_grpo.engines.delivery.probe import run_probe
 
     engine, model = strategy.engine, strategy.trainer.model
     form = ServingForm(model, ADAPTER, getattr(torch, engine.lora_dtype))
-    run_probe(model, form, engine, strategy.store.root.parent)
+    run_probe(model, form, engine, strategy.store.root / STAGING)
 
 
 def _canary(bench: Bench, rows: int, tokens: int, times: int) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def what_was_found(recovered: Recovered) -> list[str]:
         "trainer states lost before they reached the archive, of versions": recovered.lost_states,
         "damaged, differing from what was published: versions": recovered.damaged,
         "brought to the archive now: versions": recovered.unarchived,
+        "unreadable, so that what they said of metrics and pins is lost: journal lines": recovered.damaged_lines,
     }
     sentences = [f"{words} {', '.join(map(str, numbers))}" for words, numbers in said.items() if numbers]
     if recovered.swept:
