@@ -22,7 +22,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, vllm_local
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.slots import SlotProver
-from lora_grpo.engines.held import engines_alive
+from lora_grpo.engines.local.held import engines_alive
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, UnknownVersion
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
@@ -526,7 +526,8 @@ import json, pathlib, sys
 import torch
 from lora_grpo.adapters.peft_format import ServingForm
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.engines import compat, lora_kernels
+from lora_grpo.engines import compat
+from lora_grpo.engines.local import lora_kernels
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS

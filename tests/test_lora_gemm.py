@@ -17,8 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lora_grpo.adapters.peft_format import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines import compat, lora_gemm
-from lora_grpo.engines.lora_gemm import LayerGemm, RowMask, lay_out
+from lora_grpo.engines import compat
+from lora_grpo.engines.local import lora_gemm
+from lora_grpo.engines.local.lora_gemm import LayerGemm, RowMask, lay_out
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.scoring import mean_abs_difference

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.engines.lora_kernels import FEW_ROWS, LayerSlots, Rows, adjoin, diagonal, segments_of
+from lora_grpo.engines.local.lora_kernels import FEW_ROWS, LayerSlots, Rows, adjoin, diagonal, segments_of
 
 SLOTS, RANK, IN = 3, 8, 24
 FUSIONS = {"single": (40,), "qkv": (32, 16, 16), "gate_up": (48, 48)}

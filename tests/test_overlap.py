@@ -24,8 +24,8 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, GRPOConfig
 from lora_grpo.engines import compat
-from lora_grpo.engines.driving import StepDriver
 from lora_grpo.engines.fake import FakeEngine
+from lora_grpo.engines.local.driving import StepDriver
 from lora_grpo.engines.owned import OwnedEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, RewardError, TrainingError

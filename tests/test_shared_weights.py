@@ -17,10 +17,11 @@ from torch import nn
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import EngineConfig, ModelConfig
-from lora_grpo.engines import compat, shared_weights
+from lora_grpo.engines import compat
 from lora_grpo.engines.fake import FakeEngine
-from lora_grpo.engines.frozen import FrozenParameter
-from lora_grpo.engines.shared_weights import SharedBase, check_shareable
+from lora_grpo.engines.local import shared_weights
+from lora_grpo.engines.local.frozen import FrozenParameter
+from lora_grpo.engines.local.shared_weights import SharedBase, check_shareable
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.sync import NativeSync

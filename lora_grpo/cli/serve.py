@@ -53,8 +53,8 @@ def serve(
 
     When one of them ends, all end: its log's last lines say why.
     """
+    from lora_grpo.engines.local.targets import linear_leaves
     from lora_grpo.engines.server.launch import Serving
-    from lora_grpo.engines.targets import linear_leaves
 
     extra = tuple(arguments or ())
     serving = Serving(

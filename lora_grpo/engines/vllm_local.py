@@ -15,9 +15,13 @@ from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.slots import SlotProver
-from lora_grpo.engines.driving import StepDriver
-from lora_grpo.engines.held import HeldLLM, engines_alive
-from lora_grpo.engines.loading import AdapterLoader, Loaded, choose_loader
+from lora_grpo.engines.local.driving import StepDriver
+from lora_grpo.engines.local.held import HeldLLM, engines_alive
+from lora_grpo.engines.local.loading import AdapterLoader, Loaded, choose_loader
+from lora_grpo.engines.local.residents import Residents
+from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
+from lora_grpo.engines.local.sleeping import check_base_is_back, check_may_sleep, fall_asleep
+from lora_grpo.engines.local.starting import adapter_room, start_llm
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
     check_room,
@@ -29,10 +33,6 @@ from lora_grpo.engines.requests import (
     to_groups,
     token_prompts,
 )
-from lora_grpo.engines.residents import Residents
-from lora_grpo.engines.shared_weights import SharedBase, check_same_function
-from lora_grpo.engines.sleeping import check_base_is_back, check_may_sleep, fall_asleep
-from lora_grpo.engines.starting import adapter_room, start_llm
 from lora_grpo.errors import UnknownVersion
 from lora_grpo.types import Group, Prompt, Sampling
 

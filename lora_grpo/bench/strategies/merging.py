@@ -9,8 +9,8 @@ import torch
 
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.timing import Clock
-from lora_grpo.engines.dropping import drop_weights
-from lora_grpo.engines.weights import PlainEngine
+from lora_grpo.engines.local.dropping import drop_weights
+from lora_grpo.engines.local.weights import PlainEngine
 from lora_grpo.types import Group, Sampling
 
 LORA = ".lora_"

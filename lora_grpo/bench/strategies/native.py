@@ -14,9 +14,9 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.timing import Clock
-from lora_grpo.engines.dropping import drop_weights
+from lora_grpo.engines.local.dropping import drop_weights
+from lora_grpo.engines.local.weights import engine_kv_tokens, version_tensors
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.engines.weights import engine_kv_tokens, version_tensors
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Group, Sampling
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.sleeping import Asleep
+from lora_grpo.engines.local.sleeping import Asleep
 from lora_grpo.errors import EngineError
 
 _alive: set[int] = set()

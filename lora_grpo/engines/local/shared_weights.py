@@ -19,7 +19,7 @@ from torch import nn
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.probe import MAX_BASE_NOISE_NATS, probe_sequences
-from lora_grpo.engines.frozen import FrozenParameter
+from lora_grpo.engines.local.frozen import FrozenParameter
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 

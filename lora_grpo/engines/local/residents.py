@@ -19,8 +19,8 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.delivery.slots import SlotProver, require_finite
-from lora_grpo.engines.driving import StepDriver
-from lora_grpo.engines.loading import AdapterLoader, Loaded
+from lora_grpo.engines.local.driving import StepDriver
+from lora_grpo.engines.local.loading import AdapterLoader, Loaded
 from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError, UnknownVersion
 
 

@@ -15,6 +15,7 @@ import torch
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
+from lora_grpo.engines.local.shared_weights import plain_cpu_weights
 from lora_grpo.engines.requests import (
     check_room,
     request_seeds,
@@ -23,7 +24,6 @@ from lora_grpo.engines.requests import (
     to_completion,
     to_groups,
 )
-from lora_grpo.engines.shared_weights import plain_cpu_weights
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import EngineError
 from lora_grpo.types import Group, Sampling

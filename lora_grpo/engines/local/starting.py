@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lora_grpo.engines import compat, lora_gemm, lora_kernels
+from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
-from lora_grpo.engines.grouped import join
-from lora_grpo.engines.shared_weights import check_shareable, plain_cpu_weights
-from lora_grpo.engines.sleeping import check_can_ever_sleep
-from lora_grpo.engines.targets import linear_leaves
+from lora_grpo.engines.local import lora_gemm, lora_kernels
+from lora_grpo.engines.local.grouped import join
+from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
+from lora_grpo.engines.local.sleeping import check_can_ever_sleep
+from lora_grpo.engines.local.targets import linear_leaves
 from lora_grpo.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lora_grpo.engines.held import joins_group
+from lora_grpo.engines.local.held import joins_group
 from lora_grpo.errors import ConfigError
 
 _SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")

@@ -1,0 +1,1 @@
+"""vLLM in this process: starting it, what it holds and serves, its kernels and its weights."""
