@@ -220,9 +220,9 @@ LOADERS = {"direct": "the direct loader", "stock": "vLLM's own loader"}
 PHASES = {
     "gather": "parameters to one buffer of the serving dtype, scaling folded into B",
     "write": "files onto fresh tmpfs pages, digest, rename",
-    "check": "digest of the mapped file, tensors bound to modules",
+    "check": "file mapped, tensors bound to modules; its digest too, where a load reads it back",
     "load": "registered in vLLM, copied into a slot",
-    "prove": "checksum of the slot against the file",
+    "prove": "the slot's bytes hashed against the published digest",
     "promote": "HEAD moved",
     "device": "what the device still had queued",
 }
