@@ -18,6 +18,7 @@ from lora_grpo.adapters.digest import digest_buffers
 from lora_grpo.adapters.disk import STAGING
 from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter
 from lora_grpo.adapters.peft_format import Held, ServingForm, clean_name, peft_model_of
+from lora_grpo.adapters.room import require_room
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.canary import take_canary
@@ -284,6 +285,10 @@ class NativeSync:
         self.processes.each(lambda: check_same_base(base, own))
         pulls = is_remote(self.engine) and self.engine.pulls
         publish = self._publish_probe if pulls else None
+        if publish is None:
+            # Each process writes its own, and one that cannot must not leave the others waiting.
+            copies = {"probe": self._form.nbytes * self.processes.count}
+            self.processes.each(lambda: require_room(self._root / STAGING, copies, "the probe of the engine"))
         return run_probe(self.model, self._form, self.engine, self._root / STAGING, publish=publish)
 
     def _publish_probe(self, files: Mapping[str, Any]) -> AdapterVersion:

@@ -114,6 +114,44 @@ def test_a_request_taken_back_while_others_are_done_is_left_out(
     assert store.pins == {1}
 
 
+def test_a_number_given_out_again_is_done_as_it_was_asked_the_second_time(store: AdapterStore, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    taken_back = request(run, "pin", version=1)
+    (listed,) = store.requests()
+    assert withdraw(run, taken_back)
+    asked = request(run, "pin", version=2)
+    assert asked.number == listed.number
+    assert store.claim(listed) == asked
+
+
+def test_who_asked_is_told_of_what_nobody_foresaw(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    asked = request(run, "pin", version=1)
+
+    def out_of_memory(number: int) -> None:
+        raise MemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(store, "pin", out_of_memory)
+    with pytest.raises(MemoryError):
+        apply(store)
+    assert answer_to(run, asked) == {"error": "MemoryError: CUDA out of memory", "kind": "EngineError"}
+    assert files(run) == []
+
+
+def test_an_answer_is_left_for_who_still_looks(store: AdapterStore, shm_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asked = [request(run, "pin", version=version) for version in (1, 2)]
+    for each in asked:
+        assert store.claim(each)
+        store.answer(each, {"done": "pinned"})
+    os.utime(run / "requests" / "000002.answer.json", (0, 0))
+    store.close()
+    with AdapterStore(shm_dir, run):
+        assert files(run) == ["000001.answer.json"]
+
+
 def test_a_client_waits_for_what_is_begun_and_says_nothing_else(
     store: AdapterStore, tmp_path: Path, ask: Callable[..., Future[dict[str, Any]]]
 ) -> None:
@@ -147,6 +185,7 @@ def test_a_holder_that_dies_while_doing_it_leaves_it_undone_for_good(
         asking.result(60)
     with AdapterStore(shm_dir, tmp_path / "run") as again:
         assert apply(again) == []
+    os.utime(tmp_path / "run" / "requests" / "000001.answer.json", (0, 0))
     with AdapterStore(shm_dir, tmp_path / "run"):
         assert files(tmp_path / "run") == [], "the answer that nobody came for"
 

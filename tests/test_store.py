@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_grpo.adapters import disk
 from lora_grpo.adapters.digest import digest_buffers, digest_directory
 from lora_grpo.adapters.retention import keep_latest
 from lora_grpo.adapters.store import AdapterStore
@@ -68,6 +69,28 @@ def test_publish_does_not_move_head_and_parents_follow_it(shm_dir: Path) -> None
         with pytest.raises(UnknownVersion, match="parent=99"):
             store.publish(adapter(6), step=2, parent=99)
         assert (shm_dir / "HEAD").resolve() == first.path
+
+
+def test_a_promotion_that_is_interrupted_after_its_rename_is_taken_back(
+    shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AdapterStore(shm_dir, tmp_path / "run") as store:
+        first, second = (store.publish(adapter(step), step=step) for step in (1, 2))
+        store.promote(first)
+        hits: list[str] = []
+
+        def interrupted(point: str) -> None:
+            if point == "promote.renamed" and not hits:
+                hits.append(point)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(disk, "at", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.promote(second)
+        assert store.head == first
+    shutil.rmtree(shm_dir)
+    with AdapterStore(shm_dir, tmp_path / "run") as store:
+        assert store.head == first
 
 
 def test_everything_is_for_the_owner_only(shm_dir: Path, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         planned = plan(out, options.device, options.shape, options.select, models)
         chosen = [part for part in planned if not options.only or {part.name, part.kind} & set(options.only)]
+        if not chosen:
+            raise LookupError(f"--only {','.join(options.only)} names no part of this plan on {options.device}")
         states = run_all(chosen, out, time_s, environment(options.site, options.commit), again=options.again)
     except LookupError as error:
         sys.exit(str(error))

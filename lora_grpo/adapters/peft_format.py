@@ -218,7 +218,7 @@ def _scales_after_rounding(scaling: float, dtype: torch.dtype) -> bool:
     A power of two moves nothing but the exponent, which bfloat16 has as large as fp32; float16 would lose bits of
     small values.
     """
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and abs(math.frexp(scaling)[0]) == 0.5)
+    return scaling == 1.0 or dtype == torch.float32 or (dtype == torch.bfloat16 and abs(math.frexp(scaling)[0]) == 0.5)
 
 
 def _elements(shape: tuple[int, ...]) -> int:

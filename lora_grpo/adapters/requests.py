@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from lora_grpo.errors import StoreError
 _ANSWER = ".answer.json"
 _DOING = ".doing"
 _DROPPED = "dropped"
+_UNCLAIMED_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ def answer_to(run: str | Path, request: Request) -> dict[str, Any] | None:
     content = disk.read_small(path)
     if content is None:
         return None
-    path.unlink()
+    path.unlink(missing_ok=True)
     answer: dict[str, Any] = json.loads(content)
     return answer
 
@@ -74,14 +77,18 @@ def is_dropped(answer: dict[str, Any]) -> bool:
     return bool(answer.get(_DROPPED))
 
 
-def claim(run: Path, request: Request) -> bool:
-    """Begin with a request: from here on it cannot be taken back. False when it was."""
+def claim(run: Path, request: Request) -> Request | None:
+    """Begin with what is asked under a request's number: from here on it cannot be taken back. None when it was.
+
+    What is done is what was claimed, not what was listed: the number of one that was taken back is given out again.
+    """
     folder, name = run / "requests", disk.folder_name(request.number)
+    doing = folder / f"{name}{_DOING}"
     try:
-        os.rename(folder / f"{name}.json", folder / f"{name}{_DOING}")
+        os.rename(folder / f"{name}.json", doing)
     except FileNotFoundError:
-        return False
-    return True
+        return None
+    return _parse(request.number, disk.read_small(doing) or b"")
 
 
 def is_begun(run: str | Path, request: Request) -> bool:
@@ -105,7 +112,7 @@ def cut_short(run: str | Path) -> str:
 def sweep(run: Path) -> None:
     """Settle what was asked of a process that is gone: nobody else does it, and whoever still waits is told so.
 
-    Answers that nobody came for are removed.
+    Answers that nobody came for in a minute are removed.
     """
     folder = run / "requests"
     endings: dict[int, set[str]] = {}
@@ -115,12 +122,19 @@ def sweep(run: Path) -> None:
             endings.setdefault(int(number), set()).add(f".{ending}")
     for asked, found in endings.items():
         if found == {_ANSWER}:
-            (folder / f"{disk.folder_name(asked)}{_ANSWER}").unlink()
+            _remove_old(folder / f"{disk.folder_name(asked)}{_ANSWER}")
         elif _ANSWER in found:
             _clear(folder, asked)
         else:
             unfinished = {"error": cut_short(run), "kind": StoreError.__name__}
             answer(run, Request(asked, ""), unfinished if _DOING in found else {_DROPPED: True})
+
+
+def _remove_old(answer: Path) -> None:
+    """Whoever waits for an answer looks many times a second, so one of this age has nobody."""
+    with suppress(FileNotFoundError):
+        if time.time() - answer.stat().st_mtime > _UNCLAIMED_S:
+            answer.unlink()
 
 
 def pending(run: Path) -> list[Request]:

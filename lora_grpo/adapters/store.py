@@ -139,14 +139,16 @@ class AdapterStore(StoreView):
         with self._writing(f"promoting version {number}") as session:
             if not self._catalog.on_tmpfs(number):
                 raise UnknownVersion(self._catalog.why_not_on_tmpfs(number))
+            before = self._catalog.head_number()
             session.journal.append("promote", number)
             try:
                 link_head(session.root, number)
             except BaseException:
                 # Where the tmpfs goes, the journal's last promotion is HEAD: it must not name one that failed.
-                stayed = self._catalog.head_number()
-                if stayed is not None and stayed != number:
-                    session.journal.append("promote", stayed)
+                if before is not None and before != number:
+                    session.journal.append("promote", before)
+                    if self._catalog.head_number() == number:
+                        link_head(session.root, before)
                 raise
 
     def record(self, version: int | AdapterVersion, **metrics: float | int | str | bool | None) -> None:
@@ -257,15 +259,17 @@ class AdapterStore(StoreView):
         """What other processes ask for, in the order in which they asked; see `requests.request`."""
         return [] if self.archive is None else requests.pending(self.archive)
 
-    def claim(self, request: Request) -> bool:
-        """Begin with a request, so that it can no longer be taken back; False when it was."""
+    def claim(self, request: Request) -> Request | None:
+        """Begin with what is asked under a request's number: it can no longer be taken back. None when it was."""
         with self._writing("beginning with a request") as session:
             return requests.claim(session.required_archive().tree.path, request)
 
     def answer(self, request: Request, result: Mapping[str, Any]) -> None:
         """Tell the process that asked what became of its request."""
-        with self._writing("answering a request") as session:
-            requests.answer(session.required_archive().tree.path, request, dict(result))
+        if self._session is None:
+            raise StoreError("answering a request: this store is open with readonly=True")
+        # Whatever else went wrong meanwhile, who asked is told.
+        requests.answer(self._session.required_archive().tree.path, request, dict(result))
 
     # Ending
 

@@ -11,13 +11,16 @@ VARIABLE = "LORA_GRPO_COMMIT"
 
 
 def commit() -> str | None:
-    """The commit that this code was checked out at, a plus sign where files differ; outside a repository what the
-    environment says; None for an installed copy."""
+    """The commit that this code was checked out at, a plus sign where files other than results differ; outside a
+    repository what the environment says; None for an installed copy."""
     here = Path(__file__).parent.with_name("__init__.py")
     git = ["git", "-C", str(here.parent)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, timeout=10, check=True)
-        described = [*git, "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"]
-        return subprocess.run(described, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        described = [*git, "describe", "--always", "--abbrev=7", "--exclude=*"]
+        name = subprocess.run(described, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        # A run that is cut off writes its results, and has to be the same code's when it goes on.
+        changes = [*git, "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results"]
+        return name + ("+" if subprocess.run(changes, capture_output=True, timeout=30).returncode else "")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get(VARIABLE)

@@ -30,7 +30,7 @@ def needed_on_cpu(part: str, settings: Settings, model: Mapping[str, int]) -> in
     pristine = 2 * model["linear_elements"] if "merge-fold" in settings.strategies else 0
     cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * _GIB
     workers = 3 if part == "decode" and {BASE, STOCK} <= set(settings.strategies) else _workers(part, settings)
-    reference = 4 * (model["parameters"] + model["linear_elements"]) if _has_reference(part, settings) else 0
+    reference = 4 * model["parameters"] if _has_reference(part, settings) else 0
     return base + workers * (2 * base + cache + _PROCESS) + pristine + reference
 
 

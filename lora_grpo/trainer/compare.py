@@ -95,8 +95,9 @@ def compare_versions(
     """Sample `sampling.n` answers a prompt from each version in one call, and score all of them under both.
 
     With two slots (`max_loras=2`), the rows share the engine's batches. Versions that are not loaded are loaded and
-    proven first, and stay loaded. `columns` hold the prompts' columns for the reward functions. Raises `ConfigError`,
-    `DeliveryError` or `EngineError`.
+    proven first, and stay loaded; servers that a trainer was proven with take them from its `NativeSync` alone.
+    `columns` hold the prompts' columns for the reward functions. Raises `ConfigError`, `DeliveryError` or
+    `EngineError`.
     """
     if first == second:
         raise ConfigError(f"{first} is compared with itself; name two versions")

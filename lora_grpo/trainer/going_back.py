@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lora_grpo.adapters.opening import Recovered
@@ -94,10 +95,9 @@ def state_for(trainer: GRPOTrainer, step: int) -> dict[str, Any]:
     }
 
 
-def steps_until(trainer: GRPOTrainer, step: int) -> list[dict[str, Any]]:
-    """The metrics of the steps up to `step`, as the run wrote them down: a guard's baseline is what they say."""
-    records = [record for record in history(read_metrics(trainer.run_dir)) if record["event"] == "step"]
-    return [_metrics_of(record) for record in records if record["step"] <= step]
+def steps_of(trainer: GRPOTrainer) -> list[dict[str, Any]]:
+    """The metrics of the run's steps, as it wrote them down: a guard's baseline is what they say."""
+    return [_metrics_of(record) for record in history(read_metrics(trainer.run_dir)) if record["event"] == "step"]
 
 
 def evaluations_until(trainer: GRPOTrainer, step: int) -> list[Any]:
@@ -134,8 +134,9 @@ def _put_back(trainer: GRPOTrainer, head: AdapterVersion, *, waiting: bool) -> R
             trainer.crew(crew.seed_everything, trainer.config.seed)
             return RollbackReport(head, head, "exact", "kept", "kept", "reset", {})
         if waiting:
-            _restore_schedule_of(trainer, trainer.rollback_log.entries[-1].left)
-            return trainer.crew(crew.roll_back, head.number)
+            restored = _restore_schedule_of(trainer, trainer.rollback_log.entries[-1].left)
+            report = trainer.crew(crew.roll_back, head.number)
+            return report if restored else replace(report, scheduler="reset", random_state="reset")
     return trainer.crew(crew.roll_back, _with_state(trainer, head))
 
 
@@ -161,12 +162,16 @@ def _nearest_state(trainer: GRPOTrainer, number: int) -> int | None:
     return following
 
 
-def _restore_schedule_of(trainer: GRPOTrainer, left: int) -> None:
-    """A rounded rollback keeps schedule and random state where they were: with the version that was left."""
+def _restore_schedule_of(trainer: GRPOTrainer, left: int) -> bool:
+    """A rounded rollback keeps schedule and random state where they were: with the version that was left.
+
+    False where no state tells where that was.
+    """
     number = _nearest_state(trainer, left)
     if number is not None:
         trainer.crew(crew.restore_trainer, trainer.store.get(number))
         trainer.crew(crew.scale_learning_rates, 1 / _scale_of(state_extra(trainer.store, number) or {}))
+    return number is not None
 
 
 def _metrics_of(record: Record) -> dict[str, Any]:

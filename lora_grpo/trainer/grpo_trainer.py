@@ -175,9 +175,11 @@ class GRPOTrainer:
             raise ConfigError(
                 f"this trainer's run is {self.run_dir}; to go on with {run}, build one with run_dir={run}"
             )
+        # Read before anything is moved: a damaged log is told of while nothing has changed.
+        steps = going_back.steps_of(self)
         report = going_back.resume(self)
         self._resumed = report is not None
-        self.history = going_back.steps_until(self, self.steps_done)
+        self.history = [metrics for metrics in steps if metrics["step"] <= self.steps_done]
         self.evaluations = going_back.evaluations_until(self, self.steps_done)
         return report
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from lora_grpo.adapters.requests import Request
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.target import Target
-from lora_grpo.errors import ConfigError, LoraGrpoError
+from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 from lora_grpo.metrics import Reporter
 from lora_grpo.rollback import RollbackReport
 
@@ -17,11 +17,17 @@ RollBack: TypeAlias = Callable[[Target], RollbackReport]
 
 def apply_requests(store: AdapterStore, roll_back: RollBack, reporter: Reporter) -> None:
     """Do what was asked, in order. A request that cannot be done changes nothing, and its answer says why."""
-    for request in filter(store.claim, store.requests()):
+    for listed in store.requests():
+        request = store.claim(listed)
+        if request is None:
+            continue
         try:
             result = _apply(store, roll_back, request)
         except LoraGrpoError as error:
             result = {"error": str(error), "kind": type(error).__name__}
+        except BaseException as error:
+            store.answer(request, {"error": f"{type(error).__name__}: {error}", "kind": EngineError.__name__})
+            raise
         store.answer(request, result)
         said = f"asked from outside: {_words(request)}: {result.get('error') or result['done']}"
         if request.verb == "rollback" and "error" not in result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,12 @@ def run_info(trainer: GRPOTrainer) -> dict[str, Any]:
 
 
 def summary(trainer: GRPOTrainer, seconds: float) -> dict[str, Any]:
-    """What became of it; `accuracy_*` are the first and the last held-out reward."""
+    """What became of it, over the whole run but for `seconds` and the rollouts' counts, which are this process's.
+
+    `accuracy_*` are the first and the last held-out reward.
+    """
     evaluations, history = trainer.evaluations, trainer.history
+    gaps = [metrics[GAP] for metrics in history if math.isfinite(metrics[GAP])]
     syncs = [sum(v for name, v in metrics.items() if name.startswith("sync/")) for metrics in history]
     return {
         "accuracy_before": evaluations[0].metrics["reward"] if evaluations else None,
@@ -36,7 +41,7 @@ def summary(trainer: GRPOTrainer, seconds: float) -> dict[str, Any]:
         "steps": trainer.steps_done,
         "seconds": round(seconds, 2),
         "sync_median_s": round(statistics.median(syncs), 5) if syncs else None,
-        "logprob_gap_mean": statistics.fmean(metrics[GAP] for metrics in history) if history else None,
+        "logprob_gap_mean": statistics.fmean(gaps) if gaps else None,
         "versions": len(trainer.store.list()),
         "rollbacks": trainer.rollbacks,
         **trainer.rollouts.counts(),

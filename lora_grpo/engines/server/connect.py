@@ -99,7 +99,9 @@ async def slots(client: Client) -> int | None:
 async def _metrics(client: Client) -> str:
     try:
         return await client.look("/metrics")
-    except Refused:
+    except Refused as refusal:
+        if refusal.status >= 500:
+            raise Unreachable(str(refusal)) from None
         return ""
 
 

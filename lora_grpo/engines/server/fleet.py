@@ -18,7 +18,7 @@ from lora_grpo.engines.server.pool import Pool, scoring
 from lora_grpo.engines.server.proofs import Answers, Proofs
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.engines.server.returning import FIRST_PAUSE_S, Returning
-from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError
+from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion
 
 OnFailure: TypeAlias = Literal["raise", "drop"]
 """What becomes of a load that one replica fails: it fails on all of them, or that replica leaves the rotation."""
@@ -99,6 +99,8 @@ class Fleet:
         Raises as `load`.
         """
         async with self._changing:
+            if self.in_use.at(served.version.path) is not served:
+                raise EngineError(f"{served.version} was unloaded meanwhile; load it again")
             try:
                 _, verdict = await self._prove(served, served.answers)
             except DeliveryError:
@@ -175,7 +177,7 @@ class Fleet:
                     await replica.give(served)
                 answers = await self._score(replica, served)
                 return answers, None if expected is None else self.proofs.compare(replica, served, answers, expected)
-            except (EngineError, DeliveryError) as error:
+            except (EngineError, DeliveryError, UnknownVersion) as error:
                 if isinstance(error, Unreachable):
                     self.lost(replica, error)
                 dropped = replica.state != "serving" and self.settings.on_failure == "drop"

@@ -29,7 +29,7 @@ class InUse:
         served = self._by_path.get(version.path)
         if served is None or served.version.digest != version.digest:
             held = ", ".join(str(known.version) for known in self.all()) or "none"
-            raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
+            raise UnknownVersion(f"{version} is not loaded (loaded: {held}); load it first")
         return served
 
     def add(self, served: Served) -> None:

@@ -19,6 +19,9 @@ _Result = TypeVar("_Result")
 _PLACEMENTS = 4
 """Replicas that a request may lose, one after the other, before it counts as the reason."""
 
+_SECOND_LOOK_S = 1.0
+"""A look that failed once may have met a busy server; answers are not thrown away for that."""
+
 Life: TypeAlias = tuple[Replica, str | None]
 """A replica and when its process started."""
 
@@ -93,6 +96,12 @@ class Pool:
         return {life for life, is_over in zip(lives, over, strict=True) if is_over}
 
     async def _is_over(self, replica: Replica, life: str | None) -> bool:
+        try:
+            await replica.require_life(life)
+        except EngineError:
+            await asyncio.sleep(_SECOND_LOOK_S)
+        else:
+            return False
         try:
             await replica.require_life(life)
         except EngineError as error:

@@ -55,6 +55,8 @@ class Returning:
 
     def _ended(self, replica: Replica, task: asyncio.Task[None]) -> None:
         """Nobody but the task brings a replica back: however it ended, those who wait for that have to hear of it."""
+        if replica.returning is not task:
+            return
         if not task.cancelled() and (error := task.exception()) is not None:
             replica.trouble = f"{replica.url} could not be brought back: {error!r}"
         if replica.state == "away":
@@ -102,10 +104,9 @@ class Returning:
     async def _prove_path(self, replica: Replica, probe: KeptProbe) -> None:
         """Compare a server on the base, and with the loud adapter, with what the trainer computed."""
         served, sequences = self._named(probe.version), self._proofs.sequences
+        # Not in a `finally`: a server that is gone would raise there, and hide that the time to wait is over.
         await replica.give(served)
-        try:
-            base = await replica.score(replica.facts.base, sequences)
-            loud = await replica.score(replica.names[served.name], sequences)
-            probe.witness.error(loud, probe.witness.noise(base))
-        finally:
-            await replica.forget(served)
+        base = await replica.score(replica.facts.base, sequences)
+        loud = await replica.score(replica.names[served.name], sequences)
+        await replica.forget(served)
+        probe.witness.error(loud, probe.witness.noise(base))
