@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.digest import AdapterDigest, Buffer
-from lora_grpo.adapters.layout import ADAPTER_FILE as WEIGHTS_FILE
-from lora_grpo.adapters.layout import CONFIG_FILE
+from lora_grpo.adapters.layout import ADAPTER_FILE, CONFIG_FILE
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError
 
@@ -54,7 +53,7 @@ class AdapterFile:
         digest = AdapterDigest()
         digest.file(CONFIG_FILE, len(self.config))
         digest.update(self.config)
-        digest.file(WEIGHTS_FILE, len(self.mapped))
+        digest.file(ADAPTER_FILE, len(self.mapped))
         digest.update(self.mapped[: len(self.mapped) - len(self.payload)])
         for piece in payload:
             digest.update(piece)
@@ -77,7 +76,7 @@ class _Malformed(ValueError):
 
 def open_adapter(version: AdapterVersion) -> AdapterFile:
     """Map a version's files and check them against each other; raises `DeliveryError` naming the module or value."""
-    weights, config_path = version.path / WEIGHTS_FILE, version.path / CONFIG_FILE
+    weights, config_path = version.path / ADAPTER_FILE, version.path / CONFIG_FILE
     try:
         config = config_path.read_bytes()
         header, mapped = _map(weights)
