@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.engines.local.lora_kernels import FEW_ROWS, LayerSlots, Rows, adjoin, diagonal, segments_of
+from lora_grpo.engines.local.lora_kernels import LayerSlots, Rows, adjoin, segments_of
+from lora_grpo.engines.local.lora_rows import FEW_ROWS
 
 SLOTS, RANK, IN = 3, 8, 24
 FUSIONS = {"single": (40,), "qkv": (32, 16, 16), "gate_up": (48, 48)}
@@ -30,10 +31,10 @@ def apply_segments(
     sizes: tuple[int, ...],
     segments: list[tuple[int, Rows]],
 ) -> None:
-    """Both ways: with the A's and B's of a fused layer apart, and in one buffer as they are in an engine."""
+    """Both ways: with the A's of a fused layer apart, and in one buffer as they are in an engine."""
     apart = y.clone()
     LayerSlots(a, b, sizes).add(apart, x, scale, segments)
-    LayerSlots(adjoin(a), diagonal(b), sizes).add(y, x, scale, segments)
+    LayerSlots(adjoin(a), b, sizes).add(y, x, scale, segments)
     torch.testing.assert_close(y, apart)
 
 
@@ -119,29 +120,16 @@ def test_ranks_below_the_slots() -> None:
 
 @pytest.mark.parametrize("sizes", FUSIONS.values(), ids=FUSIONS)
 def test_few_rows_and_many_give_the_same(sizes: tuple[int, ...]) -> None:
-    a, b = stacks(sizes, torch.float32, (1, 4, 8))
-    layer = LayerSlots(adjoin(a), diagonal(b), sizes)
-    assert all(slot.b_RO is not None for slot in layer._slots)
-    y, x = batch([1] * (FEW_ROWS + 1), sum(sizes), torch.float32)
-    few = y[:FEW_ROWS].clone()
+    a, b = stacks(sizes, torch.bfloat16, (1, 4, 8))
+    layer = LayerSlots(adjoin(a), b, sizes)
+    assert all(slot.rows is not None for slot in layer._slots)
+    y, x = batch([1] * (FEW_ROWS + 1), sum(sizes), torch.bfloat16)
+    few, before = y[:FEW_ROWS].clone(), y.clone()
     layer.add(y, x, 0.5, [(1, slice(0, FEW_ROWS + 1))])
     layer.add(few, x[:FEW_ROWS], 0.5, [(1, slice(0, FEW_ROWS))])
-    torch.testing.assert_close(few, y[:FEW_ROWS], rtol=1e-5, atol=1e-5)
-
-
-def test_writing_to_a_slot_touches_neither_other_slots_nor_the_zeros() -> None:
-    sizes = FUSIONS["qkv"]
-    _, b = stacks(sizes, torch.float32)
-    blocks = diagonal(b)
-    assert all(torch.equal(block, stack) for block, stack in zip(blocks, b, strict=True))
-    for block in blocks:
-        block[1] = 0
-        block[1, 0, :, :4].copy_(torch.ones(block.shape[2], 4))
-    whole = blocks[0].as_strided((SLOTS, sum(sizes), 3 * RANK), (sum(sizes) * 3 * RANK, 3 * RANK, 1))
-    for slot in (0, 2):
-        assert torch.equal(whole[slot], torch.block_diag(*[stack[slot, 0] for stack in b]))
-    ones = [torch.cat([torch.ones(size, 4), torch.zeros(size, RANK - 4)], 1) for size in sizes]
-    assert torch.equal(whole[1], torch.block_diag(*ones))
+    # Many rows round the product with A to bfloat16, few do not.
+    torch.testing.assert_close(few, y[:FEW_ROWS], rtol=2e-2, atol=2e-2)
+    assert (y - before).abs().mean() > 0.1
 
 
 def test_batched_outputs_are_written_in_place() -> None:

@@ -13,7 +13,7 @@ import lora_grpo
 
 ROOT = Path(lora_grpo.__file__).parent
 FLOORS = [
-    {"types", "errors"},
+    {"types", "errors", "user_cache"},
     {"config", "config_file", "data", "rewards", "metrics", "worker"},
     {"adapters"},
     {"remote"},

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lora_grpo.demo import task
+from lora_grpo.user_cache import user_cache
 
 if TYPE_CHECKING:
     import torch
@@ -63,14 +63,9 @@ class BaseRecipe:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * (1 - (1 - final) * step / self.steps)
 
 
-def default_cache() -> Path:
-    """`lora-grpo` in the user's cache directory (XDG)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-grpo"
-
-
 def base_path(recipe: BaseRecipe, cache: Path | None = None) -> Path:
     """Where the base of `recipe` is kept; it is there whole or not at all."""
-    return (cache or default_cache()) / f"demo-base-{recipe.digest}"
+    return (cache or user_cache()) / f"demo-base-{recipe.digest}"
 
 
 def ensure_base(

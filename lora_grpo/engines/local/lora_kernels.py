@@ -2,7 +2,7 @@
 
 The stock path gathers a full copy of A and B for every token, which makes decoding 2-3x and prefill 5-6x slower than
 the base, and before 0.33 it gives base rows of a mixed batch the last slot's adapter. Here the rows of each adapter
-go through two plain products, and base rows through none.
+go through two plain products, and base rows through none; few rows (decoding) through both in one call of our own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_grpo.engines import compat
+from lora_grpo.engines.local import lora_rows
 
 TESTED = ((0, 32),)
 """The releases whose CPU wrapper this was tested to replace."""
@@ -25,9 +26,6 @@ Rows: TypeAlias = slice | torch.Tensor
 
 Stacks: TypeAlias = tuple[torch.Tensor, ...]
 """One tensor a slice of a fused layer: A (slots, 1, rank, in), or B (slots, 1, out, rank)."""
-
-FEW_ROWS = 32
-"""Up to as many rows of one adapter, a launch costs more than multiplying by the zeros off the diagonal."""
 
 _installed: list[type] = []
 
@@ -48,7 +46,6 @@ def install() -> bool:
     def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_create(self, *args, **kwargs)
         self.lora_a_stacked = adjoin(self.lora_a_stacked)
-        self.lora_b_stacked = diagonal(self.lora_b_stacked)
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_update(self, *args, **kwargs)
@@ -88,22 +85,6 @@ def adjoin(stacks: Stacks) -> Stacks:
     return torch.cat(stacks, dim=2).split(ranks, dim=2)
 
 
-def diagonal(stacks: Stacks) -> Stacks:
-    """The stacked B's of a fused layer again, now the diagonal blocks of one buffer (slots, 1, out, slices * rank).
-
-    They are written to as before, and nothing ever writes to the zeros beside them; a slot's, read as one matrix, take
-    one product instead of one a slice.
-    """
-    slots, _, _, rank = stacks[0].shape
-    widths = [stack.shape[2] for stack in stacks]
-    whole = stacks[0].new_zeros(slots, 1, sum(widths), len(stacks) * rank)
-    bands = whole.split(widths, dim=2)
-    blocks = tuple(band[..., i * rank : (i + 1) * rank] for i, band in enumerate(bands))
-    for block, stack in zip(blocks, stacks, strict=True):
-        block.copy_(stack)
-    return blocks
-
-
 def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
     """(slot, rows) for each adapter in a batch of N tokens; -1 (the base) has none."""
     segments: list[tuple[int, Rows]] = []
@@ -118,13 +99,13 @@ def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
 
 @dataclass(frozen=True)
 class _Slot:
-    """One slot's matrices: A of all slices (n * rank, in), or None where they are not adjoined; B of all slices
-    transposed (n * rank, out), or None where they are not on one diagonal; and for each slice its A (rank, in), B
-    transposed (rank, out), its columns of the product with A and its columns of the output."""
+    """One slot's matrices: for each slice its A (rank, in), B transposed (rank, out), its columns of the product with A
+    and its columns of the output; A of all slices (n * rank, in), or None where they are not adjoined; and what
+    computes few rows of them, or None where nothing else than torch does."""
 
-    a_RI: torch.Tensor | None
-    b_RO: torch.Tensor | None
     slices: tuple[tuple[torch.Tensor, torch.Tensor, slice, slice], ...]
+    a_RI: torch.Tensor | None
+    rows: lora_rows.SlotRows | None
 
 
 class LayerSlots:
@@ -153,42 +134,26 @@ class LayerSlots:
 
 def _add(y_nO: torch.Tensor, x_nI: torch.Tensor, scale: float, slot: _Slot) -> None:
     """One adapter's rows. B's product is summed onto y before it is rounded."""
-    h = None if slot.a_RI is None else F.linear(x_nI, slot.a_RI)
-    if h is not None and slot.b_RO is not None and (len(slot.slices) == 1 or y_nO.shape[0] <= FEW_ROWS):
-        y_nO.addmm_(h, slot.b_RO, alpha=scale)
+    if slot.rows is not None and lora_rows.can_add(y_nO, x_nI):
+        slot.rows.add(y_nO, x_nI, scale)
         return
+    h = None if slot.a_RI is None else F.linear(x_nI, slot.a_RI)
     for a_RI, b_RO, inner, outer in slot.slices:
         h_nR = F.linear(x_nI, a_RI) if h is None else h[:, inner]
         y_nO[:, outer].addmm_(h_nR, b_RO, alpha=scale)
 
 
 def _cut(slot: int, a_stacked: Stacks, b_stacked: Stacks, output_slices: tuple[int, ...]) -> _Slot:
+    a, b = [stack[slot, 0] for stack in a_stacked], [stack[slot, 0] for stack in b_stacked]
     pieces, inner, outer = [], 0, 0
-    for a, b, width in zip(a_stacked, b_stacked, output_slices, strict=True):
-        a_RI, b_OR = a[slot, 0], b[slot, 0]
+    for a_RI, b_OR, width in zip(a, b, output_slices, strict=True):
         rank = a_RI.shape[0]
         pieces.append((a_RI, b_OR.t(), slice(inner, inner + rank), slice(outer, outer + width)))
         inner, outer = inner + rank, outer + width
-    first = pieces[0][0]
-    adjoined = all(_follows(before[0], after[0]) for before, after in itertools.pairwise(pieces))
-    whole = first.as_strided((inner, first.shape[1]), first.stride()) if adjoined else None
-    return _Slot(whole, _on_diagonal(pieces, inner, outer), tuple(pieces))
-
-
-def _on_diagonal(
-    pieces: list[tuple[torch.Tensor, torch.Tensor, slice, slice]], ranks: int, width: int
-) -> torch.Tensor | None:
-    """The transposed B of all slices (ranks, width), when they are the diagonal blocks of one."""
-    first = pieces[0][1]
-    start, storage = first.storage_offset(), first.untyped_storage().data_ptr()
-    if any(
-        b_RO.untyped_storage().data_ptr() != storage
-        or b_RO.stride() != (1, ranks)
-        or b_RO.storage_offset() != start + outer.start * ranks + inner.start
-        for _, b_RO, inner, outer in pieces
-    ):
-        return None
-    return first.as_strided((ranks, width), (1, ranks))
+    adjoined = all(_follows(before, after) for before, after in itertools.pairwise(a))
+    whole = a[0].as_strided((inner, a[0].shape[1]), a[0].stride()) if adjoined else None
+    function = lora_rows.compiled() if lora_rows.takes(a, b) else None
+    return _Slot(tuple(pieces), whole, function and lora_rows.SlotRows(function, a, b))
 
 
 def _follows(before: torch.Tensor, after: torch.Tensor) -> bool:

@@ -1,0 +1,179 @@
+// y += scale * (x A^T) B^T for a few rows of bfloat16, summed in fp32 and rounded once.
+//
+// A decode step of a 24-layer model makes two hundred of these products, of some kilobytes each. What a matrix library
+// spends on getting ready for a product is several times what the product takes.
+//
+// Vectors are the compiler's own, 16 floats wide, so that the file knows no instruction set. Each row is computed by the
+// same operations in the same order, whatever rows are beside it.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t WIDTH = 16;
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+
+template <class Vector, class Element>
+inline Vector load(const Element* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+inline Floats widen(const uint16_t* from) {
+  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+}
+
+inline float widen_one(uint16_t half) {
+  uint32_t bits = uint32_t(half) << 16;
+  return load<float>(&bits);
+}
+
+// To the nearest bfloat16, ties to even; NaN stays NaN, and quiet.
+inline void narrow(uint16_t* to, Floats floats) {
+  Words bits = (Words)floats, nan = (Words)(Lanes)(floats != floats);
+  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  Halves halves = __builtin_convertvector((nan & quiet) | (~nan & rounded), Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+inline uint16_t narrow_one(float value) {
+  uint32_t bits = load<uint32_t>(&value);
+  return value != value ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+inline float sum(Floats floats) {
+  float total = 0;
+  for (int i = 0; i < WIDTH; ++i) total += floats[i];
+  return total;
+}
+
+// h[n * ranks + m] = scale * x[n] . a[m], for N rows of x and M rows of A.
+template <int N, int M>
+inline void dots(const float* x, int64_t inputs, const uint16_t* a, float scale, float* h, int64_t ranks) {
+  Floats total[M][N] = {};
+  const int64_t whole = inputs / WIDTH * WIDTH;
+  for (int64_t i = 0; i < whole; i += WIDTH) {
+    Floats weights[M];
+    for (int m = 0; m < M; ++m) weights[m] = widen(a + m * inputs + i);
+    for (int n = 0; n < N; ++n) {
+      Floats values = load<Floats>(x + n * inputs + i);
+      for (int m = 0; m < M; ++m) total[m][n] += weights[m] * values;
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) {
+      float one = sum(total[m][n]);
+      for (int64_t i = whole; i < inputs; ++i) one += widen_one(a[m * inputs + i]) * x[n * inputs + i];
+      h[n * ranks + m] = scale * one;
+    }
+}
+
+template <int M>
+inline void shrink(const float* x, int64_t rows, int64_t inputs, const uint16_t* a, float scale, float* h,
+                   int64_t ranks) {
+  int64_t n = 0;
+  for (; n + 8 <= rows; n += 8) dots<8, M>(x + n * inputs, inputs, a, scale, h + n * ranks, ranks);
+  for (; n + 4 <= rows; n += 4) dots<4, M>(x + n * inputs, inputs, a, scale, h + n * ranks, ranks);
+  for (; n < rows; ++n) dots<1, M>(x + n * inputs, inputs, a, scale, h + n * ranks, ranks);
+}
+
+// y[n][0..16) += h[n] . b, for N rows; b[r] holds the 16 outputs' weights of rank r.
+template <int N>
+inline void add(uint16_t* y, int64_t stride, const float* h, int64_t ranks, const Floats* b, int64_t rank) {
+  Floats total[N];
+  for (int n = 0; n < N; ++n) total[n] = widen(y + n * stride);
+  for (int64_t r = 0; r < rank; ++r)
+    for (int n = 0; n < N; ++n) total[n] += h[n * ranks + r] * b[r];
+  for (int n = 0; n < N; ++n) narrow(y + n * stride, total[n]);
+}
+
+inline void expand(uint16_t* y, int64_t stride, int64_t rows, const float* h, int64_t ranks, const Floats* b,
+                   int64_t rank) {
+  int64_t n = 0;
+  for (; n + 8 <= rows; n += 8) add<8>(y + n * stride, stride, h + n * ranks, ranks, b, rank);
+  for (; n + 4 <= rows; n += 4) add<4>(y + n * stride, stride, h + n * ranks, ranks, b, rank);
+  for (; n < rows; ++n) add<1>(y + n * stride, stride, h + n * ranks, ranks, b, rank);
+}
+
+// In each group of 2 * D lanes, the second half of `a` and the first half of `b` change places.
+template <int D>
+inline void exchange(Floats& a, Floats& b) {
+  const Lanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, second = (lane & D) != 0;
+  const Lanes of_both = lane + (second & int32_t(WIDTH - D));
+  const Floats swapped = __builtin_shuffle(a, b, of_both);
+  b = __builtin_shuffle(a, b, of_both + D);
+  a = swapped;
+}
+
+template <int D>
+inline void exchange_all(Floats* rows) {
+  for (int i = 0; i < WIDTH; ++i)
+    if (!(i & D)) exchange<D>(rows[i], rows[i + D]);
+}
+
+// 16 rows of B, each `rank` long, as to[r][row].
+inline void transpose(const uint16_t* b, int64_t rank, Floats* to) {
+  int64_t r = 0;
+  for (; r + WIDTH <= rank; r += WIDTH) {
+    for (int o = 0; o < WIDTH; ++o) to[r + o] = widen(b + o * rank + r);
+    exchange_all<8>(to + r);
+    exchange_all<4>(to + r);
+    exchange_all<2>(to + r);
+    exchange_all<1>(to + r);
+  }
+  for (; r < rank; ++r)
+    for (int o = 0; o < WIDTH; ++o) to[r][o] = widen_one(b[o * rank + r]);
+}
+
+}  // namespace
+
+// `count` slices of a fused layer, each with a dense A (rank, inputs) and a dense B (outputs[s], rank); y's columns are
+// the slices' outputs in turn. Strides are in elements, from row to row.
+extern "C" void lora_rows(uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, int64_t rows,
+                          int64_t inputs, float scale, int threads, int64_t count, const uint16_t* const* a,
+                          const uint16_t* const* b, int64_t rank, const int64_t* outputs) {
+  static thread_local std::vector<float> room;
+  const int64_t ranks = count * rank, pairs = (rank + 1) / 2;
+  room.resize(rows * (inputs + ranks));
+  float* const wide = room.data();
+  float* const h = wide + rows * inputs;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t i = 0; i < inputs; ++i) wide[n * inputs + i] = widen_one(x[n * x_stride + i]);
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < count * pairs; ++k) {
+      const int64_t slice = k / pairs, r = k % pairs * 2;
+      const uint16_t* rows_of_a = a[slice] + r * inputs;
+      if (r + 2 <= rank)
+        shrink<2>(wide, rows, inputs, rows_of_a, scale, h + slice * rank + r, ranks);
+      else
+        shrink<1>(wide, rows, inputs, rows_of_a, scale, h + slice * rank + r, ranks);
+    }
+    std::vector<Floats> columns(rank);
+    uint16_t* target = y;
+    for (int64_t slice = 0; slice < count; target += outputs[slice++]) {
+      const float* own = h + slice * rank;
+      const int64_t whole = outputs[slice] / WIDTH * WIDTH;
+#pragma omp for schedule(static) nowait
+      for (int64_t o = 0; o < whole; o += WIDTH) {
+        transpose(b[slice] + o * rank, rank, columns.data());
+        expand(target + o, y_stride, rows, own, ranks, columns.data(), rank);
+      }
+#pragma omp single nowait
+      for (int64_t o = whole; o < outputs[slice]; ++o)
+        for (int64_t n = 0; n < rows; ++n) {
+          float total = widen_one(target[n * y_stride + o]);
+          for (int64_t r = 0; r < rank; ++r) total += own[n * ranks + r] * widen_one(b[slice][o * rank + r]);
+          target[n * y_stride + o] = narrow_one(total);
+        }
+    }
+  }
+}
