@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_grpo.engines.local.lora_kernels import LayerSlots, Rows, adjoin, segments_of
-from lora_grpo.engines.local.lora_rows import FEW_ROWS
+from lora_grpo.kernels.rows import FEW_ROWS
 
 SLOTS, RANK, IN = 3, 8, 24
 FUSIONS = {"single": (40,), "qkv": (32, 16, 16), "gate_up": (48, 48)}

@@ -14,6 +14,7 @@ import lora_grpo
 ROOT = Path(lora_grpo.__file__).parent
 FLOORS = [
     {"types", "errors", "user_cache"},
+    {"kernels"},
     {"config", "config_file", "data", "rewards", "metrics", "worker"},
     {"adapters"},
     {"remote"},

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_grpo.adapters import layout
 from lora_grpo.errors import TrainingError, UnsupportedAdapter
+from lora_grpo.kernels.moving import Cast
 
 WEIGHTS_FILE, CONFIG_FILE = layout.ADAPTER_FILE, layout.CONFIG_FILE
 
@@ -104,8 +105,7 @@ class ServingForm:
         self.modules = lora_modules(model, adapter)
         if not self.modules:
             raise UnsupportedAdapter(f"adapter {adapter!r} adapts no linear layer; check LoraConfig.target_modules")
-        self._a_linears = [module.layer.lora_A[adapter] for module in self.modules]
-        self._b_linears = [module.layer.lora_B[adapter] for module in self.modules]
+        self._linears = [getattr(module.layer, f"lora_{kind}")[adapter] for kind in "AB" for module in self.modules]
         self.config_bytes = _config_bytes(peft_model_of(model), adapter, self.modules)
         self.names = [name for name, _ in self._named_parameters()]
         self.shapes = [tuple(parameter.shape) for _, parameter in self._named_parameters()]
@@ -117,6 +117,7 @@ class ServingForm:
         self._views = [piece.view(shape) for piece, shape in zip(self._pieces(), self.shapes, strict=True)]
         # Every A comes before the first B, so that one call can scale them all.
         self._flat_b = self._flat[sum(_elements(shape) for shape in self.shapes[: len(self.modules)]) :]
+        self._cast = Cast(self._flat, [_elements(shape) for shape in self.shapes])
         self.held = Held(self._views)
 
     @property
@@ -133,35 +134,33 @@ class ServingForm:
         """
         for module in self._sharded:
             module.reshard()
-        self._fill()
-        self._require_finite()
+        if not self._fill():
+            self._raise_not_finite()
         if self._host is not self._flat:
             self._host.copy_(self._flat)
         payload = self._host.view(torch.uint8).numpy().data
         return {WEIGHTS_FILE: (self._header, payload), CONFIG_FILE: (self.config_bytes,)}
 
     @torch.no_grad()
-    def _fill(self) -> None:
-        a_views, b_views = self._views[: len(self.modules)], self._views[len(self.modules) :]
+    def _fill(self) -> bool:
+        """Whether everything is finite."""
+        # Past nn.Module's own look-up, which for hundreds of linears takes as long as casting them.
+        parameters = [linear._parameters["weight"] for linear in self._linears]
         scalings = [module.scaling for module in self.modules]
-        a_tensors = [whole(linear.weight) for linear in self._a_linears]
-        b_tensors = [whole(linear.weight) for linear in self._b_linears]
+        if self._cast.takes(parameters):
+            return self._cast.run(parameters, [*[1.0] * len(scalings), *scalings])
+        tensors = [whole(parameter) for parameter in parameters]
         if len(set(scalings)) == 1 and _scales_after_rounding(scalings[0], self.dtype):
-            torch._foreach_copy_(self._views, [*a_tensors, *b_tensors])
+            torch._foreach_copy_(self._views, tensors)
             if scalings[0] != 1.0:
                 self._flat_b.mul_(scalings[0])
-            return
-        torch._foreach_copy_(a_views, a_tensors)
-        if self._flat.device.type == "cpu":
-            # A third of the time of the fused call, which on the CPU is a loop over fresh fp32 tensors.
-            for view, b, scaling in zip(b_views, b_tensors, scalings, strict=True):
-                torch.mul(b.float(), scaling, out=view)
-        else:
-            torch._foreach_copy_(b_views, torch._foreach_mul([b.float() for b in b_tensors], scalings))
+            return all_finite(self._flat)
+        count = len(self.modules)
+        torch._foreach_copy_(self._views[:count], tensors[:count])
+        torch._foreach_copy_(self._views[count:], torch._foreach_mul([b.float() for b in tensors[count:]], scalings))
+        return all_finite(self._flat)
 
-    def _require_finite(self) -> None:
-        if all_finite(self._flat):
-            return
+    def _raise_not_finite(self) -> None:
         for name, view in zip(self.names, self._views, strict=True):
             if not torch.isfinite(view).all():
                 raise TrainingError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -176,33 +176,35 @@ def packed_members(llm: Any) -> dict[str, tuple[str, ...]]:
     return {fused: tuple(members) for fused, members in mapping.items() if len(members) > 1}
 
 
-def register_adapter(
-    llm: Any, lora_id: int, layers: Mapping[str, tuple[int, Sequence[tuple[Any, Any] | None]]]
-) -> None:
+def register_adapter(llm: Any, lora_id: int, rank: int, layers: dict[str, Any]) -> None:
     """Enter an adapter among vLLM's loaded ones as its own loader leaves it, the least recently used making room.
 
-    `layers` maps runtime names to a rank and (A, B) of each slice, None for a slice without LoRA. Nothing scales them
-    (scaling 1), so vLLM, which multiplies in place, never writes to them.
+    `layers` are by runtime name, each as `lora_layer` makes it; `rank` is the largest among them.
     """
     from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
 
     manager = lora_manager(llm)
     if lora_id in manager._registered_adapters:
         manager._registered_adapters.touch(lora_id)
         return
-    loras = {}
-    for name, (rank, members) in layers.items():
-        if len(members) == 1 and members[0] is not None:
-            loras[name] = LoRALayerWeights(name, rank, rank, *members[0], scaling=1.0)
-        else:
-            a, b = ([None if pair is None else pair[side] for pair in members] for side in (0, 1))
-            ones = [None if pair is None else 1 for pair in members]
-            alphas = [None if pair is None else rank for pair in members]
-            loras[name] = PackedLoRALayerWeights(name, rank, alphas, a, b, scaling=ones)
     if len(manager) + 1 > manager.capacity:
         manager.remove_oldest_adapter()
-    manager._registered_adapters[lora_id] = LoRAModel(lora_id, max(rank for rank, _ in layers.values()), loras)
+    manager._registered_adapters[lora_id] = LoRAModel(lora_id, rank, layers)
+
+
+def lora_layer(name: str, rank: int, members: Sequence[tuple[Any, Any] | None]) -> Any:
+    """vLLM's form of one layer's (A, B) of each slice, None for a slice without LoRA.
+
+    Nothing scales them (scaling 1), so vLLM, which multiplies in place, never writes to them.
+    """
+    from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
+
+    if len(members) == 1 and members[0] is not None:
+        return LoRALayerWeights(name, rank, rank, *members[0], scaling=1.0)
+    a, b = ([None if pair is None else pair[side] for pair in members] for side in (0, 1))
+    ones = [None if pair is None else 1 for pair in members]
+    alphas = [None if pair is None else rank for pair in members]
+    return PackedLoRALayerWeights(name, rank, alphas, a, b, scaling=ones)
 
 
 def free_slot(llm: Any) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from lora_grpo.adapters.digest import Buffer
 from lora_grpo.adapters.peft_files import AdapterFile
+from lora_grpo.kernels.moving import Copies
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -60,9 +61,14 @@ class Binding:
 
     def tensors(self, file: AdapterFile) -> list[torch.Tensor]:
         """The file's tensors in payload order, as views of its mapping."""
-        flat = torch.frombuffer(file.payload, dtype=TORCH_DTYPES[file.dtype])
-        pieces = flat.split([part.rows * part.columns for part in self.parts])
-        return [piece.view(part.rows, part.columns) for piece, part in zip(pieces, self.parts, strict=True)]
+        return [self.tensor(file, index) for index in range(len(self.parts))]
+
+    def tensor(self, file: AdapterFile, index: int) -> torch.Tensor:
+        """One of them."""
+        part = self.parts[index]
+        entry, dtype = file.entries[part.name], TORCH_DTYPES[file.dtype]
+        flat = torch.frombuffer(file.payload, dtype=dtype, count=part.rows * part.columns, offset=entry.start)
+        return flat.view(part.rows, part.columns)
 
 
 class SlotView:
@@ -72,6 +78,7 @@ class SlotView:
         self.tensors, self.zeros = tensors, zeros
         self._in_place = all(view.device.type == "cpu" for view in tensors)
         self._buffers = list(self._in_order()) if self._in_place else []
+        self._copies = Copies(tensors)
         self._flat: torch.Tensor | None = None
         self._host: torch.Tensor | None = None
 
@@ -82,7 +89,10 @@ class SlotView:
             flat, pieces = self._gathering()
             flat.copy_(torch.frombuffer(file.payload, dtype=flat.dtype))
             tensors = pieces
-        torch._foreach_copy_(self.tensors, tensors)
+        if self._copies.takes(tensors):
+            self._copies.run(tensors)
+        else:
+            torch._foreach_copy_(self.tensors, tensors)
         if self.zeros:
             torch._foreach_zero_([tensor for _, tensor in self.zeros])
 

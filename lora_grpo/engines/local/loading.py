@@ -8,7 +8,9 @@ itself can activate, evict or remove what was loaded so, or read it again from i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from lora_grpo.adapters.peft_files import AdapterFile
@@ -60,15 +62,44 @@ class AdapterLoader:
         if compat.slot_of(self._llm, lora_id) is not None:
             compat.touch_adapter(self._llm, lora_id)
             return
-        tensors = binding.tensors(file)
-        layers = {
-            name: (
-                placement.rank,
-                [None if pair is None else (tensors[pair[0]], tensors[pair[1]]) for pair in placement.members],
-            )
-            for name, placement in binding.modules.items()
-        }
-        compat.register_adapter(self._llm, lora_id, layers)
+        layers = LayersOnDemand(binding.modules, partial(_layer, binding, file))
+        rank = max(placement.rank for placement in binding.modules.values())
+        compat.register_adapter(self._llm, lora_id, rank, layers)
         slot = compat.free_slot(self._llm)
-        binding.slot(slot).write(file, tensors if held is None else held.tensors)
+        binding.slot(slot).write(file, binding.tensors(file) if held is None else held.tensors)
         compat.name_slot(self._llm, slot, lora_id)
+
+
+class LayersOnDemand(dict[str, Any]):
+    """An adapter's layers by runtime name, each made when vLLM first asks for it: a sync needs none of them."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Any]) -> None:
+        super().__init__(dict.fromkeys(names))
+        self._make = make
+
+    def __getitem__(self, name: str) -> Any:
+        if super().__getitem__(name) is None:
+            self[name] = self._make(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
+    def values(self) -> Any:
+        return [self[name] for name in self]
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
+
+
+def _layer(binding: Binding, file: AdapterFile, name: str) -> Any:
+    """What vLLM keeps of one layer, as views of the file's mapping."""
+    placement = binding.modules[name]
+    members = [
+        None if pair is None else (binding.tensor(file, pair[0]), binding.tensor(file, pair[1]))
+        for pair in placement.members
+    ]
+    return compat.lora_layer(name, placement.rank, members)

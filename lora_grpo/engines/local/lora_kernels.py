@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.local import lora_rows
+from lora_grpo.kernels import rows as few_rows
 
 TESTED = ((0, 32),)
 """The releases whose CPU wrapper this was tested to replace."""
@@ -105,7 +105,7 @@ class _Slot:
 
     slices: tuple[tuple[torch.Tensor, torch.Tensor, slice, slice], ...]
     a_RI: torch.Tensor | None
-    rows: lora_rows.SlotRows | None
+    rows: few_rows.SlotRows | None
 
 
 class LayerSlots:
@@ -134,7 +134,7 @@ class LayerSlots:
 
 def _add(y_nO: torch.Tensor, x_nI: torch.Tensor, scale: float, slot: _Slot) -> None:
     """One adapter's rows. B's product is summed onto y before it is rounded."""
-    if slot.rows is not None and lora_rows.can_add(y_nO, x_nI):
+    if slot.rows is not None and few_rows.can_add(y_nO, x_nI):
         slot.rows.add(y_nO, x_nI, scale)
         return
     h = None if slot.a_RI is None else F.linear(x_nI, slot.a_RI)
@@ -152,8 +152,8 @@ def _cut(slot: int, a_stacked: Stacks, b_stacked: Stacks, output_slices: tuple[i
         inner, outer = inner + rank, outer + width
     adjoined = all(_follows(before, after) for before, after in itertools.pairwise(a))
     whole = a[0].as_strided((inner, a[0].shape[1]), a[0].stride()) if adjoined else None
-    function = lora_rows.compiled() if lora_rows.takes(a, b) else None
-    return _Slot(tuple(pieces), whole, function and lora_rows.SlotRows(function, a, b))
+    function = few_rows.compiled() if few_rows.takes(a, b) else None
+    return _Slot(tuple(pieces), whole, function and few_rows.SlotRows(function, a, b))
 
 
 def _follows(before: torch.Tensor, after: torch.Tensor) -> bool:

@@ -3,49 +3,13 @@
 // A decode step of a 24-layer model makes two hundred of these products, of some kilobytes each. What a matrix library
 // spends on getting ready for a product is several times what the product takes.
 //
-// Vectors are the compiler's own, 16 floats wide, so that the file knows no instruction set. Each row is computed by the
-// same operations in the same order, whatever rows are beside it.
+// Each row is computed by the same operations in the same order, whatever rows are beside it.
 
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "vectors.h"
+
 namespace {
-
-constexpr int64_t WIDTH = 16;
-typedef float Floats __attribute__((vector_size(4 * WIDTH)));
-typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
-
-template <class Vector, class Element>
-inline Vector load(const Element* from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
-}
-
-inline Floats widen(const uint16_t* from) {
-  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
-}
-
-inline float widen_one(uint16_t half) {
-  uint32_t bits = uint32_t(half) << 16;
-  return load<float>(&bits);
-}
-
-// To the nearest bfloat16, ties to even; NaN stays NaN, and quiet.
-inline void narrow(uint16_t* to, Floats floats) {
-  Words bits = (Words)floats, nan = (Words)(Lanes)(floats != floats);
-  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
-  Halves halves = __builtin_convertvector((nan & quiet) | (~nan & rounded), Halves);
-  std::memcpy(to, &halves, sizeof halves);
-}
-
-inline uint16_t narrow_one(float value) {
-  uint32_t bits = load<uint32_t>(&value);
-  return value != value ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
 
 inline float sum(Floats floats) {
   float total = 0;
@@ -90,7 +54,7 @@ inline void add(uint16_t* y, int64_t stride, const float* h, int64_t ranks, cons
   for (int n = 0; n < N; ++n) total[n] = widen(y + n * stride);
   for (int64_t r = 0; r < rank; ++r)
     for (int n = 0; n < N; ++n) total[n] += h[n * ranks + r] * b[r];
-  for (int n = 0; n < N; ++n) narrow(y + n * stride, total[n]);
+  for (int n = 0; n < N; ++n) store(y + n * stride, narrow(total[n]));
 }
 
 inline void expand(uint16_t* y, int64_t stride, int64_t rows, const float* h, int64_t ranks, const Floats* b,

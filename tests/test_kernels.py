@@ -1,4 +1,4 @@
-"""The compiled LoRA of a few rows: as exact as bfloat16 can be, each row on its own, and what happens without it."""
+"""The compiled loops: exact, each row on its own, refused where they do not fit, and what happens without them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_grpo.engines.local import lora_rows
-from lora_grpo.engines.local.lora_rows import SlotRows, can_add, compiled, takes
+from lora_grpo.kernels import building
+from lora_grpo.kernels.moving import Cast, Copies
+from lora_grpo.kernels.rows import SlotRows, can_add, compiled, takes
 
 BF16 = torch.bfloat16
 
@@ -20,8 +21,10 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def fresh_look() -> Iterator[None]:
     """`compiled` looks again, and the next test does too."""
+    building.library.cache_clear()
     compiled.cache_clear()
     yield
+    building.library.cache_clear()
     compiled.cache_clear()
 
 
@@ -131,17 +134,78 @@ def test_other_slots_are_left_to_torch() -> None:
     assert not takes([tensor.float() for tensor in a], [tensor.float() for tensor in b])
 
 
+def parameters(*shapes: tuple[int, int]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(len(shapes))
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator) * 3) for shape in shapes]
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (1.0, 0.3, 7.1)])
+def test_casting_scales_in_fp32_and_rounds_once(scales: tuple[float, ...]) -> None:
+    own = parameters((16, 40), (3, 7), (1, 1))
+    flat = torch.zeros(16 * 40 + 21 + 1, dtype=BF16)
+    cast = Cast(flat, [one.numel() for one in own])
+    assert cast.takes(own)
+    assert cast.run(own, scales)
+    wanted = torch.cat([(one.detach() * scale).flatten() for one, scale in zip(own, scales, strict=True)])
+    assert torch.equal(flat, wanted.to(BF16))
+
+
+@pytest.mark.parametrize("index", [0, 17, 39, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
+def test_casting_tells_what_is_not_finite_in_bfloat16(value: float, index: int) -> None:
+    """3.4e38 is finite in fp32 and rounds to infinity."""
+    own = parameters((1, 41), (5, 5))
+    flat = torch.zeros(66, dtype=BF16)
+    cast = Cast(flat, [41, 25])
+    assert cast.run(own, [1.0, 1.0])
+    with torch.no_grad():
+        own[0].view(-1)[index] = value
+    assert not cast.run(own, [1.0, 1.0])
+    assert flat.isfinite().sum() == 65
+
+
+def test_casting_refuses_other_parameters() -> None:
+    (own,) = parameters((4, 6))
+    cast = Cast(torch.zeros(24, dtype=BF16), [24])
+    assert cast.takes([own])
+    others = [torch.nn.Parameter(own.to(BF16)), torch.nn.Parameter(own.detach().t()), own.detach(), *parameters((4, 5))]
+    assert not any(cast.takes([other]) for other in others)
+    assert not Cast(torch.zeros(24), [24]).takes([own])
+
+
+def test_copies_go_where_they_belong_and_nowhere_else() -> None:
+    room = torch.full((4, 50), 7.0, dtype=BF16)
+    sources = [torch.randn(50).to(BF16), torch.randn(20).to(BF16)]
+    copies = Copies([room[1], room[3, :20]])
+    assert copies.takes(sources)
+    copies.run(sources)
+    assert torch.equal(room[1], sources[0])
+    assert torch.equal(room[3, :20], sources[1])
+    assert (room[0] == 7.0).all()
+    assert (room[2] == 7.0).all()
+    assert (room[3, 20:] == 7.0).all()
+
+
+def test_copies_refuse_what_does_not_lie_in_a_row() -> None:
+    room, one = torch.zeros(4, 6, dtype=BF16), torch.ones(4, 6, dtype=BF16)
+    assert Copies([room]).takes([one])
+    assert not Copies([room[:, :3]]).takes([one[:, :3].contiguous()])
+    assert not any(Copies([room]).takes([other]) for other in (one.float(), one[:, :5].contiguous(), one.t()))
+
+
 @pytest.mark.usefixtures("fresh_look")
 def test_without_a_compiler_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    with pytest.warns(RuntimeWarning, match="/nowhere/g\\+\\+ did not compile lora_rows.cpp.*slower.*install g\\+\\+"):
+    with pytest.warns(
+        RuntimeWarning, match="/nowhere/g\\+\\+ did not compile the CPU kernels.*slower.*install g\\+\\+"
+    ):
         assert compiled() is None
 
 
 @pytest.mark.usefixtures("fresh_look")
 def test_a_compiler_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(lora_rows, "FLAGS", (*lora_rows.FLAGS, "-fno-such-thing"))
+    monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, "-fno-such-thing"))
     with pytest.warns(RuntimeWarning, match="It said: .*fno-such-thing"):
         assert compiled() is None
     assert list((tmp_path / "lora-grpo").iterdir()) == []
@@ -150,7 +214,7 @@ def test_a_compiler_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_it_is_compiled_once_and_shares_torchs_threads(tmp_path: Path) -> None:
     """A second OpenMP beside torch's would have two sets of threads fight for the same cores."""
     program = (
-        "from lora_grpo.engines.local.lora_rows import compiled; assert compiled() is not None;"
+        "from lora_grpo.kernels.rows import compiled; assert compiled() is not None;"
         "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}))"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
@@ -163,4 +227,4 @@ def test_it_is_compiled_once_and_shares_torchs_threads(tmp_path: Path) -> None:
     assert len(made) == 1
     environment["CXX"] = "/bin/false"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert "slower on this CPU" in done.stderr
+    assert "are slower on this CPU" in done.stderr

@@ -1,29 +1,16 @@
-"""`lora_rows.cpp`, compiled on the machine that it runs on, and called with tensors.
-
-Without a compiler there is a warning, and torch's products take its place.
-"""
+"""The LoRA of few rows, both products in one call: `rows.cpp`, given tensors."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_grpo.user_cache import user_cache
+from lora_grpo.kernels.building import library
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 FEW_ROWS = 32
 """Up to as many rows of one adapter, what a matrix library's product costs at least is more than this costs."""
 
@@ -36,44 +23,13 @@ _ARGUMENTS: list[Any] = [
 
 @cache
 def compiled() -> Any:
-    """The function, or None where it cannot be compiled or loaded; a warning says why."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    try:
-        function = ctypes.CDLL(str(_library(compiler, user_cache()))).lora_rows
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        warnings.warn(
-            f"{compiler} did not compile {SOURCE.name}, so decoding with LoRA is slower on this CPU; install g++, or "
-            f"name one in CXX. It said: {said.strip().splitlines()[0]}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    """The function, or None where nothing could be compiled."""
+    built = library()
+    if built is None:
         return None
+    function = built.lora_rows
     function.argtypes, function.restype = _ARGUMENTS, None
     return function
-
-
-def _library(compiler: str, folder: Path) -> Path:
-    """The library, compiled unless this machine has done so before; two processes that do it at once both succeed."""
-    built_by = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    recipe = (SOURCE.read_text(), *FLAGS, built_by, platform.machine(), _processor())
-    path = folder / f"lora-rows-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as staging:
-            made = Path(staging, path.name)
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True)
-            os.replace(made, path)
-    return path
-
-
-def _processor() -> str:
-    """What decides which instructions `-march=native` may use: home folders are shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 class SlotRows:

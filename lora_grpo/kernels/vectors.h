@@ -1,0 +1,42 @@
+// Sixteen numbers at a time, in the compiler's own vectors: no instruction set is named anywhere.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+constexpr int64_t WIDTH = 16;
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+
+template <class Vector, class Element>
+inline Vector load(const Element* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+inline Floats widen(const uint16_t* from) {
+  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
+}
+
+inline float widen_one(uint16_t half) {
+  uint32_t bits = uint32_t(half) << 16;
+  return load<float>(&bits);
+}
+
+// To the nearest bfloat16, ties to even; NaN stays NaN, and quiet.
+inline Halves narrow(Floats floats) {
+  Words bits = (Words)floats, nan = (Words)(Lanes)(floats != floats);
+  Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((nan & quiet) | (~nan & rounded), Halves);
+}
+
+inline uint16_t narrow_one(float value) {
+  uint32_t bits = load<uint32_t>(&value);
+  return value != value ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+inline void store(uint16_t* to, Halves halves) { std::memcpy(to, &halves, sizeof halves); }
