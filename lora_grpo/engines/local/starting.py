@@ -48,6 +48,9 @@ def start_llm(
         check_shareable(arguments)
     if plain_lora_gemm:
         arguments = lora_gemm.engine_arguments(arguments)
+    if compat.is_cpu():
+        # vLLM compiles no model with LoRA here; not told so, it leaves its fused operators to the compiler all the same.
+        arguments = {**arguments, "enforce_eager": True}
     wrapped = (
         list(target_modules)
         if target_modules
