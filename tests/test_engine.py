@@ -71,10 +71,8 @@ def engine(llama_engine: VLLMEngine) -> Iterator[VLLMEngine]:
 
 @pytest.fixture(scope="module")
 def long_engine(llama_dir: Path) -> Iterator[VLLMEngine]:
-    """One whose prompts span several blocks of the prefix cache (128 tokens on a CPU), started as vLLM starts by
-    default there."""
-    eager = not compat.is_cpu()
-    engine = VLLMEngine(llama_dir, max_loras=1, **{**ENGINE_ARGS, "max_model_len": 512, "enforce_eager": eager})
+    """One whose prompts span several blocks of the prefix cache (128 tokens on a CPU)."""
+    engine = VLLMEngine(llama_dir, max_loras=1, **{**ENGINE_ARGS, "max_model_len": 512})
     yield engine
     engine.close()
 
@@ -478,13 +476,6 @@ def test_an_engine_that_cannot_be_proven_is_shut_down(
     assert stopped == [False]
     assert engines_alive() == living
     assert greedy(engine, None) == before
-
-
-def test_on_a_cpu_the_fused_operators_are_used(long_engine: VLLMEngine) -> None:
-    """vLLM leaves them to a compiler that it does not call with LoRA."""
-    if not compat.is_cpu():
-        pytest.skip("a device compiles")
-    assert "all" in long_engine._llm.llm_engine.vllm_config.compilation_config.custom_ops
 
 
 def test_a_closed_engine_says_so_and_closing_twice_leaves_others_alone(

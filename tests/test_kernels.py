@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,19 +14,30 @@ import torch
 
 from lora_grpo.kernels import building
 from lora_grpo.kernels.moving import Cast, Copies
-from lora_grpo.kernels.rows import SlotRows, can_add, compiled, takes
+from lora_grpo.kernels.rows import FEW_ROWS, MOST_WORK, SlotRows
 
 BF16 = torch.bfloat16
 
 
 @pytest.fixture
-def fresh_look() -> Iterator[None]:
-    """`compiled` looks again, and the next test does too."""
+def fresh_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Nothing is compiled yet, and where what is compiled will be kept; the next test finds things as they were."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    _forget()
+    yield tmp_path / "lora-grpo"
+    _forget()
+
+
+def _forget() -> None:
     building.library.cache_clear()
-    compiled.cache_clear()
-    yield
-    building.library.cache_clear()
-    compiled.cache_clear()
+    building.function.cache_clear()
+
+
+def rows_of(a: list[torch.Tensor], b: list[torch.Tensor]) -> SlotRows:
+    made = SlotRows.of(a, b)
+    assert made is not None
+    return made
 
 
 def layer(inputs: int, outputs: tuple[int, ...], rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -63,9 +75,9 @@ def test_the_sum_is_rounded_once(rows: int, inputs: int, outputs: tuple[int, ...
     a, b = layer(inputs, outputs, rank)
     y, x = batch(rows, inputs, sum(outputs))
     wanted, before = exact(y, x, a, b, 0.5), y.clone()
-    assert takes(a, b)
-    assert can_add(y, x)
-    SlotRows(compiled(), a, b).add(y, x, 0.5)
+    slot = rows_of(a, b)
+    assert slot.takes(y, x)
+    slot.add(y, x, 0.5)
     torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=1e-5)
     assert not torch.equal(y, before)
 
@@ -74,7 +86,7 @@ def test_the_sum_is_rounded_once(rows: int, inputs: int, outputs: tuple[int, ...
 def test_a_row_is_what_it_is_alone(threads: int) -> None:
     """Bit for bit, beside whatever rows and on however many threads."""
     a, b = layer(96, (48, 40), 16)
-    rows = SlotRows(compiled(), a, b)
+    rows = rows_of(a, b)
     y, x = batch(15, 96, 88)
     alone = y.clone()
     for row in range(len(y)):
@@ -93,7 +105,7 @@ def test_rows_may_lie_apart_and_nothing_between_them_is_touched() -> None:
     wide_y, wide_x = torch.full((5, 64), 7.0, dtype=BF16), torch.full((5, 50), 9.0, dtype=BF16)
     y, x = batch(5, 32, 40)
     wide_y[:, :40], wide_x[:, 3:35] = y, x
-    SlotRows(compiled(), a, b).add(wide_y[:, :40], wide_x[:, 3:35], 1.0)
+    rows_of(a, b).add(wide_y[:, :40], wide_x[:, 3:35], 1.0)
     torch.testing.assert_close(wide_y[:, :40].double(), exact(y, x, a, b), rtol=2**-8, atol=1e-5)
     assert (wide_y[:, 40:] == 7.0).all()
 
@@ -103,9 +115,23 @@ def test_zeros_beside_a_lower_rank_change_nothing() -> None:
     a[0][4:], b[0][:, 4:] = 0, 0
     y, x = batch(6, 64, 64)
     narrow = y.clone()
-    SlotRows(compiled(), a, b).add(y, x, 1.0)
-    SlotRows(compiled(), [a[0][:4].contiguous()], [b[0][:, :4].contiguous()]).add(narrow, x, 1.0)
+    rows_of(a, b).add(y, x, 1.0)
+    rows_of([a[0][:4].contiguous()], [b[0][:, :4].contiguous()]).add(narrow, x, 1.0)
     torch.testing.assert_close(y, narrow)
+
+
+def test_a_nan_of_all_ones_stays_one() -> None:
+    """Rounding up its mantissa would carry into the sign and make it -0."""
+    a, b = layer(16, (16,), 8)
+    y, x = batch(2, 16, 16)
+    x[0] = torch.tensor([0x7FFF] * 16, dtype=torch.int16).view(BF16)
+    rows_of(a, b).add(y, x, 1.0)
+    assert y[0].isnan().all()
+    assert y[1].isfinite().all()
+    own = [torch.nn.Parameter(torch.tensor([[0x7FFFFFFF] * 40], dtype=torch.int32).view(torch.float32))]
+    flat = torch.zeros(40, dtype=BF16)
+    assert not Cast(flat, [40]).run(own, [1.0])
+    assert flat.isnan().all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -113,25 +139,46 @@ def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
     a, b = layer(64, (48,), 16)
     y, x = batch(3, 64, 48)
     y[1, 5] = value
-    SlotRows(compiled(), a, b).add(y, x, 1.0)
+    rows_of(a, b).add(y, x, 1.0)
     torch.testing.assert_close(y[1, 5].float(), torch.tensor(value), equal_nan=True)
     assert y.isfinite().sum() == y.numel() - 1
 
 
-@pytest.mark.parametrize(
-    ("rows", "dtype", "step"), [(33, BF16, 1), (4, torch.float32, 1), (4, BF16, 2)], ids=["many", "fp32", "strided"]
-)
-def test_other_rows_are_left_to_torch(rows: int, dtype: torch.dtype, step: int) -> None:
-    assert can_add(torch.zeros(4, 8, dtype=BF16), torch.zeros(4, 8, dtype=BF16))
-    assert not can_add(torch.zeros(rows, 8, dtype=dtype), torch.zeros(rows, 8 * step, dtype=dtype)[:, ::step])
+def test_other_rows_are_left_to_torch() -> None:
+    slot = rows_of(*layer(8, (6, 4), 2))
+    y, x = torch.zeros(4, 10, dtype=BF16), torch.zeros(4, 8, dtype=BF16)
+    assert slot.takes(y, x)
+    others = {
+        "many": (torch.zeros(FEW_ROWS + 1, 10, dtype=BF16), torch.zeros(FEW_ROWS + 1, 8, dtype=BF16)),
+        "fp32": (y.float(), x.float()),
+        "one fp32": (y, x.float()),
+        "elements apart": (y, torch.zeros(4, 16, dtype=BF16)[:, ::2]),
+        "narrow x": (y, x[:, :7]),
+        "wide x": (y, torch.zeros(4, 9, dtype=BF16)),
+        "narrow y": (y[:, :9], x),
+        "fewer x": (y, x[:3]),
+        "fewer y": (y[:3], x),
+    }
+    assert [name for name, (y, x) in others.items() if slot.takes(y, x)] == []
+
+
+def test_much_work_is_left_to_torch() -> None:
+    a, b = layer(4096, (4096,), 64)
+    rows = MOST_WORK // (64 * 8192)
+    y, x = batch(rows + 1, 4096, 4096)
+    assert 0 < rows < FEW_ROWS
+    assert rows_of(a, b).takes(y[:rows], x[:rows])
+    assert not rows_of(a, b).takes(y, x)
 
 
 def test_other_slots_are_left_to_torch() -> None:
     a, b = layer(64, (32, 32), 8)
-    assert takes(a, b)
-    assert not takes([a[0], a[1][:4]], [b[0], b[1][:, :4].contiguous()])
-    assert not takes(a, [b[0], b[1][:, ::1].t().contiguous().t()])
-    assert not takes([tensor.float() for tensor in a], [tensor.float() for tensor in b])
+    assert SlotRows.of(a, b) is not None
+    assert SlotRows.of([a[0], a[1][:4]], [b[0], b[1][:, :4].contiguous()]) is None
+    assert SlotRows.of(a, [b[0], b[1].t().contiguous().t()]) is None
+    assert SlotRows.of(a, [b[0], b[1][:, :4].contiguous()]) is None
+    assert SlotRows.of([a[0], a[1][:, :32].contiguous()], b) is None
+    assert SlotRows.of([tensor.float() for tensor in a], [tensor.float() for tensor in b]) is None
 
 
 def parameters(*shapes: tuple[int, int]) -> list[torch.Tensor]:
@@ -193,28 +240,94 @@ def test_copies_refuse_what_does_not_lie_in_a_row() -> None:
     assert not any(Copies([room]).takes([other]) for other in (one.float(), one[:, :5].contiguous(), one.t()))
 
 
+def compiler(folder: Path, script: str) -> str:
+    """A compiler of this script's making."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+SCRIPTS = {
+    "refuses": ("echo no such flag >&2; exit 1", "no such flag"),
+    "says nothing": ("echo >&2; exit 1", "CalledProcessError"),
+    "in Latin-1": ("printf 'caf\\351' >&2; exit 1", "caf"),
+    "makes nothing": ("exit 0", "No such file"),
+    "hangs": ("exec sleep 60", "timed out"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_compiler_that_fails_is_a_warning(
+    name: str, fresh_look: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script, said = SCRIPTS[name]
+    monkeypatch.setenv("CXX", compiler(tmp_path, script))
+    monkeypatch.setattr(building, "PATIENCE_S", 0.3)
+    with pytest.warns(RuntimeWarning, match=f"compiler did not compile.*slower.*install g.*said: .*{said}"):
+        assert SlotRows.of(*layer(64, (32,), 8)) is None
+    assert not Cast(torch.zeros(24, dtype=BF16), [24]).takes(parameters((4, 6)))
+    assert not Copies([torch.zeros(4)]).takes([torch.zeros(4)])
+    assert not fresh_look.exists() or list(fresh_look.iterdir()) == []
+
+
 @pytest.mark.usefixtures("fresh_look")
 def test_without_a_compiler_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    with pytest.warns(
-        RuntimeWarning, match="/nowhere/g\\+\\+ did not compile the CPU kernels.*slower.*install g\\+\\+"
-    ):
-        assert compiled() is None
+    with pytest.warns(RuntimeWarning, match="/nowhere/g.. did not compile the CPU kernels.*No such file"):
+        assert building.library() is None
 
 
-@pytest.mark.usefixtures("fresh_look")
-def test_a_compiler_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, "-fno-such-thing"))
-    with pytest.warns(RuntimeWarning, match="It said: .*fno-such-thing"):
-        assert compiled() is None
-    assert list((tmp_path / "lora-grpo").iterdir()) == []
+def test_a_compiler_may_have_arguments(fresh_look: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env LANG=C g++")
+    assert building.library() is not None
+    assert len(list(fresh_look.iterdir())) == 1
+
+
+def test_what_was_compiled_and_does_not_load_is_compiled_again(fresh_look: Path) -> None:
+    assert building.library() is not None
+    (path,) = fresh_look.iterdir()
+    path.write_bytes(b"")
+    building.library.cache_clear()
+    assert building.library() is not None
+
+
+def test_no_home_is_no_reason(fresh_look: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Containers run as users that have none, or none that they can write to."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(building, "user_cache", homeless)
+    assert building.library() is not None
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(building, "user_cache", lambda: tmp_path / "file" / "cache")
+    building.library.cache_clear()
+    assert building.library() is not None
+    assert not fresh_look.exists()
+
+
+@pytest.mark.parametrize("flag", ["-march=haswell", "-march=x86-64"])
+def test_narrower_vectors_give_the_same(flag: str, fresh_look: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a processor without 512-bit vectors computes; this one can compute it too."""
+    if platform.machine() != "x86_64":
+        pytest.skip("flags of x86-64")
+    a, b = layer(37, (21, 64), 24)
+    y, x = batch(13, 37, 85)
+    native, wanted = y.clone(), exact(y, x, a, b)
+    rows_of(a, b).add(native, x, 1.0)
+    _forget()
+    monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, flag, "-Wno-psabi"))
+    rows_of(a, b).add(y, x, 1.0)
+    torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(y, native, rtol=2**-7, atol=1e-5)
+    assert len(list(fresh_look.iterdir())) == 2
 
 
 def test_it_is_compiled_once_and_shares_torchs_threads(tmp_path: Path) -> None:
     """A second OpenMP beside torch's would have two sets of threads fight for the same cores."""
     program = (
-        "from lora_grpo.kernels.rows import compiled; assert compiled() is not None;"
+        "import torch; from lora_grpo.kernels.building import library; assert library() is not None;"
         "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}))"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
@@ -225,6 +338,3 @@ def test_it_is_compiled_once_and_shares_torchs_threads(tmp_path: Path) -> None:
         (library,) = (tmp_path / "lora-grpo").iterdir()
         made.add(library.stat().st_mtime_ns)
     assert len(made) == 1
-    environment["CXX"] = "/bin/false"
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert "are slower on this CPU" in done.stderr

@@ -89,16 +89,20 @@ def test_segments_hold_each_adapter_row_once(slots: list[int]) -> None:
     assert held == {slot: [i for i, s in enumerate(slots) if s == slot] for slot in set(slots) - {-1}}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("sizes", FUSIONS.values(), ids=FUSIONS)
 @pytest.mark.parametrize("slots", BATCHES.values(), ids=BATCHES)
-def test_each_row_gets_its_own_adapter(slots: list[int], sizes: tuple[int, ...], scale: float) -> None:
-    a, b = stacks(sizes, torch.float32)
-    y, x = batch(slots, sum(sizes), torch.float32)
-    expected = by_token(y, x, a, b, scale, sizes, slots)
+def test_each_row_gets_its_own_adapter(
+    slots: list[int], sizes: tuple[int, ...], scale: float, dtype: torch.dtype
+) -> None:
+    a, b = stacks(sizes, dtype)
+    y, x = batch(slots, sum(sizes), dtype)
+    expected = by_token(y.float(), x.float(), *([t.float() for t in pair] for pair in (a, b)), scale, sizes, slots)
     before = y.clone()
     apply_segments(y, x, a, b, scale, sizes, segments_of(torch.tensor(slots)))
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    rounding = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(y.float(), expected, rtol=rounding, atol=1e-5)
     base = torch.tensor(slots) < 0
     assert torch.equal(y[base], before[base])
     assert base.all() or (y[~base] - before[~base]).abs().min(dim=0).values.max() > 0.01

@@ -26,7 +26,6 @@ from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, ServingFor
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError, StoreError, TrainingError, UnsupportedAdapter
-from lora_grpo.kernels import building
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from tests.tiny_models import load_model, refill_lora, tiny_lora
@@ -83,9 +82,10 @@ def lora_parameter(model: nn.Module, name: str) -> nn.Parameter:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_compiled_or_not_the_bytes_are_the_same(name: str, llama_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_lora(load_model(llama_dir), **ADAPTERS[name])
-    assert building.library() is not None
-    compiled = payload(ServingForm(model, "default", torch.bfloat16))
-    monkeypatch.setattr("lora_grpo.kernels.moving.library", lambda: None)
+    form = ServingForm(model, "default", torch.bfloat16)
+    assert form._cast.takes([linear.weight for linear in form._linears])
+    compiled = payload(form)
+    monkeypatch.setattr("lora_grpo.kernels.moving._cast_all", lambda: None)
     assert payload(ServingForm(model, "default", torch.bfloat16)) == compiled
 
 

@@ -145,11 +145,11 @@ class ServingForm:
     def _fill(self) -> bool:
         """Whether everything is finite."""
         # Past nn.Module's own look-up, which for hundreds of linears takes as long as casting them.
-        parameters = [linear._parameters["weight"] for linear in self._linears]
+        parameters = [linear._parameters.get("weight") for linear in self._linears]
         scalings = [module.scaling for module in self.modules]
         if self._cast.takes(parameters):
             return self._cast.run(parameters, [*[1.0] * len(scalings), *scalings])
-        tensors = [whole(parameter) for parameter in parameters]
+        tensors = [whole(linear.weight) for linear in self._linears]
         if len(set(scalings)) == 1 and _scales_after_rounding(scalings[0], self.dtype):
             torch._foreach_copy_(self._views, tensors)
             if scalings[0] != 1.0:

@@ -37,8 +37,9 @@ extern "C" int cast_all(int64_t count, const float* const* from, const int64_t* 
   return finite;
 }
 
-extern "C" void copy_all(int64_t count, const char* const* from, char* const* to, const int64_t* sizes_bytes,
-                         int threads) {
+extern "C" int copy_all(int64_t count, const char* const* from, char* const* to, const int64_t* sizes_bytes,
+                        int threads) {
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
   for (int64_t k = 0; k < count; ++k) std::memcpy(to[k], from[k], sizes_bytes[k]);
+  return 1;
 }

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from lora_grpo.kernels.building import library
+from lora_grpo.kernels.building import function
+
+_ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
+
+
+def _cast_all() -> Any:
+    return function("cast_all", _COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, ctypes.c_int)
+
+
+def _copy_all() -> Any:
+    return function("copy_all", _COUNT, _ADDRESS, _ADDRESS, _ADDRESS, ctypes.c_int)
 
 
 class Cast:
@@ -20,9 +30,9 @@ class Cast:
         starts = [sum(self._sizes[:k]) for k in range(len(self._sizes))]
         self._arrays = _counts(starts), _counts(self._sizes)
 
-    def takes(self, parameters: Sequence[torch.Tensor]) -> bool:
+    def takes(self, parameters: Sequence[torch.Tensor | None]) -> bool:
         """Whether `run` can do it; ask each time, since parameters may be replaced."""
-        fits = self._flat.dtype == torch.bfloat16 and self._flat.is_cpu and library() is not None
+        fits = self._flat.dtype == torch.bfloat16 and self._flat.is_cpu and _cast_all() is not None
         return fits and all(
             type(one) is torch.nn.Parameter
             and one.dtype == torch.float32
@@ -34,15 +44,16 @@ class Cast:
 
     def run(self, parameters: Sequence[torch.Tensor], scales: Sequence[float]) -> bool:
         """Fill the buffer, scaled in fp32 and rounded once; returns whether everything in it is finite."""
-        finite: int = library().cast_all(  # type: ignore[union-attr]
-            ctypes.c_int64(len(parameters)),
-            _addresses(parameters),
-            *self._arrays,
-            (ctypes.c_float * len(scales))(*scales),
-            ctypes.c_void_p(self._flat.data_ptr()),
-            torch.get_num_threads(),
+        return bool(
+            _cast_all()(
+                len(parameters),
+                _addresses(parameters),
+                *self._arrays,
+                (ctypes.c_float * len(scales))(*scales),
+                self._flat.data_ptr(),
+                torch.get_num_threads(),
+            )
         )
-        return bool(finite)
 
 
 class Copies:
@@ -56,7 +67,7 @@ class Copies:
     def takes(self, sources: Sequence[torch.Tensor]) -> bool:
         """Whether `run` can do it: everything is dense, in host memory and of its target's dtype and size."""
         dtype = self._targets[0].dtype
-        fits = self._dense and library() is not None
+        fits = self._dense and _copy_all() is not None
         return fits and all(
             one.dtype == dtype and one.is_cpu and one.is_contiguous() and one.nbytes == size_bytes
             for one, size_bytes in zip(sources, self._sizes_bytes, strict=True)
@@ -64,9 +75,7 @@ class Copies:
 
     def run(self, sources: Sequence[torch.Tensor]) -> None:
         """Copy each source to its target."""
-        library().copy_all(  # type: ignore[union-attr]
-            ctypes.c_int64(len(sources)), _addresses(sources), self._to, self._bytes, torch.get_num_threads()
-        )
+        _copy_all()(len(sources), _addresses(sources), self._to, self._bytes, torch.get_num_threads())
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> Any:

@@ -48,7 +48,7 @@ inline void shrink(const float* x, int64_t rows, int64_t inputs, const uint16_t*
   for (; n < rows; ++n) dots<1, M>(x + n * inputs, inputs, a, scale, h + n * ranks, ranks);
 }
 
-// y[n][0..16) += h[n] . b, for N rows; b[r] holds the 16 outputs' weights of rank r.
+// y[n] += h[n] . b for a vector of outputs and N rows; b[r] holds those outputs' weights of rank r.
 template <int N>
 inline void add(uint16_t* y, int64_t stride, const float* h, int64_t ranks, const Floats* b, int64_t rank) {
   Floats total[N];
@@ -69,8 +69,7 @@ inline void expand(uint16_t* y, int64_t stride, int64_t rows, const float* h, in
 // In each group of 2 * D lanes, the second half of `a` and the first half of `b` change places.
 template <int D>
 inline void exchange(Floats& a, Floats& b) {
-  const Lanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, second = (lane & D) != 0;
-  const Lanes of_both = lane + (second & int32_t(WIDTH - D));
+  const Lanes second = (LANE & D) != 0, of_both = LANE + (second & int32_t(WIDTH - D));
   const Floats swapped = __builtin_shuffle(a, b, of_both);
   b = __builtin_shuffle(a, b, of_both + D);
   a = swapped;
@@ -82,12 +81,14 @@ inline void exchange_all(Floats* rows) {
     if (!(i & D)) exchange<D>(rows[i], rows[i + D]);
 }
 
-// 16 rows of B, each `rank` long, as to[r][row].
+// As many rows of B as a vector is wide, each `rank` long, as to[r][row].
 inline void transpose(const uint16_t* b, int64_t rank, Floats* to) {
   int64_t r = 0;
   for (; r + WIDTH <= rank; r += WIDTH) {
     for (int o = 0; o < WIDTH; ++o) to[r + o] = widen(b + o * rank + r);
+#ifdef __AVX512F__
     exchange_all<8>(to + r);
+#endif
     exchange_all<4>(to + r);
     exchange_all<2>(to + r);
     exchange_all<1>(to + r);
@@ -100,9 +101,9 @@ inline void transpose(const uint16_t* b, int64_t rank, Floats* to) {
 
 // `count` slices of a fused layer, each with a dense A (rank, inputs) and a dense B (outputs[s], rank); y's columns are
 // the slices' outputs in turn. Strides are in elements, from row to row.
-extern "C" void lora_rows(uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, int64_t rows,
-                          int64_t inputs, float scale, int threads, int64_t count, const uint16_t* const* a,
-                          const uint16_t* const* b, int64_t rank, const int64_t* outputs) {
+extern "C" int lora_rows(uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, int64_t rows,
+                         int64_t inputs, float scale, int threads, int64_t count, const uint16_t* const* a,
+                         const uint16_t* const* b, int64_t rank, const int64_t* outputs) {
   static thread_local std::vector<float> room;
   const int64_t ranks = count * rank, pairs = (rank + 1) / 2;
   room.resize(rows * (inputs + ranks));
@@ -145,4 +146,5 @@ extern "C" void lora_rows(uint16_t* y, int64_t y_stride, const uint16_t* x, int6
         }
     }
   }
+  return 1;
 }

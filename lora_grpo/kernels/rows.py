@@ -4,40 +4,31 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 
-from lora_grpo.kernels.building import library
+from lora_grpo.kernels.building import function
 
 FEW_ROWS = 32
-"""Up to as many rows of one adapter, what a matrix library's product costs at least is more than this costs."""
+MOST_WORK = 8_000_000
+"""Up to as many rows of one adapter, and as many multiplications and additions, this takes less time than a matrix
+library, which spends longer on getting ready."""
 
 _ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
-_ARGUMENTS: list[Any] = [
+_ARGUMENTS: tuple[Any, ...] = (
     *(_ADDRESS, _COUNT, _ADDRESS, _COUNT, _COUNT, _COUNT),
     *(ctypes.c_float, ctypes.c_int, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS),
-]
-
-
-@cache
-def compiled() -> Any:
-    """The function, or None where nothing could be compiled."""
-    built = library()
-    if built is None:
-        return None
-    function = built.lora_rows
-    function.argtypes, function.restype = _ARGUMENTS, None
-    return function
+)
 
 
 class SlotRows:
-    """The A's and B's of one slot of a layer, as the function takes them."""
+    """The A's and B's of one slot of a layer, as the compiled function takes them."""
 
-    def __init__(self, function: Any, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> None:
-        """`a[i]` is (rank, in), `b[i]` (out, rank): bfloat16 and dense, as `takes` says. Both stay where they are."""
-        self._function, self._tensors = function, (tuple(a), tuple(b))
+    def __init__(self, call: Any, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> None:
+        self._call, self._tensors = call, (tuple(a), tuple(b))
+        self._inputs, self._width = a[0].shape[1], sum(tensor.shape[0] for tensor in b)
+        self._work_per_row = sum(tensor.numel() for tensor in (*a, *b))
         addresses = ctypes.c_void_p * len(a)
         self._slices = (
             len(a),
@@ -47,22 +38,35 @@ class SlotRows:
             (ctypes.c_int64 * len(b))(*(tensor.shape[0] for tensor in b)),
         )
 
+    @classmethod
+    def of(cls, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> SlotRows | None:
+        """Of slices `a[i]` (rank, in) and `b[i]` (out, rank), which stay where they are; None where only torch can
+        compute them: in another dtype than bfloat16, not dense, of several ranks, or without a compiler."""
+        shapes_fit = all(
+            one.shape == a[0].shape and other.shape[1] == one.shape[0] for one, other in zip(a, b, strict=True)
+        )
+        fits = shapes_fit and all(
+            one.dtype == torch.bfloat16 and one.device.type == "cpu" and one.is_contiguous() for one in (*a, *b)
+        )
+        call = function("lora_rows", *_ARGUMENTS) if fits else None
+        return call and cls(call, a, b)
+
+    def takes(self, y: torch.Tensor, x: torch.Tensor) -> bool:
+        """Whether these are few rows of this layer; they may lie apart, their elements may not."""
+        rows = y.shape[0]
+        return (
+            rows <= FEW_ROWS
+            and rows * self._work_per_row <= MOST_WORK
+            and y.dtype == x.dtype == torch.bfloat16
+            and y.stride(1) == x.stride(1) == 1
+            and x.shape == (rows, self._inputs)
+            and y.shape[1] == self._width
+        )
+
     def add(self, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
-        """y (N, out) += scale * (x A^T) B^T, x (N, in), where `can_add` says so."""
-        self._function(
+        """y (N, out) += scale * (x A^T) B^T, x (N, in), of rows that it `takes`."""
+        self._call(
             *(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[0], x.shape[1]),
             *(scale, torch.get_num_threads()),
             *self._slices,
         )
-
-
-def takes(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> bool:
-    """Whether `SlotRows` can be made of these slices."""
-    return len({tensor.shape[0] for tensor in a}) == 1 and all(
-        tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (*a, *b)
-    )
-
-
-def can_add(y: torch.Tensor, x: torch.Tensor) -> bool:
-    """Whether these are few rows, as `SlotRows.add` takes them: they may lie apart, their elements may not."""
-    return y.shape[0] <= FEW_ROWS and y.dtype == x.dtype == torch.bfloat16 and y.stride(1) == x.stride(1) == 1

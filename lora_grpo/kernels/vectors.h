@@ -1,15 +1,25 @@
-// Sixteen numbers at a time, in the compiler's own vectors: no instruction set is named anywhere.
+// As many numbers at a time as a register holds, in the compiler's own vectors.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
 constexpr int64_t WIDTH = 16;
+#else
+constexpr int64_t WIDTH = 8;  // wider ones would go through memory
+#endif
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Lanes __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+
+#ifdef __AVX512F__
+constexpr Lanes LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+constexpr Lanes LANE = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
 
 template <class Vector, class Element>
 inline Vector load(const Element* from) {

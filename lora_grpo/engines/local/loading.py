@@ -83,10 +83,9 @@ class LayersOnDemand(dict[str, Any]):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        try:
-            return self[name]
-        except KeyError:
+        if name not in self:
             return default
+        return self[name]
 
     def values(self) -> Any:
         return [self[name] for name in self]

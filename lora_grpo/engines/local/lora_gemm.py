@@ -138,11 +138,12 @@ def plain_products(wanted: bool) -> Iterator[None]:
             rows_of[id(wrapper)] = wrapper, _follow(wrapper, layer.lora_a_stacked[0])
         layer.punica_wrapper = LayerGemm(*lay_out(layer), rows_of[id(wrapper)][1])
 
+    before = linear.set_mapping
     linear.set_mapping = set_mapping
     try:
         yield
     finally:
-        del linear.set_mapping
+        linear.set_mapping = before
     if not rows_of:
         raise EngineError(
             "plain_lora_gemm=True, but vLLM gave no linear layer its LoRA kernels in this process; leave it out"

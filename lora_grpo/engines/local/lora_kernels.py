@@ -11,12 +11,13 @@ import importlib
 import itertools
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 
 from lora_grpo.engines import compat
-from lora_grpo.kernels import rows as few_rows
+from lora_grpo.kernels.rows import SlotRows
 
 TESTED = ((0, 32),)
 """The releases whose CPU wrapper this was tested to replace."""
@@ -29,6 +30,24 @@ Stacks: TypeAlias = tuple[torch.Tensor, ...]
 
 _installed: list[type] = []
 
+_layers: WeakValueDictionary[int, LayerKernels] = WeakValueDictionary()
+"""Layers by the address of their first stacked A, which is theirs as long as they live."""
+
+_library = torch.library.Library("lora_grpo", "FRAGMENT")
+_library.define("add_cpu_lora(Tensor(a!) y, Tensor x, Tensor a_stacked, float scale) -> ()")
+
+
+def _add_cpu_lora(y: torch.Tensor, x: torch.Tensor, a_stacked: torch.Tensor, scale: float) -> None:
+    """`LayerKernels.add` of the layer whose first stacked A this is: one operator, which a compiler does not look into.
+
+    Compiled code is given the tensor anew at each call, so it holds for another engine, and in another process.
+    """
+    _layers[a_stacked.data_ptr()].add(y, x, scale)
+
+
+_library.impl("add_cpu_lora", _add_cpu_lora, "CPU")
+torch.library.register_fake("lora_grpo::add_cpu_lora", lambda *_: None, lib=_library)
+
 
 def install() -> bool:
     """Replace the CPU wrapper's linear LoRA for the whole process; returns whether it is in place.
@@ -40,6 +59,7 @@ def install() -> bool:
     if not compat.is_cpu() or compat.vllm_release() not in TESTED:
         return False
     wrapper = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu").PunicaWrapperCPU
+    linear = importlib.import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA
     fused = importlib.import_module("vllm.lora.layers.column_parallel_linear").MergedColumnParallelLinearWithLoRA
     stock_update, stock_create = wrapper.update_metadata, fused.create_lora_weights
 
@@ -51,29 +71,37 @@ def install() -> bool:
         stock_update(self, *args, **kwargs)
         self.lora_segments = segments_of(self.token_lora_indices)
 
-    def add_lora_linear(
-        self: Any,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: Stacks,
-        lora_b_stacked: Stacks,
-        scale: float,
-        output_slices: tuple[int, ...],
-        **kwargs: Any,
-    ) -> None:
-        layers = self.__dict__.setdefault("lora_layers", {})
-        layer = layers.get(id(lora_a_stacked))
-        if layer is None:
-            # The layer holds the tuple, so its id is not given to another one while the wrapper lives.
-            layer = layers[id(lora_a_stacked)] = LayerSlots(lora_a_stacked, lora_b_stacked, output_slices)
-        layer.add(y, x, scale, self.lora_segments)
+    def set_mapping(self: Any, punica_wrapper: Any) -> None:
+        self.punica_wrapper = LayerKernels(self, punica_wrapper)
 
     fused.create_lora_weights = create_lora_weights
     wrapper.update_metadata = update_metadata
-    wrapper.add_lora_linear = add_lora_linear
     wrapper.lora_segments = []
+    linear.set_mapping = set_mapping
     _installed.append(wrapper)
     return True
+
+
+class LayerKernels:
+    """What one linear layer calls in place of vLLM's wrapper; only what such a layer calls is here."""
+
+    def __init__(self, layer: Any, wrapper: Any) -> None:
+        """`wrapper` knows the batch: which rows are whose."""
+        self._slots = LayerSlots(layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices)
+        self._wrapper = wrapper
+        _layers[layer.lora_a_stacked[0].data_ptr()] = self
+
+    def add_lora_linear(
+        self, y: torch.Tensor, x: torch.Tensor, a_stacked: Stacks, b_stacked: Stacks, scale: float, *_: Any, **__: Any
+    ) -> None:
+        """y += scale * the LoRA of x, in place; the stacked slots are those that the layer was given with."""
+        if torch.compiler.is_compiling():
+            torch.ops.lora_grpo.add_cpu_lora(y, x, a_stacked[0], scale)
+        else:
+            self.add(y, x, scale)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+        self._slots.add(y, x, scale, self._wrapper.lora_segments)
 
 
 def adjoin(stacks: Stacks) -> Stacks:
@@ -105,7 +133,7 @@ class _Slot:
 
     slices: tuple[tuple[torch.Tensor, torch.Tensor, slice, slice], ...]
     a_RI: torch.Tensor | None
-    rows: few_rows.SlotRows | None
+    rows: SlotRows | None
 
 
 class LayerSlots:
@@ -134,7 +162,7 @@ class LayerSlots:
 
 def _add(y_nO: torch.Tensor, x_nI: torch.Tensor, scale: float, slot: _Slot) -> None:
     """One adapter's rows. B's product is summed onto y before it is rounded."""
-    if slot.rows is not None and few_rows.can_add(y_nO, x_nI):
+    if slot.rows is not None and slot.rows.takes(y_nO, x_nI):
         slot.rows.add(y_nO, x_nI, scale)
         return
     h = None if slot.a_RI is None else F.linear(x_nI, slot.a_RI)
@@ -152,8 +180,7 @@ def _cut(slot: int, a_stacked: Stacks, b_stacked: Stacks, output_slices: tuple[i
         inner, outer = inner + rank, outer + width
     adjoined = all(_follows(before, after) for before, after in itertools.pairwise(a))
     whole = a[0].as_strided((inner, a[0].shape[1]), a[0].stride()) if adjoined else None
-    function = few_rows.compiled() if few_rows.takes(a, b) else None
-    return _Slot(tuple(pieces), whole, function and few_rows.SlotRows(function, a, b))
+    return _Slot(tuple(pieces), whole, SlotRows.of(a, b))
 
 
 def _follows(before: torch.Tensor, after: torch.Tensor) -> bool:

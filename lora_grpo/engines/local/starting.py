@@ -8,6 +8,7 @@ from typing import Any
 from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.local import lora_gemm, lora_kernels
+from lora_grpo.engines.local.compiling import can_compile, compiled_with_lora, engine_arguments
 from lora_grpo.engines.local.grouped import join
 from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
 from lora_grpo.engines.local.sleeping import check_can_ever_sleep
@@ -48,19 +49,24 @@ def start_llm(
         check_shareable(arguments)
     if plain_lora_gemm:
         arguments = lora_gemm.engine_arguments(arguments)
-    if compat.is_cpu():
-        # vLLM compiles no model with LoRA here; not told so, it leaves its fused operators to the compiler all the same.
+    kernels = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.install()
+    compiles = kernels and not share_base_weights and not arguments.get("enforce_eager") and can_compile()
+    if compiles:
+        arguments = engine_arguments(arguments)
+    elif compat.is_cpu():
+        # Not told so, vLLM leaves its fused operators to the compiler, and then calls none with LoRA.
         arguments = {**arguments, "enforce_eager": True}
     wrapped = (
         list(target_modules)
         if target_modules
         else linear_leaves(model, revision=revision, trust_remote_code=trust_remote_code)
     )
-    mixes_base = plain_lora_gemm or (cpu_lora_kernels and lora_kernels.install()) or compat.base_rows_are_safe()
+    mixes_base = plain_lora_gemm or kernels or compat.base_rows_are_safe()
     with (
         vllm_boundary(f"start on {model}"),
         plain_cpu_weights(share_base_weights and compat.is_cpu()),
         lora_gemm.plain_products(plain_lora_gemm),
+        compiled_with_lora(compiles),
     ):
         llm = vllm.LLM(
             model=model,
