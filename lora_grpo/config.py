@@ -226,7 +226,7 @@ class EngineConfig(Section):
     gpu_memory_utilization: float = Field(0.35, gt=0, le=1, description="vLLM's share of the GPU, trainer beside it")
     max_num_seqs: int = Field(256, ge=1, description="completions sampled at the same time at most")
     max_num_batched_tokens: int | None = Field(None, ge=64, description="tokens an engine step; default: vLLM's")
-    enforce_eager: bool = Field(False, description="no CUDA graphs")
+    enforce_eager: bool = Field(False, description="no compiled model, no CUDA graphs")
     enable_prefix_caching: bool = Field(True, description="prompts that begin alike share their KV cache")
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from tests.tiny_models import load_model, refill_lora, tiny_lora
 pytestmark = pytest.mark.vllm
 
 PROMPTS = [list(range(20 + row, 30 + row)) for row in range(6)]
+OPERATOR = "lora_grpo::add_cpu_lora"
 COMPILED = {**ENGINE_ARGS, "enforce_eager": False, "gpu_memory_utilization": 0.05}
 
 
@@ -31,9 +32,12 @@ COMPILED = {**ENGINE_ARGS, "enforce_eager": False, "gpu_memory_utilization": 0.0
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What vLLM keeps of compiled models, empty at first."""
     folder = tmp_path_factory.mktemp("vllm-cache")
+    envs = pytest.importorskip("vllm.envs")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("VLLM_CACHE_ROOT", str(folder))
+        envs.disable_envs_cache()  # an engine before has frozen it
         yield folder
+    envs.disable_envs_cache()
     shutil.rmtree(folder)
 
 
@@ -95,12 +99,23 @@ def check_completions(engine: VLLMEngine, shelf: Shelf, versions: list[AdapterVe
         assert mean_abs_difference(sampled, own) < 0.1 * apart
 
 
-def test_the_model_is_compiled(engines: list[VLLMEngine], cache: Path) -> None:
+def operators(engine: VLLMEngine, version: AdapterVersion) -> set[str]:
+    """The names of what PyTorch runs while the engine samples from a version."""
+    with torch.profiler.profile() as profile:
+        engine.generate(PROMPTS, Sampling(n=1, max_tokens=2), adapter=version)
+    return {event.key for event in profile.key_averages()}
+
+
+def test_the_model_is_compiled(engines: list[VLLMEngine], shelf: Shelf, cache: Path) -> None:
     for engine in engines:
         mode = config(engine).compilation_config.mode
         assert mode.name == "DYNAMO_TRACE_ONCE"
         assert config(engine).lora_config is not None
         assert not config(engine).model_config.enforce_eager
+        version = shelf.publish(seed=4)
+        engine.load(version)
+        ran = operators(engine, version)
+        assert OPERATOR in ran
     assert list(cache.rglob("torch_aot_compile/*")) != []
 
 
@@ -142,6 +157,7 @@ def test_without_what_compiling_takes_the_fused_operators_are_used(
         assert "all" in config(engine).compilation_config.custom_ops
         version = shelf.publish(seed=3)
         engine.load(version)
+        assert OPERATOR not in operators(engine, version)
         check_completions(engine, shelf, [version, None, version, None, version, None])
     finally:
         engine.close()

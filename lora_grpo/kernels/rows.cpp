@@ -12,57 +12,82 @@
 
 namespace {
 
+constexpr int64_t TOGETHER = WIDTH / 4;  // rows of A; their sums with four rows of x fit the registers
+
 inline float sum(Floats floats) {
   float total = 0;
   for (int i = 0; i < WIDTH; ++i) total += floats[i];
   return total;
 }
 
+// Every second number of twice as many as a vector is wide, and the others.
+struct Pairs {
+  Floats even, odd;
+};
+
+inline Pairs widen_pairs(const uint16_t* from) {
+  const Words words = load<Words>(from);
+  return {(Floats)(words << 16), (Floats)(words & 0xffff0000u)};
+}
+
 // h[n * ranks + m] = scale * x[n] . a[m], for N rows of x and M rows of A.
 template <int N, int M>
-inline void dots(const float* x, int64_t inputs, const uint16_t* a, float scale, float* h, int64_t ranks) {
+inline void dots(const uint16_t* x, int64_t stride, int64_t inputs, const uint16_t* a, float scale, float* h,
+                 int64_t ranks) {
   Floats total[M][N] = {};
-  const int64_t whole = inputs / WIDTH * WIDTH;
-  for (int64_t i = 0; i < whole; i += WIDTH) {
-    Floats weights[M];
-    for (int m = 0; m < M; ++m) weights[m] = widen(a + m * inputs + i);
+  const int64_t whole = inputs / (2 * WIDTH) * (2 * WIDTH);
+  for (int64_t i = 0; i < whole; i += 2 * WIDTH) {
+    Pairs weights[M];
+    for (int m = 0; m < M; ++m) weights[m] = widen_pairs(a + m * inputs + i);
     for (int n = 0; n < N; ++n) {
-      Floats values = load<Floats>(x + n * inputs + i);
-      for (int m = 0; m < M; ++m) total[m][n] += weights[m] * values;
+      const Pairs values = widen_pairs(x + n * stride + i);
+      for (int m = 0; m < M; ++m) total[m][n] += weights[m].even * values.even;
+      for (int m = 0; m < M; ++m) total[m][n] += weights[m].odd * values.odd;
     }
   }
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) {
       float one = sum(total[m][n]);
-      for (int64_t i = whole; i < inputs; ++i) one += widen_one(a[m * inputs + i]) * x[n * inputs + i];
+      for (int64_t i = whole; i < inputs; ++i) one += widen_one(a[m * inputs + i]) * widen_one(x[n * stride + i]);
       h[n * ranks + m] = scale * one;
     }
 }
 
 template <int M>
-inline void shrink(const float* x, int64_t rows, int64_t inputs, const uint16_t* a, float scale, float* h,
-                   int64_t ranks) {
+inline void all_dots(const uint16_t* x, int64_t stride, int64_t rows, int64_t inputs, const uint16_t* a, float scale,
+                     float* h, int64_t ranks) {
   int64_t n = 0;
-  if (rows == 8) return dots<8, M>(x, inputs, a, scale, h, ranks);
-  for (; n + 4 <= rows; n += 4) dots<4, M>(x + n * inputs, inputs, a, scale, h + n * ranks, ranks);
-  for (; n < rows; ++n) dots<1, M>(x + n * inputs, inputs, a, scale, h + n * ranks, ranks);
+  for (; n + 4 <= rows; n += 4) dots<4, M>(x + n * stride, stride, inputs, a, scale, h + n * ranks, ranks);
+  for (; n < rows; ++n) dots<1, M>(x + n * stride, stride, inputs, a, scale, h + n * ranks, ranks);
 }
 
-// y[n] += h[n] . b for a vector of outputs and N rows; b[r] holds those outputs' weights of rank r.
+// `some` rows of A, TOGETHER or fewer.
+inline void shrink(const uint16_t* x, int64_t stride, int64_t rows, int64_t inputs, const uint16_t* a, int64_t some,
+                   float scale, float* h, int64_t ranks) {
+  if (some == TOGETHER) return all_dots<TOGETHER>(x, stride, rows, inputs, a, scale, h, ranks);
+  for (int64_t r = 0; r < some; ++r) all_dots<1>(x, stride, rows, inputs, a + r * inputs, scale, h + r, ranks);
+}
+
+// y[n] += h[n] . b for two vectors of outputs, which share a cache line, and N rows; b[r] and b[rank + r] hold those
+// outputs' weights of rank r.
 template <int N>
 inline void add(uint16_t* y, int64_t stride, const float* h, int64_t ranks, const Floats* b, int64_t rank) {
-  Floats total[N];
-  for (int n = 0; n < N; ++n) total[n] = widen(y + n * stride);
+  Floats total[N][2];
+  for (int n = 0; n < N; ++n)
+    for (int o = 0; o < 2; ++o) total[n][o] = widen(y + n * stride + o * WIDTH);
   for (int64_t r = 0; r < rank; ++r)
-    for (int n = 0; n < N; ++n) total[n] += h[n * ranks + r] * b[r];
-  for (int n = 0; n < N; ++n) store(y + n * stride, narrow(total[n]));
+    for (int n = 0; n < N; ++n)
+      for (int o = 0; o < 2; ++o) total[n][o] += h[n * ranks + r] * b[o * rank + r];
+  for (int n = 0; n < N; ++n)
+    for (int o = 0; o < 2; ++o) store(y + n * stride + o * WIDTH, narrow(total[n][o]));
 }
 
 inline void expand(uint16_t* y, int64_t stride, int64_t rows, const float* h, int64_t ranks, const Floats* b,
                    int64_t rank) {
+  constexpr int MOST = WIDTH / 2;
   int64_t n = 0;
-  for (; n + 8 <= rows; n += 8) add<8>(y + n * stride, stride, h + n * ranks, ranks, b, rank);
-  for (; n + 4 <= rows; n += 4) add<4>(y + n * stride, stride, h + n * ranks, ranks, b, rank);
+  for (; n + MOST <= rows; n += MOST) add<MOST>(y + n * stride, stride, h + n * ranks, ranks, b, rank);
+  for (; n + 2 <= rows; n += 2) add<2>(y + n * stride, stride, h + n * ranks, ranks, b, rank);
   for (; n < rows; ++n) add<1>(y + n * stride, stride, h + n * ranks, ranks, b, rank);
 }
 
@@ -105,36 +130,29 @@ extern "C" int lora_rows(uint16_t* y, int64_t y_stride, const uint16_t* x, int64
                          int64_t inputs, float scale, int threads, int64_t count, const uint16_t* const* a,
                          const uint16_t* const* b, int64_t rank, const int64_t* outputs) {
   static thread_local std::vector<float> room;
-  const int64_t ranks = count * rank, pairs = (rank + 1) / 2;
-  room.resize(rows * (inputs + ranks));
-  float* const wide = room.data();
-  float* const h = wide + rows * inputs;
+  const int64_t ranks = count * rank, groups = (rank + TOGETHER - 1) / TOGETHER;
+  room.resize(rows * ranks);
+  float* const h = room.data();
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < rows; ++n)
-      for (int64_t i = 0; i < inputs; ++i) wide[n * inputs + i] = widen_one(x[n * x_stride + i]);
-    // Eight rows of x at a time, and each thread its own rows of A for all of them: both stay in the cache.
+    // Some rows of x at a time, and each thread its own rows of A for all of them: both stay in the cache.
     for (int64_t n = 0; n < rows; n += 8)
 #pragma omp for schedule(static) nowait
-      for (int64_t k = 0; k < count * pairs; ++k) {
-        const int64_t slice = k / pairs, r = k % pairs * 2;
-        const uint16_t* rows_of_a = a[slice] + r * inputs;
-        float* to = h + n * ranks + slice * rank + r;
-        if (r + 2 <= rank)
-          shrink<2>(wide + n * inputs, std::min<int64_t>(8, rows - n), inputs, rows_of_a, scale, to, ranks);
-        else
-          shrink<1>(wide + n * inputs, std::min<int64_t>(8, rows - n), inputs, rows_of_a, scale, to, ranks);
+      for (int64_t k = 0; k < count * groups; ++k) {
+        const int64_t slice = k / groups, r = k % groups * TOGETHER;
+        shrink(x + n * x_stride, x_stride, std::min<int64_t>(8, rows - n), inputs, a[slice] + r * inputs,
+               std::min(rank - r, TOGETHER), scale, h + n * ranks + slice * rank + r, ranks);
       }
 #pragma omp barrier
-    std::vector<Floats> columns(rank);
+    std::vector<Floats> columns(2 * rank);
     uint16_t* target = y;
     for (int64_t slice = 0; slice < count; target += outputs[slice++]) {
       const float* own = h + slice * rank;
-      const int64_t whole = outputs[slice] / WIDTH * WIDTH;
+      const int64_t whole = outputs[slice] / (2 * WIDTH) * (2 * WIDTH);
 #pragma omp for schedule(static) nowait
-      for (int64_t o = 0; o < whole; o += WIDTH) {
+      for (int64_t o = 0; o < whole; o += 2 * WIDTH) {
         transpose(b[slice] + o * rank, rank, columns.data());
+        transpose(b[slice] + (o + WIDTH) * rank, rank, columns.data() + rank);
         expand(target + o, y_stride, rows, own, ranks, columns.data(), rank);
       }
 #pragma omp single nowait

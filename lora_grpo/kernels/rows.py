@@ -10,8 +10,8 @@ import torch
 
 from lora_grpo.kernels.building import function
 
-FEW_ROWS = 32
-MOST_WORK = 8_000_000
+FEW_ROWS = 128
+MOST_WORK = 16_000_000
 """Up to as many rows of one adapter, and as many multiplications and additions, this takes less time than a matrix
 library, which spends longer on getting ready."""
 
