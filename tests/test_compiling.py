@@ -16,6 +16,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.local import compiling, starting
 from lora_grpo.engines.vllm_local import VLLMEngine
+from lora_grpo.kernels.rows import SlotRows
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS
@@ -139,6 +140,19 @@ def test_batches_of_several_versions_and_the_base(engines: list[VLLMEngine], she
         engine.load(second)
         check_completions(engine, shelf, [first, None, second, None, second, first])
         check_completions(engine, shelf, [None, None, None, None, None, first])
+
+
+def test_decoding_takes_the_compiled_kernel(
+    engines: list[VLLMEngine], shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, version = engines[0], shelf.publish(seed=6)
+    engine.load(version)
+    rows: list[int] = []
+    stock = SlotRows.add
+    monkeypatch.setattr(SlotRows, "add", lambda self, y, x, scale: rows.append(len(y)) or stock(self, y, x, scale))
+    engine.generate(PROMPTS, Sampling(n=1, max_tokens=3, ignore_eos=True), adapter=version)
+    layers = len(compat.wrapped_modules(engine._llm))
+    assert rows[-2 * layers :] == [len(PROMPTS)] * (2 * layers)
 
 
 def test_without_what_compiling_takes_the_fused_operators_are_used(

@@ -18,6 +18,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.local import loading
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError
+from lora_grpo.kernels import moving
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
 from tests.tiny_models import VOCAB, load_model, refill_lora, tiny_lora
@@ -192,6 +193,25 @@ def test_what_the_trainer_holds_gets_into_the_slot_without_reading_the_file_back
     assert (receipt.proof, receipt.proven_bytes, receipt.loader) == ("slots", form.nbytes, "direct")
     assert all(torch.equal(tensor, slots(engine, version)[name]) for name, tensor in from_file.items())
     assert engine.logprobs(SEQUENCES, adapter=version) == answers
+
+
+def test_a_sync_is_one_cast_one_copy_and_no_layer(
+    llama_dir: Path, engine: VLLMEngine, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes it fast is what happens where slots have the adapter's rank."""
+    if not compat.is_cpu():
+        pytest.skip("a device has copies of its own")
+    ran: list[str] = []
+    for one in (moving.Cast, moving.Copies):
+        stock = one.run
+        monkeypatch.setattr(
+            one, "run", lambda self, *args, stock=stock, name=one.__name__: ran.append(name) or stock(self, *args)
+        )
+    monkeypatch.setattr(loading, "_layer", lambda *_: pytest.fail("vLLM asked for a layer"))
+    form = ServingForm(tiny_lora(load_model(llama_dir), r=16), "default", torch.bfloat16)
+    for step in range(4):
+        engine.load(store.publish(form.files(), step=step), held=form.held)
+    assert ran == ["Cast", "Copies"] * 4
 
 
 def test_held_tensors_of_another_version_are_refused(engine: VLLMEngine, store: AdapterStore, llama_dir: Path) -> None:
