@@ -241,6 +241,8 @@ METHOD = """\
   `copies of the base` divides it by the bytes of one. vLLM's CPU backend packs a tied output layer a second time.
 - Proofs are timed in a process of native alone, beside pushes of the same process. A canary looks at completions as
   long as their prompts; making those is not in its time.
+- With `graphs` in the scenario engines are compiled (on a GPU with CUDA graphs), as is vLLM's default. On the CPU those
+  of native-stock and native-shared are not: vLLM compiles none with its own LoRA, and sharing needs plain weights.
 - In the decode table native, the base and the stock CPU kernels are one round, A B C C B A. On the CPU tokens are drawn
   at temperature 1, which takes all the same time, more with more rows, and pulls ratios towards 1; on a GPU completions
   are greedy. The KV cache's size says something on a GPU only, where it is what `gpu_memory_utilization` leaves; on the
