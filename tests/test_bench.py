@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -380,6 +381,14 @@ def test_base_and_stock_kernels_alternate_with_native_in_one_round() -> None:
     assert truths == {"native-stock", "native-shared"}
     on_gpu = decode.cells(settings.model_copy(update={"device": "cuda:0"}), subject())
     assert all(one.strategy != "native-stock" for cell in on_gpu for one in cell.subjects)
+
+
+@pytest.mark.parametrize(("least_s", "taken"), [(0.0, 2), (1.0, 4), (0.3, 2)])
+def test_short_batches_are_taken_more_often(monkeypatch: pytest.MonkeyPatch, least_s: float, taken: int) -> None:
+    monkeypatch.setattr(decode, "generate_seconds", lambda *_: 0.25)
+    monkeypatch.setattr(decode, "kv_tokens", lambda bench: None)
+    seconds = decode.measure(Mock(), [8], 32, [24], repeat=2, least_s=least_s)["seconds"]
+    assert seconds == {"8": {"1": [0.25] * taken, "24": [0.25] * taken}}
 
 
 def test_the_plain_products_are_checked_where_they_are_timed() -> None:

@@ -17,6 +17,9 @@ from lora_grpo.bench.timing import median
 if TYPE_CHECKING:
     from lora_grpo.bench.worker import Bench
 
+LEAST_S = 1.5
+"""Spent on short batches, of which a busy neighbour of the machine would otherwise spoil all."""
+
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy, but beside the base and the stock CPU kernels at once: before, after and
@@ -70,27 +73,37 @@ def _cell(settings: Settings, subjects: tuple[Subject, ...]) -> Cell:
         "decode",
         "decode:measure",
         subjects,
-        {**work, "repeat": -(-settings.repeat // 2)},
+        {**work, "repeat": -(-settings.repeat // 2), "least_s": LEAST_S},
         order=there_and_back(len(subjects)),
-        warm={**work, "lengths": [2], "repeat": 1},
+        warm={**work, "lengths": [2], "repeat": 1, "least_s": 0.0},
         labels={"shape": settings.label, "prompt_tokens": settings.prompt_tokens},
     )
 
 
-def measure(bench: Bench, rows: list[int], prompt_tokens: int, lengths: list[int], repeat: int) -> dict[str, Any]:
-    """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token)."""
+def measure(
+    bench: Bench, rows: list[int], prompt_tokens: int, lengths: list[int], repeat: int, least_s: float
+) -> dict[str, Any]:
+    """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token), each taken
+    `repeat` times and for `least_s` seconds at least."""
     import torch
 
     bench.strategy.trainer.step()
     bench.strategy.sync()
     seconds = {
         str(count): {
-            str(length): [generate_seconds(bench, count, prompt_tokens, length) for _ in range(repeat)]
+            str(length): _taken(bench, count, prompt_tokens, length, repeat, least_s)
             for length in sorted({1, *lengths})
         }
         for count in rows
     }
     return {"seconds": seconds, "kv_tokens": kv_tokens(bench), "threads": torch.get_num_threads()}
+
+
+def _taken(bench: Bench, count: int, prompt_tokens: int, length: int, repeat: int, least_s: float) -> list[float]:
+    seconds: list[float] = []
+    while len(seconds) < repeat or sum(seconds) < least_s:
+        seconds.append(generate_seconds(bench, count, prompt_tokens, length))
+    return seconds
 
 
 def room(bench: Bench) -> int | None:
