@@ -287,6 +287,7 @@ def test_a_compiler_may_have_arguments(fresh_look: Path, monkeypatch: pytest.Mon
 def test_what_was_compiled_and_does_not_load_is_compiled_again(fresh_look: Path) -> None:
     assert building.library() is not None
     (path,) = fresh_look.iterdir()
+    path.unlink()  # the loaded one stays mapped; written over, it would crash the process at its end
     path.write_bytes(b"")
     building.library.cache_clear()
     assert building.library() is not None
