@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ast
-import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -519,58 +516,3 @@ def test_only_the_boundary_catches_broadly() -> None:
         if isinstance(node, ast.ExceptHandler) and keeps(node)
     }
     assert keeping == {"boundary.py"}
-
-
-STOCK_KERNELS = """
-import json, pathlib, sys
-import torch
-from lora_grpo.adapters.peft_format import ServingForm
-from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.engines import compat
-from lora_grpo.engines.local import lora_kernels
-from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.types import Sampling
-from tests.conftest import ENGINE_ARGS
-from tests.tiny_models import load_model, refill_lora, tiny_lora
-
-directory, root = map(pathlib.Path, sys.argv[1:])
-engine = VLLMEngine(directory, max_lora_rank=16, cpu_lora_kernels=False, **ENGINE_ARGS)
-model = tiny_lora(load_model(directory), r=8)
-form = ServingForm(model, "default", torch.bfloat16)
-with AdapterStore(root) as store:
-    versions = []
-    for seed in range(2):
-        refill_lora(model, scale=0.3, seed=seed)
-        versions.append(store.publish(form.files(), step=seed))
-        engine.load(versions[-1])
-    asked = [None, versions[0], versions[1], None]
-
-    def tokens(prompts, adapters):
-        groups = engine.generate(prompts, Sampling(max_tokens=8, temperature=0.0), adapter=adapters)
-        return [group.completions[0].token_ids for group in groups]
-
-    prompt = list(range(100, 112))
-    alone = [tokens([prompt], [adapter])[0] for adapter in asked]
-    apart = tokens([prompt] * 4, asked)
-    engine._mixes_base = True
-    mixed = tokens([prompt] * 4, asked)
-    installed = bool(lora_kernels._installed)
-    engine.close()
-    engine.close()
-    print(json.dumps({"installed": installed, "safe": compat.base_rows_are_safe(), "alone": alone, "apart": apart,
-                      "mixed": mixed}))
-"""
-
-
-def test_without_our_kernels_base_rows_are_kept_apart(llama_dir: Path, shm_dir: Path) -> None:
-    """Before 0.33, vLLM's own CPU kernels give base rows of a mixed batch the last slot's adapter.
-
-    In a process of its own, since the kernels are replaced for a whole process.
-    """
-    command = [sys.executable, "-c", STOCK_KERNELS, str(llama_dir), str(shm_dir / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert not found["installed"]
-    assert found["apart"] == found["alone"]
-    assert found["safe"] or found["mixed"] != found["alone"], "the case that this test is about did not arise"

@@ -20,6 +20,13 @@ BATCHES = {
     "decode": [2, 0, 1, -1],
     "base alone": [-1, -1, -1],
 }
+STOCK_BATCHES = {
+    "one adapter": [1] * 6,
+    "blocks": [2, 2, 2, 0, 0, 1],
+    "interleaved": [0, 2, 1, 1, 0, 2, 0],
+    "more rows than the compiled call takes": [1] * (FEW_ROWS // 2) + [0] + [1] * (FEW_ROWS // 2),
+}
+"""Before 0.33 vLLM gives the rows of the base the last slot's adapter: there is nothing to compare them with."""
 
 
 def apply_segments(
@@ -151,7 +158,7 @@ def stock_wrapper(slots: list[int], *, prefill: bool) -> Any:
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    wrapper = PunicaWrapperCPU(64, 64, "cpu")
+    wrapper = PunicaWrapperCPU(256, 256, "cpu")
     ids = tuple(slot + 1 for slot in slots)
     mapping = LoRAMapping(index_mapping=ids, prompt_mapping=ids, is_prefill=prefill)
     wrapper.update_metadata(mapping, [1, 2, 3], SLOTS, 260)
@@ -161,12 +168,13 @@ def stock_wrapper(slots: list[int], *, prefill: bool) -> Any:
 @pytest.mark.vllm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prefill", [True, False], ids=["prefill", "decode"])
+@pytest.mark.parametrize("ranks", [(RANK,) * SLOTS, (1, 4, RANK)], ids=["full ranks", "ranks below the slots'"])
 @pytest.mark.parametrize("sizes", FUSIONS.values(), ids=FUSIONS)
+@pytest.mark.parametrize("slots", STOCK_BATCHES.values(), ids=STOCK_BATCHES)
 def test_vllms_own_kernels_agree_on_batches_without_base_rows(
-    sizes: tuple[int, ...], prefill: bool, dtype: torch.dtype
+    slots: list[int], sizes: tuple[int, ...], ranks: tuple[int, ...], prefill: bool, dtype: torch.dtype
 ) -> None:
-    slots = [2, 2, 2, 0, 0, 1]
-    a, b = stacks(sizes, dtype)
+    a, b = stacks(sizes, dtype, ranks)
     y, x = batch(slots, sum(sizes), dtype)
     stock = y.clone()
     wrapper = stock_wrapper(slots, prefill=prefill)
@@ -179,4 +187,6 @@ def test_vllms_own_kernels_agree_on_batches_without_base_rows(
     apply_segments(y, x, a, b, 1.0, sizes, segments_of(wrapper.token_lora_indices))
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
     torch.testing.assert_close(y, stock, **tolerance)
-    assert (stock - batch(slots, sum(sizes), dtype)[0]).abs().mean() > 0.3
+    moved = (stock - batch(slots, sum(sizes), dtype)[0]).abs().mean(dim=1)
+    assert moved.min() > 2 * (y - stock).abs().mean()
+    assert moved.mean() > 0.1

@@ -3,12 +3,17 @@
 The stock path gathers a full copy of A and B for every token, which makes decoding 2-3x and prefill 5-6x slower than
 the base, and before 0.33 it gives base rows of a mixed batch the last slot's adapter. Here the rows of each adapter
 go through two plain products, and base rows through none; few rows (decoding) through both in one call of our own.
+
+Upstream `segments_of` and `LayerSlots` could take the place of the gathering as they are: they need the stacked slots
+and the batch's slot indices, which vLLM's wrapper is given anyway, and PyTorch. The compiled call is an addition.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
@@ -27,8 +32,6 @@ Rows: TypeAlias = slice | torch.Tensor
 
 Stacks: TypeAlias = tuple[torch.Tensor, ...]
 """One tensor a slice of a fused layer: A (slots, 1, rank, in), or B (slots, 1, out, rank)."""
-
-_installed: list[type] = []
 
 _layers: WeakValueDictionary[int, LayerKernels] = WeakValueDictionary()
 """Layers by the address of their first stacked A, which is theirs as long as they live."""
@@ -49,37 +52,46 @@ _library.impl("add_cpu_lora", _add_cpu_lora, "CPU")
 torch.library.register_fake("lora_grpo::add_cpu_lora", lambda *_: None, lib=_library)
 
 
-def install() -> bool:
-    """Replace the CPU wrapper's linear LoRA for the whole process; returns whether it is in place.
+def applies() -> bool:
+    """Whether these kernels replace vLLM's: on its CPU backend, in a release that they were tested with."""
+    return compat.is_cpu() and compat.vllm_release() in TESTED
 
-    Does nothing on another platform or on a release that it was not tested with.
-    """
-    if _installed:
-        return True
-    if not compat.is_cpu() or compat.vllm_release() not in TESTED:
-        return False
-    wrapper = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu").PunicaWrapperCPU
+
+@contextmanager
+def products_by_segment(wanted: bool) -> Iterator[None]:
+    """Engines that start within compute the LoRA of linear layers so; others, before and after, do not."""
+    if not wanted:
+        yield
+        return
     linear = importlib.import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA
     fused = importlib.import_module("vllm.lora.layers.column_parallel_linear").MergedColumnParallelLinearWithLoRA
-    stock_update, stock_create = wrapper.update_metadata, fused.create_lora_weights
+    stock_create, stock_mapping = fused.create_lora_weights, linear.set_mapping
 
     def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_create(self, *args, **kwargs)
         self.lora_a_stacked = adjoin(self.lora_a_stacked)
 
-    def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
-        stock_update(self, *args, **kwargs)
-        self.lora_segments = segments_of(self.token_lora_indices)
-
     def set_mapping(self: Any, punica_wrapper: Any) -> None:
+        if "lora_segments" not in vars(punica_wrapper):
+            _follow(punica_wrapper)
         self.punica_wrapper = LayerKernels(self, punica_wrapper)
 
-    fused.create_lora_weights = create_lora_weights
-    wrapper.update_metadata = update_metadata
-    wrapper.lora_segments = []
-    linear.set_mapping = set_mapping
-    _installed.append(wrapper)
-    return True
+    fused.create_lora_weights, linear.set_mapping = create_lora_weights, set_mapping
+    try:
+        yield
+    finally:
+        fused.create_lora_weights, linear.set_mapping = stock_create, stock_mapping
+
+
+def _follow(wrapper: Any) -> None:
+    """Have a wrapper keep the segments of its current batch."""
+    stock_update = wrapper.update_metadata
+
+    def update_metadata(*args: Any, **kwargs: Any) -> None:
+        stock_update(*args, **kwargs)
+        wrapper.lora_segments = segments_of(wrapper.token_lora_indices)
+
+    wrapper.update_metadata, wrapper.lora_segments = update_metadata, []
 
 
 class LayerKernels:

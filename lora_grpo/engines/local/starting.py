@@ -49,7 +49,7 @@ def start_llm(
         check_shareable(arguments)
     if plain_lora_gemm:
         arguments = lora_gemm.engine_arguments(arguments)
-    kernels = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.install()
+    kernels = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.applies()
     compiles = kernels and not share_base_weights and not arguments.get("enforce_eager") and can_compile()
     if compiles:
         arguments = engine_arguments(arguments)
@@ -66,6 +66,7 @@ def start_llm(
         vllm_boundary(f"start on {model}"),
         plain_cpu_weights(share_base_weights and compat.is_cpu()),
         lora_gemm.plain_products(plain_lora_gemm),
+        lora_kernels.products_by_segment(kernels),
         compiled_with_lora(compiles),
     ):
         llm = vllm.LLM(
