@@ -46,6 +46,14 @@ def engine(llama_dir: Path) -> Iterator[VLLMEngine]:
     engine.close()
 
 
+@pytest.fixture(scope="module")
+def written(llama_dir: Path) -> Iterator[VLLMEngine]:
+    """One whose weights may be written to."""
+    engine = shared_engine(llama_dir)
+    yield engine
+    engine.close()
+
+
 def gradients(base: Any) -> dict[str, torch.Tensor]:
     """Gradients of an adapter's A and B for a fixed loss."""
     model = tiny_lora(base, r=8, scale=0.3).train()
@@ -168,7 +176,28 @@ def test_a_deep_copy_is_an_ordinary_model(engine: VLLMEngine) -> None:
     assert engine.shared_model().model.layers[0].mlp.down_proj.weight.any()
 
 
-def test_a_write_that_went_around_the_guard_stops_the_next_push(llama_dir: Path, shm_dir: Path) -> None:
+AROUND: dict[str, Callable[[Any], object]] = {
+    "detach": lambda p: p.detach().add_(0.01),
+    "a view": lambda p: p.view(-1).add_(0.01),
+    "a row": lambda p: p[0].zero_(),
+    "out=": lambda p: torch.add(p, 0.01, out=p),
+    "foreach": lambda p: torch._foreach_mul_([p], 2.0),
+}
+
+
+@pytest.mark.parametrize("write", AROUND.values(), ids=AROUND)
+def test_a_write_that_went_around_the_guard_is_found(
+    written: VLLMEngine, write: Callable[[FrozenParameter], object]
+) -> None:
+    shared = SharedBase(written._llm)
+    shared.check_untouched()
+    parameter = shared.model.model.layers[0].mlp.down_proj.weight
+    write(parameter)
+    with pytest.raises(DeliveryError, match=r"model\.layers\.0\.mlp\.down_proj\.weight.*was written to"):
+        shared.check_untouched()
+
+
+def test_such_a_write_stops_the_next_push(llama_dir: Path, shm_dir: Path) -> None:
     engine = shared_engine(llama_dir)
     try:
         model = tiny_lora(engine.shared_model(), r=8)
@@ -195,6 +224,24 @@ def test_weights_that_the_engine_replaced_stop_the_next_load(llama_dir: Path) ->
             shared.check_untouched()
     finally:
         engine.close()
+
+
+UPDATES: dict[str, Callable[[Any], object]] = {
+    "the model": lambda llm: compat.runner(llm).get_model().load_weights([("model.norm.weight", torch.zeros(64))]),
+    "the runner": lambda llm: compat.runner(llm).reload_weights(),
+    "the worker": lambda llm: llm.collective_rpc("reload_weights"),
+    "a transfer": lambda llm: llm.collective_rpc("update_weights", args=({},)),
+}
+
+
+@pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
+def test_vllms_own_weight_updates_are_refused(engine: VLLMEngine, update: Callable[[Any], object]) -> None:
+    """They write through `.data`, which no version counter sees, to what the trainer computes with."""
+    model = engine.shared_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ConfigError, match="the trainer's base is a view of them"):
+        update(engine._llm)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 REFUSED = {
@@ -225,9 +272,48 @@ def test_a_prepacked_engine_is_refused(llama_engine: VLLMEngine) -> None:
         llama_engine.shared_model()
 
 
-def test_a_quantized_engine_is_refused(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._llm.llm_engine.vllm_config, "quant_config", object())
-    with pytest.raises(UnsupportedAdapter, match="its weights are quantized"):
+UNSHAREABLE: dict[str, tuple[Callable[[pytest.MonkeyPatch, VLLMEngine], object], str]] = {
+    "quantized": (lambda patch, engine: patch.setattr(config(engine), "quant_config", object()), "are quantized"),
+    "split": (
+        lambda patch, engine: patch.setattr(config(engine).parallel_config, "world_size", 2),
+        "are split over processes",
+    ),
+    "can sleep": (
+        lambda patch, engine: patch.setattr(config(engine).model_config, "enable_sleep_mode", True),
+        "it can sleep",
+    ),
+    "transformers in vLLM": (
+        lambda patch, _: patch.setattr(
+            compat, "runner", lambda _: SimpleNamespace(get_model=type("TransformersForCausalLM", (nn.Module,), {}))
+        ),
+        "vLLM's wrapper of a transformers model",
+    ),
+    "inference tensors": (
+        lambda patch, engine: patch.setattr(compat, "base_parameters", lambda _: [("norm", inference_tensor())]),
+        "inference tensors",
+    ),
+}
+
+
+def config(engine: VLLMEngine) -> Any:
+    return engine._llm.llm_engine.vllm_config
+
+
+def inference_tensor() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(2)
+
+
+@pytest.mark.parametrize(("change", "message"), UNSHAREABLE.values(), ids=UNSHAREABLE)
+def test_an_engine_whose_weights_cannot_be_shared_is_refused(
+    change: Callable[[pytest.MonkeyPatch, VLLMEngine], object],
+    message: str,
+    engine: VLLMEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    SharedBase(engine._llm)
+    change(monkeypatch, engine)
+    with pytest.raises(UnsupportedAdapter, match=message):
         SharedBase(engine._llm)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -268,6 +268,20 @@ def base_parameters(llm: Any) -> Iterable[tuple[str, Any]]:
     """The base's parameters under their names without the LoRA wrappers'."""
     model = runner(llm).get_model()
     return ((name.replace(".base_layer.", "."), parameter) for name, parameter in model.named_parameters())
+
+
+def refuse_weight_updates(llm: Any, refuse: Callable[..., None]) -> None:
+    """From now on vLLM's own ways to write to the base's weights call `refuse` with what they were given."""
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    owners = {
+        runner(llm).get_model(): ("load_weights",),
+        runner(llm): ("reload_weights",),
+        worker: ("reload_weights", "reset_weights", "start_weight_update", "update_weights"),
+    }
+    for owner, names in owners.items():
+        for name in names:
+            if hasattr(owner, name):
+                setattr(owner, name, refuse)
 
 
 def abort_everything(llm: Any) -> None:

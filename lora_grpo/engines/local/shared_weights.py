@@ -43,11 +43,13 @@ class SharedBase:
         self._tensors = {name: p.detach() for name, p in self.model.named_parameters()}
         self._writes = {name: tensor._version for name, tensor in self._tensors.items()}
         self._places = {name: parameter.data_ptr() for name, parameter in served.items()}
+        compat.refuse_weight_updates(llm, _refuse_update)
 
     def check_untouched(self) -> None:
         """Raises `DeliveryError` when the shared weights were written to, or the engine has put others in their place.
 
-        Sees what autograd's version counters see: in-place writes through any view that is not `.data`.
+        Sees what autograd's version counters see: in-place writes through any view that is not `.data`. vLLM's own
+        loaders write through `.data`, and are refused when they are called.
         """
         for name, tensor in self._tensors.items():
             if tensor._version != self._writes[name]:
@@ -115,6 +117,13 @@ def check_same_function(engine: Engine, model: nn.Module) -> None:
             f"the engine's weights cannot be shared: the transformers model on them differs by {gap:.3f} nats a token "
             f"(at most {MAX_BASE_NOISE_NATS}); {_OWN_COPY}"
         )
+
+
+def _refuse_update(*_: Any, **__: Any) -> None:
+    raise ConfigError(
+        "vLLM was to load or update weights, but the trainer's base is a view of them: it would change unseen. Close "
+        "both and start anew on the new checkpoint, or " + _OWN_COPY
+    )
 
 
 def _check_engine(llm: Any) -> None:
