@@ -102,6 +102,22 @@ def test_hopper_is_refused_where_the_kernel_cannot_be_mended(missing: str) -> No
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize(("version", "stages"), [("0.32.0", 1), ("0.33.0", 2), ("0.99.0", 2)])
+def test_a_servers_own_process_is_mended(version: str, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM calls the entry point in each of its processes; a release that is not known here goes on as it is."""
+    from lora_grpo.engines import hopper
+    from lora_grpo.engines.resolver import URL_VARIABLE, register
+
+    module = expand_module()
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
+    monkeypatch.setattr(compat.importlib.metadata, "version", lambda _: version)
+    monkeypatch.setattr(compat, "compute_capability", lambda: HOPPER)
+    monkeypatch.setitem(sys.modules, hopper._KERNEL, module)
+    register()
+    assert module.get_lora_op_configs()["num_stages"] == stages
+
+
+@pytest.mark.vllm
 def test_the_installed_release_has_what_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real module: its launcher reads the settings by the name that is replaced, as a global of the module."""
     from vllm.lora.ops.triton_ops import lora_expand_op

@@ -12,7 +12,7 @@ from lora_grpo.bench import shapes
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.errors import ConfigError
 from lora_grpo.trainer.memory import estimate_memory, require_memory
-from lora_grpo.trainer.models import planned_memory
+from lora_grpo.trainer.models import expects_one_copy, planned_memory
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +56,16 @@ def test_a_run_that_shares_plans_with_one_copy(tiny: Path) -> None:
     wanted = (ModelConfig(name=str(tiny)), LoraConfig(r=8, target_modules=["o_proj"]), EngineConfig(max_model_len=64))
     assert planned_memory(*wanted).trainer_base_bytes > 0
     assert planned_memory(*wanted, shared_base=True).trainer_base_bytes == 0
+
+
+def test_auto_plans_with_one_copy_where_it_will_be_taken(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that fits only once must not be refused for the copy that "auto" will not make."""
+    model, engine = ModelConfig(name=str(tiny)), EngineConfig()
+    assert expects_one_copy(True, model, engine)
+    assert not expects_one_copy("auto", model, engine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert expects_one_copy("auto", model, engine)
+    assert not expects_one_copy(False, model, engine)
+    assert not expects_one_copy("auto", model.replace(dtype="float32"), engine)
+    assert not expects_one_copy("auto", model, EngineConfig(urls=["http://127.0.0.1:8000"]))
+    assert not expects_one_copy("auto", torch.nn.Linear(1, 1), engine)

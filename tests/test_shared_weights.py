@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from lora_grpo.adapters.store import AdapterStore
@@ -22,6 +23,7 @@ from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.local import shared_weights
 from lora_grpo.engines.local.frozen import FrozenParameter
 from lora_grpo.engines.local.shared_weights import SharedBase, check_shareable
+from lora_grpo.engines.local.targets import linear_leaves
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.sync import NativeSync
@@ -385,15 +387,38 @@ def test_the_trainers_choice(engine: VLLMEngine, llama_dir: Path, monkeypatch: p
 
 
 def test_a_policy_on_the_shared_base_has_a_trainable_adapter_only(engine: VLLMEngine, llama_dir: Path) -> None:
-    from peft import LoraConfig
-
     config = LoraConfig(r=8, target_modules=["q_proj", "model.layers.0.mlp.up_proj"], task_type="CAUSAL_LM")
     name = ModelConfig(name=str(llama_dir))
     policy = build_policy_model(name, config, 0, engine.shared_model())
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
     assert all("lora_" in name for name, p in policy.named_parameters() if p.requires_grad)
     assert adapted_leaves(name, config) == ["q_proj", "up_proj"] == adapted_leaves(policy, None)
-    assert adapted_leaves(name, LoraConfig(target_modules="all-linear")) is None
+
+
+TARGETS: dict[str, tuple[Any, list[str] | None]] = {
+    "all": ("all-linear", None),
+    "names": (["q_proj", "model.layers.0.mlp.up_proj"], ["q_proj", "up_proj"]),
+    "a regular expression": (r".*layers\.1\.(self_attn\.[kv]_proj|mlp\.down_proj)", ["down_proj", "k_proj", "v_proj"]),
+    "PEFT's choice": (None, ["q_proj", "v_proj"]),
+}
+
+
+@pytest.mark.parametrize(("targets", "leaves"), TARGETS.values(), ids=TARGETS)
+def test_only_what_is_adapted_will_be_wrapped(targets: Any, leaves: list[str] | None, llama_dir: Path) -> None:
+    config = LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM")
+    name = ModelConfig(name=str(llama_dir))
+    assert adapted_leaves(name, config) == leaves
+    assert config.target_modules == LoraConfig(target_modules=targets).target_modules
+    built = build_policy_model(name, config, 0)
+    adapted = {
+        path.partition(".lora_A")[0].rsplit(".", 1)[-1] for path, _ in built.named_parameters() if "lora_A" in path
+    }
+    assert adapted == set(leaves or linear_leaves(llama_dir))
+
+
+def test_a_target_that_fits_nothing_is_refused_before_the_engine_starts(llama_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"target_modules='no_such_layer'"):
+        adapted_leaves(ModelConfig(name=str(llama_dir)), LoraConfig(target_modules="no_such_layer"))
 
 
 MEASURE = """

@@ -82,6 +82,16 @@ def import_vllm() -> ModuleType:
     return vllm
 
 
+def mend_server() -> None:
+    """For a process that vLLM itself started: what `import_vllm` mends, in a release that is known. Another one is
+    left alone, whose server may be nobody's concern here."""
+    try:
+        release = vllm_release()
+    except UnsupportedVersion:
+        return
+    mend_kernels(release, compute_capability())
+
+
 def default_environment(release: tuple[int, int]) -> dict[str, str]:
     """vLLM's environment switches that differ from its own defaults; what the user has set wins."""
     switches = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}

@@ -1,7 +1,7 @@
 """A vLLM LoRA resolver: a server asked for the model `RUN@NUMBER` pulls that version from the trainer's store.
 
 For replicas that share no disk with the trainer. vLLM finds it by its entry point, `lora_grpo_store_resolver` in the
-group `vllm.general_plugins`, wherever this package is installed; it does nothing unless LORA_GRPO_STORE_URL is set:
+group `vllm.general_plugins`, wherever this package is installed. It pulls nothing unless LORA_GRPO_STORE_URL is set:
 
     LORA_GRPO_STORE_URL            the store server's address, such as http://trainer:8731
     LORA_GRPO_STORE_TOKEN_FILE     a file with its token (or LORA_GRPO_STORE_TOKEN: the token itself)
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.naming import parse_served_name, served_name
+from lora_grpo.engines import compat
 from lora_grpo.errors import ConfigError, LoraGrpoError
 from lora_grpo.remote.cache import MIB, ReplicaCache
 from lora_grpo.remote.client import StoreClient
@@ -44,8 +45,10 @@ CACHE_MIB_VARIABLE = "LORA_GRPO_STORE_CACHE_MIB"
 def register() -> None:
     """The entry point; vLLM calls it in each of its processes. Only the one that answers requests will pull.
 
-    Raises `ConfigError` for settings that cannot work, which stops the server's start.
+    In each, a LoRA kernel that gives NaN on Hopper GPUs is mended. Raises `ConfigError` for settings that cannot work,
+    which stops the server's start.
     """
+    compat.mend_server()
     settings = Settings.from_environment()
     if settings is None:
         return

@@ -31,6 +31,7 @@ from lora_grpo.trainer.models import (
     build_policy_model,
     check_same_device,
     check_same_vocabulary,
+    expects_one_copy,
     lora_rank,
     pad_token_id,
     planned_memory,
@@ -81,8 +82,8 @@ def assemble(
     if any(processes.gather(engine is not None)):
         engine = None if engine is None else taken_over(closing, engine, config, built=False)
     else:
-        shares, sized = share_base_weights is True, with_room(engine_config, config.max_staleness)
-        start = _prepared(reporter, model, peft_config, sized, shares=shares, processes=processes)
+        sized = with_room(engine_config, config.max_staleness)
+        start = _prepared(reporter, model, peft_config, sized, share_base_weights, processes)
         here = crew.leads or not sized.urls
         engine = processes.each(lambda: taken_over(closing, start(), config, built=True) if here else None)
     with reporter.capture():
@@ -137,15 +138,15 @@ def _prepared(
     model: ModelConfig | nn.Module,
     peft_config: Any,
     engine_config: EngineConfig,
-    *,
-    shares: bool,
+    sharing: Sharing,
     processes: Processes,
 ) -> Callable[[], Engine]:
     """How to start the engine. All that can be found wrong before is, in every process: engines in the trainers' own
     wait for each other while they start, and one that never began would keep the others waiting."""
 
     def check() -> tuple[int, list[str] | None]:
-        reporter.message(f"memory: {planned_memory(model, peft_config, engine_config, shared_base=shares)}")
+        one_copy = expects_one_copy(sharing, model, engine_config)
+        reporter.message(f"memory: {planned_memory(model, peft_config, engine_config, shared_base=one_copy)}")
         reporter.message("starting the engine")
         return lora_rank(model, peft_config), adapted_leaves(model, peft_config)
 
@@ -153,7 +154,7 @@ def _prepared(
 
     def start() -> Engine:
         with reporter.capture():
-            return build_engine(model, engine_config, rank, targets=targets, share_base_weights=shares)
+            return build_engine(model, engine_config, rank, targets=targets, share_base_weights=sharing is True)
 
     return start
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +16,7 @@ from lora_grpo.adapters.checks import active_adapter, check_servable
 from lora_grpo.adapters.peft_format import lora_modules, peft_model_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
+from lora_grpo.engines.local.targets import skeleton
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate_memory, require_memory
 
@@ -41,14 +43,12 @@ def planned_memory(
     model: ModelConfig | nn.Module, peft_config: Any, config: EngineConfig, *, shared_base: bool = False
 ) -> MemoryEstimate:
     """The run's estimate; raises `ConfigError` when it does not fit where it will run."""
-    lora = _lora_config(model, peft_config)
-    targets = None if isinstance(lora.target_modules, str | None) else set(lora.target_modules)
-    rank = max([lora.r, *lora.rank_pattern.values()])
+    leaves, rank = adapted_leaves(model, peft_config), lora_rank(model, peft_config)
     checkpoint = checkpoint_of(model)
     estimate = estimate_memory(
         checkpoint.name,
         rank=rank,
-        targets=targets,
+        targets=None if leaves is None else set(leaves),
         slots=config.max_loras,
         max_lora_rank=config.max_lora_rank or rank,
         trainer_dtype=torch.bfloat16 if checkpoint.dtype == "auto" else getattr(torch, checkpoint.dtype),
@@ -142,6 +142,12 @@ def lora_rank(model: ModelConfig | nn.Module, peft_config: Any) -> int:
     return max([config.r, *config.rank_pattern.values()])
 
 
+def expects_one_copy(choice: Sharing, model: ModelConfig | nn.Module, config: EngineConfig) -> bool:
+    """Whether memory is planned for one copy of the base: "auto" hopes for it where nothing known stands against it."""
+    same_dtype = isinstance(model, ModelConfig) and model.dtype == config.dtype
+    return choice is True or (_may_share(choice, model) and same_dtype and not config.urls)
+
+
 def shared_base(
     choice: Sharing, model: ModelConfig | nn.Module, engine: Engine, tell: Callable[[str], None]
 ) -> Any | None:
@@ -150,7 +156,7 @@ def shared_base(
     "auto" takes them on CUDA, where that costs nothing, if they are in the dtype that the trainer's base would have;
     else it goes on with a copy and tells why. True raises `ConfigError` or `UnsupportedAdapter` with the reason.
     """
-    if choice is False or (choice == "auto" and not (isinstance(model, ModelConfig) and torch.cuda.is_available())):
+    if not (choice is True or _may_share(choice, model)):
         return None
     try:
         return _shared_base(model, engine)
@@ -159,6 +165,10 @@ def shared_base(
             raise
         tell(f"the trainer has its own copy of the base: {reason}")
         return None
+
+
+def _may_share(choice: Sharing, model: ModelConfig | nn.Module) -> bool:
+    return choice == "auto" and isinstance(model, ModelConfig) and torch.cuda.is_available()
 
 
 def _shared_base(model: ModelConfig | nn.Module, engine: Engine) -> Any:
@@ -182,15 +192,26 @@ def _shared_base(model: ModelConfig | nn.Module, engine: Engine) -> Any:
 
 
 def adapted_leaves(model: ModelConfig | nn.Module, peft_config: Any) -> list[str] | None:
-    """Last names of the layers to be adapted; None where only the built model could tell (all-linear, a regex)."""
+    """Last names of the layers to be adapted; None for all linear ones, which is the engine's own default."""
     if isinstance(model, nn.Module):
         names: Iterable[str] = [module.path for module in lora_modules(model, active_adapter(model))]
     else:
-        targets = _lora_config(model, peft_config).target_modules
-        if targets is None or isinstance(targets, str):
+        config = _lora_config(model, peft_config)
+        if config.target_modules == "all-linear":
             return None
-        names = targets
+        names = config.target_modules
+        if names is None or isinstance(names, str):
+            names = _targeted(model, config)
     return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def _targeted(model: ModelConfig, config: LoraConfig) -> list[str]:
+    """The layers that PEFT adapts by a regular expression, or by its own choice for the architecture."""
+    empty = skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    try:
+        return get_peft_model(empty, deepcopy(config), low_cpu_mem_usage=True).targeted_module_names
+    except ValueError as error:
+        raise ConfigError(f"target_modules={config.target_modules!r} on {model.name}: {error}") from error
 
 
 def check_same_device(model: nn.Module, engine: Engine) -> None:

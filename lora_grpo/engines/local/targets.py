@@ -18,18 +18,23 @@ def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remot
     A wrapped layer costs a kernel at every token whether or not an adapter uses it, and vLLM's wrapped heads drop
     their LoRA from prompt log-probs.
     """
-    try:
-        config: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{model} is no model directory or hub name that can be read: {error}") from error
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    head = skeleton.get_output_embeddings()
+    built = skeleton(model, revision=revision, trust_remote_code=trust_remote_code)
+    head = built.get_output_embeddings()
     leaves = {
         name.rsplit(".", 1)[-1]
-        for name, module in skeleton.named_modules()
+        for name, module in built.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
     if not leaves:
         raise ConfigError(f"{model} has no linear layer to adapt; name the layers with target_modules=[...]")
     return sorted(leaves)
+
+
+def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's transformers model without memory, from its config. Raises `ConfigError` where there is none."""
+    try:
+        config: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model} is no model directory or hub name that can be read: {error}") from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
