@@ -21,7 +21,7 @@ from lora_grpo.bench.report import findings, update_readme, write_report
 from lora_grpo.bench.runner import Partial
 from lora_grpo.bench.scenario import plan_parts
 from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, Document, EnduranceRow, MemoryRow, Settings, SyncRow
-from lora_grpo.bench.strategies import STRATEGIES, load_strategy
+from lora_grpo.bench.strategies import OTHER_KERNELS, STRATEGIES, load_strategy
 from lora_grpo.bench.strategies.trainer import Trainer
 from lora_grpo.bench.suite import in_turn
 from lora_grpo.bench.timing import percentile_95
@@ -391,11 +391,12 @@ def test_short_batches_are_taken_more_often(monkeypatch: pytest.MonkeyPatch, lea
     assert seconds == {"8": {"1": [0.25] * taken, "24": [0.25] * taken}}
 
 
-def test_the_plain_products_are_checked_where_they_are_timed() -> None:
-    settings = plan_parts("decode", None, {"shape": "tiny", "strategies": ("native", "native-gemm")})["decode"]
+@pytest.mark.parametrize("name", OTHER_KERNELS)
+def test_other_kernels_are_checked_where_they_are_timed(name: str) -> None:
+    settings = plan_parts("decode", None, {"shape": "tiny", "strategies": ("native", name)})["decode"]
     timed, truth = decode.cells(settings, subject())
-    assert [one.strategy for one in timed.subjects] == ["native", "native-gemm"]
-    assert (truth.table, [one.strategy for one in truth.subjects]) == ("truth", ["native-gemm"])
+    assert [one.strategy for one in timed.subjects] == ["native", name]
+    assert (truth.table, [one.strategy for one in truth.subjects]) == ("truth", [name])
 
 
 def test_each_strategy_starts_once() -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from lora_grpo.bench.scenario import plan_parts
+from lora_grpo.bench.strategies import OTHER_KERNELS
 from tests.test_parity import ARCHITECTURES
 
 REPOSITORY = Path(__file__).parent.parent
@@ -95,11 +97,12 @@ def test_the_dry_run(tmp_path: Path) -> None:
 def test_the_plan(run: ModuleType, device: str, tmp_path: Path) -> None:
     """In order, each further shape after everything with the first; each with settings of its own shape."""
     planned = run.plan(tmp_path, device, list(SHAPES), None, tmp_path / "models")
-    alone = ["parity-graphs", "parity-sleep"] if device != "cpu" else []
-    first = ["card", *PARITY, *alone, "nan", *(f"{kind}-{SHAPES[0]}" for kind in MEASURED), "demo"]
-    further = [f"{kind}-{shape}" for shape in SHAPES[1:] for kind in MEASURED]
+    alone = ["parity-graphs", "parity-sleep", "parity-gemm"] if device != "cpu" else []
+    kinds = [*MEASURED, *(["tune", "kernels"] if device != "cpu" else [])]
+    first = ["card", *PARITY, *alone, "nan", *(f"{kind}-{SHAPES[0]}" for kind in kinds), "demo"]
+    further = [f"{kind}-{shape}" for shape in SHAPES[1:] for kind in kinds]
     assert [part.name for part in planned] == first + further
-    assert {part.kind for part in planned} == {"card", "parity", "nan", *MEASURED, "demo"}
+    assert {part.kind for part in planned} == {"card", "parity", "nan", *kinds, "demo"}
     for part in planned:
         words = part.command
         if part.kind in MEASURED:
@@ -107,7 +110,11 @@ def test_the_plan(run: ModuleType, device: str, tmp_path: Path) -> None:
             tables = tomllib.loads(Path(words[words.index("--scenario") + 1]).read_text())
             assert (words[words.index("--shape") + 1], tables["all"]["shape"]) == (shape, shape)
             assert part.kind in tables
-        if part.kind != "demo":
+        if part.kind == "kernels":
+            path = Path(words[words.index("--scenario") + 1])
+            settings = plan_parts("decode", path, {"shape": words[words.index("--shape") + 1]})["decode"]
+            assert settings.strategies == ("native", *(name for name in OTHER_KERNELS if name != "native-stock"))
+        if part.kind not in ("demo", "tune"):
             assert device in words
     with pytest.raises(LookupError, match=r"no scenarios/gpu-\*\.toml measures memory with shape 'huge'"):
         run.plan(tmp_path, device, ["huge"], None, tmp_path)
@@ -117,10 +124,10 @@ def test_the_plan(run: ModuleType, device: str, tmp_path: Path) -> None:
 def test_each_architecture_is_a_part_and_none_is_left_out(run: ModuleType, tmp_path: Path) -> None:
     """A suite that time runs out for is then run again by itself, and not with four others."""
     planned = run.plan(tmp_path, "cuda:0", ["tiny"], None, tmp_path)
-    suites = ("tests/test_parity.py", "tests/test_gpu_sleep.py")
+    suites = ("tests/test_parity.py", "tests/test_gpu_sleep.py", "tests/test_lora_gemm.py")
     whole = [*suites, "-q", "--device", "cuda:0"]
     every, *chosen = collected([whole, *(list(part.command[3:]) for part in planned if part.kind == "parity")])
-    assert len(chosen) == len(ARCHITECTURES) + 2
+    assert len(chosen) == len(ARCHITECTURES) + 3
     assert all(chosen)
     assert sorted(name for names in chosen for name in names) == sorted(every)
 

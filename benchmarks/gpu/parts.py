@@ -17,9 +17,11 @@ REPOSITORY = HERE.parents[1]
 SCENARIOS = REPOSITORY / "benchmarks" / "scenarios"
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma")
 """Those of tests/test_parity.py, a part each: one that is cut off leaves the others."""
-PARITY = (*(f"parity-{name}" for name in ARCHITECTURES), "parity-graphs", "parity-sleep")
+PARITY = (*(f"parity-{name}" for name in ARCHITECTURES), "parity-graphs", "parity-sleep", "parity-gemm")
 MEASURED = ("memory", "sync", "decode", "step", "rollback")
-KINDS = ("card", "parity", "nan", *MEASURED, "demo")
+KERNELS = ("tune", "kernels")
+"""With each shape, on a GPU only: launch settings for vLLM's kernels, and what decoding gains by them and otherwise."""
+KINDS = ("card", "parity", "nan", *MEASURED, *KERNELS, "demo")
 DEMO_STEPS = {"cpu": 3, "cuda": 30}
 
 
@@ -37,9 +39,23 @@ def plan(out: Path, device: str, shapes: Sequence[str], select: str | None, mode
     """Everything with the first shape, then what is measured with each further one."""
     card = Part("card", "card", [sys.executable, str(HERE / "card.py"), device], last_json)
     suites = list(_suites(out, device, select))
-    measured = [[_bench(kind, shape, out, device, models) for kind in MEASURED] for shape in shapes]
+    measured = [[*_measured(shape, out, device, models)] for shape in shapes]
     further = [part for parts in measured[1:] for part in parts]
     return [card, *suites, *measured[0], _demo(out, device), *further]
+
+
+def tuned_folder(out: Path) -> Path:
+    """Where launch settings are left for the parts that come after."""
+    return out / "tuned"
+
+
+def _measured(shape: str, out: Path, device: str, models: Path) -> Iterator[Part]:
+    for kind in MEASURED:
+        yield _bench(kind, kind, shape, scenario_of(shape, kind), out, device, models)
+    if device != "cpu":
+        command = [sys.executable, str(HERE / "tune.py"), "--shape", shape, "--out", str(tuned_folder(out))]
+        yield Part(f"tune-{shape}", "tune", command, last_json)
+        yield _bench("kernels", "decode", shape, SCENARIOS / "kernels.toml", out, device, models)
 
 
 def scenario_of(shape: str, kind: str) -> Path:
@@ -52,13 +68,14 @@ def scenario_of(shape: str, kind: str) -> Path:
 
 
 def _suites(out: Path, device: str, select: str | None) -> Iterator[Part]:
-    """Parity by architecture; with CUDA graphs and asleep where there is a GPU; the hunt for NaN."""
+    """Parity by architecture; with CUDA graphs, asleep and by plain products where there is a GPU; the NaN hunt."""
     tests = "tests/test_parity.py"
     for name in ARCHITECTURES:
         yield _suite(f"parity-{name}", "parity", tests, out, device, f"{name} and not graphs", select)
     if device != "cpu":
         yield _suite("parity-graphs", "parity", tests, out, device, "graphs", select)
         yield _suite("parity-sleep", "parity", "tests/test_gpu_sleep.py", out, device, None, select)
+        yield _suite("parity-gemm", "parity", "tests/test_lora_gemm.py", out, device, None, select)
     yield _suite("nan", "nan", "tests/test_nan_hunt.py", out, device, None, select)
 
 
@@ -73,12 +90,12 @@ def _suite(name: str, kind: str, tests: str, out: Path, device: str, own: str | 
     return Part(name, kind, command, lambda printed: _cases(report))
 
 
-def _bench(kind: str, shape: str, out: Path, device: str, models: Path) -> Part:
+def _bench(kind: str, part: str, shape: str, settings: Path, out: Path, device: str, models: Path) -> Part:
     results = out / "bench" / f"{kind}-{shape}"
     options = {"--shape": shape, "--device": device, "--out": results, "--models": models}
-    scenario = ["--scenario", str(scenario_of(shape, kind))]
-    command = [*_project("bench", kind), *scenario, *(str(word) for pair in options.items() for word in pair)]
-    return Part(f"{kind}-{shape}", kind, command, lambda printed: _figures(kind, results / "results.json"))
+    scenario = ["--scenario", str(settings)]
+    command = [*_project("bench", part), *scenario, *(str(word) for pair in options.items() for word in pair)]
+    return Part(f"{kind}-{shape}", kind, command, lambda printed: _figures(part, results / "results.json"))
 
 
 def _demo(out: Path, device: str) -> Part:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parts import KINDS, MEASURED, PARITY, REPOSITORY, Part, plan
+from parts import KERNELS, KINDS, MEASURED, PARITY, REPOSITORY, Part, plan, tuned_folder
 
 LEAST_S = 20.0
 """Less than this is not worth starting a part for."""
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [part for part in planned if not options.only or {part.name, part.kind} & set(options.only)]
         if not chosen:
             raise LookupError(f"--only {','.join(options.only)} names no part of this plan on {options.device}")
-        states = run_all(chosen, out, time_s, environment(options.site, options.commit), again=options.again)
+        environ = environment(options.site, options.commit, tuned_folder(out))
+        states = run_all(chosen, out, time_s, environ, again=options.again)
     except LookupError as error:
         sys.exit(str(error))
     finally:
@@ -64,7 +65,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--select", help="of parity and nan, the tests that match (as pytest -k)")
     parser.add_argument("--again", action="store_true", help="run what has passed before, too")
     options = parser.parse_args(arguments)
-    known = {*KINDS, *PARITY, *(f"{kind}-{shape}" for kind in MEASURED for shape in options.shape)}
+    known = {*KINDS, *PARITY, *(f"{kind}-{shape}" for kind in (*MEASURED, *KERNELS) for shape in options.shape)}
     if unknown := set(options.only) - known:
         parser.error(f"--only {','.join(sorted(unknown))}: there is no such part; use {', '.join(KINDS)}")
     return options
@@ -74,13 +75,13 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def environment(site: Path | None, commit: str | None) -> dict[str, str]:
-    """For the parts: this repository and the site folder to import from, its commit, and nothing to be fetched."""
+def environment(site: Path | None, commit: str | None, tuned: Path) -> dict[str, str]:
+    """For the parts: this repository and the site folder to import from, its commit, what was tuned, no network."""
     paths = [str(REPOSITORY), *([] if site is None else [str(site.resolve())]), os.environ.get("PYTHONPATH", "")]
     fixed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "NO_COLOR": "1", "TERM": "dumb"}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     named = {} if commit is None else {"LORA_GRPO_COMMIT": commit}
-    return {**os.environ, **fixed, **offline, **named}
+    return {**os.environ, **fixed, **offline, **named, "LORA_GRPO_TUNED_KERNELS": str(tuned)}
 
 
 def run_all(

@@ -11,7 +11,7 @@ from lora_grpo.bench import fidelity
 from lora_grpo.bench.memory import kv_tokens
 from lora_grpo.bench.plan import Cell, Subject, results_of, there_and_back
 from lora_grpo.bench.schema import DecodeRow, RoomRow, Settings
-from lora_grpo.bench.strategies import BASE, GEMM, NATIVE, SHARED, STOCK
+from lora_grpo.bench.strategies import BASE, NATIVE, OTHER_KERNELS, SHARED, STOCK
 from lora_grpo.bench.timing import median
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
         planned += [
             fidelity.truth_cell("decode", settings, subject.with_strategy(name))
             for name in group
-            if settings.truth and name in (SHARED, STOCK, GEMM)
+            if settings.truth and name in (SHARED, *OTHER_KERNELS)
         ]
     return [*planned, *_room_cells(settings, subject)]
 

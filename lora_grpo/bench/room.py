@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from lora_grpo.bench.schema import Settings
-from lora_grpo.bench.strategies import BASE, GEMM, NATIVE, SHARED, STOCK
+from lora_grpo.bench.strategies import BASE, NATIVE, OTHER_KERNELS, SHARED, STOCK
 from lora_grpo.errors import ConfigError
 
 _GIB = 1 << 30
@@ -91,5 +91,5 @@ def _workers(part: str, settings: Settings) -> int:
 
 
 def _has_reference(part: str, settings: Settings) -> bool:
-    checked = part == "sync" or (part == "decode" and {SHARED, STOCK, GEMM} & set(settings.strategies))
+    checked = part == "sync" or (part == "decode" and {SHARED, *OTHER_KERNELS} & set(settings.strategies))
     return part == "fidelity" or bool(settings.truth and checked)

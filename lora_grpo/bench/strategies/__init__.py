@@ -14,7 +14,9 @@ from lora_grpo.errors import ConfigError
 if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy
 
-NATIVE, SHARED, STOCK, GEMM, BASE = "native", "native-shared", "native-stock", "native-gemm", "base"
+NATIVE, SHARED, STOCK, BASE = "native", "native-shared", "native-stock", "base"
+OTHER_KERNELS = ("native-stock", "native-gemm", "native-dual-stream", "native-tuned")
+"""Those that compute LoRA otherwise than `native` does."""
 
 _HOMES = {
     "native": "native:Native",
@@ -22,6 +24,8 @@ _HOMES = {
     "native-shared": "native_shared:NativeShared",
     "native-stock": "native_stock:NativeStock",
     "native-gemm": "native_gemm:NativeGemm",
+    "native-dual-stream": "native_switched:NativeDualStream",
+    "native-tuned": "native_switched:NativeTuned",
     "by-hand": "by_hand:ByHand",
     "merge-trl": "merge_trl:MergeTRL",
     "merge-touched": "merge_touched:MergeTouched",
