@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from lora_grpo.adapters.peft_format import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
-from lora_grpo.engines.local import compiling, starting
+from lora_grpo.engines.local import compiling
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.kernels.rows import SlotRows
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
@@ -155,6 +157,41 @@ def test_decoding_takes_the_compiled_kernel(
     assert rows[-2 * layers :] == [len(PROMPTS)] * (2 * layers)
 
 
+@pytest.fixture
+def held() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("missing", ["headers", "compiler", "cache", "right to write"])
+def test_what_stands_in_the_way_of_compiling_is_said(
+    missing: str, held: ExitStack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The engine then starts eager, and not at all if it were compiled."""
+    if not compat.is_cpu():
+        pytest.skip("a device compiles by itself")
+    assert compiling.can_compile()
+    (tmp_path / "file").touch()
+    envs = importlib.import_module("vllm.envs")
+    said = {
+        "headers": "Python's headers are missing",
+        "compiler": "PyTorch finds no program that is called 'env LANG=C g..'; have CXX name one",
+        "cache": r"vLLM cannot keep compiled code in .*file/vllm \(Not a directory\); set VLLM_CACHE_ROOT",
+        "right to write": "vLLM may not write to",
+    }[missing]
+    if missing == "headers":
+        monkeypatch.setattr(compiling.sysconfig, "get_path", lambda name: "/nowhere")
+    elif missing == "compiler":
+        inductor = importlib.import_module("torch._inductor.config")
+        held.enter_context(inductor.patch({"cpp.cxx": (None, "env LANG=C g++")}))
+    elif missing == "cache":
+        monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path / "file" / "vllm"), raising=False)
+    else:
+        monkeypatch.setattr(compiling.os, "access", lambda *_: False)
+    with pytest.warns(RuntimeWarning, match=f"not compiled on this CPU, so decoding is slower: {said}"):
+        assert not compiling.can_compile()
+
+
 def test_without_what_compiling_takes_the_fused_operators_are_used(
     llama_dir: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,9 +200,8 @@ def test_without_what_compiling_takes_the_fused_operators_are_used(
         pytest.skip("a device compiles by itself")
     assert compiling.can_compile()
     monkeypatch.setattr(compiling.sysconfig, "get_path", lambda name: "/nowhere")
-    assert not compiling.can_compile()
-    assert not starting.can_compile()
-    engine = VLLMEngine(llama_dir, max_lora_rank=16, **COMPILED)
+    with pytest.warns(RuntimeWarning, match="Python's headers are missing"):
+        engine = VLLMEngine(llama_dir, max_lora_rank=16, **COMPILED)
     try:
         assert config(engine).compilation_config.mode.name == "NONE"
         assert "all" in config(engine).compilation_config.custom_ops

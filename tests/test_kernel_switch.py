@@ -17,7 +17,8 @@ from lora_grpo.engines.local import lora_kernels
 from lora_grpo.engines.local.lora_kernels import LayerKernels
 from lora_grpo.engines.requests import sampling_params, scored_tokens
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.scoring import mean_abs_difference
+from lora_grpo.errors import ConfigError
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
 from tests.tiny_models import VOCAB, load_model, refill_lora, tiny_lora
 
@@ -125,6 +126,32 @@ def test_vllms_own_keep_base_rows_apart(
     monkeypatch.setattr(stock, "_mixes_base", True)
     mixed = tokens([prompt] * 4, asked)
     assert compat.base_rows_are_safe() or mixed != alone, "the case that this test is about did not arise"
+
+
+def test_slots_of_another_dtype_are_left_to_vllm(llama_dir: Path, shm_dir: Path) -> None:
+    """Plain products need both sides in one dtype; vLLM's own kernels convert."""
+    if not compat.is_cpu():
+        pytest.skip("these kernels are the CPU's")
+    engine = VLLMEngine(llama_dir, **{**CHUNKED, "enforce_eager": False, "dtype": "float32", "lora_dtype": "bfloat16"})
+    try:
+        assert LayerKernels not in linear_kernels(engine)
+        model = tiny_lora(load_model(llama_dir), r=8, scale=0.3)
+        rows = prompts(30, 40)
+        with AdapterStore(shm_dir / "store") as store:
+            version = store.publish(ServingForm(model, "default", torch.bfloat16).files(), step=0)
+            engine.load(version)
+            served = engine.logprobs(rows, adapter=version)
+        with model.disable_adapter():
+            base = teacher_logprobs(model, rows)
+        expected = teacher_logprobs(model, rows)
+        assert mean_abs_difference(served, expected) < 0.05 * mean_abs_difference(expected, base)
+    finally:
+        engine.close()
+
+
+def test_plain_products_refuse_slots_of_another_dtype(llama_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="plain_lora_gemm=True with lora_dtype='bfloat16'"):
+        VLLMEngine(llama_dir, plain_lora_gemm=True, dtype="float32", lora_dtype="bfloat16")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -153,6 +154,7 @@ def test_other_rows_are_left_to_torch() -> None:
         "fp32": (y.float(), x.float()),
         "one fp32": (y, x.float()),
         "elements apart": (y, torch.zeros(4, 16, dtype=BF16)[:, ::2]),
+        "elements of y apart": (torch.zeros(4, 20, dtype=BF16)[:, ::2], x),
         "narrow x": (y, x[:, :7]),
         "wide x": (y, torch.zeros(4, 9, dtype=BF16)),
         "narrow y": (y[:, :9], x),
@@ -237,7 +239,9 @@ def test_copies_refuse_what_does_not_lie_in_a_row() -> None:
     room, one = torch.zeros(4, 6, dtype=BF16), torch.ones(4, 6, dtype=BF16)
     assert Copies([room]).takes([one])
     assert not Copies([room[:, :3]]).takes([one[:, :3].contiguous()])
-    assert not any(Copies([room]).takes([other]) for other in (one.float(), one[:, :5].contiguous(), one.t()))
+    assert not any(
+        Copies([room]).takes([other]) for other in (one.float(), one.half(), one[:, :5].contiguous(), one.t())
+    )
 
 
 def compiler(folder: Path, script: str) -> str:
@@ -282,6 +286,31 @@ def test_a_compiler_may_have_arguments(fresh_look: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("CXX", "env LANG=C g++")
     assert building.library() is not None
     assert len(list(fresh_look.iterdir())) == 1
+
+
+@pytest.mark.parametrize("changed", ["processor", "machine", "header", "source", "flags"])
+def test_other_machines_and_other_sources_have_a_library_of_their_own(
+    changed: str, fresh_look: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The cache may lie in a home that unlike machines share, and outlives this version of the sources."""
+    assert building.library() is not None
+    (first,) = fresh_look.iterdir()
+    if changed == "processor":
+        monkeypatch.setattr(building, "_processor", lambda: "flags : another")
+    elif changed == "machine":
+        monkeypatch.setattr(building.platform, "machine", lambda: "another")
+    elif changed == "flags":
+        monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, "-DANOTHER"))
+    else:
+        for name in ("SOURCES", "HEADERS"):
+            copies = [Path(shutil.copy(file, tmp_path)) for file in getattr(building, name)]
+            monkeypatch.setattr(building, name, copies)
+            if name == f"{changed.upper()}S":
+                copies[0].write_text(copies[0].read_text() + "\n")
+    building.library.cache_clear()
+    assert building.library() is not None
+    assert len(list(fresh_look.iterdir())) == 2
+    assert first.exists()
 
 
 def test_what_was_compiled_and_does_not_load_is_compiled_again(fresh_look: Path) -> None:

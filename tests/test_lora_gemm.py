@@ -50,7 +50,7 @@ class Layer:
         )
         self.a_KI, self.b_OK = lay_out(layer)
         self.a, self.b = layer.lora_a_stacked, layer.lora_b_stacked
-        self.rows = RowMask(TOKENS, SLOTS, RANK, self.a[0])
+        self.rows = RowMask(TOKENS, SLOTS, RANK, self.a[0].device)
         self.gemm = LayerGemm(self.a_KI, self.b_OK, self.rows)
         for slot in range(SLOTS):
             self.fill(slot, seed=slot)
@@ -152,15 +152,28 @@ def test_a_batch_without_adapters_is_left_alone() -> None:
     assert torch.equal(y, before)
 
 
+def test_an_overflow_stays_in_its_own_slot() -> None:
+    """In float16 the product with another slot's A may overflow, and 0 times infinity is no number."""
+    layer = Layer((40,), torch.float16)
+    layer.a[0][1].fill_(3000.0)
+    slots = [0, -1, 2, 0]
+    y, x = layer.batch(slots)
+    x.abs_().add_(20.0)
+    assert torch.isinf(x @ layer.a[0][1, 0].t()).any()
+    expected = layer.by_token(y.clone(), x, slots)
+    layer.add(y, x)
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=4e-2)
+
+
 def test_buffers_stay_where_they_are() -> None:
     """A CUDA graph replays addresses."""
     layer = Layer(FUSIONS["qkv"])
-    held = (layer.gemm.a_KI, layer.gemm.b_OK, layer.gemm.mask_NC)
+    held = (layer.gemm.a_KI, layer.gemm.b_OK, layer.gemm.others_NC)
     addresses = [tensor.data_ptr() for tensor in held]
     for slots in BATCHES.values():
         layer.fill(0, seed=5)
         layer.add(*layer.batch(slots))
-    assert [tensor.data_ptr() for tensor in (layer.gemm.a_KI, layer.gemm.b_OK, layer.rows.mask_NC)] == addresses
+    assert [tensor.data_ptr() for tensor in (layer.gemm.a_KI, layer.gemm.b_OK, layer.rows.others_NC)] == addresses
     assert layer.a[0].data_ptr() == layer.a_KI.data_ptr()
     assert layer.b[0].data_ptr() == layer.b_OK.data_ptr()
 
@@ -349,7 +362,7 @@ def test_versions_that_change_slots_are_never_stale(
         engines[1].load(version)
         expected[version] = engines[1].logprobs(sequences(2), adapter=version)
     ours = engines[0]
-    addresses = {layer.punica_wrapper.mask_NC.data_ptr() for layer in compat.wrapped_modules(ours._llm).values()}
+    addresses = {layer.punica_wrapper.others_NC.data_ptr() for layer in compat.wrapped_modules(ours._llm).values()}
     for turn in ("0", "01", "012", "0123", "213", "30", "x1", "1", "4", "014", "x0x4", "5135", "0", "b", "5"):
         for name in turn.replace("x", ""):
             if "x" in turn and versions[int(name)] in ours.loaded():
@@ -364,7 +377,7 @@ def test_versions_that_change_slots_are_never_stale(
             assert gaps[int(name)] < SAME_NATS < min(gap for v, gap in enumerate(gaps) if v != int(name)) / 5
     assert len(addresses) == 1
     assert addresses == {
-        layer.punica_wrapper.mask_NC.data_ptr() for layer in compat.wrapped_modules(ours._llm).values()
+        layer.punica_wrapper.others_NC.data_ptr() for layer in compat.wrapped_modules(ours._llm).values()
     }
 
 

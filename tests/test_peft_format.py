@@ -346,6 +346,47 @@ def test_files_follow_the_weights_step_after_step(llama_dir: Path) -> None:
     assert payload(form) == first
 
 
+def test_an_adapter_that_was_made_anew_is_not_published_as_it_was(llama_dir: Path) -> None:
+    model = tiny_lora(load_model(llama_dir), r=8)
+    config = model.peft_config["default"]
+    form = ServingForm(model, "default", torch.bfloat16)
+    form.files()
+    model.add_adapter("other", config)
+    form.files()
+    model.delete_adapter("default")
+    with pytest.raises(TrainingError, match=r"'default' was deleted or made anew.*build a new NativeSync"):
+        form.files()
+    model.add_adapter("default", config)
+    with pytest.raises(TrainingError, match="'default' was deleted or made anew"):
+        form.files()
+    assert payload(ServingForm(model, "default", torch.bfloat16))[WEIGHTS_FILE]
+
+
+def test_from_a_device_everything_crosses_in_one_copy_to_a_buffer_that_stays(
+    llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where the host's buffer is another one than the device's, and pinned."""
+    model = tiny_lora(load_model(llama_dir), r=8)
+    own, form = (ServingForm(model, "default", torch.bfloat16) for _ in range(2))
+    form._host = torch.empty_like(form._flat)
+    crossings: list[int] = []
+    stock = torch.Tensor.copy_
+
+    def copy_(self: torch.Tensor, source: torch.Tensor, *args: Any) -> torch.Tensor:
+        if self is form._host:
+            crossings.append(source.nbytes)
+        return stock(self, source, *args)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    places = set()
+    for seed in range(2):
+        refill_lora(model, seed=seed)
+        assert payload(form) == payload(own)
+        places.add(torch.frombuffer(form.files()[WEIGHTS_FILE][1], dtype=torch.uint8).data_ptr())
+    assert places == {form._host.data_ptr()}
+    assert crossings == [form.nbytes] * 4
+
+
 def test_publishing_leaves_the_model_as_it_is(llama_dir: Path) -> None:
     model = tiny_lora(load_model(llama_dir), r=8, lora_alpha=32)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -360,6 +360,10 @@ def test_another_function_on_the_same_weights_is_refused(llama_dir: Path, monkey
         monkeypatch.setattr(shared_weights, "_skeleton", other_rotary)
         with pytest.raises(UnsupportedAdapter, match="nats a token"):
             engine.shared_model()
+        # Nothing was shared: the engine's weights are its own affair.
+        weight = dict(compat.base_parameters(engine._llm))["model.norm.weight"]
+        compat.runner(engine._llm).get_model().load_weights([("model.norm.weight", torch.full_like(weight, 3.0))])
+        assert (weight == 3.0).all()
         monkeypatch.undo()
         engine.shared_model()
     finally:

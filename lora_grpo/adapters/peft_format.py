@@ -105,7 +105,9 @@ class ServingForm:
         self.modules = lora_modules(model, adapter)
         if not self.modules:
             raise UnsupportedAdapter(f"adapter {adapter!r} adapts no linear layer; check LoraConfig.target_modules")
-        self._linears = [getattr(module.layer, f"lora_{kind}")[adapter] for kind in "AB" for module in self.modules]
+        self._adapter = adapter
+        self._homes = [getattr(module.layer, f"lora_{kind}")._modules for kind in "AB" for module in self.modules]
+        self._linears = [home[adapter] for home in self._homes]
         self.config_bytes = _config_bytes(peft_model_of(model), adapter, self.modules)
         self.names = [name for name, _ in self._named_parameters()]
         self.shapes = [tuple(parameter.shape) for _, parameter in self._named_parameters()]
@@ -129,9 +131,10 @@ class ServingForm:
         """The two PEFT files of the adapter as it is now, by name, as buffers.
 
         Of parameters that FSDP2 sharded, the adapter's are gathered (a collective: call it in every process). Raises
-        `TrainingError` naming the first tensor that is not finite in the serving dtype; nothing non-finite ever leaves
-        the trainer.
+        `TrainingError` naming the first tensor that is not finite in the serving dtype (nothing non-finite ever leaves
+        the trainer), or for an adapter that was deleted or made anew.
         """
+        self._check_same_adapter()
         for module in self._sharded:
             module.reshard()
         if not self._fill():
@@ -140,6 +143,14 @@ class ServingForm:
             self._host.copy_(self._flat)
         payload = self._host.view(torch.uint8).numpy().data
         return {WEIGHTS_FILE: (self._header, payload), CONFIG_FILE: (self.config_bytes,)}
+
+    def _check_same_adapter(self) -> None:
+        for home, linear in zip(self._homes, self._linears, strict=True):
+            if home.get(self._adapter) is not linear:
+                raise TrainingError(
+                    f"adapter {self._adapter!r} was deleted or made anew since this was built: what it had been would "
+                    "be published; build a new NativeSync (or trainer) on the model as it is now"
+                )
 
     @torch.no_grad()
     def _fill(self) -> bool:

@@ -185,6 +185,7 @@ class VLLMEngine:
             self._shared.check_untouched()
         shared = SharedBase(self._llm, trust_remote_code=self._trust_remote_code)
         check_same_function(self, shared.model)
+        shared.keep()
         # The first one's watch stays: it knows the weights as they were loaded.
         self._shared = self._shared or shared
         return shared.model

@@ -7,7 +7,9 @@ compiler.
 from __future__ import annotations
 
 import importlib
+import os
 import sysconfig
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +19,37 @@ from lora_grpo.kernels.building import library
 
 
 def can_compile() -> bool:
-    """Whether there is what compiled code is built with: a C++ compiler and Python's headers."""
-    return Path(sysconfig.get_path("include"), "Python.h").exists() and library() is not None
+    """Whether there is what compiled code is built with, and where vLLM keeps it; a warning says what is missing."""
+    if library() is None:
+        return False  # and said why
+    obstacle = _obstacle()
+    if obstacle is not None:
+        warnings.warn(
+            f"models with LoRA are not compiled on this CPU, so decoding is slower: {obstacle}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return obstacle is None
+
+
+def _obstacle() -> str | None:
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from vllm import envs
+
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's headers are missing; install them (python3-dev)"
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return f"PyTorch finds no program that is called {config.cpp.cxx[-1]!r}; have CXX name one, without arguments"
+    cache = Path(envs.VLLM_CACHE_ROOT)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"vLLM cannot keep compiled code in {cache} ({error.strerror}); set VLLM_CACHE_ROOT"
+    return None if os.access(cache, os.W_OK) else f"vLLM may not write to {cache}; set VLLM_CACHE_ROOT"
 
 
 def engine_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

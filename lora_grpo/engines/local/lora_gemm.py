@@ -1,9 +1,9 @@
-"""LoRA as two plain matrix products a layer: `y += ((x A^T) * mask) B^T`, over all slots at once.
+"""LoRA as two plain matrix products a layer: `y += (x A^T, masked) B^T`, over all slots at once.
 
 vLLM's LoRA kernels sort rows by adapter and look up each group's slot. A rollout batch mostly uses one adapter, which
 needs none of that. Here the A's of a layer (of every slot, and of every member of a fused layer) lie one above the
-other in one buffer, and the B's side by side in another; a mask of 0 and 1 leaves each row the columns of its own
-slot. Base rows and the rows that pad a CUDA graph have no column.
+other in one buffer, and the B's side by side in another; a mask leaves each row the columns of its own slot, and 0 in
+those of others, whatever was there. Base rows and the rows that pad a CUDA graph have no column.
 
 Why over all slots, and not over the one that a batch uses: a choice would have to be made for each batch. Compiled
 code would bake it in, a CUDA graph would replay the one it was captured with, and vLLM's graphs are keyed by how many
@@ -17,7 +17,7 @@ mask, B), as vLLM does. The price of both is bytes: a Qwen2.5-7B at rank 16 read
 of its weights, and 123 MB with max_loras=1, where the adapter alone has 81 MB.
 
 B's product is summed onto y before it is rounded, and nothing is added up atomically, as vLLM's split sums are. Every
-slot must be finite, as 0 * NaN is NaN for every row: loading refuses other files.
+slot's B must be finite, as 0 * NaN is NaN for every row: loading refuses other files.
 
 Off by default until parity and timing on a GPU are known. What it rests on in vLLM 0.26 to 0.33: every linear layer is
 given its kernels by `set_mapping` and calls only `add_lora_linear`; `update_metadata` runs before each batch whose
@@ -40,7 +40,7 @@ from lora_grpo.errors import ConfigError, EngineError
 
 _library = torch.library.Library("lora_grpo", "FRAGMENT")
 _library.define(
-    "add_lora(Tensor(a!) y, Tensor x, Tensor a_KI, Tensor b_OK, Tensor mask_NC, Tensor any_lora, float scale) -> ()"
+    "add_lora(Tensor(a!) y, Tensor x, Tensor a_KI, Tensor b_OK, Tensor others_NC, Tensor any_lora, float scale) -> ()"
 )
 
 
@@ -49,7 +49,7 @@ def _add_lora(
     x: torch.Tensor,
     a_KI: torch.Tensor,
     b_OK: torch.Tensor,
-    mask_NC: torch.Tensor,
+    others_NC: torch.Tensor,
     any_lora: torch.Tensor,
     scale: float,
 ) -> None:
@@ -60,9 +60,9 @@ def _add_lora(
     if not any_lora.item():
         return
     y_NO, x_NI = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    tokens, columns = x_NI.shape[0], mask_NC.shape[1]
+    tokens, columns = x_NI.shape[0], others_NC.shape[1]
     h_NK = x_NI @ a_KI.t()
-    h_NK.view(tokens, -1, columns).mul_(mask_NC[:tokens, None])
+    h_NK.view(tokens, -1, columns).masked_fill_(others_NC[:tokens, None], 0)
     y_NO.addmm_(h_NK, b_OK.t(), alpha=scale)
 
 
@@ -72,19 +72,19 @@ torch.library.register_fake("lora_grpo::add_lora", lambda *_: None, lib=_library
 
 
 class RowMask:
-    """The slot of each row of the current batch, as columns of 0 and 1; written in place, so it can be captured."""
+    """Which columns belong to other slots than a row's own, in the current batch; written in place, to be captured."""
 
-    def __init__(self, tokens: int, slots: int, rank: int, like: torch.Tensor) -> None:
-        """For batches of up to `tokens`, in the dtype and on the device of `like`."""
-        self.mask_NC = torch.zeros(tokens, slots * rank, dtype=like.dtype, device=like.device)
+    def __init__(self, tokens: int, slots: int, rank: int, device: torch.device) -> None:
+        """For batches of up to `tokens`."""
+        self.others_NC = torch.ones(tokens, slots * rank, dtype=torch.bool, device=device)
         self.any_lora = torch.zeros(1, dtype=torch.bool)
-        self._slot_C = torch.arange(slots, device=like.device).repeat_interleave(rank)
+        self._slot_C = torch.arange(slots, device=device).repeat_interleave(rank)
 
     def update(self, slot_N: torch.Tensor, any_lora: bool) -> None:
         """Rows of the next batch; -1 is the base, as are the rows after them."""
         tokens = slot_N.shape[0]
-        self.mask_NC[:tokens].copy_(slot_N[:, None] == self._slot_C)
-        self.mask_NC[tokens:].zero_()
+        self.others_NC[:tokens].copy_(slot_N[:, None] != self._slot_C)
+        self.others_NC[tokens:].fill_(True)
         self.any_lora.fill_(any_lora)
 
 
@@ -93,13 +93,13 @@ class LayerGemm:
 
     def __init__(self, a_KI: torch.Tensor, b_OK: torch.Tensor, rows: RowMask) -> None:
         self.a_KI, self.b_OK = a_KI, b_OK
-        self.mask_NC, self.any_lora = rows.mask_NC, rows.any_lora
+        self.others_NC, self.any_lora = rows.others_NC, rows.any_lora
 
     def add_lora_linear(
         self, y: torch.Tensor, x: torch.Tensor, a_stacked: Any, b_stacked: Any, scale: float, *_: Any, **__: Any
     ) -> None:
         """y += scale * the LoRA of x, in place. The stacked slots are views of the buffers that it multiplies by."""
-        torch.ops.lora_grpo.add_lora(y, x, self.a_KI, self.b_OK, self.mask_NC, self.any_lora, scale)
+        torch.ops.lora_grpo.add_lora(y, x, self.a_KI, self.b_OK, self.others_NC, self.any_lora, scale)
 
 
 def lay_out(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +153,7 @@ def plain_products(wanted: bool) -> Iterator[None]:
 def _follow(wrapper: Any, a_stacked: torch.Tensor) -> RowMask:
     """A mask that is kept up to date with a wrapper's batches; `a_stacked` (slots, 1, rank, I) is a layer's."""
     slots, _, rank, _ = a_stacked.shape
-    rows = RowMask(wrapper._token_lora_indices.shape[0], slots, rank, a_stacked)
+    rows = RowMask(wrapper._token_lora_indices.shape[0], slots, rank, a_stacked.device)
     stock_update = wrapper.update_metadata
 
     def update_metadata(mapping: Any, *args: Any, **kwargs: Any) -> None:

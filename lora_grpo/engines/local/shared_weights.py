@@ -43,13 +43,15 @@ class SharedBase:
         self._tensors = {name: p.detach() for name, p in self.model.named_parameters()}
         self._writes = {name: tensor._version for name, tensor in self._tensors.items()}
         self._places = {name: parameter.data_ptr() for name, parameter in served.items()}
-        compat.refuse_weight_updates(llm, _refuse_update)
+
+    def keep(self) -> None:
+        """From now on vLLM loads nothing into these weights: it would write through `.data`, which nothing sees."""
+        compat.refuse_weight_updates(self._llm, _refuse_update)
 
     def check_untouched(self) -> None:
         """Raises `DeliveryError` when the shared weights were written to, or the engine has put others in their place.
 
-        Sees what autograd's version counters see: in-place writes through any view that is not `.data`. vLLM's own
-        loaders write through `.data`, and are refused when they are called.
+        Sees what autograd's version counters see: in-place writes through any view that is not `.data`.
         """
         for name, tensor in self._tensors.items():
             if tensor._version != self._writes[name]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_grpo.engines import compat
@@ -24,6 +24,11 @@ def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
     if room < 2:
         raise ConfigError("max_cpu_loras=1: a version that fails to load would take the served one's place; set 2")
     return room
+
+
+def _lora_in_the_models_dtype(arguments: Mapping[str, Any]) -> bool:
+    """Whether slots and activations are of one dtype, which plain products need; vLLM's own kernels convert."""
+    return arguments.get("lora_dtype") in (None, "auto", arguments.get("dtype"))
 
 
 def start_llm(
@@ -48,8 +53,14 @@ def start_llm(
     if share_base_weights:
         check_shareable(arguments)
     if plain_lora_gemm:
+        if not _lora_in_the_models_dtype(arguments):
+            raise ConfigError(
+                f"plain_lora_gemm=True with lora_dtype={arguments['lora_dtype']!r}: the products are computed in the "
+                "model's dtype; leave lora_dtype out"
+            )
         arguments = lora_gemm.engine_arguments(arguments)
-    kernels = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.applies()
+    own = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.applies()
+    kernels = own and _lora_in_the_models_dtype(arguments)
     compiles = kernels and not share_base_weights and not arguments.get("enforce_eager") and can_compile()
     if compiles:
         arguments = engine_arguments(arguments)
