@@ -102,6 +102,13 @@ def default_environment(release: tuple[int, int]) -> dict[str, str]:
     return switches
 
 
+def reads_variable(name: str) -> bool:
+    """Whether the installed vLLM knows an environment variable of its own."""
+    from vllm import envs
+
+    return name in envs.environment_variables
+
+
 def compute_capability() -> tuple[int, int] | None:
     """The CUDA device's compute capability; None on other platforms."""
     from vllm.platforms import current_platform

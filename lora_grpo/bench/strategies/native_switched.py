@@ -26,9 +26,7 @@ class Switched(Native):
             raise ConfigError(f"{self.decodes_like}: {self.switch} is for GPUs; leave it out on the CPU")
         os.environ[self.switch] = self.value()
         compat.import_vllm()
-        from vllm import envs
-
-        if self.switch not in envs.environment_variables:
+        if not compat.reads_variable(self.switch):
             raise UnsupportedVersion(
                 f"vLLM {'.'.join(map(str, compat.vllm_release()))} has no {self.switch}; leave {self.decodes_like} out"
             )
