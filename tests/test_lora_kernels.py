@@ -129,6 +129,18 @@ def test_ranks_below_the_slots() -> None:
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_matrices_that_only_seem_to_follow_each_other_are_read_apart() -> None:
+    """The second one's offset is right, but in a buffer of its own: read as one matrix, the first would run on past its
+    end."""
+    (first, second), b = ([stack[:1].clone() for stack in stacks_] for stacks_ in stacks((16, 24), torch.float32))
+    apart = torch.zeros(2 * second.numel())[second.numel() :].view_as(second).copy_(second)
+    assert apart.storage_offset() == first.storage_offset() + first.numel()
+    (slot,) = LayerSlots((first, apart), tuple(b), (16, 24))._slots
+    assert slot.a_RI is None
+    (slot,) = LayerSlots(adjoin((first, apart)), tuple(b), (16, 24))._slots
+    assert slot.a_RI is not None
+
+
 @pytest.mark.parametrize("sizes", FUSIONS.values(), ids=FUSIONS)
 def test_few_rows_and_many_give_the_same(sizes: tuple[int, ...]) -> None:
     a, b = stacks(sizes, torch.bfloat16, (1, 4, 8))
