@@ -24,7 +24,7 @@ STOCK_BATCHES = {
     "one adapter": [1] * 6,
     "blocks": [2, 2, 2, 0, 0, 1],
     "interleaved": [0, 2, 1, 1, 0, 2, 0],
-    "more rows than the compiled call takes": [1] * (FEW_ROWS // 2) + [0] + [1] * (FEW_ROWS // 2),
+    "more rows than the compiled call takes": [1] * FEW_ROWS + [0, 1],
 }
 """Before 0.33 vLLM gives the rows of the base the last slot's adapter: there is nothing to compare them with."""
 
@@ -201,4 +201,4 @@ def test_vllms_own_kernels_agree_on_batches_without_base_rows(
     torch.testing.assert_close(y, stock, **tolerance)
     moved = (stock - batch(slots, sum(sizes), dtype)[0]).abs().mean(dim=1)
     assert moved.min() > 2 * (y - stock).abs().mean()
-    assert moved.mean() > 0.1
+    assert moved.mean() > (0.3 if min(ranks) == RANK else 0.1)

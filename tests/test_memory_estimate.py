@@ -51,11 +51,9 @@ def test_a_shared_base_is_held_once(tiny: Path) -> None:
 
 
 def test_a_run_that_shares_plans_with_one_copy(tiny: Path) -> None:
-    from peft import LoraConfig
-
-    wanted = (ModelConfig(name=str(tiny)), LoraConfig(r=8, target_modules=["o_proj"]), EngineConfig(max_model_len=64))
-    assert planned_memory(*wanted).trainer_base_bytes > 0
-    assert planned_memory(*wanted, shared_base=True).trainer_base_bytes == 0
+    model, engine = ModelConfig(name=str(tiny)), EngineConfig(max_model_len=64)
+    assert planned_memory(model, engine, rank=8, leaves=["o_proj"]).trainer_base_bytes > 0
+    assert planned_memory(model, engine, rank=8, leaves=["o_proj"], shared_base=True).trainer_base_bytes == 0
 
 
 def test_auto_plans_with_one_copy_where_it_will_be_taken(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

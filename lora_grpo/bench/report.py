@@ -244,9 +244,8 @@ METHOD = """\
 - With `graphs` in the scenario engines are compiled (on a GPU with CUDA graphs), as is vLLM's default. On the CPU those
   of native-stock and native-shared are not: vLLM compiles none with its own LoRA, and sharing needs plain weights.
 - In the decode table native, the base and the stock CPU kernels are one round, A B C C B A; batches that take little
-  are taken more often, for 1.5 s a round. On the CPU tokens are drawn at temperature 1, which takes all the same time
-  and pulls ratios towards 1 (measured by hand with the 0.5B shape's vocabulary: 1, 2.5 and 19 ms a token at 1, 8 and 64
-  rows); on a GPU completions are greedy. The KV cache's size says something
+  are taken more often, for 1.5 s a round. On the CPU tokens are drawn at temperature 1, which takes all the same time,
+  more with more rows, and pulls ratios towards 1; on a GPU completions are greedy. The KV cache's size says something
   on a GPU only, where it is what `gpu_memory_utilization` leaves; on the CPU it is configured.
 - vLLM's share of a GPU does not count a trainer beside it: sharing the base leaves it the same KV cache, and gives the
   trainer's copy back. The KV cache's table says both, the second with that copy added to the engine's share.

@@ -145,10 +145,12 @@ def _prepared(
     wait for each other while they start, and one that never began would keep the others waiting."""
 
     def check() -> tuple[int, list[str] | None]:
+        rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
         one_copy = expects_one_copy(sharing, model, engine_config)
-        reporter.message(f"memory: {planned_memory(model, peft_config, engine_config, shared_base=one_copy)}")
+        planned = planned_memory(model, engine_config, rank=rank, leaves=leaves, shared_base=one_copy)
+        reporter.message(f"memory: {planned}")
         reporter.message("starting the engine")
-        return lora_rank(model, peft_config), adapted_leaves(model, peft_config)
+        return rank, leaves
 
     rank, targets = processes.each(check)
 

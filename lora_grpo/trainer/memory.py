@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from lora_grpo.engines.local.targets import skeleton
 from lora_grpo.errors import ConfigError
 
 _GIB = 1 << 30
@@ -49,25 +49,24 @@ def estimate_memory(
     engine_dtype: torch.dtype,
     kv_tokens: int,
     shared_base: bool = False,
+    revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> MemoryEstimate:
     """The estimate for a checkpoint; `targets` are last names of adapted layers (None: every linear layer).
 
     With `shared_base` the trainer's base is the engine's.
     """
-    config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    head = skeleton.get_output_embeddings()
-    linears = [(n, m) for n, m in skeleton.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    built = skeleton(model, revision=revision, trust_remote_code=trust_remote_code)
+    head = built.get_output_embeddings()
+    linears = [(n, m) for n, m in built.named_modules() if isinstance(m, nn.Linear) and m is not head]
     adapted = [m for n, m in linears if targets is None or n.rsplit(".", 1)[-1] in targets]
-    elements = sum(p.numel() for p in skeleton.parameters())
+    elements = sum(p.numel() for p in built.parameters())
     return MemoryEstimate(
         trainer_base_bytes=0 if shared_base else elements * trainer_dtype.itemsize,
         adapter_and_optimizer_bytes=_lora_elements(adapted, rank) * _ADAM_BYTES,
         engine_base_bytes=elements * engine_dtype.itemsize,
         adapter_slots_bytes=_lora_elements([m for _, m in linears], max_lora_rank) * slots * engine_dtype.itemsize,
-        kv_bytes=kv_tokens * _kv_bytes_per_token(config, engine_dtype),
+        kv_bytes=kv_tokens * _kv_bytes_per_token(built.config, engine_dtype),
     )
 
 

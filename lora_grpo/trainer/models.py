@@ -40,10 +40,17 @@ def checkpoint_of(model: ModelConfig | nn.Module) -> ModelConfig:
 
 
 def planned_memory(
-    model: ModelConfig | nn.Module, peft_config: Any, config: EngineConfig, *, shared_base: bool = False
+    model: ModelConfig | nn.Module,
+    config: EngineConfig,
+    *,
+    rank: int,
+    leaves: Sequence[str] | None,
+    shared_base: bool = False,
 ) -> MemoryEstimate:
-    """The run's estimate; raises `ConfigError` when it does not fit where it will run."""
-    leaves, rank = adapted_leaves(model, peft_config), lora_rank(model, peft_config)
+    """The run's estimate for adapters of `rank` on `leaves` (as `adapted_leaves` names them).
+
+    Raises `ConfigError` when it does not fit where it will run.
+    """
     checkpoint = checkpoint_of(model)
     estimate = estimate_memory(
         checkpoint.name,
@@ -52,6 +59,7 @@ def planned_memory(
         slots=config.max_loras,
         max_lora_rank=config.max_lora_rank or rank,
         trainer_dtype=torch.bfloat16 if checkpoint.dtype == "auto" else getattr(torch, checkpoint.dtype),
+        revision=checkpoint.revision,
         trust_remote_code=checkpoint.trust_remote_code,
         engine_dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
         kv_tokens=config.max_num_seqs * (config.max_model_len or 1024),

@@ -31,6 +31,22 @@ def _lora_in_the_models_dtype(arguments: Mapping[str, Any]) -> bool:
     return arguments.get("lora_dtype") in (None, "auto", arguments.get("dtype"))
 
 
+def _checked(arguments: Mapping[str, Any], *, plain_lora_gemm: bool, share_base_weights: bool) -> dict[str, Any]:
+    """vLLM's arguments as they are needed. Raises `ConfigError` for what cannot work together."""
+    joined = join(arguments)
+    check_can_ever_sleep(joined)
+    if share_base_weights:
+        check_shareable(joined)
+    if not plain_lora_gemm:
+        return joined
+    if not _lora_in_the_models_dtype(joined):
+        raise ConfigError(
+            f"plain_lora_gemm=True with lora_dtype={joined['lora_dtype']!r}: the products are computed in the "
+            "model's dtype; leave lora_dtype out"
+        )
+    return lora_gemm.engine_arguments(joined)
+
+
 def start_llm(
     model: str,
     *,
@@ -48,17 +64,7 @@ def start_llm(
     or `EngineError`.
     """
     vllm = compat.import_vllm()
-    arguments = join(arguments)
-    check_can_ever_sleep(arguments)
-    if share_base_weights:
-        check_shareable(arguments)
-    if plain_lora_gemm:
-        if not _lora_in_the_models_dtype(arguments):
-            raise ConfigError(
-                f"plain_lora_gemm=True with lora_dtype={arguments['lora_dtype']!r}: the products are computed in the "
-                "model's dtype; leave lora_dtype out"
-            )
-        arguments = lora_gemm.engine_arguments(arguments)
+    arguments = _checked(arguments, plain_lora_gemm=plain_lora_gemm, share_base_weights=share_base_weights)
     own = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.applies()
     kernels = own and _lora_in_the_models_dtype(arguments)
     compiles = kernels and not share_base_weights and not arguments.get("enforce_eager") and can_compile()
