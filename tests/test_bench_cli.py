@@ -168,6 +168,36 @@ def test_interrupted_then_resumed_and_a_stale_policy_fails(tmp_path: Path) -> No
     assert {row.strategy: row.passed for row in document.truth} == {"native": True, SLOW: True, STALE: False}
 
 
+def test_a_finished_result_is_replaced_by_another_finished_one_alone(tmp_path: Path) -> None:
+    """Another run in its folder is refused; the same one, interrupted, leaves result and report as they were."""
+    out = tmp_path / "out"
+    arguments = command("rollback", "--shape", "tiny", "--ranks", "4", "--repeat", "1", "--out", str(out))
+    arguments += ["--strategies", "native"]
+    first = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=400)
+    assert first.returncode == 0, first.stderr[-3000:]
+    finished = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "results.json" in finished
+
+    other = [*arguments[:-1], f"native,{SLOW}"]
+    refused = subprocess.run(other, env=environment(), capture_output=True, text=True, timeout=400)
+    assert refused.returncode == 2
+    assert f"{out} holds the finished result of another run (lora-grpo bench rollback" in refused.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == finished
+
+    before = _models()
+    again = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while again.poll() is None and not _models() - before:
+        _wait(again)
+    again.send_signal(signal.SIGINT)
+    _, stderr = again.communicate(timeout=60)
+    assert again.returncode == 130, stderr[-3000:]
+    assert {name: (out / name).read_bytes() for name in finished} == finished
+    last = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=400)
+    assert last.returncode == 0, last.stderr[-3000:]
+    assert not (out / "partial.json").exists()
+    assert (out / "results.json").read_bytes() != finished["results.json"]
+
+
 def test_a_strategy_that_breaks_fails_its_cells_and_no_other(tmp_path: Path) -> None:
     """Its worker dies with the traceback in its log; what others measured stays, and another start goes on."""
     out = tmp_path / "out"

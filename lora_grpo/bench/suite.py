@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -17,6 +18,7 @@ from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.bench.runner import Partial, Progress, Runner
 from lora_grpo.bench.schema import Document, Settings
 from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.errors import ConfigError
 
 Planner: TypeAlias = Callable[[Settings, Subject], list[Cell]]
 PLANNERS: dict[str, Planner] = {
@@ -54,8 +56,14 @@ class Suite:
     ) -> None:
         """`out` keeps results for a cut-off run to go on from, `models` keeps the models that are made.
 
-        Raises `ConfigError` for a device, model or size that cannot be, before anything is measured.
+        Raises `ConfigError` for a device, model or size that cannot be, and for an `out` that holds the finished
+        result of another run, before anything is measured.
         """
+        if out is not None and (holds := finished_command(out, other_than=parts)):
+            raise ConfigError(
+                f"{out} holds the finished result of another run ({holds}); use another --out "
+                "(`bench report --join A --join B --out C` makes one report of two), or remove that one"
+            )
         self._parts, self._command, self._out = parts, command, out
         self._started_at, started = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.monotonic()
         self._failures: list[str] = []
@@ -147,15 +155,22 @@ class Suite:
             **tables,
         )
 
-    def finish(self, document: Document) -> None:
-        """Write the results; a finished run leaves nothing to go on from."""
-        if self._out is not None:
-            (self._out / RESULTS).write_text(document.model_dump_json(indent=1) + "\n")
-            if document.complete:
-                self._partial.remove()
-                self._log.unlink(missing_ok=True)
-            else:
-                self._partial.save()
+    def finish(self, document: Document) -> Path | None:
+        """Write the results; a finished run leaves nothing to go on from.
+
+        Returns where they are: None without `out`, and where a cut-off run would replace a finished one.
+        """
+        if self._out is None:
+            return None
+        if document.complete:
+            self._partial.remove()
+            self._log.unlink(missing_ok=True)
+        else:
+            self._partial.save()
+            if finished_command(self._out):
+                return None
+        (self._out / RESULTS).write_text(document.model_dump_json(indent=1) + "\n")
+        return self._out
 
     def close(self) -> None:
         self._host.close()
@@ -205,6 +220,18 @@ class Suite:
             base_share=self._base_share(settings),
             seed=settings.seed,
         )
+
+
+def finished_command(out: Path, *, other_than: Mapping[str, Settings] | None = None) -> str | None:
+    """The command whose finished result `out` holds, if it does, and with other settings than those that are given."""
+    try:
+        found = json.loads((out / RESULTS).read_text())
+        same = {part: Settings(**fields) for part, fields in found["settings"].items()} == other_than
+        return None if same or not found["complete"] else str(found["command"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{out / RESULTS} is no result of this suite: {error}") from error
 
 
 def in_turn(cells: Sequence[Cell]) -> list[Cell]:

@@ -73,8 +73,10 @@ def bench(
 
     parts = plan_parts(part, scenario, options)
     baseline = None if compare is None else _read(compare)
-    document, interrupted = _run(parts, out, models)
-    _show(document, out)
+    document, interrupted, kept = _run(parts, out, models)
+    _show(document, kept)
+    if out is not None and kept is None:
+        say(f"the finished result in {out} stays until this run is finished too")
     held = baseline is None or _compare(document, baseline, tolerance)
     print_json(document.model_dump(mode="json"))
     if interrupted:
@@ -84,16 +86,16 @@ def bench(
         raise typer.Exit(1)
 
 
-def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -> tuple[Document, bool]:
-    """What was measured, and whether that was interrupted."""
+def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -> tuple[Document, bool, Path | None]:
+    """What was measured, whether that was interrupted, and where it was written."""
     from lora_grpo.bench.suite import Suite
 
     with Suite(parts, command=_command(), out=out, models=models) as suite:
         print_table([{"": name, "value": str(value)} for name, value in suite.card.items()], "lora-grpo bench")
         interrupted = _measure(suite)
         document = suite.document()
-        suite.finish(document)
-    return document, interrupted
+        kept = suite.finish(document)
+    return document, interrupted, kept
 
 
 def _measure(suite: Suite) -> bool:
