@@ -112,6 +112,12 @@ class GRPOConfig(Section):
     use_bias_correction_kl: bool = Field(True, description="weight the KL by the ratio: its unbiased gradient")
     scale_rewards: Literal["group", "batch", "none"] = Field("group", description="what advantages are divided by")
     reward_weights: tuple[float, ...] | None = Field(None, description="one weight a reward function; default 1")
+    reward_retries: int = Field(
+        1, ge=0, description="calls of a reward function made again after a timeout or a failed connection"
+    )
+    reward_timeout_s: float | None = Field(
+        None, gt=0, description="seconds that one call of a reward function may take; default: any"
+    )
     mask_truncated_completions: bool = Field(False, description="leave completions cut at the limit out of the loss")
     vllm_importance_sampling_correction: bool = Field(True, description="correct for trainer/sampler mismatch")
     vllm_importance_sampling_mode: CorrectionMode = Field("sequence_mask", description="how it is corrected")

@@ -32,8 +32,18 @@ def test_no_scaling_by_hand() -> None:
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_equal_rewards_teach_nothing(scale: str) -> None:
-    assert group_advantages(torch.full((8,), 0.7), 4, scale).abs().max() < 1e-3
+@pytest.mark.parametrize("size", [3, 4, 6, 7, 13])
+@pytest.mark.parametrize("reward", [0.7, 1 / 3, 1e-7, 0.123, -2e5 / 7])
+def test_equal_rewards_teach_nothing(scale: str, size: int, reward: float) -> None:
+    """Not nearly nothing: an advantage of rounding would count as signal, and move the policy under Adam."""
+    for dtype in (torch.float32, torch.float64):
+        assert (group_advantages(torch.full((2 * size,), reward, dtype=dtype), size, scale) == 0).all()
+
+
+def test_large_rewards_keep_their_signal() -> None:
+    """In float32 their squares are infinite, and so was the deviation: every advantage was 0."""
+    got = group_advantages(torch.tensor([1e25, 2e25, 3e25]), 3)
+    torch.testing.assert_close(got, torch.tensor([-1.0, 0.0, 1.0]))
 
 
 def test_a_row_without_a_reward_is_left_out_of_its_group() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import math
 import threading
+import urllib.request
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from lora_grpo.config import RewardConfig
 from lora_grpo.errors import ConfigError, RewardError
 from lora_grpo.rewards import (
+    Patience,
     RewardContext,
     check_columns,
     completion_text,
@@ -22,7 +24,7 @@ from lora_grpo.rewards import (
     reward_names,
     score,
 )
-from lora_grpo.rewards.scoring import TrainerState
+from lora_grpo.rewards.call import TrainerState
 from lora_grpo.types import Completion, Group
 
 CHAT = [{"role": "user", "content": "3+3"}]
@@ -139,7 +141,7 @@ def test_an_exception_that_no_single_row_repeats_says_so():
             raise KeyError("batch")
         return [0.0]
 
-    with pytest.raises(RewardError, match=r"batch of 4 rows \(each alone passes\); the first is row 0: prompt '1\+1='"):
+    with pytest.raises(RewardError, match=r"for all 4 rows together.*; the first is row 0: prompt '1\+1='"):
         score([whole], GROUPS, {})
 
 
@@ -152,12 +154,137 @@ def test_an_exception_that_no_single_row_repeats_says_so():
         ([0, 0, "0.5", 0], "returned '0.5', no number, for row 2: prompt '2+2='"),
         ([0, math.inf, 0, 0], "returned inf for row 1: prompt '1+1=', completion '3'"),
         ([math.nan, 0, 0, 0], "return None where the reward does not apply"),
+        ([0, 0, 1e308, 0], "returned 1e+308 for row 2: prompt '2+2=', completion '4'; float32 ends at 3.4e+38"),
+        ([0, -(10**400), 0, 0], "float32 ends at 3.4e+38: scale it down"),
     ],
 )
 def test_bad_results_are_refused(returned, words):
     with pytest.raises(RewardError) as caught:
         score([lambda completions: returned], GROUPS, {})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 0), (2, 2), (6, 4), (16, 5), (512, 10)])
+@pytest.mark.parametrize("where", [0.0, 0.4, 1.0])
+def test_a_failing_row_is_found_by_halving(rows, most, where):
+    """512 rows took 512 more calls of what may be a paid service."""
+    bad, calls = f"t{int(where * (rows - 1))}", []
+
+    def judge(completions, **kwargs):
+        calls.append(len(completions))
+        return [1 / (text != bad) for text in completions]
+
+    with pytest.raises(RewardError, match=rf"ZeroDivisionError.* for row .*completion '{bad}'$"):
+        score([judge], [group("q", *(f"t{index}" for index in range(rows)))], {})
+    assert len(calls) - 1 <= most
+
+
+def test_a_search_that_finds_nothing_ends_as_soon():
+    calls = []
+
+    def judge(completions, **kwargs):
+        calls.append(len(completions))
+        if len(completions) == 512:
+            raise KeyError("batch")
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match="for all 512 rows together"):
+        score([judge], [group("q", *["a"] * 512)], {})
+    assert len(calls) - 1 <= 10
+
+
+def refused_by(library):
+    """A judge whose server is not there, as `library` says it."""
+    address = "127.0.0.1:1"
+
+    def judge(completions, **kwargs):
+        match library:
+            case "builtin":
+                raise TimeoutError("judge")
+            case "urllib":
+                urllib.request.urlopen(f"http://{address}")
+            case "requests":
+                pytest.importorskip("requests").get(f"http://{address}")
+            case "httpx":
+                pytest.importorskip("httpx").get(f"http://{address}")
+            case "openai":
+                openai = pytest.importorskip("openai")
+                openai.OpenAI(base_url=f"http://{address}", api_key="k", max_retries=0).models.list()
+            case "wrapped":
+                try:
+                    raise ConnectionResetError
+                except ConnectionResetError as error:
+                    raise RuntimeError("the judge is gone") from error
+
+    return judge
+
+
+@pytest.mark.parametrize("library", ["builtin", "urllib", "requests", "httpx", "openai", "wrapped"])
+def test_a_judge_that_is_not_reached_is_called_again_and_no_row_is_blamed(library, monkeypatch, caplog):
+    pauses, calls, judge = [], [], refused_by(library)
+    monkeypatch.setattr("lora_grpo.rewards.call.time.sleep", pauses.append)
+
+    def counted(completions, **kwargs):
+        calls.append(len(completions))
+        judge(completions)
+
+    with pytest.raises(RewardError, match="'counted' raised .* in each of 4 calls of the whole batch") as caught:
+        score([counted], GROUPS, {}, patience=Patience(retries=3))
+    assert calls == [4] * 4
+    assert pauses == [1.0, 2.0, 4.0]
+    assert "row" not in str(caught.value)
+    assert caplog.text.count("it is called again in") == 3
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_one_timeout_does_not_end_a_run(is_async, monkeypatch):
+    """By default one more call is made, and what the first one logged does not count."""
+    monkeypatch.setattr("lora_grpo.rewards.call.time.sleep", lambda seconds: None)
+    failures = [TimeoutError("judge")]
+
+    def judge(completions, log_metric, **kwargs):
+        log_metric("calls", 5.0 if failures else 1.0)
+        if failures:
+            raise failures.pop()
+        return [0.5] * len(completions)
+
+    async def judge_later(completions, log_metric, **kwargs):
+        return judge(completions, log_metric)
+
+    context = RewardContext()
+    assert score([length, judge_later if is_async else judge], GROUPS, {}, context) == [[1.0, 0.5]] * 4
+    assert context.metrics() == {"calls": 1.0}
+    failures.append(TimeoutError("judge"))
+    with pytest.raises(RewardError, match="TimeoutError: judge in each of 1 calls"):
+        score([judge], GROUPS, {}, patience=Patience(retries=0))
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_judge_that_never_answers_is_given_up(is_async, monkeypatch):
+    monkeypatch.setattr("lora_grpo.rewards.call.time.sleep", lambda seconds: None)
+    let_go, calls = threading.Event(), []
+
+    def judge(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 1:
+            let_go.wait()
+        return [0.5] * len(completions)
+
+    async def judge_later(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 1:
+            await asyncio.Event().wait()
+        return [0.5] * len(completions)
+
+    function = judge_later if is_async else judge
+    try:
+        assert score([function], GROUPS, {}, patience=Patience(timeout_s=0.2)) == [[0.5]] * 4
+        assert calls == [4, 4]
+        calls.clear()
+        with pytest.raises(RewardError, match="no answer within reward_timeout_s=0.2 in each of 1 calls"):
+            score([function], GROUPS, {}, patience=Patience(retries=0, timeout_s=0.2))
+    finally:
+        let_go.set()
 
 
 def test_rows_that_nothing_scored_are_said_and_kept_as_nan(caplog):

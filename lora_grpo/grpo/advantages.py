@@ -2,6 +2,7 @@
 
 A NaN reward says that the function does not apply to the row; a row to which none applies has no reward, takes no
 part in its group's mean and deviation, and gets advantage 0. Over several processes, rewards are gathered first.
+Computed in float64: in float32 the squares of rewards above 1e19 are infinite, and every advantage would be 0.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ def weighted_rewards(rewards_BF: Tensor, weights_F: Sequence[float] | None = Non
 
 
 def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: ScaleRewards = "group") -> Tensor:
-    """advantages_B = (r - mean of its group) / (deviation + 1e-4); rows of a group are adjacent.
+    """advantages_B, fp32, = (r - mean of its group) / (deviation + 1e-4); rows of a group are adjacent.
 
     The deviation (Bessel-corrected) is the group's (GRPO, arXiv 2402.03300, 4.1.2), the whole batch's (arXiv
     2508.08221), or 1 (Dr. GRPO, arXiv 2503.20783: dividing by it favours questions that are too easy or too hard).
     """
     rewards_PG = _grouped(rewards_B, num_generations)
-    centred_PG = rewards_PG - rewards_PG.nanmean(dim=1, keepdim=True)
+    # Taken from the group's least, equal rewards are 0 to the bit: a mean of them can be off by its rounding.
+    above_PG = rewards_PG - rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
+    centred_PG = above_PG - above_PG.nanmean(dim=1, keepdim=True)
     if scale_rewards != "none":
         centred_PG = centred_PG / (_deviation(rewards_PG, scale_rewards) + _EPSILON)
-    return centred_PG.nan_to_num(nan=0.0).flatten()
+    return centred_PG.nan_to_num(nan=0.0).flatten().float()
 
 
 def reward_metrics(
@@ -87,4 +90,4 @@ def _deviation(rewards_PG: Tensor, scale_rewards: ScaleRewards) -> Tensor:
 def _grouped(rewards_B: Tensor, num_generations: int) -> Tensor:
     if rewards_B.numel() % num_generations:
         raise ConfigError(f"{rewards_B.numel()} rewards are no multiple of num_generations={num_generations}")
-    return rewards_B.float().view(-1, num_generations)
+    return rewards_B.double().view(-1, num_generations)

@@ -11,8 +11,8 @@ from typing import Any
 
 from lora_grpo.config import RewardConfig
 from lora_grpo.errors import ConfigError
+from lora_grpo.rewards.call import RewardFunction
 from lora_grpo.rewards.ready import READY
-from lora_grpo.rewards.scoring import RewardFunction
 
 
 def load_reward(config: RewardConfig) -> RewardFunction:

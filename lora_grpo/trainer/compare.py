@@ -207,7 +207,7 @@ def _rewards(
     import torch
 
     doubled = {name: [*values, *values] for name, values in columns.items()}
-    rewards_B = weighted_rewards(torch.tensor(score(functions, groups, doubled)), weights)
+    rewards_B = weighted_rewards(torch.tensor(score(functions, groups, doubled), dtype=torch.float64), weights)
     return [float(reward) for reward in rewards_B]
 
 

@@ -17,6 +17,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.rewards import RewardFunction, reward_names, score
 from lora_grpo.trainer.rollouts import greedy_sampling
+from lora_grpo.trainer.stepping import patience
 
 FOLDER = "evaluations"
 Rewards: TypeAlias = list[list[float]]
@@ -47,7 +48,7 @@ def evaluate(
     """
     prompts, columns = data.select(range(len(data)))
     groups = engine.generate(prompts, greedy_sampling(config), adapter=version)
-    rewards_BF = scored(lambda: score(reward_funcs, groups, columns))
+    rewards_BF = scored(lambda: score(reward_funcs, groups, columns, patience=patience(config)))
     names, weights = reward_names(reward_funcs), config.reward_weights or (1.0,) * len(reward_funcs)
     rows = []
     for p, (group, rewards) in enumerate(zip(groups, rewards_BF, strict=True)):

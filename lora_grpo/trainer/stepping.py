@@ -19,8 +19,8 @@ from lora_grpo.grpo.advantages import group_advantages, reward_metrics, weighted
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics import Reporter
-from lora_grpo.rewards import RewardContext, RewardFunction, reward_names, score
-from lora_grpo.rewards.scoring import TrainerState
+from lora_grpo.rewards import Patience, RewardContext, RewardFunction, reward_names, score
+from lora_grpo.rewards.call import TrainerState
 from lora_grpo.sync import PushReceipt
 from lora_grpo.trainer.assembly import Parts
 from lora_grpo.trainer.rollouts import RolloutFunc, check_groups, training_sampling
@@ -90,10 +90,16 @@ def reward(
 ) -> Rewarded:
     """Call the reward functions and compare within groups."""
     context = RewardContext(TrainerState(step, config.total_steps))
-    rewards_BF = torch.tensor(score(functions, groups, columns, context))
+    values_BF = score(functions, groups, columns, context, patience(config))
+    rewards_BF = torch.tensor(values_BF, dtype=torch.float64)
     rewards_B = weighted_rewards(rewards_BF, config.reward_weights)
     advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
     return Rewarded(groups, rewards_BF, rewards_B, advantages_B, context.metrics())
+
+
+def patience(config: GRPOConfig) -> Patience:
+    """How long reward functions are waited for."""
+    return Patience(config.reward_retries, config.reward_timeout_s)
 
 
 def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> dict[str, Any]:

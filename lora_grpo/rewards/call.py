@@ -1,0 +1,257 @@
+"""One reward function's call on one batch: made again where a connection failed, a failing row found, values checked."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from lora_grpo.errors import LoraGrpoError, RewardError
+from lora_grpo.rewards.background import run_in_background
+from lora_grpo.worker import Job
+
+logger = logging.getLogger(__name__)
+
+RewardFunction: TypeAlias = Callable[..., Any]
+Kwargs: TypeAlias = dict[str, Any]
+
+LARGEST = (2 - 2**-23) * 2.0**127
+"""float32's: what is larger would become infinite in the log, and in a tensor of the user's."""
+LONGEST_PAUSE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """What reward functions can know of the run, under TRL's names."""
+
+    global_step: int = 0
+    max_steps: int = 0
+
+
+@dataclass(slots=True)
+class RewardContext:
+    """The run's state as given to reward functions, and what they logged.
+
+    `extra` holds columns of B values for the shown samples, `logged` each value given to `log_metric`.
+    """
+
+    state: TrainerState = TrainerState()
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    logged: dict[str, list[float]] = field(default_factory=dict)
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        self.extra[column] = list(values)
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.logged.setdefault(name, []).append(float(value))
+
+    def take(self, other: RewardContext) -> None:
+        """What was logged there, too."""
+        self.extra |= other.extra
+        for name, values in other.logged.items():
+            self.logged.setdefault(name, []).extend(values)
+
+    def metrics(self) -> dict[str, float]:
+        """The mean of each logged metric."""
+        return {name: sum(values) / len(values) for name, values in self.logged.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """With timeouts and failed connections: how often the whole call is made again, after 1, 2, 4 … seconds, and how
+    long one may take (None: for ever)."""
+
+    retries: int = 1
+    timeout_s: float | None = None
+
+
+class Call:
+    """One function's call on one batch."""
+
+    def __init__(
+        self, name: str, function: RewardFunction, inputs: Kwargs, context: RewardContext, patience: Patience
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.inputs = inputs
+        self.context = context
+        self.patience = patience
+        self._begun: tuple[Future[Any], RewardContext] | None = None
+
+    def start(self) -> None:
+        """An async function begins; a sync one waits for `finish`."""
+        if _is_async(self.function):
+            self._begun = self._begin(self.inputs)
+
+    def finish(self) -> list[float]:
+        """B values. Raises `RewardError`."""
+        try:
+            values = self._answer()
+        except LoraGrpoError:
+            raise
+        except Exception as error:
+            raise RewardError(f"reward {self.name!r} raised {_said(error)} {self._where(error)}") from error
+        return self._checked(values)
+
+    def cancel(self) -> None:
+        if self._begun:
+            self._begun[0].cancel()
+
+    def _answer(self) -> Any:
+        """The whole call again where the way there failed: no row is to blame for that."""
+        for made in range(self.patience.retries):
+            try:
+                return self._attempt()
+            except Exception as error:
+                if not is_unreachable(error):
+                    raise
+                pause_s = min(2.0**made, LONGEST_PAUSE_S)
+                logger.warning("reward %r raised %s; it is called again in %g s", self.name, _said(error), pause_s)
+                time.sleep(pause_s)
+        return self._attempt()
+
+    def _attempt(self) -> Any:
+        begun, logs = self._begun or self._begin(self.inputs)
+        self._begun = begun, logs
+        values = self._result(begun)
+        self.context.take(logs)
+        return values
+
+    def _begin(self, inputs: Kwargs) -> tuple[Future[Any], RewardContext]:
+        """A call under way, and what it logs: an attempt that is given up may go on, unheard."""
+        logs = RewardContext(self.context.state)
+        arguments = self._kwargs(inputs, logs)
+        if _is_async(self.function):
+            return run_in_background(self.function(**arguments)), logs
+        job = Job(functools.partial(self._run, arguments))
+        if self.patience.timeout_s is None:
+            job.run()
+        else:
+            threading.Thread(target=job.run, name=f"lora_grpo-reward-{self.name}", daemon=True).start()
+        return job.result, logs
+
+    def _run(self, arguments: Kwargs) -> Any:
+        result = self.function(**arguments)
+        return run_in_background(result).result() if inspect.isawaitable(result) else result
+
+    def _result(self, begun: Future[Any]) -> Any:
+        try:
+            return begun.result(self.patience.timeout_s)
+        except TimeoutError:
+            if begun.done():
+                return begun.result()
+            begun.cancel()
+            raise TimeoutError(f"no answer within reward_timeout_s={self.patience.timeout_s:g}") from None
+        finally:
+            self._begun = None
+
+    def _kwargs(self, inputs: Kwargs, context: RewardContext) -> Kwargs:
+        offered = inputs | {
+            "trainer_state": context.state,
+            "log_extra": context.log_extra,
+            "log_metric": context.log_metric,
+        }
+        parameters = inspect.signature(self.function).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return offered
+        return {key: value for key, value in offered.items() if key in parameters}
+
+    def _where(self, error: Exception) -> str:
+        if is_unreachable(error):
+            return f"in each of {self.patience.retries + 1} calls of the whole batch (reward_retries, reward_timeout_s)"
+        rows = len(self.inputs["prompts"])
+        index = self._failing_row(error, rows)
+        if index is not None:
+            return f"for {self._row(index)}"
+        return f"for all {rows} rows together, not for the parts of them that were tried; the first is {self._row(0)}"
+
+    def _failing_row(self, error: Exception, rows: int) -> int | None:
+        """By halving: where the first half passes, the second one fails. At most log2(rows), rounded up, + 1 calls."""
+        low, high, known = 0, rows, True
+        while high - low > 1:
+            middle = (low + high) // 2
+            known = self._fails_alike(error, low, middle)
+            low, high = (low, middle) if known else (middle, high)
+        return low if known or self._fails_alike(error, low, high) else None
+
+    def _fails_alike(self, error: Exception, low: int, high: int) -> bool:
+        part = {key: values[low:high] for key, values in self.inputs.items()}
+        try:
+            self._result(self._begin(part)[0])
+        except Exception as again:  # noqa: BLE001 - whatever the user's function raises
+            return type(again) is type(error)
+        return False
+
+    def _row(self, index: int) -> str:
+        return describe_row(self.inputs, index)
+
+    def _checked(self, values: Any) -> list[float]:
+        rows = len(self.inputs["prompts"])
+        if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
+            raise RewardError(
+                f"reward {self.name!r} returned {_short(values)}; it must return a list of {rows} numbers"
+            )
+        if len(values) != rows:
+            raise RewardError(
+                f"reward {self.name!r} returned {len(values)} values for {rows} completions; "
+                "it must return one for each (None where it does not apply)"
+            )
+        return [self._number(value, index) for index, value in enumerate(values)]
+
+    def _number(self, value: Any, index: int) -> float:
+        if value is None:
+            return math.nan
+        item = value.item() if hasattr(value, "item") else value
+        if not isinstance(item, int | float):
+            raise RewardError(f"reward {self.name!r} returned {_short(value)}, no number, for {self._row(index)}")
+        if not -LARGEST <= item <= LARGEST:
+            fix = "return None where the reward does not apply"
+            if item == item and abs(item) != math.inf:
+                fix = f"float32 ends at {LARGEST:.2g}: scale it down"
+            raise RewardError(f"reward {self.name!r} returned {_short(item)} for {self._row(index)}; {fix}")
+        return float(item)
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether it is a timeout or a failed connection, or comes from one; a client library's own are known by name."""
+    while error is not None:
+        names = [kind.__name__ for kind in type(error).__mro__]
+        if isinstance(error, TimeoutError | ConnectionError | socket.gaierror):
+            return True
+        if any(word in name for name in names for word in ("Timeout", "Connect", "Transport")):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def is_chat(prompt: Any) -> bool:
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def describe_row(inputs: Kwargs, index: int) -> str:
+    """Which row it is, with its prompt and completion."""
+    prompt = inputs["prompts"][index]
+    shown = prompt[-1].get("content") if is_chat(prompt) else prompt
+    return f"row {index}: prompt {_short(shown)}, completion {_short(inputs['completions'][index])}"
+
+
+def _is_async(function: RewardFunction) -> bool:
+    inner = function.func if isinstance(function, functools.partial) else function
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))  # noqa: B004
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _short(value: object, width: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 1]}…"
