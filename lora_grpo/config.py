@@ -75,6 +75,9 @@ class GRPOConfig(Section):
 
     seed: int = Field(42, ge=0, description="seed of the run; every request's own seed derives from it")
     total_steps: int = Field(100, ge=1, description="rollout steps to run")
+    max_steps_without_signal: int | None = Field(
+        None, ge=1, description="steps in a row with equal rewards in every group that end a run; default: none do"
+    )
 
     num_generations: int = Field(8, ge=2, description="completions a prompt (the group)")
     generation_batch_size: int | None = Field(

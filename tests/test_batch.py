@@ -26,7 +26,7 @@ ADVANTAGES = torch.tensor([0.5, -0.5, 1.0, -1.0])
 
 
 def batch(**changes: object) -> Batch:
-    return Batch.from_groups(GROUPS, ADVANTAGES, pad_token_id=0, **changes)
+    return Batch.from_groups(GROUPS, ADVANTAGES, **changes)
 
 
 def test_prompts_pad_left_and_completions_right() -> None:
@@ -71,7 +71,7 @@ def test_truncated_rows_leave_the_loss_only_when_asked() -> None:
 
 def test_a_log_prob_that_the_sampler_did_not_give_stays_unknown() -> None:
     row = Completion("", (1, 2), (NAN, -1.0), "stop", 1)
-    got = Batch.from_groups([Group("", (5,), (row,))], torch.ones(1), pad_token_id=0)
+    got = Batch.from_groups([Group("", (5,), (row,))], torch.ones(1))
     assert got.sampler_logp_BT.isnan().tolist() == [[True, False]]
 
 
@@ -116,4 +116,4 @@ def test_moving_takes_every_tensor_along() -> None:
 )
 def test_what_cannot_be_a_batch_is_refused(groups: list[Group], advantages: torch.Tensor, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Batch.from_groups(groups, advantages, pad_token_id=0)
+        Batch.from_groups(groups, advantages)

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from lora_grpo.adapters import disk
 from lora_grpo.metrics import read_metrics
 from lora_grpo.metrics.render import BACKLOG
 from tests.tiny_run import fake_engine
-from tests.tiny_trainer import CONFIG, share_of_low_bytes, tiny_trainer
+from tests.tiny_trainer import CONFIG, same, share_of_low_bytes, tiny_trainer, weights
+
+FAKE = CONFIG.replace(vllm_importance_sampling_correction=False)
 
 
 def test_bytes_on_their_way_to_the_disk_are_shown(
@@ -23,7 +26,7 @@ def test_bytes_on_their_way_to_the_disk_are_shown(
     disk_goes_on, run = threading.Event(), tmp_path / "run"
     disk_goes_on.set()
     monkeypatch.setattr(disk, "at", lambda point: disk_goes_on.wait() if point.startswith("archive.") else None)
-    config = CONFIG.replace(total_steps=4, vllm_importance_sampling_correction=False)
+    config = FAKE.replace(total_steps=4)
 
     def reward(completions: Sequence[str], trainer_state: Any, **columns: Any) -> list[float]:
         if trainer_state.global_step == 2:
@@ -46,3 +49,63 @@ def test_bytes_on_their_way_to_the_disk_are_shown(
         assert trainer.store.archive_backlog_bytes == 0
     logged = [record[BACKLOG] for record in read_metrics(run) if record["event"] == "step"]
     assert logged == waiting
+
+
+def rare(first: int) -> Any:
+    """A reward that is 0 until step `first`."""
+
+    def reward(completions: Sequence[str], trainer_state: Any, **columns: Any) -> list[float]:
+        return share_of_low_bytes(completions) if trainer_state.global_step >= first else [0.0] * len(completions)
+
+    return reward
+
+
+def said(run: Path) -> list[str]:
+    return [record["text"] for record in read_metrics(run) if record["event"] == "message"]
+
+
+def test_a_reward_that_comes_late_is_waited_for(
+    llama_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Twelve steps without a signal ended the run for good, after ten of them."""
+    run, config = tmp_path / "run", FAKE.replace(total_steps=14)
+    settings = {"reward_funcs": rare(13), "view": True}
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), run, config, **settings) as trainer:
+        before = weights(trainer)
+        trainer.train()
+        assert trainer.steps_done == 14
+        assert not same(weights(trainer), before)
+    (warning,) = said(run)
+    assert warning.startswith("warning: in the last 10 steps every group's rewards were equal, so nothing was learned")
+    assert "num_generations" in warning
+    assert "max_steps_without_signal" in warning
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step ")]
+    assert ["signal 0%" in line for line in lines] == [True] * 12 + [False] * 2
+    assert f"signal {100 * trainer.history[-1]['frac_groups_used']:.3g}%" in lines[-1]
+
+
+def test_a_setting_ends_a_run_that_learns_nothing_and_resuming_goes_on(llama_dir: Path, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", FAKE.replace(total_steps=7, max_steps_without_signal=3)
+    settings = {"reward_funcs": rare(6)}
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), run, config, **settings) as trainer:
+        trainer.train()
+        assert trainer.steps_done == 3
+    assert "max_steps_without_signal ends the run here; raise it and resume" in said(run)[-1]
+    more = config.replace(max_steps_without_signal=6)
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), run, more, **settings) as trainer:
+        trainer.resume()
+        trainer.train()
+        assert trainer.steps_done == 7
+
+
+def test_a_pad_token_beyond_the_embedding(llama_dir: Path, tmp_path: Path) -> None:
+    """As after `add_special_tokens` without a resized model: what is masked needs no row there."""
+    engine = fake_engine(llama_dir)
+    rows = AutoConfig.from_pretrained(llama_dir).vocab_size
+    engine.tokenizer.add_tokens([f"<new {index}>" for index in range(rows)])
+    engine.tokenizer.pad_token = f"<new {rows - 1}>"
+    assert engine.tokenizer.pad_token_id >= rows
+    config = FAKE.replace(total_steps=1)
+    with tiny_trainer(llama_dir, engine, tmp_path / "run", config, processing_class=engine.tokenizer) as trainer:
+        trainer.train()
+        assert trainer.steps_done == 1

@@ -25,7 +25,7 @@ from lora_grpo.metrics.view import LiveView
 STEP = {
     "reward": 0.5,
     "reward_std": 0.25,
-    "frac_reward_zero_std": 0.25,
+    "frac_groups_used": 0.625,
     "sampling/sampling_logp_difference/mean": 0.004,
     "version": 3,
     "step_time": 2.0,
@@ -116,7 +116,10 @@ def test_reporter_writes_log_samples_and_a_plain_line_a_step(tmp_path, capfd):
         reporter.end({"accuracy_after": 0.9})
     out, err = capfd.readouterr()
     assert out == "", "stdout is for the final JSON line"
-    assert "step 1/4  v3  reward 0.500 ± 0.250  gap 0.0040 nats  generate 1.50 s  publish 0.01 s  eta 6s" in err
+    assert (
+        "step 1/4  v3  reward 0.500 ± 0.250  signal 62.5%  gap 0.0040 nats  generate 1.50 s  publish 0.01 s  eta 6s"
+        in err
+    )
     assert "held-out after step 0, base: accuracy 0.45" in err
     assert "[bold]1+1=[/nonsense]" in err
     assert "something to know" in err
@@ -154,7 +157,7 @@ def test_live_view_on_a_terminal_shows_the_run_and_gives_the_terminal_back(tmp_p
         "0.500 ± 0.250",
         "0.750",
         "from 0.450 (base)",
-        "75% of groups",
+        "62.5% of groups",
         "v3",
         "nats a token",
         "generate 1.50",

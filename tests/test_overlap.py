@@ -188,7 +188,7 @@ def test_each_row_is_corrected_by_its_own_samplers_log_probs(llama_dir: Path, tm
         objective, policy = trainer.policy.objective, trainer.policy
 
         def prepared(groups: list[Group]) -> Batch:
-            return policy.prepare(Batch.from_groups(groups, torch.ones(4 * len(groups)), pad_token_id=0))
+            return policy.prepare(Batch.from_groups(groups, torch.ones(4 * len(groups))))
 
         mixed = prepared([old, new])
         weight_B1 = objective.correction(mixed.old_logp_BT, mixed.sampler_logp_BT, mixed.mask_BT)

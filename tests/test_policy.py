@@ -19,7 +19,6 @@ from lora_grpo.grpo.losses import LOSSES, Size, Totals
 from lora_grpo.grpo.optimizer import build_optimizer, build_scheduler
 from lora_grpo.policy import Policy
 from tests.tiny_policy import (
-    PAD,
     VOCAB,
     adapter_weights,
     assert_same,
@@ -42,7 +41,7 @@ def make_policy(rows: int = 8, model: Any = None, **changes: Any) -> Policy:
 
 
 def make_batch(advantages: Tensor = ADVANTAGES, **changes: Any) -> Batch:
-    return Batch.from_groups(rollout(**changes), advantages, pad_token_id=PAD)
+    return Batch.from_groups(rollout(**changes), advantages)
 
 
 def drifted_batch(policy: Policy, **changes: Any) -> Batch:

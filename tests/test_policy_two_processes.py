@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo import Batch
 from lora_grpo.policy import Policy
-from tests.tiny_policy import PAD, adapter_weights, assert_same, config, drifted, gradient, peft_model, rollout
+from tests.tiny_policy import adapter_weights, assert_same, config, drifted, gradient, peft_model, rollout
 
 CASES = [
     *({"loss_type": loss_type} for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")),
@@ -33,7 +33,7 @@ def whole_batch(case: dict[str, Any]) -> Batch:
     """Prepared by a policy of this process, with drift that depends on no process."""
     groups = rollout(prompt_lengths=(3, 5, 2, 9), truncated=3)
     masked = bool(case.get("mask_truncated_completions"))
-    batch = Batch.from_groups(groups, ADVANTAGES, pad_token_id=PAD, mask_truncated_completions=masked)
+    batch = Batch.from_groups(groups, ADVANTAGES, mask_truncated_completions=masked)
     policy = Policy(peft_model(), config(4))
     return drifted(policy.prepare(batch), policy.logprobs(batch))
 

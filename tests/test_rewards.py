@@ -228,7 +228,7 @@ def test_a_judge_that_is_not_reached_is_called_again_and_no_row_is_blamed(librar
         calls.append(len(completions))
         judge(completions)
 
-    with pytest.raises(RewardError, match="'counted' raised .* in each of 4 calls of the whole batch") as caught:
+    with pytest.raises(RewardError, match=r"'counted' raised .* in each of 4 calls of the whole batch") as caught:
         score([counted], GROUPS, {}, patience=Patience(retries=3))
     assert calls == [4] * 4
     assert pauses == [1.0, 2.0, 4.0]
@@ -281,7 +281,7 @@ def test_a_judge_that_never_answers_is_given_up(is_async, monkeypatch):
         assert score([function], GROUPS, {}, patience=Patience(timeout_s=0.2)) == [[0.5]] * 4
         assert calls == [4, 4]
         calls.clear()
-        with pytest.raises(RewardError, match="no answer within reward_timeout_s=0.2 in each of 1 calls"):
+        with pytest.raises(RewardError, match=r"no answer within reward_timeout_s=0\.2 in each of 1 calls"):
             score([function], GROUPS, {}, patience=Patience(retries=0, timeout_s=0.2))
     finally:
         let_go.set()

@@ -250,17 +250,6 @@ def test_weights_that_are_not_finite_never_leave_the_trainer(trainer_of: Any) ->
     assert [version.number for version in trainer.store.list()] == [1, 2, 3, 4]
 
 
-def test_nothing_left_to_learn_ends_a_run(trainer_of: Any) -> None:
-    def always(completions: list[str], **columns: Any) -> list[float]:
-        return [1.0] * len(completions)
-
-    trainer = trainer_of(
-        CONFIG.replace(total_steps=50, generation_batch_size=16, per_device_train_batch_size=16), reward_funcs=always
-    )
-    trainer.train()
-    assert trainer.steps_done == 10
-
-
 def test_a_directory_with_a_run_is_not_written_over(trainer_of: Any, tmp_path: Path) -> None:
     first = trainer_of(CONFIG.replace(total_steps=1))
     first.train()

@@ -175,7 +175,7 @@ def both(
     trainer = trl_trainer(folder, **cut)
     policy = Policy(peft_model(), config(16, reward_weights=WEIGHTS, **{**cut, **(ours or {})}))
     rows = groups() if rows is None else rows
-    plain = Batch.from_groups(rows, torch.zeros(16), pad_token_id=PAD)
+    plain = Batch.from_groups(rows, torch.zeros(16))
     rows = with_sampler(rows, policy.logprobs(plain))
 
     made = trl_rollout(trainer, rows)
@@ -202,9 +202,7 @@ def our_batch(policy: Policy, rows: list[Group]) -> tuple[Batch, dict[str, float
         rewards_BF, ["first", "second"], settings.num_generations, settings.reward_weights, settings.scale_rewards
     )
     advantages_B = group_advantages(totals_B, settings.num_generations, settings.scale_rewards)
-    batch = Batch.from_groups(
-        rows, advantages_B, pad_token_id=PAD, mask_truncated_completions=settings.mask_truncated_completions
-    )
+    batch = Batch.from_groups(rows, advantages_B, mask_truncated_completions=settings.mask_truncated_completions)
     return policy.prepare(batch), metrics
 
 
@@ -332,7 +330,7 @@ def test_where_bnpo_differs(tmp_path: Path) -> None:
     theirs, ours = both(tmp_path, micro_batches=2, loss_type="bnpo")
     policy = Policy(peft_model(), config(8, loss_type="bnpo", generation_batch_size=16))
     rows = groups()
-    rows = with_sampler(rows, policy.logprobs(Batch.from_groups(rows, torch.zeros(16), pad_token_id=PAD)))
+    rows = with_sampler(rows, policy.logprobs(Batch.from_groups(rows, torch.zeros(16))))
     whole, _ = our_batch(Policy(peft_model(), config(16, reward_weights=WEIGHTS)), rows)
     drift(policy.model)
     halves = [gradient(policy, half)[0] for half in whole.split(8)]
@@ -347,7 +345,7 @@ def test_two_optimizer_batches_of_one_rollout(loss_type: str, tmp_path: Path) ->
     trainer = trl_trainer(tmp_path, **case)
     policy = Policy(peft_model(), config(8, reward_weights=WEIGHTS, learning_rate=1e-12, **case))
     rows = groups()
-    rows = with_sampler(rows, policy.logprobs(Batch.from_groups(rows, torch.zeros(16), pad_token_id=PAD)))
+    rows = with_sampler(rows, policy.logprobs(Batch.from_groups(rows, torch.zeros(16))))
     made = trl_rollout(trainer, rows)
     batch, _ = our_batch(policy, rows)
     drift(trainer.model)

@@ -26,7 +26,7 @@ from lora_grpo.grpo.optimizer import build_optimizer
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Sampling
-from tests.tiny_policy import PAD, adapter_weights, config, drifted, peft_model, rollout
+from tests.tiny_policy import adapter_weights, config, drifted, peft_model, rollout
 from tests.two_processes import TIMEOUT_S, in_two, sharded
 
 STEPS = 5
@@ -48,7 +48,7 @@ def batches(cut: bool) -> Batch:
     groups = rollout(prompt_lengths=(5, 5, 5, 5) if not cut else RAGGED["prompt_lengths"])
     if not cut:
         groups = [replace(g, completions=tuple(_long(completion) for completion in g.completions)) for g in groups]
-    batch = Batch.from_groups(groups, ADVANTAGES, pad_token_id=PAD)
+    batch = Batch.from_groups(groups, ADVANTAGES)
     policy = Policy(peft_model(), config(4))
     return drifted(policy.prepare(batch), policy.logprobs(batch))
 

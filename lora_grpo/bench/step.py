@@ -82,7 +82,7 @@ def _step(bench: Bench, policy: Any, prompts: int, prompt_tokens: int) -> dict[s
     with clock("train"):
         rewards_B = torch.rand(prompts * config.num_generations)
         advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
-        batch = policy.prepare(Batch.from_groups(groups, advantages_B, pad_token_id=0))
+        batch = policy.prepare(Batch.from_groups(groups, advantages_B))
         policy.update(batch)
     with clock("sync"):
         bench.strategy.sync()

@@ -23,7 +23,7 @@ class Batch:
     """Rows to learn from. The last three fields are None until `Policy.prepare` fills them."""
 
     input_ids_BL: Tensor
-    """int64; padding holds the pad token."""
+    """int64; padding holds 0, which every vocabulary has, and is masked everywhere."""
     attention_mask_BL: Tensor
     """int64; 1 where a token is."""
     mask_BT: Tensor
@@ -45,7 +45,6 @@ class Batch:
         groups: Sequence[Group],
         advantages_B: Tensor,
         *,
-        pad_token_id: int,
         mask_truncated_completions: bool = False,
     ) -> Batch:
         """A row a completion, in the groups' order.
@@ -60,8 +59,8 @@ class Batch:
         masks = [_loss_mask(row, mask_truncated_completions) for _, row in pairs]
         logprobs = [torch.tensor(row.logprobs, dtype=torch.float32) for _, row in pairs]
         return cls(
-            input_ids_BL=_join(prompts, completions, pad_token_id),
-            attention_mask_BL=_join(_ones(prompts), _ones(completions), 0),
+            input_ids_BL=_join(prompts, completions),
+            attention_mask_BL=_join(_ones(prompts), _ones(completions)),
             mask_BT=pad_sequence(masks, batch_first=True),
             sampler_logp_BT=pad_sequence(logprobs, batch_first=True),
             advantages_B=advantages_B.float(),
@@ -152,9 +151,9 @@ def _loss_mask(completion: Completion, mask_truncated_completions: bool) -> Tens
     return torch.tensor(completion.token_mask or [True] * len(completion.token_ids), dtype=torch.bool)
 
 
-def _join(prompts: list[Tensor], completions: list[Tensor], padding: int) -> Tensor:
-    left = pad_sequence(prompts, batch_first=True, padding_value=padding, padding_side="left")
-    return torch.cat([left, pad_sequence(completions, batch_first=True, padding_value=padding)], dim=1)
+def _join(prompts: list[Tensor], completions: list[Tensor]) -> Tensor:
+    left = pad_sequence(prompts, batch_first=True, padding_side="left")
+    return torch.cat([left, pad_sequence(completions, batch_first=True)], dim=1)
 
 
 def _ones(rows: list[Tensor]) -> list[Tensor]:

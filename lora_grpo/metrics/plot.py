@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_grpo.errors import StoreError
 from lora_grpo.metrics.log import Record, history, read_metrics
-from lora_grpo.metrics.render import GAP, PHASES, headline, phase_seconds
+from lora_grpo.metrics.render import GAP, PHASES, SIGNAL, headline, phase_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,9 +57,8 @@ def _reward(axes: Axes, steps: list[Record]) -> None:
     axes.set_title("Reward of the sampled completions")
     axes.plot(x, reward, color=BLUE, alpha=0.3, linewidth=1)
     axes.plot(x, _smoothed(reward), color=BLUE, linewidth=2, label="reward (smoothed)")
-    x_signal, idle = _series(steps, "frac_reward_zero_std")
+    x_signal, signal = _series(steps, SIGNAL)
     if x_signal:
-        signal = [1 - value for value in idle]
         axes.plot(x_signal, signal, color=GREY, linewidth=1, linestyle=":", label="share of groups with signal")
     axes.legend(frameon=False, fontsize=8)
 

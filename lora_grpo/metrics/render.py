@@ -17,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 GAP = "sampling/sampling_logp_difference/mean"
+SIGNAL = "frac_groups_used"
+"""Share of groups whose rewards differ: the only ones that teach."""
 BACKLOG = "archive/backlog_bytes"
 PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "publish": "green"}
 VERDICTS = {"ok": "green", "inconclusive": "yellow", "failed": "bold red"}
@@ -92,6 +94,8 @@ def plain_step(state: ViewState) -> str:
         parts.append(f"v{int(metrics['version'])}")
     if metrics.get("reward") is not None:
         parts.append(f"reward {_reward(metrics)}")
+    if metrics.get(SIGNAL) is not None:
+        parts.append(f"signal {100 * metrics[SIGNAL]:.3g}%")
     if metrics.get(GAP) is not None:
         parts.append(f"gap {metrics[GAP]:.4f} nats")
     parts += [f"{phase} {seconds:.2f} s" for phase, seconds in phase_seconds(metrics).items()]
@@ -175,8 +179,8 @@ def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
         facts.append(("reward", Text.assemble((_reward(metrics), "bold"), "  ", (sparkline(state.rewards), "green"))))
     if state.evaluations:
         facts.append(("held-out", _evaluations(state)))
-    if metrics.get("frac_reward_zero_std") is not None:
-        facts.append(("signal", Text(f"{1 - metrics['frac_reward_zero_std']:.0%} of groups")))
+    if metrics.get(SIGNAL) is not None:
+        facts.append(("signal", Text(f"{100 * metrics[SIGNAL]:.3g}% of groups")))
     if metrics.get("completions/mean_length") is not None:
         facts.append(("length", Text(_length(metrics))))
     if metrics.get("version") is not None:

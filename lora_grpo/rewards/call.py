@@ -1,4 +1,4 @@
-"""One reward function's call on one batch: made again where a connection failed, a failing row found, values checked."""
+"""One reward function's call on one batch: repeated where a connection failed, searched for a failing row, checked."""
 
 from __future__ import annotations
 

@@ -33,7 +33,6 @@ from lora_grpo.trainer.models import (
     check_same_vocabulary,
     expects_one_copy,
     lora_rank,
-    pad_token_id,
     planned_memory,
     shared_base,
 )
@@ -52,7 +51,6 @@ class Parts:
     model: nn.Module
     policy: Policy
     sync: NativeSync
-    pad_token_id: int
 
 
 def assemble(
@@ -103,8 +101,8 @@ def assemble(
         keep_state=keeps_state(keep),
     )
     closing.callback(sync.close)
-    padding = processes.first(lambda: _padding(processing_class, getattr(engine, "tokenizer", None)))
-    return Parts(_led(crew, sync, engine), policy_model, policy, sync, padding)
+    processes.first(lambda: check_same_vocabulary(processing_class, getattr(engine, "tokenizer", None)))
+    return Parts(_led(crew, sync, engine), policy_model, policy, sync)
 
 
 def _open_store(
@@ -175,12 +173,6 @@ def _trained_model(
     if engine is not None:
         check_same_device(built, engine)
     return built, base
-
-
-def _padding(processing_class: Any, tokenizer: Any) -> int:
-    if processing_class is not None:
-        check_same_vocabulary(processing_class, tokenizer)
-    return pad_token_id(processing_class or tokenizer)
 
 
 def _led(crew: Crew, sync: NativeSync, engine: Engine | None) -> Engine:

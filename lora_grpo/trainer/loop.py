@@ -15,16 +15,20 @@ from lora_grpo.trainer.stepping import Clock, learn, of_the_version, sample_rows
 if TYPE_CHECKING:
     from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 
-PATIENCE_STEPS = 10
-"""Steps in a row without any signal (every group's rewards equal) after which a run ends."""
+WARN_EVERY = 10
+"""Steps in a row without any signal (every group's rewards equal) after which, and again after as many, a run warns."""
 
 
 def run(trainer: GRPOTrainer, reporter: Reporter) -> None:
-    """Step until `total_steps`, or until nothing is left to learn."""
-    while trainer.steps_done < trainer.config.total_steps and trainer.without_signal < PATIENCE_STEPS:
+    """Step until `total_steps`, or for `max_steps_without_signal` steps in a row that taught nothing."""
+    while trainer.steps_done < trainer.config.total_steps and not _gives_up(trainer):
         apply_requests(trainer.store, trainer.rollback, reporter)
         if _guarded_step(trainer, reporter):
+            if trainer.without_signal and trainer.without_signal % WARN_EVERY == 0:
+                _warn_without_signal(trainer, reporter, "max_steps_without_signal would end such a run")
             _evaluate_when_due(trainer, reporter)
+    if _gives_up(trainer):
+        _warn_without_signal(trainer, reporter, "max_steps_without_signal ends the run here; raise it and resume")
 
 
 def publish(trainer: GRPOTrainer, step: int) -> None:
@@ -89,8 +93,19 @@ def _step(trainer: GRPOTrainer, reporter: Reporter) -> None:
 
 def _evaluate_when_due(trainer: GRPOTrainer, reporter: Reporter) -> None:
     every, last = trainer.config.eval_every, trainer.steps_done == trainer.config.total_steps
-    stopped = trainer.without_signal >= PATIENCE_STEPS
-    if stopped:
-        reporter.message(f"{PATIENCE_STEPS} steps without a group of unequal rewards: nothing left to learn")
-    if last or stopped or (every and trainer.steps_done % every == 0):
+    if last or _gives_up(trainer) or (every and trainer.steps_done % every == 0):
         held_out(trainer, reporter)
+
+
+def _gives_up(trainer: GRPOTrainer) -> bool:
+    most = trainer.config.max_steps_without_signal
+    return most is not None and trainer.without_signal >= most
+
+
+def _warn_without_signal(trainer: GRPOTrainer, reporter: Reporter, then: str) -> None:
+    reporter.message(
+        f"warning: in the last {trainer.without_signal} steps every group's rewards were equal, "
+        "so nothing was learned. Use prompts that are neither hopeless nor solved, more completions (num_generations) "
+        "or prompts a step (generation_batch_size), a higher temperature, or a reward that gives partial credit; "
+        f"{then}"
+    )

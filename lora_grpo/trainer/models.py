@@ -245,14 +245,6 @@ def check_same_vocabulary(trainer: Any, engine: Any) -> None:
         )
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's pad token, else its end token, else 0 (padding is masked everywhere)."""
-    for name in ("pad_token_id", "eos_token_id"):
-        if getattr(tokenizer, name, None) is not None:
-            return int(getattr(tokenizer, name))
-    return 0
-
-
 def _lora_config(model: ModelConfig | nn.Module, peft_config: Any) -> LoraConfig:
     if isinstance(model, nn.Module):
         return peft_model_of(model).peft_config[active_adapter(model)]

@@ -111,7 +111,6 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
     rows = Batch.from_groups(
         rewarded.groups,
         rewarded.advantages_B,
-        pad_token_id=parts.pad_token_id,
         mask_truncated_completions=config.mask_truncated_completions,
     )
     batch = parts.policy.prepare(rows.select(torch.arange(len(rows))[processes.part(len(rows))]))
