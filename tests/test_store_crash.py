@@ -33,9 +33,10 @@ def test_nothing_is_lost_or_half_written_by_a_kill(shm_dir: Path, capsys: pytest
         share = summary["inside"] / summary["kills"]
         print(
             f"\n{summary['kills']} kills, {share:.0%} inside an operation ({summary['random']} at random times), "
-            f"{summary['reboots']} reboots, {summary['versions']} versions seen"
+            f"between them {summary['events']}, {summary['versions']} versions seen"
         )
     assert summary["kills"] >= 200
     assert share >= 0.8
     assert min(summary["points"].values()) >= 10
     assert summary["versions"] > 200
+    assert min(summary["events"].values()) >= 5

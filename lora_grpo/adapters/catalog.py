@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ class Catalog:
         return self.root.has(VERSIONS, number)
 
     def has_manifest(self, number: int) -> bool:
-        return (self.root.folder(VERSIONS, number) / MANIFEST_FILE).exists()
+        with disk.reported(f"looking for version {number}"):
+            return (self.root.folder(VERSIONS, number) / MANIFEST_FILE).exists()
 
     def in_archive(self, number: int) -> bool:
         return self.archive is not None and self.archive.has(number)
@@ -73,16 +75,18 @@ class Catalog:
             return self.journal.parent_of(number)
         try:
             return self.manifest(number).parent
-        except (UnknownVersion, StoreCorrupt, FileNotFoundError):
+        except (UnknownVersion, StoreCorrupt):
             return None
 
     def _read_manifest(self, number: int) -> Manifest:
-        try:
-            return read_manifest(self.root.folder(VERSIONS, number))
-        except (FileNotFoundError, StoreCorrupt):
-            if self.archive is None or not self.archive.has(number):
-                raise
-        return read_manifest(self.archive.tree.folder(VERSIONS, number))
+        """Of the copy on tmpfs, or else of the archived one. Either may be removed while it is looked at."""
+        damage: StoreCorrupt | None = None
+        for tree in (self.root, *([] if self.archive is None else [self.archive.tree])):
+            try:
+                return read_manifest(tree.folder(VERSIONS, number))
+            except StoreCorrupt as error:
+                damage = error if tree.has(VERSIONS, number) else damage
+        raise damage or UnknownVersion(self.why_missing(number))
 
     def why_missing(self, number: int) -> str:
         if self.journal.has_forgotten(number):
@@ -101,16 +105,21 @@ class Catalog:
 
     def head_number(self) -> int | None:
         """The promoted version; where the tmpfs is gone, the last one promoted that has a copy."""
-        try:
-            name = Path(os.readlink(self.root.path / "HEAD")).name
-        except FileNotFoundError:
-            promoted = reversed(self.journal.promoted)
-            return next((n for n in promoted if self.on_tmpfs(n) or self.in_archive(n)), None)
-        except OSError as error:
-            raise StoreCorrupt(f"{self.root.path / 'HEAD'} should be a symbolic link: {error}") from error
-        if not name.isdigit():
-            raise StoreCorrupt(f"{self.root.path / 'HEAD'} points to {name!r}, which is no version")
-        return int(name)
+        link = self.root.path / "HEAD"
+        with disk.reported(f"reading {link}"):
+            try:
+                name = Path(os.readlink(link)).name
+            except (FileNotFoundError, NotADirectoryError):
+                promoted = reversed(self.journal.promoted)
+                return next((n for n in promoted if self.on_tmpfs(n) or self.in_archive(n)), None)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                raise StoreCorrupt(f"{link} should be a symbolic link and is none") from None
+        number = disk.number_in(name)
+        if number is None:
+            raise StoreCorrupt(f"{link} points to {name!r}, which is no version")
+        return number
 
     def verify(self, number: int) -> None:
         """Compare every copy of a version, and its trainer state, with the digests written with them."""

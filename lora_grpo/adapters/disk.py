@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lora_grpo.adapters.digest import Buffer
 from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
@@ -22,6 +24,8 @@ IOV_MAX = 1024
 PAGE_BYTES = 4096
 STAGING = "staging"
 """The folder of a tree for what is not whole yet; whatever is there when the tree is next opened is deleted."""
+MAX_NUMBER = 10**9 - 1
+"""The largest number that a version may have; a larger one in a file is damage."""
 SHM_SIZE = "a Docker container has a /dev/shm of 64 MiB unless it is started with --shm-size, such as --shm-size=8g"
 
 
@@ -86,12 +90,47 @@ def replace_file(path: Path, content: bytes, *, sync: bool) -> None:
         sync_folder(path.parent)
 
 
+def open_regular(path: Path) -> int:
+    """A descriptor to read a regular file; anything else (a pipe that somebody left there) is refused, not waited for.
+
+    Raises `FileNotFoundError` or `NotADirectoryError` where there is nothing.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreCorrupt(f"{path} should be a regular file, and is none; remove it")
+    return descriptor
+
+
 def read_small(path: Path) -> bytes | None:
     """A small file's bytes, or None where there is none."""
+    with reported(f"reading {path}"):
+        try:
+            descriptor = open_regular(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        with open(descriptor, "rb") as stream:
+            return stream.read()
+
+
+def parse_json(content: bytes) -> Any:
+    """What a JSON document says; `ValueError` for what is none, however it is broken."""
     try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def is_number(value: object) -> bool:
+    """Whether `value`, read from a file, can be a version's number."""
+    return type(value) is int and 0 < value <= MAX_NUMBER
+
+
+def number_in(name: str) -> int | None:
+    """The number that a folder's name stands for; None for a name that is not of ours."""
+    if not (name.isascii() and name.isdigit() and len(name) <= len(str(MAX_NUMBER))):
         return None
+    return int(name) if int(name) and folder_name(int(name)) == name else None
 
 
 def read_number(path: Path) -> int | None:
@@ -99,7 +138,8 @@ def read_number(path: Path) -> int | None:
     content = read_small(path)
     if content is None:
         return None
-    if not content.strip().isdigit():
+    digits = content.strip()
+    if not digits.isdigit() or len(digits) > 20 or int(digits) > MAX_NUMBER:
         raise StoreCorrupt(
             f"{path} should hold a number and holds {content[:40]!r}; write there a number that is at least as "
             "large as any version number ever given out by this run"
@@ -159,15 +199,25 @@ class Tree:
         return self.path / kind / folder_name(number)
 
     def has(self, kind: str, number: int) -> bool:
-        return self.folder(kind, number).is_dir()
+        with reported(f"looking for {self.folder(kind, number)}"):
+            return self.folder(kind, number).is_dir()
 
     def numbers(self, kind: str) -> list[int]:
         """Numbers of the folders of one kind, ascending; none where the tree does not exist."""
-        try:
-            names = os.listdir(self.path / kind)
-        except FileNotFoundError:
-            return []
-        return sorted(int(name) for name in names if name.isdigit())
+        return self._numbered(kind, folders_only=True)
+
+    def last_name(self, kind: str) -> int:
+        """The largest number that names anything of one kind, be it a folder or not; 0 without any."""
+        return max(self._numbered(kind, folders_only=False), default=0)
+
+    def _numbered(self, kind: str, *, folders_only: bool) -> list[int]:
+        with reported(f"listing {self.path / kind}"):
+            try:
+                with os.scandir(self.path / kind) as entries:
+                    found = [(number_in(entry.name), entry) for entry in entries]
+                    return sorted(n for n, entry in found if n is not None and (entry.is_dir() or not folders_only))
+            except FileNotFoundError:
+                return []
 
     @contextmanager
     def staged(self, kind: str, number: int) -> Iterator[Path]:
@@ -219,4 +269,11 @@ class Tree:
     def sweep(self) -> None:
         """Delete the leftovers. Only whoever holds the lock may: a live writer's work looks the same."""
         for name in self.leftovers():
-            shutil.rmtree(self.path / name)
+            _remove_any(self.path / name)
+
+
+def _remove_any(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

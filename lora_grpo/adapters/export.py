@@ -51,8 +51,11 @@ class Recipe:
         if content is None:
             raise StoreError(f"{run} has no {RECIPE_FILE}: only runs of NativeSync or GRPOTrainer can be exported")
         try:
-            return cls(**json.loads(content))
-        except (ValueError, TypeError) as error:
+            recipe = cls(**disk.parse_json(content))
+            if not isinstance(recipe.config, dict) or not all(scale + 0.0 for scale in recipe.scalings.values()):
+                raise ValueError("it holds no config with scalings")
+            return recipe
+        except (ValueError, TypeError, AttributeError) as error:
             raise StoreCorrupt(f"{path} is damaged: {error}") from error
 
 

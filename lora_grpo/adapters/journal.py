@@ -1,6 +1,8 @@
 """The journal: one JSON event a line, appended in one system call each.
 
-A kill can tear only the last line; a reader leaves a torn tail alone, the next writer cuts it off.
+A kill can tear only the last line; a reader leaves a torn tail alone, the next writer cuts it off. Each line ends with
+the CRC-32 of what precedes it. The first lines of an old journal have none; a line without one after a line with one is
+damaged.
 """
 
 from __future__ import annotations
@@ -10,17 +12,19 @@ import json
 import math
 import numbers
 import os
+import re
+import zlib
 from bisect import bisect_right
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.disk import reported
+from lora_grpo.adapters.disk import is_number, open_regular, parse_json, reported
 from lora_grpo.adapters.layout import Manifest
 from lora_grpo.errors import ConfigError
 
 _DAMAGE = (ValueError, KeyError, TypeError)
+_CHECKED = re.compile(rb'(.*),"crc":"([0-9a-f]{8})"}', re.DOTALL)
 
 
 class Journal:
@@ -42,6 +46,7 @@ class Journal:
         self.metrics: dict[int, dict[str, Any]] = {}
         self.damaged_lines: list[int] = []
         self._lines = 0
+        self._checked = False
         self._ever = Spans()
         self._branches: dict[int, int | None] = {}
         self._back: set[int] = set()
@@ -51,12 +56,7 @@ class Journal:
 
     def refresh(self) -> None:
         """Take in the complete lines that were added since the last look."""
-        try:
-            with open(self.path, "rb") as stream:
-                stream.seek(self._end)
-                added = stream.read()
-        except FileNotFoundError:
-            return
+        added = self._read_from(self._end)
         complete = added[: added.rfind(b"\n") + 1]
         self._end += len(complete)
         for line in complete.split(b"\n")[:-1]:
@@ -91,18 +91,31 @@ class Journal:
         if number in self.metrics or not (self.has_forgotten(number) or number in self._back):
             return dict(self.metrics.get(number, {}))
         found: dict[str, Any] = {}
-        with open(self.path, "rb") as stream:
-            for line in stream.read(self._end).splitlines():
-                with suppress(*_DAMAGE):
-                    event, about, fields = _parsed(line)
-                    if (event, about) == ("record", number):
-                        found.update(fields["metrics"])
+        checked = False
+        for line in self._read_from(0)[: self._end].split(b"\n")[:-1]:
+            try:
+                event, about, fields, checked = _parsed(line, checked)
+                if (event, about) == ("record", number):
+                    found.update(fields["metrics"])
+            except _DAMAGE:
+                continue
         return found
+
+    def _read_from(self, start: int) -> bytes:
+        with reported(f"reading {self.path}"):
+            try:
+                descriptor = open_regular(self.path)
+            except (FileNotFoundError, NotADirectoryError):
+                return b""
+            with open(descriptor, "rb") as stream:
+                stream.seek(start)
+                return stream.read()
 
     def append(self, event: str, number: int, **fields: Any) -> None:
         """Write one event. Safe from a kill when it returns; from a power cut after `make_durable`."""
         assert self._descriptor is not None
-        line = json.dumps({"event": event, "number": number, **fields}, separators=(",", ":")).encode() + b"\n"
+        body = json.dumps({"event": event, "number": number, **fields}, separators=(",", ":")).encode()[:-1]
+        line = body + b',"crc":"%08x"}\n' % zlib.crc32(body)
         with reported(f"writing {event!r} of version {number} to {self.path}"):
             if os.write(self._descriptor, line) < len(line):
                 os.ftruncate(self._descriptor, self._end)
@@ -110,7 +123,7 @@ class Journal:
             if self._sync:
                 os.fsync(self._descriptor)
         self._end += len(line)
-        self._take(line)
+        self._take(line[:-1])
 
     def make_durable(self) -> None:
         if self._descriptor is not None:
@@ -124,7 +137,8 @@ class Journal:
     def _take(self, line: bytes) -> None:
         self._lines += 1
         try:
-            self._apply(*_parsed(line))
+            event, number, fields, self._checked = _parsed(line, self._checked)
+            self._apply(event, number, fields)
         except _DAMAGE:
             self.damaged_lines.append(self._lines)
 
@@ -135,8 +149,9 @@ class Journal:
             case "promote":
                 self._promote(number)
             case "record":
+                metrics = dict(fields["metrics"])
                 if number in self.published:
-                    self.metrics[number] = {**self.metrics_of(number), **fields["metrics"]}
+                    self.metrics[number] = {**self.metrics_of(number), **metrics}
                 elif not self.knows(number):
                     self._back.add(number)
             case "pin":
@@ -177,9 +192,17 @@ class Journal:
             self.promoted.pop(number, None)
 
 
-def _parsed(line: bytes) -> tuple[str, int, dict[str, Any]]:
-    fields = json.loads(line)
-    return fields["event"], int(fields["number"]), fields
+def _parsed(line: bytes, checked: bool) -> tuple[str, int, dict[str, Any], bool]:
+    """Event, number, fields, and whether lines have checksums by now, as they have after one that had (`checked`)."""
+    match = _CHECKED.fullmatch(line)
+    if match is None and checked:
+        raise ValueError("it has no checksum, and lines before it have")
+    if match is not None and zlib.crc32(match[1]) != int(match[2], 16):
+        raise ValueError("its checksum differs")
+    fields = parse_json(line)
+    if not is_number(fields["number"]):
+        raise ValueError("it is about no version")
+    return fields["event"], fields["number"], fields, match is not None
 
 
 class Spans:

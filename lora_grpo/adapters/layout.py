@@ -2,7 +2,9 @@
 
 The store has a root on tmpfs, and with `archive=` a durable run directory. Both hold:
 
-- `store.json`: format number, the run's id, the path of the other of the two, whether the store chose the root.
+- `store.json`: format number, the run's id, the path of the other of the two and of the run directory itself (so that
+  a copy is told from the original), whether the store chose the root, and which opening wrote it: a generation that
+  counts openings and a random token, the same in both halves. The half with the lower generation is out of date.
 - `LOCK`: the one writer's kernel lock (`flock`; it goes when the process goes) and, as JSON, who that is.
 - `versions/000007/`: one immutable PEFT directory, `adapter_model.safetensors` and `adapter_config.json`, with
   `version.json` (number, parent, digest, step, created_at, sizes in bytes). The digest is xxh3_128 over the sorted
@@ -14,6 +16,7 @@ Only in the root:
 - `HEAD`: a symbolic link to the promoted version's folder. Where the tmpfs is gone, the journal's last promotion of
   a version that was archived takes its place.
 - `NUMBERS`: the last number given out.
+- `aside-*/`: what a root held that turned out to be older than its run directory, and the archive has not got.
 
 Only in the run directory:
 
@@ -25,8 +28,9 @@ Only in the run directory:
 
 In the run directory, or in the root when there is none:
 
-- `journal.jsonl`: one event a line (publish, promote, record, pin, unpin, forget, state, forget_state). It is the
-  truth for metrics, pins and past promotions; for which versions exist the folders are, and the journal is an index.
+- `journal.jsonl`: one event a line (publish, promote, record, pin, unpin, forget, state, forget_state), each with a
+  checksum. It is the truth for metrics, pins and past promotions; for which versions exist the folders are, and the
+  journal is an index.
 """
 
 from __future__ import annotations
@@ -50,6 +54,8 @@ STATE_FILE = "state.json"
 SUMS_FILE = "SHA256SUMS"
 VERSIONS = "versions"
 STATES = "states"
+_END_OF_TIME_S = 1e11
+"""Later than any clock; what is not finite is not below it either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +84,31 @@ class Manifest:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Manifest:
-        return cls(**{name: values[name] for name in cls.__slots__})
+        """Raises `KeyError`, `TypeError` or `ValueError` for what is no manifest."""
+        manifest = cls(**{name: values[name] for name in cls.__slots__})
+        sizes = manifest.sizes
+        if not (
+            disk.is_number(manifest.number)
+            and (manifest.parent is None or disk.is_number(manifest.parent))
+            and isinstance(manifest.digest, str)
+            and type(manifest.step) is int
+            and abs(manifest.created_at) < _END_OF_TIME_S
+            and isinstance(sizes, dict)
+            and sizes.keys() == set(PEFT_FILES)
+            and all(type(size) is int and size >= 0 for size in sizes.values())
+        ):
+            raise ValueError("its fields are not those of a version")
+        return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a version's folder; `FileNotFoundError` without one, `StoreCorrupt` for a damaged one."""
+    """The manifest of a version's folder; `StoreCorrupt` for a damaged one, and where there is none."""
     path = folder / MANIFEST_FILE
+    content = disk.read_small(path)
+    if content is None:
+        raise StoreCorrupt(f"{path} is gone: deleted by another program?")
     try:
-        manifest = Manifest.from_mapping(json.loads(path.read_bytes()))
+        manifest = Manifest.from_mapping(disk.parse_json(content))
     except (ValueError, KeyError, TypeError) as error:
         raise StoreCorrupt(f"{path} is damaged: {error}") from error
     if disk.folder_name(manifest.number) != folder.name:
@@ -97,16 +120,25 @@ def read_manifest(folder: Path) -> Manifest:
 class Identity:
     """What `store.json` says: which run this is, and where its other half lies (None: there is none).
 
-    `own_root`: the store chose the root itself, and clears it when it is closed.
+    `own_root`: the store chose the root itself, and clears it when it is closed. `home`: where the run directory lay
+    when this was written. `generation` and `token`: which opening wrote it (0 and "": before there were any).
     """
 
     run_id: str
     other: str | None
     own_root: bool
+    home: str | None = None
+    generation: int = 0
+    token: str = ""
 
     def write(self, folder: Path, *, sync: bool) -> None:
-        content = {"format": FORMAT, "run_id": self.run_id, "other": self.other, "own_root": self.own_root}
+        content = {"format": FORMAT, **asdict(self)}
         disk.replace_file(folder / "store.json", json.dumps(content).encode() + b"\n", sync=sync)
+
+    def is_older_than(self, other: Identity) -> bool:
+        """Whether this half was not there when the other was last opened; of two equally old ones that differ, yes."""
+        tokens_differ = self.generation == other.generation and self.token != other.token
+        return self.generation < other.generation or tokens_differ
 
     @classmethod
     def read(cls, folder: Path) -> Identity | None:
@@ -115,10 +147,21 @@ class Identity:
         if content is None:
             return None
         try:
-            values = json.loads(content)
-            format_, identity = values["format"], cls(values["run_id"], values["other"], values["own_root"])
+            values = disk.parse_json(content)
+            format_ = values["format"]
+            identity = cls(**{name: values[name] for name in cls.__slots__ if name in values})
+            if not identity._is_sound():
+                raise ValueError("its fields are not those of a store")
         except (ValueError, KeyError, TypeError) as error:
             raise StoreCorrupt(f"{path} is damaged: {error}") from error
         if format_ != FORMAT:
             raise StoreError(f"{path} has format {format_}; this release reads format {FORMAT}")
         return identity
+
+    def _is_sound(self) -> bool:
+        texts = (self.run_id, self.other or "", self.home or "", self.token)
+        return (
+            all(isinstance(text, str) and "\0" not in text for text in texts)
+            and type(self.own_root) is bool
+            and type(self.generation) is int
+        )

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lora_grpo.adapters.disk import read_small
+from lora_grpo.adapters.disk import open_regular, parse_json, read_small, reported
 from lora_grpo.adapters.layout import MANIFEST_FILE
 from lora_grpo.errors import StoreLocked, UnknownVersion
 
@@ -43,9 +43,11 @@ class Holder:
     @classmethod
     def parse(cls, content: bytes) -> Holder:
         try:
-            values = json.loads(content)
-            return cls(int(values["pid"]), str(values["host"]), float(values["started_at"]))
-        except (ValueError, KeyError, TypeError):
+            values = parse_json(content)
+            found = cls(int(values["pid"]), str(values["host"]), float(values["started_at"]))
+            str(found)
+            return found
+        except (ValueError, KeyError, TypeError, OverflowError, OSError):
             return cls(0, "an unknown host", 0.0)
 
     def __str__(self) -> str:
@@ -64,18 +66,19 @@ def _process_start() -> float:
 
 
 def holder(folder: str | Path) -> Holder | None:
-    """The process that has the store in `folder` (a root or a run directory) open for writing, if any."""
-    try:
-        descriptor = os.open(Path(folder) / "LOCK", os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return Holder.parse(os.read(descriptor, 4096))
-    finally:
-        os.close(descriptor)
+    """The process that has the store in `folder` (a root or a run directory) open for writing, if any.
+
+    Raises `StoreError` where that cannot be told.
+    """
+    with reported(f"looking who holds {folder}"):
+        try:
+            descriptor = open_regular(Path(folder) / "LOCK")
+        except FileNotFoundError:
+            return None
+        try:
+            return None if _try_lock(descriptor, fcntl.LOCK_SH) else Holder.parse(os.read(descriptor, 4096))
+        finally:
+            os.close(descriptor)
 
 
 class _Descriptors(Generic[_Key]):
@@ -114,19 +117,23 @@ class WriterLock:
 
     def take(self, folder: Path) -> None:
         """Lock one more folder; `StoreLocked` names the process that has it."""
-        descriptor = os.open(folder / "LOCK", os.O_RDWR | os.O_CREAT, 0o600)
-        deadline = time.monotonic() + PATIENCE_S
-        while not _try_lock(descriptor, fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                who = Holder.parse(os.pread(descriptor, 4096, 0))
-                os.close(descriptor)
-                raise StoreLocked(
-                    f"{folder} is open for writing in {who}; stop that process, or open the store with readonly=True"
-                )
-            time.sleep(0.005)
-        content = json.dumps(asdict(Holder.myself())).encode()
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, content, 0)
+        descriptor = os.open(folder / "LOCK", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+        try:
+            deadline = time.monotonic() + PATIENCE_S
+            while not _try_lock(descriptor, fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    who = Holder.parse(os.pread(descriptor, 4096, 0))
+                    raise StoreLocked(
+                        f"{folder} is open for writing in {who}; stop that process, or open the store with "
+                        "readonly=True"
+                    )
+                time.sleep(0.005)
+            content = json.dumps(asdict(Holder.myself())).encode()
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, content, 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
         self._descriptors.by_key[folder] = descriptor
 
     def release(self) -> None:
@@ -171,8 +178,8 @@ class Leases:
 
 
 def _lock_in_place(number: int, path: Path) -> int:
-    with suppress(FileNotFoundError):
-        descriptor = os.open(path, os.O_RDONLY)
+    with reported(f"leasing version {number}"), suppress(FileNotFoundError):
+        descriptor = open_regular(path)
         stays = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -190,8 +197,8 @@ def _lock_in_place(number: int, path: Path) -> int:
 def unleased(folder: Path) -> Iterator[bool]:
     """Whether nobody leases the version in `folder`; while the block runs, nobody can begin to."""
     try:
-        descriptor = os.open(folder / MANIFEST_FILE, os.O_RDONLY)
-    except FileNotFoundError:
+        descriptor = open_regular(folder / MANIFEST_FILE)
+    except (FileNotFoundError, NotADirectoryError):
         yield True
         return
     try:

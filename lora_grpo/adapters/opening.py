@@ -6,24 +6,20 @@ import os
 import tempfile
 import uuid
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_grpo.adapters import disk, requests
 from lora_grpo.adapters.archive import Archive
 from lora_grpo.adapters.catalog import Catalog, link_head
-from lora_grpo.adapters.disk import Tree, make_private
+from lora_grpo.adapters.disk import Tree
 from lora_grpo.adapters.journal import Journal
-from lora_grpo.adapters.layout import VERSIONS, Identity
-from lora_grpo.adapters.locks import WriterLock
+from lora_grpo.adapters.layout import VERSIONS, Identity, read_manifest
 from lora_grpo.adapters.numbering import Numbering
-from lora_grpo.errors import StoreCorrupt, StoreError
+from lora_grpo.adapters.places import ASIDE, Places, for_reading
+from lora_grpo.errors import StoreCorrupt
 
-_OWN_NAMES = {
-    "store.json", ".store.json.new", "LOCK", "NUMBERS", ".NUMBERS.new", "HEAD", ".HEAD.new", "journal.jsonl",
-    "versions", "staging", "trash",
-}  # fmt: skip
-_SHM = Path("/dev/shm")
+_TEMPORARIES = [f".{name}.new" for name in ("HEAD", "store.json", "NUMBERS", "journal.jsonl", "rollbacks.jsonl")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +31,9 @@ class Recovered:
     reads only `HEAD` and those still to be archived; `verify` reads the others); `damaged_lines`: lines of the journal
     that cannot be read, counted from 1, with the metrics, pins or promotions that they held; `swept`: half-written or
     half-removed folders that were deleted; `unarchived`: versions now queued for the archive; `head_moved`:
-    (promoted before, `HEAD` now) where the promoted version was lost or damaged.
+    (promoted before, `HEAD` now) where the promoted version was lost or damaged; `copied_from`: the run directory that
+    this one is a copy of, and no longer shares a root with; `set_aside`: folders with what the archive has not got of a
+    root that was out of date, since the run was opened with another one meanwhile (yours to remove).
     """
 
     lost: tuple[int, ...] = ()
@@ -45,94 +43,16 @@ class Recovered:
     swept: tuple[str, ...] = ()
     unarchived: tuple[int, ...] = ()
     head_moved: tuple[int, int | None] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """The two halves of a store. `temporary`: the root was chosen by the store, nobody else knows it by name."""
-
-    root: Path
-    run: Path | None
-    temporary: bool
-
-    @property
-    def journal(self) -> Path:
-        return (self.run or self.root) / "journal.jsonl"
-
-
-def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
-    """Find an existing store, by either half."""
-    run = None if archive is None else Path(archive).resolve()
-    identity = None if run is None else Identity.read(run)
-    if root is None:
-        if identity is None or identity.other is None:
-            raise StoreError(f"there is no store in {run}" if run else "name the store's root or its run directory")
-        return Places(Path(identity.other), run, False)
-    found = Path(root).resolve()
-    identity = Identity.read(found)
-    if identity is None and run is None:
-        raise StoreError(f"there is no store in {found}")
-    if run is None and identity is not None and identity.other is not None:
-        run = Path(identity.other)
-    return Places(found, run, False)
+    copied_from: Path | None = None
+    set_aside: tuple[Path, ...] = ()
 
 
 def catalog_for_reading(root: str | Path | None, archive: str | Path | None) -> Catalog:
     """The catalog of an existing store, of which nothing is changed, not even to mend it."""
-    places = for_reading(root, archive)
+    with disk.reported("opening a store for reading"):
+        places = for_reading(root, archive)
     kept = None if places.run is None else Archive(places.run)
     return Catalog(Tree(places.root, (VERSIONS,), sync=False), kept, Journal(places.journal, sync=False))
-
-
-def for_writing(root: str | Path | None, archive: str | Path | None, lock: WriterLock) -> Places:
-    """Find or create both halves, each locked before anything in it is believed or changed."""
-    run = None if archive is None else Path(archive).resolve()
-    with disk.reported(f"opening the run directory {run}" if run else "opening a store"):
-        if run is not None:
-            run.mkdir(parents=True, exist_ok=True)
-            lock.take(run)
-        identity = None if run is None else Identity.read(run)
-        chosen, temporary = _choose_root(root, run, identity)
-        make_private(chosen)
-        _refuse_foreign(chosen)
-        lock.take(chosen)
-        _refuse_other_run(chosen, run, identity)
-    return Places(chosen, run, temporary)
-
-
-def _choose_root(root: str | Path | None, run: Path | None, identity: Identity | None) -> tuple[Path, bool]:
-    before = None if identity is None or identity.other is None else Path(identity.other)
-    if root is None and before is not None and identity is not None:
-        return before, identity.own_root
-    if root is None:
-        label = "" if run is None else f"{run.name}-"
-        parent = _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
-        return Path(tempfile.mkdtemp(prefix=f"lora-grpo-{label}", dir=parent)), True
-    chosen = Path(root).resolve()
-    if before is not None and before != chosen and identity is not None:
-        there = Identity.read(before)
-        if there is not None and (there.run_id, there.other) == (identity.run_id, str(run)):
-            raise StoreError(f"the versions of {run} are in {before}: open it with that root, or without root=")
-    return chosen, False
-
-
-def _refuse_foreign(root: Path) -> None:
-    if Identity.read(root) is None and (foreign := set(os.listdir(root)) - _OWN_NAMES):
-        raise StoreError(f"{root} holds no store but {sorted(foreign)[:3]}; give the store a folder of its own")
-
-
-def _refuse_other_run(root: Path, run: Path | None, identity: Identity | None) -> None:
-    there = Identity.read(root)
-    if there is None:
-        return
-    if run is None and there.other is not None:
-        raise StoreError(f"{root} belongs to the run in {there.other}: open it with archive={there.other!r}")
-    adopted = identity is None and there.other is None
-    if run is not None and not adopted and (identity is None or identity.run_id != there.run_id):
-        raise StoreError(
-            f"{root} holds versions of another run ({there.other or 'one without an archive'}), not of {run}; "
-            "choose another root, or remove that folder if its versions are no longer needed"
-        )
 
 
 def warn_unless_tmpfs(root: Path) -> None:
@@ -163,19 +83,42 @@ class Opening:
     def prepare(self) -> Numbering:
         """Create what is missing, and find the number to go on from."""
         root, run = self.places.root, self.places.run
-        with disk.reported(f"opening the store in {root}"):
-            for tree in self._trees():
-                tree.create()
-                self._leftovers += tree.leftovers()
-            self._unborn.update(self.root.leftovers())
-            self._move_journal()
-            self.journal.open_for_writing()
-            before = Identity.read(root)
-            known = max([self.journal.last, *self.catalog.numbers()])
-            numbering = Numbering(root, run, known=known, root_is_new=before is None, sync=self.root.sync)
-            disk.at("open.numbered")
-            self._identify(before)
+        for tree in self._trees():
+            tree.create()
+            self._leftovers += tree.leftovers()
+        self._unborn.update(self.root.leftovers())
+        before = self._current_root()
+        self._move_journal()
+        self.journal.open_for_writing()
+        known = max(self.journal.last, *(tree.last_name(VERSIONS) for tree in self._trees()))
+        numbering = Numbering(root, run, known=known, root_is_new=before is None, sync=self.root.sync)
+        disk.at("open.numbered")
+        self._identify(before)
         return numbering
+
+    def _current_root(self) -> Identity | None:
+        """What the root says that it is. One that is out of date is emptied first, and says nothing any more."""
+        run = None if self.places.run is None else Identity.read(self.places.run)
+        root = Identity.read(self.places.root)
+        if self.archive is None or run is None or root is None or not root.is_older_than(run):
+            return root
+        self._set_aside(self.archive)
+        return None
+
+    def _set_aside(self, archive: Archive) -> None:
+        """Take everything out of the root, `store.json` last: a kill in between has the next opening go on with it."""
+        aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.places.root))
+        (aside / VERSIONS).mkdir()
+        for number in self.root.numbers(VERSIONS):
+            if _is_same(self.root.folder(VERSIONS, number), archive.tree.folder(VERSIONS, number)):
+                self.root.remove(VERSIONS, number)
+            else:
+                os.rename(self.root.folder(VERSIONS, number), aside / VERSIONS / disk.folder_name(number))
+            disk.at("open.aside")
+        for name in ("HEAD", "NUMBERS", "store.json"):
+            disk.at("open.aside")
+            if os.path.lexists(self.places.root / name):
+                os.rename(self.places.root / name, aside / name)
 
     def _trees(self) -> list[Tree]:
         return [self.root] if self.archive is None else [self.root, self.archive.tree]
@@ -190,14 +133,30 @@ class Opening:
         old.unlink()
 
     def _identify(self, root_before: Identity | None) -> None:
+        """Mark both halves with this opening. The root first: a kill in between leaves it the newer one, not the older.
+
+        A run directory that is new, or a copy, says first of all which root it has.
+        """
         root, run = self.places.root, self.places.run
-        run_before = None if run is None else Identity.read(run)
+        run_before = None if run is None or self.places.copied_from else Identity.read(run)
         known = run_before or root_before
-        run_id = known.run_id if known is not None else uuid.uuid4().hex
-        for folder, other, before in ((run, root, run_before), (root, run, root_before)):
-            identity = Identity(run_id, None if other is None else str(other), self.places.temporary)
-            if folder is not None and before != identity:
-                identity.write(folder, sync=folder == run or self.root.sync)
+        identity = Identity(
+            run_id=known.run_id if known is not None else uuid.uuid4().hex,
+            other=None if run is None else str(run),
+            own_root=self.places.temporary,
+            home=None,
+            generation=1 + max((half.generation for half in (run_before, root_before) if half), default=0),
+            token=uuid.uuid4().hex,
+        )
+        if run is not None:
+            durable = replace(identity, other=str(root), home=str(run))
+            if run_before is None:
+                replace(durable, generation=0, token="").write(run, sync=True)
+            identity.write(root, sync=self.root.sync)
+            disk.at("open.identified")
+            durable.write(run, sync=True)
+        else:
+            identity.write(root, sync=self.root.sync)
 
     def recover(self) -> Recovered:
         """Settle what a dead process left open; after this, the journal and the folders agree."""
@@ -206,12 +165,13 @@ class Opening:
         # Only now: a folder left in staging tells a version that never was from one that was lost.
         for tree in self._trees():
             tree.sweep()
+            for name in _TEMPORARIES:
+                (tree.path / name).unlink(missing_ok=True)
         head_moved = self._settle_head()
         unarchived = [n for n in self.root.numbers(VERSIONS) if self.archive is not None and not self.archive.has(n)]
         self._damaged.update(n for n in unarchived if not self._is_sound(n))
         if self.places.run is not None:
-            with disk.reported(f"settling what was asked of {self.places.run}"):
-                requests.sweep(self.places.run)
+            requests.sweep(self.places.run)
         return Recovered(
             lost=tuple(lost),
             lost_states=tuple(lost_states),
@@ -220,6 +180,8 @@ class Opening:
             swept=tuple(self._leftovers),
             unarchived=tuple(n for n in unarchived if n not in self._damaged),
             head_moved=head_moved,
+            copied_from=self.places.copied_from,
+            set_aside=tuple(self.places.aside),
         )
 
     def _settle_versions(self) -> list[int]:
@@ -227,7 +189,7 @@ class Opening:
         for number in sorted(present - self.journal.published.keys()):
             try:
                 manifest = self.catalog.manifest(number)
-            except (StoreCorrupt, FileNotFoundError):
+            except StoreCorrupt:
                 self._damaged.add(number)
                 continue
             self.journal.append("publish", **manifest.fields())
@@ -285,7 +247,15 @@ class Opening:
     def _is_sound(self, number: int) -> bool:
         try:
             self.catalog.verify_tmpfs(number)
-        except (StoreCorrupt, FileNotFoundError):
+        except StoreCorrupt:
             self._damaged.add(number)
             return False
         return True
+
+
+def _is_same(version: Path, archived: Path) -> bool:
+    """Whether an archived copy is of the same version; what cannot be read is not."""
+    try:
+        return read_manifest(version) == read_manifest(archived)
+    except StoreCorrupt:
+        return False

@@ -59,7 +59,7 @@ def answer_to(run: str | Path, request: Request) -> dict[str, Any] | None:
     if content is None:
         return None
     path.unlink(missing_ok=True)
-    answer: dict[str, Any] = json.loads(content)
+    answer: dict[str, Any] = disk.parse_json(content)
     return answer
 
 
@@ -118,8 +118,10 @@ def sweep(run: Path) -> None:
     endings: dict[int, set[str]] = {}
     for name in os.listdir(folder) if folder.is_dir() else ():
         number, _, ending = name.partition(".")
-        if number.isdigit():
-            endings.setdefault(int(number), set()).add(f".{ending}")
+        if name.endswith(".new"):
+            _remove_old(folder / name)
+        if (asked := disk.number_in(number)) is not None:
+            endings.setdefault(asked, set()).add(f".{ending}")
     for asked, found in endings.items():
         if found == {_ANSWER}:
             _remove_old(folder / f"{disk.folder_name(asked)}{_ANSWER}")
@@ -130,11 +132,11 @@ def sweep(run: Path) -> None:
             answer(run, Request(asked, ""), unfinished if _DOING in found else {_DROPPED: True})
 
 
-def _remove_old(answer: Path) -> None:
-    """Whoever waits for an answer looks many times a second, so one of this age has nobody."""
+def _remove_old(path: Path) -> None:
+    """Whoever waits for an answer looks many times a second, and a request is written in less: this one has nobody."""
     with suppress(FileNotFoundError):
-        if time.time() - answer.stat().st_mtime > _UNCLAIMED_S:
-            answer.unlink()
+        if time.time() - path.stat().st_mtime > _UNCLAIMED_S:
+            path.unlink()
 
 
 def pending(run: Path) -> list[Request]:
@@ -145,7 +147,7 @@ def pending(run: Path) -> list[Request]:
 
 def _parse(number: int, content: bytes) -> Request:
     try:
-        values = json.loads(content)
+        values = disk.parse_json(content)
         return Request(number, str(values["verb"]), dict(values["args"]))
     except (ValueError, KeyError, TypeError) as error:
         return Request(number, "unreadable", {"error": str(error)})
@@ -166,14 +168,13 @@ def _clear(folder: Path, number: int) -> None:
 
 
 def _files(folder: Path) -> dict[int, Path]:
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return {int(path.stem): path for path in paths if path.suffix == ".json" and path.stem.isdigit()}
+    paths = [path for path in folder.iterdir() if path.suffix == ".json"] if folder.is_dir() else ()
+    return {number: path for path in paths if (number := disk.number_in(path.stem)) and path.is_file()}
 
 
 def _take_number(folder: Path, written: Path) -> int:
     """Give the finished file the next free number; a link never replaces, so two processes cannot get the same."""
-    taken = [int(stem) for name in os.listdir(folder) if (stem := name.partition(".")[0]).isdigit()]
-    number = max(taken, default=0) + 1
+    number = max((disk.number_in(name.partition(".")[0]) or 0 for name in os.listdir(folder)), default=0) + 1
     while True:
         try:
             os.link(written, folder / f"{disk.folder_name(number)}.json")

@@ -117,7 +117,7 @@ def state_extra(store: AdapterStore, number: int) -> dict[str, Any] | None:
     while following is not None:
         files = store.load_state(following)
         if files is not None:
-            extra: dict[str, Any] = json.loads(files[STATE_FILE].read_bytes())["extra"]
+            extra: dict[str, Any] = disk.parse_json(files[STATE_FILE].read_bytes())["extra"]
             return extra
         following = store.parent_of(following)
     return None
@@ -125,6 +125,13 @@ def state_extra(store: AdapterStore, number: int) -> dict[str, Any] | None:
 
 def _parse(line: bytes, path: Path) -> Rollback:
     try:
-        return Rollback(**json.loads(line))
+        entry = Rollback(**disk.parse_json(line))
+        if not (
+            disk.is_number(entry.left) and disk.is_number(entry.to) and entry.learning_rate_scale + entry.time >= 0
+        ):
+            raise ValueError("its numbers are none")
+        if not isinstance(entry.sampler, dict | None):
+            raise ValueError("its data position is none")
+        return entry
     except (ValueError, TypeError) as error:
         raise StoreCorrupt(f"{path} holds a line that is no rollback ({line[:60]!r}): {error}; remove it") from error

@@ -15,7 +15,8 @@ from lora_grpo.adapters.digest import Buffer
 from lora_grpo.adapters.journal import Journal
 from lora_grpo.adapters.layout import STATES, VERSIONS, Manifest
 from lora_grpo.adapters.locks import Leases, WriterLock, unleased
-from lora_grpo.adapters.opening import Opening, for_writing, warn_unless_tmpfs
+from lora_grpo.adapters.opening import Opening, warn_unless_tmpfs
+from lora_grpo.adapters.places import for_writing
 from lora_grpo.adapters.retention import Place, Retention
 from lora_grpo.adapters.writer import BackgroundWriter, Job
 from lora_grpo.errors import StoreError
@@ -210,7 +211,7 @@ class Session:
         """Remove a root that only this store knows; what is archived comes back there when the run is opened again."""
         for number in self.root.numbers(VERSIONS):
             self.remove_from_tmpfs(number, survives=self.catalog.in_archive(number))
-        if not self.root.numbers(VERSIONS):
+        if not self.root.numbers(VERSIONS) and not self.places.aside:
             shutil.rmtree(self.root.path)
 
 
@@ -220,9 +221,10 @@ def open_session(
     """Lock, sweep, recover; on any failure the locks are given back."""
     lock = WriterLock()
     try:
-        places = for_writing(root, archive, lock)
-        warn_unless_tmpfs(places.root)
-        return Session(Opening(places), lock, retention, backlog_limit_bytes)
+        with disk.reported(f"opening the run directory {archive}" if archive else f"opening the store in {root}"):
+            places = for_writing(root, archive, lock)
+            warn_unless_tmpfs(places.root)
+            return Session(Opening(places), lock, retention, backlog_limit_bytes)
     except BaseException:
         lock.release()
         raise

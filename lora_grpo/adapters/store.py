@@ -282,7 +282,8 @@ class AdapterStore(StoreView):
             self._leases.close()
             return
         self._finalizer.detach()
-        self._session.close()
+        with disk.reported("closing the store"):
+            self._session.close()
 
     def __enter__(self) -> AdapterStore:
         return self

@@ -2,7 +2,8 @@
 
 Every worker is a fork of this light process. It opens what the last kill left (nothing is ever closed cleanly in
 between), checks it, and works until it dies: at a named point by its own hand, or at a random time by its parent's.
-Now and then the tmpfs half goes too, as in a reboot. The last line of stdout is a JSON summary.
+Now and then the tmpfs half goes too, as in a reboot, the run directory is moved, or copied and the copy worked on, or
+the run goes on for a while on a machine that does not see this tmpfs. The last line of stdout is a JSON summary.
 
     python -m tests.crash.driver FOLDER SEED KILLS_PER_POINT RANDOM_KILLS
 """
@@ -29,6 +30,7 @@ from tests.store_files import adapter
 
 POINTS = (
     "open.numbered", "open.settled", "replace.written",
+    "open.aside", "open.identified",
     "publish.numbered", "publish.half", "publish.staged", "publish.journaled", "publish.renamed", "numbers.reserved",
     "promote.linked", "promote.renamed",
     "prune.journaled", "remove.moved", "remove.half", "prune.removed", "prune.unarchived", "prune.state",
@@ -173,6 +175,57 @@ def killed(root: Path, run: Path, witness: Witness, seed: int, point: str | None
     return point is not None or inside[0] == 1, inside[1] == 1
 
 
+def elsewhere(root: Path, run: Path, witness: Witness, seed: int) -> None:
+    """The run goes on where the root of here is out of sight, and is closed there."""
+    hidden = root.with_name("hidden")
+    if root.exists():
+        root.rename(hidden)
+    _in_child(lambda: _some_steps(AdapterStore(root, run, retention=RETENTION), witness, seed))
+    if hidden.exists():
+        shutil.rmtree(root)
+        hidden.rename(root)
+
+
+def copied(run: Path, witness: Witness, seed: int) -> None:
+    """A copy of the run is worked on and killed; what was seen of the original is none of its business."""
+    copy, own = run.with_name("copy"), Witness(witness.path.with_name("witness of the copy"))
+    shutil.copytree(run, copy)
+    own.path.write_text("")
+
+    def work_on() -> None:
+        store = AdapterStore(archive=copy, retention=RETENTION)
+        assert store.recovered.copied_from == run.resolve(), store.recovered
+        _some_steps(store, own, seed, close=False)
+
+    _in_child(work_on)
+    with AdapterStore(archive=copy, retention=RETENTION) as store:
+        assert store.recovered.copied_from is None
+        assert not store.recovered.lost
+        check(store, own)
+    shutil.rmtree(copy)
+
+
+def _some_steps(store: AdapterStore, witness: Witness, seed: int, *, close: bool = True) -> None:
+    draw, inside = random.Random(seed), mmap.mmap(-1, mmap.PAGESIZE)
+    for step in range(3):
+        operate(store, witness, inside, draw, -seed * MAX_ROUNDS - step)
+    if close:
+        store.close()
+
+
+def _in_child(work_on: Callable[[], None]) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            work_on()
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    if status := os.waitpid(child, 0)[1]:
+        raise SystemExit(f"a worker that nobody killed ended with {status}")
+
+
 def main(folder: Path, seed: int, kills_per_point: int, random_kills: int) -> dict[str, object]:
     root, run = folder / "root", folder / "run"
     witness = Witness(folder / "witness")
@@ -180,25 +233,40 @@ def main(folder: Path, seed: int, kills_per_point: int, random_kills: int) -> di
     plan = [*POINTS * kills_per_point, *[None] * random_kills]
     draw = random.Random(seed)
     draw.shuffle(plan)
-    inside, rebooted, reboots = 0, False, 0
+    inside, rebooted = 0, False
+    events = dict.fromkeys(("reboot", "elsewhere", "move", "copy"), 0)
     most = dict.fromkeys(DURABLE, 0)
     for index, point in enumerate(plan):
+        event = draw.choices([*events, None], [1, 1, 1, 1, 16])[0]
+        if point == "open.aside":
+            event = "elsewhere"
+        if not (run / "store.json").exists() or not (root / "store.json").exists():
+            event = "elsewhere" if point == "open.aside" else None
+        if event is not None:
+            events[event] += 1
+        if event == "reboot":
+            shutil.rmtree(root)
+        elif event == "elsewhere":
+            elsewhere(root, run, witness, seed * len(plan) + index)
+        elif event == "move":
+            run = run.rename(folder / f"run-{index}")
+        elif event == "copy":
+            copied(run, witness, seed * len(plan) + index)
+        rebooted = rebooted or event in ("reboot", "elsewhere")
         died_inside, opened = killed(root, run, witness, seed * len(plan) + index, point, rebooted)
         inside += died_inside
         check_durable(run, most)
-        if (run / "store.json").exists() and (root / "store.json").exists():
+        # What went with the tmpfs is only told of once an opening has settled it.
+        settled = opened or not rebooted
+        if settled and (run / "store.json").exists() and (root / "store.json").exists():
             check(AdapterStore(archive=run, readonly=True), witness)
         rebooted = rebooted and not opened
-        if draw.random() < 0.05:
-            rebooted = True
-            shutil.rmtree(root, ignore_errors=True)
-            reboots += 1
     return {
         "kills": len(plan),
         "inside": inside,
         "points": {point: plan.count(point) for point in POINTS},
         "random": random_kills,
-        "reboots": reboots,
+        "events": events,
         "versions": len(witness.digests()),
     }
 

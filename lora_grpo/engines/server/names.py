@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import shutil
 import socket
@@ -21,7 +22,7 @@ from lora_grpo.adapters.layout import Identity
 from lora_grpo.adapters.locks import WriterLock, holder
 from lora_grpo.adapters.naming import run_name, served_name
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.errors import ConfigError
+from lora_grpo.errors import ConfigError, StoreError
 
 _FOLDER = "lora-grpo-engine-"
 _OWNED = re.compile(r"lora-grpo\.([A-Za-z0-9-]+)\.([a-z0-9_]+)\..+")
@@ -72,10 +73,12 @@ def _place(folder: Path) -> str:
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether no process holds the folder; another user's is not ours to judge."""
+    """Whether no process holds the folder; another user's is not ours to judge, nor to read."""
     try:
-        return holder(folder) is None
-    except PermissionError:
+        return folder.lstat().st_uid == os.geteuid() and holder(folder) is None
+    except FileNotFoundError:
+        return True
+    except (OSError, StoreError):
         return False
 
 

@@ -1,0 +1,164 @@
+"""Where the two halves of a store lie, and whether they belong together.
+
+A run directory may be moved or copied, and opened on another machine. So each opening writes into both halves where
+the run directory lies and which opening it was. A run directory whose recorded place still holds the same run is a
+copy: it gets a root of its own. A root that was not there when the run was last opened is out of date.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_grpo.adapters import disk
+from lora_grpo.adapters.layout import Identity
+from lora_grpo.adapters.locks import WriterLock
+from lora_grpo.errors import StoreError
+
+ASIDE = "aside-"
+_OWN_NAMES = {
+    "store.json", ".store.json.new", "LOCK", "NUMBERS", ".NUMBERS.new", "HEAD", ".HEAD.new", "journal.jsonl",
+    "versions", "staging", "trash",
+}  # fmt: skip
+_SHM = Path("/dev/shm")
+_NOT_OPENED = "not-opened"
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The two halves of a store. `temporary`: the root was chosen by the store, nobody else knows it by name.
+
+    `copied_from`: the run directory that this one was copied from, until it was opened for writing.
+    """
+
+    root: Path
+    run: Path | None
+    temporary: bool
+    copied_from: Path | None = None
+
+    @property
+    def journal(self) -> Path:
+        return (self.run or self.root) / "journal.jsonl"
+
+    @property
+    def aside(self) -> list[Path]:
+        """What was set aside of roots that were out of date."""
+        return sorted(self.root.glob(f"{ASIDE}*"))
+
+
+def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
+    """Find an existing store, by either half. Of a run directory whose root is not its own, the archive is all."""
+    run = None if archive is None else Path(archive).resolve()
+    identity = None if run is None else Identity.read(run)
+    if root is None:
+        if run is None or identity is None or identity.other is None:
+            raise StoreError(f"there is no store in {run}" if run else "name the store's root or its run directory")
+        own = Path(identity.other)
+        there = Identity.read(own)
+        strange = there is not None and not _is_current(there, identity)
+        if strange or _original(run, identity, there) is not None:
+            own = run / _NOT_OPENED
+        return Places(own, run, False)
+    found = Path(root).resolve()
+    identity = Identity.read(found)
+    if identity is None and run is None:
+        raise StoreError(f"there is no store in {found}")
+    if run is None and identity is not None and identity.other is not None:
+        run = Path(identity.other)
+    return Places(found, run, False)
+
+
+def for_writing(root: str | Path | None, archive: str | Path | None, lock: WriterLock) -> Places:
+    """Find or create both halves, each locked before anything in it is believed or changed."""
+    run = None if archive is None else Path(archive).resolve()
+    if run is not None:
+        run.mkdir(parents=True, exist_ok=True)
+        lock.take(run)
+    identity = None if run is None else Identity.read(run)
+    places = _chosen(None if root is None else Path(root).resolve(), run, identity)
+    disk.make_private(places.root)
+    _refuse_foreign(places.root)
+    lock.take(places.root)
+    _refuse_other_run(places, None if places.copied_from else identity)
+    return places
+
+
+def _chosen(root: Path | None, run: Path | None, identity: Identity | None) -> Places:
+    before = None if identity is None or identity.other is None else Path(identity.other)
+    there = None if before is None else Identity.read(before)
+    if run is None or identity is None:
+        return Places(root or _new_root(run), run, root is None)
+    original = _original(run, identity, there)
+    if root is not None:
+        if original is not None and _is_of(root, identity):
+            raise StoreError(
+                f"{root} is the root of the run in {original}, of which {run} is a copy; give the copy another root "
+                "(or none: it then gets one of its own)"
+            )
+        if original is None and before not in (None, root) and there is not None and _is_current(there, identity):
+            raise StoreError(f"the versions of {run} are in {before}: open it with that root, or without root=")
+        return Places(root, run, False, original)
+    if before is None or original is not None or not _is_ours(before):
+        return Places(_new_root(run), run, True, original)
+    return Places(before, run, identity.own_root)
+
+
+def _original(run: Path, identity: Identity, root: Identity | None) -> Path | None:
+    """The run directory that `run` was copied from: where it, or its root, says that it lay, and the same run lies."""
+    paired = root is not None and root.run_id == identity.run_id
+    for recorded in (identity.home, root.other if root is not None and paired else None):
+        if recorded is None or Path(recorded) == run:
+            continue
+        # What cannot be read there is no run of this user's any more.
+        with suppress(StoreError, OSError):
+            there = Identity.read(Path(recorded))
+            if there is not None and there.run_id == identity.run_id and not os.path.samefile(recorded, run):
+                return Path(recorded)
+    return None
+
+
+def _is_of(root: Path, run: Identity) -> bool:
+    there = Identity.read(root)
+    return there is not None and there.run_id == run.run_id
+
+
+def _is_current(root: Identity, run: Identity) -> bool:
+    return root.run_id == run.run_id and not root.is_older_than(run)
+
+
+def _is_ours(root: Path) -> bool:
+    """Whether nobody else took the place of a root meanwhile."""
+    try:
+        return os.stat(root).st_uid == os.geteuid()
+    except FileNotFoundError:
+        return True
+
+
+def _new_root(run: Path | None) -> Path:
+    label = "" if run is None else f"{run.name}-"
+    parent = _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
+    return Path(tempfile.mkdtemp(prefix=f"lora-grpo-{label}", dir=parent))
+
+
+def _refuse_foreign(root: Path) -> None:
+    names = {name for name in os.listdir(root) if not name.startswith(ASIDE)}
+    if Identity.read(root) is None and (foreign := names - _OWN_NAMES):
+        raise StoreError(f"{root} holds no store but {sorted(foreign)[:3]}; give the store a folder of its own")
+
+
+def _refuse_other_run(places: Places, identity: Identity | None) -> None:
+    """`identity`: what the run directory says that it is, None for a new one and for a copy."""
+    root, run, there = places.root, places.run, Identity.read(places.root)
+    if there is None:
+        return
+    if run is None and there.other is not None:
+        raise StoreError(f"{root} belongs to the run in {there.other}: open it with archive={there.other!r}")
+    adopted = identity is None and there.other is None and places.copied_from is None
+    if run is not None and not adopted and (identity is None or identity.run_id != there.run_id):
+        raise StoreError(
+            f"{root} holds versions of another run ({there.other or 'one without an archive'}), not of {run}; "
+            "choose another root, or remove that folder if its versions are no longer needed"
+        )
