@@ -9,6 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_grpo.adapters.retention import (
+        Retention,
+        keep_archived,
+        keep_best,
+        keep_every,
+        keep_latest,
+        keep_trainer_state,
+    )
     from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.adapters.version import AdapterVersion
     from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig, RunConfig
@@ -34,11 +42,17 @@ _HOMES = {
     "Guard": "lora_grpo.trainer",
     "ModelConfig": "lora_grpo.config",
     "NativeSync": "lora_grpo.sync",
+    "Retention": "lora_grpo.adapters.retention",
     "RunConfig": "lora_grpo.config",
     "Sampling": "lora_grpo.types",
     "VLLMEngine": "lora_grpo.engines.vllm_local",
     "VLLMServerEngine": "lora_grpo.engines.server.engine",
     "answer_requests": "lora_grpo.integrations.own_loop",
+    "keep_archived": "lora_grpo.adapters.retention",
+    "keep_best": "lora_grpo.adapters.retention",
+    "keep_every": "lora_grpo.adapters.retention",
+    "keep_latest": "lora_grpo.adapters.retention",
+    "keep_trainer_state": "lora_grpo.adapters.retention",
 }
 
 __all__ = [
@@ -54,11 +68,17 @@ __all__ = [
     "Guard",
     "ModelConfig",
     "NativeSync",
+    "Retention",
     "RunConfig",
     "Sampling",
     "VLLMEngine",
     "VLLMServerEngine",
     "answer_requests",
+    "keep_archived",
+    "keep_best",
+    "keep_every",
+    "keep_latest",
+    "keep_trainer_state",
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 from lora_grpo.adapters.peft_format import reshard
 from lora_grpo.adapters.peft_read import assign_rounded, read_rounded
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.target import Target, resolve
+from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine, is_remote
 from lora_grpo.engines.delivery.probe import probe_sequences
@@ -20,7 +20,7 @@ from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import TrainerState, Training, capture_state, check_state, read_state, restore_state
 
-__all__ = ["Outcome", "RollbackReport", "Target", "kept_state", "resolve", "roll_back"]
+__all__ = ["Outcome", "RollbackReport", "Target", "kept_state", "roll_back"]
 
 Outcome: TypeAlias = Literal["restored", "reset", "kept", "none"]
 
@@ -101,7 +101,7 @@ def _the(store: AdapterStore | None) -> AdapterStore:
 
 
 def _ends(store: AdapterStore, to: Target) -> tuple[AdapterVersion, AdapterVersion]:
-    left, version = store.head, resolve(store, to)
+    left, version = store.head, store.get(to)
     if left is None:
         raise UnknownVersion("nothing was promoted yet: there is no version to roll back to")
     return left, version

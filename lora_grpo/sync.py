@@ -137,7 +137,7 @@ class NativeSync:
         return version
 
     def rollback(self, to: Target) -> RollbackReport:
-        """Engine and trainer are back on an earlier version: its number, "parent" or "best:METRIC".
+        """Engine and trainer are back on an earlier version: its number, "parent", "best", "best:METRIC" or itself.
 
         The next push gets a new number with that version as parent. If any part fails, nothing has changed. Raises
         `UnknownVersion`, `StoreCorrupt`, `DeliveryError` or `EngineError`.
@@ -234,7 +234,7 @@ class NativeSync:
         """What a plain PEFT folder needs beyond a version's files."""
         return Recipe.of(peft_model_of(self.model).peft_config[self.adapter], self._form.modules)
 
-    def export(self, version: AdapterVersion, directory: Path) -> Weights:
+    def export(self, version: Target, directory: Path) -> Weights:
         """Write `version` as a plain PEFT folder with its own alpha, as `PeftModel.from_pretrained` loads it.
 
         Called by the process that has the store.

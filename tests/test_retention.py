@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from lora_grpo.adapters.retention import (
-    KEEP_ALL,
     Candidate,
     Retention,
     keep_archived,
@@ -29,7 +28,7 @@ TEN = candidates(**{f"v{n}": None for n in range(1, 11)})
 @pytest.mark.parametrize(
     ("retention", "kept"),
     [
-        (KEEP_ALL, set(range(1, 11))),
+        (Retention(), set(range(1, 11))),
         (keep_latest(3), {8, 9, 10}),
         (keep_latest(99), set(range(1, 11))),
         (keep_every(4), {4, 8}),

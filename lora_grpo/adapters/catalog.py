@@ -90,7 +90,10 @@ class Catalog:
 
     def why_missing(self, number: int) -> str:
         if self.journal.has_forgotten(number):
-            return f"version {number} was removed by retention, or lost with the tmpfs before it was archived"
+            why = self.journal.why_forgotten(number)
+            if why is not None:
+                return f"version {number} was removed by retention: {why}, and HEAD, pinned and leased versions"
+            return f"version {number} was lost with the tmpfs before it was archived, or deleted by another program"
         if number in self.journal.published:
             folder = self.root.folder(VERSIONS, number)
             return f"version {number} was published, but {folder} is gone: deleted by another program?"

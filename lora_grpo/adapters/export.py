@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_grpo.adapters import disk
 from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoraModule
+from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.adapters.view import StoreView
 from lora_grpo.errors import StoreCorrupt, StoreError
@@ -59,13 +60,14 @@ class Recipe:
             raise StoreCorrupt(f"{path} is damaged: {error}") from error
 
 
-def export_adapter(store: StoreView, version: AdapterVersion, recipe: Recipe, directory: Path) -> Weights:
+def export_adapter(store: StoreView, version: Target, recipe: Recipe, directory: Path) -> Weights:
     """Write `version` to `directory` as PEFT would save it, in fp32 and with its own alpha.
 
     Training on from it keeps the effective learning rate. The weights are the trainer's own where its state is kept;
     else they carry the serving dtype's rounding. Raises `StoreError` when the directory already holds an adapter, and
     `StoreCorrupt` when what is stored is not what was published.
     """
+    version = store.get(version)
     if (directory / WEIGHTS_FILE).exists() or (directory / CONFIG_FILE).exists():
         raise StoreError(f"{directory} already holds an adapter; name an empty or new directory")
     exact = _trainer_weights(store, version)

@@ -15,7 +15,8 @@ import os
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,23 @@ class Journal:
         if number in self.metrics or not (self.has_forgotten(number) or number in self._back):
             return dict(self.metrics.get(number, {}))
         found: dict[str, Any] = {}
+        for fields in self._lines_of("record", number):
+            with suppress(*_DAMAGE):
+                found.update(fields["metrics"])
+        return found
+
+    def why_forgotten(self, number: int) -> str | None:
+        """What was kept in its stead when a version was last removed; None where it was lost, or nothing tells."""
+        return next((fields.get("why") for fields in reversed([*self._lines_of("forget", number)])), None)
+
+    def _lines_of(self, event: str, number: int) -> Iterator[dict[str, Any]]:
+        """The events of one kind about a version, read from the file again."""
         checked = False
         for line in self._read_from(0)[: self._end].split(b"\n")[:-1]:
-            try:
-                event, about, fields, checked = _parsed(line, checked)
-                if (event, about) == ("record", number):
-                    found.update(fields["metrics"])
-            except _DAMAGE:
-                continue
-        return found
+            with suppress(*_DAMAGE):
+                found, about, fields, checked = _parsed(line, checked)
+                if (found, about) == (event, number):
+                    yield fields
 
     def _read_from(self, start: int) -> bytes:
         with reported(f"reading {self.path}"):

@@ -3,8 +3,8 @@
     keep_latest(8) | keep_best("reward", 2) | keep_every(50) | keep_trainer_state(keep_latest(2))
 
 A version stays where any rule for that place keeps it. There are three places: tmpfs (plain rules), the archive
-(`keep_archived`) and trainer states (`keep_trainer_state`). A place without rules keeps everything. Pins, `HEAD` and
-leases are the store's to respect and no matter of rules.
+(`keep_archived`) and trainer states (`keep_trainer_state`). A place without rules keeps everything, so that
+`Retention()` keeps all. Pins, `HEAD` and leases are the store's to respect and no matter of rules.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ class Retention:
         ordered = sorted(candidates, key=lambda candidate: candidate.number)
         return set().union(*(rule(ordered) for rule in rules))
 
+    def words(self, place: Place) -> str:
+        """What is kept in `place`, for people."""
+        return ", ".join(map(str, self._rules(place))) or "everything"
+
     def _rules(self, place: Place) -> tuple[Rule, ...]:
         return {"tmpfs": self.tmpfs, "archive": self.archive, "state": self.state}[place]
-
-
-KEEP_ALL = Retention()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,9 @@ class _Latest:
     def __call__(self, candidates: Sequence[Candidate]) -> set[int]:
         return {candidate.number for candidate in candidates[-self.n :]}
 
+    def __str__(self) -> str:
+        return f"the last {self.n}"
+
 
 @dataclass(frozen=True, slots=True)
 class _Every:
@@ -76,6 +80,9 @@ class _Every:
 
     def __call__(self, candidates: Sequence[Candidate]) -> set[int]:
         return {candidate.number for candidate in candidates if candidate.number % self.k == 0}
+
+    def __str__(self) -> str:
+        return f"every number that {self.k} divides"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,9 @@ class _Best:
             if is_score(candidate.metrics.get(self.metric))
         ]
         return {number for _, number in sorted(scored)[-self.n :]}
+
+    def __str__(self) -> str:
+        return f"the {self.n} with the {'highest' if self.mode == 'max' else 'lowest'} {self.metric!r}"
 
 
 def is_score(value: object) -> bool:
@@ -114,6 +124,11 @@ def keep_best(metric: str, n: int = 1, mode: Literal["max", "min"] = "max") -> R
 def keep_every(k: int) -> Retention:
     """Versions whose number is a multiple of `k`."""
     return Retention(tmpfs=(_Every(_positive("keep_every", k)),))
+
+
+def default_retention(*, archived: bool) -> Retention:
+    """What a store keeps that was told nothing: what stays durably is not needed on tmpfs as well."""
+    return keep_latest(8) if archived else keep_latest(64) | keep_best("reward") | keep_best("eval/reward")
 
 
 def keep_archived(rules: Retention) -> Retention:

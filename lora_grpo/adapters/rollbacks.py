@@ -16,7 +16,7 @@ from typing import Any
 from lora_grpo.adapters import disk
 from lora_grpo.adapters.layout import STATE_FILE
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.target import Target, resolve
+from lora_grpo.adapters.target import Target
 from lora_grpo.errors import StoreCorrupt, UnknownVersion
 
 ROLLBACKS_FILE = "rollbacks.jsonl"
@@ -99,7 +99,7 @@ def roll_back_stopped(store: AdapterStore, to: Target) -> Rollback:
         raise UnknownVersion("nothing was promoted yet: there is no version to roll back to")
     log = RollbackLog(run)
     log.settle(left.number)
-    version = store.restore(resolve(store, to))
+    version = store.restore(to)
     sampler = log.data_position(state_extra(store, left.number))
     entry = Rollback(left.number, version.number, sampler, log.learning_rate_scale, time=time.time())
     log.add(entry)

@@ -25,19 +25,23 @@ class Room:
 
     def make(self, sizes: Mapping[str, int], session: Session) -> None:
         """Return when files of `sizes` bytes fit, pruning if they do not at first; else raise `NoRoom`."""
-        if self._lacking(sizes) is None:
+        advice = (
+            f"tmpfs keeps {session.retention.words('tmpfs')}, HEAD, pinned and leased versions; open the store with a "
+            "retention that keeps fewer, such as retention=keep_latest(2)"
+        )
+        if self._lacking(sizes, advice) is None:
             return
         session.prune()
-        if self._lacking(sizes) is not None and session.writer.backlog_bytes:
+        if self._lacking(sizes, advice) is not None and session.writer.backlog_bytes:
             session.writer.flush()
             session.prune()
-        lacking = self._lacking(sizes)
+        lacking = self._lacking(sizes, advice)
         if lacking is not None:
             raise NoRoom(lacking)
 
-    def _lacking(self, sizes: Mapping[str, int]) -> str | None:
+    def _lacking(self, sizes: Mapping[str, int], advice: str) -> str | None:
         """Why the files do not fit, or None."""
-        root, advice = self._catalog.root.path, "prune(), a retention that keeps fewer versions"
+        root = self._catalog.root.path
         lacking = _lacking_in(root, sizes)
         if lacking is not None:
             return f"a version {lacking}: {advice}, or a larger tmpfs ({SHM_SIZE})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from lora_grpo.adapters.layout import STATES, VERSIONS, Manifest
 from lora_grpo.adapters.locks import Leases, WriterLock, unleased
 from lora_grpo.adapters.opening import Opening, warn_unless_tmpfs
 from lora_grpo.adapters.places import for_writing
-from lora_grpo.adapters.retention import Place, Retention
+from lora_grpo.adapters.retention import Place, Retention, default_retention
 from lora_grpo.adapters.writer import BackgroundWriter, Job
 from lora_grpo.errors import StoreError
 
@@ -41,13 +42,16 @@ class _Kept:
 class Session:
     """A store open for writing, from lock to unlock."""
 
-    def __init__(self, opening: Opening, lock: WriterLock, retention: Retention, backlog_limit_bytes: int) -> None:
+    def __init__(
+        self, opening: Opening, lock: WriterLock, retention: Retention | None, backlog_limit_bytes: int
+    ) -> None:
         self.places = opening.places
         self.root, self.archive = opening.root, opening.archive
         self.journal, self.catalog = opening.journal, opening.catalog
         self.lock = lock
         self.leases = Leases()
-        self.retention = retention
+        self.retention = retention or default_retention(archived=self.archive is not None)
+        self._unwarned = retention is None and self.archive is None
         self.writer = BackgroundWriter(backlog_limit_bytes)
         self.numbering = opening.prepare()
         self.recovered = opening.recover()
@@ -112,7 +116,8 @@ class Session:
         with unleased(self.root.folder(VERSIONS, number)) as free:
             if free:
                 if not survives:
-                    self.journal.append("forget", number)
+                    self._warn_once(number)
+                    self.journal.append("forget", number, why=f"tmpfs keeps {self.retention.words('tmpfs')}")
                 disk.at("prune.journaled")
                 self.root.remove(VERSIONS, number)
                 disk.at("prune.removed")
@@ -127,6 +132,8 @@ class Session:
                 self._prune_late()
             finally:
                 self.writer.close()
+            if self.archive is not None:
+                self._prune_tmpfs(self._archive_keeps().now)
             self.numbering.give_back()
             if self.places.temporary:
                 self._clear_root()
@@ -135,6 +142,18 @@ class Session:
             self.journal.close()
             self.leases.close()
             self.lock.release()
+
+    def _warn_once(self, number: int) -> None:
+        """Of what is removed for good though nobody asked for it."""
+        if self._unwarned:
+            self._unwarned = False
+            warnings.warn(
+                f"the store in {self.root.path} has no archive, and removes version {number} for good: it keeps "
+                f"{self.retention.words('tmpfs')}; archive=DIR keeps every version, retention=Retention() keeps them "
+                "all on tmpfs",
+                RuntimeWarning,
+                stacklevel=6,
+            )
 
     def _archive_keeps(self) -> _Kept:
         """What is to be in the archive: what its rules keep, and the adapter of every trainer state."""
@@ -172,7 +191,7 @@ class Session:
         self._late[VERSIONS] = (queued | numbers & kept.now) - kept.wanted
         for number in sorted(numbers - kept.now):
             if not self.catalog.on_tmpfs(number):
-                self.journal.append("forget", number)
+                self.journal.append("forget", number, why=f"the archive keeps {self.retention.words('archive')}")
             self._remove(archive, VERSIONS, number)
             disk.at("prune.unarchived")
 
@@ -216,7 +235,7 @@ class Session:
 
 
 def open_session(
-    root: str | Path | None, archive: str | Path | None, retention: Retention, backlog_limit_bytes: int
+    root: str | Path | None, archive: str | Path | None, retention: Retention | None, backlog_limit_bytes: int
 ) -> Session:
     """Lock, sweep, recover; on any failure the locks are given back."""
     lock = WriterLock()

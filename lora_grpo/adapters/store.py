@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 import json
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from lora_grpo.adapters import disk, requests
 from lora_grpo.adapters.catalog import link_head
@@ -19,20 +18,13 @@ from lora_grpo.adapters.layout import MANIFEST_FILE, PEFT_FILES, STATE_FILE, STA
 from lora_grpo.adapters.locks import Leases
 from lora_grpo.adapters.opening import Recovered, catalog_for_reading
 from lora_grpo.adapters.requests import Request
-from lora_grpo.adapters.retention import KEEP_ALL, Retention
+from lora_grpo.adapters.retention import Retention
 from lora_grpo.adapters.room import Room
 from lora_grpo.adapters.session import Session, open_session
+from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.adapters.view import StoreView, number_of
+from lora_grpo.adapters.view import StoreView
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError, UnknownVersion
-
-
-class _Head(enum.Enum):
-    HEAD = "HEAD"
-
-
-HEAD: Final = _Head.HEAD
-"""As a parent: the version that is promoted when the new one is published."""
 
 
 class AdapterStore(StoreView):
@@ -63,7 +55,10 @@ class AdapterStore(StoreView):
         is the store's own: closing the store removes it, after everything is in the archive (and without one, for
         good). A root that is named stays.
 
-        `budget_bytes` bounds what versions take on tmpfs. `retention` says what `prune()` keeps; None keeps all.
+        `budget_bytes` bounds what versions take on tmpfs. `retention` says what `prune()` keeps, which `NativeSync`
+        calls after each push: `keep_latest(8) | keep_best("reward")`, or `Retention()` for all. By default, tmpfs has
+        the last 8 of what is in the archive, which keeps all; without one the last 64 and those with the best "reward"
+        and "eval/reward" stay, and the first removal is warned of.
         `backlog_limit_bytes` bounds the memory of trainer states that wait for the archive.
 
         Raises `StoreLocked` naming the process that has it open for writing, `StoreCorrupt` for damage that cannot be
@@ -73,7 +68,7 @@ class AdapterStore(StoreView):
             self._session: Session | None = None
             super().__init__(catalog_for_reading(root, archive), Leases(), follow=True)
         else:
-            self._session = open_session(root, archive, retention or KEEP_ALL, backlog_limit_bytes)
+            self._session = open_session(root, archive, retention, backlog_limit_bytes)
             super().__init__(self._session.catalog, self._session.leases, follow=False)
             self._finalizer = weakref.finalize(self, self._session.close)
         self._room = Room(self._catalog, budget_bytes)
@@ -90,9 +85,11 @@ class AdapterStore(StoreView):
         files: Mapping[str, Sequence[Buffer]],
         *,
         step: int,
-        parent: int | AdapterVersion | _Head | None = HEAD,
+        parent: Target | None = "head",
     ) -> AdapterVersion:
         """Write a new version: the two PEFT files, each as buffers to be laid end to end. `HEAD` does not move.
+
+        "head" as its parent is the version that is promoted by now; None where none is.
 
         The version appears whole, by one rename. Raises `NoRoom`, before anything is written, when it does not fit
         tmpfs or the budget even after `prune()`; `ConfigError` for other files than a PEFT directory's.
@@ -102,7 +99,7 @@ class AdapterStore(StoreView):
         with self._writing("publishing a version") as session:
             sizes = {name: sum(memoryview(part).nbytes for part in files[name]) for name in sorted(files)}
             self._room.make(sizes, session)
-            ancestor = self._catalog.head_number() if isinstance(parent, _Head) else self._parent(parent)
+            ancestor = self._catalog.head_number() if parent == "head" else self._parent(parent)
             number = session.numbering.next()
             disk.at("publish.numbered")
             manifest = Manifest(number, ancestor, digest_buffers(files), int(step), time.time(), sizes)
@@ -127,15 +124,15 @@ class AdapterStore(StoreView):
             raise
         disk.at("publish.renamed")
 
-    def _parent(self, parent: int | AdapterVersion | None) -> int | None:
-        number = None if parent is None else number_of(parent)
+    def _parent(self, parent: Target | None) -> int | None:
+        number = None if parent is None else self._number(parent)
         if number is not None and not self._catalog.journal.knows(number):
             raise UnknownVersion(f"parent={number}: no such version was ever published here")
         return number
 
-    def promote(self, version: int | AdapterVersion) -> None:
+    def promote(self, version: Target) -> None:
         """Move `HEAD` to a version on tmpfs, atomically."""
-        number = number_of(version)
+        number = self._number(version)
         with self._writing(f"promoting version {number}") as session:
             if not self._catalog.on_tmpfs(number):
                 raise UnknownVersion(self._catalog.why_not_on_tmpfs(number))
@@ -151,12 +148,12 @@ class AdapterStore(StoreView):
                         link_head(session.root, before)
                 raise
 
-    def record(self, version: int | AdapterVersion, **metrics: float | int | str | bool | None) -> None:
+    def record(self, version: Target, **metrics: float | int | str | bool | None) -> None:
         """Record what was learned about a version, beside it; a name recorded before is overwritten.
 
         Non-finite numbers are recorded as None. Durable with an archive. Versions no longer kept may be recorded too.
         """
-        number = number_of(version)
+        number = self._number(version)
         values = as_metrics(metrics)
         with self._writing(f"recording metrics of version {number}") as session:
             if not session.journal.knows(number):
@@ -165,14 +162,16 @@ class AdapterStore(StoreView):
 
     # Keeping
 
-    def pin(self, number: int) -> None:
+    def pin(self, version: Target) -> None:
         """Keep a version, its archived copy and its trainer state until `unpin`."""
+        number = self._number(version)
         with self._writing(f"pinning version {number}") as session:
             self._catalog.manifest(number)
             session.journal.append("pin", number)
 
-    def unpin(self, number: int) -> None:
+    def unpin(self, version: Target) -> None:
         """Leave a version to retention again."""
+        number = self._number(version)
         with self._writing(f"unpinning version {number}") as session:
             if number not in session.journal.pins:
                 raise UnknownVersion(f"version {number} is not pinned; pinned are {sorted(session.journal.pins)}")
@@ -188,13 +187,13 @@ class AdapterStore(StoreView):
         with self._writing("pruning") as session:
             return session.prune()
 
-    def restore(self, version: int | AdapterVersion) -> AdapterVersion:
+    def restore(self, version: Target) -> AdapterVersion:
         """The version, its files at its path again: identical bytes, digest checked before they appear.
 
         A damaged copy on tmpfs is replaced from the archive. Raises `UnknownVersion` when no copy is left,
         `StoreCorrupt` when none is sound.
         """
-        number = number_of(version)
+        number = self._number(version)
         with self._writing(f"restoring version {number}") as session:
             manifest = self._catalog.manifest(number)
             if self._sound_on_tmpfs(session, number):
@@ -216,16 +215,14 @@ class AdapterStore(StoreView):
 
     # The archive
 
-    def archive_state(
-        self, version: int | AdapterVersion, files: Mapping[str, Sequence[Buffer]], meta: Mapping[str, Any]
-    ) -> None:
+    def archive_state(self, version: Target, files: Mapping[str, Sequence[Buffer]], meta: Mapping[str, Any]) -> None:
         """Queue a version's trainer state for the archive; `meta` becomes `state.json`.
 
         The buffers are the store's from now on: nobody may change them. Waits only when more than
         `backlog_limit_bytes` are queued and no queued state is one that retention would drop; raises what the disk
         failed with meanwhile, and then the state is not queued.
         """
-        number = number_of(version)
+        number = self._number(version)
         if clash := {STATE_FILE, SUMS_FILE} & set(files):
             raise ConfigError(f"{clash.pop()} is written by the store; give the trainer's file another name")
         contents = {**files, STATE_FILE: [json.dumps(dict(meta)).encode()]}
@@ -236,10 +233,10 @@ class AdapterStore(StoreView):
                 raise StoreError(f"version {number} has a trainer state already; states are written once")
             session.archive_state(number, contents)
 
-    def load_state(self, number: int) -> dict[str, Path] | None:
+    def load_state(self, version: Target) -> dict[str, Path] | None:
         if self._session is not None:
-            self._session.writer.wait_for(STATES, number)
-        return super().load_state(number)
+            self._session.writer.wait_for(STATES, self._number(version))
+        return super().load_state(version)
 
     @property
     def archive_backlog_bytes(self) -> int:
@@ -274,7 +271,9 @@ class AdapterStore(StoreView):
     # Ending
 
     def close(self) -> None:
-        """Finish the archive, let go of leases and lock. Raises what could not be written; the lock goes all the same.
+        """Finish the archive, prune tmpfs of what it has, let go of leases and lock.
+
+        Raises what could not be written; the lock goes all the same.
 
         Close the engine first: it may still read versions, and a root of the store's own choosing goes now.
         """

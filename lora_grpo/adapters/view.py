@@ -13,6 +13,7 @@ from lora_grpo.adapters.catalog import Catalog
 from lora_grpo.adapters.layout import STATES, SUMS_FILE, VERSIONS, Identity, Manifest
 from lora_grpo.adapters.locks import Leases
 from lora_grpo.adapters.naming import run_name
+from lora_grpo.adapters.target import Target, number_of
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import StoreError, UnknownVersion
 
@@ -53,23 +54,24 @@ class StoreView:
         number = catalog.head_number()
         return None if number is None else catalog.version(number)
 
-    def get(self, number: int) -> AdapterVersion:
+    def get(self, version: Target) -> AdapterVersion:
         """A version with a copy on tmpfs or in the archive; `UnknownVersion` says what became of another.
 
+        Every method takes a version as `Target` says: 12, "v12", "head", "parent", "best", "best:METRIC", or itself.
         `restore` makes sure that its `path` is there.
         """
-        return self._looking().version(number)
+        return self._looking().version(self._number(version))
 
-    def parent_of(self, number: int) -> int | None:
+    def parent_of(self, version: Target) -> int | None:
         """The version that a version was made from, be they kept or not.
 
         None for a first one, for a number that was never given out, and where the run's history is damaged.
         """
-        return self._looking().parent_of(number)
+        return self._looking().parent_of(self._number(version))
 
-    def where(self, number: int) -> frozenset[str]:
+    def where(self, version: Target) -> frozenset[str]:
         """Which of "tmpfs", "archive" and "state" (the trainer state) there are of a version."""
-        catalog = self._looking()
+        catalog, number = self._looking(), self._number(version)
         has = {
             "tmpfs": catalog.on_tmpfs(number),
             "archive": catalog.in_archive(number),
@@ -77,36 +79,37 @@ class StoreView:
         }
         return frozenset(place for place, there in has.items() if there)
 
-    def manifest(self, number: int) -> Manifest:
+    def manifest(self, version: Target) -> Manifest:
         """What was published as a version: digest and sizes; `UnknownVersion` where there is no copy."""
-        return self._looking().manifest(number)
+        return self._looking().manifest(self._number(version))
 
-    def size_bytes(self, number: int) -> int:
+    def size_bytes(self, version: Target) -> int:
         """Bytes of a version's PEFT files."""
-        return self.manifest(number).size_bytes
+        return self.manifest(version).size_bytes
 
-    def verify(self, number: int) -> None:
+    def verify(self, version: Target) -> None:
         """Read every copy of a version and its trainer state; `StoreCorrupt` names the file that differs, and how."""
-        catalog = self._looking()
+        catalog, number = self._looking(), self._number(version)
         with ExitStack() as reading:
             if catalog.has_manifest(number):
                 reading.enter_context(self.lease(number))
             catalog.verify(number)
 
-    def readable(self, version: int | AdapterVersion) -> Path:
+    def readable(self, version: Target) -> Path:
         """A folder that holds a version's two PEFT files, on tmpfs or in the archive; every copy is verified first."""
-        number = number_of(version)
+        number = self._number(version)
         self.verify(number)
         catalog = self._looking()
         places = [catalog.root] if catalog.on_tmpfs(number) or catalog.archive is None else [catalog.archive.tree]
         return places[0].folder(VERSIONS, number)
 
     @contextmanager
-    def reading(self, number: int) -> Iterator[Path]:
+    def reading(self, version: Target) -> Iterator[Path]:
         """A folder that holds a version's two PEFT files: on tmpfs, leased while the block runs, or in the archive.
 
         Nothing is verified. Retention may remove the archived folder meanwhile; files that are open then stay whole.
         """
+        number = self._number(version)
         with ExitStack() as held:
             try:
                 folder = held.enter_context(self.lease(number)).path
@@ -138,9 +141,9 @@ class StoreView:
         """Lines of the journal, counted from 1, that cannot be read: what they held of the run's history is lost."""
         return tuple(self._looking().journal.damaged_lines)
 
-    def metrics(self, number: int) -> dict[str, Any]:
+    def metrics(self, version: Target) -> dict[str, Any]:
         """Everything recorded of a version."""
-        return self._looking().metrics(number)
+        return self._looking().metrics(self._number(version))
 
     @property
     def pins(self) -> frozenset[int]:
@@ -148,7 +151,7 @@ class StoreView:
         return frozenset(self._looking().journal.pins)
 
     @contextmanager
-    def lease(self, version: int | AdapterVersion) -> Iterator[AdapterVersion]:
+    def lease(self, version: Target) -> Iterator[AdapterVersion]:
         """Keep a version on tmpfs while the block runs."""
         held = self.acquire(version)
         try:
@@ -156,12 +159,12 @@ class StoreView:
         finally:
             self.release(version)
 
-    def acquire(self, version: int | AdapterVersion) -> AdapterVersion:
+    def acquire(self, version: Target) -> AdapterVersion:
         """Keep a version on tmpfs until `release`, counted; readers may too. A process that dies holds nothing.
 
         Raises `UnknownVersion` for a version that is not on tmpfs.
         """
-        number = number_of(version)
+        number = self._number(version)
         with self._mutex:
             catalog = self._looking()
             if not catalog.has_manifest(number):
@@ -169,22 +172,22 @@ class StoreView:
             self._leases.acquire(number, catalog.root.folder(VERSIONS, number))
             return catalog.version(number)
 
-    def release(self, version: int | AdapterVersion) -> None:
+    def release(self, version: Target) -> None:
         """End one `acquire`."""
         with self._mutex:
-            self._leases.release(number_of(version))
+            self._leases.release(self._number(version))
 
     @property
     def leased(self) -> frozenset[int]:
         """Versions that this store leases (others may lease more)."""
         return self._leases.numbers
 
-    def load_state(self, number: int) -> dict[str, Path] | None:
+    def load_state(self, version: Target) -> dict[str, Path] | None:
         """The files of a version's trainer state by name (`state.json` holds its meta), or None when not kept.
 
         The writer waits for one that is on its way. Raises `StoreCorrupt` when a file is not what was written.
         """
-        archive = self._catalog.archive
+        archive, number = self._catalog.archive, self._number(version)
         if archive is None or not archive.tree.has(STATES, number):
             return None
         archive.verify(STATES, number)
@@ -198,10 +201,15 @@ class StoreView:
                 self._catalog.journal.refresh()
         return self._catalog
 
+    def _number(self, to: Target) -> int:
+        """The number that `to` names. Raises `UnknownVersion` for a version that is another store's."""
+        number = number_of(self, to)
+        if isinstance(to, AdapterVersion):
+            here = self._catalog.journal.published.get(number)
+            if here is not None and here.digest != to.digest:
+                raise UnknownVersion(f"{to} is not of this store, whose version {number} has other bytes")
+        return number
+
     def list(self) -> list[AdapterVersion]:
         """Every version with a copy somewhere, in order of number."""
         return self._looking().versions()
-
-
-def number_of(version: int | AdapterVersion) -> int:
-    return version.number if isinstance(version, AdapterVersion) else int(version)

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_grpo.cli.live import Json, Run
+from lora_grpo.cli.live import VERSION_HELP, Json, Run
 from lora_grpo.cli.output import print_json, print_table, say
 
 
 def compare(
     run: Run,
-    first: Annotated[int, typer.Argument(metavar="A", min=1, help="A version's number.")],
-    second: Annotated[int, typer.Argument(metavar="B", min=1, help="Another one's.")],
+    a: Annotated[str, typer.Argument(metavar="A", help=f"A version: {VERSION_HELP}")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     prompts: Annotated[
         Path, typer.Option("--prompts", "-p", help="A .jsonl, .json or .parquet file of prompts, as the run's data.")
     ],
@@ -28,8 +28,8 @@ def compare(
     """Sample two versions on the same prompts in the same engine batch; compare rewards, lengths and log-probs."""
     from lora_grpo.trainer.compare import compare_run
 
-    result = compare_run(run, first, second, prompts, samples=samples, temperature=temperature, seed=seed)
-    document = result.to_json()
+    result = compare_run(run, a, b, prompts, samples=samples, temperature=temperature, seed=seed)
+    document, first, second = result.to_json(), result.first.number, result.second.number
     if as_json:
         print_json(document)
         return

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from lora_grpo.cli.live import Json, Run
+from lora_grpo.cli.live import VERSION_HELP, Json, Run
 from lora_grpo.cli.output import print_json, print_table
 
 
 def diff(
     run: Run,
-    first: Annotated[int, typer.Argument(metavar="A", min=1, help="A version's number.")],
-    second: Annotated[int, typer.Argument(metavar="B", min=1, help="Another one's.")],
+    a: Annotated[str, typer.Argument(metavar="A", help=f"A version: {VERSION_HELP}")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     as_json: Json = False,
 ) -> None:
     """How far two versions are apart in what they add to the base, W = B A (scaling included), module by module.
@@ -25,6 +25,7 @@ def diff(
     from lora_grpo.adapters.store import AdapterStore
 
     with AdapterStore(archive=run, readonly=True) as store:
+        first, second = store.get(a).number, store.get(b).number
         total, modules = difference(store.readable(first), store.readable(second))
     if as_json:
         print_json({"first": first, "second": second, "all": asdict(total), "modules": [asdict(m) for m in modules]})

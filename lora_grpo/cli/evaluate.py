@@ -7,14 +7,19 @@ from typing import Annotated
 
 import typer
 
+from lora_grpo.cli.live import VERSION_HELP
 from lora_grpo.cli.output import print_json, print_table
 
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")],
     version: Annotated[
-        list[int] | None,
-        typer.Option("--version", "-v", help="Evaluate this version; may be given again. Default: base and HEAD."),
+        list[str] | None,
+        typer.Option(
+            "--version",
+            "-v",
+            help=f"Evaluate this one; may be given again: {VERSION_HELP} Default: the first and last evaluated.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
 ) -> None:

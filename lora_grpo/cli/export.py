@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from lora_grpo.cli.live import Json, Run
+from lora_grpo.cli.live import Json, Run, Version
 from lora_grpo.cli.output import print_json
 
 
 def export(
     run: Run,
-    version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A version's number.")],
+    version: Version,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
     as_json: Json = False,
 ) -> None:
@@ -29,6 +29,6 @@ def export(
         found = store.get(version)
         weights = export_adapter(store, found, Recipe.read(run), directory)
     if as_json:
-        print_json({"version": version, "directory": str(directory), "weights": weights})
+        print_json({"version": found.number, "directory": str(directory), "weights": weights})
     else:
         typer.echo(f"{found} is in {directory}, weights {weights}")

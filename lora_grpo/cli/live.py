@@ -21,6 +21,8 @@ TIMEOUT_S = 600.0
 POLL_S = 0.05
 _TAKEN_BACK = "the request was taken back, and nothing has changed"
 
+VERSION_HELP = "12 or v12, head, parent, best, best:METRIC or best:-METRIC (the lowest)."
+Version = Annotated[str, typer.Argument(metavar="VERSION", help=VERSION_HELP)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Timeout = Annotated[

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lora_grpo.cli.live import TIMEOUT_S, Json, Run, Timeout, change
+from lora_grpo.cli.live import TIMEOUT_S, Json, Run, Timeout, Version, change
 from lora_grpo.cli.output import print_json
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.store import AdapterStore
 
-Version = Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A version's number.")]
-
 
 def pin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
     """Keep a version, its archived copy and its trainer state until it is unpinned."""
+    from lora_grpo.adapters.target import parse_target
+
+    parse_target(version)
 
     def act(store: AdapterStore) -> dict[str, Any]:
         store.pin(version)
@@ -27,6 +28,9 @@ def pin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json 
 
 def unpin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
     """Leave a version to retention again."""
+    from lora_grpo.adapters.target import parse_target
+
+    parse_target(version)
 
     def act(store: AdapterStore) -> dict[str, Any]:
         store.unpin(version)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_grpo.cli.live import TIMEOUT_S, Json, Run, Timeout, change
+from lora_grpo.cli.live import TIMEOUT_S, VERSION_HELP, Json, Run, Timeout, change
 from lora_grpo.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 def rollback(
     run: Run,
-    to: Annotated[
-        str,
-        typer.Option("--to", help="A version's number, 'parent', or 'best:METRIC' ('best:-METRIC': the lowest)."),
-    ],
+    to: Annotated[str, typer.Option("--to", metavar="VERSION", help=VERSION_HELP)],
     timeout: Timeout = TIMEOUT_S,
     as_json: Json = False,
 ) -> None:
@@ -30,10 +27,10 @@ def rollback(
     from lora_grpo.adapters.rollbacks import roll_back_stopped
     from lora_grpo.adapters.target import parse_target
 
-    target = parse_target(to)
+    parse_target(to)
 
     def act(store: AdapterStore) -> dict[str, Any]:
-        done = roll_back_stopped(store, target)
+        done = roll_back_stopped(store, to)
         version = store.get(done.to)
         exact = "state" in store.where(done.to)
         return {
@@ -45,7 +42,7 @@ def rollback(
             "weights": "exact" if exact else "rounded",
         }
 
-    result = change(run, "rollback", act, timeout_s=timeout, to=target)
+    result = change(run, "rollback", act, timeout_s=timeout, to=to)
     if as_json:
         print_json(result)
     else:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from lora_grpo.cli.live import Json, Run
+from lora_grpo.cli.live import Json, Run, Version
 from lora_grpo.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -29,19 +27,15 @@ def versions(run: Run, as_json: Json = False) -> None:
         print_table([_for_people(row) for row in rows], f"versions of {run}")
 
 
-def show(
-    run: Run,
-    version: Annotated[int, typer.Argument(metavar="VERSION", min=1, help="A version's number.")],
-    as_json: Json = False,
-) -> None:
+def show(run: Run, version: Version, as_json: Json = False) -> None:
     """Everything that is known of one version."""
     from lora_grpo.adapters.rollbacks import RollbackLog
     from lora_grpo.adapters.store import AdapterStore
 
     with AdapterStore(archive=run, readonly=True) as store:
         found = store.get(version)
-        children = [child.number for child in store.list() if child.parent == version]
-        returns = [entry for entry in RollbackLog(run).entries if version in (entry.to, entry.left)]
+        children = [child.number for child in store.list() if child.parent == found.number]
+        returns = [entry for entry in RollbackLog(run).entries if found.number in (entry.to, entry.left)]
         row = describe(store, found) | {
             "children": children,
             "rollbacks": [{"from": entry.left, "to": entry.to, "reason": entry.reason} for entry in returns],
@@ -54,7 +48,7 @@ def show(
     row |= {"rollbacks": "; ".join(_returned(entry) for entry in row["rollbacks"])}
     row |= {"children": ", ".join(f"v{child}" for child in children)}
     rows = [{"": name, "value": None if value == "" else value} for name, value in {**row, **metrics}.items()]
-    print_table(rows, f"v{version} of {run}")
+    print_table(rows, f"{found} of {run}")
 
 
 def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
-from lora_grpo.engines.requests import adapters_by_prompt, request_seeds, token_prompts
+from lora_grpo.engines.requests import adapters_by_prompt, request_seeds, require_version, token_prompts
 from lora_grpo.errors import EngineError, UnknownVersion
 from lora_grpo.types import Completion, Group, Prompt, Sampling
 
@@ -67,7 +67,7 @@ class FakeEngine:
         return "float32"
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        if not version.path.is_dir():
+        if not require_version(version).path.is_dir():
             raise EngineError(f"{version} has no directory {version.path}")
         while version.number not in self._loaded and len(self._loaded) >= self._max_cpu_loras:
             del self._loaded[next(iter(self._loaded))]
@@ -82,8 +82,8 @@ class FakeEngine:
         return tuple(self._loaded.values())
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
-        adapter_P = [version and self._find(version) for version in adapters_by_prompt(adapter, len(prompts))]
         ids_P, seeds_PG = token_prompts(self.tokenizer, prompts), request_seeds(sampling, len(prompts))
+        adapter_P = [version and self._find(version) for version in adapters_by_prompt(adapter, len(prompts))]
         groups = []
         for prompt, ids, version, seeds in zip(prompts, ids_P, adapter_P, seeds_PG, strict=True):
             if self.between_steps is not None:
@@ -112,7 +112,7 @@ class FakeEngine:
         return Completion(text, kept, (self._logprob,) * len(kept), reason, version.number if version else None)
 
     def _find(self, version: AdapterVersion) -> AdapterVersion:
-        if self._loaded.get(version.number) != version:
+        if self._loaded.get(require_version(version).number) != version:
             raise UnknownVersion(f"{version} is not loaded; call engine.load(version) first")
         self._loaded[version.number] = self._loaded.pop(version.number)
         return version

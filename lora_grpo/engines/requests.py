@@ -5,8 +5,10 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
+from lora_grpo.adapters.target import parse_target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters
 from lora_grpo.errors import ConfigError, EngineError
@@ -17,7 +19,12 @@ _ENCODING = threading.Lock()
 
 
 def token_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: text is encoded, chat messages go through the model's chat template."""
+    """Token ids of each prompt: text is encoded, chat messages go through the model's chat template.
+
+    Raises `ConfigError` for what is no list of prompts.
+    """
+    if isinstance(prompts, str | bytes | Mapping):
+        raise ConfigError(f"prompts={prompts!r:.80} is one prompt, not a list of them; pass [prompt]")
     with _ENCODING:
         return [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
 
@@ -25,15 +32,28 @@ def token_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
 def _encode(tokenizer: Any, prompt: Prompt, index: int) -> list[int]:
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
-    elif prompt and isinstance(prompt[0], Mapping):
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(f"prompt {index} is a chat, but the tokenizer has no chat template; pass text instead")
         ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
     else:
-        ids = list(prompt)
+        ids = _token_ids(prompt, index)
     if not ids:
         raise ConfigError(f"prompt {index} ({prompt!r}) has no tokens; every prompt needs at least one")
     return list(ids)
+
+
+def _token_ids(prompt: Any, index: int) -> list[int]:
+    if isinstance(prompt, Mapping | Integral):
+        kind = "a message" if isinstance(prompt, Mapping) else "a token"
+        raise ConfigError(f"prompt {index} ({prompt!r:.80}) is {kind}, which one prompt is a list of; pass [prompt]")
+    if (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, bytes)
+        and all(isinstance(token, Integral) for token in prompt)
+    ):
+        return list(prompt)
+    raise ConfigError(f"prompt {index} ({prompt!r:.80}) must be text, a list of token ids, or a list of chat messages")
 
 
 def check_room(ids_P: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
@@ -47,12 +67,26 @@ def check_room(ids_P: Sequence[Sequence[int]], max_tokens: int, max_model_len: i
 
 
 def adapters_by_prompt(adapter: Adapters, prompts: int) -> list[AdapterVersion | None]:
-    """One version a prompt; raises `ConfigError` when a list of them has another length."""
-    if adapter is None or isinstance(adapter, AdapterVersion):
-        return [adapter] * prompts
+    """One version a prompt; raises `ConfigError` when a list of them has another length, or holds anything else."""
+    if adapter is None or not isinstance(adapter, list | tuple):
+        return [None if adapter is None else require_version(adapter)] * prompts
     if len(adapter) != prompts:
         raise ConfigError(f"adapter names {len(adapter)} versions for {prompts} prompts; give one, or one a prompt")
-    return list(adapter)
+    return [None if one is None else require_version(one) for one in adapter]
+
+
+def require_version(given: object) -> AdapterVersion:
+    """`given`, if it is a version: an engine may serve those of several stores, so it looks no number up.
+
+    Raises `ConfigError` that says what to pass instead.
+    """
+    if isinstance(given, AdapterVersion):
+        return given
+    named = parse_target(given)
+    raise ConfigError(
+        f"an engine takes an AdapterVersion, and {given!r} is one in a store: pass store.get({named!r}) "
+        f"(sync.store.get({named!r}), trainer.store.get({named!r})); None is the base model"
+    )
 
 
 def mixed_batches(adapter_B: Sequence[AdapterVersion | None], slots: int, mixes_base: bool) -> Iterator[list[int]]:

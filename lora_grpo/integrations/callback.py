@@ -45,7 +45,7 @@ class PublishAdapter(TrainerCallback):
         self._published_at: int | None = None
 
     def rollback(self, to: Target) -> RollbackReport:
-        """Trainer (and engine) go on from an earlier version: a number, "parent" or "best:METRIC".
+        """Trainer (and engine) go on from an earlier version: its number, "parent", "best", "best:METRIC" or itself.
 
         Weights, optimizer, schedule and random state are that version's where the store has an archive; the trainer's
         step counter and data go on. Call it from `on_step_end`, `on_log` or `on_evaluate`. Evaluation metrics are

@@ -198,7 +198,7 @@ class NativeGRPOTrainer(HookedTrainer):
         return self.native.publish(self.state.global_step, self.optimizer, self.lr_scheduler)
 
     def rollback(self, to: Target) -> RollbackReport:
-        """Engine and trainer go on from an earlier version: a number, "parent" or "best:METRIC".
+        """Engine and trainer go on from an earlier version: its number, "parent", "best", "best:METRIC" or itself.
 
         Weights, optimizer, schedule and random state are those of that version; completions sampled from later ones
         are thrown away. TRL's step counter and the order of the prompts go on.

@@ -15,6 +15,7 @@ from typing import Any
 from lora_grpo.adapters import disk
 from lora_grpo.adapters.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.adapters.view import StoreView
 from lora_grpo.config import EngineConfig
@@ -128,8 +129,8 @@ def compare_versions(
 
 def compare_run(
     run_dir: str | Path,
-    first: int,
-    second: int,
+    first: Target,
+    second: Target,
     prompts: str | Path,
     *,
     samples: int = 1,
@@ -179,16 +180,17 @@ def _two_slots(config: EngineConfig) -> EngineConfig:
 
 
 @contextmanager
-def _borrowed(store: StoreView, numbers: Sequence[int]) -> Iterator[list[AdapterVersion]]:
+def _borrowed(store: StoreView, targets: Sequence[Target]) -> Iterator[list[AdapterVersion]]:
     """The versions in a folder of their own on tmpfs, whoever holds the run and whatever becomes of its copies."""
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="lora-grpo-compare-", dir=shared if shared.is_dir() else None) as place:
         copies = []
-        for number in numbers:
-            version, folder = store.get(number), Path(place) / "versions" / f"{number:06d}"
-            folder.mkdir(parents=True)
+        for target in targets:
+            version = store.get(target)
+            folder = Path(place) / "versions" / disk.folder_name(version.number)
+            folder.mkdir(parents=True, exist_ok=True)
             with disk.reported(f"copying {version} of {store.archive}"):
-                source = store.readable(number)
+                source = store.readable(version)
                 for name in PEFT_FILES:
                     shutil.copyfile(source / name, folder / name)
             copies.append(replace(version, path=folder))

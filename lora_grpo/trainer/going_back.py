@@ -15,7 +15,7 @@ from lora_grpo.data import SamplerState
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
 from lora_grpo.metrics import Reporter, history, read_metrics
 from lora_grpo.metrics.log import Record
-from lora_grpo.rollback import RollbackReport, Target, resolve
+from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import crew
 from lora_grpo.trainer.evaluation import saved_evaluations
 
@@ -29,7 +29,7 @@ def roll_back(
 ) -> RollbackReport:
     """Engine and trainer go on from `to`; data position and learning rate are written down before `HEAD` moves."""
     log, left = trainer.rollback_log, trainer.version
-    version = resolve(trainer.store, to)
+    version = trainer.store.get(to)
     trainer.rollouts.drop("rollback")
     scale = log.learning_rate_scale * learning_rate_factor
     sampler: Any = trainer.sampler.state_dict()

@@ -8,12 +8,13 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from torch import nn
 
 from lora_grpo.adapters.rollbacks import RollbackLog
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.target import best_metric
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
 from lora_grpo.data import PromptDataset, PromptSampler, Rows, load_prompts
@@ -22,7 +23,7 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics import Reporter, plot_run
 from lora_grpo.rewards import RewardFunction, check_columns
-from lora_grpo.rollback import RollbackReport, Target, resolve
+from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import going_back, loop
 from lora_grpo.trainer.assembly import Parts, assemble
 from lora_grpo.trainer.crew import Crew, Unheard, launched, led, seed_everything
@@ -155,7 +156,7 @@ class GRPOTrainer:
 
     @led
     def rollback(self, to: Target) -> RollbackReport:
-        """Engine and trainer go on from an earlier version: a number, "parent" or "best:METRIC".
+        """Engine and trainer go on from an earlier version: its number, "parent", "best", "best:METRIC" or itself.
 
         Weights, optimizer, schedule, random state and step are those of that version. The prompts go on where they
         are and every sampling seed changes, so that the next batches are not the ones that led astray; a learning rate
@@ -205,14 +206,18 @@ class GRPOTrainer:
         return result
 
     @led
-    def save_model(self, directory: str | Path, which: Literal["last", "best"] = "last") -> AdapterVersion:
+    def save_model(self, directory: str | Path, which: Target = "last") -> AdapterVersion:
         """Write a version as a plain PEFT folder that `PeftModel.from_pretrained` and vLLM load.
 
-        "best" is the version with the highest held-out reward (training reward without held-out prompts).
+        "last" is what the run stands at, "best" the version with the highest held-out reward (training reward where
+        none was measured), "best:METRIC" by another metric, 12 or a version that one. Says on stderr which it is, and
+        by what. Raises `ConfigError` for any other word.
         """
-        metric = "reward" if self.eval_data is None else "eval/reward"
-        version = self.version if which == "last" else resolve(self.store, f"best:{metric}")
-        self.sync.export(version, Path(directory))
+        named = {"last": "head", "best": f"best:{best_metric(self.store)}"}.get(str(which), which)
+        version = self.store.get(named)
+        weights = self.sync.export(version, Path(directory))
+        with self._reporting() as reporter:
+            reporter.message(f"saved {version} ({named}) to {directory}, weights {weights}")
         return version
 
     def close(self) -> None:

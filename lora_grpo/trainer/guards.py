@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lora_grpo.adapters.target import Target
+from lora_grpo.adapters.target import Target, parse_target
 from lora_grpo.config import GRPOConfig, GuardConfig
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.trainer.stepping import GAP
@@ -110,8 +110,8 @@ class ReferenceKL:
 class Guard:
     """When any policy has a reason, the run goes back to version `to`, at most `max_rollbacks` times.
 
-    `to` is a number, "parent" or "best:METRIC". Each time, the learning rate is multiplied by `learning_rate_factor`,
-    and stays so whatever version is restored. The count survives a resume.
+    `to` is a number, "parent", "best" or "best:METRIC". Each time, the learning rate is multiplied by
+    `learning_rate_factor`, and stays so whatever version is restored. The count survives a resume.
     """
 
     policies: tuple[Policy, ...]
@@ -128,6 +128,7 @@ class Guard:
     ) -> None:
         if not policies:
             raise ConfigError("a Guard needs at least one policy, such as NonFinite()")
+        parse_target(to)
         _require("Guard.max_rollbacks", max_rollbacks, max_rollbacks >= 1, "at least 1")
         _require("Guard.learning_rate_factor", learning_rate_factor, 0 < learning_rate_factor <= 1, "in (0, 1]")
         for name, value in {

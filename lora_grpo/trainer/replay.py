@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config
@@ -28,7 +29,7 @@ def run_config(run_dir: Path) -> RunConfig:
     return load_config(path)
 
 
-def evaluate_run(run_dir: str | Path, versions: Sequence[int] | None = None) -> list[dict[str, Any]]:
+def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) -> list[dict[str, Any]]:
     """Held-out metrics of stored versions, sampled again from their bytes; one row a version.
 
     Default: the first and the last version that the run evaluated. `recorded` is what the run itself measured (None
@@ -36,13 +37,13 @@ def evaluate_run(run_dir: str | Path, versions: Sequence[int] | None = None) -> 
     """
     run = Path(run_dir)
     config, saved = run_config(run), saved_evaluations(run)
-    numbers = list(versions) if versions else [min(saved), max(saved)]
+    wanted: Sequence[Target] = versions or [min(saved), max(saved)]
     _, held_out = load_data(config.data)
     if held_out is None:
         raise ConfigError(f"{run} has no held-out prompts (data.eval)")
     rewards, grpo = [load_reward(reward) for reward in config.rewards], effective_grpo(config)
     with AdapterStore(archive=run) as store:
-        chosen = [_on_tmpfs(store, number) for number in dict.fromkeys(numbers)]
+        chosen = list(dict.fromkeys(_on_tmpfs(store, target) for target in wanted))
         with capture_output(run / ENGINE_LOG):
             engine = build_engine(config.model, config.engine, config.lora.largest_rank)
         try:
@@ -64,6 +65,6 @@ def evaluate_run(run_dir: str | Path, versions: Sequence[int] | None = None) -> 
     ]
 
 
-def _on_tmpfs(store: AdapterStore, number: int) -> AdapterVersion:
-    version = store.get(number)
-    return version if version.path.is_dir() else store.restore(number)
+def _on_tmpfs(store: AdapterStore, target: Target) -> AdapterVersion:
+    version = store.get(target)
+    return version if version.path.is_dir() else store.restore(version)

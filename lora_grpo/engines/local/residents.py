@@ -21,6 +21,7 @@ from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.delivery.slots import SlotProver, require_finite
 from lora_grpo.engines.local.driving import StepDriver
 from lora_grpo.engines.local.loading import AdapterLoader, Loaded
+from lora_grpo.engines.requests import require_version
 from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError, UnknownVersion
 
 
@@ -49,7 +50,7 @@ class Residents:
 
     def find(self, version: AdapterVersion) -> Loaded:
         """Raises `UnknownVersion` for one that is not loaded."""
-        loaded = self._loaded.get(version.path)
+        loaded = self._loaded.get(require_version(version).path)
         if loaded is None or loaded.version.digest != version.digest:
             held = ", ".join(str(known) for known in self.versions()) or "none"
             raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
@@ -57,7 +58,7 @@ class Residents:
 
     def load(self, version: AdapterVersion, held: Held | None = None) -> LoadReceipt:
         """See `Engine.load`."""
-        known = self._loaded.get(version.path)
+        known = self._loaded.get(require_version(version).path)
         if known is not None:
             if known.version.digest != version.digest:
                 raise DeliveryError(

@@ -23,7 +23,14 @@ from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.delivery.probe import Witness, probe_sequences
 from lora_grpo.engines.delivery.slots import require_finite
-from lora_grpo.engines.requests import adapters_by_prompt, check_room, request_seeds, to_groups, token_prompts
+from lora_grpo.engines.requests import (
+    adapters_by_prompt,
+    check_room,
+    request_seeds,
+    require_version,
+    to_groups,
+    token_prompts,
+)
 from lora_grpo.engines.server.client import Client
 from lora_grpo.engines.server.connect import write_rank_probe
 from lora_grpo.engines.server.fleet import Fleet, OnFailure, Settings
@@ -156,7 +163,7 @@ class VLLMServerEngine:
         expected: list[list[float]] | None = None,
     ) -> LoadReceipt:
         started = time.perf_counter()
-        known = self._fleet.in_use.at(version.path)
+        known = self._fleet.in_use.at(require_version(version).path)
         if known is not None:
             if known.version.digest != version.digest:
                 raise DeliveryError(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.requests import require_version
 from lora_grpo.engines.server.replica import Served
 from lora_grpo.errors import UnknownVersion
 
@@ -26,7 +27,7 @@ class InUse:
 
     def find(self, version: AdapterVersion) -> Served:
         """Raises `UnknownVersion` for one that is not loaded."""
-        served = self._by_path.get(version.path)
+        served = self._by_path.get(require_version(version).path)
         if served is None or served.version.digest != version.digest:
             held = ", ".join(str(known.version) for known in self.all()) or "none"
             raise UnknownVersion(f"{version} is not loaded (loaded: {held}); load it first")
