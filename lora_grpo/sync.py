@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lora_grpo.adapters.borrowed import weights_of
 from lora_grpo.adapters.checks import active_adapter, check_rank, check_servable
 from lora_grpo.adapters.digest import digest_buffers
 from lora_grpo.adapters.disk import STAGING
-from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter
+from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
 from lora_grpo.adapters.peft_format import Held, ServingForm, clean_name, peft_model_of
 from lora_grpo.adapters.room import require_room
 from lora_grpo.adapters.store import AdapterStore
@@ -75,6 +76,7 @@ class NativeSync:
         optimizer: torch.optim.Optimizer | None = None,
         scheduler: Any = None,
         keep_state: Callable[[AdapterVersion], bool] = lambda version: True,
+        tokenizer: Any = None,
     ) -> None:
         """Check that everything about `model` can be served faithfully by `engine`, and prove the path with a probe.
 
@@ -82,14 +84,16 @@ class NativeSync:
         reading what the first one published; any other is asked by the first process alone (None elsewhere).
 
         `optimizer` and `scheduler` are restored with the weights on a rollback; `keep_state` says of which versions
-        the exact trainer state is archived (several times an adapter's size), by default all. `probe` holds the
-        probe's figures (None for an engine that is a fake and says so). Raises `UnsupportedAdapter` for what cannot be
+        the exact trainer state is archived (several times an adapter's size), by default all. `tokenizer` goes with
+        exports; the engine's, where none is given. `probe` holds the probe's figures (None for an engine that is a fake
+        and says so). Raises `UnsupportedAdapter` for what cannot be
         served or another base, `DeliveryError` when the probe does not arrive.
         """
         self.processes = Processes(accelerator)
         self.model, self._own_engine, self._store = model, engine, store
         self.engine = joint(engine, self.processes)
         self.optimizer, self.scheduler, self.keep_state = optimizer, scheduler, keep_state
+        self.tokenizer = getattr(engine, "tokenizer", None) if tokenizer is None else tokenizer
         self.adapter = active_adapter(model)
         check_rank(check_servable(model, self.adapter), self.engine.max_lora_rank)
         self._form = ServingForm(model, self.adapter, getattr(torch, self.engine.lora_dtype))
@@ -147,6 +151,13 @@ class NativeSync:
             self._head = report.version
         finally:
             self._lease_loaded()
+        if self.optimizer is None:
+            warnings.warn(
+                f"{report}: NativeSync knows no optimizer, so its moments are those of {report.left} still; pass "
+                "optimizer= (and scheduler=) to have them restored too",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return report
 
     def restore_trainer(self, version: AdapterVersion) -> bool:
@@ -223,6 +234,7 @@ class NativeSync:
     def _write_recipe(self) -> None:
         if self.store.archive is not None:
             self.recipe.write(self.store.archive / RECIPE_FILE)
+            keep_tokenizer(self.tokenizer, self.store.archive)
 
     @property
     def adapter_bytes(self) -> int:
@@ -232,7 +244,7 @@ class NativeSync:
     @property
     def recipe(self) -> Recipe:
         """What a plain PEFT folder needs beyond a version's files."""
-        return Recipe.of(peft_model_of(self.model).peft_config[self.adapter], self._form.modules)
+        return Recipe.of(peft_model_of(self.model), self.adapter, self._form.modules)
 
     def export(self, version: Target, directory: Path) -> Weights:
         """Write `version` as a plain PEFT folder with its own alpha, as `PeftModel.from_pretrained` loads it.
@@ -241,7 +253,7 @@ class NativeSync:
 
         "exact" where its trainer state is kept, else "rounded" to the serving dtype.
         """
-        return export_adapter(self.store, version, self.recipe, directory)
+        return export_adapter(self.store, version, self.recipe, directory, self.tokenizer)
 
     def canary(
         self, groups: Sequence[Group], *, version: AdapterVersion | None = None, temperature: float = 1.0

@@ -113,7 +113,12 @@ def test_a_stopped_run_is_changed_at_once(run: Path) -> None:
     assert answer("show", run, 3)["rollbacks"] == [{"from": 4, "to": 3, "reason": None}]
     assert answer("pin", run, 2)["pins"] == [2]
     assert answer("versions", run)[1]["pinned"]
+    foreseen = answer("prune", run, "--archived", 1, "--trainer-states", 1, "--dry-run")
+    assert len(answer("versions", run)) == 5
     pruned = answer("prune", run, "--archived", 1, "--trainer-states", 1)
+    assert pruned["removed"]
+    assert (foreseen["removed"], foreseen["states_removed"]) == (pruned["removed"], pruned["states_removed"])
+    assert foreseen["done"] == pruned["done"].replace("removed", "would remove")
     best = max(answer("versions", run), key=lambda row: row["metrics"].get("reward", -1))["version"]
     left = {row["version"] for row in answer("versions", run)}
     assert left >= {2, 3, 5, best}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from lora_grpo.adapters import disk
 from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoraModule
@@ -19,6 +23,7 @@ from lora_grpo.adapters.view import StoreView
 from lora_grpo.errors import StoreCorrupt, StoreError
 
 RECIPE_FILE = "adapter.json"
+TOKENIZER = "tokenizer"
 STATE_TENSORS_FILE = "state.safetensors"
 _PREFIX = "base_model.model."
 
@@ -33,8 +38,15 @@ class Recipe:
     scalings: Mapping[str, float]
 
     @classmethod
-    def of(cls, peft_config: Any, modules: list[LoraModule]) -> Recipe:
-        fields = {name: _plain(value) for name, value in peft_config.to_dict().items()}
+    def of(cls, model: Any, adapter: str, modules: list[LoraModule]) -> Recipe:
+        """What `PeftModel.save_pretrained` would write, and the revision of the base where it is known."""
+        config, base = model.peft_config[adapter], model.get_base_model()
+        fields = {name: _plain(value) for name, value in config.to_dict().items()}
+        if config.task_type is None:
+            kind = _importable(type(base))
+            fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        fields["base_model_name_or_path"] = config.base_model_name_or_path or getattr(base, "name_or_path", None)
+        fields["revision"] = config.revision or getattr(base.config, "_commit_hash", None)
         return cls({**fields, "inference_mode": True}, {module.path: module.scaling for module in modules})
 
     def write(self, path: Path) -> None:
@@ -60,8 +72,12 @@ class Recipe:
             raise StoreCorrupt(f"{path} is damaged: {error}") from error
 
 
-def export_adapter(store: StoreView, version: Target, recipe: Recipe, directory: Path) -> Weights:
-    """Write `version` to `directory` as PEFT would save it, in fp32 and with its own alpha.
+def export_adapter(
+    store: StoreView, version: Target, recipe: Recipe, directory: Path, tokenizer: Any = None
+) -> Weights:
+    """Write `version` to `directory` as PEFT would save it, in fp32, with its own alpha.
+
+    The `tokenizer`, or else the one that the run directory keeps, goes with it.
 
     Training on from it keeps the effective learning rate. The weights are the trainer's own where its state is kept;
     else they carry the serving dtype's rounding. Raises `StoreError` when the directory already holds an adapter, and
@@ -74,9 +90,41 @@ def export_adapter(store: StoreView, version: Target, recipe: Recipe, directory:
     tensors = _serving_weights(store, version, recipe) if exact is None else exact
     with disk.reported(f"exporting {version} to {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        kept = None if store.archive is None else store.archive / TOKENIZER
+        if not _save_tokenizer(tokenizer, directory) and kept is not None and kept.is_dir():
+            shutil.copytree(kept, directory, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        (directory / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         (directory / CONFIG_FILE).write_text(json.dumps(dict(recipe.config), indent=1))
     return "rounded" if exact is None else "exact"
+
+
+def keep_tokenizer(tokenizer: Any, run: Path) -> None:
+    """Keep a tokenizer in the run directory, for exports from there."""
+    staged = run / f".{TOKENIZER}.new"
+    with disk.reported(f"writing {run / TOKENIZER}"):
+        shutil.rmtree(staged, ignore_errors=True)
+        if _save_tokenizer(tokenizer, staged):
+            shutil.rmtree(run / TOKENIZER, ignore_errors=True)
+            os.rename(staged, run / TOKENIZER)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> bool:
+    """Write a transformers tokenizer; False for anything else."""
+    if not hasattr(tokenizer, "save_pretrained"):
+        return False
+    plain = copy.copy(tokenizer)
+    # An engine's may be of a class made at run time, by whose name nothing would find it again.
+    plain.__class__ = _importable(type(tokenizer))
+    plain.save_pretrained(directory)
+    return True
+
+
+def _importable(kind: type) -> type:
+    """The class of transformers that `kind` is or was derived from at run time (by FSDP, for a cache)."""
+    for one in kind.__mro__:
+        if hasattr(one, "from_pretrained") and getattr(sys.modules.get(one.__module__), one.__name__, None) is one:
+            return one
+    return kind
 
 
 def _trainer_weights(store: StoreView, version: AdapterVersion) -> dict[str, torch.Tensor] | None:

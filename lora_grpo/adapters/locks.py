@@ -193,6 +193,12 @@ def _lock_in_place(number: int, path: Path) -> int:
     raise UnknownVersion(f"version {number} was removed from tmpfs just now; store.restore({number}) brings it back")
 
 
+def is_leased(folder: Path) -> bool:
+    """Whether some process keeps the version in `folder` on tmpfs, as one does whose engine holds it."""
+    with unleased(folder) as free:
+        return not free
+
+
 @contextmanager
 def unleased(folder: Path) -> Iterator[bool]:
     """Whether nobody leases the version in `folder`; while the block runs, nobody can begin to."""

@@ -11,8 +11,9 @@ from typing import Any
 
 from lora_grpo.adapters.catalog import Catalog
 from lora_grpo.adapters.layout import STATES, SUMS_FILE, VERSIONS, Identity, Manifest
-from lora_grpo.adapters.locks import Leases
+from lora_grpo.adapters.locks import Leases, is_leased
 from lora_grpo.adapters.naming import run_name
+from lora_grpo.adapters.retention import Place, Retention
 from lora_grpo.adapters.target import Target, number_of
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import StoreError, UnknownVersion
@@ -129,6 +130,23 @@ class StoreView:
     def states(self) -> list[int]:
         """Every version whose trainer state is kept."""
         return self._looking().states()
+
+    def prunable(self, retention: Retention) -> tuple[list[int], list[int]]:
+        """What `prune()` by these rules would remove for good: versions, and trainer states."""
+        catalog = self._looking()
+        head = catalog.head_number()
+        always = catalog.journal.pins | ({head} if head is not None else set())
+
+        def kept(place: Place, numbers: list[int]) -> set[int]:
+            return retention.kept(place, catalog.candidates(numbers)) | always
+
+        states = kept("state", catalog.states()).intersection(catalog.states())
+        here = catalog.root.numbers(VERSIONS)
+        stay = kept("tmpfs", here).intersection(here)
+        stay |= {number for number in here if number not in stay and is_leased(catalog.root.folder(VERSIONS, number))}
+        if catalog.archive is not None:
+            stay |= kept("archive", catalog.numbers()) | states
+        return sorted({*catalog.numbers()} - stay), sorted({*catalog.states()} - states)
 
     @property
     def missing(self) -> list[int]:

@@ -25,6 +25,7 @@ def prune(
         int | None,
         typer.Option("--trainer-states", min=1, help="In place of keep.trainer_states: latest trainer states kept."),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
     timeout: Timeout = TIMEOUT_S,
     as_json: Json = False,
 ) -> None:
@@ -34,6 +35,7 @@ def prune(
     """
     from lora_grpo.adapters.keeping import retention
     from lora_grpo.adapters.locks import holder
+    from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.errors import ConfigError
 
     given = {"archived": archived, "trainer_states": trainer_states}
@@ -46,15 +48,27 @@ def prune(
         store.prune()
         removed = sorted(before - set(store.numbers))
         gone = sorted(states - set(store.states))
-        done = f"removed {len(removed)} versions and {len(gone)} trainer states for good"
-        return {"done": done, "removed": removed, "states_removed": gone}
+        return _told("removed", removed, gone)
 
     settings = retention(_keep(run, changes))
-    result = change(run, "prune", act, timeout_s=timeout, retention=settings)
+    if dry_run:
+        with AdapterStore(archive=run, readonly=True) as reader:
+            result = _told("would remove", *reader.prunable(settings))
+    else:
+        result = change(run, "prune", act, timeout_s=timeout, retention=settings)
     if as_json:
         print_json(result)
     else:
         typer.echo(result["done"])
+
+
+def _told(verb: str, removed: list[int], states: list[int]) -> dict[str, Any]:
+    done = f"{verb} for good {_listed(removed, 'versions')}, and {_listed(states, 'trainer states')}"
+    return {"done": done, "removed": removed, "states_removed": states}
+
+
+def _listed(numbers: list[int], what: str) -> str:
+    return f"{len(numbers)} {what}" + (f" ({', '.join(f'v{number}' for number in numbers)})" if numbers else "")
 
 
 def _keep(run: Path, changes: dict[str, int]) -> KeepConfig:

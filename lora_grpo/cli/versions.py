@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.cli.live import Json, Run, Version
@@ -53,6 +52,8 @@ def show(run: Run, version: Version, as_json: Json = False) -> None:
 
 def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
     """One version as JSON."""
+    from lora_grpo.adapters.locks import is_leased
+
     head = store.head
     return {
         "version": version.number,
@@ -60,7 +61,7 @@ def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
         "step": version.step,
         "head": head is not None and version.number == head.number,
         "pinned": version.number in store.pins,
-        "served": _is_leased(version.path),
+        "served": is_leased(version.path),
         "created_at": version.created_at,
         "age_s": round(time.time() - version.created_at, 1),
         "size_bytes": store.size_bytes(version.number),
@@ -69,14 +70,6 @@ def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
         "digest": version.digest,
         "metrics": store.metrics(version.number),
     }
-
-
-def _is_leased(folder: Path) -> bool:
-    """Whether some process keeps the version on tmpfs because an engine of it holds it."""
-    from lora_grpo.adapters.locks import unleased
-
-    with unleased(folder) as free:
-        return not free
 
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:

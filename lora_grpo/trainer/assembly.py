@@ -99,6 +99,7 @@ def assemble(
         optimizer=policy.optimizer,
         scheduler=policy.scheduler,
         keep_state=keeps_state(keep),
+        tokenizer=processing_class,
     )
     closing.callback(sync.close)
     processes.first(lambda: check_same_vocabulary(processing_class, getattr(engine, "tokenizer", None)))

@@ -138,7 +138,7 @@ def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: i
         )
         base = copied.to(default_device())
     set_seed(seed)
-    policy = get_peft_model(base, peft_config, autocast_adapter_dtype=True)
+    policy = get_peft_model(base, peft_config, autocast_adapter_dtype=True, revision=model.revision)
     for module in check_servable(policy, active_adapter(policy)):
         module.a_RI.data, module.b_OR.data = module.a_RI.data.float(), module.b_OR.data.float()
     return policy

@@ -1,0 +1,130 @@
+"""What leaves a run: a folder that PEFT's and transformers' own loaders take, and a word on what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_grpo import AdapterStore, FakeEngine, GRPOTrainer, ModelConfig, NativeSync
+from lora_grpo.engines.vllm_local import VLLMEngine
+from lora_grpo.errors import ConfigError, UnknownVersion
+from tests.test_cli_versions import lora_grpo
+from tests.test_fake_engine import tiny_peft
+from tests.tiny_run import fake_engine
+from tests.tiny_trainer import CONFIG, ROWS, share_of_low_bytes
+
+
+def trained(base: Path, engine: Any, run: Path, **settings: Any) -> GRPOTrainer:
+    """A run as the README's example makes one: a checkpoint by name, a `LoraConfig` without a task type."""
+    config = CONFIG.replace(total_steps=2, vllm_importance_sampling_correction=False)
+    arguments = {"peft_config": LoraConfig(r=8, target_modules="all-linear"), "view": False, **settings}
+    return GRPOTrainer(
+        ModelConfig(name=str(base), revision="v1.0", dtype="float32"),
+        share_of_low_bytes,
+        config,
+        ROWS,
+        engine=engine,
+        run_dir=run,
+        **arguments,
+    )
+
+
+def test_auto_classes_load_an_export_with_its_tokenizer(llama_dir: Path, tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        with trained(llama_dir, fake_engine(llama_dir), tmp_path / "run") as trainer:
+            trainer.train()
+            trainer.save_model(tmp_path / "saved")
+            weights = {name: value.detach().clone() for name, value in trainer.policy.parameters.items()}
+        done = lora_grpo("export", tmp_path / "run", "head", tmp_path / "exported")
+        assert done.returncode == 0, done.stderr
+    finally:
+        os.umask(umask)
+    tokenizer = AutoTokenizer.from_pretrained(llama_dir)
+    for folder in (tmp_path / "saved", tmp_path / "exported"):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+        assert (config["base_model_name_or_path"], config["revision"]) == (str(llama_dir), "v1.0")
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+        mine = AutoTokenizer.from_pretrained(folder)
+        assert mine.get_vocab() == tokenizer.get_vocab()
+        assert mine.chat_template == tokenizer.chat_template
+        for auto in (AutoPeftModelForCausalLM, AutoPeftModel):
+            loaded = auto.from_pretrained(folder, is_trainable=True)
+            own = {name: value for name, value in loaded.named_parameters() if value.requires_grad}
+            assert own.keys() == weights.keys()
+            assert all(torch.equal(value, weights[name]) for name, value in own.items())
+
+
+@pytest.mark.vllm
+def test_an_engines_tokenizer_is_found_again_by_its_own_name(
+    llama_dir: Path, llama_engine: VLLMEngine, shm_dir: Path, tmp_path: Path
+) -> None:
+    """vLLM wraps tokenizers in classes made at run time; without an archive the export takes it from the engine."""
+    from tests.tiny_models import load_model, tiny_lora
+
+    with AdapterStore(shm_dir / "root") as store:
+        sync = NativeSync(tiny_lora(load_model(llama_dir), r=8), llama_engine, store)
+        sync.export(sync.push(step=0), tmp_path / "out")
+        sync.close()
+    plain = AutoTokenizer.from_pretrained(llama_dir)
+    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert "Cached" in type(llama_engine.tokenizer).__name__
+    assert "Cached" not in saved["tokenizer_class"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("fox") == plain.encode("fox")
+
+
+def test_a_base_wrapped_at_run_time_is_named_by_its_own_class() -> None:
+    from lora_grpo.adapters.export import Recipe
+
+    model = tiny_peft()
+    base = model.get_base_model()
+    base.__class__ = type("FSDPLlama", (type(base),), {})
+    assert Recipe.of(model, "default", []).config["auto_mapping"] == {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+    }
+    assert isinstance(base, AutoModelForCausalLM._model_mapping[type(base.config)])
+
+
+def test_save_model_says_which_version_it_chose_and_by_what(
+    llama_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with trained(llama_dir, fake_engine(llama_dir), tmp_path / "run", eval_dataset=ROWS[:2], view=True) as trainer:
+        trainer.train()
+        for number, reward in ((1, 0.2), (2, 0.9), (3, 0.4)):
+            trainer.store.record(number, **{"eval/reward": reward, "reward": -reward})
+        for which in ("bestest", "LAST", 3.0, True, ""):
+            with pytest.raises(ConfigError, match="names no version; use a number"):
+                trainer.save_model(tmp_path / "wrong", which=which)  # type: ignore[arg-type]
+        with pytest.raises(UnknownVersion, match="no kept version has a recorded 'charm'"):
+            trainer.save_model(tmp_path / "wrong", which="best:charm")
+        assert not (tmp_path / "wrong").exists()
+        capfd.readouterr()
+        assert trainer.save_model(tmp_path / "best", which="best").number == 2
+        assert f"saved v2 (best:eval/reward) to {tmp_path / 'best'}, weights exact" in capfd.readouterr().err
+        assert trainer.save_model(tmp_path / "reward", which="best:reward").number == 1
+        assert trainer.save_model(tmp_path / "first", which=trainer.store.get(1)).number == 1
+        assert trainer.save_model(tmp_path / "last").number == 3
+        assert f"saved v3 (head) to {tmp_path / 'last'}" in capfd.readouterr().err
+
+
+def test_a_rollback_without_the_optimizer_says_so(shm_dir: Path) -> None:
+    model = tiny_peft()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with AdapterStore(shm_dir / "store") as store:
+        sync = NativeSync(model, FakeEngine(lambda prompt, version, seed: "4"), store)
+        sync.push(step=0)
+        sync.push(step=1)
+        with pytest.warns(RuntimeWarning, match="knows no optimizer, so its moments are those of v2 still; pass optim"):
+            sync.rollback(to=1)
+        sync.optimizer = optimizer
+        sync.push(step=2)
+        assert sync.rollback(to="parent").version.number == 1
