@@ -54,6 +54,7 @@ class FakeServer:
     has_metrics: bool = True
     api_key: str | None = None
 
+    dies_computing: bool = False
     down: bool = False
     frozen: bool = False
     version_text: str | None = None
@@ -176,6 +177,7 @@ class FakeServer:
     async def _complete(self, request: Request) -> Response:
         body = await request.json()
         self.asked.append(body)
+        self.down = self.down or self.dies_computing
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +222,22 @@ def test_the_seed_decides(engine: VLLMEngine) -> None:
     assert sample(None) != sample(None)
 
 
+@pytest.mark.timeout(120)
+def test_a_prompt_that_is_cut_over_steps_gives_the_same_tokens(llama_dir: Path) -> None:
+    """With more prompt tokens than one step holds. Each cut draws a token that is thrown away."""
+    prompts = [random_prompt(seed, 40) for seed in range(16)]
+    made = []
+    for budget in (4096, 300, 64):
+        settings = {**ENGINE_ARGS, "enable_prefix_caching": False, "max_num_batched_tokens": budget}
+        engine = VLLMEngine(llama_dir, **settings)
+        try:
+            groups = engine.generate(prompts, Sampling(n=4, max_tokens=6, seed=3), adapter=None)
+            made.append([completion.token_ids for group in groups for completion in group.completions])
+        finally:
+            engine.close()
+    assert made[0] == made[1] == made[2]
+
+
 def test_a_completion_does_not_depend_on_what_shares_its_batch(engine: VLLMEngine) -> None:
     """Rounding may depend on the batch's size and flip a rare token; a seed that did would change every completion."""
     prompts = [random_prompt(seed, 10) for seed in range(4)]
@@ -410,6 +428,179 @@ def test_a_prompt_that_failed_is_not_answered_from_blocks_that_were_never_comput
     with pytest.raises((EngineError, KeyboardInterrupt)):
         long_engine.generate([prompt], GREEDY, adapter=None)
     assert long_engine.generate([prompt], GREEDY, adapter=None) == before
+
+
+@pytest.fixture
+def tight(engine: VLLMEngine, shelf: Shelf) -> tuple[VLLMEngine, list[AdapterVersion]]:
+    """As many versions as there are slots, of which every interrupt could leave one behind."""
+    versions = shelf.publish(2)
+    load_all(engine, versions)
+    return engine, versions
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, times: int = 1, after: bool = False) -> None:
+    """Have Ctrl-C come in the next call of a method, before its work or after it."""
+    stock, left = getattr(owner, name), iter([True])
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        strikes = times if next(left, False) else 0
+        made = stock(*args, **kwargs) if after else None
+        for _ in range(strikes):
+            signal.raise_signal(signal.SIGINT)
+        return made if after else stock(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+PLACES = [
+    ("runner", "execute_model", True),
+    ("runner", "sample_tokens", False),
+    ("runner", "sample_tokens", True),
+    ("scheduler", "schedule", True),
+    ("scheduler", "update_from_output", False),
+    ("scheduler", "finish_requests", True),
+    ("llm", "enqueue", True),
+    ("output_processor", "process_outputs", False),
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("owner", "name", "after"), PLACES)
+def test_ctrl_c_anywhere_in_a_step_leaves_an_engine_that_goes_on(
+    tight: tuple[VLLMEngine, list[AdapterVersion]],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: str,
+    name: str,
+    after: bool,
+) -> None:
+    """A signal, not an exception of our making: Python raises it between any two of its instructions."""
+    engine, versions = tight
+    asked = [None, *versions]
+    before = engine.generate([PROMPT] * 3, GREEDY, adapter=asked)
+    places = {
+        "runner": compat.runner(engine._llm),
+        "scheduler": engine._llm.llm_engine.engine_core.engine_core.scheduler,
+        "output_processor": engine._llm.llm_engine.output_processor,
+        "llm": engine._llm,
+    }
+    if name == "finish_requests":
+        fail_once(monkeypatch, engine, RuntimeError("so that requests are dropped"), at_step=1)
+    with monkeypatch.context() as patched:
+        signalled(patched, places[owner], name, after=after)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([PROMPT] * 3, GREEDY, adapter=asked)
+    assert engine._residents._driver.answering.total() == 0
+    for _ in range(2):
+        assert engine.generate([PROMPT] * 3, GREEDY, adapter=asked) == before
+    engine.unload(versions[0])
+    engine.load(versions[0])
+
+
+@pytest.mark.timeout(120)
+def test_a_step_that_fails_between_its_halves_leaves_an_engine_that_goes_on(
+    tight: tuple[VLLMEngine, list[AdapterVersion]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "sample_tokens() must be called after execute_model()", for ever."""
+    engine, versions = tight
+    before = engine.generate([PROMPT] * 2, GREEDY, adapter=versions)
+    runner = compat.runner(engine._llm)
+    with monkeypatch.context() as patched:
+
+        def failing(*args: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+        patched.setattr(runner, "sample_tokens", failing)
+        with pytest.raises(EngineError, match="out of memory"):
+            engine.generate([PROMPT] * 2, GREEDY, adapter=versions)
+    assert engine.generate([PROMPT] * 2, GREEDY, adapter=versions) == before
+
+
+@pytest.mark.timeout(120)
+def test_a_second_ctrl_c_in_one_step_is_obeyed_and_the_engine_says_so(llama_dir: Path) -> None:
+    engine = VLLMEngine(llama_dir, **ENGINE_ARGS)
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            signalled(patched, compat.runner(engine._llm), "execute_model", times=2, after=True)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate([PROMPT], GREEDY, adapter=None)
+        with pytest.raises(EngineError, match=r"interrupted twice.*start another"):
+            greedy(engine, None)
+    finally:
+        engine.close()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Threads, and calls between two steps
+
+
+@pytest.mark.timeout(120)
+def test_another_thread_is_told_at_its_call(engine: VLLMEngine, shelf: Shelf) -> None:
+    """It would hang, or meet vLLM's data structures half-way."""
+    (version,) = shelf.publish(1)
+    engine.load(version)
+    calls = {
+        "generate": lambda: greedy(engine, None),
+        "logprobs": lambda: engine.logprobs([PROMPT], adapter=None),
+        "load": lambda: engine.load(version),
+        "unload": lambda: engine.unload(version),
+        "close": engine.close,
+    }
+    said: dict[str, str] = {}
+
+    def meanwhile() -> None:
+        for name, call in calls.items():
+            try:
+                call()
+            except EngineError as error:
+                said[name] = str(error)
+
+    def between() -> None:
+        if not said:
+            other = threading.Thread(target=meanwhile, name="other")
+            other.start()
+            other.join()
+
+    before = greedy(engine, version)
+    engine.between_steps = between
+    try:
+        assert greedy(engine, version) == before
+    finally:
+        engine.between_steps = None
+    assert set(said) == set(calls)
+    assert all("'other'" in told and "one thread at a time" in told for told in said.values())
+    other = threading.Thread(target=lambda: said.update(later=str(greedy(engine, version) == before)))
+    other.start()
+    other.join()
+    assert said["later"] == "True"
+
+
+@pytest.mark.timeout(120)
+def test_a_call_between_steps_that_finds_no_slot_is_told(
+    tight: tuple[VLLMEngine, list[AdapterVersion]], shelf: Shelf
+) -> None:
+    """Those that hold the slots can be asked, and so can the base."""
+    engine, versions = tight
+    (third,) = shelf.publish(1)
+    engine.load(third)
+    load_all(engine, versions)
+    before = [greedy(engine, version) for version in (*versions, None)]
+    made: list[Completion] = []
+    asked: list[bool] = []
+
+    def between() -> None:
+        if not asked:
+            asked.append(True)
+            with pytest.raises(EngineError, match=r"v3 .*2 versions hold all slots.*max_loras=2"):
+                greedy(engine, third)
+            made.extend(greedy(engine, version) for version in (*versions, None))
+
+    engine.between_steps = between
+    try:
+        engine.generate([PROMPT] * 2, GREEDY, adapter=versions)
+    finally:
+        engine.between_steps = None
+    assert made == before
+    assert greedy(engine, third).version == 3
 
 
 def test_prompts_that_do_not_fit_are_named(engine: VLLMEngine) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_grpo.cli import app
+from lora_grpo.engines.resolver import PLUGIN
 from lora_grpo.engines.server import launch
 from lora_grpo.engines.server.launch import Server, Servers, Serving
 from lora_grpo.errors import ConfigError, EngineError
@@ -102,6 +104,45 @@ def test_a_server_that_ends_is_named_with_the_end_of_its_log(tmp_path: Path) -> 
     with pytest.raises(EngineError, match=rf"{broken.url} ended with exit code 3(?s:.*)no such model"), servers:
         pytest.fail("it cannot be up")
     assert up.exit_code is not None
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "died of SIGSEGV; the end"),
+        (
+            "print('Worker proc VllmWorker-0 died unexpectedly (exit code: -4), shutting down executor.')",
+            "ended with exit code 0 after its worker VllmWorker-0 died of SIGILL .*--dtype float32",
+        ),
+        (
+            "print('Worker proc VllmWorker-1 died unexpectedly (exit code: -9),\\n' + 'more\\n' * 40)",
+            "ended with exit code 0 after its worker VllmWorker-1 died of SIGKILL; the end",
+        ),
+        ("print('Worker proc VllmWorker-0 died unexpectedly (exit code: -99)')", "died of signal 99"),
+    ],
+)
+def test_a_death_is_told_by_its_signal(script: str, says: str, tmp_path: Path) -> None:
+    """vLLM's worker takes the server with it, which then ends as if all was well; what an earlier life said is past."""
+    log = tmp_path / "log"
+    log.write_text("Worker proc VllmWorker-7 died unexpectedly (exit code: -6)\n")
+    server = Server([sys.executable, "-c", script], os.environ, "http://here", log)
+    server.start()
+    assert server.wait(10)
+    with pytest.raises(EngineError, match=f"http://here .*{says}") as raised:
+        server.require_alive()
+    assert "VllmWorker-7 died of" not in str(raised.value)
+
+
+def test_our_plugin_is_loaded_where_plugins_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks the kernel for a processor's tiles, without which vLLM's worker dies at its first request."""
+    for chosen, given in (("other", f"other,{PLUGIN}"), ("", PLUGIN), (f"{PLUGIN},other", f"{PLUGIN},other")):
+        monkeypatch.setenv("VLLM_PLUGINS", chosen)
+        assert Serving("m").environment(0, 0)["VLLM_PLUGINS"] == given
+    monkeypatch.delenv("VLLM_PLUGINS")
+    assert "VLLM_PLUGINS" not in Serving("m").environment(0, 0)
+    assert [point.name for point in entry_points(group="vllm.general_plugins") if "lora_grpo" in point.value] == [
+        PLUGIN
+    ]
 
 
 def test_the_first_that_ends_is_named_while_others_are_still_starting(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def check_made_by(groups: Any, known: AdapterVersion | None) -> None:
         ({"release": "0.12.1"}, UnsupportedVersion, "0.12.1"),
         ({"root": "/nonexistent/model"}, ConfigError, "start all replicas alike"),
         ({"down": True}, EngineError, "503"),
+        ({"dies_computing": True}, EngineError, 'failed at the first request.*"exit code: -4".*lora-grpo serve'),
     ],
 )
 def test_what_a_server_lacks_is_named(

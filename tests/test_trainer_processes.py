@@ -179,10 +179,16 @@ def alone(folder: Path) -> dict[str, Any]:
 # What has to come of it.
 
 
-def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor], share: float) -> None:
-    """Within a share of the largest weight's movement: other micro-batches are padded, and so rounded, otherwise."""
+def assert_near(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To a hundredth of an update on average: other micro-batches are padded, and so rounded, otherwise.
+
+    Adam makes a share of a whole update of the rounding of a gradient near zero, so that single weights, and how many
+    they are, depend on the processor.
+    """
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=share)
+        apart = (got[name] - tensor).abs()
+        assert float(apart.mean()) <= 0.01 * CONFIG.learning_rate, name
+        assert float(apart.max()) <= CONFIG.learning_rate, name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,7 +209,7 @@ def test_five_steps_are_those_of_one_process(
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
     for results in both:
         found = results["whole_runs"][kind]
-        assert_near(found["weights"], alone["weights"], 2e-5)
+        assert_near(found["weights"], alone["weights"])
         assert found["head"].number == STEPS + 1
         assert found["result"]["accuracy_after"] == alone["result"]["accuracy_after"]
     assert both[0]["whole_runs"][kind]["noted"] == alone["noted"]
@@ -275,7 +281,7 @@ def test_an_engine_in_each_process_serves_what_the_first_one_published(folder: P
             ("slots", number, True) for number in (1, 2, 3)
         ]
         assert found["alive"] == 2
-        assert_near(found["weights"], expected["weights"], 2e-5)
+        assert_near(found["weights"], expected["weights"])
     steps = [record for record in read_metrics(folder / "real" / "run") if record["event"] == "step"]
     assert [record["canary/verdict"] for record in steps] == ["ok", "ok"]
 

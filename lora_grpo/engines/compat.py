@@ -11,13 +11,17 @@ Differences that code elsewhere is built to stand, so that it needs no case for 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
+from lora_grpo.engines.chunked_seeds import keep_seeds
 from lora_grpo.engines.hopper import mend_kernels
+from lora_grpo.engines.tiles import allow_tiles
 from lora_grpo.errors import ConfigError, EngineError, UnsupportedVersion
 
 # "run": the test suite passes on it. "read": its source was compared, for everything that the engines rely on, with a
@@ -78,7 +82,7 @@ def import_vllm() -> ModuleType:
         os.environ.setdefault(name, value)
     import vllm
 
-    mend_kernels(release, compute_capability())
+    _mend(release, computes=True)
     return vllm
 
 
@@ -89,7 +93,17 @@ def mend_server() -> None:
         release = vllm_release()
     except UnsupportedVersion:
         return
+    # On the CPU it is never the server's first process that computes, and what is mended there takes time to import.
+    _mend(release, computes=multiprocessing.parent_process() is not None)
+
+
+def _mend(release: tuple[int, int], *, computes: bool) -> None:
+    """What releases leave to be mended in each of their processes, those that only answer requests included."""
     mend_kernels(release, compute_capability())
+    if is_cpu():
+        allow_tiles()
+        if computes:
+            keep_seeds(importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner)
 
 
 def default_environment(release: tuple[int, int]) -> dict[str, str]:
@@ -312,8 +326,18 @@ def abort_everything(llm: Any) -> None:
     leftovers = list(engine.output_processor.request_states)
     if leftovers:
         engine.abort_request(leftovers, internal=True)
+    _forget_rows(llm)
     if engine.reset_prefix_cache() is False:
         raise EngineError("vLLM holds cache blocks of requests that failed; close this engine and start another")
+
+
+def _forget_rows(llm: Any) -> None:
+    """Have the V1 runner begin anew: a step that failed between its two halves, or before it took note of the requests
+    that were done, leaves a state that the next one refuses, and rows of adapters that nobody asks for any more."""
+    v1_runner = runner(llm)
+    if hasattr(v1_runner, "execute_model_state"):
+        v1_runner.execute_model_state = None
+    llm.llm_engine.engine_core.engine_core.scheduler.finished_req_ids.update(getattr(v1_runner, "requests", ()))
 
 
 def shutdown(llm: Any, *, last: bool, joined: bool = False) -> None:

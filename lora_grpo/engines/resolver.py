@@ -37,6 +37,7 @@ from lora_grpo.remote.cache import MIB, ReplicaCache
 from lora_grpo.remote.client import StoreClient
 from lora_grpo.remote.token import read_token
 
+PLUGIN = "lora_grpo_store_resolver"
 URL_VARIABLE = "LORA_GRPO_STORE_URL"
 CACHE_VARIABLE = "LORA_GRPO_STORE_CACHE"
 CACHE_MIB_VARIABLE = "LORA_GRPO_STORE_CACHE_MIB"
@@ -45,8 +46,8 @@ CACHE_MIB_VARIABLE = "LORA_GRPO_STORE_CACHE_MIB"
 def register() -> None:
     """The entry point; vLLM calls it in each of its processes. Only the one that answers requests will pull.
 
-    In each, a LoRA kernel that gives NaN on Hopper GPUs is mended. Raises `ConfigError` for settings that cannot work,
-    which stops the server's start.
+    In each, what vLLM has wrong is mended (see `compat.mend_server`). Raises `ConfigError` for settings that cannot
+    work, which stops the server's start.
     """
     compat.mend_server()
     settings = Settings.from_environment()

@@ -22,6 +22,7 @@ from lora_grpo.engines.local.residents import Residents
 from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
 from lora_grpo.engines.local.sleeping import check_base_is_back, check_may_sleep, fall_asleep
 from lora_grpo.engines.local.starting import adapter_room, start_llm
+from lora_grpo.engines.local.turn import Turn
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
     check_room,
@@ -88,14 +89,14 @@ class VLLMEngine:
             max_cpu_loras=self._max_cpu_loras,
             **vllm_args,
         )
-        self._held = HeldLLM(llm)
+        self._held, self._turn = HeldLLM(llm), Turn()
         with vllm_boundary(f"take adapters on {model}", self.close):
             self._take_up(direct_load)
 
     def _take_up(self, direct_load: bool) -> None:
         llm = self._llm
         self._shared: SharedBase | None = None
-        self._driver = StepDriver(llm)
+        self._driver = StepDriver(llm, self._turn)
         self._residents = Residents(
             llm,
             self._driver,
@@ -142,14 +143,16 @@ class VLLMEngine:
         self._residents.between_steps = called
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        self._held.check_awake()
-        if self._shared is not None:
-            self._shared.check_untouched()
-        return self._residents.load(version, held)
+        with self._turn.take("load"):
+            self._held.check_awake()
+            if self._shared is not None:
+                self._shared.check_untouched()
+            return self._residents.load(version, held)
 
     def unload(self, version: AdapterVersion) -> None:
-        self._find(version)
-        self._residents.unload(version)
+        with self._turn.take("unload"):
+            self._find(version)
+            self._residents.unload(version)
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
         return self._residents.versions() if self._held.is_open else ()
@@ -201,10 +204,11 @@ class VLLMEngine:
         the engine can be woken, closed, or made to forget versions. Raises `ConfigError` for what would lose
         something, and nothing has changed; `EngineError` when vLLM fails, and the engine is closed.
         """
-        self._held.check_awake()
-        check_may_sleep(self._llm, level, self.loaded(), shared=self._shared is not None, alive=engines_alive())
-        with vllm_boundary("fall asleep", self.close):
-            self._held.asleep = fall_asleep(self, self._llm, level)
+        with self._turn.take("sleep"):
+            self._held.check_awake()
+            check_may_sleep(self._llm, level, self.loaded(), shared=self._shared is not None, alive=engines_alive())
+            with vllm_boundary("fall asleep", self.close):
+                self._held.asleep = fall_asleep(self, self._llm, level)
 
     def wake_up(self) -> None:
         """Be what the engine was before `sleep`: the base compared, and every loaded version proven again.
@@ -212,18 +216,20 @@ class VLLMEngine:
         A version that cannot be proven is unloaded, and its `DeliveryError` or `EngineError` raised when the others
         are; without its base the engine is closed.
         """
-        asleep = self._held.rouse()
-        if asleep is None:
-            return
-        with vllm_boundary("wake up", self.close):
-            compat.wake_up(self._llm, asleep.level)
-            check_base_is_back(self, asleep)
-        self._residents.prove_all_again()
+        with self._turn.take("wake_up"):
+            asleep = self._held.rouse()
+            if asleep is None:
+                return
+            with vllm_boundary("wake up", self.close):
+                compat.wake_up(self._llm, asleep.level)
+                check_base_is_back(self, asleep)
+            self._residents.prove_all_again()
 
     def close(self) -> None:
-        self._held.close()
-        for holder in ("_driver", "_residents", "_shared"):
-            vars(self).pop(holder, None)
+        with self._turn.take("close", last=True):
+            self._held.close()
+            for holder in ("_driver", "_residents", "_shared"):
+                vars(self).pop(holder, None)
 
     @property
     def _llm(self) -> Any:
@@ -236,12 +242,22 @@ class VLLMEngine:
         adapter_B: Sequence[AdapterVersion | None],
     ) -> list[Any]:
         """vLLM's outputs in row order, in as few engine batches as slots and kernels allow."""
+        with self._turn.take("generate or logprobs"):
+            return self._run_in_turn(ids_B, params_B, adapter_B)
+
+    def _run_in_turn(
+        self,
+        ids_B: Sequence[Sequence[int]],
+        params_B: Sequence[Any],
+        adapter_B: Sequence[AdapterVersion | None],
+    ) -> list[Any]:
         self._held.check_awake()
         loaded_B = [None if adapter is None else self._find(adapter) for adapter in adapter_B]
         outputs: list[Any] = [None] * len(ids_B)
         if self._driver.answering and not self._mixes_base:
             self._driver.drain()
-        for rows in mixed_batches(adapter_B, self._max_loras - len(self._driver.answering), self._mixes_base):
+        slots = self._residents.slots_for([loaded for loaded in loaded_B if loaded is not None])
+        for rows in mixed_batches(adapter_B, slots, self._mixes_base):
             self._residents.place([loaded for row in rows if (loaded := loaded_B[row]) is not None])
             with self._residents.boundary("generate", stepping=True):
                 made = self._driver.run(

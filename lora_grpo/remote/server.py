@@ -37,12 +37,14 @@ from lora_grpo.adapters.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.view import StoreView
 from lora_grpo.errors import StoreError, UnknownVersion
+from lora_grpo.remote.connections import HEADER_BYTES, BoundedProtocol
 from lora_grpo.remote.token import read_token
 
 LOOPBACK = "127.0.0.1"
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5
 _STALL_S = 60.0
+_BACKLOG = 16
 _NUMBER = re.compile("[1-9][0-9]{0,8}")
 
 
@@ -50,7 +52,8 @@ class StoreServer:
     """Serves a store from a thread of this process, from the start of a `with` block to its end.
 
     It looks at the store through a reader of its own, as another process would: it takes no lock of the writer's and
-    goes on while the writer is busy or closed. Nothing can be changed through it.
+    goes on while the writer is busy or closed. Nothing can be changed through it. Connections are few and short-lived
+    (see `BoundedProtocol`), so that nobody can use up what this process may open or hold.
     """
 
     def __init__(self, store: StoreView, token: str | None = None, *, host: str = LOOPBACK, port: int = 0) -> None:
@@ -64,9 +67,15 @@ class StoreServer:
         self._socket = _listen(host, port)
         config = uvicorn.Config(
             store_app(self._view, checked),
+            http=BoundedProtocol,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            loop="asyncio",
+            # It also bounds how many connections asyncio accepts before it looks at the first.
+            backlog=_BACKLOG,
             lifespan="off",
             ws="none",
             log_config=None,
+            log_level="error",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_STOP_TIMEOUT_S,

@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lora_grpo.engines.local.turn import Turn
 from lora_grpo.errors import EngineError
 
 
 class StepDriver:
     """Runs requests to their end. Another run may begin and end between two steps of one: each gets its own outputs."""
 
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
+    def __init__(self, llm: Any, turn: Turn) -> None:
+        self._llm, self._turn = llm, turn
         self._finished: dict[str, Any] = {}
         self.answering: Counter[int] = Counter()
         """LoRA ids that unfinished runs name: they must keep their slots."""
@@ -61,5 +62,6 @@ class StepDriver:
         self._finished.clear()
 
     def _step(self) -> None:
+        self._turn.between_steps()
         outputs = self._llm.llm_engine.step()
         self._finished.update((output.request_id, output) for output in outputs if output.finished)

@@ -78,7 +78,7 @@ class Residents:
         loaded = Loaded(version, self._request(version), file, binding)
         with self.boundary(f"load {version}", forget=loaded):
             receipt = self._place_and_prove(loaded, started, checked, held)
-        self._loaded[version.path] = loaded
+            self._loaded[version.path] = loaded
         return receipt
 
     def unload(self, version: AdapterVersion) -> None:
@@ -88,7 +88,19 @@ class Residents:
             raise EngineError(f"{version} answers requests; unload it when they are done")
         with self.boundary(f"unload {version}"):
             self._llm.llm_engine.remove_lora(loaded.request.lora_int_id)
-        del self._loaded[version.path]
+            del self._loaded[version.path]
+
+    def slots_for(self, wanted: Sequence[Loaded]) -> int:
+        """How many versions may share a batch now; raises `EngineError` when those in a rollout hold every slot."""
+        answering = self._driver.answering
+        free = self._max_loras - len(answering)
+        new = [str(loaded.version) for loaded in wanted if loaded.request.lora_int_id not in answering]
+        if new and free < 1:
+            raise EngineError(
+                f"{new[0]} cannot be sampled from between two steps of a rollout whose {len(answering)} versions hold "
+                f"all slots: start the engine with more than max_loras={self._max_loras}, or ask when it is done"
+            )
+        return free if new else self._max_loras
 
     def place(self, wanted: Sequence[Loaded]) -> None:
         """See to it that every wanted version holds a slot, proving again those that vLLM copies into one."""

@@ -147,13 +147,28 @@ async def _max_lora_rank(client: Client, rank_folder: Path | None) -> int | None
     raise EngineError(f"{client.url} refuses to load adapters: {said}")
 
 
+async def _first_answer(client: Client, body: dict[str, Any]) -> dict[str, Any]:
+    """Of a server that is up: its engine may end at the first thing that it computes."""
+    try:
+        return await client.ask(COMPLETIONS, body)
+    except (Unreachable, Refused) as error:
+        if isinstance(error, Refused) and error.status < 500:
+            raise
+        raise Unreachable(
+            f'{client.url} was up and failed at the first request ({error}); its log says why. "exit code: -4" there '
+            "means that nobody asked the kernel for the AMX tiles of an Intel processor: start it with `lora-grpo "
+            "serve`, or with lora-grpo installed beside vLLM and named in VLLM_PLUGINS where that is set, or with "
+            "--dtype float32, which needs none"
+        ) from None
+
+
 async def _check_logprobs(client: Client, base: str) -> None:
     """Halving the temperature doubles the distance between two log-probs of the distribution that is sampled from."""
     body = {"model": base, "prompt": [1, 2, 3], "max_tokens": 1, "seed": 0, "logprobs": 2, "top_p": 1.0, "top_k": 0}
     body |= {"min_p": 0.0, "repetition_penalty": 1.0, "return_tokens_as_token_ids": True}
     top: list[dict[str, float]] = []
     for temperature in (1.0, 0.5):
-        answer = await client.ask(COMPLETIONS, body | {"temperature": temperature})
+        answer = await _first_answer(client, body | {"temperature": temperature})
         with reading(client.url, COMPLETIONS, answer):
             top.append(answer["choices"][0]["logprobs"]["top_logprobs"][0])
     with reading(client.url, COMPLETIONS, top):

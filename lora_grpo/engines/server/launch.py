@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Self
 import httpx
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.resolver import URL_VARIABLE
+from lora_grpo.engines.resolver import PLUGIN, URL_VARIABLE
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.remote.token import TOKEN_FILE_VARIABLE
 
@@ -25,6 +26,12 @@ LOG_LINES = 20
 START_TIMEOUT_S = 1800.0
 OWN_OPTIONS = ("--host", "--port", "--uds", "--api-key")
 """vLLM's options that decide who gets in; they are set here, where an open address is refused without a key."""
+
+_WORKER_DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
+_NO_TILES = (
+    " (an instruction that the processor does not have or the kernel does not allow; if it has AMX, "
+    "`lora-grpo serve MODEL -- --dtype float32` keeps vLLM off it)"
+)
 
 _STOP_PATIENCE_S = 20.0
 _POLL_S = 0.25
@@ -93,6 +100,9 @@ class Serving:
         """Of one replica's process, on a host with that many GPUs; what the user has set wins but for the devices."""
         chosen = {"VLLM_LOGGING_LEVEL": "WARNING", **_places(replica, self.replicas, devices)}
         needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        plugins = os.environ.get("VLLM_PLUGINS")
+        if plugins is not None and PLUGIN not in plugins.split(","):
+            needed["VLLM_PLUGINS"] = f"{plugins},{PLUGIN}".strip(",")
         if self.api_key:
             needed["VLLM_API_KEY"] = self.api_key
         if self.store_url:
@@ -112,16 +122,25 @@ def _is_own(argument: str) -> bool:
     return len(name) > 2 and any(option.startswith(name) for option in OWN_OPTIONS)
 
 
+def _end_of(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    known = {number.value: number.name for number in signal.Signals}
+    return f"died of {known.get(-exit_code, f'signal {-exit_code}')}"
+
+
 class Server:
     """One replica's process and its log."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> None:
         self.command, self.environment, self.url, self.log = list(command), dict(environment), url, log
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_from = 0
 
     def start(self) -> None:
         """Start the process; its log goes on where it was. It gets no Ctrl-C of a terminal: `stop` is its end."""
         with open(self.log, "ab") as log:
+            self._log_from = log.tell()
             self._process = subprocess.Popen(
                 self.command,
                 env=self.environment,
@@ -143,11 +162,20 @@ class Server:
             return False
 
     def require_alive(self) -> None:
-        """Raises `EngineError` with the end of the log when the process ended."""
+        """Raises `EngineError` with what ended it, or its worker, and the end of the log when the process ended."""
         if self.exit_code is not None:
             raise EngineError(
-                f"the server at {self.url} ended with exit code {self.exit_code}; the end of {self.log}:\n{self.tail()}"
+                f"the server at {self.url} {_end_of(self.exit_code)}{self._worker_s_end()}; the end of {self.log}:\n"
+                f"{self.tail()}"
             )
+
+    def _worker_s_end(self) -> str:
+        """Which of vLLM's workers took the server with it, since `start`; it says a signal's number and no more."""
+        died = _WORKER_DIED.search(self.log.read_bytes()[self._log_from :].decode(errors="replace"))
+        if died is None:
+            return ""
+        hint = _NO_TILES if int(died[2]) == -signal.SIGILL else ""
+        return f" after its worker {died[1]} {_end_of(int(died[2]))}{hint}"
 
     def tail(self, lines: int = LOG_LINES) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

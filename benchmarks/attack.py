@@ -1,0 +1,345 @@
+"""Attack what a run leaves open, and count what does not hold: a table, and JSON with --out.
+
+    python -m benchmarks.attack [--seed 0] [--only NAME ...] [--out FILE]
+
+Each attack is seeded and returns an `Outcome`: how often it was tried, what failed, and what was measured meanwhile.
+The store server's trainer runs in a process of its own, with the 1,024 open files that most systems allow. The engine
+is a real vLLM on a tiny model, in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from lora_grpo.errors import EngineError, LoraGrpoError
+from lora_grpo.remote.client import StoreClient
+
+TOKEN = "a-token-of-the-attack"
+MIB = 1 << 20
+PROMPT = list(range(100, 112))
+
+
+@dataclass
+class Outcome:
+    """`faults` has a sentence for each try that did not hold; `figures` have their units in their names."""
+
+    attack: str
+    tries: int = 0
+    faults: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def expect(self, holds: bool, otherwise: str) -> None:
+        self.tries += 1
+        if not holds:
+            self.faults.append(otherwise)
+
+
+# The store server
+
+
+TRAINER = """
+import resource, sys
+from pathlib import Path
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.remote.server import StoreServer
+root, token, files = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(files), int(files)))
+with AdapterStore(Path(root, "store"), Path(root, "run")) as store, StoreServer(store, token) as server:
+    print(server.url, server.run, flush=True)
+    for line in sys.stdin:
+        try:
+            content = {"adapter_config.json": [b"{}"], "adapter_model.safetensors": [line.encode() * 1000]}
+            store.promote(store.publish(content, step=0))
+            store.flush()
+            print("ok", store.head.number, flush=True)
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+"""
+
+
+@dataclass
+class Trainer:
+    """A process that publishes when it is told to, and serves its store."""
+
+    process: subprocess.Popen[str]
+    url: str
+    run: str
+
+    def publish(self, text: str) -> str:
+        """Its answer: "ok NUMBER", or the error."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def pull(self, number: int) -> float:
+        """Seconds that a replica with the token takes for a version."""
+        started = time.monotonic()
+        client = StoreClient(self.url, TOKEN)
+        with tempfile.TemporaryDirectory() as folder:
+            client.pull(self.run, client.manifest(self.run, number), Path(folder))
+        client.close()
+        return time.monotonic() - started
+
+    @property
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    @property
+    def resident_mib(self) -> float:
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / MIB
+
+    def connect(self) -> socket.socket:
+        address = urlsplit(self.url)
+        return socket.create_connection((address.hostname or "", address.port or 0), timeout=20)
+
+
+@contextmanager
+def trainer(open_files: int = 1024) -> Iterator[Trainer]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-attack-") as root:
+        command = [sys.executable, "-c", TRAINER, root, TOKEN, str(open_files)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            url, run = process.stdout.readline().split()
+            yield Trainer(process, url, run)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait(60)
+
+
+def idle_connections(seed: int, connections: int = 1100, open_files: int = 1024) -> Outcome:
+    """Nobody with a token: connections that say nothing or little. The trainer publishes, and replicas pull."""
+    outcome, draw = Outcome("idle connections"), random.Random(seed)
+    with trainer(open_files) as attacked, ExitStack() as held:
+        most_files, pull_s = attacked.open_files, [0.0]
+        for index in range(connections):
+            connection = held.enter_context(attacked.connect())
+            with suppress(OSError):  # it may have been closed to make room
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\n"[: draw.randrange(40)])
+            if index % (connections // 20) == 0 or index == connections - 1:
+                most_files = max(most_files, attacked.open_files)
+                answer = attacked.publish(f"v{index}")
+                outcome.expect(answer.startswith("ok"), f"publish with {index + 1} connections: {answer}")
+                try:
+                    pull_s.append(attacked.pull(1))
+                    outcome.expect(True, "")
+                except LoraGrpoError as error:
+                    outcome.expect(False, f"pull with {index + 1} connections: {error}")
+    outcome.figures = {"connections": connections, "most_open_files": most_files, "slowest_pull_s": max(pull_s)}
+    return outcome
+
+
+def endless_header(seed: int, mib: int = 350, patience_s: float = 30.0) -> Outcome:
+    """One header that never ends, as fast as it is taken, and one that comes a byte at a time."""
+    outcome, draw = Outcome("endless header"), random.Random(seed)
+    with trainer() as attacked:
+        attacked.publish("first")
+        before_mib = attacked.resident_mib
+        with attacked.connect() as fast:
+            taken_mib = _pour(fast, b"GET /health HTTP/1.1\r\nX-Endless: " + draw.randbytes(MIB).hex().encode(), mib)
+            grown_mib = attacked.resident_mib - before_mib
+        outcome.expect(taken_mib < mib, f"all {mib} MiB were taken")
+        outcome.expect(grown_mib < 32, f"the server grew by {grown_mib:.0f} MiB")
+        started = time.monotonic()
+        with attacked.connect() as slow:
+            slow.settimeout(0.2)
+            while time.monotonic() - started < patience_s and _drips(slow):
+                pass
+        held_s = time.monotonic() - started
+        outcome.expect(held_s < patience_s, f"a slow header was waited for for {held_s:.0f} s")
+        answer = attacked.publish("last")
+        outcome.expect(answer.startswith("ok"), f"publish afterwards: {answer}")
+    outcome.figures = {"taken_mib": taken_mib, "grown_mib": max(0.0, grown_mib), "slow_one_held_s": held_s}
+    return outcome
+
+
+def _pour(connection: socket.socket, text: bytes, mib: int) -> float:
+    """MiB that were taken before the other side closed."""
+    sent = 0
+    try:
+        while sent < mib * MIB:
+            sent += connection.send(text)
+            text = b"a" * MIB
+    except OSError:
+        pass
+    return sent / MIB
+
+
+def _drips(connection: socket.socket) -> bool:
+    """Whether the connection takes another byte of a header, and has not been closed."""
+    try:
+        connection.sendall(b"G")
+        return connection.recv(1) != b""
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+
+
+# The engine
+
+
+@contextmanager
+def tiny_engine() -> Iterator[tuple[Any, list[Any]]]:
+    """A real engine with two slots, and three versions."""
+    import torch
+
+    from lora_grpo.adapters.peft_format import ServingForm
+    from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.engines.vllm_local import VLLMEngine
+    from tests.tiny_models import load_model, refill_lora, tiny_lora, tiny_model
+
+    with ExitStack() as held:
+        base = tiny_model("llama", Path(held.enter_context(tempfile.TemporaryDirectory())))
+        root = held.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-attack-"))
+        store, model = held.enter_context(AdapterStore(Path(root, "store"))), cast(Any, tiny_lora(load_model(base)))
+        form, versions = ServingForm(model, "default", torch.bfloat16), []
+        for seed in range(3):
+            refill_lora(model, scale=0.3, seed=seed)
+            versions.append(store.publish(form.files(), step=seed))
+        engine = VLLMEngine(base, max_model_len=128, enforce_eager=True, gpu_memory_utilization=0.1)
+        held.callback(engine.close)
+        for version in versions:
+            engine.load(version)
+        yield engine, versions
+
+
+def _asking(engine: Any, versions: Sequence[Any]) -> Callable[[int], Any]:
+    """Token ids for a question, of which there are four: which versions, the base among them, and how many tokens."""
+    from lora_grpo.types import Sampling
+
+    def ask(question: int) -> Any:
+        adapters = [None, versions[question % 3], versions[(question + 1) % 3]]
+        sampling = Sampling(n=2, max_tokens=4 + 4 * (question % 2), temperature=0.0, ignore_eos=True)
+        groups = engine.generate([PROMPT] * 3, sampling, adapter=adapters)
+        return [completion.token_ids for group in groups for completion in group.completions]
+
+    return ask
+
+
+def two_threads(seed: int, calls: int = 200) -> Outcome:
+    """Both ask as fast as they can: each answer is the right one, or a sentence."""
+    outcome, met = Outcome("two threads on one engine"), Counter[str]()
+    with tiny_engine() as (engine, versions):
+        ask = _asking(engine, versions)
+        right = [ask(question) for question in range(4)]
+
+        def asking(draw: random.Random) -> None:
+            for _ in range(calls // 2):
+                question = draw.randrange(4)
+                try:
+                    same = ask(question) == right[question]
+                    met["answered"] += 1
+                    outcome.expect(same, f"question {question} was answered with other tokens")
+                except EngineError as error:
+                    met["refused"] += 1
+                    outcome.expect("one thread at a time" in str(error), str(error))
+                    time.sleep(draw.random() * 0.02)
+                except Exception as error:  # noqa: BLE001 - whatever it raises is a fault to be counted
+                    outcome.expect(False, f"{type(error).__name__}: {error}")
+
+        threads = [threading.Thread(target=asking, args=(random.Random(seed + i),), daemon=True) for i in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(600)
+        outcome.expect(not any(thread.is_alive() for thread in threads), "a thread hangs")
+        outcome.expect(ask(0) == right[0], "afterwards, question 0 was answered with other tokens")
+    outcome.figures = dict(met)
+    return outcome
+
+
+def interrupts(seed: int, times: int = 200) -> Outcome:
+    """Ctrl-C at a random time of a call; the next one is answered rightly, and every version can be swapped."""
+    outcome, draw = Outcome("Ctrl-C in a running engine"), random.Random(seed)
+    raised = 0
+    with tiny_engine() as (engine, versions):
+        ask = _asking(engine, versions)
+        right = [ask(question) for question in range(4)]
+        started = time.monotonic()
+        for question in range(4):
+            ask(question)
+        usual_s = (time.monotonic() - started) / 4
+        for index in range(times):
+            raised += _interrupted(lambda: ask(draw.randrange(4)), draw.random() * usual_s)
+            question = draw.randrange(4)
+            try:
+                engine.unload(versions[index % 3])
+                engine.load(versions[index % 3])
+                outcome.expect(ask(question) == right[question], f"after interrupt {index}: other tokens")
+            except Exception as error:  # noqa: BLE001 - whatever it raises is a fault to be counted
+                outcome.expect(False, f"after interrupt {index}: {type(error).__name__}: {error}")
+    outcome.figures = {"raised_in_the_call": raised}
+    return outcome
+
+
+def _interrupted(call: Callable[[], Any], after_s: float) -> bool:
+    """Whether Ctrl-C, that long after the call's start, ended it; it is over when this returns."""
+    timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT))
+    ended = False
+    try:
+        timer.start()
+        call()
+        ended = True
+        timer.join()
+        time.sleep(0.05)
+    except KeyboardInterrupt:
+        pass
+    return not ended
+
+
+ATTACKS = (idle_connections, endless_header, two_threads, interrupts)
+
+
+def main() -> int:
+    names = [attack.__name__ for attack in ATTACKS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--out", type=Path, help="a file for the outcomes as JSON")
+    arguments = parser.parse_args()
+    outcomes = []
+    for attack in ATTACKS:
+        if attack.__name__ in arguments.only:
+            started = time.monotonic()
+            outcomes.append(attack(arguments.seed))
+            outcomes[-1].figures["seconds"] = time.monotonic() - started
+            print(_row(outcomes[-1]), flush=True)
+            for fault in outcomes[-1].faults[:5]:
+                print(f"    {fault[:200]}", flush=True)
+    if arguments.out:
+        from lora_grpo.bench.provenance import provenance
+
+        made = {**provenance("benchmarks/attack.py"), "outcomes": [asdict(outcome) for outcome in outcomes]}
+        arguments.out.write_text(json.dumps(made, indent=1) + "\n")
+    return int(any(outcome.faults for outcome in outcomes))
+
+
+def _row(outcome: Outcome) -> str:
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in outcome.figures.items())
+    return f"| {outcome.attack} | {outcome.tries} tries | {len(outcome.faults)} failed | {figures} |"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
