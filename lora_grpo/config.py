@@ -1,73 +1,19 @@
-"""Settings: small frozen models, checked once when built; an unknown key is refused with the nearest name.
+"""Every setting of a run.
 
 Fields carry TRL's names wherever the meaning is TRL's. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lora_grpo.errors import ConfigError
+from lora_grpo.sections import Section
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-
-
-class Section(BaseModel):
-    """A frozen group of settings; building one with a bad value raises `ConfigError`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise _failure(_problems(type(self), error)) from None
-
-    def replace(self, **changes: Any) -> Any:
-        """A copy with `changes`, checked like a new one."""
-        return type(self)(**{**self.model_dump(), **changes})
-
-
-def _failure(problems: list[tuple[str, str]]) -> ConfigError:
-    """The error that says what is wrong with each (path of keys), kept apart for a section around this one."""
-    failure = ConfigError("; ".join(f"{path}: {text}" if path else text for path, text in problems))
-    failure.problems = problems  # type: ignore[attr-defined]
-    return failure
-
-
-def nearest_key(key: str, known: Collection[str]) -> str:
-    """What to say of an unknown key: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-
-
-def _problems(section: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        inner = getattr(problem.get("ctx", {}).get("error"), "problems", None)
-        if inner is not None:
-            found += [(f"{where}.{path}" if path else where, text) for path, text in inner]
-        elif not any(path.startswith(f"{where}.") for path, _ in found):
-            # Pydantic also calls a list too short when it holds a bad item.
-            found.append((where, _sentence(section, problem)))
-    return found
-
-
-def _sentence(section: type[BaseModel], problem: Any) -> str:
-    """What is wrong with one key, the value it has, and for an unknown key the nearest name."""
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key; {nearest_key(str(problem['loc'][-1]), section.model_fields)}"
-    if problem["type"] == "missing":
-        described = section.model_fields[str(problem["loc"][-1])].description
-        return f"needed, but not there ({described})" if described else "needed, but not there"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    return message if problem["type"] == "value_error" else f"{message} (got {problem['input']!r})"
 
 
 class GRPOConfig(Section):
@@ -96,6 +42,16 @@ class GRPOConfig(Section):
 
     ddp_timeout: float = Field(1800.0, gt=0, description="seconds that several processes wait for each other at most")
 
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="tokens a prompt at most; default: what max_completion_length leaves of max_model_len"
+    )
+    overlong_prompts: Literal["error", "drop"] = Field(
+        "error", description="a longer prompt is an error before the start, or is left out and counted"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="what the chat template gets besides, as enable_thinking; a column of that name goes before",
+    )
     max_completion_length: int = Field(256, ge=1, description="tokens a completion at most")
     temperature: float = Field(1.0, gt=0, description="of the sampler, and of the trainer's log-probs")
     top_p: float = Field(1.0, description="1 only: filtered sampling is not corrected for in the loss")
@@ -143,6 +99,19 @@ class GRPOConfig(Section):
     eval_every: int | None = Field(None, ge=1, description="steps between held-out evaluations; default: ends only")
     log_completions_every: int | None = Field(None, ge=1, description="steps between shown samples")
     report_to: tuple[str, ...] = Field((), description="accelerate trackers, such as 'tensorboard' or 'wandb'")
+
+    @field_validator("scale_rewards", mode="before")
+    @classmethod
+    def _scale(cls, value: Any) -> Any:
+        """TRL takes booleans too."""
+        return {True: "group", False: "none"}[value] if isinstance(value, bool) else value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        """TRL takes one name too, and "none"."""
+        names = [value] if isinstance(value, str) else value or ()
+        return () if list(names) == ["none"] else tuple(names)
 
     @model_validator(mode="after")
     def _check(self) -> GRPOConfig:

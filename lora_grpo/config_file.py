@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from lora_grpo.config import RunConfig, nearest_key
+from lora_grpo.config import RunConfig
 from lora_grpo.errors import ConfigError
+from lora_grpo.sections import nearest_key
 
 RESOLVED_FILE = "config.json"
 
@@ -81,8 +82,8 @@ def _read(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")], n=1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
         raise ConfigError(f"no config file {path}{hint}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error

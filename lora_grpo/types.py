@@ -6,9 +6,9 @@ Letters for shapes, here and everywhere: P prompts, G completions a group, B = P
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lora_grpo.errors import ConfigError
 
@@ -17,13 +17,38 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or chat messages (rendered with the model's chat template)."""
 
 
+class Chat(list[Message]):
+    """Chat messages, with what their chat template gets besides (`enable_thinking` and the like)."""
+
+    def __init__(self, messages: Iterable[Message], template_kwargs: Mapping[str, Any] | None = None) -> None:
+        super().__init__(messages)
+        self.template_kwargs = dict(template_kwargs or {})
+
+    def __add__(self, messages: list[Any]) -> Chat:  # type: ignore[override]
+        """A longer chat goes through the same template."""
+        return Chat([*self, *messages], self.template_kwargs)
+
+
+class Rendered(tuple[int, ...]):
+    """The token ids of a prompt, which `prompt` keeps as it was asked."""
+
+    prompt: Prompt
+
+    @classmethod
+    def of(cls, ids: Iterable[int], prompt: Prompt) -> Rendered:
+        rendered = cls(ids)
+        rendered.prompt = prompt
+        return rendered
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to sample one call's completions.
 
     `seed` is the seed of the call; every request gets its own, derived from it with the index of its prompt and of
-    its sample. `None` draws a fresh one. `top_k=0` and `min_p=0.0` mean off. `temperature=0` is greedy. `ignore_eos`
-    goes on past end tokens to `max_tokens`, for timings. `first_prompt` is the index that the first prompt counts as,
+    its sample. `None` draws a fresh one. `top_k=0` and `min_p=0.0` mean off. `temperature=0` is greedy.
+    `stop_token_ids` end a completion besides the model's own end tokens. `ignore_eos` goes on past those to
+    `max_tokens`, for timings. `first_prompt` is the index that the first prompt counts as,
     for a call that is a part of one.
     """
 
@@ -34,6 +59,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
     first_prompt: int = 0

@@ -1,5 +1,6 @@
 """Run settings: files, overrides, and errors that name file, key and fix."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from lora_grpo.config import GRPOConfig, RunConfig
 from lora_grpo.config_file import describe_settings, load_config, save_config
 from lora_grpo.errors import ConfigError
+from lora_grpo.trl_names import TRL_SETTINGS
 
 TOML = """
 output_dir = "runs/t"
@@ -146,6 +148,49 @@ def test_errors_of_nested_settings_are_said_once():
     assert str(caught.value) == "rewards.0.wait: unknown key; did you mean 'weight'?"
     with pytest.raises(ConfigError, match=r"^learning_rat: unknown key; did you mean 'learning_rate'\?$"):
         GRPOConfig(learning_rat=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("max_steps", "set total_steps: it counts generations"),
+        ("save_steps", "every version is published"),
+        ("logging_steps", "every step is logged"),
+        ("eval_steps", "set eval_every"),
+        ("optim", "the optimizer is AdamW"),
+        ("shuffle_dataset", "shuffled anew in every epoch"),
+        ("vllm_gpu_memory_utilization", "set engine.gpu_memory_utilization"),
+    ],
+)
+def test_trls_names_get_an_answer_and_not_the_nearest_string(config_path, name, words):
+    for refused in (lambda: GRPOConfig(**{name: 1}), lambda: load_config(config_path, [f"grpo.{name}=1"])):
+        with pytest.raises(ConfigError) as caught:
+            refused()
+        assert words in str(caught.value)
+        assert "did you mean" not in str(caught.value)
+
+
+def test_answers_are_for_names_that_are_not_ours_and_are_trls():
+    assert not set(TRL_SETTINGS) & set(GRPOConfig.model_fields)
+    trl = pytest.importorskip("trl")
+    fields = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+    former = {"warmup_ratio"}
+    assert set(TRL_SETTINGS) - former <= fields, set(TRL_SETTINGS) - fields
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"scale_rewards": True}, {"scale_rewards": "group"}),
+        ({"scale_rewards": False}, {"scale_rewards": "none"}),
+        ({"report_to": "none"}, {"report_to": ()}),
+        ({"report_to": ["none"]}, {"report_to": ()}),
+        ({"report_to": None}, {"report_to": ()}),
+        ({"report_to": "wandb"}, {"report_to": ("wandb",)}),
+    ],
+)
+def test_trls_values_are_taken(given, taken):
+    assert GRPOConfig(**given) == GRPOConfig(**taken)
 
 
 def test_every_setting_is_explained_and_can_be_unset():

@@ -104,6 +104,24 @@ def test_bad_files_name_file_and_line(tmp_path):
         load_prompts(tmp_path / "bad.parquet")
 
 
+def test_a_byte_order_mark_is_no_content_and_other_encodings_are_told(tmp_path):
+    """As Windows programs write it."""
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "1+1="}\n')
+    assert load_prompts(marked).prompt(0) == "1+1="
+    marked.write_text('{"prompt": "\u00e9"}', encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"marked\.jsonl is not UTF-8"):
+        load_prompts(marked)
+
+
+def test_rows_without_an_end_are_refused():
+    datasets = pytest.importorskip("datasets")
+    endless = datasets.IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))
+    for source in (endless, iter(ROWS)):
+        with pytest.raises(ConfigError, match="rows cannot be counted"):
+            load_prompts(source)
+
+
 def test_load_data_reads_both_sets(tmp_path):
     train = write_jsonl(tmp_path / "train.jsonl", ROWS)
     held_out = write_jsonl(tmp_path / "eval.jsonl", ROWS * 3)

@@ -15,7 +15,7 @@ ROOT = Path(lora_grpo.__file__).parent
 FLOORS = [
     {"types", "errors", "user_cache"},
     {"kernels"},
-    {"config", "config_file", "data", "rewards", "metrics", "worker"},
+    {"trl_names", "sections", "config", "config_file", "data", "rewards", "metrics", "worker"},
     {"adapters"},
     {"remote"},
     {"grpo"},

@@ -10,8 +10,8 @@ from typing import Any
 from lora_grpo.bench.schema import DEFAULT_REPEAT, DEFAULT_STRATEGIES, PARTS, Settings
 from lora_grpo.bench.shapes import shape_config
 from lora_grpo.bench.strategies import check_name
-from lora_grpo.config import nearest_key
 from lora_grpo.errors import ConfigError
+from lora_grpo.sections import nearest_key
 
 
 def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> dict[str, Settings]:

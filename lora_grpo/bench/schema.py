@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_grpo.bench.strategies import STRATEGIES
-from lora_grpo.config import Section
+from lora_grpo.sections import Section
 
 PARTS = ("sync", "memory", "decode", "fidelity", "step", "rollback", "endurance")
 """The measurements, in the order in which `all` makes them."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.config import nearest_key
 from lora_grpo.errors import ConfigError
+from lora_grpo.sections import nearest_key
 
 if TYPE_CHECKING:
     import torch

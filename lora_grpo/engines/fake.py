@@ -104,8 +104,9 @@ class FakeEngine:
         self._loaded.clear()
 
     def _complete(self, prompt: Prompt, version: AdapterVersion | None, seed: int, sampling: Sampling) -> Completion:
-        text = _until(self._reply(prompt, version, seed), sampling.stop)
+        text = _until(self._reply(getattr(prompt, "prompt", prompt), version, seed), sampling.stop)
         ids = self.tokenizer.encode(text)
+        ids = ids[: 1 + next((place for place, token in enumerate(ids) if token in sampling.stop_token_ids), len(ids))]
         reason = "length" if len(ids) > sampling.max_tokens else "stop"
         kept = tuple(ids[: sampling.max_tokens])
         text = text if reason == "stop" else self.tokenizer.decode(list(kept))

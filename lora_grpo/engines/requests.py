@@ -14,46 +14,72 @@ from lora_grpo.engines.base import Adapters
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.types import Completion, Group, Prompt, Sampling, derive_seed
 
-_ENCODING = threading.Lock()
+ENCODING = threading.Lock()
 """A fast tokenizer raises "Already borrowed" when two threads use it."""
 
 
 def token_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: text is encoded, chat messages go through the model's chat template.
+    """Token ids of each prompt: text is encoded, chat messages go through the tokenizer's chat template.
 
     Raises `ConfigError` for what is no list of prompts.
     """
     if isinstance(prompts, str | bytes | Mapping):
         raise ConfigError(f"prompts={prompts!r:.80} is one prompt, not a list of them; pass [prompt]")
-    with _ENCODING:
-        return [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    with ENCODING:
+        return [render(tokenizer, prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
 
 
-def _encode(tokenizer: Any, prompt: Prompt, index: int) -> list[int]:
+def render(tokenizer: Any, prompt: Prompt, called: str) -> list[int]:
+    """A prompt's token ids. Raises `ConfigError` for a chat without a template, or one that the template rejects.
+
+    `called` is what errors call the prompt.
+    """
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
+        ids = one_bos(tokenizer, tokenizer.encode(prompt))
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError(f"prompt {index} is a chat, but the tokenizer has no chat template; pass text instead")
-        ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
+        ids = _render_chat(tokenizer, prompt, called)
     else:
-        ids = _token_ids(prompt, index)
+        ids = _token_ids(prompt, called)
     if not ids:
-        raise ConfigError(f"prompt {index} ({prompt!r}) has no tokens; every prompt needs at least one")
+        raise ConfigError(f"{called} ({prompt!r}) has no tokens; every prompt needs at least one")
     return list(ids)
 
 
-def _token_ids(prompt: Any, index: int) -> list[int]:
+def _token_ids(prompt: Any, called: str) -> list[int]:
     if isinstance(prompt, Mapping | Integral):
         kind = "a message" if isinstance(prompt, Mapping) else "a token"
-        raise ConfigError(f"prompt {index} ({prompt!r:.80}) is {kind}, which one prompt is a list of; pass [prompt]")
+        raise ConfigError(f"{called} ({prompt!r:.80}) is {kind}, which one prompt is a list of; pass [prompt]")
     if (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, bytes)
         and all(isinstance(token, Integral) for token in prompt)
     ):
         return list(prompt)
-    raise ConfigError(f"prompt {index} ({prompt!r:.80}) must be text, a list of token ids, or a list of chat messages")
+    raise ConfigError(f"{called} ({prompt!r:.80}) must be text, a list of token ids, or a list of chat messages")
+
+
+def one_bos(tokenizer: Any, ids: Sequence[int]) -> Sequence[int]:
+    """A text's token ids with one begin token, which the tokenizer has put before a text that began with it.
+
+    Models are trained on one.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return ids[1:] if bos is not None and list(ids[:2]) == [bos, bos] else ids
+
+
+def _render_chat(tokenizer: Any, chat: Any, called: str) -> Any:
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"{called} is a chat, but the tokenizer has no chat template; pass text, or a tokenizer with one "
+            "(processing_class)"
+        )
+    kwargs = getattr(chat, "template_kwargs", {})
+    try:
+        return tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=False, **kwargs)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ConfigError(f"{called} is rejected by the chat template: {error}") from error
 
 
 def check_room(ids_P: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
@@ -126,6 +152,7 @@ def sampling_params(sampling: Sampling, seed: int, *, prompt_logprobs: bool = Fa
         top_k=sampling.top_k,
         min_p=sampling.min_p,
         stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
         seed=seed,
         logprobs=0,

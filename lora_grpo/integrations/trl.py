@@ -178,7 +178,7 @@ class NativeGRPOTrainer(HookedTrainer):
 
         def build(**keywords: Any) -> Backend:
             revision = (args.model_init_kwargs or {}).get("revision")
-            given = Given(keywords["model"], keywords, revision, args.seed)
+            given = Given(keywords["model"], keywords, revision, args.seed, self.eos_token_ids)
             folder = Path(run_dir or Path(args.output_dir) / "native")
             sampling = given.sampling()
             engine, sync = _assemble(self._closing, given, engine_args or {}, keep or KeepConfig(), folder, store_root)

@@ -1,9 +1,11 @@
 """Every touch of TRL's internals: what is read, replaced or overridden in TRL 1.16's GRPOTrainer, and nothing else.
 
 Relied on: `trl.trainer.grpo_trainer.VLLMGeneration` is looked up when a trainer is built, and of what it makes the
-trainer uses `sync_weights()`, `generate(...)` and, with tools, `llm.llm_engine.model_config.max_model_len`;
-`sync_weights` is called before the first generation after every optimizer step; `_calculate_rewards` gets one row a
-completion and returns rewards by function; `_buffered_inputs` set to None makes the next step generate anew.
+trainer uses `sync_weights()`, `generate(...)` and, with tools, `llm.llm_engine.model_config.max_model_len`; by then
+`eos_token_ids` holds the tokenizer's end token and those of the model's generation config; `_tokenize_prompts` returns
+token ids first, of texts or of chats; `sync_weights` is called before the first generation after every optimizer step;
+`_calculate_rewards` gets one row a completion and returns rewards by function; `_buffered_inputs` set to None makes the
+next step generate anew.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from lora_grpo.engines.requests import one_bos
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 from lora_grpo.types import Completion
 
@@ -124,6 +127,12 @@ class HookedTrainer(grpo_trainer.GRPOTrainer):
             # What is buffered was sampled from the version that was left.
             self._buffered_inputs = None
         return super()._prepare_inputs(generation_batch)
+
+    def _tokenize_prompts(self, prompts: Any) -> Any:
+        prompt_ids, *others = super()._tokenize_prompts(prompts)
+        if isinstance(prompts[0], str):
+            prompt_ids = [list(one_bos(self._tokenizer, ids)) for ids in prompt_ids]
+        return prompt_ids, *others
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

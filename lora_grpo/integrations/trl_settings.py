@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,17 @@ from peft import LoraConfig
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.types import Sampling
 
-_SAMPLED_WITH = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "ignore_eos", "seed")
+_SAMPLED_WITH = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "seed",
+)
 """What `generation_kwargs` may override: the fields of `Sampling`, which mean what vLLM's mean."""
 
 
@@ -78,12 +88,17 @@ def _refused(args: Any) -> dict[str, tuple[bool, str]]:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What TRL's trainer would have given its own vLLM, as its keywords were when it was built."""
+    """What TRL's trainer would have given its own vLLM, as its keywords were when it was built.
+
+    `end_tokens` are the ids at which TRL takes a completion to have ended: its tokenizer's, and those of the model's
+    generation config.
+    """
 
     model: Any
     keywords: Mapping[str, Any]
     revision: str | None
     seed: int
+    end_tokens: Sequence[int] = ()
 
     def sampling(self) -> Sampling:
         """How every completion is sampled, but for the seed of the call."""
@@ -97,8 +112,10 @@ class Given:
             "seed": self.seed,
             **(given["generation_kwargs"] or {}),
         }
-        stop = fields.get("stop") or ()
-        return Sampling(**{**fields, "stop": (stop,) if isinstance(stop, str) else tuple(stop)})
+        stop, ids = fields.get("stop") or (), tuple(fields.get("stop_token_ids") or ())
+        fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        fields["stop_token_ids"] = ids if fields.get("ignore_eos") else (*ids, *self.end_tokens)
+        return Sampling(**fields)
 
     def engine_args(self, rank: int, others: Mapping[str, Any]) -> dict[str, Any]:
         """Keywords of `VLLMEngine`; `others` are the user's own and may not repeat what TRL's arguments say."""

@@ -17,6 +17,7 @@ from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.joint import EngineInEach
 from lora_grpo.engines.owned import OwnedEngine, owned
+from lora_grpo.engines.rendering import rendering
 from lora_grpo.errors import ConfigError, StoreLocked
 from lora_grpo.grpo.optimizer import build_optimizer
 from lora_grpo.grpo.processes import Processes
@@ -26,14 +27,10 @@ from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.crew import Crew, CrewEngine, Unheard, launched
 from lora_grpo.trainer.models import (
     Sharing,
-    adapted_leaves,
     build_engine,
     build_policy_model,
     check_same_device,
-    check_same_vocabulary,
-    expects_one_copy,
-    lora_rank,
-    planned_memory,
+    plan,
     shared_base,
 )
 
@@ -45,9 +42,13 @@ __all__ = ["Parts", "assemble", "keeps_state", "refuse_live", "retention"]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer drives. With several processes, the first one's `engine` stands for all of theirs."""
+    """What a trainer drives. With several processes, the first one's `engine` stands for all of theirs.
+
+    `rendering` is that engine, asked in prompts as the trainer's tokenizer renders them.
+    """
 
     engine: Engine
+    rendering: Engine
     model: nn.Module
     policy: Policy
     sync: NativeSync
@@ -61,7 +62,7 @@ def assemble(
     *,
     model: ModelConfig | nn.Module,
     peft_config: Any,
-    processing_class: Any,
+    tokenizer: Any,
     engine: Engine | None,
     engine_config: EngineConfig,
     keep: KeepConfig,
@@ -71,8 +72,8 @@ def assemble(
 ) -> Parts:
     """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
 
-    With several processes, each builds its own; only the store, and an engine that is servers, are the first one's.
-    What fails in one of them fails in all.
+    With several processes, each builds its own; only the store, `tokenizer`, and an engine that is servers, are the
+    first one's. What fails in one of them fails in all.
     """
     processes = crew.processes
     processes.first(lambda: refuse_live(run_dir))
@@ -102,8 +103,8 @@ def assemble(
         tokenizer=processing_class,
     )
     closing.callback(sync.close)
-    processes.first(lambda: check_same_vocabulary(processing_class, getattr(engine, "tokenizer", None)))
-    return Parts(_led(crew, sync, engine), policy_model, policy, sync)
+    asked = _led(crew, sync, engine)
+    return Parts(asked, rendering(asked, tokenizer, policy_model), policy_model, policy, sync)
 
 
 def _open_store(
@@ -143,19 +144,15 @@ def _prepared(
     """How to start the engine. All that can be found wrong before is, in every process: engines in the trainers' own
     wait for each other while they start, and one that never began would keep the others waiting."""
 
-    def check() -> tuple[int, list[str] | None]:
-        rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
-        one_copy = expects_one_copy(sharing, model, engine_config)
-        planned = planned_memory(model, engine_config, rank=rank, leaves=leaves, shared_base=one_copy)
-        reporter.message(f"memory: {planned}")
-        reporter.message("starting the engine")
-        return rank, leaves
-
-    rank, targets = processes.each(check)
+    planned = processes.each(lambda: plan(model, peft_config, engine_config, sharing))
+    reporter.message(f"memory: {planned.memory}")
+    reporter.message("starting the engine")
 
     def start() -> Engine:
         with reporter.capture():
-            return build_engine(model, engine_config, rank, targets=targets, share_base_weights=sharing is True)
+            return build_engine(
+                model, engine_config, planned.rank, targets=planned.leaves, share_base_weights=sharing is True
+            )
 
     return start
 

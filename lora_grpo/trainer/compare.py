@@ -145,6 +145,7 @@ def compare_run(
     config = run_config(run)
     data = load_prompts(prompts, prompt_column=config.data.prompt_column, system_prompt=config.data.system_prompt)
     grpo, functions = effective_grpo(config), [load_reward(reward) for reward in config.rewards]
+    data = replace(data, chat_template_kwargs=grpo.chat_template_kwargs)
     try:
         check_columns(functions, data.column_names)
     except ConfigError:

@@ -22,7 +22,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics import Reporter, plot_run
-from lora_grpo.rewards import RewardFunction, check_columns
+from lora_grpo.rewards import RewardFunction
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import going_back, loop
 from lora_grpo.trainer.assembly import Parts, assemble
@@ -31,8 +31,10 @@ from lora_grpo.trainer.evaluation import Evaluation, evaluate, save_evaluation
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Sharing
 from lora_grpo.trainer.overlap import rollouts_of
+from lora_grpo.trainer.preflight import Preflight, reward_functions
 from lora_grpo.trainer.rollouts import RolloutFunc
 from lora_grpo.trainer.summary import run_info, summary
+from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
 
 
 class GRPOTrainer:
@@ -61,6 +63,7 @@ class GRPOTrainer:
         guard: Guard | None = None,
         share_base_weights: Sharing = False,
         view: bool = True,
+        **unknown: Any,
     ) -> None:
         """Build everything that is not given: the engine on `model`, the PEFT model, the store.
 
@@ -68,37 +71,46 @@ class GRPOTrainer:
         trainer and keeps the run, each has an engine of its own (or all share the first one's server), and the steps
         are those of a single process with as many rows an update.
 
-        `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`), or a PeftModel on one of them. An
-        `engine` that is given stays open when the trainer closes. `guard` rolls back on its own when the run goes
-        astray. `share_base_weights` has trainer and engine hold one copy of the base, in the engine's dtype: "auto"
-        where that costs nothing (CUDA, unquantized, same dtype; not measured there yet, so not the default), True on
-        the CPU too, where decoding is slower then.
+        `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`), or a PeftModel on one of them.
+        `processing_class` is the tokenizer that renders prompts (default: the checkpoint's); its end token, and those
+        of the model's generation config, end completions. An `engine` that is given stays open when the trainer closes.
+        `guard` rolls back on its own when the run goes astray. `share_base_weights` has trainer and engine hold one
+        copy of the base, in the engine's dtype: "auto" where that costs nothing (CUDA, unquantized, same dtype; not
+        measured there yet, so not the default), True on the CPU too, where decoding is slower then.
         Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
         has the run open, before anything is trained.
         """
+        _refuse_unknown(unknown, config)
         self.config, self.run_dir = config or GRPOConfig(), Path(run_dir)
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        self.train_data = _prompts(train_dataset, "train_dataset")
-        self.eval_data = None if eval_dataset is None else _prompts(eval_dataset, "eval_dataset")
-        check_columns(self.reward_funcs, self.train_data.column_names)
-        self.rollout_func, self.guard, self._view = rollout_func, guard, view
-        if guard is not None:
-            guard.check(self.config)
+        self.reward_funcs = reward_functions(reward_funcs)
         self.crew = Crew(Processes(launched(self.config.ddp_timeout)))
+        before = Preflight(
+            ModelConfig(name=str(model)) if isinstance(model, str | Path) else model,
+            self.reward_funcs,
+            self.config,
+            _prompts(train_dataset, "train_dataset"),
+            None if eval_dataset is None else _prompts(eval_dataset, "eval_dataset"),
+            processing_class,
+            engine,
+            engine_config or EngineConfig(),
+            guard,
+            self.crew.processes.count,
+        )
+        self.rollout_func, self.guard, self._view = rollout_func, guard, view
         self._closing = ExitStack()
         self._build(
+            before,
             partial(
                 assemble,
-                model=ModelConfig(name=str(model)) if isinstance(model, str | Path) else model,
+                model=before.model,
                 peft_config=peft_config,
-                processing_class=processing_class,
                 engine=engine,
-                engine_config=engine_config or EngineConfig(),
+                engine_config=before.engine_config,
                 keep=keep or KeepConfig(),
                 run_dir=self.run_dir,
                 store_root=store_root,
                 share_base_weights=share_base_weights,
-            )
+            ),
         )
         prompts_per_step = self.config.rows_per_step(self.crew.processes.count) // self.config.num_generations
         self.sampler = PromptSampler(len(self.train_data), prompts_per_step, self.config.seed)
@@ -108,13 +120,19 @@ class GRPOTrainer:
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[Evaluation] = []
 
-    def _build(self, assembled: Callable[[ExitStack, Reporter | Unheard, Crew, GRPOConfig], Parts]) -> None:
-        """The parts, closed again when one of them fails."""
+    def _build(self, before: Preflight, assembled: Callable[..., Parts]) -> None:
+        """The parts, closed again when one of them fails; nothing costly starts before all is checked."""
         with self._reporting() if self.crew.leads else nullcontext(Unheard()) as reporter, ExitStack() as on_failure:
             on_failure.callback(self._closing.close)
-            self.parts = self.crew.parts = assembled(self._closing, reporter, self.crew, self.config)
+            self.crew.processes.first(before.check)
+            tokenizer = before.tokenizer if self.crew.leads else None
+            self.parts = assembled(self._closing, reporter, self.crew, self.config, tokenizer=tokenizer)
+            self.crew.parts = self.parts
             self.engine, self.model = self.parts.engine, self.parts.model
             self.policy, self.sync = self.parts.policy, self.parts.sync
+            said = self.crew.processes.first(lambda: before.check_prompts(getattr(self.engine, "max_model_len", None)))
+            reporter.message(said)
+            self.train_data, self.eval_data = before.train, before.held_out
             self.rollouts = rollouts_of(self)
             self._closing.callback(self.rollouts.close)
             on_failure.pop_all()
@@ -198,7 +216,12 @@ class GRPOTrainer:
         if self.eval_data is None:
             raise ConfigError("there are no held-out prompts; pass eval_dataset")
         result = evaluate(
-            self.engine, self.version, self.eval_data, self.reward_funcs, self.config, scored=self.rollouts.score
+            self.parts.rendering,
+            self.version,
+            self.eval_data,
+            self.reward_funcs,
+            self.config,
+            scored=self.rollouts.score,
         )
         save_evaluation(self.run_dir, result)
         self.store.record(self.version, **{f"eval/{name}": value for name, value in result.metrics.items()})
@@ -253,3 +276,13 @@ def _prompts(data: Any, name: str) -> PromptDataset:
     if data is None:
         raise ConfigError(f"{name} is missing: pass a datasets.Dataset, a list of dicts with 'prompt', or a file")
     return data if isinstance(data, PromptDataset) else load_prompts(data)
+
+
+def _refuse_unknown(arguments: dict[str, Any], config: Any) -> None:
+    """Raises `ConfigError` for arguments that are TRL's, `TypeError` for others."""
+    for name in arguments:
+        if name not in TRL_ARGUMENTS:
+            raise TypeError(f"GRPOTrainer has no argument {name!r}")
+        raise ConfigError(f"GRPOTrainer has no argument {name!r}: {TRL_ARGUMENTS[name]}")
+    if not isinstance(config, GRPOConfig | None):
+        raise ConfigError(f"config is a {type(config).__module__}.{type(config).__qualname__}: {CONFIG}")

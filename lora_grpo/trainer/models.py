@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from lora_grpo.adapters.checks import active_adapter, check_servable
 from lora_grpo.adapters.peft_format import lora_modules, peft_model_of
@@ -37,6 +37,22 @@ def checkpoint_of(model: ModelConfig | nn.Module) -> ModelConfig:
     if not name:
         raise ConfigError("the model does not know its checkpoint; build VLLMEngine(name) yourself and pass engine=")
     return ModelConfig(name=str(name))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run's own engine is started for: adapters of `rank` on `leaves` (None: all linear layers)."""
+
+    rank: int
+    leaves: list[str] | None
+    memory: MemoryEstimate
+
+
+def plan(model: ModelConfig | nn.Module, peft_config: Any, config: EngineConfig, sharing: Sharing) -> Plan:
+    """The plan of a run. Raises `ConfigError` for a base or an adapter that cannot be, or too little memory."""
+    rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
+    one_copy = expects_one_copy(sharing, model, config)
+    return Plan(rank, leaves, planned_memory(model, config, rank=rank, leaves=leaves, shared_base=one_copy))
 
 
 def planned_memory(
@@ -230,6 +246,29 @@ def check_same_device(model: nn.Module, engine: Engine) -> None:
             f"the trainer is on {trainer}, the engine on {served}; move the model with model.to('{served}'), or serve "
             "on that device with `vllm serve` and use VLLMServerEngine"
         )
+
+
+def trainer_tokenizer(model: ModelConfig | nn.Module, processing_class: Any, engine: Engine | None) -> Any:
+    """What prompts are rendered with: `processing_class`, else a given engine's own tokenizer, or the checkpoint's.
+
+    Raises `ConfigError` when it numbers tokens otherwise than the engine's; None where there is none.
+    """
+    served = getattr(engine, "tokenizer", None) if engine is not None else _checkpoint_tokenizer(model)
+    if processing_class is None:
+        return served
+    own = getattr(processing_class, "tokenizer", processing_class)
+    check_same_vocabulary(own, served)
+    return own
+
+
+def _checkpoint_tokenizer(model: ModelConfig | nn.Module) -> Any:
+    checkpoint = checkpoint_of(model)
+    try:
+        return AutoTokenizer.from_pretrained(
+            checkpoint.name, revision=checkpoint.revision, trust_remote_code=checkpoint.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"{checkpoint.name} has no tokenizer that can be read: {error}") from error
 
 
 def check_same_vocabulary(trainer: Any, engine: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) 
     if held_out is None:
         raise ConfigError(f"{run} has no held-out prompts (data.eval)")
     rewards, grpo = [load_reward(reward) for reward in config.rewards], effective_grpo(config)
+    held_out = replace(held_out, chat_template_kwargs=grpo.chat_template_kwargs)
     with AdapterStore(archive=run) as store:
         chosen = list(dict.fromkeys(_on_tmpfs(store, target) for target in wanted))
         with capture_output(run / ENGINE_LOG):

@@ -12,7 +12,9 @@ from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.types import Group, Prompt, Sampling, derive_seed
 
 RolloutFunc: TypeAlias = Callable[[Sequence[Prompt], Engine, AdapterVersion], list[Group]]
-"""`f(prompts, engine, version)` -> one group a prompt; `Completion.token_mask` marks the tokens the policy sampled."""
+"""`f(prompts, engine, version)` -> one group a prompt; `Completion.token_mask` marks the tokens the policy sampled.
+
+The engine renders text and chats as the trainer does; `prompt + [message]` keeps a chat's `chat_template_kwargs`."""
 
 
 def training_sampling(config: GRPOConfig, step: int, rollbacks: int) -> Sampling:

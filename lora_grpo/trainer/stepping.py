@@ -74,9 +74,9 @@ def roll_out(
     """One group a prompt, all made by `version`; raises for anything else."""
     if rollout_func is None:
         sampling = training_sampling(config, step, rollbacks)
-        groups = parts.engine.generate(prompts, sampling, adapter=version)
+        groups = parts.rendering.generate(prompts, sampling, adapter=version)
     else:
-        groups = rollout_func(prompts, parts.engine, version)
+        groups = rollout_func(prompts, parts.rendering, version)
     check_groups(groups, len(prompts), config, version)
     return groups
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from lora_grpo.config import nearest_key
 from lora_grpo.errors import ConfigError
+from lora_grpo.sections import nearest_key
 
 if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import find_adapter_config_file
 
 from lora_grpo.errors import ConfigError
 
@@ -32,9 +34,24 @@ def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remot
 
 def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A checkpoint's transformers model without memory, from its config. Raises `ConfigError` where there is none."""
+    check_is_base(model, revision=revision)
     try:
         config: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model} is no model directory or hub name that can be read: {error}") from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def check_is_base(model: str | Path, *, revision: str | None = None) -> None:
+    """Raises `ConfigError` for an adapter's folder, where transformers would load adapter and base together."""
+    try:
+        found = find_adapter_config_file(str(model), revision=revision)
+    except OSError:
+        return
+    if found is not None:
+        base = json.loads(Path(found).read_text()).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{model} is an adapter, not a base model: name its base ({base}); to train the adapter on, pass "
+            f"PeftModel.from_pretrained(base, {str(model)!r}, is_trainable=True) as the trainer's model"
+        )

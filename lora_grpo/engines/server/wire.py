@@ -24,6 +24,7 @@ def completion_body(name: str, ids: Sequence[int], sampling: Sampling, seed: int
         "top_k": sampling.top_k,
         "min_p": sampling.min_p,
         "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_token_ids),
         "ignore_eos": sampling.ignore_eos,
         "seed": seed,
         "repetition_penalty": 1.0,

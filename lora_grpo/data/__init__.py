@@ -1,0 +1,16 @@
+"""Prompts: where they come from, and in which order a run uses them."""
+
+from lora_grpo.data.order import PromptSampler, SamplerState
+from lora_grpo.data.prompts import RESERVED_COLUMNS, PromptDataset, load_data, load_prompts
+from lora_grpo.data.reading import FILE_SUFFIXES, Rows
+
+__all__ = [
+    "FILE_SUFFIXES",
+    "RESERVED_COLUMNS",
+    "PromptDataset",
+    "PromptSampler",
+    "Rows",
+    "SamplerState",
+    "load_data",
+    "load_prompts",
+]

@@ -1,0 +1,174 @@
+"""Rows as checked prompts with their columns.
+
+A prompt is text or a list of chat messages; every other column of its row is handed to the reward functions.
+Everything is checked when it is loaded, so that row 5,000 does not end a run after hours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.config import DataConfig
+from lora_grpo.data.reading import Rows, read_rows, short
+from lora_grpo.errors import ConfigError
+from lora_grpo.types import Chat, Prompt
+
+RESERVED_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
+"""Names under which reward functions get something else."""
+
+TEMPLATE_COLUMN = "chat_template_kwargs"
+"""What one row's chat template gets besides the messages."""
+
+
+@dataclass(frozen=True)
+class PromptDataset:
+    """Checked prompts with their other columns; `rows` stays where it is (memory-mapped for `datasets`).
+
+    `label` is what errors call it. `chat_template_kwargs` go to the chat template of every chat; those in a row's
+    column of that name go before them.
+    """
+
+    rows: Rows
+    prompt_column: str
+    column_names: tuple[str, ...]
+    system_prompt: str | None = None
+    label: str = "the data"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def prompt(self, index: int) -> Prompt:
+        """The prompt of one row, as chat messages if the data or `system_prompt` make it a chat."""
+        return self._as_prompt(self.rows[index])
+
+    def select(self, indices: Sequence[int]) -> tuple[list[Prompt], dict[str, list[Any]]]:
+        """`(prompts_P, columns)`: each column is a list of P values, None where a row lacks it."""
+        rows = [self.rows[index] for index in indices]
+        return list(map(self._as_prompt, rows)), {name: [row.get(name) for row in rows] for name in self.column_names}
+
+    def prompts(self) -> Iterator[Prompt]:
+        """The prompt of every row, in order."""
+        return map(self._as_prompt, _narrow(self.rows, self.prompt_column))
+
+    def only(self, indices: Sequence[int]) -> PromptDataset:
+        """The same with these rows alone."""
+        rows = [self.rows[i] for i in indices] if isinstance(self.rows, list) else self.rows.select(indices)  # type: ignore[union-attr]
+        return replace(self, rows=rows)
+
+    def _as_prompt(self, row: Mapping[str, Any]) -> Prompt:
+        value = row[self.prompt_column]
+        if isinstance(value, str):
+            if self.system_prompt is None:
+                return value
+            value = [{"role": "user", "content": value}]
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        own = _without_none(row.get(TEMPLATE_COLUMN) or {})
+        return Chat([*system, *map(_without_none, value)], {**self.chat_template_kwargs, **own})
+
+
+def load_data(config: DataConfig) -> tuple[PromptDataset, PromptDataset | None]:
+    """The training and held-out prompts of a run's settings."""
+    shared: dict[str, Any] = {
+        "name": config.name,
+        "prompt_column": config.prompt_column,
+        "system_prompt": config.system_prompt,
+    }
+    train = load_prompts(config.train, split=config.train_split, **shared)
+    if config.eval is None:
+        return train, None
+    return train, load_prompts(config.eval, split=config.eval_split, limit=config.eval_limit, **shared)
+
+
+def load_prompts(
+    source: str | Path | Rows,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    prompt_column: str = "prompt",
+    system_prompt: str | None = None,
+    limit: int | None = None,
+) -> PromptDataset:
+    """Prompts from a hub name, a JSONL, JSON or Parquet file, a `datasets.Dataset` or a list of dicts.
+
+    `split` and `name` (the hub's configuration) are for hub names; `limit` keeps the first rows.
+    `system_prompt` makes chats of text prompts and is put before chats; "" makes chats without a system message.
+    Raises `ConfigError` naming file, row and column.
+    """
+    rows, label = read_rows(source, split, name)
+    if limit is not None and limit < len(rows):
+        rows = rows[:limit] if isinstance(rows, list) else rows.select(range(limit))  # type: ignore[union-attr]
+    if not len(rows):
+        raise ConfigError(f"{label} has no rows")
+    columns = _column_names(rows)
+    if prompt_column not in columns:
+        raise ConfigError(_missing_column(label, prompt_column, columns))
+    taken = sorted(RESERVED_COLUMNS.intersection(columns) - {prompt_column})
+    if taken:
+        raise ConfigError(f"{label}: column {taken[0]!r} is a name that reward functions get otherwise; rename it")
+    _check_prompts(rows, label, prompt_column, system_prompt)
+    others = tuple(column for column in columns if column != prompt_column)
+    return PromptDataset(rows, prompt_column, others, system_prompt, label)
+
+
+def _column_names(rows: Rows) -> tuple[str, ...]:
+    if isinstance(rows, list):
+        return tuple(dict.fromkeys(str(key) for row in rows for key in row))
+    return tuple(rows.column_names)  # type: ignore[union-attr]
+
+
+def _missing_column(label: str, column: str, columns: tuple[str, ...]) -> str:
+    chats = ["messages"] if "messages" in columns else []
+    near = chats or difflib.get_close_matches(column, columns, n=1)
+    hint = f"; prompt_column = {near[0]!r}?" if near else "; name the one that holds the prompts in prompt_column"
+    return f"{label} has no column {column!r}; its columns are {', '.join(map(repr, columns))}{hint}"
+
+
+def _check_prompts(rows: Rows, label: str, column: str, system_prompt: str | None) -> None:
+    for index, row in enumerate(_narrow(rows, column)):
+        problem, where = _problem(row.get(column), system_prompt), column
+        if not problem:
+            chat = system_prompt is not None or not isinstance(row[column], str)
+            problem, where = _template_problem(row.get(TEMPLATE_COLUMN), chat), TEMPLATE_COLUMN
+        if problem:
+            raise ConfigError(f"{label}, row {index}, column {where!r}: {problem}")
+
+
+def _narrow(rows: Rows, column: str) -> Rows:
+    """Only what a prompt is made of: decoding every column of a large dataset would cost minutes."""
+    if isinstance(rows, list):
+        return rows
+    return rows.select_columns([name for name in rows.column_names if name in (column, TEMPLATE_COLUMN)])  # type: ignore[union-attr]
+
+
+def _template_problem(value: Any, chat: bool) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        return f"it holds what the chat template gets, such as {{'enable_thinking': false}}, not {short(value)}"
+    return None if chat else "the prompt is text, which goes through no chat template; set data.system_prompt = ''"
+
+
+def _problem(value: Any, system_prompt: str | None) -> str | None:
+    """What is wrong with one prompt, with the fix; None if nothing is."""
+    if isinstance(value, str):
+        return None if value else "the prompt is empty; remove the row"
+    if not isinstance(value, list) or not value:
+        return f"a prompt is text or a list of chat messages, not {short(value)}"
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f"a chat message needs 'role' and 'content', but one is {short(message)}"
+    if value[-1]["role"] == "assistant":
+        return "the chat ends with the assistant's message; leave out the answer, so that the model gives one"
+    if system_prompt and value[0]["role"] == "system":
+        return "the chat has a system message of its own; leave out data.system_prompt, or the message"
+    return None
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrow gives every message the keys of all; a chat template would take a None for something said."""
+    return {key: item for key, item in values.items() if item is not None}

@@ -1,0 +1,103 @@
+"""Rows from where they are: the hub, JSONL, JSON and Parquet files, datasets, lists of dicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lora_grpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Rows: TypeAlias = "Sequence[Mapping[str, Any]] | Dataset"
+
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def read_rows(source: str | Path | Rows, split: str, name: str | None) -> tuple[Rows, str]:
+    """The rows, and what to call them in errors."""
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if path.suffix.lower() not in FILE_SUFFIXES:
+            return _from_hub(str(source), split, name), f"dataset {str(source)!r} (split {split!r})"
+        if not path.is_file():
+            raise ConfigError(f"no such data file: {path.absolute()}")
+        read = _from_parquet if path.suffix.lower() == ".parquet" else _from_json
+        return read(path), str(path)
+    if isinstance(source, Mapping):
+        splits = ", ".join(map(repr, source))
+        raise ConfigError(f"the data is a mapping, not rows; choose one of its splits: {splits}")
+    if hasattr(source, "column_names") and hasattr(source, "select"):
+        return source, "the dataset"
+    if not hasattr(source, "__len__"):
+        raise ConfigError(
+            f"the data is a {type(source).__name__}, whose rows cannot be counted; a run shuffles them and resumes "
+            "among them: pass a datasets.Dataset or a list (of a stream, list(itertools.islice(stream, 10_000)))"
+        )
+    rows = list(source)
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"the data, row {index}: {short(row)} is no dict of columns")
+    return rows, "the data"
+
+
+def _from_hub(name: str, split: str, configuration: str | None) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, configuration, split=split)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        at = f"split={split!r}" + (f", name={configuration!r}" if configuration else "")
+        raise ConfigError(
+            f"cannot load dataset {name!r} ({at}): {reason}. For a local file give a path that ends in "
+            f"{', '.join(FILE_SUFFIXES)}"
+        ) from error
+
+
+def _from_parquet(path: Path) -> Dataset:
+    from datasets import Dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return Dataset.from_parquet(str(path))
+    except (DatasetGenerationError, ValueError) as error:
+        raise ConfigError(f"{path} is no readable Parquet file: {error.__cause__ or error}") from error
+
+
+def _from_json(path: Path) -> list[dict[str, Any]]:
+    """One object a line, or one array of objects.
+
+    Read here and not through Arrow, which gives a column one type: it refuses answers that are now text, now numbers,
+    and fills nested messages with keys that other rows have.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 ({error}); convert it, as with iconv -t UTF-8") from error
+    if text.lstrip().startswith("["):
+        rows: list[dict[str, Any]] = _json(text, str(path))
+        where = [f"{path}, row {index}" for index in range(len(rows))]
+    else:
+        numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        where = [f"{path}, line {number}" for number, _ in numbered]
+        rows = [_json(line, at) for at, (_, line) in zip(where, numbered, strict=True)]
+    for at, row in zip(where, rows, strict=True):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{at}: {short(row)} is no JSON object with columns as keys")
+    return rows
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+
+
+def short(value: object, width: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -1,0 +1,191 @@
+"""All that can be known of a run before its engine starts, so that nothing of it ends the run hours later."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from inspect import signature
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
+from torch import nn
+
+from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig
+from lora_grpo.data import PromptDataset
+from lora_grpo.engines.base import Engine
+from lora_grpo.engines.local.targets import check_is_base
+from lora_grpo.engines.requests import ENCODING, render
+from lora_grpo.errors import ConfigError
+from lora_grpo.rewards import RewardFunction, check_columns, reward_names
+from lora_grpo.trainer.guards import Guard
+from lora_grpo.trainer.models import trainer_tokenizer
+from lora_grpo.trl_names import REWARD_MODEL
+from lora_grpo.types import Chat
+
+
+@dataclass
+class Preflight:
+    """What a run would train with what. Each part is worked out once, and says in a sentence what it found.
+
+    `max_model_len` is the engine's, where it is known; without it only `max_prompt_length` bounds the prompts.
+    """
+
+    model: ModelConfig | nn.Module
+    reward_funcs: Sequence[RewardFunction]
+    config: GRPOConfig
+    train: PromptDataset
+    held_out: PromptDataset | None
+    processing_class: Any = None
+    engine: Engine | None = None
+    engine_config: EngineConfig = field(default_factory=EngineConfig)
+    guard: Guard | None = None
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        kwargs = self.config.chat_template_kwargs
+        self.train = replace(self.train, chat_template_kwargs=kwargs)
+        self.held_out = self.held_out and replace(self.held_out, chat_template_kwargs=kwargs)
+
+    def parts(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        """Every check by name. Each raises a `LoraGrpoError`, or tells what it found."""
+        yield "rewards", self.check_rewards
+        yield "steps", self.check_steps
+        yield "prompts", lambda: self.check_prompts(self.known_room)
+
+    def check(self) -> None:
+        """Every part."""
+        for _, part in self.parts():
+            part()
+
+    def check_rewards(self) -> str:
+        """Weights and columns fit the functions."""
+        names, weights = reward_names(self.reward_funcs), self.config.reward_weights
+        if weights is not None and len(weights) != len(names):
+            raise ConfigError(
+                f"reward_weights={list(weights)} has {len(weights)} weights for the {len(names)} reward functions "
+                f"({', '.join(names)}); give one for each"
+            )
+        for data in filter(None, (self.train, self.held_out)):
+            check_columns(self.reward_funcs, data.column_names)
+        return ", ".join(f"{w:g} x {name}" for name, w in zip(names, weights or [1.0] * len(names), strict=True))
+
+    def check_steps(self) -> str:
+        """Sizes of a step fit together, and every guard can fire."""
+        if isinstance(self.model, ModelConfig):
+            check_is_base(self.model.name, revision=self.model.revision)
+        if self.guard is not None:
+            self.guard.check(self.config)
+        rows, each = self.config.rows_per_step(self.num_processes), self.config.num_generations
+        updates = self.config.updates_per_step(self.num_processes)
+        return f"{self.config.total_steps} of {rows // each} prompts x {each} completions, {updates} updates each"
+
+    def check_prompts(self, max_model_len: int | None) -> str:
+        """Every row can be rendered, and fits an engine of `max_model_len`; longer ones go where they may be dropped.
+
+        `train` and `held_out` are afterwards those rows alone.
+        """
+        said = []
+        for name in ("train", "held_out"):
+            data, lengths = self._lengths[name]
+            if data is None:
+                continue
+            fitting = self._fitting(data, lengths, max_model_len)
+            setattr(self, name, data if len(fitting) == len(data) else data.only(fitting))
+            dropped = len(data) - len(fitting)
+            longest = max(lengths[row] for row in fitting)
+            said.append(
+                f"{data.label}: {len(fitting):,} prompts of at most {longest:,} tokens"
+                + (f", {dropped:,} longer ones dropped" if dropped else "")
+            )
+        return "; ".join(said)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What prompts are rendered with; None where neither engine nor model has one."""
+        return trainer_tokenizer(self.model, self.processing_class, self.engine)
+
+    @property
+    def known_room(self) -> int | None:
+        """The engine's max_model_len, where it is known before it starts."""
+        if self.engine is not None:
+            return getattr(self.engine, "max_model_len", None)
+        return None if self.engine_config.urls else self.engine_config.max_model_len
+
+    @cached_property
+    def _lengths(self) -> dict[str, tuple[PromptDataset | None, list[int]]]:
+        """The data as they were given, and the tokens of each row's prompt."""
+        return {
+            name: (data, [] if data is None else self._tokens_of(data))
+            for name, data in (("train", self.train), ("held_out", self.held_out))
+        }
+
+    def _tokens_of(self, data: PromptDataset) -> list[int]:
+        if self.tokenizer is None:
+            return [0] * len(data)
+        lengths = []
+        known = _template_names(self.tokenizer)
+        for row, prompt in enumerate(data.prompts()):
+            called = f"{data.label}, row {row}: the prompt"
+            if isinstance(prompt, Chat):
+                _check_template_kwargs(prompt, known, called)
+            with ENCODING:
+                lengths.append(len(render(self.tokenizer, prompt, called)))
+        return lengths
+
+    def _fitting(self, data: PromptDataset, lengths: list[int], max_model_len: int | None) -> list[int]:
+        """The rows that fit. Raises `ConfigError` for those that do not, or when none is left."""
+        longest, completion = self.config.max_prompt_length, self.config.max_completion_length
+        limits = {
+            f"max_prompt_length={longest}": longest,
+            f"max_model_len={max_model_len} less max_completion_length={completion}": max_model_len
+            and max_model_len - completion,
+        }
+        name, limit = min(
+            ((name, limit) for name, limit in limits.items() if limit is not None),
+            key=lambda pair: pair[1],
+            default=("", max(lengths)),
+        )
+        over = [row for row, length in enumerate(lengths) if length > limit]
+        if over and (self.config.overlong_prompts == "error" or len(over) == len(data)):
+            raise ConfigError(
+                f"{data.label}, row {over[0]}: the prompt has {lengths[over[0]]:,} tokens, and {name} allows {limit:,} "
+                f"({len(over):,} of {len(data):,} rows are longer, up to {max(lengths):,}): raise the limit, shorten "
+                "them, or leave them out with overlong_prompts='drop'"
+            )
+        return [row for row, length in enumerate(lengths) if length <= limit]
+
+
+def _template_names(tokenizer: Any) -> set[str] | None:
+    """What a chat template can be given: its own variables, and what renders it; None where that cannot be told."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str):
+        return None
+    try:
+        own = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
+    except TemplateSyntaxError:
+        return None
+    return {*own, *signature(tokenizer.apply_chat_template).parameters}
+
+
+def _check_template_kwargs(chat: Chat, known: set[str] | None, called: str) -> None:
+    """Raises `ConfigError` for what the template would ignore without a word."""
+    for name in chat.template_kwargs:
+        if known is not None and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+            raise ConfigError(f"{called} has chat_template_kwargs {name!r}, which the chat template ignores; {hint}")
+
+
+def reward_functions(given: Any) -> list[RewardFunction]:
+    """The reward functions that a trainer was given. Raises `ConfigError` for a reward model or its name."""
+    functions = list(given) if isinstance(given, list | tuple) else [given]
+    for function in functions:
+        if isinstance(function, str | nn.Module) or not callable(function):
+            shown = repr(function) if isinstance(function, str) else f"a {type(function).__name__}"
+            raise ConfigError(f"reward_funcs: {shown} is no function; {REWARD_MODEL}")
+    if not functions:
+        raise ConfigError("reward_funcs is empty; give one function at least")
+    return functions

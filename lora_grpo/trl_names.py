@@ -1,0 +1,80 @@
+"""What TRL's users write that is called something else here, or is not there: what to do instead."""
+
+_EVERY_VERSION = (
+    "every version is published and archived; [keep] (KeepConfig) says how many stay, trainer_state_every how often "
+    "with the exact trainer state"
+)
+_LOGGED = "every step is logged; leave it out"
+_FROM_VLLM = "completions always come from vLLM; leave it out, and see [engine] (EngineConfig)"
+_SERVERS = "name the servers in engine.urls (EngineConfig)"
+_DTYPES = "dtypes are model.dtype (ModelConfig) and engine.dtype (EngineConfig); leave it out"
+_NATIVE = "it is TRL's own; train with NativeGRPOTrainer (lora_grpo.integrations.trl), which has it"
+_EVAL = "set eval_every, the steps between held-out evaluations"
+_SAMPLED = "completions are sampled with temperature and max_completion_length alone, so that the loss fits them"
+_LAUNCHED = "launch with accelerate (DDP or FSDP2); leave it out"
+
+TRL_SETTINGS = {
+    "max_steps": "set total_steps: it counts generations, where TRL's max_steps counts optimizer steps",
+    "num_train_epochs": "set total_steps, which counts generations",
+    "output_dir": "the run's directory is run_dir= of GRPOTrainer, and output_dir at the top of a config file",
+    "save_steps": _EVERY_VERSION,
+    "save_strategy": _EVERY_VERSION,
+    "save_total_limit": _EVERY_VERSION,
+    "save_only_model": _EVERY_VERSION,
+    "resume_from_checkpoint": "call trainer.resume(), or `lora-grpo train --resume`",
+    "logging_steps": _LOGGED,
+    "logging_strategy": _LOGGED,
+    "logging_first_step": _LOGGED,
+    "log_completions": "set log_completions_every, the steps between shown samples",
+    "num_completions_to_print": "set log_completions_every, the steps between shown samples",
+    "eval_steps": _EVAL,
+    "eval_strategy": _EVAL,
+    "eval_on_start": "held-out prompts are answered at the start and at the end anyway; leave it out",
+    "optim": "the optimizer is AdamW (learning_rate, weight_decay, adam_beta1 ...); leave it out",
+    "optim_args": "the optimizer is AdamW (learning_rate, weight_decay, adam_beta1 ...); leave it out",
+    "shuffle_dataset": "prompts are shuffled anew in every epoch, by seed; leave it out",
+    "data_seed": "prompts are shuffled by seed; leave it out",
+    "steps_per_generation": "set generation_batch_size, the completions of one generation",
+    "warmup_ratio": "set warmup_steps, in optimizer updates",
+    "use_vllm": _FROM_VLLM,
+    "vllm_mode": _FROM_VLLM,
+    "vllm_model_impl": _FROM_VLLM,
+    "vllm_enable_sleep_mode": _FROM_VLLM,
+    "vllm_gpu_memory_utilization": "set engine.gpu_memory_utilization (EngineConfig)",
+    "vllm_max_model_length": "set engine.max_model_len (EngineConfig)",
+    "vllm_server_base_url": _SERVERS,
+    "vllm_server_host": _SERVERS,
+    "vllm_server_port": _SERVERS,
+    "bf16": _DTYPES,
+    "fp16": _DTYPES,
+    "model_init_kwargs": "pass the model as ModelConfig(name, dtype=, revision=, trust_remote_code=)",
+    "generation_kwargs": _SAMPLED,
+    "repetition_penalty": _SAMPLED,
+    "sync_ref_model": _NATIVE,
+    "top_entropy_quantile": _NATIVE,
+    "off_policy_mask_threshold": _NATIVE,
+    "multi_objective_aggregation": _NATIVE,
+    "deepspeed": _LAUNCHED,
+    "fsdp": _LAUNCHED,
+    "fsdp_config": _LAUNCHED,
+}
+"""By TRL's setting."""
+
+CONFIG = (
+    "pass config=lora_grpo.GRPOConfig(...), whose fields have TRL's names where they mean the same; a trl.GRPOConfig "
+    "goes to NativeGRPOTrainer (lora_grpo.integrations.trl)"
+)
+REWARD_MODEL = (
+    "reward functions have the signature f(prompts, completions, **columns) -> list[float]: call the model in one, or "
+    "train with NativeGRPOTrainer (lora_grpo.integrations.trl), which takes reward models"
+)
+TRL_ARGUMENTS = {
+    "args": CONFIG,
+    "callbacks": "use guard= for rollbacks, report_to for trackers, or NativeGRPOTrainer (lora_grpo.integrations.trl)",
+    "optimizers": "the optimizer is AdamW, set by GRPOConfig",
+    "reward_processing_classes": REWARD_MODEL,
+    "tools": "write a rollout_func, which may take turns and mark tool output in Completion.token_mask",
+    "environment_factory": "write a rollout_func, which may take turns and mark tool output in Completion.token_mask",
+    "quantization_config": "quantized bases are refused; load the base in bfloat16 or float32 (ModelConfig)",
+}
+"""By an argument of TRL's trainer."""
