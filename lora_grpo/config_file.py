@@ -30,14 +30,31 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     to its default. `rewards.0.weight=2` reaches into a list. Raises `ConfigError` naming the file and the key.
     """
     path = Path(path)
-    values = _of_run(path) if path.is_dir() else _read(path)
+    return _built(str(path), _of_run(path) if path.is_dir() else _read(path), overrides)
+
+
+def names_a_model(target: str) -> bool:
+    """Whether `target` is a base model's directory or hub name, rather than a config file or a run."""
+    path = Path(target)
+    if path.is_dir():
+        return not (path / RESOLVED_FILE).is_file() or "output_dir" not in _read(path / RESOLVED_FILE)
+    return not path.exists() and path.suffix not in (".toml", ".json")
+
+
+def config_of_model(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The default settings for a base model, with `overrides`; what they say of data, rewards and the run is void."""
+    void: dict[str, Any] = {"output_dir": "-", "data": {"train": "-"}, "rewards": [{"name": "-"}]}
+    return _built(name, {**void, "model": {"name": name}}, overrides)
+
+
+def _built(label: str, values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
         _apply(values, override)
     try:
         return RunConfig(**values)
     except ConfigError as error:
         given = f" with {' '.join(overrides)}" if overrides else ""
-        raise ConfigError(f"{path}{given}: {error}") from error
+        raise ConfigError(f"{label}{given}: {error}") from error
 
 
 def save_config(config: RunConfig, run_dir: str | Path) -> Path:

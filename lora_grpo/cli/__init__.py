@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from lora_grpo.cli.bench import bench
+from lora_grpo.cli.check import check
 from lora_grpo.cli.compare import compare
 from lora_grpo.cli.demo import demo
 from lora_grpo.cli.diff import diff
@@ -35,6 +36,7 @@ from lora_grpo.cli.versions import show, versions
 from lora_grpo.errors import LoraGrpoError
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "check": check,
     "train": train,
     "eval": evaluate,
     "versions": versions,

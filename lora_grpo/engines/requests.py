@@ -34,6 +34,7 @@ def render(tokenizer: Any, prompt: Prompt, called: str) -> list[int]:
 
     `called` is what errors call the prompt.
     """
+    ids: Any
     if isinstance(prompt, str):
         ids = one_bos(tokenizer, tokenizer.encode(prompt))
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):

@@ -100,7 +100,7 @@ def assemble(
         optimizer=policy.optimizer,
         scheduler=policy.scheduler,
         keep_state=keeps_state(keep),
-        tokenizer=processing_class,
+        tokenizer=tokenizer,
     )
     closing.callback(sync.close)
     asked = _led(crew, sync, engine)

@@ -1,0 +1,232 @@
+"""`lora-grpo check`: what a run would end with, found without training it, and what it would train with."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from lora_grpo.adapters.checks import active_adapter, check_servable
+from lora_grpo.config import EngineConfig, GRPOConfig, RunConfig
+from lora_grpo.data import PromptDataset, load_data, load_prompts
+from lora_grpo.errors import LoraGrpoError
+from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_reward, reward_names, score
+from lora_grpo.rewards.call import TrainerState
+from lora_grpo.trainer.assembly import with_room
+from lora_grpo.trainer.build import effective_grpo, lora_config
+from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+from lora_grpo.trainer.guards import Guard, build_guard
+from lora_grpo.trainer.memory import available_memory
+from lora_grpo.trainer.models import Plan, default_device, plan
+from lora_grpo.trainer.preflight import Preflight
+from lora_grpo.types import Completion, Group, Sampling
+
+SWAPS = 3
+STAND_IN = "This is a stand-in for a completion."
+Part: TypeAlias = tuple[str, Callable[[], str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was checked: whether it works, and what was found or what has to change."""
+
+    what: str
+    ok: bool
+    found: str
+
+
+def check_run(
+    config: RunConfig, *, engine: bool = False, rewards: bool = False, base_alone: bool = False
+) -> Iterator[Finding]:
+    """What can be known of a run without training it, told as it is found; nothing of the run is written.
+
+    `engine` starts the run's own, if all else is well: base match, probe, slots, and three swaps of adapters that
+    differ. `rewards` calls each reward function once, on two rows with a stand-in completion: errors and types count,
+    values do not. `base_alone` leaves data and rewards out, for a model that has none yet.
+    """
+    run = _Run(config, base_alone)
+    well = True
+    for finding in _findings([*run.parts(), *(run.reward_calls() if rewards else ())]):
+        well = well and finding.ok
+        yield finding
+    if engine and well:
+        with ExitStack() as opened:
+            for start in _findings([("engine", lambda: run.start(opened))]):
+                yield start
+                if start.ok:
+                    yield from _findings(run.engine_parts())
+
+
+def _findings(parts: Iterable[Part]) -> Iterator[Finding]:
+    """What each part says; one that ends with the error of another before it says nothing new."""
+    told: set[str] = set()
+    for what, look in parts:
+        try:
+            yield Finding(what, True, look())
+        except LoraGrpoError as error:
+            if str(error) not in told:
+                yield Finding(what, False, str(error))
+            told.add(str(error))
+
+
+class _Run:
+    """A run as its settings describe it; each thing is made when it is first asked for."""
+
+    trainer: GRPOTrainer
+
+    def __init__(self, config: RunConfig, base_alone: bool) -> None:
+        self.config, self.base_alone = config, base_alone
+
+    def parts(self) -> Iterator[Part]:
+        if not self.base_alone:
+            yield "reward functions", lambda: ", ".join(reward_names(self.functions))
+            yield "data", lambda: "; ".join(map(_columns, filter(None, self.data)))
+        yield "base and adapter", self._adapter
+        for field in fields(self.plan.memory) if self._fits() else ():
+            yield f"memory: {field.name.removesuffix('_bytes')}", partial(self._memory, field.name)
+        yield "memory", lambda: f"{_gib(self.plan.memory.total_bytes)} without activations, of {_free()}"
+        if not self.base_alone:
+            yield from self._preflight_parts()
+
+    def reward_calls(self) -> Iterator[Part]:
+        """Each function alone, so that one that fails hides no other."""
+        try:
+            functions, (data, _) = self.functions, self.data
+        except LoraGrpoError:
+            return
+        for name, function in zip(reward_names(functions), functions, strict=True):
+            yield f"reward {name}", partial(call_once, function, data, self.grpo)
+
+    def start(self, opened: ExitStack) -> str:
+        """The run's trainer, in folders that go when `opened` closes."""
+        shared = Path("/dev/shm")
+        run = opened.enter_context(tempfile.TemporaryDirectory(prefix="lora-grpo-check-"))
+        root = opened.enter_context(
+            tempfile.TemporaryDirectory(prefix="lora-grpo-check-", dir=shared if shared.is_dir() else None)
+        )
+        self.trainer = GRPOTrainer(
+            self.config.model,
+            self.functions,
+            self.grpo.replace(report_to=()),
+            self.data[0],
+            eval_dataset=self.data[1],
+            peft_config=lora_config(self.config.lora),
+            engine_config=self.config.engine,
+            run_dir=run,
+            store_root=Path(root) / "store",
+            guard=self.guard,
+            view=False,
+        )
+        opened.callback(self.trainer.close)
+        engine = self.trainer.engine
+        return f"{type(engine).__name__}, max_lora_rank {engine.max_lora_rank}, adapters in {engine.lora_dtype}"
+
+    def engine_parts(self) -> Iterator[Part]:
+        probe = self.trainer.sync.probe
+        if probe is not None:
+            yield "base match", lambda: f"engine and trainer agree to {probe.noise:.4f} nats a token"
+            yield "probe", lambda: f"a loud adapter moves {probe.signal:.3f} nats a token, {probe.error:.4f} apart"
+        for number in range(1, SWAPS + 1):
+            yield f"swap {number}", partial(self._swap, number)
+
+    @cached_property
+    def functions(self) -> list[RewardFunction]:
+        return [_no_reward] if self.base_alone else [load_reward(reward) for reward in self.config.rewards]
+
+    @cached_property
+    def data(self) -> tuple[PromptDataset, PromptDataset | None]:
+        return (load_prompts([{"prompt": STAND_IN}]), None) if self.base_alone else load_data(self.config.data)
+
+    @cached_property
+    def plan(self) -> Plan:
+        config: EngineConfig = with_room(self.config.engine, self.config.grpo.max_staleness)
+        return plan(self.config.model, lora_config(self.config.lora), config, False)
+
+    @property
+    def grpo(self) -> GRPOConfig:
+        return self.config.grpo if self.base_alone else effective_grpo(self.config)
+
+    @property
+    def guard(self) -> Guard | None:
+        return build_guard(self.config.guard)
+
+    def _preflight_parts(self) -> Iterator[Part]:
+        try:
+            functions, data = self.functions, self.data
+        except LoraGrpoError:
+            return
+        before = Preflight(
+            self.config.model, functions, self.grpo, *data, engine_config=self.config.engine, guard=self.guard
+        )
+        yield from before.parts()
+
+    def _fits(self) -> bool:
+        try:
+            return bool(self.plan)
+        except LoraGrpoError:
+            return False
+
+    def _adapter(self) -> str:
+        layers = "all linear layers" if self.plan.leaves is None else ", ".join(self.plan.leaves)
+        return f"{self.config.model.name}: rank {self.plan.rank} on {layers}"
+
+    def _memory(self, part: str) -> str:
+        return _gib(getattr(self.plan.memory, part))
+
+    def _swap(self, number: int) -> str:
+        """Another adapter is published, proven, sampled from, and its completions are compared with the trainer's."""
+        trainer, temperature = self.trainer, self.grpo.temperature
+        _fill(trainer.model, number)
+        version = trainer.sync.push(step=number)
+        receipt = trainer.sync.last_receipt
+        assert receipt is not None
+        prompts, _ = trainer.train_data.select(range(min(2, len(trainer.train_data))))
+        sampling = Sampling(max_tokens=min(8, self.grpo.max_completion_length), temperature=temperature, seed=number)
+        groups = trainer.parts.rendering.generate(prompts, sampling, adapter=version)
+        said = f"{receipt.load.proof}: {receipt.load.modules} modules, {receipt.load.proven_bytes:,} bytes compared"
+        if trainer.sync.probe is not None:
+            said += f"; canary {trainer.sync.canary(groups, temperature=temperature).verdict}"
+        return f"{version} in {receipt.total_s * 1000:.0f} ms, {said}"
+
+
+def call_once(function: RewardFunction, data: PromptDataset, config: GRPOConfig) -> str:
+    """Call one reward function on two rows with a stand-in completion; raises `RewardError` for errors and types."""
+    prompts, columns = data.select([0, min(1, len(data) - 1)])
+    completion = Completion(STAND_IN, tuple(STAND_IN.encode()), (-1.0,) * len(STAND_IN.encode()), "stop", None)
+    groups = [Group(prompt, (0,), (completion,)) for prompt in prompts]
+    context = RewardContext(TrainerState(0, config.total_steps))
+    score([function], groups, columns, context, Patience(0, config.reward_timeout_s))
+    return f"called on {len(groups)} rows with a stand-in completion"
+
+
+@torch.no_grad()
+def _fill(model: Any, seed: int) -> None:
+    """Give every B new values, as steps of training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in check_servable(model, active_adapter(model)):
+        b = module.b_OR
+        b.copy_((torch.randn(b.shape, generator=generator) * 0.02).to(b))
+
+
+def _no_reward(completions: Sequence[Any], **columns: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+def _columns(data: PromptDataset) -> str:
+    others = ", ".join(data.column_names) or "none"
+    return f"{data.label}: {len(data):,} rows, other columns: {others}"
+
+
+def _free() -> str:
+    device = default_device()
+    return f"{_gib(available_memory(device))} free on {device}"
+
+
+def _gib(count: int) -> str:
+    return f"{count / (1 << 30):.2f} GiB"
