@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready-$(FLAVOUR)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint format bench gpu-bench lock clean
+.PHONY: setup demo test lint format bench gpu-bench gpu-kit lock clean
 
 setup: $(READY)
 
@@ -31,14 +31,18 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# Both go on where they were cut off. PART is 1 to 14 (benchmarks/scenarios/gpu-PART.toml says what is in it);
-# `lora-grpo bench report --out DIR --join DIR-OF-PART ...` makes one report of them, break-even included.
+# Both go on where they were cut off.
 bench: $(READY)
 	$(BIN)/lora-grpo bench all --scenario benchmarks/scenarios/cpu.toml --out benchmarks/results/cpu-$(shell nproc)-cores
 
 GPU_NAME ?= gpu
 gpu-bench: $(READY)
-	$(BIN)/lora-grpo bench all --scenario benchmarks/scenarios/gpu-$(PART).toml --out benchmarks/results/$(GPU_NAME)-part-$(PART)
+	$(BIN)/python benchmarks/gpu/run.py --out benchmarks/results/$(GPU_NAME)
+
+# What a GPU host needs besides the code where it is not a checkout: the demo's base, and which commit it is.
+gpu-kit: $(READY)
+	XDG_CACHE_HOME=.gpu $(BIN)/python -c 'from lora_grpo.demo.base import ensure_base; print(ensure_base())'
+	git describe --always --abbrev=7 --exclude='*' --dirty=+ > .gpu/commit
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -23,7 +23,7 @@ from lora_grpo.bench.scenario import plan_parts
 from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, Document, EnduranceRow, MemoryRow, Settings, SyncRow
 from lora_grpo.bench.strategies import OTHER_KERNELS, STRATEGIES, load_strategy
 from lora_grpo.bench.strategies.trainer import Trainer
-from lora_grpo.bench.suite import in_turn
+from lora_grpo.bench.suite import by_strategy
 from lora_grpo.bench.timing import percentile_95
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
@@ -278,6 +278,7 @@ def test_a_pair_is_compared_with_its_own_native_rounds() -> None:
             "moved_bytes": {"host_copy": 100},
             "decodes_like": strategy,
             "loader": "stock" if strategy == "native" else None,
+            "load_calls": None if strategy == "native" else 339,
         }
         return {"strategy": strategy, "result": result}
 
@@ -408,7 +409,7 @@ def test_each_strategy_starts_once() -> None:
         Cell("decode/trl", "decode", "", (native, merge), order=ABBA),
         Cell("truth/trl", "truth", "", (merge,)),
     ]
-    assert [cell.key for cell in in_turn(cells)] == [
+    assert [cell.key for cell in by_strategy(cells)] == [
         "sync/trl",
         "decode/trl",
         "truth/trl",
@@ -458,7 +459,7 @@ def test_too_big_a_model_is_refused_by_arithmetic() -> None:
     settings = plan_parts("sync", None, {"shape": "qwen2.5-7b"})["sync"]
     with pytest.raises(ConfigError, match=r"needs about \d+\.\d GiB .* and 22\.0 GiB are free"):
         room.check_cpu("sync", settings, model, 22 * GIB)
-    with pytest.raises(ConfigError, match="leaves each engine"):
+    with pytest.raises(ConfigError, match=r"needs about \d+\.\d GiB on cpu"):
         room.engine_share("sync", settings, model, {"free": 40 * GIB, "total": 48 * GIB})
 
 
@@ -559,6 +560,14 @@ def test_readme_figures_are_replaced(tmp_path: Path) -> None:
     assert findings(made)[0] in text
     update_readme(made, readme)
     assert readme.read_text() == text
+    readme.write_text(f"{text}<!-- gpu:begin -->\nnone yet\n<!-- gpu:end -->\n")
+    made.card["device"] = "cuda:0"
+    made.sync = [sync_row("native", 0.02, 0.02), sync_row("merge-trl", 0.6, 0.02, against="unpaired")]
+    update_readme(made, readme)
+    assert readme.read_text().startswith(text)
+    assert "none yet" not in readme.read_text()
+    assert "native is 30 times faster, by unpaired medians" in readme.read_text()
+    made.card["device"] = "cpu"
     readme.write_text("no block")
     with pytest.raises(ConfigError, match="bench:begin"):
         update_readme(made, readme)

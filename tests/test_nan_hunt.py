@@ -31,7 +31,7 @@ pytestmark = pytest.mark.vllm
 
 RANKS = (8, 16, 64)
 HIDDEN = {"cpu": 128, "cuda": 1024}
-BATCHES = {"cpu": 6, "cuda": 60}
+BATCHES = {"cpu": 6, "cuda": 20}
 ROWS = (1, 2, 5, 16, 33, 64)
 
 

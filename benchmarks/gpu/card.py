@@ -1,6 +1,7 @@
-"""The host as the other parts will find it: `card.py DEVICE`. The last line of stdout is JSON.
+"""The host as the other steps will find it: `card.py DEVICE`. The last line of stdout is JSON.
 
-Fails where vLLM does not import or the device is not there; packages that are missing are named all at once.
+Fails in one sentence, before anything is allocated, where the device is not there or vLLM is not one that is known.
+Steps that the GPU has too little memory for are named with a sentence each, and packages that are missing all at once.
 """
 
 from __future__ import annotations
@@ -17,19 +18,48 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def main(device: str) -> None:
-    from lora_grpo.bench.commit import commit
+    from lora_grpo.errors import LoraGrpoError
 
-    found: dict[str, Any] = {"commit": commit(), "missing_packages": missing_packages()}
-    print(json.dumps(found), flush=True)
+    try:
+        print(json.dumps(look(device)), flush=True)
+    except LoraGrpoError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(2)
+
+
+def look(device: str) -> dict[str, Any]:
     from lora_grpo.bench import host
     from lora_grpo.engines import compat
+    from lora_grpo.engines.hopper import HOPPER, is_mended
 
-    found |= host.look(device)
-    compat.import_vllm()
+    host.check_device(device)
     release = compat.vllm_release()
+    found: dict[str, Any] = {"missing_packages": missing_packages(), "card": host.card(device)}
+    found["memory_bytes"] = host.memory(device)
+    found["refused"] = too_large(device, found["memory_bytes"])
+    print(json.dumps(found), flush=True)
+    compat.import_vllm()
     found["vllm"] = {"release": release, "known_by": compat.RELEASES[release]}
-    found["compute_capability"] = compat.compute_capability()
-    print(json.dumps(found))
+    capability = compat.compute_capability()
+    return {**found, "compute_capability": capability, "kernels_mended": capability == HOPPER and is_mended()}
+
+
+def too_large(device: str, memory_bytes: dict[str, int]) -> dict[str, str]:
+    """A sentence for each step of figures that does not fit."""
+    from figures import STEPS, settings
+    from steps import SHAPES
+
+    from lora_grpo.bench import host, room
+    from lora_grpo.errors import ConfigError
+
+    refused: dict[str, str] = {}
+    for step in STEPS:
+        shape = SHAPES[device.partition(":")[0]][step.partition("-")[0]]
+        try:
+            room.engine_shares(settings(step, shape, device), {shape: host.measure_model(shape, None)}, memory_bytes)
+        except ConfigError as error:
+            refused[step] = str(error)
+    return refused
 
 
 def missing_packages() -> list[str]:

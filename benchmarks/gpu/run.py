@@ -1,136 +1,171 @@
-"""Everything that is to be seen on a GPU, in one command: what exists is run in order, and measured nowhere else.
+"""Everything that is to be seen on a GPU, most valuable first, in two calls of one command:
 
-    python benchmarks/gpu/run.py --out results --site /tmp/site --minutes 8
+    python benchmarks/gpu/run.py --out DIR
 
-Goes on past a part that fails. Each leaves OUT/parts/NAME.json right after it, and OUT/summary.json says how all stand.
-The same command again goes on: what passed is kept, what was cut off or failed is run again. `lora-grpo bench report
---out OUT/bench/NAME` draws plots later, anywhere. `--device cpu --shape tiny` is the dry run.
+Each step is a process with a limit of its own; one that fails or is cut off does not stop the rest. Its JSON and log in
+DIR, and DIR/results.tar.gz with all that there is, are written the moment it ends. Calling again goes on with what is
+missing: what passed is kept. The models stay until all steps have passed. `lora-grpo bench report --out DIR` makes
+tables and plots of what came back, anywhere. `--device cpu` is the dry run, with tiny models.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parts import KERNELS, KINDS, MEASURED, PARITY, REPOSITORY, Part, plan, tuned_folder
+from drawing import Drawing
+from keeping import Record
+from places import Place, choose_place
+from steps import REPOSITORY, SHAPES, Step, plan
 
-LEAST_S = 20.0
-"""Less than this is not worth starting a part for."""
+LEAST_S = 15.0
+"""Less than this is not worth starting a step for."""
 GRACE_S = 25.0
-"""For a part that ran out of time to keep what it has."""
+"""For a step that ran out of time to keep what it has."""
+REPORT_S = 120.0
+SLOWER = 5
+"""Times its limit that a step of a dry run may take, on processors that others use too."""
 TAIL = 40
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    time_s = 60 * options.minutes if options.minutes else float("inf")
-    out = options.out.resolve()
-    for folder in ("parts", "logs", "suites"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    # A part that is ended from outside is written down like any other.
+    deadline = time.monotonic() + 60 * options.minutes
+    # A step that is ended from outside is written down like any other.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    models = Path(f"/dev/shm/lora-grpo-gpu-{os.getpid()}")
+    out, place = options.out.resolve(), choose_place(options.models, options.device)
+    record = Record(out, plan(out, options.device, place.models), place.notes)
+    chosen = [step for step in record.steps if not options.only or step.name in options.only]
+    environ, drawing = environment(place), Drawing()
     try:
-        planned = plan(out, options.device, options.shape, options.select, models)
-        chosen = [part for part in planned if not options.only or {part.name, part.kind} & set(options.only)]
-        if not chosen:
-            raise LookupError(f"--only {','.join(options.only)} names no part of this plan on {options.device}")
-        environ = environment(options.site, options.commit, tuned_folder(out))
-        states = run_all(chosen, out, time_s, environ, again=options.again)
-    except LookupError as error:
-        sys.exit(str(error))
+        go_through(chosen, record, place, drawing, deadline, environ, options.device)
     finally:
-        shutil.rmtree(models, ignore_errors=True)
-    return 0 if states and set(states.values()) <= {"passed", "kept"} else 1
+        drawing.end()
+    return finish(record, place, environ)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="where JSON and logs go")
-    parser.add_argument("--site", type=Path, help="a folder with vLLM and what it needs (default: this environment)")
+    parser.add_argument("--out", type=Path, required=True, help="where JSON, logs and the archive go")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for this call (default: 8.5)")
+    parser.add_argument("--models", type=Path, help="where models and caches go (default: /dev/shm)")
     parser.add_argument("--device", default="cuda:0", choices=("cuda:0", "cpu"), help="where trainer and engine are")
-    parser.add_argument("--shape", type=words, default=["qwen2.5-0.5b"], help="model shapes, such as tiny or a,b,c")
-    parser.add_argument("--only", type=words, default=[], help=f"parts or kinds: {', '.join(KINDS)}")
-    parser.add_argument("--minutes", type=float, help="stop then; no part may take more than half of them")
-    parser.add_argument("--commit", help="what to name the code by where it came without its repository")
-    parser.add_argument("--select", help="of parity and nan, the tests that match (as pytest -k)")
-    parser.add_argument("--again", action="store_true", help="run what has passed before, too")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="these steps alone, such as 7b,demo")
     options = parser.parse_args(arguments)
-    known = {*KINDS, *PARITY, *(f"{kind}-{shape}" for kind in (*MEASURED, *KERNELS) for shape in options.shape)}
-    if unknown := set(options.only) - known:
-        parser.error(f"--only {','.join(sorted(unknown))}: there is no such part; use {', '.join(KINDS)}")
+    known = [step.name for step in plan(options.out, options.device, Path())]
+    if unknown := set(options.only or ()) - set(known):
+        parser.error(f"--only {','.join(sorted(unknown))}: there is no such step; use {', '.join(known)}")
     return options
 
 
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def environment(site: Path | None, commit: str | None, tuned: Path) -> dict[str, str]:
-    """For the parts: this repository and the site folder to import from, its commit, what was tuned, no network."""
-    paths = [str(REPOSITORY), *([] if site is None else [str(site.resolve())]), os.environ.get("PYTHONPATH", "")]
-    fixed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "NO_COLOR": "1", "TERM": "dumb"}
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    named = {} if commit is None else {"LORA_GRPO_COMMIT": commit}
-    return {**os.environ, **fixed, **offline, **named, "LORA_GRPO_TUNED_KERNELS": str(tuned)}
-
-
-def run_all(
-    chosen: Sequence[Part], out: Path, time_s: float, environment: dict[str, str], *, again: bool
-) -> dict[str, str]:
-    """How each part stands, in the end and after each: passed, kept (from before), failed, cut off, or not started."""
-    deadline = time.monotonic() + time_s
-    states = dict.fromkeys((part.name for part in chosen), "not started")
-    for part in chosen:
-        record = out / "parts" / f"{part.name}.json"
-        if not again and record.exists() and json.loads(record.read_text())["state"] == "passed":
-            states[part.name] = "kept"
-        elif (left_s := deadline - time.monotonic()) > LEAST_S:
-            done = run_part(part, out / "logs" / f"{part.name}.log", min(left_s, time_s / 2), environment)
-            write(record, done)
-            states[part.name] = done["state"]
-        print(f"{part.name}: {states[part.name]}", flush=True)
-        write(out / "summary.json", {"command": sys.argv, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "parts": states})
-        if states[part.name] == "interrupted":
-            break
-    return states
-
-
-def run_part(part: Part, log: Path, limit_s: float, environment: dict[str, str]) -> dict[str, Any]:
-    """Run a part until it ends or has used up its time; what is to be known about it."""
-    started, state = time.monotonic(), ""
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            part.command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            process.wait(None if limit_s == float("inf") else limit_s)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
-            state = "interrupted" if isinstance(reason, KeyboardInterrupt) else "cut off"
-            stop(process)
-    printed = log.read_text(errors="replace")
+def environment(place: Place) -> dict[str, str]:
+    """For all steps: this repository first, no network, caches that they share unless others are set, and the base of
+    the demo where it was carried along. Without FlashInfer's package, vLLM's sampler must not look for it."""
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    caches = {"VLLM_CACHE_ROOT": "vllm", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+    carried = REPOSITORY / ".gpu"
+    commit = carried / "commit"
     return {
-        "part": part.name,
-        "state": state or ("failed" if process.returncode else "passed"),
-        "rc": process.returncode,
-        "seconds": round(time.monotonic() - started, 1),
-        "command": part.command,
-        "result": part.read(printed),
-        "tail": printed.splitlines()[-TAIL:],
+        **({"XDG_CACHE_HOME": str(carried)} if (carried / "lora-grpo").is_dir() else {}),
+        **({"LORA_GRPO_COMMIT": commit.read_text().strip()} if commit.exists() else {}),
+        **{name: str(place.caches / folder) for name, folder in caches.items()},
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "NO_COLOR": "1",
+        "TERM": "dumb",
     }
 
 
+def go_through(
+    chosen: Sequence[Step],
+    record: Record,
+    place: Place,
+    drawing: Drawing,
+    deadline: float,
+    environ: Mapping[str, str],
+    device: str,
+) -> None:
+    """Every step that has not passed, until time is over or somebody interrupts; without a card, none."""
+    for step in chosen:
+        if record.passed(step):
+            continue
+        if step.name != "card" and not record.result("card"):
+            return
+        drawing.between_steps(step.limit_s if step.is_large else 0.0)
+        limit_s = min(step.limit_s * (SLOWER if device == "cpu" else 1), deadline - time.monotonic())
+        if why := refusal(step, record, place):
+            record.keep(step, {"state": "refused", "seconds": 0.0, "why": why})
+        elif limit_s > LEAST_S:
+            record.keep(step, run_step(step, record.out / "logs" / f"{step.name}.log", limit_s, environ))
+        if record.state(step) == "interrupted":
+            return
+        if step.name == "card" and wants_large(chosen, record, place):
+            shape = SHAPES[device.partition(":")[0]]["7b"]
+            drawing.start(shape, place.models / f"{shape}-seed0", device, record.out / "logs" / "draw.log", environ)
+
+
+def refusal(step: Step, record: Record, place: Place) -> str:
+    """Why a step cannot run here, in one sentence; empty where it can."""
+    too_large = (record.result("card") or {}).get("refused", {})
+    return too_large.get(step.name, "") or (place.refusal if step.is_large else "")
+
+
+def wants_large(chosen: Sequence[Step], record: Record, place: Place) -> bool:
+    return any(step.is_large and not record.passed(step) and not refusal(step, record, place) for step in chosen)
+
+
+def run_step(step: Step, log: Path, limit_s: float, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Run a step until it ends or has used up its time; what is to be known about it."""
+    started, cpu_s, state = time.monotonic(), children_cpu_s(), ""
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            step.command, cwd=REPOSITORY, env=dict(environ), stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            process.wait(limit_s)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+            state = "interrupted" if isinstance(reason, KeyboardInterrupt) else "cut off"
+            stop(process)
+    tail = log.read_text(errors="replace").splitlines()[-TAIL:]
+    why = next((line.removeprefix("error: ") for line in reversed(tail) if line.startswith("error: ")), "")
+    if not state:
+        # A program of ours that refuses says why.
+        state = "refused" if process.returncode == 2 and why else "failed" if process.returncode else "passed"
+    return {
+        "state": state,
+        "rc": process.returncode,
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu_s": round(children_cpu_s() - cpu_s, 1),
+        "command": list(step.command),
+        "result": step.read("\n".join(tail)),
+        "why": why,
+        "tail": tail,
+    }
+
+
+def children_cpu_s() -> float:
+    """Processor seconds of all that has been started and has ended: what a busy machine does not change."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the part to end, which keeps what a benchmark has measured; then end it, and all that it started."""
+    """Ask the step to end, which keeps what a benchmark has measured; then end it, and all that it started."""
     os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(GRACE_S)
@@ -139,10 +174,22 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    staged = path.with_suffix(".new")
-    staged.write_text(json.dumps(content, indent=1))
-    os.replace(staged, path)
+def finish(record: Record, place: Place, environ: Mapping[str, str]) -> int:
+    """Report, archive and schedule of all that there is; the models go when nothing is left to do."""
+    if any(record.out.glob("bench/*/results.json")):
+        command = [sys.executable, "-m", "lora_grpo", "bench", "report", "--out", str(record.out)]
+        record.save()
+        with open(record.out / "logs" / "report.log", "w") as log:
+            try:
+                subprocess.run(command, cwd=REPOSITORY, env=dict(environ), stdout=log, stderr=log, timeout=REPORT_S)
+            except subprocess.TimeoutExpired:
+                print(f"no report within {REPORT_S:.0f} s; later: lora-grpo bench report --out {record.out}")
+    record.save()
+    print(record.table())
+    all_passed = all(record.passed(step) for step in record.steps)
+    if all_passed:
+        shutil.rmtree(place.models, ignore_errors=True)
+    return 0 if all_passed else 1
 
 
 if __name__ == "__main__":

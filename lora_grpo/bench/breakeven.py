@@ -30,7 +30,8 @@ def _curves(pair: SyncRow, decode: Sequence[DecodeRow]) -> list[DecodeRow]:
     for name in (pair.strategy, pair.decodes_like):
         found = [row for row in decode if (row.shape, row.strategy) == (pair.shape, name)]
         if found and not name.startswith(NATIVE):
-            return found
+            # Of engines that run otherwise, the first ones measured.
+            return [row for row in found if row.engine == found[0].engine]
     return []
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench import fidelity
 from lora_grpo.bench.memory import kv_tokens
 from lora_grpo.bench.plan import Cell, Subject, results_of, there_and_back
-from lora_grpo.bench.schema import DecodeRow, RoomRow, Settings
+from lora_grpo.bench.schema import DecodeRow, Settings
 from lora_grpo.bench.strategies import BASE, NATIVE, OTHER_KERNELS, SHARED, STOCK
 from lora_grpo.bench.timing import median
 
@@ -38,32 +37,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
             for name in group
             if settings.truth and name in (SHARED, *OTHER_KERNELS)
         ]
-    return [*planned, *_room_cells(settings, subject)]
-
-
-def _room_cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """What the shared base is worth on a GPU in tokens: at the share that all have, and with the trainer's copy given
-    to the engine, which is as much memory in all."""
-    if settings.device == "cpu" or SHARED not in settings.strategies:
-        return []
-    shared = subject.with_strategy(SHARED)
-    more = replace(shared, gpu_memory_utilization=round(shared.gpu_memory_utilization + shared.base_share, 3))
-    same, both = "the same share", "the share and the trainer's copy"
-    found = ((subject.with_strategy(NATIVE), same), (shared, same), (more, both))
-    return [
-        Cell(
-            f"decode/room/{one.strategy}/{given}",
-            "room",
-            "decode:room",
-            (one,),
-            labels={
-                "shape": settings.label,
-                "given": given,
-                "gpu_memory_utilization": one.gpu_memory_utilization,
-            },
-        )
-        for one, given in found
-    ]
+    return planned
 
 
 def _cell(settings: Settings, subjects: tuple[Subject, ...]) -> Cell:
@@ -87,8 +61,7 @@ def measure(
     `repeat` times and for `least_s` seconds at least."""
     import torch
 
-    bench.strategy.trainer.step()
-    bench.strategy.sync()
+    bench.strategy.renew()
     seconds = {
         str(count): {
             str(length): _taken(bench, count, prompt_tokens, length, repeat, least_s)
@@ -104,11 +77,6 @@ def _taken(bench: Bench, count: int, prompt_tokens: int, length: int, repeat: in
     while len(seconds) < repeat or sum(seconds) < least_s:
         seconds.append(generate_seconds(bench, count, prompt_tokens, length))
     return seconds
-
-
-def room(bench: Bench) -> int | None:
-    """Worker: tokens that fit the KV cache."""
-    return kv_tokens(bench)
 
 
 def generate_seconds(bench: Bench, rows: int, prompt_tokens: int, length: int) -> float:
@@ -148,11 +116,6 @@ def rows(cell: Mapping[str, Any], bandwidth: object) -> list[DecodeRow]:
             if length > 1:
                 made += [_row(cell, strategy, int(count), length, times[strategy], times[native]) for strategy in times]
     return made
-
-
-def room_rows(cell: Mapping[str, Any], bandwidth: object) -> list[RoomRow]:
-    strategy = cell["order"][0]
-    return [RoomRow(strategy=strategy, **cell["labels"], kv_tokens=results_of(cell, strategy)[0])]
 
 
 def _medians(cell: Mapping[str, Any], strategy: str, count: str) -> dict[int, float]:

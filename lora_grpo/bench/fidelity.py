@@ -11,6 +11,7 @@ from lora_grpo.bench.schema import FidelityRow, Settings, TruthRow
 
 if TYPE_CHECKING:
     from lora_grpo.bench.reference import Reference
+    from lora_grpo.bench.strategies.trainer import Trainer
     from lora_grpo.bench.worker import Bench
 
 ROWS, TOKENS = 4, 32
@@ -19,6 +20,7 @@ TOLERANCE = 3.0
 SEPARATION = 20.0
 """Times the noise by which the adapter must move log-probs, for a wrong policy to show."""
 MIN_SIGNAL_NATS = 0.3
+ORACLE_SEED = 1
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
@@ -44,7 +46,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
 
 
 def truth_cell(part: str, settings: Settings, subject: Subject) -> Cell:
-    """One strategy's verdict."""
+    """One strategy's verdict; what `oracle` returns is given to it when it is measured."""
     return Cell(
         f"{part}/truth/{subject.strategy}", "truth", "fidelity:truth", (subject,), labels={"shape": settings.label}
     )
@@ -62,38 +64,67 @@ def sequences(subject: Subject) -> list[list[int]]:
     return rows
 
 
-def truth(bench: Bench) -> dict[str, Any]:
-    """Worker: serve an adapter that is loud enough to tell, and compare with the fp32 reference."""
-    from lora_grpo.bench.reference import Reference
-    from lora_grpo.scoring import mean_abs_difference
+def oracle(**fields: Any) -> dict[str, Any]:
+    """Worker without a strategy: an adapter that is loud enough to tell, and what the fp32 reference says of it.
 
-    trainer, tokens = bench.strategy.trainer, sequences(bench.subject)
-    before = trainer.snapshot()
-    reference = Reference(bench.subject.model, bench.subject.device)
+    Nothing stays but what is returned, so that no engine has to leave room for a model in fp32.
+    """
+    from lora_grpo.bench.memory import collect
+    from lora_grpo.bench.plan import Subject
+    from lora_grpo.bench.reference import Reference
+    from lora_grpo.bench.strategies.trainer import Trainer
+    from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+
+    subject = Subject(**fields)
+    trainer, reference, tokens = Trainer(subject), Reference(subject.model, subject.device), sequences(subject)
     base = reference.logprobs(tokens)
-    noise = mean_abs_difference(bench.base_logprobs, base)
-    signal = _make_loud(bench, reference, base, max(MIN_SIGNAL_NATS, SEPARATION * noise))
-    bench.strategy.sync()
-    served = bench.strategy.logprobs(tokens)
+    with trainer.model.disable_adapter():
+        noise = mean_abs_difference(teacher_logprobs(trainer.model, tokens), base)
+    size, signal = _loud_enough(trainer, reference, tokens, max(MIN_SIGNAL_NATS, SEPARATION * noise))
     with reference.policy(trainer):
         exact = reference.logprobs(tokens)
         noise = max(noise, mean_abs_difference(reference.rounded_logprobs(tokens), exact))
-    trainer.restore(before)
-    bench.strategy.sync()
-    return {"error_nats": mean_abs_difference(served, exact), "noise_nats": noise, "signal_nats": signal}
+    del trainer, reference
+    collect(subject.device)
+    return {"size": size, "base": base, "exact": exact, "noise_nats": noise, "signal_nats": signal}
 
 
-def _make_loud(bench: Bench, reference: Reference, base: list[list[float]], needed: float) -> float:
-    """Grow the trainer's adapter until it moves the reference's log-probs by `needed`; returns by how much it does."""
+def truth(
+    bench: Bench,
+    size: float,
+    base: list[list[float]],
+    exact: list[list[float]],
+    noise_nats: float,
+    signal_nats: float,
+) -> dict[str, Any]:
+    """Worker: serve the adapter of `oracle`, and compare with what the fp32 reference says of it."""
+    from lora_grpo.scoring import mean_abs_difference
+
+    strategy, tokens = bench.strategy, sequences(bench.subject)
+    before = strategy.trainer.snapshot()
+    strategy.trainer.randomise(size, ORACLE_SEED)
+    strategy.sync()
+    error = mean_abs_difference(strategy.logprobs(tokens), exact)
+    same_bits = strategy.same_bits()
+    strategy.trainer.restore(before)
+    strategy.sync()
+    noise = max(noise_nats, mean_abs_difference(bench.base_logprobs, base))
+    return {"error_nats": error, "noise_nats": noise, "signal_nats": signal_nats, "same_bits": same_bits}
+
+
+def _loud_enough(trainer: Trainer, reference: Reference, tokens: list[list[int]], needed: float) -> tuple[float, float]:
+    """Grow the trainer's adapter until it moves the reference's log-probs by `needed`: its size, and by how much."""
     from lora_grpo.errors import EngineError
     from lora_grpo.scoring import mean_abs_difference
 
+    base = reference.logprobs(tokens)
     for doubling in range(12):
-        bench.strategy.trainer.randomise(0.02 * 2.0**doubling)
-        with reference.policy(bench.strategy.trainer):
-            signal = mean_abs_difference(reference.logprobs(sequences(bench.subject)), base)
+        size = 0.02 * 2.0**doubling
+        trainer.randomise(size, ORACLE_SEED)
+        with reference.policy(trainer):
+            signal = mean_abs_difference(reference.logprobs(tokens), base)
         if signal >= needed:
-            return signal
+            return size, signal
     raise EngineError(
         f"no adapter moves the log-probs by {needed:.2f} nats ({signal:.2f} at most); nothing can be told"
     )
@@ -154,7 +185,7 @@ def _losses(bench: Bench, reference: Reference) -> dict[str, float]:
 def truth_rows(cell: Mapping[str, Any], bandwidth: object) -> list[TruthRow]:
     strategy = cell["order"][0]
     found = results_of(cell, strategy)[0]
-    passed = found["error_nats"] <= TOLERANCE * found["noise_nats"]
+    passed = found["error_nats"] <= TOLERANCE * found["noise_nats"] and found["same_bits"] is not False
     return [TruthRow(strategy=strategy, **cell["labels"], **found, passed=passed)]
 
 
@@ -167,6 +198,8 @@ def verdict(row: TruthRow) -> str | None:
     """The sentence that fails the suite, or None."""
     if row.passed:
         return None
+    if row.same_bits is False:
+        return f"{row.strategy} gives the trainer another base than the checkpoint's on {row.shape}: some bits differ"
     return (
         f"{row.strategy} serves another policy than it claims on {row.shape}: log-probs differ from the fp32 reference "
         f"by {row.error_nats:.4f} nats a token, where bf16 alone makes {row.noise_nats:.4f} and the adapter "

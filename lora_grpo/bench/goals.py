@@ -86,9 +86,10 @@ def _over_base(what: str, rows: dict[str, DecodeRow], ratio: str, target: float)
 
 
 def _longest(document: Document, count: int, shape: str = _SMALL) -> dict[str, DecodeRow]:
-    """By strategy, the row of a shape and batch size with the longest completions."""
+    """By strategy, the row of a shape and batch size with the longest completions, of the first kind of engine."""
     rows = [row for row in document.decode if (row.shape, row.rows) == (shape, count)]
-    return {row.strategy: row for row in sorted(rows, key=lambda row: row.completion_tokens)}
+    same = [row for row in rows if row.engine == rows[0].engine]
+    return {row.strategy: row for row in sorted(same, key=lambda row: row.completion_tokens)}
 
 
 def _base(document: Document) -> Goal:

@@ -47,6 +47,7 @@ def join(documents: Mapping[str, Document]) -> Document:
         bandwidth_bytes_per_s=_fastest([one.bandwidth_bytes_per_s for one in made]),
         settings={f"{name}/{part}": kept for name, one in documents.items() for part, kept in one.settings.items()},
         failures=[failure for one in made for failure in one.failures],
+        notes=list(dict.fromkeys(note for one in made for note in one.notes)),
         **finished({table: [row for one in made for row in getattr(one, table)] for table in TABLES}),
     )
 
@@ -77,7 +78,7 @@ def _native_once(rows: list[Any]) -> list[Any]:
     kinds: set[tuple[Any, ...]] = set()
     kept = []
     for row in rows:
-        names = ("shape", "rank", "targets", "rows", "prompt_tokens", "completion_tokens", "case")
+        names = ("shape", "engine", "rank", "targets", "rows", "prompt_tokens", "completion_tokens", "case")
         kind = tuple(getattr(row, name, None) for name in names)
         if row.strategy != NATIVE or kind not in kinds:
             kept.append(row)

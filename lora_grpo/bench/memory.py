@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,38 +18,37 @@ if TYPE_CHECKING:
     from lora_grpo.bench.worker import Bench
 
 SYNCS = 5
-KV_CACHE_BYTES = 1 << 30
+KV_CACHE_BYTES = 3 << 30
+"""Of every engine on a GPU: room for 64 rows of 512 tokens of the 7B shape."""
+MAY_STAY_BYTES = 1 << 29
+"""What a strategy that was closed may leave behind in its process for the next one to start there."""
+WAIT_S = 5.0
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """One fresh process a strategy, on a GPU with one KV cache size for all: else each takes what is left."""
-    if _is_cuda(settings.device):
-        subject = replace(subject, kv_cache_bytes=KV_CACHE_BYTES)
-    return [
-        Cell(
-            f"memory/{strategy}",
-            "memory",
-            "memory:measure",
-            (subject.with_strategy(strategy),),
-            fresh=True,
-            labels={"shape": settings.label},
-        )
-        for strategy in settings.strategies
-    ]
+    """One fresh process a strategy; where strategies take turns, what base weights take comes last of each turn."""
+    cells = []
+    for strategy in settings.strategies:
+        one, labels = (subject.with_strategy(strategy),), {"shape": settings.label}
+        last = {"drop": not settings.takes_turns}
+        cells.append(Cell(f"memory/{strategy}", "memory", "memory:measure", one, last, fresh=True, labels=labels))
+        if settings.takes_turns:
+            cells.append(Cell(f"weights/{strategy}", "weights", "memory:weights", one, labels=labels))
+    return cells
 
 
-def measure(bench: Bench) -> dict[str, Any]:
-    """Worker: the levels on the way here, and the peak over some syncs."""
+def measure(bench: Bench, drop: bool) -> dict[str, Any]:
+    """Worker: the levels on the way here, the peak over some syncs, and with `drop` what the base's weights took."""
     device, levels = bench.subject.device, bench.levels
-    copy_bytes = bench.strategy.trainer.base_bytes
     _forget_peaks(device)
     for _ in range(SYNCS):
-        bench.strategy.trainer.step()
-        bench.strategy.sync()
+        bench.strategy.renew()
     peak, reserved = _peak(device)
+    copy_bytes = bench.strategy.trainer.base_bytes
     tmpfs, mapped = on_tmpfs(bench.strategy.files), _counted_mapped(device, bench.strategy.files)
     return {
         "kind": "cuda" if _is_cuda(device) else "pss",
+        "before_bytes": levels.start,
         "trainer_bytes": levels.grown["trainer"],
         "engine_bytes": levels.grown["engine"],
         # Mapped version files are counted once, as tmpfs.
@@ -58,9 +57,16 @@ def measure(bench: Bench) -> dict[str, Any]:
         "peak_bytes": peak - levels.start - mapped + tmpfs,
         "reserved_peak_bytes": reserved,
         "kv_tokens": kv_tokens(bench),
-        "weights_bytes": _weights(bench),
         "copy_bytes": copy_bytes,
+        "weights_bytes": weights(bench) if drop else None,
     }
+
+
+def weights(bench: Bench) -> int:
+    """Worker: bytes that go when trainer and engine let go of the base; the last thing that can be done with them."""
+    before = _settled_level(bench.subject.device)
+    bench.strategy.drop_base()
+    return before - _settled_level(bench.subject.device)
 
 
 class Levels:
@@ -80,23 +86,40 @@ class Levels:
 
 def give_back(bench: Bench) -> None:
     """Worker: what garbage and torch's cache still hold of a GPU goes back to it, for whoever measures next there."""
-    if _is_cuda(bench.subject.device):
+    collect(bench.subject.device)
+
+
+def collect(device: str) -> None:
+    """Let go of garbage, and on a GPU of what torch's cache holds."""
+    if _is_cuda(device):
         import torch
 
         gc.collect()
         torch.cuda.empty_cache()
 
 
+def taken(device: str) -> int:
+    """Bytes in use where trainer and engine are: of a GPU, whoever uses them; on the CPU this process's."""
+    if not _is_cuda(device):
+        return _settled_level(device)
+    import torch
+
+    collect(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free)
+
+
+def left_behind(device: str, start_bytes: int) -> int:
+    """Bytes that are taken beyond a start's, once they have stopped being more than may stay, or `WAIT_S` later."""
+    deadline = time.monotonic() + WAIT_S
+    while (left := taken(device) - start_bytes) > MAY_STAY_BYTES and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
 def kv_tokens(bench: Bench) -> int | None:
     """Tokens that fit the KV cache; None on the CPU, where its size is configured and not what is left."""
     return bench.strategy.kv_tokens if _is_cuda(bench.subject.device) else None
-
-
-def _weights(bench: Bench) -> int:
-    """Bytes that go when trainer and engine let go of the base; the last thing that can be done with them."""
-    before = _settled_level(bench.subject.device)
-    bench.strategy.drop_base()
-    return before - _settled_level(bench.subject.device)
 
 
 def _settled_level(device: str) -> int:

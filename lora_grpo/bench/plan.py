@@ -14,8 +14,7 @@ TARGETS = {"all-linear": "all-linear", "attention": ("q_proj", "k_proj", "v_proj
 class Subject:
     """Everything that decides what a worker process becomes. `model` is a directory or a hub name.
 
-    `kv_cache_bytes` fixes the KV cache on a GPU; without it, it takes what `gpu_memory_utilization` leaves.
-    `base_share` of a GPU's memory is what one copy of the base takes.
+    `kv_cache_bytes` fixes the KV cache on a GPU. `rows` are the batch sizes that graphs alone are captured for.
     """
 
     strategy: str
@@ -27,9 +26,9 @@ class Subject:
     disk: str
     max_model_len: int
     max_num_seqs: int
-    graphs: bool
+    graphs: bool | str
     gpu_memory_utilization: float
-    base_share: float = 0.0
+    rows: tuple[int, ...] = ()
     kv_cache_bytes: int | None = None
     seed: int = 0
 
@@ -54,8 +53,9 @@ class Cell:
     """One piece of measuring: `work` ("room:function") is done by `subjects` in the given order of their indices.
 
     (0, 1, 1, 0) has a drifting machine favour neither. `warm` arguments, if any, are for a round before those, thrown
-    away. `table` is where its rows belong, `labels` are columns of them.
-    `fresh` subjects start in new processes and end with the cell; others may live on into the next.
+    away. `table` is where its rows belong, `labels` are columns of them; `name` stands for the strategy's there.
+    `fresh` subjects start in new processes and end with the cell; others may live on into the next. `turn` sets
+    engines of one subject apart; what is measured `in_turn` is compared with the rounds of the cell `against`.
     """
 
     key: str
@@ -67,6 +67,10 @@ class Cell:
     warm: dict[str, Any] | None = None
     fresh: bool = False
     labels: dict[str, Any] = field(default_factory=dict)
+    name: str | None = None
+    turn: int = 0
+    in_turn: bool = False
+    against: str | None = None
 
 
 def there_and_back(subjects: int) -> tuple[int, ...]:

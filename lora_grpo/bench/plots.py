@@ -34,15 +34,20 @@ _STYLES = ("o-", "s--", "^:")
 
 
 def draw(document: Document, directory: Path) -> list[Path]:
-    """Draw every picture that there are figures for; returns the files."""
+    """Draw every picture that there are figures for, of several shapes one each; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     made = []
     for name, wanted, paint in _PICTURES:
-        if getattr(document, wanted):
-            path = directory / f"{name}.png"
-            _picture(path, paint, document)
+        shapes = list(dict.fromkeys(row.shape for row in getattr(document, wanted)))
+        for shape in shapes:
+            path = directory / f"{name}{f'-{shape}' if len(shapes) > 1 else ''}.png"
+            _picture(path, paint, _of_shape(document, wanted, shape))
             made.append(path)
     return made
+
+
+def _of_shape(document: Document, table: str, shape: str) -> Document:
+    return document.model_copy(update={table: [row for row in getattr(document, table) if row.shape == shape]})
 
 
 def _picture(path: Path, paint: Callable[[Axes, Document], None], document: Document) -> None:
@@ -123,7 +128,7 @@ def _break_even(axes: Axes, document: Document) -> None:
     lengths = [reach ** (place / 60) for place in range(61)]
     for index, row in enumerate(rows):
         native = _main_native(document, row.shape)
-        decoded = _longest(document.decode, NATIVE, size)
+        decoded = _longest([row for row in document.decode if row.shape == rows[0].shape], NATIVE, size)
         base_s = [native.median_s + decoded.prefill_s + (tokens - 1) * decoded.tpot_s for tokens in lengths]
         gained = [row.sync_gain_s - row.prefill_loss_s - (n - 1) * row.decode_loss_s_per_token for n in lengths]
         ratio = [(own + more) / own for own, more in zip(base_s, gained, strict=True)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_grpo.bench import breakeven
 from lora_grpo.bench.goals import goals
@@ -14,16 +16,25 @@ from lora_grpo.bench.strategies import NATIVE, SHARED
 from lora_grpo.bench.tables import Line, ms, tables
 from lora_grpo.errors import ConfigError
 
-REPORT, TRIED = "report.md", "tried.md"
-_BLOCK = re.compile(r"(<!-- bench:begin -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+REPORT, TRIED, SUMMARY = "report.md", "tried.md", "summary.json"
+UNPAIRED = "unpaired"
+_BLOCK = r"(<!-- {0}:begin -->\n).*?(<!-- {0}:end -->)"
 
 
 def write_report(document: Document, directory: Path) -> Path:
     """Draw the plots and write `report.md` beside them; returns its path."""
     plots = draw(document, directory)
     path = directory / REPORT
-    path.write_text("\n".join(_lines(document, [plot.name for plot in plots], _tried(directory))) + "\n")
+    path.write_text(
+        "\n".join(_lines(document, [plot.name for plot in plots], _summary(directory), _tried(directory))) + "\n"
+    )
     return path
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    """What `benchmarks/gpu/run.py` left beside the results: its steps, and where models were."""
+    path = directory / SUMMARY
+    return json.loads(path.read_text()) if path.exists() else {"steps": [], "notes": []}
 
 
 def _tried(directory: Path) -> str:
@@ -33,17 +44,20 @@ def _tried(directory: Path) -> str:
 
 
 def update_readme(document: Document, readme: Path) -> None:
-    """Put the figures between `<!-- bench:begin -->` and `<!-- bench:end -->`. Raises `ConfigError` without those."""
+    """Put the figures between `<!-- bench:begin -->` and `<!-- bench:end -->`, those of a GPU between `gpu:begin` and
+    `gpu:end`. Raises `ConfigError` without those."""
+    name = "bench" if document.card.get("device") == "cpu" else "gpu"
     text = readme.read_text()
     short = document.model_copy(update={"break_even": breakeven.earliest(document.break_even)})
     block = "\n".join([*findings(short), "", *_provenance(document)])
-    changed, count = _BLOCK.subn(lambda found: f"{found[1]}{block}\n{found[2]}", text)
+    pattern = re.compile(_BLOCK.format(name), re.DOTALL)
+    changed, count = pattern.subn(lambda found: f"{found[1]}{block}\n{found[2]}", text)
     if count != 1:
-        raise ConfigError(f"{readme} needs one <!-- bench:begin --> ... <!-- bench:end --> for the figures to go in")
+        raise ConfigError(f"{readme} needs one <!-- {name}:begin --> ... <!-- {name}:end --> for the figures to go in")
     readme.write_text(changed)
 
 
-def _lines(document: Document, plots: Sequence[str], tried: str) -> Iterator[str]:
+def _lines(document: Document, plots: Sequence[str], run: Mapping[str, Any], tried: str) -> Iterator[str]:
     yield "# Benchmark: native hot-swap against merging"
     yield ""
     yield from _provenance(document)
@@ -54,8 +68,12 @@ def _lines(document: Document, plots: Sequence[str], tried: str) -> Iterator[str
     yield "## What it says"
     yield ""
     yield from findings(document)
+    yield from (f"- {note}" for note in (*run["notes"], *document.notes))
     yield "\n## Before and after\n"
     yield from markdown_table([goal.line() for goal in goals(document)])
+    if run["steps"]:
+        yield "\n## Steps of the run\n"
+        yield from markdown_table(run["steps"])
     yield from _profile(document)
     for plot in plots:
         yield f"\n![{Path(plot).stem.replace('-', ' ')}]({plot})"
@@ -69,20 +87,20 @@ def _lines(document: Document, plots: Sequence[str], tried: str) -> Iterator[str
 
 
 def _profile(document: Document) -> Iterator[str]:
-    """Where the time of native's first sync row goes."""
-    row = next((row for row in document.sync if row.strategy == NATIVE), None)
-    if row is None:
-        return
-    yield f"\n## Where the milliseconds of a sync go: native, {row.shape}, r={row.rank} {row.targets}\n"
-    total_s = sum(row.phases_s.values())
-    yield from markdown_table(
-        [
-            {"phase": name, "ms": ms(value), "% of the sync": 100 * value / total_s, "what it is": PHASES.get(name)}
-            for name, value in row.phases_s.items()
-        ]
-    )
-    floor = f", {row.times_floor:.0f} times the floor of {ms(row.floor_s):.2f} ms" if row.times_floor else ""
-    yield f"\nIn all {ms(row.median_s):.1f} ms{floor}; {ms(row.afterwards_s):.1f} ms of pruning and leases come after."
+    """Where the time of native's first sync row of each shape goes."""
+    first = {row.shape: row for row in reversed(document.sync) if row.strategy == NATIVE}
+    for row in reversed(first.values()):
+        yield f"\n## Where the milliseconds of a sync go: native, {row.shape}, r={row.rank} {row.targets}\n"
+        total_s = sum(row.phases_s.values())
+        yield from markdown_table(
+            [
+                {"phase": name, "ms": ms(value), "% of the sync": 100 * value / total_s, "what it is": PHASES.get(name)}
+                for name, value in row.phases_s.items()
+            ]
+        )
+        floor = f", {row.times_floor:.0f} times the floor of {ms(row.floor_s):.2f} ms" if row.times_floor else ""
+        after = f"{ms(row.afterwards_s):.1f} ms of pruning and leases come after."
+        yield f"\nIn all {ms(row.median_s):.1f} ms{floor}; {after}"
 
 
 def findings(document: Document) -> list[str]:
@@ -90,41 +108,49 @@ def findings(document: Document) -> list[str]:
     sentences = [*_sync_findings(document), *_decode_findings(document)]
     sentences += [breakeven.sentence(row) for row in document.break_even]
     sentences += [*_fidelity_findings(document), *_drift_findings(document), *_step_findings(document)]
-    sentences += [*_base_findings(document), *_room_findings(document), *_endurance_findings(document)]
+    sentences += [*_base_findings(document), *_endurance_findings(document)]
     return [f"- {sentence}" for sentence in sentences]
 
 
 def _sync_findings(document: Document) -> Iterator[str]:
-    main = [row for row in document.sync if (row.rank, row.targets) == _first(document.sync)]
-    native = next((row for row in main if row.strategy == NATIVE), None)
-    if native is None:
-        return
-    through = f" through {LOADERS[native.loader]}" if native.loader else ""
-    yield (
-        f"Sync, {native.shape}, r={native.rank} {native.targets}: native takes {ms(native.median_s):.1f} ms (p95 "
-        f"{ms(native.p95_s):.1f}) for {native.moved_bytes / 1e6:.1f} MB{through}, proof included."
+    for shape in dict.fromkeys(row.shape for row in document.sync):
+        rows = [row for row in document.sync if row.shape == shape]
+        main = [row for row in rows if (row.rank, row.targets) == (rows[0].rank, rows[0].targets)]
+        native = next((row for row in main if row.strategy == NATIVE), None)
+        if native is None:
+            continue
+        through = f" through {LOADERS[native.loader]}" if native.loader else ""
+        yield (
+            f"Sync, {native.shape}, r={native.rank} {native.targets}: native takes {ms(native.median_s):.1f} ms (p95 "
+            f"{ms(native.p95_s):.1f}) for {native.moved_bytes / 1e6:.1f} MB{through}, proof included."
+        )
+        yield from (_against_native(row) for row in main if row.strategy != NATIVE)
+
+
+def _against_native(row: SyncRow) -> str:
+    if row.strategy == f"{NATIVE} again":
+        return (
+            f"native once more, after all others: {ms(row.median_s):.1f} ms, {row.ratio_to_native:.3g} times its first."
+        )
+    faster = row.ratio_to_native >= 1
+    factor = row.ratio_to_native if faster else 1 / row.ratio_to_native
+    # As TRL makes them: a tensor each.
+    calls = f" ({row.load_calls:,} single-tensor load_weights calls)" if (row.load_calls or 0) > 1 else ""
+    medians = ", by unpaired medians" if row.against == UNPAIRED else ""
+    return (
+        f"{row.strategy} takes {ms(row.median_s):.1f} ms{calls}: native is {factor:.3g} times "
+        f"{'faster' if faster else 'slower'}{medians}."
     )
-    for row in main:
-        if row.strategy != NATIVE:
-            faster = row.ratio_to_native >= 1
-            factor = row.ratio_to_native if faster else 1 / row.ratio_to_native
-            yield (
-                f"{row.strategy} takes {ms(row.median_s):.1f} ms: native is {factor:.3g} times "
-                f"{'faster' if faster else 'slower'}."
-            )
-
-
-def _first(rows: Sequence[SyncRow]) -> tuple[int, str]:
-    return (rows[0].rank, rows[0].targets) if rows else (0, "")
 
 
 def _decode_findings(document: Document) -> Iterator[str]:
     for row in document.decode:
         longest = max(one.completion_tokens for one in document.decode)
-        if row.strategy == "base" and row.completion_tokens == longest:
+        other = {"base": "the base's", "merge-trl": "merged weights'"}.get(row.strategy)
+        if other and row.completion_tokens == longest and (row.strategy == "base" or row.engine == "graphs alone"):
             yield (
-                f"Decode, {row.shape}, {row.rows} rows: native LoRA takes {1 / row.tpot_ratio_to_native:.2f} times the "
-                f"base's time a token and {1 / row.prefill_ratio_to_native:.2f} times its prefill."
+                f"Decode, {row.shape}, {row.rows} rows: native LoRA takes {1 / row.tpot_ratio_to_native:.2f} times "
+                f"{other} time a token and {1 / row.prefill_ratio_to_native:.2f} times its prefill."
             )
 
 
@@ -166,17 +192,6 @@ def _serving(row: StepRow) -> str:
     if row.serving_ratio_to_native is None:
         return ""
     return f", {row.serving_ratio_to_native:.2f} times for generate and sync alone (training is the same work on both)"
-
-
-def _room_findings(document: Document) -> Iterator[str]:
-    found = {(row.shape, row.strategy, row.given): row for row in document.room}
-    for (shape, strategy, given), row in found.items():
-        own = found.get((shape, NATIVE, "the same share"))
-        if strategy == SHARED and own:
-            yield (
-                f"KV cache, {shape}: native-shared has room for {row.kv_tokens:,} tokens given {given} "
-                f"({row.gpu_memory_utilization:.3f}), {row.kv_tokens / own.kv_tokens:.2f} times native's."
-            )
 
 
 def _base_findings(document: Document) -> Iterator[str]:
@@ -227,8 +242,13 @@ PHASES = {
     "device": "what the device still had queued",
 }
 METHOD = """\
-- Each strategy lives in a process of its own with its trainer and engine. Timed ones alternate with native, A B B A,
-  and `x native` compares the medians of one such pairing.
+- On the CPU each strategy lives in a process of its own with its trainer and engine. Timed ones alternate with native,
+  A B B A, and `x native` compares the medians of one such pairing.
+- On a GPU one process goes through the strategies, one alive at a time: all that is measured of one is measured on one
+  engine, memory first, with one size of KV cache for all. There `x native` compares unpaired medians; native runs first
+  and, as `native again`, last: what the two differ by is what the others' ratios may be off by.
+- `engine`: eager; graphs alone (CUDA graphs of whole decode steps for the rows measured, nothing compiled); compiled
+  (vLLM's default). merge-trl pushes one tensor a call as TRL does, merge-trl-batched all in one call.
 - Trainer: bf16 base, fp32 adapter with alpha = 2r, a step between syncs. Merge engines run without LoRA.
 - Seconds end when the engine can sample from the new policy; `after` is housekeeping done then.
 - `x floor` is the median over the least time in which the moved bytes can cross, at a bandwidth measured in the same
@@ -241,14 +261,11 @@ METHOD = """\
   `copies of the base` divides it by the bytes of one. vLLM's CPU backend packs a tied output layer a second time.
 - Proofs are timed in a process of native alone, beside pushes of the same process. A canary looks at completions as
   long as their prompts; making those is not in its time.
-- With `graphs` in the scenario engines are compiled (on a GPU with CUDA graphs), as is vLLM's default. On the CPU those
-  of native-stock and native-shared are not: vLLM compiles none with its own LoRA, and sharing needs plain weights.
+- On the CPU compiled engines of native-stock and native-shared are not: vLLM compiles none with its own LoRA, and
+  sharing needs plain weights.
 - In the decode table native, the base and the stock CPU kernels are one round, A B C C B A; batches that take little
   are taken more often, for 1.5 s a round. On the CPU tokens are drawn at temperature 1, which takes all the same time,
-  more with more rows, and pulls ratios towards 1; on a GPU completions are greedy. The KV cache's size says something
-  on a GPU only, where it is what `gpu_memory_utilization` leaves; on the CPU it is configured.
-- vLLM's share of a GPU does not count a trainer beside it: sharing the base leaves it the same KV cache, and gives the
-  trainer's copy back. The KV cache's table says both, the second with that copy added to the engine's share.
+  more with more rows, and pulls ratios towards 1; on a GPU completions are greedy.
 - In a step training is the same work on both sides; both are given its median over all rounds of a pair.
 - Endurance: each tenth's medians; memory is looked at ten times a tenth, between syncs.
 - Truth: an adapter that moves log-probs by 20 times the noise; a strategy fails at 3 times the bf16 noise. `error of

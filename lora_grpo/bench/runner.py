@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
-from lora_grpo.errors import ConfigError, LoraGrpoError
+from lora_grpo.bench.strategies import SWITCHED
+from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 
 Progress: TypeAlias = Callable[[str, int], None]
 """Called with what is being done, and how many rounds were just finished."""
@@ -33,6 +34,7 @@ class Partial:
         self._path, self._fingerprint, self.bandwidth = path, fingerprint, bandwidth
         self._started, self._earlier_s = started, 0.0
         self.cells: dict[str, Any] = {}
+        self.notes: list[str] = []
         if path is not None and path.exists():
             stored = json.loads(path.read_text())
             if stored["fingerprint"] != fingerprint:
@@ -40,7 +42,7 @@ class Partial:
                     f"{path} holds an unfinished run with other settings or versions, or of another machine; use "
                     "another --out, or remove the file"
                 )
-            self.cells, self.bandwidth = stored["cells"], stored["bandwidth"]
+            self.cells, self.bandwidth, self.notes = stored["cells"], stored["bandwidth"], stored["notes"]
             self._earlier_s = stored.get("seconds", 0.0)
 
     @property
@@ -56,7 +58,7 @@ class Partial:
         if self._path is not None:
             staged = self._path.with_suffix(".new")
             fields = {"fingerprint": self._fingerprint, "bandwidth": self.bandwidth, "seconds": self.seconds}
-            staged.write_text(json.dumps({**fields, "cells": self.cells}))
+            staged.write_text(json.dumps({**fields, "notes": self.notes, "cells": self.cells}))
             os.replace(staged, self._path)
 
     def remove(self) -> None:
@@ -75,6 +77,7 @@ class Runner:
     def run(self, cells: Sequence[Cell], partial: Partial) -> list[str]:
         """Run what `partial` does not hold yet; returns a sentence for each cell that failed."""
         failures = []
+        self._notes = partial.notes
         for cell in cells:
             if cell.key in partial.cells:
                 self._progress(f"{cell.key}: kept from before", len(cell.order))
@@ -103,7 +106,7 @@ class Runner:
                 worker.do(cell.work, **cell.warm)
         rounds = []
         for index in cell.order:
-            strategy = cell.subjects[index].strategy
+            strategy = cell.name or cell.subjects[index].strategy
             self._progress(f"{cell.key}: {strategy}", 0)
             rounds.append({"strategy": strategy, "result": workers[index].do(cell.work, **cell.arguments)})
             self._progress(f"{cell.key}: {strategy}", 1)
@@ -113,7 +116,8 @@ class Runner:
             for worker in workers:
                 worker.do("memory:give_back")
         order = [done["strategy"] for done in rounds]
-        return {"table": cell.table, "order": order, "labels": cell.labels, "rounds": rounds}
+        unpaired = {"unpaired": True, "against": cell.against} if cell.in_turn else {}
+        return {"table": cell.table, "order": order, "labels": cell.labels, "rounds": rounds, **unpaired}
 
     def _start(self, cell: Cell) -> list[WorkerProcess]:
         if cell.fresh:
@@ -135,3 +139,51 @@ class Runner:
             worker = self._alive.pop(subject, None)
             if worker is not None:
                 worker.close()
+
+
+class TurnRunner(Runner):
+    """One worker, which strategies have in turn: each is closed before the next one starts."""
+
+    def __init__(self, log: Path, progress: Progress, worker: WorkerProcess) -> None:
+        super().__init__(log, progress)
+        self._worker: WorkerProcess | None = worker
+        self._turn: tuple[Subject, int] | None = None
+        self._failed: set[tuple[Subject, int]] = set()
+
+    def kill(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+
+    def _start(self, cell: Cell) -> list[WorkerProcess]:
+        (subject,) = cell.subjects
+        turn = (subject, cell.turn)
+        if turn in self._failed:
+            raise EngineError(f"{subject.strategy} has not started before")
+        if self._turn != turn:
+            self._progress(f"{cell.key}: starting {subject.strategy}", 0)
+            if self._turn and {subject.strategy, self._turn[0].strategy} & set(SWITCHED):
+                self._stop(())
+            self._failed.add(turn)
+            self._turn_to(subject, cell.key)
+            self._failed.remove(turn)
+            self._turn = turn
+        assert self._worker is not None
+        return [self._worker]
+
+    def _turn_to(self, subject: Subject, key: str) -> None:
+        self._turn = None
+        if left := self._prepare(subject):
+            gib = left / (1 << 30)
+            self._notes.append(f"{key} began in a fresh process: {gib:.1f} GiB stayed taken after the strategy before.")
+            self._stop(())
+            self._prepare(subject)
+
+    def _prepare(self, subject: Subject) -> int:
+        self._worker = self._worker or WorkerProcess(self._log)
+        self._worker.prepare(subject)
+        return self._worker.finish() or 0
+
+    def _stop(self, subjects: Sequence[Subject]) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = self._turn = None

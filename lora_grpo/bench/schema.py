@@ -37,7 +37,13 @@ class Settings(Section):
     targets: str = Field("all-linear", description="LoRA targets: all-linear, attention or names joined with +")
     repeat: int = Field(ge=1, description="measurements of each strategy")
     seed: int = Field(0, ge=0, description="of weights, adapters and prompts")
-    graphs: bool = Field(False, description="CUDA graphs and compilation (slow to start; for decode and step)")
+    graphs: bool | Literal["alone"] = Field(
+        False,
+        description="vLLM's default: CUDA graphs and compilation (slow to start); alone: not compiled",
+    )
+    in_turn: bool = Field(
+        False, description="one strategy after another in one process, native first and last; always so on a GPU"
+    )
     max_model_len: int = Field(512, ge=16, description="tokens of prompt and completion at most")
     max_num_seqs: int = Field(64, ge=1, description="rows that an engine takes at once")
     truth: bool = Field(True, description="sync, decode: check that what was timed serves the right policy")
@@ -70,6 +76,18 @@ class Settings(Section):
         return self
 
     @property
+    def takes_turns(self) -> bool:
+        """Whether one strategy is alive at a time, which makes ratios those of unpaired medians."""
+        return self.in_turn or self.device != "cpu"
+
+    @property
+    def engine(self) -> str:
+        """How engines run, in a word for tables: nothing is captured or compiled, graphs alone, or vLLM's default."""
+        if self.graphs == "alone":
+            return "eager" if self.device == "cpu" else "graphs alone"
+        return "compiled" if self.graphs else "eager"
+
+    @property
     def label(self) -> str:
         """The model's name in tables."""
         return self.model or str(self.shape)
@@ -92,11 +110,14 @@ class Row(BaseModel):
 
     strategy: str
     shape: str
+    engine: str | None = None
+    """`Settings.engine`."""
 
 
 class SyncRow(Row):
-    """`ratio_to_native` compares with the syncs of `native` that alternated with these; `decodes_like` names the
-    strategy whose decode figures are this one's too. `loader` is how our engine took the adapter (`LoadReceipt`)."""
+    """`ratio_to_native` compares with syncs of `native`: those that alternated with these, or where `against` is
+    "unpaired" those of its first turn. `decodes_like` names the strategy whose decode figures are this one's too.
+    `loader` is how our engine took the adapter (`LoadReceipt`); `load_calls` a merge's calls of `load_weights`."""
 
     against: str
     rank: int
@@ -112,6 +133,7 @@ class SyncRow(Row):
     syncs: int
     decodes_like: str
     loader: str | None = None
+    load_calls: int | None = None
 
 
 class TruthRow(Row):
@@ -122,6 +144,8 @@ class TruthRow(Row):
     noise_nats: float
     signal_nats: float
     passed: bool
+    same_bits: bool | None = None
+    """Of a shared base: every weight that the trainer sees is the checkpoint's, bit for bit."""
 
 
 class ProofRow(Row):
@@ -140,9 +164,10 @@ class ProofRow(Row):
 class MemoryRow(Row):
     """`kind`: pss on the CPU, CUDA allocated on a GPU (with `reserved_peak_bytes`), the KV cache of `kv_tokens`
     included (None: set by configuration, which tells nothing). `weights_bytes` go when trainer and engine let go of
-    the base, of which one copy is `copy_bytes`."""
+    the base, of which one copy is `copy_bytes`. `before_bytes`: the level before the trainer was loaded."""
 
     kind: Literal["pss", "cuda"]
+    before_bytes: int | None = None
     trainer_bytes: int
     engine_bytes: int
     sync_bytes: int
@@ -161,9 +186,8 @@ class MemoryRow(Row):
 
 
 class DecodeRow(Row):
-    """`tpot_s` is time per output token of one row; ratios compare with `native` in alternation. `kv_tokens` fit the
-    KV cache, at one `gpu_memory_utilization` for all (None on the CPU, where its size is configured). `threads` of the
-    worker's torch."""
+    """`tpot_s` is time per output token of one row; ratios compare with `native`. `kv_tokens` fit the KV cache (None on
+    the CPU). `threads` of the worker's torch."""
 
     rows: int
     prompt_tokens: int
@@ -178,16 +202,6 @@ class DecodeRow(Row):
     generate_ratio_to_native: float
     kv_tokens: int | None
     threads: int | None = None
-
-
-class RoomRow(Row):
-    """Tokens that fit a GPU's KV cache at a `gpu_memory_utilization`, of which vLLM takes what the engine needs: a
-    trainer's own copy of the base lies outside. `given` says what the share is.
-    """
-
-    given: Literal["the same share", "the share and the trainer's copy"]
-    gpu_memory_utilization: float
-    kv_tokens: int
 
 
 class BreakEvenRow(Row):
@@ -292,12 +306,13 @@ class Document(BaseModel):
     bandwidth_bytes_per_s: dict[str, float]
     settings: dict[str, Settings]
     failures: list[str]
+    notes: list[str] = []
+    """What a reader must know of this run besides."""
     sync: list[SyncRow] = []
     proof: list[ProofRow] = []
     truth: list[TruthRow] = []
     memory: list[MemoryRow] = []
     decode: list[DecodeRow] = []
-    room: list[RoomRow] = []
     break_even: list[BreakEvenRow] = []
     fidelity: list[FidelityRow] = []
     drift: list[DriftRow] = []
@@ -307,5 +322,5 @@ class Document(BaseModel):
     slopes: list[SlopeRow] = []
 
 
-TABLES = ("sync", "proof", "truth", "memory", "decode", "room", "fidelity", "drift", "step", "rollback", "endurance")
+TABLES = ("sync", "proof", "truth", "memory", "decode", "fidelity", "drift", "step", "rollback", "endurance")
 """What is measured; the other tables of a document follow from these."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ def _shape(
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _shape("qwen2", 128, 512, 4, 4, 2, 1024, False, **{**_QWEN, "max_position_embeddings": 1024}),
+    "tiny-tied": _shape("qwen2", 128, 512, 2, 4, 2, 1024, True, **{**_QWEN, "max_position_embeddings": 1024}),
     "qwen2.5-0.5b": _shape("qwen2", 896, 4864, 24, 14, 2, 151936, True, **_QWEN),
     "qwen2.5-1.5b": _shape("qwen2", 1536, 8960, 28, 12, 2, 151936, True, **_QWEN),
     "qwen2.5-7b": _shape("qwen2", 3584, 18944, 28, 28, 4, 152064, False, **_QWEN),
@@ -72,10 +73,13 @@ def shape_config(name: str) -> dict[str, Any]:
     return SHAPES[name]
 
 
-def write_model(name: str, directory: Path, *, device: str = "cpu", seed: int = 0) -> Path:
+def write_model(
+    name: str, directory: Path, *, device: str = "cpu", seed: int = 0, drawn: Callable[[], None] | None = None
+) -> Path:
     """Write a shape's config, random bf16 weights (drawn on `device`, a file a layer) and a tokenizer to `directory`.
 
-    A directory that holds them already is left as it is; returns it.
+    With `drawn`, all weights are drawn first, and it is called when they are in host memory, none written yet. A
+    directory that holds them already is left as it is; returns it.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -93,7 +97,11 @@ def write_model(name: str, directory: Path, *, device: str = "cpu", seed: int = 
     config.architectures = [type(skeleton).__name__]
     config.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
-    index = dict(_write_weights(skeleton, directory, device, seed))
+    files: Iterable[tuple[str, dict[str, torch.Tensor]]] = _files(skeleton, device, seed)
+    if drawn is not None:
+        files = list(files)
+        drawn()
+    index = dict(_write_weights(files, directory))
     total = sum(tensor.numel() * 2 for name, tensor in skeleton.named_parameters() if name in index)
     finished.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
     return directory
@@ -113,10 +121,18 @@ def byte_tokenizer() -> Any:
     )
 
 
-def _write_weights(skeleton: Any, directory: Path, device: str, seed: int) -> Iterator[tuple[str, str]]:
-    """Writes the files; yields (parameter, its file). Tied parameters appear once."""
-    import torch
+def _write_weights(files: Iterable[tuple[str, dict[str, torch.Tensor]]], directory: Path) -> Iterator[tuple[str, str]]:
+    """Writes the files; yields (parameter, its file)."""
     from safetensors.torch import save_file
+
+    for file, tensors in files:
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        yield from ((name, file) for name in tensors)
+
+
+def _files(skeleton: Any, device: str, seed: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """What each file holds, on the host. Tied parameters appear once."""
+    import torch
 
     generator = torch.Generator(device).manual_seed(seed)
     files: dict[str, list[tuple[str, torch.Size]]] = {}
@@ -125,9 +141,7 @@ def _write_weights(skeleton: Any, directory: Path, device: str, seed: int) -> It
         files.setdefault(f"model-{part}.safetensors", []).append((name, parameter.shape))
     hidden = skeleton.config.hidden_size
     for file, entries in files.items():
-        tensors = {name: _values(name, shape, hidden, device, generator).cpu() for name, shape in entries}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        yield from ((name, file) for name in tensors)
+        yield file, {name: _values(name, shape, hidden, device, generator).cpu() for name, shape in entries}
 
 
 def _values(name: str, shape: torch.Size, hidden: int, device: str, generator: torch.Generator) -> torch.Tensor:

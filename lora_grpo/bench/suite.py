@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,9 +16,10 @@ from lora_grpo.bench.floor import floor_seconds
 from lora_grpo.bench.joining import finished
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
-from lora_grpo.bench.runner import Partial, Progress, Runner
+from lora_grpo.bench.runner import Partial, Progress, Runner, TurnRunner
 from lora_grpo.bench.schema import Document, Settings
 from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.turns import beside_native, one_at_a_time, with_weights
 from lora_grpo.errors import ConfigError
 
 Planner: TypeAlias = Callable[[Settings, Subject], list[Cell]]
@@ -36,7 +38,6 @@ ROWS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "truth": fidelity.truth_rows,
     "memory": memory.rows,
     "decode": decode.rows,
-    "room": decode.room_rows,
     "fidelity": fidelity.rows,
     "drift": drift.rows,
     "step": step.rows,
@@ -44,6 +45,8 @@ ROWS: dict[str, Callable[[Any, Any], list[Any]]] = {
     "endurance": endurance.rows,
 }
 PARTIAL, RESULTS = "partial.json", "results.json"
+LEAST_TMPFS = 2 << 30
+"""Bytes on /dev/shm for the versions that are kept, up to 8 of a 7B's."""
 _FLEETING = ("load_average_1min",)
 
 
@@ -70,7 +73,7 @@ class Suite:
         self._finished = False
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-        self._tmpfs = Path(tempfile.mkdtemp(prefix="lora-grpo-bench-", dir="/dev/shm"))
+        self._tmpfs = Path(tempfile.mkdtemp(prefix="lora-grpo-bench-", dir=_fastest_folder()))
         self._disk = Path(tempfile.mkdtemp(prefix=".lora-grpo-bench-", dir=out or Path.cwd()))
         self._models = models or self._tmpfs / "models"
         self._log = (out or self._disk) / "workers.log"
@@ -82,6 +85,7 @@ class Suite:
 
     def _look(self, started: float) -> None:
         self._host = WorkerProcess(self._log)
+        self._oracles: dict[Any, dict[str, Any]] = {}
         self._sizes: dict[str, dict[str, int]] = {}
         (device,) = {settings.device for settings in self._parts.values()}
         seen = self._host.do("host:look", device=device)
@@ -96,9 +100,12 @@ class Suite:
         path = self._out / PARTIAL if self._out else None
         self._partial = Partial(path, {"settings": dumped, "machine": machine}, seen["bandwidth"], started)
         self.card = {**seen["card"], **self._floors(device)}
+        if not self._tmpfs.is_relative_to("/dev/shm"):
+            self._note(f"/dev/shm has less than {LEAST_TMPFS >> 30} GiB free: versions were in {self._tmpfs}.")
 
-    def _base_share(self, settings: Settings) -> float:
-        return 2 * self._sizes[settings.label]["parameters"] / self._memory_bytes["total"]
+    def _note(self, sentence: str) -> None:
+        if sentence not in self._partial.notes:
+            self._partial.notes.append(sentence)
 
     def _floors(self, device: str) -> dict[str, Any]:
         """What each model weighs, its adapter and all of it, and the least time that either can take."""
@@ -120,8 +127,11 @@ class Suite:
     def run(self, progress: Progress) -> None:
         """Measure every cell that an earlier run has not."""
         cells = self._plan(progress)
-        self._host.close()
-        runner = Runner(self._log, progress)
+        if self._takes_turns:
+            runner: Runner = TurnRunner(self._log, progress, self._host)
+        else:
+            self._host.close()
+            runner = Runner(self._log, progress)
         try:
             self._failures = runner.run(cells, self._partial)
         except BaseException:
@@ -133,14 +143,14 @@ class Suite:
     @property
     def rounds(self) -> int:
         """How many rounds a whole run has."""
-        planned = [PLANNERS[part](settings, self._subject(settings, "")) for part, settings in self._parts.items()]
-        return sum(len(cell.order) for cells in planned for cell in cells)
+        return sum(len(cell.order) for cell in self._cells(dict.fromkeys(self._parts, "")))
 
     def document(self) -> Document:
         """The figures so far."""
         found: dict[str, list[Any]] = {table: [] for table in ROWS}
-        for cell in self._partial.cells.values():
+        for cell in beside_native(self._partial.cells):
             found[cell["table"]] += ROWS[cell["table"]](cell, self._partial.bandwidth)
+        found["memory"] = with_weights(found["memory"], self._partial.cells)
         tables = finished(found)
         verdicts = [text for row in tables["truth"] if (text := fidelity.verdict(row))]
         return Document(
@@ -152,6 +162,7 @@ class Suite:
             bandwidth_bytes_per_s=self._partial.bandwidth,
             settings=dict(self._parts),
             failures=[*self._failures, *verdicts],
+            notes=self._partial.notes,
             **tables,
         )
 
@@ -184,10 +195,31 @@ class Suite:
         self.close()
 
     def _plan(self, progress: Progress) -> list[Cell]:
+        models = {part: self._model(settings, progress) for part, settings in self._parts.items()}
+        return [self._told(cell, progress) for cell in self._cells(models)]
+
+    @property
+    def _takes_turns(self) -> bool:
+        return any(settings.takes_turns for settings in self._parts.values())
+
+    def _cells(self, models: Mapping[str, str]) -> list[Cell]:
         cells: list[Cell] = []
         for part, settings in self._parts.items():
-            cells += PLANNERS[part](settings, self._subject(settings, self._model(settings, progress)))
-        return in_turn(cells)
+            made = PLANNERS[part](settings, self._subject(settings, models[part]))
+            cells += [replace(cell, labels={**cell.labels, "engine": settings.engine}) for cell in made]
+        return one_at_a_time(cells) if self._takes_turns else by_strategy(cells)
+
+    def _told(self, cell: Cell, progress: Progress) -> Cell:
+        """A cell that asks for the truth is told what the fp32 reference says, which is computed before any strategy
+        starts."""
+        if cell.table != "truth" or cell.key in self._partial.cells:
+            return cell
+        subject = cell.subjects[0]
+        key = (subject.model, subject.rank, subject.targets, subject.seed)
+        if key not in self._oracles:
+            progress(f"reference in fp32: {subject.model}", 0)
+            self._oracles[key] = self._host.do("fidelity:oracle", **subject.fields())
+        return replace(cell, arguments=self._oracles[key])
 
     def _model(self, settings: Settings, progress: Progress) -> str:
         """A hub name or directory; a shape's model is made first."""
@@ -217,7 +249,8 @@ class Suite:
             max_num_seqs=settings.max_num_seqs,
             graphs=settings.graphs,
             gpu_memory_utilization=self._shares[settings.label],
-            base_share=self._base_share(settings),
+            rows=settings.rows if settings.graphs == "alone" else (),
+            kv_cache_bytes=None if settings.device == "cpu" else memory.KV_CACHE_BYTES,
             seed=settings.seed,
         )
 
@@ -234,7 +267,12 @@ def finished_command(out: Path, *, other_than: Mapping[str, Settings] | None = N
         raise ConfigError(f"{out / RESULTS} is no result of this suite: {error}") from error
 
 
-def in_turn(cells: Sequence[Cell]) -> list[Cell]:
+def _fastest_folder() -> str:
+    shared = "/dev/shm"
+    return shared if shutil.disk_usage(shared).free >= LEAST_TMPFS else tempfile.gettempdir()
+
+
+def by_strategy(cells: Sequence[Cell]) -> list[Cell]:
     """All parts of one strategy after another, so that it starts once; what needs fresh processes comes last."""
     first: dict[Subject, int] = {}
     for place, cell in enumerate(cells):

@@ -57,26 +57,36 @@ def _pair(settings: Settings, native: Subject, other: Subject) -> Cell:
 
 def measure(bench: Bench, syncs: int) -> dict[str, Any]:
     """Worker: syncs, each after a step of the trainer that is not timed."""
-    done = []
-    for _ in range(syncs):
-        bench.strategy.trainer.step()
-        done.append(bench.strategy.sync())
+    done = [bench.strategy.renew() for _ in range(syncs)]
     return {
         "phases_s": {phase: [synced.seconds[phase] for synced in done] for phase in done[-1].seconds},
         "afterwards_s": [synced.afterwards_s for synced in done],
         "moved_bytes": done[-1].moved_bytes,
         "decodes_like": bench.strategy.decodes_here_like,
         "loader": bench.strategy.loader,
+        "load_calls": bench.strategy.load_calls,
     }
+
+
+def measure_at_once(bench: Bench, syncs: int) -> dict[str, Any]:
+    """Worker: the same of a merge that hands its weights over in one call."""
+    strategy: Any = bench.strategy
+    strategy.at_once = True
+    try:
+        return measure(bench, syncs)
+    finally:
+        strategy.at_once = False
 
 
 def rows(cell: Mapping[str, Any], bandwidth: Mapping[str, float]) -> list[SyncRow]:
     """Both strategies of a pair."""
     rounds = {strategy: results_of(cell, strategy) for strategy in dict.fromkeys(cell["order"])}
-    native_s = median(totals(rounds[NATIVE]))
+    native, other = cell["order"][0], list(rounds)[-1]
+    native_s = median(totals(rounds[native]))
+    against = {} if cell.get("unpaired") else {native: other, other: native}
     return [
-        _row(strategy, found, native_s, bandwidth, cell, against=cell["order"][1 if index == 0 else 0])
-        for index, (strategy, found) in enumerate(rounds.items())
+        _row(strategy, found, native_s, bandwidth, cell, against.get(strategy, "unpaired"))
+        for strategy, found in rounds.items()
     ]
 
 
@@ -100,6 +110,7 @@ def _row(
         syncs=len(seconds),
         decodes_like=found[-1]["decodes_like"],
         loader=found[-1]["loader"],
+        load_calls=found[-1]["load_calls"],
     )
 
 

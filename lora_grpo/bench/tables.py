@@ -27,7 +27,8 @@ def ms(seconds: float) -> float:
 
 
 def _line(row: Row, columns: Columns) -> Line:
-    return {"strategy": row.strategy, "shape": row.shape, **{head: value(row) for head, value in columns.items()}}
+    known = {"strategy": row.strategy, "shape": row.shape, "engine": row.engine}
+    return {**known, **{head: value(row) for head, value in columns.items()}}
 
 
 def _scaled(name: str, factor: float) -> Callable[[Any], float | None]:
@@ -61,6 +62,8 @@ _SYNC: Columns = {
     "median ms": _ms("median_s"),
     "p95 ms": _ms("p95_s"),
     "x native": attrgetter("ratio_to_native"),
+    "against": attrgetter("against"),
+    "load_weights calls": attrgetter("load_calls"),
     "moved MB": _scaled("moved_bytes", 1e-6),
     "x floor": attrgetter("times_floor"),
     "after ms": _ms("afterwards_s"),
@@ -79,10 +82,12 @@ _TRUTH: Columns = {
     "error, nats": attrgetter("error_nats"),
     "bf16 noise, nats": attrgetter("noise_nats"),
     "adapter's effect, nats": attrgetter("signal_nats"),
+    "trainer's base, bit for bit": lambda row: None if row.same_bits is None else "same" if row.same_bits else "OTHER",
     "verdict": lambda row: "serves it" if row.passed else "SERVES ANOTHER POLICY",
 }
 _MEMORY: Columns = {
     "of": lambda row: "PSS" if row.kind == "pss" else "CUDA allocated",
+    "before MiB": _mib("before_bytes"),
     "trainer MiB": _mib("trainer_bytes"),
     "engine MiB": _mib("engine_bytes"),
     "syncs MiB": _mib("sync_bytes"),
@@ -106,11 +111,6 @@ _DECODE: Columns = {
     "x native (prefill)": attrgetter("prefill_ratio_to_native"),
     "KV cache tokens": attrgetter("kv_tokens"),
     "threads": attrgetter("threads"),
-}
-_ROOM: Columns = {
-    "given": attrgetter("given"),
-    "gpu_memory_utilization": attrgetter("gpu_memory_utilization"),
-    "KV cache tokens": attrgetter("kv_tokens"),
 }
 _BREAK_EVEN: Columns = {
     "rows": attrgetter("rows"),
@@ -178,7 +178,6 @@ _TABLES: dict[str, tuple[str, Columns]] = {
     "truth": ("Truth: log-probs of the served policy against an fp32 reference", _TRUTH),
     "memory": ("Memory: trainer and engine in one process", _MEMORY),
     "decode": ("Decode: completions of a served policy", _DECODE),
-    "room": ("KV cache: what is left for it", _ROOM),
     "break_even": ("Break-even: the completion lengths at which merging is faster", _BREAK_EVEN),
     "fidelity": ("Fidelity: what is left of an update", _FIDELITY),
     "drift": ("Drift: the trainer's frozen base after many syncs", _DRIFT),

@@ -37,22 +37,37 @@ class Bench:
 
 
 class Worker:
-    """Answers requests: `{"work": "room:function", "with": {...}}`, preceded by one `{"prepare": {...}}` if it needs
-    a strategy."""
+    """Answers requests: `{"work": "room:function", "with": {...}}`, preceded by a `{"prepare": {...}}` if it needs a
+    strategy. One that is alive is closed before the next one starts; where that leaves too much behind, none starts,
+    and the answer is how many bytes are left."""
 
     def __init__(self) -> None:
         self._bench: Bench | None = None
+        self._start_bytes: int | None = None
 
     def answer(self, request: dict[str, Any]) -> Any:
         if "prepare" in request:
-            self._bench = prepare(Subject(**request["prepare"]))
-            return None
+            return self._turn_to(Subject(**request["prepare"]))
         work = find_work(request["work"])
         return work(self._bench, **request["with"]) if self._bench else work(**request["with"])
 
     def close(self) -> None:
         if self._bench is not None:
             self._bench.strategy.close()
+            self._bench = None
+
+    def _turn_to(self, subject: Subject) -> int | None:
+        from lora_grpo.bench import memory
+        from lora_grpo.engines import compat
+
+        self.close()
+        compat.import_vllm()
+        if self._start_bytes is None:
+            self._start_bytes = memory.taken(subject.device)
+        elif (left := memory.left_behind(subject.device, self._start_bytes)) > memory.MAY_STAY_BYTES:
+            return left
+        self._bench = prepare(subject)
+        return None
 
 
 def find_work(name: str) -> Callable[..., Any]:
@@ -65,11 +80,9 @@ def prepare(subject: Subject) -> Bench:
     """Load trainer and engine of a subject."""
     from lora_grpo.bench import fidelity, memory
     from lora_grpo.bench.strategies import load_strategy
-    from lora_grpo.engines import compat
 
     subject = replace(subject, tmpfs=_own(subject.tmpfs), disk=_own(subject.disk))
     strategy = load_strategy(subject.strategy)()
-    compat.import_vllm()
     levels = memory.Levels(subject.device)
     strategy.prepare(subject, levels.seen)
     return Bench(strategy, subject, strategy.logprobs(fidelity.sequences(subject)), levels)

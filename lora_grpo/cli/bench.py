@@ -38,7 +38,6 @@ Out = Annotated[Path | None, typer.Option(help="Directory for JSON, report and p
 Models = Annotated[Path | None, typer.Option(help="Keep models made from shapes here. Default: /dev/shm, for now.")]
 Compare = Annotated[Path | None, typer.Option(help="A results.json to compare ratios with; exit 1 outside.")]
 Tolerance = Annotated[float, typer.Option(min=0.0, help="Relative tolerance of --compare.")]
-Join = Annotated[list[Path] | None, typer.Option(help="With report: a finished run to join with others into --out.")]
 Readme = Annotated[Path | None, typer.Option(help="With report: put the figures into this file.")]
 
 
@@ -55,18 +54,16 @@ def bench(
     models: Models = None,
     compare: Compare = None,
     tolerance: Tolerance = 0.3,
-    join: Join = None,
     readme: Readme = None,
 ) -> None:
     """Measure native hot-swap against merging: speed, memory, truth.
 
     The card comes first; progress goes to stderr; the last line of stdout is the result as JSON.
     Ctrl-C keeps what was measured, and with --out the same command goes on from there.
-    `bench report --out DIR` draws plots and report from DIR/results.json again; with --join A --join B it is made of
-    theirs first.
+    `bench report --out DIR` draws plots and report again; where several runs lie in DIR/bench, of all of them.
     """
     if part == "report":
-        _report(out, join or [], readme)
+        _report(out, readme)
         return
     options = _options(shape=shape, model=model, ranks=ranks, strategies=strategies, device=device, repeat=repeat)
     from lora_grpo.bench.scenario import plan_parts
@@ -147,28 +144,28 @@ def _compare(document: Document, baseline: Document, tolerance: float) -> bool:
     return bool(found) and all(one.held for one in found)
 
 
-def _report(out: Path | None, joined: Sequence[Path], readme: Path | None) -> None:
+def _report(out: Path | None, readme: Path | None) -> None:
     from lora_grpo.bench.report import update_readme, write_report
     from lora_grpo.errors import ConfigError
 
     if out is None:
         raise ConfigError("bench report reads a finished run: name it with --out DIR")
-    if joined:
-        _join(joined, out)
+    if runs := sorted((path.parent for path in out.glob("bench/*/results.json")), key=_started):
+        _join(runs, out)
     document = _read(out / "results.json")
     typer.echo(str(write_report(document, out)))
     if readme is not None:
         update_readme(document, readme)
 
 
-def _join(directories: Sequence[Path], out: Path) -> None:
-    from lora_grpo.bench.joining import join
-    from lora_grpo.errors import ConfigError
+def _started(run: Path) -> str:
+    return _read(run / "results.json").started_at
 
-    if len({directory.name for directory in directories}) < len(directories):
-        raise ConfigError("--join: two directories have the same name, by which settings are kept; rename one")
-    document = join({directory.name: _read(directory / "results.json") for directory in directories})
-    out.mkdir(parents=True, exist_ok=True)
+
+def _join(runs: Sequence[Path], out: Path) -> None:
+    from lora_grpo.bench.joining import join
+
+    document = join({run.name: _read(run / "results.json") for run in runs})
     (out / "results.json").write_text(document.model_dump_json(indent=1) + "\n")
 
 

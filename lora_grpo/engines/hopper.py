@@ -12,6 +12,12 @@ MENDED_IN = (0, 33)
 _KERNEL = "vllm.lora.ops.triton_ops.lora_expand_op"
 
 
+def is_mended(kernel: Any = None) -> bool:
+    """Whether `mend_kernels` has changed the kernel's launcher."""
+    kernel = importlib.import_module(_KERNEL) if kernel is None else kernel
+    return bool(getattr(getattr(kernel, "get_lora_op_configs", None), "one_stage", False))
+
+
 def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None, kernel: Any = None) -> None:
     """Have vLLM's LoRA expand kernel run with one pipeline stage where two give NaN; nothing elsewhere.
 
@@ -24,7 +30,7 @@ def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None, k
         return
     kernel = importlib.import_module(_KERNEL) if kernel is None else kernel
     stock = getattr(kernel, "get_lora_op_configs", None)
-    if getattr(stock, "one_stage", False):
+    if is_mended(kernel):
         return
     if stock is None or not hasattr(kernel, "_lora_expand_kernel"):
         raise UnsupportedVersion(

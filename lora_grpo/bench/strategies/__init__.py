@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 NATIVE, SHARED, STOCK, BASE = "native", "native-shared", "native-stock", "base"
 OTHER_KERNELS = ("native-stock", "native-gemm", "native-dual-stream", "native-tuned")
 """Those that compute LoRA otherwise than `native` does."""
+SWITCHED = ("native-dual-stream", "native-tuned")
+"""Those that switch something of vLLM's for their whole process."""
 
 _HOMES = {
     "native": "native:Native",

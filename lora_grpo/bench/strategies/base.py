@@ -42,6 +42,8 @@ class Strategy(ABC):
     subject: Subject
     loader: str | None = None
     """How our engine took the last sync's adapter; None where another engine does."""
+    load_calls: int | None = None
+    """Calls of vLLM's `load_weights` that the last sync made; None where no weights are pushed."""
 
     @property
     def decodes_here_like(self) -> str:
@@ -63,6 +65,15 @@ class Strategy(ABC):
     @abstractmethod
     def sync(self) -> Synced:
         """Have the engine serve the trainer's policy as it is now."""
+
+    def renew(self) -> Synced:
+        """A sync after a step of the trainer."""
+        self.trainer.step()
+        return self.sync()
+
+    def same_bits(self) -> bool | None:
+        """Whether a trainer on shared weights sees the checkpoint's, bit for bit; None where it has its own."""
+        return None
 
     @abstractmethod
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -116,8 +127,19 @@ def engine_arguments(subject: Subject) -> dict[str, Any]:
     fixed = {} if subject.kv_cache_bytes is None else {"kv_cache_memory_bytes": subject.kv_cache_bytes}
     return {
         **fixed,
+        **_graphs(subject),
         "max_model_len": subject.max_model_len,
         "max_num_seqs": subject.max_num_seqs,
-        "enforce_eager": not subject.graphs,
         "gpu_memory_utilization": subject.gpu_memory_utilization,
     }
+
+
+def _graphs(subject: Subject) -> dict[str, Any]:
+    """Nothing captured, vLLM's default (compiled, many sizes), or graphs of whole decode steps of the rows measured."""
+    if subject.graphs != "alone":
+        return {"enforce_eager": not subject.graphs}
+    if subject.device == "cpu":
+        return {"enforce_eager": True}
+    sizes = sorted(subject.rows)
+    alone = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+    return {"enforce_eager": False, "compilation_config": alone}

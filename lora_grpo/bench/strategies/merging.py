@@ -63,12 +63,14 @@ class Merging(Strategy):
 
 
 class Pushing(Merging):
-    """Whole weights in checkpoint form are pushed through vLLM's loaders."""
+    """Whole weights in checkpoint form are pushed through vLLM's loaders, one by one or `at_once`."""
+
+    at_once = False
 
     def push(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._moved = 0
         self._pushed.clear()
-        self.engine.load_weights(self._counted(named))
+        self.load_calls = self.engine.load_weights(self._counted(named), at_once=self.at_once)
 
     def _counted(self, named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in named:
@@ -96,4 +98,9 @@ def checkpoint_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
     """A PEFT model's base under its checkpoint names, as it is now."""
     for name, parameter in model.named_parameters():
         if LORA not in name:
-            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter.data
+            yield checkpoint_name(name), parameter.data
+
+
+def checkpoint_name(name: str) -> str:
+    """A parameter of a PEFT model's base as the checkpoint names it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from lora_grpo.bench.plan import Subject
+from lora_grpo.bench.strategies.merging import checkpoint_name
 from lora_grpo.bench.strategies.native import Native
 from lora_grpo.bench.strategies.trainer import Trainer
 
@@ -25,3 +29,11 @@ class NativeShared(Native):
         seen("trainer")
         self.connect()
         seen("engine")
+
+    def same_bits(self) -> bool | None:
+        from safetensors.torch import load_file
+
+        own = {checkpoint_name(name): parameter.detach() for name, parameter in self.trainer.model.named_parameters()}
+        files = sorted(Path(self.subject.model).glob("*.safetensors"))
+        pairs = ((own[name], saved) for file in files for name, saved in load_file(file, self.subject.device).items())
+        return all(torch.equal(mine, saved) for mine, saved in pairs) if files else None

@@ -48,8 +48,11 @@ class Trainer:
                 nn.init.kaiming_uniform_(module.a_RI, a=5**0.5)
                 module.b_OR.copy_(self._signs(module.b_OR) * b_size)
 
-    def randomise(self, size: float) -> None:
-        """A with unit gain on its input; B normal, so that B A x is of order `size` after scaling."""
+    def randomise(self, size: float, seed: int | None = None) -> None:
+        """A with unit gain on its input; B normal, so that B A x is of order `size` after scaling. With a seed, the
+        same on every trainer of a model."""
+        if seed is not None:
+            self._generator.manual_seed(seed)
         with torch.no_grad():
             for module in self.modules:
                 a, b = module.a_RI, module.b_OR

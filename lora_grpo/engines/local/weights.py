@@ -61,15 +61,21 @@ class PlainEngine:
         params = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
         return scored_tokens(self._run(sequences, [params] * len(sequences)), sequences)
 
-    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Put checkpoint tensors in place of the engine's: one at a time as they come, or where weights are prepacked
-        (CPU) all through `reload_weights`. Every member of a fused layer must be among them."""
+    def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], *, at_once: bool = False) -> int:
+        """Put checkpoint tensors in place of the engine's: one at a time as they come, or `at_once`, and where weights
+        are prepacked (CPU) all through `reload_weights`. Every member of a fused layer must be among them.
+
+        Returns how many calls of vLLM's it took.
+        """
         if compat.is_cpu():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named)})
-            return
+            return 1
         model = compat.runner(self._llm).get_model()
-        for name, tensor in named:
-            model.load_weights([(name, tensor)])
+        calls = 0
+        for batch in (named,) if at_once else ([one] for one in named):
+            model.load_weights(batch)
+            calls += 1
+        return calls
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values that earlier weights made. Raises `EngineError` when vLLM refuses."""

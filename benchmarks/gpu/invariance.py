@@ -1,0 +1,72 @@
+"""Of the tokens that are sampled, how many have to the bit the log-prob that scoring them as a prompt gives.
+
+    python benchmarks/gpu/invariance.py --model DIR --device cuda:0
+
+With an adapter and without, on a GPU under VLLM_BATCH_INVARIANT=1 for the whole process. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SIZES = {"cpu": (4, 8), "cuda": (64, 64)}
+"""Rows, and tokens of each."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="the directory of a model")
+    parser.add_argument("--device", required=True)
+    options = parser.parse_args()
+    if options.device != "cpu":
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    print(json.dumps(measure(options.model, options.device)))
+
+
+def measure(model: Path, device: str) -> dict[str, Any]:
+    from lora_grpo.bench.plan import Subject
+    from lora_grpo.bench.strategies.native import Native
+    from lora_grpo.engines import compat
+
+    compat.import_vllm()
+    rows, length = SIZES[device.partition(":")[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(
+            "native", str(model), 16, "all-linear", device, folder, folder, 4 * length, rows, False, 0.2, seed=0
+        )
+        strategy = Native()
+        strategy.prepare(subject, lambda _: None)
+        without = equal_share(strategy, rows, length)
+        strategy.trainer.randomise(0.2)
+        strategy.sync()
+        shares = {"with_adapter": equal_share(strategy, rows, length), "without_adapter": without}
+        strategy.close()
+    asked = os.environ.get("VLLM_BATCH_INVARIANT") == "1" and compat.reads_variable("VLLM_BATCH_INVARIANT")
+    return {"batch_invariant": asked, **shares, "tokens": rows * length, "model": model.name}
+
+
+def equal_share(strategy: Any, rows: int, length: int) -> float:
+    """Of what the strategy serves now."""
+    import torch
+
+    from lora_grpo.types import Sampling
+
+    drawn = torch.randint(1, 1000, (rows, length), generator=torch.Generator().manual_seed(1)).tolist()
+    groups = strategy.generate(drawn, Sampling(n=1, max_tokens=length, temperature=1.0, seed=1, ignore_eos=True))
+    made = [(group.prompt_token_ids, group.completions[0]) for group in groups]
+    scored = strategy.logprobs([[*prompt, *completion.token_ids] for prompt, completion in made])
+    pairs = [
+        (sampled, again)
+        for (_, completion), row in zip(made, scored, strict=True)
+        for sampled, again in zip(completion.logprobs, row[-length:], strict=True)
+    ]
+    return sum(sampled == again for sampled, again in pairs) / len(pairs)
+
+
+if __name__ == "__main__":
+    main()

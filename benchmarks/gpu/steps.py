@@ -1,0 +1,146 @@
+"""What is run on a GPU, most valuable first: each step is one process, with its limit and where its result lies."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import xml.etree.ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+DEMO_STEPS = {"cpu": 2, "cuda": 30}
+SHAPES = {
+    "cpu": {"0.5b": "tiny-tied", "7b": "tiny"},
+    "cuda": {"0.5b": "qwen2.5-0.5b", "7b": "qwen2.5-7b"},
+}
+"""By device, what is measured; in a dry run two tiny ones, of which one ties its output layer like the 0.5B."""
+SUITES = {
+    "tiny": (
+        ("tests/test_parity.py", "tests/test_nan_hunt.py", "tests/test_lora_gemm.py"),
+        "qwen2 and not graphs or eager or test_lora_gemm",
+        "test_one_call_mixes_base_and_versions and qwen2 or test_mixed_batches",
+    ),
+    "parity": (
+        ("tests/test_parity.py", "tests/test_nan_hunt.py", "tests/test_gpu_sleep.py"),
+        "graphs or test_gpu_sleep or (test_parity and not qwen2)",
+        "test_one_call_mixes_base_and_versions and llama",
+    ),
+}
+"""Test files, which of their tests, and which few of those in a dry run: the whole test run has all of them."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """`read` finds the result when the command has ended, given what it printed. `expected_s` is an estimate for one
+    Hopper GPU. `shape` is the model it cannot do without."""
+
+    name: str
+    expected_s: int
+    limit_s: int
+    command: Sequence[str]
+    read: Callable[[str], Any]
+    shape: str | None = None
+
+    @property
+    def is_large(self) -> bool:
+        return self.name.startswith("7b")
+
+
+def plan(out: Path, device: str, models: Path) -> list[Step]:
+    """In the order of their value; the one that needs a switch in its whole process comes last."""
+    kind = device.partition(":")[0]
+    small, large = SHAPES[kind].values()
+    demo = [sys.executable, "-m", "lora_grpo", "demo", "--output-dir", str(out / "demo")]
+    invariance = [*_script("invariance.py"), "--device", device, "--model", str(models / f"{small}-seed0")]
+    return [
+        Step("card", 15, 60, [*_script("card.py"), device], last_json),
+        _suite("tiny", 45, 100, out, device),
+        _figures("0.5b", 80, 130, small, out, device, models),
+        _figures("7b", 250, 330, large, out, device, models),
+        Step("demo", 40, 90, [*demo, "--steps", str(DEMO_STEPS[kind])], last_json),
+        _suite("parity", 60, 120, out, device),
+        _figures("7b-compiled", 165, 240, large, out, device, models),
+        Step("invariance", 40, 90, invariance, last_json),
+    ]
+
+
+def _script(name: str) -> list[str]:
+    return [sys.executable, str(HERE / name)]
+
+
+def _figures(name: str, expected_s: int, limit_s: int, shape: str, out: Path, device: str, models: Path) -> Step:
+    results = out / "bench" / name
+    options = ["--shape", shape, "--device", device, "--out", str(results), "--models", str(models)]
+    command = [*_script("figures.py"), name, *options]
+    return Step(name, expected_s, limit_s, command, lambda printed: _measured(results / "results.json"), shape)
+
+
+def _measured(path: Path) -> Any:
+    """What of a suite's results a summary needs; all of it stays where it is, for the report."""
+    if not path.exists():
+        return None
+    document = json.loads(path.read_text())
+    tables = ("sync", "truth", "memory", "decode", "rollback")
+    return {
+        "complete": document["complete"],
+        "failures": document["failures"],
+        "notes": document["notes"],
+        **{table: sorted({row["strategy"] for row in document[table]}) for table in tables},
+    }
+
+
+def _suite(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> Step:
+    """Tests in one process, without the project's pytest settings: a bare host may lack the plugins that they need."""
+    files, chosen, few = SUITES[name]
+    report = out / "logs" / f"{name}.xml"
+    bare = ["-c", os.devnull, "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider"]
+    options = ["-q", "--device", device, "--junitxml", str(report), "-o", "junit_family=xunit1"]
+    expression = few if device == "cpu" else chosen
+    command = [sys.executable, "-m", "pytest", *files, *bare, *options, "-k", expression]
+    return Step(name, expected_s, limit_s, command, lambda printed: _cases(report))
+
+
+def last_json(printed: str) -> Any:
+    """The last line that is a JSON object."""
+    for line in reversed(printed.splitlines()):
+        if line.startswith("{") and line.endswith("}"):
+            return json.loads(line)
+    return None
+
+
+def _cases(report: Path) -> Any:
+    """Each test with its outcome, and the figures that it recorded."""
+    if not report.exists():
+        return None
+    return [
+        {
+            "test": case.get("name"),
+            "outcome": next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed"),
+            "seconds": float(case.get("time", "nan")),
+            **{found.attrib["name"]: found.attrib["value"] for found in case.iter("property")},
+        }
+        for case in xml.etree.ElementTree.parse(report).iter("testcase")
+    ]
+
+
+def found(name: str, result: Any) -> str:
+    """A result in a few words."""
+    if result is None:
+        return ""
+    if name in SUITES:
+        outcomes = [case["outcome"] for case in result]
+        return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
+    if name == "card":
+        return f"vLLM {'.'.join(map(str, result['vllm']['release']))}" if "vllm" in result else ""
+    if name == "demo":
+        return f"accuracy {result['accuracy_before']:.3f} to {result['accuracy_after']:.3f}"
+    if name == "invariance":
+        shares = ", ".join(f"{result[key]:.4f} {key.replace('_', ' ')}" for key in ("with_adapter", "without_adapter"))
+        return f"equal log-probs: {shares}; batch_invariant: {str(result['batch_invariant']).lower()}"
+    tables = {name: result[name] for name in ("sync", "decode") if result[name]}
+    return "; ".join(f"{name} of {', '.join(strategies)}" for name, strategies in tables.items())

@@ -1,0 +1,247 @@
+"""Strategies in turn in one process: their order, what one may leave behind, and what rows of unpaired medians say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_grpo.bench import memory, runner, sync, worker
+from lora_grpo.bench.plan import Cell
+from lora_grpo.bench.report import findings, write_report
+from lora_grpo.bench.runner import Partial, TurnRunner
+from lora_grpo.bench.scenario import plan_parts
+from lora_grpo.bench.strategies.base import engine_arguments
+from lora_grpo.bench.suite import PLANNERS
+from lora_grpo.bench.turns import AGAIN, AT_ONCE, beside_native, one_at_a_time, with_weights
+from lora_grpo.engines import compat
+from lora_grpo.engines.local.weights import PlainEngine
+from lora_grpo.errors import EngineError
+from tests.test_bench import decode_row, document, memory_row, subject, sync_row
+
+GIB = 1 << 30
+STRATEGIES = ("native", "merge-trl", "merge-fold")
+
+
+def planned(**changes: Any) -> list[Cell]:
+    """Memory, sync and decode, as a GPU has them."""
+    common = {"shape": "tiny", "device": "cuda:0", "canary_rows": (), "sweep_ranks": (), "sweep_targets": (), **changes}
+    cells = []
+    for part, names in (("sync", STRATEGIES), ("memory", STRATEGIES), ("decode", ("native", "merge-trl", "base"))):
+        settings = plan_parts(part, None, {**common, "strategies": names})[part]
+        cells += PLANNERS[part](settings, subject(device="cuda:0"))
+    return one_at_a_time(cells)
+
+
+def test_each_strategy_has_one_engine_and_native_is_first_and_last() -> None:
+    """Memory comes first on it, and what lets go of its weights last."""
+    cells = planned()
+    turns = list(dict.fromkeys((cell.subjects[0].strategy, cell.turn) for cell in cells))
+    assert turns == [("native", 0), ("merge-trl", 0), ("merge-fold", 0), ("base", 0), ("native", 1)]
+    by_turn = {turn: [c.table for c in cells if (c.subjects[0].strategy, c.turn) == turn] for turn in turns}
+    assert by_turn["native", 0] == ["memory", "sync", "decode", "truth", "weights"]
+    assert by_turn["merge-trl", 0] == ["memory", "sync", "sync", "decode", "truth", "weights"]
+    assert by_turn["merge-fold", 0] == ["memory", "sync", "truth", "weights"]
+    assert by_turn["base", 0] == ["decode"]
+    assert by_turn["native", 1] == ["memory", "sync", "decode"]
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert all(len(cell.subjects) == 1 and not cell.fresh and cell.in_turn for cell in cells)
+    assert [cell.order for cell in cells if cell.table == "sync"] == [(0, 0)] * 5
+
+
+def done(strategy: str, seconds: float, calls: int | None = None) -> dict[str, Any]:
+    result = {
+        "phases_s": {"push": [seconds]},
+        "afterwards_s": [0.0],
+        "moved_bytes": {"device_copy": 100},
+        "decodes_like": strategy,
+        "loader": None,
+        "load_calls": calls,
+    }
+    return {"strategy": strategy, "result": result}
+
+
+def cell_of(table: str, strategy: str, against: str | None, *rounds: dict[str, Any]) -> dict[str, Any]:
+    labels = {"shape": "tiny", "rank": 16, "targets": "all-linear", "engine": "eager"}
+    order = [strategy] * len(rounds)
+    return {
+        "table": table,
+        "order": order,
+        "labels": labels,
+        "rounds": list(rounds),
+        "unpaired": True,
+        "against": against,
+    }
+
+
+def test_rows_compare_with_natives_first_turn() -> None:
+    cells = {
+        "sync/native": cell_of("sync", "native", None, done("native", 1.0), done("native", 3.0)),
+        "sync/trl": cell_of("sync", "merge-trl", "sync/native", done("merge-trl", 8.0, 339)),
+        "sync/native/again": cell_of("sync", AGAIN, "sync/native", done(AGAIN, 2.2)),
+    }
+    rows = {row.strategy: row for cell in beside_native(cells) for row in sync.rows(cell, {"device_copy": 100.0})}
+    assert {name: row.ratio_to_native for name, row in rows.items()} == {"native": 1.0, "merge-trl": 4.0, AGAIN: 1.1}
+    assert {row.against for row in rows.values()} == {"unpaired"}
+    assert rows["merge-trl"].load_calls == 339
+    del cells["sync/native"]
+    left = {row.strategy: row for cell in beside_native(cells) for row in sync.rows(cell, {"device_copy": 100.0})}
+    assert left["merge-trl"].ratio_to_native == pytest.approx(8.0 / 2.2)
+
+
+def test_what_base_weights_took_joins_the_memory_row() -> None:
+    weights = {"table": "weights", "order": ["native"], "rounds": [{"strategy": "native", "result": 250}]}
+    (row,) = with_weights([memory_row("native", None)], {"weights/native": weights})
+    assert row.copies == 2.5
+    assert list(beside_native({"weights/native": weights})) == []
+
+
+class FakeWorker:
+    """Keeps too much after the strategies in `hoards`, and cannot start those in `broken`."""
+
+    made: list[FakeWorker]
+    hoards: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()
+
+    def __init__(self, log: Path) -> None:
+        self.done: list[str] = []
+        self.made.append(self)
+
+    def prepare(self, subject: Any) -> None:
+        self.asked, self.before = subject.strategy, self.done[-1] if self.done else None
+
+    def finish(self) -> int | None:
+        if self.asked in self.broken:
+            raise EngineError("no kernel image")
+        if self.before in self.hoards:
+            return GIB
+        self.done.append(self.asked)
+        return None
+
+    def do(self, work: str, **arguments: Any) -> Any:
+        return None
+
+    def close(self) -> None:
+        self.done.append("closed")
+
+
+def in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **faults: Any) -> tuple[list[list[str]], Any, list[str]]:
+    monkeypatch.setattr(FakeWorker, "made", [], raising=False)
+    for name, value in faults.items():
+        monkeypatch.setattr(FakeWorker, name, value)
+    monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
+    first: Any = FakeWorker(tmp_path)
+    run, partial = TurnRunner(tmp_path / "log", lambda *_: None, first), Partial(None, {}, {}, 0.0)
+    failures = run.run(planned(), partial)
+    run.close()
+    return [worker.done for worker in FakeWorker.made], partial, failures
+
+
+def test_one_process_has_them_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    processes, partial, failures = in_turns(monkeypatch, tmp_path)
+    assert processes == [["native", "merge-trl", "merge-fold", "base", "native", "closed"]]
+    assert (partial.notes, failures) == ([], [])
+    assert set(partial.cells) == {cell.key for cell in planned()}
+
+
+def test_what_stays_taken_makes_a_fresh_process_and_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    processes, partial, failures = in_turns(monkeypatch, tmp_path, hoards=("merge-fold",))
+    assert processes == [["native", "merge-trl", "merge-fold", "closed"], ["base", "native", "closed"]]
+    (note,) = partial.notes
+    assert note.endswith("began in a fresh process: 1.0 GiB stayed taken after the strategy before.")
+    assert failures == []
+
+
+def test_a_strategy_that_does_not_start_is_tried_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each try takes half a minute of a GPU; all of its cells fail, and no other's."""
+    processes, _, failures = in_turns(monkeypatch, tmp_path, broken=("merge-fold",))
+    assert processes == [["native", "merge-trl", "closed"], ["base", "native", "closed"]]
+    assert len(failures) == 4
+    assert "no kernel image" in failures[0]
+    assert all("has not started before" in failure for failure in failures[1:])
+
+
+def test_a_worker_closes_waits_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a GiB more than at the start is let pass at once; 2 GiB are waited for, and then no strategy starts."""
+    levels = iter([10 * GIB, int(10.4 * GIB), 12 * GIB, int(10.5 * GIB), 12 * GIB, 12 * GIB, 12 * GIB])
+    monkeypatch.setattr(memory, "taken", lambda device: next(levels))
+    monkeypatch.setattr(memory, "WAIT_S", 0.15)
+    monkeypatch.setattr(compat, "import_vllm", lambda: None)
+    closed: list[str] = []
+
+    def prepare(subject: Any) -> Any:
+        name = subject.strategy
+        return SimpleNamespace(strategy=SimpleNamespace(close=lambda: closed.append(name)))
+
+    monkeypatch.setattr(worker, "prepare", prepare)
+    one = worker.Worker()
+    answers = [one.answer({"prepare": subject(strategy=name).fields()}) for name in "abcd"]
+    assert answers == [None, None, None, 2 * GIB]
+    assert closed == ["a", "b", "c"]
+    one.close()
+    assert closed == ["a", "b", "c"]
+
+
+def test_graphs_alone_are_captured_for_the_rows_that_are_measured() -> None:
+    made = engine_arguments(subject(device="cuda:0", graphs="alone", rows=(64, 1), kv_cache_bytes=5))
+    assert made["compilation_config"] == {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 64],
+    }
+    assert (made["enforce_eager"], made["kv_cache_memory_bytes"]) == (False, 5)
+    eager = engine_arguments(subject(graphs="alone"))
+    assert eager["enforce_eager"]
+    assert "compilation_config" not in eager
+    engines = [
+        plan_parts("sync", None, {"device": "cuda:0", "graphs": g})["sync"].engine for g in (False, "alone", True)
+    ]
+    assert engines == ["eager", "graphs alone", "compiled"]
+
+
+@pytest.mark.parametrize(("at_once", "calls"), [(False, 3), (True, 1)])
+def test_calls_of_load_weights_are_counted(monkeypatch: pytest.MonkeyPatch, at_once: bool, calls: int) -> None:
+    """One by one as TRL pushes them, or all in one."""
+    seen: list[list[str]] = []
+    model = SimpleNamespace(load_weights=lambda named: seen.append([name for name, _ in named]))
+    monkeypatch.setattr(compat, "is_cpu", lambda: False)
+    monkeypatch.setattr(compat, "runner", lambda llm: SimpleNamespace(get_model=lambda: model))
+    engine = PlainEngine.__new__(PlainEngine)
+    engine._llm = None
+    named = ((name, torch.zeros(1)) for name in "abc")
+    assert engine.load_weights(named, at_once=at_once) == len(seen) == calls
+    assert [name for names in seen for name in names] == ["a", "b", "c"]
+
+
+def test_the_report_says_what_is_not_paired_and_has_pictures_of_each_shape(tmp_path: Path) -> None:
+    turns = {"against": "unpaired", "engine": "graphs alone"}
+    rows = [
+        sync_row("native", 0.1, 0.1, **turns),
+        sync_row("merge-trl", 0.5, 0.1, load_calls=339, decodes_like="merge-trl", **turns),
+        sync_row(AT_ONCE, 0.4, 0.1, load_calls=1, decodes_like="merge-trl", **turns),
+        sync_row(AGAIN, 0.11, 0.1, **turns),
+    ]
+    large = [row.model_copy(update={"shape": "qwen2.5-7b"}) for row in rows]
+    made = document([*rows, *large], [decode_row("native", 0.01, 0.01), decode_row("merge-trl", 0.008, 0.01)])
+    made.notes = ["x began in a fresh process: 1.0 GiB stayed taken."]
+    step = {"step": "7b", "state": "passed", "seconds": 240.0}
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": [step], "notes": ["Models were in /tmp."]}))
+    said = findings(made)
+    for shape_said in (said[:4], said[4:8]):
+        assert shape_said[1] == (
+            "- merge-trl takes 500.0 ms (339 single-tensor load_weights calls): native is 5 times faster, by unpaired "
+            "medians."
+        )
+        assert shape_said[2] == f"- {AT_ONCE} takes 400.0 ms: native is 4 times faster, by unpaired medians."
+        assert shape_said[3] == "- native once more, after all others: 110.0 ms, 1.1 times its first."
+    text = write_report(made, tmp_path).read_text()
+    assert "- Models were in /tmp.\n- x began in a fresh process" in text
+    assert "| step | state | seconds |" in text
+    assert "graphs alone" in text
+    assert {path.stem for path in tmp_path.glob("sync-*.png")} == {
+        f"sync-{kind}-{shape}" for kind in ("times", "phases") for shape in ("tiny", "qwen2.5-7b")
+    }
