@@ -533,8 +533,8 @@ def test_report_says_where_merging_wins(tmp_path: Path) -> None:
 
 
 def test_a_wrong_policy_fails_and_bf16_noise_does_not() -> None:
-    def verdict(error: float) -> str | None:
-        found = {"error_nats": error, "noise_nats": 0.02, "signal_nats": 0.5}
+    def verdict(error: float, same_bits: bool | None = None) -> str | None:
+        found = {"error_nats": error, "noise_nats": 0.02, "signal_nats": 0.5, "same_bits": same_bits}
         cell = {
             "order": ["x"],
             "labels": {"shape": "tiny"},
@@ -545,6 +545,8 @@ def test_a_wrong_policy_fails_and_bf16_noise_does_not() -> None:
     assert verdict(0.05) is None
     assert verdict(float("nan")) is not None
     assert "x serves another policy" in str(verdict(0.2))
+    assert verdict(0.05, True) is None
+    assert "x gives the trainer another base than the checkpoint's" in str(verdict(0.05, False))
 
 
 def test_readme_figures_are_replaced(tmp_path: Path) -> None:
