@@ -7,7 +7,6 @@ DIR/results.json, and the same command goes on from there.
 from __future__ import annotations
 
 import argparse
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -78,7 +77,8 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> int:
-    command = shlex.join(["python", *sys.argv])
+    dry = " --device cpu" if options.device == "cpu" else ""
+    command = f"python benchmarks/gpu/run.py{dry} --only {options.step}"
     parts = settings(options.step, options.shape, options.device)
     with Suite(parts, command=command, out=options.out, models=options.models) as suite:
         code = 0

@@ -65,7 +65,7 @@ class Suite:
         if out is not None and (holds := finished_command(out, other_than=parts)):
             raise ConfigError(
                 f"{out} holds the finished result of another run ({holds}); use another --out "
-                "(`bench report --join A --join B --out C` makes one report of two), or remove that one"
+                "(`bench report --out C` makes one report of runs in C/bench/A and C/bench/B), or remove that one"
             )
         self._parts, self._command, self._out = parts, command, out
         self._started_at, started = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.monotonic()
