@@ -67,7 +67,9 @@ class GRPOConfig(Section):
         None, ge=0, description="upper clip (1 + epsilon_high); default: epsilon. For cispo the bound itself, e.g. 5"
     )
     delta: float | None = Field(None, gt=0, description="two-sided clip: the ratio's upper bound before clipping")
-    beta: float = Field(0.0, ge=0, description="weight of the KL to the base model; 0 spends nothing on it")
+    beta: float = Field(
+        0.0, ge=0, description="weight of the KL to the adapter as it was at the start; 0 spends nothing on it"
+    )
     use_bias_correction_kl: bool = Field(True, description="weight the KL by the ratio: its unbiased gradient")
     scale_rewards: Literal["group", "batch", "none"] = Field("group", description="what advantages are divided by")
     reward_weights: tuple[float, ...] | None = Field(None, description="one weight a reward function; default 1")
@@ -265,7 +267,7 @@ class GuardConfig(Section):
     reward_window: int = Field(10, ge=1, description="steps of that mean")
     reward_patience: int = Field(2, ge=1, description="steps in a row that must lie so far below it")
     logprob_gap: float | None = Field(None, gt=0, description="go back above this trainer/sampler gap, nats a token")
-    kl: float | None = Field(None, gt=0, description="go back above this KL to the base, nats a token (beta > 0)")
+    kl: float | None = Field(None, gt=0, description="go back above this KL to the reference, nats a token (beta > 0)")
     to: int | str = Field("best:reward", description="version to go back to: a number, 'parent' or 'best:METRIC'")
     max_rollbacks: int = Field(3, ge=1, description="rollbacks after which the next reason ends the run")
     learning_rate_factor: float = Field(1.0, gt=0, le=1, description="of the learning rate, at each rollback")

@@ -34,6 +34,7 @@ from lora_grpo.grpo.optimizer import (
     trainable_parameters,
 )
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.reference import Reference
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,7 +45,8 @@ class Policy:
     """A PEFT model, its optimizer and the GRPO objective.
 
     Without an optimizer, AdamW over the adapter is built; without a scheduler, `config`'s over `total_steps` rollout
-    steps. `policy.optimizer` and `policy.scheduler` are torch's own, also when accelerate's wrappers were given.
+    steps. `policy.optimizer` and `policy.scheduler` are torch's own, also when accelerate's wrappers were given. With
+    `config.beta`, the adapter as it is now is the reference of the KL.
 
     With an accelerator of several processes, each holds its own rows, as many as any other, and the whole model (DDP)
     or a shard of it (FSDP2). `prepare` and `update` are called by all, and the gradient of each update is the one that
@@ -69,6 +71,7 @@ class Policy:
         self.objective = Objective.from_config(config)
         self.parameters = trainable_parameters(self.model)
         self._share_initial_weights()
+        self.reference = Reference(self.model, wanted=config.beta > 0)
         self.gradients = Gradients(self.model, self.parameters.values(), self.processes)
         self.optimizer = plain_optimizer(optimizer, self.parameters) or build_optimizer(self.model, config)
         updates = config.total_steps * config.updates_per_step(self.num_processes)
@@ -95,8 +98,8 @@ class Policy:
         return self._scores(batch)[0]
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """As `logprobs`, of the base model: the adapter is switched off meanwhile."""
-        with self._adapter_off():
+        """As `logprobs`, of what the KL is measured to; see `Reference`."""
+        with self.reference.in_place():
             return self._scores(batch)[0]
 
     def prepare(self, batch: Batch) -> Batch:
@@ -230,17 +233,6 @@ class Policy:
         if self._base_dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._base_dtype)
-
-    @contextmanager
-    def _adapter_off(self) -> Iterator[None]:
-        """Switching a LoRA layer on again makes all its weights trainable: those that were frozen stay so."""
-        frozen = [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
-        try:
-            with self.model.disable_adapter():
-                yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
 
     # Checks.
 

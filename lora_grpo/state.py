@@ -78,7 +78,7 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
     """
     reshard(training.model)
     optimizer, scheduler = training.optimizer, training.scheduler
-    tensors = {name: _copied(parameter) for name, parameter in _weights(training.modules)}
+    tensors = adapter_weights(training.modules)
     tensors |= _random_states(training.processes)
     scalars: dict[str, dict[str, Any]] = {}
     groups = None
@@ -107,7 +107,7 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
 
 def check_state(state: TrainerState, modules: list[LoraModule]) -> None:
     """Raises `StoreCorrupt` unless the state holds exactly these modules' weights, in their shapes."""
-    expected = {name: tuple(parameter.shape) for name, parameter in _weights(modules)}
+    expected = {name: tuple(parameter.shape) for name, parameter in named_weights(modules)}
     found = {name: tuple(t.shape) for name, t in state.tensors.items() if name.startswith("weights/")}
     if expected != found:
         odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))[0]
@@ -121,7 +121,7 @@ def restore_state(state: TrainerState, training: Training) -> None:
     """
     check_state(state, training.modules)
     reshard(training.model)
-    for name, parameter in _weights(training.modules):
+    for name, parameter in named_weights(training.modules):
         assign(parameter, state.tensors[name])
     if training.optimizer is not None and state.has_optimizer:
         entries = _optimizer_entries(state, training.optimizer)
@@ -207,7 +207,13 @@ def _random_suffix(index: int) -> str:
     return f"/{index}" if index else ""
 
 
-def _weights(modules: list[LoraModule]) -> list[tuple[str, torch.nn.Parameter]]:
+def adapter_weights(modules: list[LoraModule]) -> dict[str, torch.Tensor]:
+    """Copies of A and B on the CPU, whole in every process (of sharded ones, a collective), by the names of a state."""
+    return {name: _copied(parameter) for name, parameter in named_weights(modules)}
+
+
+def named_weights(modules: list[LoraModule]) -> list[tuple[str, torch.nn.Parameter]]:
+    """A and B of each module, by the names of a state."""
     return [
         (f"weights/{module.path}.{kind}", parameter)
         for module in modules

@@ -29,6 +29,7 @@ from tests.tiny_policy import (
     one_thread,
     peft_model,
     rollout,
+    trained_from_new,
 )
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
@@ -100,8 +101,8 @@ def test_left_padding_moves_no_position() -> None:
         torch.testing.assert_close(got[row, : len(alone)], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_reference_is_the_base_model() -> None:
-    policy, base = make_policy(), base_model()
+def test_the_reference_of_a_new_adapter_is_the_base_model() -> None:
+    policy, base = trained_from_new(config(8, beta=0.1)), base_model()
     batch = make_batch()
     got = policy.reference_logprobs(batch)
     for row in range(len(batch)):
@@ -110,8 +111,33 @@ def test_reference_is_the_base_model() -> None:
     assert (got - policy.logprobs(batch)).abs().max() > 0.1
 
 
-def test_the_adapter_is_back_after_the_reference_even_when_it_fails() -> None:
-    policy = make_policy()
+def test_the_reference_of_a_trained_adapter_is_that_adapter() -> None:
+    """As in TRL. To the bare base it was 63 nats a token away at the first step."""
+    policy = make_policy(beta=0.1)
+    batch = policy.prepare(make_batch())
+    assert torch.equal(batch.ref_logp_BT, batch.old_logp_BT)
+    assert policy.update(batch)["kl"] == 0.0
+    weights = adapter_weights(policy.model)
+    moved = policy.prepare(make_batch())
+    assert torch.equal(moved.ref_logp_BT, batch.ref_logp_BT)
+    assert (moved.ref_logp_BT - moved.old_logp_BT).abs().max() > 1e-6
+    assert all(torch.equal(weights[name], tensor) for name, tensor in adapter_weights(policy.model).items())
+
+
+def test_a_reference_of_the_users_own_is_refused() -> None:
+    """TRL would not take it either: its own copy has this name."""
+    model = peft_model()
+    model.add_adapter("ref", LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ConfigError, match=r"adapter 'ref'.*a copy of 'default' as it is now.*delete_adapter\('ref'\)"):
+        make_policy(model=model, beta=0.1)
+    make_policy(model=model)
+    model.delete_adapter("ref")
+    make_policy(model=model, beta=0.1)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_adapter_is_back_after_the_reference_even_when_it_fails(trained: bool) -> None:
+    policy = make_policy(beta=0.1) if trained else trained_from_new(config(8, beta=0.1))
     batch = make_batch()
     before = policy.logprobs(batch)
     impossible = replace(batch, input_ids_BL=batch.input_ids_BL + VOCAB)
@@ -124,11 +150,11 @@ def test_the_adapter_is_back_after_the_reference_even_when_it_fails() -> None:
 
 def test_a_frozen_part_of_the_adapter_stays_frozen() -> None:
     """PEFT makes a whole adapter trainable when it switches it on again."""
-    model = peft_model()
+    model = peft_model(new=True)
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.requires_grad_(False)
-    policy = make_policy(model=model)
+    policy = make_policy(model=model, beta=0.1)
     policy.reference_logprobs(make_batch())
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(policy.parameters)
 

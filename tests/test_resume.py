@@ -289,3 +289,22 @@ def test_without_any_state_there_is_nothing_to_resume_exactly(llama_dir: Path, t
         pytest.raises(ConfigError, match="rounded weights"),
     ):
         trainer.resume()
+
+
+def test_the_reference_of_the_kl_stays_over_rollback_and_resume(llama_dir: Path, tmp_path: Path) -> None:
+    """It is the trained adapter that the run began from, also where the trainer that resumes is given a later one."""
+    engine, run, kl = fake_engine(llama_dir), tmp_path / "run", config(2).replace(beta=0.1)
+    with tiny_trainer(llama_dir, engine, run, kl) as trainer:
+        trainer.train()
+        assert trainer.history[0]["kl"] < 1e-3
+        began = trainer.policy.reference._weights
+        trainer.rollback(to=1)
+        assert same(trainer.policy.reference._weights, began)
+    with tiny_trainer(llama_dir, engine, run, kl) as trainer:
+        with torch.no_grad():
+            for parameter in trainer.policy.parameters.values():
+                parameter.mul_(3.0)
+        trainer.policy.reference.set(trainer.policy.reference.weights_now())
+        assert not same(trainer.policy.reference._weights, began)
+        trainer.resume()
+        assert same(trainer.policy.reference._weights, began)

@@ -19,7 +19,7 @@ FLOORS = [
     {"adapters"},
     {"remote"},
     {"grpo"},
-    {"policy", "scoring", "state"},
+    {"policy", "reference", "scoring", "state"},
     {"engines"},
     {"sync", "rollback", "canary"},
     {"trainer", "bench", "integrations"},

@@ -37,6 +37,7 @@ from tests.tiny_policy import (
     one_thread,
     peft_model,
     rollout,
+    trained_from_new,
 )
 
 trl = pytest.importorskip("trl")
@@ -94,8 +95,11 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 
 
-def trl_trainer(folder: Path, **changes: Any) -> Any:
-    """TRL's trainer on the base of `peft_model` with an adapter of the same weights, told that vLLM samples."""
+def trl_trainer(folder: Path, *, trained: bool = False, **changes: Any) -> Any:
+    """TRL's trainer with the adapter of `peft_model`, told that vLLM samples.
+
+    The adapter is new when it is built, and the reference is the base, unless it is `trained`, and is the reference.
+    """
     from datasets import Dataset
 
     plain = {
@@ -110,17 +114,14 @@ def trl_trainer(folder: Path, **changes: Any) -> Any:
         "report_to": "none",
     }
     trainer = trl.GRPOTrainer(
-        model=base_model(),
+        model=peft_model() if trained else base_model(),
         reward_funcs=[first, second],
         args=trl.GRPOConfig(str(folder), **{**plain, **changes}),
         train_dataset=Dataset.from_dict({"prompt": ["w2"] * 16}),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+        peft_config=None if trained else LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
     )
-    ours = dict(peft_model().named_parameters())
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            parameter.copy_(ours[name])
+    trainer.model.load_state_dict(peft_model().state_dict(), strict=False)
     trainer.use_vllm, trainer._last_loaded_step = True, trainer.state.global_step
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer.model.train()
@@ -132,7 +133,7 @@ def drift(model: torch.nn.Module) -> None:
     noise = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if "lora_" in name:
+            if "lora_" in name and ".ref." not in name:
                 parameter.add_(0.03 * torch.randn(parameter.shape, generator=noise))
 
 
@@ -167,13 +168,14 @@ def both(
     *,
     rows: list[Group] | None = None,
     micro_batches: int = 1,
-    ours: dict[str, Any] | None = None,
+    trained: bool = False,
     **case: Any,
 ) -> tuple[tuple[float, dict[str, Tensor], dict[str, float]], tuple[float, dict[str, Tensor], dict[str, float]]]:
-    """Loss, gradient and metrics of TRL and of ours. Settings have the same names in both; `ours` are only ours."""
+    """Loss, gradient and metrics of TRL and of ours. Settings have the same names in both."""
     cut = {"per_device_train_batch_size": 16 // micro_batches, "gradient_accumulation_steps": micro_batches, **case}
-    trainer = trl_trainer(folder, **cut)
-    policy = Policy(peft_model(), config(16, reward_weights=WEIGHTS, **{**cut, **(ours or {})}))
+    trainer = trl_trainer(folder, trained=trained, **cut)
+    settings = config(16, reward_weights=WEIGHTS, **cut)
+    policy = Policy(peft_model(), settings) if trained else trained_from_new(settings)
     rows = groups() if rows is None else rows
     plain = Batch.from_groups(rows, torch.zeros(16))
     rows = with_sampler(rows, policy.logprobs(plain))
@@ -260,6 +262,15 @@ def test_loss_gradient_and_metrics(name: str, tmp_path: Path) -> None:
     theirs, ours = both(tmp_path, **CASES[name])
     assert_equal(theirs, ours)
     assert_metrics_equal(theirs[2], ours[2])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "beta" in case])
+def test_from_a_trained_adapter(name: str, tmp_path: Path) -> None:
+    """TRL's reference is then a copy of it: far from the base's, and left by the drift alone."""
+    theirs, ours = both(tmp_path / "trained", trained=True, **CASES[name])
+    assert_equal(theirs, ours)
+    assert_metrics_equal(theirs[2], ours[2])
+    assert 0 < ours[2]["kl"] < 0.5 * both(tmp_path / "new", **CASES[name])[1][2]["kl"]
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo"])

@@ -51,14 +51,23 @@ def base_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCau
     return LlamaForCausalLM(config).to(dtype)
 
 
-def peft_model(seed: int = 0, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> PeftModel:
-    """The same weights for the same seed; B is random, so that the adapter changes the model."""
+def peft_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, dropout: float = 0.0, *, new: bool = False
+) -> PeftModel:
+    """The same weights for the same seed; B is random, so that the adapter changes the model, unless it is `new`."""
     settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=dropout)
     model = get_peft_model(base_model(seed, dtype), settings)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name and not new:
             torch.nn.init.normal_(parameter, std=0.05)
     return model
+
+
+def trained_from_new(config: GRPOConfig) -> Policy:
+    """A policy whose adapter is `peft_model`'s, and was new when it was built: its reference is the base."""
+    policy = Policy(peft_model(new=True), config)
+    policy.model.load_state_dict(peft_model().state_dict())
+    return policy
 
 
 def adapter_weights(model: PeftModel) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class Batch:
     entropy_BT: Tensor | None = None
     """fp32, nats; of that same policy."""
     ref_logp_BT: Tensor | None = None
-    """fp32, nats; of the base model. None as long as no KL is asked for."""
+    """fp32, nats; of what the KL is measured to. None as long as no KL is asked for."""
 
     @classmethod
     def from_groups(

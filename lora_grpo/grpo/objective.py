@@ -69,7 +69,7 @@ class Objective:
         return self.log_ratio(_masked(logp_BT, rows), old_logp_BT, rows.mask_BT).exp()
 
     def kl(self, logp_BT: Tensor, rows: Batch) -> Tensor:
-        """(B, T): k3 estimate of the KL to the base, times the ratio where that is asked for; 0 where masked."""
+        """(B, T): k3 estimate of the KL to the reference, times the ratio where that is asked for; 0 where masked."""
         kl_BT = k3_kl(_masked(logp_BT, rows), _masked(rows.ref_logp_BT, rows))
         return kl_BT * self.ratio(logp_BT, rows) if self.unbiased_kl else kl_BT
 

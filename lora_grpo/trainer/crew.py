@@ -173,6 +173,14 @@ def adopt(parts: Parts, version: AdapterVersion) -> bool:
     return parts.sync.adopt(version)
 
 
+def adapter_now(parts: Parts) -> dict[str, torch.Tensor] | None:
+    return parts.policy.reference.weights_now()
+
+
+def set_reference(parts: Parts, weights: dict[str, torch.Tensor] | None) -> None:
+    parts.policy.reference.set(weights)
+
+
 def scale_learning_rates(parts: Parts, factor: float) -> None:
     scale_learning_rate(parts.policy.optimizer, parts.policy.scheduler, factor)
 

@@ -15,6 +15,7 @@ from lora_grpo.data import SamplerState
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
 from lora_grpo.metrics import Reporter, history, read_metrics
 from lora_grpo.metrics.log import Record
+from lora_grpo.reference import kept_reference
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import crew
 from lora_grpo.trainer.evaluation import saved_evaluations
@@ -74,6 +75,8 @@ def resume(trainer: GRPOTrainer) -> RollbackReport | None:
     log.settle(head.number)
     waiting = log.waits_at(head.number)
     report = _put_back(trainer, head, waiting=waiting)
+    if trainer.config.beta:
+        trainer.crew(crew.set_reference, kept_reference(trainer.run_dir))
     extra = report.extra or None
     position = log.data_position(extra)
     if position is not None:

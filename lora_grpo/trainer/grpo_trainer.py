@@ -22,11 +22,12 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics import Reporter, plot_run
+from lora_grpo.reference import keep_reference
 from lora_grpo.rewards import RewardFunction
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import going_back, loop
 from lora_grpo.trainer.assembly import Parts, assemble
-from lora_grpo.trainer.crew import Crew, Unheard, launched, led, seed_everything
+from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, led, seed_everything
 from lora_grpo.trainer.evaluation import Evaluation, evaluate, save_evaluation
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Sharing
@@ -260,6 +261,7 @@ class GRPOTrainer:
             reporter.message(sentence)
         if self.store.head is None:
             self.crew(seed_everything, self.config.seed)
+            keep_reference(self.run_dir, self.crew(adapter_now))
             loop.publish(self, 0)
         elif not (self._resumed or self._own):
             raise ConfigError(f"{self.run_dir} holds a run at {self.version}; resume it, or choose another run_dir")

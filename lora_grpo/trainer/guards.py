@@ -91,7 +91,7 @@ class LogprobGap:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceKL:
-    """Mean KL to the base model of a step above `limit`, nats a token; it is measured where `beta` is above 0."""
+    """Mean KL to the reference of a step above `limit`, nats a token; it is measured where `beta` is above 0."""
 
     limit: float
 
