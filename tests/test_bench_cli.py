@@ -24,6 +24,7 @@ repeat = 2
 strategies = ["native", "merge-trl", "merge-fold"]
 rows = [2]
 lengths = [4, 8]
+least_s = 0.0
 prompt_tokens = 8
 step_rows = 4
 step_tokens = 8

@@ -302,7 +302,31 @@ def test_the_large_model_is_drawn_first_and_its_process_ends_between_steps(
     assert process.returncode == 0
     assert (tmp_path / "tiny" / scripts.places.FINISHED).exists()
     drawing.between_steps()
+    drawing.start("tiny", tmp_path / "tiny", "cpu", log, os.environ)
+    assert drawing._process is None
     drawing.end()
+
+
+def test_each_call_draws_before_its_first_engine_if_the_model_is_missing(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a second call, too, whose card is kept from the first."""
+    seen: list[str] = []
+
+    class Noted(run.Drawing):  # type: ignore[name-defined, misc]
+        def start(self, shape: str, directory: Path, device: str, *_: Any) -> None:
+            self.started = True
+            seen.append(f"draw {shape}")
+
+        def between_steps(self, wait_s: float = 0.0) -> None:
+            seen.append("wait" if wait_s else "look")
+
+    monkeypatch.setattr(run, "Drawing", Noted)
+    plan_of(run, monkeypatch, **{"card": CARD, "tiny": "pass", "7b": "raise SystemExit(1)"})
+    assert call(run, tmp_path) == 1
+    assert seen == ["look", "draw tiny", "look", "wait"]
+    assert call(run, tmp_path) == 1
+    assert seen[4:] == ["draw tiny", "wait"]
 
 
 def test_where_models_go(scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from places import FINISHED
 from steps import HERE, REPOSITORY
 
 DRAW_S = 60.0
@@ -17,11 +18,16 @@ class Drawing:
     """Runs `draw.py`; its process ends between two steps: an engine that starts must not see memory become free."""
 
     def __init__(self) -> None:
+        self.started = False
         self._process: subprocess.Popen[str] | None = None
         self._drawn, self._written = threading.Event(), threading.Event()
 
     def start(self, shape: str, directory: Path, device: str, log: Path, environment: Mapping[str, str]) -> None:
-        """Returns when the weights are in host memory, or it has failed, or `DRAW_S` later."""
+        """Returns when the weights are in host memory, or it has failed, or `DRAW_S` later; at once if the model is
+        there."""
+        self.started = True
+        if (directory / FINISHED).exists():
+            return
         with open(log, "w") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "draw.py"), shape, str(directory), device],
@@ -40,7 +46,10 @@ class Drawing:
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            (self._written if line.strip() == "written" else self._drawn).set()
+            self._drawn.set()
+            if line.strip() == "written":
+                self._written.set()
+        # It has failed, if it has not said so.
         self._drawn.set()
         self._written.set()
 

@@ -34,6 +34,7 @@ DRY: dict[str, Any] = {
     "prompt_tokens": 8,
     "rows": (1, 4),
     "lengths": (8,),
+    "least_s": 0.0,
     "repeat": 2,
 }
 """On the CPU, where nothing is measured but that all of it runs."""

@@ -106,6 +106,9 @@ def go_through(
             continue
         if step.name != "card" and not record.result("card"):
             return
+        if step.name != "card" and not drawing.started and wants_large(chosen, record, place):
+            shape = SHAPES[device.partition(":")[0]]["7b"]
+            drawing.start(shape, place.models / f"{shape}-seed0", device, record.out / "logs" / "draw.log", environ)
         drawing.between_steps(step.limit_s if step.is_large else 0.0)
         limit_s = min(step.limit_s * (SLOWER if device == "cpu" else 1), deadline - time.monotonic())
         if why := refusal(step, record, place):
@@ -114,9 +117,6 @@ def go_through(
             record.keep(step, run_step(step, record.out / "logs" / f"{step.name}.log", limit_s, environ))
         if record.state(step) == "interrupted":
             return
-        if step.name == "card" and wants_large(chosen, record, place):
-            shape = SHAPES[device.partition(":")[0]]["7b"]
-            drawing.start(shape, place.models / f"{shape}-seed0", device, record.out / "logs" / "draw.log", environ)
 
 
 def refusal(step: Step, record: Record, place: Place) -> str:

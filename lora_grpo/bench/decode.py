@@ -16,9 +16,6 @@ from lora_grpo.bench.timing import median
 if TYPE_CHECKING:
     from lora_grpo.bench.worker import Bench
 
-LEAST_S = 1.5
-"""Spent on short batches, of which a busy neighbour of the machine would otherwise spoil all."""
-
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy, but beside the base and the stock CPU kernels at once: before, after and
@@ -47,7 +44,7 @@ def _cell(settings: Settings, subjects: tuple[Subject, ...]) -> Cell:
         "decode",
         "decode:measure",
         subjects,
-        {**work, "repeat": -(-settings.repeat // 2), "least_s": LEAST_S},
+        {**work, "repeat": -(-settings.repeat // 2), "least_s": settings.least_s},
         order=there_and_back(len(subjects)),
         warm={**work, "lengths": [2], "repeat": 1, "least_s": 0.0},
         labels={"shape": settings.label, "prompt_tokens": settings.prompt_tokens},

@@ -54,6 +54,7 @@ class Settings(Section):
     rows: tuple[int, ...] = Field((1, 8, 32), min_length=1, description="decode: batch sizes")
     prompt_tokens: int = Field(32, ge=1, description="decode, step, canary: tokens a prompt")
     lengths: tuple[int, ...] = Field((16, 48), min_length=1, description="decode: completion tokens")
+    least_s: float = Field(1.5, ge=0, description="decode: seconds that each size and length is measured for at least")
     step_rows: int = Field(8, ge=2, description="step: completions a step")
     step_tokens: int = Field(32, ge=1, description="step: tokens a completion")
     group: int = Field(4, ge=2, description="step: completions a prompt")
