@@ -256,7 +256,7 @@ class NativeSync:
         return export_adapter(self.store, version, self.recipe, directory, self.tokenizer)
 
     def canary(
-        self, groups: Sequence[Group], *, version: AdapterVersion | None = None, temperature: float = 1.0
+        self, groups: Sequence[Group], *, version: Target | None = None, temperature: float = 1.0
     ) -> CanaryReport:
         """Compare sampler log-probs with the model's own, as it is now; call it before the optimizer steps.
 
@@ -268,7 +268,8 @@ class NativeSync:
         if self.probe is None:
             raise ConfigError(f"{type(self.engine).__name__} proves nothing; a canary needs a real engine")
         rows = [(group.prompt_token_ids, completion) for group in groups for completion in group.completions]
-        version = version or self.head
+        named: Target = self.head if version is None else version
+        version = named if isinstance(named, AdapterVersion) else self.processes.first(lambda: self.store.get(named))
         stale = {c.version for _, c in rows} - {version.number}
         if stale:
             raise ConfigError(f"completions of versions {stale} cannot be checked against {version}; pass its own")

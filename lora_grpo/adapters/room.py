@@ -27,7 +27,7 @@ class Room:
         """Return when files of `sizes` bytes fit, pruning if they do not at first; else raise `NoRoom`."""
         advice = (
             f"tmpfs keeps {session.retention.words('tmpfs')}, HEAD, pinned and leased versions; open the store with a "
-            "retention that keeps fewer, such as retention=keep_latest(2)"
+            "retention that keeps fewer, such as retention=keep_latest(2) (a trainer: KeepConfig(on_tmpfs=2))"
         )
         if self._lacking(sizes, advice) is None:
             return

@@ -179,7 +179,7 @@ class Session:
         keep = self.retention.kept("tmpfs", self.catalog.candidates(here)) | self.protected()
         removed, pending = [], self.writer.pending(VERSIONS)
         for number in (n for n in here if n not in keep):
-            archived = self.catalog.in_archive(number) and number not in pending
+            archived = number not in pending and self.catalog.in_archive(number)
             # What the archive wants and does not have yet stays; what it does not want need not be written.
             going = archived if number in durable else self.writer.cancel(VERSIONS, number)
             if (going or self.archive is None) and self.remove_from_tmpfs(number, survives=archived):

@@ -255,6 +255,7 @@ def _assemble(
     check_same_device(given.model, engine)
     store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
     closing.callback(store.close)
-    sync = NativeSync(given.model, engine, store, keep_state=keeps_state(keep))
+    tokenizer = given.keywords["processing_class"]
+    sync = NativeSync(given.model, engine, store, keep_state=keeps_state(keep), tokenizer=tokenizer)
     closing.callback(sync.close)
     return engine, sync
