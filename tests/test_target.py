@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import pytest
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.config import DataConfig, ModelConfig, RewardConfig, RunConfig
+from lora_grpo.config_file import save_config
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, UnknownVersion
-from lora_grpo.trainer import Guard
+from lora_grpo.trainer import Guard, compare, replay
 from lora_grpo.trainer.guards import NonFinite
 from lora_grpo.types import Sampling
 from tests.store_files import adapter
 from tests.test_cli_versions import answer
+from tests.tiny_run import fake_engine
+from tests.tiny_trainer import CONFIG, ROWS, tiny_trainer
 
 
 @pytest.fixture
@@ -126,3 +131,31 @@ def test_commands_take_every_way_to_name_a_version(store: AdapterStore, tmp_path
     assert answer("pin", run, "best")["pins"] == [2]
     assert answer("unpin", run, "v2")["pins"] == []
     assert answer("rollback", run, "--to", "best")["version"] == 2
+
+
+def test_replays_of_a_run_take_every_way_to_name_a_version(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    config = CONFIG.replace(total_steps=2, vllm_importance_sampling_correction=False)
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), run, config, eval_dataset=ROWS[:2]) as trainer:
+        trainer.train()
+        for number, reward in ((1, 0.2), (2, 0.9), (3, 0.4)):
+            trainer.store.record(number, **{"eval/reward": reward})
+    settings = RunConfig(
+        output_dir=str(run),
+        model=ModelConfig(name=str(llama_dir)),
+        data=DataConfig(train=str(rows), eval=str(rows)),
+        rewards=(RewardConfig(name="tests.tiny_trainer:share_of_low_bytes"),),
+        grpo=config,
+    )
+    save_config(settings, run)
+    for place in (replay, compare):
+        monkeypatch.setattr(place, "build_engine", lambda *_, **__: fake_engine(llama_dir))
+    rows_of = replay.evaluate_run(run, versions=["best", "v1", "head", 1])
+    assert [row["version"] for row in rows_of] == [2, 1, 3]
+    found = compare.compare_run(run, "parent", "best:-eval/reward", rows)
+    assert (found.first.number, found.second.number) == (2, 1)
+    with pytest.raises(ConfigError, match="'bestest' names no version"):
+        replay.evaluate_run(run, versions=["bestest"])
