@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lora_grpo.adapters.borrowed import weights_of
-from lora_grpo.adapters.checks import active_adapter, check_rank, check_servable
+from lora_grpo.adapters.checks import active_adapter, check_rank, check_same_dtype, check_servable
 from lora_grpo.adapters.digest import digest_buffers
 from lora_grpo.adapters.disk import STAGING
 from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
@@ -99,6 +99,9 @@ class NativeSync:
         self._form = ServingForm(model, self.adapter, getattr(torch, self.engine.lora_dtype))
         self._root, self._head = self.processes.first(lambda: (self.store.root, self.store.head))
         self._kept: list[int] = []
+        if self.engine.proof != "none":
+            served_in = self.engine.describe_base().dtype
+            self.processes.each(lambda: check_same_dtype(model, served_in))
         self.probe = None if self.engine.proof == "none" else self._prove_path()
         self.noise = 0.0 if self.probe is None else self.probe.noise
         self.last_receipt: PushReceipt | None = None

@@ -12,7 +12,7 @@ from peft.tuners.lora.config import BdLoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from lora_grpo.adapters.checks import active_adapter, check_rank, check_servable
+from lora_grpo.adapters.checks import active_adapter, check_rank, check_same_dtype, check_servable
 from lora_grpo.adapters.peft_format import lora_modules
 from lora_grpo.errors import UnsupportedAdapter
 
@@ -121,6 +121,12 @@ def attention(model_type: str, **fields: Any) -> Callable[[], PeftModel]:
     return lambda: adapted(base(model_type, **fields), target_modules=["q_proj", "v_proj"])
 
 
+def disabled() -> PeftModel:
+    model = adapted()
+    model.base_model.disable_adapter_layers()
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no adapter": (base, r"LlamaForCausalLM holds no PEFT adapter; wrap it with peft\.get_peft_model"),
     "DoRA": (lambda: adapted(use_dora=True), r"use_dora=True: .*; set use_dora=False"),
@@ -150,6 +156,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "OLoRA": (lambda: adapted(init_lora_weights="olora"), "init_lora_weights='olora' changes the base weights"),
     "several active": (several_active, r"active adapters \['default', 'second'\]: exactly one.*set_adapter"),
     "merged": (merged, r"q_proj is merged into the base; call model\.unmerge_adapter"),
+    "disabled": (disabled, r"q_proj's adapter is disabled, .*enable_adapter_layers\(\)"),
     "a norm trains": (norm_trains, r"model\.norm\.weight \(and 0 more\) would be trained .*freeze it"),
     "another adapter trains": (second_adapter_trains, r"lora_A\.second\.weight \(and 3 more\) would be trained"),
     "convolution": (convolution, r"model\.convolution is a Conv1d; only torch\.nn\.Linear.*leave it out"),
@@ -176,6 +183,17 @@ def test_refused_with_the_value_and_the_fix(what: str) -> None:
     make, message = REFUSED[what]
     with pytest.raises(UnsupportedAdapter, match=message):
         check(make())
+
+
+@pytest.mark.parametrize(("own", "engine"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_two_dtypes_that_do_not_hold_each_others_values_are_told(own: str, engine: str) -> None:
+    """Every tensor of the base would differ, and no checkpoint would be the cause."""
+    model = adapted(base().to(getattr(torch, own)))
+    with pytest.raises(UnsupportedAdapter, match=f"base is {own} and the engine's {engine}.*dtype='{own}'"):
+        check_same_dtype(model, engine)
+    for fine in (own, "float32"):
+        check_same_dtype(model, fine)
+        check_same_dtype(adapted(base().float()), fine)
 
 
 def test_a_base_quantized_on_loading_is_refused() -> None:

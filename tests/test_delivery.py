@@ -21,10 +21,13 @@ from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, ServingFor
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
+from lora_grpo.engines.base import BaseDescription
 from lora_grpo.engines.delivery.binding import SlotView
+from lora_grpo.engines.delivery.probe import run_probe
+from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.errors import DeliveryError, EngineError, NoRoom, UnknownVersion, UnsupportedAdapter
-from lora_grpo.scoring import mean_abs_difference
+from lora_grpo.errors import ConfigError, DeliveryError, EngineError, NoRoom, UnknownVersion, UnsupportedAdapter
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS
@@ -368,6 +371,58 @@ def test_a_probe_that_does_not_fit_says_so_before_it_is_written(
         with pytest.raises(NoRoom, match=r"writing the probe failed: No space left.*--shm-size"):
             NativeSync(tiny_lora(load_model(llama_dir), r=8), llama_engine, store)
         assert list((store.root / "staging").iterdir()) == []
+
+
+def test_a_trainer_in_another_half_precision_hears_of_its_dtype(
+    llama_engine: VLLMEngine, llama_dir: Path, shm_dir: Path
+) -> None:
+    model = tiny_lora(load_model(llama_dir).half())
+    with AdapterStore(shm_dir / "store") as store, pytest.raises(UnsupportedAdapter, match=r"float16.*bfloat16"):
+        NativeSync(model, llama_engine, store)
+
+
+def overflowing(model: Any) -> None:
+    model.get_input_embeddings().weight.data[:] = float("inf")
+
+
+def replaced(model: Any) -> None:
+    """The output no longer depends on what the adapted layers compute."""
+    model.lm_head.weight.data.zero_()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "longest", "error", "says"),
+    [
+        (lambda model: None, 20, ConfigError, "max_model_len=20 .*probe.*24 tokens.*max_model_len=25"),
+        (overflowing, 128, UnsupportedAdapter, "base, without any adapter, gives log-probs that are not finite"),
+        (replaced, 128, DeliveryError, "large random adapter moves .* by 0.0000 nats .*forward does not compute"),
+    ],
+)
+def test_a_probe_that_cannot_be_says_why(
+    spoil: Callable[[Any], None],
+    longest: int,
+    error: type[Exception],
+    says: str,
+    llama_dir: Path,
+    shm_dir: Path,
+) -> None:
+    """Before the engine is asked for anything but the base: it answers as the trainer does."""
+    model = tiny_lora(load_model(llama_dir))
+    spoil(model.get_base_model())
+
+    class Answering(FakeEngine):
+        max_model_len = longest
+
+        def describe_base(self) -> BaseDescription:
+            return BaseDescription("bfloat16", {}, 260)
+
+        def logprobs(self, sequences: Any, *, adapter: Any) -> Any:
+            assert adapter is None
+            with model.disable_adapter():
+                return teacher_logprobs(model, sequences)
+
+    with pytest.raises(error, match=says):
+        run_probe(model, ServingForm(model, "default", torch.bfloat16), Answering(lambda *_: ""), shm_dir)
 
 
 def test_another_base_is_refused(llama_engine: VLLMEngine, shm_dir: Path, tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,11 +21,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from benchmarks.attack import idle_connections
 from lora_grpo.adapters.naming import parse_served_name, run_name, served_name
 from lora_grpo.adapters.retention import keep_archived, keep_latest
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import ConfigError, DeliveryError, NoRoom, StoreCorrupt, StoreError, UnknownVersion
+from lora_grpo.remote import connections
 from lora_grpo.remote import server as server_module
 from lora_grpo.remote.cache import ReplicaCache
 from lora_grpo.remote.client import StoreClient
@@ -250,6 +255,60 @@ def test_a_client_that_takes_no_more_does_not_hold_the_version_for_ever(
         next(chunks)
         assert store.prune() == []
         assert until(lambda: store.prune() == [1])
+
+
+# Whoever reaches the port
+
+
+def test_idle_connections_take_neither_the_trainers_files_nor_the_replicas_place() -> None:
+    """Here 300 of them against 256 open files; `benchmarks/attack.py` takes 1,100."""
+    outcome = idle_connections(seed=1, connections=300, open_files=256)
+    assert outcome.tries == 42
+    assert outcome.faults == []
+    assert outcome.figures["most_open_files"] < 128
+
+
+def test_a_header_without_end_is_cut_off(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its length, and by the time that it may take; a request afterwards on the same connection begins anew."""
+    monkeypatch.setattr(connections, "REQUEST_S", 0.5)
+    address = urlsplit(server.url)
+    for piece, pause_s, most_bytes in ((b"a" * 65536, 0.0, 8 << 20), (b"a", 0.02, 200)):
+        with socket.create_connection((address.hostname or "", address.port or 0), timeout=10) as attacker:
+            sent, said = attacker.send(b"GET /health HTTP/1.1\r\nX-Endless: "), b""
+            with suppress(ConnectionError):
+                while sent < most_bytes and not said:
+                    sent += attacker.send(piece)
+                    time.sleep(pause_s)
+                    said = seen(attacker)
+            assert sent < most_bytes
+    assert raw(server.url, "/health")[0] == 200
+
+
+def seen(connection: socket.socket) -> bytes:
+    """What came by now; raises `ConnectionError` when the other side has closed."""
+    if not select.select([connection], [], [], 0)[0]:
+        return b""
+    said = connection.recv(4096)
+    if not said:
+        raise ConnectionResetError
+    return said
+
+
+def test_one_that_is_being_answered_does_not_make_room(
+    store: AdapterStore, server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "most_connections", lambda: 4)
+    promoted(store, 1, BIG_BYTES)
+    url, header = f"{server.url}/versions/1/{WEIGHTS}", {"Authorization": f"Bearer {TOKEN}"}
+    address = urlsplit(server.url)
+    with httpx.stream("GET", url, headers=header) as response, ExitStack() as idle:
+        chunks = response.iter_raw()
+        received = [next(chunks)]
+        for _ in range(12):
+            idle.enter_context(socket.create_connection((address.hostname or "", address.port or 0), timeout=10))
+        assert raw(server.url, "/health")[0] == 200
+        received += chunks
+    assert b"".join(received) == content(adapter(1, BIG_BYTES))[WEIGHTS]
 
 
 # What is not what was published

@@ -68,6 +68,8 @@ def servers(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         arguments=VLLM_ARGS,
     )
     started = Servers(serving, logs)
+    for server, budget in zip(started.all, ("8192", "64"), strict=False):
+        server.command += ["--max-num-batched-tokens", budget]
     plain = started.all[2]
     lora = plain.command.index("--enable-lora")
     plain.command = plain.command[:lora] + list(VLLM_ARGS)
@@ -133,6 +135,19 @@ def test_the_same_seeds_give_the_same_tokens_from_either_replica(sync: NativeSyn
         alone.close()
     assert made[0] == made[1]
     assert len(set(made[0][:4])) == 4
+
+
+def test_a_prompt_that_is_cut_over_steps_gives_the_same_tokens(servers: Servers) -> None:
+    """One replica computes them whole, the other a few tokens of each step's last prompt at a time."""
+    draw = torch.Generator().manual_seed(5)
+    prompts = torch.randint(4, 260, (16, 40), generator=draw).tolist()
+    made = []
+    for url in servers.urls[:2]:
+        alone = VLLMServerEngine([url])
+        groups = alone.generate(prompts, Sampling(n=4, max_tokens=6, seed=3), adapter=None)
+        made.append([completion.token_ids for group in groups for completion in group.completions])
+        alone.close()
+    assert made[0] == made[1]
 
 
 def test_the_openai_client_talks_to_a_version_by_name(sync: NativeSync, engine: VLLMServerEngine) -> None:

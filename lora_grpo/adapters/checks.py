@@ -44,6 +44,19 @@ def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
     return modules
 
 
+def check_same_dtype(model: nn.Module, engine_dtype: str) -> None:
+    """Raises `UnsupportedAdapter` where trainer and engine keep one base in two dtypes, neither of which holds the
+    other's values; float32 holds both."""
+    peft_model = peft_model_of(model)
+    embedding = peft_model.base_model.model.get_input_embeddings().weight
+    dtype = str(embedding.dtype).removeprefix("torch.")
+    if {dtype, engine_dtype} == {"float16", "bfloat16"}:
+        raise UnsupportedAdapter(
+            f"the trainer's base is {dtype} and the engine's {engine_dtype}, which rounds the same checkpoint "
+            f"otherwise: load the trainer in {engine_dtype} or float32, or start the engine with dtype={dtype!r}"
+        )
+
+
 def _check_config(config: Any, adapter: str) -> None:
     if not isinstance(config, LoraConfig):
         raise UnsupportedAdapter(
@@ -116,6 +129,11 @@ def _check_module(module: LoraModule) -> None:
         raise UnsupportedAdapter(
             f"{module.path} is a {type(base_layer).__name__}; only torch.nn.Linear is served faithfully: leave it "
             "out of target_modules"
+        )
+    if layer.disable_adapters:
+        raise UnsupportedAdapter(
+            f"{module.path}'s adapter is disabled, so training it would move nothing; call "
+            "model.base_model.enable_adapter_layers() first"
         )
     if layer.merged:
         raise UnsupportedAdapter(f"{module.path} is merged into the base; call model.unmerge_adapter() first")

@@ -6,6 +6,7 @@ and kernels are right. An adapter with large random A and B does.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from lora_grpo.adapters.peft_format import LoraModule, ServingForm, assign, peft
 from lora_grpo.adapters.room import require_room
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine, is_remote
-from lora_grpo.errors import DeliveryError, UnsupportedAdapter
+from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
 SEPARATION = 20.0
@@ -87,9 +88,20 @@ def run_probe(
     the adapter does not arrive, `NoRoom` when it does not fit `scratch`.
     """
     started = time.perf_counter()
+    longest = getattr(engine, "max_model_len", None)
+    if longest is not None and longest <= _TOKENS:
+        raise ConfigError(
+            f"max_model_len={longest} has no room for the probe of the engine, which scores {_TOKENS} tokens: start "
+            f"the engine with max_model_len={_TOKENS + 1} at least"
+        )
     sequences = probe_sequences(engine.describe_base().vocabulary, seed)
     with peft_model_of(model).disable_adapter():
         trainer_base = teacher_logprobs(model, sequences)
+    if not all(math.isfinite(value) for row in trainer_base for value in row):
+        raise UnsupportedAdapter(
+            "the trainer's base, without any adapter, gives log-probs that are not finite: is its checkpoint whole, "
+            "and its dtype one that the model stands (float16 overflows in models made for bfloat16)?"
+        )
     noise = max(_base_noise(served, trainer_base) for served in _answers(engine, sequences, None))
     needed = max(_MIN_SIGNAL_NATS, SEPARATION * noise)
     with (
@@ -133,7 +145,9 @@ def loud(
                 break
         else:
             raise DeliveryError(
-                f"a random adapter moves the trainer's log-probs by {signal:.4f} nats only: is it active?"
+                f"a large random adapter moves the trainer's log-probs by {signal:.4f} nats a token, where "
+                f"{needed:.4f} are needed: the model's forward does not compute the adapted layers (is it replaced, or "
+                "compiled before the adapter came?), or its base is all zeros"
             )
         yield moved, signal
     finally:
