@@ -134,6 +134,28 @@ def test_end_tokens_of_the_generation_config_end_completions_too(llama_dir: Path
     assert engine.asked[1][1].stop_token_ids == ()
 
 
+@pytest.mark.vllm
+def test_a_real_engine_ends_completions_there(build: Any, llama_dir: Path, llama_engine: Any) -> None:
+    """Half of all tokens end a completion: hardly one has eight."""
+    from tests.tiny_models import load_model, tiny_lora
+
+    model = tiny_lora(load_model(llama_dir), r=8)
+    ends = set(range(4, 134))
+    model.generation_config.eos_token_id = sorted(ends)
+    config = CONFIG.replace(per_device_train_batch_size=16, num_generations=16, report_to="none")
+    groups: list[Any] = []
+
+    def reward(completions: Sequence[str], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+        groups.extend(completion_ids)
+        return by_seed(completions)
+
+    build([{"prompt": "a"}], config, model=model, peft_config=None, engine=llama_engine, reward_funcs=reward).train()
+    assert len(groups) == 16
+    for ids in groups:
+        assert not ends & set(ids[:-1])
+        assert ids[-1] in ends or len(ids) == 8
+
+
 def test_a_rollout_function_asks_an_engine_that_renders_alike(build: Any) -> None:
     seen: list[Prompt] = []
 

@@ -20,7 +20,7 @@ from lora_grpo.engines.server.launch import Servers, Serving
 from lora_grpo.errors import ConfigError, EngineError, StoreError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics.log import read_metrics
-from lora_grpo.trainer import assembly, crew
+from lora_grpo.trainer import assembly, crew, models
 from lora_grpo.trainer.stepping import canary
 from tests.test_server_engine_real import LEAVES, VLLM_ARGS, free_ports
 from tests.test_trainer_processes import PerProcess, assert_near, config, run
@@ -55,23 +55,23 @@ def starts(accelerator: Any, folder: Path) -> dict[str, Any]:
     first = accelerator.process_index == 0
     found: dict[str, Any] = {}
 
-    def attempt(name: str, replaced: str, raised: Exception | None, **settings: Any) -> None:
-        """With a part of `assembly` that raises in this process, or a sound engine."""
-        kept = {part: getattr(assembly, part) for part in (replaced, "build_engine")}
+    def attempt(name: str, replaced: str, raised: Exception | None, module: Any = assembly, **settings: Any) -> None:
+        """With a part of `module` that raises in this process, or a sound engine."""
+        kept = {part: getattr(part_of, part) for part_of, part in ((module, replaced), (assembly, "build_engine"))}
         assembly.build_engine = lambda *_, **__: engine  # type: ignore[assignment]
         if raised is not None:
-            setattr(assembly, replaced, lambda *_, **__: _raise(raised))
+            setattr(module, replaced, lambda *_, **__: _raise(raised))
         started = time.monotonic()
         try:
             tiny_trainer(folder / "base", None, folder / name, config(2), **settings).close()
         except Exception as error:  # noqa: BLE001 - what it is, is the question
             found[name] = type(error), str(error), time.monotonic() - started
         for part, function in kept.items():
-            setattr(assembly, part, function)
+            setattr(assembly if part == "build_engine" else module, part, function)
 
     attempt("engine", "build_engine", None if first else EngineError("no memory here"))
     found["closed"] = list(closed)
-    attempt("checks", "planned_memory", None if first else ConfigError("it does not fit"))
+    attempt("checks", "plan", None if first else ConfigError("it does not fit"))
     attempt("model", "build_policy_model", None if first else ConfigError("no such checkpoint"))
     there = EngineConfig(urls=("http://127.0.0.1:9",), store_address=ELSEWHERE)
     os.environ["LORA_GRPO_STORE_TOKEN"] = "a" * 32
@@ -79,7 +79,7 @@ def starts(accelerator: Any, folder: Path) -> dict[str, Any]:
         "store_server", "build_engine", None, engine_config=there
     )
     spoiled = ConfigError("other tokens") if first else None
-    attempt("vocabulary", "check_same_vocabulary", spoiled, processing_class=engine.tokenizer)
+    attempt("vocabulary", "check_same_vocabulary", spoiled, models, processing_class=engine.tokenizer)
     return found
 
 

@@ -22,6 +22,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
 from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tokenizers.processors import TemplateProcessing  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from lora_grpo.adapters.digest import digest_buffers  # noqa: E402
@@ -33,7 +34,7 @@ from lora_grpo.integrations.trl import CANARY_EVERY, NativeGRPOTrainer  # noqa: 
 from lora_grpo.integrations.trl_internals import Backend, check_release  # noqa: E402
 from lora_grpo.metrics import read_metrics  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
-from tests.tiny_models import load_model, tiny_tokenizer  # noqa: E402
+from tests.tiny_models import load_model, tiny_lora, tiny_tokenizer  # noqa: E402
 
 pytestmark = [
     pytest.mark.vllm,
@@ -356,6 +357,41 @@ def test_a_rollout_function_on_trls_own_defaults(llama_dir: Path, tmp_path: Path
         trainer.close()
 
 
+def test_completions_end_where_trl_takes_them_to_end(llama_dir: Path, tmp_path: Path) -> None:
+    """At the end tokens of the model that it was given, not only at those in the checkpoint's files; and a text that
+    begins with the begin token has one."""
+    model, own = load_model(llama_dir), tiny_tokenizer()
+    own.bos_token = "<|im_start|>"
+    own._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", own.bos_token_id)]
+    )
+    ends = set(range(4, 134))
+    model.generation_config.eos_token_id = sorted(ends)
+    seen: list[list[int]] = []
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        seen.extend(completion_ids)
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer = NativeGRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=arguments(tmp_path, max_steps=1, eval_strategy="no", save_strategy="no"),
+        train_dataset=Dataset.from_dict({"prompt": ["<|im_start|>a"] * 8}),
+        processing_class=own,
+        peft_config=LoraConfig(**LORA),
+    )
+    try:
+        assert trainer._tokenize_prompts(["<|im_start|>a"])[0] == [own.encode("a")]
+        trainer.train()
+    finally:
+        trainer.close()
+    assert len(seen) == 16
+    for ids in seen:
+        assert not ends & set(ids[:-1])
+        assert ids[-1] in ends or len(ids) == 8
+
+
 class Asking(TrainerCallback):
     """Another process that asks for an earlier version in the middle of a generation."""
 
@@ -459,6 +495,12 @@ def test_refused_adapters(name: str, llama_dir: Path, tmp_path: Path, monkeypatc
     with pytest.raises((ConfigError, UnsupportedAdapter), match=message) as caught:
         native_trainer(str(llama_dir), arguments(tmp_path), peft_config=peft_config)
     assert isinstance(caught.value, LoraGrpoError)
+
+
+def test_an_adapter_is_no_base(llama_dir: Path, tmp_path: Path) -> None:
+    tiny_lora(load_model(llama_dir)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="is an adapter, not a base model"):
+        native_trainer(str(tmp_path / "adapter"), arguments(tmp_path / "out"), peft_config=LoraConfig(**LORA))
 
 
 def test_several_adapters_are_refused(llama_dir: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lora_grpo.adapters.peft_format import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import KeepConfig
+from lora_grpo.engines.local.targets import check_is_base
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
 from lora_grpo.integrations.own_loop import answer_requests
@@ -174,6 +175,8 @@ class NativeGRPOTrainer(HookedTrainer):
         `DeliveryError` when the probe does not arrive.
         """
         check_arguments(args, named.get("peft_config"))
+        if isinstance(model, str | Path):
+            check_is_base(model, revision=(args.model_init_kwargs or {}).get("revision"))
         self._closing = ExitStack()
 
         def build(**keywords: Any) -> Backend:

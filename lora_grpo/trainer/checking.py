@@ -164,7 +164,10 @@ class _Run:
         before = Preflight(
             self.config.model, functions, self.grpo, *data, engine_config=self.config.engine, guard=self.guard
         )
-        yield from before.parts()
+        for what, look in before.parts():
+            # A base that cannot be read has no tokenizer either.
+            if what != "prompts" or self._fits():
+                yield what, look
 
     def _fits(self) -> bool:
         try:

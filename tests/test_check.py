@@ -1,0 +1,180 @@
+"""`lora-grpo check`: what would end a run is found without training it, every time in one place, with an exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_grpo.config import RunConfig
+from lora_grpo.config_file import config_of_model, load_config, names_a_model, save_config
+from lora_grpo.engines.vllm_local import VLLMEngine
+from lora_grpo.trainer import assembly
+from lora_grpo.trainer.checking import SWAPS, Finding, check_run
+from tests.test_cli import lora_grpo
+
+ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(3)]
+calls: list[list[str]] = []
+
+
+def keeps_calls(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str]) -> list[float | None]:
+    calls.append(list(answer))
+    return [None, -7.0][: len(prompts)]
+
+
+def fails(completions: Sequence[str], **columns: Any) -> list[float]:
+    raise KeyError("tariff")
+
+
+def says_words(completions: Sequence[str], **columns: Any) -> list[str]:
+    return ["good"] * len(completions)
+
+
+@pytest.fixture
+def config(llama_dir: Path, tmp_path: Path) -> RunConfig:
+    """A run that would work."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return RunConfig(
+        output_dir=str(tmp_path / "run"),
+        model={"name": str(llama_dir), "dtype": "float32"},
+        data={"train": str(tmp_path / "rows.jsonl")},
+        rewards=[{"name": "exact"}],
+        engine={"max_model_len": 128},
+        grpo={"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+        | {"max_completion_length": 16},
+    )
+
+
+def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    values = config.model_dump()
+    return RunConfig(**{**values, **{name: {**values[name], **own} for name, own in sections.items()}})
+
+
+def wrong(findings: Sequence[Finding]) -> dict[str, str]:
+    return {finding.what: finding.found for finding in findings if not finding.ok}
+
+
+def test_without_an_engine_all_that_is_known_before_one_starts(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "build_engine", lambda *arguments, **settings: pytest.fail("an engine starts"))
+    before = sorted(tmp_path.rglob("*"))
+    findings = list(check_run(config))
+    assert wrong(findings) == {}
+    found = {finding.what: finding.found for finding in findings}
+    assert "3 rows, other columns: answer" in found["data"]
+    assert "3 prompts of at most 4 tokens" in found["prompts"]
+    assert found["rewards"] == "1 x exact"
+    assert "2 prompts x 4 completions" in found["steps"]
+    assert "rank 16 on all linear layers" in found["base and adapter"]
+    parts = {"trainer_base", "adapter_and_optimizer", "engine_base", "adapter_slots", "kv"}
+    assert parts == {what.removeprefix("memory: ") for what in found if what.startswith("memory: ")}
+    assert found["memory"].endswith("free on cpu")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("sections", "what", "words"),
+    [
+        ({"engine": {"max_model_len": 18}}, "prompts", "rows.jsonl, row 0: the prompt has 4 tokens"),
+        ({"data": {"system_prompt": "s"}, "grpo": {"max_prompt_length": 9}}, "prompts", "max_prompt_length=9 allows 9"),
+        ({"data": {"train": "nowhere.jsonl"}}, "data", "no such data file"),
+        ({"data": {"prompt_column": "question"}}, "data", "no column 'question'"),
+        ({"grpo": {"num_generations": 3}}, "steps", "a step of 8 completions is no multiple of num_generations"),
+        ({"guard": {"kl": 1.0}}, "steps", "needs beta > 0"),
+        ({"model": {"name": "/nowhere/model"}}, "base and adapter", "/nowhere/model is no model directory"),
+    ],
+)
+def test_each_fault_is_one_finding(config: RunConfig, sections: dict[str, Any], what: str, words: str) -> None:
+    found = wrong(list(check_run(changed(config, **sections))))
+    assert list(found) == [what], found
+    assert words in found[what]
+
+
+def test_faults_are_all_told_at_once(config: RunConfig) -> None:
+    wrong_twice = changed(config, data={"train": "nowhere.jsonl"}, model={"name": "/nowhere/model"})
+    findings = wrong(list(check_run(wrong_twice.replace(rewards=[{"name": "exakt"}], output_dir="r"))))
+    assert list(findings) == ["reward functions", "data", "base and adapter"]
+
+
+def test_rewards_are_called_once_on_two_rows_and_their_values_do_not_count(config: RunConfig) -> None:
+    calls.clear()
+    names = ["keeps_calls", "fails", "says_words"]
+    several = config.replace(rewards=[{"name": f"{__name__}:{name}"} for name in names])
+    assert not wrong(list(check_run(several)))
+    assert calls == []
+    found = wrong(list(check_run(several, rewards=True)))
+    assert calls == [["1", "2"]]
+    assert list(found) == ["reward fails", "reward says_words"]
+    assert "KeyError: 'tariff'" in found["reward fails"]
+    assert "no number" in found["reward says_words"]
+
+
+class Kept(VLLMEngine):
+    """An engine that others go on with."""
+
+    def __init__(self, engine: VLLMEngine) -> None:
+        self.__dict__ = engine.__dict__
+
+    def close(self) -> None:
+        return None
+
+
+@pytest.mark.vllm
+def test_with_the_engine_base_probe_slots_and_three_swaps(
+    config: RunConfig, llama_engine: VLLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "build_engine", lambda *arguments, **settings: Kept(llama_engine))
+    for findings in (
+        list(check_run(config, engine=True)),
+        list(check_run(config_of_model(config.model.name, ["model.dtype=float32"]), engine=True, base_alone=True)),
+    ):
+        assert wrong(findings) == {}
+        found = {finding.what: finding.found for finding in findings}
+        assert found["engine"].startswith("Kept")
+        assert "nats a token" in found["base match"]
+        assert "nats a token" in found["probe"]
+        swaps = [found[f"swap {number}"] for number in range(1, SWAPS + 1)]
+        assert all("slots: " in swap and "canary ok" in swap for swap in swaps), swaps
+        assert "swap 4" not in found
+    assert llama_engine.loaded() == ()
+    assert not (tmp_path / "run").exists()
+    # Nothing is started for a run that would end before.
+    assert "engine" not in {f.what for f in check_run(changed(config, engine={"max_model_len": 18}), engine=True)}
+
+
+@pytest.mark.vllm
+def test_another_base_in_the_engine_is_one_finding(
+    config: RunConfig, llama_engine: VLLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.tiny_models import tiny_model
+
+    other = tiny_model("llama", tmp_path / "other", seed=1)
+    monkeypatch.setattr(assembly, "build_engine", lambda *arguments, **settings: Kept(llama_engine))
+    found = wrong(list(check_run(changed(config, model={"name": str(other)}), engine=True)))
+    assert list(found) == ["engine"]
+    assert "differs" in found["engine"]
+
+
+def test_a_model_a_run_and_a_config_are_told_apart(config: RunConfig, tmp_path: Path) -> None:
+    assert names_a_model(config.model.name)
+    assert names_a_model("Qwen/Qwen2.5-0.5B")
+    assert not names_a_model(str(save_config(config, tmp_path / "run").parent))
+    assert not names_a_model("nowhere.toml")
+    assert load_config(tmp_path / "run") == config
+    assert config_of_model("org/model", ["lora.r=4", "model.dtype=float32"]).lora.r == 4
+
+
+def test_the_command_has_an_exit_code_for_ci(config: RunConfig, tmp_path: Path) -> None:
+    save_config(config, tmp_path / "run")
+    done = lora_grpo("check", "run", "--rewards", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(finding["ok"] for finding in json.loads(done.stdout))
+    failed = lora_grpo("check", config.model.name, "lora.target_modules=[]", "engine.max_model_len=7", cwd=tmp_path)
+    assert failed.returncode == 2
+    failed = lora_grpo("check", "run", "engine.max_model_len=18", cwd=tmp_path)
+    assert failed.returncode == 2
+    assert "the prompt has 4 tokens" in failed.stdout
