@@ -27,11 +27,13 @@ def take_canary(
     temperature: float,
     *,
     known_noise: float,
+    most_noise: float,
 ) -> CanaryReport:
     """Measure gap, signal and noise on these completions, and judge them.
 
     Inside `weights` the model is the policy that `rows` are stamped with. `known_noise` (nats, at `temperature`) stands
-    in where the completions are too short to measure it. Raises `ConfigError` when no token of them was sampled.
+    in where the completions are too short to measure it. Noise counts up to `most_noise` (nats, at temperature 1): a
+    base that is another one must not widen its own limit. Raises `ConfigError` when no token of them was sampled.
     """
     sequences = [[*prompt, *completion.token_ids] for prompt, completion in rows]
     sampler = _sampled((completion.logprobs for _, completion in rows), rows)
@@ -43,7 +45,7 @@ def take_canary(
         base = _sampled(teacher_logprobs(model, sequences, temperature=temperature), rows)
     gap, signal = mean_abs_difference(policy, sampler), mean_abs_difference(policy, base)
     measured = _base_noise(model, engine, rows)
-    noise = known_noise if measured is None else measured / temperature
+    noise = min(known_noise if measured is None else measured / temperature, most_noise / temperature)
     return CanaryReport(judge(gap, signal, noise), gap, signal, noise, sum(map(len, sampler)))
 
 

@@ -18,13 +18,13 @@ from lora_grpo.adapters.checks import active_adapter, check_rank, check_same_dty
 from lora_grpo.adapters.digest import digest_buffers
 from lora_grpo.adapters.disk import STAGING
 from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
-from lora_grpo.adapters.peft_format import Held, ServingForm, clean_name, peft_model_of
+from lora_grpo.adapters.peft_format import Held, ServingForm, peft_model_of
 from lora_grpo.adapters.room import require_room
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.canary import take_canary
 from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
-from lora_grpo.engines.delivery.base_match import check_same_base, describe
+from lora_grpo.engines.delivery.base_match import BaseMatch, match_base
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.delivery.probe import ProbeReport, probe_sequences, run_probe
 from lora_grpo.engines.joint import joint
@@ -37,6 +37,9 @@ from lora_grpo.types import Group
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_CANARY_NOISE = 2.0
+"""How many times the probe's noise a canary may find on its completions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,8 @@ class NativeSync:
 
         `optimizer` and `scheduler` are restored with the weights on a rollback; `keep_state` says of which versions
         the exact trainer state is archived (several times an adapter's size), by default all. `tokenizer` goes with
-        exports; the engine's, where none is given. `probe` holds the probe's figures (None for an engine that is a fake
-        and says so). Raises `UnsupportedAdapter` for what cannot be
+        exports; the engine's, where none is given. `base_match` and `probe` hold what the proofs of the base and of the
+        path found (None for an engine that is a fake and says so). Raises `UnsupportedAdapter` for what cannot be
         served or another base, `DeliveryError` when the probe does not arrive.
         """
         self.processes = Processes(accelerator)
@@ -102,6 +105,7 @@ class NativeSync:
         if self.engine.proof != "none":
             served_in = self.engine.describe_base().dtype
             self.processes.each(lambda: check_same_dtype(model, served_in))
+        self.base_match: BaseMatch | None = None
         self.probe = None if self.engine.proof == "none" else self._prove_path()
         self.noise = 0.0 if self.probe is None else self.probe.noise
         self.last_receipt: PushReceipt | None = None
@@ -277,7 +281,8 @@ class NativeSync:
         if stale:
             raise ConfigError(f"completions of versions {stale} cannot be checked against {version}; pass its own")
         weights = nullcontext() if version == self.head else weights_of(version, self._form.modules)
-        report = take_canary(self.model, self.engine, rows, weights, temperature, known_noise=self.noise)
+        limits = {"known_noise": self.noise, "most_noise": _CANARY_NOISE * self.probe.noise}
+        report = take_canary(self.model, self.engine, rows, weights, temperature, **limits)
         self.noise = report.noise
         self.processes.each(lambda: self._pass_on(report, version))
         return report
@@ -295,10 +300,8 @@ class NativeSync:
         return head
 
     def _prove_path(self) -> ProbeReport:
-        base = self.engine.describe_base()
-        self._probed = probe_sequences(base.vocabulary, seed=0)
-        own = self._describe_trainer(base.dtype)
-        self.processes.each(lambda: check_same_base(base, own))
+        self._probed = probe_sequences(self.engine.describe_base().vocabulary, seed=0)
+        self.base_match = match_base(self.engine, self.model, self.processes)
         pulls = is_remote(self.engine) and self.engine.pulls
         publish = self._publish_probe if pulls else None
         if publish is None:
@@ -313,8 +316,3 @@ class NativeSync:
         self.processes.first(lambda: self.store.acquire(version.number))
         self._kept.append(version.number)
         return version
-
-    def _describe_trainer(self, dtype: str) -> Any:
-        base = peft_model_of(self.model).base_model.model
-        names = ((clean_name(name).replace(".base_layer.", "."), p) for name, p in base.named_parameters())
-        return describe(base.config, names, getattr(torch, dtype))

@@ -55,6 +55,9 @@ class FakeServer:
     api_key: str | None = None
 
     dies_computing: bool = False
+    plugin: bool = False
+    base: str = "of one checkpoint"
+
     down: bool = False
     frozen: bool = False
     version_text: str | None = None
@@ -79,6 +82,7 @@ class FakeServer:
             Route("/v1/load_lora_adapter", self._load, methods=["POST"]),
             Route("/v1/unload_lora_adapter", self._unload, methods=["POST"]),
             Route("/v1/completions", self._complete, methods=["POST"]),
+            Route("/v1/lora_grpo/base", self._base, methods=["POST"]),
         ]
         self._app = Starlette(routes=routes)
         self._server = uvicorn.Server(uvicorn.Config(self._answered, interface="asgi3", port=0, log_level="critical"))
@@ -138,6 +142,15 @@ class FakeServer:
         base = {"id": "base", "root": self.root, "parent": None, "max_model_len": 128}
         cards = [base, *({"id": name, "root": path, "parent": "base"} for name, path in self.adapters.items())]
         return self._refusal(request) or JSONResponse({"data": cards})
+
+    async def _base(self, request: Request) -> Response:
+        """As one worker that reads all, each tensor in one slice."""
+        if not self.plugin:
+            return self._refusal(request) or NOT_THERE
+        shapes = (await request.json())["tensors"]
+        read = {name: {"dtype": "bfloat16", "slices": [[shape[0], self.base]]} for name, shape in shapes.items()}
+        worker = {"tensors": read, "unread": {}, "unasked": [], "seconds": 0.5}
+        return self._refusal(request) or JSONResponse({"workers": [{"where": "worker 0", **worker}]})
 
     async def _load(self, request: Request) -> Response:
         if refusal := self._refusal(request):

@@ -452,6 +452,29 @@ def test_a_restart_is_noticed_before_a_load_and_another_base_is_not_let_in(
     assert "lost" in engine.replicas[pair[1].url]
 
 
+def test_a_server_that_comes_back_with_another_base_is_not_let_in(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+) -> None:
+    """Its log-probs are as they were: only what it reads of its base can tell."""
+    pair[0].plugin = pair[1].plugin = True
+    engine = probed(connect(), shm_dir)
+    assert {read.where for read in engine.read_base({"w": (4, 8)})} == {f"{s.url} (worker 0)" for s in pair}
+    for server in pair:
+        server.restart()
+    pair[1].base = "of another revision"
+    with pytest.raises(EngineError, match=r"1 of 2 replicas cannot take .* came back with a base of other values"):
+        engine.load(versions[0], expected=answers(versions[0]))
+    assert "lost" in engine.replicas[pair[1].url]
+
+
+def test_a_server_without_the_plugin_is_not_read(connect: MakeEngine, pair: Pair) -> None:
+    pair[1].plugin = True
+    unread, read = connect().read_base({"w": (4, 8), "bias": (4,)})
+    reason = "the server does not have the lora_grpo plugin's route"
+    assert (unread.where, unread.tensors, unread.unread) == (pair[0].url, {}, {"w": reason, "bias": reason})
+    assert (read.tensors["bias"].slices, read.unread) == (((4, pair[1].base),), {})
+
+
 def test_a_restart_is_noticed_by_what_the_server_forgot_where_it_has_no_metrics(
     connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
 ) -> None:

@@ -19,7 +19,7 @@ from lora_grpo.engines.resolver import URL_VARIABLE
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Server, Servers, Serving
 from lora_grpo.engines.server.names import Names
-from lora_grpo.errors import ConfigError, EngineError
+from lora_grpo.errors import ConfigError, EngineError, UnsupportedAdapter
 from lora_grpo.remote.server import StoreServer
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
@@ -103,6 +103,23 @@ def gap(sync: NativeSync, groups: list[Group]) -> float:
     own = teacher_logprobs(sync.model, [[*prompt, *made.token_ids] for prompt, made in rows])
     own = [values[len(prompt) - 1 :] for values, (prompt, _) in zip(own, rows, strict=True)]
     return mean_abs_difference(own, [list(made.logprobs) for _, made in rows])
+
+
+def test_each_server_reads_its_own_base(
+    llama_dir: Path, engine: VLLMServerEngine, sync: NativeSync, shm_dir: Path
+) -> None:
+    """In the process that computes with it; a value that differs is refused though no log-prob could tell."""
+    match = sync.base_match
+    assert match is not None
+    assert (match.compared, match.share, match.unread) == (match.tensors, 1.0, {})
+    other = load_model(llama_dir)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 4] *= 1.01
+    with (
+        AdapterStore(shm_dir / "other") as store,
+        pytest.raises(UnsupportedAdapter, match=r"layers\.1\.mlp\.up_proj\.weight differs between http://127\.0\.0\.1"),
+    ):
+        NativeSync(tiny_lora(other, r=8), engine, store)
 
 
 def test_versions_are_proven_and_sampled_from(sync: NativeSync, engine: VLLMServerEngine) -> None:

@@ -113,6 +113,8 @@ def test_a_trainer_on_the_engines_weights_pushes_and_is_proven(
     with AdapterStore(shm_dir / "store") as store:
         sync = NativeSync(model, engine, store)
         assert sync.probe is not None
+        assert sync.base_match is not None
+        assert (sync.base_match.share, sync.base_match.unread) == (1.0, {})
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for step in range(3):
             model(IDS, labels=IDS).loss.backward()
@@ -123,6 +125,17 @@ def test_a_trainer_on_the_engines_weights_pushes_and_is_proven(
     base = peft_base(model)
     assert base.keys() == before.keys()
     assert all(torch.equal(p, before[name]) for name, p in base.items())
+
+
+def test_a_copy_that_differs_from_the_shared_weights_is_refused(engine: VLLMEngine, shm_dir: Path) -> None:
+    copied = copy.deepcopy(engine.shared_model())
+    with torch.no_grad():
+        copied.model.layers[1].mlp.gate_proj.weight[2, 3] *= 1.01
+    with (
+        AdapterStore(shm_dir / "store") as store,
+        pytest.raises(UnsupportedAdapter, match=r"1\.mlp\.gate_proj\.weight"),
+    ):
+        NativeSync(tiny_lora(copied, r=8), engine, store)
 
 
 def peft_base(model: Any) -> dict[str, torch.Tensor]:

@@ -80,6 +80,19 @@ def lora_modules(model: nn.Module, adapter: str) -> list[LoraModule]:
     ]
 
 
+def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A PEFT model's base by its checkpoint's names: parameters, one that is tied under each of its names, and the
+    buffers that a checkpoint holds."""
+    found = {}
+    for prefix, module in peft_model_of(model).base_model.model.named_modules(remove_duplicate=False):
+        named = {**module._parameters, **module._buffers}
+        for leaf in [leaf for leaf in named if leaf not in module._non_persistent_buffers_set]:
+            name = clean_name(f"{prefix}.{leaf}").replace(".base_layer.", ".")
+            if named[leaf] is not None and ".lora_" not in name:
+                found[name] = named[leaf]
+    return found
+
+
 @dataclass(frozen=True)
 class Held:
     """The tensors of an adapter's file as they still lie in the trainer's memory, finite, in the file's order; theirs

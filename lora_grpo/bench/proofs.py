@@ -53,15 +53,10 @@ def _timed(proof: str, prove: Callable[[], object], times: int) -> dict[str, Any
 
 
 def _match(strategy: Any) -> None:
-    from lora_grpo.adapters.peft_format import peft_model_of
-    from lora_grpo.bench.strategies.merging import checkpoint_tensors
-    from lora_grpo.engines.delivery.base_match import check_same_base, describe
+    from lora_grpo.engines.delivery.base_match import match_base
+    from lora_grpo.grpo.processes import Processes
 
-    engine, model = strategy.engine.describe_base(), strategy.trainer.model
-    own = describe(
-        peft_model_of(model).base_model.model.config, checkpoint_tensors(model), getattr(torch, engine.dtype)
-    )
-    check_same_base(engine, own)
+    match_base(strategy.engine, strategy.trainer.model, Processes(None))
 
 
 def _probe(strategy: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import torch
@@ -13,6 +13,7 @@ from lora_grpo.types import Group, Prompt, Sampling
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.peft_format import Held
+    from lora_grpo.engines.delivery.base_reading import BaseReading
     from lora_grpo.engines.delivery.probe import Witness
 
 Proof: TypeAlias = Literal["slots", "behaviour", "none"]
@@ -40,16 +41,12 @@ class LoadReceipt:
 
 @dataclass(frozen=True, slots=True)
 class BaseDescription:
-    """What an engine's base model is: enough to tell it from another one without moving it.
-
-    `shapes` holds config fields; `digests` maps parameter names (embeddings and norms) to a hash of their bytes in
-    `dtype` (a torch dtype's name without the prefix).
-    """
+    """What an engine's base model is by its config: `shapes` holds fields of it; `dtype` is a torch dtype's name
+    without the prefix."""
 
     dtype: str
     shapes: dict[str, int]
     vocabulary: int
-    digests: dict[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -95,6 +92,10 @@ class Engine(Protocol):
         """Teacher-forced log-probs at temperature 1 of tokens 1..T-1 of each sequence."""
 
     def describe_base(self) -> BaseDescription: ...
+
+    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        """Digests of the base's tensors that `shapes` names as the checkpoint does, read in each of the processes that
+        answer; no process that answers is left out, whatever it can read. None where there is no base (a fake)."""
 
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards."""

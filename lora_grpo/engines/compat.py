@@ -21,6 +21,7 @@ from typing import Any
 
 from lora_grpo.engines.chunked_seeds import keep_seeds
 from lora_grpo.engines.hopper import mend_kernels
+from lora_grpo.engines.packing import read_before_packing
 from lora_grpo.engines.tiles import allow_tiles
 from lora_grpo.errors import ConfigError, EngineError, UnsupportedVersion
 
@@ -101,6 +102,7 @@ def _mend(release: tuple[int, int], *, computes: bool) -> None:
     """What releases leave to be mended in each of their processes, those that only answer requests included."""
     mend_kernels(release, compute_capability())
     if is_cpu():
+        read_before_packing()
         allow_tiles()
         if computes:
             keep_seeds(importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner)
@@ -199,6 +201,16 @@ def slot_of(llm: Any, lora_id: int) -> int | None:
     """The slot an adapter is active in, or None."""
     ids = list(lora_manager(llm).lora_index_to_id)
     return ids.index(lora_id) if lora_id in ids else None
+
+
+def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
+    """A model's renaming of a checkpoint's name, and the slices that the tensor fills in vLLM's own terms (None: not
+    said, as up to the releases that keep this in each model's loader). None for a tensor that is not loaded."""
+    if hasattr(mapper, "_map_name_with_shard"):
+        renamed: tuple[str, Any] | None = mapper._map_name_with_shard(name)
+        return renamed
+    plain = mapper._map_name(name)
+    return None if plain is None else (plain, None)
 
 
 def packed_members(llm: Any) -> dict[str, tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
@@ -13,6 +13,7 @@ from lora_grpo.types import Completion, Group, Prompt, Sampling
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.peft_format import Held
+    from lora_grpo.engines.delivery.base_reading import BaseReading
 
 Reply: TypeAlias = Callable[[Prompt, AdapterVersion | None, int], str]
 """(prompt, version or None for the base, the request's seed) -> the completion's text."""
@@ -98,7 +99,10 @@ class FakeEngine:
         return [[self._logprob] * (len(ids) - 1) for ids in sequences]
 
     def describe_base(self) -> BaseDescription:
-        return BaseDescription("float32", {}, 256, {})
+        return BaseDescription("float32", {}, 256)
+
+    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        return []
 
     def close(self) -> None:
         self._loaded.clear()

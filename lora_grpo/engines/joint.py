@@ -7,7 +7,7 @@ other engine (a server, a fake) is asked by the first process alone, and the oth
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -16,6 +16,7 @@ import torch
 from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof, RemoteEngine, is_remote
+from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.probe import Witness
 from lora_grpo.engines.requests import adapters_by_prompt
 from lora_grpo.errors import ConfigError, DeliveryError
@@ -77,6 +78,9 @@ class _Joint:
 
     def describe_base(self) -> BaseDescription:
         return self._ask(lambda engine: engine.describe_base())
+
+    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        return self._ask(lambda engine: engine.read_base(shapes))
 
     def close(self) -> None:
         """Only this process's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -11,6 +11,7 @@ import torch
 from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt
+from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.types import Group, Prompt, Sampling
 from lora_grpo.worker import Worker
 
@@ -66,6 +67,9 @@ class OwnedEngine:
 
     def describe_base(self) -> BaseDescription:
         return self._do(self._engine.describe_base)
+
+    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        return self._do(lambda: self._engine.read_base(shapes))
 
     def release(self) -> bool:
         """End the thread: the engine is again its caller's alone. False when it hangs in a step."""

@@ -32,6 +32,7 @@ from typing import Any
 
 from lora_grpo.adapters.naming import parse_served_name, served_name
 from lora_grpo.engines import compat
+from lora_grpo.engines.server import base_route
 from lora_grpo.errors import ConfigError, LoraGrpoError
 from lora_grpo.remote.cache import MIB, ReplicaCache
 from lora_grpo.remote.client import StoreClient
@@ -46,10 +47,11 @@ CACHE_MIB_VARIABLE = "LORA_GRPO_STORE_CACHE_MIB"
 def register() -> None:
     """The entry point; vLLM calls it in each of its processes. Only the one that answers requests will pull.
 
-    In each, what vLLM has wrong is mended (see `compat.mend_server`). Raises `ConfigError` for settings that cannot
-    work, which stops the server's start.
+    In each, what vLLM has wrong is mended (see `compat.mend_server`), and a trainer may ask what the base is. Raises
+    `ConfigError` for settings that cannot work, which stops the server's start.
     """
     compat.mend_server()
+    base_route.offer()
     settings = Settings.from_environment()
     if settings is None:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
+from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
 from lora_grpo.engines.delivery.slots import SlotProver
 from lora_grpo.engines.local.driving import StepDriver
 from lora_grpo.engines.local.held import HeldLLM, engines_alive
@@ -195,7 +196,12 @@ class VLLMEngine:
 
     def describe_base(self) -> BaseDescription:
         self._held.check_awake()
-        return describe(self._llm.llm_engine.vllm_config.model_config.hf_config, compat.base_parameters(self._llm))
+        settings = self._llm.llm_engine.vllm_config.model_config
+        return describe(settings.hf_config, str(settings.dtype).removeprefix("torch."))
+
+    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        self._held.check_awake()
+        return [read_base(compat.runner(self._llm), shapes, "the engine")]
 
     def sleep(self, level: int = 1) -> None:
         """Give the GPU memory of weights and KV cache back until `wake_up`; needs `enable_sleep_mode=True`.

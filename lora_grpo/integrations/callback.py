@@ -12,6 +12,7 @@ from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof
+from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.errors import ConfigError
 from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.rollback import RollbackReport, Target
@@ -125,6 +126,9 @@ class Elsewhere:
 
     def describe_base(self) -> BaseDescription:
         raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to compare bases")
+
+    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        return []
 
     def close(self) -> None:
         """Nothing is open."""

@@ -7,7 +7,7 @@ together: sample (each a part of the prompts, where each has an engine), update,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial, wraps
@@ -18,6 +18,7 @@ import torch
 from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt
+from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.rollback import RollbackReport
 from lora_grpo.state import scale_learning_rate
@@ -137,6 +138,9 @@ class CrewEngine:
 
     def describe_base(self) -> BaseDescription:
         return self._own.describe_base()
+
+    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        return self._own.read_base(shapes)
 
     def close(self) -> None:
         self._own.close()

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 def run_info(trainer: GRPOTrainer) -> dict[str, Any]:
     """What it runs with."""
-    probe = trainer.sync.probe
+    probe, match = trainer.sync.probe, trainer.sync.base_match
     return {
         "model": getattr(peft_model_of(trainer.model).base_model.model.config, "_name_or_path", ""),
         "device": str(trainer.policy.device),
         "adapter_mib": round(trainer.sync.adapter_bytes / 2**20, 3),
         "store": str(trainer.store.root),
+        "base_match": None if match is None else str(match),
         "probe": None if probe is None else asdict(probe),
         "config": trainer.config.model_dump(mode="json"),
     }

@@ -1,15 +1,22 @@
-"""Whether an engine's base is the trainer's: config shapes, vocabulary, and a digest of embeddings and norms."""
+"""Whether an engine's base is the trainer's: config shapes, and every tensor by its digest in the engine's dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from lora_grpo.engines.base import BaseDescription
+from lora_grpo.adapters.peft_format import base_tensors, peft_model_of
+from lora_grpo.engines.base import BaseDescription, Engine
+from lora_grpo.engines.delivery.base_reading import BaseReading, TensorReading
+from lora_grpo.engines.packing import PLAIN, digest
 from lora_grpo.errors import UnsupportedAdapter
+from lora_grpo.grpo.processes import Processes
 
 _SHAPES = (
     "hidden_size",
@@ -20,53 +27,125 @@ _SHAPES = (
     "head_dim",
     "vocab_size",
 )
-_DIGESTED = ("norm.weight", "layernorm.weight", "embed_tokens.weight")
+_NAMED = 3
 
 
-def describe(
-    config: Any, parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None
-) -> BaseDescription:
-    """What a base is, its digests taken in `dtype` (default: its own)."""
+@dataclass(frozen=True, slots=True)
+class BaseMatch:
+    """What was found equal: `compared` of the trainer's `tensors`, which hold `share` of its base's values.
+
+    `unread` says of each process that could not read something why, by tensor; it was not compared and nothing is known
+    of it but what the probe shows. `read_s` is what the slowest of the engine's processes took to read its base,
+    `seconds` all of the comparison, reading included.
+    """
+
+    tensors: int
+    compared: int
+    share: float
+    unread: dict[str, dict[str, str]]
+    read_s: float
+    seconds: float
+
+    def __str__(self) -> str:
+        said = f"{self.compared} of {self.tensors} tensors equal, {self.share:.1%} of the values"
+        said += f"; read in {self.read_s:.2f} s, compared in {self.seconds:.2f} s"
+        for where, reasons in self.unread.items():
+            some = ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:_NAMED])
+            more = f" and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else ""
+            said += f"; not read in {where}: {some}{more}"
+        return said
+
+
+def describe(config: Any, dtype: str) -> BaseDescription:
+    """What a base is by its config."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     shapes = {name: int(value) for name in _SHAPES if (value := getattr(text, name, None)) is not None}
-    digests: dict[str, str] = {}
-    own = dtype
-    for name, parameter in parameters:
-        if name.endswith(_DIGESTED):
-            own = own or parameter.dtype
-            digests[name] = _digest(parameter.detach(), own, shapes["vocab_size"] if "embed" in name else None)
-    return BaseDescription(str(own).removeprefix("torch."), shapes, shapes["vocab_size"], digests)
+    return BaseDescription(dtype, shapes, shapes["vocab_size"])
 
 
-def check_same_base(engine: BaseDescription, trainer: BaseDescription) -> None:
-    """Raises `UnsupportedAdapter` naming the first thing in which the bases differ.
+def match_base(engine: Engine, model: nn.Module, processes: Processes) -> BaseMatch:
+    """Compare the base of a PEFT `model` with what each of the engine's processes reads of its own.
 
-    An engine that could read no parameter (it is behind a wire) has no digests; what it computes is left to the probe.
+    Called by all of `processes` together. Raises `UnsupportedAdapter` naming the first thing that differs.
     """
+    started = time.perf_counter()
+    served, config = engine.describe_base(), peft_model_of(model).base_model.model.config
+    processes.each(lambda: _check_same_shapes(served, describe(config, served.dtype)))
+    own = base_tensors(model)
+    comparison = _Comparison(engine.read_base({name: tuple(tensor.shape) for name, tensor in own.items()}))
+    for name, tensor in own.items():
+        comparison.add(name, tensor)
+    processes.each(comparison.require_same)
+    return comparison.result(len(own), time.perf_counter() - started)
+
+
+def _check_same_shapes(engine: BaseDescription, trainer: BaseDescription) -> None:
     for field, size in engine.shapes.items():
         if trainer.shapes.get(field, size) != size:
             raise UnsupportedAdapter(
                 f"the engine's base has {field}={size}, the trainer's {trainer.shapes[field]}; load both from the "
                 "same checkpoint"
             )
-    if not engine.digests:
-        return
-    shared = engine.digests.keys() & trainer.digests.keys()
-    if not shared:
-        raise UnsupportedAdapter(
-            "no embedding or norm has the same name in engine and trainer; is the trainer's model a CausalLM "
-            f"(engine: {sorted(engine.digests)[:2]}, trainer: {sorted(trainer.digests)[:2]})?"
-        )
-    for name in sorted(shared):
-        if engine.digests[name] != trainer.digests[name]:
-            raise UnsupportedAdapter(
-                f"{name} differs between engine and trainer (compared in {engine.dtype}); load both from the same "
-                "checkpoint and revision"
-            )
 
 
-def _digest(parameter: torch.Tensor, dtype: torch.dtype, rows: int | None) -> str:
-    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    if rows is not None:
-        whole = whole[:rows]
-    return str(xxhash.xxh3_128(whole.to(dtype).contiguous().cpu().view(torch.uint8).numpy().data).hexdigest())
+class _Comparison:
+    """The trainer's tensors, one after the other, against every reading.
+
+    It raises at its end alone: to gather a sharded tensor takes all processes, whatever one of them has found.
+    """
+
+    def __init__(self, readings: Sequence[BaseReading]) -> None:
+        self._readings = readings
+        self._unread = {reading.where: dict(reading.unread) for reading in readings}
+        for reading in readings:
+            self._unread[reading.where] |= dict.fromkeys(reading.unasked, "the trainer's base has no tensor for it")
+        self._seen: dict[tuple[int, str, tuple[int, ...]], list[str]] = {}
+        self._different: str | None = None
+        self._compared, self._values, self._compared_values = 0, 0, 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        everywhere = bool(self._readings)
+        for reading in self._readings:
+            found = reading.tensors.get(name)
+            if tensor.dtype not in PLAIN:
+                self._unread[reading.where][name] = f"the trainer keeps it quantized ({_short(tensor.dtype)})"
+                everywhere = False
+            elif found is None:
+                everywhere = False
+            elif self._digests(tensor, whole, found) != [one for _, one in found.slices]:
+                self._different = self._different or _said(name, tensor, found, reading.where)
+        self._values += tensor.numel()
+        self._compared += everywhere
+        self._compared_values += tensor.numel() if everywhere else 0
+
+    def _digests(self, tensor: torch.Tensor, whole: torch.Tensor, found: TensorReading) -> list[str]:
+        """Of its rows, cut as the engine's slices are. What has two names is read once."""
+        cuts = tuple(rows for rows, _ in found.slices)
+        key = (id(tensor), found.dtype, cuts)
+        if key not in self._seen:
+            pieces = (whole if whole.ndim else whole.reshape(1)).split(list(cuts))
+            self._seen[key] = [digest(piece, getattr(torch, found.dtype)) for piece in pieces]
+        return self._seen[key]
+
+    def require_same(self) -> None:
+        if self._different is not None:
+            raise UnsupportedAdapter(self._different)
+
+    def result(self, tensors: int, seconds: float) -> BaseMatch:
+        unread = {where: reasons for where, reasons in self._unread.items() if reasons}
+        read_s = max((reading.seconds for reading in self._readings), default=0.0)
+        share = self._compared_values / max(1, self._values)
+        return BaseMatch(tensors, self._compared, share, unread, read_s, seconds)
+
+
+def _said(name: str, tensor: torch.Tensor, found: TensorReading, where: str) -> str:
+    dtypes = f" ({found.dtype} there, {_short(tensor.dtype)} here)" if found.dtype != _short(tensor.dtype) else ""
+    return (
+        f"{name} differs between {where} and the trainer{dtypes}; load both from the same checkpoint and revision, and "
+        "train an adapter on that base alone, with nothing merged into it"
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

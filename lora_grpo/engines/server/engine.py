@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
 from lora_grpo.engines.delivery.base_match import describe
+from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.delivery.probe import Witness, probe_sequences
 from lora_grpo.engines.delivery.slots import require_finite
@@ -110,8 +111,7 @@ class VLLMServerEngine:
                 f"the servers' checkpoint cannot be read here as {root}: {error}; pass model= with its path or name "
                 "on this host"
             ) from error
-        dtype = str(config.dtype or "float32").removeprefix("torch.")
-        self._base = replace(describe(config, ()), dtype=lora_dtype or dtype)
+        self._base = describe(config, lora_dtype or str(config.dtype or "float32").removeprefix("torch."))
         self._fleet.proofs.sequences = probe_sequences(self._base.vocabulary, seed=0)
 
     @property
@@ -236,6 +236,9 @@ class VLLMServerEngine:
 
     def describe_base(self) -> BaseDescription:
         return self._base
+
+    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        return self._loop.run(self._fleet.read_base(shapes))
 
     def close(self) -> None:
         """Unload this engine's versions from the servers, which go on. A second call does nothing."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.server.client import Client, Unreachable
 from lora_grpo.engines.server.connect import connect, models, slots
@@ -126,6 +127,11 @@ class Fleet:
     async def slots(self) -> dict[str, int | None]:
         """Each server's max_loras by URL, where it says."""
         return {replica.url: await slots(replica.client) for replica in self.replicas if replica.state == "serving"}
+
+    async def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        """What each worker of each server in rotation reads of its base."""
+        serving = [replica for replica in self.replicas if replica.state == "serving"]
+        return [one for read in await asyncio.gather(*(r.read_base(shapes) for r in serving)) for one in read]
 
     def lost(self, replica: Replica, error: Exception) -> None:
         """Take a replica out of rotation and try to bring it back."""

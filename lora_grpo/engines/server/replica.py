@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.server.client import QUICK_TIMEOUT_S, Client, Refused, Unreachable
+from lora_grpo.engines.delivery.base_reading import BaseReading
+from lora_grpo.engines.server.base_route import BASE, not_read, readings
+from lora_grpo.engines.server.client import QUICK_TIMEOUT_S, Client, Refused, Unreachable, reading
 from lora_grpo.engines.server.connect import LOAD, UNLOAD, Facts, connect, models, started
 from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body, to_logprobs
 from lora_grpo.errors import DeliveryError, EngineError
@@ -47,6 +49,8 @@ class Replica:
     serves_base: bool = False
     trouble: str = ""
     returning: asyncio.Task[None] | None = None
+    asked: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    base: list[BaseReading] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -113,6 +117,30 @@ class Replica:
         name = self.names.pop(served.name, None)
         if name is not None:
             await self.unload(name)
+
+    async def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        """What each of the server's workers reads of the base's tensors; remembered, for when it comes back."""
+        self.asked, self.base = shapes, await self._read_base(shapes)
+        return self.base
+
+    async def _read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        body = {"tensors": {name: list(shape) for name, shape in shapes.items()}}
+        try:
+            answer = await self.client.ask(BASE, body)
+        except Refused as refusal:
+            if refusal.status not in (404, 405):
+                raise
+            return [not_read(self.url, shapes)]
+        with reading(self.url, BASE, answer):
+            return readings(self.url, answer)
+
+    async def require_same_base(self) -> None:
+        """Raises `DeliveryError` unless the base reads as it did when it was compared with the trainer's."""
+        if not self.base:
+            return
+        again = await self._read_base(self.asked)
+        if [one.tensors for one in again] != [one.tensors for one in self.base]:
+            raise DeliveryError(f"{self.url} came back with a base of other values than it had, under the same name")
 
     async def look(self) -> None:
         """Raises `Unreachable` when the server is away, or has forgotten what it had since it was last looked at."""

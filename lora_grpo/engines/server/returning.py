@@ -80,6 +80,7 @@ class Returning:
     async def _readmit(self, replica: Replica) -> None:
         """Put a server that answers again back into rotation: checked, probed, with everything in use, proven."""
         await replica.reconnect(self._rank_folder)
+        await replica.require_same_base()
         if self._proofs.probe is not None:
             await self._prove_path(replica, self._proofs.probe)
         wanted = self._in_use.all()

@@ -1,0 +1,99 @@
+"""What an engine's process reads of its own base: a digest of each slice of each tensor, in the engine's dtype."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_grpo.engines.names import NameMap, Place
+from lora_grpo.engines.packing import PLAIN, digest, packed_form
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReading:
+    """One tensor: the dtype that it is kept in (a torch dtype's name without the prefix), and (rows, digest) of the
+    slices that it fills, in the order of its rows."""
+
+    dtype: str
+    slices: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseReading:
+    """What one engine's process (`where`) read of its base in `seconds`, by checkpoint name, and why not the rest.
+
+    `unasked` are parameters of the engine that no asked name leads to.
+    """
+
+    where: str
+    tensors: dict[str, TensorReading]
+    unread: dict[str, str]
+    unasked: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def read_base(runner: Any, shapes: Mapping[str, Sequence[int]], where: str) -> BaseReading:
+    """Read the tensors of `shapes` (of the whole, by checkpoint name) from the model of a vLLM model runner."""
+    started = time.perf_counter()
+    model = runner.get_model()
+    names = NameMap(model)
+    tied = runner.model_config.hf_text_config.tie_word_embeddings
+    read: dict[tuple[Any, ...], TensorReading] = {}
+    tensors: dict[str, TensorReading] = {}
+    unread: dict[str, str] = {}
+    reached = set()
+    for name, shape in shapes.items():
+        place = names.tensor(name) or (names.tensor(_embedding(shapes)) if tied and _is_head(name) else None)
+        if place is None:
+            unread[name] = "vLLM's model has no tensor for it"
+            continue
+        reached.add(place.name)
+        module, _, kind = place.name.rpartition(".")
+        key = (id(names.modules[module]), kind, place.slices, *shape)
+        if key not in read:
+            found = _read(names, place, tuple(shape) or (1,))
+            if isinstance(found, str):
+                unread[name] = found
+                continue
+            read[key] = found
+        tensors[name] = read[key]
+    own = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
+    return BaseReading(where, tensors, unread, tuple(sorted(own - reached)), time.perf_counter() - started)
+
+
+def _read(names: NameMap, place: Place, shape: tuple[int, ...]) -> TensorReading | str:
+    """A tensor's reading, or why there is none."""
+    module, _, kind = place.name.rpartition(".")
+    layer = names.modules[module]
+    sizes = names.sizes(place)
+    packed = packed_form(layer, kind)
+    tensor = getattr(layer, kind)
+    if packed is None and tensor.numel() == 0:
+        return "vLLM has packed it for its kernels, and nothing read it before"
+    dtype = tensor.dtype if packed is None else packed.dtype
+    if dtype not in PLAIN:
+        return f"vLLM keeps it quantized ({str(dtype).removeprefix('torch.')})"
+    whole = tuple(tensor.shape or (1,)) if packed is None else packed.shape
+    if sum(sizes) != whole[0]:
+        # A vocabulary may be padded: its own rows come first.
+        sizes = [whole[0] if packed else min(shape[0], whole[0])]
+    wanted = range(len(sizes)) if place.slices is None else place.slices
+    if max(wanted) >= len(sizes) or (sum(sizes[index] for index in wanted), *whole[1:]) != shape:
+        return f"vLLM holds it as {list(whole)}, the checkpoint as {list(shape)}"
+    if packed is None:
+        pieces = tensor.reshape(whole)[: sum(sizes)].split(sizes)
+        digests = {index: digest(pieces[index], dtype) for index in wanted}
+    else:
+        digests = packed.digests
+    slices = tuple((sizes[index], digests[index]) for index in wanted)
+    return TensorReading(str(dtype).removeprefix("torch."), slices)
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".")[-2:] == ["lm_head", "weight"]
+
+
+def _embedding(shapes: Mapping[str, Sequence[int]]) -> str:
+    return next((name for name in shapes if name.endswith("embed_tokens.weight")), "")

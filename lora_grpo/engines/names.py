@@ -1,0 +1,94 @@
+"""One map of names: where a checkpoint's tensor, or the module that PEFT adapts, lies in vLLM's model.
+
+The map is the model's own: the loader's renames (`hf_to_vllm_mapper`, of the model and of each model inside it), its
+stacked parameters, and `packed_modules_mapping` where a loader keeps its stacking to itself. A layer of vLLM may hold
+several of a checkpoint's tensors below each other, its slices; a tensor may fill one of them or several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lora_grpo.engines import compat
+
+_WRAPPED = "base_layer"
+_QKV = {"q": 0, "k": 1, "v": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A runtime name without LoRA wrappers, and the slices of that layer, in order; None for all that it holds."""
+
+    name: str
+    slices: tuple[int, ...] | None = None
+
+
+class NameMap:
+    """Of one vLLM model, with or without LoRA around its layers."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._packed_members: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+        self.modules: dict[str, Any] = dict(_plain_modules(model))
+
+    def tensor(self, name: str) -> Place | None:
+        """Where checkpoint tensor `name` lies; None where this model has no place for it."""
+        found = self._loaded_as(name)
+        if found is None:
+            return None
+        runtime, shard = found
+        if isinstance(shard, list):  # the same values in several slices
+            return None
+        if shard is not None:
+            return self._known(runtime, _slices(shard))
+        return self._known(runtime, None) or self._packed(runtime)
+
+    def _loaded_as(self, name: str) -> tuple[str, Any] | None:
+        """The name, and what slices it fills, as each model on the way down has it; None for what is not loaded."""
+        module, passed, shard = self._model, "", None
+        while True:
+            mapper = getattr(module, "hf_to_vllm_mapper", None)
+            if mapper is not None:
+                renamed = compat.map_name(mapper, name)
+                if renamed is None:
+                    return None
+                name, shard = renamed[0], renamed[1] if renamed[1] is not None else shard
+            child, _, rest = name.partition(".")
+            if child not in module._modules or not rest:
+                return passed + name, shard
+            module, passed, name = module._modules[child], f"{passed}{child}.", rest
+
+    def _packed(self, runtime: str) -> Place | None:
+        module, _, kind = runtime.rpartition(".")
+        parent, _, leaf = module.rpartition(".")
+        for fused, members in self._packed_members.items():
+            place = self._known(f"{parent}.{fused}.{kind}", None) if leaf in members else None
+            if place is not None and len(self.sizes(place)) == len(members):
+                return Place(place.name, (members.index(leaf),))
+        return None
+
+    def _known(self, runtime: str, slices: tuple[int, ...] | None) -> Place | None:
+        module, _, kind = runtime.rpartition(".")
+        there = module in self.modules and hasattr(self.modules[module], kind)
+        return Place(runtime, slices) if there else None
+
+    def sizes(self, place: Place) -> list[int]:
+        """Rows of all slices of a tensor's layer; empty where it has none, as a vocabulary, which vLLM pads."""
+        module = self.modules[place.name.rpartition(".")[0]]
+        return [] if hasattr(module, "org_vocab_size") else list(getattr(module, "output_partition_sizes", None) or ())
+
+
+def _plain_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """Modules by their names without LoRA wrappers, what is wrapped in place of its wrapper."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _WRAPPED not in module._modules:
+            yield ".".join(part for part in name.split(".") if part != _WRAPPED), module
+
+
+def _slices(shard: Any) -> tuple[int, ...]:
+    """vLLM's "q", 1 or (0, 1, 2) as the indices of slices."""
+    if isinstance(shard, str):
+        return (_QKV[shard],)
+    return tuple(shard) if isinstance(shard, tuple) else (int(shard),)

@@ -1,0 +1,79 @@
+"""Inside a vLLM server: a route by which a trainer asks what each of the server's workers reads of its base.
+
+Our plugin puts it there, behind the server's API key, where adapters may be loaded at run time. A server without it
+answers 404, and its base counts as not read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lora_grpo.engines.delivery.base_reading import BaseReading, TensorReading, read_base
+
+BASE = "/v1/lora_grpo/base"
+
+_METHOD = "lora_grpo_read_base"
+_APP = "vllm.entrypoints.launchers.app"
+
+
+def offer() -> None:
+    """For each of a server's processes: its workers can read their base, and its API has the route.
+
+    Releases whose server is built otherwise than 0.32's get no route.
+    """
+    setattr(importlib.import_module("vllm.v1.worker.worker_base").WorkerBase, _METHOD, _read)
+    app: Any = sys.modules.get(_APP)
+    stock = getattr(app, "register_api_routers", None)
+    if stock is None or hasattr(stock, "stock"):
+        return
+
+    def register(args: Any, api: Any, *rest: Any) -> None:
+        stock(args, api, *rest)
+        from vllm import envs
+
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            api.add_route(BASE, _answer, methods=["POST"])
+
+    register.stock = stock  # type: ignore[attr-defined]
+    app.register_api_routers = register
+
+
+def _read(worker: Any, shapes: str) -> str:
+    """In a worker: what it reads, as JSON."""
+    reading = read_base(worker.model_runner, json.loads(shapes), f"worker {worker.rank}")
+    return json.dumps(asdict(reading))
+
+
+async def _answer(request: Any) -> Any:
+    from starlette.responses import JSONResponse
+
+    shapes = json.dumps((await request.json())["tensors"])
+    read = await request.app.state.engine_client.collective_rpc(_METHOD, args=(shapes,))
+    return JSONResponse({"workers": [json.loads(one) for one in read]})
+
+
+def readings(url: str, answer: Mapping[str, Any]) -> list[BaseReading]:
+    """What the workers of the server at `url` read, from its answer."""
+    return [
+        BaseReading(
+            f"{url} ({one['where']})",
+            {
+                name: TensorReading(found["dtype"], tuple((int(rows), str(digest)) for rows, digest in found["slices"]))
+                for name, found in one["tensors"].items()
+            },
+            dict(one["unread"]),
+            tuple(one["unasked"]),
+            float(one["seconds"]),
+        )
+        for one in answer["workers"]
+    ]
+
+
+def not_read(url: str, shapes: Mapping[str, Sequence[int]]) -> BaseReading:
+    """Of a server that does not have the route."""
+    return BaseReading(url, {}, dict.fromkeys(shapes, "the server does not have the lora_grpo plugin's route"))
