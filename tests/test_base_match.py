@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.engines import compat
+from lora_grpo.engines import packing
+from lora_grpo.engines.base import BaseDescription
+from lora_grpo.engines.delivery.base_match import describe, match_base
+from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError, UnsupportedAdapter
+from lora_grpo.grpo.processes import Processes
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS
@@ -41,9 +48,10 @@ def test_every_tensor_is_compared_and_the_receipt_says_so(
     llama_engine: VLLMEngine, llama_dir: Path, store: AdapterStore
 ) -> None:
     model = load_model(llama_dir)
+    tensors = len(model.state_dict())
     match = NativeSync(tiny_lora(model), llama_engine, store).base_match
     assert match is not None
-    assert match.compared == match.tensors == len(model.state_dict())
+    assert match.compared == match.tensors == tensors
     assert (match.share, match.unread) == (1.0, {})
     assert 0 < match.read_s < match.seconds
 
@@ -119,22 +127,78 @@ def test_a_tied_head(arch: str, store: AdapterStore, tmp_path: Path) -> None:
         engine.close()
 
 
-def test_what_could_not_be_read_is_listed_and_never_counted_as_equal(
-    llama_engine: VLLMEngine, llama_dir: Path, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compat.is_cpu():
-        pytest.skip("only the CPU backend frees a weight's plain form")
-    layer = compat.runner(llama_engine._llm).get_model().model.layers[1].mlp.down_proj.base_layer
-    monkeypatch.delattr(layer, "_lora_grpo_packed")
-    base = load_model(llama_dir)
-    name, weight = "model.layers.1.mlp.down_proj.weight", base.model.layers[1].mlp.down_proj.weight
-    nudge(weight)
-    match = NativeSync(tiny_lora(base), llama_engine, store).base_match
-    assert match is not None
-    assert match.unread == {"the engine": {name: "vLLM has packed it for its kernels, and nothing read it before"}}
-    assert match.compared == match.tensors - 1
-    assert match.share == pytest.approx(1 - weight.numel() / sum(p.numel() for p in base.parameters()))
-    assert f"not read in the engine: {name} (vLLM has packed it" in str(match)
+class Stand:
+    """An engine in front of a model whose layers can be packed as vLLM's CPU backend does on some processors."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def describe_base(self) -> BaseDescription:
+        return describe(self.model.config, "bfloat16")
+
+    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        config = SimpleNamespace(hf_text_config=self.model.config)
+        return [read_base(SimpleNamespace(get_model=lambda: self.model, model_config=config), shapes, "the engine")]
+
+
+@pytest.fixture
+def pack(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.nn.Linear], None]:
+    """vLLM's packing of a layer, which keeps no weight of its plain form and turns a bias into float32."""
+
+    def stock(layer: Any, remove_weight: bool) -> None:
+        if remove_weight:
+            layer.weight = torch.nn.Parameter(torch.empty(0, dtype=layer.weight.dtype))
+        if layer.bias is not None:
+            layer.bias.data = layer.bias.float()
+
+    layers = importlib.import_module("vllm.model_executor.layers.utils")
+    monkeypatch.setattr(layers, "dispatch_cpu_unquantized_gemm", stock)
+    packing.read_before_packing()
+    packing.read_before_packing()
+    return lambda layer: layers.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+
+
+def test_a_weight_that_is_packed_is_read_before(llama_dir: Path, pack: Callable[[torch.nn.Linear], None]) -> None:
+    served: Any = load_model(llama_dir, dtype="bfloat16")
+    layer = served.model.layers[0].mlp.up_proj
+    layer.bias = torch.nn.Parameter(torch.randn(128).bfloat16())
+    trainer = copy.deepcopy(served).float()
+    pack(layer)
+    assert (layer.weight.numel(), layer.bias.dtype) == (0, torch.float32)
+    trainer_model = tiny_lora(trainer)
+    match = match_base(Stand(served), trainer_model, Processes(None))  # type: ignore[arg-type]
+    assert (match.share, match.unread) == (1.0, {})
+    own = trainer.model.layers[0].mlp.up_proj.base_layer
+    for tensor in (own.weight, own.bias):
+        nudge(tensor)
+        with pytest.raises(UnsupportedAdapter, match=r"layers\.0\.mlp\.up_proj\.(weight|bias) differs"):
+            match_base(Stand(served), trainer_model, Processes(None))  # type: ignore[arg-type]
+        nudge(tensor, 1 / 1.01)
+
+
+def test_what_could_not_be_read_is_listed_and_never_counted_as_equal(llama_dir: Path) -> None:
+    """Packed before anything read it, quantized, or laid out otherwise."""
+    served, trainer = load_model(llama_dir, dtype="bfloat16"), load_model(llama_dir)
+    packed, quantized, turned = (
+        getattr(served.model.layers[1].mlp, leaf) for leaf in ("down_proj", "up_proj", "gate_proj")
+    )
+    packed.weight = torch.nn.Parameter(torch.empty(0, dtype=torch.bfloat16))
+    quantized.weight = torch.nn.Parameter(quantized.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    turned.weight = torch.nn.Parameter(turned.weight.T.contiguous())
+    values = sum(p.numel() for p in trainer.parameters())
+    nudge(trainer.model.layers[1].mlp.down_proj.weight)
+    match = match_base(Stand(served), tiny_lora(trainer), Processes(None))  # type: ignore[arg-type]
+    name = "model.layers.1.mlp.{}.weight"
+    assert match.unread == {
+        "the engine": {
+            name.format("gate_proj"): "vLLM holds it as [64, 128], the checkpoint as [128, 64]",
+            name.format("up_proj"): "vLLM keeps it quantized (float8_e4m3fn)",
+            name.format("down_proj"): "vLLM has packed it for its kernels, and nothing read it before",
+        }
+    }
+    assert match.compared == match.tensors - 3
+    assert match.share == pytest.approx(1 - 3 * 64 * 128 / values)
+    assert f"not read in the engine: {name.format('gate_proj')} (vLLM holds it as" in str(match)
 
 
 def test_a_tensor_that_only_one_side_has_is_listed(
