@@ -108,9 +108,9 @@ def test_a_servers_own_process_is_mended(version: str, stages: int, monkeypatch:
     from lora_grpo.engines import hopper
     from lora_grpo.engines.resolver import URL_VARIABLE, register
 
-    module = expand_module()
+    module, installed = expand_module(), importlib.metadata.version
     monkeypatch.delenv(URL_VARIABLE, raising=False)
-    monkeypatch.setattr(compat.importlib.metadata, "version", lambda _: version)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if "vllm" in name else installed(name))
     monkeypatch.setattr(compat, "compute_capability", lambda: HOPPER)
     monkeypatch.setitem(sys.modules, hopper._KERNEL, module)
     register()

@@ -21,7 +21,6 @@ from typing import Any
 
 from lora_grpo.engines.chunked_seeds import keep_seeds
 from lora_grpo.engines.hopper import mend_kernels
-from lora_grpo.engines.packing import read_before_packing
 from lora_grpo.engines.tiles import allow_tiles
 from lora_grpo.errors import ConfigError, EngineError, UnsupportedVersion
 
@@ -102,7 +101,7 @@ def _mend(release: tuple[int, int], *, computes: bool) -> None:
     """What releases leave to be mended in each of their processes, those that only answer requests included."""
     mend_kernels(release, compute_capability())
     if is_cpu():
-        read_before_packing()
+        importlib.import_module("lora_grpo.engines.packing").read_before_packing()
         allow_tiles()
         if computes:
             keep_seeds(importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner)

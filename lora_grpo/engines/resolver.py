@@ -24,6 +24,7 @@ its own counter, so the name and the path are what tell versions apart, and both
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import time
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ from typing import Any
 
 from lora_grpo.adapters.naming import parse_served_name, served_name
 from lora_grpo.engines import compat
-from lora_grpo.engines.server import base_route
 from lora_grpo.errors import ConfigError, LoraGrpoError
 from lora_grpo.remote.cache import MIB, ReplicaCache
 from lora_grpo.remote.client import StoreClient
@@ -51,7 +51,7 @@ def register() -> None:
     `ConfigError` for settings that cannot work, which stops the server's start.
     """
     compat.mend_server()
-    base_route.offer()
+    importlib.import_module("lora_grpo.engines.server.base_route").offer()
     settings = Settings.from_environment()
     if settings is None:
         return
