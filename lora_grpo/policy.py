@@ -34,6 +34,7 @@ from lora_grpo.grpo.optimizer import (
     trainable_parameters,
 )
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.grpo.reach import Reach
 from lora_grpo.reference import Reference
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Policy:
         self._share_initial_weights()
         self.reference = Reference(self.model, wanted=config.beta > 0)
         self.gradients = Gradients(self.model, self.parameters.values(), self.processes)
+        self.reach = Reach(self.reference.modules, self.processes)
         self.optimizer = plain_optimizer(optimizer, self.parameters) or build_optimizer(self.model, config)
         updates = config.total_steps * config.updates_per_step(self.num_processes)
         self.scheduler = plain_scheduler(scheduler) or build_scheduler(self.optimizer, config, updates)
@@ -124,8 +126,8 @@ class Policy:
         computed; their entropy is `prepare`'s.
 
         Raises `ConfigError` when the rows are no multiple of an optimizer batch, or not equally many everywhere, and
-        `TrainingError` when a loss or gradient is not finite: that step is not taken, weights, optimizer and schedule
-        stay as the last good one left them.
+        `TrainingError` when a loss or gradient is not finite, `UnsupportedAdapter` when none reaches a layer (see
+        `Reach`): that step is not taken, weights, optimizer and schedule stay as the last good one left them.
         """
         self._check_rows(len(batch))
         batch = self.prepare(batch) if batch.old_logp_BT is None else batch.to(self.device)
@@ -138,7 +140,9 @@ class Policy:
     def _step(self, rows: Batch, rollout: Size) -> dict[str, float]:
         self.gradients.zero()
         totals = Totals(self._size(rows), rollout, self.config.max_completion_length)
+        self.reach.begin()
         local_loss, logp_BT, entropy_BT = self._accumulate(rows, totals)
+        self.reach.end()
         loss = self.processes.sum(local_loss).item()
         grad_norm = self.gradients.add_up()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -147,6 +151,7 @@ class Policy:
                 f"loss {loss}, gradient norm {grad_norm}: the step was not taken; lower learning_rate, or look for "
                 "non-finite log-probs in the batch"
             )
+        self.reach.check()
         self.gradients.clip(grad_norm, self.config.max_grad_norm)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
@@ -165,7 +170,11 @@ class Policy:
             self.gradients.add_up_with(last=number == len(micro_batches))
             logp, entropy = self._forward(micro)
             part = self.objective.value(logp, micro, totals)
+            if self.reach.watching and logp.requires_grad:
+                logp.retain_grad()
             part.backward()
+            if self.reach.watching:
+                self.reach.saw(logp.grad, micro.position_ids_BL[:, micro.prompt_length :])
             loss += part.detach()
             logp_BT[index, : micro.completion_length] = logp.detach()[: len(index)]
             entropy_BT[index, : micro.completion_length] = entropy[: len(index)]

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 from transformers import AutoConfig
 
 from lora_grpo.adapters import disk
+from lora_grpo.errors import ConfigError
 from lora_grpo.metrics import read_metrics
 from lora_grpo.metrics.render import BACKLOG
+from lora_grpo.trainer import GRPOTrainer
 from tests.tiny_run import fake_engine
-from tests.tiny_trainer import CONFIG, same, share_of_low_bytes, tiny_trainer, weights
+from tests.tiny_trainer import CONFIG, ROWS, same, share_of_low_bytes, tiny_trainer, weights
 
 FAKE = CONFIG.replace(vllm_importance_sampling_correction=False)
 
@@ -109,3 +112,27 @@ def test_a_pad_token_beyond_the_embedding(llama_dir: Path, tmp_path: Path) -> No
     with tiny_trainer(llama_dir, engine, tmp_path / "run", config, processing_class=engine.tokenizer) as trainer:
         trainer.train()
         assert trainer.steps_done == 1
+
+
+@pytest.mark.parametrize("fault", ["tracker", "file", "target"])
+def test_what_is_wrong_is_told_before_the_engine_starts(
+    fault: str, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with a traceback after minutes of starting; PEFT leaves out a name that is not there, if another one is."""
+    monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", None)
+    (tmp_path / "file").touch()
+    run, targets, config, words = {
+        "tracker": ("run", ["q_proj"], FAKE.replace(report_to=("tensorbord",)), "did you mean 'tensorboard'"),
+        "file": ("file", ["q_proj"], FAKE, "file is a file; choose another"),
+        "target": ("run", ["k_proj", "qproj"], FAKE, r"has no layer 'qproj'; did you mean 'q_proj'\?"),
+    }[fault]
+    with pytest.raises(ConfigError, match=words):
+        GRPOTrainer(
+            str(llama_dir),
+            share_of_low_bytes,
+            config,
+            ROWS,
+            peft_config=LoraConfig(r=8, target_modules=targets),
+            run_dir=tmp_path / run,
+            view=False,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from tests.tiny_policy import (
     assert_same,
     base_model,
     config,
+    cut_below,
     drifted,
     gradient,
     one_thread,
@@ -431,3 +433,66 @@ def test_what_cannot_be_trained_is_refused() -> None:
 def test_rows_that_make_no_whole_optimizer_batch_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"8 rows are no multiple of one optimizer batch.*= 6 rows"):
         make_policy(3, gradient_accumulation_steps=2).update(make_batch())
+
+
+# Gradients that are missing.
+
+
+def test_a_gradient_that_is_cut_names_the_layers_that_get_none() -> None:
+    """Of 14 adapted layers only the upper 7 were trained, and nothing said so."""
+    model = peft_model(new=True)
+    cut_below(model)
+    policy = make_policy(model=model)
+    before = adapter_weights(model)
+    with pytest.raises(UnsupportedAdapter, match=r"no gradient reaches B of 7 of 14 adapted layers") as caught:
+        policy.update(make_batch())
+    assert str(caught.value).count("model.layers.0.") == 7
+    assert "model.layers.1." not in str(caught.value)
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter_weights(model).items())
+
+
+def test_an_a_is_asked_for_its_gradient_once_b_has_moved() -> None:
+    """With B at 0 it has none; a learning rate that is 0 during the first step of a warm-up moves no B."""
+    model = peft_model(new=True)
+    policy = make_policy(model=model, warmup_steps=1, learning_rate=1e-2)
+    policy.update(make_batch())
+    assert policy.reach.watching
+    policy.update(make_batch())
+    q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert (q_proj.lora_B["default"].weight != 0).any()
+    hook = q_proj.lora_A["default"].register_forward_hook(lambda _, args, out: out.detach())
+    with pytest.raises(UnsupportedAdapter, match=r"reaches A of 1 of 14 .*: model.layers.0.self_attn.q_proj\."):
+        policy.update(make_batch())
+    hook.remove()
+    policy.update(make_batch())
+    assert not policy.reach.watching
+    assert not q_proj._forward_hooks
+
+
+def test_a_layer_that_is_not_called_is_told_once() -> None:
+    model = peft_model(new=True)
+    attention = model.base_model.model.model.layers[0].self_attn
+    layer = attention.q_proj
+
+    class Past(torch.nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return layer.base_layer(values)
+
+    spare = make_policy(model=model)
+    attention.q_proj = Past()
+    with pytest.warns(UserWarning, match=r"1 of 14 adapted layers are not called .*self_attn.q_proj;"):
+        spare.update(make_batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spare.update(make_batch())
+
+
+def test_rows_without_a_signal_are_not_blamed_on_a_layer() -> None:
+    """Nothing to learn, or one token that attends to one token: queries and keys then have no gradient."""
+    policy = make_policy(model=peft_model(new=True))
+    policy.update(make_batch(torch.zeros(8)))
+    policy.update(make_batch(prompt_lengths=(1, 1), longest=1))
+    assert policy.reach.watching
+    policy.update(make_batch())
+    policy.update(make_batch())
+    assert not policy.reach.watching

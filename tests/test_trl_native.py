@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,11 +31,16 @@ from lora_grpo.adapters.peft_format import ServingForm  # noqa: E402
 from lora_grpo.adapters.requests import Request, answer_to, request  # noqa: E402
 from lora_grpo.engines import compat  # noqa: E402
 from lora_grpo.errors import ConfigError, DeliveryError, LoraGrpoError, UnsupportedAdapter, UnsupportedVersion  # noqa: E402
-from lora_grpo.integrations.trl import CANARY_EVERY, NativeGRPOTrainer  # noqa: E402
-from lora_grpo.integrations.trl_internals import Backend, check_release  # noqa: E402
+from lora_grpo.integrations.trl import CANARY_EVERY, NativeGRPOTrainer, _Steps  # noqa: E402
+from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, check_release  # noqa: E402
 from lora_grpo.metrics import read_metrics  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
+<<<<<<< HEAD
 from tests.tiny_models import load_model, tiny_lora, tiny_tokenizer  # noqa: E402
+=======
+from tests.tiny_models import load_model, tiny_tokenizer  # noqa: E402
+from tests.tiny_policy import base_model, cut_below, peft_model  # noqa: E402
+>>>>>>> 66326d6 (A gradient that is cut names the layers it does not reach, in our trainer and in TRL's; a reference that TRL cannot take is refused, and resuming loads the trained adapter beside it; a wrong tracker, run directory or target module is told before the engine starts)
 
 pytestmark = [
     pytest.mark.vllm,
@@ -553,3 +559,68 @@ def test_stock_trl_is_left_as_it_was(seen: Seen) -> None:
     from trl.trainer import grpo_trainer
 
     assert grpo_trainer.VLLMGeneration is VLLMGeneration
+
+
+def test_a_gradient_that_is_cut_is_told_before_the_optimizer_steps() -> None:
+    """What our own trainer tells: of the layers below the cut, none would ever be trained."""
+    model = peft_model(new=True)
+    native: Any = SimpleNamespace(begin=lambda step: None, sync=SimpleNamespace(adapter="default"))
+    steps, state = _Steps(native), SimpleNamespace(global_step=0)
+    steps.on_train_begin(None, state, None, model=model)
+    ids = torch.arange(2, 12)[None]
+
+    def gradients(scale: float) -> None:
+        model.zero_grad()
+        (model(input_ids=ids, labels=ids).loss * scale).backward()
+
+    gradients(0.0)
+    steps.on_pre_optimizer_step(None, state, None)
+    gradients(1.0)
+    steps.on_pre_optimizer_step(None, state, None)
+    cut_below(model)
+    steps.on_train_begin(None, state, None, model=model)
+    gradients(1.0)
+    with pytest.raises(UnsupportedAdapter, match="no gradient reaches B of 7 of 14 adapted layers"):
+        steps.on_pre_optimizer_step(None, state, None)
+
+
+@pytest.mark.parametrize("names", [("default", "ref"), ("mine",)])
+def test_a_reference_that_trl_cannot_take_is_refused(
+    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL ends in a ValueError or a KeyError; before an engine is started, and with the way out."""
+    monkeypatch.setattr("lora_grpo.integrations.trl.VLLMEngine", None)
+    model = get_peft_model(base_model(), LoraConfig(**LORA), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(**LORA))
+    with pytest.raises(ConfigError, match=r"delete_adapter|from_pretrained"):
+        native_trainer(model, arguments(tmp_path), processing_class=tiny_tokenizer())
+
+
+def test_resuming_from_a_trained_adapter_loads_it_and_keeps_its_reference(tmp_path: Path) -> None:
+    """transformers loads the "ref" beside it only, so that the trained weights would be those of the start."""
+    args = arguments(tmp_path, use_vllm=False, beta=0.1, eval_strategy="no", model_init_kwargs=None, use_cpu=True)
+    trainer = HookedTrainer(
+        model=peft_model(),
+        reward_funcs=even,
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 16}),
+        processing_class=tiny_tokenizer(),
+    )
+    start = adapter_weights(trainer.model)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if name in start:
+                parameter.add_(1.0)
+    trained = adapter_weights(trainer.model)
+    trainer.model.save_pretrained(tmp_path / "checkpoint")
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint"))
+    found = adapter_weights(trainer.model)
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(found[name], trained[name]) for name in trained)
+    reference = dict(trainer.model.named_parameters())
+    assert all(torch.equal(reference[name.replace(".default.", ".ref.")], start[name]) for name in start)

@@ -19,16 +19,18 @@ from transformers import TrainerCallback
 
 from lora_grpo.adapters.checks import active_adapter, check_servable
 from lora_grpo.adapters.digest import digest_buffers
-from lora_grpo.adapters.peft_format import ServingForm
+from lora_grpo.adapters.peft_format import ServingForm, lora_modules
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import KeepConfig
 from lora_grpo.engines.local.targets import check_is_base
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
+from lora_grpo.grpo.processes import Processes
+from lora_grpo.grpo.reach import Reach
 from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, generation_by
-from lora_grpo.integrations.trl_settings import Given, check_arguments
+from lora_grpo.integrations.trl_settings import Given, check_arguments, check_reference
 from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
@@ -177,6 +179,7 @@ class NativeGRPOTrainer(HookedTrainer):
         check_arguments(args, named.get("peft_config"))
         if isinstance(model, str | Path):
             check_is_base(model, revision=(args.model_init_kwargs or {}).get("revision"))
+        check_reference(model, args)
         self._closing = ExitStack()
 
         def build(**keywords: Any) -> Backend:
@@ -215,13 +218,21 @@ class NativeGRPOTrainer(HookedTrainer):
 
 class _Steps(TrainerCallback):
     """Tells the rollouts when training begins, before each step, and when weights move; makes what was published
-    durable when it ends."""
+    durable when it ends. Raises `UnsupportedAdapter` for layers that the first gradients do not reach."""
 
     def __init__(self, native: NativeRollouts) -> None:
         self._native = native
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         self._native.begin(state.global_step)
+        self._modules = lora_modules(model, self._native.sync.adapter)
+        self._reach = Reach(self._modules, Processes())
+        self._reach.begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._reach.watching:
+            gradients = [module.b_OR.grad for module in self._modules]
+            self._reach.check(signal=any(bool(grad.any()) for grad in gradients if grad is not None))
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, *, optimizer: Any, lr_scheduler: Any, **_: Any
@@ -232,6 +243,7 @@ class _Steps(TrainerCallback):
         self._native.stepped()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._reach.end()
         self._native.store.flush()
 
 

@@ -134,6 +134,14 @@ class HookedTrainer(grpo_trainer.GRPOTrainer):
             prompt_ids = [list(one_bos(self._tokenizer, ids)) for ids in prompt_ids]
         return prompt_ids, *others
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if "ref" in getattr(model, "peft_config", {}):
+            # With an adapter in a sub-folder, transformers loads that one alone, and training would begin anew.
+            model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+            model.set_adapter("default")
+
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         metrics = self.rollouts.record(

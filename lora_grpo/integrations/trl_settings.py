@@ -42,6 +42,23 @@ def check_arguments(args: Any, peft_config: Any) -> None:
         )
 
 
+def check_reference(model: Any, args: Any) -> None:
+    """Raises `ConfigError` for a PeftModel of which TRL cannot take the reference of its KL: a copy named "ref"."""
+    names = list(getattr(model, "peft_config", {}))
+    if not (names and args.beta):
+        return
+    if "default" not in names:
+        raise ConfigError(
+            f"the model's adapters are {names}, and with beta={args.beta} TRL copies the one named 'default'; load it "
+            "with PeftModel.from_pretrained(base, path, is_trainable=True), which names it so"
+        )
+    if "ref" in names:
+        raise ConfigError(
+            f"the model has an adapter 'ref', and with beta={args.beta} TRL gives this name to its copy of 'default', "
+            "the reference of the KL; call model.delete_adapter('ref'), or set beta=0.0"
+        )
+
+
 def _refused(args: Any) -> dict[str, tuple[bool, str]]:
     return {
         "world_size": (

@@ -8,9 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import METRICS_FILE, RunLog
 from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output, quiet_libraries
-from lora_grpo.metrics.trackers import Trackers
+from lora_grpo.metrics.trackers import Trackers, check_trackers
 from lora_grpo.metrics.view import LiveView
 
 SAMPLES_FILE = "samples.jsonl"
@@ -27,6 +28,8 @@ class Reporter:
         self, run_dir: str | Path, total_steps: int, *, view: bool = True, trackers: Sequence[str] = ()
     ) -> None:
         self.run_dir = Path(run_dir)
+        check_trackers(trackers)
+        _check_folder(self.run_dir)
         self._log = RunLog(self.run_dir / METRICS_FILE)
         self._samples: RunLog | None = None
         self._view = LiveView(self.run_dir, total_steps) if view else None
@@ -116,3 +119,9 @@ class Reporter:
         if self._trackers:
             numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
             self._trackers.log(numbers, step)
+
+
+def _check_folder(run_dir: Path) -> None:
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"the run directory {run_dir} cannot be made: {there} is a file; choose another one")

@@ -10,6 +10,22 @@ from typing import Any
 from lora_grpo.errors import ConfigError
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises `ConfigError` for an unknown name, or one that is not installed."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            near = difflib.get_close_matches(name, list(LOGGER_TYPE_TO_CLASS), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            raise ConfigError(f"report_to: unknown tracker {name!r}; {hint}")
+        if name not in installed:
+            raise ConfigError(f"report_to: {name!r} is not installed; pip install {name}, or leave it out")
+
+
 class Trackers:
     """Started trackers; `names` as accelerate calls them, such as 'tensorboard' or 'wandb'.
 
@@ -18,16 +34,9 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], run_dir: Path, info: Mapping[str, Any]) -> None:
         from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        installed = {str(name) for name in get_available_trackers()}
-        for name in names:
-            if name not in LOGGER_TYPE_TO_CLASS:
-                near = difflib.get_close_matches(name, list(LOGGER_TYPE_TO_CLASS), n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}"
-                raise ConfigError(f"report_to: unknown tracker {name!r}; {hint}")
-            if name not in installed:
-                raise ConfigError(f"report_to: {name!r} is not installed; pip install {name}, or leave it out")
+        check_trackers(names)
         PartialState()  # accelerate's trackers ask it whether this is the main process
         self._trackers = []
         for name in dict.fromkeys(names):

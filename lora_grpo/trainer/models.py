@@ -18,6 +18,7 @@ from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.local.targets import skeleton
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
+from lora_grpo.sections import nearest_key
 from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate_memory, require_memory
 
 Sharing: TypeAlias = Literal["auto"] | bool
@@ -226,6 +227,8 @@ def adapted_leaves(model: ModelConfig | nn.Module, peft_config: Any) -> list[str
         names = config.target_modules
         if names is None or isinstance(names, str):
             names = _targeted(model, config)
+        else:
+            _check_named(model, names)
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
@@ -236,6 +239,16 @@ def _targeted(model: ModelConfig, config: LoraConfig) -> list[str]:
         return get_peft_model(empty, deepcopy(config), low_cpu_mem_usage=True).targeted_module_names
     except ValueError as error:
         raise ConfigError(f"target_modules={config.target_modules!r} on {model.name}: {error}") from error
+
+
+def _check_named(model: ModelConfig, targets: Iterable[str]) -> None:
+    """Raises `ConfigError` for a name that is no layer's: PEFT skips it where another one is."""
+    empty = skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    paths = [name for name, _ in empty.named_modules()]
+    for target in targets:
+        if not any(path == target or path.endswith(f".{target}") for path in paths):
+            linear = {name.rsplit(".", 1)[-1] for name, layer in empty.named_modules() if isinstance(layer, nn.Linear)}
+            raise ConfigError(f"target_modules: {model.name} has no layer {target!r}; {nearest_key(target, linear)}")
 
 
 def check_same_device(model: nn.Module, engine: Engine) -> None:
