@@ -25,12 +25,13 @@ RESOLVED_FILE = "config.json"
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings of a TOML file, or of a run, with `overrides` such as 'grpo.beta=0.04' applied.
 
-    A run is its directory (the settings' `output_dir` is then that one, wherever it lies) or its `config.json`. An
+    A run is its directory or the `config.json` there; `output_dir` is then that directory, wherever it lies. An
     override's value is TOML (1e-4, true, ["q_proj", "v_proj"]), or bare text; an empty one takes the key out, back
     to its default. `rewards.0.weight=2` reaches into a list. Raises `ConfigError` naming the file and the key.
     """
     path = Path(path)
-    return _built(str(path), _of_run(path) if path.is_dir() else _read(path), overrides)
+    run = path.parent if path.name == RESOLVED_FILE and (path.parent / "store.json").exists() else path
+    return _built(str(path), _of_run(run) if run.is_dir() else _read(path), overrides)
 
 
 def names_a_model(target: str) -> bool:

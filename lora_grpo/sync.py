@@ -110,7 +110,8 @@ class NativeSync:
         self.noise = 0.0 if self.probe is None else self.probe.noise
         self.last_receipt: PushReceipt | None = None
         self._leased: set[int] = set()
-        self.processes.first(self._write_recipe)
+        self._recipe_kept = False
+        self.processes.first(lambda: self.recipe.check(self.store))
 
     def push(self, step: int, *, extra: Mapping[str, Any] | None = None) -> AdapterVersion:
         """Publish the adapter as it is now, load it, prove it, promote it; returns when it can be sampled from.
@@ -124,7 +125,7 @@ class NativeSync:
         marks = [time.perf_counter()]
         files = self.processes.each(self._form.files)
         marks.append(time.perf_counter())
-        version = self.processes.first(lambda: self.store.publish(files, step=step))
+        version = self.processes.first(lambda: self._publish(files, step))
         self.processes.each(lambda: self._check_equal(files, version))
         marks.append(time.perf_counter())
         load = self._load(version, self._form.held)
@@ -238,10 +239,12 @@ class NativeSync:
                 self._store.release(number)
         self._leased = loaded
 
-    def _write_recipe(self) -> None:
-        if self.store.archive is not None:
+    def _publish(self, files: Mapping[str, Sequence[Any]], step: int) -> AdapterVersion:
+        if not self._recipe_kept and self.store.archive is not None:
             self.recipe.write(self.store.archive / RECIPE_FILE)
             keep_tokenizer(self.tokenizer, self.store.archive)
+        self._recipe_kept = True
+        return self.store.publish(files, step=step)
 
     @property
     def adapter_bytes(self) -> int:

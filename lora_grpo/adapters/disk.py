@@ -199,8 +199,11 @@ class Tree:
         return self.path / kind / folder_name(number)
 
     def has(self, kind: str, number: int) -> bool:
-        with reported(f"looking for {self.folder(kind, number)}"):
-            return self.folder(kind, number).is_dir()
+        folder = self.folder(kind, number)
+        try:
+            return folder.is_dir()
+        except OSError as error:
+            raise StoreError(f"looking for {folder} failed: {error.strerror}") from error
 
     def numbers(self, kind: str) -> list[int]:
         """Numbers of the folders of one kind, ascending; none where the tree does not exist."""

@@ -20,7 +20,7 @@ from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoraModule
 from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.adapters.view import StoreView
-from lora_grpo.errors import StoreCorrupt, StoreError
+from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError
 
 RECIPE_FILE = "adapter.json"
 TOKENIZER = "tokenizer"
@@ -48,6 +48,19 @@ class Recipe:
         fields["base_model_name_or_path"] = config.base_model_name_or_path or getattr(base, "name_or_path", None)
         fields["revision"] = config.revision or getattr(base.config, "_commit_hash", None)
         return cls({**fields, "inference_mode": True}, {module.path: module.scaling for module in modules})
+
+    def check(self, store: StoreView) -> None:
+        """Raises `ConfigError` where a run has versions that scale otherwise: they are exported with one recipe."""
+        run = store.archive
+        if run is None or not store.numbers or not (run / RECIPE_FILE).exists():
+            return
+        before = Recipe.read(run).scalings
+        if before != self.scalings:
+            odd = sorted(path for path in {*before, *self.scalings} if before.get(path) != self.scalings.get(path))[0]
+            raise ConfigError(
+                f"{odd} is scaled by {self.scalings.get(odd)} and in the versions of {run} by {before.get(odd)} (None: "
+                "not adapted); give the adapter the rank, alpha and target modules that it had, or begin another run"
+            )
 
     def write(self, path: Path) -> None:
         """Keep it in the run directory; written once, since a run's adapter never changes its config."""

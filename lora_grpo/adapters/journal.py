@@ -15,7 +15,7 @@ import os
 import re
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Journal:
     def open_for_writing(self) -> None:
         """Take in all events, cut off a line torn by a kill, and keep the file open for appending."""
         with reported(f"opening {self.path}"):
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
             self.refresh()
             os.ftruncate(self._descriptor, self._end)
 
@@ -126,11 +126,14 @@ class Journal:
         body = json.dumps({"event": event, "number": number, **fields}, separators=(",", ":")).encode()[:-1]
         line = body + b',"crc":"%08x"}\n' % zlib.crc32(body)
         with reported(f"writing {event!r} of version {number} to {self.path}"):
-            if os.write(self._descriptor, line) < len(line):
+            try:
+                if os.write(self._descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                if self._sync:
+                    os.fsync(self._descriptor)
+            except OSError:
                 os.ftruncate(self._descriptor, self._end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            if self._sync:
-                os.fsync(self._descriptor)
+                raise
         self._end += len(line)
         self._take(line[:-1])
 
@@ -247,16 +250,28 @@ class Spans:
             self._ends.insert(place, number)
 
 
-def as_metrics(values: Mapping[str, object]) -> dict[str, Any]:
-    """Metrics as the journal holds them: whole and floating numbers, text, truth values, None."""
-    return {name: _as_metric(name, value) for name, value in values.items()}
+def as_metrics(values: Mapping[str, object], ranked: Set[str]) -> dict[str, Any]:
+    """Metrics as the journal holds them: whole and floating numbers, text, truth values, None.
+
+    Rewards, and what else is `ranked`, are numbers: text would be passed over by every rule that asks for the best.
+    """
+    return {
+        name: _as_metric(name, value, name.rpartition("/")[2] == "reward" or name in ranked)
+        for name, value in values.items()
+    }
 
 
-def _as_metric(name: str, value: object) -> Any:
-    if value is None or isinstance(value, bool | str | int):
+def _as_metric(name: str, value: object, ranked: bool) -> Any:
+    shown = repr(value)[:60] if isinstance(value, str | float) else type(value).__name__
+    if value is None or (isinstance(value, bool | str) and not ranked):
         return value
+    if isinstance(value, bool | str) or not isinstance(value, numbers.Real):
+        other = "" if ranked else ", text, a truth value"
+        raise ConfigError(f"metric {name} is {shown}; it must be a number{other} or None (a tensor's is .item())")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        raise ConfigError(f"metric {name} is an {shown} too large for a float") from None
     if isinstance(value, numbers.Integral):
         return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else None
-    raise ConfigError(f"metric {name}={value!r} must be a number, text, a truth value or None (a tensor's is .item())")
+    return float(value) if finite else None

@@ -43,6 +43,11 @@ class Retention:
     def __or__(self, other: Retention) -> Retention:
         return Retention(self.tmpfs + other.tmpfs, self.archive + other.archive, self.state + other.state)
 
+    @property
+    def ranked(self) -> set[str]:
+        """The metrics that a rule asks for the best of."""
+        return {rule.metric for rule in (*self.tmpfs, *self.archive, *self.state) if isinstance(rule, _Best)}
+
     def limits(self, place: Place) -> bool:
         """Whether anything is ever removed from `place`."""
         return bool(self._rules(place))

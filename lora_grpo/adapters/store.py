@@ -149,13 +149,13 @@ class AdapterStore(StoreView):
                 raise
 
     def record(self, version: Target, **metrics: float | int | str | bool | None) -> None:
-        """Record what was learned about a version, beside it; a name recorded before is overwritten.
+        """Record what was learned about a version, kept or not, beside it; a name recorded before is overwritten.
 
-        Non-finite numbers are recorded as None. Durable with an archive. Versions no longer kept may be recorded too.
+        Non-finite numbers become None; a reward, and what retention ranks, is a number. Durable with an archive.
         """
         number = self._number(version)
-        values = as_metrics(metrics)
         with self._writing(f"recording metrics of version {number}") as session:
+            values = as_metrics(metrics, session.retention.ranked)
             if not session.journal.knows(number):
                 raise UnknownVersion(f"there is no version {number} to record {', '.join(metrics)} of")
             session.journal.append("record", number, metrics=values)

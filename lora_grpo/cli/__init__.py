@@ -4,7 +4,7 @@ A command is a function in the file of its subject, and an entry in `COMMANDS`. 
 function, so that `lora-grpo --help` loads neither torch nor vllm.
 
 Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of
-usage, 130 stopped by Ctrl-C.
+usage, 130 stopped by Ctrl-C (`train` and `bench`: or by SIGTERM).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -37,8 +38,9 @@ def train(
     """Train a LoRA adapter with GRPO.
 
     The view goes to stderr; the last line of stdout is the result as JSON.
-    Ctrl-C stops cleanly, the last version intact; --resume goes on from there.
+    Ctrl-C and SIGTERM stop cleanly, the last version intact; --resume goes on from there.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from lora_grpo.config_file import load_config
 
     run_config = load_config(config, overrides or ())

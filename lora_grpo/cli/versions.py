@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ def versions(run: Run, as_json: Json = False) -> None:
     from lora_grpo.adapters.store import AdapterStore
 
     with AdapterStore(archive=run, readonly=True) as store:
-        rows = [describe(store, version) for version in store.list()]
+        rows = _rows(store)
     if as_json:
         print_json(rows)
     else:
@@ -50,11 +51,25 @@ def show(run: Run, version: Version, as_json: Json = False) -> None:
     print_table(rows, f"{found} of {run}")
 
 
+def _rows(store: AdapterStore) -> list[dict[str, Any]]:
+    """Every version as JSON; one that a live run prunes meanwhile is left out."""
+    from lora_grpo.errors import UnknownVersion
+
+    rows = []
+    for version in store.list():
+        with suppress(UnknownVersion):
+            rows.append(describe(store, version))
+    return rows
+
+
 def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
     """One version as JSON."""
     from lora_grpo.adapters.locks import is_leased
+    from lora_grpo.errors import UnknownVersion
 
-    head = store.head
+    head = None
+    with suppress(UnknownVersion):
+        head = store.head
     return {
         "version": version.number,
         "parent": version.parent,

@@ -7,8 +7,10 @@ from typing import Any
 
 from peft import LoraConfig
 
+from lora_grpo.adapters.layout import Identity
+from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import GRPOConfig, LoraSettings, RunConfig
-from lora_grpo.config_file import RESOLVED_FILE, save_config
+from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
 from lora_grpo.data import load_data
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
@@ -20,8 +22,9 @@ from lora_grpo.trainer.guards import build_guard
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
-    """The trainer of a run; its resolved settings are written to the run directory first."""
-    Processes(launched(config.grpo.ddp_timeout)).first(lambda: _settle(config, Path(config.output_dir), resume=resume))
+    """The trainer of a run. Its resolved settings are written to the run directory last, once nothing is refused."""
+    run_dir = Path(config.output_dir)
+    Processes(launched(config.grpo.ddp_timeout)).first(lambda: _check_run(config, run_dir, resume=resume))
     train, held_out = load_data(config.data)
     trainer = GRPOTrainer(
         config.model,
@@ -37,16 +40,41 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
         guard=build_guard(config.guard),
         view=view,
     )
-    if resume:
-        trainer.resume()
+    try:
+        if resume:
+            trainer.resume()
+        trainer.crew.processes.first(lambda: save_config(config, run_dir))
+    except BaseException:
+        trainer.close()
+        raise
     return trainer
 
 
-def _settle(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
-    if not resume and (run_dir / RESOLVED_FILE).exists():
-        raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
+def _check_run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
+    """Refuse what the run directory rules out, and change nothing there."""
     refuse_live(run_dir)
-    save_config(config, run_dir)
+    if not resume and _holds_run(run_dir):
+        raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
+    if resume and (run_dir / RESOLVED_FILE).is_file():
+        _check_same_adapter(load_config(run_dir).lora, config.lora, run_dir)
+
+
+def _holds_run(run_dir: Path) -> bool:
+    """Whether anything was published there; a start that failed before leaves a store without versions."""
+    if Identity.read(run_dir) is None:
+        return (run_dir / RESOLVED_FILE).exists()
+    with AdapterStore(archive=run_dir, readonly=True) as store:
+        return bool(store.numbers)
+
+
+def _check_same_adapter(before: LoraSettings, now: LoraSettings, run_dir: Path) -> None:
+    for name in type(now).model_fields:
+        old, new = getattr(before, name), getattr(now, name)
+        if old != new and name != "lora_dropout":
+            raise ConfigError(
+                f"lora.{name}={new!r}: the versions of {run_dir} were trained with {old!r}, and a run keeps its "
+                "adapter's form; leave the setting as it was, or begin another run"
+            )
 
 
 def effective_grpo(config: RunConfig) -> GRPOConfig:

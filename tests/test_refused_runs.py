@@ -1,0 +1,205 @@
+"""What is refused leaves the run as it was; what is stopped can go on; a copy is a run of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.config import DataConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
+from lora_grpo.config_file import load_config, save_config
+from lora_grpo.errors import ConfigError, TrainingError
+from lora_grpo.sync import NativeSync
+from lora_grpo.trainer import build, build_trainer
+from tests.store_files import adapter
+from tests.tiny_models import load_model, tiny_lora
+from tests.tiny_run import fake_engine
+from tests.tiny_trainer import CONFIG, ROWS, tiny_trainer
+
+STEPS = CONFIG.replace(total_steps=2, vllm_importance_sampling_correction=False)
+
+
+@pytest.fixture
+def settings(llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """Settings of a run that is trained with the fake engine."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def trainer(*_: Any, run_dir: str, guard: Any, **__: Any) -> Any:
+        return tiny_trainer(llama_dir, fake_engine(llama_dir), Path(run_dir), STEPS)
+
+    monkeypatch.setattr(build, "GRPOTrainer", trainer)
+    return RunConfig(
+        output_dir=str(tmp_path / "run"),
+        model=ModelConfig(name=str(llama_dir)),
+        data=DataConfig(train=str(tmp_path / "prompts.jsonl")),
+        rewards=(RewardConfig(name="tests.tiny_trainer:share_of_low_bytes"),),
+        lora=LoraSettings(r=8),
+        grpo=STEPS,
+    )
+
+
+def kept(run: Path) -> dict[str, bytes]:
+    """What of a run has to survive: settings, the adapter's form, history, versions and states."""
+    names = ("config.json", "adapter.json", "rollbacks.jsonl", "versions/*/*", "states/*/*")
+    return {str(path.relative_to(run)): path.read_bytes() for name in names for path in run.glob(name)}
+
+
+TYPO = (RewardConfig(name="tests.tiny_trainer:share_of_low_bites"),)
+
+
+def test_a_typo_does_not_block_the_corrected_command(settings: RunConfig) -> None:
+    run = Path(settings.output_dir)
+    with pytest.raises(ConfigError, match="share_of_low_bites"):
+        build_trainer(settings.replace(rewards=TYPO))
+    assert not run.exists()
+    with build_trainer(settings) as trainer:
+        assert load_config(run) == settings
+        trainer.train()
+
+
+def test_a_start_that_failed_does_not_block_the_corrected_command(
+    settings: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is there by then, and the settings may be; nothing was published."""
+    with build_trainer(settings) as trainer, monkeypatch.context() as broken:
+        broken.setattr(AdapterStore, "publish", lambda *_, **__: (_ for _ in ()).throw(TrainingError("no")))
+        with pytest.raises(TrainingError):
+            trainer.train()
+    with build_trainer(settings) as trainer:
+        trainer.train()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        build_trainer(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lora": LoraSettings(r=16)}, r"lora\.r=16: the versions of .*run were trained with 8"),
+        ({"rewards": TYPO}, "share_of_low_bites"),
+        ({"data": DataConfig(train="nowhere.jsonl")}, r"nowhere\.jsonl"),
+        ({"output_dir": "itself"}, "refused at the very end"),
+    ],
+)
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    settings: RunConfig, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], words: str
+) -> None:
+    run = Path(settings.output_dir)
+    with build_trainer(settings) as trainer:
+        trainer.train()
+    before = kept(run)
+    if "output_dir" in change:
+        change = {"grpo": STEPS.replace(seed=4)}
+        monkeypatch.setattr("lora_grpo.trainer.going_back.resume", lambda _: (_ for _ in ()).throw(ConfigError(words)))
+    with pytest.raises(ConfigError, match=words):
+        build_trainer(settings.replace(**change), resume=True)
+    assert kept(run) == before
+    monkeypatch.undo()
+
+
+def test_an_adapter_that_scales_otherwise_does_not_take_the_runs_recipe(llama_dir: Path, tmp_path: Path) -> None:
+    """What was published before would be exported with it."""
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path, STEPS) as trainer:
+        trainer.train()
+    before = (tmp_path / "adapter.json").read_bytes()
+    with AdapterStore(archive=tmp_path) as store:
+        other = tiny_lora(load_model(llama_dir), r=8, scale=0.02, lora_alpha=77)
+        with pytest.raises(ConfigError, match=r"is scaled by 9\.6.* and in the versions of .* by \d"):
+            NativeSync(other, fake_engine(llama_dir), store)
+    assert (tmp_path / "adapter.json").read_bytes() == before
+
+
+def test_sigterm_stops_a_training_as_ctrl_c_does(tmp_path: Path) -> None:
+    """What stands in for a trainer waits; the command must close it, say how to go on, and end without a traceback."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    config = RunConfig(
+        output_dir=str(tmp_path / "run"),
+        model=ModelConfig(name="a/model"),
+        data=DataConfig(train=str(tmp_path / "prompts.jsonl")),
+        rewards=(RewardConfig(name="length"),),
+    )
+    program = (
+        "import sys, time, types\n"
+        "import lora_grpo.trainer\n"
+        "from contextlib import contextmanager\n"
+        "def wait():\n"
+        "    print('started', flush=True)\n"
+        "    time.sleep(600)\n"
+        "@contextmanager\n"
+        "def build(config, *, resume):\n"
+        "    try:\n"
+        "        yield types.SimpleNamespace(train=wait)\n"
+        "    finally:\n"
+        "        print('closed', flush=True)\n"
+        "lora_grpo.trainer.build_trainer = build\n"
+        "from lora_grpo import cli\n"
+        f"sys.argv = ['lora-grpo', 'train', {str(save_config(config, tmp_path / 'settings'))!r}]; cli.main()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "started\n"
+        running.send_signal(signal.SIGTERM)
+        out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, "closed\n")
+    assert "stopped; go on with: lora-grpo train" in err
+    assert "Traceback" not in err
+
+
+def test_the_settings_of_a_moved_or_copied_run_name_the_run_where_it_lies(settings: RunConfig, tmp_path: Path) -> None:
+    run, moved = Path(settings.output_dir), tmp_path / "moved"
+    with build_trainer(settings) as trainer:
+        trainer.train()
+    run.rename(moved)
+    for named in (moved, moved / "config.json"):
+        config = load_config(named, ["grpo.total_steps=3"])
+        assert config.output_dir == str(moved)
+    with build_trainer(config, resume=True) as trainer:
+        assert trainer.steps_done == 2
+    assert not run.exists()
+
+
+def test_rollback_in_a_copy_while_the_original_is_live(shm_dir: Path, tmp_path: Path) -> None:
+    from tests.test_cli_versions import answer, lora_grpo
+
+    with AdapterStore(shm_dir, tmp_path / "run") as live:
+        for step in (1, 2):
+            live.promote(live.publish(adapter(step), step=step))
+        live.flush()
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        done = lora_grpo("rollback", tmp_path / "copy", "--to", "1", "--timeout", "5")
+        assert done.returncode == 0, done.stderr
+        heads = {
+            name: next(row["version"] for row in answer("versions", tmp_path / name) if row["head"])
+            for name in ("run", "copy")
+        }
+        assert heads == {"run": 2, "copy": 1}
+
+
+@pytest.mark.parametrize("value", ["good", True, "0.5", 10**400, [0.5]], ids=["word", "truth", "text", "huge", "list"])
+def test_a_reward_that_is_no_number_is_refused(shm_dir: Path, value: Any) -> None:
+    with AdapterStore(shm_dir) as store:
+        store.publish(adapter(1), step=1)
+        for name in ("reward", "eval/reward"):
+            with pytest.raises(ConfigError, match=f"metric {name} is "):
+                store.record(1, **{name: value})
+        assert store.metrics(1) == {}
+        store.record(1, reward=None, guard="the reward fell", note=True)
+        assert store.metrics(1) == {"reward": None, "guard": "the reward fell", "note": True}
+
+
+def test_what_retention_ranks_is_a_number(shm_dir: Path) -> None:
+    from lora_grpo.adapters.retention import keep_best, keep_latest
+
+    with AdapterStore(shm_dir, retention=keep_latest(2) | keep_best("accuracy")) as store:
+        store.publish(adapter(1), step=1)
+        with pytest.raises(ConfigError, match="metric accuracy is 'high'; it must be a number or None"):
+            store.record(1, accuracy="high")
+        store.record(1, grade="high")
