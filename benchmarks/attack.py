@@ -197,6 +197,28 @@ def _drips(connection: socket.socket) -> bool:
         return False
 
 
+# The store
+
+
+def stopped_at_calls(seed: int, kills: int = 340, errors: int = 180) -> Outcome:
+    """SIGKILL, or an error of the disk, at exact system calls; runs copied, moved and out of date among them."""
+    from tests.crash.attack import attack
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-attack-") as folder:
+        result = attack(Path(folder), seed, kills, errors)
+    faults = [json.dumps(fault) for fault in result["wrong"]]
+    return Outcome("kills and failing disks at exact calls", kills + errors, faults, result["table"])
+
+
+def broken_adapters(seed: int, adapters: int = 1835) -> Outcome:
+    """Published and opened as an engine would: refused by name, and the promoted version stays."""
+    from tests.crash.attack import fuzz
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-attack-") as folder:
+        result = fuzz(Path(folder), seed, adapters)
+    return Outcome("broken adapters", adapters, [json.dumps(fault) for fault in result["wrong"]], result["table"])
+
+
 # The engine
 
 
@@ -309,7 +331,7 @@ def _interrupted(call: Callable[[], Any], after_s: float) -> bool:
     return not ended
 
 
-ATTACKS = (idle_connections, endless_header, two_threads, interrupts)
+ATTACKS = (idle_connections, endless_header, stopped_at_calls, broken_adapters, two_threads, interrupts)
 
 
 def main() -> int:

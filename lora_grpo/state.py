@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from lora_grpo.adapters.disk import parse_json
 from lora_grpo.adapters.peft_format import LoraModule, assign, reshard, sharded_like, whole
+from lora_grpo.adapters.peft_read import load_tensors
 from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.grpo.processes import Processes
 
@@ -61,11 +61,11 @@ class Training:
 def read_state(files: Mapping[str, Path]) -> TrainerState:
     """What `to_files` wrote. Raises `StoreCorrupt` when it cannot be read."""
     try:
-        state = TrainerState(load_file(files[TENSORS_FILE]), parse_json(files[META_FILE].read_bytes()))
+        state = TrainerState(load_tensors(files[TENSORS_FILE]), parse_json(files[META_FILE].read_bytes()))
         if missing := _META - state.meta.keys():
             raise ValueError(f"{META_FILE} lacks {sorted(missing)}")
         return state
-    except (KeyError, ValueError, AttributeError, OSError, SafetensorError) as error:
+    except (KeyError, ValueError, AttributeError, OSError) as error:
         raise StoreCorrupt(
             f"the trainer state in {[str(path) for path in files.values()]} is unreadable: {error}"
         ) from error

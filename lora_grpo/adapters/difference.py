@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from lora_grpo.adapters.layout import ADAPTER_FILE
+from lora_grpo.adapters.peft_read import load_tensors
 from lora_grpo.errors import StoreCorrupt
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -50,7 +50,7 @@ def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]
 
     Raises `StoreCorrupt` when they do not adapt the same modules.
     """
-    inner = dict(_inner_products(load_file(first / ADAPTER_FILE), load_file(second / ADAPTER_FILE)))
+    inner = dict(_inner_products(load_tensors(first / ADAPTER_FILE), load_tensors(second / ADAPTER_FILE)))
     total = _Inner(*(math.fsum(getattr(one, name) for one in inner.values()) for name in _Inner.__slots__))
     return _difference("all", total), [_difference(module, one) for module, one in inner.items()]
 
@@ -64,8 +64,16 @@ def _inner_products(
     for name in sorted(first):
         if name.endswith(_A):
             other = name.removesuffix(_A) + _B
+            if not all(_is_pair(tensors.get(other), tensors[name]) for tensors in (first, second)):
+                raise StoreCorrupt(f"{name} has no B that goes with it")
             one, two = ((tensors[other].double(), tensors[name].double()) for tensors in (first, second))
+            if (one[0].shape[0], one[1].shape[1]) != (two[0].shape[0], two[1].shape[1]):
+                raise StoreCorrupt(f"the two versions adapt other modules: {name} has another size")
             yield name.removeprefix(_PREFIX).removesuffix(_A), _Inner(_dot(one, one), _dot(two, two), _dot(one, two))
+
+
+def _is_pair(b_OR: torch.Tensor | None, a_RI: torch.Tensor) -> bool:
+    return b_OR is not None and b_OR.dim() == a_RI.dim() == 2 and b_OR.shape[1] == a_RI.shape[0]
 
 
 def _dot(one: tuple[torch.Tensor, torch.Tensor], two: tuple[torch.Tensor, torch.Tensor]) -> float:

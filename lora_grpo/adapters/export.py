@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from lora_grpo.adapters import disk
 from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoraModule
+from lora_grpo.adapters.peft_read import load_tensors
 from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.adapters.view import StoreView
@@ -146,14 +147,14 @@ def _trainer_weights(store: StoreView, version: AdapterVersion) -> dict[str, tor
         return None
     weights = {
         name.removeprefix("weights/"): tensor.float()
-        for name, tensor in load_file(files[STATE_TENSORS_FILE]).items()
+        for name, tensor in load_tensors(files[STATE_TENSORS_FILE]).items()
         if name.startswith("weights/")
     }
     return {f"{_PREFIX}{name[:-2]}.lora_{name[-1]}.weight": tensor for name, tensor in weights.items()}
 
 
 def _serving_weights(store: StoreView, version: AdapterVersion, recipe: Recipe) -> dict[str, torch.Tensor]:
-    tensors = load_file(store.readable(version) / WEIGHTS_FILE)
+    tensors = load_tensors(store.readable(version) / WEIGHTS_FILE)
     return {name: _unscaled(name, tensor.float(), recipe) for name, tensor in tensors.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.digest import AdapterDigest, Buffer
+from lora_grpo.adapters.disk import open_regular, parse_json
 from lora_grpo.adapters.layout import ADAPTER_FILE, CONFIG_FILE
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError
@@ -98,7 +98,7 @@ def _layout(header: bytes, config: bytes) -> _Layout:
     if not entries:
         return _Layout(entries, (), "", 0)
     paths = _paths(entries)
-    _check_config(json.loads(config), entries, paths)
+    _check_config(_mapping(config, CONFIG_FILE), entries, paths)
     return _Layout(entries, paths, _one_dtype(entries), _payload_bytes(entries))
 
 
@@ -117,7 +117,7 @@ def _payload_bytes(entries: Mapping[str, TensorEntry]) -> int:
 
 
 def _map(path: Path) -> tuple[bytes, memoryview]:
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     length = int.from_bytes(view[:8], "little")
     if length > len(view) - 8:
@@ -126,13 +126,30 @@ def _map(path: Path) -> tuple[bytes, memoryview]:
 
 
 def _entries(header: bytes) -> dict[str, TensorEntry]:
-    fields = json.loads(header)
-    fields.pop("__metadata__", None)
-    entries = {
-        name: TensorEntry(field["dtype"], tuple(field["shape"]), *field["data_offsets"])
-        for name, field in fields.items()
-    }
+    fields = _mapping(header, "the header of its tensors")
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _Malformed("the metadata of its tensors is no table of texts")
+    entries = {name: _entry(name, field) for name, field in fields.items()}
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
+
+
+def _mapping(content: bytes, what: str) -> dict[str, Any]:
+    try:
+        found = parse_json(content)
+    except ValueError as error:
+        raise _Malformed(f"{what} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise _Malformed(f"{what} is no JSON object")
+    return found
+
+
+def _entry(name: str, field: Any) -> TensorEntry:
+    match field:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]}:
+            if all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+                return TensorEntry(dtype, tuple(shape), start, end)
+    raise _Malformed(f"tensor {name!r} has no dtype, shape and place, but {ascii(field)[:80]}")
 
 
 def _paths(entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:
@@ -159,7 +176,12 @@ def _one_dtype(entries: Mapping[str, TensorEntry]) -> str:
 
 def _check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], paths: tuple[str, ...]) -> None:
     """The config must name exactly the modules of the file, at their ranks, with nothing left to scale."""
-    targets = set(config.get("target_modules") or ())
+    named, patterns = config.get("target_modules"), [config.get(name) for name in ("rank_pattern", "alpha_pattern")]
+    if not isinstance(named, list) or not all(isinstance(target, str) for target in named):
+        raise _Malformed(f"its config names the modules as {ascii(named)[:80]}; they are listed one by one")
+    if not all(isinstance(pattern, dict | None) for pattern in patterns):
+        raise _Malformed(f"its config has rank and alpha patterns {ascii(patterns)[:80]}; they are tables")
+    targets = set(named)
     if targets != set(paths):
         odd = sorted(targets ^ set(paths))[0]
         where = "named by the config but missing from the file" if odd in targets else "not named by the config"
@@ -175,7 +197,10 @@ def _check_rank(config: Mapping[str, Any], path: str, rank: int, b_shape: tuple[
     key = re.escape(path)
     stated = (config.get("rank_pattern") or {}).get(key, config.get("r"))
     alpha = (config.get("alpha_pattern") or {}).get(key, config.get("lora_alpha"))
-    if not (rank == stated == b_shape[1]):
-        raise _Malformed(f"{path} has A of rank {rank} and B of rank {b_shape[1]}; its config says {stated}")
-    if not isinstance(alpha, int | float) or not math.isclose(alpha, rank):
-        raise _Malformed(f"{path} has alpha {alpha} at rank {rank}; the serving form's scale is 1")
+    if type(stated) is not int or not (rank == stated == b_shape[1]):
+        said = (
+            ascii(stated)[:80] if not isinstance(stated, int) else hex(stated)[:20] if abs(stated) > 10**9 else stated
+        )
+        raise _Malformed(f"{path} has A of rank {rank} and B of rank {b_shape[1]}; its config says {said}")
+    if not isinstance(alpha, int | float) or alpha is True or not abs(alpha - rank) <= 1e-9 * rank:
+        raise _Malformed(f"{path} has an alpha other than its rank {rank}; the serving form's scale is 1")

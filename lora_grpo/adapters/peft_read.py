@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lora_grpo.adapters.peft_files import PREFIX
 from lora_grpo.adapters.peft_format import WEIGHTS_FILE, LoraModule, assign
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.errors import StoreCorrupt
 
 
 def read_rounded(version: AdapterVersion) -> dict[str, torch.Tensor]:
     """A version's serving form by tensor name, exact but for the serving dtype's rounding."""
-    tensors: dict[str, torch.Tensor] = load_file(version.path / WEIGHTS_FILE)
-    return tensors
+    return load_tensors(version.path / WEIGHTS_FILE)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file by name. Raises `StoreCorrupt` for a file that is none."""
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+        return tensors
+    except (OSError, SafetensorError) as error:
+        raise StoreCorrupt(f"{path} cannot be read: {error}") from error
 
 
 def assign_rounded(tensors: Mapping[str, torch.Tensor], modules: list[LoraModule]) -> None:
-    """Set A and B to what `read_rounded` gave, scaling taken out of B again."""
+    """Set A and B to what `read_rounded` gave, scaling taken out of B again.
+
+    Raises `StoreCorrupt`, before any is set, unless they have these modules' names and shapes.
+    """
+    for module in modules:
+        for kind, parameter in (("A", module.a_RI), ("B", module.b_OR)):
+            name = f"{PREFIX}{module.path}.lora_{kind}.weight"
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                found = tuple(tensors[name].shape) if name in tensors else None
+                raise StoreCorrupt(f"the version has {name} as {found}, the model as {tuple(parameter.shape)}")
     for module in modules:
         assign(module.a_RI, tensors[f"{PREFIX}{module.path}.lora_A.weight"])
         assign(module.b_OR, tensors[f"{PREFIX}{module.path}.lora_B.weight"].float() / module.scaling)

@@ -55,7 +55,7 @@ def _check_run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
     refuse_live(run_dir)
     if not resume and _holds_run(run_dir):
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
-    if resume and (run_dir / RESOLVED_FILE).is_file():
+    if resume and (run_dir / RESOLVED_FILE).is_file() and _holds_run(run_dir):
         _check_same_adapter(load_config(run_dir).lora, config.lora, run_dir)
 
 

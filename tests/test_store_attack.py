@@ -1,0 +1,67 @@
+"""A few of the attacks of `benchmarks/attack.py`: see tests/crash/attack.py for how each is judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora_grpo.adapters.difference import difference
+from lora_grpo.adapters.peft_files import open_adapter
+from lora_grpo.adapters.peft_read import read_rounded
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.errors import DeliveryError, StoreCorrupt
+from tests.crash.attack import SCENARIOS, attack, fuzz
+from tests.fuzzed_adapters import fuzzed, sound, weights
+
+
+def test_kills_and_failing_disks_at_exact_calls(shm_dir: Path) -> None:
+    result = attack(shm_dir, seed=7, kills=3 * len(SCENARIOS), errors=3 * len(SCENARIOS))
+    assert not result["wrong"]
+    assert result["table"]["kill: killed"] == 3 * len(SCENARIOS)
+    assert result["table"]["error: our error"] > len(SCENARIOS)
+
+
+def test_broken_adapters_are_refused_by_name(shm_dir: Path) -> None:
+    result = fuzz(shm_dir, seed=3, adapters=400)
+    assert not result["wrong"]
+    assert result["table"]["refused: DeliveryError"] > 300
+    assert result["table"]["opened: still in serving form"] > 5
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> AdapterVersion:
+    return AdapterVersion(1, None, tmp_path, "", 0, 0.0)
+
+
+def test_broken_tensors_are_refused_wherever_they_are_read(version: AdapterVersion) -> None:
+    refused = 0
+    for seed in range(300):
+        (version.path / "adapter_model.safetensors").write_bytes(fuzzed(seed)[0])
+        for read in (lambda: read_rounded(version), lambda: difference(version.path, version.path)):
+            try:
+                read()
+            except StoreCorrupt:
+                refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", [None, "text", 10**400, float("inf"), float("nan"), True, [[]], [1], {"a": []}, 3])
+def test_no_value_of_a_config_is_a_traceback(version: AdapterVersion, field: str, value: object) -> None:
+    import json
+
+    header, payload, config = sound()
+    (version.path / "adapter_model.safetensors").write_bytes(weights(header, payload))
+    (version.path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    if field.endswith("pattern") and (value is None or value == {"a": []}):
+        assert open_adapter(version).paths
+    else:
+        with pytest.raises(DeliveryError, match="v1: "):
+            open_adapter(version)
+
+
+def test_the_sound_adapter_of_the_fuzzer_is_sound(version: AdapterVersion) -> None:
+    header, payload, _ = sound()
+    (version.path / "adapter_model.safetensors").write_bytes(weights(header, payload))
+    assert read_rounded(version).keys() == header.keys()
