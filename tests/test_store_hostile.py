@@ -18,7 +18,7 @@ import pytest
 from lora_grpo.adapters import disk
 from lora_grpo.adapters.locks import holder
 from lora_grpo.adapters.requests import request
-from lora_grpo.adapters.rollbacks import RollbackLog
+from lora_grpo.adapters.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines.server.names import Names
 from lora_grpo.errors import StoreCorrupt, StoreError, UnknownVersion
@@ -320,3 +320,13 @@ def test_a_name_of_this_user_whose_lock_is_no_file_is_not_judged() -> None:
         assert names.folder.exists()
     finally:
         names.close()
+
+
+@pytest.mark.parametrize("meta", [{}, {"extra": {}}, {"extra": {"epoch": 3}}, {"extra": None}])
+def test_a_run_of_the_users_own_loop_is_rolled_back_while_stopped(run: Path, meta: dict[str, Any]) -> None:
+    """What its loop wrote beside the trainer state is its own business."""
+    with AdapterStore(archive=run) as store:
+        store.archive_state(3, {"weights": [b"w"]}, meta)
+    with AdapterStore(archive=run) as store:
+        assert roll_back_stopped(store, 1).sampler is None
+        assert store.head == store.get(1)

@@ -112,13 +112,14 @@ def roll_back_stopped(store: AdapterStore, to: Target) -> Rollback:
 
 
 def state_extra(store: AdapterStore, number: int) -> dict[str, Any] | None:
-    """What the trainer wrote beside the state of version `number`, or else of its nearest ancestor that has one."""
+    """What `GRPOTrainer` wrote beside the state of version `number`, or else of its nearest ancestor that has one."""
     following: int | None = number
     while following is not None:
         files = store.load_state(following)
         if files is not None:
-            extra: dict[str, Any] = disk.parse_json(files[STATE_FILE].read_bytes())["extra"]
-            return extra
+            extra = disk.parse_json(disk.read_small(files[STATE_FILE]) or b"{}").get("extra")
+            # A loop of the user's own writes what it likes there.
+            return extra if isinstance(extra, dict) and {"sampler", "rollbacks"} <= extra.keys() else None
         following = store.parent_of(following)
     return None
 

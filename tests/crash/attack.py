@@ -206,7 +206,9 @@ def attack(folder: Path, seed: int, kills: int, errors: int) -> dict[str, Any]:
         index += 1
         before, head = prepare(folder, name)
         if not left.get((name, kind)):
-            count = attempt(folder, name, 9, Calls())[2].count
+            status, said, seen = attempt(folder, name, 9, Calls())
+            assert status == DONE, said
+            count = seen.count
             left[name, kind] = draw.sample(range(1, count + 1), count)
             before, head = prepare(folder, name)
         stop = left[name, kind].pop()
