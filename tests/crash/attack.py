@@ -48,8 +48,8 @@ class Trial:
 
     @property
     def other(self) -> Path:
-        """Where the run is copied or moved to."""
-        return self.folder / "other"
+        """Where the run is copied or moved to; a copy's root is named after it, and no other attack's may be swept."""
+        return self.folder / f"other-{self.folder.parent.name}"
 
     def tell(self, *words: object) -> None:
         descriptor = REAL_OPEN(self.folder / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

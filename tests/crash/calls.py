@@ -41,9 +41,11 @@ class Calls:
                 os.kill(os.getpid(), signal.SIGKILL)
             if here and self._error is not None and name != "close":
                 raise OSError(self._error, os.strerror(self._error))
-            result = real(*arguments, **named)
-            if here and self._error is None:
-                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                result = real(*arguments, **named)
+            finally:
+                if here and self._error is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
             if here and self._error is not None:
                 raise OSError(self._error, os.strerror(self._error))
             return result
