@@ -35,12 +35,8 @@ from lora_grpo.integrations.trl import CANARY_EVERY, NativeGRPOTrainer, _Steps  
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, check_release  # noqa: E402
 from lora_grpo.metrics import read_metrics  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
-<<<<<<< HEAD
 from tests.tiny_models import load_model, tiny_lora, tiny_tokenizer  # noqa: E402
-=======
-from tests.tiny_models import load_model, tiny_tokenizer  # noqa: E402
 from tests.tiny_policy import base_model, cut_below, peft_model  # noqa: E402
->>>>>>> 66326d6 (A gradient that is cut names the layers it does not reach, in our trainer and in TRL's; a reference that TRL cannot take is refused, and resuming loads the trained adapter beside it; a wrong tracker, run directory or target module is told before the engine starts)
 
 pytestmark = [
     pytest.mark.vllm,
