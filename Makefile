@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready-$(FLAVOUR)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint format bench gpu-bench gpu-kit lock clean
+.PHONY: setup demo test models lint format bench gpu-bench gpu-kit lock clean
 
 setup: $(READY)
 
@@ -30,6 +30,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# A real engine on a tiny model of every family; writes docs/models.md.
+models: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.model_table
 
 # Both go on where they were cut off.
 bench: $(READY)

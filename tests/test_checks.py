@@ -117,8 +117,30 @@ def prompt_tuning() -> PeftModel:
     return get_peft_model(base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
-def attention(model_type: str, **fields: Any) -> Callable[[], PeftModel]:
-    return lambda: adapted(base(model_type, **fields), target_modules=["q_proj", "v_proj"])
+def mixture(model_type: str) -> PreTrainedModel:
+    sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts_per_tok": 2}
+    return base(model_type, num_experts=4, num_local_experts=4, **sizes)
+
+
+def attention(model_type: str) -> Callable[[], PeftModel]:
+    return lambda: adapted(mixture(model_type), target_modules=["q_proj", "v_proj"])
+
+
+def latent_attention() -> PeftModel:
+    model = base("deepseek_v3", first_k_dense_replace=2, q_lora_rank=8, kv_lora_rank=8, num_key_value_heads=2)
+    return adapted(model, target_modules=["o_proj", "kv_b_proj"])
+
+
+def experts() -> PeftModel:
+    """Experts that are modules, as code of a checkpoint's own may have them."""
+    model = base()
+    model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(32, 32)])
+    return adapted(model, target_modules=r".*(q_proj|experts\.0)")
+
+
+def shared_expert() -> PeftModel:
+    """The expert that every token goes through is a layer like any other."""
+    return adapted(mixture("qwen2_moe"), target_modules=["q_proj", "up_proj"])
 
 
 def disabled() -> PeftModel:
@@ -145,7 +167,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "parameters": (
         lambda: adapted(target_parameters=["mlp.down_proj.weight"], target_modules=["q_proj"]),
-        r"target_parameters=\['mlp\.down_proj\.weight'\]: .*use target_modules",
+        r"target_parameters=\['mlp\.down_proj\.weight'\]: .*target_modules=\['q_proj'",
     ),
     "token deltas": (lambda: adapted(trainable_token_indices=[1, 2]), r"trainable_token_indices=\[1, 2\]: .*None"),
     "replicated layers": (lambda: adapted(layer_replication=[(0, 2), (1, 2)]), "layer_replication=.*leave it None"),
@@ -163,13 +185,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "GPT-2": (gpt2, "c_attn is a Conv1D; only torch"),
     "quantized": (quantized, "the trainer's base is quantized.*load it in bfloat16"),
     "multimodal": (multimodal, "LlavaConfig is multimodal.*use a text-only checkpoint"),
-    "Mixtral": (
-        attention("mixtral", num_local_experts=4),
-        r"MixtralConfig is a mixture of experts \(num_\w*experts=4\).*dense base",
+    "experts": (
+        experts,
+        r"model\.layers\.0\.mlp\.experts\.0: LoRA on a mixture's experts is not proven; name the layers",
     ),
-    "Qwen2-MoE": (
-        attention("qwen2_moe", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
-        r"Qwen2MoeConfig is a mixture of experts \(num_experts=4\)",
+    "latent attention": (latent_attention, r"layers\.0\.self_attn\.kv_b_proj: vLLM folds .*decodes without its LoRA"),
+    "a mixture's all-linear": (
+        lambda: adapted(mixture("mixtral"), target_modules="all-linear"),
+        r"target_parameters=.*LoRA on them is not proven; name layers beside them",
     ),
     "other rank": (
         other_rank_than_configured,
@@ -245,6 +268,8 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "some layers": (lambda: adapted(layers_to_transform=[1]), 2),
     "biased base": (lambda: adapted(base("qwen2")), 4),
     "one expert is dense": (lambda: adapted(base(num_local_experts=1)), 4),
+    "a mixture's attention": (attention("mixtral"), 4),
+    "a mixture's shared expert": (shared_expert, 4),
     "inactive adapter beside": (inactive_beside, 2),
     "unmerged": (unmerged, 4),
     "frozen": (lambda: frozen(adapted()), 4),

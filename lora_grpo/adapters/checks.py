@@ -14,7 +14,7 @@ from lora_grpo.errors import UnsupportedAdapter
 PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 _NO_HEADS = "vLLM drops or rejects LoRA on heads and embeddings; leave it out of target_modules"
 HEADS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "output_layer", "score")
-_MOE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_NO_EXPERTS = "LoRA on a mixture's experts is not proven; name the layers beside them in target_modules"
 
 
 def active_adapter(model: nn.Module) -> str:
@@ -67,7 +67,11 @@ def _check_config(config: Any, adapter: str) -> None:
         "lora_bias": (config.lora_bias, "vLLM serves no LoRA bias; set lora_bias=False"),
         "bias": (config.bias != "none", "vLLM serves no trained bias; set bias='none'"),
         "modules_to_save": (config.modules_to_save, "whole modules cannot be hot-swapped; leave it None"),
-        "target_parameters": (config.target_parameters, "vLLM binds modules, not parameters; use target_modules"),
+        "target_parameters": (
+            config.target_parameters,
+            "a mixture's experts are its parameters (PEFT's 'all-linear' names them too), and LoRA on them is not "
+            "proven; name layers beside them, such as target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']",
+        ),
         "layer_replication": (config.layer_replication, "vLLM does not replicate layers; leave it None"),
         "trainable_token_indices": (config.trainable_token_indices, "vLLM serves no token deltas; leave it None"),
         "alora_invocation_tokens": (
@@ -88,7 +92,6 @@ def _check_config(config: Any, adapter: str) -> None:
 
 def _check_base(base: Any) -> None:
     config = base.config
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(config, "quantization_config", None) is not None or getattr(base, "is_quantized", False):
         raise UnsupportedAdapter(
             "the trainer's base is quantized, so trainer and engine would compute different policies; load it in "
@@ -98,12 +101,6 @@ def _check_base(base: Any) -> None:
         raise UnsupportedAdapter(
             f"{type(config).__name__} is multimodal: vLLM may ignore adapters of its language model without a word; "
             "use a text-only checkpoint (multimodal bases are not proven yet)"
-        )
-    experts = [field for field in _MOE_FIELDS if (getattr(text_config, field, None) or 0) > 1]
-    if experts:
-        raise UnsupportedAdapter(
-            f"{type(config).__name__} is a mixture of experts ({experts[0]}="
-            f"{getattr(text_config, experts[0])}); use a dense base (MoE bases are not proven yet)"
         )
 
 
@@ -119,6 +116,13 @@ def _check_module(module: LoraModule) -> None:
     layer: Any = module.layer
     if leaf in HEADS:
         raise UnsupportedAdapter(f"{module.path}: {_NO_HEADS}")
+    if "experts" in module.path.split("."):
+        raise UnsupportedAdapter(f"{module.path}: {_NO_EXPERTS}")
+    if leaf == "kv_b_proj":
+        raise UnsupportedAdapter(
+            f"{module.path}: vLLM folds this layer of latent attention into others when it loads the base, and decodes "
+            "without its LoRA; leave it out of target_modules"
+        )
     if module.adapter in layer.lora_variant:
         raise UnsupportedAdapter(
             f"{module.path} computes {type(layer.lora_variant[module.adapter]).__name__}, vLLM plain LoRA only; build "

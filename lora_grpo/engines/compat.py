@@ -139,6 +139,18 @@ def is_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
+def serves_lora(architecture: str) -> bool:
+    """Whether vLLM's class for an architecture takes LoRA, as it may where vLLM has none of its own.
+
+    Raises `ImportError` where that class needs a package that there is not.
+    """
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_lora
+
+    known = ModelRegistry.models.get(architecture)
+    return known is None or supports_lora(known.load_model_cls())
+
+
 def allowed_rank(rank: int) -> int:
     """The smallest max_lora_rank that vLLM takes for adapters of `rank`."""
     for allowed in LORA_RANKS:

@@ -9,10 +9,12 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.local import lora_gemm, lora_kernels
 from lora_grpo.engines.local.compiling import can_compile, compiled_with_lora, engine_arguments
+from lora_grpo.engines.local.experts import experts_without_lora
 from lora_grpo.engines.local.grouped import join
+from lora_grpo.engines.local.own_class import classes_kept
 from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
 from lora_grpo.engines.local.sleeping import check_can_ever_sleep
-from lora_grpo.engines.local.targets import linear_leaves
+from lora_grpo.engines.local.targets import EXPERTS, check_served, linear_leaves
 from lora_grpo.errors import ConfigError
 
 
@@ -60,10 +62,15 @@ def start_llm(
 ) -> tuple[Any, bool]:
     """A `vllm.LLM`, and whether its LoRA kernels leave base rows alone in a batch with adapter rows.
 
-    Raises `UnsupportedVersion`, `ConfigError` for weights that could not be shared or a sleep mode that there is not,
-    or `EngineError`.
+    Raises `UnsupportedVersion`, `ConfigError` for a model without LoRA in vLLM, weights that could not be shared or a
+    sleep mode that there is not, or `EngineError`.
     """
     vllm = compat.import_vllm()
+    check_served(model, revision=revision, trust_remote_code=trust_remote_code)
+    if EXPERTS in (target_modules or ()):
+        raise ConfigError(
+            f"target_modules names {EXPERTS!r}: an adapter of a mixture's experts cannot be proven; leave it out"
+        )
     arguments = _checked(arguments, plain_lora_gemm=plain_lora_gemm, share_base_weights=share_base_weights)
     own = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.applies()
     kernels = own and _lora_in_the_models_dtype(arguments)
@@ -85,6 +92,8 @@ def start_llm(
         lora_gemm.plain_products(plain_lora_gemm),
         lora_kernels.products_by_segment(kernels),
         compiled_with_lora(compiles),
+        experts_without_lora(compat.is_cpu()),
+        classes_kept(),
     ):
         llm = vllm.LLM(
             model=model,

