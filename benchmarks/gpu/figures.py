@@ -29,6 +29,7 @@ ALL: dict[str, Any] = {
 }
 DRY: dict[str, Any] = {
     "in_turn": True,
+    "graphs": "alone",
     "max_model_len": 64,
     "max_num_seqs": 8,
     "prompt_tokens": 8,
@@ -37,7 +38,7 @@ DRY: dict[str, Any] = {
     "least_s": 0.0,
     "repeat": 2,
 }
-"""On the CPU, where nothing is measured but that all of it runs."""
+"""On the CPU, where nothing is measured but that all of it runs; nothing is captured or compiled there."""
 MERGES = ("native", "merge-trl", "merge-fold")
 SHARED = (*MERGES, "native-shared")
 STEPS: dict[str, dict[str, dict[str, Any]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import tarfile
 import time
@@ -49,7 +50,8 @@ class Record:
     def save(self) -> None:
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         rows = [self._row(step) for step in self.steps]
-        write(self.out / SUMMARY, {"command": sys.argv, "at": at, "notes": self.notes, "steps": rows})
+        command = shlex.join(["python", "benchmarks/gpu/run.py", *sys.argv[1:]])
+        write(self.out / SUMMARY, {"command": command, "at": at, "notes": self.notes, "steps": rows})
         self._pack()
 
     def table(self) -> str:
