@@ -262,16 +262,15 @@ def as_metrics(values: Mapping[str, object], ranked: Set[str]) -> dict[str, Any]
 
 
 def _as_metric(name: str, value: object, ranked: bool) -> Any:
-    shown = repr(value)[:60] if isinstance(value, str | float) else type(value).__name__
     if value is None or (isinstance(value, bool | str) and not ranked):
         return value
     if isinstance(value, bool | str) or not isinstance(value, numbers.Real):
         other = "" if ranked else ", text, a truth value"
-        raise ConfigError(f"metric {name} is {shown}; it must be a number{other} or None (a tensor's is .item())")
+        raise ConfigError(f"metric {name}={repr(value)[:60]} must be a number{other} or None (a tensor's is .item())")
     try:
         finite = math.isfinite(value)
     except OverflowError:
-        raise ConfigError(f"metric {name} is an {shown} too large for a float") from None
+        raise ConfigError(f"metric {name} is a whole number too large for a float") from None
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if finite else None
