@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines import packing
@@ -125,6 +126,19 @@ def test_a_tied_head(arch: str, store: AdapterStore, tmp_path: Path) -> None:
             NativeSync(tiny_lora(untied), engine, store)
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("rows", [torch.randn(37, 5), torch.randn(41), torch.randn(7, 3, 2)], ids=["2", "1", "3"])
+def test_a_digest_is_of_the_values_in_the_dtype_that_is_asked_for(
+    rows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many blocks it takes, and whether or not they pass through one place on the host."""
+    half = rows.bfloat16()
+    whole = xxhash.xxh3_128(half.float().numpy().tobytes()).hexdigest()
+    for block_bytes in (1, 100, 1 << 20):
+        monkeypatch.setattr(packing, "_BLOCK_BYTES", block_bytes)
+        assert packing.digest(half, torch.float32) == packing.digest(half.float(), torch.float32) == whole
+        assert packing.digest(half.t() if half.ndim == 2 else half, torch.bfloat16) != whole
 
 
 class Stand:

@@ -130,6 +130,27 @@ def test_the_installed_release_has_what_is_mended(monkeypatch: pytest.MonkeyPatc
     assert "kernel_config = get_lora_op_configs(" in inspect.getsource(lora_expand_op)
 
 
+@pytest.mark.vllm
+def test_the_last_engine_takes_along_what_kernels_remember_of_addresses() -> None:
+    """The next engine's slots may lie there in other shapes. While another engine lives, its graphs read it."""
+    from vllm.lora.ops.triton_ops import utils
+
+    def remembered(size: int) -> int:
+        slots = torch.zeros(2, 1, 8, size)
+        utils._get_lora_a_ptr([slots], torch.device("cpu"))
+        utils._get_lora_b_ptr([slots], 0, torch.device("cpu"))
+        return len(utils._LORA_A_PTR_DICT) * len(utils._LORA_B_PTR_DICT)
+
+    nothing = SimpleNamespace(shutdown=lambda: None, clear_backend=lambda: None)
+    core = SimpleNamespace(structured_output_manager=nothing, model_executor=nothing, scheduler=nothing)
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(engine_core=core)))
+    assert remembered(16) == 1
+    compat.shutdown(llm, last=False)
+    assert (len(utils._LORA_A_PTR_DICT), len(utils._LORA_B_PTR_DICT)) == (1, 1)
+    compat._forget_addresses()
+    assert (len(utils._LORA_A_PTR_DICT), len(utils._LORA_B_PTR_DICT)) == (0, 0)
+
+
 def test_only_0_26_is_kept_off_the_v2_runner() -> None:
     """0.26's V2 runner scales logits in bfloat16; later releases copy them to float32 first."""
     kept_off = {r for r in compat.RELEASES if compat.default_environment(r).get("VLLM_USE_V2_MODEL_RUNNER") == "0"}

@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -244,9 +245,38 @@ def test_the_same_command_goes_on(run: ModuleType, tmp_path: Path, monkeypatch: 
     assert call(run, tmp_path) == 0
     assert states(tmp_path) == {"card": "kept", "parity": "passed", "demo": "passed"}
     assert not model.exists()
-    assert starts.read_text() == "abbc"
+    assert starts.read_text() == "abcb"
     with pytest.raises(SystemExit):
         call(run, tmp_path, "--only", "parrity")
+
+
+def test_what_failed_waits_for_what_was_not_tried(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a suite that was cut off, which would begin anew; figures that were go on where they were."""
+    starts = tmp_path / "starts"
+    states = {"tiny": "failed", "parity": "cut off", "small": "failed", "large": "cut off", "demo": None}
+    plan_of(run, monkeypatch, card=CARD, **{name: f"open({str(starts)!r}, 'a').write('{name} ')" for name in states})
+    steps = [replace(step, shape="tiny" if step.name in ("small", "large") else None) for step in run.plan()]
+    monkeypatch.setattr(run, "plan", lambda *_: steps)
+    (tmp_path / "steps").mkdir()
+    for name, state in states.items():
+        if state:
+            (tmp_path / "steps" / f"{name}.json").write_text(json.dumps({"state": state}))
+    assert call(run, tmp_path) == 0
+    assert starts.read_text().split() == ["large", "demo", "tiny", "parity", "small"]
+
+
+def test_the_time_to_end_a_step_is_part_of_a_call(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever calls it with a limit of a little more gets the report and the archive too."""
+    given: list[float] = []
+    done = {"state": "failed", "seconds": 0.0, "result": None}
+    plan_of(run, monkeypatch, limit_s=1000, card=CARD)
+    monkeypatch.setattr(run, "run_step", lambda step, log, limit_s, environ: given.append(limit_s) or done)
+    call(run, tmp_path, "--minutes", "8.5")
+    assert 470 < given[0] <= 8.5 * 60 - run.GRACE_S
 
 
 def test_without_a_card_nothing_is_started(run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +302,8 @@ def test_time_that_is_over(run: ModuleType, tmp_path: Path, monkeypatch: pytest.
     )
     plan_of(run, monkeypatch, limit_s=4, card=CARD, parity=keeps, sync=keeps, demo="pass")
     monkeypatch.setattr(run, "LEAST_S", 0.5)
-    assert call(run, tmp_path, "--minutes", "0.1") == 1
+    monkeypatch.setattr(run, "GRACE_S", 0.5)
+    assert call(run, tmp_path, "--minutes", "0.12") == 1
     assert states(tmp_path) == {"card": "passed", "parity": "cut off", "sync": "cut off", "demo": "not started"}
     cut = record(tmp_path, "parity")
     assert (cut["rc"], cut["result"]) == (130, {"kept": 2})

@@ -4,8 +4,9 @@
 
 Each step is a process with a limit of its own; one that fails or is cut off does not stop the rest. Its JSON and log in
 DIR, and DIR/results.tar.gz with all that there is, are written the moment it ends. Calling again goes on with what is
-missing: what passed is kept. The models stay until all steps have passed. `lora-grpo bench report --out DIR` makes
-tables and plots of what came back, anywhere. `--device cpu` is the dry run, with tiny models.
+missing: what passed is kept, what failed is tried again after all others. The models stay until all steps have passed.
+`lora-grpo bench report --out DIR` makes tables and plots of what came back, anywhere. `--device cpu` is the dry run,
+with tiny models.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def go_through(
     device: str,
 ) -> None:
     """Every step that has not passed, until time is over or somebody interrupts; without a card, none."""
-    for step in chosen:
+    for step in sorted(chosen, key=lambda step: is_repeated(step, record)):
         if record.passed(step):
             continue
         if step.name != "card" and not record.result("card"):
@@ -110,13 +111,21 @@ def go_through(
             shape = SHAPES[device.partition(":")[0]]["7b"]
             drawing.start(shape, place.models / f"{shape}-seed0", device, record.out / "logs" / "draw.log", environ)
         drawing.between_steps(step.limit_s if step.is_large else 0.0)
-        limit_s = min(step.limit_s * (SLOWER if device == "cpu" else 1), deadline - time.monotonic())
+        left_s = deadline - GRACE_S - time.monotonic()
+        limit_s = min(step.limit_s * (SLOWER if device == "cpu" else 1), left_s)
         if why := refusal(step, record, place):
             record.keep(step, {"state": "refused", "seconds": 0.0, "why": why})
         elif limit_s > LEAST_S:
             record.keep(step, run_step(step, record.out / "logs" / f"{step.name}.log", limit_s, environ))
         if record.state(step) == "interrupted":
             return
+
+
+def is_repeated(step: Step, record: Record) -> bool:
+    """Whether a step would only do again what an earlier call saw of it; others come first. Figures that were cut off
+    go on where they were."""
+    seen = ("failed",) if step.shape else ("failed", "cut off")
+    return step.name != "card" and record.state(step) in seen
 
 
 def refusal(step: Step, record: Record, place: Place) -> str:

@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
@@ -370,6 +371,8 @@ def shutdown(llm: Any, *, last: bool, joined: bool = False) -> None:
     not take another step, and a trainer whose process group was `joined` could not either.
     """
     client = llm.llm_engine.engine_core
+    if last:
+        _forget_addresses()
     if last and not joined:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -384,6 +387,14 @@ def shutdown(llm: Any, *, last: bool, joined: bool = False) -> None:
         core.scheduler.shutdown()
         if last:
             _leave_group()
+
+
+def _forget_addresses() -> None:
+    """What vLLM's GPU LoRA kernels remember of slots by their address alone, for the whole process: the slots of the
+    next engine may lie there in other shapes, and those of this one could not be freed."""
+    kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")
+    for name in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
+        getattr(kernels, name, {}).clear()
 
 
 def _leave_group() -> None:
