@@ -268,7 +268,9 @@ class GuardConfig(Section):
     reward_patience: int = Field(2, ge=1, description="steps in a row that must lie so far below it")
     logprob_gap: float | None = Field(None, gt=0, description="go back above this trainer/sampler gap, nats a token")
     kl: float | None = Field(None, gt=0, description="go back above this KL to the reference, nats a token (beta > 0)")
-    to: int | str = Field("best:reward", description="version to go back to: a number, 'parent' or 'best:METRIC'")
+    to: int | str = Field(
+        "best:reward", description="version to go back to: a number, 'parent', 'best' or 'best:METRIC'"
+    )
     max_rollbacks: int = Field(3, ge=1, description="rollbacks after which the next reason ends the run")
     learning_rate_factor: float = Field(1.0, gt=0, le=1, description="of the learning rate, at each rollback")
 

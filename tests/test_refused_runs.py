@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.cli import app
 from lora_grpo.config import DataConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.config_file import load_config, save_config
 from lora_grpo.errors import ConfigError, TrainingError
+from lora_grpo.metrics import read_metrics
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import build, build_trainer
 from tests.store_files import adapter
@@ -103,6 +106,32 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ('grpo.report_to=["tensorbord"]', "did you mean 'tensorboard'"),
+        ("output_dir=file", "file is a file; choose another"),
+        ("output_dir=file/run", "file is a file; choose another"),
+        ('lora.target_modules=["qproj"]', "has no layer 'qproj'; did you mean 'q_proj'?"),
+    ],
+)
+def test_train_refuses_in_one_sentence_and_leaves_nothing(
+    settings: RunConfig, override: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the command's own handler, for a process of its own
+    (tmp_path / "file").touch()
+    config = save_config(settings, tmp_path / "settings")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, sorted(Path("/dev/shm").glob("lora-grpo-run-*"))
+    result = CliRunner().invoke(app, ["train", str(config), override], env={"NO_COLOR": "1"})
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
+    assert result.stderr.startswith("error: ")
+    assert words in result.stderr
+    assert ({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, sorted(Path("/dev/shm").glob("lora-grpo-run-*"))) == before
+
+
 def test_an_adapter_that_scales_otherwise_does_not_take_the_runs_recipe(llama_dir: Path, tmp_path: Path) -> None:
     """What was published before would be exported with it."""
     with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path, STEPS) as trainer:
@@ -164,6 +193,39 @@ def test_the_settings_of_a_moved_or_copied_run_name_the_run_where_it_lies(settin
     with build_trainer(config, resume=True) as trainer:
         assert trainer.steps_done == 2
     assert not run.exists()
+
+
+def test_going_on_in_a_copy_or_after_another_machine_is_told(
+    settings: RunConfig, shm_dir: Path, tmp_path: Path
+) -> None:
+    run, copy = Path(settings.output_dir), tmp_path / "copy"
+
+    def go_on(config: RunConfig, *, resume: bool = True) -> Path:
+        with build_trainer(config, resume=resume) as trainer:
+            trainer.train()
+            if not resume:  # as a kill leaves it
+                shutil.copytree(trainer.store.root, shm_dir / "left", symlinks=True)
+            return trainer.store.root
+
+    def told(where: Path, words: str) -> list[str]:
+        return [record["text"] for record in read_metrics(where) if words in record.get("text", "")]
+
+    go_on(settings, resume=False)
+    shutil.copytree(run, copy)
+    for _ in range(2):
+        go_on(load_config(copy))
+    (once,) = told(copy, "a copy of the run in")
+    assert str(run) in once
+    root = go_on(load_config(run))
+    assert not told(run, "out of date")
+    (shm_dir / "left").rename(root)
+    try:
+        go_on(load_config(run))
+        (aside,) = root.glob("aside-*")
+        assert [str(aside) in text for text in told(run, "out of date")] == [True]
+    finally:
+        shutil.rmtree(root)
+    assert not told(run, "a copy of")
 
 
 def test_rollback_in_a_copy_while_the_original_is_live(shm_dir: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ trl = pytest.importorskip("trl")
 
 import pandas as pd  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from peft import LoraConfig, PromptTuningConfig, get_peft_model  # noqa: E402
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
 from peft.tuners.tuners_utils import BaseTuner  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -392,6 +392,29 @@ def test_completions_end_where_trl_takes_them_to_end(llama_dir: Path, tmp_path: 
     for ids in seen:
         assert not ends & set(ids[:-1])
         assert ids[-1] in ends or len(ids) == 8
+
+
+def test_a_trained_adapter_is_its_own_reference(llama_dir: Path, tmp_path: Path) -> None:
+    """Loaded by `PeftModel.from_pretrained`: the KL is 0 at the first step, not what training had moved it from the
+    base; and what is sampled is the trained adapter."""
+    tiny_lora(load_model(llama_dir), r=8, scale=0.3).save_pretrained(tmp_path / "trained")
+    model = PeftModel.from_pretrained(load_model(llama_dir), tmp_path / "trained", is_trainable=True)
+    loaded = adapter_weights(model)
+    args = arguments(tmp_path / "out", max_steps=2, generation_batch_size=8, beta=0.1, eval_strategy="no")
+    trainer = native_trainer(model, args, processing_class=tiny_tokenizer())
+    try:
+        result = Seen(trainer, base_digest(trainer))
+        watch(result)
+        trainer.train()
+        assert [(step, held) for step, _, held in result.sampled] == [(0, True), (1, True)]
+        kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+        assert kl[0] == pytest.approx(0.0, abs=1e-6)
+        assert kl[1] > 1e-4
+        reference = dict(trainer.model.named_parameters())
+        assert all(torch.equal(reference[name.replace(".default.", ".ref.")], loaded[name]) for name in loaded)
+        assert base_digest(trainer) == result.base_before
+    finally:
+        trainer.close()
 
 
 class Asking(TrainerCallback):

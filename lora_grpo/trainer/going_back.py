@@ -127,6 +127,10 @@ def what_was_found(recovered: Recovered) -> list[str]:
     if recovered.head_moved is not None:
         before, now = recovered.head_moved
         sentences.append(f"HEAD was v{before}, which is lost; it is {'nowhere' if now is None else f'v{now}'} now")
+    if recovered.copied_from is not None:
+        sentences.append(f"a copy of the run in {recovered.copied_from}: that one is left as it is, this goes on alone")
+    for aside in recovered.set_aside:
+        sentences.append(f"tmpfs was out of date; what the archive has not got of it is in {aside}, yours to delete")
     return sentences
 
 
