@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_grpo import AdapterStore, FakeEngine, GRPOTrainer, ModelConfig, NativeSync
+from lora_grpo.adapters.export import Recipe, export_adapter
+from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, UnknownVersion
 from tests.test_cli_versions import lora_grpo
@@ -82,8 +86,6 @@ def test_an_engines_tokenizer_is_found_again_by_its_own_name(
 
 
 def test_a_base_wrapped_at_run_time_is_named_by_its_own_class() -> None:
-    from lora_grpo.adapters.export import Recipe
-
     model = tiny_peft()
     base = model.get_base_model()
     base.__class__ = type("FSDPLlama", (type(base),), {})
@@ -128,3 +130,50 @@ def test_a_rollback_without_the_optimizer_says_so(shm_dir: Path) -> None:
         sync.optimizer = optimizer
         sync.push(step=2)
         assert sync.rollback(to="parent").version.number == 1
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "folder with a file"])
+def test_a_killed_export_leaves_no_half_adapter(llama_dir: Path, tmp_path: Path, there: bool) -> None:
+    """Killed before each file or folder that it makes or renames; a new folder can be exported to again."""
+    run, out = tmp_path / "run", tmp_path / "exported"
+    with trained(llama_dir, fake_engine(llama_dir), run) as trainer:
+        trainer.train()
+    if there:
+        out.mkdir()
+        (out / "notes.md").touch()
+    moments = 0
+    while exit_code_of_export(run, out, killed_at=moments) == KILLED:
+        moments += 1
+        assert there == out.exists()
+        assert (out / WEIGHTS_FILE).exists() or not (out / CONFIG_FILE).exists()
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            (out / name).unlink(missing_ok=True)
+    assert moments > 5
+    assert load_file(out / WEIGHTS_FILE).keys()
+    assert json.loads((out / CONFIG_FILE).read_text())["r"] == 8
+    assert AutoTokenizer.from_pretrained(out).get_vocab()
+    assert not [*out.parent.glob(".*"), *out.glob(".*")]
+
+
+KILLED = 9
+
+
+def exit_code_of_export(run: Path, out: Path, *, killed_at: int) -> int:
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = [killed_at]
+
+    def kill(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename") and "exported" in str(arguments[0]):
+            left[0] -= 1
+            if left[0] < 0:
+                os._exit(KILLED)
+
+    try:
+        sys.addaudithook(kill)
+        with AdapterStore(archive=run, readonly=True) as store:
+            export_adapter(store, "head", Recipe.read(run), out)
+        os._exit(0)
+    finally:
+        os._exit(1)

@@ -118,18 +118,21 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
 def test_train_refuses_in_one_sentence_and_leaves_nothing(
     settings: RunConfig, override: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()
+    monkeypatch.undo()  # the real trainer
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the command's own handler, for a process of its own
     (tmp_path / "file").touch()
     config = save_config(settings, tmp_path / "settings")
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, sorted(Path("/dev/shm").glob("lora-grpo-run-*"))
+    before = sorted(tmp_path.rglob("*"))
+    opened: list[Any] = []
+    monkeypatch.setattr("lora_grpo.trainer.assembly.AdapterStore", opened.append)
     result = CliRunner().invoke(app, ["train", str(config), override], env={"NO_COLOR": "1"})
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
     assert result.stderr.startswith("error: ")
     assert words in result.stderr
-    assert ({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, sorted(Path("/dev/shm").glob("lora-grpo-run-*"))) == before
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not opened
 
 
 def test_an_adapter_that_scales_otherwise_does_not_take_the_runs_recipe(llama_dir: Path, tmp_path: Path) -> None:

@@ -283,6 +283,8 @@ def test_an_untested_release_is_refused_on_the_cpu_only(monkeypatch: pytest.Monk
 
 
 def test_a_prepacked_engine_is_refused(llama_engine: VLLMEngine) -> None:
+    if compat.is_cpu() and not torch.cpu._is_avx512_supported():
+        pytest.skip("this processor has no AVX-512 (avx512f): vLLM's library for it packs no weights")
     with pytest.raises(UnsupportedAdapter, match="it has prepacked its weights"):
         llama_engine.shared_model()
 

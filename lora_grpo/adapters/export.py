@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -102,14 +103,32 @@ def export_adapter(
         raise StoreError(f"{directory} already holds an adapter; name an empty or new directory")
     exact = _trainer_weights(store, version)
     tensors = _serving_weights(store, version, recipe) if exact is None else exact
-    with disk.reported(f"exporting {version} to {directory}"):
-        directory.mkdir(parents=True, exist_ok=True)
+    with disk.reported(f"exporting {version} to {directory}"), _staged(directory) as staged:
         kept = None if store.archive is None else store.archive / TOKENIZER
-        if not _save_tokenizer(tokenizer, directory) and kept is not None and kept.is_dir():
-            shutil.copytree(kept, directory, copy_function=shutil.copyfile, dirs_exist_ok=True)
-        (directory / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-        (directory / CONFIG_FILE).write_text(json.dumps(dict(recipe.config), indent=1))
+        if not _save_tokenizer(tokenizer, staged) and kept is not None and kept.is_dir():
+            shutil.copytree(kept, staged, copy_function=shutil.copyfile, dirs_exist_ok=True)
+        (staged / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (staged / CONFIG_FILE).write_text(json.dumps(dict(recipe.config), indent=1))
     return "rounded" if exact is None else "exact"
+
+
+@contextmanager
+def _staged(directory: Path) -> Iterator[Path]:
+    """A folder to fill, whose files are then in `directory`: all at once where that is new, else the config last."""
+    directory = directory.resolve()
+    new = not directory.is_dir()
+    staged = (directory.parent if new else directory) / f".{directory.name}.new"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        if new:
+            os.rename(staged, directory)
+        else:
+            for path in sorted(staged.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+                os.replace(path, directory / path.name)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def keep_tokenizer(tokenizer: Any, run: Path) -> None:

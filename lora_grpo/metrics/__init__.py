@@ -3,6 +3,15 @@
 from lora_grpo.metrics.log import RunLog, history, read_metrics
 from lora_grpo.metrics.plot import plot_run
 from lora_grpo.metrics.quiet import capture_output, quiet_libraries
-from lora_grpo.metrics.reporter import Reporter
+from lora_grpo.metrics.reporter import Reporter, check_folder
 
-__all__ = ["Reporter", "RunLog", "capture_output", "history", "plot_run", "quiet_libraries", "read_metrics"]
+__all__ = [
+    "Reporter",
+    "RunLog",
+    "capture_output",
+    "check_folder",
+    "history",
+    "plot_run",
+    "quiet_libraries",
+    "read_metrics",
+]

@@ -19,6 +19,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,21 +31,24 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
-    """Appends records to a JSONL file; a kill at any moment loses at most the line being written."""
+    """Appends records to a JSONL file, made with the first one; a kill loses at most the line being written."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        _end_whole(path)
-        self._file = path.open("ab", buffering=0)
+        self._file: FileIO | None = None
 
     def append(self, event: str, /, **fields: Any) -> None:
         """Writes one record in one write; its `event` and `time` come first."""
         record = {"event": event, "time": round(time.time(), 3), **_plain(fields)}
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _end_whole(self.path)
+            self._file = self.path.open("ab", buffering=0)
         self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: str | Path) -> list[Record]:

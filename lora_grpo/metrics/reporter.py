@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +29,8 @@ class Reporter:
     ) -> None:
         self.run_dir = Path(run_dir)
         check_trackers(trackers)
-        _check_folder(self.run_dir)
+        check_folder(self.run_dir)
+        self._new = not self.run_dir.exists()
         self._log = RunLog(self.run_dir / METRICS_FILE)
         self._samples: RunLog | None = None
         self._view = LiveView(self.run_dir, total_steps) if view else None
@@ -96,7 +97,10 @@ class Reporter:
         self._log.append("end", info=result)
 
     def close(self) -> None:
-        """Gives the terminal back and closes every file; a second call does nothing."""
+        """Gives the terminal back and closes every file; a second call does nothing.
+
+        A run directory that is new, and has got nothing, is removed.
+        """
         self._open.close()
         if self._view:
             self._view.close()
@@ -106,6 +110,9 @@ class Reporter:
         self._log.close()
         if self._samples:
             self._samples.close()
+        if self._new:
+            with suppress(OSError):
+                self.run_dir.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +128,8 @@ class Reporter:
             self._trackers.log(numbers, step)
 
 
-def _check_folder(run_dir: Path) -> None:
+def check_folder(run_dir: Path) -> None:
+    """Raises `ConfigError` where a file stands in the way of the run directory."""
     there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"the run directory {run_dir} cannot be made: {there} is a file; choose another one")

@@ -77,12 +77,14 @@ def assemble(
     """
     processes = crew.processes
     processes.first(lambda: refuse_live(run_dir))
+    given = any(processes.gather(engine is not None))
+    sized = with_room(engine_config, config.max_staleness)
+    if not given:  # what is refused here leaves nothing behind
+        start = _prepared(reporter, model, peft_config, sized, share_base_weights, processes)
     store = processes.each(lambda: _open_store(closing, crew, store_root, run_dir, keep, engine_config))
-    if any(processes.gather(engine is not None)):
+    if given:
         engine = None if engine is None else taken_over(closing, engine, config, built=False)
     else:
-        sized = with_room(engine_config, config.max_staleness)
-        start = _prepared(reporter, model, peft_config, sized, share_base_weights, processes)
         here = crew.leads or not sized.urls
         engine = processes.each(lambda: taken_over(closing, start(), config, built=True) if here else None)
     with reporter.capture():

@@ -14,6 +14,7 @@ from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
 from lora_grpo.data import load_data
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.metrics import check_folder
 from lora_grpo.rewards import load_reward
 from lora_grpo.trainer.assembly import refuse_live
 from lora_grpo.trainer.crew import launched
@@ -52,6 +53,7 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
 
 def _check_run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
     """Refuse what the run directory rules out, and change nothing there."""
+    check_folder(run_dir)
     refuse_live(run_dir)
     if not resume and _holds_run(run_dir):
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
