@@ -91,7 +91,10 @@ def describe_settings(section: type[BaseModel] = RunConfig, prefix: str = "") ->
 
 def _of_run(run: Path) -> dict[str, Any]:
     if not (run / RESOLVED_FILE).is_file():
-        raise ConfigError(f"{run} has no {RESOLVED_FILE}: it is no run of `lora-grpo train`; name a TOML file")
+        raise ConfigError(
+            f"{run} has no {RESOLVED_FILE}: it is no run of `lora-grpo train`, or one that stopped before its first "
+            "version; name its TOML file"
+        )
     return {**_read(run / RESOLVED_FILE), "output_dir": str(run)}
 
 

@@ -78,6 +78,16 @@ def test_the_first_tensor_that_differs_is_named(llama_engine: VLLMEngine, llama_
         NativeSync(tiny_lora(base), llama_engine, store)
 
 
+def test_a_float64_base_is_compared_too(llama_engine: VLLMEngine, llama_dir: Path, store: AdapterStore) -> None:
+    model = tiny_lora(load_model(llama_dir).double())
+    match = NativeSync(model, llama_engine, store).base_match
+    assert match is not None
+    assert (match.compared, match.unread) == (match.tensors, {})
+    nudge(model.get_submodule("base_model.model.model.layers.1.mlp.down_proj.base_layer").weight)
+    with pytest.raises(UnsupportedAdapter, match=r"^model\.layers\.1\.mlp\.down_proj\.weight differs"):
+        match_base(llama_engine, model, Processes(None))
+
+
 @pytest.mark.parametrize("scale", [0.002, 0.0005])
 def test_an_adapter_that_was_merged_into_the_trainers_base(
     llama_engine: VLLMEngine, llama_dir: Path, store: AdapterStore, scale: float

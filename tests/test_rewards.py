@@ -59,6 +59,16 @@ def test_functions_get_trl_inputs_with_columns_repeated_for_each_completion():
     assert seen["trainer_state"].global_step == 5
 
 
+def test_what_a_function_does_to_its_lists_is_seen_by_no_other():
+    def empties(prompts, completions, **columns):
+        rewards = length(completions)
+        completions.clear()
+        prompts.sort(reverse=True)
+        return rewards
+
+    assert score([empties, length], GROUPS, {}) == [[1.0, 1.0]] * 4
+
+
 def test_chat_prompts_get_message_lists():
     seen = []
 

@@ -46,12 +46,15 @@ def train(
     run_config = load_config(config, overrides or ())
     from lora_grpo.trainer import build_trainer
 
+    began = resume
     try:
         with build_trainer(run_config, resume=resume) as trainer:
+            began = True
             result = trainer.train()
             leads = trainer.crew.leads
     except KeyboardInterrupt:
-        say(f"stopped; go on with: {shlex.join(['lora-grpo', 'train', str(config), *(overrides or ()), '--resume'])}")
+        again = shlex.join(["lora-grpo", "train", str(config), *(overrides or ()), *(["--resume"] if began else [])])
+        say(f"stopped; go on with: {again}" if began else f"stopped before the training began; start again with: {again}")
         raise
     if leads:
         print_json(result)

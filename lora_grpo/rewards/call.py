@@ -154,7 +154,8 @@ class Call:
             self._begun = None
 
     def _kwargs(self, inputs: Kwargs, context: RewardContext) -> Kwargs:
-        offered = inputs | {
+        # Copies: what a function does to its lists is seen by no other.
+        offered = {name: list(values) for name, values in inputs.items()} | {
             "trainer_state": context.state,
             "log_extra": context.log_extra,
             "log_metric": context.log_metric,

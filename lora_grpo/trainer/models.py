@@ -16,6 +16,7 @@ from lora_grpo.adapters.checks import active_adapter, check_servable
 from lora_grpo.adapters.peft_format import lora_modules, peft_model_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
+from lora_grpo.engines.compat import allowed_rank
 from lora_grpo.engines.local.targets import skeleton
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.sections import nearest_key
@@ -52,6 +53,8 @@ class Plan:
 def plan(model: ModelConfig | nn.Module, peft_config: Any, config: EngineConfig, sharing: Sharing) -> Plan:
     """The plan of a run. Raises `ConfigError` for a base or an adapter that cannot be, or too little memory."""
     rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
+    if not config.urls:
+        allowed_rank(max(rank, config.max_lora_rank or 0))
     one_copy = expects_one_copy(sharing, model, config)
     return Plan(rank, leaves, planned_memory(model, config, rank=rank, leaves=leaves, shared_base=one_copy))
 

@@ -108,7 +108,7 @@ class _Comparison:
         everywhere = bool(self._readings)
         for reading in self._readings:
             found = reading.tensors.get(name)
-            if tensor.dtype not in PLAIN:
+            if tensor.dtype not in (*PLAIN, torch.float64):
                 self._unread[reading.where][name] = f"the trainer keeps it quantized ({_short(tensor.dtype)})"
                 everywhere = False
             elif found is None:
