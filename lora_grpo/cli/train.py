@@ -54,7 +54,11 @@ def train(
             leads = trainer.crew.leads
     except KeyboardInterrupt:
         again = shlex.join(["lora-grpo", "train", str(config), *(overrides or ()), *(["--resume"] if began else [])])
-        say(f"stopped; go on with: {again}" if began else f"stopped before the training began; start again with: {again}")
+        say(
+            f"stopped; go on with: {again}"
+            if began
+            else f"stopped before the training began; start again with: {again}"
+        )
         raise
     if leads:
         print_json(result)
