@@ -101,8 +101,8 @@ FAMILIES: dict[str, Family] = {
             "attention_multiplier": 1 / HEAD_SIZE,
         },
     ),
-    "cohere": Family("cohere", {"logit_scale": 0.0625}),
-    "cohere2": Family("cohere2", {**HEADED, "logit_scale": 0.0625, "sliding_window": 32}),
+    "cohere": Family("cohere", {"logit_scale": 0.0625, "tie_word_embeddings": True}),
+    "cohere2": Family("cohere2", {**HEADED, "logit_scale": 0.0625, "sliding_window": 32, "tie_word_embeddings": True}),
     # PEFT adapts no out_proj of a Mamba layer.
     "granitemoehybrid": Family(
         "granitemoehybrid",

@@ -20,7 +20,7 @@ from tests.model_table import CONTROLS, examine
 
 pytestmark = pytest.mark.vllm
 
-PATHS = {"mixture of experts": "qwen3_moe", "quiet logits": "granite"}
+PATHS = {"mixture of experts": "qwen3_moe", "quiet logits": "granite", "renamed modules": "gpt_oss"}
 
 
 @pytest.mark.parametrize("path", PATHS)

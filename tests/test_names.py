@@ -78,7 +78,29 @@ def test_stacked_parameters(inside: bool) -> None:
     assert names.tensor("model.layer.k_proj.bias") == Place("model.layer.qkv_proj.bias", (1,))
     assert names.tensor("model.layer.in_qkv.weight") == Place("model.layer.in_proj.weight", (0, 1, 2))
     assert names.tensor("model.layer.in_z.weight") == Place("model.layer.in_proj.weight", (3,))
-    assert names.sizes(Place("model.layer.qkv_proj.weight")) == [8, 4, 4]
+    assert names.module("model.layer.q_proj") == Place("model.layer.qkv_proj", (0,))
+
+
+def test_the_rows_of_a_tensor() -> None:
+    names = NameMap(model(Mapper({}, STACKED)))
+    place = names.tensor("model.layer.in_qkv.weight")
+    assert place is not None
+    assert names.rows(place, (8, 4), (12, 4)) == {0: (0, 2), 1: (2, 2), 2: (4, 4)}
+    assert names.rows(place, (7, 4), (12, 4)) is None
+    assert names.rows(place, (8, 3), (12, 4)) is None
+    whole = Place("model.layer.qkv_proj.weight")
+    assert names.rows(whole, (16, 4), (16, 4)) == {0: (0, 8), 1: (8, 4), 2: (12, 4)}
+    assert names.rows(Place(whole.name, (3,)), (4, 4), (16, 4)) is None
+
+
+def test_only_a_vocabulary_is_padded() -> None:
+    outer = model()
+    outer.embed, outer.norm = nn.Embedding(64, 4), nn.LayerNorm(64)
+    outer.embed.org_vocab_size = 50
+    names = NameMap(outer)
+    assert names.rows(Place("embed.weight"), (50, 4), (64, 4)) == {0: (0, 50)}
+    assert names.rows(Place("norm.weight"), (50,), (64,)) is None
+    assert names.rows(Place("norm.weight"), (64,), (64,)) == {0: (0, 64)}
 
 
 def test_a_tensor_whose_values_are_in_several_slices_has_no_place() -> None:

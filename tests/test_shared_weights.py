@@ -24,6 +24,7 @@ from lora_grpo.engines.local import shared_weights
 from lora_grpo.engines.local.frozen import FrozenParameter
 from lora_grpo.engines.local.shared_weights import SharedBase, check_shareable
 from lora_grpo.engines.local.targets import linear_leaves
+from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.sync import NativeSync
@@ -344,6 +345,18 @@ def odd_architecture() -> Any:
     return model
 
 
+def served_as(tensors: dict[str, torch.Tensor]) -> NameMap:
+    """A model of vLLM with those tensors; `embed` and `head` hold vocabularies."""
+    model = nn.Module()
+    for name, tensor in tensors.items():
+        layer = nn.Module()
+        layer.weight = nn.Parameter(tensor)
+        if name in ("embed.weight", "head.weight"):
+            layer.org_vocab_size = 8  # type: ignore[assignment]
+        model.add_module(name.removesuffix(".weight"), layer)
+    return NameMap(model)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -355,10 +368,10 @@ def odd_architecture() -> Any:
 )
 def test_what_does_not_match_is_refused_by_name(change: dict[str, torch.Tensor | None], message: str) -> None:
     served = {"embed.weight": torch.zeros(64, 4), "head.weight": torch.zeros(64, 4), "extra.weight": torch.zeros(4, 4)}
-    shared_weights._fill(odd_architecture(), served, {})
+    shared_weights._fill(odd_architecture(), served, served_as(served))
     changed = {name: tensor for name, tensor in {**served, **change}.items() if tensor is not None}
     with pytest.raises(UnsupportedAdapter, match=message):
-        shared_weights._fill(odd_architecture(), changed, {})
+        shared_weights._fill(odd_architecture(), changed, served_as(changed))
 
 
 def test_another_function_on_the_same_weights_is_refused(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,9 +198,13 @@ def _check_rank(config: Mapping[str, Any], path: str, rank: int, b_shape: tuple[
     stated = (config.get("rank_pattern") or {}).get(key, config.get("r"))
     alpha = (config.get("alpha_pattern") or {}).get(key, config.get("lora_alpha"))
     if type(stated) is not int or not (rank == stated == b_shape[1]):
-        said = (
-            ascii(stated)[:80] if not isinstance(stated, int) else hex(stated)[:20] if abs(stated) > 10**9 else stated
-        )
-        raise _Malformed(f"{path} has A of rank {rank} and B of rank {b_shape[1]}; its config says {said}")
+        raise _Malformed(f"{path} has A of rank {rank} and B of rank {b_shape[1]}; its config says {_said(stated)}")
     if not isinstance(alpha, int | float) or alpha is True or not abs(alpha - rank) <= 1e-9 * rank:
-        raise _Malformed(f"{path} has an alpha other than its rank {rank}; the serving form's scale is 1")
+        raise _Malformed(f"{path} has alpha {_said(alpha)} at rank {rank}; the serving form's scale is 1")
+
+
+def _said(value: Any) -> str:
+    """A config's value, cut where it is long."""
+    if isinstance(value, int):
+        return hex(value)[:20] if abs(value) > 10**9 else str(value)
+    return ascii(value)[:80]

@@ -225,12 +225,6 @@ def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
     return None if plain is None else (plain, None)
 
 
-def packed_members(llm: Any) -> dict[str, tuple[str, ...]]:
-    """Last names of the model's fused layers -> last names of what each is made of, in the order of its rows."""
-    mapping = getattr(runner(llm).get_model(), "packed_modules_mapping", {})
-    return {fused: tuple(members) for fused, members in mapping.items() if len(members) > 1}
-
-
 def register_adapter(llm: Any, lora_id: int, rank: int, layers: dict[str, Any]) -> None:
     """Enter an adapter among vLLM's loaded ones as its own loader leaves it, the least recently used making room.
 

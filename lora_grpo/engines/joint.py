@@ -27,7 +27,7 @@ from lora_grpo.types import Group, Prompt, Sampling
 T = TypeVar("T")
 
 AGREEMENT_NATS = 0.03
-"""By how much the engines of two processes may differ, mean over tokens: a tenth of what the probe moves them by."""
+"""By how much the engines of two processes may differ, mean over tokens."""
 
 
 def joint(engine: Engine | None, processes: Processes) -> Engine:
@@ -123,7 +123,7 @@ class EngineInEach(_Joint):
 
         Raises `DeliveryError` when they do not.
         """
-        answers = self._processes.gather(self._ask(lambda engine: engine.logprobs(sequences, adapter=adapter)))
+        answers = self.logprobs_of_each(sequences, adapter=adapter)
         for index, answer in enumerate(answers):
             apart = mean_abs_difference(answer, answers[0])
             if not apart <= AGREEMENT_NATS:
@@ -132,6 +132,11 @@ class EngineInEach(_Joint):
                     f"{adapter or 'the base'}: start them alike, on devices of one kind"
                 )
         return answers[0]
+
+    def logprobs_of_each(
+        self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None
+    ) -> list[list[list[float]]]:
+        return self._processes.gather(self._ask(lambda engine: engine.logprobs(sequences, adapter=adapter)))
 
     def _ask(self, act: Callable[[Engine], T]) -> T:
         return self._processes.each(lambda: act(self._own))

@@ -7,7 +7,7 @@ several of a checkpoint's tensors below each other, its slices; a tensor may fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,11 @@ class NameMap:
             return self._known(runtime, _slices(shard))
         return self._known(runtime, None) or self._packed(runtime)
 
+    def module(self, path: str) -> Place | None:
+        """Where the layer lies that PEFT adapts as `path`."""
+        place = self.tensor(f"{path}.weight")
+        return None if place is None else Place(place.name.removesuffix(".weight"), place.slices)
+
     def _loaded_as(self, name: str) -> tuple[str, Any] | None:
         """The name, and what slices it fills, as each model on the way down has it; None for what is not loaded."""
         module, passed, shard = self._model, "", None
@@ -65,7 +70,7 @@ class NameMap:
         parent, _, leaf = module.rpartition(".")
         for fused, members in self._packed_members.items():
             place = self._known(f"{parent}.{fused}.{kind}", None) if leaf in members else None
-            if place is not None and len(self.sizes(place)) == len(members):
+            if place is not None and len(self._sizes(place.name)) == len(members):
                 return Place(place.name, (members.index(leaf),))
         return None
 
@@ -74,10 +79,25 @@ class NameMap:
         there = module in self.modules and hasattr(self.modules[module], kind)
         return Place(runtime, slices) if there else None
 
-    def sizes(self, place: Place) -> list[int]:
-        """Rows of all slices of a tensor's layer; empty where it has none, as a vocabulary, which vLLM pads."""
-        module = self.modules[place.name.rpartition(".")[0]]
-        return [] if hasattr(module, "org_vocab_size") else list(getattr(module, "output_partition_sizes", None) or ())
+    def rows(self, place: Place, shape: Sequence[int], whole: Sequence[int]) -> dict[int, tuple[int, int]] | None:
+        """First row and count of each slice, by index, that a tensor of `shape` fills in vLLM's of shape `whole`; None
+        where it does not fit."""
+        sizes = self._sizes(place.name)
+        if not sizes or sum(sizes) != whole[0]:
+            # vLLM pads a vocabulary: its own rows come first.
+            sizes = [min(shape[0], whole[0]) if self._is_vocabulary(place.name) else whole[0]]
+        wanted = range(len(sizes)) if place.slices is None else place.slices
+        if max(wanted) >= len(sizes) or [sum(sizes[index] for index in wanted), *whole[1:]] != list(shape):
+            return None
+        return {index: (sum(sizes[:index]), sizes[index]) for index in wanted}
+
+    def _sizes(self, name: str) -> list[int]:
+        """Rows of all slices of a tensor's layer; empty where it has none."""
+        module = self.modules[name.rpartition(".")[0]]
+        return [] if self._is_vocabulary(name) else list(getattr(module, "output_partition_sizes", None) or ())
+
+    def _is_vocabulary(self, name: str) -> bool:
+        return hasattr(self.modules[name.rpartition(".")[0]], "org_vocab_size")
 
 
 def _plain_modules(model: Any) -> Iterator[tuple[str, Any]]:

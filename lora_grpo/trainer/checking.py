@@ -131,7 +131,7 @@ class _Run:
         probe = self.trainer.sync.probe
         if probe is not None:
             yield "base match", lambda: f"engine and trainer agree to {probe.noise:.4f} nats a token"
-            yield "probe", lambda: f"a loud adapter moves {probe.signal:.3f} nats a token, {probe.error:.4f} apart"
+            yield "probe", lambda: f"a loud adapter moves {probe.signal:.3g} nats a token, {probe.error:.2g} apart"
         for number in range(1, SWAPS + 1):
             yield f"swap {number}", partial(self._swap, number)
 

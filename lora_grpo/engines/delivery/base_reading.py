@@ -67,7 +67,6 @@ def _read(names: NameMap, place: Place, shape: tuple[int, ...]) -> TensorReading
     """A tensor's reading, or why there is none."""
     module, _, kind = place.name.rpartition(".")
     layer = names.modules[module]
-    sizes = names.sizes(place)
     packed = packed_form(layer, kind)
     tensor = getattr(layer, kind)
     if packed is None and tensor.numel() == 0:
@@ -76,18 +75,13 @@ def _read(names: NameMap, place: Place, shape: tuple[int, ...]) -> TensorReading
     if dtype not in PLAIN:
         return f"vLLM keeps it quantized ({str(dtype).removeprefix('torch.')})"
     whole = tuple(tensor.shape or (1,)) if packed is None else packed.shape
-    if sum(sizes) != whole[0]:
-        # A vocabulary may be padded: its own rows come first.
-        sizes = [whole[0] if packed else min(shape[0], whole[0])]
-    wanted = range(len(sizes)) if place.slices is None else place.slices
-    if max(wanted) >= len(sizes) or (sum(sizes[index] for index in wanted), *whole[1:]) != shape:
+    rows = names.rows(place, shape, whole)
+    if rows is None:
         return f"vLLM holds it as {list(whole)}, the checkpoint as {list(shape)}"
-    if packed is None:
-        pieces = tensor.reshape(whole)[: sum(sizes)].split(sizes)
-        digests = {index: digest(pieces[index], dtype) for index in wanted}
-    else:
-        digests = packed.digests
-    slices = tuple((sizes[index], digests[index]) for index in wanted)
+    slices = tuple(
+        (count, packed.digests[index] if packed else digest(tensor.reshape(whole)[first : first + count], dtype))
+        for index, (first, count) in rows.items()
+    )
     return TensorReading(str(dtype).removeprefix("torch."), slices)
 
 

@@ -30,44 +30,58 @@ SEPARATION = 20.0
 """How many times the base's own noise the probe must move the log-probs, to be able to prove anything."""
 AGREEMENT = 0.1
 """Share of that movement by which engine and trainer may differ; a scale wrong by 2 differs by about half."""
+NOISES = 2.0
+"""How many times the noise under the loud adapter they may differ besides, up to as much as `AGREEMENT` again."""
 MAX_BASE_NOISE_NATS = 0.2
-_MIN_SIGNAL_NATS = 0.3
+MIN_SIGNAL_NATS = 1e-3
+_JITTER = 2.0**-8
+"""Relative; what bfloat16 rounds off."""
 _ROWS, _TOKENS = 4, 24
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
     """Nats, means over the probe's tokens: `noise` engine against trainer on the base, `signal` adapter against base
-    in the trainer, `error` engine against trainer with the adapter."""
+    in the trainer, `error` engine against trainer with the adapter; and the limits that they were held to."""
 
     noise: float
     signal: float
     error: float
     seconds: float
+    most_noise: float
+    least_signal: float
+    most_error: float
 
 
 @dataclass(frozen=True)
 class Witness:
     """What a trainer computes on fixed `sequences`, without an adapter (`base`) and with the loud one (`loud`), which
-    moves the log-probs by `signal` nats a token; lists of log-probs of tokens 1..T-1."""
+    moves the log-probs by `signal` nats a token; lists of log-probs of tokens 1..T-1. Rounding errors weigh `growth`
+    times as much with the loud adapter as without."""
 
     sequences: list[list[int]]
     base: list[list[float]]
     loud: list[list[float]]
     signal: float
+    growth: float = 1.0
 
     def noise(self, served: list[list[float]]) -> float:
         """Nats by which an engine's base differs from the trainer's; raises `UnsupportedAdapter` for another base."""
         return _base_noise(served, self.base)
 
+    def most_error(self, noise: float) -> float:
+        """Nats by which an engine with the probe may differ, where its base differs by `noise`."""
+        share = AGREEMENT * self.signal
+        return share + min(NOISES * self.growth * noise, share)
+
     def error(self, served: list[list[float]], noise: float) -> float:
         """Nats by which an engine with the probe differs from the trainer; raises `DeliveryError` for too many."""
-        error = mean_abs_difference(served, self.loud)
-        if not error <= AGREEMENT * self.signal:
+        error, most = mean_abs_difference(served, self.loud), self.most_error(noise)
+        if not error <= most:
             raise DeliveryError(
-                f"the engine does not apply the adapter as the trainer does: log-probs differ by {error:.3f} nats "
-                f"where the adapter moves them by {self.signal:.3f} (base noise {noise:.4f}); the path into vLLM is "
-                "broken"
+                f"the engine does not apply the adapter as the trainer does: log-probs differ by {error:.3g} nats "
+                f"where the adapter moves them by {self.signal:.3g} (at most {most:.3g}; base noise {noise:.3g}); the "
+                "path into vLLM is broken"
             )
         return error
 
@@ -103,16 +117,18 @@ def run_probe(
             "and its dtype one that the model stands (float16 overflows in models made for bfloat16)?"
         )
     noise = max(_base_noise(served, trainer_base) for served in _answers(engine, sequences, None))
-    needed = max(_MIN_SIGNAL_NATS, SEPARATION * noise)
+    needed = max(MIN_SIGNAL_NATS, SEPARATION * noise)
     with (
         loud(form.modules, model, sequences, trainer_base, needed, seed) as (trainer_probe, signal),
         nullcontext(publish(form.files())) if publish else _written(form.files(), scratch) as version,
     ):
-        witness = Witness(sequences, trainer_base, trainer_probe, signal)
+        growth = _growth(model, form.modules, sequences, trainer_base, trainer_probe)
+        witness = Witness(sequences, trainer_base, trainer_probe, signal, growth)
         error = max(witness.error(served, noise) for served in _serve(version, engine, sequences))
         if is_remote(engine):
             engine.keep_probe(version, witness, noise)
-    return ProbeReport(noise, signal, error, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return ProbeReport(noise, signal, error, seconds, MAX_BASE_NOISE_NATS, needed, witness.most_error(noise))
 
 
 def probe_sequences(vocabulary: int, seed: int) -> list[list[int]]:
@@ -145,8 +161,8 @@ def loud(
                 break
         else:
             raise DeliveryError(
-                f"a large random adapter moves the trainer's log-probs by {signal:.4f} nats a token, where "
-                f"{needed:.4f} are needed: the model's forward does not compute the adapted layers (is it replaced, or "
+                f"a large random adapter moves the trainer's log-probs by {signal:.2g} nats a token, where "
+                f"{needed:.2g} are needed: the model's forward does not compute the adapted layers (is it replaced, or "
                 "compiled before the adapter came?), or its base is all zeros"
             )
         yield moved, signal
@@ -165,6 +181,38 @@ def _randomise(modules: list[LoraModule], size: float, seed: int) -> None:
         a, b = module.a_RI, module.b_OR
         assign(a, torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)
         assign(b, torch.randn(b.shape, generator=generator) * size / (module.scaling * b.shape[1] ** 0.5))
+
+
+def _growth(
+    model: nn.Module,
+    modules: list[LoraModule],
+    sequences: list[list[int]],
+    base: list[list[float]],
+    loud: list[list[float]],
+) -> float:
+    """How many times as much small errors in the adapted layers' outputs move the log-probs with the loud adapter, as
+    the model is now, as without it; at least 1."""
+    with _jittered(modules):
+        shaken_loud = teacher_logprobs(model, sequences)
+        with peft_model_of(model).disable_adapter():
+            shaken_base = teacher_logprobs(model, sequences)
+    quiet = mean_abs_difference(shaken_base, base)
+    return max(1.0, mean_abs_difference(shaken_loud, loud) / quiet) if quiet else 1.0
+
+
+@contextmanager
+def _jittered(modules: list[LoraModule]) -> Iterator[None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + _JITTER * torch.randn(output.shape, generator=generator).to(output))
+
+    hooks = [module.layer.register_forward_hook(shake) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _base_noise(served: list[list[float]], trainer: list[list[float]]) -> float:
@@ -186,10 +234,9 @@ def _serve(version: AdapterVersion, engine: Engine, sequences: list[list[int]]) 
 
 
 def _answers(engine: Engine, sequences: list[list[int]], adapter: AdapterVersion | None) -> list[list[list[float]]]:
-    """The log-probs that an engine gives, or those of each of its servers."""
-    if is_remote(engine):
-        return engine.logprobs_of_each(sequences, adapter=adapter)
-    return [engine.logprobs(sequences, adapter=adapter)]
+    """The log-probs that an engine gives, or each of those that it stands for."""
+    of_each = getattr(engine, "logprobs_of_each", None)
+    return of_each(sequences, adapter=adapter) if of_each else [engine.logprobs(sequences, adapter=adapter)]
 
 
 @contextmanager

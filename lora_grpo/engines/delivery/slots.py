@@ -8,6 +8,7 @@ stale adapter from a fresh one; the checksum does.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lora_grpo.adapters.peft_format import all_finite
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.delivery.binding import TORCH_DTYPES, Binding, Part, Placement, raw_bytes
+from lora_grpo.engines.names import NameMap
 from lora_grpo.errors import DeliveryError
 
 _FILE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -28,7 +30,7 @@ class SlotProver:
     def __init__(self, llm: Any) -> None:
         self._llm = llm
         self._modules = compat.wrapped_modules(llm)
-        self._fused = compat.fused_members(llm)
+        self._names = NameMap(compat.runner(llm).get_model())
         self._bindings: dict[bytes, Binding] = {}
 
     def bind(self, version: AdapterVersion, file: AdapterFile) -> Binding:
@@ -84,15 +86,21 @@ class SlotProver:
         return Placement(rank, tuple(found.get(index) for index in range(members)))
 
     def _locate(self, version: AdapterVersion, path: str) -> tuple[str, int]:
-        if path in self._fused:
-            return self._fused[path]
-        if path in self._modules and len(self._modules[path].lora_a_stacked) == 1:
-            return path, 0
-        raise DeliveryError(
-            f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without a word. "
-            f"It has e.g. {next(iter(self._fused), None) or next(iter(self._modules), None)}: check the prefix, the "
-            "layer index, the architecture and lora_target_modules"
-        )
+        place = self._names.module(path)
+        if place is None or place.name not in self._modules:
+            nearest = next(iter(get_close_matches(path, self._modules, 1, cutoff=0)), "none")
+            raise DeliveryError(
+                f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without a word. "
+                f"The nearest that it has is {nearest}: check the prefix, the layer index, the architecture and "
+                "lora_target_modules"
+            )
+        slices = range(len(self._modules[place.name].lora_a_stacked)) if place.slices is None else place.slices
+        if len(slices) != 1:
+            raise DeliveryError(
+                f"{version}: {path} fills {len(slices)} slices of the engine's {place.name}, which adapters are not "
+                "served for; leave it out of target_modules"
+            )
+        return place.name, slices[0]
 
     def _untouched(self, taken: dict[str, dict[int, tuple[int, int]]]) -> Iterator[tuple[str, torch.Tensor]]:
         for runtime, layer in self._modules.items():

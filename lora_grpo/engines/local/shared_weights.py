@@ -20,6 +20,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.probe import MAX_BASE_NOISE_NATS, probe_sequences
 from lora_grpo.engines.local.frozen import FrozenParameter
+from lora_grpo.engines.names import NameMap
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
@@ -38,8 +39,7 @@ class SharedBase:
         _check_engine(llm)
         self.model = _skeleton(llm, trust_remote_code)
         served = dict(compat.base_parameters(llm))
-        fused = compat.packed_members(llm)
-        _fill(self.model, served, fused)
+        _fill(self.model, served, NameMap(compat.runner(llm).get_model()))
         self._tensors = {name: p.detach() for name, p in self.model.named_parameters()}
         self._writes = {name: tensor._version for name, tensor in self._tensors.items()}
         self._places = {name: parameter.data_ptr() for name, parameter in served.items()}
@@ -175,16 +175,15 @@ def _skeleton(llm: Any, trust_remote_code: bool) -> Any:
     return model.eval()
 
 
-def _fill(model: Any, served: Mapping[str, torch.Tensor], fused: Mapping[str, tuple[str, ...]]) -> None:
+def _fill(model: Any, served: Mapping[str, torch.Tensor], names: NameMap) -> None:
     """Put a view of the engine's weights in place of every parameter, and tie what is tied."""
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    padded = _vocabulary_parameters(model)
     if model.config.get_text_config().tie_word_embeddings:
-        head = f"{_name_of(model, model.get_output_embeddings())}.weight"
-        wanted.pop(head, None)
+        head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+        wanted.pop(f"{head}.weight", None)
     taken = set()
     for name, shape in wanted.items():
-        source, view = _view(name, shape, wanted, served, fused, padded=name in padded)
+        source, view = _view(name, shape, served, names)
         taken.add(source)
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._parameters[leaf] = FrozenParameter(view)
@@ -198,51 +197,17 @@ def _fill(model: Any, served: Mapping[str, torch.Tensor], fused: Mapping[str, tu
         )
 
 
-def _view(
-    name: str,
-    shape: torch.Size,
-    wanted: Mapping[str, torch.Size],
-    served: Mapping[str, torch.Tensor],
-    fused: Mapping[str, tuple[str, ...]],
-    *,
-    padded: bool,
-) -> tuple[str, torch.Tensor]:
+def _view(name: str, shape: torch.Size, served: Mapping[str, torch.Tensor], names: NameMap) -> tuple[str, torch.Tensor]:
     """The engine's parameter that holds `name`, and the rows of it that are `name`."""
-    source, first, rows = name, 0, shape[0]
-    total = rows
-    if name not in served:
-        source, members = _fused_source(name, fused)
-        sizes = [wanted[member][0] for member in members if member in wanted]
-        if source not in served or len(sizes) != len(members):
-            raise UnsupportedAdapter(
-                f"the engine's weights cannot be shared: vLLM has no weights for {name}; {_OWN_COPY}"
-            )
-        first, total = sum(sizes[: members.index(name)]), sum(sizes)
-    whole = served[source].detach().as_subclass(torch.Tensor)
-    fits = whole.shape[0] >= total if padded else whole.shape[0] == total
-    if not fits or whole.shape[1:] != shape[1:]:
+    place = names.tensor(name)
+    if place is None or place.name not in served:
+        raise UnsupportedAdapter(f"the engine's weights cannot be shared: vLLM has no weights for {name}; {_OWN_COPY}")
+    whole = served[place.name].detach().as_subclass(torch.Tensor)
+    rows = names.rows(place, shape, whole.shape)
+    first = -1 if rows is None else next(iter(rows.values()))[0]
+    if rows is None or list(rows) != list(range(min(rows), max(rows) + 1)):
         raise UnsupportedAdapter(
-            f"the engine's weights cannot be shared: {name} is {tuple(shape)}, {source} in vLLM {tuple(whole.shape)}; "
-            f"{_OWN_COPY}"
+            f"the engine's weights cannot be shared: {name} is {tuple(shape)}, {place.name} in vLLM "
+            f"{tuple(whole.shape)}; {_OWN_COPY}"
         )
-    return source, whole[first : first + rows]
-
-
-def _fused_source(name: str, fused: Mapping[str, tuple[str, ...]]) -> tuple[str, list[str]]:
-    """The name that vLLM fuses a parameter under, and the names of all parameters fused there; itself if none."""
-    module, _, kind = name.rpartition(".")
-    parent, _, leaf = module.rpartition(".")
-    for source, members in fused.items():
-        if leaf in members:
-            return f"{parent}.{source}.{kind}", [f"{parent}.{member}.{kind}" for member in members]
-    return name, [name]
-
-
-def _vocabulary_parameters(model: Any) -> set[str]:
-    """Names of the weights whose rows are tokens: vLLM may hold more of those."""
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {f"{_name_of(model, module)}.weight" for module in modules}
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return place.name, whole[first : first + shape[0]]
