@@ -11,7 +11,7 @@ import httpx
 
 from lora_grpo.adapters.archive import verify_version
 from lora_grpo.adapters.disk import reported, write_file
-from lora_grpo.adapters.layout import MANIFEST_FILE, PEFT_FILES, Manifest
+from lora_grpo.adapters.layout import MANIFEST_FILE, Manifest
 from lora_grpo.adapters.naming import served_name
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError, UnknownVersion
 
@@ -49,9 +49,8 @@ class StoreClient:
         try:
             manifest = Manifest.from_mapping(fields)
             serves = str(fields["run"])
-            sound = manifest.number == number and set(manifest.sizes) == set(PEFT_FILES)
-            sound = sound and all(isinstance(size, int) and size >= 0 for size in manifest.sizes.values())
-        except (KeyError, TypeError, AttributeError):
+            sound = manifest.number == number
+        except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
             raise StoreError(f"the store at {self.url} describes version {number} as {fields}; is it a store server?")

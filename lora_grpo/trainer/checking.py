@@ -28,6 +28,7 @@ from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.types import Completion, Group, Sampling
 
 SWAPS = 3
+SWAP_TOKENS = 8
 STAND_IN = "This is a stand-in for a completion."
 Part: TypeAlias = tuple[str, Callable[[], str]]
 
@@ -150,7 +151,10 @@ class _Run:
 
     @property
     def grpo(self) -> GRPOConfig:
-        return self.config.grpo if self.base_alone else effective_grpo(self.config)
+        if self.base_alone:
+            # Its completions are those of the swaps alone, and every engine has room for them.
+            return self.config.grpo.replace(max_completion_length=SWAP_TOKENS)
+        return effective_grpo(self.config)
 
     @property
     def guard(self) -> Guard | None:
@@ -190,7 +194,9 @@ class _Run:
         receipt = trainer.sync.last_receipt
         assert receipt is not None
         prompts, _ = trainer.train_data.select(range(min(2, len(trainer.train_data))))
-        sampling = Sampling(max_tokens=min(8, self.grpo.max_completion_length), temperature=temperature, seed=number)
+        sampling = Sampling(
+            max_tokens=min(SWAP_TOKENS, self.grpo.max_completion_length), temperature=temperature, seed=number
+        )
         groups = trainer.parts.rendering.generate(prompts, sampling, adapter=version)
         said = f"{receipt.load.proof}: {receipt.load.modules} modules, {receipt.load.proven_bytes:,} bytes compared"
         if trainer.sync.probe is not None:
