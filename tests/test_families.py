@@ -24,7 +24,8 @@ PATHS = {"mixture of experts": "qwen3_moe", "quiet logits": "granite", "renamed 
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_delivery_and_every_control(path: str, tmp_path: Path, shm_dir: Path) -> None:
+def test_delivery_and_every_control(llama_engine: VLLMEngine, path: str, tmp_path: Path, shm_dir: Path) -> None:
+    """Beside another engine in the same process, which has no experts."""
     assert len(CONTROLS) == 5
     finding = examine(PATHS[path], tmp_path, shm_dir)
     assert finding.state == "works"

@@ -1,4 +1,4 @@
-"""How a mixture of experts is computed whose experts carry no LoRA."""
+"""How a mixture of experts starts and is computed whose experts carry no LoRA."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+
+
+def make_expert_group() -> None:
+    """Let an engine with experts start beside one without: vLLM makes process groups with its first engine alone."""
+    state: Any = importlib.import_module("vllm.distributed.parallel_state")
+    if not state.model_parallel_is_initialized() or state._EP is not None or torch.distributed.get_world_size() > 1:
+        return
+    world = state.get_world_group()
+    backend = torch.distributed.get_backend(world.device_group)
+    state._EP = state.init_model_parallel_group([world.ranks], world.local_rank, backend, group_name="ep")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.local import lora_gemm, lora_kernels
 from lora_grpo.engines.local.compiling import can_compile, compiled_with_lora, engine_arguments
-from lora_grpo.engines.local.experts import experts_without_lora
+from lora_grpo.engines.local.experts import experts_without_lora, make_expert_group
 from lora_grpo.engines.local.grouped import join
 from lora_grpo.engines.local.own_class import classes_kept
 from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
@@ -85,6 +85,7 @@ def start_llm(
         if target_modules
         else linear_leaves(model, revision=revision, trust_remote_code=trust_remote_code)
     )
+    make_expert_group()
     mixes_base = plain_lora_gemm or kernels or compat.base_rows_are_safe()
     with (
         vllm_boundary(f"start on {model}"),
