@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import config_of_model, load_config, names_a_model, save_config
 from lora_grpo.engines.vllm_local import VLLMEngine
@@ -122,6 +123,18 @@ class Kept(VLLMEngine):
 
     def close(self) -> None:
         return None
+
+
+def test_where_the_run_goes_is_looked_at(config: RunConfig, tmp_path: Path) -> None:
+    found = {finding.what: finding.found for finding in check_run(config)}
+    assert found["run directory"].endswith("holds no run")
+    (tmp_path / "taken").touch()
+    faults = wrong(list(check_run(config.replace(output_dir=str(tmp_path / "taken")))))
+    assert list(faults) == ["run directory"]
+    with AdapterStore(archive=tmp_path / "live"):
+        faults = wrong(list(check_run(config.replace(output_dir=str(tmp_path / "live")))))
+    assert list(faults) == ["run directory"]
+    assert "is open in" in faults["run directory"]
 
 
 @pytest.mark.vllm

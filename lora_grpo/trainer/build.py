@@ -51,10 +51,16 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
     return trainer
 
 
-def _check_run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
-    """Refuse what the run directory rules out, and change nothing there."""
+def check_place(run_dir: Path) -> str:
+    """Whether a run can be in `run_dir`, and whether one is; raises a `LoraGrpoError` for a file or a live run."""
     check_folder(run_dir)
     refuse_live(run_dir)
+    return f"{run_dir} holds a run, which goes on with --resume" if _holds_run(run_dir) else f"{run_dir} holds no run"
+
+
+def _check_run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
+    """Refuse what the run directory rules out, and change nothing there."""
+    check_place(run_dir)
     if not resume and _holds_run(run_dir):
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
     if resume and (run_dir / RESOLVED_FILE).is_file() and _holds_run(run_dir):

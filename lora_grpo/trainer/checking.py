@@ -19,7 +19,7 @@ from lora_grpo.errors import LoraGrpoError
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_reward, reward_names, score
 from lora_grpo.rewards.call import TrainerState
 from lora_grpo.trainer.assembly import with_room
-from lora_grpo.trainer.build import effective_grpo, lora_config
+from lora_grpo.trainer.build import check_place, effective_grpo, lora_config
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import Guard, build_guard
 from lora_grpo.trainer.memory import available_memory
@@ -86,6 +86,7 @@ class _Run:
 
     def parts(self) -> Iterator[Part]:
         if not self.base_alone:
+            yield "run directory", lambda: check_place(Path(self.config.output_dir))
             yield "reward functions", lambda: ", ".join(reward_names(self.functions))
             yield "data", lambda: "; ".join(map(_columns, filter(None, self.data)))
         yield "base and adapter", self._adapter
