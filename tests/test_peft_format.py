@@ -145,7 +145,7 @@ def test_stock_vllm_loads_the_published_and_the_exported_folder(
     form = ServingForm(model, "default", torch.bfloat16)
     version = write(form, tmp_path / "versions" / "000001")
     with AdapterStore(shm_dir / "store") as store:
-        recipe = Recipe.of(model.peft_config["default"], form.modules)
+        recipe = Recipe.of(model, "default", form.modules)
         export_adapter(store, store.publish(form.files(), step=0), recipe, tmp_path / "exported")
     llm, params = llama_engine._llm, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     prompts = [{"prompt_token_ids": ids} for ids in SEQUENCES]
@@ -403,7 +403,7 @@ def test_an_exported_adapter_has_its_own_alpha_and_the_same_function(
 ) -> None:
     model = tiny_lora(load_model(llama_dir), **ADAPTERS[kind])
     form = ServingForm(model, "default", torch.float32)
-    Recipe.of(model.peft_config["default"], form.modules).write(tmp_path / RECIPE_FILE)
+    Recipe.of(model, "default", form.modules).write(tmp_path / RECIPE_FILE)
     with AdapterStore(shm_dir / "store") as store:
         version, recipe = store.publish(form.files(), step=0), Recipe.read(tmp_path)
         assert export_adapter(store, version, recipe, tmp_path / "out") == "rounded"
