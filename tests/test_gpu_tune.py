@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.bench.strategies import load_strategy, native_switched
+from lora_grpo.bench.strategies import load_strategy
 from lora_grpo.bench.strategies.native import Native
 from lora_grpo.bench.strategies.native_switched import TUNED_VARIABLE
 from lora_grpo.engines import compat
@@ -213,13 +213,3 @@ def test_what_would_measure_nothing_is_refused(started: list[Any], tmp_path: Pat
     with pytest.raises(UnsupportedVersion, match=r"has no VLLM_LORA_ENABLE_DUAL_STREAM"):
         prepare("native-dual-stream", "cuda:0")
     assert started == []
-
-
-def test_the_script_hands_the_folder_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    monkeypatch.delitem(sys.modules, "run", raising=False)
-    run = importlib.import_module("run")
-    folder = importlib.import_module("parts").tuned_folder(tmp_path)
-    assert run.environment(None, None, folder)[native_switched.TUNED_VARIABLE] == str(folder)
-    tune = next(part for part in run.plan(tmp_path, "cuda:0", ["tiny"], None, tmp_path) if part.kind == "tune")
-    assert tune.command[-1] == str(folder)

@@ -105,15 +105,19 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.release(number)
         self.leases.remove(number)
 
-    @rule()
-    def prune(self) -> None:
+    def kept(self) -> set[int]:
+        """What retention, pins, leases and the head keep on tmpfs."""
         ranked = sorted((reward, number) for number, reward in self.rewards.items() if number in self.live)
         keep = (
             set(sorted(self.live)[-2:]) | {number for _, number in ranked[-1:]} | {n for n in self.live if n % 5 == 0}
         )
-        keep |= self.pins | set(self.leases) | {self.head}
-        assert self.store.prune() == sorted(self.live - keep)
-        self.live &= keep
+        return self.live & (keep | self.pins | set(self.leases) | {self.head})
+
+    @rule()
+    def prune(self) -> None:
+        kept = self.kept()
+        assert self.store.prune() == sorted(self.live - kept)
+        self.live = kept
 
     @precondition(lambda self: self.contents)
     @rule(data=st.data())
@@ -130,6 +134,8 @@ class StoreMachine(RuleBasedStateMachine):
     def reopen(self, how: str) -> None:
         if how == "stop":
             self.store.close()
+            if self.run is not None:
+                self.live = self.kept()
         else:
             abandon(self.store)
         self.leases.clear()
