@@ -356,7 +356,7 @@ def main() -> int:
     if arguments.out:
         from lora_grpo.bench.provenance import provenance
 
-        made = {**provenance("benchmarks/attack.py"), "outcomes": [asdict(outcome) for outcome in outcomes]}
+        made = {**provenance("-m", "benchmarks.attack"), "outcomes": [asdict(outcome) for outcome in outcomes]}
         arguments.out.write_text(json.dumps(made, indent=1) + "\n")
     return int(any(outcome.faults for outcome in outcomes))
 
