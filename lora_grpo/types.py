@@ -12,6 +12,9 @@ from typing import Any, TypeAlias
 
 from lora_grpo.errors import ConfigError
 
+LARGEST_REWARD = (2 - 2**-23) * 2.0**127
+"""float32's: what is larger would become infinite in the log, and in a tensor of the user's."""
+
 Message: TypeAlias = Mapping[str, object]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or chat messages (rendered with the model's chat template)."""

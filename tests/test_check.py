@@ -71,8 +71,11 @@ def test_without_an_engine_all_that_is_known_before_one_starts(
     assert found["rewards"] == "1 x exact"
     assert "2 prompts x 4 completions" in found["steps"]
     assert "rank 16 on all linear layers" in found["base and adapter"]
-    parts = {"trainer_base", "adapter_and_optimizer", "engine_base", "adapter_slots", "kv"}
-    assert parts == {what.removeprefix("memory: ") for what in found if what.startswith("memory: ")}
+    parts = {"trainer base", "adapter and optimizer", "engine base", "adapter slots", "kv"}
+    sizes = {what.removeprefix("memory: "): found[what] for what in found if what.startswith("memory: ")}
+    assert sizes.keys() == parts
+    # The tiny Llama's 109,760 values, in fp32 and in bf16.
+    assert (sizes["trainer base"], sizes["engine base"]) == ("0.4 MiB", "0.2 MiB")
     assert found["memory"].endswith("free on cpu")
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -146,6 +146,13 @@ def test_commands_make_no_run_where_there_is_none(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_verify_of_nothing_says_so(tmp_path: Path) -> None:
+    AdapterStore(archive=tmp_path).close()
+    empty = lora_grpo("verify", tmp_path)
+    assert empty.returncode == 0
+    assert "holds no versions, so nothing was compared" in empty.stderr
+
+
 def test_verify_names_the_damage(run: Path) -> None:
     whole = lora_grpo("verify", run)
     assert whole.returncode == 0

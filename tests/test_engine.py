@@ -612,8 +612,10 @@ def test_prompts_that_do_not_fit_are_named(engine: VLLMEngine) -> None:
         engine.generate(["a", "b", ""], GREEDY, adapter=None)
     with pytest.raises(ConfigError, match=r"prompt 0 \(\[\]\) has no tokens"):
         engine.generate([[]], GREEDY, adapter=None)
-    with pytest.raises(EngineError, match="260"):
-        engine.generate([[5, 260]], GREEDY, adapter=None)
+    with pytest.raises(ConfigError, match=r"prompt 1 has token 260 at place 1, .*ends at 259 \(260 tokens\)"):
+        engine.generate([[5], [5, 260]], GREEDY, adapter=None)
+    with pytest.raises(ConfigError, match="prompt 0 has token -1 at place 2"):
+        engine.logprobs([[5, 6, -1]], adapter=None)
     assert engine.generate([], GREEDY, adapter=None) == []
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from lora_grpo import EngineConfig, FakeEngine, GRPOConfig, GRPOTrainer, ModelConfig
 from lora_grpo.data import load_prompts
@@ -19,7 +20,7 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.metrics import read_metrics
 from lora_grpo.trainer import assembly
 from lora_grpo.types import Chat, Group, Prompt, Sampling
-from tests.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
+from tests.tiny_models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 CONFIG = GRPOConfig(
     total_steps=1,
@@ -272,6 +273,36 @@ def test_a_text_that_begins_with_the_begin_token_gets_no_second_one() -> None:
     assert tokenizer.encode("<|im_start|>a")[:2] == [start, start]
     plain, begun = token_prompts(tokenizer, ["a", "<|im_start|>a"])
     assert plain == begun == [start, *tokenizer.encode("a", add_special_tokens=False)]
+
+
+@pytest.mark.usefixtures("no_engine")
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma"])
+def test_a_model_folder_without_a_tokenizer_is_told_as_that(build: Any, tmp_path: Path, arch: str) -> None:
+    """Of Qwen and Gemma, transformers makes up one that turns text into nothing, or into "unknown"."""
+    base = tiny_model(arch, tmp_path / "base")
+    for path in base.glob("*token*"):
+        path.unlink()
+    model = ModelConfig(name=str(base), dtype="float32")
+    with pytest.raises(ConfigError, match=r"base has no tokenizer.*tokenizer\.json") as caught:
+        build([{"prompt": "a"}], model=model)
+    assert "row" not in str(caught.value)
+    if arch != "llama":
+        made_up = AutoTokenizer.from_pretrained(base)
+        for prompt in ("text", chat("text")):
+            with pytest.raises(ConfigError, match=r"prompt 0 is .*, but .*base has no tokenizer"):
+                token_prompts(made_up, [prompt])
+        assert token_prompts(made_up, [[1, 2]]) == [[1, 2]]
+    with pytest.raises(ConfigError, match="prompt 0 is text, but the model's folder has no tokenizer"):
+        token_prompts(None, ["text"])
+
+
+@pytest.mark.usefixtures("no_engine")
+def test_a_base_that_was_cut_short_is_told_before_an_engine_starts(build: Any, tmp_path: Path) -> None:
+    base = tiny_model("llama", tmp_path / "base")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"base/model\.safetensors is damaged or was cut short .*again"):
+        build([{"prompt": "a"}], model=ModelConfig(name=str(base), dtype="float32"))
 
 
 @pytest.mark.usefixtures("no_engine")

@@ -135,6 +135,35 @@ def test_train_refuses_in_one_sentence_and_leaves_nothing(
     assert not opened
 
 
+@pytest.mark.parametrize("root", [None, "root"])
+@pytest.mark.parametrize("there", [False, True])
+def test_ctrl_c_while_the_engine_starts_leaves_nothing(
+    settings: RunConfig, there: bool, root: str | None, tmp_path: Path, shm_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with something in it stays as it was; SIGTERM comes as the same exception."""
+    monkeypatch.undo()  # the real trainer
+    run, named = Path(settings.output_dir), None if root is None else str(shm_dir / root)
+    if there:
+        run.mkdir()
+        (run / "notes").write_text("mine")
+    before = sorted([*tmp_path.rglob("*"), *Path("/dev/shm").glob("lora-grpo-run-*")])
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        assert (run / "store.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_trainer(settings.replace(store_root=named))
+    left = sorted([*tmp_path.rglob("*"), *Path("/dev/shm").glob("lora-grpo-run-*")])
+    assert not list(shm_dir.iterdir())
+    if there:
+        assert (run / "notes").read_text() == "mine"
+    else:
+        assert left == before
+    assert "holds no run" in build.check_place(run)
+
+
 def test_an_adapter_that_scales_otherwise_does_not_take_the_runs_recipe(llama_dir: Path, tmp_path: Path) -> None:
     """What was published before would be exported with it."""
     with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path, STEPS) as trainer:
@@ -248,16 +277,17 @@ def test_rollback_in_a_copy_while_the_original_is_live(shm_dir: Path, tmp_path: 
         assert heads == {"run": 2, "copy": 1}
 
 
-@pytest.mark.parametrize("value", ["good", True, "0.5", 10**400, [0.5]], ids=["word", "truth", "text", "huge", "list"])
-def test_a_reward_that_is_no_number_is_refused(shm_dir: Path, value: Any) -> None:
+@pytest.mark.parametrize("value", ["good", True, "0.5", 10**400, 1e308, -4e38, [0.5]])
+def test_a_reward_that_is_no_number_of_float32_is_refused(shm_dir: Path, value: Any) -> None:
     with AdapterStore(shm_dir) as store:
         store.publish(adapter(1), step=1)
         for name in ("reward", "eval/reward"):
             with pytest.raises(ConfigError, match=f"metric {name}[= ]"):
                 store.record(1, **{name: value})
         assert store.metrics(1) == {}
+        store.record(1, reward=3.4e38, loss=1e308)
         store.record(1, reward=None, guard="the reward fell", note=True)
-        assert store.metrics(1) == {"reward": None, "guard": "the reward fell", "note": True}
+        assert store.metrics(1) == {"reward": None, "loss": 1e308, "guard": "the reward fell", "note": True}
 
 
 def test_what_retention_ranks_is_a_number(shm_dir: Path) -> None:

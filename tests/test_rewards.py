@@ -246,6 +246,22 @@ def test_a_judge_that_is_not_reached_is_called_again_and_no_row_is_blamed(librar
     assert caplog.text.count("it is called again in") == 3
 
 
+def test_what_goes_wrong_while_a_timeout_is_handled_is_not_the_timeout():
+    """Its row is found, and nothing is called again in vain."""
+    calls = []
+
+    def judge(completions, **kwargs):
+        calls.append(len(completions))
+        try:
+            raise TimeoutError("judge")
+        except TimeoutError:
+            return [{"a": 1.0}[text] for text in completions]
+
+    with pytest.raises(RewardError, match=r"raised KeyError: 'b' for row 2: .* completion 'b'"):
+        score([judge], [group("q", "a", "a", "b", "a")], {})
+    assert calls.count(4) == 1
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_one_timeout_does_not_end_a_run(is_async, monkeypatch):
     """By default one more call is made, and what the first one logged does not count."""

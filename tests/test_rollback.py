@@ -216,7 +216,10 @@ def test_a_version_can_be_named_by_its_place_and_by_what_it_did(ten: Witness) ->
     [
         (99, "there is no version 99"),
         (0, "no version 0"),
-        ("best:charm", "'charm'; recorded are: .*reward"),
+        (
+            "best:charm",
+            r"'charm'; recorded are: .*reward.*: record it with store\.record.*'best:METRIC'.*by its number",
+        ),
         ("heads", "'heads' names no"),
         (3.0, "3.0 names no"),
     ],

@@ -142,6 +142,12 @@ def test_what_the_servers_say(pair: Pair, connect: MakeEngine) -> None:
     assert (engine.max_lora_rank, engine.max_model_len, engine.lora_dtype) == (8, 128, "bfloat16")
     assert engine.describe_base().vocabulary == VOCAB
     assert (engine.proof, engine.device) == ("behaviour", None)
+    for asks in (
+        lambda ids: engine.generate([[1], ids], SAMPLING, adapter=None),
+        lambda ids: engine.logprobs([[1], ids], adapter=None),
+    ):
+        with pytest.raises(ConfigError, match=rf"prompt 1 has token {VOCAB} at place 0, .*\({VOCAB} tokens\)"):
+            asks([VOCAB])
 
 
 def test_an_api_key_is_sent(pair: Pair, connect: MakeEngine) -> None:

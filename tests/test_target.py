@@ -43,6 +43,7 @@ WAYS: list[tuple[Any, int]] = [
     (np.int64(3), 3),
     ("3", 3),
     ("v3", 3),
+    ("V3", 3),
     ("head", 4),
     ("HEAD", 4),
     ("parent", 3),
@@ -50,6 +51,7 @@ WAYS: list[tuple[Any, int]] = [
     ("best:reward", 2),
     ("best:loss", 5),
     ("best:-loss", 1),
+    ("Best:-loss", 1),
 ]
 
 

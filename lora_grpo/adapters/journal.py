@@ -23,6 +23,7 @@ from typing import Any
 from lora_grpo.adapters.disk import is_number, open_regular, parse_json, reported
 from lora_grpo.adapters.layout import Manifest
 from lora_grpo.errors import ConfigError
+from lora_grpo.types import LARGEST_REWARD
 
 _DAMAGE = (ValueError, KeyError, TypeError)
 _CHECKED = re.compile(rb'(.*),"crc":"([0-9a-f]{8})"}', re.DOTALL)
@@ -255,11 +256,14 @@ def as_metrics(values: Mapping[str, object], ranked: Set[str]) -> dict[str, Any]
     """Metrics as the journal holds them: whole and floating numbers, text, truth values, None.
 
     Rewards, and what else is `ranked`, are numbers: text would be passed over by every rule that asks for the best.
+    Rewards are as large as float32 at most, as in training.
     """
-    return {
-        name: _as_metric(name, value, name.rpartition("/")[2] == "reward" or name in ranked)
-        for name, value in values.items()
-    }
+    rewards = {name for name in values if name.rpartition("/")[2] == "reward"}
+    found = {name: _as_metric(name, value, name in rewards or name in ranked) for name, value in values.items()}
+    for name in rewards:
+        if abs(found[name] or 0) > LARGEST_REWARD:
+            raise ConfigError(f"metric {name}={found[name]!r:.60} is too large: float32 ends at {LARGEST_REWARD:.2g}")
+    return found
 
 
 def _as_metric(name: str, value: object, ranked: bool) -> Any:

@@ -15,7 +15,7 @@ Target: TypeAlias = int | str | AdapterVersion
 reward where it was measured, else by reward), or "best:METRIC" ("best:-METRIC" is the lowest)."""
 
 WAYS = "a number (12 or v12), 'head', 'parent', 'best', 'best:METRIC' or 'best:-METRIC' (the lowest)"
-_NUMBER = re.compile("v?([0-9]{1,18})")
+_NUMBER = re.compile("[vV]?([0-9]{1,18})")
 _WORDS = ("head", "parent", "best")
 
 
@@ -41,8 +41,8 @@ def parse_target(to: object) -> Target:
             return int(number[1])
         if to.lower() in _WORDS:
             return to.lower()
-        if to.startswith("best:") and to.removeprefix("best:").removeprefix("-"):
-            return to
+        if to[:5].lower() == "best:" and to[5:].removeprefix("-"):
+            return f"best:{to[5:]}"
     raise ConfigError(f"{to!r} names no version; use {WAYS}, or an AdapterVersion")
 
 
@@ -86,5 +86,8 @@ def _best(store: Recorded, metric: str) -> int:
     scores = {number: sign * values[name] for number, values in metrics.items() if is_score(values.get(name))}
     if not scores:
         known = sorted({key for values in metrics.values() for key, value in values.items() if is_score(value)})
-        raise UnknownVersion(f"no kept version has a recorded {name!r}; recorded are: {', '.join(known) or 'none'}")
+        raise UnknownVersion(
+            f"no kept version has a recorded {name!r}; recorded are: {', '.join(known) or 'none'}: record it with "
+            f"store.record(version, **{{{name!r}: 0.5}}), name another as 'best:METRIC', or a version by its number"
+        )
     return max(scores, key=lambda number: (scores[number], number))

@@ -34,7 +34,10 @@ def verify(run: Run, as_json: Json = False) -> None:
         print_json({"ok": not damaged and not lines, "versions": rows, "damaged_lines": lines})
     else:
         print_table([_for_people(row) for row in rows], f"digests of {run}")
-        say(f"{len(rows) - len(damaged)} of {len(rows)} versions are what was published")
+        if rows:
+            say(f"{len(rows) - len(damaged)} of {len(rows)} versions are what was published")
+        else:
+            say(f"{run} holds no versions, so nothing was compared")
         if lines:
             say(
                 f"of {run / 'journal.jsonl'} these lines are damaged: {', '.join(map(str, lines))}; metrics, pins or "

@@ -36,6 +36,7 @@ def render(tokenizer: Any, prompt: Prompt, called: str) -> list[int]:
     """
     ids: Any
     if isinstance(prompt, str):
+        require_tokenizer(tokenizer, f"{called} is text")
         ids = one_bos(tokenizer, tokenizer.encode(prompt))
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         ids = _render_chat(tokenizer, prompt, called)
@@ -44,6 +45,23 @@ def render(tokenizer: Any, prompt: Prompt, called: str) -> list[int]:
     if not ids:
         raise ConfigError(f"{called} ({prompt!r}) has no tokens; every prompt needs at least one")
     return list(ids)
+
+
+def require_tokenizer(tokenizer: Any, said: str) -> None:
+    """Raises `ConfigError` where text cannot be encoded.
+
+    Of a folder without a tokenizer, transformers makes up one that knows special tokens alone, and turns all text into
+    nothing or "unknown".
+    """
+    if tokenizer is None or (
+        hasattr(tokenizer, "all_special_ids") and len(tokenizer) <= len(tokenizer.all_special_ids)
+    ):
+        folder = getattr(tokenizer, "name_or_path", None) or "the model's folder"
+        raise ConfigError(
+            f"{said}, but {folder} has no tokenizer: put the tokenizer's files there (tokenizer.json, "
+            "tokenizer_config.json; AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER) writes them), or pass "
+            "token ids"
+        )
 
 
 def _token_ids(prompt: Any, called: str) -> list[int]:
@@ -71,6 +89,7 @@ def one_bos(tokenizer: Any, ids: Sequence[int]) -> Sequence[int]:
 def _render_chat(tokenizer: Any, chat: Any, called: str) -> Any:
     from jinja2 import TemplateError
 
+    require_tokenizer(tokenizer, f"{called} is a chat")
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
             f"{called} is a chat, but the tokenizer has no chat template; pass text, or a tokenizer with one "
@@ -83,9 +102,15 @@ def _render_chat(tokenizer: Any, chat: Any, called: str) -> Any:
         raise ConfigError(f"{called} is rejected by the chat template: {error}") from error
 
 
-def check_room(ids_P: Sequence[Sequence[int]], max_tokens: int, max_model_len: int) -> None:
-    """Raises `ConfigError` for the first prompt that leaves no room for `max_tokens`."""
+def check_fits(ids_P: Sequence[Sequence[int]], max_tokens: int, max_model_len: int, vocabulary: int) -> None:
+    """Raises `ConfigError` for the first prompt with a token outside the vocabulary, or no room for `max_tokens`."""
     for index, ids in enumerate(ids_P):
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            place, token = next((place, token) for place, token in enumerate(ids) if not 0 <= token < vocabulary)
+            raise ConfigError(
+                f"prompt {index} has token {token} at place {place}, and the model's vocabulary ends at "
+                f"{vocabulary - 1} ({vocabulary} tokens): encode it with the model's own tokenizer"
+            )
         if len(ids) + max_tokens > max_model_len:
             raise ConfigError(
                 f"prompt {index} has {len(ids)} tokens; with max_tokens={max_tokens} that exceeds "

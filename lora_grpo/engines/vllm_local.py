@@ -26,7 +26,7 @@ from lora_grpo.engines.local.starting import adapter_room, start_llm
 from lora_grpo.engines.local.turn import Turn
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
-    check_room,
+    check_fits,
     mixed_batches,
     request_seeds,
     sampling_params,
@@ -160,7 +160,7 @@ class VLLMEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
         ids_P = token_prompts(self._tokenizer, prompts)
-        check_room(ids_P, sampling.max_tokens, self.max_model_len)
+        check_fits(ids_P, sampling.max_tokens, self.max_model_len, self.describe_base().vocabulary)
         adapter_P = adapters_by_prompt(adapter, len(prompts))
         seeds_PG = request_seeds(sampling, len(prompts))
         rows = [(p, g) for p in range(len(prompts)) for g in range(sampling.n)]
@@ -173,7 +173,7 @@ class VLLMEngine:
         return to_groups(prompts, ids_P, completions)
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
-        check_room(sequences, 1, self.max_model_len)
+        check_fits(sequences, 1, self.max_model_len, self.describe_base().vocabulary)
         params = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
         return scored_tokens(self._run(sequences, [params] * len(sequences), [adapter] * len(sequences)), sequences)
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from lora_grpo.errors import LoraGrpoError, RewardError
 from lora_grpo.rewards.background import run_in_background
+from lora_grpo.types import LARGEST_REWARD
 from lora_grpo.worker import Job
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 RewardFunction: TypeAlias = Callable[..., Any]
 Kwargs: TypeAlias = dict[str, Any]
 
-LARGEST = (2 - 2**-23) * 2.0**127
-"""float32's: what is larger would become infinite in the log, and in a tensor of the user's."""
 LONGEST_PAUSE_S = 30.0
 
 
@@ -213,23 +212,27 @@ class Call:
         item = value.item() if hasattr(value, "item") else value
         if not isinstance(item, int | float):
             raise RewardError(f"reward {self.name!r} returned {_short(value)}, no number, for {self._row(index)}")
-        if not -LARGEST <= item <= LARGEST:
+        if not abs(item) <= LARGEST_REWARD:
             fix = "return None where the reward does not apply"
             if item == item and abs(item) != math.inf:
-                fix = f"float32 ends at {LARGEST:.2g}: scale it down"
+                fix = f"float32 ends at {LARGEST_REWARD:.2g}: scale it down"
             raise RewardError(f"reward {self.name!r} returned {_short(item)} for {self._row(index)}; {fix}")
         return float(item)
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Whether it is a timeout or a failed connection, or comes from one; a client library's own are known by name."""
+    """Whether it is a timeout or a failed connection, or was raised from one; a client library's own are known by name.
+
+    What goes wrong while one is handled is another error, whose row can be found.
+    """
     while error is not None:
         names = [kind.__name__ for kind in type(error).__mro__]
         if isinstance(error, TimeoutError | ConnectionError | socket.gaierror):
             return True
         if any(word in name for name in names for word in ("Timeout", "Connect", "Transport")):
             return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        reason = getattr(error, "reason", None)  # where urllib keeps it
+        error = error.__cause__ or (reason if isinstance(reason, BaseException) else None)
     return False
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,6 +211,22 @@ def taken_over(closing: ExitStack, engine: Engine, config: GRPOConfig, *, built:
     elif isinstance(engine, OwnedEngine):
         closing.callback(engine.release)
     return engine
+
+
+@contextmanager
+def untouched_when_stopped(*folders: str | Path | None) -> Iterator[None]:
+    """Ctrl-C while the parts are built leaves no folder that was not there, or was empty, before.
+
+    After an error they stay, with what the libraries said of it.
+    """
+    paths = [Path(folder) for folder in folders if folder is not None]
+    new = [path for path in paths if not path.exists() or not any(path.iterdir())]
+    try:
+        yield
+    except KeyboardInterrupt:
+        for path in new:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def refuse_live(run_dir: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.build import check_place, effective_grpo, lora_config
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import Guard, build_guard
-from lora_grpo.trainer.memory import available_memory
+from lora_grpo.trainer.memory import available_memory, mib
 from lora_grpo.trainer.models import Plan, default_device, plan
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.types import Completion, Group, Sampling
@@ -90,9 +90,9 @@ class _Run:
             yield "reward functions", lambda: ", ".join(reward_names(self.functions))
             yield "data", lambda: "; ".join(map(_columns, filter(None, self.data)))
         yield "base and adapter", self._adapter
-        for field in fields(self.plan.memory) if self._fits() else ():
-            yield f"memory: {field.name.removesuffix('_bytes')}", partial(self._memory, field.name)
-        yield "memory", lambda: f"{_gib(self.plan.memory.total_bytes)} without activations, of {_free()}"
+        for name, size_bytes in self.plan.memory.parts().items() if self._fits() else ():
+            yield f"memory: {name}", partial(mib, size_bytes)
+        yield "memory", lambda: f"{mib(self.plan.memory.total_bytes)} without activations, of {_free()}"
         if not self.base_alone:
             yield from self._preflight_parts()
 
@@ -184,9 +184,6 @@ class _Run:
         layers = "all linear layers" if self.plan.leaves is None else ", ".join(self.plan.leaves)
         return f"{self.config.model.name}: rank {self.plan.rank} on {layers}"
 
-    def _memory(self, part: str) -> str:
-        return _gib(getattr(self.plan.memory, part))
-
     def _swap(self, number: int) -> str:
         """Another adapter is published, proven, sampled from, and its completions are compared with the trainer's."""
         trainer, temperature = self.trainer, self.grpo.temperature
@@ -235,8 +232,4 @@ def _columns(data: PromptDataset) -> str:
 
 def _free() -> str:
     device = default_device()
-    return f"{_gib(available_memory(device))} free on {device}"
-
-
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.2f} GiB"
+    return f"{mib(available_memory(device))} free on {device}"

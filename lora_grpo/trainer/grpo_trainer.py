@@ -26,7 +26,7 @@ from lora_grpo.reference import keep_reference
 from lora_grpo.rewards import RewardFunction
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import going_back, loop
-from lora_grpo.trainer.assembly import Parts, assemble
+from lora_grpo.trainer.assembly import Parts, assemble, untouched_when_stopped
 from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, led, seed_everything
 from lora_grpo.trainer.evaluation import Evaluation, evaluate, save_evaluation
 from lora_grpo.trainer.guards import Guard
@@ -99,20 +99,19 @@ class GRPOTrainer:
         )
         self.rollout_func, self.guard, self._view = rollout_func, guard, view
         self._closing = ExitStack()
-        self._build(
-            before,
-            partial(
-                assemble,
-                model=before.model,
-                peft_config=peft_config,
-                engine=engine,
-                engine_config=before.engine_config,
-                keep=keep or KeepConfig(),
-                run_dir=self.run_dir,
-                store_root=store_root,
-                share_base_weights=share_base_weights,
-            ),
+        assembled = partial(
+            assemble,
+            model=before.model,
+            peft_config=peft_config,
+            engine=engine,
+            engine_config=before.engine_config,
+            keep=keep or KeepConfig(),
+            run_dir=self.run_dir,
+            store_root=store_root,
+            share_base_weights=share_base_weights,
         )
+        with untouched_when_stopped(self.run_dir, store_root) if self.crew.leads else nullcontext():
+            self._build(before, assembled)
         prompts_per_step = self.config.rows_per_step(self.crew.processes.count) // self.config.num_generations
         self.sampler = PromptSampler(len(self.train_data), prompts_per_step, self.config.seed)
         self.rollback_log = RollbackLog(self.run_dir)

@@ -12,7 +12,6 @@ from torch import nn
 from lora_grpo.engines.local.targets import skeleton
 from lora_grpo.errors import ConfigError
 
-_GIB = 1 << 30
 _ADAM_BYTES = 4 + 4 + 4 + 4
 """fp32 weight, gradient and two moments of each adapter parameter."""
 
@@ -29,13 +28,22 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self.parts().values())
 
     def __str__(self) -> str:
-        parts = (
-            f"{field.name.removesuffix('_bytes')} {getattr(self, field.name) / _GIB:.2f}" for field in fields(self)
-        )
-        return f"{self.total_bytes / _GIB:.2f} GiB without activations ({', '.join(parts)})"
+        parts = ", ".join(f"{name} {mib(size_bytes)}" for name, size_bytes in self.parts().items())
+        return f"{mib(self.total_bytes)} without activations ({parts})"
+
+    def parts(self) -> dict[str, int]:
+        """The bytes of each part, by a name for people."""
+        return {
+            field.name.removesuffix("_bytes").replace("_", " "): getattr(self, field.name) for field in fields(self)
+        }
+
+
+def mib(size_bytes: int) -> str:
+    """For people: "1,234.5 MiB"."""
+    return f"{size_bytes / (1 << 20):,.1f} MiB"
 
 
 def estimate_memory(
@@ -74,7 +82,7 @@ def require_memory(estimate: MemoryEstimate, available_bytes: int, where: str) -
     """Raises `ConfigError` with the parts when the estimate exceeds what is there."""
     if estimate.total_bytes > available_bytes:
         raise ConfigError(
-            f"the run needs {estimate}, and {where} has {available_bytes / _GIB:.2f} GiB free: use a smaller model, a "
+            f"the run needs {estimate}, and {where} has {mib(available_bytes)} free: use a smaller model, a "
             "half-precision trainer (model.dtype='bfloat16'), a lower max_lora_rank or fewer max_loras"
         )
 

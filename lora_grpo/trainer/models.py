@@ -17,7 +17,8 @@ from lora_grpo.adapters.peft_format import lora_modules, peft_model_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.compat import allowed_rank
-from lora_grpo.engines.local.targets import skeleton
+from lora_grpo.engines.local.targets import check_whole, skeleton
+from lora_grpo.engines.requests import require_tokenizer
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.sections import nearest_key
 from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate_memory, require_memory
@@ -52,6 +53,7 @@ class Plan:
 
 def plan(model: ModelConfig | nn.Module, peft_config: Any, config: EngineConfig, sharing: Sharing) -> Plan:
     """The plan of a run. Raises `ConfigError` for a base or an adapter that cannot be, or too little memory."""
+    check_whole(checkpoint_of(model).name)
     rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
     if not config.urls:
         allowed_rank(max(rank, config.max_lora_rank or 0))
@@ -280,11 +282,15 @@ def trainer_tokenizer(model: ModelConfig | nn.Module, processing_class: Any, eng
 def _checkpoint_tokenizer(model: ModelConfig | nn.Module) -> Any:
     checkpoint = checkpoint_of(model)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.name, revision=checkpoint.revision, trust_remote_code=checkpoint.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"{checkpoint.name} has no tokenizer that can be read: {error}") from error
+        raise ConfigError(
+            f"{checkpoint.name} has no tokenizer that can be read: is tokenizer.json there? {error}"
+        ) from error
+    require_tokenizer(tokenizer, "prompts are text")
+    return tokenizer
 
 
 def check_same_vocabulary(trainer: Any, engine: Any) -> None:

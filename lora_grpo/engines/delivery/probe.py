@@ -160,9 +160,17 @@ def loud(
             if signal >= needed:
                 break
         else:
+            said = (
+                f"a large random adapter moves the trainer's log-probs by {signal:.2g} nats a token, where {needed:.2g}"
+            )
+            if signal >= MIN_SIGNAL_NATS:
+                raise UnsupportedAdapter(
+                    f"the bases of engine and trainer compute differently, by {needed / SEPARATION:.2g} nats a token, "
+                    f"which hides whether an adapter arrives ({said} are needed for that): load both from the same "
+                    "checkpoint, with the same attention, scaling and dtype"
+                )
             raise DeliveryError(
-                f"a large random adapter moves the trainer's log-probs by {signal:.2g} nats a token, where "
-                f"{needed:.2g} are needed: the model's forward does not compute the adapted layers (is it replaced, or "
+                f"{said} are needed: the model's forward does not compute the adapted layers (is it replaced, or "
                 "compiled before the adapter came?), or its base is all zeros"
             )
         yield moved, signal

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import find_adapter_config_file
@@ -50,6 +51,7 @@ def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_cod
 def check_served(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
     """Raises `ConfigError` for a model that vLLM serves without LoRA, or whose class there cannot be imported."""
     check_is_base(model, revision=revision)
+    check_whole(model)
     for architecture in _config(model, revision, trust_remote_code).architectures or ():
         try:
             serves = compat.serves_lora(architecture)
@@ -67,6 +69,16 @@ def _config(model: str | Path, revision: str | None, trust_remote_code: bool) ->
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model} is no model directory or hub name that can be read: {error}") from error
+
+
+def check_whole(model: str | Path) -> None:
+    """Raises `ConfigError` for a file in a checkpoint's directory that ends before its tensors do."""
+    for path in sorted(Path(model).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} is damaged or was cut short ({error}): copy or download it again") from error
 
 
 def check_is_base(model: str | Path, *, revision: str | None = None) -> None:

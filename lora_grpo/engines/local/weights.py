@@ -17,7 +17,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.local.shared_weights import plain_cpu_weights
 from lora_grpo.engines.requests import (
-    check_room,
+    check_fits,
     request_seeds,
     sampling_params,
     scored_tokens,
@@ -49,7 +49,8 @@ class PlainEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
         """One group a prompt, as `Engine.generate`; stamped with no version."""
-        check_room(prompts, sampling.max_tokens, self._llm.llm_engine.vllm_config.model_config.max_model_len)
+        model = self._llm.llm_engine.vllm_config.model_config
+        check_fits(prompts, sampling.max_tokens, model.max_model_len, model.get_vocab_size())
         seeds_PG = request_seeds(sampling, len(prompts))
         rows = [(p, g) for p in range(len(prompts)) for g in range(sampling.n)]
         outputs = self._run([prompts[p] for p, _ in rows], [sampling_params(sampling, seeds_PG[p][g]) for p, g in rows])

@@ -26,7 +26,7 @@ from lora_grpo.engines.delivery.probe import Witness, probe_sequences
 from lora_grpo.engines.delivery.slots import require_finite
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
-    check_room,
+    check_fits,
     request_seeds,
     require_version,
     to_groups,
@@ -187,7 +187,7 @@ class VLLMServerEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
         ids_P = token_prompts(self._tokenizer, prompts)
-        check_room(ids_P, sampling.max_tokens, self.max_model_len)
+        check_fits(ids_P, sampling.max_tokens, self.max_model_len, self.describe_base().vocabulary)
         adapter_P = adapters_by_prompt(adapter, len(prompts))
         seeds_PG = request_seeds(sampling, len(prompts))
         completions_PG = self._loop.run(self._complete(ids_P, adapter_P, seeds_PG, sampling))
@@ -208,13 +208,13 @@ class VLLMServerEngine:
             return await self._fleet.pool.run(asks_PG)
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
-        check_room(sequences, 1, self.max_model_len)
+        check_fits(sequences, 1, self.max_model_len, self.describe_base().vocabulary)
         return self._loop.run(self._score(sequences, adapter, None))
 
     def logprobs_of_each(
         self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None
     ) -> list[list[list[float]]]:
-        check_room(sequences, 1, self.max_model_len)
+        check_fits(sequences, 1, self.max_model_len, self.describe_base().vocabulary)
         serving = [replica for replica in self._fleet.replicas if replica.state == "serving"]
         return [self._loop.run(self._score(sequences, adapter, replica)) for replica in serving]
 
