@@ -71,14 +71,18 @@ class Finding:
         return self.state == "works" and not self.missed
 
 
-def examine(name: str, directory: Path, shm: Path, dtype: str = "bfloat16") -> Finding:
-    """Start a real engine on a family's tiny model, train nothing, deliver three policies, and try every control."""
+def examine(name: str, directory: Path, shm: Path, dtype: str = "bfloat16", **arguments: Any) -> Finding:
+    """Start a real engine on a family's tiny model, train nothing, deliver three policies, and try every control.
+
+    Further arguments are the engine's.
+    """
     started = time.perf_counter()
     finding = Finding(name)
     engine = None
     try:
         build(name, directory, dtype=dtype)
-        engine = VLLMEngine(directory, max_lora_rank=RANK, dtype=dtype, **{**ENGINE_ARGS, **FAMILIES[name].engine})
+        settings = {**ENGINE_ARGS, **FAMILIES[name].engine, **arguments}
+        engine = VLLMEngine(directory, max_lora_rank=RANK, dtype=dtype, **settings)
         with AdapterStore(shm / name) as store:
             _deliver(finding, adapted(name, directory), engine, store, shm)
         finding.state = "works"
@@ -169,10 +173,16 @@ def missing_layer(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, fol
 
 
 def wrong_scale(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, folder: Path) -> bool:
-    def halve(served: list[tuple[torch.Tensor, torch.Tensor]], older: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        served[-1][1].mul_(0.5)
+    """Of any A or B alone, in any slice."""
+    version = sync.push(step=92)
+    places = [(slice_, side) for slice_ in range(len(_slot(engine, version))) for side in (0, 1)]
+    return all(_refused_with(engine, version, slice_, side) for slice_, side in places)
 
-    return _tampered(engine, sync, store, halve)
+
+def _refused_with(engine: VLLMEngine, version: AdapterVersion, slice_: int, side: int) -> bool:
+    engine.load(version)
+    _slot(engine, version)[slice_][side].mul_(0.5)
+    return _refused(engine, version)
 
 
 def half_written(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, folder: Path) -> bool:

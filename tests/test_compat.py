@@ -202,15 +202,6 @@ def test_layers_without_slices_are_refused_by_name() -> None:
         compat.wrapped_modules(in_process_llm(modules={**layers, "lm_head": head}))
 
 
-def test_fused_members_map_each_checkpoint_path_to_its_slice() -> None:
-    llm = in_process_llm(packed_modules={"l.qkv_proj": ["l.q_proj", "l.k_proj", "l.v_proj"]})
-    assert compat.fused_members(llm) == {
-        "l.q_proj": ("l.qkv_proj", 0),
-        "l.k_proj": ("l.qkv_proj", 1),
-        "l.v_proj": ("l.qkv_proj", 2),
-    }
-
-
 def test_slots_and_registration_of_loaded_active_and_unknown_adapters() -> None:
     known = {7: SimpleNamespace(loras={"l.o_proj": object()}), 8: SimpleNamespace(loras={"l.qkv_proj": object()})}
     llm = in_process_llm(lora_index_to_id=[None, 7], get_adapter=known.get)

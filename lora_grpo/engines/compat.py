@@ -22,6 +22,7 @@ from typing import Any
 
 from lora_grpo.engines.chunked_seeds import keep_seeds
 from lora_grpo.engines.hopper import mend_kernels
+from lora_grpo.engines.one_tensor import take_whole
 from lora_grpo.engines.tiles import allow_tiles
 from lora_grpo.errors import ConfigError, EngineError, UnsupportedVersion
 
@@ -101,6 +102,8 @@ def mend_server() -> None:
 def _mend(release: tuple[int, int], *, computes: bool) -> None:
     """What releases leave to be mended in each of their processes, those that only answer requests included."""
     mend_kernels(release, compute_capability())
+    if computes:
+        take_whole()
     if is_cpu():
         importlib.import_module("lora_grpo.engines.packing").read_before_packing()
         allow_tiles()
@@ -194,15 +197,6 @@ def wrapped_modules(llm: Any) -> dict[str, Any]:
     return modules
 
 
-def fused_members(llm: Any) -> dict[str, tuple[str, int]]:
-    """For each layer that vLLM fuses: its checkpoint path -> (runtime name, index in the fused layer)."""
-    return {
-        member: (fused, index)
-        for fused, members in lora_manager(llm).packed_modules.items()
-        for index, member in enumerate(members)
-    }
-
-
 def registered_modules(llm: Any, lora_id: int) -> set[str]:
     """The runtime names that vLLM bound a loaded adapter to; empty when it is not registered."""
     adapter = lora_manager(llm).get_adapter(lora_id)
@@ -223,6 +217,11 @@ def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
         return renamed
     plain = mapper._map_name(name)
     return None if plain is None else (plain, None)
+
+
+def loads_other_values(parameter: Any) -> bool:
+    """Whether vLLM's loader puts other values into a parameter than the checkpoint's, such as -exp of them."""
+    return "composed_weight_loader" in getattr(getattr(parameter, "weight_loader", None), "__qualname__", "")
 
 
 def register_adapter(llm: Any, lora_id: int, rank: int, layers: dict[str, Any]) -> None:

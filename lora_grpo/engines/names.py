@@ -34,7 +34,7 @@ class NameMap:
         self.modules: dict[str, Any] = dict(_plain_modules(model))
 
     def tensor(self, name: str) -> Place | None:
-        """Where checkpoint tensor `name` lies; None where this model has no place for it."""
+        """Where checkpoint tensor `name` lies; None where this model has no place for it, or has computed from it."""
         found = self._loaded_as(name)
         if found is None:
             return None
@@ -76,8 +76,8 @@ class NameMap:
 
     def _known(self, runtime: str, slices: tuple[int, ...] | None) -> Place | None:
         module, _, kind = runtime.rpartition(".")
-        there = module in self.modules and hasattr(self.modules[module], kind)
-        return Place(runtime, slices) if there else None
+        held = getattr(self.modules.get(module), kind, None)
+        return None if held is None or compat.loads_other_values(held) else Place(runtime, slices)
 
     def rows(self, place: Place, shape: Sequence[int], whole: Sequence[int]) -> dict[int, tuple[int, int]] | None:
         """First row and count of each slice, by index, that a tensor of `shape` fills in vLLM's of shape `whole`; None

@@ -50,7 +50,7 @@ class ByHand(Strategy):
         return self.engine.generate(prompts, sampling)
 
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
-        a_RI, b_OR = self.engine.lora_tensors()[path]
+        a_RI, b_OR = self.engine.lora_tensors(path)
         return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
 
     def rollback_cases(self) -> dict[str, int]:

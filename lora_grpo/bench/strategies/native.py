@@ -78,7 +78,7 @@ class Native(Strategy):
 
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
         assert self.version is not None
-        a_RI, b_OR = version_tensors(self.engine, self.version)[path]
+        a_RI, b_OR = version_tensors(self.engine, self.version, path)
         return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
 
     def rollback_cases(self) -> dict[str, int]:

@@ -17,12 +17,14 @@ TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 @dataclass(frozen=True)
 class Part:
-    """Where one file tensor lives in vLLM: a stacked buffer (slots, 1, rows, columns) and its extent there."""
+    """Where a file tensor lives in vLLM, or its rows from `first` on where it fills several slices of a layer: a
+    stacked buffer (slots, 1, rows, columns) and its extent there."""
 
     name: str
     stacked: torch.Tensor
     rows: int
     columns: int
+    first: int = 0
 
     def view(self, slot: int) -> torch.Tensor:
         return self.stacked[slot, 0, : self.rows, : self.columns]
@@ -43,10 +45,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class Binding:
-    """A file layout bound to an engine's modules: its parts in payload order, the buffers it leaves at zero, and what
-    each runtime module gets."""
+    """A file layout bound to an engine's modules: its parts in payload order, further slices that hold the same as one
+    of them (by its index), the buffers it leaves at zero, and what each runtime module gets."""
 
     parts: tuple[Part, ...]
+    repeated: tuple[tuple[int, Part], ...]
     untouched: tuple[tuple[str, torch.Tensor], ...]
     modules: dict[str, Placement]
     _slots: dict[int, SlotView] = field(default_factory=dict)
@@ -54,28 +57,42 @@ class Binding:
     def slot(self, slot: int) -> SlotView:
         """The buffers of one slot. vLLM never rebinds them, so the views are made once."""
         if slot not in self._slots:
-            pads = [(part.name, pad) for part in self.parts for pad in part.padding(slot)]
+            filled = [*self.parts, *(part for _, part in self.repeated)]
+            pads = [(part.name, pad) for part in filled for pad in part.padding(slot)]
             others = [(name, stacked[slot]) for name, stacked in self.untouched]
-            self._slots[slot] = SlotView([part.view(slot) for part in self.parts], [*pads, *others])
+            again = [(index, part.name, part.view(slot)) for index, part in self.repeated]
+            self._slots[slot] = SlotView([part.view(slot) for part in self.parts], [*pads, *others], again)
         return self._slots[slot]
 
+    def cut(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """A file's tensors, each whole and in its order, as the parts are."""
+        if len(tensors) == len(self.parts):
+            return tensors
+        whole = dict(zip(dict.fromkeys(part.name for part in self.parts), tensors, strict=True))
+        return [whole[part.name][part.first : part.first + part.rows] for part in self.parts]
+
     def tensors(self, file: AdapterFile) -> list[torch.Tensor]:
-        """The file's tensors in payload order, as views of its mapping."""
+        """The parts of a file in payload order, as views of its mapping."""
         return [self.tensor(file, index) for index in range(len(self.parts))]
 
     def tensor(self, file: AdapterFile, index: int) -> torch.Tensor:
         """One of them."""
-        part = self.parts[index]
-        entry, dtype = file.entries[part.name], TORCH_DTYPES[file.dtype]
-        flat = torch.frombuffer(file.payload, dtype=dtype, count=part.rows * part.columns, offset=entry.start)
+        part, dtype = self.parts[index], TORCH_DTYPES[file.dtype]
+        start = file.entries[part.name].start + part.first * part.columns * dtype.itemsize
+        flat = torch.frombuffer(file.payload, dtype=dtype, count=part.rows * part.columns, offset=start)
         return flat.view(part.rows, part.columns)
 
 
 class SlotView:
-    """One slot's tensors in payload order, and what must be zero beside them."""
+    """One slot's tensors in payload order, what must be zero beside them, and what must `repeat` one of them."""
 
-    def __init__(self, tensors: list[torch.Tensor], zeros: list[tuple[str, torch.Tensor]]) -> None:
-        self.tensors, self.zeros = tensors, zeros
+    def __init__(
+        self,
+        tensors: list[torch.Tensor],
+        zeros: list[tuple[str, torch.Tensor]],
+        repeats: list[tuple[int, str, torch.Tensor]],
+    ) -> None:
+        self.tensors, self.zeros, self._repeats = tensors, zeros, repeats
         self._in_place = all(view.device.type == "cpu" for view in tensors)
         self._buffers = list(self._in_order()) if self._in_place else []
         self._copies = Copies(tensors)
@@ -93,6 +110,10 @@ class SlotView:
             self._copies.run(tensors)
         else:
             torch._foreach_copy_(self.tensors, tensors)
+        if self._repeats:
+            torch._foreach_copy_(
+                [again for _, _, again in self._repeats], [self.tensors[index] for index, _, _ in self._repeats]
+            )
         if self.zeros:
             torch._foreach_zero_([tensor for _, tensor in self.zeros])
 
@@ -122,10 +143,13 @@ class SlotView:
             copy = None if view.is_contiguous() else room[: view.numel()].view(view.shape)
             yield view, copy, raw_bytes(view if copy is None else copy)
 
-    def nonzero(self) -> str | None:
-        """The name of the first buffer that should be zero and is not."""
+    def stray(self) -> str | None:
+        """The name of the first buffer that holds other values than its file's tensor, or that should be zero."""
         if self.zeros and torch.stack([tensor.any() for _, tensor in self.zeros]).any():
             return next(name for name, tensor in self.zeros if tensor.any())
+        odd = [(_bits(again) != _bits(self.tensors[index])).any() for index, _, again in self._repeats]
+        if odd and torch.stack(odd).any():
+            return next(name for (_, name, _), found in zip(self._repeats, odd, strict=True) if found)
         return None
 
     def _gathering(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -141,6 +165,10 @@ class SlotView:
         if self._host is None:
             self._host = torch.empty(flat.numel(), dtype=flat.dtype, pin_memory=True)
         return self._host.copy_(flat)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)
 
 
 def raw_bytes(tensor: torch.Tensor) -> Any:

@@ -7,7 +7,7 @@ stale adapter from a fresh one; the checksum does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -59,60 +59,79 @@ class SlotProver:
         served = binding.slot(slot)
         if file.digest_with(served.payload()) != version.digest:
             raise DeliveryError(f"{version}: {self._first_difference(binding, file, slot)}")
-        if stray := served.nonzero():
+        if stray := served.stray():
             raise DeliveryError(f"{version}: {stray} holds values in slot {slot} that the file does not have")
         return len(file.payload)
 
     def _bind(self, version: AdapterVersion, file: AdapterFile) -> Binding:
-        order = {name: index for index, name in enumerate(file.entries)}
-        parts: dict[str, Part] = {}
-        places: dict[str, dict[int, tuple[int, int]]] = {}
+        found: dict[str, list[Part]] = {}
+        taken: dict[str, dict[int, tuple[str, int]]] = {}
         for path in file.paths:
-            runtime, index = self._locate(version, path)
+            runtime, slices = self._locate(version, path)
+            self._check_extents(version, file, path, runtime, slices)
             layer = self._modules[runtime]
             a, b = (f"{PREFIX}{path}.lora_{kind}.weight" for kind in "AB")
-            places.setdefault(runtime, {})[index] = (order[a], order[b])
-            for kind, name, stacked in (("A", a, layer.lora_a_stacked[index]), ("B", b, layer.lora_b_stacked[index])):
-                rows, columns = file.entries[name].shape
-                _check_extent(version, path, kind, (rows, columns), tuple(stacked.shape[2:]))
-                parts[name] = Part(name, stacked, rows, columns)
-        ordered = tuple(parts[name] for name in file.entries)
-        modules = {runtime: self._placement(runtime, found, ordered) for runtime, found in places.items()}
-        return Binding(ordered, tuple(self._untouched(places)), modules)
+            found[a] = [Part(a, layer.lora_a_stacked[index], *file.entries[a].shape) for index in slices]
+            found[b] = _rows_of(b, [layer.lora_b_stacked[index] for index in slices], file.entries[b].shape[1])
+            others = taken.setdefault(runtime, {})
+            if twice := next((others[index][0] for index in slices if index in others), None):
+                raise DeliveryError(f"{version}: {path} and {twice} fill the same slice of the engine's {runtime}")
+            others.update({index: (path, place) for place, index in enumerate(slices)})
+        starts: dict[str, int] = {}
+        parts: list[Part] = []
+        repeated: list[tuple[int, Part]] = []
+        for name in file.entries:
+            starts[name] = len(parts)
+            if name.endswith(".lora_B.weight"):
+                parts += found[name]
+            else:
+                repeated += [(len(parts), again) for again in found[name][1:]]
+                parts.append(found[name][0])
+        modules = {runtime: self._placement(runtime, slices, starts, parts) for runtime, slices in taken.items()}
+        return Binding(tuple(parts), tuple(repeated), tuple(self._untouched(taken)), modules)
 
-    def _placement(self, runtime: str, found: dict[int, tuple[int, int]], parts: tuple[Part, ...]) -> Placement:
-        members = len(self._modules[runtime].lora_a_stacked)
-        rank = max(parts[a].rows for a, _ in found.values())
-        return Placement(rank, tuple(found.get(index) for index in range(members)))
+    def _placement(
+        self, runtime: str, taken: dict[int, tuple[str, int]], starts: dict[str, int], parts: list[Part]
+    ) -> Placement:
+        members: list[tuple[int, int] | None] = []
+        for index in range(len(self._modules[runtime].lora_a_stacked)):
+            path, place = taken.get(index, (None, 0))
+            a, b = (starts.get(f"{PREFIX}{path}.lora_{kind}.weight", 0) for kind in "AB")
+            members.append(None if path is None else (a, b + place))
+        return Placement(max(parts[pair[0]].rows for pair in members if pair), tuple(members))
 
-    def _locate(self, version: AdapterVersion, path: str) -> tuple[str, int]:
+    def _check_extents(
+        self, version: AdapterVersion, file: AdapterFile, path: str, runtime: str, slices: Sequence[int]
+    ) -> None:
+        layer = self._modules[runtime]
+        rank, columns = layer.lora_a_stacked[slices[0]].shape[2:]
+        rows = sum(layer.lora_b_stacked[index].shape[2] for index in slices)
+        for kind, room in (("A", (rank, columns)), ("B", (rows, rank))):
+            _check_extent(version, path, kind, file.entries[f"{PREFIX}{path}.lora_{kind}.weight"].shape, room)
+
+    def _locate(self, version: AdapterVersion, path: str) -> tuple[str, Sequence[int]]:
+        """The layer's name, and the indices of the slices of it that `path` fills."""
         place = self._names.module(path)
-        if place is None or place.name not in self._modules:
-            nearest = next(iter(get_close_matches(path, self._modules, 1, cutoff=0)), "none")
-            raise DeliveryError(
-                f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without a word. "
-                f"The nearest that it has is {nearest}: check the prefix, the layer index, the architecture and "
-                "lora_target_modules"
-            )
-        slices = range(len(self._modules[place.name].lora_a_stacked)) if place.slices is None else place.slices
-        if len(slices) != 1:
-            raise DeliveryError(
-                f"{version}: {path} fills {len(slices)} slices of the engine's {place.name}, which adapters are not "
-                "served for; leave it out of target_modules"
-            )
-        return place.name, slices[0]
+        if place is not None and place.name in self._modules:
+            every = range(len(self._modules[place.name].lora_a_stacked))
+            if place.slices is None or set(place.slices) <= set(every):
+                return place.name, every if place.slices is None else place.slices
+        nearest = next(iter(get_close_matches(path, self._modules, 1, cutoff=0)), "none")
+        raise DeliveryError(
+            f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without a word. "
+            f"The nearest that it has is {nearest}: check the prefix, the layer index, the architecture and "
+            "lora_target_modules"
+        )
 
-    def _untouched(self, taken: dict[str, dict[int, tuple[int, int]]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _untouched(self, taken: dict[str, dict[int, tuple[str, int]]]) -> Iterator[tuple[str, torch.Tensor]]:
         for runtime, layer in self._modules.items():
             for index, stacks in enumerate(zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)):
                 if index not in taken.get(runtime, {}):
                     yield from ((f"{runtime}[{index}]", stacked) for stacked in stacks)
 
     def _first_difference(self, binding: Binding, file: AdapterFile, slot: int) -> str:
-        for part in binding.parts:
-            entry = file.entries[part.name]
-            served, published = raw_bytes(part.view(slot)), bytes(file.payload[entry.start : entry.end])
-            if served != published:
+        for index, part in enumerate(binding.parts):
+            if raw_bytes(part.view(slot)) != raw_bytes(binding.tensor(file, index)):
                 return f"{part.name} in slot {slot} differs from the published bytes"
         return f"slot {slot} differs from the published bytes, as the copy in memory does that it was filled from"
 
@@ -127,7 +146,15 @@ def require_finite(version: AdapterVersion, file: AdapterFile) -> None:
             raise DeliveryError(f"{version}: {name} holds non-finite values")
 
 
-def _check_extent(version: AdapterVersion, path: str, kind: str, shape: tuple[int, int], room: tuple[int, ...]) -> None:
+def _rows_of(name: str, stacks: Sequence[torch.Tensor], rank: int) -> list[Part]:
+    """A B's rows, cut as its slices are, one below the other."""
+    parts: list[Part] = []
+    for stacked in stacks:
+        parts.append(Part(name, stacked, stacked.shape[2], rank, sum(part.rows for part in parts)))
+    return parts
+
+
+def _check_extent(version: AdapterVersion, path: str, kind: str, shape: tuple[int, ...], room: tuple[int, ...]) -> None:
     """A must fill the layer's input and B its output; only the rank may be smaller than the slot's."""
     rank, size = (shape[0], shape[1]) if kind == "A" else (shape[1], shape[0])
     room_rank, room_size = (room[0], room[1]) if kind == "A" else (room[1], room[0])

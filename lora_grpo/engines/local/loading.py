@@ -66,7 +66,7 @@ class AdapterLoader:
         rank = max(placement.rank for placement in binding.modules.values())
         compat.register_adapter(self._llm, lora_id, rank, layers)
         slot = compat.free_slot(self._llm)
-        binding.slot(slot).write(file, binding.tensors(file) if held is None else held.tensors)
+        binding.slot(slot).write(file, binding.tensors(file) if held is None else binding.cut(held.tensors))
         compat.name_slot(self._llm, slot, lora_id)
 
 

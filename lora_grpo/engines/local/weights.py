@@ -16,6 +16,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.local.shared_weights import plain_cpu_weights
+from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.requests import (
     check_fits,
     request_seeds,
@@ -112,9 +113,9 @@ class PlainEngine:
         members = next((members for members in self._packed().values() if leaf in members), [leaf])
         return tuple(f"{parent}.{member}" for member in members)
 
-    def lora_tensors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """What is computed with: (A, B) of the served adapter's slot by checkpoint path, scaling in B."""
-        return slot_tensors(self._llm, self._request.lora_int_id)
+    def lora_tensors(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is computed with: A and B of the layer at a checkpoint's `path` in the served slot, scaling in B."""
+        return slot_tensors(self._llm, self._request.lora_int_id, path)
 
     @property
     def kv_tokens(self) -> int:
@@ -141,9 +142,9 @@ class PlainEngine:
         return list(outputs)
 
 
-def version_tensors(engine: VLLMEngine, version: AdapterVersion) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def version_tensors(engine: VLLMEngine, version: AdapterVersion, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     """As `PlainEngine.lora_tensors`, of a version that our engine has loaded."""
-    return slot_tensors(engine._llm, engine._find(version).request.lora_int_id)
+    return slot_tensors(engine._llm, engine._find(version).request.lora_int_id, path)
 
 
 def engine_kv_tokens(engine: VLLMEngine) -> int:
@@ -156,18 +157,14 @@ def kv_tokens(llm: Any) -> int:
     return int(cache.num_gpu_blocks) * int(cache.block_size)
 
 
-def slot_tensors(llm: Any, lora_id: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    slot = compat.slot_of(llm, lora_id)
-    if slot is None:
-        raise EngineError(f"adapter {lora_id} is in no slot")
-    modules, fused = compat.wrapped_modules(llm), compat.fused_members(llm)
-    places = {path: place for path, place in fused.items() if place[0] in modules}
-    inside = {name for name, _ in places.values()}
-    places.update({name: (name, 0) for name in modules if name not in inside})
-    return {
-        path: (modules[name].lora_a_stacked[index][slot, 0], modules[name].lora_b_stacked[index][slot, 0])
-        for path, (name, index) in places.items()
-    }
+def slot_tensors(llm: Any, lora_id: int, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    slot, place = compat.slot_of(llm, lora_id), NameMap(compat.runner(llm).get_model()).module(path)
+    if slot is None or place is None:
+        raise EngineError(f"adapter {lora_id} is in no slot" if slot is None else f"the engine has no layer for {path}")
+    layer = compat.wrapped_modules(llm)[place.name]
+    slices = range(len(layer.lora_a_stacked)) if place.slices is None else place.slices
+    b_OR = torch.cat([layer.lora_b_stacked[index][slot, 0] for index in slices])
+    return layer.lora_a_stacked[slices[0]][slot, 0], b_OR
 
 
 def _members(name: str, module: Any, packed: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, torch.Tensor]]:
