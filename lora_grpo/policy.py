@@ -23,7 +23,7 @@ from lora_grpo.config import GRPOConfig
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.gradients import Gradients
-from lora_grpo.grpo.logprobs import token_logprobs
+from lora_grpo.grpo.head import completion_scores
 from lora_grpo.grpo.losses import Size, Totals
 from lora_grpo.grpo.objective import Objective, filled
 from lora_grpo.grpo.optimizer import (
@@ -219,24 +219,23 @@ class Policy:
         logp_BT, entropy_BT = torch.zeros((2, *batch.mask_BT.shape), device=self.device)
         with _mode(self.model, training=False):
             for index, micro in self._micro_batches(batch, batch.mask_BT.new_ones(len(batch))):
-                columns, there_BT = slice(micro.completion_length), micro.completion_mask_BT
                 logp, entropy = self._forward(micro)
-                logp_BT[index, columns] = logp.where(there_BT, 0.0)[: len(index)]
-                entropy_BT[index, columns] = entropy.where(there_BT, 0.0)[: len(index)]
+                logp_BT[index, : micro.completion_length] = logp[: len(index)]
+                entropy_BT[index, : micro.completion_length] = entropy[: len(index)]
         return logp_BT, entropy_BT
 
     def _forward(self, rows: Batch) -> tuple[Tensor, Tensor]:
-        """logp_BT and entropy_BT; logits are only made where they predict a completion token, or follow the last."""
-        predicting = rows.completion_length + 1
+        """logp_BT and entropy_BT of completion tokens, 0 where padded."""
+        inputs = {
+            "input_ids": rows.input_ids_BL,
+            "attention_mask": rows.attention_mask_BL,
+            "position_ids": rows.position_ids_BL,
+            "logits_to_keep": rows.completion_length + 1,
+            "use_cache": False,
+        }
+        ids_BT, there_BT = rows.completion_ids_BT, rows.completion_mask_BT
         with self._autocast():
-            output = self.model(
-                input_ids=rows.input_ids_BL,
-                attention_mask=rows.attention_mask_BL,
-                position_ids=rows.position_ids_BL,
-                logits_to_keep=predicting,
-                use_cache=False,
-            )
-        return token_logprobs(output.logits[:, -predicting:-1], rows.completion_ids_BT, self.config.temperature)
+            return completion_scores(self.model, inputs, ids_BT, there_BT, self.config.temperature)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._base_dtype == torch.float32:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from lora_grpo.adapters.peft_format import reshard
+from lora_grpo.grpo.head import completion_scores
 
 
 @torch.no_grad()
@@ -32,10 +32,8 @@ def _score(model: nn.Module, sequences: Sequence[Sequence[int]], temperature: fl
     length = max(len(ids) for ids in sequences)
     ids_BT = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in sequences], device=device)
     mask_BT = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in sequences], device=device)
-    output: Any = model(input_ids=ids_BT, attention_mask=mask_BT)
-    logits_BTV = output.logits[:, :-1].float() / temperature
-    targets_BT1 = ids_BT[:, 1:, None]
-    logp_BT = logits_BTV.gather(2, targets_BT1).squeeze(2) - logits_BTV.logsumexp(dim=2)
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
+    logp_BT, _ = completion_scores(model, inputs, ids_BT[:, 1:], mask_BT[:, 1:].bool(), temperature)
     return [row[: len(ids) - 1].tolist() for row, ids in zip(logp_BT, sequences, strict=True)]
 
 
