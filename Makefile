@@ -28,8 +28,9 @@ endif
 demo: $(READY)
 	$(BIN)/lora-grpo demo
 
+# Two processes, a file at a time each: engines that tests of one file share start once.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # A real engine on a tiny model of every family; writes docs/models.md.
 models: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -142,11 +143,12 @@ def test_ctrl_c_while_the_engine_starts_leaves_nothing(
 ) -> None:
     """A folder with something in it stays as it was; SIGTERM comes as the same exception."""
     monkeypatch.undo()  # the real trainer
-    run, named = Path(settings.output_dir), None if root is None else str(shm_dir / root)
+    run, named = tmp_path / f"interrupted-{os.getpid()}", None if root is None else str(shm_dir / root)
+    settings = settings.replace(output_dir=str(run))
     if there:
         run.mkdir()
         (run / "notes").write_text("mine")
-    before = sorted([*tmp_path.rglob("*"), *Path("/dev/shm").glob("lora-grpo-run-*")])
+    before = sorted([*tmp_path.rglob("*"), *Path("/dev/shm").glob(f"lora-grpo-{run.name}-*")])
 
     def interrupted(*_: Any, **__: Any) -> None:
         assert (run / "store.json").exists()
@@ -155,7 +157,7 @@ def test_ctrl_c_while_the_engine_starts_leaves_nothing(
     monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_trainer(settings.replace(store_root=named))
-    left = sorted([*tmp_path.rglob("*"), *Path("/dev/shm").glob("lora-grpo-run-*")])
+    left = sorted([*tmp_path.rglob("*"), *Path("/dev/shm").glob(f"lora-grpo-{run.name}-*")])
     assert not list(shm_dir.iterdir())
     if there:
         assert (run / "notes").read_text() == "mine"

@@ -220,7 +220,7 @@ def untouched_when_stopped(*folders: str | Path | None) -> Iterator[None]:
     After an error they stay, with what the libraries said of it.
     """
     paths = [Path(folder) for folder in folders if folder is not None]
-    new = [path for path in paths if not path.exists() or not any(path.iterdir())]
+    new = [path for path in paths if not path.exists() or (path.is_dir() and not any(path.iterdir()))]
     try:
         yield
     except KeyboardInterrupt:
