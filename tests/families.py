@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from lora_grpo.engines.local.text_only import model_class
 from tests.tiny_models import HEAD_SIZE, SPECIAL_TOKENS, VOCAB, tiny_tokenizer
 
 HIDDEN = 64
 STD = 0.08
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -74,7 +76,6 @@ class Family:
         return self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
 
 
-TEXT_ONLY = {"language_model_only": True}
 QWEN_TOWER = {
     "depth": 1,
     "hidden_size": 64,
@@ -223,19 +224,17 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": Family(
         "qwen3_5",
         DELTA_NET,
-        engine=TEXT_ONLY,
+        (*ATTENTION, *MLP),
         vision=QWEN_TOWER,
     ),
     "qwen3_vl": Family(
         "qwen3_vl",
         {**HEADED, "rope_parameters": MROPE},
-        engine=TEXT_ONLY,
         vision={**QWEN_TOWER, "deepstack_visual_indexes": [0]},
     ),
     "qwen2_5_vl": Family(
         "qwen2_5_vl",
         {"rope_parameters": MROPE},
-        engine=TEXT_ONLY,
         vision={"depth": 1, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": HIDDEN},
     ),
     "gemma3": Family(
@@ -247,7 +246,6 @@ FAMILIES: dict[str, Family] = {
             "layer_types": ["sliding_attention", "full_attention"],
             "tie_word_embeddings": True,
         },
-        engine=TEXT_ONLY,
         vision={
             "model_type": "siglip_vision_model",
             "hidden_size": 64,
@@ -259,10 +257,32 @@ FAMILIES: dict[str, Family] = {
         },
         wrapper={"mm_tokens_per_image": 4, "tie_word_embeddings": True},
     ),
+    "gemma4": Family(
+        "gemma4",
+        {
+            **HEADED,
+            "global_head_dim": HEAD_SIZE,
+            "num_global_key_value_heads": 1,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCAB,
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "tie_word_embeddings": True,
+        },
+        vision={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "patch_size": 14,
+        },
+        wrapper={"tie_word_embeddings": True},
+    ),
     "mistral3": Family(
         "mistral3",
         {**HEADED, "model_type": "mistral", "sliding_window": None},
-        engine=TEXT_ONLY,
         vision={
             "model_type": "pixtral",
             "hidden_size": 64,
@@ -295,7 +315,8 @@ def build(name: str, directory: Path, *, dtype: str = "bfloat16", seed: int = 0)
 
 def trainer_model(name: str, directory: Path, dtype: str = "float32") -> PreTrainedModel:
     """The model of a family's directory as its trainer holds it."""
-    return _class_of(FAMILIES[name]).from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    config = AutoConfig.from_pretrained(directory)
+    return model_class(config).from_pretrained(directory, dtype=getattr(torch, dtype)).eval()  # type: ignore[no-any-return]
 
 
 def _class_of(family: Family) -> Any:

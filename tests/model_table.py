@@ -84,7 +84,7 @@ def examine(name: str, directory: Path, shm: Path, dtype: str = "bfloat16", **ar
         settings = {**ENGINE_ARGS, **FAMILIES[name].engine, **arguments}
         engine = VLLMEngine(directory, max_lora_rank=RANK, dtype=dtype, **settings)
         with AdapterStore(shm / name) as store:
-            _deliver(finding, adapted(name, directory), engine, store, shm)
+            deliver(finding, adapted(name, directory), engine, store, shm)
         finding.state = "works"
     except (LoraGrpoError, ValueError) as error:
         finding.state = str(error).replace(str(directory), name)
@@ -105,7 +105,7 @@ def adapted(name: str, directory: Path) -> Any:
     return get_peft_model(model, config).eval()
 
 
-def _deliver(finding: Finding, model: Any, engine: VLLMEngine, store: AdapterStore, shm: Path) -> None:
+def deliver(finding: Finding, model: Any, engine: VLLMEngine, store: AdapterStore, shm: Path) -> None:
     generator = torch.Generator().manual_seed(7)
     sequences = torch.randint(4, VOCAB - 4, (4, 32), generator=generator).tolist()
     sync = NativeSync(model, engine, store)

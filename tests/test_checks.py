@@ -90,7 +90,7 @@ def quantized() -> PeftModel:
     return adapted(model)
 
 
-def multimodal() -> PeftModel:
+def a_tower_too() -> PeftModel:
     text = AutoConfig.for_model("llama", **TINY)
     vision = AutoConfig.for_model(
         "clip_vision_model",
@@ -103,7 +103,7 @@ def multimodal() -> PeftModel:
     )
     config = AutoConfig.for_model("llava", text_config=text, vision_config=vision, image_token_index=5)
     model = AutoModelForImageTextToText.from_config(config)
-    return adapted(model, target_modules=r".*language_model.*q_proj", task_type=None)
+    return adapted(model, target_modules=["q_proj"], task_type=None)
 
 
 def other_rank_than_configured() -> PeftModel:
@@ -184,7 +184,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "convolution": (convolution, r"model\.convolution is a Conv1d; only torch\.nn\.Linear.*leave it out"),
     "GPT-2": (gpt2, "c_attn is a Conv1D; only torch"),
     "quantized": (quantized, "the trainer's base is quantized.*load it in bfloat16"),
-    "multimodal": (multimodal, "LlavaConfig is multimodal.*use a text-only checkpoint"),
+    "a tower too": (
+        a_tower_too,
+        r"vision_tower\..*q_proj \(and \d+ more\) lies outside .*r'model\\\.language_model\\\.\.\*\\\.\(q_proj\)'",
+    ),
     "experts": (
         experts,
         r"model\.layers\.0\.mlp\.experts\.0: LoRA on a mixture's experts is not proven; name the layers",

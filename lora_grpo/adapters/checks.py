@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_grpo.adapters.peft_format import LoraModule, clean_name, lora_modules, peft_model_of
+from lora_grpo.adapters.peft_format import (
+    LoraModule,
+    clean_name,
+    is_multimodal,
+    language_model_path,
+    lora_modules,
+    peft_model_of,
+)
 from lora_grpo.errors import UnsupportedAdapter
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 _NO_HEADS = "vLLM drops or rejects LoRA on heads and embeddings; leave it out of target_modules"
 HEADS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "output_layer", "score")
@@ -38,6 +47,7 @@ def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
     _check_base(peft_model.base_model.model)
     _check_no_embedding(peft_model, adapter)
     modules = lora_modules(model, adapter)
+    _check_language_alone(peft_model.base_model.model, modules)
     for module in modules:
         _check_module(module)
     _check_nothing_else_trains(peft_model, adapter)
@@ -97,10 +107,20 @@ def _check_base(base: Any) -> None:
             "the trainer's base is quantized, so trainer and engine would compute different policies; load it in "
             "bfloat16 (quantized bases are not proven yet)"
         )
-    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+
+
+def _check_language_alone(base: Any, modules: list[LoraModule]) -> None:
+    """Of a multimodal model, its language model is what is sampled from; PEFT's names mean layers of its towers too."""
+    if not is_multimodal(base):
+        return
+    language = language_model_path(base)
+    beside = [module.path for module in modules if not module.path.startswith(f"{language}.")]
+    if beside:
+        leaves = {module.path.rpartition(".")[2] for module in modules if module.path not in beside}
+        pattern = rf"{re.escape(language)}\..*\.({'|'.join(sorted(leaves) or ATTENTION)})"
         raise UnsupportedAdapter(
-            f"{type(config).__name__} is multimodal: vLLM may ignore adapters of its language model without a word; "
-            "use a text-only checkpoint (multimodal bases are not proven yet)"
+            f"{beside[0]} (and {len(beside) - 1} more) lies outside the language model, and text alone is trained; "
+            f"name the layers within: target_modules=r'{pattern}'"
         )
 
 

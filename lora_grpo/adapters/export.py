@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 
 from lora_grpo.adapters import disk
-from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoraModule
+from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, LoraModule, is_multimodal
 from lora_grpo.adapters.peft_read import load_tensors
 from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
@@ -47,6 +47,9 @@ class Recipe:
         if config.task_type is None:
             kind = _importable(type(base))
             fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+        if is_multimodal(base):
+            # By last name, PEFT would adapt the towers of the full model as well.
+            fields["target_modules"] = sorted(module.path for module in modules)
         fields["base_model_name_or_path"] = config.base_model_name_or_path or getattr(base, "name_or_path", None)
         fields["revision"] = config.revision or getattr(base.config, "_commit_hash", None)
         return cls({**fields, "inference_mode": True}, {module.path: module.scaling for module in modules})

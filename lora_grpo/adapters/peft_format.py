@@ -80,6 +80,18 @@ def lora_modules(model: nn.Module, adapter: str) -> list[LoraModule]:
     ]
 
 
+def is_multimodal(base: Any) -> bool:
+    """Whether a transformers model, or its config, is one of a language model beside others, as a vision tower."""
+    config = getattr(base, "config", base)
+    return config.get_text_config() is not config
+
+
+def language_model_path(base: Any) -> str:
+    """Where a transformers model keeps the layers of its language model."""
+    decoder = base.get_decoder()
+    return clean_name(next(name for name, module in base.named_modules() if module is decoder))
+
+
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """A PEFT model's base by its checkpoint's names: parameters, one that is tied under each of its names, and the
     buffers that a checkpoint holds."""

@@ -53,10 +53,12 @@ def serve(
 
     When one of them ends, all end: its log's last lines say why.
     """
-    from lora_grpo.engines.local.targets import linear_leaves
+    from lora_grpo.engines.local.targets import linear_leaves, text_only_arguments
     from lora_grpo.engines.server.launch import Serving
 
     extra = tuple(arguments or ())
+    trusted = "--trust-remote-code" in extra
+    text_only = tuple(f"--{name.replace('_', '-')}" for name in text_only_arguments(model, trust_remote_code=trusted))
     serving = Serving(
         model,
         replicas,
@@ -65,11 +67,11 @@ def serve(
         max_lora_rank,
         max_loras,
         max_cpu_loras,
-        tuple(linear_leaves(model, trust_remote_code="--trust-remote-code" in extra)),
+        tuple(linear_leaves(model, trust_remote_code=trusted)),
         api_key,
         store_url,
         None if store_token_file is None else str(store_token_file),
-        extra,
+        (*text_only, *extra),
         start_timeout_s,
     )
     _until_interrupted(serving, log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-")), as_json)

@@ -77,7 +77,9 @@ class NameMap:
     def _known(self, runtime: str, slices: tuple[int, ...] | None) -> Place | None:
         module, _, kind = runtime.rpartition(".")
         held = getattr(self.modules.get(module), kind, None)
-        return None if held is None or compat.loads_other_values(held) else Place(runtime, slices)
+        # A tower that vLLM left out has its parameters on the meta device.
+        absent = held is None or held.is_meta or compat.loads_other_values(held)
+        return None if absent else Place(runtime, slices)
 
     def rows(self, place: Place, shape: Sequence[int], whole: Sequence[int]) -> dict[int, tuple[int, int]] | None:
         """First row and count of each slice, by index, that a tensor of `shape` fills in vLLM's of shape `whole`; None

@@ -30,7 +30,7 @@ from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo.reach import Reach
 from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, generation_by
-from lora_grpo.integrations.trl_settings import Given, check_arguments, check_reference
+from lora_grpo.integrations.trl_settings import Given, check_arguments, check_reference, check_targets
 from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
@@ -180,6 +180,7 @@ class NativeGRPOTrainer(HookedTrainer):
         if isinstance(model, str | Path):
             check_is_base(model, revision=(args.model_init_kwargs or {}).get("revision"))
         check_reference(model, args)
+        check_targets(model, args, named.get("peft_config"))
         self._closing = ExitStack()
 
         def build(**keywords: Any) -> Backend:

@@ -1,6 +1,7 @@
 """Every touch of TRL's internals: what is read, replaced or overridden in TRL 1.16's GRPOTrainer, and nothing else.
 
-Relied on: `trl.trainer.grpo_trainer.VLLMGeneration` is looked up when a trainer is built, and of what it makes the
+Relied on: `trl.trainer.grpo_trainer` looks `VLLMGeneration`, `create_model_from_path` (which takes an `architecture`)
+and `AutoProcessor` up when a trainer is built, and of what the first makes the
 trainer uses `sync_weights()`, `generate(...)` and, with tools, `llm.llm_engine.model_config.max_model_len`; by then
 `eos_token_ids` holds the tokenizer's end token and those of the model's generation config; `_tokenize_prompts` returns
 token ids first, of texts or of chats; `sync_weights` is called before the first generation after every optimizer step;
@@ -14,9 +15,14 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Protocol
 
+from transformers import AutoTokenizer
+
+from lora_grpo.engines.local.targets import checkpoint_config
+from lora_grpo.engines.local.text_only import full_class, model_class
 from lora_grpo.engines.requests import one_bos
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 from lora_grpo.types import Completion
@@ -108,13 +114,24 @@ class Backend:
 
 @contextmanager
 def generation_by(make: Callable[..., Backend]) -> Iterator[None]:
-    """Meanwhile a TRL trainer that is built calls `make` with the keywords of `VLLMGeneration` instead of that."""
-    stock = grpo_trainer.VLLMGeneration
-    grpo_trainer.VLLMGeneration = make
+    """Meanwhile a TRL trainer that is built calls `make` with the keywords of `VLLMGeneration` instead of that, and
+    loads the language model alone of a multimodal checkpoint, with its tokenizer."""
+    stock = {
+        name: getattr(grpo_trainer, name) for name in ("VLLMGeneration", "create_model_from_path", "AutoProcessor")
+    }
+    load = partial(_load, stock["create_model_from_path"])
     try:
+        # With a processor of images, TRL would take every batch for one of images.
+        vars(grpo_trainer).update(VLLMGeneration=make, create_model_from_path=load, AutoProcessor=AutoTokenizer)
         yield
     finally:
-        grpo_trainer.VLLMGeneration = stock
+        vars(grpo_trainer).update(stock)
+
+
+def _load(create: Callable[..., Any], name: str, **keywords: Any) -> Any:
+    known = {key: keywords[key] for key in ("revision", "trust_remote_code") if keywords.get(key)}
+    config = checkpoint_config(name, **known)
+    return create(name, architecture=None if full_class(config) is None else model_class(config), **keywords)
 
 
 class HookedTrainer(grpo_trainer.GRPOTrainer):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
+from lora_grpo.trainer.models import ALL_LINEAR
 from lora_grpo.types import Sampling
 
 _SAMPLED_WITH = (
@@ -57,6 +61,17 @@ def check_reference(model: Any, args: Any) -> None:
             f"the model has an adapter 'ref', and with beta={args.beta} TRL gives this name to its copy of 'default', "
             "the reference of the KL; call model.delete_adapter('ref'), or set beta=0.0"
         )
+
+
+def check_targets(model: Any, args: Any, peft_config: Any) -> None:
+    """Raises `ConfigError` for an adapter without target modules on a model of which PEFT knows none."""
+    if peft_config is None or peft_config.target_modules or peft_config.target_parameters:
+        return
+    kwargs = args.model_init_kwargs or {}
+    known = {key: kwargs[key] for key in ("revision", "trust_remote_code") if kwargs.get(key)}
+    config = checkpoint_config(model, **known) if isinstance(model, str | Path) else model.config
+    if config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise ConfigError(f"PEFT has no default target_modules for {config.model_type}: name them; {ALL_LINEAR}")
 
 
 def _refused(args: Any) -> dict[str, tuple[bool, str]]:

@@ -10,19 +10,21 @@ from typing import Any, Literal, TypeAlias
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from lora_grpo.adapters.checks import active_adapter, check_servable
 from lora_grpo.adapters.peft_format import lora_modules, peft_model_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.compat import allowed_rank
-from lora_grpo.engines.local.targets import check_whole, skeleton
+from lora_grpo.engines.local.targets import check_whole, checkpoint_config, skeleton
+from lora_grpo.engines.local.text_only import model_class
 from lora_grpo.engines.requests import require_tokenizer
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.sections import nearest_key
 from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate_memory, require_memory
 
+ALL_LINEAR = "target_modules='all-linear' is every linear layer of the language model"
 Sharing: TypeAlias = Literal["auto"] | bool
 """Whether trainer and engine hold one copy of the base."""
 
@@ -152,7 +154,8 @@ def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: i
             raise ConfigError("model is a PeftModel already: leave peft_config out, or pass the checkpoint's name")
         return model
     if base is None:
-        copied: Any = AutoModelForCausalLM.from_pretrained(
+        config = checkpoint_config(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        copied: Any = model_class(config).from_pretrained(
             model.name,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
@@ -243,7 +246,8 @@ def _targeted(model: ModelConfig, config: LoraConfig) -> list[str]:
     try:
         return get_peft_model(empty, deepcopy(config), low_cpu_mem_usage=True).targeted_module_names
     except ValueError as error:
-        raise ConfigError(f"target_modules={config.target_modules!r} on {model.name}: {error}") from error
+        fix = "" if config.target_modules else f"; {ALL_LINEAR}"
+        raise ConfigError(f"target_modules={config.target_modules!r} on {model.name}: {error}{fix}") from error
 
 
 def _check_named(model: ModelConfig, targets: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.probe import MAX_BASE_NOISE_NATS, probe_sequences
 from lora_grpo.engines.local.frozen import FrozenParameter
+from lora_grpo.engines.local.text_only import model_class
 from lora_grpo.engines.names import NameMap
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
@@ -153,14 +154,14 @@ def _check_engine(llm: Any) -> None:
 def _skeleton(llm: Any, trust_remote_code: bool) -> Any:
     """The checkpoint's transformers model: parameters without memory, buffers (rotary frequencies, scales) computed."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     settings = llm.llm_engine.vllm_config.model_config
     config: Any = AutoConfig.from_pretrained(
         settings.model, revision=settings.revision, trust_remote_code=trust_remote_code
     )
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=settings.dtype, trust_remote_code=trust_remote_code)
+        model: Any = model_class(config).from_config(config, dtype=settings.dtype, trust_remote_code=trust_remote_code)
     model.config._name_or_path = settings.model
     persistent = [name for name, _ in model.named_buffers() if name in model.state_dict()]
     if persistent:

@@ -14,7 +14,7 @@ from lora_grpo.engines.local.grouped import join
 from lora_grpo.engines.local.own_class import classes_kept
 from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
 from lora_grpo.engines.local.sleeping import check_can_ever_sleep
-from lora_grpo.engines.local.targets import EXPERTS, check_served, linear_leaves
+from lora_grpo.engines.local.targets import EXPERTS, check_served, linear_leaves, text_only_arguments
 from lora_grpo.errors import ConfigError
 
 
@@ -71,6 +71,7 @@ def start_llm(
         raise ConfigError(
             f"target_modules names {EXPERTS!r}: an adapter of a mixture's experts cannot be proven; leave it out"
         )
+    arguments = text_only_arguments(model, revision=revision, trust_remote_code=trust_remote_code) | arguments
     arguments = _checked(arguments, plain_lora_gemm=plain_lora_gemm, share_base_weights=share_base_weights)
     own = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.applies()
     kernels = own and _lora_in_the_models_dtype(arguments)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
 
 from lora_grpo.engines import compat
+from lora_grpo.engines.local.text_only import full_class, model_class
 from lora_grpo.errors import ConfigError
 
 EXPERTS = "experts"
@@ -38,33 +39,53 @@ def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remot
 
 
 def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """A checkpoint's transformers model without memory, from its config. Raises `ConfigError` where there is none."""
+    """A checkpoint's transformers model without memory, from its config; of a multimodal one its language model alone.
+
+    Raises `ConfigError` where there is none.
+    """
     check_is_base(model, revision=revision)
-    config = _config(model, revision, trust_remote_code)
-    with torch.device("meta"):
-        for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-            if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or ()):
-                return auto.from_config(config, trust_remote_code=trust_remote_code)
-    raise ConfigError(f"{model}: transformers has no language model for a {type(config).__name__}; choose another base")
+    config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except ConfigError as error:
+        raise ConfigError(f"{model}: {error}") from error
+
+
+def text_only_arguments(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """What has vLLM load of a multimodal checkpoint the language model alone; nothing for a text-only one."""
+    config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    return {} if full_class(config) is None else {"language_model_only": True}
 
 
 def check_served(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
     """Raises `ConfigError` for a model that vLLM serves without LoRA, or whose class there cannot be imported."""
     check_is_base(model, revision=revision)
     check_whole(model)
-    for architecture in _config(model, revision, trust_remote_code).architectures or ():
+    config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    for architecture in config.architectures or ():
         try:
             serves = compat.serves_lora(architecture)
         except (ImportError, RuntimeError) as error:
             raise ConfigError(
-                f"vLLM's {architecture} cannot be imported: {error}; install what is missing, as built for torch "
-                f"{torch.__version__}"
+                f"vLLM's {architecture} cannot be imported: {_cause(error)}; install what is missing, as built "
+                f"for torch {torch.__version__} (pip, from the index that torch came from: PyPI's builds are for CUDA)"
             ) from error
         if not serves:
             raise ConfigError(f"{model}: vLLM serves no LoRA on {architecture}; choose another base")
 
 
-def _config(model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
+def _cause(error: BaseException) -> BaseException:
+    """What an import failed of first; transformers says only which of its own modules cannot be imported then."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def checkpoint_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A checkpoint's config. Raises `ConfigError` where there is none."""
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
