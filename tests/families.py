@@ -21,7 +21,6 @@ from tests.tiny_models import HEAD_SIZE, SPECIAL_TOKENS, VOCAB, tiny_tokenizer
 HIDDEN = 64
 STD = 0.08
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -224,7 +223,6 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": Family(
         "qwen3_5",
         DELTA_NET,
-        (*ATTENTION, *MLP),
         vision=QWEN_TOWER,
     ),
     "qwen3_vl": Family(

@@ -78,7 +78,7 @@ class NameMap:
         module, _, kind = runtime.rpartition(".")
         held = getattr(self.modules.get(module), kind, None)
         # A tower that vLLM left out has its parameters on the meta device.
-        absent = held is None or held.is_meta or compat.loads_other_values(held)
+        absent = held is None or getattr(held, "is_meta", False) or compat.loads_other_values(held)
         return None if absent else Place(runtime, slices)
 
     def rows(self, place: Place, shape: Sequence[int], whole: Sequence[int]) -> dict[int, tuple[int, int]] | None:
