@@ -22,6 +22,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import BaseDescription
+from lora_grpo.engines.delivery import probe
 from lora_grpo.engines.delivery.binding import SlotView
 from lora_grpo.engines.delivery.probe import Witness, run_probe
 from lora_grpo.engines.fake import FakeEngine
@@ -424,8 +425,10 @@ def test_a_probe_that_cannot_be_says_why(
     says: str,
     llama_dir: Path,
     shm_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before the engine is asked for anything but the base: it answers as the trainer does, `off` by so many nats."""
+    monkeypatch.setattr(probe, "ROUNDINGS", 1e9)
     model = tiny_lora(load_model(llama_dir))
     spoil(model.get_base_model())
 
@@ -444,13 +447,83 @@ def test_a_probe_that_cannot_be_says_why(
         run_probe(model, ServingForm(model, "default", torch.bfloat16), Answering(lambda *_: ""), shm_dir)
 
 
-def test_another_base_is_refused(llama_engine: VLLMEngine, shm_dir: Path, tmp_path: Path) -> None:
+def scaled_attention(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 1.05
+
+
+def hooked(model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda _, __, output: output * 1.02)
+
+
+def autocast(model: Any) -> None:
+    """Weights in float32, and products that are not."""
+    forward = model.forward
+
+    def cast(*arguments: Any, **named: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*arguments, **named)
+
+    model.forward = cast
+
+
+def hotter(model: Any) -> None:
+    model.lm_head.register_forward_hook(lambda _, __, output: output * 1.04)
+
+
+class Arrived(Exception):
+    """The base was taken for the engine's."""
+
+
+@pytest.mark.parametrize(
+    ("change", "served_in", "ends"),
+    [
+        (scaled_attention, "float32", UnsupportedAdapter),
+        (hooked, "float32", UnsupportedAdapter),
+        (hotter, "bfloat16", UnsupportedAdapter),
+        (lambda model: None, "float32", Arrived),
+        (lambda model: model.to(torch.bfloat16), "bfloat16", Arrived),
+        (lambda model: model.to(torch.bfloat16), "float32", Arrived),
+        (autocast, "float32", Arrived),
+    ],
+    ids=["attention", "hook", "temperature", "float32", "bfloat16", "bfloat16 here", "autocast"],
+)
+def test_a_trainer_that_computes_otherwise_is_refused_and_one_that_rounds_is_not(
+    change: Callable[[Any], object], served_in: str, ends: type[Exception], llama_dir: Path, shm_dir: Path
+) -> None:
+    """No weight differs. The engine answers as the model does in float32."""
+    model = tiny_lora(load_model(llama_dir).float())
+    sequences = probe.probe_sequences(260, seed=0)
+    with model.disable_adapter():
+        right = teacher_logprobs(model, sequences)
+    change(model.get_base_model())
+
+    class Answering(FakeEngine):
+        def describe_base(self) -> BaseDescription:
+            return BaseDescription(served_in, {}, 260)
+
+        def logprobs(self, sequences: Any, *, adapter: Any) -> Any:
+            if adapter is not None:
+                raise Arrived
+            return right
+
+    with pytest.raises(ends, match="rounding explains" if ends is UnsupportedAdapter else None):
+        run_probe(model, ServingForm(model, "default", torch.bfloat16), Answering(lambda *_: ""), shm_dir)
+
+
+def test_another_base_is_refused(llama_dir: Path, llama_engine: VLLMEngine, shm_dir: Path, tmp_path: Path) -> None:
     same_shape = tiny_lora(load_model(tiny_model("llama", tmp_path / "other", seed=1)))
     with AdapterStore(shm_dir / "store") as store, pytest.raises(UnsupportedAdapter, match="embed_tokens"):
         NativeSync(same_shape, llama_engine, store)
     wider = tiny_lora(load_model(tiny_model("llama", tmp_path / "wider", hidden=128)))
     with AdapterStore(shm_dir / "store2") as store, pytest.raises(UnsupportedAdapter, match="hidden_size=64"):
         NativeSync(wider, llama_engine, store)
+    shutil.copytree(llama_dir, tmp_path / "steadier")
+    settings = tmp_path / "steadier" / "config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "rms_norm_eps": 0.25}))
+    steadier = tiny_lora(load_model(tmp_path / "steadier"))
+    with AdapterStore(shm_dir / "store3") as store, pytest.raises(UnsupportedAdapter, match=r"trainer's 0\.25;"):
+        NativeSync(steadier, llama_engine, store)
 
 
 def test_engine_that_wraps_fewer_layers(llama_dir: Path, shm_dir: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -143,26 +142,25 @@ def test_ctrl_c_while_the_engine_starts_leaves_nothing(
 ) -> None:
     """A folder with something in it stays as it was; SIGTERM comes as the same exception."""
     monkeypatch.undo()  # the real trainer
-    run, named = tmp_path / f"interrupted-{os.getpid()}", None if root is None else str(shm_dir / root)
-    settings = settings.replace(output_dir=str(run))
+    run, named = Path(settings.output_dir), None if root is None else str(shm_dir / root)
     if there:
         run.mkdir()
         (run / "notes").write_text("mine")
-    before = sorted([*tmp_path.rglob("*"), *Path("/dev/shm").glob(f"lora-grpo-{run.name}-*")])
+    before = sorted(tmp_path.rglob("*"))
 
     def interrupted(*_: Any, **__: Any) -> None:
         assert (run / "store.json").exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", interrupted)
+    monkeypatch.setattr("lora_grpo.adapters.places._SHM", shm_dir)
     with pytest.raises(KeyboardInterrupt):
         build_trainer(settings.replace(store_root=named))
-    left = sorted([*tmp_path.rglob("*"), *Path("/dev/shm").glob(f"lora-grpo-{run.name}-*")])
     assert not list(shm_dir.iterdir())
     if there:
         assert (run / "notes").read_text() == "mine"
     else:
-        assert left == before
+        assert sorted(tmp_path.rglob("*")) == before
     assert "holds no run" in build.check_place(run)
 
 

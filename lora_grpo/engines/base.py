@@ -45,7 +45,7 @@ class BaseDescription:
     without the prefix."""
 
     dtype: str
-    shapes: dict[str, int]
+    shapes: dict[str, float]
     vocabulary: int
 
 

@@ -1,4 +1,4 @@
-"""Whether an engine's base is the trainer's: config shapes, and every tensor by its digest in the engine's dtype."""
+"""Whether an engine's base is the trainer's: shapes and epsilons of the config, and every tensor by its digest in the engine's dtype."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ _SHAPES = (
     "num_key_value_heads",
     "head_dim",
     "vocab_size",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "norm_eps",
 )
 _NAMED = 3
 
@@ -59,8 +62,8 @@ class BaseMatch:
 def describe(config: Any, dtype: str) -> BaseDescription:
     """What a base is by its config."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    shapes = {name: int(value) for name in _SHAPES if (value := getattr(text, name, None)) is not None}
-    return BaseDescription(dtype, shapes, shapes["vocab_size"])
+    shapes = {name: value for name in _SHAPES if (value := getattr(text, name, None)) is not None}
+    return BaseDescription(dtype, shapes, int(shapes["vocab_size"]))
 
 
 def match_base(engine: Engine, model: nn.Module, processes: Processes) -> BaseMatch:
