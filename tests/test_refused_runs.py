@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.cli import app
 from lora_grpo.config import DataConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.config_file import load_config, save_config
-from lora_grpo.errors import ConfigError, TrainingError
+from lora_grpo.errors import ConfigError, LoraGrpoError, TrainingError
 from lora_grpo.metrics import read_metrics
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import build, build_trainer
@@ -162,6 +164,39 @@ def test_ctrl_c_while_the_engine_starts_leaves_nothing(
     else:
         assert sorted(tmp_path.rglob("*")) == before
     assert "holds no run" in build.check_place(run)
+
+
+def test_what_lies_in_a_file_of_the_runs_place_is_told_of(llama_dir: Path, tmp_path: Path) -> None:
+    """A pipe would be waited for, and the rest end in a traceback, some of them after the last step."""
+    run = tmp_path / "run"
+
+    def going_on() -> None:
+        with tiny_trainer(llama_dir, fake_engine(llama_dir), run, STEPS, eval_dataset=ROWS[:1]) as trainer:
+            trainer.resume()
+
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), run, STEPS, eval_dataset=ROWS[:1]) as trainer:
+        trainer.train()
+    damages: dict[str, Callable[[Path], object]] = {
+        "a pipe": os.mkfifo,
+        "a folder": Path.mkdir,
+        "a link to nothing": lambda path: path.symlink_to(tmp_path / "nowhere"),
+        "half a document": lambda path: path.write_text('{"version": 1,'),
+        "another document": lambda path: path.write_text("[]"),
+    }
+    for name in ("engine.log", "metrics.jsonl", "samples.jsonl", "plot.png", "evaluations/000001.json"):
+        path = run / name
+        content = path.read_bytes() if path.exists() else None
+        for what, damage in damages.items():
+            if "document" in what and not name.startswith("evaluations"):
+                continue
+            path.unlink(missing_ok=True)
+            damage(path)
+            with pytest.raises(LoraGrpoError, match=f"{path} .*(delete|remove) it"):
+                going_on()
+            path.rmdir() if path.is_dir() else path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    going_on()
 
 
 def test_an_adapter_that_scales_otherwise_does_not_take_the_runs_recipe(llama_dir: Path, tmp_path: Path) -> None:

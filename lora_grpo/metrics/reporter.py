@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Self
 
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import METRICS_FILE, RunLog
+from lora_grpo.metrics.plot import PLOT_FILE
 from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output, quiet_libraries
 from lora_grpo.metrics.trackers import Trackers, check_trackers
 from lora_grpo.metrics.view import LiveView
@@ -129,7 +131,10 @@ class Reporter:
 
 
 def check_folder(run_dir: Path) -> None:
-    """Raises `ConfigError` where a file stands in the way of the run directory."""
+    """Raises `ConfigError` where a file stands in the way of the run directory, or anything else of its logs."""
     there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"the run directory {run_dir} cannot be made: {there} is a file; choose another one")
+    for path in (run_dir / name for name in (METRICS_FILE, SAMPLES_FILE, ENGINE_LOG, PLOT_FILE)):
+        if os.path.lexists(path) and not path.is_file():
+            raise ConfigError(f"{path} should be a regular file, and is none; remove it")

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lora_grpo.adapters.disk import parse_json, read_small
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import GRPOConfig
 from lora_grpo.data import PromptDataset
 from lora_grpo.engines.base import Engine
-from lora_grpo.errors import ConfigError
+from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.rewards import RewardFunction, reward_names, score
 from lora_grpo.trainer.rollouts import greedy_sampling
 from lora_grpo.trainer.stepping import patience
@@ -78,12 +79,21 @@ def save_evaluation(run_dir: Path, result: Evaluation) -> Path:
 
 
 def saved_evaluations(run_dir: Path) -> dict[int, Evaluation]:
-    """What `save_evaluation` wrote, by version. Raises `ConfigError` when there is none."""
+    """What `save_evaluation` wrote, by version. Raises `ConfigError` when there is none, `StoreError` for damage."""
     paths = sorted((run_dir / FOLDER).glob("*.json"))
     if not paths:
         raise ConfigError(f"{run_dir} holds no evaluation; was it trained with held-out prompts (data.eval)?")
-    loaded = [Evaluation(**json.loads(path.read_text())) for path in paths]
+    loaded = [_read(path) for path in paths]
     return {evaluation.version: evaluation for evaluation in loaded}
+
+
+def _read(path: Path) -> Evaluation:
+    try:
+        return Evaluation(**parse_json(read_small(path) or b""))
+    except (TypeError, ValueError) as error:
+        raise StoreCorrupt(
+            f"{path} is damaged ({error}): delete it, and its version counts as not evaluated"
+        ) from error
 
 
 def _means(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Whether an engine's base is the trainer's: shapes and epsilons of the config, and every tensor by its digest in the engine's dtype."""
+"""Whether an engine's base is the trainer's: its config, and every tensor by its digest in the engine's dtype."""
 
 from __future__ import annotations
 
