@@ -468,7 +468,7 @@ def autocast(model: Any) -> None:
 
 
 def hotter(model: Any) -> None:
-    model.lm_head.register_forward_hook(lambda _, __, output: output * 1.04)
+    model.model.norm.register_forward_hook(lambda _, __, output: output * 1.04)
 
 
 class Arrived(Exception):

@@ -234,5 +234,6 @@ def _candidates(model: nn.Module, vocabulary: int) -> Iterator[Finish]:
 
 def _explains(finish: Finish, raw_BLV: Tensor, final_BLV: Tensor) -> bool:
     final, made = final_BLV.float(), finish(raw_BLV.clone())
-    most = _ROUNDINGS * torch.finfo(final_BLV.dtype).eps * final[final.isfinite()].abs().amax()
+    largest = final[final.isfinite()].abs().amax() if final.isfinite().any() else 0.0
+    most = _ROUNDINGS * torch.finfo(final_BLV.dtype).eps * largest
     return bool(((made == final) | ((made - final).abs() <= most)).all())
