@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ import pytest
 
 from lora_grpo.adapters import disk
 from lora_grpo.adapters.locks import holder
+from lora_grpo.adapters.peft_files import open_adapter
 from lora_grpo.adapters.requests import request
 from lora_grpo.adapters.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines.server.names import Names
-from lora_grpo.errors import StoreCorrupt, StoreError, UnknownVersion
+from lora_grpo.errors import LoraGrpoError, StoreCorrupt, StoreError, UnknownVersion
 from tests.store_files import adapter, content, on_disk
 from tests.test_cli_versions import lora_grpo
 
@@ -243,6 +246,38 @@ def test_what_should_be_a_file_and_is_none_never_hangs(
     ):
         with told(""):
             look()
+
+
+def test_a_pipe_among_the_files_of_a_state_or_a_version_never_hangs(run: Path, shm_dir: Path) -> None:
+    with AdapterStore(archive=run) as store:
+        store.archive_state(3, {"state.safetensors": [b"s"]}, {"step": 3})
+        store.flush()
+        version = store.get(3)
+        for folder in (run / "states" / "000003", run / "versions" / "000003", version.path):
+            for path in sorted(folder.iterdir()):
+                content = path.read_bytes()
+                path.unlink()
+                os.mkfifo(path)
+                looks: list[Callable[[], object]] = [lambda: store.verify(3)]
+                if folder == version.path and path.name != "version.json":
+                    looks.append(lambda: open_adapter(version))
+                for look in looks:
+                    with in_time(path), pytest.raises(LoraGrpoError, match=f"{path}|{folder}"):
+                        look()
+                path.unlink()
+                path.write_bytes(content)
+        store.verify(3)
+
+
+@contextmanager
+def in_time(path: Path) -> Iterator[None]:
+    """Fails where a pipe is waited for; a writer that comes after a while ends the wait."""
+    woken = threading.Timer(20, lambda: path.open("r+b").close())
+    woken.start()
+    started = time.monotonic()
+    yield
+    woken.cancel()
+    assert time.monotonic() - started < 20, f"{path} was waited for"
 
 
 def opened_and_used(run: Path) -> None:

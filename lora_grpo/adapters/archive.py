@@ -103,7 +103,7 @@ def _copy_checked(source: Path, target: Path, manifest: Manifest, *, sync: bool)
 
 def _stream(path: Path, *sinks: Callable[[memoryview], object]) -> None:
     chunk = memoryview(bytearray(CHUNK_BYTES))
-    with open(path, "rb", buffering=0) as stream:
+    with open(disk.open_regular(path), "rb", buffering=0) as stream:
         while count := stream.readinto(chunk):
             for sink in sinks:
                 sink(chunk[:count])

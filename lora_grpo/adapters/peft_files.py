@@ -78,7 +78,8 @@ def open_adapter(version: AdapterVersion) -> AdapterFile:
     """Map a version's files and check them against each other; raises `DeliveryError` naming the module or value."""
     weights, config_path = version.path / ADAPTER_FILE, version.path / CONFIG_FILE
     try:
-        config = config_path.read_bytes()
+        with open(open_regular(config_path), "rb") as stream:
+            config = stream.read()
         header, mapped = _map(weights)
         layout = _layout(header, config)
     except _Malformed as error:
