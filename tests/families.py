@@ -47,12 +47,13 @@ DELTA_NET = {
 MAMBA = {"mamba_d_state": 32, "mamba_d_head": 32, "mamba_n_heads": 4, "mamba_chunk_size": 64}
 MLA = {
     "num_key_value_heads": 2,
-    "kv_lora_rank": 32,
+    "kv_lora_rank": 512,
     "q_lora_rank": 32,
-    "qk_rope_head_dim": 32,
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
 }
+"""The CPU kernel of MLA is compiled for a latent of 512 and a rotary part of 64, the released models' own."""
 
 MLA_LAYERS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 
@@ -150,9 +151,11 @@ FAMILIES: dict[str, Family] = {
             **HEADED,
             "intermediate_size_mlp": 2 * HIDDEN,
             "moe_layers": [],
+            "interleave_moe_layer_step": 0,
             "no_rope_layers": [1, 0],
             "attention_chunk_size": 256,
         },
+        ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
     # Mixtures of experts, LoRA outside the experts. PEFT takes the name of a shared expert's layer for the experts'.
     "qwen3_moe": Family("qwen3_moe", {**HEADED, **EXPERTS, "num_experts": 4}, ATTENTION),
@@ -173,7 +176,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         "qwen3_next",
         {**DELTA_NET, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": HIDDEN},
-        (*ATTENTION, "out_proj"),
+        (*ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"),
     ),
     "gpt_oss": Family(
         "gpt_oss",
@@ -188,7 +191,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v2": Family(
         "deepseek_v2",
-        {**MLA, **EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+        {
+            **MLA,
+            **EXPERTS,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
         MLA_LAYERS,
     ),
     "deepseek_v3": Family(
@@ -218,7 +229,7 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": Family("hunyuan_v1_dense", HEADED),
     "seed_oss": Family("seed_oss", HEADED),
     "arcee": Family("arcee", HEADED),
-    "gpt_neox": Family("gpt_neox"),
+    "gpt_neox": Family("gpt_neox", {"num_key_value_heads": HIDDEN // HEAD_SIZE}),
     # Multimodal wrappers, of which the language model is trained.
     "qwen3_5": Family(
         "qwen3_5",

@@ -131,6 +131,11 @@ def latent_attention() -> PeftModel:
     return adapted(model, target_modules=["o_proj", "kv_b_proj"])
 
 
+def reordered() -> PeftModel:
+    model = base("llama4_text", moe_layers=[], intermediate_size_mlp=64, head_dim=16)
+    return adapted(model, target_modules=["v_proj", "k_proj"])
+
+
 def experts() -> PeftModel:
     """Experts that are modules, as code of a checkpoint's own may have them."""
     model = base()
@@ -193,6 +198,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"model\.layers\.0\.mlp\.experts\.0: LoRA on a mixture's experts is not proven; name the layers",
     ),
     "latent attention": (latent_attention, r"layers\.0\.self_attn\.kv_b_proj: vLLM folds .*decodes without its LoRA"),
+    "reordered rows": (reordered, r"self_attn\.k_proj: vLLM reorders the rows .*leave both out of target_modules"),
     "a mixture's all-linear": (
         lambda: adapted(mixture("mixtral"), target_modules="all-linear"),
         r"target_parameters=.*LoRA on them is not proven; name layers beside them",

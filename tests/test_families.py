@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from transformers import AutoConfig
 
@@ -43,6 +44,23 @@ def test_one_tensor_where_vllm_expects_two(llama_engine: VLLMEngine, tmp_path: P
     finding = examine("glm4", tmp_path, shm_dir, direct_load=False)
     assert (finding.state, finding.missed) == ("works", [])
     assert finding.gap < min(3 * finding.noise, finding.signal / 3)
+
+
+def test_every_head_is_turned(llama_engine: VLLMEngine) -> None:
+    """LFM2 and latent attention give each of a query's heads a row of its own."""
+    if not compat.is_cpu():
+        pytest.skip("the kernel is the CPU's")
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    with set_current_vllm_config(VllmConfig()):
+        layer = RotaryEmbedding(32, 32, 64, 10000, True, torch.float32)
+    positions, query, key = torch.arange(7), torch.randn(7, 3, 32), torch.randn(7, 2, 32)
+    turned = layer.forward_native(positions, query, key)
+    for shape in ((7, -1, 32), (7, -1)):
+        computed = layer.forward_cpu(positions, query.clone().view(shape), key.clone().view(shape))
+        for found, expected in zip(computed, turned, strict=True):
+            torch.testing.assert_close(found.view(expected.shape), expected)
 
 
 def test_a_transformers_class_stays_as_it_was(tmp_path: Path, shm_dir: Path) -> None:

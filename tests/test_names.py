@@ -114,6 +114,31 @@ def test_a_wrappers_renames_come_before_the_inner_models_stacking() -> None:
     assert names.tensor("mtp.layer.o_proj.weight") is None
 
 
+def test_a_mapper_that_outer_and_inner_model_share_renames_once() -> None:
+    mapper = Mapper({}, {".o_proj": (".o_proj.o_proj", None)})
+    outer: Any = model(mapper, mapper)
+    outer.model.layer.o_proj.o_proj = nn.Linear(4, 4)
+    assert NameMap(outer).tensor("model.layer.o_proj.weight") == Place("model.layer.o_proj.o_proj.weight")
+
+
+def test_what_the_loader_computes_has_no_place() -> None:
+    def composed_weight_loader() -> Any:
+        return lambda parameter, loaded: parameter.data.copy_(-loaded.exp())
+
+    outer: Any = model()
+    outer.model.layer.o_proj.weight.weight_loader = composed_weight_loader()
+    assert NameMap(outer).tensor("model.layer.o_proj.weight") is None
+    assert NameMap(outer).tensor("model.layer.o_proj.bias") == Place("model.layer.o_proj.bias")
+
+
+def test_rows_that_the_loader_reorders_have_no_place() -> None:
+    outer: Any = model(Mapper({}, STACKED))
+    outer.model.permute_qk_weight_for_rotary = None
+    names = NameMap(outer)
+    assert names.tensor("model.layer.q_proj.weight") is names.module("model.layer.k_proj") is None
+    assert names.module("model.layer.v_proj") == Place("model.layer.qkv_proj", (2,))
+
+
 @pytest.mark.parametrize("mapper", [None, OldMapper()])
 def test_packed_modules_where_no_mapper_says_how(mapper: Any) -> None:
     packed = {"qkv": ["q_proj", "k_proj"], "qkv_proj": ["q_proj", "k_proj", "v_proj"], "in_proj": ["in_qkv", "in_z"]}

@@ -48,6 +48,7 @@ def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
     _check_no_embedding(peft_model, adapter)
     modules = lora_modules(model, adapter)
     _check_language_alone(peft_model.base_model.model, modules)
+    _check_order(peft_model.base_model.model.config, modules)
     for module in modules:
         _check_module(module)
     _check_nothing_else_trains(peft_model, adapter)
@@ -129,6 +130,15 @@ def _check_no_embedding(peft_model: Any, adapter: str) -> None:
     for name, layer in peft_model.base_model.model.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.lora_embedding_A:
             raise UnsupportedAdapter(f"{clean_name(name)}: {_NO_HEADS}")
+
+
+def _check_order(config: Any, modules: list[LoraModule]) -> None:
+    reordered = [module.path for module in modules if module.path.endswith((".q_proj", ".k_proj"))]
+    if reordered and config.get_text_config().model_type == "llama4_text":
+        raise UnsupportedAdapter(
+            f"{reordered[0]}: vLLM reorders the rows of Llama 4's q_proj and k_proj when it loads the base, and not "
+            "those of an adapter; leave both out of target_modules"
+        )
 
 
 def _check_module(module: LoraModule) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from lora_grpo.engines.chunked_seeds import keep_seeds
 from lora_grpo.engines.hopper import mend_kernels
 from lora_grpo.engines.one_tensor import take_whole
+from lora_grpo.engines.rotary import turn_every_head
 from lora_grpo.engines.tiles import allow_tiles
 from lora_grpo.errors import ConfigError, EngineError, UnsupportedVersion
 
@@ -108,6 +109,7 @@ def _mend(release: tuple[int, int], *, computes: bool) -> None:
         importlib.import_module("lora_grpo.engines.packing").read_before_packing()
         allow_tiles()
         if computes:
+            turn_every_head()
             keep_seeds(importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner)
 
 
@@ -222,6 +224,11 @@ def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
 def loads_other_values(parameter: Any) -> bool:
     """Whether vLLM's loader puts other values into a parameter than the checkpoint's, such as -exp of them."""
     return "composed_weight_loader" in getattr(getattr(parameter, "weight_loader", None), "__qualname__", "")
+
+
+def reorders_queries(model: Any) -> bool:
+    """Whether vLLM's loader reorders the rows of a model's q_proj and k_proj, which it does not with an adapter's B."""
+    return any(hasattr(module, "permute_qk_weight_for_rotary") for module in model.modules())
 
 
 def register_adapter(llm: Any, lora_id: int, rank: int, layers: dict[str, Any]) -> None:

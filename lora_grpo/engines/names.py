@@ -14,6 +14,7 @@ from typing import Any
 from lora_grpo.engines import compat
 
 _WRAPPED = "base_layer"
+_REORDERED = (".q_proj.weight", ".k_proj.weight")
 _QKV = {"q": 0, "k": 1, "v": 2}
 
 
@@ -32,10 +33,11 @@ class NameMap:
         self._model = model
         self._packed_members: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         self.modules: dict[str, Any] = dict(_plain_modules(model))
+        self._reordered = _REORDERED if compat.reorders_queries(model) else ()
 
     def tensor(self, name: str) -> Place | None:
         """Where checkpoint tensor `name` lies; None where this model has no place for it, or has computed from it."""
-        found = self._loaded_as(name)
+        found = None if name.endswith(self._reordered) else self._loaded_as(name)
         if found is None:
             return None
         runtime, shard = found
@@ -52,10 +54,12 @@ class NameMap:
 
     def _loaded_as(self, name: str) -> tuple[str, Any] | None:
         """The name, and what slices it fills, as each model on the way down has it; None for what is not loaded."""
-        module, passed, shard = self._model, "", None
+        module, passed, shard, above = self._model, "", None, None
         while True:
             mapper = getattr(module, "hf_to_vllm_mapper", None)
-            if mapper is not None:
+            # A model may show its inner model's own as its own too: what is renamed twice has no such name.
+            if mapper is not None and mapper is not above:
+                above = mapper
                 renamed = compat.map_name(mapper, name)
                 if renamed is None:
                     return None
