@@ -6,10 +6,10 @@ Letters: B rows of a batch, T completion tokens, L tokens of prompt and completi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class Policy:
         _check_sharding(accelerator)
         self.model = _without_ddp(model)
         self._base_dtype = _base_dtype(self.model)
+        self._drops = _drops_out(self.model)
         self.config = config
         self.processes = Processes(accelerator)
         self.objective = Objective.from_config(config)
@@ -116,10 +117,12 @@ class Policy:
 
     # Updates.
 
-    def update(self, batch: Batch) -> dict[str, float]:
+    def update(self, batch: Batch, *, judge: Callable[[Batch], None] | None = None) -> dict[str, float]:
         """`num_iterations` passes over `batch`, an optimizer and a schedule step every optimizer batch of rows.
 
-        A batch that `prepare` has not seen is prepared first. Where a pass holds several updates, the rows of all
+        A batch that `prepare` has not seen is prepared first. Where it is one update and nothing is dropped out, its
+        old log-probs are those of the update's own forward. `judge` is called with the prepared batch before the first
+        optimizer step: what it raises leaves the policy as it was. Where a pass holds several updates, the rows of all
         processes are shuffled first (the first one's global CPU generator), so that an update sees many prompts.
         Returns the batch's `sampling/*` and, as means over the updates, `loss`, `grad_norm` (before clipping),
         `learning_rate` (as used) and TRL's `entropy`, `kl` and clip metrics. Rows that cannot move the policy are not
@@ -130,19 +133,38 @@ class Policy:
         `Reach`): that step is not taken, weights, optimizer and schedule stay as the last good one left them.
         """
         self._check_rows(len(batch))
-        batch = self.prepare(batch) if batch.old_logp_BT is None else batch.to(self.device)
-        rollout = self._size(batch)
+        batch = batch.to(self.device)
+        at_once = batch.old_logp_BT is None and self._is_one_update(batch)
+        if at_once:
+            batch = replace(batch, ref_logp_BT=self.reference_logprobs(batch) if self.config.beta else None)
+        else:
+            batch = self.prepare(batch) if batch.old_logp_BT is None else batch
+            if judge:
+                judge(batch)
+        rollout, metrics = self._size(batch), []
         with _mode(self.model, training=True):
-            metrics = [self._step(rows, rollout) for rows in self._optimizer_batches(batch)]
+            for rows in self._optimizer_batches(batch):
+                step, seen = self._step(rows, rollout, judge if at_once else None)
+                metrics.append(step)
         means = {name: sum(one[name] for one in metrics) / len(metrics) for name in metrics[0]}
-        return means | self.processes.metrics(self.objective.observe_sampling(batch))
+        return means | self.processes.metrics(self.objective.observe_sampling(seen if at_once else batch))
 
-    def _step(self, rows: Batch, rollout: Size) -> dict[str, float]:
+    def _is_one_update(self, batch: Batch) -> bool:
+        """Whether all of `batch` is learned from at once, by the policy that it is compared with."""
+        return self.config.num_iterations == 1 and len(batch) == self.config.rows_per_update(1) and not self._drops
+
+    def _step(
+        self, rows: Batch, rollout: Size, judge: Callable[[Batch], None] | None
+    ) -> tuple[dict[str, float], Batch]:
         self.gradients.zero()
         totals = Totals(self._size(rows), rollout, self.config.max_completion_length)
         self.reach.begin()
         local_loss, logp_BT, entropy_BT = self._accumulate(rows, totals)
         self.reach.end()
+        if rows.old_logp_BT is None:
+            rows = replace(rows, old_logp_BT=logp_BT, entropy_BT=entropy_BT)
+        if judge:
+            self._judged(judge, rows)
         loss = self.processes.sum(local_loss).item()
         grad_norm = self.gradients.add_up()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -159,16 +181,30 @@ class Policy:
         self.optimizer.zero_grad()
         observed = self.objective.observe(logp_BT, entropy_BT, rows)
         step = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
-        return step | self.processes.metrics(observed)
+        return step | self.processes.metrics(observed), rows
+
+    def _judged(self, judge: Callable[[Batch], None], rows: Batch) -> None:
+        try:
+            judge(rows)
+        except BaseException:
+            self.optimizer.zero_grad()
+            raise
 
     def _accumulate(self, rows: Batch, totals: Totals) -> tuple[Tensor, Tensor, Tensor]:
         """Adds this process's gradient of one optimizer batch; its part of the loss, logp_BT and entropy_BT."""
         loss = torch.zeros((), device=self.device)
-        logp_BT, entropy_BT = filled(rows.old_logp_BT).clone(), filled(rows.entropy_BT).clone()
-        micro_batches = self._micro_batches(rows, self.objective.needs_gradient(rows))
+        wanted_B = self.objective.needs_gradient(rows)
+        at_once = rows.old_logp_BT is None
+        if at_once:
+            logp_BT, entropy_BT = self._scores(rows, ~wanted_B)
+        else:
+            logp_BT, entropy_BT = filled(rows.old_logp_BT).clone(), filled(rows.entropy_BT).clone()
+        micro_batches = self._micro_batches(rows, wanted_B)
         for number, (index, micro) in enumerate(micro_batches, 1):
             self.gradients.add_up_with(last=number == len(micro_batches))
             logp, entropy = self._forward(micro)
+            if at_once:
+                micro = replace(micro, old_logp_BT=logp.detach())
             part = self.objective.value(logp, micro, totals)
             if self.reach.watching and logp.requires_grad:
                 logp.retain_grad()
@@ -213,12 +249,13 @@ class Policy:
     # The model.
 
     @torch.no_grad()
-    def _scores(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """logp_BT and entropy_BT, 0 where padded."""
+    def _scores(self, batch: Batch, wanted_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logp_BT and entropy_BT, 0 where padded and in rows that are not wanted."""
         batch = batch.to(self.device)
         logp_BT, entropy_BT = torch.zeros((2, *batch.mask_BT.shape), device=self.device)
+        wanted_B = batch.mask_BT.new_ones(len(batch)) if wanted_B is None else wanted_B
         with _mode(self.model, training=False):
-            for index, micro in self._micro_batches(batch, batch.mask_BT.new_ones(len(batch))):
+            for index, micro in self._micro_batches(batch, wanted_B):
                 logp, entropy = self._forward(micro)
                 logp_BT[index, : micro.completion_length] = logp[: len(index)]
                 entropy_BT[index, : micro.completion_length] = entropy[: len(index)]
@@ -283,6 +320,15 @@ def _idle(like: Batch) -> Batch:
 
 def _without_ddp(model: PeftModel) -> PeftModel:
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _drops_out(model: nn.Module) -> bool:
+    """Whether anything is dropped out in training, by a layer or by a rate of the configuration."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    rates = [value for name, value in (text.to_dict() if text else {}).items() if "drop" in name]
+    rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def _base_dtype(model: nn.Module) -> torch.dtype:

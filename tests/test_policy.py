@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_grpo.errors import ConfigError, TrainingError, UnsupportedAdapter
+from lora_grpo.errors import ConfigError, DeliveryError, TrainingError, UnsupportedAdapter
 from lora_grpo.grpo import Batch
 from lora_grpo.grpo.losses import LOSSES, Size, Totals
 from lora_grpo.grpo.optimizer import build_optimizer, build_scheduler
@@ -349,6 +349,51 @@ def test_a_step_without_advantage_lets_momentum_run_on() -> None:
     policy.update(make_batch(torch.zeros(8)))
     torch.testing.assert_close(state["exp_avg"], 0.9 * moment)
     assert any((before[name] - after).abs().max() > 1e-3 for name, after in adapter_weights(policy.model).items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta": 0.1, "loss_type": "grpo"},
+        {"loss_type": "cispo", "vllm_importance_sampling_mode": "sequence_mask"},
+        {"importance_sampling_level": "sequence"},
+    ],
+)
+def test_one_update_takes_its_old_logprobs_from_its_own_forward(changes: dict[str, Any]) -> None:
+    """The same step as on a prepared batch, each row computed once, and all of them seen by the judge before it."""
+    seen: list[Batch] = []
+    policy, prepared = make_policy(learning_rate=1e-2, **changes), make_policy(learning_rate=1e-2, **changes)
+    policy.logprobs(make_batch())  # how the model finishes its logits is known from here on
+    for _ in range(2):
+        batch = make_batch()
+        expected = prepared.update(prepared.prepare(batch))
+        with counted_rows(policy.model) as rows:
+            metrics = policy.update(batch, judge=seen.append)
+        assert sum(rows) == len(batch) * (2 if policy.config.beta else 1)
+        assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert_same(adapter_weights(policy.model), adapter_weights(prepared.model), rtol=1e-4)
+    first = make_policy(**changes).prepare(make_batch())
+    torch.testing.assert_close(seen[0].old_logp_BT, first.old_logp_BT)
+    torch.testing.assert_close(seen[0].entropy_BT, first.entropy_BT)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_the_judge_raises_is_no_step(dropout: float) -> None:
+    """Also where something is dropped out, so that the old log-probs are a forward of their own."""
+    policy = make_policy(model=peft_model(dropout=dropout), learning_rate=1e-2)
+    policy.update(make_batch())
+    before, moments = adapter_weights(policy.model), policy.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+
+    def refuse(batch: Batch) -> None:
+        assert batch.old_logp_BT is not None
+        raise DeliveryError("another policy")
+
+    with counted_rows(policy.model) as rows, pytest.raises(DeliveryError, match="another policy"):
+        policy.update(make_batch(), judge=refuse)
+    assert sum(rows) == 8
+    assert all(torch.equal(before[name], after) for name, after in adapter_weights(policy.model).items())
+    assert torch.equal(policy.optimizer.state_dict()["state"][0]["exp_avg"], moments)
+    assert not any(p.grad is not None and p.grad.any() for p in policy.parameters.values())
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

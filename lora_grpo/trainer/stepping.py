@@ -113,13 +113,16 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
         rewarded.advantages_B,
         mask_truncated_completions=config.mask_truncated_completions,
     )
-    batch = parts.policy.prepare(rows.select(torch.arange(len(rows))[processes.part(len(rows))]))
-    gap = logprob_gap(batch, processes)
-    checked = canary(parts, config, rewarded.groups, gap, step)
-    metrics = {**parts.policy.update(batch), GAP: gap}
-    return (
-        metrics if checked is None else {**metrics, "canary/verdict": checked.verdict, "canary/signal": checked.signal}
-    )
+    checked: dict[str, Any] = {}
+
+    def judge(prepared: Batch) -> None:
+        checked[GAP] = gap = logprob_gap(prepared, processes)
+        report = canary(parts, config, rewarded.groups, gap, step)
+        if report is not None:
+            checked.update({"canary/verdict": report.verdict, "canary/signal": report.signal})
+
+    own = rows.select(torch.arange(len(rows))[processes.part(len(rows))])
+    return {**parts.policy.update(own, judge=judge), **checked}
 
 
 def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, step: int) -> CanaryReport | None:
