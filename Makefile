@@ -32,7 +32,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# A real engine on a tiny model of every family; writes docs/models.md.
+# A real engine on a tiny model of every family; writes examples/docs/models.md.
 models: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.model_table
 

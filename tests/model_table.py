@@ -35,7 +35,7 @@ SWAPS = 3
 RANK = 8
 ENGINE_ARGS = {"max_model_len": 128, "enforce_eager": True, "gpu_memory_utilization": 0.1, "max_num_seqs": 64}
 
-TABLE = Path(__file__).parent.parent / "docs" / "models.md"
+TABLE = Path(__file__).parent.parent / "examples" / "docs" / "models.md"
 HEAD = """# Models
 
 Written by `make models`: a tiny model of each family, with random weights, served by vLLM {vllm} on the CPU in
