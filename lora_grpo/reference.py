@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import nn
 
 from lora_grpo.adapters import disk
@@ -85,21 +85,19 @@ class Reference:
 
 
 def keep_reference(run_dir: Path, weights: Mapping[str, torch.Tensor] | None) -> None:
-    """Write a run's reference down; without a file, it is the base."""
+    """Write a run's reference down; a file without tensors is the base."""
     path = run_dir / REFERENCE_FILE
     with disk.reported(f"writing {path}"):
-        if weights is None:
-            path.unlink(missing_ok=True)
-        else:
-            disk.replace_file(path, save(dict(weights)), sync=True)
+        disk.replace_file(path, save(dict(weights or {})), sync=True)
 
 
 def kept_reference(run_dir: Path) -> dict[str, torch.Tensor] | None:
-    """What `keep_reference` wrote. Raises `StoreCorrupt` for a damaged file."""
+    """What `keep_reference` wrote. Raises `StoreCorrupt` for a damaged file, or none: no other reference stands in."""
     path = run_dir / REFERENCE_FILE
-    if not path.exists():
-        return None
+    content = disk.read_small(path)
+    if content is None:
+        raise StoreCorrupt(f"{path} is gone, which holds what the KL is measured to: copy it back, or set beta=0")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return load(content) or None
+    except SafetensorError as error:
         raise StoreCorrupt(f"the reference of the KL in {path} is unreadable: {error}") from error

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from lora_grpo.adapters.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import KeepConfig
-from lora_grpo.errors import ConfigError, StoreLocked
+from lora_grpo.errors import ConfigError, StoreCorrupt, StoreLocked
 from lora_grpo.metrics.log import history, read_metrics
+from lora_grpo.reference import keep_reference, kept_reference
 from lora_grpo.trainer import going_back
 from tests.tiny_run import fake_engine
 from tests.tiny_trainer import CONFIG, moments, same, share_of_low_bytes, tiny_trainer, weights
@@ -309,3 +310,11 @@ def test_the_reference_of_the_kl_stays_over_rollback_and_resume(llama_dir: Path,
         assert not same(trainer.policy.reference._weights, began)
         trainer.resume()
         assert same(trainer.policy.reference._weights, began)
+    (run / "reference.safetensors").unlink()
+    with (
+        tiny_trainer(llama_dir, engine, run, kl) as trainer,
+        pytest.raises(StoreCorrupt, match=r"reference\.safetensors is gone, .* copy it back, or set beta=0"),
+    ):
+        trainer.resume()
+    keep_reference(run, None)
+    assert kept_reference(run) is None

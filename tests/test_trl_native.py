@@ -29,8 +29,17 @@ from transformers import TrainerCallback  # noqa: E402
 from lora_grpo.adapters.digest import digest_buffers  # noqa: E402
 from lora_grpo.adapters.peft_format import ServingForm  # noqa: E402
 from lora_grpo.adapters.requests import Request, answer_to, request  # noqa: E402
+from lora_grpo.adapters.store import AdapterStore  # noqa: E402
+from lora_grpo.config import GRPOConfig as OwnConfig  # noqa: E402
 from lora_grpo.engines import compat  # noqa: E402
-from lora_grpo.errors import ConfigError, DeliveryError, LoraGrpoError, UnsupportedAdapter, UnsupportedVersion  # noqa: E402
+from lora_grpo.errors import (  # noqa: E402
+    ConfigError,
+    DeliveryError,
+    LoraGrpoError,
+    StoreLocked,
+    UnsupportedAdapter,
+    UnsupportedVersion,
+)
 from lora_grpo.integrations.trl import CANARY_EVERY, NativeGRPOTrainer, _Steps  # noqa: E402
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, check_release  # noqa: E402
 from lora_grpo.metrics import read_metrics  # noqa: E402
@@ -477,6 +486,7 @@ REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "structured outputs": ({"vllm_structured_outputs_regex": "[0-9]+"}, "reward function"),
     "continuous batching": ({"use_transformers_continuous_batching": True}, "come from vLLM"),
     "repetition penalty": ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+    "greedy": ({"temperature": 0.0}, "temperature=0.0: the completions of a group would all be the same"),
     "unknown sampling": ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "logit_bias"),
 }
 
@@ -502,6 +512,7 @@ def test_several_processes_are_refused(llama_dir: Path, tmp_path: Path) -> None:
 
 REFUSED_ADAPTERS: dict[str, tuple[Any, str]] = {
     "none": (None, "full fine-tuning"),
+    "a typo": (LoraConfig(r=8, target_modules=["q_proj", "vproj"]), "has no layer 'vproj'; did you mean 'v_proj'"),
     "dora": (LoraConfig(**LORA, use_dora=True), "use_dora"),
     "modules_to_save": (LoraConfig(**LORA, modules_to_save=["embed_tokens"]), "modules_to_save"),
     "target_parameters": (
@@ -520,6 +531,34 @@ def test_refused_adapters(name: str, llama_dir: Path, tmp_path: Path, monkeypatc
     with pytest.raises((ConfigError, UnsupportedAdapter), match=message) as caught:
         native_trainer(str(llama_dir), arguments(tmp_path), peft_config=peft_config)
     assert isinstance(caught.value, LoraGrpoError)
+
+
+def test_refused_places_and_settings(
+    llama_dir: Path, tmp_path: Path, shm_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before an engine is started; and what stops it leaves nothing of the run."""
+    monkeypatch.setattr("lora_grpo.integrations.trl.VLLMEngine", None)
+    adapter = LoraConfig(**LORA)
+    with pytest.raises(ConfigError, match=r"lora_grpo's GRPOConfig.*pass a trl\.GRPOConfig"):
+        native_trainer(str(llama_dir), OwnConfig(), peft_config=adapter)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file; choose another one"):
+        native_trainer(str(llama_dir), arguments(tmp_path), peft_config=adapter, run_dir=tmp_path / "file")
+    with (
+        AdapterStore(archive=tmp_path / "live"),
+        pytest.raises(StoreLocked, match="live is open for writing in process"),
+    ):
+        native_trainer(str(llama_dir), arguments(tmp_path), peft_config=adapter, run_dir=tmp_path / "live")
+
+    def stopped(*_: Any, **__: Any) -> None:
+        assert (tmp_path / "run" / "store.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_grpo.integrations.trl.VLLMEngine", stopped)
+    places = {"run_dir": tmp_path / "run", "store_root": shm_dir / "root"}
+    with pytest.raises(KeyboardInterrupt):
+        native_trainer(str(llama_dir), arguments(tmp_path), peft_config=adapter, **places)
+    assert not any(place.exists() for place in places.values())
 
 
 def test_an_adapter_is_no_base(llama_dir: Path, tmp_path: Path) -> None:

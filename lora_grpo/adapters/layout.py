@@ -24,8 +24,8 @@ Only in the run directory:
 - `states/000007/`: the trainer state of version 7, whatever files the trainer wrote, `state.json` and `SHA256SUMS`.
 - `requests/`: what other processes ask of the writer, and its answers.
 - `rollbacks.jsonl`: each rollback of the run (see `rollbacks.py`); `adapter.json`: the adapter's PEFT config and its
-  scalings, for exports (see `export.py`); `reference.safetensors`: what the KL is measured to, where that is not the
-  base.
+  scalings, for exports (see `export.py`); `reference.safetensors`: what the KL is measured to, empty
+  where that is the base.
 
 In the run directory, or in the root when there is none:
 

@@ -22,7 +22,7 @@ from lora_grpo.adapters.digest import digest_buffers
 from lora_grpo.adapters.peft_format import ServingForm, lora_modules
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import KeepConfig
+from lora_grpo.config import KeepConfig, ModelConfig
 from lora_grpo.engines.local.targets import check_is_base
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
@@ -31,11 +31,12 @@ from lora_grpo.grpo.reach import Reach
 from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, generation_by
 from lora_grpo.integrations.trl_settings import Given, check_arguments, check_reference, check_targets
+from lora_grpo.metrics import check_folder
 from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer.assembly import keeps_state, retention
-from lora_grpo.trainer.models import check_same_device
+from lora_grpo.trainer.assembly import keeps_state, retention, untouched_when_stopped
+from lora_grpo.trainer.models import adapted_leaves, check_same_device
 from lora_grpo.types import Completion, Sampling, derive_seed
 
 CANARY_EVERY = 10
@@ -178,21 +179,26 @@ class NativeGRPOTrainer(HookedTrainer):
         """
         check_arguments(args, named.get("peft_config"))
         if isinstance(model, str | Path):
-            check_is_base(model, revision=(args.model_init_kwargs or {}).get("revision"))
+            said = {name: (args.model_init_kwargs or {}).get(name) for name in ("revision", "trust_remote_code")}
+            check_is_base(model, revision=said["revision"])
+            if named.get("peft_config") is not None:
+                given_model = ModelConfig(name=str(model), **{k: v for k, v in said.items() if v is not None})
+                adapted_leaves(given_model, named["peft_config"])
         check_reference(model, args)
         check_targets(model, args, named.get("peft_config"))
         self._closing = ExitStack()
 
+        folder = Path(run_dir or Path(args.output_dir) / "native")
+
         def build(**keywords: Any) -> Backend:
             revision = (args.model_init_kwargs or {}).get("revision")
             given = Given(keywords["model"], keywords, revision, args.seed, self.eos_token_ids)
-            folder = Path(run_dir or Path(args.output_dir) / "native")
             sampling = given.sampling()
             engine, sync = _assemble(self._closing, given, engine_args or {}, keep or KeepConfig(), folder, store_root)
             self.native = self.rollouts = NativeRollouts(engine, sync, sampling)
             return Backend(self, self.native)
 
-        with ExitStack() as on_failure:
+        with untouched_when_stopped(folder, store_root), ExitStack() as on_failure:
             on_failure.callback(self._closing.close)
             with generation_by(build):
                 super().__init__(model, reward_funcs, args, *others, **named)
@@ -266,11 +272,12 @@ def _assemble(
     adapted = {module.path.rsplit(".", 1)[-1] for module in modules}
     rank = max(module.a_RI.shape[0] for module in modules)
     keywords = given.engine_args(rank, {"target_modules": sorted(adapted), **engine_args})
+    check_folder(run_dir)
+    store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
+    closing.callback(store.close)
     engine = VLLMEngine(keywords.pop("model"), **keywords)
     closing.callback(engine.close)
     check_same_device(given.model, engine)
-    store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
-    closing.callback(store.close)
     tokenizer = given.keywords["processing_class"]
     sync = NativeSync(given.model, engine, store, keep_state=keeps_state(keep), tokenizer=tokenizer)
     closing.callback(sync.close)

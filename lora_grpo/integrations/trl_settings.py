@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+from lora_grpo.config import GRPOConfig
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.trainer.models import ALL_LINEAR
@@ -31,6 +32,10 @@ _SAMPLED_WITH = (
 
 def check_arguments(args: Any, peft_config: Any) -> None:
     """Raises `ConfigError` or `UnsupportedAdapter` for a `trl.GRPOConfig` that cannot work without merging."""
+    if isinstance(args, GRPOConfig):
+        raise ConfigError(
+            "args is lora_grpo's GRPOConfig, which lora_grpo.GRPOTrainer takes; pass a trl.GRPOConfig here"
+        )
     if args is None or not args.use_vllm or args.vllm_mode != "colocate":
         found = "args=None" if args is None else f"use_vllm={args.use_vllm}, vllm_mode={args.vllm_mode!r}"
         raise ConfigError(
@@ -106,6 +111,10 @@ def _refused(args: Any) -> dict[str, tuple[bool, str]]:
         "use_transformers_paged": (
             bool(args.use_transformers_paged),
             "completions come from vLLM here; leave it out",
+        ),
+        "temperature": (
+            args.temperature <= 0,
+            "the completions of a group would all be the same, and nothing be learned; set it above 0",
         ),
         "repetition_penalty": (
             args.repetition_penalty != 1.0,

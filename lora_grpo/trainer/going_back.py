@@ -72,11 +72,12 @@ def resume(trainer: GRPOTrainer) -> RollbackReport | None:
     head, log = trainer.store.head, trainer.rollback_log
     if head is None:
         return None
+    reference = kept_reference(trainer.run_dir) if trainer.config.beta else None
     log.settle(head.number)
     waiting = log.waits_at(head.number)
     report = _put_back(trainer, head, waiting=waiting)
     if trainer.config.beta:
-        trainer.crew(crew.set_reference, kept_reference(trainer.run_dir))
+        trainer.crew(crew.set_reference, reference)
     extra = report.extra or None
     position = log.data_position(extra)
     if position is not None:
