@@ -279,6 +279,8 @@ def trainer_tokenizer(model: ModelConfig | nn.Module, processing_class: Any, eng
     if processing_class is None:
         return served
     own = getattr(processing_class, "tokenizer", processing_class)
+    if not (hasattr(own, "encode") and hasattr(own, "decode")):
+        raise ConfigError(f"processing_class={own!r:.80} is no tokenizer: pass AutoTokenizer.from_pretrained(NAME)")
     check_same_vocabulary(own, served)
     return own
 
