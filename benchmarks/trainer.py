@@ -1,0 +1,252 @@
+"""Peak memory and processor time of the trainer's part of a step, beside TRL's and beside the model without its head.
+
+    python benchmarks/trainer.py [--tokens 512,1024] [--dtype float32] [--against DIR] [--out FILE]
+
+One rollout is one update. `ours` is everything that a step computes of it: old log-probs, loss and backward, optimizer.
+`trl` is the loss and backward of TRL's own GRPOTrainer, and `backbone` the model up to its last hidden state, forward
+and backward: what no output layer can undercut. DIR is another checkout of this repository; its trainer is `against`.
+Each figure is of a process of its own: CPU seconds, and the peak of its memory above the level before. Ratios are of
+figures of one call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+VOCABULARY = 151_936
+SHAPES = {"small": (256, 4, 4), "0.5b": (896, 24, 14)}
+"""Hidden size, layers and heads: a Qwen2 of either, with the vocabulary of all of them."""
+
+
+def main() -> None:
+    options = _options()
+    if options.measure:
+        print(json.dumps(_measured(options)))
+        return
+    table = []
+    for tokens in options.tokens:
+        found: dict[str, list[dict[str, float]]] = {}
+        for _ in range(options.repeat):
+            for subject in options.subjects or ["ours", *(["against"] if options.against else []), "trl", "backbone"]:
+                found.setdefault(subject, []).append(_in_a_process(options, subject, tokens))
+        for subject, rows in found.items():
+            row = {name: statistics.median(one[name] for one in rows) for name in ("peak_mib", "cpu_s")}
+            table.append({"tokens": tokens, "subject": subject, **row})
+            print(f"T={tokens:<6}{subject:<10}{row['peak_mib']:>8.0f} MiB{row['cpu_s']:>8.1f} s", flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"machine": _machine(options), "rows": table}, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--tokens", type=lambda text: [int(one) for one in text.split(",")], default=[512, 1024])
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--rows", type=int, default=8, help="completions: one group, one micro-batch")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--subjects", type=lambda text: text.split(","), help="ours, against, trl, backbone")
+    parser.add_argument("--against", type=Path, help="another checkout of this repository")
+    parser.add_argument("--out", type=Path, help="a JSON file of the table")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _in_a_process(options: argparse.Namespace, subject: str, tokens: int) -> dict[str, float]:
+    repository = options.against.resolve() if subject == "against" else HERE.parent.parent
+    sizes = {
+        "tokens": tokens,
+        **{name: getattr(options, name) for name in ("prompt", "rows", "shape", "dtype", "device")},
+    }
+    command = [sys.executable, str(HERE), "--measure", subject]
+    command += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _measured(options: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    model = _model(options)
+    ids_BL = torch.randint(5, VOCABULARY, (options.rows, options.prompt + options.tokens[0]))
+    subjects = {"ours": _ours, "against": _ours, "trl": _trl, "backbone": _backbone}
+    step = subjects[options.measure](model, ids_BL, options)
+    return _peak_and_time(step, options.device)
+
+
+def _model(options: argparse.Namespace) -> Any:
+    """The same weights for every subject."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    hidden, layers, heads = SHAPES[options.shape]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=hidden * 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = Qwen2ForCausalLM(config).to(options.device, getattr(torch, options.dtype))
+    if options.measure == "trl":
+        return model
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+
+
+def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
+    import torch
+
+    from lora_grpo.config import GRPOConfig
+    from lora_grpo.grpo import Batch
+    from lora_grpo.policy import Policy
+    from lora_grpo.types import Completion, Group
+
+    config = GRPOConfig(
+        num_generations=options.rows,
+        per_device_train_batch_size=options.rows,
+        gradient_accumulation_steps=1,
+        max_completion_length=options.tokens[0],
+        gradient_checkpointing=False,
+    )
+    prompt, rows = ids_BL[0, : options.prompt].tolist(), ids_BL[:, options.prompt :].tolist()
+    made = tuple(Completion("", tuple(row), (-12.0,) * len(row), "length", 1) for row in rows)
+    # An earlier version of this package asked for it.
+    padding = {"pad_token_id": 0} if "pad_token_id" in inspect.signature(Batch.from_groups).parameters else {}
+    batch = Batch.from_groups([Group("", tuple(prompt), made)], torch.linspace(-1, 1, len(rows)), **padding)
+    policy = Policy(model, config)
+    return lambda: policy.update(batch)
+
+
+def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
+    import torch
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
+    args = trl.GRPOConfig(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=options.rows,
+        num_generations=options.rows,
+        max_completion_length=options.tokens[0],
+        gradient_checkpointing=False,
+        bf16=options.dtype == "bfloat16",
+        use_cpu=options.device == "cpu",
+        report_to="none",
+    )
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["<eos>"] * options.rows}),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>"),
+        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    ids_BL = ids_BL.to(options.device)
+    prompt_BP, completion_BT = ids_BL[:, : options.prompt], ids_BL[:, options.prompt :]
+    inputs = {
+        "prompt_ids": prompt_BP,
+        "prompt_mask": torch.ones_like(prompt_BP),
+        "completion_ids": completion_BT,
+        "completion_mask": torch.ones_like(completion_BT),
+        "advantages": torch.linspace(-1, 1, options.rows, device=options.device),
+        "num_items_in_batch": torch.tensor(completion_BT.numel(), device=options.device),
+    }
+
+    def step() -> None:
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+
+    return step
+
+
+def _backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
+    def step() -> None:
+        output = model.get_base_model().model(input_ids=ids_BL.to(options.device), use_cache=False)
+        output.last_hidden_state.float().mean().backward()
+
+    return step
+
+
+def _peak_and_time(step: Callable[[], Any], device: str) -> dict[str, float]:
+    """Of one step, after a warm-up of nothing: libraries' own start-up is part of neither."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, started = torch.cuda.memory_allocated(), time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        return {
+            "peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20,
+            "cpu_s": time.perf_counter() - started,
+        }
+    Path("/proc/self/clear_refs").write_text("5")
+    before, started = _status_kib("VmRSS"), time.process_time()
+    step()
+    seconds = time.process_time() - started
+    return {"peak_mib": (_status_kib("VmHWM") - before) / 1024, "cpu_s": seconds}
+
+
+def _status_kib(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
+
+
+def _machine(options: argparse.Namespace) -> dict[str, Any]:
+    import importlib.metadata
+
+    import torch
+
+    processor = Path("/proc/cpuinfo").read_text()
+    name = next(
+        (line.partition(":")[2].strip() for line in processor.splitlines() if line.startswith("model name")), ""
+    )
+    commits = {
+        label: subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty=+"], capture_output=True, text=True
+        )
+        for label, folder in {"ours": HERE.parent.parent, "against": options.against}.items()
+        if folder
+    }
+    return {
+        "device": name if options.device == "cpu" else torch.cuda.get_device_name(options.device),
+        "shape": options.shape,
+        "dtype": options.dtype,
+        "rows": options.rows,
+        "prompt": options.prompt,
+        "threads": 1,
+        "torch": torch.__version__,
+        "trl": importlib.metadata.version("trl"),
+        "commits": {label: done.stdout.strip() for label, done in commits.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
