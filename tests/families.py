@@ -344,10 +344,10 @@ def _config(family: Family) -> Any:
         ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     ):
         if hasattr(config, token):
-            setattr(config, token, VOCAB - 4 + number)
+            setattr(config, token, VOCAB + number)
     for number, token in enumerate(("boi_token_index", "eoi_token_index", "image_token_index")):
         if hasattr(config, token):
-            setattr(config, token, VOCAB - 3 + number)
+            setattr(config, token, VOCAB + number)
     return config
 
 
