@@ -483,6 +483,31 @@ def test_rows_that_make_no_whole_optimizer_batch_are_refused() -> None:
 # Gradients that are missing.
 
 
+def test_a_base_that_quantizes_its_activations_is_told_of_at_the_first_update() -> None:
+    """W8A8 by compressed-tensors: what is rounded on its way gives no gradient back to the layers before."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    base = base_model()
+    eight_bits = {"num_bits": 8, "symmetric": True}
+    scheme = quantization.QuantizationScheme(
+        targets=["Linear"],
+        weights=quantization.QuantizationArgs(**eight_bits, strategy="channel"),
+        input_activations=quantization.QuantizationArgs(**eight_bits, strategy="token", dynamic=True),
+    )
+    frozen = quantization.QuantizationStatus.FROZEN
+    settings = {"config_groups": {"all": scheme}, "quantization_status": frozen, "ignore": ["lm_head"]}
+    quantization.apply_quantization_config(base, quantization.QuantizationConfig(**settings))
+    for module in base.modules():
+        if hasattr(module, "weight_scale"):
+            module.weight_scale.data.copy_(module.weight.abs().amax(dim=1, keepdim=True) / 127)
+    policy = make_policy(model=get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")))
+    before = adapter_weights(policy.model)
+    with pytest.raises(
+        UnsupportedAdapter, match=r"no gradient reaches B of 10 of 14 adapted layers.*layers\.0\..*q_proj"
+    ):
+        policy.update(make_batch())
+    assert all(torch.equal(before[name], after) for name, after in adapter_weights(policy.model).items())
+
+
 def test_a_gradient_that_is_cut_names_the_layers_that_get_none() -> None:
     """Of 14 adapted layers only the upper 7 were trained, and nothing said so."""
     model = peft_model(new=True)
