@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import config_of_model, load_config, names_a_model, save_config
 from lora_grpo.engines.vllm_local import VLLMEngine
+from lora_grpo.errors import ConfigError
 from lora_grpo.trainer import assembly
 from lora_grpo.trainer.checking import SWAPS, Finding, check_run
+from lora_grpo.trainer.random_base import random_base
 from tests.test_cli import lora_grpo
 
 ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(3)]
@@ -195,3 +199,28 @@ def test_the_command_has_an_exit_code_for_ci(config: RunConfig, tmp_path: Path) 
     failed = lora_grpo("check", "run", "engine.max_model_len=18", cwd=tmp_path)
     assert failed.returncode == 2
     assert "the prompt has 4 tokens" in failed.stdout
+
+
+@pytest.mark.vllm
+def test_a_config_without_weights_is_checked_with_random_ones(llama_dir: Path, tmp_path: Path) -> None:
+    """Its tokenizer is not there either; the model's folder stays as it was, and what was drawn goes."""
+    folder = tmp_path / "config alone"
+    folder.mkdir()
+    shutil.copy(llama_dir / "config.json", folder)
+    settings = ["model.dtype=float32", "engine.max_model_len=128", "engine.gpu_memory_utilization=0.1"]
+    before = set(Path(tempfile.gettempdir()).glob("lora-grpo-random-*"))
+    done = lora_grpo("check", str(folder), "--random-weights", "--engine", "--json", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {row["what"]: row["found"] for row in json.loads(done.stdout)}
+    assert found["base and adapter"].startswith(str(folder))
+    assert all("canary ok" in found[f"swap {number}"] for number in range(1, SWAPS + 1)), found
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert set(Path(tempfile.gettempdir()).glob("lora-grpo-random-*")) == before
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "t5"}', "{}", "not JSON", None])
+def test_a_config_that_gives_no_language_model_is_one_sentence(config: str | None, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match="no model can be built from its configuration"), random_base(str(tmp_path)):
+        pytest.fail("a model of nothing")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from lora_grpo.cli.output import print_json, print_table
+from lora_grpo.errors import ConfigError
 
 
 def check(
@@ -25,6 +27,10 @@ def check(
     rewards: Annotated[
         bool, typer.Option("--rewards", help="Call each reward function once, on two rows with a stand-in completion.")
     ] = False,
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="For a MODEL of which only the config is there: draw its weights."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
 ) -> None:
     """Find what would end a run, without training it: settings, data, adapter, memory; exit code 2 if something would.
@@ -34,10 +40,15 @@ def check(
     from lora_grpo.config_file import config_of_model, load_config, names_a_model
 
     alone = names_a_model(target)
-    config = config_of_model(target, overrides or ()) if alone else load_config(target, overrides or ())
+    if random_weights and not alone:
+        raise ConfigError(f"--random-weights is for a model's name or directory, and {target} is a run's settings")
     from lora_grpo.trainer.checking import check_run
+    from lora_grpo.trainer.random_base import random_base
 
-    findings = [asdict(finding) for finding in check_run(config, engine=engine, rewards=rewards, base_alone=alone)]
+    with random_base(target) if random_weights else nullcontext(target) as model:
+        config = config_of_model(model, overrides or ()) if alone else load_config(target, overrides or ())
+        found = check_run(config, engine=engine, rewards=rewards, base_alone=alone)
+        findings = [{**asdict(finding), "found": finding.found.replace(model, target)} for finding in found]
     if as_json:
         print_json(findings)
     else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
@@ -163,7 +163,7 @@ def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: i
         )
         base = copied.to(default_device())
     set_seed(seed)
-    policy = get_peft_model(base, peft_config, autocast_adapter_dtype=True, revision=model.revision)
+    policy = _with_adapter(base, peft_config, model.name, autocast_adapter_dtype=True, revision=model.revision)
     for module in check_servable(policy, active_adapter(policy)):
         module.a_RI.data, module.b_OR.data = module.a_RI.data.float(), module.b_OR.data.float()
     return policy
@@ -243,11 +243,16 @@ def adapted_leaves(model: ModelConfig | nn.Module, peft_config: Any) -> list[str
 def _targeted(model: ModelConfig, config: LoraConfig) -> list[str]:
     """The layers that PEFT adapts by a regular expression, or by its own choice for the architecture."""
     empty = skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return _with_adapter(empty, deepcopy(config), model.name, low_cpu_mem_usage=True).targeted_module_names
+
+
+def _with_adapter(base: Any, config: LoraConfig, name: str, **settings: Any) -> PeftModel:
+    targets = config.target_modules
     try:
-        return get_peft_model(empty, deepcopy(config), low_cpu_mem_usage=True).targeted_module_names
+        return get_peft_model(base, config, **settings)
     except ValueError as error:
-        fix = "" if config.target_modules else f"; {ALL_LINEAR}"
-        raise ConfigError(f"target_modules={config.target_modules!r} on {model.name}: {error}{fix}") from error
+        fix = "" if targets else f"; {ALL_LINEAR}"
+        raise ConfigError(f"target_modules={targets!r} on {name}: {error}{fix}") from error
 
 
 def _check_named(model: ModelConfig, targets: Iterable[str]) -> None:
