@@ -600,10 +600,10 @@ def test_a_stopped_run_is_resumed_with_the_prompts_that_no_step_took(
 def fail_at_update(monkeypatch: pytest.MonkeyPatch, trainer: GRPOTrainer, step: int) -> None:
     update, calls = trainer.policy.update, iter(range(1, 99))
 
-    def failing(batch: Batch) -> dict[str, float]:
+    def failing(batch: Batch, **judged: Any) -> dict[str, float]:
         if next(calls) == step:
             raise TrainingError("made up")
-        return update(batch)
+        return update(batch, **judged)
 
     monkeypatch.setattr(trainer.policy, "update", failing)
 
@@ -726,11 +726,11 @@ def test_a_dead_trainer_stops_the_generator(llama_dir: Path, tmp_path: Path, mon
     with fake_trainer(llama_dir, tmp_path / "run", engine, most=1) as trainer:
         update = trainer.policy.update
 
-        def failing(batch: Batch) -> dict[str, float]:
+        def failing(batch: Batch, **judged: Any) -> dict[str, float]:
             if trainer.steps_done == 1:
                 arrived(held)
                 raise TrainingError("made up")
-            return update(batch)
+            return update(batch, **judged)
 
         monkeypatch.setattr(trainer.policy, "update", failing)
         with pytest.raises(TrainingError, match="made up") as caught:

@@ -58,9 +58,9 @@ class Witness:
     def watch(self, trainer: GRPOTrainer) -> GRPOTrainer:
         self.trainer, update = trainer, trainer.policy.update
 
-        def watched(batch: Batch) -> dict[str, float]:
+        def watched(batch: Batch, **judged: Any) -> dict[str, float]:
             here = trainer.version.number == self.number
-            metrics = update(batch)
+            metrics = update(batch, **judged)
             if here:
                 self.batches.append(batch)
                 self.updated = self.updated or weights(trainer)
