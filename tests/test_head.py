@@ -132,6 +132,29 @@ def test_bf16_is_no_further_from_fp32_than_whole_logits_are(kind: str) -> None:
     assert gradient <= 1.2 * whole_gradient
 
 
+class Products(TorchDispatchMode):
+    """The precisions of products that take as many rows as tokens are wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.mm.default and args[0].shape[0] == int(rows()[2].sum()):
+            self.dtypes.add(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_cpu_without_bf16_products_makes_none_in_either_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast, as a policy calls it: the product of the way back took a hundred times as long."""
+    monkeypatch.setattr(head, "_CPU_HAS_BF16", False)
+    model, inputs = peft_model("plain"), rows()[0]
+    model.base_model.model.to(torch.bfloat16)
+    with Products() as seen, torch.autocast("cpu", dtype=torch.bfloat16):
+        learned(model, fused(1.0), inputs)
+    assert seen.dtypes == {torch.float32}
+
+
 def test_no_whole_logits_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither forward nor backward."""
     monkeypatch.setattr(head, "_CHUNK_ELEMENTS", 4 * VOCABULARY)

@@ -147,7 +147,9 @@ class _Head:
             down_NV = weights_NV.div_(-total_N.unsqueeze(1))
             down_NV.scatter_add_(1, at_N1, torch.ones_like(chosen_N).unsqueeze(1))
             down_NV.mul_(slope).div_(self.temperature)
-        (gradient_NH,) = torch.autograd.grad(raw_NV, hidden_NH, down_NV.to(raw_NV.dtype))
+        # Autocast would make a product of fp32 one of bf16 again.
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            (gradient_NH,) = torch.autograd.grad(raw_NV, hidden_NH, down_NV.to(raw_NV.dtype))
         return logp_N, entropy_N, gradient_NH
 
 
