@@ -12,6 +12,7 @@ figures of one call.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import inspect
 import json
 import os
@@ -47,7 +48,7 @@ def main() -> None:
             print(f"T={tokens:<6}{subject:<10}{row['peak_mib']:>8.0f} MiB{row['cpu_s']:>8.1f} s", flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"machine": _machine(options), "rows": table}, indent=1) + "\n")
+        options.out.write_text(json.dumps({**_origin(options), "rows": table}, indent=1) + "\n")
 
 
 def _options() -> argparse.Namespace:
@@ -219,33 +220,15 @@ def _status_kib(name: str) -> int:
     return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
 
 
-def _machine(options: argparse.Namespace) -> dict[str, Any]:
-    import importlib.metadata
+def _origin(options: argparse.Namespace) -> dict[str, Any]:
+    """Where the figures come from, the other checkout's commit included."""
+    from lora_grpo.bench.provenance import provenance
 
-    import torch
-
-    processor = Path("/proc/cpuinfo").read_text()
-    name = next(
-        (line.partition(":")[2].strip() for line in processor.splitlines() if line.startswith("model name")), ""
-    )
-    commits = {
-        label: subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty=+"], capture_output=True, text=True
-        )
-        for label, folder in {"ours": HERE.parent.parent, "against": options.against}.items()
-        if folder
-    }
-    return {
-        "device": name if options.device == "cpu" else torch.cuda.get_device_name(options.device),
-        "shape": options.shape,
-        "dtype": options.dtype,
-        "rows": options.rows,
-        "prompt": options.prompt,
-        "threads": 1,
-        "torch": torch.__version__,
-        "trl": importlib.metadata.version("trl"),
-        "commits": {label: done.stdout.strip() for label, done in commits.items()},
-    }
+    origin = provenance("benchmarks/trainer.py", device=options.device) | {"trl": importlib.metadata.version("trl")}
+    if options.against:
+        asked = ["git", "-C", str(options.against), "describe", "--always", "--exclude=*", "--dirty=+"]
+        origin["against"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    return origin
 
 
 if __name__ == "__main__":

@@ -7,24 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lora_grpo.adapters.peft_format import reshard
 from lora_grpo.config import GRPOConfig
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.gradients import Gradients
 from lora_grpo.grpo.head import completion_scores
 from lora_grpo.grpo.losses import Size, Totals
+from lora_grpo.grpo.modes import base_dtype, check_sharding, drops_out, in_mode, without_ddp
 from lora_grpo.grpo.objective import Objective, filled
 from lora_grpo.grpo.optimizer import (
     build_optimizer,
@@ -64,10 +63,10 @@ class Policy:
         optimizer: Optimizer | None = None,
         scheduler: LRScheduler | None = None,
     ) -> None:
-        _check_sharding(accelerator)
-        self.model = _without_ddp(model)
-        self._base_dtype = _base_dtype(self.model)
-        self._drops = _drops_out(self.model)
+        check_sharding(accelerator)
+        self.model = without_ddp(model)
+        self._base_dtype = base_dtype(self.model)
+        self._drops = drops_out(self.model)
         self.config = config
         self.processes = Processes(accelerator)
         self.objective = Objective.from_config(config)
@@ -142,7 +141,7 @@ class Policy:
             if judge:
                 judge(batch)
         rollout, metrics = self._size(batch), []
-        with _mode(self.model, training=True):
+        with in_mode(self.model, training=True):
             for rows in self._optimizer_batches(batch):
                 step, seen = self._step(rows, rollout, judge if at_once else None)
                 metrics.append(step)
@@ -238,7 +237,7 @@ class Policy:
         micro_batches = [(index, rows.select(index)) for index in indices]
         if self.gradients.sharded:
             most = self.processes.spread(len(indices), self.device)[1]
-            micro_batches += [(wanted[:0], _idle(rows))] * (most - len(indices))
+            micro_batches += [(wanted[:0], rows.idle())] * (most - len(indices))
         return micro_batches
 
     def _size(self, rows: Batch) -> Size:
@@ -254,7 +253,7 @@ class Policy:
         batch = batch.to(self.device)
         logp_BT, entropy_BT = torch.zeros((2, *batch.mask_BT.shape), device=self.device)
         wanted_B = batch.mask_BT.new_ones(len(batch)) if wanted_B is None else wanted_B
-        with _mode(self.model, training=False):
+        with in_mode(self.model, training=False):
             for index, micro in self._micro_batches(batch, wanted_B):
                 logp, entropy = self._forward(micro)
                 logp_BT[index, : micro.completion_length] = logp[: len(index)]
@@ -297,49 +296,3 @@ class Policy:
             for parameter in self.parameters.values():
                 if not isinstance(parameter, DTensor):
                     parameter.copy_(self.processes.from_first(parameter))
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        reshard(model)
-        model.train(before)
-
-
-def _idle(like: Batch) -> Batch:
-    """A row of two tokens, none of which counts: the loss on it and its gradient are 0."""
-    shapes = {"BL": (1, 2), "BT": (1, 1), "B": (1,)}
-    there = {field.name: getattr(like, field.name) for field in fields(like) if getattr(like, field.name) is not None}
-    zeros = replace(like, **{name: t.new_zeros(shapes[name.rsplit("_", 1)[1]]) for name, t in there.items()})
-    return replace(zeros, attention_mask_BL=torch.ones_like(zeros.attention_mask_BL))
-
-
-def _without_ddp(model: PeftModel) -> PeftModel:
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _drops_out(model: nn.Module) -> bool:
-    """Whether anything is dropped out in training, by a layer or by a rate of the configuration."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    rates = [value for name, value in (text.to_dict() if text else {}).items() if "drop" in name]
-    rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-def _base_dtype(model: nn.Module) -> torch.dtype:
-    frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
-    dtype = next(frozen, torch.float32)
-    if dtype == torch.float16:
-        raise ConfigError("a float16 base needs loss scaling, or small gradients vanish: use bfloat16 or float32")
-    return dtype
-
-
-def _check_sharding(accelerator: Accelerator | None) -> None:
-    kind = str(accelerator.distributed_type.value) if accelerator else "NO"
-    if kind in {"DEEPSPEED", "MEGATRON_LM"} or (kind == "FSDP" and accelerator and not accelerator.is_fsdp2):
-        raise ConfigError(f"accelerate's {kind} is not supported: use plain DDP, or FSDP with fsdp_version: 2")

@@ -40,15 +40,19 @@ def settings(processes: int, **changes: Any) -> Any:
     return config(8, gradient_accumulation_steps=2 // processes, learning_rate=1e-2, **changes)
 
 
-def batches(cut: bool) -> Batch:
-    """All 16 rows, prepared in this process with drift that depends on no process.
+def batches(case: str) -> Batch:
+    """All 16 rows, prepared in this process with drift that depends on no process; not prepared where a rollout is at
+    once its only update.
 
-    Uncut, rows of one length: the micro-batches of two processes are then those of one, and so is every rounding.
+    For "bits", rows of one length: the micro-batches of two processes are then those of one, and so is every rounding.
     """
+    cut = case != "bits"
     groups = rollout(prompt_lengths=(5, 5, 5, 5) if not cut else RAGGED["prompt_lengths"])
     if not cut:
         groups = [replace(g, completions=tuple(_long(completion) for completion in g.completions)) for g in groups]
     batch = Batch.from_groups(groups, ADVANTAGES)
+    if case == "at-once":
+        return batch
     policy = Policy(peft_model(), config(4))
     return drifted(policy.prepare(batch), policy.logprobs(batch))
 
@@ -91,7 +95,7 @@ def five_steps(accelerator: Any, folder: Path) -> dict[str, Any]:
             is_sharded = isinstance(next(iter(policy.parameters.values())), DTensor)
             assert is_sharded == (kind != "ddp")
             torch.manual_seed(7 + accelerator.process_index)
-            metrics = [policy.update(half(batches(case != "bits"), accelerator)) for _ in range(STEPS)]
+            metrics = [policy.update(half(batches(case), accelerator)) for _ in range(STEPS)]
             found[kind, case] = whole_weights(policy), metrics
     return found
 
@@ -100,6 +104,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bits": {"max_grad_norm": 0.0},
     "ragged": {"beta": 0.1, "max_grad_norm": 0.05},
     "shuffled": {"generation_batch_size": 16, "per_device_train_batch_size": 4},
+    "at-once": {},
 }
 
 
@@ -150,7 +155,7 @@ def publishing(accelerator: Any, folder: Path) -> dict[str, Any]:
         policy = policy_of(kind, accelerator)
         store = store_of(accelerator, folder, kind)
         sync = NativeSync(policy.model, fake(), store, accelerator=accelerator, keep_state=lambda version: False)
-        policy.logprobs(half(batches(True), accelerator))
+        policy.logprobs(half(batches("ragged"), accelerator))
         with Counted() as counted:
             version = sync.push(step=0)
         loaded, head = [v.number for v in sync.engine.loaded()], sync.head.number
@@ -236,7 +241,7 @@ def engine_of_the_first(accelerator: Any, folder: Path) -> list[Any]:
 def going_back(accelerator: Any, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in KINDS:
-        policy, batch = policy_of(kind, accelerator, lr_scheduler_type="linear"), half(batches(True), accelerator)
+        policy, batch = policy_of(kind, accelerator, lr_scheduler_type="linear"), half(batches("ragged"), accelerator)
         store = store_of(accelerator, folder, f"back-{kind}")
         sync = NativeSync(
             policy.model,
@@ -296,7 +301,7 @@ def one_process(case: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     torch.set_num_threads(1)
     torch.manual_seed(7)
     policy = Policy(peft_model(), settings(1, **{**CASES[case], **SINGLE.get(case, {})}))
-    metrics = [policy.update(batches(case != "bits")) for _ in range(STEPS)]
+    metrics = [policy.update(batches(case)) for _ in range(STEPS)]
     return adapter_weights(policy.model), metrics
 
 

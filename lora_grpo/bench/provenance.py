@@ -9,8 +9,8 @@ from typing import Any
 from lora_grpo.bench.host import card
 
 
-def provenance(*program: str) -> dict[str, Any]:
+def provenance(*program: str, device: str = "cpu") -> dict[str, Any]:
     """The command as it was given, the commit (with a plus sign where files differ), and the machine as it is now."""
-    machine = card("cpu")
+    machine = card(device)
     commit = machine.pop("commit", "unknown")
     return {"command": shlex.join(["python", *program, *sys.argv[1:]]), "commit": commit, "machine": machine}

@@ -105,6 +105,12 @@ class Batch:
         for indices in torch.arange(len(self), device=self.input_ids_BL.device).split(rows):
             yield self.select(indices)
 
+    def idle(self) -> Batch:
+        """A row of two tokens, none of which counts: the loss on it and its gradient are 0."""
+        shapes = {"BL": (1, 2), "BT": (1, 1), "B": (1,)}
+        zeros = replace(self, **{name: t.new_zeros(shapes[name.rsplit("_", 1)[1]]) for name, t in self._tensors()})
+        return replace(zeros, attention_mask_BL=torch.ones_like(zeros.attention_mask_BL))
+
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The fields that are there."""
         for field in fields(self):
