@@ -2,11 +2,11 @@
 
     python benchmarks/trainer.py [--tokens 512,1024] [--dtype float32] [--against DIR] [--out FILE]
 
-One rollout is one update. `ours` is everything that a step computes of it: old log-probs, loss and backward, optimizer.
-`trl` is the loss and backward of TRL's own GRPOTrainer, and `backbone` the model up to its last hidden state, forward
-and backward: what no output layer can undercut. DIR is another checkout of this repository; its trainer is `against`.
-Each figure is of a process of its own: CPU seconds, and the peak of its memory above the level before. Ratios are of
-figures of one call.
+One rollout is one update. `ours` is everything that a step computes of it: old log-probs, loss and backward,
+optimizer. `trl` is the loss and backward of TRL's own GRPOTrainer, and `backbone` the model up to its last hidden
+state, forward and backward: what no output layer can undercut. DIR is another checkout of this repository; its
+trainer is `against`. Each figure is of a process of its own, with one thread unless OMP_NUM_THREADS is set: CPU
+seconds, and the peak of its memory above the level before. Ratios are of figures of one call.
 """
 
 from __future__ import annotations
