@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -26,39 +26,41 @@ def take_canary(
     weights: AbstractContextManager[None],
     temperature: float,
     *,
+    batch_rows: int,
     known_noise: float,
     most_noise: float,
 ) -> CanaryReport:
     """Measure gap, signal and noise on these completions, and judge them.
 
-    Inside `weights` the model is the policy that `rows` are stamped with. `known_noise` (nats, at `temperature`) stands
-    in where the completions are too short to measure it. Noise counts up to `most_noise` (nats, at temperature 1): a
-    base that is another one must not widen its own limit. Raises `ConfigError` when no token of them was sampled.
+    Inside `weights` the model is the policy that `rows` are stamped with; it computes `batch_rows` of them at a time.
+    `known_noise` (nats, at `temperature`) stands in where the completions are too short to measure it. Noise counts up
+    to `most_noise` (nats, at temperature 1): a base that is another one must not widen its own limit. Raises
+    `ConfigError` when no token of them was sampled.
     """
-    sequences = [[*prompt, *completion.token_ids] for prompt, completion in rows]
     sampler = _sampled((completion.logprobs for _, completion in rows), rows)
     if not any(sampler):
         raise ConfigError("the groups hold no sampled token, so there is nothing to compare; pass completions")
+    sequences = [[*prompt, *completion.token_ids] for prompt, completion in rows]
+    scored: Any = {"starts": [len(prompt) for prompt, _ in rows], "rows": batch_rows}
     with weights:
-        policy = _sampled(teacher_logprobs(model, sequences, temperature=temperature), rows)
+        policy = _sampled(teacher_logprobs(model, sequences, temperature=temperature, **scored), rows)
     with peft_model_of(model).disable_adapter():
-        base = _sampled(teacher_logprobs(model, sequences, temperature=temperature), rows)
+        base = _sampled(teacher_logprobs(model, sequences, temperature=temperature, **scored), rows)
+        # The last token stays out, since the engine needs room for one more.
+        own = teacher_logprobs(model, [ids[:-1] for ids in sequences], **scored)
     gap, signal = mean_abs_difference(policy, sampler), mean_abs_difference(policy, base)
-    measured = _base_noise(model, engine, rows)
+    measured = _base_noise(engine, sequences, own)
     noise = min(known_noise if measured is None else measured / temperature, most_noise / temperature)
     return CanaryReport(judge(gap, signal, noise), gap, signal, noise, sum(map(len, sampler)))
 
 
-def _base_noise(model: nn.Module, engine: Engine, rows: Sequence[Row]) -> float | None:
+def _base_noise(engine: Engine, sequences: Sequence[Sequence[int]], own: Sequence[Sequence[float]]) -> float | None:
     """Mean |engine - trainer| log-prob of the base on these completions: what they differ by with nothing to tell.
 
-    The last token stays out, since the engine needs room for one more.
+    `own` are the trainer's, of each sequence's last tokens but one.
     """
-    cut = [[*prompt, *completion.token_ids][:-1] for prompt, completion in rows]
-    served = engine.logprobs(cut, adapter=None)
-    with peft_model_of(model).disable_adapter():
-        own = teacher_logprobs(model, cut)
-    served, own = ([row[len(prompt) - 1 :] for row, (prompt, _) in zip(of, rows, strict=True)] for of in (served, own))
+    served = engine.logprobs([ids[:-1] for ids in sequences], adapter=None)
+    served = [row[len(row) - len(mine) :] for row, mine in zip(served, own, strict=True)]
     return mean_abs_difference(served, own) if any(served) else None
 
 

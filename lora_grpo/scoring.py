@@ -14,27 +14,37 @@ from lora_grpo.grpo.head import completion_scores
 
 @torch.no_grad()
 def teacher_logprobs(
-    model: nn.Module, sequences: Sequence[Sequence[int]], *, temperature: float = 1.0, rows: int = 8
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    *,
+    starts: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    rows: int = 8,
 ) -> list[list[float]]:
-    """log p(token | prefix) of tokens 1..T-1 of each sequence, in fp32 at `temperature`, `rows` sequences at a time.
+    """log p(token | prefix) of each sequence's tokens from its `starts` on (default: 1), fp32, nats, at `temperature`.
 
-    A model that FSDP2 sharded is to be asked by every process, for as many sequences.
+    `rows` sequences at a time. A model that FSDP2 sharded is to be asked by every process, for as many sequences.
     """
+    starts = [1] * len(sequences) if starts is None else starts
     result: list[list[float]] = []
     with _evaluating(model):
-        for start in range(0, len(sequences), rows):
-            result += _score(model, sequences[start : start + rows], temperature)
+        for first in range(0, len(sequences), rows):
+            here = slice(first, first + rows)
+            result += _score(model, sequences[here], starts[here], temperature)
     return result
 
 
-def _score(model: nn.Module, sequences: Sequence[Sequence[int]], temperature: float) -> list[list[float]]:
+def _score(
+    model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int], temperature: float
+) -> list[list[float]]:
     device = next(model.parameters()).device
     length = max(len(ids) for ids in sequences)
     ids_BT = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in sequences], device=device)
     mask_BT = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in sequences], device=device)
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
-    logp_BT, _ = completion_scores(model, inputs, ids_BT[:, 1:], mask_BT[:, 1:].bool(), temperature)
-    return [row[: len(ids) - 1].tolist() for row, ids in zip(logp_BT, sequences, strict=True)]
+    scored_BT = mask_BT.bool() & (torch.arange(length) >= torch.tensor(starts).unsqueeze(1)).to(device)
+    logp_BT, _ = completion_scores(model, inputs, ids_BT[:, 1:], scored_BT[:, 1:], temperature)
+    return [row[start - 1 : len(ids) - 1].tolist() for row, ids, start in zip(logp_BT, sequences, starts, strict=True)]
 
 
 @contextmanager

@@ -266,12 +266,13 @@ class NativeSync:
         return export_adapter(self.store, version, self.recipe, directory, self.tokenizer)
 
     def canary(
-        self, groups: Sequence[Group], *, version: Target | None = None, temperature: float = 1.0
+        self, groups: Sequence[Group], *, version: Target | None = None, temperature: float = 1.0, batch_rows: int = 8
     ) -> CanaryReport:
         """Compare sampler log-probs with the model's own, as it is now; call it before the optimizer steps.
 
         `groups` must come from the version just pushed, at `temperature`, or from an earlier `version`, whose weights
-        the model then takes for the moment. Raises `DeliveryError` when they do not fit.
+        the model then takes for the moment. The model computes `batch_rows` completions at a time. Raises
+        `DeliveryError` when they do not fit.
         """
         if not temperature > 0:
             raise ConfigError(f"temperature={temperature}: greedy completions carry log-probs at 1; pass temperature=1")
@@ -285,7 +286,7 @@ class NativeSync:
             raise ConfigError(f"completions of versions {stale} cannot be checked against {version}; pass its own")
         weights = nullcontext() if version == self.head else weights_of(version, self._form.modules)
         limits = {"known_noise": self.noise, "most_noise": _CANARY_NOISE * self.probe.noise}
-        report = take_canary(self.model, self.engine, rows, weights, temperature, **limits)
+        report = take_canary(self.model, self.engine, rows, weights, temperature, batch_rows=batch_rows, **limits)
         self.noise = report.noise
         self.processes.each(lambda: self._pass_on(report, version))
         return report

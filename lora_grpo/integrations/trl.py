@@ -47,9 +47,9 @@ CANARY_ROWS = 16
 class NativeRollouts:
     """What a TRL trainer samples through: each call from the version that holds its weights, and says which."""
 
-    def __init__(self, engine: VLLMEngine, sync: NativeSync, sampling: Sampling) -> None:
+    def __init__(self, engine: VLLMEngine, sync: NativeSync, sampling: Sampling, batch_rows: int) -> None:
         self.engine, self.sync, self.store = engine, sync, sync.store
-        self._sampling = sampling
+        self._sampling, self._batch_rows = sampling, batch_rows
         self._found = self.store.head
         self._current: AdapterVersion | None = None
         self._moved = False
@@ -145,7 +145,7 @@ class NativeRollouts:
         self._generations += 1
         filtered = (plain.top_p, plain.top_k, plain.min_p) != (1.0, 0, 0.0)
         if due and plain.temperature > 0 and not filtered and self.sync.probe is not None:
-            self.sync.canary(groups[:CANARY_ROWS], temperature=plain.temperature)
+            self.sync.canary(groups[:CANARY_ROWS], temperature=plain.temperature, batch_rows=self._batch_rows)
 
 
 class NativeGRPOTrainer(HookedTrainer):
@@ -195,7 +195,7 @@ class NativeGRPOTrainer(HookedTrainer):
             given = Given(keywords["model"], keywords, revision, args.seed, self.eos_token_ids)
             sampling = given.sampling()
             engine, sync = _assemble(self._closing, given, engine_args or {}, keep or KeepConfig(), folder, store_root)
-            self.native = self.rollouts = NativeRollouts(engine, sync, sampling)
+            self.native = self.rollouts = NativeRollouts(engine, sync, sampling, args.per_device_train_batch_size)
             return Backend(self, self.native)
 
         with untouched_when_stopped(folder, store_root), ExitStack() as on_failure:

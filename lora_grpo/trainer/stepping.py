@@ -138,7 +138,12 @@ def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, st
     if parts.sync.probe is None or not parts.policy.processes.share(due):
         return None
     version = parts.sync.store.get(number) if late and number is not None else None
-    return parts.sync.canary(spread(groups, CANARY_ROWS), version=version, temperature=config.temperature)
+    return parts.sync.canary(
+        spread(groups, CANARY_ROWS),
+        version=version,
+        temperature=config.temperature,
+        batch_rows=config.per_device_train_batch_size,
+    )
 
 
 def spread(groups: list[Group], rows: int) -> list[Group]:

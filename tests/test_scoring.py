@@ -1,0 +1,55 @@
+"""Teacher-forced log-probs for proofs: what is asked for, and nothing that takes more memory than training does."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_grpo import scoring
+from lora_grpo.canary import take_canary
+from lora_grpo.engines.fake import FakeEngine
+from lora_grpo.scoring import teacher_logprobs
+from lora_grpo.types import Completion
+from tests.tiny_policy import peft_model
+
+SEQUENCES = [[5, 9, 3, 7, 2, 8], [4, 4, 6], [9, 1, 2, 3, 5]]
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows of each forward, and the tokens of it that went through the output layer."""
+    seen: list[tuple[int, int]] = []
+
+    def scores(model: Any, inputs: Any, ids_BT: Tensor, wanted_BT: Tensor, temperature: float) -> Any:
+        seen.append((len(ids_BT), int(wanted_BT.sum())))
+        return own(model, inputs, ids_BT, wanted_BT, temperature)
+
+    own = scoring.completion_scores
+    monkeypatch.setattr(scoring, "completion_scores", scores)
+    return seen
+
+
+def test_scores_from_a_token_on_are_those_of_the_whole_sequence(computed: list[tuple[int, int]]) -> None:
+    model = peft_model()
+    whole = teacher_logprobs(model, SEQUENCES, temperature=0.7)
+    assert [len(row) for row in whole] == [5, 2, 4]
+    starts = [4, 1, 5]
+    parts = teacher_logprobs(model, SEQUENCES, starts=starts, temperature=0.7, rows=2)
+    for row, part, start in zip(whole, parts, starts, strict=True):
+        torch.testing.assert_close(part, row[start - 1 :])
+    assert computed == [(3, 11), (2, 4), (1, 0)]
+
+
+def test_a_canary_computes_completions_alone_in_the_trainers_batches(computed: list[tuple[int, int]]) -> None:
+    """Whole sequences of eight rows at once took more memory than the step that they guard."""
+    rows = [(ids[:2], Completion("", tuple(ids[2:]), (-1.0,) * len(ids[2:]), "stop", 1)) for ids in SEQUENCES]
+    limits = {"known_noise": 0.1, "most_noise": 0.1}
+    report = take_canary(peft_model(), FakeEngine(lambda prompt: ""), rows, nullcontext(), 1.0, batch_rows=2, **limits)
+    assert report.tokens == sum(len(ids) - 2 for ids in SEQUENCES)
+    assert max(rows for rows, _ in computed) == 2
+    policy_base_and_noise = 8 + 8 + 5
+    assert sum(tokens for _, tokens in computed) == policy_base_and_noise
