@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import os
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -128,6 +129,18 @@ def test_the_installed_release_has_what_is_mended(monkeypatch: pytest.MonkeyPatc
     mend_kernels((0, 32), HOPPER)
     assert lora_expand_op.get_lora_op_configs(**ask) == {**before, "num_stages": 1}
     assert "kernel_config = get_lora_op_configs(" in inspect.getsource(lora_expand_op)
+
+
+@pytest.mark.vllm
+def test_a_models_class_is_looked_at_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process would import vLLM once more, for every class that the cache folder does not know."""
+    compat.import_vllm()
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", lambda *args, **_: pytest.fail(f"started {args}"))
+    assert registry.ModelRegistry.models["Qwen2ForCausalLM"].inspect_model_cls().architecture == "Qwen2ForCausalLM"
+    assert list(tmp_path.glob("modelinfos/*qwen2*"))
 
 
 @pytest.mark.vllm

@@ -161,7 +161,7 @@ class TurnRunner(Runner):
             raise EngineError(f"{subject.strategy} has not started before")
         if self._turn != turn:
             self._progress(f"{cell.key}: starting {subject.strategy}", 0)
-            if self._turn and {subject.strategy, self._turn[0].strategy} & set(SWITCHED):
+            if self._turn and SWITCHED in (subject.strategy, self._turn[0].strategy):
                 self._stop(())
             self._failed.add(turn)
             self._turn_to(subject, cell.key)

@@ -105,12 +105,24 @@ def _mend(release: tuple[int, int], *, computes: bool) -> None:
     mend_kernels(release, compute_capability())
     if computes:
         take_whole()
+        _look_at_models_here()
     if is_cpu():
         importlib.import_module("lora_grpo.engines.packing").read_before_packing()
         allow_tiles()
         if computes:
             turn_every_head()
             keep_seeds(importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner)
+
+
+def _look_at_models_here() -> None:
+    """From now on vLLM looks at a model's class in this process.
+
+    It has another process do that, lest CUDA start here, and that one imports vLLM anew: about 10 s for each class that
+    vLLM's cache folder does not know. Where the engine computes in this process, CUDA starts here anyway.
+    """
+    registry: Any = importlib.import_module("vllm.model_executor.models.registry")
+    if hasattr(registry, "_run_in_subprocess"):
+        registry._run_in_subprocess = lambda look: look()
 
 
 def default_environment(release: tuple[int, int]) -> dict[str, str]:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy
 
 NATIVE, SHARED, STOCK, BASE = "native", "native-shared", "native-stock", "base"
-OTHER_KERNELS = ("native-stock", "native-gemm", "native-dual-stream", "native-tuned")
+OTHER_KERNELS = ("native-stock", "native-gemm", "native-dual-stream")
 """Those that compute LoRA otherwise than `native` does."""
-SWITCHED = ("native-dual-stream", "native-tuned")
-"""Those that switch something of vLLM's for their whole process."""
+SWITCHED = "native-dual-stream"
+"""Switches something of vLLM's for its whole process."""
 
 _HOMES = {
     "native": "native:Native",
@@ -26,8 +26,7 @@ _HOMES = {
     "native-shared": "native_shared:NativeShared",
     "native-stock": "native_stock:NativeStock",
     "native-gemm": "native_gemm:NativeGemm",
-    "native-dual-stream": "native_switched:NativeDualStream",
-    "native-tuned": "native_switched:NativeTuned",
+    "native-dual-stream": "native_dual_stream:NativeDualStream",
     "by-hand": "by_hand:ByHand",
     "merge-trl": "merge_trl:MergeTRL",
     "merge-touched": "merge_touched:MergeTouched",
