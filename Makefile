@@ -8,7 +8,7 @@ BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready-$(FLAVOUR)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test models lint format bench gpu-bench gpu-kit lock clean
+.PHONY: setup demo test models reference lint format bench gpu-bench gpu-kit lock clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ test: $(READY)
 # A real engine on a tiny model of every family; writes examples/docs/models.md.
 models: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.model_table
+
+# Public names, settings and commands, from the code; writes examples/docs/reference.md.
+reference: $(READY)
+	$(BIN)/python -m tests.reference_page
 
 # Both go on where they were cut off.
 bench: $(READY)

@@ -33,6 +33,8 @@ class FakeEngine:
     """Serves `reply` under the rules of a real engine: versions must be loaded, completions are stamped and cut.
 
     Its log-probs are all `logprob`, and it proves nothing (`proof` is "none").
+
+        engine = FakeEngine(lambda prompt, version, seed: "42" if version else "no idea")
     """
 
     def __init__(
@@ -44,6 +46,10 @@ class FakeEngine:
         max_lora_rank: int = 512,
         logprob: float = -1.0,
     ) -> None:
+        """`reply(prompt, version, seed)` returns the text of one completion: `prompt` as it was passed to `generate`,
+        `version` an `AdapterVersion` (None: the base), `seed` the request's own. Without a `tokenizer`, a byte is a
+        token. `max_cpu_loras` versions stay loaded.
+        """
         self._reply, self._logprob = reply, logprob
         self.tokenizer = tokenizer or _Bytes()
         self._max_cpu_loras, self._max_lora_rank = max_cpu_loras, max_lora_rank

@@ -114,6 +114,7 @@ class VLLMEngine:
 
     @property
     def device(self) -> torch.device:
+        """Where the engine's weights are; put the trainer there too."""
         return next(iter(compat.base_parameters(self._llm)))[1].device
 
     @property
@@ -144,6 +145,11 @@ class VLLMEngine:
         self._residents.between_steps = called
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
+        """Put `version` into a slot and prove that the slot holds its bytes; seconds by phase in the receipt.
+
+        `NativeSync.push` does this for what it publishes; call it to sample from an older version. Raises
+        `DeliveryError` or `EngineError`; what was loaded before then still is, and nothing of `version`.
+        """
         with self._turn.take("load"):
             self._held.check_awake()
             if self._shared is not None:
@@ -151,14 +157,28 @@ class VLLMEngine:
             return self._residents.load(version, held)
 
     def unload(self, version: AdapterVersion) -> None:
+        """Forget `version`. Raises `UnknownVersion` when it is not loaded."""
         with self._turn.take("unload"):
             self._find(version)
             self._residents.unload(version)
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
+        """The versions that can be sampled from, least recently used first; none once it is closed."""
         return self._residents.versions() if self._held.is_open else ()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        """Sample `sampling.n` completions of each prompt: P groups in the prompts' order, of G completions each.
+
+        A prompt is text, a list of token ids, or a list of chat messages. `adapter` is the version to sample from, or
+        a list of P versions; None is the base model, and only when you say so. Each completion holds its text, token
+        ids, log-probs (nats, of the distribution that was sampled from) and the number of the version that made it.
+
+            groups = engine.generate(["2+2="], Sampling(n=4, max_tokens=8), adapter=version)
+            texts = [completion.text for completion in groups[0].completions]
+
+        Raises `ConfigError` for a prompt that is empty or, with `sampling.max_tokens`, longer than `max_model_len`,
+        `UnknownVersion` for a version that is not loaded, `EngineError` when vLLM fails (its requests are aborted).
+        """
         ids_P = token_prompts(self._tokenizer, prompts)
         check_fits(ids_P, sampling.max_tokens, self.max_model_len, self.describe_base().vocabulary)
         adapter_P = adapters_by_prompt(adapter, len(prompts))
@@ -173,6 +193,7 @@ class VLLMEngine:
         return to_groups(prompts, ids_P, completions)
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+        """Log-probs (nats, temperature 1) of tokens 1..T-1 of each sequence of token ids. Raises as `generate` does."""
         check_fits(sequences, 1, self.max_model_len, self.describe_base().vocabulary)
         params = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
         return scored_tokens(self._run(sequences, [params] * len(sequences), [adapter] * len(sequences)), sequences)
@@ -232,6 +253,7 @@ class VLLMEngine:
             self._residents.prove_all_again()
 
     def close(self) -> None:
+        """Free the engine's memory; it cannot be used afterwards. A second call does nothing."""
         with self._turn.take("close", last=True):
             self._held.close()
             for holder in ("_driver", "_residents", "_shared"):
