@@ -103,7 +103,8 @@ def of_history(history: list[Mapping[str, Any]]) -> dict[str, float]:
 
 def of_result(result: Mapping[str, Any]) -> dict[str, float]:
     names = ("accuracy_before", "accuracy_after", "logprob_gap_mean", "dropped_stale", "dropped_rollback")
-    return {name: round(float(result.get(name, 0)), 5) for name in names}
+    found = {**result, "accuracy_before": result["reward_before"], "accuracy_after": result["reward_after"]}
+    return {name: round(float(found.get(name, 0)), 5) for name in names}
 
 
 def report(rows: Mapping[int, list[dict[str, float]]], steps: int, order: str, about: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from lora_grpo.adapters.retention import (
         Retention,
@@ -19,32 +21,65 @@ if TYPE_CHECKING:
     )
     from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.adapters.version import AdapterVersion
-    from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig, RunConfig
+    from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig, RunConfig
     from lora_grpo.engines.base import Engine
     from lora_grpo.engines.fake import FakeEngine
     from lora_grpo.engines.server.engine import VLLMServerEngine
     from lora_grpo.engines.vllm_local import VLLMEngine
+    from lora_grpo.errors import (
+        ConfigError,
+        DeliveryError,
+        EngineError,
+        LoraGrpoError,
+        NoRoom,
+        RewardError,
+        StoreCorrupt,
+        StoreError,
+        StoreLocked,
+        TrainingError,
+        UnknownVersion,
+        UnsupportedAdapter,
+        UnsupportedVersion,
+    )
     from lora_grpo.integrations.own_loop import answer_requests
     from lora_grpo.sync import NativeSync
-    from lora_grpo.trainer import GRPOTrainer, Guard
+    from lora_grpo.trainer import GRPOTrainer, Guard, LogprobGap, NonFinite, ReferenceKL, RewardCollapse
     from lora_grpo.types import Completion, Group, Sampling
 
 _HOMES = {
     "AdapterStore": "lora_grpo.adapters.store",
     "AdapterVersion": "lora_grpo.adapters.version",
     "Completion": "lora_grpo.types",
+    "ConfigError": "lora_grpo.errors",
+    "DeliveryError": "lora_grpo.errors",
     "Engine": "lora_grpo.engines.base",
     "EngineConfig": "lora_grpo.config",
+    "EngineError": "lora_grpo.errors",
     "FakeEngine": "lora_grpo.engines.fake",
     "GRPOConfig": "lora_grpo.config",
     "GRPOTrainer": "lora_grpo.trainer",
     "Group": "lora_grpo.types",
     "Guard": "lora_grpo.trainer",
+    "KeepConfig": "lora_grpo.config",
+    "LogprobGap": "lora_grpo.trainer",
+    "LoraGrpoError": "lora_grpo.errors",
     "ModelConfig": "lora_grpo.config",
     "NativeSync": "lora_grpo.sync",
+    "NoRoom": "lora_grpo.errors",
+    "NonFinite": "lora_grpo.trainer",
+    "ReferenceKL": "lora_grpo.trainer",
     "Retention": "lora_grpo.adapters.retention",
+    "RewardCollapse": "lora_grpo.trainer",
+    "RewardError": "lora_grpo.errors",
     "RunConfig": "lora_grpo.config",
     "Sampling": "lora_grpo.types",
+    "StoreCorrupt": "lora_grpo.errors",
+    "StoreError": "lora_grpo.errors",
+    "StoreLocked": "lora_grpo.errors",
+    "TrainingError": "lora_grpo.errors",
+    "UnknownVersion": "lora_grpo.errors",
+    "UnsupportedAdapter": "lora_grpo.errors",
+    "UnsupportedVersion": "lora_grpo.errors",
     "VLLMEngine": "lora_grpo.engines.vllm_local",
     "VLLMServerEngine": "lora_grpo.engines.server.engine",
     "answer_requests": "lora_grpo.integrations.own_loop",
@@ -59,18 +94,36 @@ __all__ = [
     "AdapterStore",
     "AdapterVersion",
     "Completion",
+    "ConfigError",
+    "DeliveryError",
     "Engine",
     "EngineConfig",
+    "EngineError",
     "FakeEngine",
     "GRPOConfig",
     "GRPOTrainer",
     "Group",
     "Guard",
+    "KeepConfig",
+    "LogprobGap",
+    "LoraGrpoError",
     "ModelConfig",
     "NativeSync",
+    "NoRoom",
+    "NonFinite",
+    "ReferenceKL",
     "Retention",
+    "RewardCollapse",
+    "RewardError",
     "RunConfig",
     "Sampling",
+    "StoreCorrupt",
+    "StoreError",
+    "StoreLocked",
+    "TrainingError",
+    "UnknownVersion",
+    "UnsupportedAdapter",
+    "UnsupportedVersion",
     "VLLMEngine",
     "VLLMServerEngine",
     "answer_requests",

@@ -62,7 +62,8 @@ def _class(node: ast.ClassDef, module: str) -> Iterator[str]:
         return
     if fields := [child for child in node.body if isinstance(child, ast.AnnAssign)]:
         yield "```python"
-        yield from (ast.unparse(field) for field in fields if not str(ast.unparse(field.target)).startswith("_"))
+        # With double quotes, as ruff would have the page.
+        yield from (ast.unparse(field).replace("'", '"') for field in fields)
         yield "```\n"
     yield from _methods(node)
     for base in map(ast.unparse, node.bases):

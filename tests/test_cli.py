@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import lora_grpo as package
+
 HEAVY = "{'torch', 'vllm', 'datasets', 'matplotlib', 'transformers', 'peft', 'accelerate'}"
 
 CONFIG = """
@@ -44,6 +46,10 @@ def test_help_of_every_command(tmp_path):
     for command in ("train", "eval", "versions", "demo"):
         assert command in shown.stdout
         assert lora_grpo(command, "--help", cwd=tmp_path).returncode == 0
+
+
+def test_version(tmp_path):
+    assert lora_grpo("--version", cwd=tmp_path).stdout.split() == ["lora-grpo", package.__version__]
 
 
 def test_help_config_explains_every_setting(tmp_path):

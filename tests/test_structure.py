@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lora_grpo
+from lora_grpo import errors
 
 ROOT = Path(lora_grpo.__file__).parent
 FLOORS = [
@@ -74,5 +75,6 @@ def test_every_public_name_resolves() -> None:
     assert sorted(lora_grpo.__all__) == lora_grpo.__all__ == sorted(lora_grpo._HOMES)
     for name in lora_grpo.__all__:
         assert getattr(lora_grpo, name).__name__ == name
+    assert {error for error in vars(errors) if error[0].isupper()} <= set(lora_grpo.__all__)
     with pytest.raises(AttributeError, match="Mergeur"):
         _ = lora_grpo.Mergeur

@@ -135,7 +135,7 @@ def test_a_run_leaves_its_record(trainer_of: Any) -> None:
     run = trainer.run_dir
     assert result["steps"] == 3
     assert result["versions"] == 4
-    assert result["accuracy_after"] == trainer.evaluations[-1].metrics["reward"]
+    assert result["reward_after"] == trainer.evaluations[-1].metrics["reward"]
     assert [metrics["version"] for metrics in trainer.history] == [1, 2, 3]
     assert trainer.history[0]["canary/verdict"] == "inconclusive"
     assert trainer.history[2]["canary/verdict"] == "ok"
@@ -145,7 +145,7 @@ def test_a_run_leaves_its_record(trainer_of: Any) -> None:
     assert len(rows) == 64
     assert {row["version"] for row in rows} == {4}
     assert len({row["prompt"] for row in rows}) == 64
-    assert sum(row["reward"] for row in rows) / 64 == pytest.approx(result["accuracy_after"])
+    assert sum(row["reward"] for row in rows) / 64 == pytest.approx(result["reward_after"])
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
     assert (run / "plot.png").stat().st_size > 10_000

@@ -211,7 +211,7 @@ def test_five_steps_are_those_of_one_process(
         found = results["whole_runs"][kind]
         assert_near(found["weights"], alone["weights"])
         assert found["head"].number == STEPS + 1
-        assert found["result"]["accuracy_after"] == alone["result"]["accuracy_after"]
+        assert found["result"]["reward_after"] == alone["result"]["reward_after"]
     assert both[0]["whole_runs"][kind]["noted"] == alone["noted"]
 
 

@@ -35,14 +35,16 @@ def run_demo(output_dir: Path = Path("runs/demo"), steps: int | None = None, see
     before, after = trainer.evaluations[0].metrics, trainer.evaluations[-1].metrics
     signal = statistics.fmean(metrics["frac_groups_used"] for metrics in trainer.history)
     extra = {
+        "accuracy_before": result.pop("reward_before"),
+        "accuracy_after": result.pop("reward_after"),
         "accuracy_easy_before": before["reward/carry=false"],
         "accuracy_easy_after": after["reward/carry=false"],
         "accuracy_hard_before": before["reward/carry=true"],
         "accuracy_hard_after": after["reward/carry=true"],
         "groups_with_signal_mean": round(signal, 4),
     }
-    _tell(console, {**result, **extra}, config.output_dir)
-    return {**result, **extra}
+    _tell(console, {**extra, **result}, config.output_dir)
+    return {**extra, **result}
 
 
 def demo_config(base: Path, run_dir: Path, *, steps: int, seed: int) -> RunConfig:

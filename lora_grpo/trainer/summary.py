@@ -31,14 +31,14 @@ def run_info(trainer: GRPOTrainer) -> dict[str, Any]:
 def summary(trainer: GRPOTrainer, seconds: float) -> dict[str, Any]:
     """What became of it, over the whole run but for `seconds` and the rollouts' counts, which are this process's.
 
-    `accuracy_*` are the first and the last held-out reward.
+    `reward_*` are the first and the last held-out reward.
     """
     evaluations, history = trainer.evaluations, trainer.history
     gaps = [metrics[GAP] for metrics in history if math.isfinite(metrics[GAP])]
     syncs = [sum(v for name, v in metrics.items() if name.startswith("sync/")) for metrics in history]
     return {
-        "accuracy_before": evaluations[0].metrics["reward"] if evaluations else None,
-        "accuracy_after": evaluations[-1].metrics["reward"] if evaluations else None,
+        "reward_before": evaluations[0].metrics["reward"] if evaluations else None,
+        "reward_after": evaluations[-1].metrics["reward"] if evaluations else None,
         "steps": trainer.steps_done,
         "seconds": round(seconds, 2),
         "sync_median_s": round(statistics.median(syncs), 5) if syncs else None,
