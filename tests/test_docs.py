@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lora_grpo.errors
+from lora_grpo.bench.strategies import _HOMES
 from lora_grpo.cli import COMMANDS
 from lora_grpo.config_file import describe_settings
 from tests.reference_page import PAGE, page
@@ -72,6 +73,14 @@ def test_every_error_is_explained() -> None:
     text = (ROOT / "examples" / "docs" / "troubleshooting.md").read_text()
     names = {name for name, value in vars(lora_grpo.errors).items() if isinstance(value, type)}
     assert {name for name in names if f"`{name}`" in text} == names
+
+
+def test_every_strategy_is_explained() -> None:
+    text = (ROOT / "examples" / "docs" / "benchmark.md").read_text()
+    table = text.partition("| strategy |")[2].partition("\n\n")[0]
+    assert {name for line in table.splitlines() for name in re.findall(r"`([a-z-]+)`", line.split(" | ")[0])} == {
+        *_HOMES
+    }
 
 
 def test_the_index_has_every_page() -> None:
