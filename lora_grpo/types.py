@@ -53,6 +53,9 @@ class Sampling:
     `stop_token_ids` end a completion besides the model's own end tokens. `ignore_eos` goes on past those to
     `max_tokens`, for timings. `first_prompt` is the index that the first prompt counts as,
     for a call that is a part of one.
+
+    >>> Sampling(n=8, max_tokens=256).temperature
+    1.0
     """
 
     n: int = 1
@@ -100,12 +103,13 @@ class Completion:
 
     @property
     def truncated(self) -> bool:
+        """Whether it was cut at `max_tokens`."""
         return self.finish_reason == "length"
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The completions of one prompt."""
+    """The G completions of one prompt; `prompt` as it was passed, `prompt_token_ids` as the model saw it."""
 
     prompt: Prompt
     prompt_token_ids: tuple[int, ...]

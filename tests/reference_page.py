@@ -7,7 +7,6 @@ everywhere and nothing heavy is imported.
 from __future__ import annotations
 
 import ast
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import lora_grpo
 from lora_grpo.cli import COMMANDS
 from lora_grpo.config_file import describe_settings
 
+PACKAGE = Path(lora_grpo.__file__).parent
 PAGE = Path(__file__).parent.parent / "examples" / "docs" / "reference.md"
 HEAD = """# Reference
 
@@ -42,10 +42,8 @@ def _names() -> Iterator[str]:
 
 def definition(module: str, name: str) -> tuple[ast.ClassDef | ast.FunctionDef, str]:
     """The definition of `name`, and the module that has it: `module`, or one that it imports it from."""
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    tree = ast.parse(Path(spec.origin).read_text())
+    base = PACKAGE.joinpath(*module.split(".")[1:])
+    tree = ast.parse((base / "__init__.py" if base.is_dir() else base.with_suffix(".py")).read_text())
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return node, module

@@ -34,7 +34,14 @@ Rule: TypeAlias = Callable[[Sequence[Candidate]], set[int]]
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Rules for each place; `|` joins two."""
+    """Which versions stay: rules for tmpfs, the archive and trainer states. `|` joins two.
+
+    Made by `keep_latest`, `keep_best`, `keep_every`, `keep_archived` and `keep_trainer_state`. A place without rules
+    keeps everything, so that `Retention()` keeps all; pinned and served versions and `HEAD` always stay.
+
+    >>> (keep_latest(8) | keep_archived(keep_latest(500))).words("archive")
+    'the last 500'
+    """
 
     tmpfs: tuple[Rule, ...] = ()
     archive: tuple[Rule, ...] = ()
@@ -115,7 +122,7 @@ def is_score(value: object) -> bool:
 
 
 def keep_latest(n: int) -> Retention:
-    """The `n` highest numbers."""
+    """The `n` newest versions."""
     return Retention(tmpfs=(_Latest(_positive("keep_latest", n)),))
 
 
@@ -137,12 +144,12 @@ def default_retention(*, archived: bool) -> Retention:
 
 
 def keep_archived(rules: Retention) -> Retention:
-    """The same rules, for what stays in the archive after it left tmpfs."""
+    """`rules` for the durable copies in the run directory, which stay after a version left tmpfs."""
     return Retention(archive=_plain("keep_archived", rules))
 
 
 def keep_trainer_state(rules: Retention) -> Retention:
-    """The same rules, for trainer states, each several times the size of an adapter.
+    """`rules` for trainer states (weights in fp32, optimizer, random state), each several times an adapter's size.
 
     The archived adapter of a version whose state is kept stays with it: without one there is no going back there.
     """

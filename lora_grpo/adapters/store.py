@@ -37,6 +37,14 @@ class AdapterStore(StoreView):
 
     Numbers never come back. With `archive` they are reserved durably, so that holds after a reboot too (numbering
     then goes on above the reserved block); without one, it holds for the life of the tmpfs only.
+
+    >>> files = {"adapter_model.safetensors": [b"bytes"], "adapter_config.json": [b"{}"]}  # as `NativeSync` makes them
+    >>> with AdapterStore() as store:
+    ...     version = store.publish(files, step=0)
+    ...     store.promote(version)
+    ...     store.record(version, reward=0.7)
+    ...     store.head, store.metrics("best")["reward"]
+    (AdapterVersion(number=1, ...), 0.7)
     """
 
     def __init__(

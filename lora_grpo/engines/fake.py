@@ -34,7 +34,9 @@ class FakeEngine:
 
     Its log-probs are all `logprob`, and it proves nothing (`proof` is "none").
 
-        engine = FakeEngine(lambda prompt, version, seed: "42" if version else "no idea")
+    >>> engine = FakeEngine(lambda prompt, version, seed: "42" if version else "no idea")
+    >>> engine.generate(["6*7="], Sampling(n=2), adapter=None)[0].completions[1].text
+    'no idea'
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class FakeEngine:
         return "float32"
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
+        """Take `version` up, so that it can be named. Raises `EngineError` when its directory is not there."""
         if not require_version(version).path.is_dir():
             raise EngineError(f"{version} has no directory {version.path}")
         while version.number not in self._loaded and len(self._loaded) >= self._max_cpu_loras:
@@ -89,6 +92,7 @@ class FakeEngine:
         return tuple(self._loaded.values())
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        """`VLLMEngine.generate` with your replies, cut at `sampling.max_tokens`."""
         ids_P, seeds_PG = token_prompts(self.tokenizer, prompts), request_seeds(sampling, len(prompts))
         adapter_P = [version and self._find(version) for version in adapters_by_prompt(adapter, len(prompts))]
         groups = []

@@ -72,7 +72,12 @@ class GRPOTrainer:
         trainer and keeps the run, each has an engine of its own (or all share the first one's server), and the steps
         are those of a single process with as many rows an update.
 
-        `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`), or a PeftModel on one of them.
+        `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`, a `peft.LoraConfig`), or a PeftModel
+        on one of them. `reward_funcs` have TRL's signature, `f(prompts, completions, **columns) -> list[float]`.
+        `train_dataset` and `eval_dataset` (held out) are a `datasets.Dataset`, a list of dicts with "prompt" or a file.
+        `engine_config` is for the engine that it starts, `keep` says which versions stay, `run_dir` is the durable
+        directory and `store_root` the folder on tmpfs (default: a new one). `rollout_func(prompts, engine, version)`
+        samples in place of the engine's `generate`. `view=False` shows nothing on the terminal.
         `processing_class` is the tokenizer that renders prompts (default: the checkpoint's); its end token, and those
         of the model's generation config, end completions. An `engine` that is given stays open when the trainer closes.
         `guard` rolls back on its own when the run goes astray. `share_base_weights` has trainer and engine hold one

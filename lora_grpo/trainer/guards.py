@@ -42,7 +42,11 @@ class NonFinite:
 
 @dataclass(frozen=True, slots=True)
 class RewardCollapse:
-    """`metric` of the last `patience` steps, each of them, `drop` or more below the mean of `window` steps before."""
+    """`metric` of the last `patience` steps, each of them, `drop` or more below the mean of `window` steps before.
+
+    >>> RewardCollapse(drop=0.3, window=2, patience=1).why([{"reward": 0.8}, {"reward": 0.8}, {"reward": 0.1}], None)
+    'reward fell to 0.1, 0.3 or more below its mean of 0.8 in the steps before'
+    """
 
     drop: float
     window: int = 10
@@ -109,6 +113,8 @@ class ReferenceKL:
 @dataclass(frozen=True, slots=True, init=False)
 class Guard:
     """When any policy has a reason, the run goes back to version `to`, at most `max_rollbacks` times.
+
+    >>> guard = Guard(NonFinite(), RewardCollapse(drop=0.3), learning_rate_factor=0.5)
 
     `to` is a number, "parent", "best" or "best:METRIC". Each time, the learning rate is multiplied by
     `learning_rate_factor`, and stays so whatever version is restored. The count survives a resume.

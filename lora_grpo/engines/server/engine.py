@@ -162,6 +162,10 @@ class VLLMServerEngine:
         held: Held | None = None,
         expected: list[list[float]] | None = None,
     ) -> LoadReceipt:
+        """Load `version` on every server or on none. `expected` are the trainer's log-probs of the probe's tokens, as
+        `NativeSync.push` passes them; the receipt's `verdict` says whether they tell the version from others.
+        Raises `DeliveryError` or `EngineError`, and what was in use before still is.
+        """
         started = time.perf_counter()
         known = self._fleet.in_use.at(require_version(version).path)
         if known is not None:
@@ -186,6 +190,8 @@ class VLLMServerEngine:
         return tuple(served.version for served in self._fleet.in_use.all())
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+        """`VLLMEngine.generate`, the prompts shared among the servers. Raises `EngineError` when all are gone for
+        `patience_s`."""
         ids_P = token_prompts(self._tokenizer, prompts)
         check_fits(ids_P, sampling.max_tokens, self.max_model_len, self.describe_base().vocabulary)
         adapter_P = adapters_by_prompt(adapter, len(prompts))
