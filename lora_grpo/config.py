@@ -254,7 +254,7 @@ class KeepConfig(Section):
 
     on_tmpfs: int = Field(8, ge=1, description="latest versions that stay on tmpfs (HEAD, pinned and loaded ones too)")
     archived: int | None = Field(None, ge=1, description="latest, and best, adapters kept durably; default: all")
-    trainer_states: int = Field(5, ge=1, description="latest trainer states kept, and the best by reward")
+    trainer_states: int = Field(5, ge=1, description="latest trainer states kept, and those of the best versions")
     trainer_state_every: int = Field(1, ge=1, description="steps between kept trainer states")
     budget_bytes: int | None = Field(None, ge=1, description="most that versions may take on tmpfs")
 

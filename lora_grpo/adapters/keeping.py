@@ -10,9 +10,10 @@ from lora_grpo.config import KeepConfig
 
 
 def retention(keep: KeepConfig) -> Retention:
-    """The store's policy for a run's settings; the best by reward is what a guard goes back to, so it stays exact."""
+    """The store's policy for a run's settings; what a guard goes back to and what "best" names stay exact."""
     rules = keep_latest(keep.on_tmpfs)
-    rules |= keep_trainer_state(keep_latest(keep.trainer_states) | keep_best("reward", 1))
+    best = keep_best("reward") | keep_best("eval/reward")
+    rules |= keep_trainer_state(keep_latest(keep.trainer_states) | best)
     if keep.archived is not None:
         archived = keep_latest(keep.archived) | keep_best("reward", keep.archived) | keep_best("eval/reward", 3)
         rules |= keep_archived(archived)
