@@ -21,7 +21,7 @@ ifeq ($(FLAVOUR),cpu)
 	  || $(BIN)/python -m pip install --quiet --no-deps --extra-index-url $(CPU_INDEX) -r cpu.lock
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 else
-	$(BIN)/python -m pip install --quiet -e '.[gpu,trl,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[gpu,trl,quantized,dev]'
 endif
 	touch $@
 

@@ -19,6 +19,7 @@ from lora_grpo.adapters.digest import digest_buffers
 from lora_grpo.adapters.disk import STAGING
 from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
 from lora_grpo.adapters.peft_format import Held, ServingForm, peft_model_of
+from lora_grpo.adapters.quantized import keep_trainable
 from lora_grpo.adapters.room import require_room
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
@@ -98,6 +99,7 @@ class NativeSync:
         self.optimizer, self.scheduler, self.keep_state = optimizer, scheduler, keep_state
         self.tokenizer = getattr(engine, "tokenizer", None) if tokenizer is None else tokenizer
         self.adapter = active_adapter(model)
+        keep_trainable(model)
         check_rank(check_servable(model, self.adapter), self.engine.max_lora_rank)
         self._form = ServingForm(model, self.adapter, getattr(torch, self.engine.lora_dtype))
         self._root, self._head = self.processes.first(lambda: (self.store.root, self.store.head))

@@ -75,6 +75,6 @@ TRL_ARGUMENTS = {
     "reward_processing_classes": REWARD_MODEL,
     "tools": "write a rollout_func, which may take turns and mark tool output in Completion.token_mask",
     "environment_factory": "write a rollout_func, which may take turns and mark tool output in Completion.token_mask",
-    "quantization_config": "quantized bases are refused; load the base in bfloat16 or float32 (ModelConfig)",
+    "quantization_config": "set ModelConfig(name=..., quantization='nf4'), which quantizes trainer and engine alike",
 }
 """By an argument of TRL's trainer."""

@@ -6,16 +6,18 @@ depends on each of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from lora_grpo.engines.local.text_only import model_class
+from lora_grpo.config import ModelConfig
+from lora_grpo.trainer.own_base import load_base
+from tests.quantized import BLOCK, to_fp8, to_int4
 from tests.tiny_models import HEAD_SIZE, SPECIAL_TOKENS, VOCAB, tiny_tokenizer
 
 HIDDEN = 64
@@ -69,6 +71,10 @@ class Family:
     vision: Mapping[str, Any] | None = None
     """Of a multimodal wrapper: its tower's config; `fields` and the common ones are then its language model's."""
     wrapper: Mapping[str, Any] = field(default_factory=dict)
+    rewrite: Callable[[Path], Path] | None = None
+    """Brings the plain checkpoint into fewer bits."""
+    quantization: Literal["nf4"] | None = None
+    """What is asked of trainer and engine instead."""
 
     @property
     def layers(self) -> str:
@@ -84,6 +90,7 @@ QWEN_TOWER = {
     "out_hidden_size": HIDDEN,
     "num_position_embeddings": 16,
 }
+BLOCKS = {"hidden_size": BLOCK, "intermediate_size": 2 * BLOCK, "num_attention_heads": 4, "num_key_value_heads": 4}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 
 FAMILIES: dict[str, Family] = {
@@ -303,6 +310,10 @@ FAMILIES: dict[str, Family] = {
         },
         wrapper={"tie_word_embeddings": False},
     ),
+    # Bases in fewer bits.
+    "llama in nf4": Family("llama", quantization="nf4"),
+    "llama in fp8 blocks": Family("llama", BLOCKS, rewrite=to_fp8),
+    "llama in W4A16": Family("llama", rewrite=to_int4),
     # vLLM serves no LoRA for these.
     "stablelm": Family("stablelm"),
     "falcon": Family("falcon", {"new_decoder_architecture": True, "bias": False}),
@@ -319,13 +330,13 @@ def build(name: str, directory: Path, *, dtype: str = "bfloat16", seed: int = 0)
     _fill(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return directory if family.rewrite is None else family.rewrite(directory)
 
 
 def trainer_model(name: str, directory: Path, dtype: str = "float32") -> PreTrainedModel:
     """The model of a family's directory as its trainer holds it."""
-    config = AutoConfig.from_pretrained(directory)
-    return model_class(config).from_pretrained(directory, dtype=getattr(torch, dtype)).eval()  # type: ignore[no-any-return]
+    asked = ModelConfig(name=str(directory), dtype=dtype, quantization=FAMILIES[name].quantization)
+    return load_base(asked, torch.device("cpu")).eval()  # type: ignore[no-any-return]
 
 
 def _class_of(family: Family) -> Any:

@@ -81,7 +81,7 @@ def examine(name: str, directory: Path, shm: Path, dtype: str = "bfloat16", **ar
     engine = None
     try:
         build(name, directory, dtype=dtype)
-        settings = {**ENGINE_ARGS, **FAMILIES[name].engine, **arguments}
+        settings = {**ENGINE_ARGS, **FAMILIES[name].engine, "quantization": FAMILIES[name].quantization, **arguments}
         engine = VLLMEngine(directory, max_lora_rank=RANK, dtype=dtype, **settings)
         with AdapterStore(shm / name) as store:
             deliver(finding, adapted(name, directory), engine, store, shm)

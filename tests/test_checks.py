@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "another adapter trains": (second_adapter_trains, r"lora_A\.second\.weight \(and 3 more\) would be trained"),
     "convolution": (convolution, r"model\.convolution is a Conv1d; only torch\.nn\.Linear.*leave it out"),
     "GPT-2": (gpt2, "c_attn is a Conv1D; only torch"),
-    "quantized": (quantized, "the trainer's base is quantized.*load it in bfloat16"),
+    "quantized": (quantized, "the base is quantized by bitsandbytes: bnb_4bit_quant_type=None.*take the unquantized"),
     "a tower too": (
         a_tower_too,
         r"vision_tower\..*q_proj \(and \d+ more\) lies outside .*r'model\\\.language_model\\\.\.\*\\\.\(q_proj\)'",

@@ -17,6 +17,7 @@ from lora_grpo.adapters.peft_format import (
     lora_modules,
     peft_model_of,
 )
+from lora_grpo.adapters.quantized import check_trainable
 from lora_grpo.errors import UnsupportedAdapter
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -44,7 +45,7 @@ def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
     """
     peft_model = peft_model_of(model)
     _check_config(peft_model.peft_config[adapter], adapter)
-    _check_base(peft_model.base_model.model)
+    check_trainable(peft_model.base_model.model)
     _check_no_embedding(peft_model, adapter)
     modules = lora_modules(model, adapter)
     _check_language_alone(peft_model.base_model.model, modules)
@@ -98,15 +99,6 @@ def _check_config(config: Any, adapter: str) -> None:
         raise UnsupportedAdapter(
             f"LoraConfig.init_lora_weights={init!r} changes the base weights, which the engine's base does not follow; "
             f"use True or one of {PLAIN_INITS}"
-        )
-
-
-def _check_base(base: Any) -> None:
-    config = base.config
-    if getattr(config, "quantization_config", None) is not None or getattr(base, "is_quantized", False):
-        raise UnsupportedAdapter(
-            "the trainer's base is quantized, so trainer and engine would compute different policies; load it in "
-            "bfloat16 (quantized bases are not proven yet)"
         )
 
 

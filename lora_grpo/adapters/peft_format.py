@@ -92,6 +92,10 @@ def language_model_path(base: Any) -> str:
     return clean_name(next(name for name, module in base.named_modules() if module is decoder))
 
 
+_LEFT_BEHIND = ("weight_scale", "weight_shape")
+"""By compressed-tensors, beside weights that it has brought back to their plain values."""
+
+
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """A PEFT model's base by its checkpoint's names: parameters, one that is tied under each of its names, and the
     buffers that a checkpoint holds."""
@@ -100,7 +104,7 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         named = {**module._parameters, **module._buffers}
         for leaf in [leaf for leaf in named if leaf not in module._non_persistent_buffers_set]:
             name = clean_name(f"{prefix}.{leaf}").replace(".base_layer.", ".")
-            if named[leaf] is not None and ".lora_" not in name:
+            if named[leaf] is not None and ".lora_" not in name and leaf not in _LEFT_BEHIND:
                 found[name] = named[leaf]
     return found
 

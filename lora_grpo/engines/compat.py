@@ -25,6 +25,7 @@ from lora_grpo.engines.hopper import mend_kernels
 from lora_grpo.engines.one_tensor import take_whole
 from lora_grpo.engines.rotary import turn_every_head
 from lora_grpo.engines.tiles import allow_tiles
+from lora_grpo.engines.without_kernel import compute_plain_values
 from lora_grpo.errors import ConfigError, EngineError, UnsupportedVersion
 
 # "run": the test suite passes on it. "read": its source was compared, for everything that the engines rely on, with a
@@ -106,11 +107,13 @@ def _mend(release: tuple[int, int], *, computes: bool) -> None:
     if computes:
         take_whole()
         _look_at_models_here()
+        importlib.import_module("lora_grpo.engines.packing").read_quantized()
     if is_cpu():
         importlib.import_module("lora_grpo.engines.packing").read_before_packing()
         allow_tiles()
         if computes:
             turn_every_head()
+            compute_plain_values()
             keep_seeds(importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner)
 
 

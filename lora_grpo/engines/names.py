@@ -80,7 +80,8 @@ class NameMap:
 
     def _known(self, runtime: str, slices: tuple[int, ...] | None) -> Place | None:
         module, _, kind = runtime.rpartition(".")
-        held = getattr(self.modules.get(module), kind, None)
+        layer = self.modules.get(module)
+        held = getattr(layer, kind, getattr(layer, f"{kind}_packed", None))
         # A tower that vLLM left out has its parameters on the meta device.
         absent = held is None or getattr(held, "is_meta", False) or compat.loads_other_values(held)
         return None if absent else Place(runtime, slices)

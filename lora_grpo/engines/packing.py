@@ -1,4 +1,4 @@
-"""Weights that vLLM's CPU backend packs for its kernels: read just before it does, for it frees their plain form."""
+"""Weights that vLLM packs for its kernels, or keeps quantized: read just before it does, while their form is known."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import xxhash
 
+from lora_grpo.adapters.quantized import nf4_values
+
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that two bases can be compared in; others are quantized."""
+"""The dtypes that two bases are compared in; others are quantized."""
 
 _BLOCK_BYTES = 32 << 20
 _PACKED = "_lora_grpo_packed"
@@ -38,11 +40,13 @@ def _room(elements: int, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A tensor as it was before a layer packed it: digests of the layer's slices."""
+    """A tensor as it was before a layer packed it: digests of the layer's slices, in `dtype`. Of a quantized one they
+    are of the values that it stands for."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     digests: dict[int, str]
+    quantized: bool = False
 
 
 def packed_form(layer: Any, kind: str) -> Packed | None:
@@ -60,13 +64,65 @@ def read_before_packing() -> None:
 
     def dispatch(layer: Any, remove_weight: bool) -> None:
         before = dict(_readable(layer)) if remove_weight else {}
-        read = {kind: _before(layer, tensor) for kind, tensor in before.items()}
+        read = {kind: _before(layer, tensor, tensor.dtype) for kind, tensor in before.items()}
         stock(layer, remove_weight)
         packed = {kind: read[kind] for kind, tensor in before.items() if not _still(layer, kind, tensor)}
-        setattr(layer, _PACKED, packed)
+        # What was quantized before it was plain is told so.
+        setattr(layer, _PACKED, packed | getattr(layer, _PACKED, {}))
 
     dispatch.stock = stock  # type: ignore[attr-defined]
     layers.dispatch_cpu_unquantized_gemm = dispatch
+
+
+def read_quantized() -> None:
+    """From now on, in this process: whatever is quantized when its checkpoint was loaded is read before vLLM brings it
+    into its kernels' form. A second call does nothing."""
+    loader: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
+    stock = getattr(loader, "process_weights_after_loading", None)
+    if stock is None or hasattr(stock, "stock"):
+        return
+
+    def process(model: Any, model_config: Any, *others: Any) -> None:
+        for layer in model.modules():
+            values = quantized_values(layer)
+            if values is not None:
+                setattr(layer, _PACKED, {"weight": _before(layer, values, model_config.dtype, quantized=True)})
+        stock(model, model_config, *others)
+
+    process.stock = stock  # type: ignore[attr-defined]
+    loader.process_weights_after_loading = process
+
+
+@torch.no_grad()
+def quantized_values(layer: Any) -> torch.Tensor | None:
+    """fp32 (rows, columns) of a vLLM layer's weight as it was loaded, if that is nf4, fp8 in blocks or packed int4."""
+    weight: Any = getattr(layer, "weight", None)
+    states = getattr(weight, "bnb_quant_state", None)
+    if isinstance(states, dict):
+        pieces = weight.data.split(weight.bnb_shard_offsets.diff().tolist())
+        return torch.cat([nf4_values(piece, states[index]) for index, piece in enumerate(pieces)])
+    block, scale = getattr(layer, "weight_block_size", None), getattr(layer, "weight_scale_inv", None)
+    if block is not None and scale is not None and weight is not None and weight.dtype == torch.float8_e4m3fn:
+        sizes = list(getattr(layer, "output_partition_sizes", None) or [weight.shape[0]])
+        scales = scale.float().split([-(-rows // block[0]) for rows in sizes])
+        pairs = zip(weight.split(sizes), scales, strict=True)
+        return torch.cat([rows.float() * _spread(scale, block, rows.shape) for rows, scale in pairs])
+    packed = getattr(layer, "weight_packed", None)
+    if packed is not None and packed.dtype == torch.int32 and hasattr(layer, "weight_scale"):
+        return _int4_values(packed, layer.weight_scale)
+    return None
+
+
+def _spread(scale: torch.Tensor, block: Any, shape: Any) -> torch.Tensor:
+    """A block's scale at each of its places."""
+    return scale.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
+
+
+def _int4_values(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Eight columns in each int32, the first in its lowest bits, as 0 ... 15 for -8 ... 7; a scale a group of them."""
+    shifts = torch.arange(0, 32, 4, device=packed.device)
+    columns = ((packed.unsqueeze(2) >> shifts) & 15).flatten(1) - 8
+    return columns * scale.float().repeat_interleave(columns.shape[1] // scale.shape[1], 1)
 
 
 def _readable(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -76,12 +132,12 @@ def _readable(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield kind, tensor.data
 
 
-def _before(layer: Any, tensor: torch.Tensor) -> Packed:
+def _before(layer: Any, tensor: torch.Tensor, dtype: torch.dtype, *, quantized: bool = False) -> Packed:
     sizes = list(getattr(layer, "output_partition_sizes", None) or ())
     if sum(sizes) != tensor.shape[0]:
         sizes = [tensor.shape[0]]
-    digests = {index: digest(rows, tensor.dtype) for index, rows in enumerate(tensor.split(sizes))}
-    return Packed(tensor.dtype, tuple(tensor.shape), digests)
+    digests = {index: digest(rows, dtype) for index, rows in enumerate(tensor.split(sizes))}
+    return Packed(dtype, tuple(tensor.shape), digests, quantized)
 
 
 def _still(layer: Any, kind: str, tensor: torch.Tensor) -> bool:

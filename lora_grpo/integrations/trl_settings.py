@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+from lora_grpo.adapters.quantized import scheme_of
 from lora_grpo.config import GRPOConfig
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
@@ -173,6 +174,7 @@ class Given:
             "max_num_seqs": self.keywords["max_num_seqs"],
             "model_impl": self.keywords["model_impl"],
             "trust_remote_code": self.keywords["trust_remote_code"],
+            "quantization": "nf4" if scheme_of(self.model.config) == "nf4" else None,
         }
         if twice := sorted(said.keys() & others.keys()):
             raise ConfigError(f"engine_args: {twice[0]} is said by trl.GRPOConfig already; set it there")

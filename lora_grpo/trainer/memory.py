@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_grpo.adapters.quantized import Scheme
 from lora_grpo.engines.local.targets import skeleton
 from lora_grpo.errors import ConfigError
 
 _ADAM_BYTES = 4 + 4 + 4 + 4
 """fp32 weight, gradient and two moments of each adapter parameter."""
+_QUANTIZED_BYTES: dict[Scheme | None, tuple[float | None, float | None]] = {
+    "nf4": (1 / 2 + 1 / 64 + 4 / (64 * 256), 1 / 2 + 4 / 64),
+    "fp8": (None, 1 + 4 / (128 * 128)),
+    "w4a16": (None, 1 / 2 + 2 / 128),
+}
+"""A weight's in trainer and engine, scales included; None: the dtype's. vLLM keeps nf4's scales in fp32. On a CPU that
+vLLM has no kernel for (`engines/without_kernel.py`) the engine's weights are in its dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +65,29 @@ def estimate_memory(
     engine_dtype: torch.dtype,
     kv_tokens: int,
     shared_base: bool = False,
+    scheme: Scheme | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> MemoryEstimate:
     """The estimate for a checkpoint; `targets` are last names of adapted layers (None: every linear layer).
 
-    With `shared_base` the trainer's base is the engine's.
+    With `shared_base` the trainer's base is the engine's. `scheme` is how linear layers are quantized.
     """
     built = skeleton(model, revision=revision, trust_remote_code=trust_remote_code)
     head = built.get_output_embeddings()
     linears = [(n, m) for n, m in built.named_modules() if isinstance(m, nn.Linear) and m is not head]
     adapted = [m for n, m in linears if targets is None or n.rsplit(".", 1)[-1] in targets]
-    elements = sum(p.numel() for p in built.parameters())
+    quantized = sum(m.weight.numel() for _, m in linears) if scheme else 0
+    plain = sum(p.numel() for p in built.parameters()) - quantized
+    trainer_bytes, engine_bytes = _QUANTIZED_BYTES.get(scheme, (None, None))
+
+    def base_bytes(dtype: torch.dtype, each: float | None) -> int:
+        return plain * dtype.itemsize + int(quantized * (each or dtype.itemsize))
+
     return MemoryEstimate(
-        trainer_base_bytes=0 if shared_base else elements * trainer_dtype.itemsize,
+        trainer_base_bytes=0 if shared_base else base_bytes(trainer_dtype, trainer_bytes),
         adapter_and_optimizer_bytes=_lora_elements(adapted, rank) * _ADAM_BYTES,
-        engine_base_bytes=elements * engine_dtype.itemsize,
+        engine_base_bytes=base_bytes(engine_dtype, engine_bytes),
         adapter_slots_bytes=_lora_elements([m for _, m in linears], max_lora_rank) * slots * engine_dtype.itemsize,
         kv_bytes=kv_tokens * _kv_bytes_per_token(built.config, engine_dtype),
     )

@@ -14,15 +14,16 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from lora_grpo.adapters.checks import active_adapter, check_servable
 from lora_grpo.adapters.peft_format import lora_modules, peft_model_of
+from lora_grpo.adapters.quantized import scheme_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.compat import allowed_rank
-from lora_grpo.engines.local.targets import check_whole, checkpoint_config, skeleton
-from lora_grpo.engines.local.text_only import model_class
+from lora_grpo.engines.local.targets import check_whole, skeleton
 from lora_grpo.engines.requests import require_tokenizer
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.sections import nearest_key
 from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate_memory, require_memory
+from lora_grpo.trainer.own_base import load_base, quantization_of
 
 ALL_LINEAR = "target_modules='all-linear' is every linear layer of the language model"
 Sharing: TypeAlias = Literal["auto"] | bool
@@ -38,10 +39,11 @@ def checkpoint_of(model: ModelConfig | nn.Module) -> ModelConfig:
     """The checkpoint that a model came from. Raises `ConfigError` when it does not say."""
     if isinstance(model, ModelConfig):
         return model
-    name = getattr(peft_model_of(model).base_model.model.config, "_name_or_path", "")
+    config = peft_model_of(model).base_model.model.config
+    name = getattr(config, "_name_or_path", "")
     if not name:
         raise ConfigError("the model does not know its checkpoint; build VLLMEngine(name) yourself and pass engine=")
-    return ModelConfig(name=str(name))
+    return ModelConfig(name=str(name), quantization="nf4" if scheme_of(config) == "nf4" else None)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def plan(model: ModelConfig | nn.Module, peft_config: Any, config: EngineConfig,
     rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
     if not config.urls:
         allowed_rank(max(rank, config.max_lora_rank or 0))
+    if quantization_of(checkpoint_of(model)) is not None and sharing is True:
+        raise ConfigError("share_base_weights=True: the engine's quantized weights are not the trainer's; leave it out")
     one_copy = expects_one_copy(sharing, model, config)
     return Plan(rank, leaves, planned_memory(model, config, rank=rank, leaves=leaves, shared_base=one_copy))
 
@@ -88,6 +92,7 @@ def planned_memory(
         engine_dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
         kv_tokens=config.max_num_seqs * (config.max_model_len or 1024),
         shared_base=shared_base,
+        scheme=quantization_of(checkpoint),
     )
     if config.urls:
         estimate = replace(estimate, engine_base_bytes=0, adapter_slots_bytes=0, kv_bytes=0)
@@ -132,6 +137,7 @@ def build_engine(
         trust_remote_code=checkpoint.trust_remote_code,
         max_lora_rank=config.max_lora_rank or rank,
         max_loras=config.max_loras,
+        quantization=checkpoint.quantization,
         target_modules=targets,
         share_base_weights=share_base_weights,
         dtype=config.dtype,
@@ -154,14 +160,7 @@ def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: i
             raise ConfigError("model is a PeftModel already: leave peft_config out, or pass the checkpoint's name")
         return model
     if base is None:
-        config = checkpoint_config(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        copied: Any = model_class(config).from_pretrained(
-            model.name,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype="auto" if model.dtype == "auto" else getattr(torch, model.dtype),
-        )
-        base = copied.to(default_device())
+        base = load_base(model, default_device())
     set_seed(seed)
     policy = _with_adapter(base, peft_config, model.name, autocast_adapter_dtype=True, revision=model.revision)
     for module in check_servable(policy, active_adapter(policy)):
@@ -178,7 +177,8 @@ def lora_rank(model: ModelConfig | nn.Module, peft_config: Any) -> int:
 def expects_one_copy(choice: Sharing, model: ModelConfig | nn.Module, config: EngineConfig) -> bool:
     """Whether memory is planned for one copy of the base: "auto" hopes for it where nothing known stands against it."""
     same_dtype = isinstance(model, ModelConfig) and model.dtype == config.dtype
-    return choice is True or (_may_share(choice, model) and same_dtype and not config.urls)
+    may_share = _may_share(choice, model) and quantization_of(checkpoint_of(model)) is None
+    return choice is True or (may_share and same_dtype and not config.urls)
 
 
 def shared_base(

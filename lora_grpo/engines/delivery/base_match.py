@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lora_grpo.adapters.peft_format import base_tensors, peft_model_of
+from lora_grpo.adapters.quantized import plain_values, shape_of
 from lora_grpo.engines.base import BaseDescription, Engine
 from lora_grpo.engines.delivery.base_reading import BaseReading, TensorReading
 from lora_grpo.engines.packing import PLAIN, digest
@@ -35,7 +36,8 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class BaseMatch:
-    """What was found equal: `compared` of the trainer's `tensors`, which hold `share` of its base's values.
+    """What was found equal: `compared` of the trainer's `tensors`, which hold `share` of its base's values. Of those,
+    `quantized` are in fewer bits on a side or on both, and equal in the values that they stand for.
 
     `unread` says of each process that could not read something why, by tensor; it was not compared and nothing is known
     of it but what the probe shows. `read_s` is what the slowest of the engine's processes took to read its base,
@@ -48,9 +50,12 @@ class BaseMatch:
     unread: dict[str, dict[str, str]]
     read_s: float
     seconds: float
+    quantized: int = 0
 
     def __str__(self) -> str:
         said = f"{self.compared} of {self.tensors} tensors equal, {self.share:.1%} of the values"
+        if self.quantized:
+            said += f" ({self.quantized} quantized ones in what they stand for)"
         said += f"; read in {self.read_s:.2f} s, compared in {self.seconds:.2f} s"
         for where, reasons in self.unread.items():
             some = ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:_NAMED])
@@ -75,7 +80,7 @@ def match_base(engine: Engine, model: nn.Module, processes: Processes) -> BaseMa
     served, config = engine.describe_base(), peft_model_of(model).base_model.model.config
     processes.each(lambda: _check_same_shapes(served, describe(config, served.dtype)))
     own = base_tensors(model)
-    comparison = _Comparison(engine.read_base({name: tuple(tensor.shape) for name, tensor in own.items()}))
+    comparison = _Comparison(engine.read_base({name: shape_of(tensor) for name, tensor in own.items()}))
     for name, tensor in own.items():
         comparison.add(name, tensor)
     processes.each(comparison.require_same)
@@ -104,23 +109,25 @@ class _Comparison:
             self._unread[reading.where] |= dict.fromkeys(reading.unasked, "the trainer's base has no tensor for it")
         self._seen: dict[tuple[int, str, tuple[int, ...]], list[str]] = {}
         self._different: str | None = None
-        self._compared, self._values, self._compared_values = 0, 0, 0
+        self._compared, self._values, self._compared_values, self._quantized = 0, 0, 0, 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else plain_values(tensor)
         everywhere = bool(self._readings)
         for reading in self._readings:
             found = reading.tensors.get(name)
-            if tensor.dtype not in (*PLAIN, torch.float64):
+            if whole.dtype not in (*PLAIN, torch.float64):
                 self._unread[reading.where][name] = f"the trainer keeps it quantized ({_short(tensor.dtype)})"
                 everywhere = False
             elif found is None:
                 everywhere = False
             elif self._digests(tensor, whole, found) != [one for _, one in found.slices]:
-                self._different = self._different or _said(name, tensor, found, reading.where)
-        self._values += tensor.numel()
+                self._different = self._different or _said(name, tensor, whole, found, reading.where)
+        self._values += whole.numel()
         self._compared += everywhere
-        self._compared_values += tensor.numel() if everywhere else 0
+        self._compared_values += whole.numel() if everywhere else 0
+        there = any(reading.tensors[name].quantized for reading in self._readings) if everywhere else False
+        self._quantized += everywhere and (there or whole is not tensor)
 
     def _digests(self, tensor: torch.Tensor, whole: torch.Tensor, found: TensorReading) -> list[str]:
         """Of its rows, cut as the engine's slices are. What has two names is read once."""
@@ -139,11 +146,18 @@ class _Comparison:
         unread = {where: reasons for where, reasons in self._unread.items() if reasons}
         read_s = max((reading.seconds for reading in self._readings), default=0.0)
         share = self._compared_values / max(1, self._values)
-        return BaseMatch(tensors, self._compared, share, unread, read_s, seconds)
+        return BaseMatch(tensors, self._compared, share, unread, read_s, seconds, self._quantized)
 
 
-def _said(name: str, tensor: torch.Tensor, found: TensorReading, where: str) -> str:
-    dtypes = f" ({found.dtype} there, {_short(tensor.dtype)} here)" if found.dtype != _short(tensor.dtype) else ""
+def _said(name: str, tensor: torch.Tensor, whole: torch.Tensor, found: TensorReading, where: str) -> str:
+    dtypes = f" ({found.dtype} there, {_short(whole.dtype)} here)" if found.dtype != _short(whole.dtype) else ""
+    if found.quantized or whole is not tensor:
+        here = "quantized" if whole is not tensor else "plain"
+        return (
+            f"{name} stands for other values in {where} ({'quantized' if found.quantized else 'plain'}) than in the "
+            f"trainer ({here}): load both from one checkpoint in one scheme, such as [model] quantization = 'nf4', "
+            "which sets both sides, and merge nothing into it"
+        )
     return (
         f"{name} differs between {where} and the trainer{dtypes}; load both from the same checkpoint and revision, and "
         "train an adapter on that base alone, with nothing merged into it"

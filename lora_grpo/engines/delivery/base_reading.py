@@ -13,11 +13,12 @@ from lora_grpo.engines.packing import PLAIN, digest, packed_form
 
 @dataclass(frozen=True, slots=True)
 class TensorReading:
-    """One tensor: the dtype that it is kept in (a torch dtype's name without the prefix), and (rows, digest) of the
-    slices that it fills, in the order of its rows."""
+    """One tensor: the dtype that it is kept in (a torch dtype's name without the prefix), or computed in where it is
+    quantized, and (rows, digest) of the slices that it fills, in the order of its rows."""
 
     dtype: str
     slices: tuple[tuple[int, str], ...]
+    quantized: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ def read_base(runner: Any, shapes: Mapping[str, Sequence[int]], where: str) -> B
             read[key] = found
         tensors[name] = read[key]
     own = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-    return BaseReading(where, tensors, unread, tuple(sorted(own - reached)), time.perf_counter() - started)
+    unasked = sorted(name for name in own - reached if not _is_a_scale(names, name))
+    return BaseReading(where, tensors, unread, tuple(unasked), time.perf_counter() - started)
 
 
 def _read(names: NameMap, place: Place, shape: tuple[int, ...]) -> TensorReading | str:
@@ -68,8 +70,8 @@ def _read(names: NameMap, place: Place, shape: tuple[int, ...]) -> TensorReading
     module, _, kind = place.name.rpartition(".")
     layer = names.modules[module]
     packed = packed_form(layer, kind)
-    tensor = getattr(layer, kind)
-    if packed is None and tensor.numel() == 0:
+    tensor: Any = getattr(layer, kind, None)
+    if packed is None and (tensor is None or tensor.numel() == 0):
         return "vLLM has packed it for its kernels, and nothing read it before"
     dtype = tensor.dtype if packed is None else packed.dtype
     if dtype not in PLAIN:
@@ -82,7 +84,14 @@ def _read(names: NameMap, place: Place, shape: tuple[int, ...]) -> TensorReading
         (count, packed.digests[index] if packed else digest(tensor.reshape(whole)[first : first + count], dtype))
         for index, (first, count) in rows.items()
     )
-    return TensorReading(str(dtype).removeprefix("torch."), slices)
+    return TensorReading(str(dtype).removeprefix("torch."), slices, packed is not None and packed.quantized)
+
+
+def _is_a_scale(names: NameMap, name: str) -> bool:
+    """Whether a parameter has been read with the quantized weight that it belongs to."""
+    module, _, kind = name.rpartition(".")
+    weight = packed_form(names.modules[module], "weight")
+    return weight is not None and weight.quantized and kind != "bias"
 
 
 def _is_head(name: str) -> bool:

@@ -12,6 +12,7 @@ from lora_grpo.engines.local.compiling import can_compile, compiled_with_lora, e
 from lora_grpo.engines.local.experts import experts_without_lora, make_expert_group
 from lora_grpo.engines.local.grouped import join
 from lora_grpo.engines.local.own_class import classes_kept
+from lora_grpo.engines.local.quantized import served_scheme
 from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
 from lora_grpo.engines.local.sleeping import check_can_ever_sleep
 from lora_grpo.engines.local.targets import EXPERTS, check_served, linear_leaves, text_only_arguments
@@ -72,7 +73,11 @@ def start_llm(
             f"target_modules names {EXPERTS!r}: an adapter of a mixture's experts cannot be proven; leave it out"
         )
     arguments = text_only_arguments(model, revision=revision, trust_remote_code=trust_remote_code) | arguments
+    scheme = served_scheme(model, arguments.get("quantization"), revision=revision, trust_remote_code=trust_remote_code)
+    arguments |= {"quantization": scheme}
     arguments = _checked(arguments, plain_lora_gemm=plain_lora_gemm, share_base_weights=share_base_weights)
+    # Of other schemes vLLM reads in the checkpoint.
+    arguments["quantization"] = "bitsandbytes" if scheme == "nf4" else None
     own = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.applies()
     kernels = own and _lora_in_the_models_dtype(arguments)
     compiles = kernels and not share_base_weights and not arguments.get("enforce_eager") and can_compile()

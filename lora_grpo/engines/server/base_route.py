@@ -63,7 +63,11 @@ def readings(url: str, answer: Mapping[str, Any]) -> list[BaseReading]:
         BaseReading(
             f"{url} ({one['where']})",
             {
-                name: TensorReading(found["dtype"], tuple((int(rows), str(digest)) for rows, digest in found["slices"]))
+                name: TensorReading(
+                    found["dtype"],
+                    tuple((int(rows), str(digest)) for rows, digest in found["slices"]),
+                    bool(found.get("quantized")),
+                )
                 for name, found in one["tensors"].items()
             },
             dict(one["unread"]),

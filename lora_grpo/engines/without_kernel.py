@@ -1,0 +1,80 @@
+"""Quantized layers on a CPU that vLLM has no kernel for: fp8 in blocks without AMX, packed int4 without AVX-512.
+
+The plain values of their weights, in the model's dtype, take the place of the quantized ones at the start, and the
+products are those of unquantized layers. Where vLLM has a kernel, that computes with the quantized weights as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+
+def compute_plain_values() -> None:
+    """From now on, in this process: vLLM finds these kernels where it has none. A second call, or a release that
+    chooses its kernels otherwise, changes nothing."""
+    linear: Any = importlib.import_module("vllm.model_executor.kernels.linear")
+    cpu = importlib.import_module("vllm.platforms").PlatformEnum.CPU
+    blocks = getattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS", {}).get(cpu)
+    if blocks is not None and not any(kernel.__module__ == __name__ for kernel in blocks):
+        blocks.append(_fp8_in_blocks())
+    packed = getattr(linear, "_POSSIBLE_KERNELS", {}).get(cpu)
+    if packed and packed[0].__module__ != __name__ and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        packed.insert(0, _packed_int4())
+
+
+def _take_plain(layer: Any, dtype: torch.dtype) -> None:
+    from lora_grpo.engines.packing import quantized_values
+
+    values = quantized_values(layer)
+    assert values is not None
+    for name in ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_shape"):
+        layer._parameters.pop(name, None)
+    layer.register_parameter("weight", torch.nn.Parameter(values.to(dtype), requires_grad=False))
+    layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
+    layers.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+
+
+def _fp8_in_blocks() -> Any:
+    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+
+    class PlainFp8(Fp8BlockScaledMMLinearKernel):
+        apply_input_quant = False
+
+        @classmethod
+        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+            return True, None
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            _take_plain(layer, self.config.out_dtype)
+
+        def apply_weights(self, layer: Any, x: Any, bias: Any = None, **_: Any) -> Any:
+            return layer.cpu_linear(x, layer.weight, bias)
+
+        def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> Any:
+            raise NotImplementedError
+
+    return PlainFp8
+
+
+def _packed_int4() -> Any:
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+
+    class PlainInt4(MPLinearKernel):
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return -1
+
+        @classmethod
+        def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+            return str(c.weight_type) == "uint4b8" and not c.zero_points, "packed int4 without zero points alone"
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            _take_plain(layer, self.config.act_type)
+
+        def apply_weights(self, layer: Any, x: Any, bias: Any = None) -> Any:
+            return layer.cpu_linear(x, layer.weight, bias)
+
+    return PlainInt4
