@@ -25,35 +25,35 @@ class GRPOConfig(Section):
         None, ge=1, description="steps in a row with equal rewards in every group that end a run; default: none do"
     )
 
-    num_generations: int = Field(8, ge=2, description="completions a prompt (the group)")
+    num_generations: int = Field(8, ge=2, description="completions for each prompt (a group)")
     generation_batch_size: int | None = Field(
-        None, ge=2, description="completions a step over all processes; default: one optimizer batch"
+        None, ge=2, description="completions in a step, over all processes; default: one optimizer batch"
     )
-    per_device_train_batch_size: int = Field(8, ge=1, description="rows a micro-batch on each process")
-    gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches an optimizer update")
+    per_device_train_batch_size: int = Field(8, ge=1, description="completions in a micro-batch, on each process")
+    gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches in one optimizer update")
     num_iterations: int = Field(1, ge=1, description="passes over each rollout batch")
 
     max_staleness: int = Field(
-        0, ge=0, description="versions a batch may lag behind; above 0 generation goes on meanwhile"
+        0, ge=0, description="versions that a batch may lag; above 0, sampling goes on while the optimizer steps"
     )
     stall_timeout_s: float = Field(
         1800.0, gt=0, description="with max_staleness: seconds without a sign of life that end the run"
     )
 
-    ddp_timeout: float = Field(1800.0, gt=0, description="seconds that several processes wait for each other at most")
+    ddp_timeout: float = Field(1800.0, gt=0, description="most seconds that several processes wait for each other")
 
     max_prompt_length: int | None = Field(
-        None, ge=1, description="tokens a prompt at most; default: what max_completion_length leaves of max_model_len"
+        None, ge=1, description="most tokens in a prompt; default: what max_completion_length leaves of max_model_len"
     )
     overlong_prompts: Literal["error", "drop"] = Field(
         "error", description="a longer prompt is an error before the start, or is left out and counted"
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="what the chat template gets besides, as enable_thinking; a column of that name goes before",
+        description="more arguments for the chat template, such as enable_thinking; a column of this name wins",
     )
-    max_completion_length: int = Field(256, ge=1, description="tokens a completion at most")
-    temperature: float = Field(1.0, gt=0, description="of the sampler, and of the trainer's log-probs")
+    max_completion_length: int = Field(256, ge=1, description="most tokens in a completion")
+    temperature: float = Field(1.0, gt=0, description="temperature of the sampler and of the trainer's log-probs")
     top_p: float = Field(1.0, description="1 only: filtered sampling is not corrected for in the loss")
     top_k: int = Field(0, description="0 only: filtered sampling is not corrected for in the loss")
     min_p: float = Field(0.0, description="0 only: filtered sampling is not corrected for in the loss")
@@ -71,13 +71,15 @@ class GRPOConfig(Section):
         0.0, ge=0, description="weight of the KL to the adapter as it was at the start; 0 spends nothing on it"
     )
     use_bias_correction_kl: bool = Field(True, description="weight the KL by the ratio: its unbiased gradient")
-    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="what advantages are divided by")
-    reward_weights: tuple[float, ...] | None = Field(None, description="one weight a reward function; default 1")
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="divide advantages by the deviation of rewards in the group, in the batch, or not at all"
+    )
+    reward_weights: tuple[float, ...] | None = Field(None, description="one weight for each reward function; default 1")
     reward_retries: int = Field(
-        1, ge=0, description="calls of a reward function made again after a timeout or a failed connection"
+        1, ge=0, description="how often a reward function is called again after a timeout or a failed connection"
     )
     reward_timeout_s: float | None = Field(
-        None, gt=0, description="seconds that one call of a reward function may take; default: any"
+        None, gt=0, description="seconds that one call of a reward function may take; default: no limit"
     )
     mask_truncated_completions: bool = Field(False, description="leave completions cut at the limit out of the loss")
     vllm_importance_sampling_correction: bool = Field(True, description="correct for trainer/sampler mismatch")
@@ -85,12 +87,12 @@ class GRPOConfig(Section):
     vllm_importance_sampling_clip_max: float = Field(3.0, gt=0, description="largest ratio kept or truncated to")
     vllm_importance_sampling_clip_min: float | None = Field(None, ge=0, description="smallest ratio kept")
 
-    learning_rate: float = Field(1e-6, gt=0, description="AdamW's, at its highest")
+    learning_rate: float = Field(1e-6, gt=0, description="AdamW's learning rate, at its highest")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="how the learning rate goes on after the warm-up"
     )
     warmup_steps: int = Field(0, ge=0, description="optimizer updates of linear warm-up")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on every adapter tensor")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, on every adapter tensor")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's mean gradient")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of AdamW's mean squared gradient")
     adam_epsilon: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
@@ -176,10 +178,12 @@ class LoraSettings(Section):
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear", description="names of the linear layers that get an adapter"
     )
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input, in training")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input, in training only")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead (rsLoRA)")
-    rank_pattern: dict[str, int] = Field(default_factory=dict, description="other ranks, by module name or regex")
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="other alphas, by module name or regex")
+    rank_pattern: dict[str, int] = Field(default_factory=dict, description="ranks of single modules, by name or regex")
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="alphas of single modules, by name or regex"
+    )
 
     @property
     def largest_rank(self) -> int:
@@ -193,23 +197,27 @@ class EngineConfig(Section):
         (), description="vLLM servers (lora-grpo serve) to generate with, instead of an engine in this process"
     )
     on_failure: Literal["raise", "drop"] = Field(
-        "raise", description="a version that one server fails to load fails the run, or goes on without that server"
+        "raise", description="when one server fails to load a version: end the run, or go on without that server"
     )
     store_address: str | None = Field(
         None, description="host:port to serve versions at, for `urls` that share no disk with the trainer"
     )
-    concurrency: int = Field(256, ge=1, description="requests in flight on each of `urls` at most; others wait in line")
+    concurrency: int = Field(256, ge=1, description="most requests at the same time on each of `urls`; others wait")
     timeout_s: float = Field(
-        600.0, gt=0, description="of one request to `urls`, from when it is sent: the server's own queue included"
+        600.0, gt=0, description="seconds that one request to `urls` may take, waiting in the server's queue included"
     )
-    patience_s: float = Field(300.0, gt=0, description="how long one of `urls` that went away is waited for")
+    patience_s: float = Field(300.0, gt=0, description="seconds to wait for one of `urls` that went away")
     max_lora_rank: int | None = Field(None, ge=1, description="default: the adapter's rank, rounded up to vLLM's set")
     max_loras: int = Field(2, ge=1, description="adapter slots: versions that one batch can mix")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of weights and adapters")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the engine's weights and adapters"
+    )
     max_model_len: int | None = Field(None, ge=8, description="prompt plus completion, tokens; default: the model's")
     gpu_memory_utilization: float = Field(0.35, gt=0, le=1, description="vLLM's share of the GPU, trainer beside it")
-    max_num_seqs: int = Field(256, ge=1, description="completions sampled at the same time at most")
-    max_num_batched_tokens: int | None = Field(None, ge=64, description="tokens an engine step; default: vLLM's")
+    max_num_seqs: int = Field(256, ge=1, description="most completions sampled at the same time")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=64, description="most tokens in one engine step; default: vLLM's"
+    )
     enforce_eager: bool = Field(False, description="no compiled model, no CUDA graphs")
     enable_prefix_caching: bool = Field(True, description="prompts that begin alike share their KV cache")
 
@@ -236,7 +244,7 @@ class DataConfig(Section):
     name: str | None = Field(None, description="hub configuration, e.g. 'main' for openai/gsm8k")
     eval: str | None = Field(None, description="held-out prompts, as `train`")
     eval_split: str = Field("test", description="split of `eval`, if it is on the hub")
-    eval_limit: int | None = Field(None, ge=1, description="held-out prompts used at most")
+    eval_limit: int | None = Field(None, ge=1, description="most held-out prompts used")
     prompt_column: str = Field("prompt", description="text, or a list of chat messages")
     system_prompt: str | None = Field(
         None, description="makes chats of text prompts, with this system message (none if empty)"
@@ -247,7 +255,7 @@ class RewardConfig(Section):
     """One reward function: a ready-made name, or 'package.module:function'."""
 
     name: str = Field(description="exact, numeric, regex, format, or your own 'package.module:function'")
-    weight: float = Field(1.0, description="factor in the sum of rewards")
+    weight: float = Field(1.0, description="weight in the sum of rewards")
     options: dict[str, Any] = Field(
         default_factory=dict, description="a ready-made reward's options, or keyword arguments for your function"
     )
@@ -256,11 +264,17 @@ class RewardConfig(Section):
 class KeepConfig(Section):
     """Which versions are kept, and where."""
 
-    on_tmpfs: int = Field(8, ge=1, description="latest versions that stay on tmpfs (HEAD, pinned and loaded ones too)")
-    archived: int | None = Field(None, ge=1, description="latest, and best, adapters kept durably; default: all")
-    trainer_states: int = Field(5, ge=1, description="latest trainer states kept, and those of the best versions")
+    on_tmpfs: int = Field(
+        8, ge=1, description="how many of the latest versions stay on tmpfs; HEAD, pinned and loaded ones stay too"
+    )
+    archived: int | None = Field(
+        None, ge=1, description="how many of the latest and of the best adapters stay on disk; default: all"
+    )
+    trainer_states: int = Field(
+        5, ge=1, description="how many of the latest trainer states stay; those of the best versions stay too"
+    )
     trainer_state_every: int = Field(1, ge=1, description="steps between kept trainer states")
-    budget_bytes: int | None = Field(None, ge=1, description="most that versions may take on tmpfs")
+    budget_bytes: int | None = Field(None, ge=1, description="most bytes that versions may take on tmpfs")
 
 
 class GuardConfig(Section):
@@ -269,14 +283,16 @@ class GuardConfig(Section):
     non_finite: bool = Field(False, description="go back when a loss, gradient or weight is not finite")
     reward_drop: float | None = Field(None, gt=0, description="go back when the reward falls this far below its mean")
     reward_window: int = Field(10, ge=1, description="steps of that mean")
-    reward_patience: int = Field(2, ge=1, description="steps in a row that must lie so far below it")
+    reward_patience: int = Field(2, ge=1, description="steps in a row that must be that far below")
     logprob_gap: float | None = Field(None, gt=0, description="go back above this trainer/sampler gap, nats a token")
     kl: float | None = Field(None, gt=0, description="go back above this KL to the reference, nats a token (beta > 0)")
     to: int | str = Field(
         "best:reward", description="version to go back to: a number, 'parent', 'best' or 'best:METRIC'"
     )
     max_rollbacks: int = Field(3, ge=1, description="rollbacks after which the next reason ends the run")
-    learning_rate_factor: float = Field(1.0, gt=0, le=1, description="of the learning rate, at each rollback")
+    learning_rate_factor: float = Field(
+        1.0, gt=0, le=1, description="the learning rate is multiplied by this at each rollback"
+    )
 
 
 class RunConfig(Section):
