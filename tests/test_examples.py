@@ -53,7 +53,12 @@ def test_own_loop_learns_and_rolls_back(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     # Sums with a carry alone, which the demo's base gets wrong more often than not.
-    sizes = {"30, 1e-4": "12, 4e-3", "range(16)": "range(32)", "range(10, 100)": "range(18, 100, 10)"}
+    sizes = {
+        "30, 1e-4": "12, 4e-3",
+        "range(16)": "range(32)",
+        "range(10, 100)": "range(18, 100, 10)",
+        '"auto"': "torch.float32",
+    }
     run_here("own_loop.py", {MODEL: str(ensure_base()), **sizes, "max_model_len=64": EAGER.format(64)})
     output = capsys.readouterr().out
     rewards = [float(value) for value in re.findall(r"reward ([0-9.]+);", output)]
