@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,10 +19,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from lora_grpo.config import GRPOConfig
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.forward import Forward
 from lora_grpo.grpo.gradients import Gradients
-from lora_grpo.grpo.head import completion_scores
 from lora_grpo.grpo.losses import Size, Totals
-from lora_grpo.grpo.modes import base_dtype, check_sharding, drops_out, in_mode, without_ddp
+from lora_grpo.grpo.modes import check_sharding, drops_out, in_mode, without_ddp
 from lora_grpo.grpo.objective import Objective, filled
 from lora_grpo.grpo.optimizer import (
     build_optimizer,
@@ -65,7 +64,6 @@ class Policy:
     ) -> None:
         check_sharding(accelerator)
         self.model = without_ddp(model)
-        self._base_dtype = base_dtype(self.model)
         self._drops = drops_out(self.model)
         self.config = config
         self.processes = Processes(accelerator)
@@ -74,6 +72,7 @@ class Policy:
         self._share_initial_weights()
         self.reference = Reference(self.model, wanted=config.beta > 0)
         self.gradients = Gradients(self.model, self.parameters.values(), self.processes)
+        self.forward = Forward(self.model, config, self.processes, sharded=self.gradients.sharded)
         self.reach = Reach(self.reference.modules, self.processes)
         self.optimizer = plain_optimizer(optimizer, self.parameters) or build_optimizer(self.model, config)
         updates = config.total_steps * config.updates_per_step(self.num_processes)
@@ -95,7 +94,7 @@ class Policy:
     def logprobs(self, batch: Batch) -> Tensor:
         """logp_BT of the completions under the policy, fp32, nats, at the sampling temperature; 0 where padded.
 
-        No gradient, no dropout, `per_device_train_batch_size` rows at a time.
+        No gradient, no dropout, a micro-batch at a time.
         """
         return self._scores(batch)[0]
 
@@ -198,16 +197,17 @@ class Policy:
             logp_BT, entropy_BT = self._scores(rows, ~wanted_B)
         else:
             logp_BT, entropy_BT = filled(rows.old_logp_BT).clone(), filled(rows.entropy_BT).clone()
-        micro_batches = self._micro_batches(rows, wanted_B)
-        for number, (index, micro) in enumerate(micro_batches, 1):
+        micro_batches = self.forward.micro_batches(rows, wanted_B)
+        for number, (index, micro, packed) in enumerate(micro_batches, 1):
             self.gradients.add_up_with(last=number == len(micro_batches))
-            logp, entropy = self._forward(micro)
+            logp, entropy = self.forward(micro, packed=packed)
             if at_once:
                 micro = replace(micro, old_logp_BT=logp.detach())
             part = self.objective.value(logp, micro, totals)
             if self.reach.watching and logp.requires_grad:
                 logp.retain_grad()
-            part.backward()
+            with self.forward.backward():
+                part.backward()
             if self.reach.watching:
                 self.reach.saw(logp.grad, micro.position_ids_BL[:, micro.prompt_length :])
             loss += part.detach()
@@ -226,20 +226,6 @@ class Policy:
                 own = update[update // local == self.processes.index] % local
                 yield batch.select(own.to(self.device))
 
-    def _micro_batches(self, rows: Batch, wanted_B: Tensor) -> list[tuple[Tensor, Batch]]:
-        """The wanted rows with their indices, `per_device_train_batch_size` at a time, rows of like length together.
-
-        A sharded model takes its forwards in all processes at once: one that has fewer goes on with an idle batch.
-        """
-        wanted = wanted_B.nonzero().squeeze(1)
-        by_length = wanted[rows.attention_mask_BL[wanted].sum(dim=1).argsort(descending=True, stable=True)]
-        indices = [index for index in by_length.split(self.config.per_device_train_batch_size) if len(index)]
-        micro_batches = [(index, rows.select(index)) for index in indices]
-        if self.gradients.sharded:
-            most = self.processes.spread(len(indices), self.device)[1]
-            micro_batches += [(wanted[:0], rows.idle())] * (most - len(indices))
-        return micro_batches
-
     def _size(self, rows: Batch) -> Size:
         """Over all processes."""
         counts = torch.stack([torch.tensor(len(rows), device=self.device), rows.mask_BT.sum()])
@@ -254,29 +240,11 @@ class Policy:
         logp_BT, entropy_BT = torch.zeros((2, *batch.mask_BT.shape), device=self.device)
         wanted_B = batch.mask_BT.new_ones(len(batch)) if wanted_B is None else wanted_B
         with in_mode(self.model, training=False):
-            for index, micro in self._micro_batches(batch, wanted_B):
-                logp, entropy = self._forward(micro)
+            for index, micro, packed in self.forward.micro_batches(batch, wanted_B):
+                logp, entropy = self.forward(micro, packed=packed)
                 logp_BT[index, : micro.completion_length] = logp[: len(index)]
                 entropy_BT[index, : micro.completion_length] = entropy[: len(index)]
         return logp_BT, entropy_BT
-
-    def _forward(self, rows: Batch) -> tuple[Tensor, Tensor]:
-        """logp_BT and entropy_BT of completion tokens, 0 where padded."""
-        inputs = {
-            "input_ids": rows.input_ids_BL,
-            "attention_mask": rows.attention_mask_BL,
-            "position_ids": rows.position_ids_BL,
-            "logits_to_keep": rows.completion_length + 1,
-            "use_cache": False,
-        }
-        ids_BT, there_BT = rows.completion_ids_BT, rows.completion_mask_BT
-        with self._autocast():
-            return completion_scores(self.model, inputs, ids_BT, there_BT, self.config.temperature)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self._base_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self._base_dtype)
 
     # Checks.
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_grpo.adapters.peft_format import reshard
 from lora_grpo.grpo.head import completion_scores
+from lora_grpo.grpo.packing import packed_scores, pays, sizes, trusted
 
 
 @torch.no_grad()
@@ -37,6 +38,10 @@ def teacher_logprobs(
 def _score(
     model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int], temperature: float
 ) -> list[list[float]]:
+    if trusted(model) and pays(sizes(sequences, starts)):
+        logp_M, _ = packed_scores(model, sequences, starts, temperature)
+        lengths = [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]
+        return [part.tolist() for part in logp_M.split(lengths)]
     device = next(model.parameters()).device
     length = max(len(ids) for ids in sequences)
     ids_BT = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in sequences], device=device)

@@ -63,14 +63,17 @@ def row_logprobs(model: Any, batch: Batch, row: int, temperature: float) -> Tens
 
 
 @contextmanager
-def counted_rows(model: torch.nn.Module) -> Iterator[list[int]]:
-    """The row counts of the forwards made meanwhile."""
+def counted_rows(policy: Policy) -> Iterator[list[int]]:
+    """The row counts of the forwards made meanwhile, packed or padded."""
     counts: list[int] = []
-    handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: counts.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    yield counts
-    handle.remove()
+
+    def counting(compute: Any) -> Any:
+        return lambda rows: (counts.append(len(rows)), compute(rows))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_packed", "_padded"):
+            patch.setattr(policy.forward, name, counting(getattr(policy.forward, name)))
+        yield counts
 
 
 # Log-probs.
@@ -204,11 +207,11 @@ def test_rows_without_advantage_are_skipped_but_counted(loss_type: str) -> None:
     """The gradient is autograd's of the formula over all rows, those of advantage 0 in the normaliser."""
     policy = make_policy(loss_type=loss_type)
     batch = drifted_batch(policy)
-    with counted_rows(policy.model) as rows:
+    with counted_rows(policy) as rows:
         got, metrics = gradient(policy, batch)
     assert sum(rows) == 6
     policy.model.zero_grad()
-    logp_BT, entropy_BT = policy._forward(batch)
+    logp_BT, entropy_BT = policy.forward(batch, packed=False)
     size = Size(len(batch), int(batch.mask_BT.sum()))
     loss = policy.objective.value(logp_BT, batch, Totals(size, size, policy.config.max_completion_length))
     loss.backward()
@@ -220,7 +223,7 @@ def test_rows_without_advantage_are_skipped_but_counted(loss_type: str) -> None:
 def test_with_a_kl_no_row_is_skipped() -> None:
     policy = make_policy(beta=0.1)
     batch = drifted_batch(policy)
-    with counted_rows(policy.model) as rows:
+    with counted_rows(policy) as rows:
         gradient(policy, batch)
     assert sum(rows) == 8
 
@@ -331,7 +334,7 @@ def test_no_advantage_anywhere_is_a_step_without_a_forward() -> None:
     policy = make_policy(total_steps=2)
     batch = policy.prepare(make_batch(torch.zeros(8)))
     before = adapter_weights(policy.model)
-    with counted_rows(policy.model) as rows:
+    with counted_rows(policy) as rows:
         metrics = policy.update(batch)
     assert rows == []
     assert metrics["loss"] == metrics["grad_norm"] == 0
@@ -367,7 +370,7 @@ def test_one_update_takes_its_old_logprobs_from_its_own_forward(changes: dict[st
     for _ in range(2):
         batch = make_batch()
         expected = prepared.update(prepared.prepare(batch))
-        with counted_rows(policy.model) as rows:
+        with counted_rows(policy) as rows:
             metrics = policy.update(batch, judge=seen.append)
         assert sum(rows) == len(batch) * (2 if policy.config.beta else 1)
         assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -388,7 +391,7 @@ def test_what_the_judge_raises_is_no_step(dropout: float) -> None:
         assert batch.old_logp_BT is not None
         raise DeliveryError("another policy")
 
-    with counted_rows(policy.model) as rows, pytest.raises(DeliveryError, match="another policy"):
+    with counted_rows(policy) as rows, pytest.raises(DeliveryError, match="another policy"):
         policy.update(make_batch(), judge=refuse)
     assert sum(rows) == 8
     assert all(torch.equal(before[name], after) for name, after in adapter_weights(policy.model).items())

@@ -1,0 +1,161 @@
+"""A policy's forwards: which rows make a micro-batch, and whether it goes through the model packed or padded.
+
+Letters: B rows, T completion tokens, L tokens of prompt and completion.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_grpo.config import GRPOConfig
+from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.head import completion_scores
+from lora_grpo.grpo.modes import base_dtype, in_mode
+from lora_grpo.grpo.packing import (
+    Size,
+    in_spans,
+    packed_scores,
+    packed_tokens,
+    padded_tokens,
+    pays,
+    refusal,
+    sizes,
+    trust,
+)
+from lora_grpo.grpo.processes import Processes
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_FIRST = 4
+"""Tokens of a completion where what leaks from the row's other sequences shows most."""
+
+
+class MicroBatch(NamedTuple):
+    """Rows that are computed together, their indices in the batch, and whether packed."""
+
+    indices: Tensor
+    rows: Batch
+    packed: bool
+
+
+class Forward:
+    """Of one model. All processes that hold a shard of it call `micro_batches`, and then one forward for each."""
+
+    def __init__(self, model: PeftModel, config: GRPOConfig, processes: Processes, *, sharded: bool) -> None:
+        self._model, self._config = model, config
+        self._processes, self._sharded = processes, sharded
+        self._dtype = base_dtype(model)
+        self._packs: bool | None = None
+        """None until a micro-batch is better packed."""
+
+    def __call__(self, rows: Batch, *, packed: bool) -> tuple[Tensor, Tensor]:
+        """logp_BT and entropy_BT of completion tokens at the sampling temperature, fp32, nats; 0 where padded."""
+        return self._packed(rows) if packed else self._padded(rows)
+
+    def backward(self) -> AbstractContextManager[None]:
+        """Where the backward of these forwards runs: what is checkpointed is computed again there."""
+        return in_spans(self._model) if self._packs else nullcontext()
+
+    def micro_batches(self, rows: Batch, wanted_B: Tensor) -> list[MicroBatch]:
+        """The wanted rows, as many at a time as the config says: packed by prompt, or padded and of like length.
+
+        Packed where a micro-batch is better so and the model can do it, whatever came before. A sharded model takes
+        its forwards in all processes at once: one that has fewer goes on with an idle batch.
+        """
+        wanted = wanted_B.nonzero().squeeze(1)
+        of_rows = sizes(*_listed(rows.select(wanted))) if len(wanted) else []
+        parts = self._cut(of_rows, packed=True)
+        better = any(pays([of_rows[row] for row in part]) for part in parts)
+        if self._packs is None and (self._most(float(better)) if self._sharded else better):
+            self._packs = self._settle(rows.select(wanted[[0, 0, -1]]) if len(wanted) else rows.idle())
+        packed = better and bool(self._packs)
+        cut = []
+        for part in parts if packed else self._cut(of_rows, packed=False):
+            index = wanted[torch.tensor(part, device=wanted.device)]
+            cut.append(MicroBatch(index, rows.select(index), packed and pays([of_rows[row] for row in part])))
+        if self._sharded:
+            most = self._processes.spread(len(cut), wanted.device)[1]
+            cut += [MicroBatch(wanted[:0], rows.idle(), False)] * (most - len(cut))
+        return cut
+
+    def _cut(self, rows: Sequence[Size], *, packed: bool) -> list[list[int]]:
+        parts: list[list[int]] = []
+        for row in sorted(range(len(rows)), key=lambda row: (packed and rows[row].prompt, -sum(rows[row][1:]))):
+            if parts and self._fits([rows[other] for other in [*parts[-1], row]], packed=packed):
+                parts[-1].append(row)
+            else:
+                parts.append([row])
+        return parts
+
+    def _fits(self, rows: Sequence[Size], *, packed: bool) -> bool:
+        """In one micro-batch."""
+        most = self._config.max_tokens_per_micro_batch
+        if most is None:
+            return len(rows) <= self._config.per_device_train_batch_size
+        return (packed_tokens if packed and pays(rows) else padded_tokens)(rows) <= most
+
+    # Packed and padded.
+
+    def _packed(self, rows: Batch) -> tuple[Tensor, Tensor]:
+        there_BT = rows.completion_mask_BT
+        with self._autocast():
+            logp_M, entropy_M = packed_scores(self._model, *_listed(rows), self._config.temperature)
+        nothing_BT = torch.zeros(there_BT.shape, device=there_BT.device)
+        return nothing_BT.masked_scatter(there_BT, logp_M), nothing_BT.masked_scatter(there_BT, entropy_M)
+
+    def _padded(self, rows: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {
+            "input_ids": rows.input_ids_BL,
+            "attention_mask": rows.attention_mask_BL,
+            "position_ids": rows.position_ids_BL,
+            "logits_to_keep": rows.completion_length + 1,
+            "use_cache": False,
+        }
+        ids_BT, there_BT = rows.completion_ids_BT, rows.completion_mask_BT
+        with self._autocast():
+            return completion_scores(self._model, inputs, ids_BT, there_BT, self._config.temperature)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(next(self._model.parameters()).device.type, dtype=self._dtype)
+
+    def _settle(self, rows: Batch) -> bool:
+        """Whether the model can be given packed rows, and then says of these what it says of padded ones."""
+        reason = refusal(self._model)
+        if reason is None:
+            gap = self._gap(rows)
+            gap = self._most(gap) if self._sharded else gap
+            if not gap <= math.sqrt(torch.finfo(self._dtype).eps):
+                reason = f"its log-probs are then {gap:.3g} nats off"
+        if reason is not None and self._processes.index == 0:
+            warnings.warn(f"rows are padded, and prompts computed once a completion: {reason}", stacklevel=2)
+        if reason is None:
+            trust(self._model)
+        return reason is None
+
+    def _most(self, value: float) -> float:
+        return self._processes.max(torch.tensor(value, device=next(self._model.parameters()).device)).item()
+
+    @torch.no_grad()
+    def _gap(self, rows: Batch) -> float:
+        """Mean |packed - padded| log-prob, nats: of all completion tokens or of the first ones, where it is larger."""
+        there_BT = rows.completion_mask_BT
+        with in_mode(self._model, training=False):
+            gap_BT = (self._padded(rows)[0] - self._packed(rows)[0]).abs()
+        return max(gap_BT[:, part][there_BT[:, part]].mean().item() for part in (slice(None), slice(_FIRST)))
+
+
+def _listed(rows: Batch) -> tuple[list[list[int]], list[int]]:
+    """The rows' tokens without padding, and where their completions start."""
+    ids_BL, there_BL = rows.input_ids_BL.cpu(), rows.attention_mask_BL.bool().cpu()
+    sequences = [ids_L[there_L].tolist() for ids_L, there_L in zip(ids_BL, there_BL, strict=True)]
+    return sequences, there_BL[:, : rows.prompt_length].sum(dim=1).tolist()
