@@ -29,16 +29,11 @@ class GRPOConfig(Section):
     generation_batch_size: int | None = Field(
         None, ge=2, description="completions in a step, over all processes; default: one optimizer batch"
     )
-<<<<<<< HEAD
     per_device_train_batch_size: int = Field(8, ge=1, description="completions in a micro-batch, on each process")
-    gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches in one optimizer update")
-=======
-    per_device_train_batch_size: int = Field(8, ge=1, description="rows a micro-batch on each process")
     max_tokens_per_micro_batch: int | None = Field(
-        None, ge=1, description="cut micro-batches by computed tokens instead, on each process; an update's rows stay"
+        None, ge=1, description="most tokens in a micro-batch, instead of per_device_train_batch_size completions"
     )
-    gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches an optimizer update")
->>>>>>> f5db9f3 (Micro-batches without padding, each prompt computed once a group; max_tokens_per_micro_batch cuts them by tokens)
+    gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches in one optimizer update")
     num_iterations: int = Field(1, ge=1, description="passes over each rollout batch")
 
     max_staleness: int = Field(
