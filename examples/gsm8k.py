@@ -26,10 +26,8 @@ with GRPOTrainer(
     GRPOConfig(
         total_steps=200,
         num_generations=8,  # completions for each prompt
-        generation_batch_size=256,  # completions for each step
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=8,
-        max_completion_length=512,
+        per_device_train_batch_size=16,  # times gradient_accumulation_steps, 8: completions in a step
+        max_completion_length=512,  # tokens
         learning_rate=2e-5,
         gradient_checkpointing=True,
     ),

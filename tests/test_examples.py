@@ -73,7 +73,7 @@ def test_own_loop_learns_and_rolls_back(
 
 @pytest.mark.vllm
 def test_gsm8k_program(gsm8k: None, llama_dir: Path, tmp_path: Path) -> None:
-    sizes = {"steps=200": "steps=2", "batch_size=256": "batch_size=16", "steps=8": "steps=1", "length=512": "length=8"}
+    sizes = {"steps=200": "steps=2", "batch_size=16": "batch_size=2", "length=512": "length=8"}
     run_here("gsm8k.py", {MODEL: str(llama_dir), **sizes, "max_model_len=1024": EAGER.format(256)})
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
     with AdapterStore(archive="runs/gsm8k", readonly=True) as store:
@@ -83,11 +83,11 @@ def test_gsm8k_program(gsm8k: None, llama_dir: Path, tmp_path: Path) -> None:
 
 @pytest.mark.vllm
 def test_gsm8k_file(gsm8k: None, llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["total_steps=1", "generation_batch_size=16", "per_device_train_batch_size=16", "max_completion_length=8"]
+    sizes = ["total_steps=1", "per_device_train_batch_size=2", "max_completion_length=8"]
     settings = [f"model.name={llama_dir}", "engine.max_model_len=256", "engine.enforce_eager=true"]
     train(
         EXAMPLES / "gsm8k.toml",
-        [*settings, *(f"grpo.{size}" for size in sizes), "grpo.gradient_accumulation_steps=1"],
+        [*settings, *(f"grpo.{size}" for size in sizes)],
     )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["run"], result["steps"], result["versions"]) == ("runs/gsm8k", 1, 2)
@@ -102,7 +102,7 @@ def test_gsm8k_program_and_file_are_one_run() -> None:
     assert f"r={config.lora.r}, lora_alpha={config.lora.lora_alpha:.0f}" in text
     assert config.data.system_prompt is not None
     assert config.data.system_prompt in text
-    assert config.grpo.rows_per_step(1) == 256
+    assert config.grpo.rows_per_step(1) == 128
     assert all(callable(load_reward(reward)) for reward in config.rewards)
 
 
