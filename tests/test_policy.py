@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -270,6 +271,20 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     plain = make_policy()
     batch = drifted_batch(plain)
     assert_same(gradient(plain, batch)[0], gradient(make_policy(gradient_checkpointing=True), batch)[0])
+
+
+def test_layers_that_share_an_input_keep_one() -> None:
+    """PEFT made an fp32 copy for each, and autocast a bf16 one of that, which is what the backward keeps."""
+    policy = make_policy(model=peft_model(dtype=torch.bfloat16))
+    attention = policy.model.get_base_model().model.layers[0].self_attn
+    inputs: list[Tensor] = []
+    for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+        assert layer.lora_A.default.weight.dtype == torch.float32
+        layer.lora_A.default.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    gradient(policy, make_batch())
+    assert {one.dtype for one in inputs} == {torch.bfloat16}
+    assert len({id(one) for one in inputs}) * 3 == len(inputs)
+    assert all(module.cast_input_dtype_enabled for module in policy.model.modules() if isinstance(module, LoraLayer))
 
 
 def test_a_bf16_base_trains_an_fp32_adapter() -> None:

@@ -178,6 +178,14 @@ class _Scores(torch.autograd.Function):
         return slope_NH * gradient_N.unsqueeze(1).to(slope_NH.dtype), None, None
 
 
+def head_bytes(layer: nn.Module, tokens: int, dtype: torch.dtype) -> int:
+    """What scoring `tokens` with an output layer takes at most, its gradient by the hidden states included."""
+    vocabulary, hidden = layer.weight.shape
+    elements = min(tokens * vocabulary, max(_CHUNK_ELEMENTS, vocabulary))
+    copied_bytes = vocabulary * hidden * 4 if dtype == torch.bfloat16 and not _CPU_HAS_BF16 else 0
+    return tokens * hidden * dtype.itemsize + elements * (4 + 4 + 2 * dtype.itemsize) + copied_bytes
+
+
 # What can be fused.
 
 
