@@ -4,9 +4,11 @@
 
 One rollout is one update. `ours` is everything that a step computes of it: old log-probs, loss and backward,
 optimizer. `trl` is the loss and backward of TRL's own GRPOTrainer, and `backbone` the model up to its last hidden
-state, forward and backward: what no output layer can undercut. DIR is another checkout of this repository; its
+state, forward and backward: what no output layer can undercut. `canary` is the trainer's part of a canary on 32 such
+rows, and `estimate` what is said of the step before it starts. DIR is another checkout of this repository; its
 trainer is `against`. Each figure is of a process of its own, with one thread unless OMP_NUM_THREADS is set: CPU
-seconds, and the peak of its memory above the level before. Ratios are of figures of one call.
+seconds, and the peak of its memory above the level before. What tensors give back goes back to the system at once
+(MALLOC_MMAP_THRESHOLD_), or the peak would hold what glibc's heap keeps. Ratios are of figures of one call.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ HERE = Path(__file__).resolve()
 VOCABULARY = 151_936
 SHAPES = {"small": (256, 4, 4), "0.5b": (896, 24, 14)}
 """Hidden size, layers and heads: a Qwen2 of either, with the vocabulary of all of them."""
+SUBJECTS = ("ours", "estimate", "canary", "trl", "backbone")
+CANARY_ROWS = 32
 
 
 def main() -> None:
@@ -40,7 +44,7 @@ def main() -> None:
     for tokens in options.tokens:
         found: dict[str, list[dict[str, float]]] = {}
         for _ in range(options.repeat):
-            for subject in options.subjects or ["ours", *(["against"] if options.against else []), "trl", "backbone"]:
+            for subject in options.subjects or [*SUBJECTS, *(["against"] if options.against else [])]:
                 found.setdefault(subject, []).append(_in_a_process(options, subject, tokens))
         for subject, rows in found.items():
             row = {name: statistics.median(one[name] for one in rows) for name in ("peak_mib", "cpu_s")}
@@ -60,7 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--subjects", type=lambda text: text.split(","), help="ours, against, trl, backbone")
+    parser.add_argument("--subjects", type=lambda text: text.split(","), help=", ".join((*SUBJECTS, "against")))
     parser.add_argument("--against", type=Path, help="another checkout of this repository")
     parser.add_argument("--out", type=Path, help="a JSON file of the table")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -75,7 +79,8 @@ def _in_a_process(options: argparse.Namespace, subject: str, tokens: int) -> dic
     }
     command = [sys.executable, str(HERE), "--measure", subject]
     command += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
+    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    environment = {**settings, **os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -86,7 +91,9 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
 
     model = _model(options)
     ids_BL = torch.randint(5, VOCABULARY, (options.rows, options.prompt + options.tokens[0]))
-    subjects = {"ours": _ours, "against": _ours, "trl": _trl, "backbone": _backbone}
+    if options.measure == "estimate":
+        return _estimate(model, options)
+    subjects = {"ours": _ours, "against": _ours, "canary": _canary, "trl": _trl, "backbone": _backbone}
     step = subjects[options.measure](model, ids_BL, options)
     return _peak_and_time(step, options.device)
 
@@ -184,6 +191,31 @@ def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], A
         loss.backward()
 
     return step
+
+
+def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
+    from contextlib import nullcontext
+
+    from lora_grpo.canary import take_canary
+    from lora_grpo.engines.fake import FakeEngine
+    from lora_grpo.types import Completion
+
+    prompt = ids_BL[0, : options.prompt].tolist()
+    rows = ids_BL[:, options.prompt :].tolist() * (CANARY_ROWS // options.rows)
+    pairs = [(prompt, Completion("", tuple(row), (-12.0,) * len(row), "length", 1)) for row in rows]
+    limits = {"batch_rows": options.rows, "known_noise": 99.0, "most_noise": 99.0}
+    return lambda: take_canary(model, FakeEngine(lambda _: ""), pairs, nullcontext(), 1.0, **limits)
+
+
+def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
+    """What the step's activations are said to take, and the time it takes to say so."""
+    from lora_grpo.config import EngineConfig
+    from lora_grpo.trainer.activations import MicroBatch
+    from lora_grpo.trainer.planning import planned_memory
+
+    batch, started = MicroBatch(options.rows, options.prompt, options.tokens[0]), time.process_time()
+    estimate, _ = planned_memory(model, None, EngineConfig(urls=("http://elsewhere",)), batch, False)
+    return {"peak_mib": (estimate.activations_bytes or 0) / 2**20, "cpu_s": time.process_time() - started}
 
 
 def _backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:

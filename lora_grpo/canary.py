@@ -45,9 +45,9 @@ def take_canary(
     with weights:
         policy = _sampled(teacher_logprobs(model, sequences, temperature=temperature, **scored), rows)
     with peft_model_of(model).disable_adapter():
-        base = _sampled(teacher_logprobs(model, sequences, temperature=temperature, **scored), rows)
-        # The last token stays out, since the engine needs room for one more.
-        own = teacher_logprobs(model, [ids[:-1] for ids in sequences], **scored)
+        whole = teacher_logprobs(model, sequences, temperature=temperature, **scored)
+        own = whole if temperature == 1 else teacher_logprobs(model, sequences, **scored)
+    base = _sampled(whole, rows)
     gap, signal = mean_abs_difference(policy, sampler), mean_abs_difference(policy, base)
     measured = _base_noise(engine, sequences, own)
     noise = min(known_noise if measured is None else measured / temperature, most_noise / temperature)
@@ -57,8 +57,10 @@ def take_canary(
 def _base_noise(engine: Engine, sequences: Sequence[Sequence[int]], own: Sequence[Sequence[float]]) -> float | None:
     """Mean |engine - trainer| log-prob of the base on these completions: what they differ by with nothing to tell.
 
-    `own` are the trainer's, of each sequence's last tokens but one.
+    `own` are the trainer's, of each sequence's completion. The last token stays out, since the engine needs room for
+    one more.
     """
+    own = [row[:-1] for row in own]
     served = engine.logprobs([ids[:-1] for ids in sequences], adapter=None)
     served = [row[len(row) - len(mine) :] for row, mine in zip(served, own, strict=True)]
     return mean_abs_difference(served, own) if any(served) else None

@@ -100,7 +100,11 @@ class GRPOConfig(Section):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of AdamW's mean squared gradient")
     adam_epsilon: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 turns it off")
-    gradient_checkpointing: bool = Field(False, description="trade a second forward for activation memory")
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="compute activations twice to hold fewer; default: where they would not fit otherwise (False in a "
+        "Policy of your own)",
+    )
 
     canary_every: int = Field(10, ge=1, description="steps between full canaries (one extra forward of a few rows)")
     eval_every: int | None = Field(None, ge=1, description="steps between held-out evaluations; default: ends only")

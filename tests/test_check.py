@@ -75,7 +75,7 @@ def test_without_an_engine_all_that_is_known_before_one_starts(
     assert found["rewards"] == "1 x exact"
     assert "2 prompts x 4 completions" in found["steps"]
     assert "rank 16 on all linear layers" in found["base and adapter"]
-    parts = {"trainer base", "adapter and optimizer", "engine base", "adapter slots", "kv"}
+    parts = {"trainer base", "adapter and optimizer", "activations", "engine base", "adapter slots", "kv"}
     sizes = {what.removeprefix("memory: "): found[what] for what in found if what.startswith("memory: ")}
     assert sizes.keys() == parts
     # The tiny Llama's 109,760 values, in fp32 and in bf16.

@@ -26,9 +26,11 @@ from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import GRPOTrainer
+from lora_grpo.trainer.activations import MicroBatch
 from lora_grpo.trainer.memory import estimate_memory
-from lora_grpo.trainer.models import plan
+from lora_grpo.trainer.models import without_memory
 from lora_grpo.trainer.own_base import load_base
+from lora_grpo.trainer.planning import plan
 from tests.conftest import ENGINE_ARGS
 from tests.families import build, trainer_model
 from tests.model_table import Finding, adapted, deliver, examine
@@ -37,6 +39,7 @@ from tests.tiny_models import load_model, tiny_lora, tiny_model
 from tests.tiny_trainer import CONFIG, ROWS, same, share_of_low_bytes, weights
 
 CPU = torch.device("cpu")
+ROW = MicroBatch(1, 4, 4)
 SEQUENCES = [list(range(4, 34)), list(range(60, 90))]
 
 
@@ -197,9 +200,9 @@ def test_a_run_is_refused_before_its_engine_starts(
     lora = LoraConfig(r=8, target_modules="all-linear")
     blocks = ModelConfig(name=str(build("llama in fp8 blocks", tmp_path)))
     with pytest.raises(ConfigError, match="share_base_weights=True: the engine's quantized weights"):
-        plan(blocks, lora, EngineConfig(max_model_len=64), True)
+        plan(blocks, lora, EngineConfig(max_model_len=64), True, ROW, None)
     with pytest.raises(ConfigError, match=r"quantization='nf4': .* is fp8 already; leave it out"):
-        plan(blocks.replace(quantization="nf4"), lora, EngineConfig(max_model_len=64), False)
+        plan(blocks.replace(quantization="nf4"), lora, EngineConfig(max_model_len=64), False, ROW, None)
     with pytest.raises(ConfigError, match=r"quantization='fp8' is not proven .* set 'nf4'"):
         VLLMEngine(plain_dir, quantization="fp8")
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
@@ -239,15 +242,14 @@ def test_both_sides_read_the_same_values_in_a_checkpoint(tmp_path: Path) -> None
 
 def test_the_memory_of_quantized_layers(plain_dir: Path) -> None:
     settings: dict[str, Any] = {
-        "rank": 8,
-        "targets": None,
+        "checkpointing": False,
         "slots": 2,
         "max_lora_rank": 8,
         "trainer_dtype": torch.bfloat16,
         "engine_dtype": torch.bfloat16,
-        "kv_tokens": 10,
     }
-    plain, nf4, fp8 = (estimate_memory(plain_dir, scheme=scheme, **settings) for scheme in (None, "nf4", "fp8"))
+    empty = without_memory(ModelConfig(name=str(plain_dir)), LoraConfig(r=8, target_modules="all-linear"))
+    plain, nf4, fp8 = (estimate_memory(empty, ROW, scheme=scheme, **settings) for scheme in (None, "nf4", "fp8"))
     linear = sum(p.numel() for name, p in load_model(plain_dir).named_parameters() if "_proj.weight" in name)
     assert plain.engine_base_bytes - nf4.engine_base_bytes == pytest.approx(linear * (2 - 0.5625), abs=1)
     assert plain.trainer_base_bytes - nf4.trainer_base_bytes == pytest.approx(linear * (2 - 0.516), rel=1e-3)

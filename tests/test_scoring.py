@@ -51,5 +51,5 @@ def test_a_canary_computes_completions_alone_in_the_trainers_batches(computed: l
     report = take_canary(peft_model(), FakeEngine(lambda prompt: ""), rows, nullcontext(), 1.0, batch_rows=2, **limits)
     assert report.tokens == sum(len(ids) - 2 for ids in SEQUENCES)
     assert max(rows for rows, _ in computed) == 2
-    policy_base_and_noise = 8 + 8 + 5
-    assert sum(tokens for _, tokens in computed) == policy_base_and_noise
+    policy_and_base = 8 + 8
+    assert sum(tokens for _, tokens in computed) == policy_and_base

@@ -20,7 +20,8 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import GRPOTrainer
-from lora_grpo.trainer.models import plan
+from lora_grpo.trainer.activations import MicroBatch
+from lora_grpo.trainer.planning import plan
 from tests.conftest import ENGINE_ARGS
 from tests.families import FAMILIES, build, trainer_model
 from tests.model_table import CONTROLS, Finding, adapted, deliver
@@ -140,10 +141,11 @@ def test_trl_trains_the_language_model(
 def test_all_linear_layers_are_those_of_the_language_model(base: Path) -> None:
     """Without target modules PEFT has no choice of its own here."""
     model = ModelConfig(name=str(base))
-    planned = plan(model, LoraConfig(r=8, target_modules=r".*\.(q_proj|up_proj|qkv)"), EngineConfig(), False)
+    rest: Any = (EngineConfig(), False, MicroBatch(1, 1, 1), None)
+    planned = plan(model, LoraConfig(r=8, target_modules=r".*\.(q_proj|up_proj|qkv)"), *rest)
     assert planned.leaves == ["q_proj", "up_proj"]
     with pytest.raises(ConfigError, match=r"target_modules=None .*target_modules='all-linear' is every linear layer"):
-        plan(model, LoraConfig(r=8), EngineConfig(), False)
+        plan(model, LoraConfig(r=8), *rest)
 
 
 def test_a_full_model_of_the_users_own(base: Path, engine: VLLMEngine, shm_dir: Path) -> None:

@@ -178,12 +178,15 @@ class _Scores(torch.autograd.Function):
         return slope_NH * gradient_N.unsqueeze(1).to(slope_NH.dtype), None, None
 
 
-def head_bytes(layer: nn.Module, tokens: int, dtype: torch.dtype) -> int:
+def head_bytes(layer: Any, tokens: int, dtype: torch.dtype) -> int:
     """What scoring `tokens` with an output layer takes at most, its gradient by the hidden states included."""
     vocabulary, hidden = layer.weight.shape
+    in_fp32 = dtype == torch.float32 or not (torch.cuda.is_available() or _CPU_HAS_BF16)
+    copy_bytes = vocabulary * hidden * 4 if in_fp32 and dtype != torch.float32 else 0
+    # Three of the vocabulary's size at a time: logits, their exponentials, the products of both.
+    each_bytes = 3 * 4 if in_fp32 else 3 * 4 + dtype.itemsize
     elements = min(tokens * vocabulary, max(_CHUNK_ELEMENTS, vocabulary))
-    copied_bytes = vocabulary * hidden * 4 if dtype == torch.bfloat16 and not _CPU_HAS_BF16 else 0
-    return tokens * hidden * dtype.itemsize + elements * (4 + 4 + 2 * dtype.itemsize) + copied_bytes
+    return tokens * hidden * dtype.itemsize + elements * each_bytes + copy_bytes
 
 
 # What can be fused.

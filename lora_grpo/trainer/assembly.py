@@ -21,19 +21,19 @@ from lora_grpo.engines.owned import OwnedEngine, owned
 from lora_grpo.engines.rendering import rendering
 from lora_grpo.errors import ConfigError, StoreLocked
 from lora_grpo.grpo.optimizer import build_optimizer
-from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
+from lora_grpo.trainer.activations import MicroBatch
 from lora_grpo.trainer.crew import Crew, CrewEngine, Unheard, launched
 from lora_grpo.trainer.models import (
     Sharing,
     build_engine,
     build_policy_model,
     check_same_device,
-    plan,
     shared_base,
 )
+from lora_grpo.trainer.planning import Plan, checkpoints, plan
 
 if TYPE_CHECKING:
     from lora_grpo.remote.server import StoreServer
@@ -70,8 +70,11 @@ def assemble(
     run_dir: Path,
     store_root: str | Path | None,
     share_base_weights: Sharing,
+    batch: MicroBatch,
 ) -> Parts:
     """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
+
+    `batch` is the largest that the trainer computes at a time.
 
     With several processes, each builds its own; only the store, `tokenizer`, and an engine that is servers, are the
     first one's. What fails in one of them fails in all.
@@ -80,8 +83,14 @@ def assemble(
     processes.first(lambda: refuse_live(run_dir))
     given = any(processes.gather(engine is not None))
     sized = with_room(engine_config, config.max_staleness)
-    if not given:  # what is refused here leaves nothing behind
-        start = _prepared(reporter, model, peft_config, sized, share_base_weights, processes)
+    twice = config.gradient_checkpointing
+    if given:
+        twice = processes.each(lambda: checkpoints(model, peft_config, batch, twice))
+    else:  # what is refused here leaves nothing behind
+        planned = processes.each(lambda: plan(model, peft_config, sized, share_base_weights, batch, twice))
+        start = _prepared(reporter, model, sized, share_base_weights, planned)
+        twice = planned.checkpointing
+    config = config.replace(gradient_checkpointing=any(processes.gather(twice)))
     store = processes.each(lambda: _open_store(closing, crew, store_root, run_dir, keep, engine_config))
     if given:
         engine = None if engine is None else taken_over(closing, engine, config, built=False)
@@ -139,16 +148,14 @@ def store_server(store: AdapterStore, address: str) -> StoreServer:
 def _prepared(
     reporter: Reporter | Unheard,
     model: ModelConfig | nn.Module,
-    peft_config: Any,
     engine_config: EngineConfig,
     sharing: Sharing,
-    processes: Processes,
+    planned: Plan,
 ) -> Callable[[], Engine]:
     """How to start the engine. All that can be found wrong before is, in every process: engines in the trainers' own
     wait for each other while they start, and one that never began would keep the others waiting."""
 
-    planned = processes.each(lambda: plan(model, peft_config, engine_config, sharing))
-    reporter.message(f"memory: {planned.memory}")
+    reporter.message(f"memory: {planned.memory}" + (", activations computed twice" if planned.checkpointing else ""))
     reporter.message("starting the engine")
 
     def start() -> Engine:

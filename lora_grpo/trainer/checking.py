@@ -18,12 +18,14 @@ from lora_grpo.data import PromptDataset, load_data, load_prompts
 from lora_grpo.errors import LoraGrpoError
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_reward, reward_names, score
 from lora_grpo.rewards.call import TrainerState
+from lora_grpo.trainer.activations import MicroBatch
 from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.build import check_place, effective_grpo, lora_config
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import Guard, build_guard
 from lora_grpo.trainer.memory import available_memory, mib
-from lora_grpo.trainer.models import Plan, default_device, plan
+from lora_grpo.trainer.models import default_device
+from lora_grpo.trainer.planning import Plan, plan
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.types import Completion, Group, Sampling
 
@@ -92,7 +94,7 @@ class _Run:
         yield "base and adapter", self._adapter
         for name, size_bytes in self.plan.memory.parts().items() if self._fits() else ():
             yield f"memory: {name}", partial(mib, size_bytes)
-        yield "memory", lambda: f"{mib(self.plan.memory.total_bytes)} without activations, of {_free()}"
+        yield "memory", self._memory
         if not self.base_alone:
             yield from self._preflight_parts()
 
@@ -148,7 +150,19 @@ class _Run:
     @cached_property
     def plan(self) -> Plan:
         config: EngineConfig = with_room(self.config.engine, self.config.grpo.max_staleness)
-        return plan(self.config.model, lora_config(self.config.lora), config, False)
+        try:
+            batch = self._preflight.micro_batch
+        except LoraGrpoError:  # which its own part tells of
+            batch = MicroBatch(self.grpo.per_device_train_batch_size, 0, self.grpo.max_completion_length)
+        peft_config = lora_config(self.config.lora)
+        return plan(self.config.model, peft_config, config, False, batch, self.grpo.gradient_checkpointing)
+
+    @cached_property
+    def _preflight(self) -> Preflight:
+        settings = self.config
+        return Preflight(
+            settings.model, self.functions, self.grpo, *self.data, engine_config=settings.engine, guard=self.guard
+        )
 
     @property
     def grpo(self) -> GRPOConfig:
@@ -163,12 +177,9 @@ class _Run:
 
     def _preflight_parts(self) -> Iterator[Part]:
         try:
-            functions, data = self.functions, self.data
+            before = self._preflight
         except LoraGrpoError:
             return
-        before = Preflight(
-            self.config.model, functions, self.grpo, *data, engine_config=self.config.engine, guard=self.guard
-        )
         for what, look in before.parts():
             # A base that cannot be read has no tokenizer either.
             if what != "prompts" or self._fits():
@@ -183,6 +194,12 @@ class _Run:
     def _adapter(self) -> str:
         layers = "all linear layers" if self.plan.leaves is None else ", ".join(self.plan.leaves)
         return f"{self.config.model.name}: rank {self.plan.rank} on {layers}"
+
+    def _memory(self) -> str:
+        planned = self.plan
+        twice = "; activations are computed twice (gradient_checkpointing)" if planned.checkpointing else ""
+        unknown = " without activations, which cannot be told," if planned.memory.activations_bytes is None else ""
+        return f"{mib(planned.memory.total_bytes)}{unknown} of {_free()}{twice}"
 
     def _swap(self, number: int) -> str:
         """Another adapter is published, proven, sampled from, and its completions are compared with the trainer's."""

@@ -131,7 +131,8 @@ class GRPOTrainer:
             on_failure.callback(self._closing.close)
             self.crew.processes.first(before.check)
             tokenizer = before.tokenizer if self.crew.leads else None
-            self.parts = assembled(self._closing, reporter, self.crew, self.config, tokenizer=tokenizer)
+            batch = self.crew.processes.first(lambda: before.micro_batch)
+            self.parts = assembled(self._closing, reporter, self.crew, self.config, tokenizer=tokenizer, batch=batch)
             self.crew.parts = self.parts
             self.engine, self.model = self.parts.engine, self.parts.model
             self.policy, self.sync = self.parts.policy, self.parts.sync

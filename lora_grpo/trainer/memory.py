@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from lora_grpo.adapters.quantized import Scheme
-from lora_grpo.engines.local.targets import skeleton
 from lora_grpo.errors import ConfigError
+from lora_grpo.trainer.activations import MicroBatch, activation_bytes
 
 _ADAM_BYTES = 4 + 4 + 4 + 4
 """fp32 weight, gradient and two moments of each adapter parameter."""
@@ -23,13 +25,26 @@ _QUANTIZED_BYTES: dict[Scheme | None, tuple[float | None, float | None]] = {
 """A weight's in trainer and engine, scales included; None: the dtype's. vLLM keeps nf4's scales in fp32. On a CPU that
 vLLM has no kernel for (`engines/without_kernel.py`) the engine's weights are in its dtype."""
 
+_SMALLER = {
+    "trainer base": "hold it in half precision (model.dtype='bfloat16') or once with the engine (share_base_weights)",
+    "adapter and optimizer": "lower the adapter's rank",
+    "activations": "lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much), shorten "
+    "max_completion_length, or set gradient_checkpointing=true",
+    "engine base": "serve it in half precision (engine.dtype='bfloat16')",
+    "adapter slots": "lower max_lora_rank or max_loras",
+    "kv": "lower gpu_memory_utilization on a GPU, VLLM_CPU_KVCACHE_SPACE on a CPU",
+}
+"""What makes each part smaller."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes, without activations: the trainer's base, its adapter with optimizer, and the engine's parts."""
+    """Bytes of the trainer's base, its adapter with optimizer, what a step computes, and the engine's parts."""
 
     trainer_base_bytes: int
     adapter_and_optimizer_bytes: int
+    activations_bytes: int | None
+    """None: the model could not be walked through; see `activation_bytes`."""
     engine_base_bytes: int
     adapter_slots_bytes: int
     kv_bytes: int
@@ -40,13 +55,15 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {mib(size_bytes)}" for name, size_bytes in self.parts().items())
-        return f"{mib(self.total_bytes)} without activations ({parts})"
+        unknown = " without activations, which cannot be told" if self.activations_bytes is None else ""
+        return f"{mib(self.total_bytes)}{unknown} ({parts})"
 
     def parts(self) -> dict[str, int]:
-        """The bytes of each part, by a name for people."""
-        return {
+        """The bytes of each part that is known, by a name for people."""
+        values = {
             field.name.removesuffix("_bytes").replace("_", " "): getattr(self, field.name) for field in fields(self)
         }
+        return {name: size_bytes for name, size_bytes in values.items() if size_bytes is not None}
 
 
 def mib(size_bytes: int) -> str:
@@ -55,51 +72,57 @@ def mib(size_bytes: int) -> str:
 
 
 def estimate_memory(
-    model: str | Path,
+    model: Any,
+    batch: MicroBatch,
     *,
-    rank: int,
-    targets: set[str] | None,
+    checkpointing: bool,
     slots: int,
     max_lora_rank: int,
     trainer_dtype: torch.dtype,
     engine_dtype: torch.dtype,
-    kv_tokens: int,
     shared_base: bool = False,
     scheme: Scheme | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
 ) -> MemoryEstimate:
-    """The estimate for a checkpoint; `targets` are last names of adapted layers (None: every linear layer).
+    """The estimate for a PEFT model on the meta device that learns from `batch` at a time; its KV cache is left out.
 
     With `shared_base` the trainer's base is the engine's. `scheme` is how linear layers are quantized.
     """
-    built = skeleton(model, revision=revision, trust_remote_code=trust_remote_code)
-    head = built.get_output_embeddings()
-    linears = [(n, m) for n, m in built.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    adapted = [m for n, m in linears if targets is None or n.rsplit(".", 1)[-1] in targets]
-    quantized = sum(m.weight.numel() for _, m in linears) if scheme else 0
-    plain = sum(p.numel() for p in built.parameters()) - quantized
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    slot = sum(max_lora_rank * (module.in_features + module.out_features) for module in adapted)
+    quantized = _linear_elements(model) if scheme else 0
+    plain = sum(p.numel() for p in model.parameters()) - trained - quantized
     trainer_bytes, engine_bytes = _QUANTIZED_BYTES.get(scheme, (None, None))
 
     def base_bytes(dtype: torch.dtype, each: float | None) -> int:
         return plain * dtype.itemsize + int(quantized * (each or dtype.itemsize))
 
+    activations = activation_bytes(model.to(trainer_dtype), batch, trainer_dtype, checkpointing=checkpointing)
     return MemoryEstimate(
         trainer_base_bytes=0 if shared_base else base_bytes(trainer_dtype, trainer_bytes),
-        adapter_and_optimizer_bytes=_lora_elements(adapted, rank) * _ADAM_BYTES,
+        adapter_and_optimizer_bytes=trained * _ADAM_BYTES,
+        activations_bytes=activations,
         engine_base_bytes=base_bytes(engine_dtype, engine_bytes),
-        adapter_slots_bytes=_lora_elements([m for _, m in linears], max_lora_rank) * slots * engine_dtype.itemsize,
-        kv_bytes=kv_tokens * _kv_bytes_per_token(built.config, engine_dtype),
+        adapter_slots_bytes=slot * slots * engine_dtype.itemsize,
+        kv_bytes=0,
     )
 
 
 def require_memory(estimate: MemoryEstimate, available_bytes: int, where: str) -> None:
-    """Raises `ConfigError` with the parts when the estimate exceeds what is there."""
+    """Raises `ConfigError` with the parts, and what makes the largest one smaller, when they exceed what is there."""
     if estimate.total_bytes > available_bytes:
+        parts = estimate.parts()
         raise ConfigError(
-            f"the run needs {estimate}, and {where} has {mib(available_bytes)} free: use a smaller model, a "
-            "half-precision trainer (model.dtype='bfloat16'), a lower max_lora_rank or fewer max_loras"
+            f"the run needs {estimate}, and {where} has {mib(available_bytes)} free: "
+            f"{_SMALLER[max(parts, key=parts.__getitem__)]}, or use a smaller model"
         )
+
+
+def cache_bytes(device: torch.device, utilization: float) -> int:
+    """What vLLM fills a device to, weights included; on the CPU what it takes for the KV cache alone."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1] * utilization)
+    return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) << 30
 
 
 def available_memory(device: torch.device) -> int:
@@ -113,12 +136,9 @@ def available_memory(device: torch.device) -> int:
     return int(rows["MemAvailable"].split()[0]) << 10
 
 
-def _lora_elements(linears: list[nn.Linear], rank: int) -> int:
-    return sum(rank * (linear.in_features + linear.out_features) for linear in linears)
-
-
-def _kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * int(text.num_hidden_layers) * int(heads) * int(head_dim) * dtype.itemsize
+def _linear_elements(model: Any) -> int:
+    """Weights of the base's linear layers, its head left out."""
+    head = model.get_output_embeddings()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    base = [module for name, module in layers.items() if module is not head and ".lora_" not in name]
+    return sum(module.weight.numel() for module in base)

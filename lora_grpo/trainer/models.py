@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -17,12 +16,10 @@ from lora_grpo.adapters.peft_format import lora_modules, peft_model_of
 from lora_grpo.adapters.quantized import scheme_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
-from lora_grpo.engines.compat import allowed_rank
-from lora_grpo.engines.local.targets import check_whole, skeleton
+from lora_grpo.engines.local.targets import skeleton
 from lora_grpo.engines.requests import require_tokenizer
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.sections import nearest_key
-from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate_memory, require_memory
 from lora_grpo.trainer.own_base import load_base, quantization_of
 
 ALL_LINEAR = "target_modules='all-linear' is every linear layer of the language model"
@@ -44,61 +41,6 @@ def checkpoint_of(model: ModelConfig | nn.Module) -> ModelConfig:
     if not name:
         raise ConfigError("the model does not know its checkpoint; build VLLMEngine(name) yourself and pass engine=")
     return ModelConfig(name=str(name), quantization="nf4" if scheme_of(config) == "nf4" else None)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run's own engine is started for: adapters of `rank` on `leaves` (None: all linear layers)."""
-
-    rank: int
-    leaves: list[str] | None
-    memory: MemoryEstimate
-
-
-def plan(model: ModelConfig | nn.Module, peft_config: Any, config: EngineConfig, sharing: Sharing) -> Plan:
-    """The plan of a run. Raises `ConfigError` for a base or an adapter that cannot be, or too little memory."""
-    check_whole(checkpoint_of(model).name)
-    rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
-    if not config.urls:
-        allowed_rank(max(rank, config.max_lora_rank or 0))
-    if quantization_of(checkpoint_of(model)) is not None and sharing is True:
-        raise ConfigError("share_base_weights=True: the engine's quantized weights are not the trainer's; leave it out")
-    one_copy = expects_one_copy(sharing, model, config)
-    return Plan(rank, leaves, planned_memory(model, config, rank=rank, leaves=leaves, shared_base=one_copy))
-
-
-def planned_memory(
-    model: ModelConfig | nn.Module,
-    config: EngineConfig,
-    *,
-    rank: int,
-    leaves: Sequence[str] | None,
-    shared_base: bool = False,
-) -> MemoryEstimate:
-    """The run's estimate for adapters of `rank` on `leaves` (as `adapted_leaves` names them).
-
-    Raises `ConfigError` when it does not fit where it will run.
-    """
-    checkpoint = checkpoint_of(model)
-    estimate = estimate_memory(
-        checkpoint.name,
-        rank=rank,
-        targets=None if leaves is None else set(leaves),
-        slots=config.max_loras,
-        max_lora_rank=config.max_lora_rank or rank,
-        trainer_dtype=torch.bfloat16 if checkpoint.dtype == "auto" else getattr(torch, checkpoint.dtype),
-        revision=checkpoint.revision,
-        trust_remote_code=checkpoint.trust_remote_code,
-        engine_dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
-        kv_tokens=config.max_num_seqs * (config.max_model_len or 1024),
-        shared_base=shared_base,
-        scheme=quantization_of(checkpoint),
-    )
-    if config.urls:
-        estimate = replace(estimate, engine_base_bytes=0, adapter_slots_bytes=0, kv_bytes=0)
-    device = default_device()
-    require_memory(estimate, available_memory(device), str(device))
-    return estimate
 
 
 def build_engine(
@@ -240,10 +182,22 @@ def adapted_leaves(model: ModelConfig | nn.Module, peft_config: Any) -> list[str
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
+def without_memory(model: ModelConfig | nn.Module, peft_config: Any) -> PeftModel:
+    """The PEFT model that is trained, on the meta device."""
+    if isinstance(model, ModelConfig):
+        empty = skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    else:
+        base = peft_model_of(model).get_base_model()
+        with torch.device("meta"):
+            empty = type(base)(deepcopy(base.config))
+    config = deepcopy(_lora_config(model, peft_config))
+    name = model.name if isinstance(model, ModelConfig) else type(empty).__name__
+    return _with_adapter(empty, config, name, low_cpu_mem_usage=True)
+
+
 def _targeted(model: ModelConfig, config: LoraConfig) -> list[str]:
     """The layers that PEFT adapts by a regular expression, or by its own choice for the architecture."""
-    empty = skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    return _with_adapter(empty, deepcopy(config), model.name, low_cpu_mem_usage=True).targeted_module_names
+    return without_memory(model, config).targeted_module_names
 
 
 def _with_adapter(base: Any, config: LoraConfig, name: str, **settings: Any) -> PeftModel:

@@ -1,0 +1,94 @@
+"""What fits which card, computed and not measured: `python benchmarks/cards.py > examples/docs/cards.md`.
+
+The arithmetic is that of `lora-grpo check`: weights, adapter with optimizer, activations of one micro-batch, the engine
+beside them with a KV cache for one batch of completions. No GPU takes part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_grpo.bench.shapes import SHAPES
+from lora_grpo.trainer.activations import MicroBatch
+from lora_grpo.trainer.memory import estimate_memory
+
+MODELS = {
+    "Qwen2.5 1.5B": SHAPES["qwen2.5-1.5b"],
+    "Qwen2.5 3B": SHAPES["qwen2.5-1.5b"]
+    | {"hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16},
+    "Qwen2.5 7B": SHAPES["qwen2.5-7b"],
+    "Llama 3.1 8B": SHAPES["llama-3.1-8b"],
+}
+CARDS_GB = (16, 24, 48, 80)
+BATCH = MicroBatch(rows=8, prompt_tokens=512, completion_tokens=1024)
+TRIES = ((BATCH, False), (BATCH, True), (replace(BATCH, rows=1), True))
+COMPLETIONS = 64
+"""Sampled at the same time."""
+RESERVED_BYTES = 3 << 29
+"""For CUDA's own state and for what vLLM's kernels work in."""
+
+
+@dataclass(frozen=True)
+class Way:
+    name: str
+    shared: bool
+    nf4: bool
+
+
+WAYS = (Way("two copies", False, False), Way("one copy, shared", True, False), Way("two copies in nf4", False, True))
+
+
+def main() -> None:
+    length = BATCH.length
+    print("# What fits which card\n")
+    print("<!-- Written by benchmarks/cards.py. -->\n")
+    print(
+        f"Computed, not measured: no GPU has run it. bf16, LoRA of rank 16 on all linear layers, micro-batches of "
+        f"{BATCH.rows} rows of {BATCH.prompt_tokens} + {BATCH.completion_tokens} tokens, {COMPLETIONS} completions "
+        f"of up to {length:,} tokens sampled at the same time, two adapter slots, {RESERVED_BYTES / 2**30:g} GiB kept "
+        "for CUDA. The parts are those of `lora-grpo check`. **yes**: as it is. **checkpointing**: with "
+        "`gradient_checkpointing`, which is switched on where it is needed. **1 row**: that, and "
+        "`per_device_train_batch_size=1` with eight times the `gradient_accumulation_steps`.\n"
+    )
+    print("| model | base | GiB | with checkpointing | 1 row at a time | ", end="")
+    print(" | ".join(f"{gb} GB" for gb in CARDS_GB) + " |")
+    print("|---|---|---:|---:|---:|" + "---|" * len(CARDS_GB))
+    for name, way in product(MODELS, WAYS):
+        needs = [_needed_bytes(name, way, *one) for one in TRIES]
+        cells = [f"{need / 2**30:.1f}" for need in needs] + [_fits(needs, gb) for gb in CARDS_GB]
+        print(f"| {name} | {way.name} | " + " | ".join(cells) + " |")
+
+
+def _fits(needs: list[int], card_gb: int) -> str:
+    answers = ("yes", "checkpointing", "1 row")
+    return next((answer for answer, need in zip(answers, needs, strict=True) if need <= card_gb * 1e9), "no")
+
+
+def _needed_bytes(name: str, way: Way, batch: MicroBatch, checkpointing: bool) -> int:
+    config = AutoConfig.for_model(**MODELS[name])
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"), low_cpu_mem_usage=True)
+    estimate = estimate_memory(
+        model,
+        batch,
+        checkpointing=checkpointing,
+        slots=2,
+        max_lora_rank=16,
+        trainer_dtype=torch.bfloat16,
+        engine_dtype=torch.bfloat16,
+        shared_base=way.shared,
+        scheme="nf4" if way.nf4 else None,
+    )
+    head_size = config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * 2
+    return estimate.total_bytes + COMPLETIONS * BATCH.length * token_bytes + RESERVED_BYTES
+
+
+if __name__ == "__main__":
+    main()
