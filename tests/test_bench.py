@@ -169,6 +169,17 @@ def test_log_probs_of_a_made_model_are_far_from_uniform(tiny: Path) -> None:
 # The reference and the trainer.
 
 
+def test_an_oracle_of_quiet_logits_is_as_loud_as_can_be_told_from_noise(tmp_path: Path) -> None:
+    """No adapter would move them by 0.3 nats."""
+    quiet = shapes.write_model("tiny", tmp_path / "quiet")
+    model = AutoModelForCausalLM.from_pretrained(quiet)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.02)
+    model.save_pretrained(quiet)
+    found = fidelity.oracle(**subject(quiet).fields())
+    assert 2 * fidelity.TOLERANCE * found["noise_nats"] < found["signal_nats"] < 0.2
+
+
 def test_reference_agrees_with_peft_and_is_restored(tiny: Path) -> None:
     """Two ways to the same fp32 policy: weights summed here, PEFT's adapter path there."""
     trainer = Trainer(subject(tiny))

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 ROWS, TOKENS = 4, 32
 TOLERANCE = 3.0
 """Times the bf16 noise by which a served policy may differ from the reference."""
-SEPARATION = 20.0
-"""Times the noise by which the adapter must move log-probs, for a wrong policy to show."""
-MIN_SIGNAL_NATS = 0.3
 ORACLE_SEED = 1
 
 
@@ -73,6 +70,7 @@ def oracle(**fields: Any) -> dict[str, Any]:
     from lora_grpo.bench.plan import Subject
     from lora_grpo.bench.reference import Reference
     from lora_grpo.bench.strategies.trainer import Trainer
+    from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
     from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
     subject = Subject(**fields)
@@ -126,7 +124,7 @@ def _loud_enough(trainer: Trainer, reference: Reference, tokens: list[list[int]]
         if signal >= needed:
             return size, signal
     raise EngineError(
-        f"no adapter moves the log-probs by {needed:.2f} nats ({signal:.2f} at most); nothing can be told"
+        f"no adapter moves the log-probs by {needed:.2g} nats ({signal:.2g} at most); nothing can be told"
     )
 
 
