@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.trainer import assembly
 from lora_grpo.trainer.checking import SWAPS, Finding, check_run
 from lora_grpo.trainer.random_base import random_base
+from tests.families import build
 from tests.test_cli import lora_grpo
 
 ROWS = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(3)]
@@ -74,7 +76,8 @@ def test_without_an_engine_all_that_is_known_before_one_starts(
     assert "3 prompts of at most 4 tokens" in found["prompts"]
     assert found["rewards"] == "1 x exact"
     assert "2 prompts x 4 completions" in found["steps"]
-    assert "rank 16 on all linear layers" in found["base and adapter"]
+    assert "rank 16 on 14 layers (down_proj, gate_proj, k_proj," in found["base and adapter"]
+    assert found["vLLM"] == "serves LlamaForCausalLM with LoRA"
     parts = {"trainer base", "adapter and optimizer", "activations", "engine base", "adapter slots", "kv"}
     sizes = {what.removeprefix("memory: "): found[what] for what in found if what.startswith("memory: ")}
     assert sizes.keys() == parts
@@ -122,6 +125,32 @@ def test_rewards_are_called_once_on_two_rows_and_their_values_do_not_count(confi
     assert "no number" in found["reward says_words"]
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "what", "words"),
+    [
+        ("qwen3_moe", {}, "base and adapter", r"experts is not .*such as target_modules=\['k_proj', 'o_proj', 'q_p"),
+        ("deepseek_v3", {}, "base and adapter", r"such as target_modules=\['kv_a_proj_with_mqa', 'o_proj', 'q_a_proj"),
+        ("llama4", {}, "base and adapter", r"layers\.0\.self_attn\.q_proj: vLLM reorders .* leave both out"),
+        (
+            "nemotron_h",
+            {},
+            "base and adapter",
+            r"'out_proj' is incompatible .*its linear layers are down_proj, in_proj, k_",
+        ),
+        ("qwen3", {"target_modules": ["q_porj"]}, "base and adapter", r"no layer 'q_porj'; did you mean 'q_proj'"),
+        ("falcon", {}, "vLLM", r"^[^.;]*: vLLM serves no LoRA on FalconForCausalLM; choose another base$"),
+    ],
+)
+def test_what_no_engine_would_serve_is_known_from_the_config(
+    family: str, settings: dict[str, Any], what: str, words: str, tmp_path: Path
+) -> None:
+    """With the nearest that it would."""
+    config = config_of_model(str(build(family, tmp_path)), [])
+    found = wrong(list(check_run(changed(config, lora=settings), base_alone=True)))
+    assert list(found) == [what]
+    assert re.search(words, found[what].replace(str(tmp_path), family)), found
+
+
 class Kept(VLLMEngine):
     """An engine that others go on with."""
 
@@ -156,7 +185,8 @@ def test_with_the_engine_base_probe_slots_and_three_swaps(
         assert wrong(findings) == {}
         found = {finding.what: finding.found for finding in findings}
         assert found["engine"].startswith("Kept")
-        assert "nats a token" in found["base match"]
+        assert found["base match"].startswith("21 of 21 tensors equal, 100.0% of the values")
+        assert found["one copy of the base"].startswith("not with this engine: the engine's base is bfloat16")
         assert "nats a token" in found["probe"]
         swaps = [found[f"swap {number}"] for number in range(1, SWAPS + 1)]
         assert all("slots: " in swap and "canary ok" in swap for swap in swaps), swaps

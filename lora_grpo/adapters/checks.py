@@ -24,7 +24,11 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 _NO_HEADS = "vLLM drops or rejects LoRA on heads and embeddings; leave it out of target_modules"
 HEADS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "output_layer", "score")
-_NO_EXPERTS = "LoRA on a mixture's experts is not proven; name the layers beside them in target_modules"
+_NO_EXPERTS = (
+    "LoRA on a mixture's experts is not proven (vLLM computes it on a GPU alone, where it was not run yet); name "
+    "layers beside them, such as"
+)
+_FOLDED = "kv_b_proj"
 
 
 def active_adapter(model: nn.Module) -> str:
@@ -48,6 +52,7 @@ def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
     check_trainable(peft_model.base_model.model)
     _check_no_embedding(peft_model, adapter)
     modules = lora_modules(model, adapter)
+    _check_no_experts(peft_model.peft_config[adapter], peft_model.base_model.model, modules)
     _check_language_alone(peft_model.base_model.model, modules)
     _check_order(peft_model.base_model.model.config, modules)
     for module in modules:
@@ -79,11 +84,6 @@ def _check_config(config: Any, adapter: str) -> None:
         "lora_bias": (config.lora_bias, "vLLM serves no LoRA bias; set lora_bias=False"),
         "bias": (config.bias != "none", "vLLM serves no trained bias; set bias='none'"),
         "modules_to_save": (config.modules_to_save, "whole modules cannot be hot-swapped; leave it None"),
-        "target_parameters": (
-            config.target_parameters,
-            "a mixture's experts are its parameters (PEFT's 'all-linear' names them too), and LoRA on them is not "
-            "proven; name layers beside them, such as target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj']",
-        ),
         "layer_replication": (config.layer_replication, "vLLM does not replicate layers; leave it None"),
         "trainable_token_indices": (config.trainable_token_indices, "vLLM serves no token deltas; leave it None"),
         "alora_invocation_tokens": (
@@ -100,6 +100,17 @@ def _check_config(config: Any, adapter: str) -> None:
             f"LoraConfig.init_lora_weights={init!r} changes the base weights, which the engine's base does not follow; "
             f"use True or one of {PLAIN_INITS}"
         )
+
+
+def _check_no_experts(config: LoraConfig, base: nn.Module, modules: list[LoraModule]) -> None:
+    """A mixture's experts are parameters, which PEFT's 'all-linear' names too, or modules."""
+    named = next((module.path for module in modules if "experts" in module.path.split(".")), None)
+    if config.target_parameters:
+        named = f"LoraConfig.target_parameters={sorted(config.target_parameters)}"
+    if named is not None:
+        paths = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear) and "attn." in name]
+        leaves = {path.removesuffix(".base_layer").rsplit(".", 1)[-1] for path in paths if ".lora_" not in path}
+        raise UnsupportedAdapter(f"{named}: {_NO_EXPERTS} target_modules={sorted(leaves - {_FOLDED}) or ATTENTION}")
 
 
 def _check_language_alone(base: Any, modules: list[LoraModule]) -> None:
@@ -138,9 +149,7 @@ def _check_module(module: LoraModule) -> None:
     layer: Any = module.layer
     if leaf in HEADS:
         raise UnsupportedAdapter(f"{module.path}: {_NO_HEADS}")
-    if "experts" in module.path.split("."):
-        raise UnsupportedAdapter(f"{module.path}: {_NO_EXPERTS}")
-    if leaf == "kv_b_proj":
+    if leaf == _FOLDED:
         raise UnsupportedAdapter(
             f"{module.path}: vLLM folds this layer of latent attention into others when it loads the base, and decodes "
             "without its LoRA; leave it out of target_modules"

@@ -15,7 +15,9 @@ import torch
 from lora_grpo.adapters.checks import active_adapter, check_servable
 from lora_grpo.config import EngineConfig, GRPOConfig, RunConfig
 from lora_grpo.data import PromptDataset, load_data, load_prompts
-from lora_grpo.errors import LoraGrpoError
+from lora_grpo.engines.compat import import_vllm
+from lora_grpo.engines.local.targets import check_served
+from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_reward, reward_names, score
 from lora_grpo.rewards.call import TrainerState
 from lora_grpo.trainer.activations import MicroBatch
@@ -24,7 +26,7 @@ from lora_grpo.trainer.build import check_place, effective_grpo, lora_config
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import Guard, build_guard
 from lora_grpo.trainer.memory import available_memory, mib
-from lora_grpo.trainer.models import default_device
+from lora_grpo.trainer.models import adapted_modules, default_device, shared_base
 from lora_grpo.trainer.planning import Plan, plan
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.types import Completion, Group, Sampling
@@ -92,6 +94,7 @@ class _Run:
             yield "reward functions", lambda: ", ".join(reward_names(self.functions))
             yield "data", lambda: "; ".join(map(_columns, filter(None, self.data)))
         yield "base and adapter", self._adapter
+        yield "vLLM", self._served
         for name, size_bytes in self.plan.memory.parts().items() if self._fits() else ():
             yield f"memory: {name}", partial(mib, size_bytes)
         yield "memory", self._memory
@@ -134,10 +137,11 @@ class _Run:
     def engine_parts(self) -> Iterator[Part]:
         probe = self.trainer.sync.probe
         if probe is not None:
-            yield "base match", lambda: f"engine and trainer agree to {probe.noise:.4f} nats a token"
+            yield "base match", self._base_match
             yield "probe", lambda: f"a loud adapter moves {probe.signal:.3g} nats a token, {probe.error:.2g} apart"
         for number in range(1, SWAPS + 1):
             yield f"swap {number}", partial(self._swap, number)
+        yield "one copy of the base", self._one_copy
 
     @cached_property
     def functions(self) -> list[RewardFunction]:
@@ -192,8 +196,31 @@ class _Run:
             return False
 
     def _adapter(self) -> str:
-        layers = "all linear layers" if self.plan.leaves is None else ", ".join(self.plan.leaves)
-        return f"{self.config.model.name}: rank {self.plan.rank} on {layers}"
+        modules = adapted_modules(self.config.model, lora_config(self.config.lora))
+        values = sum(module.a_RI.numel() + module.b_OR.numel() for module in modules)
+        leaves = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
+        on = f"{len(modules)} layers ({', '.join(leaves)})"
+        return f"{self.config.model.name}: rank {self.plan.rank} on {on}, {values:,} values"
+
+    def _served(self) -> str:
+        """By its class alone."""
+        model = self.config.model
+        if self.config.engine.urls:
+            return "its servers are asked when the run starts"
+        import_vllm()
+        return check_served(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+
+    def _base_match(self) -> str:
+        sync = self.trainer.sync
+        return f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats a token"
+
+    def _one_copy(self) -> str:
+        """Whether `share_base_weights` would do; no fault where it would not."""
+        try:
+            shared: Any = shared_base(True, self.config.model, self.trainer.engine, print)
+        except (ConfigError, UnsupportedAdapter) as reason:
+            return f"not with this engine: {reason}"
+        return f"{len(list(shared.parameters()))} tensors of the trainer's can be the engine's own (share_base_weights)"
 
     def _memory(self) -> str:
         planned = self.plan

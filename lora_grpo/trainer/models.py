@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from lora_grpo.adapters.checks import active_adapter, check_servable
-from lora_grpo.adapters.peft_format import lora_modules, peft_model_of
+from lora_grpo.adapters.peft_format import LoraModule, lora_modules, peft_model_of
 from lora_grpo.adapters.quantized import scheme_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
@@ -168,18 +168,23 @@ def _shared_base(model: ModelConfig | nn.Module, engine: Engine) -> Any:
 
 def adapted_leaves(model: ModelConfig | nn.Module, peft_config: Any) -> list[str] | None:
     """Last names of the layers to be adapted; None for all linear ones, which is the engine's own default."""
+    modules = adapted_modules(model, peft_config)
+    if isinstance(model, ModelConfig) and peft_config.target_modules == "all-linear":
+        return None
+    return sorted({module.path.rsplit(".", 1)[-1] for module in modules})
+
+
+def adapted_modules(model: ModelConfig | nn.Module, peft_config: Any) -> list[LoraModule]:
+    """The layers to be adapted; of a checkpoint's name, as its config alone has them.
+
+    Raises `ConfigError` or `UnsupportedAdapter` for an adapter that no engine would serve.
+    """
     if isinstance(model, nn.Module):
-        names: Iterable[str] = [module.path for module in lora_modules(model, active_adapter(model))]
-    else:
-        config = _lora_config(model, peft_config)
-        if config.target_modules == "all-linear":
-            return None
-        names = config.target_modules
-        if names is None or isinstance(names, str):
-            names = _targeted(model, config)
-        else:
-            _check_named(model, names)
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
+        return lora_modules(model, active_adapter(model))
+    named = _lora_config(model, peft_config).target_modules
+    if not isinstance(named, str | None):
+        _check_named(model, named)
+    return check_servable(without_memory(model, peft_config), "default")
 
 
 def without_memory(model: ModelConfig | nn.Module, peft_config: Any) -> PeftModel:
@@ -190,33 +195,33 @@ def without_memory(model: ModelConfig | nn.Module, peft_config: Any) -> PeftMode
         base = peft_model_of(model).get_base_model()
         with torch.device("meta"):
             empty = type(base)(deepcopy(base.config))
+    empty.config.quantization_config = None  # of weights that are not there
     config = deepcopy(_lora_config(model, peft_config))
     name = model.name if isinstance(model, ModelConfig) else type(empty).__name__
     return _with_adapter(empty, config, name, low_cpu_mem_usage=True)
 
 
-def _targeted(model: ModelConfig, config: LoraConfig) -> list[str]:
-    """The layers that PEFT adapts by a regular expression, or by its own choice for the architecture."""
-    return without_memory(model, config).targeted_module_names
-
-
 def _with_adapter(base: Any, config: LoraConfig, name: str, **settings: Any) -> PeftModel:
-    targets = config.target_modules
+    targets, linear = config.target_modules, sorted(_linear(base))
     try:
         return get_peft_model(base, config, **settings)
     except ValueError as error:
-        fix = "" if targets else f"; {ALL_LINEAR}"
-        raise ConfigError(f"target_modules={targets!r} on {name}: {error}{fix}") from error
+        fix = f"its linear layers are {', '.join(linear)}" if targets else ALL_LINEAR
+        raise ConfigError(f"target_modules={targets!r} on {name}: {str(error).rstrip('.')}; {fix}") from error
 
 
 def _check_named(model: ModelConfig, targets: Iterable[str]) -> None:
     """Raises `ConfigError` for a name that is no layer's: PEFT skips it where another one is."""
     empty = skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    paths = [name for name, _ in empty.named_modules()]
+    paths = [path for path, _ in empty.named_modules()]
     for target in targets:
         if not any(path == target or path.endswith(f".{target}") for path in paths):
-            linear = {name.rsplit(".", 1)[-1] for name, layer in empty.named_modules() if isinstance(layer, nn.Linear)}
-            raise ConfigError(f"target_modules: {model.name} has no layer {target!r}; {nearest_key(target, linear)}")
+            nearest = nearest_key(target, _linear(empty))
+            raise ConfigError(f"target_modules: {model.name} has no layer {target!r}; {nearest}")
+
+
+def _linear(model: nn.Module) -> set[str]:
+    return {path.rsplit(".", 1)[-1] for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
 
 
 def check_same_device(model: nn.Module, engine: Engine) -> None:

@@ -60,8 +60,8 @@ def text_only_arguments(
     return {} if full_class(config) is None else {"language_model_only": True}
 
 
-def check_served(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
-    """Raises `ConfigError` for a model that vLLM serves without LoRA, or whose class there cannot be imported."""
+def check_served(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> str:
+    """What of vLLM serves a model with LoRA. Raises `ConfigError` where nothing does, or cannot be imported."""
     check_is_base(model, revision=revision)
     check_whole(model)
     config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -75,6 +75,8 @@ def check_served(model: str | Path, *, revision: str | None = None, trust_remote
             ) from error
         if not serves:
             raise ConfigError(f"{model}: vLLM serves no LoRA on {architecture}; choose another base")
+    alone = ", its language model alone" if full_class(config) else ""
+    return f"serves {', '.join(config.architectures or ()) or type(config).__name__} with LoRA{alone}"
 
 
 def _cause(error: BaseException) -> BaseException:
