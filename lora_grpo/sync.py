@@ -306,7 +306,7 @@ class NativeSync:
         return head
 
     def _prove_path(self) -> ProbeReport:
-        self._probed = probe_sequences(self.engine.describe_base().vocabulary, seed=0)
+        self._probed = probe_sequences(self.engine.describe_base(), seed=0)
         self.base_match = match_base(self.engine, self.model, self.processes)
         pulls = is_remote(self.engine) and self.engine.pulls
         publish = self._publish_probe if pulls else None

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from lora_grpo.config import ModelConfig
+from lora_grpo.engines.local.text_only import full_class
 from lora_grpo.trainer.own_base import load_base
 from tests.quantized import BLOCK, to_fp8, to_int4
 from tests.tiny_models import HEAD_SIZE, SPECIAL_TOKENS, VOCAB, tiny_tokenizer
@@ -339,6 +340,13 @@ def trainer_model(name: str, directory: Path, dtype: str = "float32") -> PreTrai
     return load_base(asked, torch.device("cpu")).eval()  # type: ignore[no-any-return]
 
 
+def full_model(directory: Path) -> PreTrainedModel:
+    """All that the checkpoint in `directory` holds, in float32, as anyone would load it."""
+    wrapper = full_class(AutoConfig.from_pretrained(directory)) is not None
+    whole = AutoModelForImageTextToText if wrapper else AutoModelForCausalLM
+    return whole.from_pretrained(directory, dtype="float32").eval()  # type: ignore[no-any-return]
+
+
 def _class_of(family: Family) -> Any:
     return AutoModelForCausalLM if family.vision is None else AutoModelForImageTextToText
 
@@ -350,15 +358,14 @@ def _config(family: Family) -> Any:
     config = AutoConfig.for_model(
         family.model_type, text_config=fields, vision_config=dict(family.vision), **family.wrapper
     )
-    # The ids of a real vocabulary lie beyond this one.
-    for number, token in enumerate(
-        ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    ):
+    for number, kind in enumerate(("image", "video", "audio"), start=1):
+        for token in (f"{kind}_token_id", f"{kind}_token_index"):
+            if hasattr(config, token):
+                setattr(config, token, VOCAB - number)
+    # The other ids of a real vocabulary lie beyond this one.
+    for token in ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index"):
         if hasattr(config, token):
-            setattr(config, token, VOCAB + number)
-    for number, token in enumerate(("boi_token_index", "eoi_token_index", "image_token_index")):
-        if hasattr(config, token):
-            setattr(config, token, VOCAB + number)
+            setattr(config, token, VOCAB)
     return config
 
 

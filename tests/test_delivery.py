@@ -493,7 +493,7 @@ def test_a_trainer_that_computes_otherwise_is_refused_and_one_that_rounds_is_not
 ) -> None:
     """No weight differs. The engine answers as the model does in float32."""
     model = tiny_lora(load_model(llama_dir).float())
-    sequences = probe.probe_sequences(260, seed=0)
+    sequences = probe.probe_sequences(BaseDescription("float32", {}, 260), seed=0)
     with model.disable_adapter():
         right = teacher_logprobs(model, sequences)
     change(model.get_base_model())

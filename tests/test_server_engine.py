@@ -25,6 +25,7 @@ from safetensors.torch import save
 from lora_grpo.adapters.digest import digest_directory
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import BaseDescription
 from lora_grpo.engines.delivery.probe import Witness, probe_sequences
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.requests import request_seeds
@@ -38,7 +39,7 @@ from tests.tiny_models import VOCAB
 
 PROMPTS = [[10, 11, 12], [20, 21], [30, 31, 32, 33]]
 SAMPLING = Sampling(n=4, max_tokens=3, seed=7)
-SEQUENCES = probe_sequences(VOCAB, seed=0)
+SEQUENCES = probe_sequences(BaseDescription("float32", {}, VOCAB), seed=0)
 
 Pair = tuple[FakeServer, FakeServer]
 MakeEngine = Callable[..., VLLMServerEngine]

@@ -42,11 +42,12 @@ class LoadReceipt:
 @dataclass(frozen=True, slots=True)
 class BaseDescription:
     """What an engine's base model is by its config: `shapes` holds fields of it; `dtype` is a torch dtype's name
-    without the prefix."""
+    without the prefix. `placeholders` are tokens of the vocabulary that stand for images, videos or sounds."""
 
     dtype: str
     shapes: dict[str, float]
     vocabulary: int
+    placeholders: tuple[int, ...] = ()
 
 
 @runtime_checkable

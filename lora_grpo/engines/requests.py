@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -16,6 +16,8 @@ from lora_grpo.types import Completion, Group, Prompt, Sampling, derive_seed
 
 ENCODING = threading.Lock()
 """A fast tokenizer raises "Already borrowed" when two threads use it."""
+NEVER = -100.0
+"""A logit's bias, vLLM's smallest, that leaves its token a probability of 0 in float32."""
 
 
 def token_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -118,6 +120,17 @@ def check_fits(ids_P: Sequence[Sequence[int]], max_tokens: int, max_model_len: i
             )
 
 
+def check_text(ids_P: Sequence[Sequence[int]], placeholders: Collection[int]) -> None:
+    """Raises `ConfigError` for the first prompt with a token that stands for an image, a video or a sound."""
+    for index, ids in enumerate(ids_P):
+        found = next((token for token in ids if token in placeholders), None)
+        if found is not None:
+            raise ConfigError(
+                f"prompt {index} has token {found}, which stands for an image, a video or a sound: of this model text "
+                "alone is trained; leave it out of the prompt"
+            )
+
+
 def adapters_by_prompt(adapter: Adapters, prompts: int) -> list[AdapterVersion | None]:
     """One version a prompt; raises `ConfigError` when a list of them has another length, or holds anything else."""
     if adapter is None or not isinstance(adapter, list | tuple):
@@ -166,8 +179,10 @@ def request_seeds(sampling: Sampling, prompts: int) -> list[list[int]]:
     return [[derive_seed(seed, p, g) for g in range(sampling.n)] for p in range(first, first + prompts)]
 
 
-def sampling_params(sampling: Sampling, seed: int, *, prompt_logprobs: bool = False) -> Any:
-    """vLLM's parameters for one sample, with the log-prob of each sampled token."""
+def sampling_params(
+    sampling: Sampling, seed: int, *, prompt_logprobs: bool = False, placeholders: Sequence[int] = ()
+) -> Any:
+    """vLLM's parameters for one sample, with the log-prob of each sampled token; none of `placeholders` is sampled."""
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -181,6 +196,7 @@ def sampling_params(sampling: Sampling, seed: int, *, prompt_logprobs: bool = Fa
         stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
         seed=seed,
+        logit_bias=dict.fromkeys(placeholders, NEVER) or None,
         logprobs=0,
         prompt_logprobs=0 if prompt_logprobs else None,
     )

@@ -27,6 +27,7 @@ from lora_grpo.engines.local.turn import Turn
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
     check_fits,
+    check_text,
     mixed_batches,
     request_seeds,
     sampling_params,
@@ -180,13 +181,15 @@ class VLLMEngine:
         `UnknownVersion` for a version that is not loaded, `EngineError` when vLLM fails (its requests are aborted).
         """
         ids_P = token_prompts(self._tokenizer, prompts)
-        check_fits(ids_P, sampling.max_tokens, self.max_model_len, self.describe_base().vocabulary)
+        base = self.describe_base()
+        check_fits(ids_P, sampling.max_tokens, self.max_model_len, base.vocabulary)
+        check_text(ids_P, base.placeholders)
         adapter_P = adapters_by_prompt(adapter, len(prompts))
         seeds_PG = request_seeds(sampling, len(prompts))
         rows = [(p, g) for p in range(len(prompts)) for g in range(sampling.n)]
         outputs = self._run(
             [ids_P[p] for p, _ in rows],
-            [sampling_params(sampling, seeds_PG[p][g]) for p, g in rows],
+            [sampling_params(sampling, seeds_PG[p][g], placeholders=base.placeholders) for p, g in rows],
             [adapter_P[p] for p, _ in rows],
         )
         completions = [to_completion(output, adapter_P[p]) for (p, _), output in zip(rows, outputs, strict=True)]

@@ -31,6 +31,7 @@ _SHAPES = (
     "layer_norm_eps",
     "norm_eps",
 )
+_KINDS = ("image", "video", "audio")
 _NAMED = 3
 
 
@@ -68,7 +69,13 @@ def describe(config: Any, dtype: str) -> BaseDescription:
     """What a base is by its config."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     shapes = {name: value for name in _SHAPES if (value := getattr(text, name, None)) is not None}
-    return BaseDescription(dtype, shapes, int(shapes["vocab_size"]))
+    vocabulary = int(shapes["vocab_size"])
+    return BaseDescription(dtype, shapes, vocabulary, _placeholders(config, vocabulary))
+
+
+def _placeholders(config: Any, vocabulary: int) -> tuple[int, ...]:
+    found = {getattr(config, f"{kind}_token_{field}", None) for kind in _KINDS for field in ("id", "index")}
+    return tuple(sorted(token for token in found if isinstance(token, int) and 0 <= token < vocabulary))
 
 
 def match_base(engine: Engine, model: nn.Module, processes: Processes) -> BaseMatch:

@@ -24,7 +24,7 @@ from lora_grpo.adapters.digest import Buffer, digest_buffers
 from lora_grpo.adapters.peft_format import LoraModule, ServingForm, assign, peft_model_of
 from lora_grpo.adapters.room import require_room
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Engine, is_remote
+from lora_grpo.engines.base import BaseDescription, Engine, is_remote
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
@@ -115,7 +115,7 @@ def run_probe(
             f"max_model_len={longest} has no room for the probe of the engine, which scores {_TOKENS} tokens: start "
             f"the engine with max_model_len={_TOKENS + 1} at least"
         )
-    sequences = probe_sequences(engine.describe_base().vocabulary, seed)
+    sequences = probe_sequences(engine.describe_base(), seed)
     with peft_model_of(model).disable_adapter():
         trainer_base = teacher_logprobs(model, sequences)
     if not all(math.isfinite(value) for row in trainer_base for value in row):
@@ -139,10 +139,13 @@ def run_probe(
     return ProbeReport(noise, signal, error, seconds, most_noise, needed, witness.most_error(noise))
 
 
-def probe_sequences(vocabulary: int, seed: int) -> list[list[int]]:
-    """Fixed random token sequences, the same for every run of one seed."""
+def probe_sequences(base: BaseDescription, seed: int) -> list[list[int]]:
+    """Fixed random sequences of tokens that stand for text, the same for every run of one seed."""
     generator = torch.Generator().manual_seed(seed)
-    rows: list[list[int]] = torch.randint(vocabulary, (_ROWS, _TOKENS), generator=generator).tolist()
+    rows_BT = torch.randint(base.vocabulary - len(base.placeholders), (_ROWS, _TOKENS), generator=generator)
+    for placeholder in base.placeholders:
+        rows_BT += rows_BT >= placeholder
+    rows: list[list[int]] = rows_BT.tolist()
     return rows
 
 

@@ -113,7 +113,7 @@ def check_shareable(arguments: Mapping[str, Any]) -> None:
 
 def check_same_function(engine: Engine, model: nn.Module) -> None:
     """Raises `UnsupportedAdapter` unless the shared model gives the engine's log-probs, on fixed random tokens."""
-    sequences = probe_sequences(engine.describe_base().vocabulary, seed=0)
+    sequences = probe_sequences(engine.describe_base(), seed=0)
     gap = mean_abs_difference(engine.logprobs(sequences, adapter=None), teacher_logprobs(model, sequences))
     if not gap <= MAX_BASE_NOISE_NATS:
         raise UnsupportedAdapter(

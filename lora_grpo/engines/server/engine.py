@@ -27,6 +27,7 @@ from lora_grpo.engines.delivery.slots import require_finite
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
     check_fits,
+    check_text,
     request_seeds,
     require_version,
     to_groups,
@@ -112,7 +113,7 @@ class VLLMServerEngine:
                 "on this host"
             ) from error
         self._base = describe(config, lora_dtype or str(config.dtype or "float32").removeprefix("torch."))
-        self._fleet.proofs.sequences = probe_sequences(self._base.vocabulary, seed=0)
+        self._fleet.proofs.sequences = probe_sequences(self._base, seed=0)
 
     @property
     def proof(self) -> Proof:
@@ -193,7 +194,8 @@ class VLLMServerEngine:
         """`VLLMEngine.generate`, the prompts shared among the servers. Raises `EngineError` when all are gone for
         `patience_s`."""
         ids_P = token_prompts(self._tokenizer, prompts)
-        check_fits(ids_P, sampling.max_tokens, self.max_model_len, self.describe_base().vocabulary)
+        check_fits(ids_P, sampling.max_tokens, self.max_model_len, self._base.vocabulary)
+        check_text(ids_P, self._base.placeholders)
         adapter_P = adapters_by_prompt(adapter, len(prompts))
         seeds_PG = request_seeds(sampling, len(prompts))
         completions_PG = self._loop.run(self._complete(ids_P, adapter_P, seeds_PG, sampling))
@@ -208,7 +210,7 @@ class VLLMServerEngine:
     ) -> list[list[Completion]]:
         with self._fleet.in_use.using(adapter_P) as served_P:
             asks_PG = [
-                [completing(served, ids, sampling, seed) for seed in seeds]
+                [completing(served, ids, sampling, seed, self._base.placeholders) for seed in seeds]
                 for ids, served, seeds in zip(ids_P, served_P, seeds_PG, strict=True)
             ]
             return await self._fleet.pool.run(asks_PG)

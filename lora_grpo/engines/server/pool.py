@@ -35,12 +35,14 @@ class Ask(Generic[_Result]):
     read: Callable[[dict[str, Any], dict[str, Any]], _Result]
 
 
-def completing(served: Served | None, ids: Sequence[int], sampling: Sampling, seed: int) -> Ask[Completion]:
-    """A request for one sample of a prompt."""
+def completing(
+    served: Served | None, ids: Sequence[int], sampling: Sampling, seed: int, placeholders: Sequence[int]
+) -> Ask[Completion]:
+    """A request for one sample of a prompt, without `placeholders`."""
     number = None if served is None else served.version.number
     return Ask(
         served,
-        lambda name: completion_body(name, ids, sampling, seed),
+        lambda name: completion_body(name, ids, sampling, seed, placeholders),
         lambda answer, body: to_completion(answer, body, number),
     )
 

@@ -6,14 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lora_grpo.engines.requests import NEVER
 from lora_grpo.errors import DeliveryError, EngineError
 from lora_grpo.types import Completion, Sampling
 
 COMPLETIONS = "/v1/completions"
 
 
-def completion_body(name: str, ids: Sequence[int], sampling: Sampling, seed: int) -> dict[str, Any]:
-    """One sample of one prompt. Every setting is said, since a server fills in its model's own defaults."""
+def completion_body(
+    name: str, ids: Sequence[int], sampling: Sampling, seed: int, placeholders: Sequence[int] = ()
+) -> dict[str, Any]:
+    """One sample of one prompt, without `placeholders`. Every setting is said, since a server fills in its model's own
+    defaults."""
     return {
         "model": name,
         "prompt": list(ids),
@@ -30,6 +34,7 @@ def completion_body(name: str, ids: Sequence[int], sampling: Sampling, seed: int
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
+        "logit_bias": {str(token): NEVER for token in placeholders},
         "logprobs": 0,
         "return_token_ids": True,
     }
