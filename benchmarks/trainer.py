@@ -1,11 +1,14 @@
 """Peak memory and processor time of the trainer's part of a step, beside TRL's and beside the model without its head.
 
     python benchmarks/trainer.py [--tokens 512,1024] [--dtype float32] [--against DIR] [--out FILE]
+    python benchmarks/trainer.py --prompt 2048 --tokens 512 --shape 0.5b-4-layers --dtype float32 \
+        --subjects ours,padded,packed-backbone,backbone
 
 One rollout is one update. `ours` is everything that a step computes of it: old log-probs, loss and backward,
 optimizer. `trl` is the loss and backward of TRL's own GRPOTrainer, and `backbone` the model up to its last hidden
-state, forward and backward: what no output layer can undercut. `canary` is the trainer's part of a canary on 32 such
-rows, and `estimate` what is said of the step before it starts. DIR is another checkout of this repository; its
+state, forward and backward: what no output layer can undercut. `padded` and `backbone` compute the prompt once a
+completion, `ours` and `packed-backbone` once a group where that pays. `canary` is the trainer's part of a canary on 32
+such rows, and `estimate` what is said of the step before it starts. DIR is another checkout of this repository; its
 trainer is `against`. Each figure is of a process of its own, with one thread unless OMP_NUM_THREADS is set: CPU
 seconds, and the peak of its memory above the level before. What tensors give back goes back to the system at once
 (MALLOC_MMAP_THRESHOLD_), or the peak would hold what glibc's heap keeps. Ratios are of figures of one call.
@@ -29,7 +32,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 VOCABULARY = 151_936
-SHAPES = {"small": (256, 4, 4), "0.5b": (896, 24, 14)}
+SHAPES = {"small": (256, 4, 4), "0.5b-4-layers": (896, 4, 14), "0.5b": (896, 24, 14)}
 """Hidden size, layers and heads: a Qwen2 of either, with the vocabulary of all of them."""
 SUBJECTS = ("ours", "estimate", "canary", "trl", "backbone")
 CANARY_ROWS = 32
@@ -64,7 +67,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--subjects", type=lambda text: text.split(","), help=", ".join((*SUBJECTS, "against")))
+    parser.add_argument("--checkpointing", choices=("on", "off"), default="off", help="of activations, in all but trl")
+    asked = f"{', '.join(SUBJECTS)} (these by default), padded, packed-backbone, against"
+    parser.add_argument("--subjects", type=lambda text: text.split(","), help=asked)
     parser.add_argument("--against", type=Path, help="another checkout of this repository")
     parser.add_argument("--out", type=Path, help="a JSON file of the table")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -75,7 +80,7 @@ def _in_a_process(options: argparse.Namespace, subject: str, tokens: int) -> dic
     repository = options.against.resolve() if subject == "against" else HERE.parent.parent
     sizes = {
         "tokens": tokens,
-        **{name: getattr(options, name) for name in ("prompt", "rows", "shape", "dtype", "device")},
+        **{name: getattr(options, name) for name in ("prompt", "rows", "shape", "dtype", "device", "checkpointing")},
     }
     command = [sys.executable, str(HERE), "--measure", subject]
     command += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
@@ -91,9 +96,18 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
 
     model = _model(options)
     ids_BL = torch.randint(5, VOCABULARY, (options.rows, options.prompt + options.tokens[0]))
+    ids_BL[:, : options.prompt] = ids_BL[0, : options.prompt].clone()
     if options.measure == "estimate":
         return _estimate(model, options)
-    subjects = {"ours": _ours, "against": _ours, "canary": _canary, "trl": _trl, "backbone": _backbone}
+    subjects = {
+        "ours": _ours,
+        "padded": _padded,
+        "against": _ours,
+        "canary": _canary,
+        "trl": _trl,
+        "backbone": _backbone,
+        "packed-backbone": _packed_backbone,
+    }
     step = subjects[options.measure](model, ids_BL, options)
     return _peak_and_time(step, options.device)
 
@@ -118,7 +132,11 @@ def _model(options: argparse.Namespace) -> Any:
     model = Qwen2ForCausalLM(config).to(options.device, getattr(torch, options.dtype))
     if options.measure == "trl":
         return model
-    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    if options.checkpointing == "on" and "backbone" in options.measure:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
 
 
 def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
@@ -134,7 +152,7 @@ def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], 
         per_device_train_batch_size=options.rows,
         gradient_accumulation_steps=1,
         max_completion_length=options.tokens[0],
-        gradient_checkpointing=False,
+        gradient_checkpointing=options.checkpointing == "on",
     )
     prompt, rows = ids_BL[0, : options.prompt].tolist(), ids_BL[:, options.prompt :].tolist()
     made = tuple(Completion("", tuple(row), (-12.0,) * len(row), "length", 1) for row in rows)
@@ -142,7 +160,15 @@ def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], 
     padding = {"pad_token_id": 0} if "pad_token_id" in inspect.signature(Batch.from_groups).parameters else {}
     batch = Batch.from_groups([Group("", tuple(prompt), made)], torch.linspace(-1, 1, len(rows)), **padding)
     policy = Policy(model, config)
+    policy.logprobs(batch.select(torch.arange(2)))  # how a model is given its rows is found out once a run
     return lambda: policy.update(batch)
+
+
+def _padded(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
+    from lora_grpo.grpo import forward
+
+    forward.pays = lambda _: False
+    return _ours(model, ids_BL, options)
 
 
 def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
@@ -222,6 +248,24 @@ def _backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[
     def step() -> None:
         output = model.get_base_model().model(input_ids=ids_BL.to(options.device), use_cache=False)
         output.last_hidden_state.float().mean().backward()
+
+    return step
+
+
+def _packed_backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
+    import torch
+
+    from lora_grpo.grpo.packing import in_spans, pack
+
+    row = pack(ids_BL.tolist(), [options.prompt] * options.rows)
+    ids_1N, positions_1N = torch.tensor([[row.ids], [row.positions]], device=options.device)
+
+    def step() -> None:
+        with in_spans(model, row.spans):
+            output = model.get_base_model().model(
+                input_ids=ids_1N, attention_mask=torch.ones_like(ids_1N), position_ids=positions_1N, use_cache=False
+            )
+            output.last_hidden_state.float().mean().backward()
 
     return step
 

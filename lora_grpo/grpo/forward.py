@@ -75,7 +75,7 @@ class Forward:
         parts = self._cut(of_rows, packed=True)
         better = any(pays([of_rows[row] for row in part]) for part in parts)
         if self._packs is None and (self._most(float(better)) if self._sharded else better):
-            self._packs = self._settle(rows.select(wanted[[0, 0, -1]]) if len(wanted) else rows.idle())
+            self._packs = self._settle(rows.select(wanted[[0, -1]]) if len(wanted) else rows.idle())
         packed = better and bool(self._packs)
         cut = []
         for part in parts if packed else self._cut(of_rows, packed=False):
@@ -147,10 +147,14 @@ class Forward:
 
     @torch.no_grad()
     def _gap(self, rows: Batch) -> float:
-        """Mean |packed - padded| log-prob, nats: of all completion tokens or of the first ones, where it is larger."""
-        there_BT = rows.completion_mask_BT
+        """Mean |packed - padded| log-prob, nats: of all completion tokens or of the first ones, where it is larger.
+
+        The first row is packed twice, so that a prompt is shared.
+        """
+        twice = torch.tensor([0, *range(len(rows))])
+        packed, there_BT = rows.select(twice), rows.completion_mask_BT[twice]
         with in_mode(self._model, training=False):
-            gap_BT = (self._padded(rows)[0] - self._packed(rows)[0]).abs()
+            gap_BT = (self._padded(rows)[0][twice] - self._packed(packed)[0]).abs()
         return max(gap_BT[:, part][there_BT[:, part]].mean().item() for part in (slice(None), slice(_FIRST)))
 
 

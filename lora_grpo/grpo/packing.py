@@ -105,12 +105,8 @@ def packed_scores(
         "use_cache": False,
     }
     wanted_1M = torch.ones_like(scored_1M, dtype=torch.bool)
-    before = _SPANS.set(row.spans)
-    try:
-        with in_spans(model):
-            logp_1M, entropy_1M = completion_scores(model, inputs, scored_1M, wanted_1M, temperature)
-    finally:
-        _SPANS.reset(before)
+    with in_spans(model, row.spans):
+        logp_1M, entropy_1M = completion_scores(model, inputs, scored_1M, wanted_1M, temperature)
     return logp_1M[0], entropy_1M[0]
 
 
@@ -118,8 +114,8 @@ def packed_scores(
 
 
 @contextmanager
-def in_spans(model: nn.Module) -> Iterator[None]:
-    """The model takes packed rows meanwhile; others go through it as ever."""
+def in_spans(model: nn.Module, spans: tuple[Span, ...] | None = None) -> Iterator[None]:
+    """The model takes a packed row of these spans meanwhile; rows of another length go through it as ever."""
     configs: dict[int, Any] = {
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")
     }
@@ -127,9 +123,11 @@ def in_spans(model: nn.Module) -> Iterator[None]:
     changed = [(config, name) for config, name in named if name in _PACKED]
     for config, name in changed:
         config._attn_implementation = {"": _PACKED[name]}
+    before = _SPANS.set(spans)
     try:
         yield
     finally:
+        _SPANS.reset(before)
         for config, name in changed:
             config._attn_implementation = {"": name}
 
