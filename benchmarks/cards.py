@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_grpo.bench.shapes import SHAPES
-from lora_grpo.trainer.activations import MicroBatch
+from lora_grpo.trainer.activations import LargestBatch
 from lora_grpo.trainer.memory import estimate_memory
 
 MODELS = {
@@ -25,7 +25,7 @@ MODELS = {
     "Llama 3.1 8B": SHAPES["llama-3.1-8b"],
 }
 CARDS_GB = (16, 24, 48, 80)
-BATCH = MicroBatch(rows=8, prompt_tokens=512, completion_tokens=1024)
+BATCH = LargestBatch(rows=8, prompt_tokens=512, completion_tokens=1024)
 TRIES = ((BATCH, False), (BATCH, True), (replace(BATCH, rows=1), True))
 COMPLETIONS = 64
 """Sampled at the same time."""
@@ -69,7 +69,7 @@ def _fits(needs: list[int], card_gb: int) -> str:
     return next((answer for answer, need in zip(answers, needs, strict=True) if need <= card_gb * 1e9), "no")
 
 
-def _needed_bytes(name: str, way: Way, batch: MicroBatch, checkpointing: bool) -> int:
+def _needed_bytes(name: str, way: Way, batch: LargestBatch, checkpointing: bool) -> int:
     config = AutoConfig.for_model(**MODELS[name])
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)

@@ -236,10 +236,10 @@ def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[]
 def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
     """What the step's activations are said to take, and the time it takes to say so."""
     from lora_grpo.config import EngineConfig
-    from lora_grpo.trainer.activations import MicroBatch
+    from lora_grpo.trainer.activations import LargestBatch
     from lora_grpo.trainer.planning import planned_memory
 
-    batch, started = MicroBatch(options.rows, options.prompt, options.tokens[0]), time.process_time()
+    batch, started = LargestBatch(options.rows, options.prompt, options.tokens[0]), time.process_time()
     estimate, _ = planned_memory(model, None, EngineConfig(urls=("http://elsewhere",)), batch, False)
     return {"peak_mib": (estimate.activations_bytes or 0) / 2**20, "cpu_s": time.process_time() - started}
 

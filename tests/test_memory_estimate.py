@@ -14,10 +14,10 @@ from peft import LoraConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from lora_grpo.bench import shapes
-from lora_grpo.config import EngineConfig, ModelConfig
+from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig
 from lora_grpo.errors import ConfigError
 from lora_grpo.trainer import planning
-from lora_grpo.trainer.activations import MicroBatch
+from lora_grpo.trainer.activations import LargestBatch, largest_batch
 from lora_grpo.trainer.memory import MemoryEstimate, require_memory
 from lora_grpo.trainer.models import expects_one_copy
 from lora_grpo.trainer.planning import planned_memory
@@ -28,11 +28,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shapes.write_model("tiny", tmp_path_factory.mktemp("shapes") / "tiny")
 
 
-BATCH = MicroBatch(rows=8, prompt_tokens=64, completion_tokens=192)
+BATCH = LargestBatch(rows=8, prompt_tokens=64, completion_tokens=192)
 ADAPTER = LoraConfig(r=8, target_modules=["o_proj"])
 
 
-def estimate(model: Path, batch: MicroBatch = BATCH, **changes: Any) -> MemoryEstimate:
+def estimate(model: Path, batch: LargestBatch = BATCH, **changes: Any) -> MemoryEstimate:
     settings = ModelConfig(name=str(model), dtype="float32")
     return planned_memory(settings, ADAPTER, EngineConfig(), batch, False, **changes)[0]
 
@@ -56,9 +56,16 @@ def test_a_shared_base_is_held_once(tiny: Path) -> None:
 
 
 def test_what_does_not_fit_says_what_to_lower(tiny: Path) -> None:
-    long = estimate(tiny, MicroBatch(64, 1024, 4096))
+    long = estimate(tiny, LargestBatch(64, 1024, 4096))
     with pytest.raises(ConfigError, match=r"activations [\d,.]+ MiB.*lower per_device_train_batch_size"):
         require_memory(long, 2 << 30, "cpu")
+
+
+def test_a_budget_of_tokens_takes_the_place_of_rows() -> None:
+    plain = GRPOConfig(per_device_train_batch_size=4, max_completion_length=30)
+    assert largest_batch(plain, 20) == LargestBatch(4, 20, 30)
+    assert largest_batch(plain.replace(max_tokens_per_micro_batch=320), 20) == LargestBatch(6, 20, 30)
+    assert largest_batch(plain.replace(max_tokens_per_micro_batch=10), 20) == LargestBatch(1, 20, 30)
 
 
 def test_activations_are_computed_twice_where_they_would_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +112,9 @@ config = GRPOConfig(
 policy = Policy(get_peft_model(model, ADAPTER), config)
 
 def update(prompt, tokens):
-    made = tuple(Completion("", (7,) * tokens, (-1.0,) * tokens, "length", 1) for _ in range(8))
-    policy.update(Batch.from_groups([Group("", (5,) * prompt, made)], torch.linspace(-1, 1, 8)))
+    made = (Completion("", (7,) * tokens, (-1.0,) * tokens, "length", 1),)
+    groups = [Group("", (5 + row,) * prompt, made) for row in range(8)]
+    policy.update(Batch.from_groups(groups, torch.linspace(-1, 1, 8)))
 
 update(2, 2)
 Path("/proc/self/clear_refs").write_text("5")

@@ -26,7 +26,7 @@ from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import GRPOTrainer
-from lora_grpo.trainer.activations import MicroBatch
+from lora_grpo.trainer.activations import LargestBatch
 from lora_grpo.trainer.memory import estimate_memory
 from lora_grpo.trainer.models import without_memory
 from lora_grpo.trainer.own_base import load_base
@@ -39,7 +39,7 @@ from tests.tiny_models import load_model, tiny_lora, tiny_model
 from tests.tiny_trainer import CONFIG, ROWS, same, share_of_low_bytes, weights
 
 CPU = torch.device("cpu")
-ROW = MicroBatch(1, 4, 4)
+ROW = LargestBatch(1, 4, 4)
 SEQUENCES = [list(range(4, 34)), list(range(60, 90))]
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_grpo.config import GRPOConfig
 from lora_grpo.grpo.head import head_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """The largest batch that the trainer computes at a time: `rows` of a prompt and a completion each."""
+class LargestBatch:
+    """The most that the trainer computes at a time: `rows` of a prompt and a completion each, none of them shared."""
 
     rows: int
     prompt_tokens: int
@@ -30,7 +31,15 @@ class MicroBatch:
         return self.prompt_tokens + self.completion_tokens
 
 
-def activation_bytes(model: Any, batch: MicroBatch, dtype: torch.dtype, *, checkpointing: bool) -> int | None:
+def largest_batch(config: GRPOConfig, prompt_tokens: int) -> LargestBatch:
+    """What a run's settings make of prompts of at most so many tokens."""
+    rows, completion_tokens = config.per_device_train_batch_size, config.max_completion_length
+    if config.max_tokens_per_micro_batch is not None:
+        rows = max(1, config.max_tokens_per_micro_batch // (prompt_tokens + completion_tokens))
+    return LargestBatch(rows, prompt_tokens, completion_tokens)
+
+
+def activation_bytes(model: Any, batch: LargestBatch, dtype: torch.dtype, *, checkpointing: bool) -> int | None:
     """Peak of a forward and backward of `batch` above weights and optimizer; None where no walk is possible.
 
     `model` is a PEFT model on the meta device, in `dtype`. Attention counts as one that never holds its scores, which
@@ -51,12 +60,12 @@ def activation_bytes(model: Any, batch: MicroBatch, dtype: torch.dtype, *, check
     return None
 
 
-def _mask(batch: MicroBatch) -> Tensor:
+def _mask(batch: LargestBatch) -> Tensor:
     """What a padded batch is attended with."""
     return torch.ones((batch.rows, 1, batch.length, batch.length), dtype=torch.bool, device="meta")
 
 
-def _walk(model: Any, batch: MicroBatch, mask: Tensor | None) -> tuple[int, int]:
+def _walk(model: Any, batch: LargestBatch, mask: Tensor | None) -> tuple[int, int]:
     """Bytes that are kept for the backward, and the most at any time."""
     ids_BL = torch.zeros((batch.rows, batch.length), dtype=torch.long, device="meta")
     backbone = model.get_base_model().get_decoder()

@@ -24,7 +24,7 @@ from lora_grpo.grpo.optimizer import build_optimizer
 from lora_grpo.metrics import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer.activations import MicroBatch
+from lora_grpo.trainer.activations import LargestBatch
 from lora_grpo.trainer.crew import Crew, CrewEngine, Unheard, launched
 from lora_grpo.trainer.models import (
     Sharing,
@@ -70,7 +70,7 @@ def assemble(
     run_dir: Path,
     store_root: str | Path | None,
     share_base_weights: Sharing,
-    batch: MicroBatch,
+    batch: LargestBatch,
 ) -> Parts:
     """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
 

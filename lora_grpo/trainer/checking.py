@@ -20,7 +20,7 @@ from lora_grpo.engines.local.targets import check_served
 from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_reward, reward_names, score
 from lora_grpo.rewards.call import TrainerState
-from lora_grpo.trainer.activations import MicroBatch
+from lora_grpo.trainer.activations import largest_batch
 from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.build import check_place, effective_grpo, lora_config
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
@@ -155,9 +155,9 @@ class _Run:
     def plan(self) -> Plan:
         config: EngineConfig = with_room(self.config.engine, self.config.grpo.max_staleness)
         try:
-            batch = self._preflight.micro_batch
+            batch = self._preflight.largest_batch
         except LoraGrpoError:  # which its own part tells of
-            batch = MicroBatch(self.grpo.per_device_train_batch_size, 0, self.grpo.max_completion_length)
+            batch = largest_batch(self.grpo, 0)
         peft_config = lora_config(self.config.lora)
         return plan(self.config.model, peft_config, config, False, batch, self.grpo.gradient_checkpointing)
 

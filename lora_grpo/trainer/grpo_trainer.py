@@ -131,7 +131,7 @@ class GRPOTrainer:
             on_failure.callback(self._closing.close)
             self.crew.processes.first(before.check)
             tokenizer = before.tokenizer if self.crew.leads else None
-            batch = self.crew.processes.first(lambda: before.micro_batch)
+            batch = self.crew.processes.first(lambda: before.largest_batch)
             self.parts = assembled(self._closing, reporter, self.crew, self.config, tokenizer=tokenizer, batch=batch)
             self.crew.parts = self.parts
             self.engine, self.model = self.parts.engine, self.parts.model

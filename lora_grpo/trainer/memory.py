@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_grpo.adapters.quantized import Scheme
 from lora_grpo.errors import ConfigError
-from lora_grpo.trainer.activations import MicroBatch, activation_bytes
+from lora_grpo.trainer.activations import LargestBatch, activation_bytes
 
 _ADAM_BYTES = 4 + 4 + 4 + 4
 """fp32 weight, gradient and two moments of each adapter parameter."""
@@ -73,7 +73,7 @@ def mib(size_bytes: int) -> str:
 
 def estimate_memory(
     model: Any,
-    batch: MicroBatch,
+    batch: LargestBatch,
     *,
     checkpointing: bool,
     slots: int,

@@ -16,7 +16,7 @@ from lora_grpo.engines.compat import allowed_rank
 from lora_grpo.engines.local.targets import check_whole
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.modes import base_dtype
-from lora_grpo.trainer.activations import MicroBatch
+from lora_grpo.trainer.activations import LargestBatch
 from lora_grpo.trainer.memory import MemoryEstimate, available_memory, cache_bytes, estimate_memory, require_memory
 from lora_grpo.trainer.models import (
     Sharing,
@@ -46,7 +46,7 @@ def plan(
     peft_config: Any,
     config: EngineConfig,
     sharing: Sharing,
-    batch: MicroBatch,
+    batch: LargestBatch,
     checkpointing: bool | None,
 ) -> Plan:
     """The plan of a run. Raises `ConfigError` for a base or an adapter that cannot be, or too little memory."""
@@ -65,7 +65,7 @@ def planned_memory(
     model: ModelConfig | nn.Module,
     peft_config: Any,
     config: EngineConfig | None,
-    batch: MicroBatch,
+    batch: LargestBatch,
     checkpointing: bool | None,
     *,
     shared_base: bool = False,
@@ -85,7 +85,7 @@ def planned_memory(
 
 
 def checkpoints(
-    model: ModelConfig | nn.Module, peft_config: Any, batch: MicroBatch, checkpointing: bool | None
+    model: ModelConfig | nn.Module, peft_config: Any, batch: LargestBatch, checkpointing: bool | None
 ) -> bool:
     """As `planned_memory`, where the engine is there already."""
     if checkpointing is None and isinstance(model, nn.Module):
@@ -99,7 +99,7 @@ def _estimate(
     model: ModelConfig | nn.Module,
     peft_config: Any,
     config: EngineConfig | None,
-    batch: MicroBatch,
+    batch: LargestBatch,
     shared_base: bool,
     checkpointing: bool,
 ) -> MemoryEstimate:

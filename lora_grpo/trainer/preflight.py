@@ -20,7 +20,7 @@ from lora_grpo.engines.local.targets import check_is_base
 from lora_grpo.engines.requests import ENCODING, render
 from lora_grpo.errors import ConfigError
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
-from lora_grpo.trainer.activations import MicroBatch
+from lora_grpo.trainer.activations import LargestBatch, largest_batch
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import trainer_tokenizer
 from lora_grpo.trl_names import REWARD_MODEL
@@ -104,12 +104,12 @@ class Preflight:
         return "; ".join(said)
 
     @property
-    def micro_batch(self) -> MicroBatch:
-        """The largest that can come: the longest prompt that fits, and the longest completion."""
+    def largest_batch(self) -> LargestBatch:
+        """Of the longest prompt that fits, and the longest completion."""
         data, lengths = self._lengths["train"]
         assert data is not None
         longest = max(lengths[row] for row in self._fitting(data, lengths, self.known_room))
-        return MicroBatch(self.config.per_device_train_batch_size, longest, self.config.max_completion_length)
+        return largest_batch(self.config, longest)
 
     @cached_property
     def tokenizer(self) -> Any:
