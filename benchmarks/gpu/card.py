@@ -39,6 +39,11 @@ def look(device: str) -> dict[str, Any]:
     found["refused"] = too_large(device, found["memory_bytes"])
     print(json.dumps(found), flush=True)
     compat.import_vllm()
+    import torch
+
+    # This process may be a fork: here it shows whether one can compute.
+    one = torch.ones(8, 8, device=device)
+    assert float((one @ one).sum()) == 512
     found["vllm"] = {"release": release, "known_by": compat.RELEASES[release]}
     capability = compat.compute_capability()
     return {**found, "compute_capability": capability, "kernels_mended": capability == HOPPER and is_mended()}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
+import signal
 import sys
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 
+from launching import Launcher, Started
 from places import FINISHED
-from steps import HERE, REPOSITORY
+from steps import HERE
 
 DRAW_S = 60.0
 
@@ -17,38 +18,35 @@ DRAW_S = 60.0
 class Drawing:
     """Runs `draw.py`; its process ends between two steps: an engine that starts must not see memory become free."""
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Launcher) -> None:
         self.started = False
-        self._process: subprocess.Popen[str] | None = None
+        self._launcher = launcher
+        self._process: Started | None = None
         self._drawn, self._written = threading.Event(), threading.Event()
 
-    def start(self, shape: str, directory: Path, device: str, log: Path, environment: Mapping[str, str]) -> None:
+    def start(self, shape: str, directory: Path, device: str, log: Path) -> None:
         """Returns when the weights are in host memory, or it has failed, or `DRAW_S` later; at once if the model is
         there."""
         self.started = True
         if (directory / FINISHED).exists():
             return
+        stdin, self._stdin = os.pipe()
+        told, stdout = os.pipe()
+        command = [sys.executable, str(HERE / "draw.py"), shape, str(directory), device]
         with open(log, "w") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "draw.py"), shape, str(directory), device],
-                cwd=REPOSITORY,
-                env=dict(environment),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,
-            )
-        threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
+            self._process = self._launcher.start(command, warm=True, stdin=stdin, stdout=stdout, stderr=errors.fileno())
+        os.close(stdin)
+        os.close(stdout)
+        threading.Thread(target=self._listen, args=(told,), daemon=True).start()
         if not self._drawn.wait(DRAW_S):
             self.end()
 
-    def _listen(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            self._drawn.set()
-            if line.strip() == "written":
-                self._written.set()
+    def _listen(self, told: int) -> None:
+        with open(told) as lines:
+            for line in lines:
+                self._drawn.set()
+                if line.strip() == "written":
+                    self._written.set()
         # It has failed, if it has not said so.
         self._drawn.set()
         self._written.set()
@@ -63,8 +61,7 @@ class Drawing:
         if self._process is None:
             return
         if not self._written.is_set():
-            self._process.kill()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+            self._process.send(signal.SIGKILL)
+        os.close(self._stdin)
         self._process.wait()
         self._process = None

@@ -23,6 +23,7 @@ ALL: dict[str, Any] = {
     "prompt_tokens": 256,
     "rows": (1, 64),
     "lengths": (256,),
+    "least_s": 0.5,
     "canary_rows": (),
     "sweep_ranks": (),
     "sweep_targets": (),

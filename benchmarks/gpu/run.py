@@ -2,9 +2,10 @@
 
     python benchmarks/gpu/run.py --out DIR
 
-Each step is a process with a limit of its own; one that fails or is cut off does not stop the rest. Its JSON and log in
-DIR, and DIR/results.tar.gz with all that there is, are written the moment it ends. Calling again goes on with what is
-missing: what passed is kept, what failed is tried again after all others. The models stay until all steps have passed.
+Each step is a process with a limit of its own, a fork of one that has imported vLLM; one that fails or is cut off does
+not stop the rest. Its JSON and log in DIR, and DIR/results.tar.gz with all that there is, are written the moment it
+ends. Calling again goes on with what is missing: what passed is kept, what failed is tried again after all others, in a
+fresh Python. The models stay until all steps have passed.
 `lora-grpo bench report --out DIR` makes tables and plots of what came back, anywhere. `--device cpu` is the dry run,
 with tiny models.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +25,7 @@ from typing import Any
 
 from drawing import Drawing
 from keeping import Record
+from launching import Launcher, Started
 from places import Place, choose_place
 from steps import REPOSITORY, SHAPES, Step, plan
 
@@ -46,11 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out, place = options.out.resolve(), choose_place(options.models, options.device)
     record = Record(out, plan(out, options.device, place.models), place.notes)
     chosen = [step for step in record.steps if not options.only or step.name in options.only]
-    environ, drawing = environment(place), Drawing()
+    environ = environment(place)
+    launcher = Launcher(environ, record.out / "logs" / "launch.log")
+    drawing = Drawing(launcher)
     try:
-        go_through(chosen, record, place, drawing, deadline, environ, options.device)
+        go_through(chosen, record, place, drawing, launcher, deadline, options.device)
     finally:
         drawing.end()
+        launcher.close()
     return finish(record, place, environ)
 
 
@@ -82,6 +86,8 @@ def environment(place: Place) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        # Looking for a GPU must not start CUDA where steps are forked from; vLLM sets it, too.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -97,8 +103,8 @@ def go_through(
     record: Record,
     place: Place,
     drawing: Drawing,
+    launcher: Launcher,
     deadline: float,
-    environ: Mapping[str, str],
     device: str,
 ) -> None:
     """Every step that has not passed, until time is over or somebody interrupts; without a card, none."""
@@ -109,14 +115,18 @@ def go_through(
             return
         if step.name != "card" and not drawing.started and wants_large(chosen, record, place):
             shape = SHAPES[device.partition(":")[0]]["7b"]
-            drawing.start(shape, place.models / f"{shape}-seed0", device, record.out / "logs" / "draw.log", environ)
+            drawing.start(shape, place.models / f"{shape}-seed0", device, record.out / "logs" / "draw.log")
         drawing.between_steps(step.limit_s if step.is_large else 0.0)
         left_s = deadline - GRACE_S - time.monotonic()
         limit_s = min(step.limit_s * (SLOWER if device == "cpu" else 1), left_s)
         if why := refusal(step, record, place):
             record.keep(step, {"state": "refused", "seconds": 0.0, "why": why})
         elif limit_s > LEAST_S:
-            record.keep(step, run_step(step, record.out / "logs" / f"{step.name}.log", limit_s, environ))
+            warm, log = record.state(step) == "not started", record.out / "logs" / f"{step.name}.log"
+            record.keep(step, run_step(step, log, limit_s, launcher, warm))
+            if step.name == "card" and record.state(step) == "failed":
+                launcher.forks = False
+                record.keep(step, run_step(step, log, limit_s, launcher, False))
         if record.state(step) == "interrupted":
             return
 
@@ -138,18 +148,16 @@ def wants_large(chosen: Sequence[Step], record: Record, place: Place) -> bool:
     return any(step.is_large and not record.passed(step) and not refusal(step, record, place) for step in chosen)
 
 
-def run_step(step: Step, log: Path, limit_s: float, environ: Mapping[str, str]) -> dict[str, Any]:
+def run_step(step: Step, log: Path, limit_s: float, launcher: Launcher, warm: bool) -> dict[str, Any]:
     """Run a step until it ends or has used up its time; what is to be known about it."""
-    started, cpu_s, state = time.monotonic(), children_cpu_s(), ""
+    started, state = time.monotonic(), ""
     with open(log, "w") as output:
-        process = subprocess.Popen(
-            step.command, cwd=REPOSITORY, env=dict(environ), stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            process.wait(limit_s)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
-            state = "interrupted" if isinstance(reason, KeyboardInterrupt) else "cut off"
-            stop(process)
+        process = launcher.start(step.command, warm=warm and step.warm, stdout=output.fileno())
+    try:
+        process.wait(limit_s)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
+        state = "interrupted" if isinstance(reason, KeyboardInterrupt) else "cut off"
+        stop(process)
     tail = log.read_text(errors="replace").splitlines()[-TAIL:]
     why = next((line.removeprefix("error: ") for line in reversed(tail) if line.startswith("error: ")), "")
     if not state:
@@ -159,7 +167,7 @@ def run_step(step: Step, log: Path, limit_s: float, environ: Mapping[str, str]) 
         "state": state,
         "rc": process.returncode,
         "seconds": round(time.monotonic() - started, 1),
-        "cpu_s": round(children_cpu_s() - cpu_s, 1),
+        "cpu_s": round(process.cpu_s, 1),
         "command": list(step.command),
         "result": step.read("\n".join(tail)),
         "why": why,
@@ -167,19 +175,13 @@ def run_step(step: Step, log: Path, limit_s: float, environ: Mapping[str, str]) 
     }
 
 
-def children_cpu_s() -> float:
-    """Processor seconds of all that has been started and has ended: what a busy machine does not change."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: Started) -> None:
     """Ask the step to end, which keeps what a benchmark has measured; then end it, and all that it started."""
-    os.killpg(process.pid, signal.SIGTERM)
+    process.send(signal.SIGTERM)
     try:
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.send(signal.SIGKILL)
         process.wait()
 
 

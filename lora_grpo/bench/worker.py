@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -92,11 +92,12 @@ def _own(folder: str) -> str:
     return os.path.join(folder, str(os.getpid()))
 
 
-def serve(reply_fd: int) -> None:
-    """Answer until stdin ends."""
+def serve(requests: Iterable[str], reply_fd: int) -> None:
+    """Answer until there are no more requests."""
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     worker = Worker()
     with os.fdopen(reply_fd, "w") as replies:
-        for line in sys.stdin:
+        for line in requests:
             print(json.dumps(_reply(worker, json.loads(line))), file=replies, flush=True)
     worker.close()
 
@@ -117,5 +118,4 @@ def _die_with(parent: int) -> None:
 
 if __name__ == "__main__":
     sys.path.append(os.getcwd())
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-    serve(int(sys.argv[1]))
+    serve(sys.stdin, int(sys.argv[1]))
