@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 from lora_grpo.errors import ConfigError
@@ -71,17 +72,41 @@ class Sampling:
     first_prompt: int = 0
 
     def __post_init__(self) -> None:
-        bounds = {
-            "n": (self.n >= 1, "at least 1"),
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
-        }
-        for name, (holds, needed) in bounds.items():
+        whole, real = ("n", "max_tokens", "top_k", "first_prompt"), ("temperature", "top_p", "min_p")
+        self._check(
+            {
+                **{name: (_is(getattr(self, name), Integral), "a whole number") for name in whole},
+                **{name: (_is(getattr(self, name), Real), "a number") for name in real},
+                "seed": (self.seed is None or _is(self.seed, Integral), "a whole number or None"),
+                "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
+                "stop": (_all_are(self.stop, str), "a tuple of strings, such as ('\\n',)"),
+                "stop_token_ids": (_all_are(self.stop_token_ids, Integral), "a tuple of token ids, such as (2,)"),
+            }
+        )
+        self._check(
+            {
+                "n": (self.n >= 1, "at least 1"),
+                "max_tokens": (self.max_tokens >= 1, "at least 1"),
+                "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+                "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+                "top_k": (self.top_k >= 0, "0 (off) or more"),
+                "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
+            }
+        )
+
+    def _check(self, rules: Mapping[str, tuple[bool, str]]) -> None:
+        for name, (holds, needed) in rules.items():
             if not holds:
-                raise ConfigError(f"Sampling.{name}={getattr(self, name)} must be {needed}")
+                raise ConfigError(f"Sampling.{name}={getattr(self, name)!r} must be {needed}")
+
+
+def _is(value: object, kind: type) -> bool:
+    """True and False are no numbers here."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _all_are(values: object, kind: type) -> bool:
+    return isinstance(values, list | tuple) and all(_is(value, kind) for value in values)
 
 
 @dataclass(frozen=True, slots=True)

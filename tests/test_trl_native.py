@@ -488,6 +488,15 @@ REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "repetition penalty": ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
     "greedy": ({"temperature": 0.0}, "temperature=0.0: the completions of a group would all be the same"),
     "unknown sampling": ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "logit_bias"),
+    "a stop that is none": (
+        {"generation_kwargs": {"stop": 3}},
+        r"generation_kwargs=\{'stop': 3\}: Sampling.stop=3 must be",
+    ),
+    "stop ids": ({"generation_kwargs": {"stop_token_ids": ["a"]}}, r"Sampling.stop_token_ids=\['a'\] must be a tuple"),
+    "tokens": ({"generation_kwargs": {"max_tokens": "8"}}, "Sampling.max_tokens='8' must be a whole number"),
+    "no dict of sampling": ({"generation_kwargs": ["stop"]}, r"generation_kwargs=\['stop'\]: only max_tokens"),
+    "a temperature in words": ({"temperature": "hot"}, "Sampling.temperature='hot' must be a number"),
+    "tensor parallel in words": ({"vllm_tensor_parallel_size": "2"}, "vllm_tensor_parallel_size='2'"),
 }
 
 
@@ -531,6 +540,30 @@ def test_refused_adapters(name: str, llama_dir: Path, tmp_path: Path, monkeypatc
     with pytest.raises((ConfigError, UnsupportedAdapter), match=message) as caught:
         native_trainer(str(llama_dir), arguments(tmp_path), peft_config=peft_config)
     assert isinstance(caught.value, LoraGrpoError)
+
+
+def test_arguments_of_the_wrong_type(llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before TRL loads the base."""
+    monkeypatch.setattr("lora_grpo.integrations.trl_internals.HookedTrainer.__init__", None)
+    adapter, args = LoraConfig(**LORA), arguments(tmp_path)
+    wrong: dict[str, tuple[dict[str, Any], str]] = {
+        "keep": ({"keep": "all"}, r"keep='all' must be a KeepConfig, such as KeepConfig\(on_tmpfs=8\)"),
+        "engine_args": ({"engine_args": [1]}, r"engine_args=\[1\] must be a dict of VLLMEngine's keywords"),
+        "its keys": ({"engine_args": {3: 1}}, "engine_args={3: 1} must be a dict"),
+        "run_dir": ({"run_dir": 3}, "run_dir=3 must be a directory"),
+        "store_root": ({"store_root": ["a"]}, r"store_root=\['a'\] must be a directory"),
+        "peft_config": ({"peft_config": {"r": 8}}, "peft_config is a dict"),
+    }
+    for given, message in wrong.values():
+        with pytest.raises((ConfigError, UnsupportedAdapter), match=message):
+            native_trainer(str(llama_dir), args, **{"peft_config": adapter, **given})
+    with pytest.raises(ConfigError, match="model=3 must be a name, a directory or a model"):
+        native_trainer(3, args, peft_config=adapter)
+    with pytest.raises(ConfigError, match=r"args=\{'use_vllm': True\} must be a trl.GRPOConfig"):
+        native_trainer(str(llama_dir), {"use_vllm": True}, peft_config=adapter)
+    model = load_model(llama_dir)
+    with pytest.raises(ConfigError, match="has no layer 'vproj'; did you mean 'v_proj'"):
+        native_trainer(model, args, peft_config=LoraConfig(r=8, target_modules=["q_proj", "vproj"]))
 
 
 def test_refused_places_and_settings(

@@ -30,7 +30,7 @@ from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo.reach import Reach
 from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, generation_by
-from lora_grpo.integrations.trl_settings import Given, check_arguments, check_reference, check_targets
+from lora_grpo.integrations.trl_settings import Given, check_arguments, check_own, check_reference
 from lora_grpo.metrics import check_folder
 from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.rollback import RollbackReport, Target
@@ -177,15 +177,16 @@ class NativeGRPOTrainer(HookedTrainer):
         Raises `ConfigError` or `UnsupportedAdapter`, with the alternative, for what cannot work without merging, and
         `DeliveryError` when the probe does not arrive.
         """
+        check_own(model, keep, engine_args, {"run_dir": run_dir, "store_root": store_root})
         check_arguments(args, named.get("peft_config"))
+        said = {name: (args.model_init_kwargs or {}).get(name) for name in ("revision", "trust_remote_code")}
         if isinstance(model, str | Path):
-            said = {name: (args.model_init_kwargs or {}).get(name) for name in ("revision", "trust_remote_code")}
             check_is_base(model, revision=said["revision"])
-            if named.get("peft_config") is not None:
-                given_model = ModelConfig(name=str(model), **{k: v for k, v in said.items() if v is not None})
-                adapted_leaves(given_model, named["peft_config"])
+        checkpoint = str(model) if isinstance(model, str | Path) else getattr(model, "name_or_path", "")
+        if checkpoint and named.get("peft_config") is not None:
+            known = {name: value for name, value in said.items() if value is not None}
+            adapted_leaves(ModelConfig(name=checkpoint, **known), named["peft_config"])
         check_reference(model, args)
-        check_targets(model, args, named.get("peft_config"))
         self._closing = ExitStack()
 
         folder = Path(run_dir or Path(args.output_dir) / "native")

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import TrainingArguments
 
 from lora_grpo.adapters.quantized import scheme_of
-from lora_grpo.config import GRPOConfig
-from lora_grpo.engines.local.targets import checkpoint_config
+from lora_grpo.config import GRPOConfig, KeepConfig
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
-from lora_grpo.trainer.models import ALL_LINEAR
 from lora_grpo.types import Sampling
 
 _SAMPLED_WITH = (
@@ -37,12 +36,15 @@ def check_arguments(args: Any, peft_config: Any) -> None:
         raise ConfigError(
             "args is lora_grpo's GRPOConfig, which lora_grpo.GRPOTrainer takes; pass a trl.GRPOConfig here"
         )
+    if not isinstance(args, TrainingArguments | None):
+        raise ConfigError(f"args={args!r} must be a trl.GRPOConfig")
     if args is None or not args.use_vllm or args.vllm_mode != "colocate":
         found = "args=None" if args is None else f"use_vllm={args.use_vllm}, vllm_mode={args.vllm_mode!r}"
         raise ConfigError(
             f"{found}: versions are served by a vLLM in this process; set use_vllm=True, vllm_mode='colocate' (for a "
             "server, publish with lora_grpo.integrations.callback)"
         )
+    _check_sampling(args)
     for name, (stands_against, reason) in _refused(args).items():
         if stands_against:
             raise ConfigError(f"{name}={getattr(args, name)!r}: {reason}")
@@ -69,15 +71,21 @@ def check_reference(model: Any, args: Any) -> None:
         )
 
 
-def check_targets(model: Any, args: Any, peft_config: Any) -> None:
-    """Raises `ConfigError` for an adapter without target modules on a model of which PEFT knows none."""
-    if peft_config is None or peft_config.target_modules or peft_config.target_parameters:
-        return
-    kwargs = args.model_init_kwargs or {}
-    known = {key: kwargs[key] for key in ("revision", "trust_remote_code") if kwargs.get(key)}
-    config = checkpoint_config(model, **known) if isinstance(model, str | Path) else model.config
-    if config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        raise ConfigError(f"PEFT has no default target_modules for {config.model_type}: name them; {ALL_LINEAR}")
+def check_own(model: Any, keep: Any, engine_args: Any, places: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for a value of the wrong type among the arguments that TRL does not look at."""
+    rules = {
+        "model": (isinstance(model, str | Path | nn.Module), model, "a name, a directory or a model"),
+        "keep": (isinstance(keep, KeepConfig | None), keep, "a KeepConfig, such as KeepConfig(on_tmpfs=8)"),
+        "engine_args": (
+            isinstance(engine_args, Mapping | None) and all(isinstance(name, str) for name in engine_args or ()),
+            engine_args,
+            "a dict of VLLMEngine's keywords, such as {'max_loras': 2}",
+        ),
+        **{name: (isinstance(place, str | Path | None), place, "a directory") for name, place in places.items()},
+    }
+    for name, (holds, value, needed) in rules.items():
+        if not holds:
+            raise ConfigError(f"{name}={value!r} must be {needed}")
 
 
 def _refused(args: Any) -> dict[str, tuple[bool, str]]:
@@ -86,10 +94,14 @@ def _refused(args: Any) -> dict[str, tuple[bool, str]]:
             args.world_size > 1,
             "one process trains and serves its own engine; launch it without torchrun",
         ),
+        "model_init_kwargs": (
+            not isinstance(args.model_init_kwargs or {}, Mapping),
+            "keywords of from_pretrained as a dict, such as {'dtype': 'float32'}",
+        ),
         "deepspeed": (bool(args.deepspeed), "its optimizer cannot be rolled back; leave it out"),
         "fsdp": (bool(args.fsdp), "one process trains and serves its own engine; leave it out"),
         "vllm_tensor_parallel_size": (
-            args.vllm_tensor_parallel_size > 1,
+            args.vllm_tensor_parallel_size != 1,
             "the proofs read the adapter slots of one worker; set it to 1",
         ),
         "vllm_enable_sleep_mode": (
@@ -121,11 +133,30 @@ def _refused(args: Any) -> dict[str, tuple[bool, str]]:
             args.repetition_penalty != 1.0,
             "the sampled distribution would not be the trained one; set it to 1.0",
         ),
-        "generation_kwargs": (
-            not set(args.generation_kwargs or {}) <= set(_SAMPLED_WITH),
-            f"only {', '.join(_SAMPLED_WITH)} can be given here",
-        ),
     }
+
+
+def _check_sampling(args: Any) -> None:
+    """Raises `ConfigError` for settings that `Sampling` cannot take."""
+    given = args.generation_kwargs or {}
+    if not isinstance(given, Mapping) or not set(given) <= set(_SAMPLED_WITH):
+        raise ConfigError(f"generation_kwargs={given!r}: only {', '.join(_SAMPLED_WITH)} can be given here")
+    Sampling(
+        args.num_generations, args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p or 0
+    )
+    try:
+        Sampling(**_as_tuples(given))
+    except ConfigError as error:
+        raise ConfigError(f"generation_kwargs={given!r}: {error}") from None
+
+
+def _as_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`Sampling`'s fields, of what vLLM takes for stops: one string alone, a list, None."""
+    made = dict(fields)
+    for name in made.keys() & {"stop", "stop_token_ids"}:
+        value = made[name]
+        made[name] = (value,) if isinstance(value, str) else () if value is None else value
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +185,9 @@ class Given:
             "seed": self.seed,
             **(given["generation_kwargs"] or {}),
         }
-        stop, ids = fields.get("stop") or (), tuple(fields.get("stop_token_ids") or ())
-        fields["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-        fields["stop_token_ids"] = ids if fields.get("ignore_eos") else (*ids, *self.end_tokens)
+        fields = _as_tuples(fields)
+        if not fields.get("ignore_eos"):
+            fields["stop_token_ids"] = (*fields.get("stop_token_ids", ()), *self.end_tokens)
         return Sampling(**fields)
 
     def engine_args(self, rank: int, others: Mapping[str, Any]) -> dict[str, Any]:
