@@ -219,6 +219,20 @@ def broken_adapters(seed: int, adapters: int = 1835) -> Outcome:
     return Outcome("broken adapters", adapters, [json.dumps(fault) for fault in result["wrong"]], result["table"])
 
 
+def spoiled_files(seed: int) -> Outcome:
+    """Every file of a trained run, spoiled in every way: what each command makes of it."""
+    from tests.crash.damage import KINDS, attack, files, trained
+
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-attack-") as folder,
+        trained(Path(folder)) as run,
+    ):
+        tries = [(name, kind) for name in files(run) for kind in KINDS]
+        result = attack(run, seed, tries)
+    faults = [json.dumps(fault) for fault in result["wrong"]]
+    return Outcome("spoiled files of a run, six commands", sum(result["table"].values()), faults, result["table"])
+
+
 # The engine
 
 
@@ -334,7 +348,15 @@ def _interrupted(call: Callable[[], Any], after_s: float) -> bool:
     return not ended
 
 
-ATTACKS = (idle_connections, endless_header, stopped_at_calls, broken_adapters, two_threads, interrupts)
+ATTACKS = (
+    idle_connections,
+    endless_header,
+    stopped_at_calls,
+    broken_adapters,
+    spoiled_files,
+    two_threads,
+    interrupts,
+)
 
 
 def main() -> int:

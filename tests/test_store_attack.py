@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from lora_grpo.adapters.peft_read import read_rounded
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError, StoreCorrupt
 from tests.crash.attack import SCENARIOS, attack, fuzz
+from tests.crash.damage import KINDS, files, trained
+from tests.crash.damage import attack as spoil_all
 from tests.fuzzed_adapters import fuzzed, sound, weights
 
 
@@ -27,6 +30,19 @@ def test_broken_adapters_are_refused_by_name(shm_dir: Path) -> None:
     assert not result["wrong"]
     assert result["table"]["refused: DeliveryError"] > 300
     assert result["table"]["opened: still in serving form"] > 5
+
+
+def test_a_spoiled_file_is_told_of_or_does_no_harm(shm_dir: Path) -> None:
+    """A few files and damages of each kind, by chance; and what is another version than it should be is seen."""
+    with trained(shm_dir) as run:
+        tries = [(name, kind) for name in files(run) for kind in KINDS]
+        result = spoil_all(run, 5, random.Random(5).sample(tries, 20))
+        assert not result["wrong"]
+        assert all(result["table"][f"{name} 0"] for name in ("versions", "show", "export", "rollback", "train"))
+        assert result["table"]["verify 1"] > 3
+        run.exports, run.served = {number: [] for number in run.exports}, dict.fromkeys(run.served, b"")
+        seen = spoil_all(run, 5, [("plot.png", "flip"), ("plot.png", "empty")])["wrong"]
+        assert [fault["command"] for fault in seen] == ["export", "rollback", "export", "train"]
 
 
 @pytest.fixture
