@@ -29,7 +29,6 @@ with GRPOTrainer(
         per_device_train_batch_size=16,  # times gradient_accumulation_steps, 8: completions in a step
         max_completion_length=512,  # tokens
         learning_rate=2e-5,
-        gradient_checkpointing=True,
     ),
     load_dataset("openai/gsm8k", "main", split="train").map(as_chat),
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
