@@ -559,6 +559,12 @@ def test_arguments_of_the_wrong_type(llama_dir: Path, tmp_path: Path, monkeypatc
             native_trainer(str(llama_dir), args, **{"peft_config": adapter, **given})
     with pytest.raises(ConfigError, match="model=3 must be a name, a directory or a model"):
         native_trainer(3, args, peft_config=adapter)
+    for rewards in (3, [even, None], (even,)):
+        with pytest.raises(ConfigError, match=r"reward_funcs=.* must be a function, a reward model, its name"):
+            NativeGRPOTrainer(str(llama_dir), rewards, args, peft_config=adapter)
+    for rows in ([{"prompt": "a"}], "rows.jsonl"):
+        with pytest.raises(ConfigError, match=r"train_dataset=.*Dataset.from_list\(rows\)"):
+            NativeGRPOTrainer(str(llama_dir), even, args, rows, peft_config=adapter)
     with pytest.raises(ConfigError, match=r"args=\{'use_vllm': True\} must be a trl.GRPOConfig"):
         native_trainer(str(llama_dir), {"use_vllm": True}, peft_config=adapter)
     model = load_model(llama_dir)

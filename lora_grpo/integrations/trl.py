@@ -30,7 +30,7 @@ from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo.reach import Reach
 from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, generation_by
-from lora_grpo.integrations.trl_settings import Given, check_arguments, check_own, check_reference
+from lora_grpo.integrations.trl_settings import Given, check_arguments, check_reference, check_types
 from lora_grpo.metrics import check_folder
 from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.rollback import RollbackReport, Target
@@ -177,7 +177,9 @@ class NativeGRPOTrainer(HookedTrainer):
         Raises `ConfigError` or `UnsupportedAdapter`, with the alternative, for what cannot work without merging, and
         `DeliveryError` when the probe does not arrive.
         """
-        check_own(model, keep, engine_args, {"run_dir": run_dir, "store_root": store_root})
+        dataset = named.get("train_dataset", next(iter(others), None))
+        places = {"run_dir": run_dir, "store_root": store_root}
+        check_types(model, reward_funcs, dataset, keep, engine_args, places)
         check_arguments(args, named.get("peft_config"))
         said = {name: (args.model_init_kwargs or {}).get(name) for name in ("revision", "trust_remote_code")}
         if isinstance(model, str | Path):

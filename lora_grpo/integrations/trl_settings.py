@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch import nn
 from transformers import TrainingArguments
@@ -71,10 +73,22 @@ def check_reference(model: Any, args: Any) -> None:
         )
 
 
-def check_own(model: Any, keep: Any, engine_args: Any, places: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for a value of the wrong type among the arguments that TRL does not look at."""
+def check_types(model: Any, rewards: Any, dataset: Any, keep: Any, engine_args: Any, places: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for an argument of the wrong type: TRL ends in a traceback, some of ours after the base is
+    loaded."""
+    sources = rewards if isinstance(rewards, list) else [] if rewards is None else [rewards]
     rules = {
         "model": (isinstance(model, str | Path | nn.Module), model, "a name, a directory or a model"),
+        "reward_funcs": (
+            all(callable(source) or isinstance(source, str) for source in sources),
+            rewards,
+            "a function, a reward model, its name, or a list of these",
+        ),
+        "train_dataset": (
+            isinstance(dataset, Dataset | IterableDataset | torch.utils.data.Dataset | None),
+            dataset,
+            "a datasets.Dataset, such as Dataset.from_list(rows)",
+        ),
         "keep": (isinstance(keep, KeepConfig | None), keep, "a KeepConfig, such as KeepConfig(on_tmpfs=8)"),
         "engine_args": (
             isinstance(engine_args, Mapping | None) and all(isinstance(name, str) for name in engine_args or ()),
@@ -85,7 +99,7 @@ def check_own(model: Any, keep: Any, engine_args: Any, places: Mapping[str, Any]
     }
     for name, (holds, value, needed) in rules.items():
         if not holds:
-            raise ConfigError(f"{name}={value!r} must be {needed}")
+            raise ConfigError(f"{name}={value!r:.200} must be {needed}")
 
 
 def _refused(args: Any) -> dict[str, tuple[bool, str]]:
