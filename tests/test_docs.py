@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def test_what_is_named_exists(path: Path) -> None:
     assert set(re.findall(rf"`((?:{sections})\.[a-z_]+)\b(?!\()", text)) <= {*SETTINGS, "engine.log"}
     for name in re.findall(r"`((?:lora_grpo|tests|benchmarks|examples)/[\w/]+(?:\.\w+)?)", text):
         assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+@each_page
+def test_settings_and_programs_of_a_page_can_be_read(path: Path) -> None:
+    for kind, block in re.findall(r"^```(python|toml)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE):
+        if kind == "toml":
+            sections = {name: value for name, value in tomllib.loads(block).items() if isinstance(value, dict)}
+            assert {f"{name}.{key}" for name, values in sections.items() for key in values} <= SETTINGS
+        elif path != PAGE:
+            compile(block, str(path), "exec")
 
 
 def test_every_error_is_explained() -> None:

@@ -1,6 +1,6 @@
 """The command line: parsing, printing and exit codes; the work is done by the rooms below.
 
-A command is a function in the file of its subject, and an entry in `COMMANDS`. Commands import what they run inside the
+A command is a function in the file of its subject, and an entry in `GROUPS`. Commands import what they run inside the
 function, so that `lora-grpo --help` loads neither torch nor vllm.
 
 Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of
@@ -36,25 +36,23 @@ from lora_grpo.cli.verify import verify
 from lora_grpo.cli.versions import show, versions
 from lora_grpo.errors import LoraGrpoError
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "check": check,
-    "train": train,
-    "eval": evaluate,
-    "versions": versions,
-    "show": show,
-    "rollback": rollback,
-    "pin": pin,
-    "unpin": unpin,
-    "prune": prune,
-    "verify": verify,
-    "diff": diff,
-    "compare": compare,
-    "export": export,
-    "serve": serve,
-    "store-server": store_server,
-    "bench": bench,
-    "demo": demo,
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Train": {"check": check, "train": train, "eval": evaluate, "demo": demo},
+    "Versions of a run": {
+        "versions": versions,
+        "show": show,
+        "rollback": rollback,
+        "diff": diff,
+        "compare": compare,
+        "export": export,
+        "pin": pin,
+        "unpin": unpin,
+        "prune": prune,
+        "verify": verify,
+    },
+    "Serve and measure": {"serve": serve, "store-server": store_server, "bench": bench},
 }
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 class _Commands(TyperGroup):
@@ -73,6 +71,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     help="GRPO for LoRA adapters on vLLM, without ever merging.",
+    epilog="A first run, no GPU needed: lora-grpo demo. Your own: lora-grpo check run.toml, lora-grpo train run.toml.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -95,8 +94,9 @@ def _root(
     pass
 
 
-for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+for _group, _commands in GROUPS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_group)(_command)
 
 
 def main() -> None:
