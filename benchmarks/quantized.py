@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--schemes", default=",".join(REWRITES))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    about, rows = provenance("-m benchmarks.quantized"), []
+    about, rows = provenance("-m", "benchmarks.quantized"), []
     for seed in range(options.seeds):
         for scheme in options.schemes.split(","):
             with tempfile.TemporaryDirectory(prefix="lora-grpo-quantized-") as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +206,14 @@ def test_a_run_is_refused_before_its_engine_starts(
         plan(blocks.replace(quantization="nf4"), lora, EngineConfig(max_model_len=64), False, ROW, None)
     with pytest.raises(ConfigError, match=r"quantization='fp8' is not proven .* set 'nf4'"):
         VLLMEngine(plain_dir, quantization="fp8")
+    with pytest.raises(ConfigError, match=r"vLLM quantizes the experts of .* too, and transformers does not; leave"):
+        served_scheme(build("qwen3_moe", tmp_path / "mixture"), "nf4")
+    config = json.loads((plain_dir / "config.json").read_text())
+    already = {**config, "quantization_config": {"quant_method": "bitsandbytes", **NF4}}
+    (tmp_path / "already").mkdir()
+    (tmp_path / "already" / "config.json").write_text(json.dumps(already))
+    with pytest.raises(ConfigError, match=r"is in nf4 already, .* name the unquantized checkpoint, with quantiz"):
+        served_scheme(tmp_path / "already", None)
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes and vllm_bnb_plugin: pip install 'lora-grpo\[quant"):
         served_scheme(plain_dir, "nf4")

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lora_grpo.adapters.quantized import Scheme, scheme_of
-from lora_grpo.engines.local.targets import checkpoint_config
+from lora_grpo.engines.local.targets import EXPERTS, checkpoint_config, skeleton
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 
 _PACKAGES = {"nf4": ("bitsandbytes", "vllm_bnb_plugin"), "w4a16": ("compressed_tensors",)}
@@ -36,6 +36,16 @@ def served_scheme(
             f"quantization={asked!r}: {model} is {own} already; leave it out, or name an unquantized checkpoint"
         )
     scheme: Scheme | None = own if wanted is None else "nf4"
+    if own == "nf4":
+        raise ConfigError(
+            f"{model} is in nf4 already, and vLLM's loader rounds the offset of its scales, so it would compute with "
+            "other values than the trainer: name the unquantized checkpoint, with quantization='nf4'"
+        )
+    if scheme == "nf4" and _has_experts(model, revision, trust_remote_code):
+        raise ConfigError(
+            f"quantization='nf4': vLLM quantizes the experts of {model} too, and transformers does not; leave it out, "
+            "or choose a base without experts"
+        )
     missing = [name for name in _PACKAGES.get(scheme or "", ()) if find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -43,3 +53,8 @@ def served_scheme(
             f"pip install --no-deps {' '.join(missing)}, as the plugin would bring the CUDA build"
         )
     return scheme
+
+
+def _has_experts(model: str | Path, revision: str | None, trust_remote_code: bool) -> bool:
+    built = skeleton(model, revision=revision, trust_remote_code=trust_remote_code)
+    return any(EXPERTS in name.split(".") for name, _ in built.named_modules())
