@@ -137,6 +137,20 @@ def test_a_card_that_fails_is_tried_without_forks(
     assert (tries.read_text(), forks) == ("xx", [True, False, False])
 
 
+def test_only_what_failed_before_is_a_fresh_python(
+    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was cut off goes on as it began: importing anew would cost it ten seconds more."""
+    plan_of(run, monkeypatch, card=CARD, parity="pass", large="pass", demo="pass")
+    (tmp_path / "steps").mkdir()
+    for name, state in (("parity", "failed"), ("large", "cut off")):
+        (tmp_path / "steps" / f"{name}.json").write_text(json.dumps({"state": state}))
+    warm, step = {}, run.run_step
+    monkeypatch.setattr(run, "run_step", lambda *given: warm.update({given[0].name: given[4]}) or step(*given))
+    assert call(run, tmp_path) == 0
+    assert warm == {"card": True, "parity": False, "large": True, "demo": True}
+
+
 FIGURES = """
 import sys, time
 sys.path[:0] = [{scripts!r}, {repository!r}]

@@ -122,7 +122,7 @@ def go_through(
         if why := refusal(step, record, place):
             record.keep(step, {"state": "refused", "seconds": 0.0, "why": why})
         elif limit_s > LEAST_S:
-            warm, log = record.state(step) == "not started", record.out / "logs" / f"{step.name}.log"
+            warm, log = record.state(step) != "failed", record.out / "logs" / f"{step.name}.log"
             record.keep(step, run_step(step, log, limit_s, launcher, warm))
             if step.name == "card" and record.state(step) == "failed":
                 launcher.forks = False
