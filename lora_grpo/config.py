@@ -31,7 +31,10 @@ class GRPOConfig(Section):
     )
     per_device_train_batch_size: int = Field(8, ge=1, description="completions in a micro-batch, on each process")
     max_tokens_per_micro_batch: int | None = Field(
-        None, ge=1, description="most tokens in a micro-batch, instead of per_device_train_batch_size completions"
+        None,
+        ge=1,
+        description="most tokens in a micro-batch, instead of per_device_train_batch_size completions; default on "
+        "CUDA: what so many of the longest ones take, as found at the run's first start",
     )
     gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches in one optimizer update")
     num_iterations: int = Field(1, ge=1, description="passes over each rollout batch")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lora_grpo.adapters.store import AdapterStore
@@ -81,6 +82,39 @@ def test_a_start_that_failed_does_not_block_the_corrected_command(
         trainer.train()
     with pytest.raises(ConfigError, match="holds a run already"):
         build_trainer(settings)
+
+
+def test_on_cuda_micro_batches_are_cut_by_tokens_found_at_the_first_start(
+    settings: RunConfig, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And kept by resume, from whatever settings: bits depend on the cut."""
+
+    def trainer(model: Any, rewards: Any, config: Any, *_: Any, run_dir: str, **__: Any) -> Any:
+        return tiny_trainer(llama_dir, fake_engine(llama_dir), Path(run_dir), config)
+
+    def checkpoints(*arguments: Any) -> bool:
+        counted.append(arguments[2].rows)
+        return False
+
+    counted: list[int] = []
+    monkeypatch.setattr(build, "GRPOTrainer", trainer)
+    monkeypatch.setattr("lora_grpo.trainer.assembly.checkpoints", checkpoints)
+    with monkeypatch.context() as gpu:
+        gpu.setattr("lora_grpo.trainer.assembly.default_device", lambda: torch.device("cuda"))
+        with build_trainer(settings) as trained:
+            trained.train()
+    found = load_config(settings.output_dir).grpo.max_tokens_per_micro_batch
+    assert found is not None
+    rows = settings.grpo.per_device_train_batch_size
+    assert found % rows == 0
+    assert found > rows * settings.grpo.max_completion_length
+    with build_trainer(settings, resume=True) as trained:
+        assert trained.policy.config.max_tokens_per_micro_batch == found
+    assert load_config(settings.output_dir).grpo.max_tokens_per_micro_batch == found
+    other = settings.replace(grpo=settings.grpo.replace(max_tokens_per_micro_batch=7))
+    with build_trainer(other, resume=True) as trained:
+        assert trained.policy.config.max_tokens_per_micro_batch == 7
+    assert counted == [rows, rows, 1]  # what memory is planned for
 
 
 @pytest.mark.parametrize(

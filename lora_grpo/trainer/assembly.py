@@ -31,6 +31,7 @@ from lora_grpo.trainer.models import (
     build_engine,
     build_policy_model,
     check_same_device,
+    default_device,
     shared_base,
 )
 from lora_grpo.trainer.planning import Plan, checkpoints, plan
@@ -74,7 +75,8 @@ def assemble(
 ) -> Parts:
     """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
 
-    `batch` is the largest that the trainer computes at a time.
+    `batch` is the largest that the trainer computes at a time. On CUDA as many tokens make every micro-batch, so that
+    shorter rows fill it too.
 
     With several processes, each builds its own; only the store, `tokenizer`, and an engine that is servers, are the
     first one's. What fails in one of them fails in all.
@@ -90,7 +92,10 @@ def assemble(
         planned = processes.each(lambda: plan(model, peft_config, sized, share_base_weights, batch, twice))
         start = _prepared(reporter, model, sized, share_base_weights, planned)
         twice = planned.checkpointing
-    config = config.replace(gradient_checkpointing=any(processes.gather(twice)))
+    most = config.max_tokens_per_micro_batch
+    if most is None and default_device().type == "cuda":
+        most = batch.rows * batch.length
+    config = config.replace(gradient_checkpointing=any(processes.gather(twice)), max_tokens_per_micro_batch=most)
     store = processes.each(lambda: _open_store(closing, crew, store_root, run_dir, keep, engine_config))
     if given:
         engine = None if engine is None else taken_over(closing, engine, config, built=False)

@@ -25,7 +25,10 @@ from lora_grpo.trainer.guards import build_guard
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
     """The trainer of a run. Its resolved settings are written to the run directory last, once nothing is refused."""
     run_dir = Path(config.output_dir)
-    Processes(launched(config.grpo.ddp_timeout)).first(lambda: _check_run(config, run_dir, resume=resume))
+    processes = Processes(launched(config.grpo.ddp_timeout))
+    processes.first(lambda: _check_run(config, run_dir, resume=resume))
+    if resume and config.grpo.max_tokens_per_micro_batch is None:
+        config = _cut_alike(config, processes.first(lambda: _kept_cut(run_dir)))
     train, held_out = load_data(config.data)
     trainer = GRPOTrainer(
         config.model,
@@ -44,7 +47,8 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
     try:
         if resume:
             trainer.resume()
-        trainer.crew.processes.first(lambda: save_config(config, run_dir))
+        resolved = _cut_alike(config, trainer.policy.config.max_tokens_per_micro_batch)
+        trainer.crew.processes.first(lambda: save_config(resolved, run_dir))
     except BaseException:
         trainer.close()
         raise
@@ -65,6 +69,17 @@ def _check_run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
     if resume and (run_dir / RESOLVED_FILE).is_file() and _holds_run(run_dir):
         _check_same_adapter(load_config(run_dir).lora, config.lora, run_dir)
+
+
+def _kept_cut(run_dir: Path) -> int | None:
+    """Into micro-batches of how many tokens a run's batches are cut, which its bits depend on."""
+    kept = (run_dir / RESOLVED_FILE).is_file()
+    return load_config(run_dir).grpo.max_tokens_per_micro_batch if kept else None
+
+
+def _cut_alike(config: RunConfig, tokens: int | None) -> RunConfig:
+    cut: RunConfig = config.replace(grpo=config.grpo.replace(max_tokens_per_micro_batch=tokens))
+    return cut
 
 
 def _holds_run(run_dir: Path) -> bool:
