@@ -100,9 +100,9 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", FINISHES)
-@pytest.mark.parametrize("tokens", [1, 5, 1000])
-def test_a_chunked_head_is_the_whole_one(kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", tokens * VOCABULARY)
+@pytest.mark.parametrize("block", [(1, 1), (5, 20), (1000, 1000)])
+def test_a_head_by_blocks_is_the_whole_one(kind: str, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(head._BLOCK, "cpu", block)
     inputs = rows()[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -157,7 +157,7 @@ def test_a_cpu_without_bf16_products_makes_none_in_either_direction(monkeypatch:
 
 def test_no_whole_logits_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither forward nor backward."""
-    monkeypatch.setattr(head, "_CHUNK_ELEMENTS", 4 * VOCABULARY)
+    monkeypatch.setitem(head._BLOCK, "cpu", (4, VOCABULARY))
     model, inputs = peft_model("plain"), rows()[0]
     completion_scores(model, inputs, *rows()[1:], 1.0)
     inputs = {name: value.repeat(20, 1) if isinstance(value, Tensor) else value for name, value in inputs.items()}
@@ -205,3 +205,17 @@ def test_a_model_compiled_in_place_gives_whole_logits() -> None:
     model = peft_model("plain")
     model.get_base_model().compile(backend="eager")
     assert head._output_layer(model) is None
+
+
+def test_a_layer_that_computes_otherwise_is_told_and_called_as_it_stands() -> None:
+    """As a quantized one: its weights are no rows of a product."""
+
+    class Doubled(nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return 2 * super().forward(hidden)
+
+    model, inputs = peft_model("plain"), rows()[0]
+    model.get_output_embeddings().__class__ = Doubled
+    with pytest.warns(UserWarning, match="Doubled makes whole logits, which takes memory: it is no plain linear layer"):
+        got = learned(model, fused(1.0), inputs)
+    assert torch.equal(got[0], learned(model, whole(1.0), inputs)[0])

@@ -1,28 +1,30 @@
-"""A model's output layer, a chunk of tokens at a time: log-probs, entropies and gradient without whole logits.
+"""A model's output layer, a block at a time: log-probs, entropies and gradient without whole logits.
 
-Letters: B rows, T scored tokens, N tokens of all rows that are wanted, H hidden size, V vocabulary.
+Letters: B rows, T scored tokens, N tokens of all rows that are wanted, H hidden size, V vocabulary, C a part of it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lora_grpo.grpo.logprobs import token_logprobs
 
-_CHUNK_ELEMENTS = 1 << 24
-"""Logits at a time: 64 MiB of fp32."""
+_BLOCK = {"cpu": (256, 4096), "cuda": (2048, 8192)}
+"""Tokens and entries of the vocabulary at a time: on a CPU what its cache holds, 64 MiB of fp32 on a GPU."""
 
 _CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+_LEAST = -1e4
+"""Nats below the likeliest token that count as never: what is then 0 stays a number when it is multiplied."""
 
 _ROUNDINGS = 2
 """How far a logit may be from what a scale and a cap make of the layer's output, in steps of the largest one."""
@@ -79,14 +81,14 @@ def completion_scores(
 
 @contextmanager
 def _scoring(
-    layer: nn.Module, finish: Finish, ids_BT: Tensor, wanted_BT: Tensor, temperature: float
+    layer: nn.Linear, finish: Finish, ids_BT: Tensor, wanted_BT: Tensor, temperature: float
 ) -> Iterator[list[Tensor]]:
     """What the layer is called on is scored and goes to the list; the layer itself then computes one token."""
     found: list[Tensor] = []
 
-    def score(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def score(layer: nn.Linear, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden_NH = arguments[0][:, -ids_BT.shape[1] - 1 : -1][wanted_BT]
-        head = _Head(_computing(layer), finish, temperature)
+        head = _Head(layer.weight, layer.bias, finish, temperature)
         scores_N: tuple[Tensor, Tensor] = _Scores.apply(hidden_NH, ids_BT[wanted_BT], head)
         for values_N in scores_N:
             empty_BT = torch.zeros(ids_BT.shape, device=values_N.device)
@@ -100,57 +102,66 @@ def _scoring(
         handle.remove()
 
 
-def _computing(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What the layer computes, without its hooks.
-
-    A CPU that has no bf16 products takes up to a hundred times as long for them: there the weights are made fp32 once.
-    """
-    if type(layer) is not nn.Linear or layer.weight.dtype != torch.bfloat16 or layer.weight.is_cuda or _CPU_HAS_BF16:
-        forward: Callable[[Tensor], Tensor] = layer.forward
-        return forward
-    weight_VH, bias_V = layer.weight.float(), None if layer.bias is None else layer.bias.float()
-
-    def product(hidden_NH: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return nn.functional.linear(hidden_NH.float(), weight_VH, bias_V)
-
-    return product
-
-
 @dataclass(frozen=True)
 class _Head:
-    compute: Callable[[Tensor], Tensor]
+    weight_VH: Tensor
+    bias_V: Tensor | None
     finish: Finish
     temperature: float
 
-    def chunk(self, hidden_NH: Tensor, ids_N: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """logp_N, entropy_N and, if asked for, d logp / d hidden, (N, H)."""
-        with torch.set_grad_enabled(gradient):
-            hidden_NH = hidden_NH.detach().requires_grad_(gradient)
-            raw_NV = self.compute(hidden_NH)[:, : self.finish.vocabulary]
-        with torch.no_grad():
-            finished_NV = self.finish(raw_NV.detach().float())
-            slope = self.finish.slope(finished_NV) if gradient else 1.0
-            logits_NV = finished_NV.div_(self.temperature) if self.temperature != 1 else finished_NV
-            logits_NV.sub_(logits_NV.amax(dim=1, keepdim=True))
-            at_N1 = ids_N.unsqueeze(1)
-            chosen_N = logits_NV.gather(1, at_N1).squeeze(1)
-            weights_NV = logits_NV.exp()
-            total_N = weights_NV.sum(dim=1)
-            entropy_N = total_N.log() - torch.linalg.vecdot(weights_NV, logits_NV) / total_N
-            if not entropy_N.isfinite().all():
-                # A token that cannot come: 0 * -inf is no 0.
-                entropy_N = torch.special.entr(weights_NV / total_N.unsqueeze(1)).sum(dim=1)
-            logp_N = chosen_N - total_N.log()
-            if not gradient:
-                return logp_N, entropy_N, None
-            down_NV = weights_NV.div_(-total_N.unsqueeze(1))
-            down_NV.scatter_add_(1, at_N1, torch.ones_like(chosen_N).unsqueeze(1))
-            down_NV.mul_(slope).div_(self.temperature)
-        # Autocast would make a product of fp32 one of bf16 again.
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            (gradient_NH,) = torch.autograd.grad(raw_NV, hidden_NH, down_NV.to(raw_NV.dtype))
-        return logp_N, entropy_N, gradient_NH
+    def score(self, hidden_NH: Tensor, ids_N: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """logp_N, entropy_N and, if asked for, d logp / d hidden, (N, H), in fp32.
+
+        One pass over the vocabulary, as FlashAttention goes over keys (https://arxiv.org/abs/2205.14135): sums are kept
+        relative to the largest logit so far, and shrink when a larger one comes.
+        """
+        lowest = torch.finfo(torch.float32).min
+        largest_N = torch.full(ids_N.shape, lowest, device=hidden_NH.device)
+        total_N, mean_N, chosen_N = torch.zeros((3, *ids_N.shape), device=hidden_NH.device)
+        expected_NH = torch.zeros(hidden_NH.shape, device=hidden_NH.device) if gradient else None
+        for start in range(0, self.finish.vocabulary, self.block(hidden_NH.device.type)[1]):
+            weight_CH, logits_NC = self._logits(hidden_NH, start)
+            slope_NC = self.finish.slope(logits_NC)
+            if self.temperature != 1:
+                logits_NC.div_(self.temperature)
+            here_N = (ids_N >= start) & (ids_N < start + len(weight_CH))
+            at_N1 = (ids_N - start).clamp(0, len(weight_CH) - 1).unsqueeze(1)
+            chosen_N = torch.where(here_N, logits_NC.gather(1, at_N1).squeeze(1), chosen_N)
+            before_N, largest_N = largest_N, torch.maximum(largest_N, logits_NC.amax(dim=1)).clamp(min=lowest)
+            shrink_N = (before_N - largest_N).exp()
+            odds_NC = logits_NC.sub_(largest_N.unsqueeze(1)).clamp_(min=_LEAST).exp()
+            mean_N = shrink_N * (mean_N + (before_N - largest_N).clamp(min=_LEAST) * total_N)
+            mean_N += torch.linalg.vecdot(odds_NC, logits_NC)
+            total_N = shrink_N * total_N + odds_NC.sum(dim=1)
+            if expected_NH is not None:
+                if isinstance(slope_NC, Tensor) or slope_NC != 1:
+                    odds_NC.mul_(slope_NC)
+                expected_NH.mul_(shrink_N.unsqueeze(1)).add_(odds_NC.to(weight_CH.dtype) @ weight_CH)
+        logp_N, entropy_N = chosen_N - largest_N - total_N.log(), total_N.log() - mean_N / total_N
+        if expected_NH is None:
+            return logp_N, entropy_N, None
+        own_NH = self.weight_VH[ids_N].float() * self._slope_at(chosen_N)
+        return logp_N, entropy_N, own_NH.sub_(expected_NH.div_(total_N.unsqueeze(1))).div_(self.temperature)
+
+    @staticmethod
+    def block(device: str) -> tuple[int, int]:
+        return _BLOCK.get(device, _BLOCK["cuda"])
+
+    def _logits(self, hidden_NH: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The weights of a part of the vocabulary, and the model's logits of it, in fp32.
+
+        A CPU without bf16 products takes up to a hundred times as long for them as for fp32.
+        """
+        stop = min(start + self.block(hidden_NH.device.type)[1], self.finish.vocabulary)
+        weight_CH, bias_C = self.weight_VH[start:stop], None if self.bias_V is None else self.bias_V[start:stop]
+        if not (weight_CH.is_cuda or _CPU_HAS_BF16):
+            weight_CH, bias_C = weight_CH.float(), None if bias_C is None else bias_C.float()
+        raw_NC = nn.functional.linear(hidden_NH.to(weight_CH.dtype), weight_CH, bias_C)
+        return weight_CH, self.finish(raw_NC.float())
+
+    def _slope_at(self, logits_N: Tensor) -> Tensor | float:
+        slope = self.finish.slope(logits_N * self.temperature)
+        return slope.unsqueeze(1) if isinstance(slope, Tensor) else slope
 
 
 class _Scores(torch.autograd.Function):
@@ -159,14 +170,16 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, ids_N: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
         gradient = bool(ctx.needs_input_grad[0])
-        tokens = max(1, _CHUNK_ELEMENTS // head.finish.vocabulary)
+        tokens, _ = head.block(hidden_NH.device.type)
         logp_N, entropy_N = torch.empty((2, len(ids_N)), device=hidden_NH.device)
         slope_NH = torch.empty_like(hidden_NH) if gradient else None
-        for start in range(0, len(ids_N), tokens):
-            here = slice(start, start + tokens)
-            logp_N[here], entropy_N[here], slope = head.chunk(hidden_NH[here], ids_N[here], gradient=gradient)
-            if slope_NH is not None and slope is not None:
-                slope_NH[here] = slope
+        # Autocast would make products of fp32 ones of bf16.
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            for start in range(0, len(ids_N), tokens):
+                here = slice(start, start + tokens)
+                logp_N[here], entropy_N[here], slope = head.score(hidden_NH[here], ids_N[here], gradient=gradient)
+                if slope_NH is not None and slope is not None:
+                    slope_NH[here] = slope
         if slope_NH is not None:
             ctx.save_for_backward(slope_NH)
         ctx.mark_non_differentiable(entropy_N)
@@ -181,37 +194,41 @@ class _Scores(torch.autograd.Function):
 def head_bytes(layer: Any, tokens: int, dtype: torch.dtype) -> int:
     """What scoring `tokens` with an output layer takes at most, its gradient by the hidden states included."""
     vocabulary, hidden = layer.weight.shape
-    in_fp32 = dtype == torch.float32 or not (torch.cuda.is_available() or _CPU_HAS_BF16)
-    copy_bytes = vocabulary * hidden * 4 if in_fp32 and dtype != torch.float32 else 0
-    # Three of the vocabulary's size at a time: logits, their exponentials, the products of both.
-    each_bytes = 3 * 4 if in_fp32 else 3 * 4 + dtype.itemsize
-    elements = min(tokens * vocabulary, max(_CHUNK_ELEMENTS, vocabulary))
-    return tokens * hidden * dtype.itemsize + elements * each_bytes + copy_bytes
+    rows, entries = _Head.block("cuda" if torch.cuda.is_available() else "cpu")
+    rows, entries = min(rows, tokens), min(entries, vocabulary)
+    return tokens * hidden * dtype.itemsize + 4 * (4 * rows * entries + 3 * rows * hidden + entries * hidden)
 
 
 # What can be fused.
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The model's output layer, if it is frozen, bare and called as it stands."""
+def _output_layer(model: nn.Module) -> nn.Linear | None:
+    """The model's output layer, if it is a plain one, frozen, and called as it stands; else a warning says why not."""
     embeddings: Any = getattr(model, "get_output_embeddings", None)
     layer = embeddings() if embeddings else None
-    if not isinstance(layer, nn.Module) or isinstance(layer, BaseTunerLayer):
+    if not isinstance(layer, nn.Module):
         return None
-    trained = any(parameter.requires_grad for parameter in layer.parameters())
-    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
-    return None if trained or compiled or hasattr(model, "_orig_mod") else layer
+    if any(parameter.requires_grad for parameter in layer.parameters()):
+        reason = "it is trained"
+    elif not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+        reason = "it is no plain linear layer"
+    elif hasattr(model, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in model.modules()):
+        reason = "the model is compiled"
+    else:
+        return layer
+    _whole(layer, reason)
+    return None
+
+
+def _whole(layer: nn.Module, reason: str) -> None:
+    warnings.warn(f"{type(layer).__name__} makes whole logits, which takes memory: {reason}", stacklevel=4)
 
 
 def _finish(model: nn.Module, layer: nn.Module, inputs: Mapping[str, Any]) -> Finish | None:
     if layer not in _FINISHES:
         _FINISHES[layer] = _measured(model, layer, inputs["input_ids"][:1, -2:])
         if _FINISHES[layer] is None:
-            warnings.warn(
-                f"{type(layer).__name__} makes whole logits, which takes memory: how {type(model).__name__} goes on "
-                "from its output layer could not be told",
-                stacklevel=2,
-            )
+            _whole(layer, f"how {type(model).__name__} goes on from it could not be told")
     return _FINISHES[layer]
 
 
