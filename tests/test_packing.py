@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers.models.llama import modeling_llama
 
 from lora_grpo.grpo import Batch, forward
-from lora_grpo.grpo.packing import pack
+from lora_grpo.grpo.packing import pack, refusal
 from lora_grpo.policy import Policy
 from lora_grpo.scoring import teacher_logprobs
 from tests import families
@@ -116,6 +117,13 @@ def test_what_cannot_be_packed_is_padded_with_a_reason(
     with pytest.warns(UserWarning, match=f"rows are padded.*{reason}"):
         learned(family_model(name))
     assert {shape[0] for shape in tokens_of_forwards} == {8}
+
+
+def test_a_model_file_without_its_own_eager_attention_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft_model()
+    assert refusal(model) is None
+    monkeypatch.delattr(modeling_llama, "eager_attention_forward")
+    assert "attention (eager)" in str(refusal(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -48,6 +48,9 @@ class _Seen:
     masks: tuple[Tensor | None, ...]
 
 
+_EAGER = "eager_attention_forward"
+"""Each of transformers' model files has its own."""
+
 _SPANS: ContextVar[tuple[Span, ...] | None] = ContextVar("spans", default=None)
 """Of the row that is on its way through a model."""
 
@@ -153,8 +156,7 @@ def _of_span(tensor_1HND: Tensor, span: Span) -> Tensor:
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Each of transformers' model files has its own."""
-    found: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    found: Callable[..., Any] = getattr(sys.modules[type(module).__module__], _EAGER)
     return found
 
 
@@ -243,7 +245,9 @@ def refusal(model: nn.Module) -> str | None:
     if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
         return "it is compiled"
     text: Any = base.config.get_text_config()
-    if text._attn_implementation not in _PACKED or not base._supports_attention_backend:
+    own_file = sys.modules[type(base.get_decoder()).__module__]
+    found = text._attn_implementation != "eager" or hasattr(own_file, _EAGER)
+    if text._attn_implementation not in _PACKED or not base._supports_attention_backend or not found:
         return f"its attention ({text._attn_implementation}) is not called span by span"
     kinds = set(getattr(text, "layer_types", None) or ()) - _SEE_ALL
     if kinds or base._is_stateful:
