@@ -389,10 +389,13 @@ def shutdown(llm: Any, *, last: bool, joined: bool = False) -> None:
     if last:
         _forget_addresses()
     if last and not joined:
+        from torch.distributed import is_initialized
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         client.shutdown()
-        cleanup_dist_env_and_memory()
+        # 0.32 has done it by then, and looking for garbage once more takes longer than all else here.
+        if is_initialized():
+            cleanup_dist_env_and_memory()
     else:
         if finalizer := getattr(client, "_finalizer", None):
             finalizer.detach()
