@@ -245,11 +245,11 @@ def refusal(model: nn.Module) -> str | None:
     if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
         return "it is compiled"
     text: Any = base.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ()) - _SEE_ALL
+    if kinds or base._is_stateful:
+        return f"it has layers with a state ({', '.join(sorted(kinds)) or 'by its class'})"
     own_file = sys.modules[type(base.get_decoder()).__module__]
     found = text._attn_implementation != "eager" or hasattr(own_file, _EAGER)
     if text._attn_implementation not in _PACKED or not base._supports_attention_backend or not found:
         return f"its attention ({text._attn_implementation}) is not called span by span"
-    kinds = set(getattr(text, "layer_types", None) or ()) - _SEE_ALL
-    if kinds or base._is_stateful:
-        return f"it has layers with a state ({', '.join(sorted(kinds)) or 'by its class'})"
     return None
