@@ -109,6 +109,8 @@ def test_a_servers_own_process_is_mended(version: str, stages: int, monkeypatch:
     from lora_grpo.engines import hopper
     from lora_grpo.engines.resolver import URL_VARIABLE, register
 
+    # vLLM takes its platform from the version that is installed, once.
+    compat.import_vllm()
     module, installed = expand_module(), importlib.metadata.version
     monkeypatch.delenv(URL_VARIABLE, raising=False)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if "vllm" in name else installed(name))
