@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_grpo import scoring
 from lora_grpo.canary import take_canary
 from lora_grpo.engines.fake import FakeEngine
+from lora_grpo.grpo.modes import in_mode
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.types import Completion
 from tests.tiny_policy import peft_model
@@ -42,6 +43,15 @@ def test_scores_from_a_token_on_are_those_of_the_whole_sequence(computed: list[t
     for row, part, start in zip(whole, parts, starts, strict=True):
         torch.testing.assert_close(part, row[start - 1 :])
     assert computed == [(3, 11), (2, 4), (1, 0)]
+
+
+def test_a_canary_within_an_update_of_a_half_precision_base_scores_as_outside() -> None:
+    """An update has autocast do what PEFT would; a proof in the middle of it has neither."""
+    model = peft_model(dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    outside = teacher_logprobs(model, SEQUENCES)
+    with in_mode(model, training=True):
+        assert teacher_logprobs(model, SEQUENCES) == outside
 
 
 def test_a_canary_computes_completions_alone_in_the_trainers_batches(computed: list[tuple[int, int]]) -> None:
