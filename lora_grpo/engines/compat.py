@@ -23,9 +23,9 @@ from typing import Any
 from lora_grpo.engines.chunked_seeds import keep_seeds
 from lora_grpo.engines.hopper import mend_kernels
 from lora_grpo.engines.one_tensor import take_whole
+from lora_grpo.engines.plain_on_cpu import compute_plain_values
 from lora_grpo.engines.rotary import turn_every_head
 from lora_grpo.engines.tiles import allow_tiles
-from lora_grpo.engines.without_kernel import compute_plain_values
 from lora_grpo.errors import ConfigError, EngineError, UnsupportedVersion
 
 # "run": the test suite passes on it. "read": its source was compared, for everything that the engines rely on, with a

@@ -22,8 +22,8 @@ _QUANTIZED_BYTES: dict[Scheme | None, tuple[float | None, float | None]] = {
     "fp8": (None, 1 + 4 / (128 * 128)),
     "w4a16": (None, 1 / 2 + 2 / 128),
 }
-"""A weight's in trainer and engine, scales included; None: the dtype's. vLLM keeps nf4's scales in fp32. On a CPU that
-vLLM has no kernel for (`engines/without_kernel.py`) the engine's weights are in its dtype."""
+"""A weight's in trainer and engine, scales included; None: the dtype's. vLLM keeps nf4's scales in fp32. On a CPU the
+engine's fp8 and int4 are plain values in its dtype (`engines/plain_on_cpu.py`)."""
 
 _SMALLER = {
     "trainer base": "hold it in half precision (model.dtype='bfloat16') or once with the engine (share_base_weights)",

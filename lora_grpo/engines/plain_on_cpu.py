@@ -1,7 +1,8 @@
-"""Quantized layers on a CPU that vLLM has no kernel for: fp8 in blocks without AMX, packed int4 without AVX-512.
+"""Layers quantized to fp8 in blocks or to packed int4, on a CPU: the same on every processor.
 
 The plain values of their weights, in the model's dtype, take the place of the quantized ones at the start, and the
-products are those of unquantized layers. Where vLLM has a kernel, that computes with the quantized weights as they are.
+products are those of unquantized layers. vLLM's own kernels for them ask for AMX or AVX-512, and some quantize the
+activations too, which a trainer with plain values does not.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import torch
 
 
 def compute_plain_values() -> None:
-    """From now on, in this process: vLLM finds these kernels where it has none. A second call, or a release that
-    chooses its kernels otherwise, changes nothing."""
+    """From now on, in this process, vLLM finds these kernels first.
+
+    A second call, or a release that chooses its kernels otherwise, changes nothing.
+    """
     linear: Any = importlib.import_module("vllm.model_executor.kernels.linear")
     cpu = importlib.import_module("vllm.platforms").PlatformEnum.CPU
     blocks = getattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS", {}).get(cpu)
     if blocks is not None and not any(kernel.__module__ == __name__ for kernel in blocks):
-        blocks.append(_fp8_in_blocks())
+        blocks.insert(0, _fp8_in_blocks())
     packed = getattr(linear, "_POSSIBLE_KERNELS", {}).get(cpu)
-    if packed and packed[0].__module__ != __name__ and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+    if packed and packed[0].__module__ != __name__:
         packed.insert(0, _packed_int4())
 
 
