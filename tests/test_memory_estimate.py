@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shapes.write_model("tiny", tmp_path_factory.mktemp("shapes") / "tiny")
 
 
-BATCH = LargestBatch(rows=8, prompt_tokens=64, completion_tokens=192)
+BATCH = LargestBatch(rows=16, prompt_tokens=64, completion_tokens=448)
 ADAPTER = LoraConfig(r=8, target_modules=["o_proj"])
 
 
@@ -107,14 +107,18 @@ def status(name):
 directory, twice = sys.argv[1], sys.argv[2] == "twice"
 model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 config = GRPOConfig(
-    num_generations=8, gradient_accumulation_steps=1, max_completion_length=192, gradient_checkpointing=twice
+    num_generations=8,
+    per_device_train_batch_size=BATCH.rows,
+    gradient_accumulation_steps=1,
+    max_completion_length=BATCH.completion_tokens,
+    gradient_checkpointing=twice,
 )
 policy = Policy(get_peft_model(model, ADAPTER), config)
 
 def update(prompt, tokens):
     made = (Completion("", (7,) * tokens, (-1.0,) * tokens, "length", 1),)
-    groups = [Group("", (5 + row,) * prompt, made) for row in range(8)]
-    policy.update(Batch.from_groups(groups, torch.linspace(-1, 1, 8)))
+    groups = [Group("", (5 + row,) * prompt, made) for row in range(BATCH.rows)]
+    policy.update(Batch.from_groups(groups, torch.linspace(-1, 1, BATCH.rows)))
 
 update(2, 2)
 Path("/proc/self/clear_refs").write_text("5")
