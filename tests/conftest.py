@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,11 @@ def shm_dir() -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-test-") as folder:
         yield Path(folder)
+
+
+def read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM reads its variables anew in this test; an engine that was started in this process had it remember them."""
+    from vllm import envs
+
+    remembering: Any = vars(envs)["__getattr__"]
+    monkeypatch.setattr(envs, "__getattr__", getattr(remembering, "__wrapped__", remembering))

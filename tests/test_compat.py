@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from lora_grpo.engines import compat
 from lora_grpo.engines.hopper import mend_kernels
 from lora_grpo.errors import ConfigError, UnsupportedVersion
+from tests.conftest import read_anew
 
 HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -139,6 +140,7 @@ def test_a_models_class_is_looked_at_in_this_process(tmp_path: Path, monkeypatch
     compat.import_vllm()
     from vllm.model_executor.models import registry
 
+    read_anew(monkeypatch)
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", lambda *args, **_: pytest.fail(f"started {args}"))
     assert registry.ModelRegistry.models["Qwen2ForCausalLM"].inspect_model_cls().architecture == "Qwen2ForCausalLM"

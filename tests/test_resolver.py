@@ -28,6 +28,7 @@ from lora_grpo.engines.resolver import Settings, StoreResolver, register
 from lora_grpo.errors import ConfigError
 from lora_grpo.remote.server import StoreServer
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from tests.conftest import read_anew
 from tests.tiny_models import load_model, refill_lora, tiny_lora
 
 TOKEN = "0123456789abcdef"
@@ -161,11 +162,7 @@ def test_other_names_are_other_resolvers_business(settings: Settings, name: str)
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    from vllm import envs
-
-    # An engine that was started in this process has had vLLM remember its variables.
-    remembering: Any = vars(envs)["__getattr__"]
-    monkeypatch.setattr(envs, "__getattr__", getattr(remembering, "__wrapped__", remembering))
+    read_anew(monkeypatch)
     for name in VARIABLES:
         monkeypatch.delenv(f"LORA_GRPO_STORE_{name}", raising=False)
     return monkeypatch

@@ -8,9 +8,10 @@ activations too, which a trainer with plain values does not.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def compute_plain_values() -> None:
@@ -35,7 +36,8 @@ def _take_plain(layer: Any, dtype: torch.dtype) -> None:
     assert values is not None
     for name in ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_shape"):
         layer._parameters.pop(name, None)
-    layer.register_parameter("weight", torch.nn.Parameter(values.to(dtype), requires_grad=False))
+    parameter: Any = importlib.import_module("torch.nn").Parameter
+    layer.register_parameter("weight", parameter(values.to(dtype), requires_grad=False))
     layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
     layers.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
 
