@@ -301,6 +301,7 @@ def _origin(options: argparse.Namespace) -> dict[str, Any]:
     from lora_grpo.bench.provenance import provenance
 
     origin = provenance("benchmarks/trainer.py", device=options.device) | {"trl": importlib.metadata.version("trl")}
+    origin["machine"]["threads"] = int(os.environ.get("OMP_NUM_THREADS", "1"))
     if options.against:
         asked = ["git", "-C", str(options.against), "describe", "--always", "--exclude=*", "--dirty=+"]
         origin["against"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
