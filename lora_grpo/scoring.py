@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -56,17 +55,11 @@ def _score(
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
-    # Within an update PEFT leaves a layer's input as it is, since autocast casts it; here nothing else does.
-    uncast: list[Any] = [module for module in model.modules() if not getattr(module, "cast_input_dtype_enabled", True)]
     model.eval()
-    for layer in uncast:
-        layer.cast_input_dtype_enabled = True
     try:
         yield
     finally:
         reshard(model)
-        for layer in uncast:
-            layer.cast_input_dtype_enabled = False
         for module in training:
             module.training = True
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from lora_grpo import scoring
 from lora_grpo.canary import take_canary
 from lora_grpo.engines.fake import FakeEngine
-from lora_grpo.grpo.modes import in_mode
+from lora_grpo.grpo import Batch
+from lora_grpo.policy import Policy
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.types import Completion
-from tests.tiny_policy import peft_model
+from tests.tiny_policy import config, peft_model, rollout
 
 SEQUENCES = [[5, 9, 3, 7, 2, 8], [4, 4, 6], [9, 1, 2, 3, 5]]
 
@@ -50,8 +51,10 @@ def test_a_canary_within_an_update_of_a_half_precision_base_scores_as_outside() 
     model = peft_model(dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
     outside = teacher_logprobs(model, SEQUENCES)
-    with in_mode(model, training=True):
-        assert teacher_logprobs(model, SEQUENCES) == outside
+    inside: list[list[list[float]]] = []
+    batch = Batch.from_groups(rollout(), torch.linspace(-1, 1, 8))
+    Policy(model, config(8)).update(batch, judge=lambda _: inside.append(teacher_logprobs(model, SEQUENCES)))
+    assert inside == [outside]
 
 
 def test_a_canary_computes_completions_alone_in_the_trainers_batches(computed: list[tuple[int, int]]) -> None:

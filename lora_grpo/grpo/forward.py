@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 
 from lora_grpo.config import GRPOConfig
@@ -60,9 +61,11 @@ class Forward:
         """logp_BT and entropy_BT of completion tokens at the sampling temperature, fp32, nats; 0 where padded."""
         return self._packed(rows) if packed else self._padded(rows)
 
-    def backward(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def backward(self) -> Iterator[None]:
         """Where the backward of these forwards runs: what is checkpointed is computed again there."""
-        return in_spans(self._model) if self._packs else nullcontext()
+        with self._uncast(), in_spans(self._model) if self._packs else nullcontext():
+            yield
 
     def micro_batches(self, rows: Batch, wanted_B: Tensor) -> list[MicroBatch]:
         """The wanted rows, as many at a time as the config says: packed by prompt, or padded and of like length.
@@ -123,10 +126,19 @@ class Forward:
         with self._autocast():
             return completion_scores(self._model, inputs, ids_BT, there_BT, self._config.temperature)
 
-    def _autocast(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """In a half-precision base's dtype."""
         if self._dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(next(self._model.parameters()).device.type, dtype=self._dtype)
+            yield
+            return
+        with self._uncast(), torch.autocast(next(self._model.parameters()).device.type, dtype=self._dtype):
+            yield
+
+    def _uncast(self) -> AbstractContextManager[None]:
+        """PEFT would make an fp32 copy of each layer's input, of which autocast makes a half-precision one to keep."""
+        casts: AbstractContextManager[None] = disable_input_dtype_casting(self._model, self._dtype != torch.float32)
+        return casts
 
     def _settle(self, rows: Batch) -> bool:
         """Whether the model can be given packed rows, and then says of these what it says of padded ones."""

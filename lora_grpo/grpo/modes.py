@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,15 +20,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model trains or evaluates meanwhile; a sharded one is given back in shards.
-
-    PEFT would make an fp32 copy of each adapted layer's input, of which autocast makes a half-precision one to keep.
-    """
+    """The model trains or evaluates meanwhile; a sharded one is given back in shards."""
     before = model.training
     model.train(training)
     try:
-        with disable_input_dtype_casting(model):
-            yield
+        yield
     finally:
         reshard(model)
         model.train(before)
