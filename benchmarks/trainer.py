@@ -12,11 +12,15 @@ such rows, and `estimate` what is said of the step before it starts. DIR is anot
 trainer is `against`. Each figure is of a process of its own, with one thread unless OMP_NUM_THREADS is set: CPU
 seconds, and the peak of its memory above the level before. What tensors give back goes back to the system at once
 (MALLOC_MMAP_THRESHOLD_), or the peak would hold what glibc's heap keeps. Ratios are of figures of one call.
+
+On a GPU (`--device cuda:0`) subjects take turns in one process: seconds of the clock, for a step after one that warmed
+up, and the peak of what torch has allocated. What does not fit the card has no figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import inspect
 import json
@@ -32,8 +36,16 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 VOCABULARY = 151_936
-SHAPES = {"small": (256, 4, 4), "0.5b-4-layers": (896, 4, 14), "0.5b": (896, 24, 14)}
-"""Hidden size, layers and heads: a Qwen2 of either, with the vocabulary of all of them."""
+SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+    "small": (
+        "qwen2.5-0.5b",
+        {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
+    ),
+    "0.5b-4-layers": ("qwen2.5-0.5b", {"num_hidden_layers": 4}),
+    "0.5b": ("qwen2.5-0.5b", {}),
+    "7b": ("qwen2.5-7b", {}),
+}
+"""A released model's shape, and what is changed of it."""
 SUBJECTS = ("ours", "estimate", "canary", "trl", "backbone")
 CANARY_ROWS = 32
 
@@ -48,14 +60,19 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {}
         for _ in range(options.repeat):
             for subject in options.subjects or [*SUBJECTS, *(["against"] if options.against else [])]:
-                found.setdefault(subject, []).append(_in_a_process(options, subject, tokens))
+                measure = _in_a_process if options.device == "cpu" else _in_turn
+                found.setdefault(subject, []).append(measure(options, subject, tokens))
         for subject, rows in found.items():
-            row = {name: statistics.median(one[name] for one in rows) for name in ("peak_mib", "cpu_s")}
+            row = {name: statistics.median(one[name] for one in rows) for name in rows[0]}
             table.append({"tokens": tokens, "subject": subject, **row})
-            print(f"T={tokens:<6}{subject:<10}{row['peak_mib']:>8.0f} MiB{row['cpu_s']:>8.1f} s", flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**_origin(options), "rows": table}, indent=1) + "\n")
+            print(f"T={tokens:<6}{subject:<16}{_told(row)}", flush=True)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps({**_origin(options), "rows": table}, indent=1) + "\n")
+
+
+def _told(row: dict[str, float]) -> str:
+    return "  ".join(f"{value:,.3f} {name.rpartition('_')[2]}" for name, value in row.items()) or "does not fit"
 
 
 def _options() -> argparse.Namespace:
@@ -67,13 +84,28 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--checkpointing", choices=("on", "off"), default="off", help="of activations, in all but trl")
+    parser.add_argument("--checkpointing", choices=("on", "off"), default="off", help="of activations")
     asked = f"{', '.join(SUBJECTS)} (these by default), padded, packed-backbone, against"
     parser.add_argument("--subjects", type=lambda text: text.split(","), help=asked)
     parser.add_argument("--against", type=Path, help="another checkout of this repository")
     parser.add_argument("--out", type=Path, help="a JSON file of the table")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def _in_turn(options: argparse.Namespace, subject: str, tokens: int) -> dict[str, float]:
+    """In this process; empty where the card's memory does not hold it."""
+    import torch
+
+    asked = argparse.Namespace(**{**vars(options), "measure": subject, "tokens": [tokens]})
+    try:
+        return _measured(asked)
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"{subject}, {tokens} tokens: {error}", file=sys.stderr)
+        return {}
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _in_a_process(options: argparse.Namespace, subject: str, tokens: int) -> dict[str, float]:
@@ -116,20 +148,15 @@ def _model(options: argparse.Namespace) -> Any:
     """The same weights for every subject."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    hidden, layers, heads = SHAPES[options.shape]
+    from lora_grpo.bench.shapes import shape_config
+
+    name, changed = SHAPES[options.shape]
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=hidden * 4,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    model = Qwen2ForCausalLM(config).to(options.device, getattr(torch, options.dtype))
+    config = AutoConfig.for_model(**{**shape_config(name), **changed})
+    with torch.device(options.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
     if options.measure == "trl":
         return model
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
@@ -165,10 +192,10 @@ def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], 
 
 
 def _padded(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    from lora_grpo.grpo import forward
+    from unittest.mock import patch
 
-    forward.pays = lambda _: False
-    return _ours(model, ids_BL, options)
+    step = _ours(model, ids_BL, options)
+    return patch("lora_grpo.grpo.forward.pays", lambda _: False)(step)
 
 
 def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
@@ -185,7 +212,7 @@ def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], A
         per_device_train_batch_size=options.rows,
         num_generations=options.rows,
         max_completion_length=options.tokens[0],
-        gradient_checkpointing=False,
+        gradient_checkpointing=options.checkpointing == "on",
         bf16=options.dtype == "bfloat16",
         use_cpu=options.device == "cpu",
         report_to="none",
@@ -239,9 +266,11 @@ def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
     from lora_grpo.trainer.activations import LargestBatch
     from lora_grpo.trainer.planning import planned_memory
 
+    engine = EngineConfig(urls=("http://elsewhere",))
     batch, started = LargestBatch(options.rows, options.prompt, options.tokens[0]), time.process_time()
-    estimate, _ = planned_memory(model, None, EngineConfig(urls=("http://elsewhere",)), batch, False)
-    return {"peak_mib": (estimate.activations_bytes or 0) / 2**20, "cpu_s": time.process_time() - started}
+    estimate, _ = planned_memory(model, None, engine, batch, options.checkpointing == "on")
+    seconds = time.process_time() - started
+    return {"peak_mib": (estimate.activations_bytes or 0) / 2**20, "cpu_s": seconds}
 
 
 def _backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
@@ -271,19 +300,18 @@ def _packed_backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Ca
 
 
 def _peak_and_time(step: Callable[[], Any], device: str) -> dict[str, float]:
-    """Of one step, after a warm-up of nothing: libraries' own start-up is part of neither."""
+    """Of one step: on a CPU the first, on a GPU the second, without what a first one compiles and keeps."""
     import torch
 
     if device != "cpu":
+        step()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before, started = torch.cuda.memory_allocated(), time.perf_counter()
         step()
         torch.cuda.synchronize()
-        return {
-            "peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20,
-            "cpu_s": time.perf_counter() - started,
-        }
+        seconds = time.perf_counter() - started
+        return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20, "seconds": seconds}
     Path("/proc/self/clear_refs").write_text("5")
     before, started = _status_kib("VmRSS"), time.process_time()
     step()

@@ -31,7 +31,7 @@ from tests.test_parity import ARCHITECTURES
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
 MODULES = ("run", "steps", "keeping", "places", "drawing", "launching", "figures", "card")
-STEPS = ["card", "tiny", "0.5b", "7b", "demo", "parity", "invariance", "7b-compiled", "graphs"]
+STEPS = ["card", "tiny", "0.5b", "7b", "demo", "trainer", "trainer-7b", "parity", "invariance", "7b-compiled", "graphs"]
 DRAW_S, START_S = 12, 90
 """Of a GPU: drawing the large model, and the host's start."""
 GIB = 1 << 30

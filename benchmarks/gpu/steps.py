@@ -37,6 +37,12 @@ SUITES = {
     ),
 }
 """Test files, which of their tests, and which few of those in a dry run: the whole test run has all of them."""
+TRAINER = {
+    "trainer": ["--shape", "0.5b", "--tokens", "512,1024,4096"],
+    "trainer-7b": ["--shape", "7b", "--tokens", "512,2048"],
+}
+"""What of the trainer's part of a step is measured."""
+DRY_TRAINER = ["--shape", "small", "--tokens", "8", "--rows", "2", "--dtype", "float32", "--subjects"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
         _figures("0.5b", 90, 140, small, out, device, models),
         _figures("7b", 310, 420, large, out, device, models),
         Step("demo", 45, 90, [*demo, "--steps", str(DEMO_STEPS[kind])], last_json),
+        _trainer("trainer", 35, 70, out, device, "ours"),
+        _trainer("trainer-7b", 45, 90, out, device, "estimate"),
         _suite("parity", 115, 170, out, device),
         # Its switch, which there is on a GPU, is for a whole process.
         Step("invariance", 40, 90, invariance, last_json, warm=kind == "cpu"),
@@ -88,11 +96,23 @@ def _figures(name: str, expected_s: int, limit_s: int, shape: str, out: Path, de
     return Step(name, expected_s, limit_s, command, lambda printed: _measured(results / "results.json"), shape)
 
 
+def _trainer(name: str, expected_s: int, limit_s: int, out: Path, device: str, dry: str) -> Step:
+    results = out / "trainer" / f"{name}.json"
+    sizes = [*DRY_TRAINER, dry] if device == "cpu" else [*TRAINER[name], "--checkpointing", "on", "--prompt", "512"]
+    script = [sys.executable, str(REPOSITORY / "benchmarks" / "trainer.py")]
+    command = [*script, "--device", device, "--out", str(results), *sizes]
+    return Step(name, expected_s, limit_s, command, lambda printed: _read(results))
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def _measured(path: Path) -> Any:
     """What of a suite's results a summary needs; all of it stays where it is, for the report."""
-    if not path.exists():
+    document = _read(path)
+    if document is None:
         return None
-    document = json.loads(path.read_text())
     tables = ("sync", "truth", "memory", "decode", "rollback")
     return {
         "complete": document["complete"],
@@ -150,5 +170,7 @@ def found(name: str, result: Any) -> str:
     if name == "invariance":
         shares = ", ".join(f"{result[key]:.4f} {key.replace('_', ' ')}" for key in ("with_adapter", "without_adapter"))
         return f"equal log-probs: {shares}; batch_invariant: {str(result['batch_invariant']).lower()}"
+    if name in TRAINER:
+        return ", ".join(dict.fromkeys(row["subject"] for row in result["rows"]))
     tables = {name: result[name] for name in ("sync", "decode") if result[name]}
     return "; ".join(f"{name} of {', '.join(strategies)}" for name, strategies in tables.items())
