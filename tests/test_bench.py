@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_grpo.bench import breakeven, decode, endurance, fidelity, host, memory, room, shapes, sync
+from lora_grpo.bench import breakeven, decode, endurance, fidelity, host, room, shapes, sync
 from lora_grpo.bench.compare import compare
 from lora_grpo.bench.floor import floor_seconds, measure_bandwidth
 from lora_grpo.bench.goals import goals
+from lora_grpo.bench.levels import Levels, level
 from lora_grpo.bench.plan import ABBA, Cell, Subject, there_and_back
+from lora_grpo.bench.prepared import sequences
 from lora_grpo.bench.reference import Reference
 from lora_grpo.bench.report import findings, update_readme, write_report
 from lora_grpo.bench.runner import Partial
@@ -159,9 +161,7 @@ def test_a_model_is_written_once_the_same_and_loads(tiny: Path, tmp_path: Path) 
 
 
 def test_log_probs_of_a_made_model_are_far_from_uniform(tiny: Path) -> None:
-    logp = teacher_logprobs(
-        AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), fidelity.sequences(subject(tiny))
-    )
+    logp = teacher_logprobs(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), sequences(subject(tiny)))
     values = torch.tensor(logp)
     assert 0.5 < float(values.std()) < 5
 
@@ -185,7 +185,7 @@ def test_reference_agrees_with_peft_and_is_restored(tiny: Path) -> None:
     trainer = Trainer(subject(tiny))
     trainer.model.to(torch.float32)
     trainer.randomise(0.3)
-    reference, tokens = Reference(str(tiny), "cpu"), fidelity.sequences(subject(tiny))
+    reference, tokens = Reference(str(tiny), "cpu"), sequences(subject(tiny))
     base = reference.logprobs(tokens)
     with reference.policy(trainer):
         policy = reference.logprobs(tokens)
@@ -475,14 +475,14 @@ def test_too_big_a_model_is_refused_by_arithmetic() -> None:
 
 
 def test_memory_levels_follow_an_allocation() -> None:
-    before = memory.level("cpu")
+    before = level("cpu")
     block = torch.ones(64 << 20, dtype=torch.uint8)
-    assert 60 << 20 < memory.level("cpu") - before < 80 << 20
+    assert 60 << 20 < level("cpu") - before < 80 << 20
     del block
 
 
 def test_what_grew_is_known_by_part() -> None:
-    levels = memory.Levels("cpu")
+    levels = Levels("cpu")
     first = torch.ones(64 << 20, dtype=torch.uint8)
     levels.seen("engine")
     second = torch.ones(32 << 20, dtype=torch.uint8)

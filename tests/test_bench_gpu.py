@@ -18,6 +18,7 @@ from lora_grpo.bench import commit, decode, drift, fidelity, host, memory, room,
 from lora_grpo.bench import reference as references
 from lora_grpo.bench.breakeven import break_even
 from lora_grpo.bench.plan import ABBA, Cell
+from lora_grpo.bench.prepared import sequences
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner
 from lora_grpo.bench.scenario import plan_parts
@@ -192,7 +193,7 @@ def test_no_reference_outlives_what_it_was_for(tiny: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(references, "Reference", Noted)
     strategy = Served(Trainer(subject(tiny)))
-    tokens = fidelity.sequences(subject(tiny))
+    tokens = sequences(subject(tiny))
     bench: Any = SimpleNamespace(
         strategy=strategy, subject=subject(tiny), base_logprobs=teacher_logprobs(strategy.trainer.model, tokens)
     )
@@ -214,7 +215,7 @@ def test_a_reference_computes_with_new_weights_and_holds_none(tiny: Path) -> Non
     reference = references.Reference(str(tiny), "cpu")
     path = "model.layers.1.mlp.down_proj"
     places = {name: p.data_ptr() for name, p in reference._model.named_parameters()}
-    tokens = fidelity.sequences(subject(tiny))
+    tokens = sequences(subject(tiny))
     base = reference.logprobs(tokens)
     assert all(p.dtype == torch.float32 for p in reference._model.parameters())
     with reference.weights([path], lambda _, weight_OI: weight_OI / 2):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.bench import memory, runner, sync, worker
+from lora_grpo.bench import levels, runner, sync, worker
 from lora_grpo.bench.plan import Cell
 from lora_grpo.bench.report import findings, write_report
 from lora_grpo.bench.runner import Partial, TurnRunner
@@ -167,9 +167,9 @@ def test_a_strategy_that_does_not_start_is_tried_once(monkeypatch: pytest.Monkey
 
 def test_a_worker_closes_waits_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a GiB more than at the start is let pass at once; 2 GiB are waited for, and then no strategy starts."""
-    levels = iter([10 * GIB, int(10.4 * GIB), 12 * GIB, int(10.5 * GIB), 12 * GIB, 12 * GIB, 12 * GIB])
-    monkeypatch.setattr(memory, "taken", lambda device: next(levels))
-    monkeypatch.setattr(memory, "WAIT_S", 0.15)
+    readings = iter([10 * GIB, int(10.4 * GIB), 12 * GIB, int(10.5 * GIB), 12 * GIB, 12 * GIB, 12 * GIB])
+    monkeypatch.setattr(levels, "taken", lambda device: next(readings))
+    monkeypatch.setattr(levels, "WAIT_S", 0.15)
     monkeypatch.setattr(compat, "import_vllm", lambda: None)
     closed: list[str] = []
 

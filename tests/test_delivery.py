@@ -24,7 +24,8 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.base import BaseDescription
 from lora_grpo.engines.delivery import probe
 from lora_grpo.engines.delivery.binding import SlotView
-from lora_grpo.engines.delivery.probe import Witness, run_probe
+from lora_grpo.engines.delivery.probe import run_probe
+from lora_grpo.engines.delivery.witness import Witness
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, NoRoom, UnknownVersion, UnsupportedAdapter

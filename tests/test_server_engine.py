@@ -26,7 +26,8 @@ from lora_grpo.adapters.digest import digest_directory
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription
-from lora_grpo.engines.delivery.probe import Witness, probe_sequences
+from lora_grpo.engines.delivery.probe import probe_sequences
+from lora_grpo.engines.delivery.witness import Witness
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.requests import request_seeds
 from lora_grpo.engines.server import client, names, replica, watch

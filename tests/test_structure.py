@@ -1,10 +1,11 @@
-"""The house: imports point down, vLLM stays in its room, and the package's face is light and fixed."""
+"""The house: imports point down and in no circle, vLLM stays in its room, and the package's face is light and fixed."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(ROOT.rglob("*.py"))
+KNOWN_CIRCLES = [
+    {f"lora_grpo.trainer.{name}" for name in ("assembly", "crew")},
+    {f"lora_grpo.trainer.{name}" for name in ("grpo_trainer", "loop", "going_back", "overlap", "summary")},
+]
+"""Circles that are still to be taken apart; nothing is added here."""
+KNOWN_LONG = {
+    "trainer/grpo_trainer.py:__init__",
+    "trainer/assembly.py:assemble",
+    "engines/local/starting.py:start_llm",
+    "engines/vllm_local.py:__init__",
+    "cli/serve.py:serve",
+}
+MOST_LINES = 50
 
 
 def imported(path: Path) -> set[str]:
@@ -47,6 +61,10 @@ def room_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path: Path) -> None:
     room = room_of(path)
@@ -61,6 +79,38 @@ def test_imports_point_down(path: Path) -> None:
 def test_vllm_stays_in_the_engine_room(path: Path) -> None:
     if room_of(path) != "engines":
         assert not {name for name in imported(path) if name.split(".")[0] == "vllm"}
+
+
+def test_no_file_is_part_of_a_circle() -> None:
+    """An import under `TYPE_CHECKING` or inside a function counts: the reader climbs back all the same."""
+    modules = {module_of(path) for path in FILES}
+    needs: dict[str, set[str]] = {}
+    for path in FILES:
+        named = {name if name in modules else name.rpartition(".")[0] for name in imported(path)}
+        needs[module_of(path)] = (named & modules) - {module_of(path)}
+    for known in KNOWN_CIRCLES:
+        with pytest.raises(CycleError):  # one that is gone leaves the list
+            TopologicalSorter({module: needs.get(module, set()) & known for module in known}).prepare()
+        for module in known & needs.keys():
+            needs[module] -= known
+    TopologicalSorter(needs).prepare()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_are_short(path: Path) -> None:
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    long = {
+        f"{path.relative_to(ROOT)}:{one.name}" for one in functions if (one.end_lineno or 0) - one.lineno >= MOST_LINES
+    }
+    assert long <= KNOWN_LONG | {
+        "engines/local/starting.py:start_llm",
+        "engines/vllm_local.py:__init__",
+        "cli/serve.py:serve",
+    }
 
 
 @pytest.mark.parametrize("module", ["lora_grpo", "lora_grpo.cli", "lora_grpo.adapters.store", "lora_grpo.rewards"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lora_grpo.bench.memory import collect
+from lora_grpo.bench.levels import collect
 from lora_grpo.bench.shapes import write_model
 
 

@@ -14,7 +14,7 @@ from lora_grpo.bench.strategies import BASE, NATIVE, OTHER_KERNELS, SHARED, STOC
 from lora_grpo.bench.timing import median
 
 if TYPE_CHECKING:
-    from lora_grpo.bench.worker import Bench
+    from lora_grpo.bench.prepared import Bench
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_grpo.bench.plan import Cell, Subject, results_of
+from lora_grpo.bench.prepared import Bench, sequences
 from lora_grpo.bench.schema import DriftRow, Settings
-
-if TYPE_CHECKING:
-    from lora_grpo.bench.worker import Bench
 
 LEARNING_RATE = 1e-4
 
@@ -45,7 +43,6 @@ def measure(bench: Bench, cycles: list[int]) -> list[dict[str, Any]]:
 
 
 def _drift(bench: Bench, reference: Any) -> dict[str, float]:
-    from lora_grpo.bench.fidelity import sequences
     from lora_grpo.scoring import mean_abs_difference
 
     trainer, tokens = bench.strategy.trainer, sequences(bench.subject)

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.bench.memory import cuda_level, on_tmpfs, resident
+from lora_grpo.bench.levels import cuda_level, on_tmpfs, resident
 from lora_grpo.bench.plan import Cell, Subject, results_of
 from lora_grpo.bench.schema import EnduranceRow, Settings, SlopeRow
 from lora_grpo.bench.timing import median
 
 if TYPE_CHECKING:
-    from lora_grpo.bench.worker import Bench
+    from lora_grpo.bench.prepared import Bench
 
 TENTHS = 10
 WARM = 20

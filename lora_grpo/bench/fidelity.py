@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench import drift
 from lora_grpo.bench.plan import Cell, Subject, results_of
+from lora_grpo.bench.prepared import Bench, sequences
 from lora_grpo.bench.schema import FidelityRow, Settings, TruthRow
 
 if TYPE_CHECKING:
     from lora_grpo.bench.reference import Reference
     from lora_grpo.bench.strategies.trainer import Trainer
-    from lora_grpo.bench.worker import Bench
 
-ROWS, TOKENS = 4, 32
 TOLERANCE = 3.0
 """Times the bf16 noise by which a served policy may differ from the reference."""
 ORACLE_SEED = 1
@@ -49,25 +48,12 @@ def truth_cell(part: str, settings: Settings, subject: Subject) -> Cell:
     )
 
 
-def sequences(subject: Subject) -> list[list[int]]:
-    """Fixed random tokens, the same in every process of a model."""
-    import torch
-    from transformers import AutoConfig
-
-    vocabulary = AutoConfig.from_pretrained(subject.model).get_text_config().vocab_size
-    rows: list[list[int]] = torch.randint(
-        1, vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(subject.seed)
-    ).tolist()
-    return rows
-
-
 def oracle(**fields: Any) -> dict[str, Any]:
     """Worker without a strategy: an adapter that is loud enough to tell, and what the fp32 reference says of it.
 
     Nothing stays but what is returned, so that no engine has to leave room for a model in fp32.
     """
-    from lora_grpo.bench.memory import collect
-    from lora_grpo.bench.plan import Subject
+    from lora_grpo.bench.levels import collect
     from lora_grpo.bench.reference import Reference
     from lora_grpo.bench.strategies.trainer import Trainer
     from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_grpo.bench.levels import collect, is_cuda, level, on_tmpfs, settled_level, tmpfs_folders
 from lora_grpo.bench.plan import Cell, Subject, results_of
 from lora_grpo.bench.schema import MemoryRow, Settings
 from lora_grpo.bench.strategies import NATIVE
 
 if TYPE_CHECKING:
-    from lora_grpo.bench.worker import Bench
+    from lora_grpo.bench.prepared import Bench
 
 SYNCS = 5
 KV_CACHE_BYTES = 3 << 30
 """Of every engine on a GPU: room for 64 rows of 512 tokens of the 7B shape."""
-MAY_STAY_BYTES = 1 << 29
-"""What a strategy that was closed may leave behind in its process for the next one to start there."""
-WAIT_S = 5.0
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
@@ -47,7 +42,7 @@ def measure(bench: Bench, drop: bool) -> dict[str, Any]:
     copy_bytes = bench.strategy.trainer.base_bytes
     tmpfs, mapped = on_tmpfs(bench.strategy.files), _counted_mapped(device, bench.strategy.files)
     return {
-        "kind": "cuda" if _is_cuda(device) else "pss",
+        "kind": "cuda" if is_cuda(device) else "pss",
         "before_bytes": levels.start,
         "trainer_bytes": levels.grown["trainer"],
         "engine_bytes": levels.grown["engine"],
@@ -64,24 +59,9 @@ def measure(bench: Bench, drop: bool) -> dict[str, Any]:
 
 def weights(bench: Bench) -> int:
     """Worker: bytes that go when trainer and engine let go of the base; the last thing that can be done with them."""
-    before = _settled_level(bench.subject.device)
+    before = settled_level(bench.subject.device)
     bench.strategy.drop_base()
-    return before - _settled_level(bench.subject.device)
-
-
-class Levels:
-    """What a process grew by, step by step."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self.start = self.last = level(device)
-        self.grown: dict[str, int] = {}
-
-    def seen(self, part: str) -> None:
-        """Whatever was taken since the last call belongs to `part`."""
-        now = level(self._device)
-        self.grown[part] = self.grown.get(part, 0) + now - self.last
-        self.last = now
+    return before - settled_level(bench.subject.device)
 
 
 def give_back(bench: Bench) -> None:
@@ -89,66 +69,9 @@ def give_back(bench: Bench) -> None:
     collect(bench.subject.device)
 
 
-def collect(device: str) -> None:
-    """Let go of garbage, and on a GPU of what torch's cache holds."""
-    if _is_cuda(device):
-        import torch
-
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def taken(device: str) -> int:
-    """Bytes in use where trainer and engine are: of a GPU, whoever uses them; on the CPU this process's."""
-    if not _is_cuda(device):
-        return _settled_level(device)
-    import torch
-
-    collect(device)
-    free, total = torch.cuda.mem_get_info(device)
-    return int(total - free)
-
-
-def left_behind(device: str, start_bytes: int) -> int:
-    """Bytes that are taken beyond a start's, once they have stopped being more than may stay, or `WAIT_S` later."""
-    deadline = time.monotonic() + WAIT_S
-    while (left := taken(device) - start_bytes) > MAY_STAY_BYTES and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
-
-
 def kv_tokens(bench: Bench) -> int | None:
     """Tokens that fit the KV cache; None on the CPU, where its size is configured and not what is left."""
-    return bench.strategy.kv_tokens if _is_cuda(bench.subject.device) else None
-
-
-def _settled_level(device: str) -> int:
-    """`level` without garbage, and without what glibc keeps of freed memory for later."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return level(device)
-
-
-def level(device: str) -> int:
-    """Bytes in use now: CUDA allocated, or this process's proportional set."""
-    allocated = cuda_level(device)
-    return resident() if allocated is None else allocated
-
-
-def cuda_level(device: str) -> int | None:
-    """Bytes that torch has allocated on a GPU now; None on the CPU."""
-    if not _is_cuda(device):
-        return None
-    import torch
-
-    torch.cuda.synchronize(device)
-    return int(torch.cuda.memory_allocated(device))
-
-
-def resident() -> int:
-    """This process's proportional set now, bytes."""
-    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss:"))
+    return bench.strategy.kv_tokens if is_cuda(bench.subject.device) else None
 
 
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[MemoryRow]:
@@ -165,12 +88,8 @@ def with_ratios(made: Sequence[MemoryRow]) -> list[MemoryRow]:
     ]
 
 
-def _is_cuda(device: str) -> bool:
-    return device.startswith("cuda")
-
-
 def _forget_peaks(device: str) -> None:
-    if _is_cuda(device):
+    if is_cuda(device):
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
@@ -181,7 +100,7 @@ def _forget_peaks(device: str) -> None:
 
 def _peak(device: str) -> tuple[int, int | None]:
     """Bytes at most since the peaks were forgotten, and CUDA's reserved."""
-    if _is_cuda(device):
+    if is_cuda(device):
         import torch
 
         torch.cuda.synchronize(device)
@@ -192,19 +111,9 @@ def _peak(device: str) -> tuple[int, int | None]:
     return level(device) + most - resident, None
 
 
-def on_tmpfs(folders: Iterable[Path]) -> int:
-    """Bytes that a strategy's files take on tmpfs."""
-    files = [path for folder in _tmpfs_folders(folders) for path in folder.rglob("*") if path.is_file()]
-    return sum(path.stat().st_blocks * 512 for path in files)
-
-
 def _counted_mapped(device: str, folders: Iterable[Path]) -> int:
     """Bytes of mapped files on tmpfs that `level` counts: CUDA's knows of none."""
-    return 0 if _is_cuda(device) else _mapped(_tmpfs_folders(folders))
-
-
-def _tmpfs_folders(folders: Iterable[Path]) -> list[Path]:
-    return [folder for folder in folders if str(folder).startswith("/dev/shm")]
+    return 0 if is_cuda(device) else _mapped(tmpfs_folders(folders))
 
 
 def _mapped(folders: list[Path]) -> int:

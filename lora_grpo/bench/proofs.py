@@ -15,7 +15,7 @@ from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import median
 
 if TYPE_CHECKING:
-    from lora_grpo.bench.worker import Bench
+    from lora_grpo.bench.prepared import Bench
 
 TIMES = 3
 

@@ -11,7 +11,7 @@ from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import median, percentile_95
 
 if TYPE_CHECKING:
-    from lora_grpo.bench.worker import Bench
+    from lora_grpo.bench.prepared import Bench
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
@@ -39,7 +39,7 @@ def measure(bench: Bench, repeat: int) -> dict[str, Any]:
 
 
 def _go_back(bench: Bench, between: int) -> dict[str, float]:
-    from lora_grpo.bench.fidelity import sequences
+    from lora_grpo.bench.prepared import sequences
     from lora_grpo.scoring import mean_abs_difference
 
     strategy, tokens = bench.strategy, sequences(bench.subject)

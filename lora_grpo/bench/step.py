@@ -11,7 +11,7 @@ from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import Clock, median
 
 if TYPE_CHECKING:
-    from lora_grpo.bench.worker import Bench
+    from lora_grpo.bench.prepared import Bench
 
 SERVING = ("generate", "sync")
 """The phases in which strategies differ."""

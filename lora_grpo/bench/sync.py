@@ -13,7 +13,7 @@ from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import median, percentile_95
 
 if TYPE_CHECKING:
-    from lora_grpo.bench.worker import Bench
+    from lora_grpo.bench.prepared import Bench
 
 WARM = 3
 """Syncs thrown away: caches, allocators and lazily built state of every strategy settle."""

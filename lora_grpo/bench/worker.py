@@ -13,27 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lora_grpo.bench import levels
 from lora_grpo.bench.plan import Subject
+from lora_grpo.bench.prepared import Bench, prepare
 from lora_grpo.errors import LoraGrpoError
-
-if TYPE_CHECKING:
-    from lora_grpo.bench.memory import Levels
-    from lora_grpo.bench.strategies.base import Strategy
-
-
-@dataclass
-class Bench:
-    """What a piece of work is given: the strategy, and what was seen while it was prepared."""
-
-    strategy: Strategy
-    subject: Subject
-    base_logprobs: list[list[float]]
-    """Of `fidelity.sequences`, before the first sync."""
-    levels: Levels
-    """What trainer and engine grew by when they were loaded."""
 
 
 class Worker:
@@ -57,14 +42,13 @@ class Worker:
             self._bench = None
 
     def _turn_to(self, subject: Subject) -> int | None:
-        from lora_grpo.bench import memory
         from lora_grpo.engines import compat
 
         self.close()
         compat.import_vllm()
         if self._start_bytes is None:
-            self._start_bytes = memory.taken(subject.device)
-        elif (left := memory.left_behind(subject.device, self._start_bytes)) > memory.MAY_STAY_BYTES:
+            self._start_bytes = levels.taken(subject.device)
+        elif (left := levels.left_behind(subject.device, self._start_bytes)) > levels.MAY_STAY_BYTES:
             return left
         self._bench = prepare(subject)
         return None
@@ -74,22 +58,6 @@ def find_work(name: str) -> Callable[..., Any]:
     room, _, function = name.partition(":")
     work: Callable[..., Any] = getattr(importlib.import_module(f"lora_grpo.bench.{room}"), function)
     return work
-
-
-def prepare(subject: Subject) -> Bench:
-    """Load trainer and engine of a subject."""
-    from lora_grpo.bench import fidelity, memory
-    from lora_grpo.bench.strategies import load_strategy
-
-    subject = replace(subject, tmpfs=_own(subject.tmpfs), disk=_own(subject.disk))
-    strategy = load_strategy(subject.strategy)()
-    levels = memory.Levels(subject.device)
-    strategy.prepare(subject, levels.seen)
-    return Bench(strategy, subject, strategy.logprobs(fidelity.sequences(subject)), levels)
-
-
-def _own(folder: str) -> str:
-    return os.path.join(folder, str(os.getpid()))
 
 
 def serve(requests: Iterable[str], reply_fd: int) -> None:

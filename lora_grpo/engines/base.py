@@ -14,7 +14,7 @@ from lora_grpo.types import Group, Prompt, Sampling
 if TYPE_CHECKING:
     from lora_grpo.adapters.peft_format import Held
     from lora_grpo.engines.delivery.base_reading import BaseReading
-    from lora_grpo.engines.delivery.probe import Witness
+    from lora_grpo.engines.delivery.witness import Witness
 
 Proof: TypeAlias = Literal["slots", "behaviour", "none"]
 """What a load was proven by: the slot contents, log-probs over a wire, or nothing (a fake)."""

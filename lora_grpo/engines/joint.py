@@ -17,7 +17,7 @@ from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof, RemoteEngine, is_remote
 from lora_grpo.engines.delivery.base_reading import BaseReading
-from lora_grpo.engines.delivery.probe import Witness
+from lora_grpo.engines.delivery.witness import Witness
 from lora_grpo.engines.requests import adapters_by_prompt
 from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.grpo.processes import Processes

@@ -25,16 +25,12 @@ from lora_grpo.adapters.peft_format import LoraModule, ServingForm, assign, peft
 from lora_grpo.adapters.room import require_room
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription, Engine, is_remote
+from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS, Witness, base_noise
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
 SEPARATION = 20.0
 """How many times the base's own noise the probe must move the log-probs, to be able to prove anything."""
-AGREEMENT = 0.1
-"""Share of that movement by which engine and trainer may differ; a scale wrong by 2 differs by about half."""
-NOISES = 2.0
-"""How many times the noise under the loud adapter they may differ besides, up to as much as `AGREEMENT` again."""
-MAX_BASE_NOISE_NATS = 0.2
 ROUNDINGS, ROUNDINGS_EXACT = 3.0, 0.25
 """How many times what errors of `_JITTER` do an engine's base may differ; the latter where both compute in float32. In
 18 families of models (on a CPU) sound engines differed by 0.3 to 0.6 times that, one by 1.3; in float32 by 0.004 at
@@ -57,40 +53,6 @@ class ProbeReport:
     most_noise: float
     least_signal: float
     most_error: float
-
-
-@dataclass(frozen=True)
-class Witness:
-    """What a trainer computes on fixed `sequences`, without an adapter (`base`) and with the loud one (`loud`), which
-    moves the log-probs by `signal` nats a token; lists of log-probs of tokens 1..T-1. Rounding errors weigh `growth`
-    times as much with the loud adapter as without."""
-
-    sequences: list[list[int]]
-    base: list[list[float]]
-    loud: list[list[float]]
-    signal: float
-    growth: float = 1.0
-    most_noise: float = MAX_BASE_NOISE_NATS
-
-    def noise(self, served: list[list[float]]) -> float:
-        """Nats by which an engine's base differs from the trainer's; raises `UnsupportedAdapter` for another base."""
-        return _base_noise(served, self.base, self.most_noise)
-
-    def most_error(self, noise: float) -> float:
-        """Nats by which an engine with the probe may differ, where its base differs by `noise`."""
-        share = AGREEMENT * self.signal
-        return share + min(NOISES * self.growth * noise, share)
-
-    def error(self, served: list[list[float]], noise: float) -> float:
-        """Nats by which an engine with the probe differs from the trainer; raises `DeliveryError` for too many."""
-        error, most = mean_abs_difference(served, self.loud), self.most_error(noise)
-        if not error <= most:
-            raise DeliveryError(
-                f"the engine does not apply the adapter as the trainer does: log-probs differ by {error:.3g} nats "
-                f"where the adapter moves them by {self.signal:.3g} (at most {most:.3g}; base noise {noise:.3g}); the "
-                "path into vLLM is broken"
-            )
-        return error
 
 
 def run_probe(
@@ -124,7 +86,7 @@ def run_probe(
             "and its dtype one that the model stands (float16 overflows in models made for bfloat16)?"
         )
     most_noise = _most_noise(model, engine, sequences, trainer_base)
-    noise = max(_base_noise(served, trainer_base, most_noise) for served in _answers(engine, sequences, None))
+    noise = max(base_noise(served, trainer_base, most_noise) for served in _answers(engine, sequences, None))
     needed = max(MIN_SIGNAL_NATS, SEPARATION * noise)
     with (
         loud(form.modules, model, sequences, trainer_base, needed, seed) as (trainer_probe, signal),
@@ -257,17 +219,6 @@ def _jittered(modules: Iterable[nn.Module]) -> Iterator[set[torch.dtype]]:
             del module.forward
             if own is not None:
                 module.forward = own
-
-
-def _base_noise(served: list[list[float]], trainer: list[list[float]], most: float) -> float:
-    noise = mean_abs_difference(served, trainer)
-    if not noise <= most:
-        raise UnsupportedAdapter(
-            f"the bases of engine and trainer differ by {noise:.3g} nats a token, and rounding explains {most:.3g} at "
-            "most: load both from the same checkpoint, in dtypes that the model supports, and let nothing else change "
-            "what the trainer's modules compute (a hook, attention's scaling)"
-        )
-    return noise
 
 
 def _serve(version: AdapterVersion, engine: Engine, sequences: list[list[int]]) -> list[list[list[float]]]:

@@ -18,7 +18,8 @@ from torch import nn
 
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Engine
-from lora_grpo.engines.delivery.probe import MAX_BASE_NOISE_NATS, probe_sequences
+from lora_grpo.engines.delivery.probe import probe_sequences
+from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS
 from lora_grpo.engines.local.frozen import FrozenParameter
 from lora_grpo.engines.local.text_only import model_class
 from lora_grpo.engines.names import NameMap

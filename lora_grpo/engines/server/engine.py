@@ -22,8 +22,9 @@ from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import CanaryReport
-from lora_grpo.engines.delivery.probe import Witness, probe_sequences
+from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.delivery.slots import require_finite
+from lora_grpo.engines.delivery.witness import Witness
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
     check_fits,

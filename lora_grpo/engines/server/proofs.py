@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.delivery.behaviour import compare
 from lora_grpo.engines.delivery.canary import CanaryReport
-from lora_grpo.engines.delivery.probe import MAX_BASE_NOISE_NATS, Witness
+from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS, Witness
 from lora_grpo.engines.server.in_use import InUse
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.errors import ConfigError, DeliveryError

@@ -1,0 +1,99 @@
+"""What a process takes now: PSS on the CPU, CUDA allocated on a GPU, blocks of files on tmpfs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+MAY_STAY_BYTES = 1 << 29
+"""What a strategy that was closed may leave behind in its process for the next one to start there."""
+WAIT_S = 5.0
+
+
+class Levels:
+    """What a process grew by, step by step."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.start = self.last = level(device)
+        self.grown: dict[str, int] = {}
+
+    def seen(self, part: str) -> None:
+        """Whatever was taken since the last call belongs to `part`."""
+        now = level(self._device)
+        self.grown[part] = self.grown.get(part, 0) + now - self.last
+        self.last = now
+
+
+def collect(device: str) -> None:
+    """Let go of garbage, and on a GPU of what torch's cache holds."""
+    if is_cuda(device):
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def taken(device: str) -> int:
+    """Bytes in use where trainer and engine are: of a GPU, whoever uses them; on the CPU this process's."""
+    if not is_cuda(device):
+        return settled_level(device)
+    import torch
+
+    collect(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free)
+
+
+def left_behind(device: str, start_bytes: int) -> int:
+    """Bytes that are taken beyond a start's, once they have stopped being more than may stay, or `WAIT_S` later."""
+    deadline = time.monotonic() + WAIT_S
+    while (left := taken(device) - start_bytes) > MAY_STAY_BYTES and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def settled_level(device: str) -> int:
+    """`level` without garbage, and without what glibc keeps of freed memory for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return level(device)
+
+
+def level(device: str) -> int:
+    """Bytes in use now: CUDA allocated, or this process's proportional set."""
+    allocated = cuda_level(device)
+    return resident() if allocated is None else allocated
+
+
+def cuda_level(device: str) -> int | None:
+    """Bytes that torch has allocated on a GPU now; None on the CPU."""
+    if not is_cuda(device):
+        return None
+    import torch
+
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.memory_allocated(device))
+
+
+def resident() -> int:
+    """This process's proportional set now, bytes."""
+    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss:"))
+
+
+def is_cuda(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def on_tmpfs(folders: Iterable[Path]) -> int:
+    """Bytes that a strategy's files take on tmpfs."""
+    files = [path for folder in tmpfs_folders(folders) for path in folder.rglob("*") if path.is_file()]
+    return sum(path.stat().st_blocks * 512 for path in files)
+
+
+def tmpfs_folders(folders: Iterable[Path]) -> list[Path]:
+    return [folder for folder in folders if str(folder).startswith("/dev/shm")]
