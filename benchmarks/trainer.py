@@ -180,6 +180,7 @@ def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], 
         gradient_accumulation_steps=1,
         max_completion_length=options.tokens[0],
         gradient_checkpointing=options.checkpointing == "on",
+        vllm_importance_sampling_correction=False,  # nobody has sampled these completions
     )
     prompt, rows = ids_BL[0, : options.prompt].tolist(), ids_BL[:, options.prompt :].tolist()
     made = tuple(Completion("", tuple(row), (-12.0,) * len(row), "length", 1) for row in rows)
@@ -227,6 +228,8 @@ def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], A
     )
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
+    if args.gradient_checkpointing:  # as its `train` does
+        trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
     ids_BL = ids_BL.to(options.device)
     prompt_BP, completion_BT = ids_BL[:, : options.prompt], ids_BL[:, options.prompt :]
     inputs = {
@@ -253,6 +256,7 @@ def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[]
     from lora_grpo.engines.fake import FakeEngine
     from lora_grpo.types import Completion
 
+    _ours(model, ids_BL, options)  # after it the model is known to take packed rows, as in a run
     prompt = ids_BL[0, : options.prompt].tolist()
     rows = ids_BL[:, options.prompt :].tolist() * (CANARY_ROWS // options.rows)
     pairs = [(prompt, Completion("", tuple(row), (-12.0,) * len(row), "length", 1)) for row in rows]

@@ -539,6 +539,14 @@ def test_a_gradient_that_is_cut_names_the_layers_that_get_none() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in adapter_weights(model).items())
 
 
+def test_a_signal_too_faint_for_fp32_refuses_no_layer() -> None:
+    """Where importance weights vanish, Adam still moves B, and A's gradient behind it is 0."""
+    policy = make_policy(model=peft_model(new=True))
+    for _ in range(2):
+        policy.update(make_batch(advantages=ADVANTAGES * 1e-25))
+    assert policy.reach.watching
+
+
 def test_an_a_is_asked_for_its_gradient_once_b_has_moved() -> None:
     """With B at 0 it has none; a learning rate that is 0 during the first step of a warm-up moves no B."""
     model = peft_model(new=True)

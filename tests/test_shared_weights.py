@@ -28,6 +28,7 @@ from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.sync import NativeSync
+from lora_grpo.trainer import assembly
 from lora_grpo.trainer.models import adapted_leaves, build_policy_model, shared_base
 from tests.conftest import ENGINE_ARGS
 from tests.tiny_models import ARCHITECTURES, VOCAB, load_model, tiny_lora, tiny_model
@@ -414,8 +415,16 @@ def test_the_trainers_choice(engine: VLLMEngine, llama_dir: Path, monkeypatch: p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert shared_base("auto", name, engine, told.append).dtype == torch.bfloat16
     assert shared_base("auto", name.replace(dtype="float32"), engine, told.append) is None
+    assert shared_base("auto", name, FakeEngine(lambda *_: "x"), told.append) is None
     assert len(told) == 1
     assert told[0].startswith("the trainer has its own copy of the base: the engine's base is bfloat16")
+
+
+def test_a_base_that_is_to_be_sharded_is_no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert assembly._sharing("auto") == "auto"
+    monkeypatch.setattr(assembly, "launched", lambda: SimpleNamespace(is_fsdp2=True))
+    assert assembly._sharing("auto") is False
+    assert assembly._sharing(True) is True
 
 
 def test_a_policy_on_the_shared_base_has_a_trainable_adapter_only(engine: VLLMEngine, llama_dir: Path) -> None:

@@ -42,13 +42,14 @@ TRAINER = {
     "trainer-7b": ["--shape", "7b", "--tokens", "512,2048"],
 }
 """What of the trainer's part of a step is measured."""
-DRY_TRAINER = ["--shape", "small", "--tokens", "8", "--rows", "2", "--dtype", "float32", "--subjects"]
+DRY_TRAINER = ["--shape", "small", "--tokens", "8", "--rows", "2", "--dtype", "float32", "--subjects", "estimate"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """`read` finds the result when the command has ended, given what it printed. `expected_s` is an estimate for one
-    Hopper GPU. `shape` is the model it cannot do without. One that is `warm` may begin with vLLM imported."""
+    """`read` finds the result when the command has ended, given what it printed. `expected_s` is what it took on an
+    H100; of the trainer's and the last two an estimate. `shape` is the model it cannot do without. One that is `warm`
+    may begin with vLLM imported."""
 
     name: str
     expected_s: int
@@ -70,16 +71,16 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
     demo = [sys.executable, "-m", "lora_grpo", "demo", "--output-dir", str(out / "demo")]
     invariance = [*_script("invariance.py"), "--device", device, "--model", str(models / f"{small}-seed0")]
     return [
-        Step("card", 20, 60, [*_script("card.py"), device], last_json),
-        _suite("tiny", 80, 120, out, device),
-        _figures("0.5b", 90, 140, small, out, device, models),
-        _figures("7b", 310, 420, large, out, device, models),
+        Step("card", 25, 60, [*_script("card.py"), device], last_json),
+        _suite("tiny", 50, 90, out, device),
+        _figures("0.5b", 65, 110, small, out, device, models),
+        _figures("7b", 265, 380, large, out, device, models),
         Step("demo", 45, 90, [*demo, "--steps", str(DEMO_STEPS[kind])], last_json),
-        _trainer("trainer", 35, 70, out, device, "ours"),
-        _trainer("trainer-7b", 45, 90, out, device, "estimate"),
-        _suite("parity", 115, 170, out, device),
+        _trainer("trainer", 35, 70, out, device),
+        _trainer("trainer-7b", 75, 110, out, device),
+        _suite("parity", 140, 190, out, device),
         # Its switch, which there is on a GPU, is for a whole process.
-        Step("invariance", 40, 90, invariance, last_json, warm=kind == "cpu"),
+        Step("invariance", 55, 90, invariance, last_json, warm=kind == "cpu"),
         _figures("7b-compiled", 165, 240, large, out, device, models),
         _suite("graphs", 110, 180, out, device),
     ]
@@ -96,9 +97,9 @@ def _figures(name: str, expected_s: int, limit_s: int, shape: str, out: Path, de
     return Step(name, expected_s, limit_s, command, lambda printed: _measured(results / "results.json"), shape)
 
 
-def _trainer(name: str, expected_s: int, limit_s: int, out: Path, device: str, dry: str) -> Step:
+def _trainer(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> Step:
     results = out / "trainer" / f"{name}.json"
-    sizes = [*DRY_TRAINER, dry] if device == "cpu" else [*TRAINER[name], "--checkpointing", "on", "--prompt", "512"]
+    sizes = DRY_TRAINER if device == "cpu" else [*TRAINER[name], "--checkpointing", "on", "--prompt", "512"]
     script = [sys.executable, str(REPOSITORY / "benchmarks" / "trainer.py")]
     command = [*script, "--device", device, "--out", str(results), *sizes]
     return Step(name, expected_s, limit_s, command, lambda printed: _read(results))

@@ -7,12 +7,14 @@ import subprocess
 from pathlib import Path
 
 VARIABLE = "LORA_GRPO_COMMIT"
-"""Says it where the code came without its repository."""
+"""Says it where the code came without its repository, or beside an older one."""
 
 
 def commit() -> str | None:
-    """The commit that this code was checked out at, a plus sign where files other than results differ; outside a
-    repository what the environment says; None for an installed copy."""
+    """What the environment says; else the commit that this code was checked out at, a plus sign where files other than
+    results differ; None for an installed copy."""
+    if said := os.environ.get(VARIABLE):
+        return said
     here = Path(__file__).parent.with_name("__init__.py")
     git = ["git", "-C", str(here.parent)]
     try:
@@ -23,4 +25,4 @@ def commit() -> str | None:
         changes = [*git, "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results"]
         return name + ("+" if subprocess.run(changes, capture_output=True, timeout=30).returncode else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get(VARIABLE)
+        return None

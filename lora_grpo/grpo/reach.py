@@ -14,6 +14,9 @@ from lora_grpo.adapters.peft_format import LoraModule
 from lora_grpo.errors import UnsupportedAdapter
 from lora_grpo.grpo.processes import Processes
 
+_FAINT = 1e-12
+"""A gradient by a log-prob up to which the products behind it may be 0 in fp32, as where importance weights vanish."""
+
 
 class Reach:
     """Looks at the gradients of the first updates that carry a signal, and then no more.
@@ -43,12 +46,12 @@ class Reach:
         self._hooks = []
 
     def saw(self, gradient_BT: Tensor | None, positions_BT: Tensor) -> None:
-        """The loss's gradient by log-probs, of tokens at these positions: anywhere but 0, it is a signal.
+        """The loss's gradient by log-probs, of tokens at these positions: where it is more than faint, it is a signal.
 
         Attention over one token has no gradient in its queries and keys, so that a token needs two before it.
         """
         if gradient_BT is not None:
-            self._signal |= bool(((gradient_BT != 0) & (positions_BT >= 2)).any())
+            self._signal |= bool(((gradient_BT.abs() > _FAINT) & (positions_BT >= 2)).any())
 
     def check(self, *, signal: bool | None = None) -> None:
         """Before the optimizer's step, with this update's gradients. `signal` is what `saw` was told, if not given.

@@ -81,7 +81,7 @@ def assemble(
     With several processes, each builds its own; only the store, `tokenizer`, and an engine that is servers, are the
     first one's. What fails in one of them fails in all.
     """
-    processes = crew.processes
+    processes, sharing = crew.processes, _sharing(share_base_weights)
     processes.first(lambda: refuse_live(run_dir))
     given = any(processes.gather(engine is not None))
     sized = with_room(engine_config, config.max_staleness)
@@ -89,8 +89,8 @@ def assemble(
     if given:
         twice = processes.each(lambda: checkpoints(model, peft_config, batch, twice))
     else:  # what is refused here leaves nothing behind
-        planned = processes.each(lambda: plan(model, peft_config, sized, share_base_weights, batch, twice))
-        start = _prepared(reporter, model, sized, share_base_weights, planned)
+        planned = processes.each(lambda: plan(model, peft_config, sized, sharing, batch, twice))
+        start = _prepared(reporter, model, sized, sharing, planned)
         twice = planned.checkpointing
     most = config.max_tokens_per_micro_batch
     if most is None and default_device().type == "cuda":
@@ -103,9 +103,7 @@ def assemble(
         here = crew.leads or not sized.urls
         engine = processes.each(lambda: taken_over(closing, start(), config, built=True) if here else None)
     with reporter.capture():
-        built, base = processes.each(
-            lambda: _trained_model(reporter, model, peft_config, engine, config, share_base_weights)
-        )
+        built, base = processes.each(lambda: _trained_model(reporter, model, peft_config, engine, config, sharing))
         policy_model, optimizer = _distributed(built, config, base)
     accelerator = launched()
     policy = Policy(policy_model, config, accelerator=accelerator, optimizer=optimizer)
@@ -122,6 +120,12 @@ def assemble(
     closing.callback(sync.close)
     asked = _led(crew, sync, engine)
     return Parts(asked, rendering(asked, tokenizer, policy_model), policy_model, policy, sync)
+
+
+def _sharing(asked: Sharing) -> Sharing:
+    """As asked, but for "auto" with FSDP2, which would shard the engine's own weights."""
+    accelerator = launched()
+    return False if asked == "auto" and accelerator is not None and accelerator.is_fsdp2 else asked
 
 
 def _open_store(

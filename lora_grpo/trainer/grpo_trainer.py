@@ -62,7 +62,7 @@ class GRPOTrainer:
         store_root: str | Path | None = None,
         rollout_func: RolloutFunc | None = None,
         guard: Guard | None = None,
-        share_base_weights: Sharing = False,
+        share_base_weights: Sharing = "auto",
         view: bool = True,
         **unknown: Any,
     ) -> None:
@@ -81,8 +81,8 @@ class GRPOTrainer:
         `processing_class` is the tokenizer that renders prompts (default: the checkpoint's); its end token, and those
         of the model's generation config, end completions. An `engine` that is given stays open when the trainer closes.
         `guard` rolls back on its own when the run goes astray. `share_base_weights` has trainer and engine hold one
-        copy of the base, in the engine's dtype: "auto" where that costs nothing (CUDA, unquantized, same dtype; not
-        measured there yet, so not the default), True on the CPU too, where decoding is slower then.
+        copy of the base, in the engine's dtype: "auto" where that costs nothing (CUDA, unquantized, same dtype), True
+        on the CPU too, where decoding is slower then.
         Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
         has the run open, before anything is trained.
         """

@@ -129,9 +129,10 @@ def shared_base(
     """The engine's weights as the trainer's base, or None for a copy of its own.
 
     "auto" takes them on CUDA, where that costs nothing, if they are in the dtype that the trainer's base would have;
-    else it goes on with a copy and tells why. True raises `ConfigError` or `UnsupportedAdapter` with the reason.
+    else it goes on with a copy and tells why, unless the engine is servers. True raises `ConfigError` or
+    `UnsupportedAdapter` with the reason.
     """
-    if not (choice is True or _may_share(choice, model)):
+    if not (choice is True or (_may_share(choice, model) and hasattr(engine, "shared_model"))):
         return None
     try:
         return _shared_base(model, engine)
