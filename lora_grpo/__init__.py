@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     )
     from lora_grpo.integrations.own_loop import answer_requests
     from lora_grpo.sync import NativeSync
-    from lora_grpo.trainer import GRPOTrainer, Guard, LogprobGap, NonFinite, ReferenceKL, RewardCollapse
+    from lora_grpo.trainer import GRPOTrainer, Guard, LogprobGap, NonFinite, ReferenceKL, RewardCollapse, fork
     from lora_grpo.types import Completion, Group, Sampling
 
 _HOMES = {
@@ -83,6 +83,7 @@ _HOMES = {
     "VLLMEngine": "lora_grpo.engines.vllm_local",
     "VLLMServerEngine": "lora_grpo.engines.server.engine",
     "answer_requests": "lora_grpo.integrations.own_loop",
+    "fork": "lora_grpo.trainer",
     "keep_archived": "lora_grpo.adapters.retention",
     "keep_best": "lora_grpo.adapters.retention",
     "keep_every": "lora_grpo.adapters.retention",
@@ -127,6 +128,7 @@ __all__ = [
     "VLLMEngine",
     "VLLMServerEngine",
     "answer_requests",
+    "fork",
     "keep_archived",
     "keep_best",
     "keep_every",

@@ -135,21 +135,6 @@ def restore_state(state: TrainerState, training: Training) -> None:
         torch.cuda.set_rng_state(state.tensors[f"rng/cuda{own}"])
 
 
-def scale_learning_rate(optimizer: torch.optim.Optimizer, scheduler: Any, factor: float) -> None:
-    """Multiply the learning rate by `factor`, now and in everything the schedule does with it later.
-
-    Both `state_dict`s hold the change, so it survives being saved and restored.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] *= factor
-        if "initial_lr" in group:
-            group["initial_lr"] *= factor
-    if scheduler is not None:
-        for name in ("base_lrs", "_last_lr"):
-            if hasattr(scheduler, name):
-                setattr(scheduler, name, [rate * factor for rate in getattr(scheduler, name)])
-
-
 def _coded(value: Any) -> Any:
     """`value` so that it comes back from JSON as it was: a schedule's milestones are a Counter of whole numbers.
 

@@ -104,15 +104,22 @@ def export_adapter(
     version = store.get(version)
     if (directory / WEIGHTS_FILE).exists() or (directory / CONFIG_FILE).exists():
         raise StoreError(f"{directory} already holds an adapter; name an empty or new directory")
-    exact = _trainer_weights(store, version)
-    tensors = _serving_weights(store, version, recipe) if exact is None else exact
+    tensors, weights = adapter_tensors(store, version, recipe)
     with disk.reported(f"exporting {version} to {directory}"), _staged(directory) as staged:
         kept = None if store.archive is None else store.archive / TOKENIZER
         if not _save_tokenizer(tokenizer, staged) and kept is not None and kept.is_dir():
             shutil.copytree(kept, staged, copy_function=shutil.copyfile, dirs_exist_ok=True)
         (staged / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         (staged / CONFIG_FILE).write_text(json.dumps(dict(recipe.config), indent=1))
-    return "rounded" if exact is None else "exact"
+    return weights
+
+
+def adapter_tensors(
+    store: StoreView, version: AdapterVersion, recipe: Recipe
+) -> tuple[dict[str, torch.Tensor], Weights]:
+    """A version's A and B by PEFT's names, in fp32, without the scaling: the trainer's own where its state is kept."""
+    exact = _trainer_weights(store, version)
+    return (_serving_weights(store, version, recipe), "rounded") if exact is None else (exact, "exact")
 
 
 @contextmanager

@@ -77,10 +77,15 @@ class RollbackLog:
         return bool(self.entries) and self.entries[-1].to == head
 
     def data_position(self, extra: Mapping[str, Any] | None) -> dict[str, int] | None:
-        """Where the prompts go on, `extra` being what the trainer state to go on from says (None: not kept)."""
-        if self.entries and (extra is None or int(extra["rollbacks"]) < len(self.entries)):
-            return self.entries[-1].sampler or (None if extra is None else dict(extra["sampler"]))
-        return None if extra is None else dict(extra["sampler"])
+        """Where the prompts go on, `extra` being what the trainer state to go on from says (None: not kept).
+
+        None where nothing tells, or where a fork with another seed or other data begins them anew.
+        """
+        rolled_back = self.entries and (extra is None or int(extra["rollbacks"]) < len(self.entries))
+        if rolled_back and self.entries[-1].sampler:
+            return self.entries[-1].sampler
+        position = None if extra is None else extra["sampler"]
+        return None if position is None else dict(position)
 
     def _write(self, entries: list[Rollback]) -> None:
         text = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)

@@ -25,6 +25,7 @@ from lora_grpo.cli.demo import demo
 from lora_grpo.cli.diff import diff
 from lora_grpo.cli.evaluate import evaluate
 from lora_grpo.cli.export import export
+from lora_grpo.cli.fork import fork
 from lora_grpo.cli.output import say_error
 from lora_grpo.cli.pin import pin, unpin
 from lora_grpo.cli.prune import prune
@@ -42,6 +43,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "versions": versions,
         "show": show,
         "rollback": rollback,
+        "fork": fork,
         "diff": diff,
         "compare": compare,
         "export": export,

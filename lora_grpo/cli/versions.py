@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.cli.live import Json, Run, Version
@@ -89,6 +90,9 @@ def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
     metrics = {name: row["metrics"].get(name) for name in ("reward", "eval/reward")}
+    said = [word for word, key in (("HEAD", "head"), ("pinned", "pinned"), ("served", "served")) if row[key]]
+    if "from/run" in row["metrics"]:
+        said.append(f"fork of {Path(row['metrics']['from/run']).name} v{row['metrics']['from/version']}")
     return {
         "version": f"v{row['version']}",
         "from": "-" if row["parent"] is None else f"v{row['parent']}",
@@ -97,7 +101,7 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
         "MiB": row["size_bytes"] / 2**20,
         **metrics,
         "where": _places(row),
-        "": ", ".join(word for word, key in (("HEAD", "head"), ("pinned", "pinned"), ("served", "served")) if row[key]),
+        "": ", ".join(said),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,13 +35,27 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
 
 def build_optimizer(model: nn.Module, config: GRPOConfig) -> AdamW:
     """AdamW over the adapter's parameters."""
-    return AdamW(
-        trainable_parameters(model).values(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
+    return AdamW(trainable_parameters(model).values(), **_settings(config))
+
+
+def _settings(config: GRPOConfig) -> dict[str, Any]:
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+
+
+def apply_settings(optimizer: Optimizer, scheduler: Any, config: GRPOConfig, learning_rate_scale: float) -> None:
+    """Have `config` say what a restored state said: the settings of AdamW, and the learning rate of a `LambdaLR`
+    schedule, times `learning_rate_scale`, where its count of updates stands. Moments and counts stay.
+    """
+    highest = config.learning_rate * learning_rate_scale
+    rates = [highest * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group.update(_settings(config) | {"lr": rate, "initial_lr": highest})
+    scheduler.base_lrs, scheduler._last_lr = [highest] * len(rates), rates
 
 
 def build_scheduler(optimizer: Optimizer, config: GRPOConfig, num_updates: int) -> LRScheduler:

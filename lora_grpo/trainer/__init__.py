@@ -2,10 +2,12 @@
 
 from lora_grpo.trainer.build import build_trainer
 from lora_grpo.trainer.compare import compare_versions
+from lora_grpo.trainer.forking import Fork, fork
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import Guard, LogprobGap, NonFinite, ReferenceKL, RewardCollapse
 
 __all__ = [
+    "Fork",
     "GRPOTrainer",
     "Guard",
     "LogprobGap",
@@ -14,4 +16,5 @@ __all__ = [
     "RewardCollapse",
     "build_trainer",
     "compare_versions",
+    "fork",
 ]

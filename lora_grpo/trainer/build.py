@@ -68,7 +68,7 @@ def _check_run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
     if not resume and _holds_run(run_dir):
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
     if resume and (run_dir / RESOLVED_FILE).is_file() and _holds_run(run_dir):
-        _check_same_adapter(load_config(run_dir).lora, config.lora, run_dir)
+        check_same_adapter(load_config(run_dir).lora, config.lora, run_dir)
 
 
 def _kept_cut(run_dir: Path) -> int | None:
@@ -90,7 +90,8 @@ def _holds_run(run_dir: Path) -> bool:
         return bool(store.numbers)
 
 
-def _check_same_adapter(before: LoraSettings, now: LoraSettings, run_dir: Path) -> None:
+def check_same_adapter(before: LoraSettings, now: LoraSettings, run_dir: Path) -> None:
+    """Raises `ConfigError` for an adapter of another form than that of the run's versions."""
     for name in type(now).model_fields:
         old, new = getattr(before, name), getattr(now, name)
         if old != new and name != "lora_dropout":

@@ -19,9 +19,9 @@ from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt
 from lora_grpo.engines.delivery.base_reading import BaseReading
+from lora_grpo.grpo.optimizer import apply_settings
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.rollback import RollbackReport
-from lora_grpo.state import scale_learning_rate
 from lora_grpo.types import Group, Prompt, Sampling, derive_seed
 
 if TYPE_CHECKING:
@@ -185,8 +185,8 @@ def set_reference(parts: Parts, weights: dict[str, torch.Tensor] | None) -> None
     parts.policy.reference.set(weights)
 
 
-def scale_learning_rates(parts: Parts, factor: float) -> None:
-    scale_learning_rate(parts.policy.optimizer, parts.policy.scheduler, factor)
+def apply_optimizer_settings(parts: Parts, learning_rate_scale: float) -> None:
+    apply_settings(parts.policy.optimizer, parts.policy.scheduler, parts.policy.config, learning_rate_scale)
 
 
 def seed_everything(parts: Parts, seed: int) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lora_grpo.adapters.opening import Recovered
-from lora_grpo.adapters.rollbacks import Rollback, state_extra
+from lora_grpo.adapters.rollbacks import Rollback
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import SamplerState
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
@@ -40,8 +39,7 @@ def roll_back(
     except BaseException:
         log.take_back()
         raise
-    before = scale / learning_rate_factor if report.weights == "rounded" else _scale_of(report.extra)
-    trainer.crew(crew.scale_learning_rates, scale / before)
+    trainer.crew(crew.apply_optimizer_settings, scale)
     trainer.take_up(version.step, without_signal=0)
     return report
 
@@ -82,7 +80,7 @@ def resume(trainer: GRPOTrainer) -> RollbackReport | None:
     position = log.data_position(extra)
     if position is not None:
         trainer.sampler.load_state_dict(cast(SamplerState, position))
-    trainer.crew(crew.scale_learning_rates, log.learning_rate_scale / _scale_of(report.extra))
+    trainer.crew(crew.apply_optimizer_settings, log.learning_rate_scale)
     idle = 0 if waiting or extra is None else int(extra["without_signal"])
     trainer.take_up(report.version.step, without_signal=idle)
     return report
@@ -93,7 +91,6 @@ def state_for(trainer: GRPOTrainer, step: int) -> dict[str, Any]:
     return {
         "steps_done": step,
         "rollbacks": trainer.rollbacks,
-        "learning_rate_scale": trainer.rollback_log.learning_rate_scale,
         "without_signal": trainer.without_signal,
         "sampler": trainer.rollouts.position(),
     }
@@ -178,7 +175,6 @@ def _restore_schedule_of(trainer: GRPOTrainer, left: int) -> bool:
     number = _nearest_state(trainer, left)
     if number is not None:
         trainer.crew(crew.restore_trainer, trainer.store.get(number))
-        trainer.crew(crew.scale_learning_rates, 1 / _scale_of(state_extra(trainer.store, number) or {}))
     return number is not None
 
 
@@ -187,7 +183,3 @@ def _metrics_of(record: Record) -> dict[str, Any]:
     return {
         name: math.nan if value is None else value for name, value in record.items() if name not in ("event", "time")
     }
-
-
-def _scale_of(extra: Mapping[str, Any]) -> float:
-    return float(extra.get("learning_rate_scale", 1.0))

@@ -1,0 +1,218 @@
+"""`fork`: a new run that starts from any version of another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lora_grpo.adapters import disk
+from lora_grpo.adapters.digest import digest_buffers
+from lora_grpo.adapters.export import RECIPE_FILE, TOKENIZER, Recipe, Weights, adapter_tensors
+from lora_grpo.adapters.layout import PEFT_FILES
+from lora_grpo.adapters.peft_files import PREFIX
+from lora_grpo.adapters.rollbacks import ROLLBACKS_FILE
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.target import Target
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.config import RunConfig
+from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
+from lora_grpo.errors import ConfigError, StoreCorrupt
+from lora_grpo.metrics.log import METRICS_FILE, Record, RunLog, history, read_metrics
+from lora_grpo.reference import REFERENCE_FILE, keep_reference
+from lora_grpo.state import TrainerState, read_state
+from lora_grpo.trainer.build import check_same_adapter
+from lora_grpo.trainer.evaluation import FOLDER
+
+_KEPT = ("step", "evaluation")
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """The run `run` was made from `origin`, a version of the run `source`.
+
+    Its first version has the same number, bytes and digest. `weights` are what its trainer starts from: the source's
+    own ("exact"), or "rounded" to the serving dtype. `step` is the step that is behind it.
+    """
+
+    run: Path
+    source: Path
+    origin: AdapterVersion
+    step: int
+    weights: Weights
+
+    def __str__(self) -> str:
+        return f"{self.run} starts from {self.origin} of {self.source}, after step {self.step}, weights {self.weights}"
+
+
+def fork(
+    run: str | Path, version: Target, new: str | Path, settings: Sequence[str] = (), *, weights_only: bool = False
+) -> Fork:
+    """Make the run directory `new` from a version of `run`, which may be live, and stays as it is.
+
+    Resumed, the new run goes on from there as `run` did, to the bit where `run` repeats to the bit: weights, optimizer,
+    schedule, random state, seeds, data position, and what was measured. `settings` such as "grpo.learning_rate=3e-5"
+    differ from there on; with another `grpo.seed` or other `data` the prompts begin anew. Earlier versions are not
+    copied: no rollback of the new run goes behind its first one.
+
+    `weights_only` starts at step 0 from the version's weights, with a new optimizer, schedule and order of prompts.
+    Without it, a version whose trainer state is not kept is refused, and the nearest one with a state named.
+
+    Raises `ConfigError`, `UnknownVersion` or `StoreError`; then nothing is at `new`.
+    """
+    source, target = Path(run), Path(new)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} is there already; name a new directory for the fork of {source}")
+    with AdapterStore(archive=source, readonly=True) as store:
+        origin = store.get(version)
+        config = _config(source, target, settings)
+        if weights_only:
+            state, weights = _weights_alone(store, origin, source, config)
+        else:
+            state, weights = _kept_state(store, origin, source, config), "exact"
+        made = Fork(target, source, origin, 0 if weights_only else origin.step, weights)
+        with _staged(target) as staged:
+            _publish(staged, store, made, state)
+            _copy(source, staged, RECIPE_FILE, TOKENIZER)
+            if weights_only:
+                starts = {name: tensor for name, tensor in state.tensors.items() if name.startswith("weights/")}
+                keep_reference(staged, starts)
+            else:
+                _copy_history(source, staged, origin, state)
+            _log(staged, [{"event": "message", "text": f"forked: {made}"}])
+            if config is not None:
+                save_config(config, staged)
+    return made
+
+
+def _config(source: Path, target: Path, settings: Sequence[str]) -> RunConfig | None:
+    """The new run's settings; None for a run without any, whose trainer is built in Python."""
+    if not (source / RESOLVED_FILE).is_file():
+        if settings:
+            raise ConfigError(
+                f"{source} has no {RESOLVED_FILE}, so {' '.join(settings)} cannot be set here; fork it as it is, and "
+                "give these settings to the GRPOTrainer that resumes the fork"
+            )
+        return None
+    before = load_config(source)
+    config = load_config(source, ["store_root=", *settings, f"output_dir={target}"])
+    check_same_adapter(before.lora, config.lora, source)
+    if before.model.name != config.model.name:
+        raise ConfigError(
+            f"model.name={config.model.name!r}: the versions of {source} are adapters of {before.model.name!r}; leave "
+            "the setting as it was, or begin another run"
+        )
+    return config
+
+
+def _kept_state(store: AdapterStore, origin: AdapterVersion, source: Path, config: RunConfig | None) -> TrainerState:
+    files = store.load_state(origin.number)
+    if files is None:
+        nearest = min(store.states, key=lambda number: abs(number - origin.number), default=None)
+        there = "nor of any other version" if nearest is None else f"the nearest version that has one is v{nearest}"
+        raise ConfigError(
+            f"{source} kept no trainer state of {origin}, without which a fork cannot be exact; {there}; "
+            f"--weights-only (weights_only=True) begins a new run from the weights of {origin}"
+        )
+    state = read_state(files)
+    if config is not None and _own(state):
+        before = load_config(source)
+        if (before.grpo.seed, before.data) != (config.grpo.seed, config.data):
+            state.meta["extra"]["sampler"] = None
+    return state
+
+
+def _own(state: TrainerState) -> bool:
+    """Whether `GRPOTrainer` wrote it; a loop of the user's own keeps there what it likes."""
+    extra = state.meta["extra"]
+    return isinstance(extra, dict) and {"sampler", "rollbacks"} <= extra.keys()
+
+
+def _weights_alone(
+    store: AdapterStore, origin: AdapterVersion, source: Path, config: RunConfig | None
+) -> tuple[TrainerState, Weights]:
+    """The state of a run that has not stepped yet, and whose adapter is what `origin` is."""
+    named, weights = adapter_tensors(store, origin, Recipe.read(source))
+    seed = 0 if config is None else config.grpo.seed
+    tensors = {"rng/cpu": torch.Generator().manual_seed(seed).get_state()}
+    for name, tensor in named.items():
+        path, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+        tensors[f"weights/{path}.{kind}"] = tensor
+    extra = {"steps_done": 0, "rollbacks": 0, "without_signal": 0, "sampler": None}
+    meta = {"param_groups": None, "optimizer_scalars": {}, "scheduler": None, "extra": extra}
+    return TrainerState(tensors, meta), weights
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder to fill, which is `target` afterwards, or nothing."""
+    with disk.reported(f"making {target}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        around = Path(tempfile.mkdtemp(prefix=".fork-", dir=target.parent))
+        try:
+            staged = around / target.name
+            staged.mkdir()
+            yield staged
+            os.rename(staged, target)
+        finally:
+            shutil.rmtree(around, ignore_errors=True)
+
+
+def _publish(staged: Path, store: AdapterStore, made: Fork, state: TrainerState) -> None:
+    """The first version of the new run, under the number that it had."""
+    origin = made.origin
+    with store.reading(origin) as folder:
+        files = {name: [(folder / name).read_bytes()] for name in PEFT_FILES}
+    if digest_buffers(files) != origin.digest:
+        raise StoreCorrupt(f"{folder} does not hold what was published as {origin}; see lora-grpo verify")
+    # Numbering goes on above what a run directory says was given out.
+    (staged / "NUMBERS").write_text(f"{origin.number - 1}\n")
+    with AdapterStore(archive=staged) as new:
+        version = new.publish(files, step=made.step, parent=None)
+        new.archive_state(version, *state.to_files())
+        new.promote(version)
+        taken_from = {"from/run": str(made.source), "from/version": origin.number, "from/digest": origin.digest}
+        new.record(version, **store.metrics(origin) | taken_from)
+
+
+def _copy(source: Path, staged: Path, *names: str) -> None:
+    """Files and folders of a run directory, where it has them."""
+    for name in names:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, staged / name)
+        elif (source / name).exists():
+            (staged / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, staged / name)
+
+
+def _copy_history(source: Path, staged: Path, origin: AdapterVersion, state: TrainerState) -> None:
+    """What a resume reads beside the state: the KL's reference, and the run's rollbacks and measurements so far."""
+    _copy(source, staged, REFERENCE_FILE, f"{FOLDER}/{disk.folder_name(origin.number)}.json")
+    if _own(state):
+        lines = (disk.read_small(source / ROLLBACKS_FILE) or b"").splitlines(keepends=True)
+        (staged / ROLLBACKS_FILE).write_bytes(b"".join(lines[: state.meta["extra"]["rollbacks"]]))
+    if (source / METRICS_FILE).is_file():
+        _log(staged, [record for record in history(_until(origin, read_metrics(source))) if record["event"] in _KEPT])
+
+
+def _until(origin: AdapterVersion, records: list[Record]) -> list[Record]:
+    """The records of a run as it stood when it had published and measured `origin`."""
+    before = [record for record in records if record["time"] <= origin.created_at]
+    after = [record for record in records if record["time"] > origin.created_at]
+    step = next((record for record in after if record["event"] == "step"), None)
+    own = [] if step is None or step["step"] != origin.step else [step]
+    measured = [record for record in after if record["event"] == "evaluation" and record["version"] == origin.number]
+    return [*before, *own, *measured]
+
+
+def _log(staged: Path, records: Sequence[Record]) -> None:
+    log = RunLog(staged / METRICS_FILE)
+    for record in records:
+        log.append(record["event"], **{name: value for name, value in record.items() if name != "event"})
+    log.close()
