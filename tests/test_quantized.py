@@ -21,6 +21,7 @@ from lora_grpo.engines import packing
 from lora_grpo.engines.delivery.base_match import match_base
 from lora_grpo.engines.local import quantized
 from lora_grpo.engines.local.quantized import served_scheme
+from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.grpo.processes import Processes
@@ -32,11 +33,13 @@ from lora_grpo.trainer.memory import estimate_memory
 from lora_grpo.trainer.models import without_memory
 from lora_grpo.trainer.own_base import load_base
 from lora_grpo.trainer.planning import plan
+from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS
 from tests.families import build, trainer_model
 from tests.model_table import Finding, adapted, deliver, examine
 from tests.quantized import WEIGHTS, to_fp8, to_int4
-from tests.tiny_models import load_model, tiny_lora, tiny_model
+from tests.test_uses import serving
+from tests.tiny_models import load_model, refill_lora, tiny_lora, tiny_model
 from tests.tiny_trainer import CONFIG, ROWS, same, share_of_low_bytes, weights
 
 CPU = torch.device("cpu")
@@ -152,6 +155,24 @@ def test_trls_trainer_on_nf4(plain_dir: Path, tmp_path: Path) -> None:
         assert trainer.native.sync.head.number == 1
     finally:
         trainer.close()
+
+
+@pytest.mark.vllm
+def test_a_server_in_nf4_is_proven_from_outside(plain_dir: Path, shm_dir: Path) -> None:
+    """As `lora-grpo serve` starts it; its workers read what their bits stand for, and another scheme shows."""
+    with serving(plain_dir, options=["--quantization", "nf4"]) as url, AdapterStore(shm_dir / "store") as store:
+        engine = VLLMServerEngine([url])
+        sync = NativeSync(adapted("llama in nf4", plain_dir), engine, store)
+        match = sync.base_match
+        assert match is not None
+        assert (match.compared, match.quantized, match.share, match.unread) == (match.tensors, 14, 1.0, {})
+        refill_lora(sync.model, seed=1)  # type: ignore[arg-type]
+        sync.push(0)
+        assert sync.canary(engine.generate(["a b "], Sampling(n=4, max_tokens=8), adapter=sync.head)).verdict == "ok"
+        with pytest.raises(UnsupportedAdapter, match=rf"{url} .*\(quantized\) than in the trainer \(plain\)"):
+            NativeSync(tiny_lora(load_model(plain_dir)), engine, store)
+        sync.close()
+        engine.close()
 
 
 REFUSED = {

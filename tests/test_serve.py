@@ -198,3 +198,9 @@ def test_the_command_refuses_an_open_address_without_a_key(
     result = CliRunner().invoke(app, ["serve", str(llama_dir), *arguments])
     assert result.exit_code == 2
     assert "VLLM_API_KEY" in result.output
+
+
+def test_the_command_refuses_a_base_that_no_trainer_would_match(llama_dir: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", str(llama_dir), "--quantization", "fp4"])
+    assert result.exit_code == 2
+    assert "quantization='fp4' is not proven" in result.output

@@ -6,7 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,9 +228,9 @@ def test_a_server_with_the_tower(served: Served, tmp_path: Path) -> None:
 
 
 @contextmanager
-def serving(base: Path, *arguments: str) -> Iterator[str]:
-    """The address of a `lora-grpo serve` with these arguments of vLLM's."""
-    command = [sys.executable, "-m", "lora_grpo", "serve", str(base), "--max-lora-rank", "8", "--json"]
+def serving(base: Path, *arguments: str, options: Sequence[str] = ()) -> Iterator[str]:
+    """The address of a `lora-grpo serve` with these options and arguments of vLLM's."""
+    command = [sys.executable, "-m", "lora_grpo", "serve", str(base), "--max-lora-rank", "8", "--json", *options]
     command += ["--port", str(free_ports(1)), "--log-dir", str(base / "logs"), "--", *VLLM_ARGS, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -33,6 +33,9 @@ def serve(
     max_cpu_loras: Annotated[
         int | None, typer.Option("--max-cpu-loras", min=1, help="Adapters kept in memory; two more than slots.")
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="nf4: quantize the base as it is loaded, for QLoRA.")
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option("--api-key", envvar="VLLM_API_KEY", help="Better in the environment, which others cannot see."),
@@ -53,11 +56,13 @@ def serve(
 
     When one of them ends, all end: its log's last lines say why.
     """
+    from lora_grpo.engines.local.quantized import served_scheme
     from lora_grpo.engines.local.targets import linear_leaves, text_only_arguments
     from lora_grpo.engines.server.launch import Serving
 
     extra = tuple(arguments or ())
     trusted = "--trust-remote-code" in extra
+    nf4 = served_scheme(model, quantization, trust_remote_code=trusted) == "nf4"
     text_only = tuple(f"--{name.replace('_', '-')}" for name in text_only_arguments(model, trust_remote_code=trusted))
     serving = Serving(
         model,
@@ -71,7 +76,7 @@ def serve(
         api_key,
         store_url,
         None if store_token_file is None else str(store_token_file),
-        (*text_only, *extra),
+        (*text_only, *(("--quantization", "bitsandbytes") if nf4 else ()), *extra),
         start_timeout_s,
     )
     _until_interrupted(serving, log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-")), as_json)

@@ -163,7 +163,7 @@ def _said(name: str, tensor: torch.Tensor, whole: torch.Tensor, found: TensorRea
         return (
             f"{name} stands for other values in {where} ({'quantized' if found.quantized else 'plain'}) than in the "
             f"trainer ({here}): load both from one checkpoint in one scheme, such as [model] quantization = 'nf4', "
-            "which sets both sides, and merge nothing into it"
+            "which sets both sides (servers: `lora-grpo serve --quantization nf4`), and merge nothing into it"
         )
     return (
         f"{name} differs between {where} and the trainer{dtypes}; load both from the same checkpoint and revision, and "
