@@ -48,7 +48,7 @@ def main() -> None:
     print("# What fits which card\n")
     print("<!-- Written by benchmarks/cards.py. -->\n")
     print(
-        f"Computed, not measured: no GPU has run it. bf16, LoRA of rank 16 on all linear layers, micro-batches of "
+        f"Computed, not measured. bf16, LoRA of rank 16 on all linear layers, micro-batches of "
         f"{BATCH.rows} rows of {BATCH.prompt_tokens} + {BATCH.completion_tokens} tokens, {COMPLETIONS} completions "
         f"of up to {length:,} tokens sampled at the same time, two adapter slots, {RESERVED_BYTES / 2**30:g} GiB kept "
         "for CUDA. The parts are those of `lora-grpo check`. **yes**: as it is. **checkpointing**: with "
