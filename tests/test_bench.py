@@ -22,7 +22,8 @@ from lora_grpo.bench.reference import Reference
 from lora_grpo.bench.report import findings, update_readme, write_report
 from lora_grpo.bench.runner import Partial
 from lora_grpo.bench.scenario import plan_parts
-from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, Document, EnduranceRow, MemoryRow, Settings, SyncRow
+from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, Document, EnduranceRow, MemoryRow, SyncRow
+from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import OTHER_KERNELS, STRATEGIES, load_strategy
 from lora_grpo.bench.strategies.trainer import Trainer
 from lora_grpo.bench.suite import by_strategy

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.bench.schema import PARTS, Document
+from lora_grpo.bench.schema import Document
+from lora_grpo.bench.settings import PARTS
 
 pytestmark = pytest.mark.vllm
 

@@ -22,7 +22,7 @@ from lora_grpo.bench.prepared import sequences
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner
 from lora_grpo.bench.scenario import plan_parts
-from lora_grpo.bench.schema import Settings
+from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE, load_strategy
 from lora_grpo.bench.strategies.base import Synced
 from lora_grpo.bench.strategies.native import Native

@@ -17,6 +17,8 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from lora_grpo.engines import compat
+from lora_grpo.engines.compat import ending
+from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.hopper import mend_kernels
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 from tests.conftest import read_anew
@@ -162,9 +164,9 @@ def test_the_last_engine_takes_along_what_kernels_remember_of_addresses() -> Non
     core = SimpleNamespace(structured_output_manager=nothing, model_executor=nothing, scheduler=nothing)
     llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(engine_core=core)))
     assert remembered(16) == 1
-    compat.shutdown(llm, last=False)
+    ending.shutdown(llm, last=False)
     assert (len(utils._LORA_A_PTR_DICT), len(utils._LORA_B_PTR_DICT)) == (1, 1)
-    compat._forget_addresses()
+    ending._forget_addresses()
     assert (len(utils._LORA_A_PTR_DICT), len(utils._LORA_B_PTR_DICT)) == (0, 0)
 
 
@@ -214,17 +216,17 @@ def test_layers_without_slices_are_refused_by_name() -> None:
     """A head's buffer is one tensor; read as slices, its slots would be taken for slices and go unproven."""
     head = SimpleNamespace(lora_a_stacked=torch.zeros(2, 1, 8, 4), lora_b_stacked=torch.zeros(2, 1, 9, 8))
     layers = {"model.layers.0.mlp.down_proj": stacked_layer(1), "model.layers.0.self_attn.qkv_proj": stacked_layer(3)}
-    assert set(compat.wrapped_modules(in_process_llm(modules=layers))) == set(layers)
+    assert set(vllm_slots.wrapped_modules(in_process_llm(modules=layers))) == set(layers)
     with pytest.raises(ConfigError, match=r"lm_head.*target_modules"):
-        compat.wrapped_modules(in_process_llm(modules={**layers, "lm_head": head}))
+        vllm_slots.wrapped_modules(in_process_llm(modules={**layers, "lm_head": head}))
 
 
 def test_slots_and_registration_of_loaded_active_and_unknown_adapters() -> None:
     known = {7: SimpleNamespace(loras={"l.o_proj": object()}), 8: SimpleNamespace(loras={"l.qkv_proj": object()})}
     llm = in_process_llm(lora_index_to_id=[None, 7], get_adapter=known.get)
-    assert [compat.slot_of(llm, lora_id) for lora_id in (7, 8, 9)] == [1, None, None]
-    assert compat.registered_modules(llm, 8) == {"l.qkv_proj"}
-    assert compat.registered_modules(llm, 9) == set()
+    assert [vllm_slots.slot_of(llm, lora_id) for lora_id in (7, 8, 9)] == [1, None, None]
+    assert vllm_slots.registered_modules(llm, 8) == {"l.qkv_proj"}
+    assert vllm_slots.registered_modules(llm, 9) == set()
 
 
 @pytest.mark.vllm

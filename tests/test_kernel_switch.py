@@ -13,6 +13,7 @@ from lora_grpo.adapters.peft_format import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
+from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local import lora_kernels
 from lora_grpo.engines.local.lora_kernels import LayerKernels
 from lora_grpo.engines.requests import sampling_params, scored_tokens
@@ -69,7 +70,7 @@ def versions(
 
 def linear_kernels(engine: VLLMEngine) -> set[type]:
     """What the linear layers of an engine compute their LoRA with."""
-    return {type(layer.punica_wrapper) for layer in compat.wrapped_modules(engine._llm).values()}
+    return {type(layer.punica_wrapper) for layer in vllm_slots.wrapped_modules(engine._llm).values()}
 
 
 def prompts(*lengths: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ from lora_grpo.adapters.peft_format import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
+from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local import lora_gemm
 from lora_grpo.engines.local.lora_gemm import LayerGemm, RowMask, lay_out
 from lora_grpo.engines.vllm_local import VLLMEngine
@@ -301,7 +302,7 @@ def agree(engines: tuple[VLLMEngine, VLLMEngine], version: AdapterVersion | None
 
 @pytest.mark.vllm
 def test_only_the_engine_that_asked_has_it(engines: tuple[VLLMEngine, VLLMEngine]) -> None:
-    ours, other = (compat.wrapped_modules(engine._llm).values() for engine in engines)
+    ours, other = (vllm_slots.wrapped_modules(engine._llm).values() for engine in engines)
     assert {type(layer.punica_wrapper) for layer in ours} == {LayerGemm}
     assert LayerGemm not in {type(layer.punica_wrapper) for layer in other}
     assert {len(layer.lora_a_stacked) for layer in ours} == {1, 2, 3}
@@ -362,7 +363,7 @@ def test_versions_that_change_slots_are_never_stale(
         engines[1].load(version)
         expected[version] = engines[1].logprobs(sequences(2), adapter=version)
     ours = engines[0]
-    addresses = {layer.punica_wrapper.others_NC.data_ptr() for layer in compat.wrapped_modules(ours._llm).values()}
+    addresses = {layer.punica_wrapper.others_NC.data_ptr() for layer in vllm_slots.wrapped_modules(ours._llm).values()}
     for turn in ("0", "01", "012", "0123", "213", "30", "x1", "1", "4", "014", "x0x4", "5135", "0", "b", "5"):
         for name in turn.replace("x", ""):
             if "x" in turn and versions[int(name)] in ours.loaded():
@@ -377,7 +378,7 @@ def test_versions_that_change_slots_are_never_stale(
             assert gaps[int(name)] < SAME_NATS < min(gap for v, gap in enumerate(gaps) if v != int(name)) / 5
     assert len(addresses) == 1
     assert addresses == {
-        layer.punica_wrapper.others_NC.data_ptr() for layer in compat.wrapped_modules(ours._llm).values()
+        layer.punica_wrapper.others_NC.data_ptr() for layer in vllm_slots.wrapped_modules(ours._llm).values()
     }
 
 

@@ -13,6 +13,7 @@ from lora_grpo.adapters.peft_format import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, vllm_local
+from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.delivery.slots import SlotProver
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError
@@ -114,9 +115,9 @@ def test_a_version_that_did_not_survive_is_not_served_and_the_others_are(
     engine.load(first)
     engine.load(second)
     before = answers(engine, [second])
-    slot = compat.slot_of(engine._llm, engine._find(first).request.lora_int_id)
+    slot = vllm_slots.slot_of(engine._llm, engine._find(first).request.lora_int_id)
     engine.sleep()
-    compat.wrapped_modules(engine._llm)[MODULE].lora_b_stacked[0][slot].mul_(0.5)
+    vllm_slots.wrapped_modules(engine._llm)[MODULE].lora_b_stacked[0][slot].mul_(0.5)
     with pytest.raises(DeliveryError, match=rf"v1: .*{MODULE}.* differs from the published bytes"):
         engine.wake_up()
     assert engine.loaded() == (second,)

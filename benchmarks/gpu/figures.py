@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.bench.scenario import plan_parts
-from lora_grpo.bench.schema import Settings
+from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.suite import Suite
 from lora_grpo.errors import LoraGrpoError
 

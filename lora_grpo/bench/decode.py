@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lora_grpo.bench import fidelity
 from lora_grpo.bench.memory import kv_tokens
 from lora_grpo.bench.plan import Cell, Subject, results_of, there_and_back
-from lora_grpo.bench.schema import DecodeRow, Settings
+from lora_grpo.bench.schema import DecodeRow
+from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import BASE, NATIVE, OTHER_KERNELS, SHARED, STOCK
 from lora_grpo.bench.timing import median
 

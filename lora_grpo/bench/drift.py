@@ -7,7 +7,8 @@ from typing import Any
 
 from lora_grpo.bench.plan import Cell, Subject, results_of
 from lora_grpo.bench.prepared import Bench, sequences
-from lora_grpo.bench.schema import DriftRow, Settings
+from lora_grpo.bench.schema import DriftRow
+from lora_grpo.bench.settings import Settings
 
 LEARNING_RATE = 1e-4
 

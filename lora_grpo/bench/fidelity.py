@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lora_grpo.bench import drift
 from lora_grpo.bench.plan import Cell, Subject, results_of
 from lora_grpo.bench.prepared import Bench, sequences
-from lora_grpo.bench.schema import FidelityRow, Settings, TruthRow
+from lora_grpo.bench.schema import FidelityRow, TruthRow
+from lora_grpo.bench.settings import Settings
 
 if TYPE_CHECKING:
     from lora_grpo.bench.reference import Reference

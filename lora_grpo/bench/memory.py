@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench.levels import collect, is_cuda, level, on_tmpfs, settled_level, tmpfs_folders
 from lora_grpo.bench.plan import Cell, Subject, results_of
-from lora_grpo.bench.schema import MemoryRow, Settings
+from lora_grpo.bench.schema import MemoryRow
+from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_grpo.bench.plan import Cell, Subject, results_of
-from lora_grpo.bench.schema import ProofRow, Settings
+from lora_grpo.bench.schema import ProofRow
+from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import median
 

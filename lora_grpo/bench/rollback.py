@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
-from lora_grpo.bench.schema import RollbackRow, Settings
+from lora_grpo.bench.schema import RollbackRow
+from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import median, percentile_95
 

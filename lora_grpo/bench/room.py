@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 from lora_grpo.bench.memory import KV_CACHE_BYTES
-from lora_grpo.bench.schema import Settings
+from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import BASE, NATIVE, STOCK
 from lora_grpo.errors import ConfigError
 

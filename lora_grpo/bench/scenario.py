@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.bench.schema import DEFAULT_REPEAT, DEFAULT_STRATEGIES, PARTS, Settings
+from lora_grpo.bench.settings import DEFAULT_REPEAT, DEFAULT_STRATEGIES, PARTS, Settings
 from lora_grpo.bench.shapes import shape_config
 from lora_grpo.bench.strategies import check_name
 from lora_grpo.errors import ConfigError

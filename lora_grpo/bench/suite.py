@@ -17,7 +17,8 @@ from lora_grpo.bench.joining import finished
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.bench.runner import Partial, Progress, Runner, TurnRunner
-from lora_grpo.bench.schema import Document, Settings
+from lora_grpo.bench.schema import Document
+from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.turns import beside_native, one_at_a_time, with_weights
 from lora_grpo.errors import ConfigError

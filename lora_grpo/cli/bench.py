@@ -16,7 +16,8 @@ from lora_grpo.cli.output import print_json, print_table, say, say_error
 
 if TYPE_CHECKING:
     from lora_grpo.bench.runner import Progress
-    from lora_grpo.bench.schema import Document, Settings
+    from lora_grpo.bench.schema import Document
+    from lora_grpo.bench.settings import Settings
     from lora_grpo.bench.suite import Suite
 
 

@@ -21,49 +21,35 @@ def serve(
         list[str] | None,
         typer.Argument(metavar="[-- VLLM_ARGS]...", help="Further arguments for vLLM, after --, as they are."),
     ] = None,
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Servers; each gets its share of GPUs.")] = 1,
-    host: Annotated[
-        str, typer.Option("--host", help="Any other address than loopback's needs an API key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Of the first; the others count on.")] = 8000,
-    max_lora_rank: Annotated[int, typer.Option("--max-lora-rank", min=1, help="The adapters' rank.")] = 16,
-    max_loras: Annotated[
-        int, typer.Option("--max-loras", min=2, help="Adapter slots: versions in use at the same time.")
-    ] = 2,
+    replicas: Annotated[int, typer.Option(min=1, help="Servers; each gets its share of GPUs.")] = 1,
+    host: Annotated[str, typer.Option(help="Any other address than loopback's needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the first; the others count on.")] = 8000,
+    max_lora_rank: Annotated[int, typer.Option(min=1, help="The adapters' rank.")] = 16,
+    max_loras: Annotated[int, typer.Option(min=2, help="Adapter slots: versions in use at the same time.")] = 2,
     max_cpu_loras: Annotated[
-        int | None, typer.Option("--max-cpu-loras", min=1, help="Adapters kept in memory; two more than slots.")
+        int | None, typer.Option(min=1, help="Adapters kept in memory; two more than slots.")
     ] = None,
-    quantization: Annotated[
-        str | None, typer.Option("--quantization", help="nf4: quantize the base as it is loaded, for QLoRA.")
-    ] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4: quantize the base as it is loaded, for QLoRA.")] = None,
     api_key: Annotated[
-        str | None,
-        typer.Option("--api-key", envvar="VLLM_API_KEY", help="Better in the environment, which others cannot see."),
+        str | None, typer.Option(envvar="VLLM_API_KEY", help="Better in the environment, which others cannot see.")
     ] = None,
     store_url: Annotated[
-        str | None, typer.Option("--store-url", help="Pull versions from this store server (adapters='resolver').")
+        str | None, typer.Option(help="Pull versions from this store server (adapters='resolver').")
     ] = None,
-    store_token_file: Annotated[
-        Path | None, typer.Option("--store-token-file", help="A file with the store server's token.")
-    ] = None,
+    store_token_file: Annotated[Path | None, typer.Option(help="A file with the store server's token.")] = None,
     start_timeout_s: Annotated[
         float, typer.Option("--start-timeout", min=1, help="Seconds until all have to answer, downloads included.")
     ] = 1800.0,
-    log_dir: Annotated[Path | None, typer.Option("--log-dir", help="Where logs go; a new temporary folder.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Where logs go; a new temporary folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The servers as one line of JSON, once they answer.")] = False,
 ) -> None:
     """Start vLLM servers that take adapters as `VLLMServerEngine` loads them, until Ctrl-C.
 
     When one of them ends, all end: its log's last lines say why.
     """
-    from lora_grpo.engines.local.quantized import served_scheme
-    from lora_grpo.engines.local.targets import linear_leaves, text_only_arguments
     from lora_grpo.engines.server.launch import Serving
 
-    extra = tuple(arguments or ())
-    trusted = "--trust-remote-code" in extra
-    nf4 = served_scheme(model, quantization, trust_remote_code=trusted) == "nf4"
-    text_only = tuple(f"--{name.replace('_', '-')}" for name in text_only_arguments(model, trust_remote_code=trusted))
+    targets, options = _of_model(model, quantization, trust_remote_code="--trust-remote-code" in (arguments or ()))
     serving = Serving(
         model,
         replicas,
@@ -72,14 +58,28 @@ def serve(
         max_lora_rank,
         max_loras,
         max_cpu_loras,
-        tuple(linear_leaves(model, trust_remote_code=trusted)),
+        targets,
         api_key,
         store_url,
         None if store_token_file is None else str(store_token_file),
-        (*text_only, *(("--quantization", "bitsandbytes") if nf4 else ()), *extra),
+        (*options, *(arguments or ())),
         start_timeout_s,
     )
     _until_interrupted(serving, log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-")), as_json)
+
+
+def _of_model(
+    model: str, quantization: str | None, *, trust_remote_code: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The layers that get LoRA, and vLLM's options for a model of which text alone is served, in fewer bits if asked."""
+    from lora_grpo.engines.local.quantized import served_scheme
+    from lora_grpo.engines.local.targets import linear_leaves, text_only_arguments
+
+    nf4 = served_scheme(model, quantization, trust_remote_code=trust_remote_code) == "nf4"
+    names = text_only_arguments(model, trust_remote_code=trust_remote_code)
+    leaves = linear_leaves(model, trust_remote_code=trust_remote_code)
+    text_only = (f"--{name.replace('_', '-')}" for name in names)
+    return tuple(leaves), (*text_only, *(("--quantization", "bitsandbytes") if nf4 else ()))
 
 
 def _until_interrupted(serving: Serving, logs: Path, as_json: bool) -> None:

@@ -74,28 +74,25 @@ class VLLMEngine:
         decoding is slower there with it. Other keywords go to `vllm.LLM`.
         Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.
         """
-        self._max_loras, self._max_cpu_loras = max_loras, adapter_room(max_loras, max_cpu_loras)
+        room = {"max_loras": max_loras, "max_cpu_loras": adapter_room(max_loras, max_cpu_loras)}
         self._max_lora_rank = compat.allowed_rank(max_lora_rank)
         self._trust_remote_code = trust_remote_code
         vllm_args |= {"dtype": dtype, "max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
+        vllm_args |= {"max_lora_rank": self._max_lora_rank, "revision": revision, **room}
         llm, self._mixes_base = start_llm(
             str(model),
             target_modules=target_modules,
             cpu_lora_kernels=cpu_lora_kernels,
             plain_lora_gemm=plain_lora_gemm,
             share_base_weights=share_base_weights,
-            revision=revision,
             trust_remote_code=trust_remote_code,
-            max_lora_rank=self._max_lora_rank,
-            max_loras=max_loras,
-            max_cpu_loras=self._max_cpu_loras,
             **vllm_args,
         )
         self._held, self._turn = HeldLLM(llm), Turn()
         with vllm_boundary(f"take adapters on {model}", self.close):
-            self._take_up(direct_load)
+            self._take_up(direct_load, room)
 
-    def _take_up(self, direct_load: bool) -> None:
+    def _take_up(self, direct_load: bool, room: dict[str, int]) -> None:
         llm = self._llm
         self._shared: SharedBase | None = None
         self._driver = StepDriver(llm, self._turn)
@@ -104,8 +101,7 @@ class VLLMEngine:
             self._driver,
             AdapterLoader(llm, choose_loader(direct_load)),
             SlotProver(llm),
-            max_loras=self._max_loras,
-            max_cpu_loras=self._max_cpu_loras,
+            **room,
         )
         self._tokenizer = llm.get_tokenizer()
 
@@ -273,32 +269,24 @@ class VLLMEngine:
         adapter_B: Sequence[AdapterVersion | None],
     ) -> list[Any]:
         """vLLM's outputs in row order, in as few engine batches as slots and kernels allow."""
-        with self._turn.take("generate or logprobs"):
-            return self._run_in_turn(ids_B, params_B, adapter_B)
-
-    def _run_in_turn(
-        self,
-        ids_B: Sequence[Sequence[int]],
-        params_B: Sequence[Any],
-        adapter_B: Sequence[AdapterVersion | None],
-    ) -> list[Any]:
-        self._held.check_awake()
-        loaded_B = [None if adapter is None else self._find(adapter) for adapter in adapter_B]
         outputs: list[Any] = [None] * len(ids_B)
-        if self._driver.answering and not self._mixes_base:
-            self._driver.drain()
-        slots = self._residents.slots_for([loaded for loaded in loaded_B if loaded is not None])
-        for rows in mixed_batches(adapter_B, slots, self._mixes_base):
-            self._residents.place([loaded for row in rows if (loaded := loaded_B[row]) is not None])
-            with self._residents.boundary("generate", stepping=True):
-                made = self._driver.run(
-                    [{"prompt_token_ids": list(ids_B[row])} for row in rows],
-                    [params_B[row] for row in rows],
-                    [loaded.request if (loaded := loaded_B[row]) else None for row in rows],
-                    self._residents.between_steps,
-                )
-            for row, output in zip(rows, made, strict=True):
-                outputs[row] = output
+        with self._turn.take("generate or logprobs"):
+            self._held.check_awake()
+            loaded_B = [None if adapter is None else self._find(adapter) for adapter in adapter_B]
+            if self._driver.answering and not self._mixes_base:
+                self._driver.drain()
+            slots = self._residents.slots_for([loaded for loaded in loaded_B if loaded is not None])
+            for rows in mixed_batches(adapter_B, slots, self._mixes_base):
+                self._residents.place([loaded for row in rows if (loaded := loaded_B[row]) is not None])
+                with self._residents.boundary("generate", stepping=True):
+                    made = self._driver.run(
+                        [{"prompt_token_ids": list(ids_B[row])} for row in rows],
+                        [params_B[row] for row in rows],
+                        [loaded.request if (loaded := loaded_B[row]) else None for row in rows],
+                        self._residents.between_steps,
+                    )
+                for row, output in zip(rows, made, strict=True):
+                    outputs[row] = output
         return outputs
 
     def _find(self, version: AdapterVersion) -> Loaded:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lora_grpo.engines import compat
+from lora_grpo.engines.compat import ending
 from lora_grpo.engines.local.sleeping import Asleep
 from lora_grpo.errors import EngineError
 
@@ -47,7 +47,7 @@ class HeldLLM:
         """Shut it down, for the first time that it is called."""
         if id(self) in _alive:
             _alive.discard(id(self))
-            compat.shutdown(self._llm, last=not _alive, joined=_joined)
+            ending.shutdown(self._llm, last=not _alive, joined=_joined)
             self._llm = None
 
 

@@ -17,6 +17,7 @@ from lora_grpo.adapters.peft_files import AdapterFile
 from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
+from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.delivery.binding import Binding
 from lora_grpo.errors import DeliveryError
 
@@ -59,15 +60,15 @@ class AdapterLoader:
             raise DeliveryError(f"vLLM refused the adapter at {request.lora_path}")
 
     def _place_directly(self, lora_id: int, binding: Binding, file: AdapterFile, held: Held | None) -> None:
-        if compat.slot_of(self._llm, lora_id) is not None:
-            compat.touch_adapter(self._llm, lora_id)
+        if vllm_slots.slot_of(self._llm, lora_id) is not None:
+            vllm_slots.touch_adapter(self._llm, lora_id)
             return
         layers = LayersOnDemand(binding.modules, partial(_layer, binding, file))
         rank = max(placement.rank for placement in binding.modules.values())
-        compat.register_adapter(self._llm, lora_id, rank, layers)
-        slot = compat.free_slot(self._llm)
+        vllm_slots.register_adapter(self._llm, lora_id, rank, layers)
+        slot = vllm_slots.free_slot(self._llm)
         binding.slot(slot).write(file, binding.tensors(file) if held is None else binding.cut(held.tensors))
-        compat.name_slot(self._llm, slot, lora_id)
+        vllm_slots.name_slot(self._llm, slot, lora_id)
 
 
 class LayersOnDemand(dict[str, Any]):
@@ -101,4 +102,4 @@ def _layer(binding: Binding, file: AdapterFile, name: str) -> Any:
         None if pair is None else (binding.tensor(file, pair[0]), binding.tensor(file, pair[1]))
         for pair in placement.members
     ]
-    return compat.lora_layer(name, placement.rank, members)
+    return vllm_slots.lora_layer(name, placement.rank, members)

@@ -15,9 +15,10 @@ from lora_grpo.adapters.digest import digest_directory
 from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
 from lora_grpo.adapters.peft_format import WEIGHTS_FILE, Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines import compat
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.boundary import vllm_boundary
+from lora_grpo.engines.compat import ending
+from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.delivery.slots import SlotProver, require_finite
 from lora_grpo.engines.local.driving import StepDriver
 from lora_grpo.engines.local.loading import AdapterLoader, Loaded
@@ -107,10 +108,10 @@ class Residents:
         distinct = {loaded.version.path: loaded for loaded in wanted}
         for loaded in distinct.values():
             self._touch(loaded)
-            if compat.slot_of(self._llm, loaded.request.lora_int_id) is not None:
+            if vllm_slots.slot_of(self._llm, loaded.request.lora_int_id) is not None:
                 self._loader.place(loaded.request, loaded.binding, loaded.file)
         for loaded in distinct.values():
-            if compat.slot_of(self._llm, loaded.request.lora_int_id) is None:
+            if vllm_slots.slot_of(self._llm, loaded.request.lora_int_id) is None:
                 self._prove_again(loaded)
 
     def prove_all_again(self) -> None:
@@ -138,7 +139,7 @@ class Residents:
 
         def clean_up() -> None:
             if stepping or (forget is not None and forget.request.lora_int_id in self._driver.answering):
-                compat.abort_everything(self._llm)
+                ending.abort_everything(self._llm)
                 self._driver.forget()
             if forget is not None:
                 self._loaded.pop(forget.version.path, None)
@@ -156,7 +157,7 @@ class Residents:
     def _place_and_prove(self, loaded: Loaded, started: float, checked: float, held: Held | None = None) -> LoadReceipt:
         for lora_id in self._driver.answering:
             # The slot that another takes is the least recently used one.
-            compat.touch_adapter(self._llm, lora_id)
+            vllm_slots.touch_adapter(self._llm, lora_id)
         self._loader.place(loaded.request, loaded.binding, loaded.file, held)
         placed = time.perf_counter()
         proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.request.lora_int_id)

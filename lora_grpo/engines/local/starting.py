@@ -50,6 +50,23 @@ def _checked(arguments: Mapping[str, Any], *, plain_lora_gemm: bool, share_base_
     return lora_gemm.engine_arguments(joined)
 
 
+def _wrapped(target_modules: Sequence[str] | None) -> list[str]:
+    """The layers that were asked for; none where nothing was."""
+    if EXPERTS in (target_modules or ()):
+        raise ConfigError(
+            f"target_modules names {EXPERTS!r}: an adapter of a mixture's experts cannot be proven; leave it out"
+        )
+    return list(target_modules or ())
+
+
+def _compiled_or_eager(arguments: dict[str, Any], may_compile: bool) -> tuple[dict[str, Any], bool]:
+    """vLLM's arguments, and whether it compiles the model with our own LoRA kernels in it."""
+    if may_compile and not arguments.get("enforce_eager") and can_compile():
+        return engine_arguments(arguments), True
+    # Not told so, vLLM leaves its fused operators to the compiler, and then calls none with LoRA.
+    return arguments | ({"enforce_eager": True} if compat.is_cpu() else {}), False
+
+
 def start_llm(
     model: str,
     *,
@@ -67,32 +84,18 @@ def start_llm(
     sleep mode that there is not, or `EngineError`.
     """
     vllm = compat.import_vllm()
-    check_served(model, revision=revision, trust_remote_code=trust_remote_code)
-    if EXPERTS in (target_modules or ()):
-        raise ConfigError(
-            f"target_modules names {EXPERTS!r}: an adapter of a mixture's experts cannot be proven; leave it out"
-        )
-    arguments = text_only_arguments(model, revision=revision, trust_remote_code=trust_remote_code) | arguments
-    scheme = served_scheme(model, arguments.get("quantization"), revision=revision, trust_remote_code=trust_remote_code)
-    arguments |= {"quantization": scheme}
+    code: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    check_served(model, **code)
+    scheme = served_scheme(model, arguments.get("quantization"), **code)
+    arguments = text_only_arguments(model, **code) | arguments | {"quantization": scheme}
     arguments = _checked(arguments, plain_lora_gemm=plain_lora_gemm, share_base_weights=share_base_weights)
     # Of other schemes vLLM reads in the checkpoint.
     arguments["quantization"] = "bitsandbytes" if scheme == "nf4" else None
     own = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.applies()
     kernels = own and _lora_in_the_models_dtype(arguments)
-    compiles = kernels and not share_base_weights and not arguments.get("enforce_eager") and can_compile()
-    if compiles:
-        arguments = engine_arguments(arguments)
-    elif compat.is_cpu():
-        # Not told so, vLLM leaves its fused operators to the compiler, and then calls none with LoRA.
-        arguments = {**arguments, "enforce_eager": True}
-    wrapped = (
-        list(target_modules)
-        if target_modules
-        else linear_leaves(model, revision=revision, trust_remote_code=trust_remote_code)
-    )
+    arguments, compiles = _compiled_or_eager(arguments, kernels and not share_base_weights)
+    wrapped = _wrapped(target_modules) or linear_leaves(model, **code)
     make_expert_group()
-    mixes_base = plain_lora_gemm or kernels or compat.base_rows_are_safe()
     with (
         vllm_boundary(f"start on {model}"),
         plain_cpu_weights(share_base_weights and compat.is_cpu()),
@@ -102,13 +105,6 @@ def start_llm(
         experts_without_lora(compat.is_cpu()),
         classes_kept(),
     ):
-        llm = vllm.LLM(
-            model=model,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            enable_lora=True,
-            lora_target_modules=wrapped,
-            logprobs_mode="processed_logprobs",
-            **arguments,
-        )
-    return llm, mixes_base
+        arguments |= {"enable_lora": True, "lora_target_modules": wrapped, "logprobs_mode": "processed_logprobs"}
+        llm = vllm.LLM(model=model, **code, **arguments)
+    return llm, plain_lora_gemm or kernels or compat.base_rows_are_safe()

@@ -15,6 +15,8 @@ import torch
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
+from lora_grpo.engines.compat import ending
+from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local.shared_weights import plain_cpu_weights
 from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.requests import (
@@ -123,7 +125,7 @@ class PlainEngine:
         return kv_tokens(self._llm)
 
     def close(self) -> None:
-        compat.shutdown(self._llm, last=True)
+        ending.shutdown(self._llm, last=True)
         del self._llm
 
     def _packed(self) -> Mapping[str, Sequence[str]]:
@@ -158,10 +160,10 @@ def kv_tokens(llm: Any) -> int:
 
 
 def slot_tensors(llm: Any, lora_id: int, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    slot, place = compat.slot_of(llm, lora_id), NameMap(compat.runner(llm).get_model()).module(path)
+    slot, place = vllm_slots.slot_of(llm, lora_id), NameMap(compat.runner(llm).get_model()).module(path)
     if slot is None or place is None:
         raise EngineError(f"adapter {lora_id} is in no slot" if slot is None else f"the engine has no layer for {path}")
-    layer = compat.wrapped_modules(llm)[place.name]
+    layer = vllm_slots.wrapped_modules(llm)[place.name]
     slices = range(len(layer.lora_a_stacked)) if place.slices is None else place.slices
     b_OR = torch.cat([layer.lora_b_stacked[index][slot, 0] for index in slices])
     return layer.lora_a_stacked[slices[0]][slot, 0], b_OR

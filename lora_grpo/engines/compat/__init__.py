@@ -15,8 +15,7 @@ import importlib
 import importlib.metadata
 import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +25,7 @@ from lora_grpo.engines.one_tensor import take_whole
 from lora_grpo.engines.plain_on_cpu import compute_plain_values
 from lora_grpo.engines.rotary import turn_every_head
 from lora_grpo.engines.tiles import allow_tiles
-from lora_grpo.errors import ConfigError, EngineError, UnsupportedVersion
+from lora_grpo.errors import ConfigError, UnsupportedVersion
 
 # "run": the test suite passes on it. "read": its source was compared, for everything that the engines rely on, with a
 # release that was run (0.27 at 0.27.1, the others at .0; V1 and V2 model runner): arguments and environment switches,
@@ -193,39 +192,6 @@ def runner(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
-def lora_manager(llm: Any) -> Any:
-    """vLLM's manager of loaded adapters and their slots."""
-    return runner(llm).lora_manager._adapter_manager
-
-
-def wrapped_modules(llm: Any) -> dict[str, Any]:
-    """vLLM's LoRA-wrapped layers by runtime name (fused ones under their fused name).
-
-    Each has tuples `lora_a_stacked` and `lora_b_stacked` with a tensor (slots, 1, rank, in) or (slots, 1, out, rank) a
-    slice; an unfused layer has one slice. Raises `ConfigError` for heads, embeddings and experts, whose buffers are
-    laid out otherwise.
-    """
-    modules = dict(lora_manager(llm).modules)
-    for name, layer in modules.items():
-        if not isinstance(layer.lora_a_stacked, tuple):
-            raise ConfigError(
-                f"an adapter of {name} ({type(layer).__name__}) cannot be proven; leave it out of target_modules"
-            )
-    return modules
-
-
-def registered_modules(llm: Any, lora_id: int) -> set[str]:
-    """The runtime names that vLLM bound a loaded adapter to; empty when it is not registered."""
-    adapter = lora_manager(llm).get_adapter(lora_id)
-    return set() if adapter is None else set(adapter.loras)
-
-
-def slot_of(llm: Any, lora_id: int) -> int | None:
-    """The slot an adapter is active in, or None."""
-    ids = list(lora_manager(llm).lora_index_to_id)
-    return ids.index(lora_id) if lora_id in ids else None
-
-
 def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
     """A model's renaming of a checkpoint's name, and the slices that the tensor fills in vLLM's own terms (None: not
     said, as up to the releases that keep this in each model's loader). None for a tensor that is not loaded."""
@@ -244,60 +210,6 @@ def loads_other_values(parameter: Any) -> bool:
 def reorders_queries(model: Any) -> bool:
     """Whether vLLM's loader reorders the rows of a model's q_proj and k_proj, which it does not with an adapter's B."""
     return any(hasattr(module, "permute_qk_weight_for_rotary") for module in model.modules())
-
-
-def register_adapter(llm: Any, lora_id: int, rank: int, layers: dict[str, Any]) -> None:
-    """Enter an adapter among vLLM's loaded ones as its own loader leaves it, the least recently used making room.
-
-    `layers` are by runtime name, each as `lora_layer` makes it; `rank` is the largest among them.
-    """
-    from vllm.lora.lora_model import LoRAModel
-
-    manager = lora_manager(llm)
-    if lora_id in manager._registered_adapters:
-        manager._registered_adapters.touch(lora_id)
-        return
-    if len(manager) + 1 > manager.capacity:
-        manager.remove_oldest_adapter()
-    manager._registered_adapters[lora_id] = LoRAModel(lora_id, rank, layers)
-
-
-def lora_layer(name: str, rank: int, members: Sequence[tuple[Any, Any] | None]) -> Any:
-    """vLLM's form of one layer's (A, B) of each slice, None for a slice without LoRA.
-
-    Nothing scales them (scaling 1), so vLLM, which multiplies in place, never writes to them.
-    """
-    from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
-
-    if len(members) == 1 and members[0] is not None:
-        return LoRALayerWeights(name, rank, rank, *members[0], scaling=1.0)
-    a, b = ([None if pair is None else pair[side] for pair in members] for side in (0, 1))
-    ones = [None if pair is None else 1 for pair in members]
-    alphas = [None if pair is None else rank for pair in members]
-    return PackedLoRALayerWeights(name, rank, alphas, a, b, scaling=ones)
-
-
-def free_slot(llm: Any) -> int:
-    """A slot that no adapter holds; the least recently used one gives up its own if need be."""
-    manager = lora_manager(llm)
-    if None not in manager.lora_index_to_id:
-        manager._active_adapters.remove_oldest()
-    return int(manager.lora_index_to_id.index(None))
-
-
-def name_slot(llm: Any, slot: int, lora_id: int) -> None:
-    """From now on, `slot` is the adapter's: requests that name it are computed with what the slot holds."""
-    manager = lora_manager(llm)
-    manager._active_adapters[lora_id] = None
-    manager.lora_index_to_id[slot] = lora_id
-    touch_adapter(llm, lora_id)
-
-
-def touch_adapter(llm: Any, lora_id: int) -> None:
-    """Make a loaded and active adapter the most recently used."""
-    manager = lora_manager(llm)
-    manager._registered_adapters.touch(lora_id)
-    manager._active_adapters.touch(lora_id)
 
 
 def sleep_mode(llm: Any) -> bool:
@@ -352,74 +264,3 @@ def refuse_weight_updates(llm: Any, refuse: Callable[..., None]) -> None:
         for name in names:
             if hasattr(owner, name):
                 setattr(owner, name, refuse)
-
-
-def abort_everything(llm: Any) -> None:
-    """Drop every unfinished request, and the prefix cache with what they put into it.
-
-    After an exception in a step vLLM keeps the requests scheduled, and its next `generate` would spin on them forever.
-    It enters a prompt's blocks into the prefix cache when it schedules them, before their keys and values are computed
-    (vllm#50283): the same prompt would then be answered from memory that nothing was written to.
-    """
-    engine = llm.llm_engine
-    leftovers = list(engine.output_processor.request_states)
-    if leftovers:
-        engine.abort_request(leftovers, internal=True)
-    _forget_rows(llm)
-    if engine.reset_prefix_cache() is False:
-        raise EngineError("vLLM holds cache blocks of requests that failed; close this engine and start another")
-
-
-def _forget_rows(llm: Any) -> None:
-    """Have the V1 runner begin anew: a step that failed between its two halves, or before it took note of the requests
-    that were done, leaves a state that the next one refuses, and rows of adapters that nobody asks for any more."""
-    v1_runner = runner(llm)
-    if hasattr(v1_runner, "execute_model_state"):
-        v1_runner.execute_model_state = None
-    llm.llm_engine.engine_core.engine_core.scheduler.finished_req_ids.update(getattr(v1_runner, "requests", ()))
-
-
-def shutdown(llm: Any, *, last: bool, joined: bool = False) -> None:
-    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too.
-
-    What vLLM 0.32 does by itself, also when an engine is collected, tears that down always: other engines could
-    not take another step, and a trainer whose process group was `joined` could not either.
-    """
-    client = llm.llm_engine.engine_core
-    if last:
-        _forget_addresses()
-    if last and not joined:
-        from torch.distributed import is_initialized
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        client.shutdown()
-        # 0.32 has done it by then, and looking for garbage once more takes longer than all else here.
-        if is_initialized():
-            cleanup_dist_env_and_memory()
-    else:
-        if finalizer := getattr(client, "_finalizer", None):
-            finalizer.detach()
-        core = client.engine_core
-        core.structured_output_manager.clear_backend()
-        core.model_executor.shutdown()
-        core.scheduler.shutdown()
-        if last:
-            _leave_group()
-
-
-def _forget_addresses() -> None:
-    """What vLLM's GPU LoRA kernels remember of slots by their address alone, for the whole process: the slots of the
-    next engine may lie there in other shapes, and those of this one could not be freed."""
-    kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")
-    for name in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
-        getattr(kernels, name, {}).clear()
-
-
-def _leave_group() -> None:
-    """vLLM's own groups go, and the process group that they were made of stays."""
-    from vllm.distributed import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:
-        parallel_state._WORLD.destroy()
-    parallel_state._WORLD = parallel_state._NODE_COUNT = None

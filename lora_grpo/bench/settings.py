@@ -1,0 +1,101 @@
+"""What is asked of the suite."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lora_grpo.bench.strategies import STRATEGIES
+from lora_grpo.sections import Section
+
+PARTS = ("sync", "memory", "decode", "fidelity", "step", "rollback", "endurance")
+"""The measurements, in the order in which `all` makes them."""
+
+DEFAULT_STRATEGIES: dict[str, tuple[str, ...]] = {
+    "sync": STRATEGIES,
+    "memory": (*STRATEGIES, "native-shared"),
+    "decode": ("base", "native", "native-stock", "native-shared", "merge-trl", "merge-fold"),
+    "fidelity": ("native", "by-hand", "merge-trl", "merge-out-of-place", "merge-fold"),
+    "step": ("native", "merge-trl", "merge-fold"),
+    "rollback": ("native", "by-hand", "merge-trl", "merge-fold"),
+    "endurance": ("native",),
+}
+
+DEFAULT_REPEAT = {"sync": 20, "memory": 1, "decode": 2, "fidelity": 1, "step": 2, "rollback": 6, "endurance": 1}
+"""Measurements of each strategy, by part."""
+
+
+class Settings(Section):
+    """How one part is measured."""
+
+    shape: str | None = Field("qwen2.5-0.5b", description="model shape with random weights")
+    model: str | None = Field(None, description="hub name or directory, in place of a shape")
+    device: str = Field("cpu", description="where trainer and engine are: cpu or cuda:0")
+    strategies: tuple[str, ...] = Field((), description="what is compared; native is always measured beside it")
+    rank: int = Field(16, ge=1, description="LoRA rank")
+    targets: str = Field("all-linear", description="LoRA targets: all-linear, attention or names joined with +")
+    repeat: int = Field(ge=1, description="measurements of each strategy")
+    seed: int = Field(0, ge=0, description="of weights, adapters and prompts")
+    graphs: bool | Literal["alone"] = Field(
+        False,
+        description="vLLM's default: CUDA graphs and compilation (slow to start); alone: not compiled",
+    )
+    in_turn: bool = Field(
+        False, description="one strategy after another in one process, native first and last; always so on a GPU"
+    )
+    max_model_len: int = Field(512, ge=16, description="tokens of prompt and completion at most")
+    max_num_seqs: int = Field(64, ge=1, description="rows that an engine takes at once")
+    truth: bool = Field(True, description="sync, decode: check that what was timed serves the right policy")
+    canary_rows: tuple[int, ...] = Field((8, 32), description="sync: completions of a canary whose cost is measured")
+    sweep_ranks: tuple[int, ...] = Field((8, 64), description="sync: further ranks")
+    sweep_targets: tuple[str, ...] = Field(("attention",), description="sync: further targets")
+    sweep_strategies: tuple[str, ...] = Field(("merge-trl",), description="sync: what is swept beside native")
+    rows: tuple[int, ...] = Field((1, 8, 32), min_length=1, description="decode: batch sizes")
+    prompt_tokens: int = Field(32, ge=1, description="decode, step, canary: tokens a prompt")
+    lengths: tuple[int, ...] = Field((16, 48), min_length=1, description="decode: completion tokens")
+    least_s: float = Field(1.5, ge=0, description="decode: seconds that each size and length is measured for at least")
+    step_rows: int = Field(8, ge=2, description="step: completions a step")
+    step_tokens: int = Field(32, ge=1, description="step: tokens a completion")
+    group: int = Field(4, ge=2, description="step: completions a prompt")
+    learning_rates: tuple[float, ...] = Field((1e-6, 1e-5, 1e-4), description="fidelity: of the update served")
+    updates: tuple[int, ...] = Field((1, 100), description="fidelity: optimizer steps that the update stands for")
+    cycles: tuple[int, ...] = Field((1, 10, 100, 1000), description="fidelity: syncs after which drift is looked at")
+    drift_strategies: tuple[str, ...] = Field(
+        ("native", "merge-trl", "merge-out-of-place", "merge-fold"), description="fidelity: whose drift"
+    )
+
+    endurance_syncs: int = Field(1000, ge=20, description="endurance: syncs of one engine")
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        if self.step_rows % self.group:
+            raise ValueError(f"step_rows={self.step_rows} must be a multiple of group={self.group}")
+        longest = self.prompt_tokens + max(*self.lengths, self.step_tokens)
+        if longest > self.max_model_len:
+            raise ValueError(f"prompt and completion reach {longest} tokens, above max_model_len={self.max_model_len}")
+        return self
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether one strategy is alive at a time, which makes ratios those of unpaired medians."""
+        return self.in_turn or self.device != "cpu"
+
+    @property
+    def engine(self) -> str:
+        """How engines run, in a word for tables: nothing is captured or compiled, graphs alone, or vLLM's default."""
+        if self.graphs == "alone":
+            return "eager" if self.device == "cpu" else "graphs alone"
+        return "compiled" if self.graphs else "eager"
+
+    @property
+    def label(self) -> str:
+        """The model's name in tables."""
+        return self.model or str(self.shape)
+
+    @property
+    def sweep(self) -> tuple[tuple[int, str], ...]:
+        """Further (rank, targets), the main ones left out."""
+        wanted = [(rank, self.targets) for rank in self.sweep_ranks]
+        wanted += [(self.rank, targets) for targets in self.sweep_targets]
+        return tuple(pair for pair in wanted if pair != (self.rank, self.targets))

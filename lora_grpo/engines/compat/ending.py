@@ -1,0 +1,80 @@
+"""How an in-process engine lets go: of requests that failed, and of the process at its end."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lora_grpo.engines.compat import runner
+from lora_grpo.errors import EngineError
+
+
+def abort_everything(llm: Any) -> None:
+    """Drop every unfinished request, and the prefix cache with what they put into it.
+
+    After an exception in a step vLLM keeps the requests scheduled, and its next `generate` would spin on them forever.
+    It enters a prompt's blocks into the prefix cache when it schedules them, before their keys and values are computed
+    (vllm#50283): the same prompt would then be answered from memory that nothing was written to.
+    """
+    engine = llm.llm_engine
+    leftovers = list(engine.output_processor.request_states)
+    if leftovers:
+        engine.abort_request(leftovers, internal=True)
+    _forget_rows(llm)
+    if engine.reset_prefix_cache() is False:
+        raise EngineError("vLLM holds cache blocks of requests that failed; close this engine and start another")
+
+
+def _forget_rows(llm: Any) -> None:
+    """Have the V1 runner begin anew: a step that failed between its two halves, or before it took note of the requests
+    that were done, leaves a state that the next one refuses, and rows of adapters that nobody asks for any more."""
+    v1_runner = runner(llm)
+    if hasattr(v1_runner, "execute_model_state"):
+        v1_runner.execute_model_state = None
+    llm.llm_engine.engine_core.engine_core.scheduler.finished_req_ids.update(getattr(v1_runner, "requests", ()))
+
+
+def shutdown(llm: Any, *, last: bool, joined: bool = False) -> None:
+    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too.
+
+    What vLLM 0.32 does by itself, also when an engine is collected, tears that down always: other engines could
+    not take another step, and a trainer whose process group was `joined` could not either.
+    """
+    client = llm.llm_engine.engine_core
+    if last:
+        _forget_addresses()
+    if last and not joined:
+        from torch.distributed import is_initialized
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        client.shutdown()
+        # 0.32 has done it by then, and looking for garbage once more takes longer than all else here.
+        if is_initialized():
+            cleanup_dist_env_and_memory()
+    else:
+        if finalizer := getattr(client, "_finalizer", None):
+            finalizer.detach()
+        core = client.engine_core
+        core.structured_output_manager.clear_backend()
+        core.model_executor.shutdown()
+        core.scheduler.shutdown()
+        if last:
+            _leave_group()
+
+
+def _forget_addresses() -> None:
+    """What vLLM's GPU LoRA kernels remember of slots by their address alone, for the whole process: the slots of the
+    next engine may lie there in other shapes, and those of this one could not be freed."""
+    kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")
+    for name in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
+        getattr(kernels, name, {}).clear()
+
+
+def _leave_group() -> None:
+    """vLLM's own groups go, and the process group that they were made of stays."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = parallel_state._NODE_COUNT = None
