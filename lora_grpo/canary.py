@@ -9,14 +9,26 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lora_grpo.adapters.peft_format import peft_model_of
+from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.canary import CanaryReport, judge
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
-from lora_grpo.types import Completion
+from lora_grpo.types import Completion, Group
+
+CANARY_NOISE = 2.0
+"""How many times the probe's noise a canary may find on its completions."""
 
 Row: TypeAlias = tuple[Sequence[int], Completion]
 """A prompt's token ids and one of its completions."""
+
+
+def rows_of(groups: Sequence[Group], version: AdapterVersion) -> list[Row]:
+    """All completions. Raises `ConfigError` for one that is stamped with another version."""
+    rows: list[Row] = [(group.prompt_token_ids, completion) for group in groups for completion in group.completions]
+    if stale := {completion.version for _, completion in rows} - {version.number}:
+        raise ConfigError(f"completions of versions {stale} cannot be checked against {version}; pass its own")
+    return rows
 
 
 def take_canary(
@@ -35,8 +47,10 @@ def take_canary(
     Inside `weights` the model is the policy that `rows` are stamped with; it computes `batch_rows` of them at a time.
     `known_noise` (nats, at `temperature`) stands in where the completions are too short to measure it. Noise counts up
     to `most_noise` (nats, at temperature 1): a base that is another one must not widen its own limit. Raises
-    `ConfigError` when no token of them was sampled.
+    `ConfigError` when no token of them was sampled, or greedily.
     """
+    if not temperature > 0:
+        raise ConfigError(f"temperature={temperature}: greedy completions carry log-probs at 1; pass temperature=1")
     sampler = _sampled((completion.logprobs for _, completion in rows), rows)
     if not any(sampler):
         raise ConfigError("the groups hold no sampled token, so there is nothing to compare; pass completions")

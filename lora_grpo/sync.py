@@ -23,13 +23,13 @@ from lora_grpo.adapters.quantized import keep_trainable
 from lora_grpo.adapters.room import require_room
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.canary import take_canary
+from lora_grpo.canary import CANARY_NOISE, rows_of, take_canary
 from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
 from lora_grpo.engines.delivery.base_match import BaseMatch, match_base
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.delivery.probe import ProbeReport, probe_sequences, run_probe
 from lora_grpo.engines.joint import joint
-from lora_grpo.errors import ConfigError, DeliveryError, TrainingError
+from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.rollback import RollbackReport, Target, kept_state, roll_back
 from lora_grpo.scoring import teacher_logprobs
@@ -38,9 +38,6 @@ from lora_grpo.types import Group
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_CANARY_NOISE = 2.0
-"""How many times the probe's noise a canary may find on its completions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,9 +258,8 @@ class NativeSync:
     def export(self, version: Target, directory: Path) -> Weights:
         """Write `version` as a plain PEFT folder with its own alpha, as `PeftModel.from_pretrained` loads it.
 
-        Called by the process that has the store.
-
-        "exact" where its trainer state is kept, else "rounded" to the serving dtype.
+        Called by the process that has the store. "exact" where its trainer state is kept, else "rounded" to the
+        serving dtype.
         """
         return export_adapter(self.store, version, self.recipe, directory, self.tokenizer)
 
@@ -276,26 +272,17 @@ class NativeSync:
         the model then takes for the moment. The model computes `batch_rows` completions at a time. Raises
         `DeliveryError` when they do not fit.
         """
-        if not temperature > 0:
-            raise ConfigError(f"temperature={temperature}: greedy completions carry log-probs at 1; pass temperature=1")
         if self.probe is None:
             raise ConfigError(f"{type(self.engine).__name__} proves nothing; a canary needs a real engine")
-        rows = [(group.prompt_token_ids, completion) for group in groups for completion in group.completions]
         named: Target = self.head if version is None else version
         version = named if isinstance(named, AdapterVersion) else self.processes.first(lambda: self.store.get(named))
-        stale = {c.version for _, c in rows} - {version.number}
-        if stale:
-            raise ConfigError(f"completions of versions {stale} cannot be checked against {version}; pass its own")
+        rows = rows_of(groups, version)
         weights = nullcontext() if version == self.head else weights_of(version, self._form.modules)
-        limits = {"known_noise": self.noise, "most_noise": _CANARY_NOISE * self.probe.noise}
+        limits = {"known_noise": self.noise, "most_noise": CANARY_NOISE * self.probe.noise}
         report = take_canary(self.model, self.engine, rows, weights, temperature, batch_rows=batch_rows, **limits)
         self.noise = report.noise
-        self.processes.each(lambda: self._pass_on(report, version))
+        self.processes.each(lambda: report.check(version))
         return report
-
-    def _pass_on(self, report: CanaryReport, version: AdapterVersion) -> None:
-        if report.verdict == "failed":
-            raise DeliveryError(f"{report}: the completions were not made by {version}")
 
     @property
     def head(self) -> AdapterVersion:

@@ -139,7 +139,6 @@ def test_every_part_and_its_report(tmp_path: Path) -> None:
         assert f"({picture}.png)" in report
         assert (out / f"{picture}.png").stat().st_size > 10_000
     assert "merge-trl wins" in report
-    assert "## Before and after" in report
     assert "## Where the milliseconds of a sync go: native, tiny" in report
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +23,8 @@ from lora_grpo.bench.scenario import plan_parts
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE, load_strategy
 from lora_grpo.bench.strategies.base import Synced
-from lora_grpo.bench.strategies.native import Native
-from lora_grpo.bench.strategies.native_dual_stream import SWITCH, NativeDualStream
 from lora_grpo.bench.strategies.trainer import Trainer
-from lora_grpo.errors import ConfigError, UnsupportedVersion
+from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import teacher_logprobs
 from tests.test_bench import decode_row, document, subject, sync_row
 
@@ -298,38 +294,6 @@ def test_a_merge_that_was_decoded_itself_is_judged_by_that() -> None:
     assert break_even(syncs, [other])[0].decode_loss_s_per_token == pytest.approx(0.002)
     assert break_even(syncs, [other, own])[0].decode_loss_s_per_token == pytest.approx(0.004)
     assert break_even([sync_row("native-disk", 1.0, 0.5, decodes_like=NATIVE)], [decode_row(NATIVE, 1.0, 1.0)]) == []
-
-
-# vLLM's second stream.
-
-
-@pytest.fixture
-def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
-    """Prepare the strategy on a device, short of trainer and engine: whether its switch was set by then."""
-    seen: list[str] = []
-    monkeypatch.setattr(Native, "prepare", lambda *_: seen.append(os.environ[SWITCH]))
-    # So that it is put back.
-    monkeypatch.setenv(SWITCH, "")
-
-    def prepared(device: str) -> list[str]:
-        NativeDualStream().prepare(subject(strategy="native-dual-stream", device=device), lambda _: None)
-        return seen
-
-    return prepared
-
-
-@pytest.mark.vllm
-def test_dual_streams_are_switched_on_or_refused(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm import envs
-
-    with pytest.raises(ConfigError, match=rf"native-dual-stream: {SWITCH} is for GPUs"):
-        prepare("cpu")
-    assert os.environ[SWITCH] == ""
-    assert prepare("cuda:0") == ["1"]
-    assert envs.environment_variables[SWITCH]()
-    monkeypatch.delitem(envs.environment_variables, SWITCH)
-    with pytest.raises(UnsupportedVersion, match=rf"has no {SWITCH}; leave native-dual-stream out"):
-        prepare("cuda:0")
 
 
 # Where it was measured.

@@ -221,7 +221,7 @@ def test_held_tensors_of_another_version_are_refused(engine: VLLMEngine, store: 
     form = ServingForm(model, "default", torch.bfloat16)
     served, version = store.publish(form.files(), step=0), store.publish(form.files(), step=1)
     engine.load(served, held=form.held)
-    form.held.tensors[-1].view(torch.int16)[-1, -1] ^= 1
+    form.held[-1].view(torch.int16)[-1, -1] ^= 1
     with pytest.raises(DeliveryError, match="differs from the published bytes"):
         engine.load(version, held=form.held)
     assert engine.loaded() == (served,)

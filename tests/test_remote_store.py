@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from benchmarks.attack import idle_connections
+from benchmarks.attack.server import idle_connections
 from lora_grpo.adapters.naming import parse_served_name, run_name, served_name
 from lora_grpo.adapters.retention import keep_archived, keep_latest
 from lora_grpo.adapters.store import AdapterStore
@@ -261,7 +261,7 @@ def test_a_client_that_takes_no_more_does_not_hold_the_version_for_ever(
 
 
 def test_idle_connections_take_neither_the_trainers_files_nor_the_replicas_place() -> None:
-    """Here 300 of them against 256 open files; `benchmarks/attack.py` takes 1,100."""
+    """Here 300 of them against 256 open files; `benchmarks.attack` takes 1,100."""
     outcome = idle_connections(seed=1, connections=300, open_files=256)
     assert outcome.tries == 42
     assert outcome.faults == []

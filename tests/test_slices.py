@@ -103,7 +103,7 @@ def test_every_slice_gets_its_a_and_its_rows_of_b(loaded: Loaded) -> None:
 
 def test_what_the_trainer_holds_is_cut_alike(loaded: Loaded) -> None:
     _, _, file, binding, _, form = loaded
-    for cut, tensor in zip(binding.cut(form.held.tensors), binding.tensors(file), strict=True):
+    for cut, tensor in zip(binding.cut(form.held), binding.tensors(file), strict=True):
         assert torch.equal(cut, tensor)
 
 

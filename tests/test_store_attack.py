@@ -1,4 +1,4 @@
-"""A few of the attacks of `benchmarks/attack.py`: see tests/crash/attack.py for how each is judged."""
+"""A few of the attacks of `benchmarks.attack`: see tests/crash/attack.py for how each is judged."""
 
 from __future__ import annotations
 

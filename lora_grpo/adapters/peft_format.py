@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -109,12 +109,9 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-@dataclass(frozen=True)
-class Held:
-    """The tensors of an adapter's file as they still lie in the trainer's memory, finite, in the file's order; theirs
-    until the next `ServingForm.files()`."""
-
-    tensors: list[torch.Tensor]
+Held: TypeAlias = list[torch.Tensor]
+"""The tensors of an adapter's file as they still lie in the trainer's memory, finite, in the file's order; theirs until
+the next `ServingForm.files()`."""
 
 
 class ServingForm:
@@ -145,11 +142,10 @@ class ServingForm:
         device = self.modules[0].a_RI.device
         self._flat = torch.empty(elements, dtype=dtype, device=device)
         self._host = self._flat if device.type == "cpu" else torch.empty(elements, dtype=dtype, pin_memory=True)
-        self._views = [piece.view(shape) for piece, shape in zip(self._pieces(), self.shapes, strict=True)]
+        self.held: Held = [piece.view(shape) for piece, shape in zip(self._pieces(), self.shapes, strict=True)]
         # Every A comes before the first B, so that one call can scale them all.
         self._flat_b = self._flat[sum(_elements(shape) for shape in self.shapes[: len(self.modules)]) :]
         self._cast = Cast(self._flat, [_elements(shape) for shape in self.shapes])
-        self.held = Held(self._views)
 
     @property
     def nbytes(self) -> int:
@@ -191,17 +187,17 @@ class ServingForm:
             return self._cast.run(parameters, [*[1.0] * len(scalings), *scalings])
         tensors = [whole(linear.weight) for linear in self._linears]
         if len(set(scalings)) == 1 and _scales_after_rounding(scalings[0], self.dtype):
-            torch._foreach_copy_(self._views, tensors)
+            torch._foreach_copy_(self.held, tensors)
             if scalings[0] != 1.0:
                 self._flat_b.mul_(scalings[0])
             return all_finite(self._flat)
         count = len(self.modules)
-        torch._foreach_copy_(self._views[:count], tensors[:count])
-        torch._foreach_copy_(self._views[count:], torch._foreach_mul([b.float() for b in tensors[count:]], scalings))
+        torch._foreach_copy_(self.held[:count], tensors[:count])
+        torch._foreach_copy_(self.held[count:], torch._foreach_mul([b.float() for b in tensors[count:]], scalings))
         return all_finite(self._flat)
 
     def _raise_not_finite(self) -> None:
-        for name, view in zip(self.names, self._views, strict=True):
+        for name, view in zip(self.names, self.held, strict=True):
             if not torch.isfinite(view).all():
                 raise TrainingError(
                     f"{name} holds non-finite values in {self.dtype}; it was not published. Lower the learning rate, "

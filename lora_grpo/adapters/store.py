@@ -89,16 +89,11 @@ class AdapterStore(StoreView):
     # Publishing
 
     def publish(
-        self,
-        files: Mapping[str, Sequence[Buffer]],
-        *,
-        step: int,
-        parent: Target | None = "head",
+        self, files: Mapping[str, Sequence[Buffer]], *, step: int, parent: Target | None = "head"
     ) -> AdapterVersion:
         """Write a new version: the two PEFT files, each as buffers to be laid end to end. `HEAD` does not move.
 
         "head" as its parent is the version that is promoted by now; None where none is.
-
         The version appears whole, by one rename. Raises `NoRoom`, before anything is written, when it does not fit
         tmpfs or the budget even after `prune()`; `ConfigError` for other files than a PEFT directory's.
         """
@@ -281,9 +276,8 @@ class AdapterStore(StoreView):
     def close(self) -> None:
         """Finish the archive, prune tmpfs of what it has, let go of leases and lock.
 
-        Raises what could not be written; the lock goes all the same.
-
-        Close the engine first: it may still read versions, and a root of the store's own choosing goes now.
+        Raises what could not be written; the lock goes all the same. Close the engine first: it may still read
+        versions, and a root of the store's own choosing goes now.
         """
         if self._session is None:
             self._leases.close()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.bench import breakeven
-from lora_grpo.bench.goals import goals
 from lora_grpo.bench.plots import draw
 from lora_grpo.bench.schema import Document, StepRow, SyncRow
 from lora_grpo.bench.strategies import NATIVE, SHARED
@@ -69,8 +68,6 @@ def _lines(document: Document, plots: Sequence[str], run: Mapping[str, Any], tri
     yield ""
     yield from findings(document)
     yield from (f"- {note}" for note in (*run["notes"], *document.notes))
-    yield "\n## Before and after\n"
-    yield from markdown_table([goal.line() for goal in goals(document)])
     if run["steps"]:
         yield "\n## Steps of the run\n"
         yield from markdown_table(run["steps"])

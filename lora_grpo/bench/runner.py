@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
-from lora_grpo.bench.strategies import SWITCHED
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 
 Progress: TypeAlias = Callable[[str, int], None]
@@ -161,8 +160,6 @@ class TurnRunner(Runner):
             raise EngineError(f"{subject.strategy} has not started before")
         if self._turn != turn:
             self._progress(f"{cell.key}: starting {subject.strategy}", 0)
-            if self._turn and SWITCHED in (subject.strategy, self._turn[0].strategy):
-                self._stop(())
             self._failed.add(turn)
             self._turn_to(subject, cell.key)
             self._failed.remove(turn)

@@ -26,17 +26,13 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the first; the others count on.")] = 8000,
     max_lora_rank: Annotated[int, typer.Option(min=1, help="The adapters' rank.")] = 16,
     max_loras: Annotated[int, typer.Option(min=2, help="Adapter slots: versions in use at the same time.")] = 2,
-    max_cpu_loras: Annotated[
-        int | None, typer.Option(min=1, help="Adapters kept in memory; two more than slots.")
-    ] = None,
+    max_cpu_loras: Annotated[int | None, typer.Option(min=1, help="Adapters in memory; two more than slots.")] = None,
     quantization: Annotated[str | None, typer.Option(help="nf4: quantize the base as it is loaded, for QLoRA.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="VLLM_API_KEY", help="Better in the environment, which others cannot see.")
     ] = None,
-    store_url: Annotated[
-        str | None, typer.Option(help="Pull versions from this store server (adapters='resolver').")
-    ] = None,
-    store_token_file: Annotated[Path | None, typer.Option(help="A file with the store server's token.")] = None,
+    store_url: Annotated[str | None, typer.Option(help="Pull versions from a store server, by the resolver.")] = None,
+    store_token_file: Annotated[str | None, typer.Option(help="A file with the store server's token.")] = None,
     start_timeout_s: Annotated[
         float, typer.Option("--start-timeout", min=1, help="Seconds until all have to answer, downloads included.")
     ] = 1800.0,
@@ -61,7 +57,7 @@ def serve(
         targets,
         api_key,
         store_url,
-        None if store_token_file is None else str(store_token_file),
+        store_token_file,
         (*options, *(arguments or ())),
         start_timeout_s,
     )
@@ -71,7 +67,7 @@ def serve(
 def _of_model(
     model: str, quantization: str | None, *, trust_remote_code: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The layers that get LoRA, and vLLM's options for a model of which text alone is served, in fewer bits if asked."""
+    """The layers that get LoRA, and vLLM's options for a model: text alone is served, in fewer bits if asked."""
     from lora_grpo.engines.local.quantized import served_scheme
     from lora_grpo.engines.local.targets import linear_leaves, text_only_arguments
 

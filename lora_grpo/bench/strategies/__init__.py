@@ -15,10 +15,8 @@ if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy
 
 NATIVE, SHARED, STOCK, BASE = "native", "native-shared", "native-stock", "base"
-OTHER_KERNELS = ("native-stock", "native-gemm", "native-dual-stream")
+OTHER_KERNELS = ("native-stock", "native-gemm")
 """Those that compute LoRA otherwise than `native` does."""
-SWITCHED = "native-dual-stream"
-"""Switches something of vLLM's for its whole process."""
 
 _HOMES = {
     "native": "native:Native",
@@ -26,7 +24,6 @@ _HOMES = {
     "native-shared": "native_shared:NativeShared",
     "native-stock": "native_stock:NativeStock",
     "native-gemm": "native_gemm:NativeGemm",
-    "native-dual-stream": "native_dual_stream:NativeDualStream",
     "by-hand": "by_hand:ByHand",
     "merge-trl": "merge_trl:MergeTRL",
     "merge-touched": "merge_touched:MergeTouched",

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.errors import DeliveryError
+
 Verdict: TypeAlias = Literal["ok", "failed", "inconclusive"]
 
 RESOLUTION = 5.0
@@ -22,6 +25,11 @@ class CanaryReport:
     signal: float
     noise: float
     tokens: int
+
+    def check(self, version: AdapterVersion) -> None:
+        """Raises `DeliveryError` where the completions cannot be those of `version`."""
+        if self.verdict == "failed":
+            raise DeliveryError(f"{self}: the completions were not made by {version}")
 
     def __str__(self) -> str:
         return (

@@ -67,7 +67,7 @@ class AdapterLoader:
         rank = max(placement.rank for placement in binding.modules.values())
         vllm_slots.register_adapter(self._llm, lora_id, rank, layers)
         slot = vllm_slots.free_slot(self._llm)
-        binding.slot(slot).write(file, binding.tensors(file) if held is None else binding.cut(held.tensors))
+        binding.slot(slot).write(file, binding.tensors(file) if held is None else binding.cut(held))
         vllm_slots.name_slot(self._llm, slot, lora_id)
 
 
