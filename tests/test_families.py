@@ -22,7 +22,6 @@ from tests.model_table import CONTROLS, examine
 pytestmark = pytest.mark.vllm
 
 PATHS = {
-    "mixture of experts": "qwen3_moe",
     "quiet logits, one tensor over several slices": "granitemoehybrid",
     "renamed modules": "gpt_oss",
 }
@@ -30,7 +29,7 @@ PATHS = {
 
 @pytest.mark.parametrize("path", PATHS)
 def test_delivery_and_every_control(llama_engine: VLLMEngine, path: str, tmp_path: Path, shm_dir: Path) -> None:
-    """Beside another engine in the same process, which has no experts."""
+    """A wrapper, a class of transformers' own and a mixture of experts are in `test_uses`."""
     assert len(CONTROLS) == 5
     finding = examine(PATHS[path], tmp_path, shm_dir)
     assert finding.state == "works"
@@ -63,15 +62,28 @@ def test_every_head_is_turned(llama_engine: VLLMEngine) -> None:
             torch.testing.assert_close(found.view(expected.shape), expected)
 
 
-def test_a_transformers_class_stays_as_it_was(tmp_path: Path, shm_dir: Path) -> None:
-    """vLLM serves OLMo through transformers' class, which the trainer's model is of, whichever of them comes first."""
+def test_a_transformers_class_stays_as_it_was(tmp_path: Path) -> None:
+    """vLLM serves OLMo through transformers' class, which the trainer's model is of, whichever of them comes first.
+
+    The engine's own model keeps what vLLM made of that class: on a GPU it is what is compiled and captured.
+    """
+    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+
     build("olmo2", tmp_path)
     before = trainer_model("olmo2", tmp_path)
     cls = type(before.base_model)
     as_it_was, sequences = surface(cls), [list(range(10, 30))]
     computed = teacher_logprobs(before, sequences)
-    finding = examine("olmo2", tmp_path, shm_dir)
-    assert (finding.state, finding.missed) == ("works", [])
+    engine = VLLMEngine(tmp_path, max_lora_rank=8, **ENGINE_ARGS)
+    try:
+        served = compat.runner(engine._llm).get_model().model
+        assert isinstance(served, TorchCompileWithNoGuardsWrapper)
+        assert isinstance(served, cls)
+        assert type(served).forward is not cls.forward
+        assert served.do_not_compile
+        assert not issubclass(cls, TorchCompileWithNoGuardsWrapper)
+    finally:
+        engine.close()
     assert surface(cls) == as_it_was
     assert teacher_logprobs(before, sequences) == computed
     assert teacher_logprobs(trainer_model("olmo2", tmp_path), sequences) == computed
@@ -79,24 +91,6 @@ def test_a_transformers_class_stays_as_it_was(tmp_path: Path, shm_dir: Path) -> 
 
 def surface(cls: type[nn.Module]) -> tuple[object, ...]:
     return cls.__bases__, cls.__init__, cls.__call__, cls.forward, cls.forward.__code__
-
-
-def test_the_engines_own_model_keeps_vllms_compiler(tmp_path: Path) -> None:
-    """On a GPU the class that vLLM prepared is what it compiles and captures."""
-    from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-
-    build("olmo2", tmp_path)
-    engine = VLLMEngine(tmp_path, max_lora_rank=8, **ENGINE_ARGS)
-    try:
-        served = compat.runner(engine._llm).get_model().model
-        theirs = type(trainer_model("olmo2", tmp_path).base_model)
-        assert isinstance(served, TorchCompileWithNoGuardsWrapper)
-        assert isinstance(served, theirs)
-        assert type(served).forward is not theirs.forward
-        assert served.do_not_compile
-        assert not issubclass(theirs, TorchCompileWithNoGuardsWrapper)
-    finally:
-        engine.close()
 
 
 @pytest.mark.parametrize("name", ["stablelm", "falcon", "gpt2"])

@@ -59,7 +59,10 @@ class Served(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    request: pytest.FixtureRequest, llama_engine: VLLMEngine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """Beside another engine in the same process, which has neither a tower nor experts."""
     base = build(request.param, tmp_path_factory.mktemp(request.param))
     engine = VLLMEngine(base, max_lora_rank=8, **ENGINE_ARGS)
     yield Served(request.param, base, engine)
@@ -131,7 +134,6 @@ def test_inside_trl(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     trainer.close()
 
 
-@wrapper_alone
 def test_delivery_and_every_control(served: Served, shm_dir: Path) -> None:
     finding = Finding(served.family)
     with AdapterStore(shm_dir / "store") as store:
