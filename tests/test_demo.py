@@ -51,6 +51,9 @@ def test_demo_learns_and_its_accuracies_can_be_recomputed(tmp_path: Path) -> Non
     assert {row["version"] for row in answers} == {13}
     trained_on = {json.loads(line)["prompt"] for line in (run / "data" / "train.jsonl").read_text().splitlines()}
     assert not trained_on & {row["prompt"] for row in answers}
+    page = Path(lora_grpo("report", str(run)).strip()).read_text()
+    for words in ("12 proven", "held-out prompts, ", "v13 HEAD", "tensors equal"):
+        assert words in page
     again = json.loads(lora_grpo("eval", str(run), "--json"))
     assert [row["version"] for row in again] == [1, 13]
     assert again[0]["reward"] == pytest.approx(result["accuracy_before"], abs=0.005)

@@ -29,6 +29,7 @@ from lora_grpo.cli.fork import fork
 from lora_grpo.cli.output import say_error
 from lora_grpo.cli.pin import pin, unpin
 from lora_grpo.cli.prune import prune
+from lora_grpo.cli.report import report
 from lora_grpo.cli.rollback import rollback
 from lora_grpo.cli.serve import serve
 from lora_grpo.cli.store_server import store_server
@@ -42,6 +43,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Versions of a run": {
         "versions": versions,
         "show": show,
+        "report": report,
         "rollback": rollback,
         "fork": fork,
         "diff": diff,

@@ -25,7 +25,7 @@ def versions(run: Run, as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
     else:
-        print_table([_for_people(row) for row in rows], f"versions of {run}")
+        print_table([for_people(row) for row in rows], f"versions of {run}")
 
 
 def show(run: Run, version: Version, as_json: Json = False) -> None:
@@ -88,7 +88,7 @@ def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
     }
 
 
-def _for_people(row: dict[str, Any]) -> dict[str, Any]:
+def for_people(row: dict[str, Any]) -> dict[str, Any]:
     metrics = {name: row["metrics"].get(name) for name in ("reward", "eval/reward")}
     said = [word for word, key in (("HEAD", "head"), ("pinned", "pinned"), ("served", "served")) if row[key]]
     if "from/run" in row["metrics"]:

@@ -53,11 +53,11 @@ def plot_run(run_dir: str | Path) -> Path:
 
 
 def _reward(axes: Axes, steps: list[Record]) -> None:
-    x, reward = _series(steps, "reward")
+    x, reward = series(steps, "reward")
     axes.set_title("Reward of the sampled completions")
     axes.plot(x, reward, color=BLUE, alpha=0.3, linewidth=1)
-    axes.plot(x, _smoothed(reward), color=BLUE, linewidth=2, label="reward (smoothed)")
-    x_signal, signal = _series(steps, SIGNAL)
+    axes.plot(x, smoothed(reward), color=BLUE, linewidth=2, label="reward (smoothed)")
+    x_signal, signal = series(steps, SIGNAL)
     if x_signal:
         axes.plot(x_signal, signal, color=GREY, linewidth=1, linestyle=":", label="share of groups with signal")
     axes.legend(frameon=False, fontsize=8)
@@ -91,7 +91,7 @@ def _held_out(axes: Axes, evaluations: list[Record]) -> None:
 
 
 def _gap(axes: Axes, steps: list[Record]) -> None:
-    x, gap = _series(steps, GAP)
+    x, gap = series(steps, GAP)
     axes.set_title("Log-prob gap, trainer to sampler")
     axes.set_ylabel("nats a token")
     axes.plot(x, gap, color=BLUE, linewidth=1.5)
@@ -124,13 +124,13 @@ def _seconds(axes: Axes, steps: list[Record]) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=len(order), loc="upper right")
 
 
-def _series(records: list[Record], name: str) -> tuple[list[int], list[float]]:
+def series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]]:
     """Steps and values where the metric is there and finite."""
     found = [(record["step"], float(record[name])) for record in records if record.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """Exponential moving average, debiased, so that it starts at the first value."""
     smooth: list[float] = []
     total = weight = 0.0

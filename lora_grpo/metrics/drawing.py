@@ -1,0 +1,206 @@
+"""Curves of a run and the tree of its versions, as SVG paths made of numbers alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, TypeAlias
+
+from lora_grpo.metrics.log import Record
+from lora_grpo.metrics.plot import series, smoothed
+from lora_grpo.metrics.render import GAP, SIGNAL, headline, number, phase_seconds
+
+MOST_POINTS, MOST_LANES, MOST_DOTS = 300, 24, 100
+WIDTH, HEIGHT = 600, 160
+TREE_WIDTH, LANE, LABEL = 900, 36, 56
+"""Of the tree: its width, the height of a lane, and the room that a label needs."""
+Points: TypeAlias = tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The versions of a run, as its store tells of them."""
+
+    parents: dict[int, int | None]
+    """Of every version that was ever published."""
+    head: int | None = None
+    best: int | None = None
+    pins: frozenset[int] = frozenset()
+    rollbacks: Sequence[tuple[int, int, str]] = ()
+    """From, to, why."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """The table of versions, the newest first."""
+    left_out: int = 0
+    """Kept versions that the table lacks."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A panel of WIDTH x HEIGHT: its lines (name with last value, path, CSS class) and the values at its edges."""
+
+    title: str
+    lines: list[tuple[str, str, str]]
+    low: float
+    high: float
+    first: float
+    last: float
+    marks: list[tuple[float, str]]
+    """Where the run went back, and why."""
+
+
+def curves(records: Sequence[Record], given_up: Sequence[Record]) -> Iterator[Curve]:
+    """Of the run as it counts; what a rollback or a resume went back before is a line of its own."""
+    steps = [record for record in records if record["event"] == "step"]
+    marks = [(record["step"], str(record["text"])) for record in records if record["event"] == "rollback"]
+    at, rewards = series(steps, "reward")
+    lines = {"each step": (at, rewards), "smoothed": (at, smoothed(rewards)), "given up": series(given_up, "reward")}
+    yield from _curve("Reward of the sampled completions", lines, marks)
+    evaluations = [record for record in records if record["event"] == "evaluation"]
+    held_out = [
+        (record["step"], headline({**record, "event": "", "time": "", "step": "", "version": ""}))
+        for record in evaluations
+    ]
+    shown = [(step, value) for step, value in held_out if value is not None]
+    if shown:
+        name = shown[0][1][0]
+        yield from _curve(
+            f"Held-out {name}", {name: ([s for s, _ in shown], [value for _, (_, value) in shown])}, marks
+        )
+    yield from _curve("Log-prob gap, trainer to sampler, nats a token", {"gap": series(steps, GAP)}, marks)
+    yield from _curve("Share of groups whose rewards differ", {"signal": series(steps, SIGNAL)}, marks)
+    yield from _curve("Length of completions, tokens", {"mean": series(steps, "completions/mean_length")}, marks)
+    phases = dict.fromkeys(phase for record in steps for phase in phase_seconds(record))
+    yield from _curve("Seconds a step", {name: series(steps, f"time/{name}_s") for name in phases}, marks, crop=True)
+
+
+def _curve(
+    title: str, lines: Mapping[str, Points], marks: Sequence[tuple[int, str]], crop: bool = False
+) -> Iterator[Curve]:
+    """One panel, or none without a point. `crop`: a slow first step (warm-up) does not flatten the others."""
+    thin = {name: _thinned(*points) for name, points in lines.items() if points[0]}
+    if not thin:
+        return
+    steps, values = ([one for points in thin.values() for one in points[axis]] for axis in (0, 1))
+    first, last, low, high = min(steps), max(steps), min(0.0, *values), max(values)
+    if crop:
+        high = min(high, 3 * max(statistics.median(heights) for _, heights in thin.values())) or high
+
+    def x(step: float) -> float:
+        return round((step - first) / ((last - first) or 1) * WIDTH, 1)
+
+    def y(value: float) -> float:
+        return round(HEIGHT * (1 - (min(value, high) - low) / ((high - low) or 1)), 1)
+
+    drawn = []
+    for index, (name, points) in enumerate(thin.items()):
+        path = "M" + " L".join(f"{x(step)} {y(value)}" for step, value in zip(*points, strict=True)) + " h0"
+        drawn.append((f"{name} {number(lines[name][1][-1])}", path, "lost" if name == "given up" else f"c{index % 4}"))
+    inside = [(x(step), text) for step, text in marks if first <= step <= last]
+    yield Curve(title, drawn, low, high, first, last, inside[-MOST_DOTS:])
+
+
+def _thinned(steps: Sequence[float], values: Sequence[float]) -> Points:
+    """At most MOST_POINTS points, each the mean of its neighbours."""
+    each = -(-len(steps) // MOST_POINTS)
+    starts = range(0, len(steps), each)
+    return [[statistics.fmean(axis[start : start + each]) for start in starts] for axis in (steps, values)]  # type: ignore[return-value]
+
+
+@dataclass
+class Branch:
+    """Versions in a row that `HEAD` does not come from."""
+
+    lane: int
+    parent: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Versions from left to right by number. Lane 0 leads to `HEAD`; each branch that was given up has one below."""
+
+    lanes: int
+    paths: list[tuple[str, str]]
+    """Path and CSS class."""
+    back: list[tuple[str, str]] = field(default_factory=list)
+    """A rollback's path, and its words."""
+    dots: list[tuple[float, float, str, str]] = field(default_factory=list)
+    """x, y, CSS class and label (which may be empty)."""
+    hidden: int = 0
+    """Branches below the last lane drawn."""
+
+
+def tree(lineage: Lineage) -> Tree:
+    """The drawing: its size grows with the branches, not with the versions."""
+    lane_of, branches = _lanes(lineage)
+    scale = TREE_WIDTH / max(1, max(lineage.parents, default=1) - 1)
+
+    def at(version: int) -> tuple[float, int]:
+        return round((version - 1) * scale, 1), lane_of.get(version, 0) * LANE
+
+    main = [version for version, lane in lane_of.items() if lane == 0]
+    paths = [(f"M{at(min(main))[0]} 0 H{at(max(main))[0]} h0", "main")] if main else []
+    drawn = [branch for branch in branches if branch.lane <= MOST_LANES]
+    for branch in drawn:
+        (px, py), (x, y) = at(branch.parent), at(branch.first)
+        paths.append((f"M{px} {py} C{px} {y} {px} {y} {x} {y} H{at(branch.last)[0]} h0", "lost"))
+    back = []
+    for left, to, why in lineage.rollbacks[-MOST_DOTS:]:
+        if max(lane_of.get(left, 0), lane_of.get(to, 0)) <= MOST_LANES:
+            (x, y), (tx, ty) = at(left), at(to)
+            back.append(
+                (f"M{x} {y} Q{(x + tx) / 2:.1f} {max(y, ty) + LANE} {tx} {ty}", f"v{left} back to v{to} {why}".strip())
+            )
+    lanes = max((branch.lane for branch in drawn), default=0)
+    return Tree(lanes, paths, back, _dots(lineage, lane_of, at), len(branches) - len(drawn))
+
+
+def _lanes(lineage: Lineage) -> tuple[dict[int, int], list[Branch]]:
+    lane_of: dict[int, int] = {}
+    following = lineage.head
+    while following is not None and following not in lane_of:
+        lane_of[following] = 0
+        following = lineage.parents.get(following)
+    branches: list[Branch] = []
+    tips: dict[int, Branch] = {}
+    ends: dict[int, int] = {}
+    for version, parent in sorted(lineage.parents.items()):
+        if version in lane_of:
+            continue
+        branch = tips.pop(parent or 0, None)
+        if branch is None:
+            lane = next(lane for lane in count(1) if ends.get(lane, 0) <= (parent or 0))
+            branch = Branch(lane, parent or version, version, version)
+            branches.append(branch)
+        branch.last = ends[branch.lane] = version
+        lane_of[version], tips[version] = branch.lane, branch
+    return lane_of, branches
+
+
+def _dots(lineage: Lineage, lane_of: Mapping[int, int], at: Any) -> list[tuple[float, float, str, str]]:
+    """The versions that a reader looks for; labels that would cover one another are left out."""
+    kinds: dict[int, str] = {}
+    if lineage.parents:
+        kinds[min(lineage.parents)] = "plain"
+    for left, to, _ in lineage.rollbacks[-MOST_DOTS:]:
+        kinds |= {left: "lost", to: "plain"}
+    kinds |= dict.fromkeys(sorted(lineage.pins)[-MOST_DOTS:], "pin")
+    kinds |= {
+        version: kind for version, kind in ((lineage.best, "best"), (lineage.head, "head")) if version is not None
+    }
+    dots, labelled = [], dict[float, float]()
+    for version, kind in sorted(kinds.items(), reverse=True):
+        x, y = at(version)
+        if lane_of.get(version, 0) > MOST_LANES:
+            continue
+        fits = kind in ("head", "best") or labelled.get(y, x + LABEL) - x >= LABEL
+        words = {"head": " HEAD", "best": " best"}.get(kind, "")
+        if version == lineage.best == lineage.head:
+            words = " HEAD, best"
+        if fits:
+            labelled[y] = x
+        dots.append((x, y, kind, f"v{version}{words}" if fits else ""))
+    return dots

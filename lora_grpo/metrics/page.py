@@ -1,0 +1,165 @@
+"""A run as one HTML page that opens from disk: no network, no script, every text of users and models escaped."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.config_file import RESOLVED_FILE, describe_settings
+from lora_grpo.metrics.drawing import MOST_POINTS, Lineage, curves, tree
+from lora_grpo.metrics.log import METRICS_FILE, Record, history, read_metrics
+from lora_grpo.metrics.plot import series
+from lora_grpo.metrics.render import GAP, duration, number
+from lora_grpo.metrics.reporter import SAMPLES_FILE
+
+MOST_LOGGED, MOST_ROWS, MOST_CHARACTERS, MOST_MESSAGES = 12, 12, 1500, 40
+"""What a page holds at most of logged steps, completions of each, characters of a text, and messages."""
+
+
+def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: float | None = None) -> str:
+    """The page of a run directory. A browser that shows it reads it again every `refresh_s`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    everything = read_metrics(run) if (run / METRICS_FILE).is_file() else []
+    records = history(everything)
+    kept = set(map(id, records))
+    given_up = [record for record in everything if record["event"] == "step" and id(record) not in kept]
+    steps = [record for record in records if record["event"] == "step"]
+    info: dict[str, Any] = {}
+    for record in records:
+        if record["event"] in ("start", "end"):
+            info |= record["info"]
+    settings = info.pop("config", {})
+    messages = [record for record in records if record["event"] in ("message", "rollback")]
+    logged = read_metrics(run / SAMPLES_FILE) if (run / SAMPLES_FILE).is_file() else []
+    pages = Environment(loader=PackageLoader("lora_grpo", "metrics"), autoescape=True, undefined=StrictUndefined)
+    pages.filters |= {"number": number, "duration": duration, "text": as_text, "clock": _clock}
+    return pages.get_template("page.html").render(
+        run=run,
+        live=live,
+        refresh_s=refresh_s,
+        now=time.time(),
+        facts=_facts(info, steps, given_up, lineage),
+        curves=list(curves(records, given_up)),
+        thinned=max(len(steps), len(given_up)) > MOST_POINTS,
+        logged=logged[: -MOST_LOGGED - 1 : -1],
+        logged_steps=len(logged),
+        answers=_answers(run),
+        most_rows=MOST_ROWS,
+        lineage=lineage,
+        tree=tree(lineage),
+        proofs=_proofs(info, steps),
+        timings=list(_timings(steps)),
+        settings=list(_settings(run, settings)),
+        messages=messages[: -MOST_MESSAGES - 1 : -1],
+        said=len(messages),
+    )
+
+
+def as_text(value: Any) -> str:
+    """Text as it is, a chat as a paragraph a message, the rest as JSON; a long one is cut, which it says."""
+    if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
+        value = "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in value)
+    whole = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    left = len(whole) - MOST_CHARACTERS
+    return f"{whole[:MOST_CHARACTERS]}… ({left:,} characters more)" if left > 0 else whole
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _facts(
+    info: Mapping[str, Any], steps: Sequence[Record], given_up: Sequence[Record], lineage: Lineage
+) -> dict[str, str]:
+    """What a reader asks first."""
+    spent = sum(record.get("step_time") or 0.0 for record in [*steps, *given_up])
+    before, after = info.get("reward_before"), info.get("reward_after")
+    facts = {
+        "model": info.get("model"),
+        "device": info.get("device"),
+        "steps": f"{steps[-1]['step']}, {duration(spent)}" if steps else None,
+        "given up": f"{len(given_up)} steps that a rollback or a resume went back before" if given_up else None,
+        "held-out reward": None if before is None else f"{number(before)} before, {number(after)} after",
+        "HEAD": None if lineage.head is None else f"v{lineage.head}",
+        "best version": None if lineage.best is None else f"v{lineage.best}",
+        "versions": f"{len(lineage.parents):,} published",
+        "rollbacks": str(len(lineage.rollbacks)),
+    }
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _proofs(info: Mapping[str, Any], steps: Sequence[Record]) -> dict[str, str]:
+    """What showed that the engine sampled from the very weights that the trainer has."""
+    proven = series(steps, "sync/prove_s")[1]
+    verdicts = Counter(str(record["canary/verdict"]) for record in steps if record.get("canary/verdict"))
+    failed = [f"step {record['step']}" for record in steps if record.get("canary/verdict") == "failed"]
+    gaps = series(steps, GAP)[1]
+    probe = info.get("probe")
+    proofs = {
+        "base": info.get("base_match"),
+        "probe": isinstance(probe, Mapping) and ", ".join(f"{name} {number(value)}" for name, value in probe.items()),
+        "loads": proven and f"{len(proven)} proven, {1000 * statistics.median(proven):.2g} ms each (median)",
+        "canary": ", ".join(f"{times} {verdict}" for verdict, times in verdicts.items()),
+        "canary failed at": ", ".join(failed[:MOST_ROWS]),
+        "log-prob gap": gaps and f"{statistics.median(gaps):.2g} nats a token (median), {max(gaps):.2g} at most",
+    }
+    return {name: str(value) for name, value in proofs.items() if value}
+
+
+def _timings(steps: Sequence[Record]) -> Iterator[tuple[str, float, float, float]]:
+    """Name, median, largest and total of everything that is timed in a step, seconds."""
+    names = dict.fromkeys(
+        name for record in steps for name in record if name.startswith(("time/", "sync/", "step_time"))
+    )
+    for name in names:
+        values = series(steps, name)[1]
+        if values:
+            yield name.removesuffix("_s"), statistics.median(values), max(values), sum(values)
+
+
+def _settings(run: Path, started_with: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+    """Key, value, and whether it is not the default: of `config.json`, else those that the run started with."""
+    defaults = {setting.key: setting.default for setting in describe_settings()}
+    path = run / RESOLVED_FILE
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"grpo": started_with}
+    for key, value in _flat(values):
+        shown = "-" if value is None else json.dumps(value, ensure_ascii=False)
+        default = defaults.get(key, "(needed)")
+        same = shown == default or (default not in ("-", "(needed)") and value == json.loads(default))
+        yield key, shown, not same
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _answers(run: Path) -> dict[str, Any] | None:
+    """Held-out prompts with their answers by the first and the last version evaluated, where the reward changed."""
+    files = sorted((run / "evaluations").glob("*.json"))
+    if len(files) < 2:
+        return None
+    first, last = (json.loads(path.read_text(encoding="utf-8")) for path in (files[0], files[-1]))
+    pairs = [pair for pair in zip(first["rows"], last["rows"], strict=False) if pair[0]["reward"] != pair[1]["reward"]]
+    # The ones that got worse are the news.
+    pairs.sort(key=lambda pair: pair[1]["reward"] - pair[0]["reward"])
+    half = MOST_ROWS // 2
+    shown = pairs if len(pairs) <= MOST_ROWS else [*pairs[:half], *pairs[-half:]]
+    worse = sum(a["reward"] > b["reward"] for a, b in pairs)
+    return {
+        "first": first["version"],
+        "last": last["version"],
+        "rows": shown,
+        "changed": len(pairs),
+        "worse": worse,
+        "asked": len(last["rows"]),
+    }
