@@ -31,8 +31,8 @@ from lora_grpo.errors import ConfigError, UnsupportedVersion
 # release that was run (0.27 at 0.27.1, the others at .0; V1 and V2 model runner): arguments and environment switches,
 # every handle below, slot shapes, packing, scaling and activation of adapters, add/remove/abort/shutdown, requests and
 # their log-probs, CPU and CUDA LoRA kernels. Reading shows names, shapes and logic; it shows no numbers.
-# 0.27 to 0.31 have besides served probed and proven adapters on the CPU, and passed the tests of the direct loader; 0.26
-# has passed the parity suite on an H100.
+# 0.27 to 0.31 have besides served probed and proven adapters on the CPU, and passed the tests of the direct loader;
+# 0.26 has passed the parity suite on an H100.
 RELEASES = {
     (0, 26): "read",
     (0, 27): "read",
