@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -38,6 +38,9 @@ from lora_grpo.types import Group
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+Proofs: TypeAlias = dict[tuple[tuple[str, int], ...], tuple[BaseMatch, ProbeReport]]
+"""What was proven of one engine and one base, by the adapter's form: its modules' paths and ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class NativeSync:
         scheduler: Any = None,
         keep_state: Callable[[AdapterVersion], bool] = lambda version: True,
         tokenizer: Any = None,
+        proofs: Proofs | None = None,
     ) -> None:
         """Check that everything about `model` can be served faithfully by `engine`, and prove the path with a probe.
 
@@ -86,7 +90,9 @@ class NativeSync:
 
         `optimizer` and `scheduler` are restored with the weights on a rollback; `keep_state` says of which versions
         the exact trainer state is archived (several times an adapter's size), by default all. `tokenizer` goes with
-        exports; the engine's, where none is given. `base_match` and `probe` hold what the proofs of the base and of the
+        exports; the engine's, where none is given. `proofs` are those of other adapters on the same engine and the same
+        base tensors: of an adapter of a form (paths and ranks) that is among them nothing is proven again, and what is
+        proven here is added. `base_match` and `probe` hold what the proofs of the base and of the
         path found (None for an engine that is a fake and says so). Raises `UnsupportedAdapter` for what cannot be
         served or another base, `DeliveryError` when the probe does not arrive.
         """
@@ -105,7 +111,9 @@ class NativeSync:
             served_in = self.engine.describe_base().dtype
             self.processes.each(lambda: check_same_dtype(model, served_in))
         self.base_match: BaseMatch | None = None
-        self.probe = None if self.engine.proof == "none" else self._prove_path()
+        self.probe: ProbeReport | None = None
+        if self.engine.proof != "none":
+            self.base_match, self.probe = self._proven({} if proofs is None else proofs)
         self.noise = 0.0 if self.probe is None else self.probe.noise
         self.last_receipt: PushReceipt | None = None
         self._leased: set[int] = set()
@@ -292,9 +300,15 @@ class NativeSync:
             raise ConfigError("nothing was pushed yet; call sync.push(step) first")
         return head
 
-    def _prove_path(self) -> ProbeReport:
+    def _proven(self, proofs: Proofs) -> tuple[BaseMatch, ProbeReport]:
         self._probed = probe_sequences(self.engine.describe_base(), seed=0)
-        self.base_match = match_base(self.engine, self.model, self.processes)
+        form = tuple((module.path, module.a_RI.shape[0]) for module in self._form.modules)
+        if form not in proofs:
+            matched = next(iter(proofs.values()))[0] if proofs else match_base(self.engine, self.model, self.processes)
+            proofs[form] = matched, self._prove_path()
+        return proofs[form]
+
+    def _prove_path(self) -> ProbeReport:
         pulls = is_remote(self.engine) and self.engine.pulls
         publish = self._publish_probe if pulls else None
         if publish is None:

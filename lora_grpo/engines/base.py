@@ -21,6 +21,8 @@ Proof: TypeAlias = Literal["slots", "behaviour", "none"]
 
 Adapters: TypeAlias = AdapterVersion | Sequence[AdapterVersion | None] | None
 """One version for all prompts, or one a prompt; None is the base model."""
+Samplings: TypeAlias = Sampling | Sequence[Sampling]
+"""One for all prompts, or one a prompt, whose `first_prompt` is then what that prompt counts as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,11 @@ class Engine(Protocol):
     def loaded(self) -> tuple[AdapterVersion, ...]:
         """The versions that can be sampled from, least recently used first."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """One group a prompt, in order, each completion stamped with the version that made it.
 
-        `adapter` names the version, or one a prompt; None is the base, only when asked for. Raises `UnknownVersion`
+        `adapter` names the version, or one a prompt; None is the base, only when asked for. `sampling` is one for all
+        prompts too, or one a prompt: what a prompt gets does not depend on those beside it. Raises `UnknownVersion`
         for a version that is not loaded, and `EngineError` after cleaning up.
         """
 

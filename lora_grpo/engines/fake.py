@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
-from lora_grpo.engines.requests import adapters_by_prompt, request_seeds, require_version, token_prompts
+from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
+from lora_grpo.engines.requests import (
+    adapters_by_prompt,
+    request_seeds,
+    require_version,
+    sampling_by_prompt,
+    token_prompts,
+)
 from lora_grpo.errors import EngineError, UnknownVersion
 from lora_grpo.types import Completion, Group, Prompt, Sampling
 
@@ -55,7 +62,7 @@ class FakeEngine:
         self._reply, self._logprob = reply, logprob
         self.tokenizer = tokenizer or _Bytes()
         self._max_cpu_loras, self._max_lora_rank = max_cpu_loras, max_lora_rank
-        self._loaded: dict[int, AdapterVersion] = {}
+        self._loaded: dict[Path, AdapterVersion] = {}
         self.between_steps: Callable[[], None] | None = None
         """Called before each prompt is answered."""
 
@@ -79,27 +86,28 @@ class FakeEngine:
         """Take `version` up, so that it can be named. Raises `EngineError` when its directory is not there."""
         if not require_version(version).path.is_dir():
             raise EngineError(f"{version} has no directory {version.path}")
-        while version.number not in self._loaded and len(self._loaded) >= self._max_cpu_loras:
+        while version.path not in self._loaded and len(self._loaded) >= self._max_cpu_loras:
             del self._loaded[next(iter(self._loaded))]
-        self._loaded.pop(version.number, None)
-        self._loaded[version.number] = version
+        self._loaded.pop(version.path, None)
+        self._loaded[version.path] = version
         return LoadReceipt("none", {"load": 0.0}, 0, 0)
 
     def unload(self, version: AdapterVersion) -> None:
-        del self._loaded[self._find(version).number]
+        del self._loaded[self._find(version).path]
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
         return tuple(self._loaded.values())
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """`VLLMEngine.generate` with your replies, cut at `sampling.max_tokens`."""
-        ids_P, seeds_PG = token_prompts(self.tokenizer, prompts), request_seeds(sampling, len(prompts))
+        ids_P, sampling_P = token_prompts(self.tokenizer, prompts), sampling_by_prompt(sampling, len(prompts))
         adapter_P = [version and self._find(version) for version in adapters_by_prompt(adapter, len(prompts))]
         groups = []
-        for prompt, ids, version, seeds in zip(prompts, ids_P, adapter_P, seeds_PG, strict=True):
+        asked = zip(prompts, ids_P, adapter_P, sampling_P, request_seeds(sampling_P), strict=True)
+        for prompt, ids, version, one, seeds in asked:
             if self.between_steps is not None:
                 self.between_steps()
-            completions = tuple(self._complete(prompt, version, seed, sampling) for seed in seeds)
+            completions = tuple(self._complete(prompt, version, seed, one) for seed in seeds)
             groups.append(Group(prompt, tuple(ids), completions))
         return groups
 
@@ -127,9 +135,9 @@ class FakeEngine:
         return Completion(text, kept, (self._logprob,) * len(kept), reason, version.number if version else None)
 
     def _find(self, version: AdapterVersion) -> AdapterVersion:
-        if self._loaded.get(require_version(version).number) != version:
+        if self._loaded.get(require_version(version).path) != version:
             raise UnknownVersion(f"{version} is not loaded; call engine.load(version) first")
-        self._loaded[version.number] = self._loaded.pop(version.number)
+        self._loaded[version.path] = self._loaded.pop(version.path)
         return version
 
 

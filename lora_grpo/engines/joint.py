@@ -6,23 +6,30 @@ other engine (a server, a fake) is asked by the first process alone, and the oth
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TypeVar, cast
 
 import torch
 
 from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof, RemoteEngine, is_remote
+from lora_grpo.engines.base import (
+    Adapters,
+    BaseDescription,
+    Engine,
+    LoadReceipt,
+    Proof,
+    RemoteEngine,
+    Samplings,
+    is_remote,
+)
 from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.witness import Witness
-from lora_grpo.engines.requests import adapters_by_prompt
+from lora_grpo.engines.requests import adapters_by_prompt, sampling_by_prompt
 from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import mean_abs_difference
-from lora_grpo.types import Group, Prompt, Sampling
+from lora_grpo.types import Group, Prompt
 
 T = TypeVar("T")
 
@@ -108,14 +115,12 @@ class EngineInEach(_Joint):
                 self._own.unload(version)
             raise
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """All groups, in every process; each process's engine makes those of its part of the prompts."""
-        seed = self._processes.share(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+        sampling_P = self._processes.share(sampling_by_prompt(sampling, len(prompts)))
         part, adapter_P = self._processes.part(len(prompts)), adapters_by_prompt(adapter, len(prompts))
-        own = replace(sampling, seed=seed, first_prompt=sampling.first_prompt + part.start)
-        made = self._ask(
-            lambda engine: engine.generate(prompts[part], own, adapter=adapter_P[part]) if prompts[part] else []
-        )
+        own = (prompts[part], sampling_P[part])
+        made = self._ask(lambda engine: engine.generate(*own, adapter=adapter_P[part]) if prompts[part] else [])
         return [group for groups in self._processes.gather(made) for group in groups]
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
@@ -152,7 +157,7 @@ class EngineOfFirst(_Joint):
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         return self._ask(lambda engine: engine.load(version, held=held))
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         return self._ask(lambda engine: engine.generate(prompts, sampling, adapter=adapter))
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:

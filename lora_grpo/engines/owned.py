@@ -10,9 +10,9 @@ import torch
 
 from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt
+from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Samplings
 from lora_grpo.engines.delivery.base_reading import BaseReading
-from lora_grpo.types import Group, Prompt, Sampling
+from lora_grpo.types import Group, Prompt
 from lora_grpo.worker import Worker
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class OwnedEngine:
         """As after the last call that ended, without waiting for the thread."""
         return () if self.worker.hangs else self._loaded
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         return self._do(lambda: self._engine.generate(prompts, sampling, adapter=adapter))
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:

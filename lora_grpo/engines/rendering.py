@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from lora_grpo.engines.base import Adapters, Engine
-from lora_grpo.engines.requests import token_prompts
+from lora_grpo.engines.base import Adapters, Engine, Samplings
+from lora_grpo.engines.requests import sampling_by_prompt, token_prompts
 from lora_grpo.types import Group, Prompt, Rendered, Sampling
 
 
@@ -23,13 +23,21 @@ class RenderingEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
+        rendered, sampling_P = self.rendered(prompts, sampling)
+        groups = self._engine.generate(rendered, sampling_P, adapter=adapter)
+        return [replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=False)]
+
+    def rendered(self, prompts: Sequence[Prompt], sampling: Samplings) -> tuple[list[Rendered], list[Sampling]]:
+        """What the engine itself is asked: the prompts' token ids, and how each is sampled."""
         ids_P = token_prompts(self.tokenizer, prompts)
         rendered = [Rendered.of(ids, prompt) for ids, prompt in zip(ids_P, prompts, strict=True)]
-        if not sampling.ignore_eos:
-            sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *self._stop))
-        groups = self._engine.generate(rendered, sampling, adapter=adapter)
-        return [replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=False)]
+        return rendered, [self._ended(one) for one in sampling_by_prompt(sampling, len(prompts))]
+
+    def _ended(self, sampling: Sampling) -> Sampling:
+        if sampling.ignore_eos:
+            return sampling
+        return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *self._stop))
 
 
 def rendering(engine: Engine, tokenizer: Any, model: Any) -> Engine:

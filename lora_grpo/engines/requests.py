@@ -5,12 +5,14 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
 from lora_grpo.adapters.target import parse_target
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters
+from lora_grpo.engines.base import Adapters, Samplings
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.types import Completion, Group, Prompt, Sampling, derive_seed
 
@@ -104,9 +106,11 @@ def _render_chat(tokenizer: Any, chat: Any, called: str) -> Any:
         raise ConfigError(f"{called} is rejected by the chat template: {error}") from error
 
 
-def check_fits(ids_P: Sequence[Sequence[int]], max_tokens: int, max_model_len: int, vocabulary: int) -> None:
-    """Raises `ConfigError` for the first prompt with a token outside the vocabulary, or no room for `max_tokens`."""
-    for index, ids in enumerate(ids_P):
+def check_fits(
+    ids_P: Sequence[Sequence[int]], max_tokens_P: Sequence[int], max_model_len: int, vocabulary: int
+) -> None:
+    """Raises `ConfigError` for the first prompt with a token outside the vocabulary, or no room for its completion."""
+    for index, (ids, max_tokens) in enumerate(zip(ids_P, max_tokens_P, strict=True)):
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             place, token = next((place, token) for place, token in enumerate(ids) if not 0 <= token < vocabulary)
             raise ConfigError(
@@ -172,11 +176,20 @@ def mixed_batches(adapter_B: Sequence[AdapterVersion | None], slots: int, mixes_
     return (sorted(rows) for rows in batches)
 
 
-def request_seeds(sampling: Sampling, prompts: int) -> list[list[int]]:
-    """A seed for each request (P, G), derived from the call's."""
-    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-    first = sampling.first_prompt
-    return [[derive_seed(seed, p, g) for g in range(sampling.n)] for p in range(first, first + prompts)]
+def sampling_by_prompt(sampling: Samplings, prompts: int) -> list[Sampling]:
+    """One a prompt, each with a seed; raises `ConfigError` for a list of another length."""
+    if isinstance(sampling, Sampling):
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        first = sampling.first_prompt
+        return [replace(sampling, seed=seed, first_prompt=first + p) for p in range(prompts)]
+    if len(sampling) != prompts:
+        raise ConfigError(f"sampling names {len(sampling)} settings for {prompts} prompts; give one, or one a prompt")
+    return [one if one.seed is not None else replace(one, seed=secrets.randbits(63)) for one in sampling]
+
+
+def request_seeds(sampling_P: Sequence[Sampling]) -> list[list[int]]:
+    """A seed for each request (P, G), derived from what `sampling_by_prompt` gave."""
+    return [[derive_seed(one.seed or 0, one.first_prompt, g) for g in range(one.n)] for one in sampling_P]
 
 
 def sampling_params(
@@ -214,13 +227,16 @@ def to_completion(output: Any, adapter: AdapterVersion | None) -> Completion:
 
 
 def to_groups(
-    prompts: Sequence[Prompt], ids_P: Sequence[Sequence[int]], completions: Sequence[Completion]
+    prompts: Sequence[Prompt],
+    ids_P: Sequence[Sequence[int]],
+    sampling_P: Sequence[Sampling],
+    completions: Sequence[Completion],
 ) -> list[Group]:
-    """One group a prompt, of completions (P * G) in the order of the prompts."""
-    size = len(completions) // max(1, len(prompts))
+    """One group a prompt, of completions in the order of the prompts."""
+    following = iter(completions)
     return [
-        Group(prompt, tuple(ids), tuple(completions[p * size : (p + 1) * size]))
-        for p, (prompt, ids) in enumerate(zip(prompts, ids_P, strict=True))
+        Group(prompt, tuple(ids), tuple(islice(following, sampling.n)))
+        for prompt, ids, sampling in zip(prompts, ids_P, sampling_P, strict=True)
     ]
 
 

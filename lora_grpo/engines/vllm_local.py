@@ -11,7 +11,7 @@ import torch
 from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
-from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
+from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
@@ -30,6 +30,7 @@ from lora_grpo.engines.requests import (
     check_text,
     mixed_batches,
     request_seeds,
+    sampling_by_prompt,
     sampling_params,
     scored_tokens,
     to_completion,
@@ -163,7 +164,7 @@ class VLLMEngine:
         """The versions that can be sampled from, least recently used first; none once it is closed."""
         return self._residents.versions() if self._held.is_open else ()
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """Sample `sampling.n` completions of each prompt: P groups in the prompts' order, of G completions each.
 
         A prompt is text, a list of token ids, or a list of chat messages. `adapter` is the version to sample from, or
@@ -173,27 +174,28 @@ class VLLMEngine:
             groups = engine.generate(["2+2="], Sampling(n=4, max_tokens=8), adapter=version)
             texts = [completion.text for completion in groups[0].completions]
 
+        `sampling` may be a list of P settings too, for prompts that are sampled differently in one batch.
         Raises `ConfigError` for a prompt that is empty or, with `sampling.max_tokens`, longer than `max_model_len`,
         `UnknownVersion` for a version that is not loaded, `EngineError` when vLLM fails (its requests are aborted).
         """
         ids_P = token_prompts(self._tokenizer, prompts)
-        base = self.describe_base()
-        check_fits(ids_P, sampling.max_tokens, self.max_model_len, base.vocabulary)
+        base, sampling_P = self.describe_base(), sampling_by_prompt(sampling, len(prompts))
+        check_fits(ids_P, [one.max_tokens for one in sampling_P], self.max_model_len, base.vocabulary)
         check_text(ids_P, base.placeholders)
         adapter_P = adapters_by_prompt(adapter, len(prompts))
-        seeds_PG = request_seeds(sampling, len(prompts))
-        rows = [(p, g) for p in range(len(prompts)) for g in range(sampling.n)]
+        seeds_PG = request_seeds(sampling_P)
+        rows = [(p, g) for p, seeds in enumerate(seeds_PG) for g in range(len(seeds))]
         outputs = self._run(
             [ids_P[p] for p, _ in rows],
-            [sampling_params(sampling, seeds_PG[p][g], placeholders=base.placeholders) for p, g in rows],
+            [sampling_params(sampling_P[p], seeds_PG[p][g], placeholders=base.placeholders) for p, g in rows],
             [adapter_P[p] for p, _ in rows],
         )
         completions = [to_completion(output, adapter_P[p]) for (p, _), output in zip(rows, outputs, strict=True)]
-        return to_groups(prompts, ids_P, completions)
+        return to_groups(prompts, ids_P, sampling_P, completions)
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
         """Log-probs (nats, temperature 1) of tokens 1..T-1 of each sequence of token ids. Raises as `generate` does."""
-        check_fits(sequences, 1, self.max_model_len, self.describe_base().vocabulary)
+        check_fits(sequences, [1] * len(sequences), self.max_model_len, self.describe_base().vocabulary)
         params = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
         return scored_tokens(self._run(sequences, [params] * len(sequences), [adapter] * len(sequences)), sequences)
 

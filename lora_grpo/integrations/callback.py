@@ -11,13 +11,13 @@ from transformers import TrainerCallback
 from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof
+from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.errors import ConfigError
 from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
-from lora_grpo.types import Group, Prompt, Sampling
+from lora_grpo.types import Group, Prompt
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -118,7 +118,7 @@ class Elsewhere:
     def loaded(self) -> tuple[AdapterVersion, ...]:
         return ()
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to sample here")
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:

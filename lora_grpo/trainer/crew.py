@@ -17,12 +17,12 @@ import torch
 
 from lora_grpo.adapters.peft_format import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt
+from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Samplings
 from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.grpo.optimizer import apply_settings
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.rollback import RollbackReport
-from lora_grpo.types import Group, Prompt, Sampling, derive_seed
+from lora_grpo.types import Group, Prompt, derive_seed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -130,7 +130,7 @@ class CrewEngine:
     def loaded(self) -> tuple[AdapterVersion, ...]:
         return self._own.loaded()
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         return self._crew(_generate, prompts, sampling, adapter)
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
@@ -157,7 +157,7 @@ def _unload(parts: Parts, version: AdapterVersion) -> None:
     parts.sync.engine.unload(version)
 
 
-def _generate(parts: Parts, prompts: Sequence[Prompt], sampling: Sampling, adapter: Adapters) -> list[Group]:
+def _generate(parts: Parts, prompts: Sequence[Prompt], sampling: Samplings, adapter: Adapters) -> list[Group]:
     return parts.sync.engine.generate(prompts, sampling, adapter=adapter)
 
 

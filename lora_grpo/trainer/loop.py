@@ -14,6 +14,7 @@ from lora_grpo.trainer.stepping import Clock, learn, of_the_version, sample_rows
 
 if TYPE_CHECKING:
     from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+    from lora_grpo.trainer.overlap import Rollout
 
 WARN_EVERY = 10
 """Steps in a row without any signal (every group's rewards equal) after which, and again after as many, a run warns."""
@@ -21,14 +22,28 @@ WARN_EVERY = 10
 
 def run(trainer: GRPOTrainer, reporter: Reporter) -> None:
     """Step until `total_steps`, or for `max_steps_without_signal` steps in a row that taught nothing."""
-    while trainer.steps_done < trainer.config.total_steps and not _gives_up(trainer):
+    while goes_on(trainer, reporter):
         apply_requests(trainer.store, trainer.rollback, reporter)
-        if _guarded_step(trainer, reporter):
-            if trainer.without_signal and trainer.without_signal % WARN_EVERY == 0:
-                _warn_without_signal(trainer, reporter, "max_steps_without_signal would end such a run")
-            _evaluate_when_due(trainer, reporter)
+        clock = Clock(reporter)
+        with clock("generate"):
+            rollout = trainer.rollouts.take(trainer.steps_done + 1)
+        finish_step(trainer, reporter, clock, rollout)
+
+
+def goes_on(trainer: GRPOTrainer, reporter: Reporter) -> bool:
+    """Whether there is another step; where the run gives up, it says so."""
     if _gives_up(trainer):
         _warn_without_signal(trainer, reporter, "max_steps_without_signal ends the run here; raise it and resume")
+        return False
+    return trainer.steps_done < trainer.config.total_steps
+
+
+def finish_step(trainer: GRPOTrainer, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
+    """Learn from a sampled batch and publish, then evaluate where that is due; or go back as the guard says."""
+    if _guarded_step(trainer, reporter, clock, rollout):
+        if trainer.without_signal and trainer.without_signal % WARN_EVERY == 0:
+            _warn_without_signal(trainer, reporter, "max_steps_without_signal would end such a run")
+        _evaluate_when_due(trainer, reporter)
 
 
 def publish(trainer: GRPOTrainer, step: int) -> None:
@@ -43,14 +58,14 @@ def held_out(trainer: GRPOTrainer, reporter: Reporter) -> None:
         reporter.evaluation(trainer.steps_done, result.version, result.metrics)
 
 
-def _guarded_step(trainer: GRPOTrainer, reporter: Reporter) -> bool:
-    """One step; False when the guard went back instead. Raises what it is not set to catch."""
+def _guarded_step(trainer: GRPOTrainer, reporter: Reporter, clock: Clock, rollout: Rollout) -> bool:
+    """The rest of a step; False when the guard went back instead. Raises what it is not set to catch."""
     if trainer.guard is None:
-        _step(trainer, reporter)
+        _step(trainer, reporter, clock, rollout)
         return True
     error: TrainingError | None = None
     try:
-        _step(trainer, reporter)
+        _step(trainer, reporter, clock, rollout)
     except TrainingError as caught:
         error = caught
     reason = trainer.guard.why(trainer.history, error)
@@ -61,11 +76,8 @@ def _guarded_step(trainer: GRPOTrainer, reporter: Reporter) -> bool:
     return reason is None
 
 
-def _step(trainer: GRPOTrainer, reporter: Reporter) -> None:
-    config, rollouts = trainer.config, trainer.rollouts
-    clock, step = Clock(reporter), trainer.steps_done + 1
-    with clock("generate"):
-        rollout = rollouts.take(step)
+def _step(trainer: GRPOTrainer, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
+    config, rollouts, step = trainer.config, trainer.rollouts, trainer.steps_done + 1
     with clock("reward"):
         rewarded = rollouts.reward(rollout)
     with clock("train"):

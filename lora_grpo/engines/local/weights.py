@@ -22,6 +22,7 @@ from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.requests import (
     check_fits,
     request_seeds,
+    sampling_by_prompt,
     sampling_params,
     scored_tokens,
     to_completion,
@@ -53,12 +54,13 @@ class PlainEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
         """One group a prompt, as `Engine.generate`; stamped with no version."""
         model = self._llm.llm_engine.vllm_config.model_config
-        check_fits(prompts, sampling.max_tokens, model.max_model_len, model.get_vocab_size())
-        seeds_PG = request_seeds(sampling, len(prompts))
+        check_fits(prompts, [sampling.max_tokens] * len(prompts), model.max_model_len, model.get_vocab_size())
+        sampling_P = sampling_by_prompt(sampling, len(prompts))
+        seeds_PG = request_seeds(sampling_P)
         rows = [(p, g) for p in range(len(prompts)) for g in range(sampling.n)]
         outputs = self._run([prompts[p] for p, _ in rows], [sampling_params(sampling, seeds_PG[p][g]) for p, g in rows])
         completions = [to_completion(output, None) for output in outputs]
-        return to_groups([list(ids) for ids in prompts], prompts, completions)
+        return to_groups([list(ids) for ids in prompts], prompts, sampling_P, completions)
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Teacher-forced log-probs at temperature 1 of tokens 1..T-1 of each sequence."""

@@ -18,7 +18,7 @@ from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
 from lora_grpo.adapters.peft_format import WEIGHTS_FILE, Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
-from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
+from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import CanaryReport
@@ -31,6 +31,7 @@ from lora_grpo.engines.requests import (
     check_text,
     request_seeds,
     require_version,
+    sampling_by_prompt,
     to_groups,
     token_prompts,
 )
@@ -191,39 +192,40 @@ class VLLMServerEngine:
     def loaded(self) -> tuple[AdapterVersion, ...]:
         return tuple(served.version for served in self._fleet.in_use.all())
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """`VLLMEngine.generate`, the prompts shared among the servers. Raises `EngineError` when all are gone for
         `patience_s`."""
         ids_P = token_prompts(self._tokenizer, prompts)
-        check_fits(ids_P, sampling.max_tokens, self.max_model_len, self._base.vocabulary)
+        sampling_P = sampling_by_prompt(sampling, len(prompts))
+        check_fits(ids_P, [one.max_tokens for one in sampling_P], self.max_model_len, self._base.vocabulary)
         check_text(ids_P, self._base.placeholders)
         adapter_P = adapters_by_prompt(adapter, len(prompts))
-        seeds_PG = request_seeds(sampling, len(prompts))
-        completions_PG = self._loop.run(self._complete(ids_P, adapter_P, seeds_PG, sampling))
-        return to_groups(prompts, ids_P, [completion for group in completions_PG for completion in group])
+        completions_PG = self._loop.run(self._complete(ids_P, adapter_P, sampling_P))
+        return to_groups(prompts, ids_P, sampling_P, [one for group in completions_PG for one in group])
 
     async def _complete(
         self,
         ids_P: list[list[int]],
         adapter_P: list[AdapterVersion | None],
-        seeds_PG: list[list[int]],
-        sampling: Sampling,
+        sampling_P: list[Sampling],
     ) -> list[list[Completion]]:
         with self._fleet.in_use.using(adapter_P) as served_P:
             asks_PG = [
                 [completing(served, ids, sampling, seed, self._base.placeholders) for seed in seeds]
-                for ids, served, seeds in zip(ids_P, served_P, seeds_PG, strict=True)
+                for ids, served, sampling, seeds in zip(
+                    ids_P, served_P, sampling_P, request_seeds(sampling_P), strict=True
+                )
             ]
             return await self._fleet.pool.run(asks_PG)
 
     def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
-        check_fits(sequences, 1, self.max_model_len, self.describe_base().vocabulary)
+        check_fits(sequences, [1] * len(sequences), self.max_model_len, self.describe_base().vocabulary)
         return self._loop.run(self._score(sequences, adapter, None))
 
     def logprobs_of_each(
         self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None
     ) -> list[list[list[float]]]:
-        check_fits(sequences, 1, self.max_model_len, self.describe_base().vocabulary)
+        check_fits(sequences, [1] * len(sequences), self.max_model_len, self.describe_base().vocabulary)
         serving = [replica for replica in self._fleet.replicas if replica.state == "serving"]
         return [self._loop.run(self._score(sequences, adapter, replica)) for replica in serving]
 
