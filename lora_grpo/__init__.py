@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from lora_grpo.integrations.own_loop import answer_requests
     from lora_grpo.sync import NativeSync
     from lora_grpo.trainer import GRPOTrainer, Guard, LogprobGap, NonFinite, ReferenceKL, RewardCollapse, fork
+    from lora_grpo.trainer.population.population import Population
+    from lora_grpo.trainer.population.spec import MemberSpec
     from lora_grpo.types import Completion, Group, Sampling
 
 _HOMES = {
@@ -63,10 +65,12 @@ _HOMES = {
     "KeepConfig": "lora_grpo.config",
     "LogprobGap": "lora_grpo.trainer",
     "LoraGrpoError": "lora_grpo.errors",
+    "MemberSpec": "lora_grpo.trainer.population.spec",
     "ModelConfig": "lora_grpo.config",
     "NativeSync": "lora_grpo.sync",
     "NoRoom": "lora_grpo.errors",
     "NonFinite": "lora_grpo.trainer",
+    "Population": "lora_grpo.trainer.population.population",
     "ReferenceKL": "lora_grpo.trainer",
     "Retention": "lora_grpo.adapters.retention",
     "RewardCollapse": "lora_grpo.trainer",
@@ -108,10 +112,12 @@ __all__ = [
     "KeepConfig",
     "LogprobGap",
     "LoraGrpoError",
+    "MemberSpec",
     "ModelConfig",
     "NativeSync",
     "NoRoom",
     "NonFinite",
+    "Population",
     "ReferenceKL",
     "Retention",
     "RewardCollapse",

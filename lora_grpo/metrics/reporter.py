@@ -22,12 +22,19 @@ SAMPLES_FILE = "samples.jsonl"
 class Reporter:
     """Joins `RUN/metrics.jsonl`, `RUN/samples.jsonl`, the live view and accelerate's trackers.
 
-    From construction to `close` the libraries' loggers and warnings go to `RUN/engine.log`. Build it on the main
+    From construction to `close` the libraries' loggers and warnings go to `RUN/engine.log`, unless the caller sees to
+    that himself (`quiet=False`). Build it on the main
     process only. Use it in a `with` block, or close it: an open live view owns the terminal.
     """
 
     def __init__(
-        self, run_dir: str | Path, total_steps: int, *, view: bool = True, trackers: Sequence[str] = ()
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        *,
+        view: bool = True,
+        trackers: Sequence[str] = (),
+        quiet: bool = True,
     ) -> None:
         self.run_dir = Path(run_dir)
         check_trackers(trackers)
@@ -39,7 +46,8 @@ class Reporter:
         self._tracker_names = tuple(trackers)
         self._trackers: Trackers | None = None
         self._open = ExitStack()
-        self._open.enter_context(quiet_libraries(self.run_dir / ENGINE_LOG, self.message))
+        if quiet:
+            self._open.enter_context(quiet_libraries(self.run_dir / ENGINE_LOG, self.message))
 
     def start(self, info: Mapping[str, Any], step: int = 0) -> None:
         """The run begins, or goes on after `step`. `info` is what it runs with; `info["model"]` is shown."""

@@ -35,6 +35,7 @@ from lora_grpo.trainer.models import (
     shared_base,
 )
 from lora_grpo.trainer.planning import Plan, checkpoints, plan
+from lora_grpo.trainer.shared import Shared
 
 if TYPE_CHECKING:
     from lora_grpo.remote.server import StoreServer
@@ -72,11 +73,12 @@ def assemble(
     store_root: str | Path | None,
     share_base_weights: Sharing,
     batch: LargestBatch,
+    shared: Shared | None = None,
 ) -> Parts:
     """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
 
     `batch` is the largest that the trainer computes at a time. On CUDA as many tokens make every micro-batch, so that
-    shorter rows fill it too.
+    shorter rows fill it too. Of what is `shared`, `engine` is given, and the base is not loaded again.
 
     With several processes, each builds its own; only the store, `tokenizer`, and an engine that is servers, are the
     first one's. What fails in one of them fails in all.
@@ -86,6 +88,8 @@ def assemble(
     given = any(processes.gather(engine is not None))
     sized = with_room(engine_config, config.max_staleness)
     twice = config.gradient_checkpointing
+    if twice is None and shared is not None:
+        twice = shared.checkpointing
     if given:
         twice = processes.each(lambda: checkpoints(model, peft_config, batch, twice))
     else:  # what is refused here leaves nothing behind
@@ -103,7 +107,9 @@ def assemble(
         here = crew.leads or not sized.urls
         engine = processes.each(lambda: taken_over(closing, start(), config, built=True) if here else None)
     with reporter.capture():
-        built, base = processes.each(lambda: _trained_model(reporter, model, peft_config, engine, config, sharing))
+        built, base = processes.each(
+            lambda: _trained_model(reporter, model, peft_config, engine, config, sharing, shared)
+        )
         policy_model, optimizer = _distributed(built, config, base)
     accelerator = launched()
     policy = Policy(policy_model, config, accelerator=accelerator, optimizer=optimizer)
@@ -116,6 +122,7 @@ def assemble(
         scheduler=policy.scheduler,
         keep_state=keeps_state(keep),
         tokenizer=tokenizer,
+        proofs=None if shared is None else shared.proofs,
     )
     closing.callback(sync.close)
     asked = _led(crew, sync, engine)
@@ -183,9 +190,13 @@ def _trained_model(
     engine: Engine | None,
     config: GRPOConfig,
     sharing: Sharing,
+    shared: Shared | None,
 ) -> tuple[nn.Module, Any | None]:
-    """This process's PEFT model, and the base that it has from the engine."""
-    base = None if engine is None else shared_base(sharing, model, engine, reporter.message)
+    """This process's PEFT model, and the base that it has from the engine or with other trainers."""
+    if shared is not None:
+        base = shared.own_modules()
+    else:
+        base = None if engine is None else shared_base(sharing, model, engine, reporter.message)
     built = build_policy_model(model, peft_config, config.seed, base)
     if engine is not None:
         check_same_device(built, engine)

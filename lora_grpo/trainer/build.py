@@ -20,6 +20,7 @@ from lora_grpo.trainer.assembly import refuse_live
 from lora_grpo.trainer.crew import launched
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import build_guard
+from lora_grpo.trainer.population.spec import MemberSpec
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
@@ -47,12 +48,37 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
     try:
         if resume:
             trainer.resume()
-        resolved = _cut_alike(config, trainer.policy.config.max_tokens_per_micro_batch)
-        trainer.crew.processes.first(lambda: save_config(resolved, run_dir))
+        trainer.crew.processes.first(lambda: keep_settings(config, trainer))
     except BaseException:
         trainer.close()
         raise
     return trainer
+
+
+def member_spec(config: RunConfig, *, resume: bool = False) -> MemberSpec:
+    """A run of a file as a member of a population, which has the file's model and engine."""
+    run_dir = Path(config.output_dir)
+    _check_run(config, run_dir, resume=resume)
+    if resume and config.grpo.max_tokens_per_micro_batch is None:
+        config = _cut_alike(config, _kept_cut(run_dir))
+    train, held_out = load_data(config.data)
+    return MemberSpec(
+        run_dir,
+        [load_reward(reward) for reward in config.rewards],
+        effective_grpo(config),
+        train,
+        eval_dataset=held_out,
+        peft_config=lora_config(config.lora),
+        keep=config.keep,
+        store_root=config.store_root,
+        guard=build_guard(config.guard),
+        settings=config,
+    )
+
+
+def keep_settings(config: RunConfig, trainer: GRPOTrainer) -> None:
+    """Write a run's resolved settings into its directory."""
+    save_config(_cut_alike(config, trainer.policy.config.max_tokens_per_micro_batch), trainer.run_dir)
 
 
 def check_place(run_dir: Path) -> str:

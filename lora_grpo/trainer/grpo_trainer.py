@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.target import best_metric
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
-from lora_grpo.data import PromptDataset, PromptSampler, Rows, load_prompts
+from lora_grpo.data import PromptDataset, PromptSampler, Rows
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
@@ -32,8 +32,9 @@ from lora_grpo.trainer.evaluation import Evaluation, evaluate, save_evaluation
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Sharing
 from lora_grpo.trainer.overlap import rollouts_of
-from lora_grpo.trainer.preflight import Preflight, reward_functions
+from lora_grpo.trainer.preflight import Preflight, prompts_of, reward_functions
 from lora_grpo.trainer.rollouts import RolloutFunc
+from lora_grpo.trainer.shared import Shared
 from lora_grpo.trainer.summary import run_info, summary
 from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
 
@@ -64,6 +65,7 @@ class GRPOTrainer:
         guard: Guard | None = None,
         share_base_weights: Sharing = "auto",
         view: bool = True,
+        shared: Shared | None = None,
         **unknown: Any,
     ) -> None:
         """Build everything that is not given: the engine on `model`, the PEFT model, the store.
@@ -80,6 +82,7 @@ class GRPOTrainer:
         samples in place of the engine's `generate`. `view=False` shows nothing on the terminal.
         `processing_class` is the tokenizer that renders prompts (default: the checkpoint's); its end token, and those
         of the model's generation config, end completions. An `engine` that is given stays open when the trainer closes.
+        `shared` is what a `Population` has its members' trainers use together, in place of an engine.
         `guard` rolls back on its own when the run goes astray. `share_base_weights` has trainer and engine hold one
         copy of the base, in the engine's dtype: "auto" where that costs nothing (CUDA, unquantized, same dtype), True
         on the CPU too, where decoding is slower then.
@@ -89,13 +92,14 @@ class GRPOTrainer:
         _refuse_unknown(unknown, config)
         self.config, self.run_dir = config or GRPOConfig(), Path(run_dir)
         self.reward_funcs = reward_functions(reward_funcs)
+        self._shared, engine = shared, engine if shared is None else shared.engine
         self.crew = Crew(Processes(launched(self.config.ddp_timeout)))
         before = Preflight(
             ModelConfig(name=str(model)) if isinstance(model, str | Path) else model,
             self.reward_funcs,
             self.config,
-            _prompts(train_dataset, "train_dataset"),
-            None if eval_dataset is None else _prompts(eval_dataset, "eval_dataset"),
+            prompts_of(train_dataset, "train_dataset"),
+            None if eval_dataset is None else prompts_of(eval_dataset, "eval_dataset"),
             processing_class,
             engine,
             engine_config or EngineConfig(),
@@ -114,6 +118,7 @@ class GRPOTrainer:
             run_dir=self.run_dir,
             store_root=store_root,
             share_base_weights=share_base_weights,
+            shared=shared,
         )
         with untouched_when_stopped(self.run_dir, store_root) if self.crew.leads else nullcontext():
             self._build(before, assembled)
@@ -123,6 +128,7 @@ class GRPOTrainer:
         self.steps_done, self.without_signal = 0, 0
         self._resumed = self._own = False
         self.history: list[dict[str, Any]] = []
+        self.result: dict[str, Any] = {}
         self.evaluations: list[Evaluation] = []
 
     def _build(self, before: Preflight, assembled: Callable[..., Parts]) -> None:
@@ -149,19 +155,25 @@ class GRPOTrainer:
 
         Raises `ConfigError` when the run directory holds a run that was not resumed.
         """
+        with self.running() as reporter:
+            loop.run(self, reporter)
+        return self.result
+
+    @contextmanager
+    def running(self) -> Iterator[Reporter]:
+        """Around the steps of a run: its first version is there, and when all is done `result`, its summary."""
         started = time.perf_counter()
-        with self._reporting() as reporter:
+        with self._reporting(quiet=self._shared is None) as reporter:
             reporter.start(run_info(self), step=self.steps_done)
             try:
                 self._begin(reporter)
                 with self.rollouts.running():
-                    loop.run(self, reporter)
+                    yield reporter
             finally:
                 self.store.flush()
-            result = summary(self, time.perf_counter() - started)
-            reporter.end(result)
+            self.result = summary(self, time.perf_counter() - started)
+            reporter.end(self.result)
         plot_run(self.run_dir)
-        return result
 
     @property
     def store(self) -> AdapterStore:
@@ -274,15 +286,10 @@ class GRPOTrainer:
         if not self.evaluations and self.steps_done == 0:
             loop.held_out(self, reporter)
 
-    def _reporting(self) -> Reporter:
+    def _reporting(self, *, quiet: bool = True) -> Reporter:
         """Told by the first process alone."""
-        return Reporter(self.run_dir, self.config.total_steps, view=self._view, trackers=self.config.report_to)
-
-
-def _prompts(data: Any, name: str) -> PromptDataset:
-    if data is None:
-        raise ConfigError(f"{name} is missing: pass a datasets.Dataset, a list of dicts with 'prompt', or a file")
-    return data if isinstance(data, PromptDataset) else load_prompts(data)
+        steps, trackers = self.config.total_steps, self.config.report_to
+        return Reporter(self.run_dir, steps, view=self._view, trackers=trackers, quiet=quiet)
 
 
 def _refuse_unknown(arguments: dict[str, Any], config: Any) -> None:

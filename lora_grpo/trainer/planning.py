@@ -76,12 +76,12 @@ def planned_memory(
     """
     device = default_device()
     available_bytes = available_memory(device)
-    estimate = _estimate(model, peft_config, config, batch, shared_base, bool(checkpointing))
-    if checkpointing is None and estimate.total_bytes > available_bytes:
+    needed = estimate(model, peft_config, config, batch, shared_base, bool(checkpointing))
+    if checkpointing is None and needed.total_bytes > available_bytes:
         checkpointing = True
-        estimate = _estimate(model, peft_config, config, batch, shared_base, checkpointing)
-    require_memory(estimate, available_bytes, str(device))
-    return estimate, bool(checkpointing)
+        needed = estimate(model, peft_config, config, batch, shared_base, checkpointing)
+    require_memory(needed, available_bytes, str(device))
+    return needed, bool(checkpointing)
 
 
 def checkpoints(
@@ -95,7 +95,7 @@ def checkpoints(
     return checkpointing
 
 
-def _estimate(
+def estimate(
     model: ModelConfig | nn.Module,
     peft_config: Any,
     config: EngineConfig | None,
@@ -103,9 +103,10 @@ def _estimate(
     shared_base: bool,
     checkpointing: bool,
 ) -> MemoryEstimate:
+    """What `planned_memory` compares with what is there."""
     own = EngineConfig() if config is None else config
     empty = without_memory(model, peft_config)
-    estimate = estimate_memory(
+    needed = estimate_memory(
         empty,
         batch,
         checkpointing=checkpointing,
@@ -117,11 +118,11 @@ def _estimate(
         scheme=quantization_of(checkpoint_of(model)) if isinstance(model, ModelConfig) else scheme_of(empty.config),
     )
     if config is None or config.urls:
-        return replace(estimate, engine_base_bytes=0, adapter_slots_bytes=0)
+        return replace(needed, engine_base_bytes=0, adapter_slots_bytes=0)
     kv_bytes = cache_bytes(default_device(), config.gpu_memory_utilization)
     if default_device().type == "cuda":
-        kv_bytes = max(0, kv_bytes - estimate.engine_base_bytes - estimate.adapter_slots_bytes)
-    return replace(estimate, kv_bytes=kv_bytes)
+        kv_bytes = max(0, kv_bytes - needed.engine_base_bytes - needed.adapter_slots_bytes)
+    return replace(needed, kv_bytes=kv_bytes)
 
 
 def _trainer_dtype(model: ModelConfig | nn.Module, empty: Any) -> torch.dtype:

@@ -14,7 +14,7 @@ from jinja2.meta import find_undeclared_variables
 from torch import nn
 
 from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig
-from lora_grpo.data import PromptDataset
+from lora_grpo.data import PromptDataset, load_prompts
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.local.targets import check_is_base
 from lora_grpo.engines.requests import ENCODING, render
@@ -186,6 +186,13 @@ def _check_template_kwargs(chat: Chat, known: set[str] | None, called: str) -> N
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out"
             raise ConfigError(f"{called} has chat_template_kwargs {name!r}, which the chat template ignores; {hint}")
+
+
+def prompts_of(data: Any, name: str) -> PromptDataset:
+    """The prompts that a trainer was given. Raises `ConfigError` where they are missing or none."""
+    if data is None:
+        raise ConfigError(f"{name} is missing: pass a datasets.Dataset, a list of dicts with 'prompt', or a file")
+    return data if isinstance(data, PromptDataset) else load_prompts(data)
 
 
 def reward_functions(given: Any) -> list[RewardFunction]:

@@ -1,0 +1,163 @@
+"""A member of a population: a run of its own, driven a step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_grpo.config import ModelConfig
+from lora_grpo.metrics import Reporter, quiet_libraries
+from lora_grpo.metrics.quiet import ENGINE_LOG
+from lora_grpo.trainer import loop
+from lora_grpo.trainer.build import keep_settings
+from lora_grpo.trainer.evaluation import Evaluation
+from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+from lora_grpo.trainer.overlap import Rollout, drawn, sampled
+from lora_grpo.trainer.population.generators import Generators
+from lora_grpo.trainer.population.spec import MemberSpec
+from lora_grpo.trainer.population.together import hold
+from lora_grpo.trainer.rollouts import check_groups
+from lora_grpo.trainer.shared import Shared
+from lora_grpo.trainer.steering import apply_requests
+from lora_grpo.trainer.stepping import Clock
+
+State = Literal["waiting", "running", "finished", "stopped", "failed"]
+
+
+class Member:
+    """`trainer` is there while the member runs, and after it has finished until it is closed.
+
+    `history` and `evaluations` are the steps' metrics and the held-out results so far. `why` says what ended a member
+    that did not finish, `error` is what it raised; `result` is the summary of one that did.
+    """
+
+    def __init__(self, spec: MemberSpec) -> None:
+        self.spec = spec
+        self.state: State = "waiting"
+        self.why: str | None = None
+        self.error: Exception | None = None
+        self.result: dict[str, Any] | None = None
+        self.trainer: GRPOTrainer | None = None
+        self.history: list[dict[str, Any]] = []
+        self.evaluations: list[Evaluation] = []
+        self._generators = Generators()
+        self._session: AbstractContextManager[Reporter] | None = None
+        self._reporter: Reporter
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.spec.run_dir)
+
+    @property
+    def runs(self) -> GRPOTrainer:
+        """The trainer of a member that is running. Raises `RuntimeError` for any other."""
+        if self.trainer is None:
+            raise RuntimeError(f"{self.name} has no trainer: it is {self.state}")
+        return self.trainer
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """While inside, this member is at work: its random state is in place, and libraries write to its log.
+
+        What is done to its trainer from outside the population is done inside. Raises `RuntimeError` without one.
+        """
+        quiet = quiet_libraries(self.runs.run_dir / ENGINE_LOG, self._reporter.message)
+        with self._generators.in_place(), quiet:
+            yield
+
+    def start(self, model: ModelConfig, shared: Shared, *, resume: bool) -> None:
+        """Build its trainer on what is shared, take up what its run directory holds, and publish its first version."""
+        spec = self.spec
+        with self._generators.in_place(), quiet_libraries(self.run_dir / ENGINE_LOG):
+            self.trainer = GRPOTrainer(
+                model,
+                spec.reward_funcs,
+                spec.config,
+                spec.train_dataset,
+                eval_dataset=spec.eval_dataset,
+                peft_config=spec.peft_config,
+                processing_class=spec.processing_class,
+                keep=spec.keep,
+                run_dir=spec.run_dir,
+                store_root=spec.store_root,
+                rollout_func=spec.rollout_func,
+                guard=spec.guard,
+                view=False,
+                shared=shared,
+            )
+            if resume:
+                self.trainer.resume()
+            if spec.settings is not None:
+                keep_settings(spec.settings, self.trainer)
+            self.history, self.evaluations = self.trainer.history, self.trainer.evaluations
+            self._session = self.trainer.running()
+            self._reporter = self._session.__enter__()
+        self.state = "running"
+        self.settle()
+
+    def draw(self) -> None:
+        """Do what was asked from outside, and take the prompts of the next step."""
+        trainer = self.runs
+        apply_requests(trainer.store, trainer.rollback, self._reporter)
+        self.rollout: Rollout = drawn(trainer, trainer.steps_done + 1)
+        self.clock = Clock(self._reporter)
+
+    def sample_alone(self) -> None:
+        """Its completions, in an engine batch of their own."""
+        trainer = self.runs
+        hold(trainer.engine, [trainer.version])
+        with self.clock("generate"):
+            sampled(trainer, self.rollout, trainer.version, trainer.rollbacks)
+
+    def check_sampled(self) -> None:
+        """Raises for completions that it cannot learn from, such as another version's."""
+        rollout = self.rollout
+        check_groups(rollout.groups, len(rollout.prompts), self.runs.config, rollout.version)
+
+    def learn(self) -> None:
+        """The rest of a step whose completions are there."""
+        loop.finish_step(self.runs, self._reporter, self.clock, self.rollout)
+        self.settle()
+
+    def settle(self) -> None:
+        """Look at where it stands; a run that has come to its end is finished."""
+        trainer = self.runs
+        self.history, self.evaluations = trainer.history, trainer.evaluations
+        if not loop.goes_on(trainer, self._reporter):
+            self._leave(None)
+            self.result, self.state = trainer.result, "finished"
+
+    def fail(self, error: Exception) -> None:
+        """What it raised ended it; the run directory is as after any run that ended so."""
+        self.error, self.why, self.state = error, f"{type(error).__name__}: {error}", "failed"
+        try:
+            self._leave(error)
+            self.close()
+        except Exception as later:  # noqa: BLE001 - the first error is what ended it, and it ends nobody else
+            error.add_note(f"closing {self.run_dir} failed too: {type(later).__name__}: {later}")
+
+    def stop(self, why: str) -> None:
+        """End it where it stands, between two steps; its run can be resumed."""
+        if self.state == "running":
+            self._reporter.message(f"stopped: {why}")
+            self._leave(GeneratorExit())
+        self.state, self.why = "stopped", why
+        self.close()
+
+    def close(self) -> None:
+        """Give its memory and its versions' places back. A second call does nothing."""
+        self._leave(GeneratorExit())
+        if self.trainer is not None:
+            self.trainer.close()
+            self.trainer = None
+
+    def _leave(self, error: BaseException | None) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.__exit__(None if error is None else type(error), error, None)

@@ -1,0 +1,226 @@
+"""`Population`: many runs on one engine and one base, a step of each at a time, all completions in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from lora_grpo.config import EngineConfig, ModelConfig
+from lora_grpo.engines.base import Engine
+from lora_grpo.errors import ConfigError
+from lora_grpo.metrics import Reporter
+from lora_grpo.trainer.crew import launched
+from lora_grpo.trainer.models import Sharing, build_engine, check_same_device, default_device, shared_base
+from lora_grpo.trainer.own_base import load_base
+from lora_grpo.trainer.population.member import Member
+from lora_grpo.trainer.population.room import Room, Wanted, plan_room
+from lora_grpo.trainer.population.spec import MemberSpec
+from lora_grpo.trainer.population.together import sample_together
+from lora_grpo.trainer.shared import Shared
+
+
+class Population:
+    """Runs that share an engine and a base. Each is what it would be alone: run directory, seeds, versions, guard.
+
+    members = [MemberSpec(f"runs/lr-{rate:g}", reward, GRPOConfig(learning_rate=rate), rows, peft_config=lora)
+               for rate in (1e-5, 3e-5, 1e-4)]
+    with Population("Qwen/Qwen2.5-0.5B-Instruct", members) as population:
+        population.train()
+        best = max(population.members, key=lambda member: member.result["reward_after"])
+        best.trainer.save_model("best")
+
+    A round is one step of every running member: the prompts of all are completed in one batch of the engine, each row
+    by its own member's version; then each member scores, learns and publishes. What one member raises ends it alone.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | ModelConfig,
+        members: Sequence[MemberSpec],
+        *,
+        engine: Engine | None = None,
+        engine_config: EngineConfig | None = None,
+        at_once: int | None = None,
+        share_base_weights: Sharing = "auto",
+    ) -> None:
+        """Check every member, then start the engine with slots for `at_once` of them (default: all), and load the base.
+
+        More members than `at_once` wait, and start when others have ended. An `engine` that is given stays open.
+        `share_base_weights` is `GRPOTrainer`'s. Raises `ConfigError` for a member that cannot be, and where memory
+        does not hold `at_once` members, with how many it does.
+        """
+        if launched() is not None:
+            raise ConfigError("a population is one process: start it without accelerate launch or torchrun")
+        if engine_config is not None and engine_config.store_address is not None:
+            raise ConfigError(
+                f"store_address={engine_config.store_address!r} serves one run's versions; a population's servers read "
+                "them where the runs keep them: leave store_address out, on a disk that both see"
+            )
+        if not members or (at_once is not None and at_once < 1):
+            raise ConfigError(f"a population of {len(members)} members, at_once={at_once}: give at least one")
+        self._model = ModelConfig(name=str(model)) if isinstance(model, str | Path) else model
+        self.members: list[Member] = []
+        self._engine_config, self._resume = engine_config or EngineConfig(), False
+        self._closing = ExitStack()
+        wanted = [self._admit(spec) for spec in members]
+        self.at_once = min(len(members), at_once or len(members))
+        self.room = plan_room(
+            self._model, wanted, self._engine_config, share_base_weights, self.at_once, own_engine=engine is None
+        )
+        self.room.require()
+        with ExitStack() as on_failure:
+            on_failure.callback(self._closing.close)
+            self._shared = self._start(engine, self.room, share_base_weights)
+            on_failure.pop_all()
+
+    def train(self) -> list[Member]:
+        """Every member to its end. Raises a member's error only when all of them failed; see `Member.error`."""
+        for _ in self.rounds():
+            pass
+        failed = [member.error for member in self.members if member.error is not None]
+        if len(failed) == len(self.members):
+            raise failed[0]
+        return self.members
+
+    def rounds(self) -> Iterator[int]:
+        """Yields after each round, numbered from 1; every running member then stands between two steps.
+
+        Until then, members may be stopped and added, and `Member.turn` lets their trainers be used.
+        """
+        number = 0
+        while self._fill_places():
+            self._round()
+            number += 1
+            yield number
+
+    def resume(self) -> None:
+        """Have every member go on with the run that its directory holds, if it holds one."""
+        self._resume = True
+
+    def stop(self, member: Member, why: str) -> None:
+        """End a member that runs or waits; its place is free from the next round on, and its run can be resumed."""
+        if member.state not in ("running", "waiting"):
+            raise ConfigError(f"{member.name} is {member.state}; only a member that runs or waits can be stopped")
+        member.stop(why)
+
+    def add(self, spec: MemberSpec) -> Member:
+        """Another member, which starts as soon as there is a place. Raises `ConfigError` where the engine has no slot
+        for its adapter's rank or layers."""
+        self.room.check(self._model, spec.peft_config, self.engine)
+        self._admit(spec)
+        return self.members[-1]
+
+    @property
+    def running(self) -> list[Member]:
+        return [member for member in self.members if member.state == "running"]
+
+    @property
+    def engine(self) -> Engine:
+        return self._shared.engine
+
+    def close(self) -> None:
+        """Leave every run as it stands, and close the engine if this population started it."""
+        with self._closing as closing:
+            for member in self.members:
+                closing.callback(member.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _admit(self, spec: MemberSpec) -> Wanted:
+        """Have a new member wait, checked as far as its own settings go; what it needs."""
+        for member in self.members:
+            if spec.name == member.name or Path(spec.run_dir).resolve() == member.run_dir.resolve():
+                raise ConfigError(
+                    f"{spec.run_dir}: {member.run_dir} is a member already; name each directory otherwise"
+                )
+        spec = spec.loaded()
+        wanted = spec.checked(self._model, self._engine_config)
+        self.members.append(Member(spec))
+        return wanted
+
+    def _start(self, engine: Engine | None, room: Room, sharing: Sharing) -> Shared:
+        """The engine and the base; what the libraries say meanwhile goes to the first member's log."""
+        with Reporter(self.members[0].run_dir, 0, view=False) as reporter, reporter.capture():
+            reporter.message(f"memory: {room}")
+            if engine is None:
+                engine = build_engine(
+                    self._model,
+                    room.engine_config,
+                    room.rank,
+                    targets=room.leaves,
+                    share_base_weights=sharing is True,
+                )
+                self._closing.callback(engine.close)
+            base = shared_base(sharing, self._model, engine, reporter.message)
+            if base is None:
+                base = load_base(self._model, default_device())
+            check_same_device(base, engine)
+        return Shared(engine, base, room.checkpointing)
+
+    def _fill_places(self) -> bool:
+        """Start waiting members while there are places; whether any member runs."""
+        for member in [member for member in self.members if member.state == "waiting"]:
+            if len(self.running) == self.at_once:
+                break
+            self._let_go_of_finished()
+            with self._ending(member):
+                member.start(self._model, self._shared, resume=self._resume)
+        return bool(self.running)
+
+    def _let_go_of_finished(self) -> None:
+        """A member that has finished keeps its trainer until another needs its place."""
+        held = [member for member in self.members if member.trainer is not None]
+        for member in held:
+            if member.state == "finished" and len(held) >= self.at_once:
+                member.close()
+                return
+
+    def _round(self) -> None:
+        for member in self.running:
+            with self._ending(member), member.turn():
+                member.draw()
+        self._sample(self.running)
+        for member in self.running:
+            with self._ending(member), member.turn():
+                member.learn()
+
+    def _sample(self, members: Sequence[Member]) -> None:
+        """All members that do not sample by a function of their own, together.
+
+        Where that fails, each is sampled by itself, so that it ends those alone whose rows it was.
+        """
+        joint = [member for member in members if member.spec.rollout_func is None]
+        together = len(joint) > 1 and self._sampled_together(joint)
+        for member in members:
+            with self._ending(member), member.turn():
+                if together and member in joint:
+                    member.check_sampled()
+                else:
+                    member.sample_alone()
+
+    def _sampled_together(self, members: Sequence[Member]) -> bool:
+        with ExitStack() as clocks:
+            for member in members:
+                clocks.enter_context(member.clock("generate"))
+            try:
+                sample_together(self.engine, [(member.runs, member.rollout) for member in members])
+            except Exception:  # noqa: BLE001 - raised again by the member whose rows fail by themselves too
+                return False
+        return True
+
+    @contextmanager
+    def _ending(self, member: Member) -> Iterator[None]:
+        """What is raised inside ends `member`, and nobody else."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever a member's functions raise is its own end
+            member.fail(error)

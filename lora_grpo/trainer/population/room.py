@@ -1,0 +1,169 @@
+"""What a population's engine is started for, and how many members memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from lora_grpo.config import EngineConfig, ModelConfig
+from lora_grpo.engines.base import Engine
+from lora_grpo.engines.compat import allowed_rank
+from lora_grpo.engines.local.targets import check_whole, checkpoint_config
+from lora_grpo.errors import ConfigError
+from lora_grpo.trainer.activations import LargestBatch
+from lora_grpo.trainer.memory import MemoryEstimate, available_memory, mib
+from lora_grpo.trainer.models import Sharing, adapted_leaves, default_device, expects_one_copy, lora_rank
+from lora_grpo.trainer.planning import estimate
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What one member needs: its adapter, and the largest batch that it learns from at a time."""
+
+    peft_config: LoraConfig
+    batch: LargestBatch
+    checkpointing: bool | None
+    rows: int
+    """Completions a step."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """The engine's settings, `rank` and `leaves` (None: all linear layers), and the memory of `members` at a time."""
+
+    engine_config: EngineConfig
+    rank: int
+    leaves: list[str] | None
+    members: int
+    memory: MemoryEstimate
+    joint_kv_bytes: int
+    """What the rows of one round take of the KV cache at most; 0 where the model's config does not tell."""
+    fit: int
+    """How many members memory holds, the largest first."""
+    checkpointing: bool
+    """Whether activations are computed twice, for members that leave it open."""
+
+    def __str__(self) -> str:
+        said = f"{self.members} members take {self.memory}"
+        if self.joint_kv_bytes:
+            said += f"; of the KV cache, the rows of a round take {mib(self.joint_kv_bytes)} at most"
+        return said + (", activations computed twice" if self.checkpointing else "")
+
+    def require(self) -> None:
+        """Raises `ConfigError` when memory does not hold the members, with how many it does."""
+        if self.fit < self.members:
+            device = default_device()
+            others = f"pass at_once={self.fit}, so that the others wait" if self.fit else "use a smaller model"
+            raise ConfigError(
+                f"{self}, and {device} has {mib(available_memory(device))} free, which holds {self.fit} of them: "
+                f"{others}, or give them smaller adapters or micro-batches"
+            )
+
+    def check(self, model: ModelConfig, peft_config: Any, engine: Engine) -> None:
+        """Raises `ConfigError` for an adapter that the engine was not started for."""
+        rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
+        if rank > engine.max_lora_rank:
+            raise ConfigError(
+                f"an adapter of rank {rank}: the population's engine was started for ranks up to "
+                f"{engine.max_lora_rank}; give a member of that rank at the start"
+            )
+        if self.leaves is not None and (leaves is None or not {*leaves} <= {*self.leaves}):
+            raise ConfigError(
+                f"target_modules={peft_config.target_modules!r}: the population's engine was started for "
+                f"{', '.join(self.leaves)}; give a member with those layers at the start"
+            )
+
+
+def plan_room(
+    model: ModelConfig,
+    members: Sequence[Wanted],
+    config: EngineConfig,
+    sharing: Sharing,
+    at_once: int,
+    *,
+    own_engine: bool = True,
+) -> Room:
+    """The room for `at_once` of the members, whichever they are; an engine that is not its own is there already.
+
+    Raises `ConfigError` for an adapter that cannot be.
+    """
+    check_whole(model.name)
+    rank = max(config.max_lora_rank or 0, *(lora_rank(model, member.peft_config) for member in members))
+    if not config.urls:
+        allowed_rank(rank)
+    # Servers hold as many versions as there are slots: the one that is published beside the others needs a place too.
+    slots = max(config.max_loras, at_once + bool(config.urls))
+    sized: EngineConfig = config.replace(max_loras=slots, max_lora_rank=rank)
+    leaves = _all_leaves(model, members)
+    one_copy = expects_one_copy(sharing, model, config)
+
+    def room(*, twice: bool) -> Room:
+        estimates = _Estimates(model, sized if own_engine else None, one_copy, twice)
+        engine = estimates.of(LoraConfig(r=1, target_modules=leaves or "all-linear"), members[0])
+        each = sorted((estimates.of(member.peft_config, member) for member in members), key=_own_bytes, reverse=True)
+        memory = _together(engine, each[:at_once])
+        slot_bytes = engine.adapter_slots_bytes // slots
+        fixed_bytes = memory.total_bytes - sum(map(_own_bytes, each[:at_once])) - slot_bytes * at_once
+        totals_bytes = accumulate((_own_bytes(one) + slot_bytes for one in each), initial=fixed_bytes)
+        fit = sum(total <= available_memory(default_device()) for total in totals_bytes) - 1
+        return Room(
+            sized, rank, leaves, at_once, memory, _kv_bytes(model, members, config, at_once), max(0, fit), twice
+        )
+
+    found = room(twice=False)
+    open_ones = any(member.checkpointing is None for member in members)
+    return room(twice=True) if found.fit < at_once and open_ones else found
+
+
+@dataclass
+class _Estimates:
+    """Members' estimates, each worked out once."""
+
+    model: ModelConfig
+    config: EngineConfig | None
+    one_copy: bool
+    twice: bool
+    known: dict[Any, MemoryEstimate] = field(default_factory=dict)
+
+    def of(self, peft_config: Any, member: Wanted) -> MemoryEstimate:
+        twice = self.twice if member.checkpointing is None else member.checkpointing
+        key = (str(peft_config), member.batch, twice)
+        if key not in self.known:
+            self.known[key] = estimate(self.model, peft_config, self.config, member.batch, self.one_copy, twice)
+        return self.known[key]
+
+
+def _own_bytes(member: MemoryEstimate) -> int:
+    return member.adapter_and_optimizer_bytes
+
+
+def _together(engine: MemoryEstimate, members: Sequence[MemoryEstimate]) -> MemoryEstimate:
+    """The base once, every adapter with its optimizer, and the activations of the one that is at work."""
+    activations = [member.activations_bytes for member in members]
+    return replace(
+        engine,
+        adapter_and_optimizer_bytes=sum(map(_own_bytes, members)),
+        activations_bytes=None if None in activations else max(size or 0 for size in activations),
+    )
+
+
+def _all_leaves(model: ModelConfig, members: Sequence[Wanted]) -> list[str] | None:
+    each = [adapted_leaves(model, member.peft_config) for member in members]
+    return None if None in each else sorted({leaf for leaves in each for leaf in leaves or ()})
+
+
+def _kv_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:
+    """Keys and values of all rows of a round, none of them sharing a prompt; of plain attention in every layer."""
+    text: Any = checkpoint_config(
+        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+    ).get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    tokens = sorted((member.rows * member.batch.length for member in members), reverse=True)
+    return 2 * text.num_hidden_layers * heads * width * dtype.itemsize * sum(tokens[:at_once])

@@ -1,0 +1,51 @@
+"""One engine batch for the rollouts of several trainers, each row under its own trainer's version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import Engine
+from lora_grpo.engines.rendering import RenderingEngine
+from lora_grpo.engines.requests import sampling_by_prompt
+from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+from lora_grpo.trainer.overlap import Rollout
+from lora_grpo.trainer.rollouts import training_sampling
+from lora_grpo.types import Prompt, Sampling
+
+
+def sample_together(engine: Engine, waiting: Sequence[tuple[GRPOTrainer, Rollout]]) -> None:
+    """Complete the prompts of each rollout as its trainer alone would have: same seeds, same settings, same version.
+
+    Raises what the engine raises, for whichever row; what came is for each trainer to check.
+    """
+    prompts: list[Prompt] = []
+    sampling: list[Sampling] = []
+    for trainer, rollout in waiting:
+        rollout.version = trainer.version
+        asked, sampled_as = _asked(trainer, rollout)
+        prompts += asked
+        sampling += sampled_as
+    hold(engine, [rollout.version for _, rollout in waiting])
+    versions = [rollout.version for _, rollout in waiting for _ in rollout.prompts]
+    groups = iter(engine.generate(prompts, sampling, adapter=versions))
+    for _, rollout in waiting:
+        made = islice(groups, len(rollout.prompts))
+        rollout.groups = [replace(group, prompt=prompt) for group, prompt in zip(made, rollout.prompts, strict=False)]
+
+
+def hold(engine: Engine, versions: Sequence[AdapterVersion]) -> None:
+    """Load again those whose place the loads of others took. The engine must have as many places as there are."""
+    while missing := [version for version in versions if version not in engine.loaded()]:
+        engine.load(missing[0])
+
+
+def _asked(trainer: GRPOTrainer, rollout: Rollout) -> tuple[Sequence[Prompt], list[Sampling]]:
+    """What the engine is asked for a rollout, as the trainer's own tokenizer renders it."""
+    sampling = training_sampling(trainer.config, rollout.step, trainer.rollbacks)
+    asks = trainer.parts.rendering
+    if isinstance(asks, RenderingEngine):
+        return asks.rendered(rollout.prompts, sampling)
+    return rollout.prompts, sampling_by_prompt(sampling, len(rollout.prompts))

@@ -1,0 +1,340 @@
+"""A population: each member is, to the bit, the run that it would be alone, and one member's end is no other's."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+
+from lora_grpo import sync
+from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
+from lora_grpo.engines.fake import FakeEngine
+from lora_grpo.errors import ConfigError, RewardError, TrainingError
+from lora_grpo.trainer import GRPOTrainer, Guard, NonFinite
+from lora_grpo.trainer.population import room
+from lora_grpo.trainer.population.population import Population
+from lora_grpo.trainer.population.spec import MemberSpec
+from tests.conftest import ENGINE_ARGS
+from tests.tiny_run import fake_engine
+from tests.tiny_trainer import CONFIG, ROWS, moments, same, share_of_low_bytes, weights
+
+TIMES = ("time/", "sync/", "step_time", "archive/")
+LOUD: dict[str, Any] = {"init_lora_weights": False}
+"""B is random too, so that every adapter is told from every other by its log-probs."""
+LORA = LoraConfig(r=8, target_modules="all-linear", **LOUD)
+SHORT = CONFIG.replace(total_steps=3, vllm_importance_sampling_correction=False)
+
+
+def length(completions: Sequence[str], **columns: Any) -> list[float]:
+    return [min(1.0, len(text) / 12) for text in completions]
+
+
+def specs(folder: Path) -> list[MemberSpec]:
+    """Three members that differ in all that members may differ in."""
+    keep = KeepConfig(trainer_states=20)
+    narrow = CONFIG.replace(
+        seed=4,
+        total_steps=3,
+        reward_weights=(0.5, 2.0),
+        temperature=0.8,
+        num_generations=2,
+        generation_batch_size=8,
+        per_device_train_batch_size=4,
+        max_completion_length=9,
+        num_iterations=2,
+    )
+    attention = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, **LOUD)
+    with_kl = CONFIG.replace(seed=5, total_steps=2, beta=0.1, learning_rate=5e-3)
+    return [
+        MemberSpec(
+            folder / "all-layers", share_of_low_bytes, CONFIG.replace(total_steps=3), ROWS, peft_config=LORA, keep=keep
+        ),
+        MemberSpec(
+            folder / "attention", [length, share_of_low_bytes], narrow, ROWS[:10], peft_config=attention, keep=keep
+        ),
+        MemberSpec(
+            folder / "kl", share_of_low_bytes, with_kl, ROWS[5:], eval_dataset=ROWS[:3], peft_config=LORA, keep=keep
+        ),
+    ]
+
+
+def plain(folder: Path, **changes: Any) -> MemberSpec:
+    """A member for a fake engine."""
+    spec = MemberSpec(folder, share_of_low_bytes, SHORT, ROWS, peft_config=LORA, keep=KeepConfig(trainer_states=20))
+    return replace(spec, **changes)
+
+
+@pytest.fixture(scope="module")
+def base(llama_dir: Path) -> ModelConfig:
+    return ModelConfig(name=str(llama_dir), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def engine(llama_dir: Path) -> Iterator[Any]:
+    from lora_grpo.engines.vllm_local import VLLMEngine
+
+    engine = VLLMEngine(llama_dir, max_lora_rank=8, max_loras=3, dtype="float32", **ENGINE_ARGS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def fake(llama_dir: Path) -> FakeEngine:
+    return fake_engine(llama_dir)
+
+
+def alone(base: ModelConfig, engine: Any, spec: MemberSpec) -> GRPOTrainer:
+    return GRPOTrainer(
+        base,
+        spec.reward_funcs,
+        spec.config,
+        spec.train_dataset,
+        eval_dataset=spec.eval_dataset,
+        peft_config=spec.peft_config,
+        keep=spec.keep,
+        run_dir=spec.run_dir,
+        guard=spec.guard,
+        engine=engine,
+        view=False,
+    )
+
+
+def facts(trainer: GRPOTrainer) -> tuple[Any, ...]:
+    """All that a run has come to, without what it took."""
+    steps = [{name: value for name, value in step.items() if not name.startswith(TIMES)} for step in trainer.history]
+    return [version.digest for version in trainer.store.list()], steps, [one.rows for one in trainer.evaluations]
+
+
+def require_as_alone(base: ModelConfig, engine: Any, trainer: GRPOTrainer, spec: MemberSpec) -> None:
+    with alone(base, engine, spec) as lone:
+        lone.train()
+        assert facts(trainer) == facts(lone)
+        assert same(weights(trainer), weights(lone))
+        assert same(moments(trainer), moments(lone))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """Every later call of `owner.name`: its positional arguments and what it returned."""
+    calls, original = [], getattr(owner, name)
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        calls.append((args, kwargs, result))
+        return result
+
+    monkeypatch.setattr(owner, name, noting)
+    return calls
+
+
+def test_each_member_is_the_run_that_it_would_be_alone(
+    base: ModelConfig, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proofs, matches = (counted(monkeypatch, sync, name) for name in ("run_probe", "match_base"))
+    with Population(base, specs(tmp_path / "together"), engine=engine) as population:
+        with monkeypatch.context() as spying:
+            batches = counted(spying, engine, "generate")
+            members = population.train()
+        assert [member.state for member in members] == ["finished"] * 3
+        assert (len(proofs), len(matches)) == (2, 1)  # of two forms on one base
+        mixed = [batch for batch in batches if len({version.path for version in batch[1]["adapter"]}) == 3]
+        assert len(mixed) == 2  # while all three run
+        for _, asked, groups in mixed:
+            require_made_by_its_own(engine, asked["adapter"], groups)
+        for member, spec in zip(members, specs(tmp_path / "alone"), strict=True):
+            require_as_alone(base, engine, member.runs, spec)
+
+
+def require_made_by_its_own(engine: Any, versions: Sequence[Any], groups: Sequence[Any]) -> None:
+    """Each row's log-probs are those of its member's version, and of no other member's."""
+    distinct = list(dict.fromkeys(versions))
+    for version in distinct:
+        engine.load(version)
+    for version, group in zip(versions, groups, strict=True):
+        completion = group.completions[0]
+        ids = [*group.prompt_token_ids, *completion.token_ids]
+        for other in distinct:
+            scored = engine.logprobs([ids], adapter=other)[0][len(group.prompt_token_ids) - 1 :]
+            gaps = [abs(left - right) for left, right in zip(scored, completion.logprobs, strict=True)]
+            own, apart = max(gaps) < 1e-3, max(gaps) > 0.02
+            assert own if other is version else apart, (version, other, gaps)
+
+
+def test_a_killed_population_goes_on_as_if_nothing_had_happened(base: ModelConfig, engine: Any, tmp_path: Path) -> None:
+    """Killed by SIGKILL while the second member's second step is scored: the first has published that step."""
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "tests.tiny_population", base.name, str(folder)]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    with Population(base, specs(folder), engine=engine) as population:
+        population.resume()
+        next(population.rounds())
+        assert [member.runs.steps_done for member in population.members] == [3, 2, 2]
+        population.train()
+        for member, spec in zip(population.members, specs(tmp_path / "alone"), strict=True):
+            require_as_alone(base, engine, member.runs, spec)
+
+
+def poisoned_at(step: int, victim: Callable[[], GRPOTrainer]) -> Any:
+    """A reward that makes a weight of `victim` infinite, once."""
+    done = []
+
+    def reward(completions: Sequence[str], trainer_state: Any, **columns: Any) -> list[float]:
+        if trainer_state.global_step == step and not done:
+            done.append(step)
+            next(iter(victim().policy.parameters.values())).data.fill_(float("inf"))
+        return share_of_low_bytes(completions)
+
+    return reward
+
+
+def test_a_members_failure_is_its_own(base: ModelConfig, fake: FakeEngine, tmp_path: Path) -> None:
+    def raises(completions: Sequence[str], trainer_state: Any, **columns: Any) -> list[float]:
+        if trainer_state.global_step == 2:
+            raise ValueError("no more rewards")
+        return share_of_low_bytes(completions)
+
+    def own(prompts: Any, engine: Any, version: Any) -> Any:
+        raise OSError("the tool is gone")
+
+    folder = tmp_path / "together"
+    given = [
+        plain(folder / "raises", reward_funcs=raises),
+        plain(folder / "nan", reward_funcs=poisoned_at(2, lambda: population.members[1].runs)),
+        plain(folder / "healthy"),
+        plain(folder / "guarded", reward_funcs=poisoned_at(2, lambda: population.members[3].runs), guard=GUARD),
+        plain(folder / "own-rollouts", rollout_func=own),
+    ]
+    with Population(base, given, engine=fake) as population:
+        raised, nan, healthy, guarded, own_rollouts = population.train()
+        assert isinstance(raised.error, RewardError)
+        assert isinstance(nan.error, TrainingError)
+        assert isinstance(own_rollouts.error, OSError)
+        assert own_rollouts.why == "OSError: the tool is gone"
+        states = [member.state for member in population.members]
+        assert states == ["failed", "failed", "finished", "finished", "failed"]
+        assert guarded.runs.rollbacks == 1
+        assert guarded.runs.steps_done == 3
+        assert raised.trainer is None
+        assert len(raised.history) == 1
+        require_as_alone(base, fake, healthy.runs, plain(tmp_path / "healthy"))
+        lone = plain(tmp_path / "guarded", reward_funcs=poisoned_at(2, lambda: trainers[0]), guard=GUARD)
+        trainers = [alone(base, fake, lone)]
+        with trainers[0] as trainer:
+            trainer.train()
+            assert facts(trainer) == facts(guarded.runs)
+
+
+GUARD = Guard(NonFinite(), learning_rate_factor=0.5)
+
+
+def test_a_batch_that_fails_is_sampled_member_by_member(
+    base: ModelConfig, fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = fake.generate
+
+    def fails_for_odd_prompts(prompts: Sequence[Any], sampling: Any, *, adapter: Any) -> Any:
+        if any("odd" in getattr(prompt, "prompt", prompt) for prompt in prompts):
+            raise MemoryError("these rows do not fit")
+        return generate(prompts, sampling, adapter=adapter)
+
+    monkeypatch.setattr(fake, "generate", fails_for_odd_prompts)
+    odd = [{"prompt": "an odd prompt"}] * 4
+    with Population(base, [plain(tmp_path / "odd", train_dataset=odd), plain(tmp_path / "even")], engine=fake) as runs:
+        runs.train()
+        assert [member.state for member in runs.members] == ["failed", "finished"]
+        assert isinstance(runs.members[0].error, MemoryError)
+    only = [plain(tmp_path / "again", train_dataset=odd)]
+    with Population(base, only, engine=fake) as runs, pytest.raises(MemoryError):
+        runs.train()
+
+
+def test_members_wait_are_stopped_and_added(base: ModelConfig, fake: FakeEngine, tmp_path: Path) -> None:
+    given = [plain(tmp_path / name) for name in ("first", "second", "third")]
+    with Population(base, given, engine=fake, at_once=2) as population:
+        first, second, _ = population.members
+        rounds = population.rounds()
+        next(rounds)
+        assert [member.state for member in population.members] == ["running", "running", "waiting"]
+        population.stop(first, "worst of its rung")
+        assert first.trainer is None
+        assert not [v for v in fake.loaded() if "first" in str(v.path)]
+        population.add(plain(tmp_path / "fourth", config=SHORT.replace(total_steps=1)))
+        assert [len(population.running) for _ in rounds] == [2, 1, 0]
+        assert [member.state for member in population.members] == ["stopped", *["finished"] * 3]
+        assert first.why == "worst of its rung"
+        assert len(first.history) == 1
+        assert second.result is not None
+        with pytest.raises(ConfigError, match="second is finished"):
+            population.stop(second, "late")
+    with Population(base, [given[0]], engine=fake) as population:
+        population.resume()
+        population.train()
+        require_as_alone(base, fake, population.members[0].runs, plain(tmp_path / "alone"))
+
+
+def test_a_members_turn_is_its_own_random_state(base: ModelConfig, fake: FakeEngine, tmp_path: Path) -> None:
+    with Population(base, [plain(tmp_path / "a"), plain(tmp_path / "b")], engine=fake) as population:
+        next(population.rounds())
+        drawn = []
+        for member in population.members:
+            random.seed(0)
+            with member.turn():
+                drawn.append(random.random())
+            assert random.random() == random.Random(0).random()
+        assert drawn[0] == drawn[1] != random.Random(0).random()  # of one seed, and not of what others drew
+
+
+def test_what_cannot_be_a_member_is_refused_before_anything_starts(
+    base: ModelConfig, fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(match: str, *given: MemberSpec, **settings: Any) -> None:
+        with pytest.raises(ConfigError, match=match):
+            Population(base, given, **{"engine": fake, **settings})
+        assert not list(tmp_path.iterdir())
+
+    run = tmp_path / "run"
+    refused("give at least one")
+    refused("max_staleness", plain(run, config=CONFIG.replace(max_staleness=1)))
+    refused("is a member already", plain(run), plain(run))
+    refused("train_dataset is missing", plain(run, train_dataset=None))
+    refused("pass peft_config", plain(run, peft_config=None))
+    once = SHORT.replace(gradient_checkpointing=False)
+    needed = room.plan_room(
+        base, [plain(run, config=once).loaded().checked(base, EngineConfig())], EngineConfig(), False, 1
+    )
+    more_bytes = 2 * needed.memory.adapter_and_optimizer_bytes + needed.memory.adapter_slots_bytes // 2
+    monkeypatch.setattr(room, "available_memory", lambda device: needed.memory.total_bytes + more_bytes)
+    refused(
+        "4 members take .* holds 3 of them: pass at_once=3",
+        *(plain(tmp_path / str(index), config=once) for index in range(4)),
+        engine=None,
+        share_base_weights=False,
+    )
+
+
+def test_the_engine_is_sized_for_all_members(
+    base: ModelConfig, fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def build(model: Any, config: EngineConfig, rank: int, **settings: Any) -> FakeEngine:
+        asked.append((config.max_loras, config.max_lora_rank, rank, settings["targets"]))
+        return fake
+
+    monkeypatch.setattr("lora_grpo.trainer.population.population.build_engine", build)
+    given = [
+        plain(tmp_path / f"{layer}-{rank}", peft_config=LoraConfig(r=rank, target_modules=[layer]))
+        for layer, rank in (("q_proj", 4), ("v_proj", 16), ("q_proj", 8))
+    ]
+    with Population(base, given) as population:
+        assert asked == [(3, 16, 16, ["q_proj", "v_proj"])]
+        with pytest.raises(ConfigError, match="started for q_proj, v_proj; give a member with those layers"):
+            population.add(plain(tmp_path / "more", peft_config=LORA))
+        assert len(population.members) == 3
