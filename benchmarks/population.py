@@ -24,7 +24,8 @@ from peft import LoraConfig
 from torch import nn
 
 from lora_grpo import AdapterStore, AdapterVersion, Sampling, VLLMEngine
-from lora_grpo.adapters.peft_format import ServingForm, lora_modules
+from lora_grpo.adapters.peft_form.modules import lora_modules
+from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.bench.provenance import provenance
 from lora_grpo.bench.shapes import write_model
 from lora_grpo.config import ModelConfig

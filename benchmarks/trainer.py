@@ -169,8 +169,8 @@ def _model(options: argparse.Namespace) -> Any:
 def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
     import torch
 
-    from lora_grpo.config import GRPOConfig
     from lora_grpo.grpo import Batch
+    from lora_grpo.grpo_config import GRPOConfig
     from lora_grpo.policy import Policy
     from lora_grpo.types import Completion, Group
 

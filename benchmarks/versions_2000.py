@@ -21,8 +21,8 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_grpo.adapters.retention import keep_archived, keep_best, keep_latest, keep_trainer_state
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import keep_archived, keep_best, keep_latest, keep_trainer_state
 from lora_grpo.errors import ConfigError
 
 RETENTION = (

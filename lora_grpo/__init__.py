@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lora_grpo.adapters.retention import (
+    from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.adapters.upkeep.retention import (
         Retention,
         keep_archived,
         keep_best,
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
         keep_latest,
         keep_trainer_state,
     )
-    from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.adapters.version import AdapterVersion
-    from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig, RunConfig
+    from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig, RunConfig
     from lora_grpo.engines.base import Engine
     from lora_grpo.engines.fake import FakeEngine
     from lora_grpo.engines.server.engine import VLLMServerEngine
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         UnsupportedAdapter,
         UnsupportedVersion,
     )
+    from lora_grpo.grpo_config import GRPOConfig
     from lora_grpo.integrations.own_loop import answer_requests
     from lora_grpo.sync import NativeSync
     from lora_grpo.trainer import GRPOTrainer, Guard, LogprobGap, NonFinite, ReferenceKL, RewardCollapse, fork
@@ -58,7 +59,7 @@ _HOMES = {
     "EngineConfig": "lora_grpo.config",
     "EngineError": "lora_grpo.errors",
     "FakeEngine": "lora_grpo.engines.fake",
-    "GRPOConfig": "lora_grpo.config",
+    "GRPOConfig": "lora_grpo.grpo_config",
     "GRPOTrainer": "lora_grpo.trainer",
     "Group": "lora_grpo.types",
     "Guard": "lora_grpo.trainer",
@@ -72,7 +73,7 @@ _HOMES = {
     "NonFinite": "lora_grpo.trainer",
     "Population": "lora_grpo.trainer.population.population",
     "ReferenceKL": "lora_grpo.trainer",
-    "Retention": "lora_grpo.adapters.retention",
+    "Retention": "lora_grpo.adapters.upkeep.retention",
     "RewardCollapse": "lora_grpo.trainer",
     "RewardError": "lora_grpo.errors",
     "RunConfig": "lora_grpo.config",
@@ -88,11 +89,11 @@ _HOMES = {
     "VLLMServerEngine": "lora_grpo.engines.server.engine",
     "answer_requests": "lora_grpo.integrations.own_loop",
     "fork": "lora_grpo.trainer",
-    "keep_archived": "lora_grpo.adapters.retention",
-    "keep_best": "lora_grpo.adapters.retention",
-    "keep_every": "lora_grpo.adapters.retention",
-    "keep_latest": "lora_grpo.adapters.retention",
-    "keep_trainer_state": "lora_grpo.adapters.retention",
+    "keep_archived": "lora_grpo.adapters.upkeep.retention",
+    "keep_best": "lora_grpo.adapters.upkeep.retention",
+    "keep_every": "lora_grpo.adapters.upkeep.retention",
+    "keep_latest": "lora_grpo.adapters.upkeep.retention",
+    "keep_trainer_state": "lora_grpo.adapters.upkeep.retention",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from lora_grpo.adapters.peft_format import peft_model_of
+from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.canary import CanaryReport, judge

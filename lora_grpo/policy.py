@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lora_grpo.config import GRPOConfig
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.forward import Forward
@@ -33,6 +32,7 @@ from lora_grpo.grpo.optimizer import (
 )
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo.reach import Reach
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.reference import Reference
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from lora_grpo.adapters.peft_format import reshard
-from lora_grpo.adapters.peft_read import assign_rounded, read_rounded
+from lora_grpo.adapters.asking.target import Target
+from lora_grpo.adapters.peft_form.reading import assign_rounded, read_rounded
+from lora_grpo.adapters.peft_form.shards import reshard
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine, is_remote
 from lora_grpo.engines.delivery.probe import probe_sequences

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lora_grpo.adapters.peft_format import reshard
+from lora_grpo.adapters.peft_form.shards import reshard
 from lora_grpo.grpo.head import completion_scores
 from lora_grpo.grpo.packing import packed_scores, pays, sizes, trusted
 

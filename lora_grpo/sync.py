@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from lora_grpo.adapters.borrowed import weights_of
-from lora_grpo.adapters.checks import active_adapter, check_rank, check_same_dtype, check_servable
-from lora_grpo.adapters.digest import digest_buffers
-from lora_grpo.adapters.disk import STAGING
-from lora_grpo.adapters.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
-from lora_grpo.adapters.peft_format import Held, ServingForm, peft_model_of
-from lora_grpo.adapters.quantized import keep_trainable
-from lora_grpo.adapters.room import require_room
+from lora_grpo.adapters.files.digest import digest_buffers
+from lora_grpo.adapters.files.disk import STAGING
+from lora_grpo.adapters.files.room import require_room
+from lora_grpo.adapters.peft_form.borrowed import weights_of
+from lora_grpo.adapters.peft_form.checks import active_adapter, check_rank, check_same_dtype, check_servable
+from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
+from lora_grpo.adapters.peft_form.modules import peft_model_of
+from lora_grpo.adapters.peft_form.quantized import keep_trainable
+from lora_grpo.adapters.peft_form.serving import Held, ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.canary import CANARY_NOISE, rows_of, take_canary

@@ -19,8 +19,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, save
 
-from lora_grpo.adapters.digest import digest_directory
-from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from lora_grpo.adapters.files.digest import digest_directory
+from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.compat import slots as vllm_slots

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.locks import holder
-from lora_grpo.adapters.requests import answer_to, request
-from lora_grpo.adapters.retention import keep_archived, keep_best, keep_every, keep_latest, keep_trainer_state
+from lora_grpo.adapters.asking.requests import answer_to, request
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.locks import holder
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import keep_archived, keep_best, keep_every, keep_latest, keep_trainer_state
 from lora_grpo.errors import StoreError, StoreLocked, UnknownVersion
 from tests.store_files import adapter, content, on_disk
 
@@ -121,7 +121,7 @@ def test_a_clean_stop_leaves_no_gap_in_the_numbers_even_when_tmpfs_goes(tmp_path
 
 def test_a_killed_process_loses_no_version_that_tmpfs_still_has(shm_dir: Path, tmp_path: Path) -> None:
     program = (
-        "import os, sys\nfrom lora_grpo.adapters import disk\nfrom lora_grpo.adapters.store import AdapterStore\n"
+        "import os, sys\nfrom lora_grpo.adapters.files import disk\nfrom lora_grpo.adapters.store import AdapterStore\n"
         "from tests.store_files import adapter\n"
         "disk.at = lambda point: point == 'archive.copied' and os.kill(os.getpid(), 9)\n"
         "store = AdapterStore(sys.argv[1], sys.argv[2])\n"
@@ -429,7 +429,7 @@ def test_requests_reach_the_holder_in_order_and_are_answered(shm_dir: Path, tmp_
     with AdapterStore(shm_dir, tmp_path) as store:
         publish(store, 1)
         program = (
-            "import sys\nfrom lora_grpo.adapters.requests import request\n"
+            "import sys\nfrom lora_grpo.adapters.asking.requests import request\n"
             "for number in range(12): request(sys.argv[1], 'rollback', to=number)"
         )
         others = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(2)]

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lora_grpo.adapters.requests import answer_to, request
+from lora_grpo.adapters.asking.requests import answer_to, request
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.integrations.callback import PublishAdapter

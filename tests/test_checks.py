@@ -12,8 +12,8 @@ from peft.tuners.lora.config import BdLoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from lora_grpo.adapters.checks import active_adapter, check_rank, check_same_dtype, check_servable
-from lora_grpo.adapters.peft_format import lora_modules
+from lora_grpo.adapters.peft_form.checks import active_adapter, check_rank, check_same_dtype, check_servable
+from lora_grpo.adapters.peft_form.modules import lora_modules
 from lora_grpo.errors import UnsupportedAdapter
 
 TINY = {

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from lora_grpo.config import GRPOConfig, RunConfig
+from lora_grpo.config import RunConfig
 from lora_grpo.config_file import describe_settings, load_config, save_config
 from lora_grpo.errors import ConfigError
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.trl_names import TRL_SETTINGS
 
 TOML = """

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from lora_grpo.adapters import disk, room
-from lora_grpo.adapters.digest import digest_buffers, digest_directory
-from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, ServingForm
+from lora_grpo.adapters.files import disk, room
+from lora_grpo.adapters.files.digest import digest_buffers, digest_directory
+from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE, ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription

@@ -110,7 +110,7 @@ def test_the_reference_is_of_this_code() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["types", "adapters.store", "adapters.retention", "engines.fake", "trainer.guards"],
+    ["types", "adapters.store", "adapters.upkeep.retention", "engines.fake", "trainer.guards"],
 )
 def test_examples_of_docstrings_run(module: str) -> None:
     home = importlib.import_module(f"lora_grpo.{module}")

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
-from lora_grpo.adapters.experts import gate_and_up, of_each_expert, served_experts
-from lora_grpo.adapters.peft_files import PREFIX
-from lora_grpo.adapters.peft_format import LoraModule, lora_modules
+from lora_grpo.adapters.peft_form.experts import gate_and_up, of_each_expert, served_experts
+from lora_grpo.adapters.peft_form.files import PREFIX
+from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules
 from lora_grpo.errors import UnsupportedAdapter
 from tests.families import build, trainer_model
 

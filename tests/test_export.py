@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_grpo import AdapterStore, FakeEngine, GRPOTrainer, ModelConfig, NativeSync
-from lora_grpo.adapters.export import Recipe, export_adapter
-from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
+from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, UnknownVersion
 from tests.test_cli_versions import lora_grpo

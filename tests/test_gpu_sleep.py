@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.adapters.peft_format import ServingForm
+from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines import compat
 from lora_grpo.engines.vllm_local import VLLMEngine

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.journal import Journal, Spans
-from lora_grpo.adapters.retention import keep_archived, keep_latest, keep_trainer_state
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.journal import Journal, Spans
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import keep_archived, keep_latest, keep_trainer_state
 from tests.store_files import adapter
 
 

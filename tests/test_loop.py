@@ -11,7 +11,7 @@ import pytest
 from peft import LoraConfig
 from transformers import AutoConfig
 
-from lora_grpo.adapters import disk
+from lora_grpo.adapters.files import disk
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics import read_metrics
 from lora_grpo.metrics.render import BACKLOG

@@ -12,7 +12,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_grpo.config import GRPOConfig
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.logprobs import token_logprobs
 from lora_grpo.grpo.losses import (
@@ -28,6 +27,7 @@ from lora_grpo.grpo.losses import (
 )
 from lora_grpo.grpo.objective import Objective
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.grpo_config import GRPOConfig
 
 RATIO = torch.tensor([[1.5, 1.0, 0.5], [1.5, 0.5, 1.0]])
 MASK = torch.tensor([[True, True, True], [True, True, False]])

@@ -14,8 +14,9 @@ from peft import LoraConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from lora_grpo.bench import shapes
-from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig
+from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.errors import ConfigError
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.trainer import planning
 from lora_grpo.trainer.activations import LargestBatch, largest_batch
 from lora_grpo.trainer.memory import MemoryEstimate, require_memory

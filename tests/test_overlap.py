@@ -18,11 +18,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lora_grpo.adapters.borrowed import weights_of
-from lora_grpo.adapters.peft_format import Held, ServingForm
+from lora_grpo.adapters.peft_form.borrowed import weights_of
+from lora_grpo.adapters.peft_form.serving import Held, ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import EngineConfig, GRPOConfig
+from lora_grpo.config import EngineConfig
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.local.driving import StepDriver
@@ -30,6 +30,7 @@ from lora_grpo.engines.owned import OwnedEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, RewardError, TrainingError
 from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer, Guard, overlap
 from lora_grpo.trainer.assembly import with_room

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_grpo.adapters.requests import answer_to, request
+from lora_grpo.adapters.asking.requests import answer_to, request
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.metrics import read_metrics

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_grpo.adapters.retention import keep_latest
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs

@@ -19,10 +19,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_grpo.adapters.digest import digest_directory
-from lora_grpo.adapters.export import RECIPE_FILE, Recipe, export_adapter
-from lora_grpo.adapters.peft_files import open_adapter
-from lora_grpo.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, ServingForm, lora_modules, peft_model_of
+from lora_grpo.adapters.files.digest import digest_directory
+from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, export_adapter
+from lora_grpo.adapters.peft_form.files import open_adapter
+from lora_grpo.adapters.peft_form.modules import lora_modules, peft_model_of
+from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE, ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError, StoreError, TrainingError, UnsupportedAdapter

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_grpo.adapters.quantized import NF4, check_trainable, plain_values, scheme_of
+from lora_grpo.adapters.peft_form.quantized import NF4, check_trainable, plain_values, scheme_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines import packing

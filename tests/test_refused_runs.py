@@ -189,7 +189,7 @@ def test_ctrl_c_while_the_engine_starts_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", interrupted)
-    monkeypatch.setattr("lora_grpo.adapters.places._SHM", shm_dir)
+    monkeypatch.setattr("lora_grpo.adapters.files.places._SHM", shm_dir)
     with pytest.raises(KeyboardInterrupt):
         build_trainer(settings.replace(store_root=named))
     assert not list(shm_dir.iterdir())
@@ -360,7 +360,7 @@ def test_a_reward_that_is_no_number_of_float32_is_refused(shm_dir: Path, value: 
 
 
 def test_what_retention_ranks_is_a_number(shm_dir: Path) -> None:
-    from lora_grpo.adapters.retention import keep_best, keep_latest
+    from lora_grpo.adapters.upkeep.retention import keep_best, keep_latest
 
     with AdapterStore(shm_dir, retention=keep_latest(2) | keep_best("accuracy")) as store:
         store.publish(adapter(1), step=1)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from lora_grpo.adapters.rollbacks import roll_back_stopped
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 from lora_grpo.cli.report import lineage, write_report
 from lora_grpo.metrics import Reporter
 from lora_grpo.metrics.drawing import MOST_DOTS, MOST_LANES, Lineage, tree

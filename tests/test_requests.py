@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from lora_grpo.adapters.requests import answer_to, request, withdraw
+from lora_grpo.adapters.asking.requests import answer_to, request, withdraw
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.cli.live import change
 from lora_grpo.errors import StoreError
@@ -213,7 +213,7 @@ def test_an_answer_of_a_holder_that_died_right_after_it_still_counts(
     run = tmp_path / "run"
     asked = request(run, "pin", version=1)
     assert store.claim(asked)
-    monkeypatch.setattr("lora_grpo.adapters.requests._clear", lambda folder, number: None)
+    monkeypatch.setattr("lora_grpo.adapters.asking.requests._clear", lambda folder, number: None)
     store.answer(asked, {"done": "pinned"})
     monkeypatch.undo()
     die(store)

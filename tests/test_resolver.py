@@ -21,8 +21,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lora_grpo.adapters.naming import served_name
-from lora_grpo.adapters.peft_format import ServingForm
+from lora_grpo.adapters.asking.naming import served_name
+from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines.resolver import Settings, StoreResolver, register
 from lora_grpo.errors import ConfigError

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_grpo.adapters.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.config import KeepConfig
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreLocked
 from lora_grpo.metrics.log import history, read_metrics

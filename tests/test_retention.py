@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora_grpo.adapters.retention import (
+from lora_grpo.adapters.upkeep.retention import (
     Candidate,
     Retention,
     keep_archived,

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from lora_grpo.adapters.digest import digest_directory
+from lora_grpo.adapters.files.digest import digest_directory
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription

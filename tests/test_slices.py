@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
-from lora_grpo.adapters.peft_format import ServingForm
+from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
+from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.delivery.binding import Binding

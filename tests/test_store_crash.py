@@ -17,8 +17,8 @@ ROOM = Path(lora_grpo.adapters.__path__[0])
 
 
 def test_no_named_point_is_left_out() -> None:
-    named = {point for file in ROOM.glob("*.py") for point in re.findall(r'disk\.at\("(.+?)"\)', file.read_text())}
-    named |= set(re.findall(r'^ +at\("(.+?)"\)', (ROOM / "disk.py").read_text(), re.MULTILINE))
+    named = {point for file in ROOM.rglob("*.py") for point in re.findall(r'disk\.at\("(.+?)"\)', file.read_text())}
+    named |= set(re.findall(r'^ +at\("(.+?)"\)', (ROOM / "files" / "disk.py").read_text(), re.MULTILINE))
     assert named == set(POINTS)
 
 

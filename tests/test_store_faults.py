@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.layout import PEFT_FILES
-from lora_grpo.adapters.retention import keep_latest
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError, UnknownVersion
 from tests.store_files import adapter, content, on_disk
 

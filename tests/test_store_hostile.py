@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.locks import holder
-from lora_grpo.adapters.peft_files import open_adapter
-from lora_grpo.adapters.requests import request
-from lora_grpo.adapters.rollbacks import RollbackLog, roll_back_stopped
+from lora_grpo.adapters.asking.requests import request
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.locks import holder
+from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.engines.server.names import Names
 from lora_grpo.errors import LoraGrpoError, StoreCorrupt, StoreError, UnknownVersion
 from tests.store_files import adapter, content, on_disk

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lora_grpo.adapters.retention import keep_best, keep_every, keep_latest
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import keep_best, keep_every, keep_latest
 from lora_grpo.errors import StoreError, UnknownVersion
 from tests.store_files import adapter, content, on_disk
 

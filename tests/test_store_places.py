@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.rollbacks import roll_back_stopped
+from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 from lora_grpo.errors import StoreError
 from tests.store_files import adapter, content, on_disk
 

@@ -17,7 +17,7 @@ ROOT = Path(lora_grpo.__file__).parent
 FLOORS = [
     {"types", "errors", "user_cache"},
     {"kernels"},
-    {"trl_names", "sections", "config", "config_file", "data", "rewards", "metrics", "worker"},
+    {"trl_names", "sections", "grpo_config", "config", "config_file", "data", "rewards", "metrics", "worker"},
     {"adapters"},
     {"remote"},
     {"grpo"},

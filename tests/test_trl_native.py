@@ -26,11 +26,10 @@ from safetensors.torch import load_file  # noqa: E402
 from tokenizers.processors import TemplateProcessing  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from lora_grpo.adapters.digest import digest_buffers  # noqa: E402
-from lora_grpo.adapters.peft_format import ServingForm  # noqa: E402
-from lora_grpo.adapters.requests import Request, answer_to, request  # noqa: E402
+from lora_grpo.adapters.asking.requests import Request, answer_to, request  # noqa: E402
+from lora_grpo.adapters.files.digest import digest_buffers  # noqa: E402
+from lora_grpo.adapters.peft_form.serving import ServingForm  # noqa: E402
 from lora_grpo.adapters.store import AdapterStore  # noqa: E402
-from lora_grpo.config import GRPOConfig as OwnConfig  # noqa: E402
 from lora_grpo.engines import compat  # noqa: E402
 from lora_grpo.engines.compat import slots as vllm_slots  # noqa: E402
 from lora_grpo.errors import (  # noqa: E402
@@ -41,6 +40,7 @@ from lora_grpo.errors import (  # noqa: E402
     UnsupportedAdapter,
     UnsupportedVersion,
 )
+from lora_grpo.grpo_config import GRPOConfig as OwnConfig  # noqa: E402
 from lora_grpo.integrations.trl import CANARY_EVERY, NativeGRPOTrainer, _Steps  # noqa: E402
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, check_release  # noqa: E402
 from lora_grpo.metrics import read_metrics  # noqa: E402

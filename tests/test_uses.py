@@ -16,8 +16,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lora_grpo.adapters.checks import active_adapter, check_servable
-from lora_grpo.adapters.export import Recipe, export_adapter
+from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
+from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import KeepConfig, ModelConfig
 from lora_grpo.engines import compat

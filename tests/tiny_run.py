@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from lora_grpo.adapters import disk
+from lora_grpo.adapters.files import disk
 from lora_grpo.config import KeepConfig
 from lora_grpo.engines.fake import FakeEngine
 from tests.conftest import ENGINE_ARGS

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from lora_grpo.config import GRPOConfig, KeepConfig
+from lora_grpo.config import KeepConfig
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.trainer import GRPOTrainer
 from tests.tiny_models import load_model, tiny_lora
 

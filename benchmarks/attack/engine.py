@@ -25,7 +25,7 @@ def tiny_engine() -> Iterator[tuple[Any, list[Any]]]:
     """A real engine with two slots, and three versions."""
     import torch
 
-    from lora_grpo.adapters.peft_format import ServingForm
+    from lora_grpo.adapters.peft_form.serving import ServingForm
     from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.engines.vllm_local import VLLMEngine
     from tests.tiny_models import load_model, refill_lora, tiny_lora, tiny_model

@@ -10,20 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters import disk, requests
-from lora_grpo.adapters.catalog import link_head
-from lora_grpo.adapters.digest import Buffer, digest_buffers
-from lora_grpo.adapters.journal import as_metrics
-from lora_grpo.adapters.layout import MANIFEST_FILE, PEFT_FILES, STATE_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
-from lora_grpo.adapters.locks import Leases
-from lora_grpo.adapters.opening import Recovered, catalog_for_reading
-from lora_grpo.adapters.requests import Request
-from lora_grpo.adapters.retention import Retention
-from lora_grpo.adapters.room import Room
-from lora_grpo.adapters.session import Session, open_session
-from lora_grpo.adapters.target import Target
+from lora_grpo.adapters.asking import requests
+from lora_grpo.adapters.asking.requests import Request
+from lora_grpo.adapters.asking.target import Target
+from lora_grpo.adapters.asking.view import StoreView
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.catalog import link_head
+from lora_grpo.adapters.files.digest import Buffer, digest_buffers
+from lora_grpo.adapters.files.journal import as_metrics
+from lora_grpo.adapters.files.layout import MANIFEST_FILE, PEFT_FILES, STATE_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
+from lora_grpo.adapters.files.locks import Leases
+from lora_grpo.adapters.files.room import Room
+from lora_grpo.adapters.upkeep.opening import Recovered, catalog_for_reading
+from lora_grpo.adapters.upkeep.retention import Retention
+from lora_grpo.adapters.upkeep.session import Session, open_session
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.adapters.view import StoreView
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError, UnknownVersion
 
 

@@ -61,8 +61,8 @@ def _match(strategy: Any) -> None:
 
 
 def _probe(strategy: Any) -> None:
-    from lora_grpo.adapters.disk import STAGING
-    from lora_grpo.adapters.peft_format import ServingForm
+    from lora_grpo.adapters.files.disk import STAGING
+    from lora_grpo.adapters.peft_form.serving import ServingForm
     from lora_grpo.bench.strategies.trainer import ADAPTER
     from lora_grpo.engines.delivery.probe import run_probe
 

@@ -50,7 +50,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
 
 def measure(bench: Bench, rows: int, prompt_tokens: int, length: int, group: int, steps: int) -> dict[str, list[float]]:
     """Worker: `steps` steps on random prompts, with advantages drawn at random; seconds by phase."""
-    from lora_grpo.config import GRPOConfig
+    from lora_grpo.grpo_config import GRPOConfig
     from lora_grpo.policy import Policy
 
     config = GRPOConfig(

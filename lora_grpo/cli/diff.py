@@ -21,7 +21,7 @@ def diff(
 
     change is |W_b - W_a| / |W_a| in the Frobenius norm, cosine <W_a, W_b> / (|W_a| |W_b|); 'all' joins all modules.
     """
-    from lora_grpo.adapters.difference import difference
+    from lora_grpo.adapters.peft_form.difference import difference
     from lora_grpo.adapters.store import AdapterStore
 
     with AdapterStore(archive=run, readonly=True) as store:

@@ -22,7 +22,7 @@ def export(
     It has the adapter's own rank, alpha and targets, so that training on keeps the effective learning rate. The weights
     are the trainer's own in fp32 where the version's trainer state is kept, else rounded to the engine's dtype.
     """
-    from lora_grpo.adapters.export import Recipe, export_adapter
+    from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
     from lora_grpo.adapters.store import AdapterStore
 
     with AdapterStore(archive=run, readonly=True) as store:

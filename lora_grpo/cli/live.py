@@ -12,10 +12,10 @@ import typer
 from lora_grpo.cli.output import say
 
 if TYPE_CHECKING:
-    from lora_grpo.adapters.locks import Holder
-    from lora_grpo.adapters.requests import Request
-    from lora_grpo.adapters.retention import Retention
+    from lora_grpo.adapters.asking.requests import Request
+    from lora_grpo.adapters.files.locks import Holder
     from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.adapters.upkeep.retention import Retention
 
 TIMEOUT_S = 600.0
 POLL_S = 0.05
@@ -43,8 +43,8 @@ def change(
 
     Raises the error that either met, and `StoreError` when a live run has not begun with it after `timeout_s`.
     """
-    from lora_grpo.adapters.locks import holder
-    from lora_grpo.adapters.requests import request
+    from lora_grpo.adapters.asking.requests import request
+    from lora_grpo.adapters.files.locks import holder
     from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.errors import StoreLocked
 
@@ -69,8 +69,8 @@ def _wait(run: Path, request: Request, deadline: float) -> dict[str, Any] | None
 
     Once it is begun there is no taking it back, so that the deadline is for the beginning.
     """
-    from lora_grpo.adapters.locks import holder
-    from lora_grpo.adapters.requests import answer_to, is_dropped, withdraw
+    from lora_grpo.adapters.asking.requests import answer_to, is_dropped, withdraw
+    from lora_grpo.adapters.files.locks import holder
 
     who = holder(run)
     try:
@@ -89,7 +89,7 @@ def _wait(run: Path, request: Request, deadline: float) -> dict[str, Any] | None
 
 def _ended(run: Path, request: Request, who: Holder | None) -> bool:
     """Take the request back from `who` (None: it ended): True when nobody saw it, False when its answer will come."""
-    from lora_grpo.adapters.requests import cut_short, is_answered, is_begun, withdraw
+    from lora_grpo.adapters.asking.requests import cut_short, is_answered, is_begun, withdraw
     from lora_grpo.errors import StoreError
 
     if withdraw(run, request):

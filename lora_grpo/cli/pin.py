@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def pin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
     """Keep a version, its archived copy and its trainer state until it is unpinned."""
-    from lora_grpo.adapters.target import parse_target
+    from lora_grpo.adapters.asking.target import parse_target
 
     parse_target(version)
 
@@ -28,7 +28,7 @@ def pin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json 
 
 def unpin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
     """Leave a version to retention again."""
-    from lora_grpo.adapters.target import parse_target
+    from lora_grpo.adapters.asking.target import parse_target
 
     parse_target(version)
 

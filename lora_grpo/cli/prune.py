@@ -33,9 +33,9 @@ def prune(
 
     A live run prunes by its own settings, as it does after every step.
     """
-    from lora_grpo.adapters.keeping import retention
-    from lora_grpo.adapters.locks import holder
+    from lora_grpo.adapters.files.locks import holder
     from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.adapters.upkeep.keeping import retention
     from lora_grpo.errors import ConfigError
 
     given = {"archived": archived, "trainer_states": trainer_states}
@@ -72,7 +72,7 @@ def _listed(numbers: list[int], what: str) -> str:
 
 
 def _keep(run: Path, changes: dict[str, int]) -> KeepConfig:
-    from lora_grpo.adapters.locks import holder
+    from lora_grpo.adapters.files.locks import holder
     from lora_grpo.config import KeepConfig
     from lora_grpo.config_file import RESOLVED_FILE, load_config
     from lora_grpo.errors import ConfigError

@@ -32,7 +32,7 @@ def report(
 
     It opens from disk, without a network. A browser that shows a page of --watch follows the run.
     """
-    from lora_grpo.adapters.locks import holder
+    from lora_grpo.adapters.files.locks import holder
 
     path = out or run / REPORT_FILE
     if watch and holder(run) is not None:
@@ -46,8 +46,8 @@ def report(
 
 def write_report(run: Path, path: Path, refresh_s: float | None = None) -> None:
     """Writes the page in one piece: a reader sees the old one or the new one."""
-    from lora_grpo.adapters.disk import reported
-    from lora_grpo.adapters.locks import holder
+    from lora_grpo.adapters.files.disk import reported
+    from lora_grpo.adapters.files.locks import holder
     from lora_grpo.metrics.page import render_page
 
     page = render_page(run, lineage(run), live=holder(run) is not None, refresh_s=refresh_s)
@@ -60,8 +60,8 @@ def write_report(run: Path, path: Path, refresh_s: float | None = None) -> None:
 
 def lineage(run: Path) -> Lineage:
     """What the store of `run` tells: every version ever published, and a table of the newest and the notable."""
-    from lora_grpo.adapters.rollbacks import RollbackLog
     from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
     from lora_grpo.errors import UnknownVersion
     from lora_grpo.metrics.drawing import Lineage
 

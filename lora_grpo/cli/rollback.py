@@ -24,8 +24,8 @@ def rollback(
     A stopped run is moved at once, and goes on from there when it is resumed; a live one before its next step. The
     prompts are not rewound and every sampling seed changes.
     """
-    from lora_grpo.adapters.rollbacks import roll_back_stopped
-    from lora_grpo.adapters.target import parse_target
+    from lora_grpo.adapters.asking.target import parse_target
+    from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 
     parse_target(to)
 

@@ -30,8 +30,8 @@ def versions(run: Run, as_json: Json = False) -> None:
 
 def show(run: Run, version: Version, as_json: Json = False) -> None:
     """Everything that is known of one version."""
-    from lora_grpo.adapters.rollbacks import RollbackLog
     from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
 
     with AdapterStore(archive=run, readonly=True) as store:
         found = store.get(version)
@@ -65,7 +65,7 @@ def _rows(store: AdapterStore) -> list[dict[str, Any]]:
 
 def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
     """One version as JSON."""
-    from lora_grpo.adapters.locks import is_leased
+    from lora_grpo.adapters.files.locks import is_leased
     from lora_grpo.errors import UnknownVersion
 
     head = None

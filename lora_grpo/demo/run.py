@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from lora_grpo.config import DataConfig, EngineConfig, GRPOConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
+from lora_grpo.config import DataConfig, EngineConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.demo import task
 from lora_grpo.demo.base import BaseRecipe, base_path, ensure_base
+from lora_grpo.grpo_config import GRPOConfig
 
 STEPS = 30
 PROMPTS_PER_STEP, GROUP = 64, 8

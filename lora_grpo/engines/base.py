@@ -12,7 +12,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.types import Group, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from lora_grpo.adapters.peft_format import Held
+    from lora_grpo.adapters.peft_form.serving import Held
     from lora_grpo.engines.delivery.base_reading import BaseReading
     from lora_grpo.engines.delivery.witness import Witness
 

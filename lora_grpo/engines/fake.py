@@ -19,7 +19,7 @@ from lora_grpo.errors import EngineError, UnknownVersion
 from lora_grpo.types import Completion, Group, Prompt, Sampling
 
 if TYPE_CHECKING:
-    from lora_grpo.adapters.peft_format import Held
+    from lora_grpo.adapters.peft_form.serving import Held
     from lora_grpo.engines.delivery.base_reading import BaseReading
 
 Reply: TypeAlias = Callable[[Prompt, AdapterVersion | None, int], str]

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from lora_grpo.adapters.peft_format import Held
+from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import (
     Adapters,

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 
-from lora_grpo.adapters.peft_format import Held
+from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Samplings
 from lora_grpo.engines.delivery.base_reading import BaseReading

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
-from lora_grpo.adapters.quantized import nf4_values
+from lora_grpo.adapters.peft_form.quantized import nf4_values
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that two bases are compared in; others are quantized."""

@@ -10,7 +10,7 @@ from itertools import islice
 from numbers import Integral
 from typing import Any
 
-from lora_grpo.adapters.target import parse_target
+from lora_grpo.adapters.asking.target import parse_target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, Samplings
 from lora_grpo.errors import ConfigError, EngineError

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_grpo.config import CorrectionMode
+from lora_grpo.grpo_config import CorrectionMode
 
 Clip = Callable[[Tensor, float | None, float], Tensor]
 Correction = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -15,7 +15,6 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 
-from lora_grpo.config import GRPOConfig
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.head import completion_scores
 from lora_grpo.grpo.modes import base_dtype, in_mode
@@ -31,6 +30,7 @@ from lora_grpo.grpo.packing import (
     trust,
 )
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.grpo_config import GRPOConfig
 
 if TYPE_CHECKING:
     from peft import PeftModel

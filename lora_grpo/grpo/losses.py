@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_grpo.config import LossType
+from lora_grpo.grpo_config import LossType
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lora_grpo.config import GRPOConfig
 from lora_grpo.errors import TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.corrections import Correction, known_gaps, sampling_ratio
 from lora_grpo.grpo.losses import LOG_RATIOS, LOSSES, ClipRange, LogRatio, Loss, Totals, k3_kl
 from lora_grpo.grpo.processes import Observed, Reduction, counted, mean, row_means
+from lora_grpo.grpo_config import GRPOConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lora_grpo.config import GRPOConfig
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
+from lora_grpo.grpo_config import GRPOConfig
 
 if TYPE_CHECKING:
     from torch.nn import Parameter

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from lora_grpo.adapters.peft_format import LoraModule
+from lora_grpo.adapters.peft_form.modules import LoraModule
 from lora_grpo.errors import UnsupportedAdapter
 from lora_grpo.grpo.processes import Processes
 

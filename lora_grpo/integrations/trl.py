@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lora_grpo.adapters.checks import active_adapter, check_servable
-from lora_grpo.adapters.digest import digest_buffers
-from lora_grpo.adapters.peft_format import ServingForm, lora_modules
+from lora_grpo.adapters.files.digest import digest_buffers
+from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
+from lora_grpo.adapters.peft_form.modules import lora_modules
+from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import KeepConfig, ModelConfig

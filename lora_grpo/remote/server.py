@@ -32,10 +32,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lora_grpo.adapters.digest import CHUNK_BYTES
-from lora_grpo.adapters.layout import PEFT_FILES
+from lora_grpo.adapters.asking.view import StoreView
+from lora_grpo.adapters.files.digest import CHUNK_BYTES
+from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.view import StoreView
 from lora_grpo.errors import StoreError, UnknownVersion
 from lora_grpo.remote.connections import HEADER_BYTES, BoundedProtocol
 from lora_grpo.remote.token import read_token

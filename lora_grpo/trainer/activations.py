@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_grpo.config import GRPOConfig
 from lora_grpo.grpo.head import head_bytes
+from lora_grpo.grpo_config import GRPOConfig
 
 
 @dataclass(frozen=True, slots=True)

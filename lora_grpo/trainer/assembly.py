@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_grpo.adapters.keeping import keeps_state, retention
-from lora_grpo.adapters.locks import holder
+from lora_grpo.adapters.files.locks import holder
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
+from lora_grpo.adapters.upkeep.keeping import keeps_state, retention
+from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.joint import EngineInEach
 from lora_grpo.engines.owned import OwnedEngine, owned
 from lora_grpo.engines.rendering import rendering
 from lora_grpo.errors import ConfigError, StoreLocked
 from lora_grpo.grpo.optimizer import build_optimizer
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync

@@ -7,13 +7,14 @@ from typing import Any
 
 from peft import LoraConfig
 
-from lora_grpo.adapters.layout import Identity
+from lora_grpo.adapters.files.layout import Identity
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.config import GRPOConfig, LoraSettings, RunConfig
+from lora_grpo.config import LoraSettings, RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
 from lora_grpo.data import load_data
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics import check_folder
 from lora_grpo.rewards import load_reward
 from lora_grpo.trainer.assembly import refuse_live

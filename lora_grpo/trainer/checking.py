@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lora_grpo.adapters.checks import active_adapter, check_servable
-from lora_grpo.config import EngineConfig, GRPOConfig, RunConfig
+from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
+from lora_grpo.config import EngineConfig, RunConfig
 from lora_grpo.data import PromptDataset, load_data, load_prompts
 from lora_grpo.engines.compat import import_vllm
 from lora_grpo.engines.local.targets import check_served
 from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_reward, reward_names, score
 from lora_grpo.rewards.call import TrainerState
 from lora_grpo.trainer.activations import largest_batch

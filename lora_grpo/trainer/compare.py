@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.layout import PEFT_FILES
+from lora_grpo.adapters.asking.target import Target
+from lora_grpo.adapters.asking.view import StoreView
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.adapters.view import StoreView
 from lora_grpo.config import EngineConfig
 from lora_grpo.data import load_prompts
 from lora_grpo.engines.base import Engine

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lora_grpo.adapters.disk import parse_json, read_small
+from lora_grpo.adapters.files.disk import parse_json, read_small
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import GRPOConfig
 from lora_grpo.data import PromptDataset
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError, StoreCorrupt
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import RewardFunction, reward_names, score
 from lora_grpo.trainer.rollouts import greedy_sampling
 from lora_grpo.trainer.stepping import patience

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.digest import digest_buffers
-from lora_grpo.adapters.export import RECIPE_FILE, TOKENIZER, Recipe, Weights, adapter_tensors
-from lora_grpo.adapters.layout import PEFT_FILES
-from lora_grpo.adapters.peft_files import PREFIX
-from lora_grpo.adapters.rollbacks import ROLLBACKS_FILE
+from lora_grpo.adapters.asking.target import Target
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.digest import digest_buffers
+from lora_grpo.adapters.files.layout import PEFT_FILES
+from lora_grpo.adapters.peft_form.export import RECIPE_FILE, TOKENIZER, Recipe, Weights, adapter_tensors
+from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.target import Target
+from lora_grpo.adapters.upkeep.rollbacks import ROLLBACKS_FILE
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config

@@ -7,8 +7,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from lora_grpo.adapters.opening import Recovered
-from lora_grpo.adapters.rollbacks import Rollback
+from lora_grpo.adapters.upkeep.opening import Recovered
+from lora_grpo.adapters.upkeep.rollbacks import Rollback
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import SamplerState
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion

@@ -12,15 +12,16 @@ from typing import Any, Self
 
 from torch import nn
 
-from lora_grpo.adapters.rollbacks import RollbackLog
+from lora_grpo.adapters.asking.target import best_metric
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.target import best_metric
+from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig
+from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.data import PromptDataset, PromptSampler, Rows
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics import Reporter, plot_run
 from lora_grpo.reference import keep_reference
 from lora_grpo.rewards import RewardFunction

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lora_grpo.adapters.target import Target, parse_target
-from lora_grpo.config import GRPOConfig, GuardConfig
+from lora_grpo.adapters.asking.target import Target, parse_target
+from lora_grpo.config import GuardConfig
 from lora_grpo.errors import ConfigError, TrainingError
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.trainer.stepping import GAP
 
 Steps = Sequence[Mapping[str, Any]]

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_grpo.adapters.quantized import Scheme
+from lora_grpo.adapters.peft_form.quantized import Scheme
 from lora_grpo.errors import ConfigError
 from lora_grpo.trainer.activations import LargestBatch, activation_bytes
 

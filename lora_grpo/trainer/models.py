@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
-from lora_grpo.adapters.checks import active_adapter, check_servable
-from lora_grpo.adapters.peft_format import LoraModule, lora_modules, peft_model_of
-from lora_grpo.adapters.quantized import scheme_of
+from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
+from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules, peft_model_of
+from lora_grpo.adapters.peft_form.quantized import scheme_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.local.targets import skeleton

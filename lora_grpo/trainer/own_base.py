@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from lora_grpo.adapters.quantized import NF4, Scheme, keep_trainable
+from lora_grpo.adapters.peft_form.quantized import NF4, Scheme, keep_trainable
 from lora_grpo.config import ModelConfig
 from lora_grpo.engines.local.quantized import served_scheme
 from lora_grpo.engines.local.targets import checkpoint_config

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lora_grpo.adapters.peft_format import peft_model_of
-from lora_grpo.adapters.quantized import scheme_of
+from lora_grpo.adapters.peft_form.modules import peft_model_of
+from lora_grpo.adapters.peft_form.quantized import scheme_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.compat import allowed_rank
 from lora_grpo.engines.local.targets import check_whole

@@ -13,12 +13,13 @@ from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 from torch import nn
 
-from lora_grpo.config import EngineConfig, GRPOConfig, ModelConfig
+from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.data import PromptDataset, load_prompts
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.local.targets import check_is_base
 from lora_grpo.engines.requests import ENCODING, render
 from lora_grpo.errors import ConfigError
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
 from lora_grpo.trainer.activations import LargestBatch, largest_batch
 from lora_grpo.trainer.guards import Guard

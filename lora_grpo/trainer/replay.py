@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.target import Target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config

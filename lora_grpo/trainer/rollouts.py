@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import GRPOConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.types import Group, Prompt, Sampling, derive_seed
 
 RolloutFunc: TypeAlias = Callable[[Sequence[Prompt], Engine, AdapterVersion], list[Group]]

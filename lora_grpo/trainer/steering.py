@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from lora_grpo.adapters.requests import Request
+from lora_grpo.adapters.asking.requests import Request
+from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.target import Target
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 from lora_grpo.metrics import Reporter
 from lora_grpo.rollback import RollbackReport

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import GRPOConfig
 from lora_grpo.engines.delivery.canary import RESOLUTION, CanaryReport
 from lora_grpo.grpo.advantages import group_advantages, reward_metrics, weighted_rewards
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics import Reporter
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, reward_names, score
 from lora_grpo.rewards.call import TrainerState

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.adapters.peft_format import peft_model_of
+from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.trainer.stepping import GAP
 
 if TYPE_CHECKING:

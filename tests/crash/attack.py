@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.peft_files import open_adapter
-from lora_grpo.adapters.retention import keep_latest, keep_trainer_state
-from lora_grpo.adapters.rollbacks import roll_back_stopped
+from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import keep_latest, keep_trainer_state
+from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 from lora_grpo.errors import DeliveryError, LoraGrpoError
 from tests.crash.calls import ERRORS, Calls
 from tests.fuzzed_adapters import fuzzed

@@ -22,9 +22,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.retention import keep_archived, keep_latest, keep_trainer_state
+from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import keep_archived, keep_latest, keep_trainer_state
 from lora_grpo.errors import UnknownVersion
 from tests.store_files import adapter
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from lora_grpo.adapters.retention import keep_latest
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments

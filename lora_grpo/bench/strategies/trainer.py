@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lora_grpo.adapters.peft_format import LoraModule, lora_modules
+from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules
 from lora_grpo.bench.plan import Subject
 
 ADAPTER = "default"

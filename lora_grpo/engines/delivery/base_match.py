@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lora_grpo.adapters.peft_format import base_tensors, peft_model_of
-from lora_grpo.adapters.quantized import plain_values, shape_of
+from lora_grpo.adapters.peft_form.modules import base_tensors, peft_model_of
+from lora_grpo.adapters.peft_form.quantized import plain_values, shape_of
 from lora_grpo.engines.base import BaseDescription, Engine
 from lora_grpo.engines.delivery.base_reading import BaseReading, TensorReading
 from lora_grpo.engines.packing import PLAIN, digest

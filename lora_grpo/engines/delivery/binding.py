@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lora_grpo.adapters.digest import Buffer
-from lora_grpo.adapters.peft_files import AdapterFile
+from lora_grpo.adapters.files.digest import Buffer
+from lora_grpo.adapters.peft_form.files import AdapterFile
 from lora_grpo.kernels.moving import Copies
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.digest import Buffer, digest_buffers
-from lora_grpo.adapters.peft_format import LoraModule, ServingForm, assign, peft_model_of
-from lora_grpo.adapters.room import require_room
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.digest import Buffer, digest_buffers
+from lora_grpo.adapters.files.room import require_room
+from lora_grpo.adapters.peft_form.modules import LoraModule, peft_model_of
+from lora_grpo.adapters.peft_form.serving import ServingForm
+from lora_grpo.adapters.peft_form.shards import assign
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription, Engine, is_remote
 from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS, Witness, base_noise

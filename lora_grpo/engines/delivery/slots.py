@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lora_grpo.adapters.peft_files import PREFIX, AdapterFile
-from lora_grpo.adapters.peft_format import all_finite
+from lora_grpo.adapters.peft_form.files import PREFIX, AdapterFile
+from lora_grpo.adapters.peft_form.serving import all_finite
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat import slots as vllm_slots

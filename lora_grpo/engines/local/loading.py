@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
-from lora_grpo.adapters.peft_files import AdapterFile
-from lora_grpo.adapters.peft_format import Held
+from lora_grpo.adapters.peft_form.files import AdapterFile
+from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat import slots as vllm_slots

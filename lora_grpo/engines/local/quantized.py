@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora_grpo.adapters.quantized import Scheme, scheme_of
+from lora_grpo.adapters.peft_form.quantized import Scheme, scheme_of
 from lora_grpo.engines.local.targets import EXPERTS, checkpoint_config, skeleton
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 

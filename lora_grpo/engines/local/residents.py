@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from lora_grpo.adapters.digest import digest_directory
-from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
-from lora_grpo.adapters.peft_format import WEIGHTS_FILE, Held
+from lora_grpo.adapters.files.digest import digest_directory
+from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
+from lora_grpo.adapters.peft_form.serving import WEIGHTS_FILE, Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.boundary import vllm_boundary

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from lora_grpo.adapters.peft_format import is_multimodal
+from lora_grpo.adapters.peft_form.modules import is_multimodal
 from lora_grpo.errors import ConfigError
 
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer
 
-from lora_grpo.adapters.digest import digest_directory
-from lora_grpo.adapters.peft_files import AdapterFile, open_adapter
-from lora_grpo.adapters.peft_format import WEIGHTS_FILE, Held
+from lora_grpo.adapters.files.digest import digest_directory
+from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
+from lora_grpo.adapters.peft_form.serving import WEIGHTS_FILE, Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings

@@ -7,9 +7,10 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lora_grpo.config import EngineConfig, GRPOConfig, KeepConfig, ModelConfig, RunConfig
+from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig, RunConfig
 from lora_grpo.data import PromptDataset, Rows
 from lora_grpo.errors import ConfigError
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import RewardFunction
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.population.room import Wanted

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lora_grpo.adapters.peft_format import LoraModule
-from lora_grpo.adapters.peft_read import assign_rounded, read_rounded
+from lora_grpo.adapters.peft_form.modules import LoraModule
+from lora_grpo.adapters.peft_form.reading import assign_rounded, read_rounded
 from lora_grpo.adapters.version import AdapterVersion
 
 

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lora_grpo.adapters.disk import open_regular, parse_json, read_small, reported
-from lora_grpo.adapters.layout import MANIFEST_FILE
+from lora_grpo.adapters.files.disk import open_regular, parse_json, read_small, reported
+from lora_grpo.adapters.files.layout import MANIFEST_FILE
 from lora_grpo.errors import StoreLocked, UnknownVersion
 
 _Key = TypeVar("_Key")

@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.layout import Identity
-from lora_grpo.adapters.locks import WriterLock
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.layout import Identity
+from lora_grpo.adapters.files.locks import WriterLock
 from lora_grpo.errors import StoreError
 
 ASIDE = "aside-"

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 
 import torch
 
-from lora_grpo.adapters.peft_files import PREFIX
-from lora_grpo.adapters.peft_format import LoraModule
+from lora_grpo.adapters.peft_form.files import PREFIX
+from lora_grpo.adapters.peft_form.modules import LoraModule
 from lora_grpo.errors import UnsupportedAdapter
 
 _NAMES = {"gate_up_proj": "experts.base_layer", "down_proj": "experts"}

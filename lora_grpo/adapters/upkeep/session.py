@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.archive import Archive
-from lora_grpo.adapters.digest import Buffer
-from lora_grpo.adapters.journal import Journal
-from lora_grpo.adapters.layout import STATES, VERSIONS, Manifest
-from lora_grpo.adapters.locks import Leases, WriterLock, unleased
-from lora_grpo.adapters.opening import Opening, warn_unless_tmpfs
-from lora_grpo.adapters.places import for_writing
-from lora_grpo.adapters.retention import Place, Retention, default_retention
-from lora_grpo.adapters.writer import BackgroundWriter, Job
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.digest import Buffer
+from lora_grpo.adapters.files.journal import Journal
+from lora_grpo.adapters.files.layout import STATES, VERSIONS, Manifest
+from lora_grpo.adapters.files.locks import Leases, WriterLock, unleased
+from lora_grpo.adapters.files.places import for_writing
+from lora_grpo.adapters.upkeep.archive import Archive
+from lora_grpo.adapters.upkeep.opening import Opening, warn_unless_tmpfs
+from lora_grpo.adapters.upkeep.retention import Place, Retention, default_retention
+from lora_grpo.adapters.upkeep.writer import BackgroundWriter, Job
 from lora_grpo.errors import StoreError
 
 TRASH = "trash"

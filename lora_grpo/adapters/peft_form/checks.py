@@ -9,7 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_grpo.adapters.peft_format import (
+from lora_grpo.adapters.peft_form.modules import (
     LoraModule,
     clean_name,
     is_multimodal,
@@ -17,7 +17,7 @@ from lora_grpo.adapters.peft_format import (
     lora_modules,
     peft_model_of,
 )
-from lora_grpo.adapters.quantized import check_trainable
+from lora_grpo.adapters.peft_form.quantized import check_trainable
 from lora_grpo.errors import UnsupportedAdapter
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

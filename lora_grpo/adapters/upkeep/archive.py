@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.digest import CHUNK_BYTES, AdapterDigest, Buffer
-from lora_grpo.adapters.disk import Tree, reported
-from lora_grpo.adapters.layout import MANIFEST_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.digest import CHUNK_BYTES, AdapterDigest, Buffer
+from lora_grpo.adapters.files.disk import Tree, reported
+from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
 from lora_grpo.errors import StoreCorrupt
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_grpo.adapters import disk
+from lora_grpo.adapters.files import disk
 
 BLOCK = 64
 _WIDTH = 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lora_grpo.adapters.retention import Retention, keep_archived, keep_best, keep_latest, keep_trainer_state
+from lora_grpo.adapters.upkeep.retention import Retention, keep_archived, keep_best, keep_latest, keep_trainer_state
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import KeepConfig
 

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.archive import Archive, verify_version
-from lora_grpo.adapters.disk import Tree
-from lora_grpo.adapters.journal import Journal
-from lora_grpo.adapters.layout import MANIFEST_FILE, STATES, VERSIONS, Manifest, read_manifest
-from lora_grpo.adapters.retention import Candidate
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.disk import Tree
+from lora_grpo.adapters.files.journal import Journal
+from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, VERSIONS, Manifest, read_manifest
+from lora_grpo.adapters.upkeep.archive import Archive, verify_version
+from lora_grpo.adapters.upkeep.retention import Candidate
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import StoreCorrupt, UnknownVersion
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters import disk
-from lora_grpo.adapters.locks import holder
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.locks import holder
 from lora_grpo.errors import StoreError
 
 _ANSWER = ".answer.json"

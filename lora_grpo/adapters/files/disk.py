@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.digest import Buffer
+from lora_grpo.adapters.files.digest import Buffer
 from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
 
 IOV_MAX = 1024

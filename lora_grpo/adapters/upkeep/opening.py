@@ -9,14 +9,15 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_grpo.adapters import disk, requests
-from lora_grpo.adapters.archive import Archive
-from lora_grpo.adapters.catalog import Catalog, link_head
-from lora_grpo.adapters.disk import Tree
-from lora_grpo.adapters.journal import Journal
-from lora_grpo.adapters.layout import VERSIONS, Identity, read_manifest
-from lora_grpo.adapters.numbering import Numbering
-from lora_grpo.adapters.places import ASIDE, Places, for_reading
+from lora_grpo.adapters.asking import requests
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.catalog import Catalog, link_head
+from lora_grpo.adapters.files.disk import Tree
+from lora_grpo.adapters.files.journal import Journal
+from lora_grpo.adapters.files.layout import VERSIONS, Identity, read_manifest
+from lora_grpo.adapters.files.numbering import Numbering
+from lora_grpo.adapters.files.places import ASIDE, Places, for_reading
+from lora_grpo.adapters.upkeep.archive import Archive
 from lora_grpo.errors import StoreCorrupt
 
 _TEMPORARIES = [f".{name}.new" for name in ("HEAD", "store.json", "NUMBERS", "journal.jsonl", "rollbacks.jsonl")]

@@ -11,102 +11,21 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lora_grpo.adapters import layout
+from lora_grpo.adapters.files import layout
+from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules, peft_model_of
+from lora_grpo.adapters.peft_form.shards import whole
 from lora_grpo.errors import TrainingError, UnsupportedAdapter
 from lora_grpo.kernels.moving import Cast
 
 WEIGHTS_FILE, CONFIG_FILE = layout.ADAPTER_FILE, layout.CONFIG_FILE
 
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-@dataclass(frozen=True)
-class LoraModule:
-    """One adapted linear layer: `path` is its name in the base model (no wrapper, no PEFT prefix)."""
-
-    path: str
-    layer: LoraLayer
-    adapter: str
-
-    @property
-    def a_RI(self) -> nn.Parameter:
-        """A, shape (rank, in)."""
-        return self.layer.lora_A[self.adapter].weight
-
-    @property
-    def b_OR(self) -> nn.Parameter:
-        """B, shape (out, rank)."""
-        return self.layer.lora_B[self.adapter].weight
-
-    @property
-    def scaling(self) -> float:
-        return float(self.layer.scaling[self.adapter])
-
-
-def clean_name(name: str) -> str:
-    """A parameter or module name without what DDP, FSDP, torch.compile and checkpoint wrappers put into it."""
-    return _WRAPPERS.sub("", name)
-
-
-def peft_model_of(model: nn.Module) -> Any:
-    """The PeftModel inside whatever wraps it (DDP, torch.compile); raises `UnsupportedAdapter` when there is none."""
-    inner: Any = model
-    while not hasattr(inner, "peft_config"):
-        following = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if following is None:
-            raise UnsupportedAdapter(
-                f"{type(model).__name__} holds no PEFT adapter; wrap it with peft.get_peft_model(model, LoraConfig())"
-            )
-        inner = following
-    return inner
-
-
-def lora_modules(model: nn.Module, adapter: str) -> list[LoraModule]:
-    """The modules that `adapter` adapts, in the model's own order."""
-    return [
-        LoraModule(clean_name(name), layer, adapter)
-        for name, layer in peft_model_of(model).base_model.model.named_modules()
-        if isinstance(layer, LoraLayer) and adapter in layer.lora_A
-    ]
-
-
-def is_multimodal(base: Any) -> bool:
-    """Whether a transformers model, or its config, is one of a language model beside others, as a vision tower."""
-    config = getattr(base, "config", base)
-    return config.get_text_config() is not config
-
-
-def language_model_path(base: Any) -> str:
-    """Where a transformers model keeps the layers of its language model."""
-    decoder = base.get_decoder()
-    return clean_name(next(name for name, module in base.named_modules() if module is decoder))
-
-
-_LEFT_BEHIND = ("weight_scale", "weight_shape")
-"""By compressed-tensors, beside weights that it has brought back to their plain values."""
-
-
-def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A PEFT model's base by its checkpoint's names: parameters, one that is tied under each of its names, and the
-    buffers that a checkpoint holds."""
-    found = {}
-    for prefix, module in peft_model_of(model).base_model.model.named_modules(remove_duplicate=False):
-        named = {**module._parameters, **module._buffers}
-        for leaf in [leaf for leaf in named if leaf not in module._non_persistent_buffers_set]:
-            name = clean_name(f"{prefix}.{leaf}").replace(".base_layer.", ".")
-            if named[leaf] is not None and ".lora_" not in name and leaf not in _LEFT_BEHIND:
-                found[name] = named[leaf]
-    return found
 
 
 Held: TypeAlias = list[torch.Tensor]
@@ -210,33 +129,6 @@ class ServingForm:
 
     def _pieces(self) -> tuple[torch.Tensor, ...]:
         return self._flat.split([_elements(shape) for shape in self.shapes])
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor of a parameter, gradient or moment that FSDP2 may have sharded (then a collective)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-    """`full` on the parameter's device, cut as the parameter is; every process holds the same `full`."""
-    full = full.to(parameter.device)
-    if not isinstance(parameter, DTensor):
-        return full
-    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-@torch.no_grad()
-def assign(parameter: torch.Tensor, full: torch.Tensor) -> None:
-    """Set a parameter that FSDP2 may have sharded to the values of a full tensor, the same in every process."""
-    parameter.copy_(sharded_like(parameter, full))
-
-
-def reshard(model: nn.Module) -> None:
-    """Back to shards what FSDP2 keeps whole after a forward without a backward: what is written to those copies,
-    or asked of them, never reaches the parameters that the optimizer holds."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def all_finite(flat: torch.Tensor) -> bool:

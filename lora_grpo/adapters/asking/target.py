@@ -6,7 +6,7 @@ import re
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
-from lora_grpo.adapters.retention import is_score
+from lora_grpo.adapters.upkeep.retention import is_score
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import ConfigError, UnknownVersion
 

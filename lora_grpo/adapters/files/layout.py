@@ -42,7 +42,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters import disk
+from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import StoreCorrupt, StoreError
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_grpo.adapters.catalog import Catalog
-from lora_grpo.adapters.disk import PAGE_BYTES, SHM_SIZE, room_bytes
-from lora_grpo.adapters.session import Session
+from lora_grpo.adapters.files.catalog import Catalog
+from lora_grpo.adapters.files.disk import PAGE_BYTES, SHM_SIZE, room_bytes
+from lora_grpo.adapters.upkeep.session import Session
 from lora_grpo.errors import NoRoom
 
 MIB = 1 << 20

@@ -20,8 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.disk import is_number, open_regular, parse_json, reported
-from lora_grpo.adapters.layout import Manifest
+from lora_grpo.adapters.files.disk import is_number, open_regular, parse_json, reported
+from lora_grpo.adapters.files.layout import Manifest
 from lora_grpo.errors import ConfigError
 from lora_grpo.types import LARGEST_REWARD
 

@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.digest import AdapterDigest, Buffer
-from lora_grpo.adapters.disk import open_regular, parse_json
-from lora_grpo.adapters.layout import ADAPTER_FILE, CONFIG_FILE
+from lora_grpo.adapters.files.digest import AdapterDigest, Buffer
+from lora_grpo.adapters.files.disk import open_regular, parse_json
+from lora_grpo.adapters.files.layout import ADAPTER_FILE, CONFIG_FILE
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from lora_grpo.adapters.layout import ADAPTER_FILE
-from lora_grpo.adapters.peft_read import load_tensors
+from lora_grpo.adapters.files.layout import ADAPTER_FILE
+from lora_grpo.adapters.peft_form.reading import load_tensors
 from lora_grpo.errors import StoreCorrupt
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
