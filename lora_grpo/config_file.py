@@ -34,6 +34,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _built(str(path), _of_run(run) if run.is_dir() else _read(path), overrides)
 
 
+def with_settings(config: RunConfig, overrides: Sequence[str], label: str) -> RunConfig:
+    """`config` with `overrides` as `load_config` takes them; `label` is what an error calls it."""
+    return _built(label, config.model_dump(mode="json"), overrides)
+
+
+def setting(config: RunConfig, key: str) -> Any:
+    """The value of "grpo.learning_rate" or "rewards.0.weight". Raises `ConfigError` for a key that is none."""
+    _check_path(key.split("."), key)
+    value: Any = config.model_dump()
+    for part in key.split("."):
+        value = value[_index(list(value), part, key)] if isinstance(value, list | tuple) else value[part]
+    return value
+
+
 def names_a_model(target: str) -> bool:
     """Whether `target` is a base model's directory or hub name, rather than a config file or a run."""
     path = Path(target)

@@ -163,7 +163,7 @@ class NativeSync:
         `UnknownVersion`, `StoreCorrupt`, `DeliveryError` or `EngineError`.
         """
         try:
-            report = roll_back(self._store, self.engine, self._training, to)
+            report = roll_back(self._store, self.engine, self.training, to)
             self._head = report.version
         finally:
             self._lease_loaded()
@@ -178,9 +178,9 @@ class NativeSync:
 
     def restore_trainer(self, version: AdapterVersion) -> bool:
         """Put only the trainer back as it was when `version` was published; False where its state was not kept."""
-        state = kept_state(self._store, version, self._training)
+        state = kept_state(self._store, version, self.training)
         if state is not None:
-            restore_state(state, self._training)
+            restore_state(state, self.training)
         return state is not None
 
     def adopt(self, version: AdapterVersion) -> bool:
@@ -213,7 +213,8 @@ class NativeSync:
         return self._store
 
     @property
-    def _training(self) -> Training:
+    def training(self) -> Training:
+        """What a trainer state is captured from and restored to."""
         return Training(self.model, self._form.modules, self.optimizer, self.scheduler, self.processes)
 
     def _load(self, version: AdapterVersion, held: Held | None) -> LoadReceipt:
@@ -233,7 +234,7 @@ class NativeSync:
 
     def _keep_state_of(self, version: AdapterVersion, extra: Mapping[str, Any]) -> None:
         if self.processes.first(lambda: self.store.archive is not None and self.keep_state(version)):
-            state = self.processes.each(lambda: capture_state(self._training, extra))
+            state = self.processes.each(lambda: capture_state(self.training, extra))
             self.processes.first(lambda: self.store.archive_state(version, *state.to_files()))
 
     def _lease_loaded(self) -> None:

@@ -4,7 +4,7 @@ A command is a function in the file of its subject, and an entry in `GROUPS`. Co
 function, so that `lora-grpo --help` loads neither torch nor vllm.
 
 Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of
-usage, 130 stopped by Ctrl-C (`train` and `bench`: or by SIGTERM).
+usage, 130 stopped by Ctrl-C (`train`, `sweep` and `bench`: or by SIGTERM).
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from lora_grpo.cli.report import report
 from lora_grpo.cli.rollback import rollback
 from lora_grpo.cli.serve import serve
 from lora_grpo.cli.store_server import store_server
+from lora_grpo.cli.sweep import sweep
 from lora_grpo.cli.train import train
 from lora_grpo.cli.verify import verify
 from lora_grpo.cli.versions import show, versions
 from lora_grpo.errors import LoraGrpoError
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
-    "Train": {"check": check, "train": train, "eval": evaluate, "demo": demo},
+    "Train": {"check": check, "train": train, "sweep": sweep, "eval": evaluate, "demo": demo},
     "Versions of a run": {
         "versions": versions,
         "show": show,

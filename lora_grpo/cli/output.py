@@ -6,9 +6,12 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PIPE_WIDTH = 160
 
@@ -21,17 +24,23 @@ def print_json(document: Any) -> None:
 def print_table(rows: Sequence[Mapping[str, Any]], title: str, columns: Sequence[str] = ()) -> None:
     """Rows as a table, in `columns` or in every column that a row has."""
     from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table(rows, title, columns))
+
+
+def table(rows: Sequence[Mapping[str, Any]], title: str, columns: Sequence[str] = ()) -> Table:
+    """What `print_table` prints."""
     from rich.table import Table
     from rich.text import Text
 
     names = list(columns) or list(dict.fromkeys(name for row in rows for name in row))
     numeric = {name: any(isinstance(row.get(name), int | float) for row in rows) for name in names}
-    table = Table(title=Text(title), title_justify="left")
+    made = Table(title=Text(title), title_justify="left")
     for name in names:
-        table.add_column(name, justify="right" if numeric[name] else "left")
+        made.add_column(name, justify="right" if numeric[name] else "left")
     for row in rows:
-        table.add_row(*(Text(_cell(row.get(name))) for name in names))
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
+        made.add_row(*(Text(_cell(row.get(name))) for name in names))
+    return made
 
 
 def say(text: str) -> None:

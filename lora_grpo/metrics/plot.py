@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,32 @@ PLOT_FILE = "plot.png"
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9722b", "#8a8f98"
 PHASE_COLOURS = {"generate": "#4c9bb8", "reward": "#e0b13c", "train": "#9a63a8", "publish": "#4f9d69"}
 SMOOTHING = 0.7
+
+
+def plot_curves(runs: Mapping[str, Sequence[Record]], path: Path, best: str | None = None) -> Path:
+    """Draws the reward of several runs, by name, each a list of its steps' records; `best` stands out."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(11, 6), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_title("Reward of the sampled completions (smoothed)")
+    axes.set_xlabel("step")
+    colours = colormaps["viridis"].resampled(max(2, len(runs)))
+    for number, (name, steps) in enumerate(runs.items()):
+        x, reward = series(list(steps), "reward")
+        first = name == best
+        style = {"color": ORANGE, "linewidth": 2.5, "zorder": 3} if first else {"color": colours(number)}
+        axes.plot(x, smoothed(reward), label=f"{name} (best)" if first else name, **style)
+        # A curve that ends before the others is a member that was stopped.
+        axes.plot(x[-1:], smoothed(reward)[-1:], "o", markersize=4, color=style["color"])
+    _style(axes)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
+    return path
 
 
 def plot_run(run_dir: str | Path) -> Path:

@@ -177,8 +177,12 @@ def _publish(staged: Path, store: AdapterStore, made: Fork, state: TrainerState)
         version = new.publish(files, step=made.step, parent=None)
         new.archive_state(version, *state.to_files())
         new.promote(version)
-        taken_from = {"from/run": str(made.source), "from/version": origin.number, "from/digest": origin.digest}
-        new.record(version, **store.metrics(origin) | taken_from)
+        new.record(version, **store.metrics(origin) | taken_from(made.source, origin))
+
+
+def taken_from(source: Path, origin: AdapterVersion) -> dict[str, str | int]:
+    """What the journal says of a version that was taken from another run."""
+    return {"from/run": str(source), "from/version": origin.number, "from/digest": origin.digest}
 
 
 def _copy(source: Path, staged: Path, *names: str) -> None:

@@ -1,0 +1,119 @@
+"""`lora-grpo sweep CONFIG`, `lora-grpo sweep SWEEP --resume`."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_grpo.cli.output import print_json, say, table
+
+if TYPE_CHECKING:
+    from lora_grpo.trainer.sweeping.plan import SweepPlan
+
+Row = dict[str, Any]
+
+
+Swept = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE,VALUE]...",
+        help="grpo.learning_rate=1e-5,3e-5 grpo.seed=0,1; with --sample also log:1e-6..1e-4 or 0.0..0.1",
+    ),
+]
+Sample = Annotated[int | None, typer.Option("--sample", help="Draw so many members instead of the grid.")]
+AtOnce = Annotated[int | None, typer.Option("--at-once", min=1, help="Most members at once; default: all that fit.")]
+Rungs = Annotated[str | None, typer.Option("--rungs", help="Successive halving at these steps, such as 5,10,20.")]
+Keep = Annotated[float, typer.Option("--keep", help="Share of the members that goes on at each rung.")]
+Every = Annotated[
+    int | None, typer.Option("--evolve-every", help="Population-based training: steps between take-overs.")
+]
+Perturb = Annotated[
+    list[str] | None, typer.Option("--perturb", help="A setting that a take-over changes; may be given again.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of draws, take-overs and perturbations.")]
+
+
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG|SWEEP", help="A run's TOML file, or a sweep to go on with.")
+    ],
+    settings: Swept = None,
+    sample: Sample = None,
+    at_once: AtOnce = None,
+    rungs: Rungs = None,
+    keep: Keep = 0.5,
+    evolve_every: Every = None,
+    perturb: Perturb = None,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in this directory.")] = False,
+) -> None:
+    """Train many settings of one run at once, on one engine and one base.
+
+    Settings without a comma or a range hold for all. Each member is a run in a folder of output_dir, which also gets
+    summary.json, curves.png and best-adapter/. The table goes to stderr, the summary to stdout as JSON.
+    Ctrl-C and SIGTERM stop all of it cleanly; --resume goes on.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from lora_grpo.trainer.sweeping import Sweep, SweepPlan
+
+    if resume:
+        if settings:
+            raise typer.BadParameter("--resume goes on with the sweep's own settings; leave the others out")
+        plan = SweepPlan.read(config)
+    else:
+        plan = _plan(
+            config, settings or (), sample, at_once=at_once, rungs=_steps(rungs), keep=keep, seed=seed,
+            evolve_every=evolve_every, perturb=tuple(perturb or ()),
+        )  # fmt: skip
+    try:
+        with _shown() as show:
+            summary = Sweep(plan, resume=resume).run(show)
+    except KeyboardInterrupt:
+        say(f"stopped; go on with: {shlex.join(['lora-grpo', 'sweep', str(plan.directory), '--resume'])}")
+        raise
+    print_json(summary)
+
+
+def _plan(config: Path, settings: Sequence[str], sample: int | None, **options: Any) -> SweepPlan:
+    from lora_grpo.config_file import load_config
+    from lora_grpo.trainer.sweeping import SweepPlan, is_swept, trials_of
+
+    swept = [text for text in settings if is_swept(text)]
+    fixed = load_config(config, [text for text in settings if not is_swept(text)])
+    return SweepPlan(fixed, trials_of(swept, sample=sample, seed=options["seed"]), **options)
+
+
+def _steps(text: str | None) -> tuple[int, ...]:
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise typer.BadParameter(f"--rungs {text!r} must be steps, such as 5,10,20")
+    return tuple(sorted(int(part) for part in parts))
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[list[Row]], None]]:
+    """A live table on a terminal, else a line for each round."""
+    if not sys.stderr.isatty():
+        yield lambda rows: say(_line(rows))
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
+        yield lambda rows: live.update(table(rows, "sweep"))
+
+
+def _line(rows: Sequence[Row]) -> str:
+    states = [row["state"] for row in rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    stepped = [row for row in rows if row["reward"] is not None]
+    best = max(stepped, key=lambda row: row["reward"], default=None)
+    ahead = "" if best is None else f"; ahead {best['member']}, step {best['step']}, reward {best['reward']:.3f}"
+    return f"{counts}{ahead}"

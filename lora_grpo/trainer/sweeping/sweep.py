@@ -1,0 +1,219 @@
+"""`Sweep`: the trials of a plan as a population, selection after each round, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.config import RunConfig
+from lora_grpo.config_file import save_config, setting, with_settings
+from lora_grpo.engines.base import Engine
+from lora_grpo.metrics import RunLog, history, plot_curves, read_metrics
+from lora_grpo.metrics.log import METRICS_FILE
+from lora_grpo.trainer.build import member_spec
+from lora_grpo.trainer.population.member import Member
+from lora_grpo.trainer.population.population import Population
+from lora_grpo.trainer.population.room import plan_room
+from lora_grpo.trainer.population.spec import MemberSpec
+from lora_grpo.trainer.sweeping.grid import Trial
+from lora_grpo.trainer.sweeping.plan import SweepPlan
+from lora_grpo.trainer.sweeping.selection import halving_losers, perturbed, score, take_over, takeovers
+
+LOG_FILE, SUMMARY_FILE, CURVES_FILE, BEST = "sweep.jsonl", "summary.json", "curves.png", "best-adapter"
+Steps = Sequence[dict[str, Any]]
+
+
+class Sweep:
+    """Runs what a plan says, in its directory, and goes on where it was stopped.
+
+    `SWEEP/sweep.jsonl` has what was decided (rung, take-over) and how each member ended; `SWEEP/summary.json`,
+    `curves.png` and `best-adapter/` come last. Each member's folder is a run like any other.
+    """
+
+    def __init__(self, plan: SweepPlan, *, engine: Engine | None = None, resume: bool = False) -> None:
+        """Raises `ConfigError` for a directory that holds something else. An `engine` that is given stays open."""
+        self.plan, self._engine = plan, engine
+        if not resume:
+            plan.write()
+        records = read_metrics(plan.directory / LOG_FILE) if (plan.directory / LOG_FILE).is_file() else []
+        self._log = RunLog(plan.directory / LOG_FILE)
+        self._ended = {record["name"]: record for record in records if record["event"] == "ended"}
+        self._judged = {(record["name"], record["rung"]) for record in records if record["event"] == "rung"}
+        self._evolved = {record["step"] for record in records if record["event"] == "evolved"}
+        self._members: dict[str, Member] = {}
+        self._past: dict[str, tuple[Steps, list[float]]] = {}
+
+    def run(self, show: Callable[[list[dict[str, Any]]], None] = lambda rows: None) -> dict[str, Any]:
+        """To the end; `show` is given the members' rows after each round. Returns the summary.
+
+        Ctrl-C leaves every member's run as it stands, to be gone on with. Raises what a population raises.
+        """
+        waiting = [trial for trial in self.plan.trials if trial.name not in self._ended]
+        try:
+            if waiting:
+                self._run_population([member_spec(self.plan.config(trial), resume=True) for trial in waiting], show)
+            return self._finish()
+        finally:
+            self._log.close()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a trial: state, step, reward (mean of the last steps), held-out reward, and the swept settings."""
+        return [self._row(trial) for trial in self.plan.trials]
+
+    def _run_population(self, specs: Sequence[MemberSpec], show: Callable[[list[dict[str, Any]]], None]) -> None:
+        plan = self.plan
+        model, engine_config = plan.settings.model, plan.settings.engine
+        at_once = plan.at_once or self._fitting(specs)
+        with Population(model, specs, engine=self._engine, engine_config=engine_config, at_once=at_once) as population:
+            population.resume()
+            self._members = {member.name: member for member in population.members}
+            for _ in population.rounds():
+                self._halve(population)
+                self._evolve(population)
+                self._note_ends()
+                show(self.rows())
+            self._note_ends()
+
+    def _fitting(self, specs: Sequence[MemberSpec]) -> int:
+        """As many as memory holds, at least one, which a population refuses with a sentence where it does not fit."""
+        if self.plan.evolve_every is not None:
+            return len(specs)
+        model, config = self.plan.settings.model, self.plan.settings.engine
+        wanted = [spec.loaded().checked(model, config) for spec in specs]
+        room = plan_room(model, wanted, config, "auto", len(specs), own_engine=self._engine is None)
+        return max(1, min(len(specs), room.fit))
+
+    def _note_ends(self) -> None:
+        for name, member in self._members.items():
+            if member.state in ("finished", "stopped", "failed") and name not in self._ended:
+                self._ended[name] = {"name": name, "state": member.state, "why": member.why}
+                self._log.append("ended", **self._ended[name])
+
+    def _halve(self, population: Population) -> None:
+        for rung in self.plan.rungs:
+            arrived = [m for m in population.running if _step(m) >= rung and (m.name, rung) not in self._judged]
+            # After a kill within a round, members are one step apart: the one behind is waited for.
+            if not arrived or any(_step(member) == rung - 1 for member in population.running):
+                continue
+            found = {trial.name: score(self._known(trial.name)[0], rung) for trial in self.plan.trials}
+            scores = {name: value for name, value in found.items() if value is not None}
+            losers = halving_losers(scores, self.plan.keep)
+            for member in arrived:
+                goes_on, value = member.name not in losers, scores[member.name]
+                self._judged.add((member.name, rung))
+                self._log.append("rung", name=member.name, rung=rung, score=value, goes_on=goes_on, of=len(scores))
+                if not goes_on:
+                    kept = f"the best {len(scores) - len(losers)} of {len(scores)}"
+                    population.stop(member, f"rung at step {rung}: reward {value:.3f} is not among {kept}")
+
+    def _evolve(self, population: Population) -> None:
+        running = {member.name: member for member in population.running}
+        step = min(map(_step, running.values()), default=0)
+        if self.plan.evolve_every is None or not step or step % self.plan.evolve_every or step in self._evolved:
+            return
+        self._evolved.add(step)
+        draw = random.Random(f"{self.plan.seed} {step}")
+        scores = {name: value for name, m in running.items() if (value := score(m.history, step)) is not None}
+        for loser, winner in takeovers(scores, self.plan.share, draw) if len(scores) > 1 else []:
+            self._take_over(population, running[loser], running[winner], draw)
+        self._log.append("evolved", step=step)
+
+    def _take_over(self, population: Population, loser: Member, winner: Member, draw: random.Random) -> None:
+        """The loser's run goes on from the winner's version, with the winner's settings, perturbed."""
+        before, followed = self._settings(loser.name), self._settings(winner.name)
+        changed = [f"{key}={perturbed(setting(followed, key), draw)}" for key in self.plan.perturb]
+        config = with_settings(before, changed, f"member {loser.name}")
+        taken = winner.runs.version
+        with loser.turn():
+            version = take_over(loser.runs, winner.runs)
+        save_config(config, loser.run_dir)
+        self._log.append(
+            "take-over", name=loser.name, step=version.step, version=version.number, settings=changed,
+            **{"from": {"run": winner.name, "version": taken.number, "digest": taken.digest}},
+        )  # fmt: skip
+        population.stop(loser, f"takes over {taken} of {winner.name}, {' '.join(changed) or 'settings as they were'}")
+        population.members.remove(loser)
+        self._members[loser.name] = population.add(member_spec(config, resume=True))
+
+    def _settings(self, name: str) -> RunConfig:
+        """A member's settings as they are by now."""
+        member = self._members.get(name)
+        trial = next(trial for trial in self.plan.trials if trial.name == name)
+        return self.plan.config(trial) if member is None or member.spec.settings is None else member.spec.settings
+
+    def _known(self, name: str) -> tuple[Steps, list[float]]:
+        """The metrics of a member's steps and its held-out rewards, those of earlier sessions included."""
+        member = self._members.get(name)
+        if member is not None and member.history:
+            self._past.pop(name, None)
+            return member.history, [result.metrics["reward"] for result in member.evaluations]
+        if name not in self._past:
+            path = self.plan.directory / name / METRICS_FILE
+            records = history(read_metrics(path)) if path.is_file() else []
+            steps = [record for record in records if record["event"] == "step"]
+            self._past[name] = steps, [record["reward"] for record in records if record["event"] == "evaluation"]
+        return self._past[name]
+
+    def _row(self, trial: Trial) -> dict[str, Any]:
+        member, settings = self._members.get(trial.name), self._settings(trial.name)
+        steps, held_out = self._known(trial.name)
+        ended = self._ended.get(trial.name, {})
+        swept = [text.partition("=")[0] for text in trial.settings]
+        return {
+            "member": trial.name,
+            "state": ended.get("state") or (member.state if member else "waiting"),
+            "step": steps[-1]["step"] if steps else 0,
+            "reward": score(steps, steps[-1]["step"]) if steps else None,
+            "held_out": held_out[-1] if held_out else None,
+            "why": ended.get("why"),
+            **{key: setting(settings, key) for key in dict.fromkeys([*swept, *self.plan.perturb])},
+        }
+
+    def _finish(self) -> dict[str, Any]:
+        rows, directory = self.rows(), self.plan.directory
+        curves = {row["member"]: self._known(row["member"])[0] for row in rows}
+        best = best_row(rows)
+        summary: dict[str, Any] = {
+            "best": best and best["member"],
+            "reward": best and best["reward"],
+            "held_out": best and best["held_out"],
+            "steps": sum(map(len, curves.values())),
+            "members": rows,
+            "adapter": None,
+        }
+        if best is not None:
+            shown = {name: steps for name, steps in curves.items() if steps}
+            plot_curves(shown, directory / CURVES_FILE, best["member"])
+            summary |= {"adapter": str(directory / BEST), **_export(directory / best["member"], directory / BEST)}
+        disk.replace_file(directory / SUMMARY_FILE, json.dumps(summary, indent=1).encode(), sync=True)
+        return summary
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the members that finished (or else of all that stepped), the one with the best held-out reward; where not all
+    were evaluated, with the best training reward over the last steps."""
+    stepped = [row for row in rows if row["reward"] is not None]
+    finished = [row for row in stepped if row["state"] == "finished"] or stepped
+    measured = "held_out" if all(row["held_out"] is not None for row in finished) else "reward"
+    return max(finished, key=lambda row: row[measured] if math.isfinite(row[measured]) else -math.inf, default=None)
+
+
+def _export(run: Path, directory: Path) -> dict[str, Any]:
+    """The best version of a run as a plain PEFT folder, in place of what an earlier session wrote there."""
+    shutil.rmtree(directory, ignore_errors=True)
+    with AdapterStore(archive=run, readonly=True) as store:
+        version = store.get("best")
+        weights = export_adapter(store, version, Recipe.read(run), directory)
+    return {"version": version.number, "digest": version.digest, "weights": weights}
+
+
+def _step(member: Member) -> int:
+    return int(member.history[-1]["step"]) if member.history else 0
