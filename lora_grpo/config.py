@@ -90,9 +90,9 @@ class EngineConfig(Section):
 
 
 class DataConfig(Section):
-    """Where prompts come from: a hub name, a JSONL or Parquet file."""
+    """Where prompts come from: a hub name, a JSONL, JSON, CSV or Parquet file."""
 
-    train: str = Field(description="hub dataset name, or a .jsonl/.json/.parquet file")
+    train: str = Field(description="hub dataset name, or a .jsonl/.json/.csv/.parquet file")
     train_split: str = Field("train", description="split of `train`, if it is on the hub")
     name: str | None = Field(None, description="hub configuration, e.g. 'main' for openai/gsm8k")
     eval: str | None = Field(None, description="held-out prompts, as `train`")

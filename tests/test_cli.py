@@ -52,6 +52,17 @@ def test_version(tmp_path):
     assert lora_grpo("--version", cwd=tmp_path).stdout.split() == ["lora-grpo", package.__version__]
 
 
+def test_a_shell_completes_commands(tmp_path, monkeypatch):
+    """As `lora-grpo --install-completion` has bash ask."""
+    for name, value in {
+        "_LORA_GRPO_COMPLETE": "complete_bash",
+        "COMP_WORDS": "lora-grpo ver",
+        "COMP_CWORD": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert lora_grpo(cwd=tmp_path).stdout.split() == ["versions", "verify"]
+
+
 def test_help_config_explains_every_setting(tmp_path):
     shown = lora_grpo("train", "--help-config", cwd=tmp_path)
     assert shown.returncode == 0

@@ -30,6 +30,28 @@ def test_jsonl_keeps_prompts_and_columns_of_mixed_types(tmp_path):
     )
 
 
+def test_csv_is_rows_of_text(tmp_path):
+    (tmp_path / "train.csv").write_bytes(
+        b'\xef\xbb\xbfprompt,answer\r\n"Say ""a, b""\nand stop.",2\r\n\r\n17+58=,75\r\n'
+    )
+    data = load_prompts(tmp_path / "train.csv")
+    assert data.select([0, 1]) == (['Say "a, b"\nand stop.', "17+58="], {"answer": ["2", "75"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prompt,answer\n1+1=,2\n1,000+1=,1001\n", r"line 3: 3 values for 2 columns; put a value that holds a comma"),
+        ("prompt,prompt\na,b\n", r"the first line names the columns, each once; it is \['prompt', 'prompt'\]"),
+        ('prompt,answer\n"1+1=,2\n', r"not CSV: unexpected end of data"),
+    ],
+)
+def test_csv_that_cannot_be_read_is_named(tmp_path, text, words):
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(ConfigError, match=rf"bad\.csv.*{words}"):
+        load_prompts(tmp_path / "bad.csv")
+
+
 def test_every_source_gives_the_same_prompts(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

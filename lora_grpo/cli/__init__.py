@@ -78,7 +78,6 @@ app = typer.Typer(
     help="GRPO for LoRA adapters on vLLM, without ever merging.",
     epilog="A first run, no GPU needed: lora-grpo demo. Your own: lora-grpo check run.toml, lora-grpo train run.toml.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

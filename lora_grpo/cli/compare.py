@@ -16,7 +16,8 @@ def compare(
     a: Annotated[str, typer.Argument(metavar="A", help=f"A version: {VERSION_HELP}")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
     prompts: Annotated[
-        Path, typer.Option("--prompts", "-p", help="A .jsonl, .json or .parquet file of prompts, as the run's data.")
+        Path,
+        typer.Option("--prompts", "-p", help="A .jsonl, .json, .csv or .parquet file of prompts, as the run's data."),
     ],
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers a prompt from each version.")] = 1,
     temperature: Annotated[

@@ -1,7 +1,9 @@
-"""Rows from where they are: the hub, JSONL, JSON and Parquet files, datasets, lists of dicts."""
+"""Rows from where they are: the hub, JSONL, JSON, CSV and Parquet files, datasets, lists of dicts."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 Rows: TypeAlias = "Sequence[Mapping[str, Any]] | Dataset"
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def read_rows(source: str | Path | Rows, split: str, name: str | None) -> tuple[Rows, str]:
@@ -25,8 +27,8 @@ def read_rows(source: str | Path | Rows, split: str, name: str | None) -> tuple[
             return _from_hub(str(source), split, name), f"dataset {str(source)!r} (split {split!r})"
         if not path.is_file():
             raise ConfigError(f"no such data file: {path.absolute()}")
-        read = _from_parquet if path.suffix.lower() == ".parquet" else _from_json
-        return read(path), str(path)
+        readers = {".parquet": _from_parquet, ".csv": _from_csv}
+        return readers.get(path.suffix.lower(), _from_json)(path), str(path)
     if isinstance(source, Mapping):
         splits = ", ".join(map(repr, source))
         raise ConfigError(f"the data is a mapping, not rows; choose one of its splits: {splits}")
@@ -74,10 +76,7 @@ def _from_json(path: Path) -> list[dict[str, Any]]:
     Read here and not through Arrow, which gives a column one type: it refuses answers that are now text, now numbers,
     and fills nested messages with keys that other rows have.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 ({error}); convert it, as with iconv -t UTF-8") from error
+    text = _text(path)
     if text.lstrip().startswith("["):
         rows: list[dict[str, Any]] = _json(text, str(path))
         where = [f"{path}, row {index}" for index in range(len(rows))]
@@ -89,6 +88,33 @@ def _from_json(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ConfigError(f"{at}: {short(row)} is no JSON object with columns as keys")
     return rows
+
+
+def _from_csv(path: Path) -> list[dict[str, Any]]:
+    """One row a record, the first of them the columns' names; every value is text."""
+    reader = csv.reader(io.StringIO(_text(path)), strict=True)
+    rows: list[dict[str, Any]] = []
+    try:
+        names = next(reader, [])
+        if not all(names) or len({*names}) != len(names):
+            raise ConfigError(f"{path}: the first line names the columns, each once; it is {short(names)}")
+        for values in filter(None, reader):
+            if len(values) != len(names):
+                raise ConfigError(
+                    f"{path}, line {reader.line_num}: {len(values)} values for {len(names)} columns; put a value that "
+                    "holds a comma, a quote or a line break in double quotes"
+                )
+            rows.append(dict(zip(names, values, strict=True)))
+    except csv.Error as error:
+        raise ConfigError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+    return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 ({error}); convert it, as with iconv -t UTF-8") from error
 
 
 def _json(text: str, where: str) -> Any:
