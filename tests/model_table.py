@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ from lora_grpo.adapters.files.digest import digest_directory
 from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.config_file import config_of_model
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError, LoraGrpoError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
+from lora_grpo.trainer.checking import Finding as CheckFinding
+from lora_grpo.trainer.checking import check_run
 from tests.families import FAMILIES, build, trainer_model
 from tests.tiny_models import VOCAB, refill_lora
 
@@ -39,18 +42,46 @@ TABLE = Path(__file__).parent.parent / "examples" / "docs" / "models.md"
 HEAD = """# Models
 
 Written by `make models`: a tiny model of each family, with random weights, served by vLLM {vllm} on the CPU in
-bfloat16, beside {versions} in float32. Three policies were delivered to each engine.
+bfloat16, beside {versions} in float32.
+`lora-grpo check MODEL --engine` passed on each: base match, probe, slots, three swaps. Then three policies were
+delivered to an engine, and an adapter under a foreign prefix, one without a layer, a stale one, one of another scale
+and a half-written slot were all refused.
 The figures are nats, means over tokens: engine against trainer on the base, the largest such difference of a policy,
-and the smallest distance of a policy to its base. On each of these an adapter under a foreign prefix, one without a
-layer, a stale one, one of another scale and a half-written slot were refused.
+and the smallest distance of a policy to its base.
 
 | family | adapted | base | policy | to the base |
 |---|---|---|---|---|"""
+BUT_FOR = """
+These work but for some layers. With `target_modules = "all-linear"`, which is the default, `check` says of them:
+
+| family | reason |
+|---|---|"""
 OTHERS = """
 These are refused, in these words:
 
 | family | reason |
 |---|---|"""
+NOTES = """
+## Besides
+
+- Of a wrapper (Qwen3.5, Qwen3-VL, Qwen2.5-VL, Gemma 3 and 4, Mistral 3) the language model is trained, on text. The
+  tower is neither loaded nor adapted; adapters carry the full checkpoint's names.
+- Tokens that stand for an image, a video or a sound are neither sampled nor taken in a prompt. So the sampler's
+  distribution leaves them out, and the trainer's does not: their log-probs differ by -log(1 - p), where p is what the
+  model gives these tokens in all. A canary and the corrections for off-policy samples see that as any other difference.
+- An adapter of a mixture's experts is refused: vLLM has kernels for it on a GPU alone, where it was not run. So is one
+  of shared experts: PEFT {peft} takes their layers' names, in a list or in a pattern, for the experts' too.
+- Bases in fewer bits: [quantized.md](quantized.md).
+"""
+SETTINGS = (
+    "model.dtype=float32",
+    "lora.r=8",
+    "engine.dtype=bfloat16",
+    "engine.max_model_len=128",
+    "engine.max_num_seqs=64",
+    "engine.enforce_eager=true",
+    "engine.gpu_memory_utilization=0.1",
+)
 
 
 @dataclass
@@ -64,6 +95,7 @@ class Finding:
     gap: float = float("nan")
     signal: float = float("nan")
     missed: list[str] = field(default_factory=list)
+    but_for: str = ""
     seconds: float = 0.0
 
     @property
@@ -121,6 +153,23 @@ def deliver(finding: Finding, model: Any, engine: VLLMEngine, store: AdapterStor
         signals.append(mean_abs_difference(policy, base))
     finding.gap, finding.signal = max(gaps), min(signals)
     finding.missed = [control for control, attempt in CONTROLS.items() if not attempt(engine, sync, store, shm)]
+
+
+def check(name: str, directory: Path) -> tuple[str, str]:
+    """What `lora-grpo check` finds wrong, each empty where all is well: with the default adapter where the family's is
+    another one, from the config alone; and with the family's, in an engine."""
+    family, model = FAMILIES[name], str(directory)
+    settings = [*SETTINGS, *([f"model.quantization={family.quantization}"] if family.quantization else [])]
+    by_default = ""
+    if not isinstance(family.targets, str):
+        by_default = _wrong(check_run(config_of_model(model, settings), base_alone=True))
+        settings.append(f"lora.target_modules={json.dumps(family.targets)}")
+    with_own = _wrong(check_run(config_of_model(model, settings), engine=True, base_alone=True))
+    return by_default.replace(model, name), with_own.replace(model, name)
+
+
+def _wrong(found: Iterable[CheckFinding]) -> str:
+    return "; ".join(one.found for one in found if not one.ok)
 
 
 Control = Callable[[VLLMEngine, NativeSync, AdapterStore, Path], bool]
@@ -251,8 +300,11 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-models-") as shm,
     ):
         for name in options.families or FAMILIES:
-            findings.append(examine(name, Path(models) / name, Path(shm), options.dtype))
-            print(row(findings[-1]), flush=True)
+            found = examine(name, Path(models) / name, Path(shm), options.dtype)
+            found.but_for, wrong = check(name, Path(models) / name)
+            found.state = wrong or found.state
+            findings.append(found)
+            print(row(found), f"check: {wrong or found.but_for or 'all is well'}", flush=True)
     if not options.families:
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(table(findings))
@@ -262,8 +314,15 @@ def table(findings: list[Finding]) -> str:
     """The page of the docs."""
     versions = " and ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "peft"))
     works = [row(finding) for finding in findings if finding.works]
+    reasons: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.works and finding.but_for:
+            reasons.setdefault(finding.but_for, []).append(finding.family)
+    but_for = [said(", ".join(families), reason) for reason, families in reasons.items()]
     others = [row(finding) for finding in findings if not finding.works]
-    return "\n".join([HEAD.format(vllm=_vllm_version(), versions=versions), *works, OTHERS, *others, ""])
+    head = HEAD.format(vllm=_vllm_version(), versions=versions)
+    notes = NOTES.format(peft=importlib.metadata.version("peft"))
+    return "\n".join([head, *works, BUT_FOR, *but_for, OTHERS, *others, notes])
 
 
 def row(finding: Finding) -> str:
@@ -271,7 +330,11 @@ def row(finding: Finding) -> str:
     if finding.works:
         return f"| {finding.family} | {FAMILIES[finding.family].layers} | {figures} |"
     reason = finding.state if not finding.missed else f"not refused: {', '.join(finding.missed)} ({figures})"
-    return f"| {finding.family} | {' '.join(reason.split())} |"
+    return said(finding.family, reason)
+
+
+def said(families: str, reason: str) -> str:
+    return f"| {families} | {' '.join(reason.split())} |"
 
 
 def _vllm_version() -> str:
