@@ -91,19 +91,7 @@ def fake(llama_dir: Path) -> FakeEngine:
 
 
 def alone(base: ModelConfig, engine: Any, spec: MemberSpec) -> GRPOTrainer:
-    return GRPOTrainer(
-        base,
-        spec.reward_funcs,
-        spec.config,
-        spec.train_dataset,
-        eval_dataset=spec.eval_dataset,
-        peft_config=spec.peft_config,
-        keep=spec.keep,
-        run_dir=spec.run_dir,
-        guard=spec.guard,
-        engine=engine,
-        view=False,
-    )
+    return GRPOTrainer(base, **spec.arguments(), engine=engine, view=False)
 
 
 def facts(trainer: GRPOTrainer) -> tuple[Any, ...]:
@@ -338,3 +326,13 @@ def test_the_engine_is_sized_for_all_members(
         with pytest.raises(ConfigError, match="started for q_proj, v_proj; give a member with those layers"):
             population.add(plain(tmp_path / "more", peft_config=LORA))
         assert len(population.members) == 3
+
+
+def test_an_engine_with_too_few_places_samples_members_in_turn(
+    base: ModelConfig, fake: FakeEngine, tmp_path: Path
+) -> None:
+    small = FakeEngine(lambda prompt, version, seed: "ab"[seed % 2] * 5, tokenizer=fake.tokenizer, max_cpu_loras=2)
+    once = SHORT.replace(total_steps=1)
+    with Population(base, [plain(tmp_path / name, config=once) for name in "abc"], engine=small) as population:
+        population.train()
+        assert [member.state for member in population.members] == ["finished"] * 3

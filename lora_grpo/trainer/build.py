@@ -31,21 +31,8 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
     processes.first(lambda: _check_run(config, run_dir, resume=resume))
     if resume and config.grpo.max_tokens_per_micro_batch is None:
         config = _cut_alike(config, processes.first(lambda: _kept_cut(run_dir)))
-    train, held_out = load_data(config.data)
-    trainer = GRPOTrainer(
-        config.model,
-        [load_reward(reward) for reward in config.rewards],
-        effective_grpo(config),
-        train,
-        eval_dataset=held_out,
-        peft_config=lora_config(config.lora),
-        engine_config=config.engine,
-        keep=config.keep,
-        run_dir=config.output_dir,
-        store_root=config.store_root,
-        guard=build_guard(config.guard),
-        view=view,
-    )
+    spec = _spec(config)
+    trainer = GRPOTrainer(config.model, **spec.arguments(), engine_config=config.engine, view=view)
     try:
         if resume:
             trainer.resume()
@@ -62,9 +49,13 @@ def member_spec(config: RunConfig, *, resume: bool = False) -> MemberSpec:
     _check_run(config, run_dir, resume=resume)
     if resume and config.grpo.max_tokens_per_micro_batch is None:
         config = _cut_alike(config, _kept_cut(run_dir))
+    return _spec(config)
+
+
+def _spec(config: RunConfig) -> MemberSpec:
     train, held_out = load_data(config.data)
     return MemberSpec(
-        run_dir,
+        config.output_dir,
         [load_reward(reward) for reward in config.rewards],
         effective_grpo(config),
         train,

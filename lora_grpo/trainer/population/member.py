@@ -75,22 +75,7 @@ class Member:
         """Build its trainer on what is shared, take up what its run directory holds, and publish its first version."""
         spec = self.spec
         with self._generators.in_place(), quiet_libraries(self.run_dir / ENGINE_LOG):
-            self.trainer = GRPOTrainer(
-                model,
-                spec.reward_funcs,
-                spec.config,
-                spec.train_dataset,
-                eval_dataset=spec.eval_dataset,
-                peft_config=spec.peft_config,
-                processing_class=spec.processing_class,
-                keep=spec.keep,
-                run_dir=spec.run_dir,
-                store_root=spec.store_root,
-                rollout_func=spec.rollout_func,
-                guard=spec.guard,
-                view=False,
-                shared=shared,
-            )
+            self.trainer = GRPOTrainer(model, **spec.arguments(), view=False, shared=shared)
             if resume:
                 self.trainer.resume()
             if spec.settings is not None:

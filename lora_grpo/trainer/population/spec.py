@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +38,10 @@ class MemberSpec:
     rollout_func: RolloutFunc | None = None
     guard: Guard | None = None
     settings: RunConfig | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What a `GRPOTrainer` of this run is built with, on a model and an engine."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "settings"}
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.rendering import RenderingEngine
 from lora_grpo.engines.requests import sampling_by_prompt
+from lora_grpo.errors import EngineError
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.overlap import Rollout
 from lora_grpo.trainer.rollouts import training_sampling
@@ -37,9 +38,15 @@ def sample_together(engine: Engine, waiting: Sequence[tuple[GRPOTrainer, Rollout
 
 
 def hold(engine: Engine, versions: Sequence[AdapterVersion]) -> None:
-    """Load again those whose place the loads of others took. The engine must have as many places as there are."""
-    while missing := [version for version in versions if version not in engine.loaded()]:
+    """Load again those whose place the loads of others took. Raises `EngineError` where there are too few places."""
+    for _ in range(len(versions) + 1):
+        missing = [version for version in versions if version not in engine.loaded()]
+        if not missing:
+            return
         engine.load(missing[0])
+    raise EngineError(
+        f"the engine holds {len(engine.loaded())} versions at a time, and {len(versions)} members need one"
+    )
 
 
 def _asked(trainer: GRPOTrainer, rollout: Rollout) -> tuple[Sequence[Prompt], list[Sampling]]:
