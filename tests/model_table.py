@@ -71,6 +71,8 @@ NOTES = """
   model gives these tokens in all. A canary and the corrections for off-policy samples see that as any other difference.
 - An adapter of a mixture's experts is refused: vLLM has kernels for it on a GPU alone, where it was not run. So is one
   of shared experts: PEFT {peft} takes their layers' names, in a list or in a pattern, for the experts' too.
+- Of Granite 4's Mamba layers leave `out_proj` out, though `check` lets it pass on a CPU: transformers' CUDA kernels
+  take its weight and go past its adapter.
 - Bases in fewer bits: [quantized.md](quantized.md).
 """
 SETTINGS = (
