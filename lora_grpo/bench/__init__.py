@@ -1,13 +1,15 @@
 """The benchmark suite: native hot-swap against merging, for speed, memory and truth.
 
-scenario, schema      what is asked for, and the JSON that comes of it
+scenario, settings    what is asked for
+schema                the JSON that comes of it
 shapes, host, card    models made on the spot, what they need, and the machine
 strategies/           one way from trainer to engine a file; the only place where anything is merged
 worker, process       a strategy alive in its own process
+prepared, levels      it and what others are given of it; what a process takes now
 turns                 strategies one after another on one device, and how their rows compare
 plan, runner          which processes measure what, in which order; what was measured survives a cut-off
 sync, proofs, memory, decode, fidelity, drift, step, rollback, endurance
                       one measurement a file: its plan, what a worker does for it, and its rows of the tables
-breakeven, goals, report, plots, compare
+breakeven, report, plots, compare
                       what the figures say
 """
