@@ -64,7 +64,7 @@ def config_of_model(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _built(label: str, values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     try:
         return RunConfig(**values)
     except ConfigError as error:
@@ -127,7 +127,8 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets one 'section.key=value' in the settings of a file. Raises `ConfigError` for what is no such thing."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

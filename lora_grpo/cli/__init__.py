@@ -26,6 +26,7 @@ from lora_grpo.cli.diff import diff
 from lora_grpo.cli.evaluate import evaluate
 from lora_grpo.cli.export import export
 from lora_grpo.cli.fork import fork
+from lora_grpo.cli.init import init
 from lora_grpo.cli.output import say_error
 from lora_grpo.cli.pin import pin, unpin
 from lora_grpo.cli.prune import prune
@@ -40,7 +41,7 @@ from lora_grpo.cli.versions import show, versions
 from lora_grpo.errors import LoraGrpoError
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
-    "Train": {"check": check, "train": train, "sweep": sweep, "eval": evaluate, "demo": demo},
+    "Train": {"init": init, "check": check, "train": train, "sweep": sweep, "eval": evaluate, "demo": demo},
     "Versions of a run": {
         "versions": versions,
         "show": show,
