@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_grpo.config_file import load_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.trainer import planning
 from lora_grpo.trainer.checking import check_run
+from tests.example_configs import FOLDER, MODELS, text
 from tests.test_cli import lora_grpo
 
 SUMS = [{"id": n, "question": f"{n}+1=", "answer": f"One more.\n#### {n + 1:,}"} for n in range(40)]
@@ -101,3 +103,14 @@ def test_the_command_asks_for_data(tmp_path: Path) -> None:
     failed = lora_grpo("init", "model", cwd=tmp_path)
     assert failed.returncode == 2
     assert "--data" in failed.stderr
+
+
+@pytest.mark.parametrize("shape", list(MODELS)[:1])
+def test_the_examples_are_what_the_code_writes(shape: str) -> None:
+    """But for activations, which other versions of transformers may compute a little otherwise."""
+    kept, now = ((FOLDER / f"{shape}.toml").read_text(), text(shape))
+    assert load_config(FOLDER / f"{shape}.toml").model.name == MODELS[shape]
+    activations = r"[\d,.]+ MiB and|activations [\d,.]+ MiB"
+    assert re.sub(activations, "", kept) == re.sub(activations, "", now)
+    mib = [float(re.search("# ([\\d,.]+) MiB and", one)[1].replace(",", "")) for one in (kept, now)]  # type: ignore[index]
+    assert mib[0] == pytest.approx(mib[1], rel=0.03)
