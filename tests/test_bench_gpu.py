@@ -299,17 +299,15 @@ def test_a_merge_that_was_decoded_itself_is_judged_by_that() -> None:
 # Where it was measured.
 
 
-def test_the_environment_names_the_commit_where_there_is_no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_commit_before_any_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(commit.VARIABLE, "abc1234")
-    inside = commit.commit()
+    assert commit.commit() == host.card("cpu")["commit"] == "abc1234"
+    monkeypatch.delenv(commit.VARIABLE)
+    assert commit.commit() != "abc1234"
 
     def absent(*_: Any, **__: Any) -> Any:
         raise subprocess.CalledProcessError(128, "git")
 
     monkeypatch.setattr(subprocess, "run", absent)
-    assert commit.commit() == "abc1234"
-    assert host.card("cpu")["commit"] == "abc1234"
-    assert inside != "abc1234"
-    monkeypatch.delenv(commit.VARIABLE)
     assert commit.commit() is None
     assert "commit" not in host.card("cpu")

@@ -311,7 +311,7 @@ def test_probe_catches_a_wrong_scale(
 
     def misscaled(self: ServingForm) -> None:
         fill(self)
-        for view in self._views[1::2]:
+        for view in self.held[1::2]:
             view.mul_(factor)
 
     monkeypatch.setattr(ServingForm, "_fill", misscaled)

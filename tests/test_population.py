@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
+from lora_grpo import sync
 from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, RewardError, TrainingError
@@ -18,6 +21,7 @@ from lora_grpo.trainer import GRPOTrainer, Guard, NonFinite
 from lora_grpo.trainer.population import room
 from lora_grpo.trainer.population.population import Population
 from lora_grpo.trainer.population.spec import MemberSpec
+from tests.conftest import ENGINE_ARGS
 from tests.tiny_run import fake_engine
 from tests.tiny_trainer import CONFIG, ROWS, moments, same, share_of_low_bytes, weights
 
@@ -35,7 +39,7 @@ def length(completions: Sequence[str], **columns: Any) -> list[float]:
 def specs(folder: Path) -> list[MemberSpec]:
     """Three members that differ in all that members may differ in."""
     keep = KeepConfig(trainer_states=20)
-    narrow = SHORT.replace(
+    narrow = CONFIG.replace(
         seed=4,
         total_steps=3,
         reward_weights=(0.5, 2.0),
@@ -47,9 +51,11 @@ def specs(folder: Path) -> list[MemberSpec]:
         num_iterations=2,
     )
     attention = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, **LOUD)
-    with_kl = SHORT.replace(seed=5, total_steps=2, beta=0.1, learning_rate=5e-3)
+    with_kl = CONFIG.replace(seed=5, total_steps=2, beta=0.1, learning_rate=5e-3)
     return [
-        MemberSpec(folder / "all-layers", share_of_low_bytes, SHORT, ROWS, peft_config=LORA, keep=keep),
+        MemberSpec(
+            folder / "all-layers", share_of_low_bytes, CONFIG.replace(total_steps=3), ROWS, peft_config=LORA, keep=keep
+        ),
         MemberSpec(
             folder / "attention", [length, share_of_low_bytes], narrow, ROWS[:10], peft_config=attention, keep=keep
         ),
@@ -68,6 +74,15 @@ def plain(folder: Path, **changes: Any) -> MemberSpec:
 @pytest.fixture(scope="module")
 def base(llama_dir: Path) -> ModelConfig:
     return ModelConfig(name=str(llama_dir), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def engine(llama_dir: Path) -> Iterator[Any]:
+    from lora_grpo.engines.vllm_local import VLLMEngine
+
+    engine = VLLMEngine(llama_dir, max_lora_rank=8, max_loras=3, dtype="float32", **ENGINE_ARGS)
+    yield engine
+    engine.close()
 
 
 @pytest.fixture
@@ -93,12 +108,70 @@ def require_as_alone(base: ModelConfig, engine: Any, trainer: GRPOTrainer, spec:
         assert same(moments(trainer), moments(lone))
 
 
-def test_each_member_is_the_run_that_it_would_be_alone(base: ModelConfig, fake: FakeEngine, tmp_path: Path) -> None:
-    with Population(base, specs(tmp_path / "together"), engine=fake) as population:
-        members = population.train()
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tuple[Any, ...]]:
+    """Every later call of `owner.name`: its positional arguments and what it returned."""
+    calls, original = [], getattr(owner, name)
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        calls.append((args, kwargs, result))
+        return result
+
+    monkeypatch.setattr(owner, name, noting)
+    return calls
+
+
+def test_each_member_is_the_run_that_it_would_be_alone(
+    base: ModelConfig, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proofs, matches = (counted(monkeypatch, sync, name) for name in ("run_probe", "match_base"))
+    with Population(base, specs(tmp_path / "together"), engine=engine) as population:
+        with monkeypatch.context() as spying:
+            batches = counted(spying, engine, "generate")
+            members = population.train()
         assert [member.state for member in members] == ["finished"] * 3
+        assert (len(proofs), len(matches)) == (2, 1)  # of two forms on one base
+        mixed = [batch for batch in batches if isinstance(batch[1]["adapter"], list)]
+        assert [len({version.path for version in asked["adapter"]}) for _, asked, _ in mixed] == [3, 3, 2]
+        for _, asked, groups in mixed:
+            require_made_by_its_own(engine, asked["adapter"], groups)
         for member, spec in zip(members, specs(tmp_path / "alone"), strict=True):
-            require_as_alone(base, fake, member.runs, spec)
+            require_as_alone(base, engine, member.runs, spec)
+
+
+def require_made_by_its_own(engine: Any, versions: Sequence[Any], groups: Sequence[Any]) -> None:
+    """Each row's log-probs are those of its member's version, and of no other member's.
+
+    Rows of pairs were sampled at another temperature than engines score at.
+    """
+    distinct = list(dict.fromkeys(versions))
+    for version in distinct:
+        engine.load(version)
+    scored_groups = [pair for pair in zip(versions, groups, strict=True) if len(pair[1].completions) > 2]
+    assert len(scored_groups) >= 4
+    for version, group in scored_groups:
+        completion = group.completions[0]
+        ids = [*group.prompt_token_ids, *completion.token_ids]
+        for other in distinct:
+            scored = engine.logprobs([ids], adapter=other)[0][len(group.prompt_token_ids) - 1 :]
+            gaps = [abs(left - right) for left, right in zip(scored, completion.logprobs, strict=True)]
+            own, apart = max(gaps) < 1e-3, max(gaps) > 0.02
+            assert own if other is version else apart, (version, other, gaps)
+
+
+def test_a_killed_population_goes_on_as_if_nothing_had_happened(base: ModelConfig, engine: Any, tmp_path: Path) -> None:
+    """Killed by SIGKILL while the second member's second step is scored: the first has published that step."""
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "tests.tiny_population", base.name, str(folder)]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    with Population(base, specs(folder), engine=engine) as population:
+        population.resume()
+        next(population.rounds())
+        assert [member.runs.steps_done for member in population.members] == [3, 2, 2]
+        population.train()
+        for member, spec in zip(population.members, specs(tmp_path / "alone"), strict=True):
+            require_as_alone(base, engine, member.runs, spec)
 
 
 def poisoned_at(step: int, victim: Callable[[], GRPOTrainer]) -> Any:

@@ -89,7 +89,7 @@ def test_on_cuda_micro_batches_are_cut_by_tokens_found_at_the_first_start(
 ) -> None:
     """And kept by resume, from whatever settings: bits depend on the cut."""
 
-    def trainer(model: Any, rewards: Any, config: Any, *_: Any, run_dir: str, **__: Any) -> Any:
+    def trainer(model: Any, *, config: Any, run_dir: str, **__: Any) -> Any:
         return tiny_trainer(llama_dir, fake_engine(llama_dir), Path(run_dir), config)
 
     def checkpoints(*arguments: Any) -> bool:

@@ -470,26 +470,27 @@ from lora_grpo.engines.vllm_local import VLLMEngine
 from tests.conftest import ENGINE_ARGS
 from tests.tiny_models import load_model
 
-def pss():
+def resident():
+    # Not the proportional set, which grows when another process lets go of a library that both had mapped.
     rows = dict(line.split(":", 1) for line in open("/proc/self/smaps_rollup") if ":" in line)
-    return 1024 * int(rows["Pss"].split()[0])
+    return 1024 * int(rows["Rss"].split()[0])
 
 engine = VLLMEngine(sys.argv[1], max_lora_rank=8, share_base_weights=True, **ENGINE_ARGS)
 own = load_model(sys.argv[1], "bfloat16")
 weights = sum(p.numel() * p.element_size() for p in own.parameters())
 tokens = torch.arange(24)[None]
 own(tokens); engine.logprobs([list(range(24))] * 4, adapter=None)
-with_copy = pss()
+with_copy = resident()
 del own
-without = pss()
+without = resident()
 model = engine.shared_model(); model(tokens)
 with open(sys.argv[2], "w") as out:
-    json.dump({"weights": weights, "copy": with_copy - without, "shared": pss() - without}, out)
+    json.dump({"weights": weights, "copy": with_copy - without, "shared": resident() - without}, out)
 """
 
 
 def test_memory_holds_one_copy(tmp_path: Path) -> None:
-    """Pss of a process: an own copy takes the weights' size again, the shared model next to nothing."""
+    """Resident memory of a process: an own copy takes the weights' size again, the shared model next to nothing."""
     directory = tiny_model("qwen2", tmp_path / "model", hidden=1536, tie=True)
     code = [sys.executable, "-c", MEASURE, str(directory), str(tmp_path / "out.json")]
     done = subprocess.run(code, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)

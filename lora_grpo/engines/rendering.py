@@ -24,15 +24,17 @@ class RenderingEngine:
         return getattr(self._engine, name)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
-        rendered, sampling_P = self.rendered(prompts, sampling)
-        groups = self._engine.generate(rendered, sampling_P, adapter=adapter)
+        asked = self._ended(sampling) if isinstance(sampling, Sampling) else [self._ended(one) for one in sampling]
+        groups = self._engine.generate(self._encoded(prompts), asked, adapter=adapter)
         return [replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=False)]
 
     def rendered(self, prompts: Sequence[Prompt], sampling: Samplings) -> tuple[list[Rendered], list[Sampling]]:
         """What the engine itself is asked: the prompts' token ids, and how each is sampled."""
+        return self._encoded(prompts), [self._ended(one) for one in sampling_by_prompt(sampling, len(prompts))]
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[Rendered]:
         ids_P = token_prompts(self.tokenizer, prompts)
-        rendered = [Rendered.of(ids, prompt) for ids, prompt in zip(ids_P, prompts, strict=True)]
-        return rendered, [self._ended(one) for one in sampling_by_prompt(sampling, len(prompts))]
+        return [Rendered.of(ids, prompt) for ids, prompt in zip(ids_P, prompts, strict=True)]
 
     def _ended(self, sampling: Sampling) -> Sampling:
         if sampling.ignore_eos:
