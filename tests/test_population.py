@@ -17,6 +17,7 @@ from lora_grpo import sync
 from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, RewardError, TrainingError
+from lora_grpo.metrics import read_metrics
 from lora_grpo.trainer import GRPOTrainer, Guard, NonFinite
 from lora_grpo.trainer.population import room
 from lora_grpo.trainer.population.population import Population
@@ -243,6 +244,8 @@ def test_a_batch_that_fails_is_sampled_member_by_member(
         runs.train()
         assert [member.state for member in runs.members] == ["failed", "finished"]
         assert isinstance(runs.members[0].error, MemoryError)
+    told = [event["text"] for event in read_metrics(tmp_path / "even") if event["event"] == "message"]
+    assert "the batch of all members failed, so each samples alone: these rows do not fit" in told
     only = [plain(tmp_path / "again", train_dataset=odd)]
     with Population(base, only, engine=fake) as runs, pytest.raises(MemoryError):
         runs.train()

@@ -86,6 +86,10 @@ class Member:
         self.state = "running"
         self.settle()
 
+    def tell(self, text: str) -> None:
+        """Say something in this member's log."""
+        self._reporter.message(text)
+
     def draw(self) -> None:
         """Do what was asked from outside, and take the prompts of the next step."""
         trainer = self.runs

@@ -213,7 +213,9 @@ class Population:
                 clocks.enter_context(member.clock("generate"))
             try:
                 sample_together(self.engine, [(member.runs, member.rollout) for member in members])
-            except Exception:  # noqa: BLE001 - raised again by the member whose rows fail by themselves too
+            except Exception as error:  # noqa: BLE001 - raised again by the member whose rows fail by themselves too
+                for member in members:
+                    member.tell(f"the batch of all members failed, so each samples alone: {error}")
                 return False
         return True
 
