@@ -77,7 +77,8 @@ def save_config(config: RunConfig, run_dir: str | Path) -> Path:
     path = Path(run_dir) / RESOLVED_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_suffix(".tmp")
-    staged.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    staged.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(staged, path)
     return path
 

@@ -110,15 +110,19 @@ def test_usage_errors_exit_2(tmp_path):
     assert lora_grpo("tarin", cwd=tmp_path).returncode == 2
 
 
-def test_a_bug_keeps_its_traceback(tmp_path):
+def test_a_bug_keeps_its_traceback_and_text_that_utf8_does_not_hold_is_printed(tmp_path):
     program = (
         "from lora_grpo import cli\n"
+        "from lora_grpo.cli.output import print_json\n"
         "@cli.app.command('broken')\n"
-        "def broken(): raise ZeroDivisionError('a bug')\n"
+        "def broken():\n"
+        "    print_json({'text': '\\ud800'})\n"
+        "    raise ZeroDivisionError('a bug')\n"
         "import sys; sys.argv = ['lora-grpo', 'broken']; cli.main()\n"
     )
     failed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert failed.returncode == 1
+    assert json.loads(failed.stdout) == {"text": "\ud800"}
     assert "Traceback" in failed.stderr
     assert "ZeroDivisionError: a bug" in failed.stderr
 

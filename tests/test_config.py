@@ -55,6 +55,7 @@ def test_a_file_becomes_a_run_config(config_path):
 
 def test_resolved_settings_load_back_equal_and_can_be_overridden(config_path, tmp_path):
     config = load_config(config_path, ["grpo.learning_rate=0.1", "grpo.adam_epsilon=1e-7"])
+    config = config.replace(grpo=config.grpo.replace(chat_template_kwargs={"tone": "ü, \ud800"}))
     saved = save_config(config, tmp_path / "run")
     assert load_config(saved) == config
     assert load_config(saved, ["grpo.beta=0.5"]).grpo.beta == 0.5

@@ -99,6 +99,8 @@ def test_system_prompt_makes_chats():
         ([{"prompt": [{"content": "no role"}]}], {}, ["row 0", "'role'"]),
         ([{"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}], {}, ["leave out"]),
         ([{"prompt": [{"role": "system", "content": "s"}]}], {"system_prompt": "t"}, ["data.system_prompt"]),
+        ([{"prompt": "a\ud800"}], {}, ["row 0", r"'\ud800'", "replace"]),
+        ([{"prompt": [{"role": "user", "content": "a\udfff"}]}], {}, ["row 0", r"'\udfff'"]),
         ([{"prompt": "a", "completions": 1}], {}, ["'completions'", "rename"]),
         ([], {}, ["no rows"]),
         (["text"], {}, ["row 0", "'text'", "dict"]),

@@ -131,6 +131,28 @@ def test_reporter_writes_log_samples_and_a_plain_line_a_step(tmp_path, capfd):
     reporter.close()
 
 
+HALF = "half a pair: \ud83d, ü"
+"""A tokenizer's byte pieces, or a user's JSON, can hold one half of a surrogate pair, which UTF-8 cannot."""
+
+
+def test_half_a_surrogate_pair_ends_nothing_and_is_kept(tmp_path, capfd):
+    with warnings.catch_warnings(), Reporter(tmp_path, 4) as reporter:
+        reporter.start({"model": HALF})
+        reporter.step(1, {"reward": 0.5, "note": HALF})
+        reporter.samples(1, [{"prompt": HALF, "completion": HALF}])
+        reporter.message(HALF)
+        logging.getLogger("transformers").warning(HALF)
+        with reporter.capture():
+            print(HALF)
+        reporter.end({"text": HALF})
+    start, step, message, end = read_metrics(tmp_path)
+    assert start["info"]["model"] == step["note"] == message["text"] == end["info"]["text"] == HALF
+    assert read_metrics(tmp_path / "samples.jsonl")[0]["rows"] == [{"prompt": HALF, "completion": HALF}]
+    assert "ü".encode() in (tmp_path / "samples.jsonl").read_bytes(), "what UTF-8 holds is not escaped"
+    assert (tmp_path / "engine.log").read_text().count("half a pair: \\ud83d, ü") == 2
+    assert "Logging error" not in capfd.readouterr().err
+
+
 def read_to_end(terminal):
     """All bytes until the other side is closed, which Linux says with an error."""
     read = b""

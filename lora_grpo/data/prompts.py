@@ -7,6 +7,7 @@ Everything is checked when it is loaded, so that row 5,000 does not end a run af
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -156,17 +157,24 @@ def _template_problem(value: Any, chat: bool) -> str | None:
 def _problem(value: Any, system_prompt: str | None) -> str | None:
     """What is wrong with one prompt, with the fix; None if nothing is."""
     if isinstance(value, str):
-        return None if value else "the prompt is empty; remove the row"
+        return _text_problem(value) if value else "the prompt is empty; remove the row"
     if not isinstance(value, list) or not value:
         return f"a prompt is text or a list of chat messages, not {short(value)}"
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return f"a chat message needs 'role' and 'content', but one is {short(message)}"
+        if problem := _text_problem(str(message.get("content"))):
+            return problem
     if value[-1]["role"] == "assistant":
         return "the chat ends with the assistant's message; leave out the answer, so that the model gives one"
     if system_prompt and value[0]["role"] == "system":
         return "the chat has a system message of its own; leave out data.system_prompt, or the message"
     return None
+
+
+def _text_problem(text: str) -> str | None:
+    found = re.search("[\ud800-\udfff]", text)
+    return found and f"it holds {found[0]!r}, half a surrogate pair, which no tokenizer takes; replace it"
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class _Bytes:
     """A tokenizer for when the caller brings none: one id a UTF-8 byte."""
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return list(text.encode(errors="backslashreplace"))
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")

@@ -44,7 +44,9 @@ class RunLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _end_whole(self.path)
             self._file = self.path.open("ab", buffering=0)
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        # Half a surrogate pair, which UTF-8 does not hold, becomes JSON's escape of it.
+        self._file.write(line.encode(errors="backslashreplace"))
 
     def close(self) -> None:
         if self._file is not None:

@@ -25,7 +25,7 @@ def quiet_libraries(log_path: Path, tell: Callable[[str], None] | None = None) -
     # vLLM sets its loggers up when it is imported, with a handler on stdout, unless this says not to.
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(log_path, delay=True)
+    handler = logging.FileHandler(log_path, delay=True, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     before = [(logger.handlers[:], logger.propagate) for logger in loggers]
@@ -49,7 +49,7 @@ def capture_output(log_path: Path) -> Iterator[None]:
     the descriptor (`own_stderr`) still shows. An exception that leaves gets a note that names the file.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("a") as log, contextlib.ExitStack() as stack:
+    with log_path.open("a", encoding="utf-8", errors="backslashreplace") as log, contextlib.ExitStack() as stack:
         for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
             stream.flush()
             stack.enter_context(_redirected(descriptor, log.fileno()))
