@@ -153,8 +153,7 @@ def test_replays_of_a_run_take_every_way_to_name_a_version(
         grpo=config,
     )
     save_config(settings, run)
-    for place in (replay, compare):
-        monkeypatch.setattr(place, "build_engine", lambda *_, **__: fake_engine(llama_dir))
+    monkeypatch.setattr(replay, "build_engine", lambda *_, **__: fake_engine(llama_dir))
     rows_of = replay.evaluate_run(run, versions=["best", "v1", "head", 1])
     assert [row["version"] for row in rows_of] == [2, 1, 3]
     found = compare.compare_run(run, "parent", "best:-eval/reward", rows)

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 import lora_grpo
 from lora_grpo.cli.bench import bench
+from lora_grpo.cli.chat import chat
 from lora_grpo.cli.check import check
 from lora_grpo.cli.compare import compare
 from lora_grpo.cli.demo import demo
@@ -51,6 +52,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "fork": fork,
         "diff": diff,
         "compare": compare,
+        "chat": chat,
         "export": export,
         "pin": pin,
         "unpin": unpin,

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import math
-import shutil
 import statistics
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.asking.target import Target
-from lora_grpo.adapters.asking.view import StoreView
-from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.layout import PEFT_FILES
-from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import EngineConfig
 from lora_grpo.data import load_prompts
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.advantages import weighted_rewards
-from lora_grpo.metrics import capture_output
-from lora_grpo.metrics.quiet import ENGINE_LOG
 from lora_grpo.rewards import RewardFunction, check_columns, load_reward, score
 from lora_grpo.trainer.build import effective_grpo
-from lora_grpo.trainer.models import build_engine
-from lora_grpo.trainer.replay import run_config
+from lora_grpo.trainer.replay import borrowing, replaying, run_config
 from lora_grpo.types import Completion, Group, Prompt, Sampling
 
 
@@ -157,10 +146,10 @@ def compare_run(
         seed=seed,
     )
     texts, columns = data.select(range(len(data)))
-    with AdapterStore(archive=run, readonly=True) as store, _borrowed(store, (first, second)) as (one, two):
-        with capture_output(run / ENGINE_LOG):
-            engine = build_engine(config.model, _two_slots(config.engine), config.lora.largest_rank)
-        try:
+    slots = config.engine.replace(max_loras=max(2, config.engine.max_loras))
+    with borrowing(run) as borrow:
+        one, two = borrow(first), borrow(second)
+        with replaying(run, config.replace(engine=slots)) as engine:
             return compare_versions(
                 engine,
                 one,
@@ -171,31 +160,6 @@ def compare_run(
                 reward_weights=grpo.reward_weights,
                 columns=columns,
             )
-        finally:
-            engine.close()
-
-
-def _two_slots(config: EngineConfig) -> EngineConfig:
-    two: EngineConfig = config.replace(max_loras=max(2, config.max_loras))
-    return two
-
-
-@contextmanager
-def _borrowed(store: StoreView, targets: Sequence[Target]) -> Iterator[list[AdapterVersion]]:
-    """The versions in a folder of their own on tmpfs, whoever holds the run and whatever becomes of its copies."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="lora-grpo-compare-", dir=shared if shared.is_dir() else None) as place:
-        copies = []
-        for target in targets:
-            version = store.get(target)
-            folder = Path(place) / "versions" / disk.folder_name(version.number)
-            folder.mkdir(parents=True, exist_ok=True)
-            with disk.reported(f"copying {version} of {store.archive}"):
-                source = store.readable(version)
-                for name in PEFT_FILES:
-                    shutil.copyfile(source / name, folder / name)
-            copies.append(replace(version, path=folder))
-        yield copies
 
 
 def _rewards(

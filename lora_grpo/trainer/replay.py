@@ -1,18 +1,24 @@
-"""Recompute a run's held-out evaluation from its stored versions, in a fresh engine."""
+"""Stored versions of a run in a fresh engine, whoever holds the run: its held-out evaluation is recomputed so."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lora_grpo.adapters.asking.target import Target
+from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config
 from lora_grpo.data import load_data
+from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics import capture_output
 from lora_grpo.metrics.quiet import ENGINE_LOG
@@ -20,6 +26,8 @@ from lora_grpo.rewards import load_reward
 from lora_grpo.trainer.build import effective_grpo
 from lora_grpo.trainer.evaluation import evaluate, saved_evaluations
 from lora_grpo.trainer.models import build_engine
+
+Borrow: TypeAlias = Callable[[Target], AdapterVersion]
 
 
 def run_config(run_dir: Path) -> RunConfig:
@@ -44,17 +52,13 @@ def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) 
         raise ConfigError(f"{run} has no held-out prompts (data.eval)")
     rewards, grpo = [load_reward(reward) for reward in config.rewards], effective_grpo(config)
     held_out = replace(held_out, chat_template_kwargs=grpo.chat_template_kwargs)
-    with AdapterStore(archive=run) as store:
-        chosen = list(dict.fromkeys(_on_tmpfs(store, target) for target in wanted))
-        with capture_output(run / ENGINE_LOG):
-            engine = build_engine(config.model, config.engine, config.lora.largest_rank)
-        try:
-            results = []
+    results = []
+    with borrowing(run) as borrow:
+        chosen = list(dict.fromkeys(borrow(target) for target in wanted))
+        with replaying(run, config) as engine:
             for version in chosen:
                 engine.load(version)
                 results.append(evaluate(engine, version, held_out, rewards, grpo))
-        finally:
-            engine.close()
     return [
         {
             "version": result.version,
@@ -67,6 +71,35 @@ def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) 
     ]
 
 
-def _on_tmpfs(store: AdapterStore, target: Target) -> AdapterVersion:
-    version = store.get(target)
-    return version if version.path.is_dir() else store.restore(version)
+@contextmanager
+def borrowing(run: Path) -> Iterator[Borrow]:
+    """Copies versions into a folder of their own on tmpfs, so that it does not matter what becomes of the run's."""
+    shared = Path("/dev/shm")
+    with (
+        AdapterStore(archive=run, readonly=True) as store,
+        tempfile.TemporaryDirectory(prefix="lora-grpo-replay-", dir=shared if shared.is_dir() else None) as place,
+    ):
+
+        def borrow(target: Target) -> AdapterVersion:
+            version = store.get(target)
+            folder = Path(place) / "versions" / disk.folder_name(version.number)
+            with disk.reported(f"copying {version} of {store.archive}"):
+                if not folder.is_dir():
+                    source = store.readable(version)
+                    folder.mkdir(parents=True)
+                    for name in PEFT_FILES:
+                        shutil.copyfile(source / name, folder / name)
+            return replace(version, path=folder)
+
+        yield borrow
+
+
+@contextmanager
+def replaying(run: Path, config: RunConfig) -> Iterator[Engine]:
+    """An engine of its own for a stored run, closed at the end; what it says meanwhile is in `RUN/engine.log`."""
+    with capture_output(run / ENGINE_LOG):
+        engine = build_engine(config.model, config.engine, config.lora.largest_rank)
+    try:
+        yield engine
+    finally:
+        engine.close()
