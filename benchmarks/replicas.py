@@ -163,7 +163,7 @@ def train(config: RunConfig, engine: Witnessed, most: int) -> GRPOTrainer:
 
 def made_by_the_base(trainer: GRPOTrainer, engine: Witnessed) -> list[Row]:
     """Completions as in training, but for the version."""
-    prompts, _ = trainer.train_data.select(range(64))
+    prompts, _ = trainer.source.data.select(range(64))
     sampling = Sampling(n=8, max_tokens=trainer.config.max_completion_length, seed=1)
     return rows_of(engine.generate(prompts, sampling, adapter=None))
 

@@ -65,9 +65,10 @@ def _class(node: ast.ClassDef, module: str) -> Iterator[str]:
         yield "```\n"
     yield from _methods(node)
     for base in map(ast.unparse, node.bases):
-        if base == "StoreView":
+        if base in ("StoreView", "Run"):
             inherited, _ = definition(module, base)
             assert isinstance(inherited, ast.ClassDef)
+            inherited.body = [child for child in inherited.body if getattr(child, "name", "") != "__init__"]
             yield from _methods(inherited)
 
 

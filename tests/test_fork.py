@@ -111,7 +111,7 @@ def test_another_learning_rate_holds_from_the_first_step_on(llama_dir: Path, sou
 def test_another_seed_begins_the_prompts_anew(llama_dir: Path, source: Path, tmp_path: Path) -> None:
     fork(source, 5, tmp_path / "new", ["grpo.seed=11"])
     with resumed(llama_dir, tmp_path / "new", config(STEPS).replace(seed=11)) as trainer:
-        assert trainer.sampler.state_dict() == {"epoch": 0, "offset": 0, "num_prompts": len(ROWS), "seed": 11}
+        assert trainer.source.sampler.state_dict() == {"epoch": 0, "offset": 0, "num_prompts": len(ROWS), "seed": 11}
         assert trainer.steps_done == 3
         trainer.train()
     made = load_config(tmp_path / "new")  # written by the fork
@@ -132,7 +132,7 @@ def test_weights_only_is_a_new_run_from_these_weights(
     with resumed(llama_dir, tmp_path / "new") as trainer:
         assert (trainer.steps_done, trainer.rollbacks, moments(trainer)) == (0, 0, [])
         assert trainer.policy.optimizer.param_groups[0]["lr"] == CONFIG.learning_rate
-        assert trainer.sampler.state_dict()["offset"] == 0
+        assert trainer.source.sampler.state_dict()["offset"] == 0
         assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(CONFIG.seed).get_state())
         for name, tensor in weights(trainer).items():
             path = name.removeprefix("base_model.model.").rpartition(".lora_")[0]

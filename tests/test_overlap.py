@@ -32,10 +32,11 @@ from lora_grpo.errors import ConfigError, DeliveryError, EngineError, RewardErro
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
-from lora_grpo.trainer import GRPOTrainer, Guard, overlap
+from lora_grpo.trainer import GRPOTrainer, Guard
 from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.overlap import Ahead, InTurn, lag_behind
-from lora_grpo.trainer.stepping import learn, reward, roll_out
+from lora_grpo.trainer.rollouts import Rollout, Source
+from lora_grpo.trainer.stepping import learn
 from lora_grpo.types import Completion, Group, Sampling
 from lora_grpo.worker import Worker
 from tests.tiny_models import load_model, refill_lora, tiny_lora
@@ -76,9 +77,9 @@ def test_zero_is_the_plain_loop_to_the_bit(llama_dir: Path, llama_engine: VLLMEn
         torch.manual_seed(CONFIG.seed)
         plain.sync.push(0)
         for step in range(1, 5):
-            prompts, columns = plain.train_data.select(next(plain.sampler))
-            groups = roll_out(plain.parts, plain.config, None, prompts, plain.version, step=step, rollbacks=0)
-            learn(plain.parts, plain.config, reward(plain.reward_funcs, groups, columns, plain.config, step), step)
+            rollout = plain.source.draw(step)
+            plain.source.sample(rollout, plain.version)
+            learn(plain.parts, plain.config, plain.source.reward(rollout), step)
             plain.sync.push(step)
         assert [version.digest for version in plain.store.list()] == digests
         assert same(weights(plain), result[0])
@@ -94,7 +95,13 @@ def test_each_completion_was_made_by_the_version_stamped_on_it(
     llama_dir: Path, llama_engine: VLLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     made: list[Group] = []
-    monkeypatch.setattr(overlap, "roll_out", lambda *args, **named: noted(made, roll_out(*args, **named)))
+    sample = Source.sample
+
+    def noting(source: Source, rollout: Rollout, version: AdapterVersion) -> None:
+        sample(source, rollout, version)
+        made.extend(rollout.groups)
+
+    monkeypatch.setattr(Source, "sample", noting)
     with tiny_trainer(
         llama_dir, llama_engine, tmp_path / "run", SEPARABLE.replace(max_staleness=most), keep=keeping(20)
     ) as trainer:
@@ -120,11 +127,6 @@ def test_each_completion_was_made_by_the_version_stamped_on_it(
     assert len(verdicts) >= 3
     assert "failed" not in verdicts
     assert "ok" in verdicts
-
-
-def noted(made: list[Group], groups: list[Group]) -> list[Group]:
-    made += groups
-    return groups
 
 
 def keeping(count: int) -> Any:
@@ -771,7 +773,7 @@ def test_a_trainer_can_train_on_after_it_was_stopped(llama_dir: Path, tmp_path: 
                 raise KeyboardInterrupt
             return share_of_low_bytes(completions)
 
-        trainer.reward_funcs = [interrupted]
+        trainer.source.reward_funcs = [interrupted]
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         assert trainer.steps_done == 2

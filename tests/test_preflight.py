@@ -226,9 +226,9 @@ def test_longer_prompts_are_dropped_and_counted(build: Any) -> None:
     rows = [{"prompt": "x" * n, "answer": str(n)} for n in (3, 50, 4, 60, 5)]
     config = CONFIG.replace(max_prompt_length=10, overlong_prompts="drop")
     trainer = build(rows, config, engine=Listening(tiny_tokenizer()), eval_dataset=rows[:2])
-    assert [trainer.train_data.prompt(row) for row in range(3)] == ["xxx", "xxxx", "xxxxx"]
-    assert len(trainer.train_data) == trainer.sampler.num_prompts == 3
-    assert trainer.train_data.select([1])[1] == {"answer": ["4"]}
+    assert [trainer.source.data.prompt(row) for row in range(3)] == ["xxx", "xxxx", "xxxxx"]
+    assert len(trainer.source.data) == trainer.source.sampler.num_prompts == 3
+    assert trainer.source.data.select([1])[1] == {"answer": ["4"]}
     assert len(trainer.eval_data) == 1
     told = [event["text"] for event in read_metrics(trainer.run_dir) if event["event"] == "message"]
     assert any("3 prompts of at most 5 tokens, 2 longer ones dropped" in text for text in told), told

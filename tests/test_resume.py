@@ -126,7 +126,7 @@ def test_a_rollback_made_while_stopped_is_taken_up(llama_dir: Path, tmp_path: Pa
     stopped, live = tmp_path / "stopped", tmp_path / "live"
     with tiny_trainer(llama_dir, engine, stopped, config(4)) as trainer:
         trainer.train()
-        position = trainer.sampler.state_dict()
+        position = trainer.source.sampler.state_dict()
     with AdapterStore(archive=stopped) as store:
         assert roll_back_stopped(store, 4).to == 4
         assert roll_back_stopped(store, "parent").to == 3
@@ -134,7 +134,7 @@ def test_a_rollback_made_while_stopped_is_taken_up(llama_dir: Path, tmp_path: Pa
         report = trainer.resume()
         assert report is not None
         assert (report.version.number, report.weights, trainer.steps_done, trainer.rollbacks) == (3, "exact", 2, 2)
-        assert trainer.sampler.state_dict() == position
+        assert trainer.source.sampler.state_dict() == position
         trainer.train()
         assert trainer.store.get(6).parent == 3
     with tiny_trainer(llama_dir, engine, live, config(4)) as trainer:
@@ -207,7 +207,7 @@ def test_back_to_the_first_version_without_its_state(llama_dir: Path, tmp_path: 
     with tiny_trainer(llama_dir, engine, run, config(3)) as trainer:
         first = weights(trainer)
         trainer.train()
-        position = trainer.sampler.state_dict()
+        position = trainer.source.sampler.state_dict()
         going_back.roll_back(trainer, 2, learning_rate_factor=0.5)
     shutil.rmtree(run / "states" / "000001")
     with AdapterStore(archive=run) as store:
@@ -219,7 +219,7 @@ def test_back_to_the_first_version_without_its_state(llama_dir: Path, tmp_path: 
         assert (report.version.number, report.weights, report.random_state) == (1, "exact", "reset")
         assert same(weights(trainer), first)
         assert torch.initial_seed() == CONFIG.seed
-        assert trainer.sampler.state_dict() == position
+        assert trainer.source.sampler.state_dict() == position
         assert trainer.policy.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * CONFIG.learning_rate)
         assert (trainer.steps_done, trainer.rollbacks) == (0, 2)
 

@@ -88,7 +88,7 @@ def ten(llama_dir: Path, llama_engine: Any, tmp_path_factory: pytest.TempPathFac
 
 
 def test_version_four_is_back_in_every_bit_and_the_run_goes_on_as_eleven(ten: Witness) -> None:
-    trainer, sampled = ten.trainer, ten.trainer.sampler.state_dict()
+    trainer, sampled = ten.trainer, ten.trainer.source.sampler.state_dict()
     assert [version.number for version in trainer.store.list()] == list(range(1, 11))
     assert 4 not in [version.number for version in trainer.engine.loaded()]
     report = trainer.rollback(to=4)
@@ -101,7 +101,7 @@ def test_version_four_is_back_in_every_bit_and_the_run_goes_on_as_eleven(ten: Wi
     assert same(weights(trainer), ten.updated)
     trainer.rollback(to=4)
     assert not same(weights(trainer), ten.updated)
-    assert trainer.sampler.state_dict() == sampled
+    assert trainer.source.sampler.state_dict() == sampled
     trainer.train()
     assert trainer.store.get(11).parent == 4
     assert trainer.store.get(11).step == 4

@@ -134,7 +134,7 @@ def test_a_take_over_is_a_new_version_of_the_losers_run(llama_dir: Path, tmp_pat
     ):
         for trainer in (winner, loser):
             trainer.train()
-        last, position, drawn = loser.version, loser.sampler.state_dict(), torch.get_rng_state()
+        last, position, drawn = loser.version, loser.source.sampler.state_dict(), torch.get_rng_state()
         assert not same(weights(loser), weights(winner))
         version = take_over(loser, winner)
         assert (version.number, version.parent, version.step) == (last.number + 1, last.number, 4)
@@ -142,7 +142,7 @@ def test_a_take_over_is_a_new_version_of_the_losers_run(llama_dir: Path, tmp_pat
         assert same(weights(loser), weights(winner))
         assert same(moments(loser), moments(winner))
         assert loser.policy.scheduler.state_dict() == winner.policy.scheduler.state_dict()
-        assert loser.sampler.state_dict() == position
+        assert loser.source.sampler.state_dict() == position
         assert torch.equal(torch.get_rng_state(), drawn)
         known = loser.store.metrics(version)
         assert [known[f"from/{name}"] for name in ("run", "version", "digest")] == [

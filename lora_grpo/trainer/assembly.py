@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,27 +34,14 @@ from lora_grpo.trainer.models import (
     default_device,
     shared_base,
 )
+from lora_grpo.trainer.parts import Parts
 from lora_grpo.trainer.planning import Plan, checkpoints, plan
 from lora_grpo.trainer.shared import Shared
 
 if TYPE_CHECKING:
     from lora_grpo.remote.server import StoreServer
 
-__all__ = ["Parts", "assemble", "keeps_state", "refuse_live", "retention"]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a trainer drives. With several processes, the first one's `engine` stands for all of theirs.
-
-    `rendering` is that engine, asked in prompts as the trainer's tokenizer renders them.
-    """
-
-    engine: Engine
-    rendering: Engine
-    model: nn.Module
-    policy: Policy
-    sync: NativeSync
+__all__ = ["assemble", "keeps_state", "refuse_live", "retention"]
 
 
 def assemble(

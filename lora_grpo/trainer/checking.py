@@ -236,11 +236,12 @@ class _Run:
         version = trainer.sync.push(step=number)
         receipt = trainer.sync.last_receipt
         assert receipt is not None
-        prompts, _ = trainer.train_data.select(range(min(2, len(trainer.train_data))))
+        data = trainer.source.data
+        prompts, _ = data.select(range(min(2, len(data))))
         sampling = Sampling(
             max_tokens=min(SWAP_TOKENS, self.grpo.max_completion_length), temperature=temperature, seed=number
         )
-        groups = trainer.parts.rendering.generate(prompts, sampling, adapter=version)
+        groups = trainer.source.engine.generate(prompts, sampling, adapter=version)
         said = f"{receipt.load.proof}: {receipt.load.modules} modules, {receipt.load.proven_bytes:,} bytes compared"
         if trainer.sync.probe is not None:
             said += f"; canary {trainer.sync.canary(groups, temperature=temperature).verdict}"

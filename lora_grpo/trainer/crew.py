@@ -22,12 +22,11 @@ from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.grpo.optimizer import apply_settings
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.rollback import RollbackReport
+from lora_grpo.trainer.parts import Parts
 from lora_grpo.types import Group, Prompt, derive_seed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from lora_grpo.trainer.assembly import Parts
 
 P = ParamSpec("P")
 R = TypeVar("R")

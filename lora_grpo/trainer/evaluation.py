@@ -17,8 +17,8 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import RewardFunction, reward_names, score
-from lora_grpo.trainer.rollouts import greedy_sampling
-from lora_grpo.trainer.stepping import patience
+from lora_grpo.trainer.rollouts import patience
+from lora_grpo.types import Sampling
 
 FOLDER = "evaluations"
 Rewards: TypeAlias = list[list[float]]
@@ -48,7 +48,8 @@ def evaluate(
     Columns that hold booleans split the reward further: `reward/COLUMN=true`, `reward/COLUMN=false`.
     """
     prompts, columns = data.select(range(len(data)))
-    groups = engine.generate(prompts, greedy_sampling(config), adapter=version)
+    greedy = Sampling(n=1, max_tokens=config.max_completion_length, temperature=0.0, seed=config.seed)
+    groups = engine.generate(prompts, greedy, adapter=version)
     rewards_BF = scored(lambda: score(reward_funcs, groups, columns, patience=patience(config)))
     names, weights = reward_names(reward_funcs), config.reward_weights or (1.0,) * len(reward_funcs)
     rows = []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import Any, cast
 
+from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.opening import Recovered
 from lora_grpo.adapters.upkeep.rollbacks import Rollback
 from lora_grpo.adapters.version import AdapterVersion
@@ -17,94 +19,90 @@ from lora_grpo.metrics.log import Record
 from lora_grpo.reference import kept_reference
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import crew
-from lora_grpo.trainer.evaluation import saved_evaluations
-
-if TYPE_CHECKING:
-    from lora_grpo.trainer.grpo_trainer import GRPOTrainer
-    from lora_grpo.trainer.guards import Guard
+from lora_grpo.trainer.evaluation import Evaluation, saved_evaluations
+from lora_grpo.trainer.guards import Guard
+from lora_grpo.trainer.run import Run
 
 
-def roll_back(
-    trainer: GRPOTrainer, to: Target, *, reason: str | None = None, learning_rate_factor: float = 1.0
-) -> RollbackReport:
+def roll_back(run: Run, to: Target, *, reason: str | None = None, learning_rate_factor: float = 1.0) -> RollbackReport:
     """Engine and trainer go on from `to`; data position and learning rate are written down before `HEAD` moves."""
-    log, left = trainer.rollback_log, trainer.version
-    version = trainer.store.get(to)
-    trainer.rollouts.drop("rollback")
+    log, left = run.rollback_log, run.version
+    version = run.store.get(to)
+    run.rollouts.drop("rollback")
     scale = log.learning_rate_scale * learning_rate_factor
-    sampler: Any = trainer.sampler.state_dict()
+    sampler: Any = run.source.sampler.state_dict()
     log.add(Rollback(left.number, version.number, dict(sampler), scale, reason, time.time()))
     try:
-        report = trainer.crew(crew.roll_back, version.number)
+        report = run.crew(crew.roll_back, version.number)
     except BaseException:
         log.take_back()
         raise
-    trainer.crew(crew.apply_optimizer_settings, scale)
-    trainer.take_up(version.step, without_signal=0)
+    run.crew(crew.apply_optimizer_settings, scale)
+    run.take_up(version.step, without_signal=0)
     return report
 
 
-def guarded(trainer: GRPOTrainer, guard: Guard, reason: str, reporter: Reporter) -> None:
+def guarded(run: Run, guard: Guard, reason: str, reporter: Reporter) -> None:
     """Roll back as `guard` says, and write down why. Raises `TrainingError` when it did so often enough before."""
-    left = trainer.version
-    trainer.store.record(left, guard=reason)
-    reasons = [*trainer.rollback_log.reasons, reason]
+    left = run.version
+    run.store.record(left, guard=reason)
+    reasons = [*run.rollback_log.reasons, reason]
     if len(reasons) > guard.max_rollbacks:
         listed = "; ".join(f"({index}) {text}" for index, text in enumerate(reasons, 1))
         raise TrainingError(f"the guard rolled back {guard.max_rollbacks} times, and here it would again: {listed}")
     try:
-        report = roll_back(trainer, guard.to, reason=reason, learning_rate_factor=guard.learning_rate_factor)
+        report = roll_back(run, guard.to, reason=reason, learning_rate_factor=guard.learning_rate_factor)
     except UnknownVersion as nowhere:
         raise TrainingError(f"{reason}; and the guard has nowhere to go back to: {nowhere}") from nowhere
-    scale = trainer.rollback_log.learning_rate_scale
+    scale = run.rollback_log.learning_rate_scale
     reporter.rollback(report.version.step, f"guard: {reason}: {report}; learning rate at {scale:g} times its setting")
 
 
-def resume(trainer: GRPOTrainer) -> RollbackReport | None:
+def resume(run: Run) -> RollbackReport | None:
     """Go on with the run in `run_dir` from `HEAD`, or from its nearest ancestor whose trainer state was kept.
 
     Where a rollback moved `HEAD` and nothing was published since, that rollback is completed: its data position, new
     seeds, and rounded weights if that version's state was not kept. A run that was killed before its first state was
     written has nothing to restore: it begins again from its first version, seeded as at its start.
     """
-    head, log = trainer.store.head, trainer.rollback_log
+    head, log = run.store.head, run.rollback_log
     if head is None:
         return None
-    reference = kept_reference(trainer.run_dir) if trainer.config.beta else None
+    reference = kept_reference(run.run_dir) if run.config.beta else None
     log.settle(head.number)
     waiting = log.waits_at(head.number)
-    report = _put_back(trainer, head, waiting=waiting)
-    if trainer.config.beta:
-        trainer.crew(crew.set_reference, reference)
+    report = _put_back(run, head, waiting=waiting)
+    if run.config.beta:
+        run.crew(crew.set_reference, reference)
     extra = report.extra or None
     position = log.data_position(extra)
     if position is not None:
-        trainer.sampler.load_state_dict(cast(SamplerState, position))
-    trainer.crew(crew.apply_optimizer_settings, log.learning_rate_scale)
+        run.source.sampler.load_state_dict(cast(SamplerState, position))
+    run.crew(crew.apply_optimizer_settings, log.learning_rate_scale)
     idle = 0 if waiting or extra is None else int(extra["without_signal"])
-    trainer.take_up(report.version.step, without_signal=idle)
+    run.take_up(report.version.step, without_signal=idle)
     return report
 
 
-def state_for(trainer: GRPOTrainer, step: int) -> dict[str, Any]:
+def state_for(run: Run, step: int) -> dict[str, Any]:
     """What goes into a version's trainer state beside weights, optimizer, schedule and random state."""
     return {
         "steps_done": step,
-        "rollbacks": trainer.rollbacks,
-        "without_signal": trainer.without_signal,
-        "sampler": trainer.rollouts.position(),
+        "rollbacks": run.rollbacks,
+        "without_signal": run.without_signal,
+        "sampler": run.rollouts.position(),
     }
 
 
-def steps_of(trainer: GRPOTrainer) -> list[dict[str, Any]]:
-    """The metrics of the run's steps, as it wrote them down: a guard's baseline is what they say."""
-    return [_metrics_of(record) for record in history(read_metrics(trainer.run_dir)) if record["event"] == "step"]
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's steps, as it wrote them down: a guard's baseline is what they say."""
+    return [_metrics_of(record) for record in history(read_metrics(run_dir)) if record["event"] == "step"]
 
 
-def evaluations_until(trainer: GRPOTrainer, step: int) -> list[Any]:
-    """The held-out evaluations that the run made up to `step`."""
+def evaluations_until(run_dir: Path, step: int) -> list[Evaluation]:
+    """The held-out evaluations that a run made up to `step`."""
     try:
-        saved = saved_evaluations(trainer.run_dir)
+        saved = saved_evaluations(run_dir)
     except ConfigError:
         return []
     return [saved[number] for number in sorted(saved) if saved[number].step <= step]
@@ -132,33 +130,32 @@ def what_was_found(recovered: Recovered) -> list[str]:
     return sentences
 
 
-def _put_back(trainer: GRPOTrainer, head: AdapterVersion, *, waiting: bool) -> RollbackReport:
+def _put_back(run: Run, head: AdapterVersion, *, waiting: bool) -> RollbackReport:
     """Engine and trainer at the version to go on from; `waiting`: a rollback to `head` is to be completed."""
-    if "state" not in trainer.store.where(head.number):
-        if head.step == 0 and trainer.crew(crew.adopt, head):
-            trainer.crew(crew.seed_everything, trainer.config.seed)
+    if "state" not in run.store.where(head.number):
+        if head.step == 0 and run.crew(crew.adopt, head):
+            run.crew(crew.seed_everything, run.config.seed)
             return RollbackReport(head, head, "exact", "kept", "kept", "reset", {})
         if waiting:
-            restored = _restore_schedule_of(trainer, trainer.rollback_log.entries[-1].left)
-            report = trainer.crew(crew.roll_back, head.number)
+            restored = _restore_schedule_of(run, run.rollback_log.entries[-1].left)
+            report = run.crew(crew.roll_back, head.number)
             return report if restored else replace(report, scheduler="reset", random_state="reset")
-    return trainer.crew(crew.roll_back, _with_state(trainer, head))
+    return run.crew(crew.roll_back, _with_state(run, head))
 
 
-def _with_state(trainer: GRPOTrainer, head: AdapterVersion) -> int:
-    number = _nearest_state(trainer, head.number)
+def _with_state(run: Run, head: AdapterVersion) -> int:
+    number = _nearest_state(run.store, head.number)
     if number is None:
         raise ConfigError(
-            f"{trainer.run_dir} kept no trainer state of {head} or its ancestors, so it cannot be resumed exactly; "
-            f"`lora-grpo rollback {trainer.run_dir} --to {head.number}` and resume go on from its rounded weights"
+            f"{run.run_dir} kept no trainer state of {head} or its ancestors, so it cannot be resumed exactly; "
+            f"`lora-grpo rollback {run.run_dir} --to {head.number}` and resume go on from its rounded weights"
         )
     return number
 
 
-def _nearest_state(trainer: GRPOTrainer, number: int) -> int | None:
+def _nearest_state(store: AdapterStore, number: int) -> int | None:
     """The version, or the nearest of its ancestors, whose trainer state is kept; those between may be gone."""
-    store, following = trainer.store, number
-    kept = {*store.states} & {*store.numbers}
+    following, kept = number, {*store.states} & {*store.numbers}
     while following not in kept:
         parent = store.parent_of(following)
         if parent is None:
@@ -167,14 +164,14 @@ def _nearest_state(trainer: GRPOTrainer, number: int) -> int | None:
     return following
 
 
-def _restore_schedule_of(trainer: GRPOTrainer, left: int) -> bool:
+def _restore_schedule_of(run: Run, left: int) -> bool:
     """A rounded rollback keeps schedule and random state where they were: with the version that was left.
 
     False where no state tells where that was.
     """
-    number = _nearest_state(trainer, left)
+    number = _nearest_state(run.store, left)
     if number is not None:
-        trainer.crew(crew.restore_trainer, trainer.store.get(number))
+        run.crew(crew.restore_trainer, run.store.get(number))
     return number is not None
 
 

@@ -13,11 +13,9 @@ from typing import Any, Self
 from torch import nn
 
 from lora_grpo.adapters.asking.target import best_metric
-from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
-from lora_grpo.data import PromptDataset, PromptSampler, Rows
+from lora_grpo.data import PromptDataset, Rows
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
@@ -27,24 +25,46 @@ from lora_grpo.reference import keep_reference
 from lora_grpo.rewards import RewardFunction
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import going_back, loop
-from lora_grpo.trainer.assembly import Parts, assemble, untouched_when_stopped
+from lora_grpo.trainer.assembly import assemble, untouched_when_stopped
 from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, led, seed_everything
-from lora_grpo.trainer.evaluation import Evaluation, evaluate, save_evaluation
+from lora_grpo.trainer.evaluation import Evaluation
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Sharing
-from lora_grpo.trainer.overlap import rollouts_of
+from lora_grpo.trainer.parts import Parts
 from lora_grpo.trainer.preflight import Preflight, prompts_of, reward_functions
 from lora_grpo.trainer.rollouts import RolloutFunc
+from lora_grpo.trainer.run import Run
 from lora_grpo.trainer.shared import Shared
 from lora_grpo.trainer.summary import run_info, summary
 from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
 
 
-class GRPOTrainer:
+class GRPOTrainer(Run):
     """GRPO on a LoRA adapter: each step samples from the version that the step before published and proved.
 
     With `config.max_staleness` above 0, from one that lags by at most so many versions, while earlier steps are
     trained. Timing then decides on versions: such a run resumes where it stood, but does not repeat bit by bit.
+
+    It builds everything that is not given: the engine on `model`, the PEFT model, the store. Started by
+    `accelerate launch` or `torchrun`, every process builds and calls the same; the first one runs the trainer and
+    keeps the run, each has an engine of its own (or all share the first one's server), and the steps are those of a
+    single process with as many rows an update.
+
+    `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`, a `peft.LoraConfig`), or a PeftModel
+    on one of them. `reward_funcs` have TRL's signature, `f(prompts, completions, **columns) -> list[float]`.
+    `train_dataset` and `eval_dataset` (held out) are a `datasets.Dataset`, a list of dicts with "prompt" or a file.
+    `engine_config` is for the engine that it starts, `keep` says which versions stay, `run_dir` is the durable
+    directory and `store_root` the folder on tmpfs (default: a new one). `rollout_func(prompts, engine, version)`
+    samples in place of the engine's `generate`. `view=False` shows nothing on the terminal.
+    `processing_class` is the tokenizer that renders prompts (default: the checkpoint's); its end token, and those
+    of the model's generation config, end completions. An `engine` that is given stays open when the trainer closes.
+    `shared` is what a `Population` has its members' trainers use together, in place of an engine.
+    `guard` rolls back on its own when the run goes astray. `share_base_weights` has trainer and engine hold one
+    copy of the base, in the engine's dtype: "auto" where that costs nothing (CUDA, unquantized, same dtype), True
+    on the CPU too, where decoding is slower then.
+
+    Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
+    has the run open, before anything is trained.
     """
 
     def __init__(
@@ -69,46 +89,25 @@ class GRPOTrainer:
         shared: Shared | None = None,
         **unknown: Any,
     ) -> None:
-        """Build everything that is not given: the engine on `model`, the PEFT model, the store.
-
-        Started by `accelerate launch` or `torchrun`, every process builds and calls the same; the first one runs the
-        trainer and keeps the run, each has an engine of its own (or all share the first one's server), and the steps
-        are those of a single process with as many rows an update.
-
-        `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`, a `peft.LoraConfig`), or a PeftModel
-        on one of them. `reward_funcs` have TRL's signature, `f(prompts, completions, **columns) -> list[float]`.
-        `train_dataset` and `eval_dataset` (held out) are a `datasets.Dataset`, a list of dicts with "prompt" or a file.
-        `engine_config` is for the engine that it starts, `keep` says which versions stay, `run_dir` is the durable
-        directory and `store_root` the folder on tmpfs (default: a new one). `rollout_func(prompts, engine, version)`
-        samples in place of the engine's `generate`. `view=False` shows nothing on the terminal.
-        `processing_class` is the tokenizer that renders prompts (default: the checkpoint's); its end token, and those
-        of the model's generation config, end completions. An `engine` that is given stays open when the trainer closes.
-        `shared` is what a `Population` has its members' trainers use together, in place of an engine.
-        `guard` rolls back on its own when the run goes astray. `share_base_weights` has trainer and engine hold one
-        copy of the base, in the engine's dtype: "auto" where that costs nothing (CUDA, unquantized, same dtype), True
-        on the CPU too, where decoding is slower then.
-        Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
-        has the run open, before anything is trained.
-        """
         _refuse_unknown(unknown, config)
-        self.config, self.run_dir = config or GRPOConfig(), Path(run_dir)
-        self.reward_funcs = reward_functions(reward_funcs)
-        self._shared, engine = shared, engine if shared is None else shared.engine
-        self.crew = Crew(Processes(launched(self.config.ddp_timeout)))
+        config, run_dir = config or GRPOConfig(), Path(run_dir)
+        crew = Crew(Processes(launched(config.ddp_timeout)))
+        engine = engine if shared is None else shared.engine
         before = Preflight(
             ModelConfig(name=str(model)) if isinstance(model, str | Path) else model,
-            self.reward_funcs,
-            self.config,
+            reward_functions(reward_funcs),
+            config,
             prompts_of(train_dataset, "train_dataset"),
             None if eval_dataset is None else prompts_of(eval_dataset, "eval_dataset"),
             processing_class,
             engine,
             engine_config or EngineConfig(),
             guard,
-            self.crew.processes.count,
+            crew.processes.count,
         )
-        self.rollout_func, self.guard, self._view = rollout_func, guard, view
-        self._closing = ExitStack()
+        self._view, self._shared, self._closing = view, shared, ExitStack()
+        self._resumed = self._own = False
+        self.result: dict[str, Any] = {}
         assembled = partial(
             assemble,
             model=before.model,
@@ -116,39 +115,32 @@ class GRPOTrainer:
             engine=engine,
             engine_config=before.engine_config,
             keep=keep or KeepConfig(),
-            run_dir=self.run_dir,
+            run_dir=run_dir,
             store_root=store_root,
             share_base_weights=share_base_weights,
             shared=shared,
         )
-        with untouched_when_stopped(self.run_dir, store_root) if self.crew.leads else nullcontext():
-            self._build(before, assembled)
-        prompts_per_step = self.config.rows_per_step(self.crew.processes.count) // self.config.num_generations
-        self.sampler = PromptSampler(len(self.train_data), prompts_per_step, self.config.seed)
-        self.rollback_log = RollbackLog(self.run_dir)
-        self.steps_done, self.without_signal = 0, 0
-        self._resumed = self._own = False
-        self.history: list[dict[str, Any]] = []
-        self.result: dict[str, Any] = {}
-        self.evaluations: list[Evaluation] = []
-
-    def _build(self, before: Preflight, assembled: Callable[..., Parts]) -> None:
-        """The parts, closed again when one of them fails; nothing costly starts before all is checked."""
-        with self._reporting() if self.crew.leads else nullcontext(Unheard()) as reporter, ExitStack() as on_failure:
+        with untouched_when_stopped(run_dir, store_root) if crew.leads else nullcontext(), ExitStack() as on_failure:
             on_failure.callback(self._closing.close)
-            self.crew.processes.first(before.check)
-            tokenizer = before.tokenizer if self.crew.leads else None
-            batch = self.crew.processes.first(lambda: before.largest_batch)
-            self.parts = assembled(self._closing, reporter, self.crew, self.config, tokenizer=tokenizer, batch=batch)
-            self.crew.parts = self.parts
-            self.engine, self.model = self.parts.engine, self.parts.model
-            self.policy, self.sync = self.parts.policy, self.parts.sync
-            said = self.crew.processes.first(lambda: before.check_prompts(getattr(self.engine, "max_model_len", None)))
-            reporter.message(said)
-            self.train_data, self.eval_data = before.train, before.held_out
-            self.rollouts = rollouts_of(self)
+            parts = self._built(config, run_dir, crew, before, assembled)
+            train, held_out = before.train, before.held_out
+            super().__init__(config, run_dir, crew, parts, train, held_out, before.reward_funcs, rollout_func, guard)
             self._closing.callback(self.rollouts.close)
             on_failure.pop_all()
+
+    def _built(
+        self, config: GRPOConfig, run_dir: Path, crew: Crew, before: Preflight, assembled: Callable[..., Parts]
+    ) -> Parts:
+        """The parts; nothing costly starts before all is checked."""
+        told = Reporter(run_dir, config.total_steps, view=self._view, trackers=config.report_to, quiet=True)
+        with told if crew.leads else nullcontext(Unheard()) as reporter:
+            crew.processes.first(before.check)
+            tokenizer = before.tokenizer if crew.leads else None
+            batch = crew.processes.first(lambda: before.largest_batch)
+            crew.parts = assembled(self._closing, reporter, crew, config, tokenizer=tokenizer, batch=batch)
+            said = crew.processes.first(lambda: before.check_prompts(getattr(crew.parts.engine, "max_model_len", None)))
+            reporter.message(said)
+        return crew.parts
 
     @led
     def train(self) -> dict[str, Any]:
@@ -157,7 +149,7 @@ class GRPOTrainer:
         Raises `ConfigError` when the run directory holds a run that was not resumed.
         """
         with self.running() as reporter:
-            loop.run(self, reporter)
+            loop.train(self, reporter)
         return self.result
 
     @contextmanager
@@ -175,21 +167,6 @@ class GRPOTrainer:
             self.result = summary(self, time.perf_counter() - started)
             reporter.end(self.result)
         plot_run(self.run_dir)
-
-    @property
-    def store(self) -> AdapterStore:
-        """Raises `ConfigError` in a process other than the first."""
-        return self.sync.store
-
-    @property
-    def version(self) -> AdapterVersion:
-        """The version that the next step samples from."""
-        return self.sync.head
-
-    @property
-    def rollbacks(self) -> int:
-        """How often the run was rolled back; every sampling seed depends on it."""
-        return len(self.rollback_log)
 
     @led
     def rollback(self, to: Target) -> RollbackReport:
@@ -214,17 +191,12 @@ class GRPOTrainer:
                 f"this trainer's run is {self.run_dir}; to go on with {run}, build one with run_dir={run}"
             )
         # Read before anything is moved: a damaged log is told of while nothing has changed.
-        steps = going_back.steps_of(self)
+        steps = going_back.steps_of(self.run_dir)
         report = going_back.resume(self)
         self._resumed = report is not None
         self.history = [metrics for metrics in steps if metrics["step"] <= self.steps_done]
-        self.evaluations = going_back.evaluations_until(self, self.steps_done)
+        self.evaluations = going_back.evaluations_until(self.run_dir, self.steps_done)
         return report
-
-    def take_up(self, step: int, *, without_signal: int) -> None:
-        """Count on from `step`; what came after it in the history did not happen."""
-        self.steps_done, self.without_signal = step, without_signal
-        self.history = [metrics for metrics in self.history if metrics["step"] <= step]
 
     @led
     def evaluate(self) -> Evaluation:
@@ -232,20 +204,7 @@ class GRPOTrainer:
 
         Raises `ConfigError` when there are none.
         """
-        if self.eval_data is None:
-            raise ConfigError("there are no held-out prompts; pass eval_dataset")
-        result = evaluate(
-            self.parts.rendering,
-            self.version,
-            self.eval_data,
-            self.reward_funcs,
-            self.config,
-            scored=self.rollouts.score,
-        )
-        save_evaluation(self.run_dir, result)
-        self.store.record(self.version, **{f"eval/{name}": value for name, value in result.metrics.items()})
-        self.evaluations.append(result)
-        return result
+        return loop.evaluate(self)
 
     @led
     def save_model(self, directory: str | Path, which: Target = "last") -> AdapterVersion:

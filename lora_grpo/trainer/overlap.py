@@ -9,76 +9,32 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
+from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import SamplerState
 from lora_grpo.engines.owned import OwnedEngine
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError
-from lora_grpo.trainer.stepping import Rewarded, reward, roll_out
-from lora_grpo.types import Group, Prompt
+from lora_grpo.trainer.parts import Parts
+from lora_grpo.trainer.rollouts import Rewarded, Rollout, Source
 from lora_grpo.worker import Job, Worker
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from lora_grpo.adapters.store import AdapterStore
-    from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 
 T = TypeVar("T")
 
 
-@dataclass
-class Rollout:
-    """The batch of one step on its way. `position` is where the data stood before its prompts were drawn."""
-
-    step: int
-    position: SamplerState
-    prompts: list[Prompt]
-    columns: dict[str, list[Any]]
-    version: AdapterVersion = field(init=False)
-    """Set when it begins."""
-    groups: list[Group] = field(init=False)
-    """Set when it ends, and then its rewards are on their way."""
-
-
-def rollouts_of(trainer: GRPOTrainer) -> InTurn:
+def rollouts_of(source: Source, parts: Parts) -> InTurn:
     """As `config.max_staleness` asks for."""
-    return Ahead(trainer) if trainer.config.max_staleness else InTurn(trainer)
-
-
-def drawn(trainer: GRPOTrainer, step: int) -> Rollout:
-    """The next prompts, for `step`."""
-    position = trainer.sampler.state_dict()
-    prompts, columns = trainer.train_data.select(next(trainer.sampler))
-    return Rollout(step, position, prompts, columns)
-
-
-def sampled(trainer: GRPOTrainer, rollout: Rollout, version: AdapterVersion, rollbacks: int) -> None:
-    """Have `version` complete its prompts."""
-    rollout.version = version
-    rollout.groups = roll_out(
-        trainer.parts,
-        trainer.config,
-        trainer.rollout_func,
-        rollout.prompts,
-        version,
-        step=rollout.step,
-        rollbacks=rollbacks,
-    )
-
-
-def rewarded(trainer: GRPOTrainer, rollout: Rollout) -> Rewarded:
-    return reward(trainer.reward_funcs, rollout.groups, rollout.columns, trainer.config, rollout.step)
+    return Ahead(source, parts) if source.config.max_staleness else InTurn(source, parts)
 
 
 class InTurn:
     """The batches of a trainer's steps, each sampled when its step begins, from the version published before."""
 
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self._trainer = trainer
+    def __init__(self, source: Source, parts: Parts) -> None:
+        self._source, self._sync = source, parts.sync
 
     def running(self) -> AbstractContextManager[None]:
         """Around a call of `train`: outside nothing is sampled."""
@@ -86,13 +42,13 @@ class InTurn:
 
     def take(self, step: int) -> Rollout:
         """The sampled batch of `step`, all of one version."""
-        rollout = drawn(self._trainer, step)
-        sampled(self._trainer, rollout, self._trainer.version, self._trainer.rollbacks)
+        rollout = self._source.draw(step)
+        self._source.sample(rollout, self._sync.head)
         return rollout
 
     def reward(self, rollout: Rollout) -> Rewarded:
         """What the batch that was taken last earned."""
-        return rewarded(self._trainer, rollout)
+        return self._source.reward(rollout)
 
     def score(self, function: Callable[[], T]) -> T:
         """Call reward functions on other completions."""
@@ -108,7 +64,7 @@ class InTurn:
 
     def position(self) -> SamplerState:
         """Where the data stand: what is drawn next, or was drawn for a batch that no step has taken yet."""
-        return self._trainer.sampler.state_dict()
+        return self._source.sampler.state_dict()
 
     def drop(self, why: str) -> None:
         """Forget every batch that no step has taken, and draw its prompts again later."""
@@ -134,13 +90,13 @@ class Ahead(InTurn):
     thread is raised by `take` or `reward` in the trainer's.
     """
 
-    def __init__(self, trainer: GRPOTrainer) -> None:
+    def __init__(self, source: Source, parts: Parts) -> None:
         """Raises `ConfigError` where the trainer has several processes."""
-        if trainer.sync.processes.count > 1:
+        if parts.sync.processes.count > 1:
             raise ConfigError("max_staleness > 0 is for one trainer process; set max_staleness=0")
-        patience_s, engine = trainer.config.stall_timeout_s, trainer.engine
-        super().__init__(trainer)
-        self._most = trainer.config.max_staleness
+        super().__init__(source, parts)
+        patience_s, engine = source.config.stall_timeout_s, parts.engine
+        self._most = source.config.max_staleness
         self._own_generator = not isinstance(engine, OwnedEngine)
         self._generator = (
             engine.worker if isinstance(engine, OwnedEngine) else Worker("generator", patience_s=patience_s)
@@ -172,7 +128,7 @@ class Ahead(InTurn):
             flight = self._ahead[0]
             with self._blamed("generator"):
                 self._generator.wait(flight.groups)
-            lag = lag_behind(self._trainer.store, self._trainer.version, flight.rollout.version, self._most)
+            lag = lag_behind(self._sync.store, self._sync.head, flight.rollout.version, self._most)
             if lag is not None:
                 break
             self.drop("stale")
@@ -191,7 +147,7 @@ class Ahead(InTurn):
 
     def metrics(self) -> dict[str, float]:
         """Under TRL's names; the counts are of completions, over the whole run of this process."""
-        lag, rows = float(self._lag), self._trainer.config.rows_per_step(1)
+        lag, rows = float(self._lag), self._source.config.rows_per_step(1)
         counts = {f"sample/dropped_{why}_total": float(count * rows) for why, count in self.dropped.items()}
         return {"sample/staleness_mean": lag, "sample/staleness_max": lag, **counts}
 
@@ -199,7 +155,7 @@ class Ahead(InTurn):
         return {f"dropped_{why}": count for why, count in self.dropped.items()}
 
     def position(self) -> SamplerState:
-        return self._ahead[0].rollout.position if self._ahead else self._trainer.sampler.state_dict()
+        return self._ahead[0].rollout.position if self._ahead else self._source.sampler.state_dict()
 
     def drop(self, why: str) -> None:
         self.dropped[why] += self._forget()
@@ -214,18 +170,17 @@ class Ahead(InTurn):
 
     def _fill(self, step: int) -> None:
         """Begin what `step`, the next to be trained, leaves room for."""
-        last = min(step + self._most, self._trainer.config.total_steps)
+        last = min(step + self._most, self._source.config.total_steps)
         for following in range(step + len(self._ahead), last + 1):
-            self._begin(drawn(self._trainer, following))
+            self._begin(self._source.draw(following))
 
     def _begin(self, rollout: Rollout) -> None:
-        trainer, flight, rollbacks = self._trainer, Flight(rollout), self._trainer.rollbacks
+        source, sync, flight = self._source, self._sync, Flight(rollout)
 
         def generate() -> None:
-            version = trainer.store.acquire(trainer.version)
-            rollout.version, flight.leased = version, True
-            sampled(trainer, rollout, version, rollbacks)
-            flight.rewards = self._rewarder.submit(lambda: rewarded(trainer, rollout))
+            rollout.version, flight.leased = sync.store.acquire(sync.head), True
+            source.sample(rollout, rollout.version)
+            flight.rewards = self._rewarder.submit(lambda: source.reward(rollout))
 
         flight.groups = self._generator.submit(generate)
         self._ahead.append(flight)
@@ -241,7 +196,7 @@ class Ahead(InTurn):
             self._let_go(flight)
         self._let_go(self._taken)
         self._taken = None
-        self._trainer.sampler.load_state_dict(position)
+        self._source.sampler.load_state_dict(position)
         return len(flights)
 
     def _let_go(self, flight: Flight | None) -> None:
@@ -250,7 +205,7 @@ class Ahead(InTurn):
         def release(_: object) -> None:
             if flight is not None and flight.leased:
                 flight.leased = False
-                self._trainer.store.release(flight.rollout.version)
+                self._sync.store.release(flight.rollout.version)
 
         if flight is not None:
             flight.groups.result.add_done_callback(release)
@@ -269,7 +224,7 @@ class Ahead(InTurn):
             raise failure from error
 
     def _where(self) -> str:
-        return f"{self._trainer.steps_done} steps are done, and HEAD is {self._trainer.store.head}"
+        return f"{self._sync.head.step} steps are done, and HEAD is {self._sync.head}"
 
 
 def lag_behind(store: AdapterStore, head: AdapterVersion, version: AdapterVersion, most: int) -> int | None:

@@ -1,14 +1,22 @@
-"""A step's completions: sampled from one named version, with seeds that no other step or rollback repeats."""
+"""A step's batch: prompts in their order, completed by one named version, and scored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
+import torch
+
+from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.data import PromptDataset, PromptSampler, SamplerState
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.grpo.advantages import group_advantages, weighted_rewards
 from lora_grpo.grpo_config import GRPOConfig
+from lora_grpo.rewards import Patience, RewardContext, RewardFunction, score
+from lora_grpo.rewards.call import TrainerState
 from lora_grpo.types import Group, Prompt, Sampling, derive_seed
 
 RolloutFunc: TypeAlias = Callable[[Sequence[Prompt], Engine, AdapterVersion], list[Group]]
@@ -17,35 +25,107 @@ RolloutFunc: TypeAlias = Callable[[Sequence[Prompt], Engine, AdapterVersion], li
 The engine renders text and chats as the trainer does; `prompt + [message]` keeps a chat's `chat_template_kwargs`."""
 
 
-def training_sampling(config: GRPOConfig, step: int, rollbacks: int) -> Sampling:
-    """How step `step` samples; a rollback changes every seed, so that the same collapse is not replayed."""
-    return Sampling(
-        n=config.num_generations,
-        max_tokens=config.max_completion_length,
-        temperature=config.temperature,
-        seed=derive_seed(config.seed, step, rollbacks),
-    )
+@dataclass
+class Rollout:
+    """The batch of one step on its way. `position` is where the data stood before its prompts were drawn.
+
+    Every seed depends on `rollbacks`, how often the run was rolled back: no collapse is replayed.
+    """
+
+    step: int
+    rollbacks: int
+    position: SamplerState
+    prompts: list[Prompt]
+    columns: dict[str, list[Any]]
+    version: AdapterVersion = field(init=False)
+    """Set when it begins."""
+    groups: list[Group] = field(init=False)
+    """Set when it ends."""
 
 
-def greedy_sampling(config: GRPOConfig) -> Sampling:
-    """How held-out prompts are answered: one greedy completion each."""
-    return Sampling(n=1, max_tokens=config.max_completion_length, temperature=0.0, seed=config.seed)
+@dataclass(frozen=True)
+class Rewarded:
+    """A step's completions with what they earned: rewards_BF by function, rewards_B weighted, advantages_B."""
+
+    groups: list[Group]
+    rewards_BF: torch.Tensor
+    rewards_B: torch.Tensor
+    advantages_B: torch.Tensor
+    logged: Mapping[str, float]
+
+    def used_groups(self, num_generations: int) -> float:
+        """Share of groups whose rewards differ, the only ones that carry signal."""
+        return float((self.advantages_B != 0).view(-1, num_generations).any(1).float().mean())
 
 
-def check_groups(groups: Sequence[Group], prompts: int, config: GRPOConfig, version: AdapterVersion) -> None:
-    """Raises for groups that cannot be trained on: a missing one, an odd size, or completions of another version."""
-    sizes = {len(group.completions) for group in groups}
-    if len(groups) != prompts or sizes != {config.num_generations}:
-        raise ConfigError(
-            f"the rollout gave {len(groups)} groups of sizes {sorted(sizes)}; it must give {prompts} groups of "
-            f"num_generations={config.num_generations}"
+@dataclass
+class Source:
+    """Where batches come from: prompts and their order, the engine that completes them, the functions that score.
+
+    `rollout_func` samples in place of the engine's `generate`.
+    """
+
+    config: GRPOConfig
+    engine: Engine
+    data: PromptDataset
+    sampler: PromptSampler
+    rollback_log: RollbackLog
+    reward_funcs: Sequence[RewardFunction]
+    rollout_func: RolloutFunc | None = None
+
+    def draw(self, step: int) -> Rollout:
+        """The next prompts, for `step`."""
+        position = self.sampler.state_dict()
+        return Rollout(step, len(self.rollback_log), position, *self.data.select(next(self.sampler)))
+
+    def sample(self, rollout: Rollout, version: AdapterVersion) -> None:
+        """Have `version` complete the prompts. Raises for groups that cannot be trained on; see `check`."""
+        rollout.version = version
+        if self.rollout_func is None:
+            rollout.groups = self.engine.generate(rollout.prompts, self.sampling(rollout), adapter=version)
+        else:
+            rollout.groups = self.rollout_func(rollout.prompts, self.engine, version)
+        self.check(rollout)
+
+    def sampling(self, rollout: Rollout) -> Sampling:
+        """How its prompts are sampled."""
+        return Sampling(
+            n=self.config.num_generations,
+            max_tokens=self.config.max_completion_length,
+            temperature=self.config.temperature,
+            seed=derive_seed(self.config.seed, rollout.step, rollout.rollbacks),
         )
-    for index, group in enumerate(groups):
-        strangers = {completion.version for completion in group.completions} - {version.number}
-        if strangers:
-            raise DeliveryError(
-                f"prompt {index} was completed by version {sorted(map(str, strangers))}, not by {version}; pass "
-                "adapter=version to engine.generate"
+
+    def check(self, rollout: Rollout) -> None:
+        """Raises for a missing group, an odd size, or completions of another version."""
+        groups, prompts, version = rollout.groups, len(rollout.prompts), rollout.version
+        sizes = {len(group.completions) for group in groups}
+        if len(groups) != prompts or sizes != {self.config.num_generations}:
+            raise ConfigError(
+                f"the rollout gave {len(groups)} groups of sizes {sorted(sizes)}; it must give {prompts} groups of "
+                f"num_generations={self.config.num_generations}"
             )
-        if any(not completion.token_ids for completion in group.completions):
-            raise DeliveryError(f"prompt {index} has a completion without tokens")
+        for index, group in enumerate(groups):
+            strangers = {completion.version for completion in group.completions} - {version.number}
+            if strangers:
+                raise DeliveryError(
+                    f"prompt {index} was completed by version {sorted(map(str, strangers))}, not by {version}; pass "
+                    "adapter=version to engine.generate"
+                )
+            if any(not completion.token_ids for completion in group.completions):
+                raise DeliveryError(f"prompt {index} has a completion without tokens")
+
+    def reward(self, rollout: Rollout) -> Rewarded:
+        """Call the reward functions and compare within groups."""
+        config = self.config
+        context = RewardContext(TrainerState(rollout.step, config.total_steps))
+        values_BF = score(self.reward_funcs, rollout.groups, rollout.columns, context, patience(config))
+        rewards_BF = torch.tensor(values_BF, dtype=torch.float64)
+        rewards_B = weighted_rewards(rewards_BF, config.reward_weights)
+        advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
+        return Rewarded(rollout.groups, rewards_BF, rewards_B, advantages_B, context.metrics())
+
+
+def patience(config: GRPOConfig) -> Patience:
+    """How long reward functions are waited for."""
+    return Patience(config.reward_retries, config.reward_timeout_s)

@@ -1,4 +1,4 @@
-"""One GRPO step: generate from a named version, reward, update, publish; and what is measured on the way."""
+"""The update of a GRPO step, and what a step measures on the way."""
 
 from __future__ import annotations
 
@@ -7,43 +7,26 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.delivery.canary import RESOLUTION, CanaryReport
-from lora_grpo.grpo.advantages import group_advantages, reward_metrics, weighted_rewards
+from lora_grpo.grpo.advantages import reward_metrics
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics import Reporter
-from lora_grpo.rewards import Patience, RewardContext, RewardFunction, reward_names, score
-from lora_grpo.rewards.call import TrainerState
+from lora_grpo.rewards import RewardFunction, reward_names
 from lora_grpo.sync import PushReceipt
-from lora_grpo.trainer.assembly import Parts
-from lora_grpo.trainer.rollouts import RolloutFunc, check_groups, training_sampling
-from lora_grpo.types import Group, Prompt
+from lora_grpo.trainer.parts import Parts
+from lora_grpo.trainer.rollouts import Rewarded
+from lora_grpo.types import Group
 
 GAP = "sampling/sampling_logp_difference/mean"
 OF_THE_VERSION = {"kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_groups_used", GAP}
 CANARY_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Rewarded:
-    """A step's completions with what they earned: rewards_BF by function, rewards_B weighted, advantages_B."""
-
-    groups: list[Group]
-    rewards_BF: torch.Tensor
-    rewards_B: torch.Tensor
-    advantages_B: torch.Tensor
-    logged: Mapping[str, float]
-
-    def used_groups(self, num_generations: int) -> float:
-        """Share of groups whose rewards differ, the only ones that carry signal."""
-        return float((self.advantages_B != 0).view(-1, num_generations).any(1).float().mean())
 
 
 class Clock:
@@ -59,47 +42,6 @@ class Clock:
         started = time.perf_counter()
         yield
         self.seconds[f"time/{phase}_s"] = time.perf_counter() - started
-
-
-def roll_out(
-    parts: Parts,
-    config: GRPOConfig,
-    rollout_func: RolloutFunc | None,
-    prompts: list[Prompt],
-    version: AdapterVersion,
-    *,
-    step: int,
-    rollbacks: int,
-) -> list[Group]:
-    """One group a prompt, all made by `version`; raises for anything else."""
-    if rollout_func is None:
-        sampling = training_sampling(config, step, rollbacks)
-        groups = parts.rendering.generate(prompts, sampling, adapter=version)
-    else:
-        groups = rollout_func(prompts, parts.rendering, version)
-    check_groups(groups, len(prompts), config, version)
-    return groups
-
-
-def reward(
-    functions: Sequence[RewardFunction],
-    groups: list[Group],
-    columns: Mapping[str, Sequence[Any]],
-    config: GRPOConfig,
-    step: int,
-) -> Rewarded:
-    """Call the reward functions and compare within groups."""
-    context = RewardContext(TrainerState(step, config.total_steps))
-    values_BF = score(functions, groups, columns, context, patience(config))
-    rewards_BF = torch.tensor(values_BF, dtype=torch.float64)
-    rewards_B = weighted_rewards(rewards_BF, config.reward_weights)
-    advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
-    return Rewarded(groups, rewards_BF, rewards_B, advantages_B, context.metrics())
-
-
-def patience(config: GRPOConfig) -> Patience:
-    """How long reward functions are waited for."""
-    return Patience(config.reward_retries, config.reward_timeout_s)
 
 
 def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> dict[str, Any]:

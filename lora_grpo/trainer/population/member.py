@@ -14,11 +14,10 @@ from lora_grpo.trainer import loop
 from lora_grpo.trainer.build import keep_settings
 from lora_grpo.trainer.evaluation import Evaluation
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
-from lora_grpo.trainer.overlap import Rollout, drawn, sampled
 from lora_grpo.trainer.population.generators import Generators
 from lora_grpo.trainer.population.spec import MemberSpec
 from lora_grpo.trainer.population.together import hold
-from lora_grpo.trainer.rollouts import check_groups
+from lora_grpo.trainer.rollouts import Rollout
 from lora_grpo.trainer.shared import Shared
 from lora_grpo.trainer.steering import apply_requests
 from lora_grpo.trainer.stepping import Clock
@@ -94,7 +93,7 @@ class Member:
         """Do what was asked from outside, and take the prompts of the next step."""
         trainer = self.runs
         apply_requests(trainer.store, trainer.rollback, self._reporter)
-        self.rollout: Rollout = drawn(trainer, trainer.steps_done + 1)
+        self.rollout: Rollout = trainer.source.draw(trainer.steps_done + 1)
         self.clock = Clock(self._reporter)
 
     def sample_alone(self) -> None:
@@ -102,12 +101,11 @@ class Member:
         trainer = self.runs
         hold(trainer.engine, [trainer.version])
         with self.clock("generate"):
-            sampled(trainer, self.rollout, trainer.version, trainer.rollbacks)
+            trainer.source.sample(self.rollout, trainer.version)
 
     def check_sampled(self) -> None:
         """Raises for completions that it cannot learn from, such as another version's."""
-        rollout = self.rollout
-        check_groups(rollout.groups, len(rollout.prompts), self.runs.config, rollout.version)
+        self.runs.source.check(self.rollout)
 
     def learn(self) -> None:
         """The rest of a step whose completions are there."""

@@ -11,22 +11,21 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.engines.rendering import RenderingEngine
 from lora_grpo.engines.requests import sampling_by_prompt
 from lora_grpo.errors import EngineError
-from lora_grpo.trainer.grpo_trainer import GRPOTrainer
-from lora_grpo.trainer.overlap import Rollout
-from lora_grpo.trainer.rollouts import training_sampling
+from lora_grpo.trainer.rollouts import Rollout, Source
+from lora_grpo.trainer.run import Run
 from lora_grpo.types import Prompt, Sampling
 
 
-def sample_together(engine: Engine, waiting: Sequence[tuple[GRPOTrainer, Rollout]]) -> None:
+def sample_together(engine: Engine, waiting: Sequence[tuple[Run, Rollout]]) -> None:
     """Complete the prompts of each rollout as its trainer alone would have: same seeds, same settings, same version.
 
     Raises what the engine raises, for whichever row; what came is for each trainer to check.
     """
     prompts: list[Prompt] = []
     sampling: list[Sampling] = []
-    for trainer, rollout in waiting:
-        rollout.version = trainer.version
-        asked, sampled_as = _asked(trainer, rollout)
+    for run, rollout in waiting:
+        rollout.version = run.version
+        asked, sampled_as = _asked(run.source, rollout)
         prompts += asked
         sampling += sampled_as
     hold(engine, [rollout.version for _, rollout in waiting])
@@ -49,10 +48,9 @@ def hold(engine: Engine, versions: Sequence[AdapterVersion]) -> None:
     )
 
 
-def _asked(trainer: GRPOTrainer, rollout: Rollout) -> tuple[Sequence[Prompt], list[Sampling]]:
+def _asked(source: Source, rollout: Rollout) -> tuple[Sequence[Prompt], list[Sampling]]:
     """What the engine is asked for a rollout, as the trainer's own tokenizer renders it."""
-    sampling = training_sampling(trainer.config, rollout.step, trainer.rollbacks)
-    asks = trainer.parts.rendering
-    if isinstance(asks, RenderingEngine):
-        return asks.rendered(rollout.prompts, sampling)
+    sampling = source.sampling(rollout)
+    if isinstance(source.engine, RenderingEngine):
+        return source.engine.rendered(rollout.prompts, sampling)
     return rollout.prompts, sampling_by_prompt(sampling, len(rollout.prompts))
