@@ -194,6 +194,11 @@ class NativeSync:
         self._lease_loaded()
         return True
 
+    def serve(self) -> None:
+        """Have the engine serve `head` again after it let go of it for others; the model is that version."""
+        self._load(self.head, None)
+        self._lease_loaded()
+
     def close(self) -> None:
         """Have the engine forget this store's versions, and let go of their files."""
         engine = self._own_engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -18,10 +19,13 @@ from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, RewardError, TrainingError
 from lora_grpo.metrics import read_metrics
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer, Guard, NonFinite
 from lora_grpo.trainer.population import room
+from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
 from lora_grpo.trainer.population.spec import MemberSpec
+from lora_grpo.types import Group
 from tests.conftest import ENGINE_ARGS
 from tests.tiny_run import fake_engine
 from tests.tiny_trainer import CONFIG, ROWS, moments, same, share_of_low_bytes, weights
@@ -129,35 +133,47 @@ def test_each_member_is_the_run_that_it_would_be_alone(
     with Population(base, specs(tmp_path / "together"), engine=engine) as population:
         with monkeypatch.context() as spying:
             batches = counted(spying, engine, "generate")
+            apart = distances(spying, engine, population)
             members = population.train()
         assert [member.state for member in members] == ["finished"] * 3
         assert (len(proofs), len(matches)) == (2, 1)  # of two forms on one base
         mixed = [batch for batch in batches if isinstance(batch[1]["adapter"], list)]
         assert [len({version.path for version in asked["adapter"]}) for _, asked, _ in mixed] == [3, 3, 2]
-        for _, asked, groups in mixed:
-            require_made_by_its_own(engine, asked["adapter"], groups)
+        assert len(apart) == 3 * (16 + 8) + 2 * 16
+        assert max(own for own, _ in apart) < 1e-3 < 0.01 < min(other for _, other in apart)
         for member, spec in zip(members, specs(tmp_path / "alone"), strict=True):
             require_as_alone(base, engine, member.runs, spec)
 
 
-def require_made_by_its_own(engine: Any, versions: Sequence[Any], groups: Sequence[Any]) -> None:
-    """Each row's log-probs are those of its member's version, and of no other member's.
+def distances(monkeypatch: pytest.MonkeyPatch, engine: Any, population: Population) -> list[tuple[float, float]]:
+    """Of every completion of every later joint batch: how far its log-probs are from those that its own member's model
+    computes, and how far from those of the nearest other member's; mean nats a token."""
+    found: list[tuple[float, float]] = []
+    generate = engine.generate
 
-    Rows of pairs were sampled at another temperature than engines score at.
-    """
-    distinct = list(dict.fromkeys(versions))
-    for version in distinct:
-        engine.load(version)
-    scored_groups = [pair for pair in zip(versions, groups, strict=True) if len(pair[1].completions) > 2]
-    assert len(scored_groups) >= 4
-    for version, group in scored_groups:
-        completion = group.completions[0]
-        ids = [*group.prompt_token_ids, *completion.token_ids]
-        for other in distinct:
-            scored = engine.logprobs([ids], adapter=other)[0][len(group.prompt_token_ids) - 1 :]
-            gaps = [abs(left - right) for left, right in zip(scored, completion.logprobs, strict=True)]
-            own, apart = max(gaps) < 1e-3, max(gaps) > 0.02
-            assert own if other is version else apart, (version, other, gaps)
+    def measured(prompts: Any, sampling: Any, *, adapter: Any) -> Any:
+        groups = generate(prompts, sampling, adapter=adapter)
+        if isinstance(adapter, list):
+            for owner in population.running:
+                own = [group for group, version in zip(groups, adapter, strict=True) if version == owner.runs.version]
+                found.extend(from_models(owner, population.running, own))
+        return groups
+
+    monkeypatch.setattr(engine, "generate", measured)
+    return found
+
+
+def from_models(owner: Member, members: Sequence[Member], groups: Sequence[Group]) -> Iterator[tuple[float, float]]:
+    made = [(group.prompt_token_ids, completion) for group in groups for completion in group.completions]
+    rows, starts = [[*prompt, *one.token_ids] for prompt, one in made], [len(prompt) for prompt, _ in made]
+    temperature = owner.runs.config.temperature
+    scored = {
+        member.name: teacher_logprobs(member.runs.model, rows, starts=starts, temperature=temperature)
+        for member in members
+    }
+    for row, (_, one) in enumerate(made):
+        gaps = {name: mean_abs_difference([of[row]], [one.logprobs]) for name, of in scored.items()}
+        yield gaps.pop(owner.name), min(gaps.values(), default=math.inf)
 
 
 def test_a_killed_population_goes_on_as_if_nothing_had_happened(base: ModelConfig, engine: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.errors import DeliveryError, StoreError
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.sync import NativeSync
+from lora_grpo.trainer.population.together import hold
 from tests.fake_vllm import FakeServer
 from tests.tiny_models import load_model, refill_lora, tiny_lora
 from tests.tiny_trainer import same
@@ -104,6 +106,31 @@ def test_servers_that_are_wrong_alike_are_not_believed(sync: NativeSync, servers
         sync.rollback(1)
     assert (sync.head.number, used(sync)) == (3, [2, 3])
     assert same(weights(sync), before)
+
+
+def test_a_version_that_another_run_pushed_out_is_proven_again(
+    sync: NativeSync, servers: list[ModelServer], shm_dir: Path
+) -> None:
+    with AdapterStore(shm_dir / "other") as store:
+        other = NativeSync(tiny_lora(load_model(servers[0].root), r=8), sync.engine, store)
+        runs: list[Any] = [SimpleNamespace(sync=one, version=sync.head) for one in (sync, other)]
+
+        def push_out() -> None:
+            for step in range(2):
+                refill_lora(other.model, seed=8 + step)  # type: ignore[arg-type]
+                other.push(step)
+            assert sync.head not in sync.engine.loaded()
+            runs[1].version = other.head
+
+        push_out()
+        hold(sync.engine, runs)
+        assert {*sync.engine.loaded()} == {sync.head, other.head}
+        push_out()
+        for server in servers:
+            server.wrong_weights, server.wrong = 100, other.head.path
+        with pytest.raises(DeliveryError, match="v3 failed on 2 of 2 replicas"):
+            hold(sync.engine, runs)
+        other.close()
 
 
 def test_what_the_new_one_pushed_out_is_proven_again_when_the_rollback_fails(

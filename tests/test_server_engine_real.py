@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.config import ModelConfig
 from lora_grpo.engines.resolver import URL_VARIABLE
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Server, Servers, Serving
@@ -23,13 +26,18 @@ from lora_grpo.errors import ConfigError, EngineError, UnsupportedAdapter
 from lora_grpo.remote.server import StoreServer
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
+from lora_grpo.trainer.population.population import Population
 from lora_grpo.types import Group, Sampling
-from tests.tiny_models import load_model, refill_lora, tiny_lora
+from tests.test_population import distances, require_as_alone, specs
+from tests.tiny_models import load_model, refill_lora, tiny_lora, tiny_model
 from tests.tiny_trainer import CONFIG, tiny_trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
-VLLM_ARGS = ("--max-model-len", "128", "--enforce-eager", "--max-num-seqs", "64", "--gpu-memory-utilization", "0.1")
+VLLM_ARGS = (
+    "--max-model-len", "128", "--enforce-eager", "--max-num-seqs", "64", "--gpu-memory-utilization", "0.1",
+    "--dtype", "float32",
+)  # fmt: skip
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKEN = "a-token-of-the-tests"
 PROMPTS = ["one, two, ", "a b c d ", "the sum of 1 and 2 is "]
@@ -53,6 +61,12 @@ def free_ports(count: int) -> int:
 
 
 @pytest.fixture(scope="module")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In float32, in which a run repeats to the bit on every CPU."""
+    return tiny_model("llama", tmp_path_factory.mktemp("llama"), dtype="float32")
+
+
+@pytest.fixture(scope="module")
 def servers(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """Two replicas as `lora-grpo serve` starts them, and a third, plain one that knows nothing of LoRA."""
     logs = tmp_path_factory.mktemp("servers")
@@ -61,6 +75,7 @@ def servers(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     serving = Serving(
         str(llama_dir),
         replicas=3,
+        max_loras=4,
         port=first,
         target_modules=LEAVES,
         store_url=f"http://127.0.0.1:{first + 3}",
@@ -234,6 +249,31 @@ def test_servers_pull_versions_from_the_store(llama_dir: Path, servers: Servers,
 def test_a_server_without_lora_is_told_its_flag(servers: Servers) -> None:
     with pytest.raises(ConfigError, match=f"{servers.urls[2]} serves without LoRA; start it with --enable-lora"):
         VLLMServerEngine([servers.urls[2]])
+
+
+def test_members_on_servers_are_their_lone_runs_after_a_kill_too(
+    llama_dir: Path, servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second round; afterwards the rows of each are its own version's, whichever server answers."""
+    base, urls, folder = ModelConfig(name=str(llama_dir)), servers.urls[:2], tmp_path / "together"
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.tiny_population", base.name, str(folder), *urls],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    engine = VLLMServerEngine(urls, max_loras=4)
+    with Population(base, specs(folder), engine=engine) as population:
+        population.resume()
+        with monkeypatch.context() as spying:
+            apart = distances(spying, engine, population)
+            population.train()
+        assert len(apart) == 16 + 8 + 16
+        assert max(own for own, _ in apart) < 1e-3 < 0.01 < min(other for _, other in apart)
+        for member, spec in zip(population.members, specs(tmp_path / "alone"), strict=True):
+            require_as_alone(base, engine, member.runs, spec)
+    engine.close()
 
 
 def test_a_trainer_on_servers_survives_the_kill_of_one(

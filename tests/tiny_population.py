@@ -1,6 +1,6 @@
 """The population of `test_population` as a process of its own, which kills itself in its second round.
 
-python -m tests.tiny_population BASE FOLDER
+python -m tests.tiny_population BASE FOLDER [SERVER]...
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def kill(completions: Sequence[str], trainer_state: Any, **columns: Any) -> list
 kill.__name__ = length.__name__
 first, second, third = specs(Path(sys.argv[2]))
 second = replace(second, reward_funcs=[kill, share_of_low_bytes])
-base, config = ModelConfig(name=sys.argv[1], dtype="float32"), EngineConfig(dtype="float32", **ENGINE_ARGS)
+urls = tuple(sys.argv[3:])
+base = ModelConfig(name=sys.argv[1], dtype="float32")
+config = EngineConfig(urls=urls) if urls else EngineConfig(dtype="float32", **ENGINE_ARGS)
 with Population(base, [first, second, third], engine_config=config) as population:
     population.train()

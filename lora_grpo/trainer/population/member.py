@@ -99,7 +99,7 @@ class Member:
     def sample_alone(self) -> None:
         """Its completions, in an engine batch of their own."""
         trainer = self.runs
-        hold(trainer.engine, [trainer.version])
+        hold(trainer.engine, [trainer])
         with self.clock("generate"):
             trainer.source.sample(self.rollout, trainer.version)
 

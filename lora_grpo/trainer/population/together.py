@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
-from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.rendering import RenderingEngine
 from lora_grpo.engines.requests import sampling_by_prompt
@@ -28,7 +27,7 @@ def sample_together(engine: Engine, waiting: Sequence[tuple[Run, Rollout]]) -> N
         asked, sampled_as = _asked(run.source, rollout)
         prompts += asked
         sampling += sampled_as
-    hold(engine, [rollout.version for _, rollout in waiting])
+    hold(engine, [run for run, _ in waiting])
     versions = [rollout.version for _, rollout in waiting for _ in rollout.prompts]
     groups = iter(engine.generate(prompts, sampling, adapter=versions))
     for _, rollout in waiting:
@@ -36,16 +35,16 @@ def sample_together(engine: Engine, waiting: Sequence[tuple[Run, Rollout]]) -> N
         rollout.groups = [replace(group, prompt=prompt) for group, prompt in zip(made, rollout.prompts, strict=False)]
 
 
-def hold(engine: Engine, versions: Sequence[AdapterVersion]) -> None:
-    """Load again those whose place the loads of others took. Raises `EngineError` where there are too few places."""
-    for _ in range(len(versions) + 1):
-        missing = [version for version in versions if version not in engine.loaded()]
+def hold(engine: Engine, runs: Sequence[Run]) -> None:
+    """Have those versions served again whose place the loads of others took. Raises `EngineError` where there are too
+    few places."""
+    for _ in range(len(runs) + 1):
+        loaded = engine.loaded()
+        missing = [run for run in runs if run.version not in loaded]
         if not missing:
             return
-        engine.load(missing[0])
-    raise EngineError(
-        f"the engine holds {len(engine.loaded())} versions at a time, and {len(versions)} members need one"
-    )
+        missing[0].sync.serve()
+    raise EngineError(f"the engine holds {len(engine.loaded())} versions at a time, and {len(runs)} members need one")
 
 
 def _asked(source: Source, rollout: Rollout) -> tuple[Sequence[Prompt], list[Sampling]]:
