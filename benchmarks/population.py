@@ -40,13 +40,14 @@ def main() -> None:
     parser.add_argument("--rows", default="1,2,4,8", help="rows a member")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="the engine's")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     about, rows = provenance("-m", "benchmarks.population"), []
     with tempfile.TemporaryDirectory(prefix="lora-grpo-population-") as folder:
         base = write_model(SHAPE, Path(folder) / "base")
         # Compiling this shape takes a CPU longer than all that is measured.
-        limits = {"max_model_len": PROMPT + options.tokens, "enforce_eager": True}
+        limits = {"max_model_len": PROMPT + options.tokens, "enforce_eager": True, "dtype": options.dtype}
         engine = VLLMEngine(base, max_lora_rank=RANK, max_loras=options.members, **limits)
         with AdapterStore(archive=Path(folder) / "run") as store:
             versions = [adapter(store, base, engine, seed) for seed in range(options.members)]

@@ -271,7 +271,8 @@ def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
     from lora_grpo.trainer.planning import planned_memory
 
     engine = EngineConfig(urls=("http://elsewhere",))
-    batch, started = LargestBatch(options.rows, options.prompt, options.tokens[0]), time.process_time()
+    batch = LargestBatch(options.rows, options.prompt, options.tokens[0], group=options.rows)
+    started = time.process_time()
     estimate, _ = planned_memory(model, None, engine, batch, options.checkpointing == "on")
     seconds = time.process_time() - started
     return {"peak_mib": (estimate.activations_bytes or 0) / 2**20, "cpu_s": seconds}

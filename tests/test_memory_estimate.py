@@ -30,6 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 BATCH = LargestBatch(rows=16, prompt_tokens=64, completion_tokens=448)
+BATCHES = {"own": BATCH, "shared": LargestBatch(rows=16, prompt_tokens=384, completion_tokens=128, group=8)}
 ADAPTER = LoraConfig(r=8, target_modules=["o_proj"])
 
 
@@ -64,9 +65,17 @@ def test_what_does_not_fit_says_what_to_lower(tiny: Path) -> None:
 
 def test_a_budget_of_tokens_takes_the_place_of_rows() -> None:
     plain = GRPOConfig(per_device_train_batch_size=4, max_completion_length=30)
-    assert largest_batch(plain, 20) == LargestBatch(4, 20, 30)
+    assert largest_batch(plain, 20) == LargestBatch(4, 20, 30, group=plain.num_generations)
     assert largest_batch(plain.replace(max_tokens_per_micro_batch=320), 20) == LargestBatch(6, 20, 30)
     assert largest_batch(plain.replace(max_tokens_per_micro_batch=10), 20) == LargestBatch(1, 20, 30)
+
+
+def test_a_batch_has_the_prompts_that_its_rows_need_and_one_more_where_groups_begin_elsewhere() -> None:
+    prompts = {
+        (rows, group): len({ids[0] for ids in LargestBatch(rows, 1, 1, group).sequences()})
+        for rows, group in [(8, 8), (4, 8), (16, 8), (6, 4), (3, 8), (5, 1)]
+    }
+    assert prompts == {(8, 8): 1, (4, 8): 1, (16, 8): 2, (6, 4): 3, (3, 8): 2, (5, 1): 5}
 
 
 def test_activations_are_computed_twice_where_they_would_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,44 +109,45 @@ from lora_grpo.config import GRPOConfig
 from lora_grpo.grpo import Batch
 from lora_grpo.policy import Policy
 from lora_grpo.types import Completion, Group
-from tests.test_memory_estimate import ADAPTER, BATCH
+from tests.test_memory_estimate import ADAPTER, BATCHES
 
 def status(name):
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if name in line).split()[1])
 
-directory, twice = sys.argv[1], sys.argv[2] == "twice"
+directory, twice, batch = sys.argv[1], sys.argv[2] == "twice", BATCHES[sys.argv[3]]
 model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 config = GRPOConfig(
     num_generations=8,
-    per_device_train_batch_size=BATCH.rows,
+    per_device_train_batch_size=batch.rows,
     gradient_accumulation_steps=1,
-    max_completion_length=BATCH.completion_tokens,
+    max_completion_length=batch.completion_tokens,
     gradient_checkpointing=twice,
 )
 policy = Policy(get_peft_model(model, ADAPTER), config)
 
 def update(prompt, tokens):
     made = (Completion("", (7,) * tokens, (-1.0,) * tokens, "length", 1),)
-    groups = [Group("", (5 + row,) * prompt, made) for row in range(BATCH.rows)]
-    policy.update(Batch.from_groups(groups, torch.linspace(-1, 1, BATCH.rows)))
+    groups = [Group("", (5 + row // batch.group,) * prompt, made) for row in range(batch.rows)]
+    policy.update(Batch.from_groups(groups, torch.linspace(-1, 1, batch.rows)))
 
 update(2, 2)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-update(BATCH.prompt_tokens, BATCH.completion_tokens)
+update(batch.prompt_tokens, batch.completion_tokens)
 print((status("VmHWM") - before) * 1024)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("twice", [False, True])
-def test_activations_are_what_a_step_takes(tiny: Path, twice: bool) -> None:
+@pytest.mark.parametrize("prompts", BATCHES)
+def test_activations_are_what_a_step_takes(tiny: Path, twice: bool, prompts: str) -> None:
     """Within 15 %, with an allocator that gives back what is freed; glibc's own keeps some of it in its heap."""
     model = ModelConfig(name=str(tiny), dtype="float32")
-    said = planned_memory(model, ADAPTER, EngineConfig(), BATCH, twice)[0].activations_bytes
+    said = planned_memory(model, ADAPTER, EngineConfig(), BATCHES[prompts], twice)[0].activations_bytes
     assert said is not None
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", MEASURE, str(tiny), "twice" if twice else "once"]
+    command = [sys.executable, "-c", MEASURE, str(tiny), "twice" if twice else "once", prompts]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     assert int(done.stdout) == pytest.approx(said, rel=0.15)
 

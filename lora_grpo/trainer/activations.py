@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,28 +15,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_grpo.grpo.head import head_bytes
+from lora_grpo.grpo.packing import Span, in_spans, pack, pays, refusal, sizes
 from lora_grpo.grpo_config import GRPOConfig
 
 
 @dataclass(frozen=True, slots=True)
 class LargestBatch:
-    """The most that the trainer computes at a time: `rows` of a prompt and a completion each, none of them shared."""
+    """The most that the trainer computes at a time: `rows` of a prompt and a completion each.
+
+    `group` of them have the same prompt, which a model that takes packed rows computes once.
+    """
 
     rows: int
     prompt_tokens: int
     completion_tokens: int
+    group: int = 1
 
     @property
     def length(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
+    def sequences(self) -> list[list[int]]:
+        """Token ids, `length` a row. Groups do not begin where batches do: unless one divides the other, one more
+        prompt can be in a batch than its rows would need."""
+        fits = self.rows % self.group == 0 or self.group % self.rows == 0
+        first = 0 if fits else self.group - 1
+        prompts = [(first + row) // self.group for row in range(self.rows)]
+        return [[prompt] * self.prompt_tokens + [0] * self.completion_tokens for prompt in prompts]
+
 
 def largest_batch(config: GRPOConfig, prompt_tokens: int) -> LargestBatch:
-    """What a run's settings make of prompts of at most so many tokens."""
-    rows, completion_tokens = config.per_device_train_batch_size, config.max_completion_length
+    """What a run's settings make of prompts of at most so many tokens. A budget of tokens counts a shared prompt once,
+    and so is used up by rows that share none as well."""
+    completion_tokens = config.max_completion_length
     if config.max_tokens_per_micro_batch is not None:
         rows = max(1, config.max_tokens_per_micro_batch // (prompt_tokens + completion_tokens))
-    return LargestBatch(rows, prompt_tokens, completion_tokens)
+        return LargestBatch(rows, prompt_tokens, completion_tokens)
+    return LargestBatch(config.per_device_train_batch_size, prompt_tokens, completion_tokens, config.num_generations)
 
 
 def activation_bytes(model: Any, batch: LargestBatch, dtype: torch.dtype, *, checkpointing: bool) -> int | None:
@@ -49,28 +64,34 @@ def activation_bytes(model: Any, batch: LargestBatch, dtype: torch.dtype, *, che
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    layer = model.get_output_embeddings()
-    tokens = batch.rows * batch.completion_tokens
-    for mask in (_mask(batch), None):
+    head = head_bytes(model.get_output_embeddings(), batch.rows * batch.completion_tokens, dtype)
+    for inputs, spans in _ways(model, batch):
         try:
-            kept_bytes, peak_bytes = _walk(model, batch, mask)
+            kept_bytes, peak_bytes = _walk(model, inputs, spans)
         except RuntimeError:
             continue
-        return max(peak_bytes, kept_bytes + head_bytes(layer, tokens, dtype))
+        return max(peak_bytes, kept_bytes + head)
     return None
 
 
-def _mask(batch: LargestBatch) -> Tensor:
-    """What a padded batch is attended with."""
-    return torch.ones((batch.rows, 1, batch.length, batch.length), dtype=torch.bool, device="meta")
-
-
-def _walk(model: Any, batch: LargestBatch, mask: Tensor | None) -> tuple[int, int]:
-    """Bytes that are kept for the backward, and the most at any time."""
+def _ways(model: Any, batch: LargestBatch) -> Iterator[tuple[dict[str, Any], tuple[Span, ...] | None]]:
+    """What the model is given: one packed row where that pays and it takes one, or padded rows with a mask or none."""
+    sequences, starts = batch.sequences(), [batch.prompt_tokens] * batch.rows
+    if pays(sizes(sequences, starts)) and refusal(model) is None:
+        row = pack(sequences, starts)
+        there_1N = torch.ones((1, len(row.ids)), dtype=torch.long, device="meta")
+        yield {"input_ids": there_1N, "attention_mask": there_1N, "position_ids": there_1N}, row.spans
     ids_BL = torch.zeros((batch.rows, batch.length), dtype=torch.long, device="meta")
-    backbone = model.get_base_model().get_decoder()
-    with torch.device("meta"), _attention_without_scores(), _Living(model) as living:
-        output = backbone(input_ids=ids_BL, attention_mask=mask, use_cache=False)
+    mask = torch.ones((batch.rows, 1, batch.length, batch.length), dtype=torch.bool, device="meta")
+    yield {"input_ids": ids_BL, "attention_mask": mask}, None
+    yield {"input_ids": ids_BL, "attention_mask": None}, None
+
+
+def _walk(model: Any, inputs: dict[str, Any], spans: tuple[Span, ...] | None) -> tuple[int, int]:
+    """Bytes that are kept for the backward, and the most at any time."""
+    backbone, there = model.get_base_model().get_decoder(), in_spans(model, spans) if spans else nullcontext()
+    with torch.device("meta"), _attention_without_scores(), there, _Living(model) as living:
+        output = backbone(**inputs, use_cache=False)
         kept_bytes = living.now_bytes
         output[0].sum().backward()
     model.zero_grad()
