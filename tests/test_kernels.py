@@ -42,18 +42,19 @@ def rows_of(a: list[torch.Tensor], b: list[torch.Tensor]) -> SlotRows:
     return made
 
 
-def layer(inputs: int, outputs: tuple[int, ...], rank: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def layer(
+    inputs: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype = BF16
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(rank)
-    a = [(torch.randn(rank, inputs, generator=generator) / inputs**0.5).to(BF16) for _ in outputs]
-    b = [(torch.randn(width, rank, generator=generator) / rank**0.5).to(BF16) for width in outputs]
+    a = [(torch.randn(rank, inputs, generator=generator) / inputs**0.5).to(dtype) for _ in outputs]
+    b = [(torch.randn(width, rank, generator=generator) / rank**0.5).to(dtype) for width in outputs]
     return a, b
 
 
-def batch(rows: int, inputs: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(rows: int, inputs: int, width: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(rows)
-    return torch.randn(rows, width, generator=generator).to(BF16), torch.randn(rows, inputs, generator=generator).to(
-        BF16
-    )
+    y, x = (torch.randn(rows, size, generator=generator).to(dtype) for size in (width, inputs))
+    return y, x
 
 
 def exact(
@@ -72,24 +73,29 @@ def exact(
     ids=["plain", "qkv", "gate_up", "no multiple of 16", "tiny"],
 )
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 13, 32])
-def test_the_sum_is_rounded_once(rows: int, inputs: int, outputs: tuple[int, ...], rank: int) -> None:
-    """Off by no more than rounding the exact sum to bfloat16 is."""
-    a, b = layer(inputs, outputs, rank)
-    y, x = batch(rows, inputs, sum(outputs))
+@pytest.mark.parametrize(("dtype", "rounding"), [(BF16, 2**-8), (torch.float32, 2**-18)], ids=["bf16", "fp32"])
+def test_the_sum_is_rounded_once(
+    rows: int, inputs: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype, rounding: float
+) -> None:
+    """In bfloat16 off by no more than rounding the exact sum is."""
+    rows = min(rows, FEW_ROWS[dtype])
+    a, b = layer(inputs, outputs, rank, dtype)
+    y, x = batch(rows, inputs, sum(outputs), dtype)
     wanted, before = exact(y, x, a, b, 0.5), y.clone()
     slot = rows_of(a, b)
     assert slot.takes(y, x)
     slot.add(y, x, 0.5)
-    torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(y.double(), wanted, rtol=rounding, atol=1e-5)
     assert not torch.equal(y, before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_is_what_it_is_alone(threads: int) -> None:
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_a_row_is_what_it_is_alone(threads: int, dtype: torch.dtype) -> None:
     """Bit for bit, beside whatever rows and on however many threads."""
-    a, b = layer(96, (48, 40), 16)
+    a, b = layer(96, (48, 40), 16, dtype)
     rows = rows_of(a, b)
-    y, x = batch(15, 96, 88)
+    y, x = batch(15, 96, 88, dtype)
     alone = y.clone()
     for row in range(len(y)):
         rows.add(alone[row : row + 1], x[row : row + 1], 1.0)
@@ -151,7 +157,7 @@ def test_other_rows_are_left_to_torch() -> None:
     y, x = torch.zeros(4, 10, dtype=BF16), torch.zeros(4, 8, dtype=BF16)
     assert slot.takes(y, x)
     others = {
-        "many": (torch.zeros(FEW_ROWS + 1, 10, dtype=BF16), torch.zeros(FEW_ROWS + 1, 8, dtype=BF16)),
+        "many": (torch.zeros(FEW_ROWS[BF16] + 1, 10, dtype=BF16), torch.zeros(FEW_ROWS[BF16] + 1, 8, dtype=BF16)),
         "fp32": (y.float(), x.float()),
         "one fp32": (y, x.float()),
         "elements apart": (y, torch.zeros(4, 16, dtype=BF16)[:, ::2]),
@@ -169,7 +175,7 @@ def test_much_work_is_left_to_torch() -> None:
     a, b = layer(4096, (4096,), 64)
     rows = MOST_WORK // (64 * 8192)
     y, x = batch(rows + 1, 4096, 4096)
-    assert 0 < rows < FEW_ROWS
+    assert 0 < rows < FEW_ROWS[BF16]
     assert rows_of(a, b).takes(y[:rows], x[:rows])
     assert not rows_of(a, b).takes(y, x)
 
@@ -181,7 +187,8 @@ def test_other_slots_are_left_to_torch() -> None:
     assert SlotRows.of(a, [b[0], b[1].t().contiguous().t()]) is None
     assert SlotRows.of(a, [b[0], b[1][:, :4].contiguous()]) is None
     assert SlotRows.of([a[0], a[1][:, :32].contiguous()], b) is None
-    assert SlotRows.of([tensor.float() for tensor in a], [tensor.float() for tensor in b]) is None
+    assert SlotRows.of([tensor.half() for tensor in a], [tensor.half() for tensor in b]) is None
+    assert SlotRows.of(a, [tensor.float() for tensor in b]) is None
 
 
 def parameters(*shapes: tuple[int, int]) -> list[torch.Tensor]:

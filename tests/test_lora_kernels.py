@@ -11,6 +11,7 @@ from lora_grpo.engines.local.lora_kernels import LayerSlots, Rows, adjoin, segme
 from lora_grpo.kernels.rows import FEW_ROWS
 
 SLOTS, RANK, IN = 3, 8, 24
+FEW = FEW_ROWS[torch.bfloat16]
 FUSIONS = {"single": (40,), "qkv": (32, 16, 16), "gate_up": (48, 48)}
 BATCHES = {
     "one adapter": [1] * 6,
@@ -24,7 +25,7 @@ STOCK_BATCHES = {
     "one adapter": [1] * 6,
     "blocks": [2, 2, 2, 0, 0, 1],
     "interleaved": [0, 2, 1, 1, 0, 2, 0],
-    "more rows than the compiled call takes": [1] * FEW_ROWS + [0, 1],
+    "more rows than the compiled call takes": [1] * FEW + [0, 1],
 }
 """Before 0.33 vLLM gives the rows of the base the last slot's adapter: there is nothing to compare them with."""
 
@@ -146,12 +147,12 @@ def test_few_rows_and_many_give_the_same(sizes: tuple[int, ...]) -> None:
     a, b = stacks(sizes, torch.bfloat16, (1, 4, 8))
     layer = LayerSlots(adjoin(a), b, sizes)
     assert all(slot.rows is not None for slot in layer._slots)
-    y, x = batch([1] * (FEW_ROWS + 1), sum(sizes), torch.bfloat16)
-    few, before = y[:FEW_ROWS].clone(), y.clone()
-    layer.add(y, x, 0.5, [(1, slice(0, FEW_ROWS + 1))])
-    layer.add(few, x[:FEW_ROWS], 0.5, [(1, slice(0, FEW_ROWS))])
+    y, x = batch([1] * (FEW + 1), sum(sizes), torch.bfloat16)
+    few, before = y[:FEW].clone(), y.clone()
+    layer.add(y, x, 0.5, [(1, slice(0, FEW + 1))])
+    layer.add(few, x[:FEW], 0.5, [(1, slice(0, FEW))])
     # Many rows round the product with A to bfloat16, few do not.
-    torch.testing.assert_close(few, y[:FEW_ROWS], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(few, y[:FEW], rtol=2e-2, atol=2e-2)
     assert (y - before).abs().mean() > 0.1
 
 

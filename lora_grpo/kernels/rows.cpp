@@ -1,4 +1,4 @@
-// y += scale * (x A^T) B^T for a few rows of bfloat16, summed in fp32 and rounded once.
+// y += scale * (x A^T) B^T for a few rows of bfloat16 or fp32, summed in fp32 and rounded once.
 //
 // A decode step of a 24-layer model makes two hundred of these products, of some kilobytes each. What a matrix library
 // spends on getting ready for a product is several times what the product takes.
@@ -20,9 +20,9 @@ inline float sum(Floats floats) {
   return total;
 }
 
-// Every second number of twice as many as a vector is wide, and the others.
+// Twice as many numbers as a vector is wide, in any order that is the same for all.
 struct Pairs {
-  Floats even, odd;
+  Floats some, others;
 };
 
 inline Pairs widen_pairs(const uint16_t* from) {
@@ -30,9 +30,11 @@ inline Pairs widen_pairs(const uint16_t* from) {
   return {(Floats)(words << 16), (Floats)(words & 0xffff0000u)};
 }
 
+inline Pairs widen_pairs(const float* from) { return {widen(from), widen(from + WIDTH)}; }
+
 // h[n * ranks + m] = scale * x[n] . a[m], for N rows of x and M rows of A.
-template <int N, int M>
-inline void dots(const uint16_t* x, int64_t stride, int64_t inputs, const uint16_t* a, float scale, float* h,
+template <int N, int M, class T>
+inline void dots(const T* x, int64_t stride, int64_t inputs, const T* a, float scale, float* h,
                  int64_t ranks) {
   Floats total[M][N] = {};
   const int64_t whole = inputs / (2 * WIDTH) * (2 * WIDTH);
@@ -41,8 +43,8 @@ inline void dots(const uint16_t* x, int64_t stride, int64_t inputs, const uint16
     for (int m = 0; m < M; ++m) weights[m] = widen_pairs(a + m * inputs + i);
     for (int n = 0; n < N; ++n) {
       const Pairs values = widen_pairs(x + n * stride + i);
-      for (int m = 0; m < M; ++m) total[m][n] += weights[m].even * values.even;
-      for (int m = 0; m < M; ++m) total[m][n] += weights[m].odd * values.odd;
+      for (int m = 0; m < M; ++m) total[m][n] += weights[m].some * values.some;
+      for (int m = 0; m < M; ++m) total[m][n] += weights[m].others * values.others;
     }
   }
   for (int m = 0; m < M; ++m)
@@ -53,8 +55,8 @@ inline void dots(const uint16_t* x, int64_t stride, int64_t inputs, const uint16
     }
 }
 
-template <int M>
-inline void all_dots(const uint16_t* x, int64_t stride, int64_t rows, int64_t inputs, const uint16_t* a, float scale,
+template <int M, class T>
+inline void all_dots(const T* x, int64_t stride, int64_t rows, int64_t inputs, const T* a, float scale,
                      float* h, int64_t ranks) {
   int64_t n = 0;
   for (; n + 4 <= rows; n += 4) dots<4, M>(x + n * stride, stride, inputs, a, scale, h + n * ranks, ranks);
@@ -62,7 +64,8 @@ inline void all_dots(const uint16_t* x, int64_t stride, int64_t rows, int64_t in
 }
 
 // `some` rows of A, TOGETHER or fewer.
-inline void shrink(const uint16_t* x, int64_t stride, int64_t rows, int64_t inputs, const uint16_t* a, int64_t some,
+template <class T>
+inline void shrink(const T* x, int64_t stride, int64_t rows, int64_t inputs, const T* a, int64_t some,
                    float scale, float* h, int64_t ranks) {
   if (some == TOGETHER) return all_dots<TOGETHER>(x, stride, rows, inputs, a, scale, h, ranks);
   for (int64_t r = 0; r < some; ++r) all_dots<1>(x, stride, rows, inputs, a + r * inputs, scale, h + r, ranks);
@@ -70,8 +73,8 @@ inline void shrink(const uint16_t* x, int64_t stride, int64_t rows, int64_t inpu
 
 // y[n] += h[n] . b for two vectors of outputs, which share a cache line, and N rows; b[r] and b[rank + r] hold those
 // outputs' weights of rank r.
-template <int N>
-inline void add(uint16_t* y, int64_t stride, const float* h, int64_t ranks, const Floats* b, int64_t rank) {
+template <int N, class T>
+inline void add(T* y, int64_t stride, const float* h, int64_t ranks, const Floats* b, int64_t rank) {
   Floats total[N][2];
   for (int n = 0; n < N; ++n)
     for (int o = 0; o < 2; ++o) total[n][o] = widen(y + n * stride + o * WIDTH);
@@ -79,10 +82,11 @@ inline void add(uint16_t* y, int64_t stride, const float* h, int64_t ranks, cons
     for (int n = 0; n < N; ++n)
       for (int o = 0; o < 2; ++o) total[n][o] += h[n * ranks + r] * b[o * rank + r];
   for (int n = 0; n < N; ++n)
-    for (int o = 0; o < 2; ++o) store(y + n * stride + o * WIDTH, narrow(total[n][o]));
+    for (int o = 0; o < 2; ++o) put(y + n * stride + o * WIDTH, total[n][o]);
 }
 
-inline void expand(uint16_t* y, int64_t stride, int64_t rows, const float* h, int64_t ranks, const Floats* b,
+template <class T>
+inline void expand(T* y, int64_t stride, int64_t rows, const float* h, int64_t ranks, const Floats* b,
                    int64_t rank) {
   constexpr int MOST = WIDTH / 2;
   int64_t n = 0;
@@ -107,7 +111,8 @@ inline void exchange_all(Floats* rows) {
 }
 
 // As many rows of B as a vector is wide, each `rank` long, as to[r][row].
-inline void transpose(const uint16_t* b, int64_t rank, Floats* to) {
+template <class T>
+inline void transpose(const T* b, int64_t rank, Floats* to) {
   int64_t r = 0;
   for (; r + WIDTH <= rank; r += WIDTH) {
     for (int o = 0; o < WIDTH; ++o) to[r + o] = widen(b + o * rank + r);
@@ -122,13 +127,12 @@ inline void transpose(const uint16_t* b, int64_t rank, Floats* to) {
     for (int o = 0; o < WIDTH; ++o) to[r][o] = widen_one(b[o * rank + r]);
 }
 
-}  // namespace
-
 // `count` slices of a fused layer, each with a dense A (rank, inputs) and a dense B (outputs[s], rank); y's columns are
 // the slices' outputs in turn. Strides are in elements, from row to row.
-extern "C" int lora_rows(uint16_t* y, int64_t y_stride, const uint16_t* x, int64_t x_stride, int64_t rows,
-                         int64_t inputs, float scale, int threads, int64_t count, const uint16_t* const* a,
-                         const uint16_t* const* b, int64_t rank, const int64_t* outputs) {
+template <class T>
+int lora(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t rows,
+                         int64_t inputs, float scale, int threads, int64_t count, const T* const* a,
+                         const T* const* b, int64_t rank, const int64_t* outputs) {
   static thread_local std::vector<float> room;
   const int64_t ranks = count * rank, groups = (rank + TOGETHER - 1) / TOGETHER;
   room.resize(rows * ranks);
@@ -145,7 +149,7 @@ extern "C" int lora_rows(uint16_t* y, int64_t y_stride, const uint16_t* x, int64
       }
 #pragma omp barrier
     std::vector<Floats> columns(2 * rank);
-    uint16_t* target = y;
+    T* target = y;
     for (int64_t slice = 0; slice < count; target += outputs[slice++]) {
       const float* own = h + slice * rank;
       const int64_t whole = outputs[slice] / (2 * WIDTH) * (2 * WIDTH);
@@ -160,9 +164,21 @@ extern "C" int lora_rows(uint16_t* y, int64_t y_stride, const uint16_t* x, int64
         for (int64_t n = 0; n < rows; ++n) {
           float total = widen_one(target[n * y_stride + o]);
           for (int64_t r = 0; r < rank; ++r) total += own[n * ranks + r] * widen_one(b[slice][o * rank + r]);
-          target[n * y_stride + o] = narrow_one(total);
+          put_one(target + n * y_stride + o, total);
         }
     }
   }
   return 1;
 }
+
+}  // namespace
+
+#define LORA(NAME, T)                                                                                               \
+  extern "C" int NAME(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t rows, int64_t inputs,          \
+                      float scale, int threads, int64_t count, const T* const* a, const T* const* b, int64_t rank, \
+                      const int64_t* outputs) {                                                                     \
+    return lora(y, y_stride, x, x_stride, rows, inputs, scale, threads, count, a, b, rank, outputs);                \
+  }
+
+LORA(lora_rows_bfloat16, uint16_t)
+LORA(lora_rows_float32, float)

@@ -10,7 +10,7 @@ import torch
 
 from lora_grpo.kernels.building import function
 
-FEW_ROWS = 128
+FEW_ROWS = {torch.bfloat16: 128, torch.float32: 16}
 MOST_WORK = 16_000_000
 """Up to as many rows of one adapter, and as many multiplications and additions, this takes less time than a matrix
 library, which spends longer on getting ready."""
@@ -26,7 +26,7 @@ class SlotRows:
     """The A's and B's of one slot of a layer, as the compiled function takes them."""
 
     def __init__(self, call: Any, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> None:
-        self._call, self._tensors = call, (tuple(a), tuple(b))
+        self._call, self._tensors, self._dtype = call, (tuple(a), tuple(b)), a[0].dtype
         self._inputs, self._width = a[0].shape[1], sum(tensor.shape[0] for tensor in b)
         self._work_per_row = sum(tensor.numel() for tensor in (*a, *b))
         addresses = ctypes.c_void_p * len(a)
@@ -41,23 +41,24 @@ class SlotRows:
     @classmethod
     def of(cls, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> SlotRows | None:
         """Of slices `a[i]` (rank, in) and `b[i]` (out, rank), which stay where they are; None where only torch can
-        compute them: in another dtype than bfloat16, not dense, of several ranks, or without a compiler."""
+        compute them: in another dtype than bfloat16 or fp32, not dense, of several ranks, or without a compiler."""
         shapes_fit = all(
             one.shape == a[0].shape and other.shape[1] == one.shape[0] for one, other in zip(a, b, strict=True)
         )
         fits = shapes_fit and all(
-            one.dtype == torch.bfloat16 and one.device.type == "cpu" and one.is_contiguous() for one in (*a, *b)
+            one.dtype == a[0].dtype and one.device.type == "cpu" and one.is_contiguous() for one in (*a, *b)
         )
-        call = function("lora_rows", *_ARGUMENTS) if fits else None
+        known = fits and a[0].dtype in FEW_ROWS
+        call = function(f"lora_rows_{a[0].dtype}".replace("torch.", ""), *_ARGUMENTS) if known else None
         return call and cls(call, a, b)
 
     def takes(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether these are few rows of this layer; they may lie apart, their elements may not."""
         rows = y.shape[0]
         return (
-            rows <= FEW_ROWS
+            rows <= FEW_ROWS[self._dtype]
             and rows * self._work_per_row <= MOST_WORK
-            and y.dtype == x.dtype == torch.bfloat16
+            and y.dtype == x.dtype == self._dtype
             and y.stride(1) == x.stride(1) == 1
             and x.shape == (rows, self._inputs)
             and y.shape[1] == self._width

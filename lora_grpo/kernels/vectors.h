@@ -50,3 +50,13 @@ inline uint16_t narrow_one(float value) {
 }
 
 inline void store(uint16_t* to, Halves halves) { std::memcpy(to, &halves, sizeof halves); }
+
+// The same of fp32, which is as wide as it gets.
+
+inline Floats widen(const float* from) { return load<Floats>(from); }
+inline float widen_one(float value) { return value; }
+
+inline void put(uint16_t* to, Floats floats) { store(to, narrow(floats)); }
+inline void put(float* to, Floats floats) { std::memcpy(to, &floats, sizeof floats); }
+inline void put_one(uint16_t* to, float value) { *to = narrow_one(value); }
+inline void put_one(float* to, float value) { *to = value; }
