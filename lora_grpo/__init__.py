@@ -44,7 +44,16 @@ if TYPE_CHECKING:
     from lora_grpo.grpo_config import GRPOConfig
     from lora_grpo.integrations.own_loop import answer_requests
     from lora_grpo.sync import NativeSync
-    from lora_grpo.trainer import GRPOTrainer, Guard, LogprobGap, NonFinite, ReferenceKL, RewardCollapse, fork
+    from lora_grpo.trainer import (
+        GRPOTrainer,
+        Guard,
+        LogprobGap,
+        NonFinite,
+        ReferenceKL,
+        RewardCollapse,
+        fork,
+        push_to_hub,
+    )
     from lora_grpo.trainer.population.population import Population
     from lora_grpo.trainer.population.spec import MemberSpec
     from lora_grpo.types import Completion, Group, Sampling
@@ -94,6 +103,7 @@ _HOMES = {
     "keep_every": "lora_grpo.adapters.upkeep.retention",
     "keep_latest": "lora_grpo.adapters.upkeep.retention",
     "keep_trainer_state": "lora_grpo.adapters.upkeep.retention",
+    "push_to_hub": "lora_grpo.trainer",
 }
 
 __all__ = [
@@ -141,6 +151,7 @@ __all__ = [
     "keep_every",
     "keep_latest",
     "keep_trainer_state",
+    "push_to_hub",
 ]
 
 

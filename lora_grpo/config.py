@@ -11,7 +11,11 @@ from lora_grpo.sections import Section
 
 
 class ModelConfig(Section):
-    """The base model and how the trainer holds it."""
+    """The base model and how the trainer holds it.
+
+    >>> ModelConfig(name="Qwen/Qwen2.5-0.5B-Instruct", dtype="bfloat16").revision is None
+    True
+    """
 
     name: str = Field(description="hub name or local directory")
     revision: str | None = Field(None, description="hub revision")
@@ -44,7 +48,11 @@ class LoraSettings(Section):
 
 
 class EngineConfig(Section):
-    """The vLLM engine: in this process, or with `urls` the servers there, which have the other settings themselves."""
+    """The vLLM engine: in this process, or with `urls` the servers there, which have the other settings themselves.
+
+    >>> EngineConfig(max_model_len=1024).max_num_seqs
+    256
+    """
 
     urls: tuple[str, ...] = Field(
         (), description="vLLM servers (lora-grpo serve) to generate with, instead of an engine in this process"
@@ -115,7 +123,12 @@ class RewardConfig(Section):
 
 
 class KeepConfig(Section):
-    """Which versions are kept, and where."""
+    """Which versions are kept, and where.
+
+    >>> KeepConfig(on_tmpfs=0)
+    Traceback (most recent call last):
+    lora_grpo.errors.ConfigError: on_tmpfs: Input should be greater than or equal to 1 (got 0)
+    """
 
     on_tmpfs: int = Field(
         8, ge=1, description="how many of the latest versions stay on tmpfs; HEAD, pinned and loaded ones stay too"
@@ -149,7 +162,13 @@ class GuardConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything `lora-grpo train` reads from one file."""
+    """Everything `lora-grpo train` reads from one file.
+
+    >>> data, rewards = {"train": "rows.jsonl"}, [{"name": "exact"}]
+    >>> run = RunConfig(output_dir="runs/a", model={"name": base}, data=data, rewards=rewards)
+    >>> run.lora.r, run.grpo.num_generations
+    (16, 8)
+    """
 
     output_dir: str = Field(description="the run's durable directory")
     model: ModelConfig = Field(description="the base model")

@@ -17,7 +17,12 @@ CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "s
 
 
 class GRPOConfig(Section):
-    """The algorithm and its optimisation. One step is one rollout: generate, reward, update, publish."""
+    """The algorithm and its optimisation. One step is one rollout: generate, reward, update, publish.
+
+    >>> config = GRPOConfig(num_generations=8, per_device_train_batch_size=16, gradient_accumulation_steps=8)
+    >>> config.rows_per_step(num_processes=1), config.replace(learning_rate=1e-5).learning_rate
+    (128, 1e-05)
+    """
 
     seed: int = Field(42, ge=0, description="seed of the run; every request's own seed derives from it")
     total_steps: int = Field(100, ge=1, description="rollout steps to run")

@@ -69,6 +69,12 @@ class NativeSync:
     With an accelerator of several processes, all of them call every method, in one order; only `close`, `export` and
     properties are a process's own business. The first one has the store and publishes; of a sharded model the adapter
     alone is gathered. What fails in one process fails in all, with the same error, which names that process.
+
+    >>> sync = NativeSync(model, engine, AdapterStore(archive="runs/own"), optimizer=optimizer)
+    >>> first = sync.push(step=0)
+    >>> second = sync.push(step=1)  # after a step of the optimizer
+    >>> print(sync.rollback(to=first))
+    rolled back from v2 to v1 (step 0): weights exact, ...
     """
 
     def __init__(

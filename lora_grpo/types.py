@@ -117,6 +117,11 @@ class Completion:
     `finish_reason` is "stop" (an end token or stop string) or "length" (cut at `max_tokens`).
     `version` is the number of the adapter version that made it; None is the base model.
     `token_mask` says which tokens the policy sampled (multi-turn rollouts hold tool output too); None means all.
+
+    >>> [group] = engine.generate(["6*7="], Sampling(max_tokens=8), adapter=version)
+    >>> done = group.completions[0]
+    >>> done.text, done.finish_reason, done.version, len(done.logprobs) == len(done.token_ids)
+    ('42', 'stop', 2, True)
     """
 
     text: str
@@ -134,7 +139,12 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The G completions of one prompt; `prompt` as it was passed, `prompt_token_ids` as the model saw it."""
+    """The G completions of one prompt; `prompt` as it was passed, `prompt_token_ids` as the model saw it.
+
+    >>> [group] = engine.generate(["6*7="], Sampling(n=4), adapter=version)
+    >>> group.prompt, len(group.prompt_token_ids), [done.text for done in group.completions]
+    ('6*7=', 4, ['42', '42', '42', '42'])
+    """
 
     prompt: Prompt
     prompt_token_ids: tuple[int, ...]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -106,14 +104,3 @@ def test_the_index_has_every_page() -> None:
 
 def test_the_reference_is_of_this_code() -> None:
     assert PAGE.read_text() == page(), "run `make reference`"
-
-
-@pytest.mark.parametrize(
-    "module",
-    ["types", "adapters.store", "adapters.upkeep.retention", "engines.fake", "trainer.guards"],
-)
-def test_examples_of_docstrings_run(module: str) -> None:
-    home = importlib.import_module(f"lora_grpo.{module}")
-    found = doctest.testmod(home, optionflags=doctest.ELLIPSIS)
-    assert found.attempted > 0
-    assert found.failed == 0

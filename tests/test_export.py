@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +20,12 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_grpo import AdapterStore, FakeEngine, GRPOTrainer, ModelConfig, NativeSync
+from lora_grpo import AdapterStore, FakeEngine, GRPOTrainer, ModelConfig, NativeSync, push_to_hub
 from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
 from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, UnknownVersion
-from tests.test_cli_versions import lora_grpo
+from tests.test_cli_versions import ENVIRONMENT, command, lora_grpo
 from tests.test_fake_engine import tiny_peft
 from tests.tiny_run import fake_engine
 from tests.tiny_trainer import CONFIG, ROWS, share_of_low_bytes
@@ -177,3 +183,85 @@ def exit_code_of_export(run: Path, out: Path, *, killed_at: int) -> int:
         os._exit(0)
     finally:
         os._exit(1)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as an upload asks for."""
+
+    asked: list[tuple[str, bytes, str]]
+
+    def do_POST(self) -> None:
+        body = b""
+        if self.headers["Content-Length"]:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+        else:
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size + 2)[:-2]
+            self.rfile.readline()
+        self.asked.append((self.path, body, self.headers["Authorization"]))
+        address = f"http://{self.headers['Host']}/me/adder"
+        answer: dict[str, Any] = {"url": address, "commitUrl": f"{address}/commit/c0ffee", "commitOid": "c0ffee"}
+        if "preupload" in self.path:
+            answer = {
+                "files": [
+                    {**each, "uploadMode": "regular", "shouldIgnore": False} for each in json.loads(body)["files"]
+                ]
+            }
+        self.answer(answer | {"warnings": [], "errors": []})
+
+    def do_GET(self) -> None:
+        self.answer({})
+
+    def answer(self, document: dict[str, Any]) -> None:
+        content = json.dumps(document).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[tuple[str, list[tuple[str, bytes, str]]]]:
+    """A stand-in's address, and what it was asked."""
+    asked: list[tuple[str, bytes, str]] = []
+    with HTTPServer(("127.0.0.1", 0), type("Asked", (Hub,), {"asked": asked})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_a_push_to_the_hub_is_one_commit_of_the_export_and_a_card(
+    llama_dir: Path, tmp_path: Path, hub: tuple[str, list[tuple[str, bytes, str]]]
+) -> None:
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    with trained(llama_dir, fake_engine(llama_dir), run, eval_dataset=ROWS[:2]) as trainer:
+        trainer.train()
+        history = trainer.history
+    with pytest.raises(ConfigError, match=r"'me/adder' on http.* took no upload: .*offline.*hf auth login"):
+        push_to_hub(run, "best", "me/adder")
+    environment = {**ENVIRONMENT, "HF_ENDPOINT": hub[0], "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
+    arguments = ("export", run, "head", exported, "--push-to-hub", "me/adder", "--private")
+    done = subprocess.run(command(*arguments), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"v3 is at {hub[0]}/me/adder/commit/c0ffee"
+    assert {header for *_, header in hub[1]} == {"Bearer hf_secret"}
+    [made] = [json.loads(body) for path, body, _ in hub[1] if path == "/api/repos/create"]
+    assert (made["name"], made["organization"], made["visibility"]) == ("adder", "me", "private")
+    [lines] = [body.splitlines() for path, body, _ in hub[1] if path == "/api/models/me/adder/commit/main"]
+    values = [json.loads(line)["value"] for line in lines[1:]]
+    files = {value["path"]: base64.b64decode(value["content"]) for value in values}
+    card = files.pop("README.md").decode()
+    assert files == {path.name: path.read_bytes() for path in exported.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files.keys()
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\S+) \| (\S+) \|$", card, re.M)
+    assert [row[:3] for row in rows] == [
+        (str(step), str(step), f"{metrics['reward']:.4g}") for step, metrics in enumerate(history, 1)
+    ]
+    assert rows[0][3] == f"{trainer.evaluations[0].metrics['reward']:.4g}"
+    for words in ("version 3, after step\n2", "exact", "`grpo.total_steps`: 2", f"torch {torch.__version__}"):
+        assert words in card, card
+    for private in (str(run), "base_model:", "`output_dir`"):
+        assert private not in card

@@ -18,6 +18,7 @@ from lora_grpo.engines.resolver import PLUGIN
 from lora_grpo.engines.server import launch
 from lora_grpo.engines.server.launch import Server, Servers, Serving
 from lora_grpo.errors import ConfigError, EngineError
+from tests.families import build
 
 HEALTHY = """
 import http.server, sys
@@ -204,3 +205,10 @@ def test_the_command_refuses_a_base_that_no_trainer_would_match(llama_dir: Path)
     result = CliRunner().invoke(app, ["serve", str(llama_dir), "--quantization", "fp4"])
     assert result.exit_code == 2
     assert "quantization='fp4' is not proven" in result.output
+
+
+def test_the_command_refuses_a_base_without_lora_before_anything_starts(tmp_path: Path) -> None:
+    base = build("falcon", tmp_path / "base")
+    result = CliRunner().invoke(app, ["serve", str(base), "--log-dir", str(tmp_path / "logs")])
+    assert (result.exit_code, (tmp_path / "logs").exists()) == (2, False)
+    assert "vLLM serves no LoRA on FalconForCausalLM; choose another base" in result.output

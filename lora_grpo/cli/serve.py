@@ -67,10 +67,14 @@ def serve(
 def _of_model(
     model: str, quantization: str | None, *, trust_remote_code: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The layers that get LoRA, and vLLM's options for a model: text alone is served, in fewer bits if asked."""
-    from lora_grpo.engines.local.quantized import served_scheme
-    from lora_grpo.engines.local.targets import linear_leaves, text_only_arguments
+    """The layers that get LoRA, and vLLM's options for a model: text alone is served, in fewer bits if asked.
 
+    Raises `ConfigError` where vLLM serves no LoRA on it.
+    """
+    from lora_grpo.engines.local.quantized import served_scheme
+    from lora_grpo.engines.local.targets import check_served, linear_leaves, text_only_arguments
+
+    check_served(model, trust_remote_code=trust_remote_code)
     nf4 = served_scheme(model, quantization, trust_remote_code=trust_remote_code) == "nf4"
     names = text_only_arguments(model, trust_remote_code=trust_remote_code)
     leaves = linear_leaves(model, trust_remote_code=trust_remote_code)

@@ -42,7 +42,13 @@ from lora_grpo.types import Group, Prompt, Sampling
 
 
 class VLLMEngine:
-    """An in-process vLLM engine that serves immutable adapter versions and proves each one it loads."""
+    """An in-process vLLM engine that serves immutable adapter versions and proves each one it loads.
+
+    >>> engine = VLLMEngine(base, max_lora_rank=16)
+    >>> [group] = engine.generate(["2+2="], Sampling(n=4, max_tokens=8), adapter=None)  # None: the base
+    >>> engine.proof, [done.version for done in group.completions]
+    ('slots', [None, None, None, None])
+    """
 
     def __init__(
         self,
@@ -170,9 +176,6 @@ class VLLMEngine:
         A prompt is text, a list of token ids, or a list of chat messages. `adapter` is the version to sample from, or
         a list of P versions; None is the base model, and only when you say so. Each completion holds its text, token
         ids, log-probs (nats, of the distribution that was sampled from) and the number of the version that made it.
-
-            groups = engine.generate(["2+2="], Sampling(n=4, max_tokens=8), adapter=version)
-            texts = [completion.text for completion in groups[0].completions]
 
         `sampling` may be a list of P settings too, for prompts that are sampled differently in one batch.
         Raises `ConfigError` for a prompt that is empty or, with `sampling.max_tokens`, longer than `max_model_len`,

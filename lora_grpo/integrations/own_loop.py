@@ -15,6 +15,10 @@ def answer_requests(sync: NativeSync) -> None:
 
     Call it before each step, in every process, where nothing sampled from `HEAD` still waits to be trained on. What
     came of a request is told to who asked, on stderr and in RUN/metrics.jsonl; one that fails changes nothing.
+
+    >>> for step in range(2):
+    ...     answer_requests(sync)
+    ...     version = sync.push(step=step)
     """
 
     def heard(roll_back: Callable[[Target], RollbackReport]) -> None:

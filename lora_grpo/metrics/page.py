@@ -135,6 +135,11 @@ def _settings(run: Path, started_with: Mapping[str, Any]) -> Iterator[tuple[str,
         yield key, shown, not same
 
 
+def changed_settings(run: Path, started_with: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Key and value of every setting that is not the default."""
+    return [(key, value) for key, value, changed in _settings(run, started_with) if changed]
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping) and value:

@@ -5,6 +5,7 @@ from lora_grpo.trainer.compare import compare_versions
 from lora_grpo.trainer.forking import Fork, fork
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import Guard, LogprobGap, NonFinite, ReferenceKL, RewardCollapse
+from lora_grpo.trainer.hub import push_to_hub
 
 __all__ = [
     "Fork",
@@ -17,4 +18,5 @@ __all__ = [
     "build_trainer",
     "compare_versions",
     "fork",
+    "push_to_hub",
 ]

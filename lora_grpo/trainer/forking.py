@@ -65,6 +65,9 @@ def fork(
     Without it, a version whose trainer state is not kept is refused, and the nearest one with a state named.
 
     Raises `ConfigError`, `UnknownVersion` or `StoreError`; then nothing is at `new`.
+
+    >>> print(fork("runs/mine", "best", "runs/other"))
+    runs/other starts from v2 of runs/mine, after step 1, weights exact
     """
     source, target = Path(run), Path(new)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -65,6 +65,11 @@ class GRPOTrainer(Run):
 
     Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
     has the run open, before anything is trained.
+
+    >>> with GRPOTrainer(base, reward, GRPOConfig(total_steps=2), rows, peft_config=lora, run_dir="runs/a") as trainer:
+    ...     result = trainer.train()
+    ...     print(result["steps"], trainer.version, trainer.save_model("my-adapter", which="best:reward"))
+    2 v3 v...
     """
 
     def __init__(

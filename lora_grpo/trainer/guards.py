@@ -32,7 +32,11 @@ class Policy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NonFinite:
-    """A loss, gradient or adapter weight that is not finite."""
+    """A loss, gradient or adapter weight that is not finite.
+
+    >>> NonFinite().why([], TrainingError("the loss is nan"))
+    'the loss is nan'
+    """
 
     def why(self, steps: Steps, error: TrainingError | None) -> str | None:
         return None if error is None else str(error)
@@ -80,7 +84,11 @@ class RewardCollapse:
 
 @dataclass(frozen=True, slots=True)
 class LogprobGap:
-    """Mean |trainer - sampler| log-prob of a step above `limit`, nats a token."""
+    """Mean |trainer - sampler| log-prob of a step above `limit`, nats a token.
+
+    >>> LogprobGap(limit=0.05).why([{"sampling/sampling_logp_difference/mean": 0.2}], None)
+    'the trainer/sampler log-prob gap is 0.2 nats a token, above 0.05'
+    """
 
     limit: float
 
@@ -96,7 +104,11 @@ class LogprobGap:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceKL:
-    """Mean KL to the reference of a step above `limit`, nats a token; it is measured where `beta` is above 0."""
+    """Mean KL to the reference of a step above `limit`, nats a token; it is measured where `beta` is above 0.
+
+    >>> ReferenceKL(limit=0.5).why([{"kl": 0.7}], None)
+    'the KL to the reference is 0.7 nats a token, above 0.5'
+    """
 
     limit: float
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_grpo.adapters.peft_form.modules import peft_model_of
+from lora_grpo.metrics.packages import package_versions
 from lora_grpo.trainer.run import Run
 from lora_grpo.trainer.stepping import GAP
 
@@ -22,6 +23,7 @@ def run_info(run: Run) -> dict[str, Any]:
         "store": str(run.store.root),
         "base_match": None if match is None else str(match),
         "probe": None if probe is None else asdict(probe),
+        "packages": package_versions(),
         "config": run.config.model_dump(mode="json"),
     }
 

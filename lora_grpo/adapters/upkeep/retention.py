@@ -39,8 +39,8 @@ class Retention:
     Made by `keep_latest`, `keep_best`, `keep_every`, `keep_archived` and `keep_trainer_state`. A place without rules
     keeps everything, so that `Retention()` keeps all; pinned and served versions and `HEAD` always stay.
 
-    >>> (keep_latest(8) | keep_archived(keep_latest(500))).words("archive")
-    'the last 500'
+    >>> Retention().words("archive")
+    'everything'
     """
 
     tmpfs: tuple[Rule, ...] = ()
@@ -122,19 +122,31 @@ def is_score(value: object) -> bool:
 
 
 def keep_latest(n: int) -> Retention:
-    """The `n` newest versions."""
+    """The `n` newest versions.
+
+    >>> keep_latest(8).words("tmpfs")
+    'the last 8'
+    """
     return Retention(tmpfs=(_Latest(_positive("keep_latest", n)),))
 
 
 def keep_best(metric: str, n: int = 1, mode: Literal["max", "min"] = "max") -> Retention:
-    """The `n` versions with the best recorded `metric`; of equals the newer. Versions without it do not count."""
+    """The `n` versions with the best recorded `metric`; of equals the newer. Versions without it do not count.
+
+    >>> (keep_latest(8) | keep_best("reward", 2)).words("tmpfs")
+    "the last 8, the 2 with the highest 'reward'"
+    """
     if mode not in ("max", "min"):
         raise ConfigError(f"keep_best mode={mode!r} must be 'max' or 'min'")
     return Retention(tmpfs=(_Best(metric, _positive("keep_best", n), mode),))
 
 
 def keep_every(k: int) -> Retention:
-    """Versions whose number is a multiple of `k`."""
+    """Versions whose number is a multiple of `k`.
+
+    >>> keep_every(50).words("tmpfs")
+    'every number that 50 divides'
+    """
     return Retention(tmpfs=(_Every(_positive("keep_every", k)),))
 
 
@@ -144,7 +156,11 @@ def default_retention(*, archived: bool) -> Retention:
 
 
 def keep_archived(rules: Retention) -> Retention:
-    """`rules` for the durable copies in the run directory, which stay after a version left tmpfs."""
+    """`rules` for the durable copies in the run directory, which stay after a version left tmpfs.
+
+    >>> (keep_latest(8) | keep_archived(keep_latest(500))).words("archive")
+    'the last 500'
+    """
     return Retention(archive=_plain("keep_archived", rules))
 
 
@@ -152,6 +168,9 @@ def keep_trainer_state(rules: Retention) -> Retention:
     """`rules` for trainer states (weights in fp32, optimizer, random state), each several times an adapter's size.
 
     The archived adapter of a version whose state is kept stays with it: without one there is no going back there.
+
+    >>> keep_trainer_state(keep_latest(2)).words("state")
+    'the last 2'
     """
     return Retention(state=_plain("keep_trainer_state", rules))
 

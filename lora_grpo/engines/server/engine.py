@@ -53,6 +53,10 @@ class VLLMServerEngine:
     """Unmodified vLLM servers that serve immutable adapter versions, each proven by what every server answers.
 
     Methods may be called from several threads: a load does not wait for completions, nor they for it.
+
+    >>> engine = VLLMServerEngine(["http://127.0.0.1:8000"])  # as `lora-grpo serve` starts it
+    >>> engine.proof, engine.max_lora_rank
+    ('behaviour', 16)
     """
 
     def __init__(

@@ -25,12 +25,11 @@ from lora_grpo.trainer.shared import Shared
 class Population:
     """Runs that share an engine and a base. Each is what it would be alone: run directory, seeds, versions, guard.
 
-    members = [MemberSpec(f"runs/lr-{rate:g}", reward, GRPOConfig(learning_rate=rate), rows, peft_config=lora)
-               for rate in (1e-5, 3e-5, 1e-4)]
-    with Population("Qwen/Qwen2.5-0.5B-Instruct", members) as population:
-        population.train()
-        best = max(population.members, key=lambda member: member.result["reward_after"])
-        best.trainer.save_model("best")
+    >>> configs = {f"runs/lr-{rate:g}": GRPOConfig(learning_rate=rate, total_steps=2) for rate in (1e-5, 1e-4)}
+    >>> members = [MemberSpec(run, reward, config, rows, peft_config=lora) for run, config in configs.items()]
+    >>> with Population(base, members) as population:
+    ...     [(member.name, member.result["steps"]) for member in population.train()]
+    [('lr-1e-05', 2), ('lr-0.0001', 2)]
 
     A round is one step of every running member: the prompts of all are completed in one batch of the engine, each row
     by its own member's version; then each member scores, learns and publishes. What one member raises ends it alone.

@@ -23,6 +23,9 @@ class MemberSpec:
     """What `GRPOTrainer` takes for a run, less the model and the engine, which the population has.
 
     `settings`, where the member comes from a file, are written to the run directory when it starts.
+
+    >>> MemberSpec("runs/lr-1e-5", reward, GRPOConfig(learning_rate=1e-5), rows, peft_config=lora).name
+    'lr-1e-5'
     """
 
     run_dir: str | Path
