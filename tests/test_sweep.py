@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from typer.testing import CliRunner
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.cli import app
 from lora_grpo.config import DataConfig, KeepConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
-from lora_grpo.config_file import load_config
+from lora_grpo.config_file import load_config, save_config
 from lora_grpo.errors import ConfigError, StoreCorrupt
-from lora_grpo.metrics import history, read_metrics
+from lora_grpo.metrics import RunLog, history, read_metrics
 from lora_grpo.trainer import GRPOTrainer
+from lora_grpo.trainer.sweeping import sweep as sweep_module
 from lora_grpo.trainer.sweeping.grid import is_swept, trials_of
 from lora_grpo.trainer.sweeping.plan import SweepPlan
 from lora_grpo.trainer.sweeping.selection import (
@@ -111,7 +113,8 @@ def test_losers_take_over_from_winners_alone() -> None:
     assert {loser for loser, _ in pairs} == {"a", "b"}
     assert {winner for _, winner in pairs} <= {"g", "h"}
     assert takeovers({"a": 1.0, "b": 1.0, "c": 1.0}, 0.5, random.Random(0)) == []
-    assert takeovers({"a": -math.inf, "b": 0.5}, 0.25, random.Random(0)) == [("a", "b")]
+    assert takeovers({"a": -math.inf, "b": 0.5, "c": -math.inf}, 0.25, random.Random(0)) == [("a", "b"), ("c", "b")]
+    assert takeovers({"a": -math.inf}, 0.25, random.Random(0)) == []
 
 
 def test_a_perturbed_number_stays_of_its_kind() -> None:
@@ -276,6 +279,78 @@ def test_population_based_training_passes_versions_on(llama_dir: Path, tmp_path:
         assert load_config(directory / name).grpo.learning_rate == rate
         steps = [record["step"] for record in history(read_metrics(directory / name)) if record["event"] == "step"]
         assert steps == [1, 2, 3, 4, 5, 6]
+
+
+FAILED: list[str] = []
+
+
+def fails_once(completions: Sequence[str], trainer_state: Any, **columns: Any) -> list[float]:
+    """For the member that comes to its second step first."""
+    if trainer_state.global_step == 1 and not FAILED:
+        FAILED.append("now")
+        raise ValueError("no reward")
+    return share_of_low_bytes(completions)
+
+
+def evolving(llama_dir: Path, directory: Path, *swept: str, **changes: Any) -> SweepPlan:
+    perturb = ("grpo.learning_rate",)
+    settings = settings_of(llama_dir, directory, **changes)
+    return SweepPlan(settings, trials_of(swept), evolve_every=2, perturb=perturb, share=0.5)
+
+
+def test_a_member_that_failed_goes_on_from_a_winner(llama_dir: Path, tmp_path: Path) -> None:
+    """One by a reward that raises, one by a learning rate that makes its weights infinite."""
+    FAILED.clear()
+    rewards = (RewardConfig(name="tests.test_sweep:fails_once"),)
+    plan = evolving(llama_dir, tmp_path / "sweep", "grpo.learning_rate=1e-3,1e38,2e-3,3e-3", rewards=rewards)
+    failing = [trial.name for trial in plan.trials[:2]]
+    summary = Sweep(plan, engine=fake_engine(llama_dir)).run()
+    made = decisions(plan.directory)
+    assert [record["name"] for record in made if record.get("state") == "failed"] == failing
+    assert {record["name"] for record in made if record["event"] == "take-over" and record["step"] == 2} == {*failing}
+    assert [(row["state"], row["step"]) for row in summary["members"]] == [("finished", 6)] * 4
+    assert all(math.isfinite(row["reward"]) and row["grpo.learning_rate"] < 1 for row in summary["members"])
+
+
+def test_a_take_over_that_is_cut_short_is_completed(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever it was, no member goes on with a winner's weights and settings of its own."""
+
+    def sweep(name: str, *, resume: bool = False) -> Any:
+        plan = evolving(llama_dir, tmp_path / name, "grpo.seed=1,2,3,4", grpo=config(4))
+        summary = {**Sweep(plan, engine=fake_engine(llama_dir), resume=resume).run(), "adapter": None}
+        settings = {trial.name: load_config(plan.directory / trial.name).grpo for trial in plan.trials}
+        return summary, settings, digests(plan.directory), sorted(map(str, decisions(plan.directory)))
+
+    whole = sweep("whole")
+    assert len({settings.learning_rate for settings in whole[1].values()}) > 1
+    for moment in ("settings", "take-over", "evolved"):
+        with monkeypatch.context() as patched:
+            cut_short(patched, moment)
+            with pytest.raises(Stopped):
+                sweep(moment)
+        assert sweep(moment, resume=True) == whole
+
+
+def cut_short(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Stop an evolution before it writes the second member's settings, or logs a take-over, or that it is done."""
+    calls, write = iter(range(100)), RunLog.append
+
+    def second(config: Any, run: Path) -> None:
+        if next(calls) == 1:
+            raise Stopped
+        save_config(config, run)
+
+    def append(log: Any, event: str, **values: Any) -> None:
+        if event == moment:
+            raise Stopped
+        write(log, event, **values)
+
+    if moment == "settings":
+        monkeypatch.setattr(sweep_module, "save_config", second)
+    else:
+        monkeypatch.setattr(RunLog, "append", append)
 
 
 @pytest.mark.parametrize(

@@ -90,10 +90,20 @@ class Population:
         Until then, members may be stopped and added, and `Member.turn` lets their trainers be used.
         """
         number = 0
-        while self._fill_places():
+        while self.start_waiting():
             self._round()
             number += 1
             yield number
+
+    def start_waiting(self) -> bool:
+        """Start members that wait while there are places, as `rounds` does before each; whether any member runs."""
+        for member in [member for member in self.members if member.state == "waiting"]:
+            if len(self.running) == self.at_once:
+                break
+            self._let_go_of_finished()
+            with self._ending(member):
+                member.start(self._model, self._shared, resume=self._resume)
+        return bool(self.running)
 
     def resume(self) -> None:
         """Have every member go on with the run that its directory holds, if it holds one."""
@@ -164,16 +174,6 @@ class Population:
                 base = load_base(self._model, default_device())
             check_same_device(base, engine)
         return Shared(engine, base, room.checkpointing)
-
-    def _fill_places(self) -> bool:
-        """Start waiting members while there are places; whether any member runs."""
-        for member in [member for member in self.members if member.state == "waiting"]:
-            if len(self.running) == self.at_once:
-                break
-            self._let_go_of_finished()
-            with self._ending(member):
-                member.start(self._model, self._shared, resume=self._resume)
-        return bool(self.running)
 
     def _let_go_of_finished(self) -> None:
         """A member that has finished keeps its trainer until another needs its place."""

@@ -45,11 +45,13 @@ def halving_losers(scores: Mapping[str, float], keep: float) -> set[str]:
 
 
 def takeovers(scores: Mapping[str, float], share: float, draw: random.Random) -> list[tuple[str, str]]:
-    """Pairs (loser, winner) of population-based training: each of the worst `share` takes over one of the best `share`,
-    drawn; nobody where the best is no better."""
+    """Pairs (loser, winner) of population-based training: each of the worst `share`, and of those whose score is minus
+    infinity, takes over one of the best `share`, drawn; nobody where the best is no better."""
     count = min(len(scores) // 2, max(1, math.ceil(len(scores) * share - 1e-9)))
     ranked = sorted(scores, key=lambda name: -scores[name])
-    pairs = [(loser, draw.choice(ranked[:count])) for loser in ranked[len(ranked) - count :]]
+    winners = ranked[: max(1, count)]
+    lost = [name for place, name in enumerate(ranked) if place >= len(ranked) - count or scores[name] == -math.inf]
+    pairs = [(loser, draw.choice(winners)) for loser in lost]
     return [(loser, winner) for loser, winner in pairs if scores[winner] > scores[loser]]
 
 
@@ -67,12 +69,21 @@ def take_over(loser: GRPOTrainer, winner: GRPOTrainer) -> AdapterVersion:
     """`loser` stands where `winner` stands: its weights, optimizer, schedule and step, as a new version of the loser.
 
     Its parent is the loser's own last one; the journal holds `from/run`, `from/version` and `from/digest`. Seeds, data
-    position and random state stay the loser's. Both are between two steps. Raises `StoreCorrupt`, before anything has
-    changed, for an adapter of another form.
+    position and random state stay the loser's. Both are between two steps. One that a kill cut short, after its version
+    was there, is only completed. Raises `StoreCorrupt`, before anything has changed, for an adapter of another form.
     """
+    taken = winner.version
+    if (loser.version.digest, loser.version.step) != (taken.digest, winner.steps_done):
+        _publish_as(loser, winner)
+    loser.take_up(winner.steps_done, without_signal=winner.without_signal)
+    loser.store.record(loser.version, **taken_from(winner.run_dir, taken))
+    return loser.version
+
+
+def _publish_as(loser: GRPOTrainer, winner: GRPOTrainer) -> None:
     state = capture_state(winner.sync.training, {})
     tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("rng/")}
-    taken, keep_state = winner.version, loser.sync.keep_state
+    keep_state = loser.sync.keep_state
     before = capture_state(loser.sync.training, {})
     try:
         restore_state(TrainerState(tensors, state.meta), loser.sync.training)
@@ -84,6 +95,3 @@ def take_over(loser: GRPOTrainer, winner: GRPOTrainer) -> AdapterVersion:
         raise
     finally:
         loser.sync.keep_state = keep_state
-    loser.take_up(winner.steps_done, without_signal=winner.without_signal)
-    loser.store.record(loser.version, **taken_from(winner.run_dir, taken))
-    return loser.version

@@ -45,24 +45,47 @@ class Sweep:
             plan.write()
         records = read_metrics(plan.directory / LOG_FILE) if (plan.directory / LOG_FILE).is_file() else []
         self._log = RunLog(plan.directory / LOG_FILE)
-        self._ended = {record["name"]: record for record in records if record["event"] == "ended"}
-        self._judged = {(record["name"], record["rung"]) for record in records if record["event"] == "rung"}
-        self._evolved = {record["step"] for record in records if record["event"] == "evolved"}
+        self._ended: dict[str, dict[str, Any]] = {}
+        self._judged, self._taken, self._evolved = set[tuple[str, int]](), set[tuple[str, int]](), set[int]()
+        for record in records:
+            self._go_over(record)
         self._members: dict[str, Member] = {}
         self._past: dict[str, tuple[Steps, list[float]]] = {}
 
     def run(self, show: Callable[[list[dict[str, Any]]], None] = lambda rows: None) -> dict[str, Any]:
-        """To the end; `show` is given the members' rows after each round. Returns the summary.
+        """To the end; `show` is given the members' rows, now and after each round. Returns the summary.
 
         Ctrl-C leaves every member's run as it stands, to be gone on with. Raises what a population raises.
         """
-        waiting = [trial for trial in self.plan.trials if trial.name not in self._ended]
+        waiting = [trial for trial in self.plan.trials if self._may_run(trial.name)]
         try:
-            if waiting:
+            show(self.rows())
+            if any(trial.name not in self._ended for trial in waiting):
                 self._run_population([member_spec(self.plan.config(trial), resume=True) for trial in waiting], show)
             return self._finish()
         finally:
             self._log.close()
+
+    def _go_over(self, record: dict[str, Any]) -> None:
+        """Take note of what an earlier session decided."""
+        match record["event"]:
+            case "ended":
+                self._ended[record["name"]] = record
+            case "rung" if record["goes_on"]:
+                self._judged.add((record["name"], record["rung"]))
+            case "take-over":
+                self._taken.add((record["name"], record["step"]))
+            case "evolved":
+                self._evolved.add(record["step"])
+                for name in [name for name, step in self._taken if step == record["step"]]:
+                    self._ended.pop(name, None)
+
+    def _may_run(self, name: str) -> bool:
+        """Whether a member has not ended, or may be taken back by a take-over."""
+        return name not in self._ended or (self.plan.evolve_every is not None and self._failed(name))
+
+    def _failed(self, name: str) -> bool:
+        return self._ended.get(name, {}).get("state") == "failed"
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a trial: state, step, reward (mean of the last steps), held-out reward, and the swept settings."""
@@ -75,12 +98,20 @@ class Sweep:
         with Population(model, specs, engine=self._engine, engine_config=engine_config, at_once=at_once) as population:
             population.resume()
             self._members = {member.name: member for member in population.members}
+            for name in self._members.keys() & self._ended.keys():
+                population.stop(self._members[name], "it failed before; a take-over may bring it back")
+            # A kill may have come between the end of a round and what is decided then.
+            population.start_waiting()
+            self._select(population)
             for _ in population.rounds():
-                self._halve(population)
-                self._evolve(population)
-                self._note_ends()
+                self._select(population)
                 show(self.rows())
             self._note_ends()
+
+    def _select(self, population: Population) -> None:
+        self._halve(population)
+        self._note_ends()
+        self._evolve(population)
 
     def _fitting(self, specs: Sequence[MemberSpec]) -> int:
         """As many as memory holds, at least one, which a population refuses with a sentence where it does not fit."""
@@ -115,33 +146,51 @@ class Sweep:
                     population.stop(member, f"rung at step {rung}: reward {value:.3f} is not among {kept}")
 
     def _evolve(self, population: Population) -> None:
+        """The worst, and those that failed, go on from the best.
+
+        `evolved` is written last. Without it all is decided again, to the same end, and what was done before is kept.
+        """
         running = {member.name: member for member in population.running}
         step = min(map(_step, running.values()), default=0)
         if self.plan.evolve_every is None or not step or step % self.plan.evolve_every or step in self._evolved:
             return
-        self._evolved.add(step)
+        found = {name: score(member.history, step) for name, member in running.items()}
+        found |= {name: -math.inf for name in self._ended if self._failed(name)}
+        known = {trial.name: found.get(trial.name) for trial in self.plan.trials}
+        scores = {name: value for name, value in known.items() if value is not None}
         draw = random.Random(f"{self.plan.seed} {step}")
-        scores = {name: value for name, m in running.items() if (value := score(m.history, step)) is not None}
-        for loser, winner in takeovers(scores, self.plan.share, draw) if len(scores) > 1 else []:
-            self._take_over(population, running[loser], running[winner], draw)
+        for loser, winner in takeovers(scores, self.plan.share, draw):
+            self._take_over(population, loser, running[winner], draw)
+        self._evolved.add(step)
         self._log.append("evolved", step=step)
 
-    def _take_over(self, population: Population, loser: Member, winner: Member, draw: random.Random) -> None:
+    def _take_over(self, population: Population, name: str, winner: Member, draw: random.Random) -> None:
         """The loser's run goes on from the winner's version, with the winner's settings, perturbed."""
-        before, followed = self._settings(loser.name), self._settings(winner.name)
+        before, followed = self._settings(name), self._settings(winner.name)
         changed = [f"{key}={perturbed(setting(followed, key), draw)}" for key in self.plan.perturb]
-        config = with_settings(before, changed, f"member {loser.name}")
-        taken = winner.runs.version
+        config = with_settings(before, changed, f"member {name}")
+        if self._failed(name):
+            self._begin_again(population, name, before)
+        loser, taken = self._members[name], winner.runs.version
+        if loser.state != "running":
+            return
         with loser.turn():
             version = take_over(loser.runs, winner.runs)
         save_config(config, loser.run_dir)
-        self._log.append(
-            "take-over", name=loser.name, step=version.step, version=version.number, settings=changed,
-            **{"from": {"run": winner.name, "version": taken.number, "digest": taken.digest}},
-        )  # fmt: skip
         population.stop(loser, f"takes over {taken} of {winner.name}, {' '.join(changed) or 'settings as they were'}")
-        population.members.remove(loser)
-        self._members[loser.name] = population.add(member_spec(config, resume=True))
+        self._begin_again(population, name, config)
+        if (name, version.step) not in self._taken:
+            self._log.append(
+                "take-over", name=name, step=version.step, version=version.number, settings=changed,
+                **{"from": {"run": winner.name, "version": taken.number, "digest": taken.digest}},
+            )  # fmt: skip
+        self._ended.pop(name, None)
+
+    def _begin_again(self, population: Population, name: str, config: RunConfig) -> None:
+        """Another member for a run that ended, from where it stands."""
+        population.members.remove(self._members[name])
+        self._members[name] = population.add(member_spec(config, resume=True))
+        population.start_waiting()
 
     def _settings(self, name: str) -> RunConfig:
         """A member's settings as they are by now."""
