@@ -1,5 +1,6 @@
 """A training loop of your own, in PyTorch and PEFT."""
 
+# %% As cells for an editor or a notebook
 import random
 
 import torch
@@ -19,6 +20,7 @@ model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
 
 
+# %% The loss
 def loss(groups, advantages):
     """Policy gradient; -100 marks what cross_entropy leaves out: prompts and padding."""
     rows = [(group.prompt_token_ids, done.token_ids) for group in groups for done in group.completions]
@@ -30,6 +32,7 @@ def loss(groups, advantages):
     return (advantages.flatten()[:, None].to(engine.device) * nats).mean()
 
 
+# %% The loop: publish and prove, sample, score, learn; then back to the best version
 with AdapterStore(archive="runs/own-loop", retention=KEEP) as store:
     sync = NativeSync(model, engine, store, optimizer=optimizer)
     version = sync.push(step=0)  # publish, load, prove: now it can be sampled from

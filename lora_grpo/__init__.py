@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         keep_trainer_state,
     )
     from lora_grpo.adapters.version import AdapterVersion
+    from lora_grpo.cli.report import write_report
     from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig, RunConfig
     from lora_grpo.engines.base import Engine
     from lora_grpo.engines.fake import FakeEngine
@@ -104,6 +105,7 @@ _HOMES = {
     "keep_latest": "lora_grpo.adapters.upkeep.retention",
     "keep_trainer_state": "lora_grpo.adapters.upkeep.retention",
     "push_to_hub": "lora_grpo.trainer",
+    "write_report": "lora_grpo.cli.report",
 }
 
 __all__ = [
@@ -152,6 +154,7 @@ __all__ = [
     "keep_latest",
     "keep_trainer_state",
     "push_to_hub",
+    "write_report",
 ]
 
 

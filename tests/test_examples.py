@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,18 +13,12 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.cli.train import train
 from lora_grpo.config_file import load_config
 from lora_grpo.demo.base import ensure_base
+from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.rewards import load_reward
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 EAGER = "max_model_len={}, enforce_eager=True"
-
-
-def run(name: str, *arguments: str) -> str:
-    command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def run_here(name: str, replaced: dict[str, str]) -> None:
@@ -107,12 +98,49 @@ def test_gsm8k_program_and_file_are_one_run() -> None:
 
 
 @pytest.mark.vllm
-def test_custom_reward(tmp_path: Path) -> None:
-    saved = tmp_path / "adapter"
-    output = run("custom_reward.py", "--steps", "8", "--run-dir", str(tmp_path / "run"), "--save", str(saved))
+def test_custom_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_here("custom_reward.py", {"total_steps=15": "total_steps=8"})
+    output = capsys.readouterr().out
+    assert output.startswith("[1.0, 0.0] [1.0, 0.5]\n")
     before, after = (float(value) for value in re.findall(r"right answers ([0-9.]+)", output))
     assert after > before + 0.2
-    assert (saved / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.fixture
+def shared_engine(
+    llama_dir: Path, llama_engine: VLLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """Programs here run on the tests' engine; what to replace in their text for that."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(llama_engine, "close", lambda: None)
+    monkeypatch.setattr("lora_grpo.engines.vllm_local.VLLMEngine", lambda *_, **__: llama_engine)
+    return {"str(ensure_base())": f'"{llama_dir}"'}
+
+
+@pytest.mark.vllm
+def test_rollback_goes_on_from_an_earlier_version(
+    shared_engine: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here("rollback.py", {**shared_engine, "batch_size=32": "batch_size=8"})
+    *listed, back, parents = capsys.readouterr().out.splitlines()[-7:]
+    assert [line.split()[0] for line in listed] == ["v1", "v2", "v3", "v4", "v5"]
+    assert back.startswith("rolled back from v5 to v3 (step 2): weights exact, optimizer restored")
+    assert parents == "{1: None, 2: 1, 3: 2, 4: 3, 5: 4, 6: 3, 7: 6}"
+
+
+@pytest.mark.vllm
+def test_weights_and_biases_gets_the_metrics(
+    shared_engine: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sizes = {"total_steps=15": "total_steps=1", "=512": "=16", "=256": "=8", "held_out_rows(256)": "held_out_rows(4)"}
+    run_here("custom_reward.py", {**shared_engine, **sizes, "TRACKERS = ()": 'TRACKERS = ("wandb",)'})
+    [log] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    for name in (b"rewards/right_digits/mean", b"eval/reward", b"learning_rate"):
+        assert name in log.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["one_process", "replicas", "several_hosts"])

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -107,18 +108,23 @@ def test_a_watched_page_follows_a_run_to_its_end(run: Path, tmp_path: Path) -> N
         AdapterStore(archive=run) as store,
         subprocess.Popen(program, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watching,
     ):
-        while not out.exists() and watching.poll() is None:
+        beside = threading.Thread(target=write_report, args=(run,), kwargs={"watch": 1.0})
+        beside.start()
+        while not (out.exists() and (run / "report.html").exists()) and watching.poll() is None:
             time.sleep(0.05)
-        page = out.read_text(encoding="utf-8")
-        assert 'http-equiv="refresh" content="1.0"' in page
-        assert "going on" in page
+        for path in (out, run / "report.html"):
+            page = path.read_text(encoding="utf-8")
+            assert 'http-equiv="refresh" content="1.0"' in page
+            assert "going on" in page
         store.promote(store.publish(adapter(6), step=3))
         store.close()
         assert watching.wait(60) == 0
-    page = out.read_text(encoding="utf-8")
-    assert "v6 HEAD" in page
-    assert "going on" not in page
-    assert "refresh" not in page
+        beside.join(60)
+    for path in (out, run / "report.html"):
+        page = path.read_text(encoding="utf-8")
+        assert "v6 HEAD" in page
+        assert "going on" not in page
+        assert "refresh" not in page
 
 
 def test_a_long_run_makes_a_small_page_that_says_what_it_lacks(tmp_path: Path) -> None:

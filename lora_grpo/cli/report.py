@@ -32,20 +32,33 @@ def report(
 
     It opens from disk, without a network. A browser that shows a page of --watch follows the run.
     """
+    typer.echo(write_report(run, out, watch))
+
+
+def write_report(run: str | Path, path: Path | None = None, watch: float | None = None) -> Path:
+    """Write the page of a run and return its path (default: RUN/report.html). A reader sees the old page or the new.
+
+    `watch`: while the run lives, again every so many seconds; it returns when the run has ended. From the program that
+    trains, start it as a thread: `Thread(target=write_report, args=("runs/mine",), kwargs={"watch": 30})`. Raises
+    `StoreError` where there is no run, or no page can be written.
+
+    >>> print(write_report("runs/mine"))
+    runs/mine/report.html
+    """
     from lora_grpo.adapters.files.locks import holder
 
-    path = out or run / REPORT_FILE
+    run = Path(run)
+    path = path or run / REPORT_FILE
     if watch and holder(run) is not None:
         say(f"writing {path} every {watch:g} s, until the run has ended")
         while holder(run) is not None:
-            write_report(run, path, refresh_s=watch)
+            _write(run, path, refresh_s=watch)
             time.sleep(watch)
-    write_report(run, path)
-    typer.echo(path)
+    _write(run, path)
+    return path
 
 
-def write_report(run: Path, path: Path, refresh_s: float | None = None) -> None:
-    """Writes the page in one piece: a reader sees the old one or the new one."""
+def _write(run: Path, path: Path, refresh_s: float | None = None) -> None:
     from lora_grpo.adapters.files.disk import reported
     from lora_grpo.adapters.files.locks import holder
     from lora_grpo.metrics.page import render_page

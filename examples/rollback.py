@@ -1,0 +1,43 @@
+"""Back to an earlier version, and on from there, as cells (# %%) for an editor or a notebook.
+
+python examples/rollback.py
+"""
+
+# %% A short run on the demo's base
+from peft import LoraConfig
+
+from lora_grpo import EngineConfig, GRPOConfig, GRPOTrainer, ModelConfig
+from lora_grpo.demo import task
+from lora_grpo.demo.base import ensure_base
+from lora_grpo.rewards import exact
+
+trainer = GRPOTrainer(
+    ModelConfig(name=str(ensure_base()), dtype="float32"),
+    exact("answer"),
+    GRPOConfig(
+        total_steps=4,
+        num_generations=8,
+        per_device_train_batch_size=32,
+        max_completion_length=task.MAX_TOKENS,
+        learning_rate=4e-3,
+    ),
+    task.training_rows(),
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+    engine_config=EngineConfig(max_model_len=64, enforce_eager=True),
+    run_dir="runs/rollback",
+)
+trainer.train()
+
+# %% What there is to go back to: every version, and the reward that it earned
+for version in trainer.store.list():
+    print(version, trainer.store.metrics(version).get("reward"))
+
+# %% Back in one call: engine, weights, optimizer, schedule and random state; "best" or "parent" would do, too
+print(trainer.rollback(to=3))
+
+# %% On from there: v3 is the next version's parent; v4 and v5 stay, and can be named again
+trainer.train()
+print({version.number: version.parent for version in trainer.store.list()})
+
+# %% Done
+trainer.close()
