@@ -6,17 +6,16 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, TypeAlias
+from typing import Any
 
 from lora_grpo.metrics.log import Record
-from lora_grpo.metrics.plot import series, smoothed
-from lora_grpo.metrics.render import GAP, SIGNAL, headline, number, phase_seconds
+from lora_grpo.metrics.panels import Panel, Points, marks, panels
+from lora_grpo.metrics.render import number
 
 MOST_POINTS, MOST_LANES, MOST_DOTS = 300, 24, 100
 WIDTH, HEIGHT = 600, 160
 TREE_WIDTH, LANE, LABEL = 900, 36, 56
 """Of the tree: its width, the height of a lane, and the room that a label needs."""
-Points: TypeAlias = tuple[Sequence[float], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -47,45 +46,20 @@ class Curve:
     first: float
     last: float
     marks: list[tuple[float, str]]
-    """Where the run went back, and why."""
+    """Where the run went back or its canary failed, and why."""
 
 
 def curves(records: Sequence[Record], given_up: Sequence[Record]) -> Iterator[Curve]:
-    """Of the run as it counts; what a rollback or a resume went back before is a line of its own."""
-    steps = [record for record in records if record["event"] == "step"]
-    marks = [(record["step"], str(record["text"])) for record in records if record["event"] == "rollback"]
-    at, rewards = series(steps, "reward")
-    lines = {"each step": (at, rewards), "smoothed": (at, smoothed(rewards)), "given up": series(given_up, "reward")}
-    yield from _curve("Reward of the sampled completions", lines, marks)
-    evaluations = [record for record in records if record["event"] == "evaluation"]
-    held_out = [
-        (record["step"], headline({**record, "event": "", "time": "", "step": "", "version": ""}))
-        for record in evaluations
-    ]
-    shown = [(step, value) for step, value in held_out if value is not None]
-    if shown:
-        name = shown[0][1][0]
-        yield from _curve(
-            f"Held-out {name}", {name: ([s for s, _ in shown], [value for _, (_, value) in shown])}, marks
-        )
-    yield from _curve("Log-prob gap, trainer to sampler, nats a token", {"gap": series(steps, GAP)}, marks)
-    yield from _curve("Share of groups whose rewards differ", {"signal": series(steps, SIGNAL)}, marks)
-    yield from _curve("Length of completions, tokens", {"mean": series(steps, "completions/mean_length")}, marks)
-    phases = dict.fromkeys(phase for record in steps for phase in phase_seconds(record))
-    yield from _curve("Seconds a step", {name: series(steps, f"time/{name}_s") for name in phases}, marks, crop=True)
+    """The panels of a run, as paths."""
+    for panel in panels(records, given_up):
+        yield _curve(panel, marks(records))
 
 
-def _curve(
-    title: str, lines: Mapping[str, Points], marks: Sequence[tuple[int, str]], crop: bool = False
-) -> Iterator[Curve]:
-    """One panel, or none without a point. `crop`: a slow first step (warm-up) does not flatten the others."""
-    thin = {name: _thinned(*points) for name, points in lines.items() if points[0]}
-    if not thin:
-        return
-    steps, values = ([one for points in thin.values() for one in points[axis]] for axis in (0, 1))
-    first, last, low, high = min(steps), max(steps), min(0.0, *values), max(values)
-    if crop:
-        high = min(high, 3 * max(statistics.median(heights) for _, heights in thin.values())) or high
+def _curve(panel: Panel, marks: Sequence[tuple[int, str]]) -> Curve:
+    thin = {name: _thinned(*points) for name, points in panel.lines.items()}
+    low, high = Panel(panel.title, thin, panel.crop).limits
+    steps = [step for points in thin.values() for step in points[0]]
+    first, last = min(steps), max(steps)
 
     def x(step: float) -> float:
         return round((step - first) / ((last - first) or 1) * WIDTH, 1)
@@ -96,9 +70,10 @@ def _curve(
     drawn = []
     for index, (name, points) in enumerate(thin.items()):
         path = "M" + " L".join(f"{x(step)} {y(value)}" for step, value in zip(*points, strict=True)) + " h0"
-        drawn.append((f"{name} {number(lines[name][1][-1])}", path, "lost" if name == "given up" else f"c{index % 4}"))
+        last_value = number(panel.lines[name][1][-1])
+        drawn.append((f"{name} {last_value}", path, "lost" if name == "given up" else f"c{index % 4}"))
     inside = [(x(step), text) for step, text in marks if first <= step <= last]
-    yield Curve(title, drawn, low, high, first, last, inside[-MOST_DOTS:])
+    return Curve(panel.title, drawn, low, high, first, last, inside[-MOST_DOTS:])
 
 
 def _thinned(steps: Sequence[float], values: Sequence[float]) -> Points:

@@ -15,13 +15,13 @@ Each has `time`, seconds since the epoch. A number that is not finite is written
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from pydantic_core import to_jsonable_python
 
 from lora_grpo.errors import StoreError
 
@@ -39,7 +39,8 @@ class RunLog:
 
     def append(self, event: str, /, **fields: Any) -> None:
         """Writes one record in one write; its `event` and `time` come first."""
-        record = {"event": event, "time": round(time.time(), 3), **_plain(fields)}
+        known = to_jsonable_python(fields, inf_nan_mode="null", fallback=_item)
+        record = {"event": event, "time": round(time.time(), 3), **known}
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _end_whole(self.path)
@@ -62,9 +63,11 @@ def read_metrics(path: str | Path) -> list[Record]:
     if not file.is_file():
         raise StoreError(f"no metrics in {file}; is this a run directory?")
     *lines, torn = file.read_bytes().split(b"\n")
-    records = [_parsed(line, file, number) for number, line in enumerate(lines, 1) if line]
-    last = _parsed_or_none(torn)
-    return records if last is None else [*records, last]
+    records = [(number, _parsed(line)) for number, line in enumerate(lines, 1) if line]
+    for number, record in records:
+        if record is None:
+            raise StoreError(f"{file}, line {number} is no JSON object; remove the line to read the rest")
+    return [record for _, record in [*records, (0, _parsed(torn))] if record is not None]
 
 
 def history(records: list[Record]) -> list[Record]:
@@ -86,21 +89,14 @@ def _end_whole(path: Path) -> None:
     torn = data[data.rfind(b"\n") + 1 :]
     if not torn:
         return
-    if _parsed_or_none(torn) is None:
+    if _parsed(torn) is None:
         os.truncate(path, len(data) - len(torn))
     else:
         with path.open("ab") as file:
             file.write(b"\n")
 
 
-def _parsed(line: bytes, file: Path, number: int) -> Record:
-    record = _parsed_or_none(line)
-    if record is None:
-        raise StoreError(f"{file}, line {number} is no JSON object; remove the line to read the rest")
-    return record
-
-
-def _parsed_or_none(line: bytes) -> Record | None:
+def _parsed(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -108,16 +104,6 @@ def _parsed_or_none(line: bytes) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
-def _plain(value: Any) -> Any:
-    """`value` as JSON holds it: NumPy and torch scalars become numbers, what is not finite becomes None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, str | int | None):
-        return value
-    if not isinstance(value, float) and hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, int) else str(value)
+def _item(value: Any) -> Any:
+    """A NumPy or torch scalar as a number, the rest as text."""
+    return value.item() if hasattr(value, "item") else str(value)

@@ -13,9 +13,10 @@ from typing import Any
 from lora_grpo.config_file import RESOLVED_FILE, describe_settings
 from lora_grpo.metrics.drawing import MOST_POINTS, Lineage, curves, tree
 from lora_grpo.metrics.log import METRICS_FILE, Record, history, read_metrics
-from lora_grpo.metrics.plot import series
+from lora_grpo.metrics.panels import series
 from lora_grpo.metrics.render import GAP, duration, number
 from lora_grpo.metrics.reporter import SAMPLES_FILE
+from lora_grpo.metrics.trackers import flat
 
 MOST_LOGGED, MOST_ROWS, MOST_CHARACTERS, MOST_MESSAGES = 12, 12, 1500, 40
 """What a page holds at most of logged steps, completions of each, characters of a text, and messages."""
@@ -128,7 +129,7 @@ def _settings(run: Path, started_with: Mapping[str, Any]) -> Iterator[tuple[str,
     defaults = {setting.key: setting.default for setting in describe_settings()}
     path = run / RESOLVED_FILE
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"grpo": started_with}
-    for key, value in _flat(values):
+    for key, value in flat(values):
         shown = "-" if value is None else json.dumps(value, ensure_ascii=False)
         default = defaults.get(key, "(needed)")
         same = shown == default or (default not in ("-", "(needed)") and value == json.loads(default))
@@ -138,14 +139,6 @@ def _settings(run: Path, started_with: Mapping[str, Any]) -> Iterator[tuple[str,
 def changed_settings(run: Path, started_with: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Key and value of every setting that is not the default."""
     return [(key, value) for key, value, changed in _settings(run, started_with) if changed]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _answers(run: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -44,7 +43,7 @@ class ViewState:
 
     def hear_step(self, step: int, metrics: Mapping[str, Any]) -> None:
         now = time.monotonic()
-        metrics = {name: value for name, value in metrics.items() if not _is_nan(value)}
+        metrics = {name: value for name, value in metrics.items() if value == value}
         self.step_times_s.append(float(metrics.get("step_time") or now - self._heard_at))
         self._heard_at = now
         self.step, self.phase, self.metrics = step, "", dict(metrics)
@@ -60,12 +59,10 @@ class ViewState:
 
 
 def headline(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
-    """The name and value that stand for an evaluation: its accuracy, else its reward, else its first number."""
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    for name in ("accuracy", "reward", *numbers):
-        if name in numbers:
-            return name, float(numbers[name])
-    return None
+    """The name and value that stand for an evaluation: its accuracy, else its reward, else its first metric."""
+    about = ("time", "step", "version")
+    numbers = {name: v for name, v in metrics.items() if isinstance(v, int | float) and name not in about}
+    return next(((name, float(numbers[name])) for name in ("accuracy", "reward", *numbers) if name in numbers), None)
 
 
 def panel(state: ViewState) -> RenderableType:
@@ -77,7 +74,7 @@ def panel(state: ViewState) -> RenderableType:
         facts.add_row(name, value)
     return Panel(
         Group(_progress(state), Text(), facts),
-        title=Text.assemble(("lora_grpo ", "bold"), (str(state.run_dir), "")),
+        title=Text.assemble(("lora_grpo ", "bold"), str(state.run_dir)),
         subtitle=Text(state.title, style="dim") if state.title else None,
         title_align="left",
         subtitle_align="right",
@@ -111,7 +108,7 @@ def plain_evaluation(step: int, version: int | None, metrics: Mapping[str, Any])
 
 def samples_table(step: int, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """A few completions with their rewards."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = dict.fromkeys(name for row in rows for name in row)
     table = Table(title=Text(f"samples of step {step}"), title_justify="left", show_lines=True, expand=True)
     for name in names:
         long = name in ("prompt", "completion")
@@ -171,70 +168,48 @@ def _progress(state: ViewState) -> RenderableType:
 
 
 def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
-    metrics = state.metrics
-    facts: list[tuple[str, RenderableType]] = []
+    metrics, facts = state.metrics, list[tuple[str, RenderableType]]()
     if state.phase:
         facts.append(("now", Text(state.phase, style=PHASES.get(state.phase, ""))))
     if metrics.get("reward") is not None:
         facts.append(("reward", Text.assemble((_reward(metrics), "bold"), "  ", (sparkline(state.rewards), "green"))))
-    if state.evaluations:
-        facts.append(("held-out", _evaluations(state)))
+    if held_out := [(version, shown) for _, version, found in state.evaluations if (shown := headline(found))]:
+        facts.append(("held-out", _evaluations(held_out)))
     if metrics.get(SIGNAL) is not None:
-        facts.append(("signal", Text(f"{100 * metrics[SIGNAL]:.3g}% of groups")))
+        facts.append(("signal", f"{100 * metrics[SIGNAL]:.3g}% of groups"))
     if metrics.get("completions/mean_length") is not None:
-        facts.append(("length", Text(_length(metrics))))
+        cut = metrics.get("completions/clipped_ratio")
+        words = "" if cut is None else f", {cut:.0%} cut at the limit"
+        facts.append(("length", f"{metrics['completions/mean_length']:.0f} tokens{words}"))
     if metrics.get("version") is not None:
         facts.append(("version", Text(_version(int(metrics["version"])), style="bold")))
     if metrics.get(GAP) is not None:
-        facts.append(("log-prob gap", _gap(metrics)))
+        verdict = str(metrics.get("canary/verdict") or "")
+        told = ("  canary ", (verdict, VERDICTS.get(verdict, ""))) if verdict else ()
+        facts.append(("log-prob gap", Text.assemble(f"{metrics[GAP]:.4f} nats a token", *told)))
     if metrics.get(BACKLOG) is not None:
-        facts.append(("archive", Text(_backlog(metrics[BACKLOG]))))
+        waiting_mib = metrics[BACKLOG] / 2**20
+        facts.append(("archive", f"{waiting_mib:.1f} MiB on the way to the disk" if waiting_mib else "all on the disk"))
     if phase_seconds(metrics):
         facts.append(("seconds", _phase_bar(phase_seconds(metrics))))
     return facts or [("", Text("starting", style="dim"))]
 
 
-def _evaluations(state: ViewState) -> Text:
-    values = [(version, headline(metrics)) for _, version, metrics in state.evaluations]
-    shown = [(version, value) for version, value in values if value is not None]
-    if not shown:
-        return Text("-")
-    (first_version, first), (last_version, last) = shown[0], shown[-1]
+def _evaluations(held_out: Sequence[tuple[int | None, tuple[str, float]]]) -> Text:
+    (first_version, first), (last_version, last) = held_out[0], held_out[-1]
     text = Text.assemble(f"{last[0]} ", (f"{last[1]:.3f}", "bold"), f" ({_version(last_version)})")
-    if len(shown) > 1:
+    if len(held_out) > 1:
         text.append(f"  from {first[1]:.3f} ({_version(first_version)})", style="dim")
-    return text
-
-
-def _gap(metrics: Mapping[str, Any]) -> Text:
-    text = Text(f"{metrics[GAP]:.4f} nats a token")
-    if metrics.get("canary/verdict"):
-        verdict = str(metrics["canary/verdict"])
-        text.append("  canary ")
-        text.append(verdict, style=VERDICTS.get(verdict, ""))
     return text
 
 
 def _phase_bar(seconds: Mapping[str, float], width: int = 40) -> Text:
     """Coloured blocks in proportion, and what they stand for."""
     total = sum(seconds.values()) or 1.0
-    text = Text(no_wrap=True)
-    for phase, value in seconds.items():
-        text.append("█" * round(value / total * width), style=PHASES.get(phase, "white"))
-    text.append("\n")
-    for phase, value in seconds.items():
-        text.append(f"{phase} {value:.2f}  ", style=PHASES.get(phase, "white"))
-    return text
-
-
-def _length(metrics: Mapping[str, Any]) -> str:
-    text = f"{metrics['completions/mean_length']:.0f} tokens"
-    cut = metrics.get("completions/clipped_ratio")
-    return text if cut is None else f"{text}, {cut:.0%} cut at the limit"
-
-
-def _backlog(waiting_bytes: float) -> str:
-    return f"{waiting_bytes / 2**20:.1f} MiB on the way to the disk" if waiting_bytes else "all on the disk"
+    styles = {phase: PHASES.get(phase, "white") for phase in seconds}
+    blocks = [("█" * round(value / total * width), styles[phase]) for phase, value in seconds.items()]
+    words = [(f"{phase} {value:.2f}  ", styles[phase]) for phase, value in seconds.items()]
+    return Text.assemble(*blocks, "\n", *words, no_wrap=True)
 
 
 def _reward(metrics: Mapping[str, Any]) -> str:
@@ -244,10 +219,6 @@ def _reward(metrics: Mapping[str, Any]) -> str:
 
 def _version(version: int | None) -> str:
     return "base" if version is None else f"v{version}"
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
 
 
 def _cell(value: Any, width: int = 400) -> str:

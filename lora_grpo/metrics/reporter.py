@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import METRICS_FILE, RunLog
 from lora_grpo.metrics.plot import PLOT_FILE
 from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output, quiet_libraries
-from lora_grpo.metrics.trackers import Trackers, check_trackers
+from lora_grpo.metrics.trackers import check_trackers, started_trackers
 from lora_grpo.metrics.view import LiveView
 
 SAMPLES_FILE = "samples.jsonl"
@@ -23,8 +22,8 @@ class Reporter:
     """Joins `RUN/metrics.jsonl`, `RUN/samples.jsonl`, the live view and accelerate's trackers.
 
     From construction to `close` the libraries' loggers and warnings go to `RUN/engine.log`, unless the caller sees to
-    that himself (`quiet=False`). Build it on the main
-    process only. Use it in a `with` block, or close it: an open live view owns the terminal.
+    that himself (`quiet=False`). Build it on the main process only. Use it in a `with` block, or close it: an open
+    live view owns the terminal.
     """
 
     def __init__(
@@ -39,62 +38,56 @@ class Reporter:
         self.run_dir = Path(run_dir)
         check_trackers(trackers)
         check_folder(self.run_dir)
-        self._new = not self.run_dir.exists()
-        self._log = RunLog(self.run_dir / METRICS_FILE)
-        self._samples: RunLog | None = None
-        self._view = LiveView(self.run_dir, total_steps) if view else None
-        self._tracker_names = tuple(trackers)
-        self._trackers: Trackers | None = None
         self._open = ExitStack()
+        if not self.run_dir.exists():
+            self._open.callback(self._leave_nothing)
+        self._log, self._samples = RunLog(self.run_dir / METRICS_FILE), RunLog(self.run_dir / SAMPLES_FILE)
+        self._view = LiveView(self.run_dir, total_steps, shown=view)
+        for part in (self._log, self._samples, self._view):
+            self._open.callback(part.close)
+        self._tracker_names = trackers
+        self._trackers: list[Any] = []
         if quiet:
             self._open.enter_context(quiet_libraries(self.run_dir / ENGINE_LOG, self.message))
 
     def start(self, info: Mapping[str, Any], step: int = 0) -> None:
         """The run begins, or goes on after `step`. `info` is what it runs with; `info["model"]` is shown."""
         self._log.append("start", step=step, info=info)
-        if self._tracker_names:
-            self._trackers = Trackers(self._tracker_names, self.run_dir, info)
-        if self._view:
-            self._view.start(info, step)
+        self._trackers = started_trackers(self._tracker_names, self.run_dir, info)
+        for tracker in self._trackers:
+            self._open.callback(tracker.finish)
+        self._view.start(info, step)
 
     def phase(self, name: str) -> None:
         """What the step does now: generate, reward, train or publish. Shown only."""
-        if self._view:
-            self._view.phase(name)
+        self._view.phase(name)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Step `step` (from 1) is done."""
         self._log.append("step", **{**metrics, "step": step})
         self._track(step, metrics)
-        if self._view:
-            self._view.step(step, metrics)
+        self._view.step(step, metrics)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """A few completions as dicts of columns, such as prompt, completion, reward, version."""
-        if self._samples is None:
-            self._samples = RunLog(self.run_dir / SAMPLES_FILE)
         self._samples.append("samples", step=step, rows=rows)
-        if self._view:
-            self._view.samples(step, rows)
+        self._view.samples(step, rows)
 
     def evaluation(self, step: int, version: int | None, metrics: Mapping[str, Any]) -> None:
         """Held-out metrics of `version` (None: the base model), measured after `step` (0: before the first)."""
         self._log.append("evaluation", **{**metrics, "step": step, "version": version})
         self._track(step, {f"eval/{name}": value for name, value in metrics.items()})
-        if self._view:
-            self._view.evaluation(step, version, metrics)
+        self._view.evaluation(step, version, metrics)
 
     def message(self, text: str) -> None:
         """Something that a person should know."""
         self._log.append("message", text=text)
-        if self._view:
-            self._view.message(text)
+        self._view.message(text)
 
     def rollback(self, step: int, text: str) -> None:
         """The run went back to where it was after `step`; `text` says why and how."""
         self._log.append("rollback", step=step, text=text)
-        if self._view:
-            self._view.rollback(step, text)
+        self._view.rollback(step, text)
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -112,30 +105,21 @@ class Reporter:
         A run directory that is new, and has got nothing, is removed.
         """
         self._open.close()
-        if self._view:
-            self._view.close()
-        if self._trackers:
-            self._trackers.close()
-            self._trackers = None
-        self._log.close()
-        if self._samples:
-            self._samples.close()
-        if self._new:
-            with suppress(OSError):
-                self.run_dir.rmdir()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _leave_nothing(self) -> None:
+        with suppress(OSError):
+            self.run_dir.rmdir()
+
     def _track(self, step: int, metrics: Mapping[str, Any]) -> None:
-        if self._trackers:
-            numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-            self._trackers.log(numbers, step)
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
 
 
 def check_folder(run_dir: Path) -> None:

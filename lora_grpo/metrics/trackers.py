@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +26,30 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"report_to: {name!r} is not installed; pip install {name}, or leave it out")
 
 
-class Trackers:
-    """Started trackers; `names` as accelerate calls them, such as 'tensorboard' or 'wandb'.
+def started_trackers(names: Sequence[str], run_dir: Path, info: Mapping[str, Any]) -> list[Any]:
+    """accelerate's trackers of these names, such as 'tensorboard' or 'wandb', in the main process alone."""
+    if not names:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    Only the main process may build this. Raises `ConfigError` for an unknown name, or one that is not installed.
-    """
-
-    def __init__(self, names: Sequence[str], run_dir: Path, info: Mapping[str, Any]) -> None:
-        from accelerate import PartialState
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        check_trackers(names)
-        PartialState()  # accelerate's trackers ask it whether this is the main process
-        self._trackers = []
-        for name in dict.fromkeys(names):
-            kind = LOGGER_TYPE_TO_CLASS[name]
-            where = {"logging_dir": str(run_dir)} if kind.requires_logging_directory else {}
-            run_name = name if where else run_dir.name
-            tracker = kind(run_name, **where)
-            tracker.start()
-            tracker.store_init_configuration(_flat(info))
-            self._trackers.append(tracker)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        for tracker in self._trackers:
-            tracker.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+    PartialState()  # accelerate's trackers ask it whether this is the main process
+    settings = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in flat(info)}
+    trackers = []
+    for name in dict.fromkeys(names):
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        where = {"logging_dir": str(run_dir)} if kind.requires_logging_directory else {}
+        tracker = kind(name if where else run_dir.name, **where)
+        tracker.start()
+        tracker.store_init_configuration(settings)
+        trackers.append(tracker)
+    return trackers
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Nested settings as dotted names with values that every tracker takes."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return flat
+            yield f"{prefix}{name}", value

@@ -16,19 +16,17 @@ PLAIN_WIDTH = 120
 
 
 class LiveView:
-    """Shows one run. `stream` is for tests; by default a duplicate of stderr, so that capturing stderr spares it."""
+    """Shows one run, or nothing. By default `stream` is a duplicate of stderr, which capturing stderr spares."""
 
-    def __init__(self, run_dir: Path, total_steps: int, stream: TextIO | None = None) -> None:
+    def __init__(self, run_dir: Path, total_steps: int, stream: TextIO | None = None, *, shown: bool = True) -> None:
         self.state = ViewState(run_dir, total_steps)
         self._stream = stream or own_stderr()
         self._owned = stream is None
-        terminal = self._stream.isatty()
-        self.console = Console(file=self._stream, soft_wrap=False, width=None if terminal else PLAIN_WIDTH)
-        self._live = (
-            Live(get_renderable=lambda: panel(self.state), console=self.console, refresh_per_second=4)
-            if terminal
-            else None
-        )
+        terminal = shown and self._stream.isatty()
+        width = None if terminal else PLAIN_WIDTH
+        self.console = Console(file=self._stream, soft_wrap=False, width=width, quiet=not shown)
+        live = Live(get_renderable=lambda: panel(self.state), console=self.console, refresh_per_second=4)
+        self._live = live if terminal else None
 
     def start(self, info: Mapping[str, Any], step: int = 0) -> None:
         self.state.step = step
@@ -36,9 +34,8 @@ class LiveView:
         if self._live:
             self._live.start()
         else:
-            self._say(
-                f"{self.state.run_dir}: steps {step + 1} to {self.state.total_steps}  {self.state.title}".rstrip()
-            )
+            state = self.state
+            self._say(f"{state.run_dir}: steps {step + 1} to {state.total_steps}  {state.title}".rstrip())
 
     def phase(self, name: str) -> None:
         self.state.phase = name
