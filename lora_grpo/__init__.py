@@ -8,154 +8,84 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora_grpo import errors
+from lora_grpo.errors import *  # noqa: F403 - every error is public
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lora_grpo.adapters.store import AdapterStore
-    from lora_grpo.adapters.upkeep.retention import (
-        Retention,
-        keep_archived,
-        keep_best,
-        keep_every,
-        keep_latest,
-        keep_trainer_state,
-    )
-    from lora_grpo.adapters.version import AdapterVersion
-    from lora_grpo.cli.report import write_report
-    from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig, RunConfig
-    from lora_grpo.engines.base import Engine
-    from lora_grpo.engines.fake import FakeEngine
-    from lora_grpo.engines.server.engine import VLLMServerEngine
-    from lora_grpo.engines.vllm_local import VLLMEngine
-    from lora_grpo.errors import (
-        ConfigError,
-        DeliveryError,
-        EngineError,
-        LoraGrpoError,
-        NoRoom,
-        RewardError,
-        StoreCorrupt,
-        StoreError,
-        StoreLocked,
-        TrainingError,
-        UnknownVersion,
-        UnsupportedAdapter,
-        UnsupportedVersion,
-    )
-    from lora_grpo.grpo_config import GRPOConfig
-    from lora_grpo.integrations.own_loop import answer_requests
-    from lora_grpo.sync import NativeSync
-    from lora_grpo.trainer import (
-        GRPOTrainer,
-        Guard,
-        LogprobGap,
-        NonFinite,
-        ReferenceKL,
-        RewardCollapse,
-        fork,
-        push_to_hub,
-    )
-    from lora_grpo.trainer.population.population import Population
-    from lora_grpo.trainer.population.spec import MemberSpec
-    from lora_grpo.types import Completion, Group, Sampling
+    from lora_grpo.adapters.store import AdapterStore as AdapterStore
+    from lora_grpo.adapters.upkeep.retention import Retention as Retention
+    from lora_grpo.adapters.upkeep.retention import keep_archived as keep_archived
+    from lora_grpo.adapters.upkeep.retention import keep_best as keep_best
+    from lora_grpo.adapters.upkeep.retention import keep_every as keep_every
+    from lora_grpo.adapters.upkeep.retention import keep_latest as keep_latest
+    from lora_grpo.adapters.upkeep.retention import keep_trainer_state as keep_trainer_state
+    from lora_grpo.adapters.version import AdapterVersion as AdapterVersion
+    from lora_grpo.cli.report import write_report as write_report
+    from lora_grpo.config import EngineConfig as EngineConfig
+    from lora_grpo.config import KeepConfig as KeepConfig
+    from lora_grpo.config import ModelConfig as ModelConfig
+    from lora_grpo.config import RunConfig as RunConfig
+    from lora_grpo.engines.base import Engine as Engine
+    from lora_grpo.engines.fake import FakeEngine as FakeEngine
+    from lora_grpo.engines.server.engine import VLLMServerEngine as VLLMServerEngine
+    from lora_grpo.engines.vllm_local import VLLMEngine as VLLMEngine
+    from lora_grpo.grpo_config import GRPOConfig as GRPOConfig
+    from lora_grpo.integrations.own_loop import answer_requests as answer_requests
+    from lora_grpo.sync import NativeSync as NativeSync
+    from lora_grpo.trainer import GRPOTrainer as GRPOTrainer
+    from lora_grpo.trainer import Guard as Guard
+    from lora_grpo.trainer import LogprobGap as LogprobGap
+    from lora_grpo.trainer import NonFinite as NonFinite
+    from lora_grpo.trainer import ReferenceKL as ReferenceKL
+    from lora_grpo.trainer import RewardCollapse as RewardCollapse
+    from lora_grpo.trainer import fork as fork
+    from lora_grpo.trainer import push_to_hub as push_to_hub
+    from lora_grpo.trainer.population.population import Population as Population
+    from lora_grpo.trainer.population.spec import MemberSpec as MemberSpec
+    from lora_grpo.types import Completion as Completion
+    from lora_grpo.types import Group as Group
+    from lora_grpo.types import Sampling as Sampling
 
-_HOMES = {
-    "AdapterStore": "lora_grpo.adapters.store",
-    "AdapterVersion": "lora_grpo.adapters.version",
-    "Completion": "lora_grpo.types",
-    "ConfigError": "lora_grpo.errors",
-    "DeliveryError": "lora_grpo.errors",
-    "Engine": "lora_grpo.engines.base",
-    "EngineConfig": "lora_grpo.config",
-    "EngineError": "lora_grpo.errors",
-    "FakeEngine": "lora_grpo.engines.fake",
-    "GRPOConfig": "lora_grpo.grpo_config",
-    "GRPOTrainer": "lora_grpo.trainer",
-    "Group": "lora_grpo.types",
-    "Guard": "lora_grpo.trainer",
-    "KeepConfig": "lora_grpo.config",
-    "LogprobGap": "lora_grpo.trainer",
-    "LoraGrpoError": "lora_grpo.errors",
-    "MemberSpec": "lora_grpo.trainer.population.spec",
-    "ModelConfig": "lora_grpo.config",
-    "NativeSync": "lora_grpo.sync",
-    "NoRoom": "lora_grpo.errors",
-    "NonFinite": "lora_grpo.trainer",
-    "Population": "lora_grpo.trainer.population.population",
-    "ReferenceKL": "lora_grpo.trainer",
-    "Retention": "lora_grpo.adapters.upkeep.retention",
-    "RewardCollapse": "lora_grpo.trainer",
-    "RewardError": "lora_grpo.errors",
-    "RunConfig": "lora_grpo.config",
-    "Sampling": "lora_grpo.types",
-    "StoreCorrupt": "lora_grpo.errors",
-    "StoreError": "lora_grpo.errors",
-    "StoreLocked": "lora_grpo.errors",
-    "TrainingError": "lora_grpo.errors",
-    "UnknownVersion": "lora_grpo.errors",
-    "UnsupportedAdapter": "lora_grpo.errors",
-    "UnsupportedVersion": "lora_grpo.errors",
-    "VLLMEngine": "lora_grpo.engines.vllm_local",
-    "VLLMServerEngine": "lora_grpo.engines.server.engine",
-    "answer_requests": "lora_grpo.integrations.own_loop",
-    "fork": "lora_grpo.trainer",
-    "keep_archived": "lora_grpo.adapters.upkeep.retention",
-    "keep_best": "lora_grpo.adapters.upkeep.retention",
-    "keep_every": "lora_grpo.adapters.upkeep.retention",
-    "keep_latest": "lora_grpo.adapters.upkeep.retention",
-    "keep_trainer_state": "lora_grpo.adapters.upkeep.retention",
-    "push_to_hub": "lora_grpo.trainer",
-    "write_report": "lora_grpo.cli.report",
+_NAMES = {
+    "adapters.store": ("AdapterStore",),
+    "adapters.upkeep.retention": (
+        "Retention",
+        "keep_archived",
+        "keep_best",
+        "keep_every",
+        "keep_latest",
+        "keep_trainer_state",
+    ),
+    "adapters.version": ("AdapterVersion",),
+    "cli.report": ("write_report",),
+    "config": ("EngineConfig", "KeepConfig", "ModelConfig", "RunConfig"),
+    "engines.base": ("Engine",),
+    "engines.fake": ("FakeEngine",),
+    "engines.server.engine": ("VLLMServerEngine",),
+    "engines.vllm_local": ("VLLMEngine",),
+    "errors": tuple(name for name in vars(errors) if name[0].isupper()),
+    "grpo_config": ("GRPOConfig",),
+    "integrations.own_loop": ("answer_requests",),
+    "sync": ("NativeSync",),
+    "trainer": (
+        "GRPOTrainer",
+        "Guard",
+        "LogprobGap",
+        "NonFinite",
+        "ReferenceKL",
+        "RewardCollapse",
+        "fork",
+        "push_to_hub",
+    ),
+    "trainer.population.population": ("Population",),
+    "trainer.population.spec": ("MemberSpec",),
+    "types": ("Completion", "Group", "Sampling"),
 }
+_HOMES = {name: f"lora_grpo.{module}" for module, names in _NAMES.items() for name in names}
 
-__all__ = [
-    "AdapterStore",
-    "AdapterVersion",
-    "Completion",
-    "ConfigError",
-    "DeliveryError",
-    "Engine",
-    "EngineConfig",
-    "EngineError",
-    "FakeEngine",
-    "GRPOConfig",
-    "GRPOTrainer",
-    "Group",
-    "Guard",
-    "KeepConfig",
-    "LogprobGap",
-    "LoraGrpoError",
-    "MemberSpec",
-    "ModelConfig",
-    "NativeSync",
-    "NoRoom",
-    "NonFinite",
-    "Population",
-    "ReferenceKL",
-    "Retention",
-    "RewardCollapse",
-    "RewardError",
-    "RunConfig",
-    "Sampling",
-    "StoreCorrupt",
-    "StoreError",
-    "StoreLocked",
-    "TrainingError",
-    "UnknownVersion",
-    "UnsupportedAdapter",
-    "UnsupportedVersion",
-    "VLLMEngine",
-    "VLLMServerEngine",
-    "answer_requests",
-    "fork",
-    "keep_archived",
-    "keep_best",
-    "keep_every",
-    "keep_latest",
-    "keep_trainer_state",
-    "push_to_hub",
-    "write_report",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,19 +1,4 @@
-"""The errors of this package: one small tree, each also a standard-library error.
-
-LoraGrpoError
-├── ConfigError (ValueError)            a setting that cannot work; names the field, the value and the fix
-├── UnsupportedAdapter (ValueError)     an adapter or base that cannot be served faithfully
-├── UnsupportedVersion (RuntimeError)   a release of vLLM (or TRL) outside the supported range
-├── StoreError (OSError)                the version store could not do what was asked; nothing was lost
-│   ├── NoRoom (StoreError)             too little space, found before anything was written
-│   ├── StoreCorrupt (StoreError)       bytes on disk differ from what was published
-│   └── StoreLocked (StoreError)        another process holds the run
-├── UnknownVersion (LookupError)        a version that the store or the engine does not have
-├── EngineError (RuntimeError)          vLLM failed; it was cleaned up after and the last good version serves on
-├── DeliveryError (RuntimeError)        a proof failed: what the engine applies is not what the trainer published
-├── RewardError (RuntimeError)          a reward function failed; names the function and the prompt
-└── TrainingError (RuntimeError)        the optimisation went wrong (non-finite loss, no signal left)
-"""
+"""The errors of this package: one small tree, each also a standard-library error."""
 
 
 class LoraGrpoError(Exception):
@@ -21,7 +6,7 @@ class LoraGrpoError(Exception):
 
 
 class ConfigError(LoraGrpoError, ValueError):
-    """A setting that cannot work."""
+    """A setting that cannot work; the message names the field, the value and the fix."""
 
 
 class UnsupportedAdapter(LoraGrpoError, ValueError):
@@ -33,7 +18,7 @@ class UnsupportedVersion(LoraGrpoError, RuntimeError):
 
 
 class StoreError(LoraGrpoError, OSError):
-    """The version store could not do what was asked."""
+    """The version store could not do what was asked; nothing was lost."""
 
 
 class NoRoom(StoreError):
@@ -57,11 +42,11 @@ class EngineError(LoraGrpoError, RuntimeError):
 
 
 class DeliveryError(LoraGrpoError, RuntimeError):
-    """The engine does not apply what the trainer published."""
+    """A proof failed: the engine does not apply what the trainer published."""
 
 
 class RewardError(LoraGrpoError, RuntimeError):
-    """A reward function raised or returned something other than one finite number a completion."""
+    """A reward function raised, or did not return one finite number a completion; names the function and the prompt."""
 
 
 class TrainingError(LoraGrpoError, RuntimeError):
