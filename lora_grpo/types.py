@@ -72,29 +72,19 @@ class Sampling:
     first_prompt: int = 0
 
     def __post_init__(self) -> None:
-        whole, real = ("n", "max_tokens", "top_k", "first_prompt"), ("temperature", "top_p", "min_p")
-        self._check(
-            {
-                **{name: (_is(getattr(self, name), Integral), "a whole number") for name in whole},
-                **{name: (_is(getattr(self, name), Real), "a number") for name in real},
-                "seed": (self.seed is None or _is(self.seed, Integral), "a whole number or None"),
-                "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
-                "stop": (_all_are(self.stop, str), "a tuple of strings, such as ('\\n',)"),
-                "stop_token_ids": (_all_are(self.stop_token_ids, Integral), "a tuple of token ids, such as (2,)"),
-            }
-        )
-        self._check(
-            {
-                "n": (self.n >= 1, "at least 1"),
-                "max_tokens": (self.max_tokens >= 1, "at least 1"),
-                "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-                "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-                "top_k": (self.top_k >= 0, "0 (off) or more"),
-                "min_p": (0 <= self.min_p < 1, "in [0, 1)"),
-            }
-        )
-
-    def _check(self, rules: Mapping[str, tuple[bool, str]]) -> None:
+        rules = {
+            "n": (_is(self.n, Integral) and self.n >= 1, "a whole number, at least 1"),
+            "max_tokens": (_is(self.max_tokens, Integral) and self.max_tokens >= 1, "a whole number, at least 1"),
+            "temperature": (_is(self.temperature, Real) and self.temperature >= 0, "a number, 0 (greedy) or more"),
+            "top_p": (_is(self.top_p, Real) and 0 < self.top_p <= 1, "a number in (0, 1]"),
+            "top_k": (_is(self.top_k, Integral) and self.top_k >= 0, "a whole number, 0 (off) or more"),
+            "min_p": (_is(self.min_p, Real) and 0 <= self.min_p < 1, "a number in [0, 1)"),
+            "stop": (_all_are(self.stop, str), "a tuple of strings, such as ('\\n',)"),
+            "stop_token_ids": (_all_are(self.stop_token_ids, Integral), "a tuple of token ids, such as (2,)"),
+            "seed": (self.seed is None or _is(self.seed, Integral), "a whole number or None"),
+            "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
+            "first_prompt": (_is(self.first_prompt, Integral), "a whole number"),
+        }
         for name, (holds, needed) in rules.items():
             if not holds:
                 raise ConfigError(f"Sampling.{name}={getattr(self, name)!r} must be {needed}")

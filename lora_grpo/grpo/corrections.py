@@ -7,16 +7,10 @@ clips and metric names are TRL's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from lora_grpo.grpo_config import CorrectionMode
-
-Clip = Callable[[Tensor, float | None, float], Tensor]
-Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(old_logp_BT, sampler_logp_BT, mask_BT) to the weights of tokens, (B, T), or of rows, (B, 1)."""
 
 
 def sampling_ratio(
@@ -34,40 +28,15 @@ def sampling_ratio(
     clamps ratios to [clip_min, clip_max], `*_mask` drops (weight 0) what lies outside. A token without a sampler
     log-prob (NaN) counts with ratio 1.
     """
-    difference, clip = _MODES[mode]
-    return clip(difference(old_logp_BT, sampler_logp_BT, mask_BT).exp(), clip_min, clip_max)
-
-
-def token_differences(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """log pi_old - log pi_sampler, (B, T), nats; 0 where masked or unknown."""
-    return torch.where(mask_BT, old_logp_BT - sampler_logp_BT, 0.0).nan_to_num(nan=0.0)
-
-
-def sequence_differences(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The sum of a row's differences, (B, 1), nats."""
-    return token_differences(old_logp_BT, sampler_logp_BT, mask_BT).sum(dim=1, keepdim=True)
-
-
-def truncate(ratio: Tensor, clip_min: float | None, clip_max: float) -> Tensor:
-    return ratio.clamp(min=clip_min, max=clip_max)
-
-
-def drop_outside(ratio: Tensor, clip_min: float | None, clip_max: float) -> Tensor:
-    outside = ratio > clip_max
-    if clip_min is not None:
-        outside = outside | (ratio < clip_min)
-    return ratio.masked_fill(outside, 0.0)
+    difference = torch.where(mask_BT, old_logp_BT - sampler_logp_BT, 0.0).nan_to_num(nan=0.0)
+    if mode.startswith("sequence"):
+        difference = difference.sum(dim=1, keepdim=True)
+    ratio = difference.exp()
+    bounded = ratio.clamp(min=clip_min, max=clip_max)
+    return bounded if mode.endswith("truncate") else ratio.where(ratio == bounded, 0.0)
 
 
 def known_gaps(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """|log pi_old - log pi_sampler| of the N tokens that count and that the sampler scored, (N,), nats."""
     gap_BT = (old_logp_BT - sampler_logp_BT).abs()
     return gap_BT[mask_BT & ~gap_BT.isnan()]
-
-
-_MODES: dict[CorrectionMode, tuple[Correction, Clip]] = {
-    "token_truncate": (token_differences, truncate),
-    "token_mask": (token_differences, drop_outside),
-    "sequence_truncate": (sequence_differences, truncate),
-    "sequence_mask": (sequence_differences, drop_outside),
-}

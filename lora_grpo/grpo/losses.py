@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,26 +43,13 @@ class Totals(NamedTuple):
     max_completion_length: int
 
 
-# The ratio pi / pi_old.
-
-
-def token_log_ratio(logp_BT: Tensor, old_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """(B, T): each token's own log-ratio (GRPO, arXiv 2402.03300)."""
-    return logp_BT - old_logp_BT
+# The ratio pi / pi_old: by token (GRPO, arXiv 2402.03300), or by sequence.
 
 
 def sequence_log_ratio(logp_BT: Tensor, old_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """(B, 1): the row's mean log-ratio, log of its length-normalised likelihood ratio (GSPO, arXiv 2507.18071)."""
     total_B1 = ((logp_BT - old_logp_BT) * mask_BT).sum(dim=1, keepdim=True)
     return total_B1 / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-LogRatio = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-LOG_RATIOS: dict[Literal["token", "sequence"], LogRatio] = {
-    "token": token_log_ratio,
-    "sequence": sequence_log_ratio,
-}
 
 
 def k3_kl(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
@@ -142,16 +129,12 @@ def rollout_mean_weights(mask_BT: Tensor, totals: Totals) -> Tensor:
     return mask_BT * (updates / max(totals.rollout.tokens, 1))
 
 
-Surrogate = Callable[[Tensor, Tensor, Tensor, ClipRange], Tensor]
-Events = Callable[[Tensor, Tensor, ClipRange], dict[str, Tensor]]
-
-
 class Loss(NamedTuple):
     """What tells one loss from another."""
 
-    surrogate: Surrogate
+    surrogate: Callable[[Tensor, Tensor, Tensor, ClipRange], Tensor]
     weights: Callable[[Tensor, Totals], Tensor]
-    events: Events
+    events: Callable[[Tensor, Tensor, ClipRange], dict[str, Tensor]]
 
 
 LOSSES: dict[LossType, Loss] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from lora_grpo.errors import TrainingError
 from lora_grpo.grpo.batch import Batch
-from lora_grpo.grpo.corrections import Correction, known_gaps, sampling_ratio
-from lora_grpo.grpo.losses import LOG_RATIOS, LOSSES, ClipRange, LogRatio, Loss, Totals, k3_kl
+from lora_grpo.grpo.corrections import known_gaps, sampling_ratio
+from lora_grpo.grpo.losses import LOSSES, ClipRange, Loss, Totals, k3_kl, sequence_log_ratio
 from lora_grpo.grpo.processes import Observed, Reduction, counted, mean, row_means
 from lora_grpo.grpo_config import GRPOConfig
 
@@ -21,11 +22,11 @@ class Objective:
     """Loss, ratio, clip, KL and mismatch correction of one run."""
 
     loss: Loss
-    log_ratio: LogRatio
+    by_sequence: bool
     clip: ClipRange
     beta: float
     unbiased_kl: bool
-    correction: Correction | None
+    correction: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     """None: the sampler is taken at its word."""
 
     @classmethod
@@ -39,7 +40,7 @@ class Objective:
         )
         return cls(
             loss=LOSSES[config.loss_type],
-            log_ratio=LOG_RATIOS[config.importance_sampling_level],
+            by_sequence=config.importance_sampling_level == "sequence",
             clip=ClipRange(config.epsilon, high, config.delta),
             beta=config.beta,
             unbiased_kl=config.use_bias_correction_kl,
@@ -65,8 +66,10 @@ class Objective:
 
     def ratio(self, logp_BT: Tensor, rows: Batch) -> Tensor:
         """pi / pi_old, (B, T) by token or (B, 1) by sequence."""
-        old_logp_BT = _masked(rows.old_logp_BT, rows)
-        return self.log_ratio(_masked(logp_BT, rows), old_logp_BT, rows.mask_BT).exp()
+        logp_BT, old_logp_BT = _masked(logp_BT, rows), _masked(rows.old_logp_BT, rows)
+        if self.by_sequence:
+            return sequence_log_ratio(logp_BT, old_logp_BT, rows.mask_BT).exp()
+        return (logp_BT - old_logp_BT).exp()
 
     def kl(self, logp_BT: Tensor, rows: Batch) -> Tensor:
         """(B, T): k3 estimate of the KL to the reference, times the ratio where that is asked for; 0 where masked."""
