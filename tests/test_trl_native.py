@@ -41,8 +41,9 @@ from lora_grpo.errors import (  # noqa: E402
     UnsupportedVersion,
 )
 from lora_grpo.grpo_config import GRPOConfig as OwnConfig  # noqa: E402
-from lora_grpo.integrations.trl import CANARY_EVERY, NativeGRPOTrainer, _Steps  # noqa: E402
+from lora_grpo.integrations.trl import NativeGRPOTrainer  # noqa: E402
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, check_release  # noqa: E402
+from lora_grpo.integrations.trl_rollouts import CANARY_EVERY, NativeRollouts  # noqa: E402
 from lora_grpo.metrics import read_metrics  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
 from tests.tiny_models import load_model, tiny_lora, tiny_tokenizer  # noqa: E402
@@ -662,8 +663,8 @@ def test_stock_trl_is_left_as_it_was(seen: Seen) -> None:
 def test_a_gradient_that_is_cut_is_told_before_the_optimizer_steps() -> None:
     """What our own trainer tells: of the layers below the cut, none would ever be trained."""
     model = peft_model(new=True)
-    native: Any = SimpleNamespace(begin=lambda step: None, sync=SimpleNamespace(adapter="default"))
-    steps, state = _Steps(native), SimpleNamespace(global_step=0)
+    sync: Any = SimpleNamespace(adapter="default", store=SimpleNamespace(head=None))
+    steps, state = NativeRollouts(Any, sync, Any, 1), SimpleNamespace(global_step=0)
     steps.on_train_begin(None, state, None, model=model)
     ids = torch.arange(2, 12)[None]
 

@@ -52,9 +52,7 @@ class PublishAdapter(TrainerCallback):
         step counter and data go on. Call it from `on_step_end`, `on_log` or `on_evaluate`. Evaluation metrics are
         recorded with the version they measured, so "best:-eval_loss" is a target.
         """
-        if self.sync is None:
-            raise ConfigError("training has not begun, so there is nothing to roll back")
-        return self.sync.rollback(to)
+        return self._sync.rollback(to)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any
@@ -88,7 +86,7 @@ class PublishAdapter(TrainerCallback):
     @property
     def _sync(self) -> NativeSync:
         if self.sync is None:
-            raise ConfigError("training has not begun")
+            raise ConfigError("training has not begun, so there is nothing to publish or to roll back")
         return self.sync
 
     def _publish(self, step: int) -> None:

@@ -8,145 +8,26 @@ in place of `from trl import GRPOTrainer` is all that a script with `use_vllm=Tr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import TrainerCallback
-
-from lora_grpo.adapters.files.digest import digest_buffers
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
-from lora_grpo.adapters.peft_form.modules import lora_modules
-from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import KeepConfig, ModelConfig
 from lora_grpo.engines.local.targets import check_is_base
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
-from lora_grpo.grpo.processes import Processes
-from lora_grpo.grpo.reach import Reach
-from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, generation_by
+from lora_grpo.integrations.trl_rollouts import NativeRollouts
 from lora_grpo.integrations.trl_settings import Given, check_arguments, check_reference, check_types
 from lora_grpo.metrics import check_folder
-from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.assembly import keeps_state, retention, untouched_when_stopped
 from lora_grpo.trainer.models import adapted_leaves, check_same_device
-from lora_grpo.types import Completion, Sampling, derive_seed
-
-CANARY_EVERY = 10
-"""Generations between full canaries, each an extra forward of a few rows."""
-CANARY_ROWS = 16
-
-
-class NativeRollouts:
-    """What a TRL trainer samples through: each call from the version that holds its weights, and says which."""
-
-    def __init__(self, engine: VLLMEngine, sync: NativeSync, sampling: Sampling, batch_rows: int) -> None:
-        self.engine, self.sync, self.store = engine, sync, sync.store
-        self._sampling, self._batch_rows = sampling, batch_rows
-        self._found = self.store.head
-        self._current: AdapterVersion | None = None
-        self._moved = False
-        self._calls = (-1, 0)
-        self._generations = 0
-        self._earned: dict[tuple[int, str], tuple[float, int]] = {}
-
-    @property
-    def max_model_len(self) -> int:
-        """Prompt plus completion, tokens at most."""
-        return self.engine.max_model_len
-
-    @property
-    def rolled_back(self) -> bool:
-        """Whether `HEAD` went back since the last publication or generation."""
-        return self._current is not None and self.store.head != self._current
-
-    @property
-    def sampled(self) -> int:
-        """The number of the version that was sampled from last."""
-        return (self._current or self.sync.head).number
-
-    def begin(self, step: int) -> None:
-        """Raises `ConfigError` when training starts from nothing in a directory that holds a run."""
-        if self._found is not None and step == 0:
-            raise ConfigError(
-                f"{self.store.archive} holds a run at {self._found}; go on with train(resume_from_checkpoint=True), "
-                "or name another output_dir"
-            )
-
-    def answer_requests(self, optimizer: Any, scheduler: Any) -> None:
-        """Do what other processes ask of the run, rollbacks among it; between two optimizer steps."""
-        self.sync.optimizer, self.sync.scheduler = optimizer, scheduler
-        answer_requests(self.sync)
-
-    def stepped(self) -> None:
-        """The optimizer has stepped: there is no need to look whether the weights are still `HEAD`'s."""
-        self._moved = True
-
-    def publish(self, step: int, optimizer: Any = None, scheduler: Any = None) -> AdapterVersion:
-        """The proven version that holds the trainer's weights: `HEAD` where they did not change, else a new one."""
-        self.sync.optimizer, self.sync.scheduler = optimizer, scheduler
-        head = self.store.head
-        surely_new = self._moved and not self.rolled_back
-        if head is None or surely_new or head not in self.engine.loaded() or not self._trainer_holds(head):
-            head = self.sync.push(step)
-        self._current, self._moved = head, False
-        return head
-
-    def _trainer_holds(self, version: AdapterVersion) -> bool:
-        dtype = getattr(torch, self.engine.lora_dtype)
-        return digest_buffers(ServingForm(self.sync.model, self.sync.adapter, dtype).files()) == version.digest
-
-    def generate(self, prompts: Sequence[Sequence[int]], step: int) -> list[Completion]:
-        """One completion a prompt, all by `HEAD`; a prompt near the model's limit gets the tokens that are left.
-
-        Seeds derive from the run's, the step and the call within it, so that a resumed run samples alike.
-        """
-        self._current = version = self.sync.head
-        self._calls = (step, self._calls[1] + 1 if self._calls[0] == step else 0)
-        limits = [min(self._sampling.max_tokens, max(1, self.max_model_len - len(ids))) for ids in prompts]
-        made: dict[int, Completion] = {}
-        for limit in sorted(set(limits), reverse=True):
-            rows = [row for row, own in enumerate(limits) if own == limit]
-            seed = derive_seed(self._sampling.seed or 0, *self._calls, limit)
-            sampling = replace(self._sampling, max_tokens=limit, seed=seed)
-            groups = self.engine.generate([prompts[row] for row in rows], sampling, adapter=version)
-            self._canary(groups)
-            made |= {row: group.completions[0] for row, group in zip(rows, groups, strict=True)}
-        return [made[row] for row in range(len(prompts))]
-
-    def record(self, rewards_BF: Any, names: Sequence[str], weights: Any, *, training: bool) -> dict[str, float]:
-        """Keep mean rewards with the version that earned them (`eval/` outside training); returns what to log."""
-        prefix, number = "" if training else "eval/", self.sampled
-        totals_B = (rewards_BF * weights.to(rewards_BF.device)).nansum(dim=1)
-        columns = {"reward": totals_B[~rewards_BF.isnan().all(dim=1)]}
-        columns |= {f"rewards/{name}/mean": rewards_BF[:, i] for i, name in enumerate(names)}
-        found: dict[str, float] = {}
-        for name, values in columns.items():
-            total, count = self._earned.get((number, prefix + name), (0.0, 0))
-            total, count = total + float(values.nansum()), count + int((~values.isnan()).sum())
-            self._earned[number, prefix + name] = (total, count)
-            if count:
-                found[prefix + name] = total / count
-        self.store.record(number, **found)
-        receipt = self.sync.last_receipt
-        timings = {f"sync/{phase}_s": seconds for phase, seconds in receipt.seconds.items()} if receipt else {}
-        return {"version": float(number), **timings, BACKLOG: float(self.store.archive_backlog_bytes)}
-
-    def _canary(self, groups: Sequence[Any]) -> None:
-        """At its cadence, where sampler and trainer describe one distribution. Raises `DeliveryError`."""
-        due, plain = self._generations % CANARY_EVERY == 0, self._sampling
-        self._generations += 1
-        filtered = (plain.top_p, plain.top_k, plain.min_p) != (1.0, 0, 0.0)
-        if due and plain.temperature > 0 and not filtered and self.sync.probe is not None:
-            self.sync.canary(groups[:CANARY_ROWS], temperature=plain.temperature, batch_rows=self._batch_rows)
 
 
 class NativeGRPOTrainer(HookedTrainer):
@@ -207,7 +88,7 @@ class NativeGRPOTrainer(HookedTrainer):
             with generation_by(build):
                 super().__init__(model, reward_funcs, args, *others, **named)
             on_failure.pop_all()
-        self.add_callback(_Steps(self.native))
+        self.add_callback(self.native)
         weakref.finalize(self, self._closing.close)
 
     def publish(self) -> AdapterVersion:
@@ -225,37 +106,6 @@ class NativeGRPOTrainer(HookedTrainer):
     def close(self) -> None:
         """Close the engine and the store; happens at exit by itself. A second call does nothing."""
         self._closing.close()
-
-
-class _Steps(TrainerCallback):
-    """Tells the rollouts when training begins, before each step, and when weights move; makes what was published
-    durable when it ends. Raises `UnsupportedAdapter` for layers that the first gradients do not reach."""
-
-    def __init__(self, native: NativeRollouts) -> None:
-        self._native = native
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
-        self._native.begin(state.global_step)
-        self._modules = lora_modules(model, self._native.sync.adapter)
-        self._reach = Reach(self._modules, Processes())
-        self._reach.begin()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._reach.watching:
-            gradients = [module.b_OR.grad for module in self._modules]
-            self._reach.check(signal=any(bool(grad.any()) for grad in gradients if grad is not None))
-
-    def on_step_begin(
-        self, args: Any, state: Any, control: Any, *, optimizer: Any, lr_scheduler: Any, **_: Any
-    ) -> None:
-        self._native.answer_requests(optimizer, lr_scheduler)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._native.stepped()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._reach.end()
-        self._native.store.flush()
 
 
 def _assemble(

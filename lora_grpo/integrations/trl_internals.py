@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -25,7 +25,7 @@ from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.local.text_only import full_class, model_class
 from lora_grpo.engines.requests import one_bos
 from lora_grpo.errors import ConfigError, UnsupportedVersion
-from lora_grpo.types import Completion
+from lora_grpo.integrations.trl_rollouts import NativeRollouts
 
 RELEASES = ((1, 16),)
 REQUIREMENT = "trl>=1.16,<1.17"
@@ -54,32 +54,10 @@ check_release(_installed())
 from trl.trainer import grpo_trainer  # noqa: E402  the release is checked before any of it is imported
 
 
-class Rollouts(Protocol):
-    """What stands behind TRL's generation: publishes, samples, remembers."""
-
-    @property
-    def max_model_len(self) -> int: ...
-
-    @property
-    def rolled_back(self) -> bool:
-        """Whether `HEAD` went back since the last publication or generation."""
-
-    def publish(self, step: int, optimizer: Any, scheduler: Any) -> object: ...
-
-    def generate(self, prompts: Sequence[Sequence[int]], step: int) -> list[Completion]: ...
-
-    def record(self, rewards_BF: Any, names: Sequence[str], weights: Any, *, training: bool) -> Mapping[str, float]:
-        """Keep the rewards with the version that earned them; returns metrics to log."""
-
-    @property
-    def sampled(self) -> int:
-        """The number of the version that was sampled from last."""
-
-
 class Backend:
     """Stands where TRL keeps its `VLLMGeneration`; merges nothing and pushes no weights."""
 
-    def __init__(self, trainer: Any, rollouts: Rollouts) -> None:
+    def __init__(self, trainer: Any, rollouts: NativeRollouts) -> None:
         self._trainer, self._rollouts = trainer, rollouts
         model_config = SimpleNamespace(max_model_len=rollouts.max_model_len)
         self.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=model_config))
@@ -137,7 +115,7 @@ def _load(create: Callable[..., Any], name: str, **keywords: Any) -> Any:
 class HookedTrainer(grpo_trainer.GRPOTrainer):
     """TRL's trainer with provenance: rewards go to the version that earned them, stale rollouts are not trained on."""
 
-    rollouts: Rollouts
+    rollouts: NativeRollouts
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self.rollouts.rolled_back:

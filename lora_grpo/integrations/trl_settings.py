@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,7 @@ from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.types import Sampling
 
-_SAMPLED_WITH = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "seed",
-)
+_SAMPLED_WITH = tuple(field.name for field in fields(Sampling) if field.name not in ("n", "first_prompt"))
 """What `generation_kwargs` may override: the fields of `Sampling`, which mean what vLLM's mean."""
 
 
@@ -103,24 +93,23 @@ def check_types(model: Any, rewards: Any, dataset: Any, keep: Any, engine_args: 
             raise ConfigError(f"{name}={value!r:.200} must be {needed}")
 
 
-def _refused(args: Any) -> dict[str, tuple[bool, str]]:
+def _refused(args: Any) -> dict[str, tuple[object, str]]:
+    """By setting: whether what it says is refused, and why."""
+    another = "the sampled distribution would not be the trained one"
     return {
-        "world_size": (
-            args.world_size > 1,
-            "one process trains and serves its own engine; launch it without torchrun",
-        ),
+        "world_size": (args.world_size > 1, "one process trains and serves its own engine; launch it without torchrun"),
         "model_init_kwargs": (
             not isinstance(args.model_init_kwargs or {}, Mapping),
             "keywords of from_pretrained as a dict, such as {'dtype': 'float32'}",
         ),
-        "deepspeed": (bool(args.deepspeed), "its optimizer cannot be rolled back; leave it out"),
-        "fsdp": (bool(args.fsdp), "one process trains and serves its own engine; leave it out"),
+        "deepspeed": (args.deepspeed, "its optimizer cannot be rolled back; leave it out"),
+        "fsdp": (args.fsdp, "one process trains and serves its own engine; leave it out"),
         "vllm_tensor_parallel_size": (
             args.vllm_tensor_parallel_size != 1,
             "the proofs read the adapter slots of one worker; set it to 1",
         ),
         "vllm_enable_sleep_mode": (
-            bool(args.vllm_enable_sleep_mode),
+            args.vllm_enable_sleep_mode,
             "TRL sleeps at level 2, which discards the base and every adapter slot with it; set it to False and lower "
             "vllm_gpu_memory_utilization",
         ),
@@ -130,24 +119,18 @@ def _refused(args: Any) -> dict[str, tuple[bool, str]]:
         ),
         "vllm_structured_outputs_regex": (
             args.vllm_structured_outputs_regex is not None,
-            "the sampled distribution would not be the trained one; check the format in a reward function",
+            f"{another}; check the format in a reward function",
         ),
         "use_transformers_continuous_batching": (
             args.use_transformers_continuous_batching,
             "completions come from vLLM here; set it to False",
         ),
-        "use_transformers_paged": (
-            bool(args.use_transformers_paged),
-            "completions come from vLLM here; leave it out",
-        ),
+        "use_transformers_paged": (args.use_transformers_paged, "completions come from vLLM here; leave it out"),
         "temperature": (
             args.temperature <= 0,
             "the completions of a group would all be the same, and nothing be learned; set it above 0",
         ),
-        "repetition_penalty": (
-            args.repetition_penalty != 1.0,
-            "the sampled distribution would not be the trained one; set it to 1.0",
-        ),
+        "repetition_penalty": (args.repetition_penalty != 1.0, f"{another}; set it to 1.0"),
     }
 
 
