@@ -124,6 +124,6 @@ def _json(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
 
 
-def short(value: object, width: int = 80) -> str:
+def short(value: object, width: int = 120) -> str:
     text = repr(value)
     return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -6,7 +6,6 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -48,30 +47,19 @@ def row_means(values: Tensor, mask_BT: Tensor) -> Tensor:
     return (values * mask_BT).sum(dim=1) / mask_BT.sum(dim=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What one process raised, as the others are told."""
+def told(error: BaseException, process: int) -> BaseException:
+    """What the other processes raise for `error`: its kind, with the process that it is from.
 
-    process: int
-    kind: type[BaseException]
-    message: str
-
-    @classmethod
-    def of(cls, error: BaseException, process: int) -> Failure:
-        """A class that the others could not import, or not build from a sentence, becomes a `RuntimeError`."""
-        kind, message = type(error), str(error)
-        process = getattr(error, "process", process)
-        try:
-            pickle.dumps(kind)
-            kind(message)
-        except (TypeError, AttributeError, pickle.PicklingError):
-            kind, message = RuntimeError, f"{type(error).__name__}: {error}"
-        return cls(process, kind, message.removeprefix(f"process {process}: "))
-
-    def error(self) -> BaseException:
-        error = self.kind(f"process {self.process}: {self.message}")
-        error.process = self.process  # type: ignore[attr-defined]
-        return error
+    A class that they could not import, or not build from a sentence, becomes a `RuntimeError`.
+    """
+    process = getattr(error, "process", process)
+    message = str(error).removeprefix(f"process {process}: ")
+    try:
+        other: Any = pickle.loads(pickle.dumps(type(error)(f"process {process}: {message}")))
+    except (TypeError, AttributeError, pickle.PicklingError):
+        other = RuntimeError(f"process {process}: {type(error).__name__}: {message}")
+    other.process = process
+    return other
 
 
 class Processes:
@@ -117,9 +105,9 @@ class Processes:
         if self.count == 1:
             return act()
         tried = attempt(act, self.index) if self.index == 0 else None
-        value, failure = self.share((tried.value, tried.failure) if tried else (None, None))
-        if failure is not None:
-            raise failure.error() from (tried and tried.error)
+        value, error = self.share((tried.value, tried.told) if tried else (None, None))
+        if error is not None:
+            raise error from (tried and tried.error)
         return value  # type: ignore[return-value]
 
     def each(self, act: Callable[[], T]) -> T:
@@ -130,9 +118,8 @@ class Processes:
         if self.count == 1:
             return act()
         tried = attempt(act, self.index)
-        failures = [failure for failure in self.gather(tried.failure) if failure is not None]
-        if failures:
-            raise failures[0].error() from tried.error
+        if errors := [error for error in self.gather(tried.told) if error is not None]:
+            raise errors[0] from tried.error
         return tried.value  # type: ignore[return-value]
 
     def lead(self, act: Callable[[Callable[[Order], Result]], T], follow: Callable[[Order], Result]) -> T:
@@ -148,7 +135,7 @@ class Processes:
         orders = _Orders(self, follow)
         tried = attempt(lambda: act(orders), self.index)
         if not orders.broken:
-            self.share(_End(tried.value, tried.failure))
+            self.share(_End(tried.value, tried.told))
         if tried.error is not None:
             raise tried.error
         return tried.value  # type: ignore[return-value]
@@ -160,8 +147,8 @@ class Processes:
                 follow(said)
             except LoraGrpoError:
                 continue
-        if said.failure is not None:
-            raise said.failure.error()
+        if said.error is not None:
+            raise said.error
         return said.value
 
     def part(self, length: int) -> slice:
@@ -227,23 +214,23 @@ class Attempt(NamedTuple):
     """How a call ended: with a value, or with an error and what the others are told of it."""
 
     value: object
-    failure: Failure | None
-    error: BaseException | None
+    error: BaseException | None = None
+    told: BaseException | None = None
 
 
 def attempt(act: Callable[[], object], process: int) -> Attempt:
     """Whatever ends the call, Ctrl-C included: the others wait to be told, so nothing may pass by unsaid."""
     try:
-        return Attempt(act(), None, None)
+        return Attempt(act())
     except BaseException as error:  # noqa: BLE001 - raised again by all processes
-        return Attempt(None, Failure.of(error, process), error)
+        return Attempt(None, error, told(error, process))
 
 
 class _End(NamedTuple):
     """The last word of a `lead`."""
 
     value: object
-    failure: Failure | None
+    error: BaseException | None
 
 
 class _Orders(Generic[Order, Result]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
@@ -9,13 +10,13 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from lora_grpo.data.reading import short
 from lora_grpo.errors import LoraGrpoError, RewardError
-from lora_grpo.rewards.background import run_in_background
 from lora_grpo.types import LARGEST_REWARD
 from lora_grpo.worker import Job
 
@@ -72,18 +73,16 @@ class Patience:
     timeout_s: float | None = None
 
 
+@dataclass
 class Call:
     """One function's call on one batch."""
 
-    def __init__(
-        self, name: str, function: RewardFunction, inputs: Kwargs, context: RewardContext, patience: Patience
-    ) -> None:
-        self.name = name
-        self.function = function
-        self.inputs = inputs
-        self.context = context
-        self.patience = patience
-        self._begun: tuple[Future[Any], RewardContext] | None = None
+    name: str
+    function: RewardFunction
+    inputs: Kwargs
+    context: RewardContext
+    patience: Patience
+    _begun: tuple[Future[Any], RewardContext] | None = None
 
     def start(self) -> None:
         """An async function begins; a sync one waits for `finish`."""
@@ -170,8 +169,9 @@ class Call:
         rows = len(self.inputs["prompts"])
         index = self._failing_row(error, rows)
         if index is not None:
-            return f"for {self._row(index)}"
-        return f"for all {rows} rows together, not for the parts of them that were tried; the first is {self._row(0)}"
+            return f"for {describe_row(self.inputs, index)}"
+        first = describe_row(self.inputs, 0)
+        return f"for all {rows} rows together, not for the parts of them that were tried; the first is {first}"
 
     def _failing_row(self, error: Exception, rows: int) -> int | None:
         """By halving: where the first half passes, the second one fails. At most log2(rows), rounded up, + 1 calls."""
@@ -190,15 +190,10 @@ class Call:
             return type(again) is type(error)
         return False
 
-    def _row(self, index: int) -> str:
-        return describe_row(self.inputs, index)
-
     def _checked(self, values: Any) -> list[float]:
         rows = len(self.inputs["prompts"])
         if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
-            raise RewardError(
-                f"reward {self.name!r} returned {_short(values)}; it must return a list of {rows} numbers"
-            )
+            raise RewardError(f"reward {self.name!r} returned {short(values)}; it must return a list of {rows} numbers")
         if len(values) != rows:
             raise RewardError(
                 f"reward {self.name!r} returned {len(values)} values for {rows} completions; "
@@ -211,12 +206,16 @@ class Call:
             return math.nan
         item = value.item() if hasattr(value, "item") else value
         if not isinstance(item, int | float):
-            raise RewardError(f"reward {self.name!r} returned {_short(value)}, no number, for {self._row(index)}")
+            raise RewardError(
+                f"reward {self.name!r} returned {short(value)}, no number, for {describe_row(self.inputs, index)}"
+            )
         if not abs(item) <= LARGEST_REWARD:
             fix = "return None where the reward does not apply"
             if item == item and abs(item) != math.inf:
                 fix = f"float32 ends at {LARGEST_REWARD:.2g}: scale it down"
-            raise RewardError(f"reward {self.name!r} returned {_short(item)} for {self._row(index)}; {fix}")
+            raise RewardError(
+                f"reward {self.name!r} returned {short(item)} for {describe_row(self.inputs, index)}; {fix}"
+            )
         return float(item)
 
 
@@ -244,7 +243,7 @@ def describe_row(inputs: Kwargs, index: int) -> str:
     """Which row it is, with its prompt and completion."""
     prompt = inputs["prompts"][index]
     shown = prompt[-1].get("content") if is_chat(prompt) else prompt
-    return f"row {index}: prompt {_short(shown)}, completion {_short(inputs['completions'][index])}"
+    return f"row {index}: prompt {short(shown)}, completion {short(inputs['completions'][index])}"
 
 
 def _is_async(function: RewardFunction) -> bool:
@@ -256,6 +255,19 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _short(value: object, width: int = 120) -> str:
-    text = repr(value)
-    return text if len(text) <= width else f"{text[: width - 1]}…"
+def run_in_background(awaitable: Awaitable[Any]) -> Future[Any]:
+    """Starts `awaitable` at once; the future gives its result, and cancelling the future cancels it."""
+
+    async def awaited() -> Any:
+        return await awaitable
+
+    return asyncio.run_coroutine_threadsafe(awaited(), _loop())
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for the process's life, in a thread of its own: a client that a reward function keeps between steps stays
+    bound to a loop that lives, and a caller that runs inside a loop itself (a notebook) can still wait."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="lora_grpo-rewards", daemon=True).start()
+    return loop

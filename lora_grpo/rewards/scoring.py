@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lora_grpo.data import RESERVED_COLUMNS
 from lora_grpo.errors import ConfigError
 from lora_grpo.rewards.call import Call, Kwargs, Patience, RewardContext, RewardFunction, describe_row, is_chat
 from lora_grpo.types import Completion, Group, Prompt
@@ -37,7 +38,7 @@ def check_columns(functions: Sequence[RewardFunction], column_names: Iterable[st
     known = set(column_names)
     for name, function in zip(reward_names(functions), functions, strict=True):
         for column in _required(function):
-            if column not in known and column not in _STANDARD:
+            if column not in known | RESERVED_COLUMNS:
                 raise ConfigError(
                     f"reward {name!r} asks for column {column!r}, which the data lack; "
                     f"their columns are {sorted(known)}: name the right one, or give the parameter a default"
@@ -73,9 +74,6 @@ def score(
     return rewards_BF
 
 
-_STANDARD = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
-
-
 def _inputs(groups: Sequence[Group], columns: Mapping[str, Sequence[Any]]) -> Kwargs:
     """The keyword arguments that hold B values each: every prompt's, repeated for its completions."""
     for name, values in columns.items():
@@ -98,13 +96,8 @@ def _required(function: RewardFunction) -> list[str]:
     """The columns that a function cannot do without."""
     marked = getattr(function, "columns", ())
     parameters = inspect.signature(function).parameters
-    named = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ]
-    return [*marked, *named]
+    without = [p for p in parameters.values() if p.default is p.empty]
+    return [*marked, *(p.name for p in without if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))]
 
 
 def _name(function: RewardFunction) -> str:
