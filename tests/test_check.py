@@ -20,6 +20,7 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.trainer import assembly
 from lora_grpo.trainer.checking import SWAPS, Finding, check_run
 from lora_grpo.trainer.random_base import random_base
+from tests import here
 from tests.families import build
 from tests.test_cli import lora_grpo
 
@@ -221,12 +222,14 @@ def test_a_model_a_run_and_a_config_are_told_apart(config: RunConfig, tmp_path: 
 
 def test_the_command_has_an_exit_code_for_ci(config: RunConfig, tmp_path: Path) -> None:
     save_config(config, tmp_path / "run")
-    done = lora_grpo("check", "run", "--rewards", "--json", cwd=tmp_path)
+    done = here.lora_grpo("check", "run", "--rewards", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(finding["ok"] for finding in json.loads(done.stdout))
-    failed = lora_grpo("check", config.model.name, "lora.target_modules=[]", "engine.max_model_len=7", cwd=tmp_path)
+    failed = here.lora_grpo(
+        "check", config.model.name, "lora.target_modules=[]", "engine.max_model_len=7", cwd=tmp_path
+    )
     assert failed.returncode == 2
-    failed = lora_grpo("check", "run", "engine.max_model_len=18", cwd=tmp_path)
+    failed = here.lora_grpo("check", "run", "engine.max_model_len=18", cwd=tmp_path)
     assert failed.returncode == 2
     assert "the prompt has 4 tokens" in failed.stdout
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -24,23 +23,15 @@ from lora_grpo.config_file import save_config
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.scoring import teacher_logprobs
 from tests.conftest import ENGINE_ARGS
+from tests.here import ENVIRONMENT, REPOSITORY, lora_grpo
 from tests.test_resume import run_tiny
 from tests.tiny_models import load_model
 from tests.tiny_run import fake_engine
 from tests.tiny_trainer import CONFIG, ROWS, tiny_trainer, weights
 
-REPOSITORY = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "lora_grpo", *map(str, arguments)]
-
-
-def lora_grpo(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
 
 
 def answer(*arguments: object) -> Any:
@@ -241,7 +232,10 @@ def test_export_is_the_adapter_as_it_was_trained(
 def test_compare_samples_two_versions_in_one_batch(run: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
-    found = answer("compare", run, 1, 5, "--prompts", prompts, "--samples", 4)
+    line = command("compare", run, 1, 5, "--prompts", prompts, "--samples", 4, "--json")
+    done = subprocess.run(line, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert [row["version"] for row in found["answers"]] == [1] * 12 + [5] * 12
     first = [row for row in found["answers"] if row["version"] == 1]
     assert found["reward"]["first"] == pytest.approx(sum(row["reward"] for row in first) / 12)
