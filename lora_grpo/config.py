@@ -22,8 +22,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="the trainer's base dtype")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     quantization: Literal["nf4"] | None = Field(
-        None,
-        description="'nf4' (QLoRA): of an unquantized base, on both sides; what a checkpoint says is followed",
+        None, description="'nf4' (QLoRA): of an unquantized base, on both sides; what a checkpoint says is followed"
     )
 
 

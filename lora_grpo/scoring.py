@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from lora_grpo.adapters.peft_form.shards import reshard
 from lora_grpo.grpo.head import completion_scores
+from lora_grpo.grpo.modes import in_mode
 from lora_grpo.grpo.packing import packed_scores, pays, sizes, trusted
 
 
@@ -28,7 +27,7 @@ def teacher_logprobs(
     """
     starts = [1] * len(sequences) if starts is None else starts
     result: list[list[float]] = []
-    with _evaluating(model):
+    with in_mode(model, training=False):
         for first in range(0, len(sequences), rows):
             here = slice(first, first + rows)
             result += _score(model, sequences[here], starts[here], temperature)
@@ -50,18 +49,6 @@ def _score(
     scored_BT = mask_BT.bool() & (torch.arange(length) >= torch.tensor(starts).unsqueeze(1)).to(device)
     logp_BT, _ = completion_scores(model, inputs, ids_BT[:, 1:], scored_BT[:, 1:], temperature)
     return [row[start - 1 : len(ids) - 1].tolist() for row, ids, start in zip(logp_BT, sequences, starts, strict=True)]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        reshard(model)
-        for module in training:
-            module.training = True
 
 
 def mean_abs_difference(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float:

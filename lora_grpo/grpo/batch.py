@@ -41,11 +41,7 @@ class Batch:
 
     @classmethod
     def from_groups(
-        cls,
-        groups: Sequence[Group],
-        advantages_B: Tensor,
-        *,
-        mask_truncated_completions: bool = False,
+        cls, groups: Sequence[Group], advantages_B: Tensor, *, mask_truncated_completions: bool = False
     ) -> Batch:
         """A row a completion, in the groups' order.
 
@@ -127,8 +123,7 @@ class Batch:
         length = max(int(used_L[self.prompt_length :].sum()), 1)
         columns = {"_BL": slice(first, self.prompt_length + length), "_BT": slice(length)}
         return replace(
-            self,
-            **{name: tensor[:, columns[name[-3:]]] for name, tensor in self._tensors() if name[-3:] in columns},
+            self, **{name: tensor[:, columns[name[-3:]]] for name, tensor in self._tensors() if name[-3:] in columns}
         )
 
 

@@ -47,7 +47,9 @@ class Gradients:
 
     def add_up(self) -> float:
         """Sums what FSDP2 has not summed; the norm of the sum."""
-        plain, sharded = self._by_kind()
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        sharded: list[Tensor] = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
         if plain and self._processes.count > 1:
             flat = self._processes.sum(torch.cat([gradient.flatten() for gradient in plain]))
             for gradient, part in zip(plain, flat.split([g.numel() for g in plain]), strict=True):
@@ -60,8 +62,3 @@ class Gradients:
         if max_norm:
             total = torch.tensor(norm, device=self._parameters[0].device)
             clip_grads_with_norm_(self._parameters, max_norm, total)
-
-    def _by_kind(self) -> tuple[list[Tensor], list[Tensor]]:
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        sharded: list[Tensor] = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-        return [gradient for gradient in gradients if not isinstance(gradient, DTensor)], sharded

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,38 +18,20 @@ def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature: float) -> tu
 
     The entropy carries no gradient. Logits that do not fit in one chunk are recomputed in fp32 in the backward pass.
     """
-    chunks = [
-        _chunk_logprobs(logits, ids, temperature, recompute=logits_BTV.numel() > _CHUNK_ELEMENTS)
-        for logits, ids in _chunks(logits_BTV, ids_BT)
-    ]
+    score: Callable[..., tuple[Tensor, Tensor]] = _logprobs
+    if logits_BTV.numel() > _CHUNK_ELEMENTS and torch.is_grad_enabled():
+        score = partial(checkpoint, _logprobs, use_reentrant=False, preserve_rng_state=False)
+    tokens = max(1, _CHUNK_ELEMENTS // logits_BTV.shape[2])
+    # Split, whose backward concatenates once; that of a slice would write all logits again for each chunk.
+    rows = [zip(*(part.split(tokens) for part in row), strict=True) for row in zip(logits_BTV, ids_BT, strict=True)]
+    chunks = [score(*chunk, temperature) for row in rows for chunk in row]
     logp_N, entropy_N = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     return logp_N.view_as(ids_BT), entropy_N.view_as(ids_BT)
 
 
-def _chunks(logits_BTV: Tensor, ids_BT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of whole rows, or of a row's tokens, in row-major order.
-
-    Made by `split`, whose backward concatenates once; that of a slice would write all logits again for each chunk.
-    """
-    _, tokens, vocabulary = logits_BTV.shape
-    rows_each = max(1, _CHUNK_ELEMENTS // (tokens * vocabulary))
-    tokens_each = max(1, min(tokens, _CHUNK_ELEMENTS // vocabulary))
-    for logits, ids in zip(logits_BTV.split(rows_each), ids_BT.split(rows_each), strict=True):
-        yield from zip(logits.split(tokens_each, dim=1), ids.split(tokens_each, dim=1), strict=True)
-
-
-def _chunk_logprobs(logits: Tensor, ids: Tensor, temperature: float, recompute: bool) -> tuple[Tensor, Tensor]:
-    if recompute and torch.is_grad_enabled():
-        pair: tuple[Tensor, Tensor] = checkpoint(
-            _flat_logprobs, logits, ids, temperature, use_reentrant=False, preserve_rng_state=False
-        )
-        return pair
-    return _flat_logprobs(logits, ids, temperature)
-
-
-def _flat_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    scaled = logits.float() / temperature
-    logp = scaled.gather(2, ids.unsqueeze(2)).squeeze(2) - scaled.logsumexp(dim=2)
+def _logprobs(logits_NV: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    scaled_NV = logits_NV.float() / temperature
+    logp_N = scaled_NV.gather(1, ids_N.unsqueeze(1)).squeeze(1) - scaled_NV.logsumexp(dim=1)
     with torch.no_grad():
-        entropy = torch.special.entr(scaled.softmax(dim=2)).sum(dim=2)
-    return logp.flatten(), entropy.flatten()
+        entropy_N = torch.special.entr(scaled_NV.softmax(dim=1)).sum(dim=1)
+    return logp_N, entropy_N

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """The model trains or evaluates meanwhile; a sharded one is given back in shards."""
-    before = model.training
+    before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
         yield
     finally:
         reshard(model)
-        model.train(before)
+        for module, mode in before:
+            module.training = mode
 
 
 def without_ddp(model: PeftModel) -> PeftModel:

@@ -63,10 +63,7 @@ def build_scheduler(optimizer: Optimizer, config: GRPOConfig, num_updates: int) 
     from transformers import get_scheduler
 
     scheduler: LRScheduler = get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=num_updates,
+        config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=num_updates
     )
     return scheduler
 

@@ -138,7 +138,9 @@ def in_spans(model: nn.Module, spans: tuple[Span, ...] | None = None) -> Iterato
 def _attend(
     name: str, module: nn.Module, query_1HND: Tensor, key_1HND: Tensor, value_1HND: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(name) or _eager(module)
+    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(name) or getattr(
+        sys.modules[type(module).__module__], _EAGER
+    )
     if not isinstance(mask, _Seen):
         result: tuple[Tensor, None] = attend(module, query_1HND, key_1HND, value_1HND, mask, **kwargs)
         return result
@@ -153,11 +155,6 @@ def _attend(
 def _of_span(tensor_1HND: Tensor, span: Span) -> Tensor:
     own = tensor_1HND[:, :, span.start : span.stop]
     return torch.cat([tensor_1HND[:, :, span.before : span.before + span.seen], own], dim=2) if span.seen else own
-
-
-def _eager(module: nn.Module) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(sys.modules[type(module).__module__], _EAGER)
-    return found
 
 
 def _masks(name: str, *, q_length: int, kv_length: int, q_offset: int, attention_mask: Any, **kwargs: Any) -> Any:

@@ -177,24 +177,16 @@ class Processes:
 
     def metrics(self, observed: Mapping[str, Observed]) -> dict[str, float]:
         """One number a metric, the same in every process: all have to ask for the same ones. 0 without any value."""
-        finite = {name: Observed(values[~values.isnan()], how) for name, (values, how) in observed.items()}
-        means = {name: values for name, (values, how) in finite.items() if how == "mean"}
-        return self._means(means) | self._extremes({name: o for name, o in finite.items() if o.how != "mean"})
-
-    def _means(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        if not values:
-            return {}
-        sums = torch.stack([torch.stack([v.sum(), torch.full_like(v.sum(), v.numel())]) for v in values.values()])
-        return {name: s / max(n, 1.0) for name, (s, n) in zip(values, self.sum(sums).tolist(), strict=True)}
-
-    def _extremes(self, observed: Mapping[str, Observed]) -> dict[str, float]:
-        """Minima travel negated, so that one maximum over the processes serves both."""
         if not observed:
             return {}
-        sign = {name: -1.0 if how == "min" else 1.0 for name, (_, how) in observed.items()}
-        local = [_greatest(sign[name] * values) for name, (values, _) in observed.items()]
-        greatest = dict(zip(observed, self.max(torch.stack(local)).tolist(), strict=True))
-        return {name: 0.0 if value == -torch.inf else sign[name] * value for name, value in greatest.items()}
+        known = [values[~values.isnan()] for values, _ in observed.values()]
+        sums = self.sum(torch.stack([torch.stack([v.sum(), v.new_tensor(v.numel())]) for v in known]))
+        # Minima travel negated, so that one maximum over the processes serves both.
+        edges = self.max(torch.stack([torch.stack([_greatest(-v), _greatest(v)]) for v in known]))
+        numbers = torch.stack([sums[:, 0] / sums[:, 1], -edges[:, 0], edges[:, 1]], dim=1)
+        found = numbers.masked_fill(sums[:, 1:] == 0, 0.0).tolist()
+        columns: dict[Reduction, int] = {"mean": 0, "min": 1, "max": 2}
+        return {name: row[columns[how]] for (name, (_, how)), row in zip(observed.items(), found, strict=True)}
 
     def _reduce(self, tensor: Tensor, how: str) -> Tensor:
         if self._accelerator is None or self.count == 1:

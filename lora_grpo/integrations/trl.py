@@ -76,8 +76,7 @@ class NativeGRPOTrainer(HookedTrainer):
         folder = Path(run_dir or Path(args.output_dir) / "native")
 
         def build(**keywords: Any) -> Backend:
-            revision = (args.model_init_kwargs or {}).get("revision")
-            given = Given(keywords["model"], keywords, revision, args.seed, self.eos_token_ids)
+            given = Given(keywords["model"], keywords, said["revision"], args.seed, self.eos_token_ids)
             sampling = given.sampling()
             engine, sync = _assemble(self._closing, given, engine_args or {}, keep or KeepConfig(), folder, store_root)
             self.native = self.rollouts = NativeRollouts(engine, sync, sampling, args.per_device_train_batch_size)

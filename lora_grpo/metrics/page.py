@@ -39,7 +39,12 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
     messages = [record for record in records if record["event"] in ("message", "rollback")]
     logged = read_metrics(run / SAMPLES_FILE) if (run / SAMPLES_FILE).is_file() else []
     pages = Environment(loader=PackageLoader("lora_grpo", "metrics"), autoescape=True, undefined=StrictUndefined)
-    pages.filters |= {"number": number, "duration": duration, "text": as_text, "clock": _clock}
+    pages.filters |= {
+        "number": number,
+        "duration": duration,
+        "text": as_text,
+        "clock": lambda s: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s)),
+    }
     return pages.get_template("page.html").render(
         run=run,
         live=live,
@@ -69,10 +74,6 @@ def as_text(value: Any) -> str:
     whole = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     left = len(whole) - MOST_CHARACTERS
     return f"{whole[:MOST_CHARACTERS]}… ({left:,} characters more)" if left > 0 else whole
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _facts(
