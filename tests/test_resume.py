@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,20 @@ def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
     return result
 
 
+@pytest.fixture(scope="module")
+def whole(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Path]]:
+    """A run of so many steps by the fake engine that nothing stopped; made once."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-test-") as root:
+
+        @functools.cache
+        def of(steps: int) -> Path:
+            run = tmp_path_factory.mktemp("whole") / "run"
+            finished(run_tiny(llama_dir, run, Path(root) / str(steps), steps=steps))
+            return run
+
+        yield of
+
+
 def killed(process: subprocess.Popen[str]) -> None:
     _, err = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, err
@@ -78,9 +94,10 @@ def test_killed_in_a_step_and_resumed_on_real_vllm(llama_dir: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("reboot", [False, True])
-def test_killed_between_promotion_and_archive(llama_dir: Path, tmp_path: Path, shm_dir: Path, reboot: bool) -> None:
+def test_killed_between_promotion_and_archive(
+    llama_dir: Path, tmp_path: Path, shm_dir: Path, whole: Callable[[int], Path], reboot: bool
+) -> None:
     """What was not archived is lost with the tmpfs only, and the next start says which."""
-    finished(run_tiny(llama_dir, tmp_path / "whole", shm_dir / "whole"))
     killed(run_tiny(llama_dir, tmp_path / "killed", shm_dir / "killed", die_at=["archive.copied", 3]))
     with AdapterStore(archive=tmp_path / "killed", readonly=True) as store:
         head = store.head
@@ -90,7 +107,7 @@ def test_killed_between_promotion_and_archive(llama_dir: Path, tmp_path: Path, s
     if reboot:
         shutil.rmtree(shm_dir / "killed")
     finished(run_tiny(llama_dir, tmp_path / "killed", shm_dir / "killed", resume=True))
-    assert same(state_at(tmp_path / "killed", STEPS)[0], state_at(tmp_path / "whole", STEPS)[0])
+    assert same(state_at(tmp_path / "killed", STEPS)[0], state_at(whole(STEPS), STEPS)[0])
     said = " | ".join(record["text"] for record in read_metrics(tmp_path / "killed") if record["event"] == "message")
     with AdapterStore(archive=tmp_path / "killed", readonly=True) as store:
         numbers = store.numbers
@@ -184,10 +201,9 @@ def test_killed_in_the_middle_of_a_rollback_is_as_if_it_was_not_asked(llama_dir:
 
 @pytest.mark.parametrize("reboot", [False, True])
 def test_killed_before_its_first_state_was_written(
-    llama_dir: Path, tmp_path: Path, shm_dir: Path, reboot: bool
+    llama_dir: Path, tmp_path: Path, shm_dir: Path, whole: Callable[[int], Path], reboot: bool
 ) -> None:
     """It begins again as a run that was not killed begins: same rows in the same batches, by the same seed."""
-    finished(run_tiny(llama_dir, tmp_path / "whole", shm_dir / "whole", steps=2))
     killed(run_tiny(llama_dir, tmp_path / "killed", shm_dir / "killed", die_at=["promote.renamed", 1]))
     with AdapterStore(archive=tmp_path / "killed", readonly=True) as store:
         assert (store.numbers, store.states) == ([1], [])
@@ -196,7 +212,7 @@ def test_killed_before_its_first_state_was_written(
     result = finished(run_tiny(llama_dir, tmp_path / "killed", shm_dir / "killed", resume=True, steps=2))
     assert result["steps"] == 2
     for step in (1, 2):
-        ours, theirs = state_at(tmp_path / "killed", step), state_at(tmp_path / "whole", step)
+        ours, theirs = state_at(tmp_path / "killed", step), state_at(whole(2), step)
         assert same(ours[0], theirs[0]), f"step {step}"
         assert ours[1] == theirs[1], f"step {step}"
 
