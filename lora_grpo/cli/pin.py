@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,31 +16,24 @@ if TYPE_CHECKING:
 
 def pin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
     """Keep a version, its archived copy and its trainer state until it is unpinned."""
-    from lora_grpo.adapters.asking.target import parse_target
-
-    parse_target(version)
-
-    def act(store: AdapterStore) -> dict[str, Any]:
-        store.pin(version)
-        return {"done": "pinned", "pins": sorted(store.pins)}
-
-    _tell(change(run, "pin", act, timeout_s=timeout, version=version), as_json)
+    _change("pin", run, version, timeout, as_json)
 
 
 def unpin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
     """Leave a version to retention again."""
+    _change("unpin", run, version, timeout, as_json)
+
+
+def _change(verb: str, run: Path, version: str, timeout_s: float, as_json: bool) -> None:
     from lora_grpo.adapters.asking.target import parse_target
 
     parse_target(version)
 
     def act(store: AdapterStore) -> dict[str, Any]:
-        store.unpin(version)
-        return {"done": "unpinned", "pins": sorted(store.pins)}
+        getattr(store, verb)(version)
+        return {"done": f"{verb}ned", "pins": sorted(store.pins)}
 
-    _tell(change(run, "unpin", act, timeout_s=timeout, version=version), as_json)
-
-
-def _tell(result: dict[str, Any], as_json: bool) -> None:
+    result = change(run, verb, act, timeout_s=timeout_s, version=version)
     if as_json:
         print_json(result)
     else:
