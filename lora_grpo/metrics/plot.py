@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_grpo.errors import StoreError
 from lora_grpo.metrics.log import Record, history, read_metrics
 from lora_grpo.metrics.panels import marks, panels, series, smoothed
+from lora_grpo.metrics.render import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,10 +27,10 @@ def plot_curves(runs: Mapping[str, Sequence[Record]], path: Path, best: str | No
     figure = _figure(11, 6)
     axes = figure.subplots()
     colours = colormaps["viridis"].resampled(max(2, len(runs)))
-    for number, (name, steps) in enumerate(runs.items()):
+    for index, (name, steps) in enumerate(runs.items()):
         x, reward = series(list(steps), "reward")
         first = name == best
-        style = {"color": "#d9722b", "linewidth": 2.5, "zorder": 3} if first else {"color": colours(number)}
+        style = {"color": "#d9722b", "linewidth": 2.5, "zorder": 3} if first else {"color": colours(index)}
         axes.plot(x, smoothed(reward), label=f"{name} (best)" if first else name, **style)
         # A curve that ends before the others is a member that was stopped.
         axes.plot(x[-1:], smoothed(reward)[-1:], "o", markersize=4, color=style["color"])
@@ -53,9 +54,10 @@ def plot_run(run_dir: str | Path) -> Path:
     for index, panel in enumerate(shown, 1):
         axes = figure.add_subplot(-(-len(shown) // 2), 2, index)
         for name, (steps, values) in panel.lines.items():
-            axes.plot(steps, values, "." if len(steps) == 1 else "-", label=name, **STYLES.get(name, {}))
-        for step, _ in marks(records):
-            axes.axvline(step, color="#c0392b", linewidth=1)
+            label = f"{name} {number(values[-1])}"
+            axes.plot(steps, values, "." if len(steps) == 1 else "-", label=label, **STYLES.get(name, {}))
+        for place, (step, _) in enumerate(marks(records)):
+            axes.axvline(step, color="#c0392b", linewidth=1, label=None if place else "rollback or failed canary")
         low, high = panel.limits
         axes.set_ylim(low, 1.05 * high or 1)
         _style(axes, panel.title)
