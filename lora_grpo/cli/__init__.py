@@ -10,6 +10,7 @@ usage, 130 stopped by Ctrl-C (`train`, `sweep` and `bench`: or by SIGTERM).
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -111,6 +112,8 @@ def main() -> None:
     """The entry point of `lora-grpo`."""
     # Reward functions are named as modules, and a program installed as a script does not look where it is started.
     sys.path.append(os.getcwd())
+    # On a CPU torch warns, whenever vLLM is imported, that there is no Triton.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # What a model or a user wrote is shown whatever the terminal's encoding holds; in JSON it stays the same.
