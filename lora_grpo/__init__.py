@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lora_grpo.trainer import fork as fork
     from lora_grpo.trainer import push_to_hub as push_to_hub
     from lora_grpo.trainer.population.population import Population as Population
-    from lora_grpo.trainer.population.spec import MemberSpec as MemberSpec
+    from lora_grpo.trainer.spec import MemberSpec as MemberSpec
     from lora_grpo.types import Completion as Completion
     from lora_grpo.types import Group as Group
     from lora_grpo.types import Sampling as Sampling
@@ -80,7 +80,7 @@ _NAMES = {
         "push_to_hub",
     ),
     "trainer.population.population": ("Population",),
-    "trainer.population.spec": ("MemberSpec",),
+    "trainer.spec": ("MemberSpec",),
     "types": ("Completion", "Group", "Sampling"),
 }
 _HOMES = {name: f"lora_grpo.{module}" for module, names in _NAMES.items() for name in names}

@@ -20,7 +20,7 @@ from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import TrainerState, Training, capture_state, check_state, read_state, restore_state
 
-__all__ = ["Outcome", "RollbackReport", "Target", "kept_state", "roll_back"]
+__all__ = ["Outcome", "RollbackReport", "Target", "kept_state", "roll_back", "the_firsts"]
 
 Outcome: TypeAlias = Literal["restored", "reset", "kept", "none"]
 
@@ -57,17 +57,17 @@ def roll_back(store: AdapterStore | None, engine: Engine, training: Training, to
     the first one has the store.
     """
     processes = training.processes
-    left, version = processes.first(lambda: _ends(_the(store), to))
+    left, version = processes.first(lambda: _ends(the_firsts(store), to))
     served = engine.loaded()
     if not all(processes.gather(version in served)):
-        version = processes.first(lambda: _the(store).restore(version))
+        version = processes.first(lambda: the_firsts(store).restore(version))
     state = kept_state(store, version, training)
     before = capture_state(training, {})
     with _leased(store, version, processes):
         try:
             _load(engine, version, training)
             report = _restore(state, version, left, training)
-            processes.first(lambda: _the(store).promote(version))
+            processes.first(lambda: the_firsts(store).promote(version))
         except BaseException:
             try:
                 _serve_again(engine, served, training)
@@ -84,7 +84,7 @@ def kept_state(store: AdapterStore | None, version: AdapterVersion, training: Tr
     """
 
     def read() -> TrainerState | None:
-        files = _the(store).load_state(version.number)
+        files = the_firsts(store).load_state(version.number)
         if files is None:
             return None
         state = read_state(files)
@@ -94,9 +94,10 @@ def kept_state(store: AdapterStore | None, version: AdapterVersion, training: Tr
     return training.processes.first(read)
 
 
-def _the(store: AdapterStore | None) -> AdapterStore:
+def the_firsts(store: AdapterStore | None) -> AdapterStore:
+    """Raises `ConfigError` in a process that has none."""
     if store is None:
-        raise ConfigError("the store is the first process's: pass store= there")
+        raise ConfigError("the store is the first process's: pass store= there, and ask there")
     return store
 
 
@@ -109,7 +110,7 @@ def _ends(store: AdapterStore, to: Target) -> tuple[AdapterVersion, AdapterVersi
 
 @contextmanager
 def _leased(store: AdapterStore | None, version: AdapterVersion, processes: Processes) -> Iterator[None]:
-    processes.first(lambda: _the(store).acquire(version))
+    processes.first(lambda: the_firsts(store).acquire(version))
     try:
         yield
     finally:

@@ -8,14 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lora_grpo.adapters.files.digest import digest_buffers
 from lora_grpo.adapters.files.disk import STAGING
-from lora_grpo.adapters.files.room import require_room
 from lora_grpo.adapters.peft_form.borrowed import weights_of
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_rank, check_same_dtype, check_servable
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
@@ -26,22 +24,20 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.canary import CANARY_NOISE, rows_of, take_canary
 from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
-from lora_grpo.engines.delivery.base_match import BaseMatch, match_base
+from lora_grpo.engines.delivery.base_match import BaseMatch
 from lora_grpo.engines.delivery.canary import CanaryReport
-from lora_grpo.engines.delivery.probe import ProbeReport, probe_sequences, run_probe
+from lora_grpo.engines.delivery.probe import ProbeReport, probe_sequences
+from lora_grpo.engines.delivery.proving import Proofs, prove
 from lora_grpo.engines.joint import joint
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.processes import Processes
-from lora_grpo.rollback import RollbackReport, Target, kept_state, roll_back
+from lora_grpo.rollback import RollbackReport, Target, kept_state, roll_back, the_firsts
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import Training, capture_state, restore_state
 from lora_grpo.types import Group
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-Proofs: TypeAlias = dict[tuple[tuple[str, int], ...], tuple[BaseMatch, ProbeReport]]
-"""What was proven of one engine and one base, by the adapter's form: its modules' paths and ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +60,8 @@ class PushReceipt:
 class NativeSync:
     """Publishes a PEFT model's adapter and has an engine serve it, step after step.
 
-    The model may be wrapped (DDP, FSDP2, torch.compile); it is never merged and its base is never touched.
-
-    With an accelerator of several processes, all of them call every method, in one order; only `close`, `export` and
+    The model may be wrapped (DDP, FSDP2, torch.compile); it is never merged and its base is never touched. With an
+    accelerator of several processes, all of them call every method, in one order; only `close`, `export` and
     properties are a process's own business. The first one has the store and publishes; of a sharded model the adapter
     alone is gathered. What fails in one process fails in all, with the same error, which names that process.
 
@@ -79,7 +74,7 @@ class NativeSync:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: torch.nn.Module,
         engine: Engine | None,
         store: AdapterStore | None,
         *,
@@ -97,10 +92,9 @@ class NativeSync:
 
         `optimizer` and `scheduler` are restored with the weights on a rollback; `keep_state` says of which versions
         the exact trainer state is archived (several times an adapter's size), by default all. `tokenizer` goes with
-        exports; the engine's, where none is given. `proofs` are those of other adapters on the same engine and the same
-        base tensors: of an adapter of a form (paths and ranks) that is among them nothing is proven again, and what is
-        proven here is added. `base_match` and `probe` hold what the proofs of the base and of the
-        path found (None for an engine that is a fake and says so). Raises `UnsupportedAdapter` for what cannot be
+        exports; the engine's, where none is given. `proofs` are those made with other adapters on the same engine and
+        the same base tensors; see `prove`. `base_match` and `probe` are what was found (None for a fake that says
+        so). Raises `UnsupportedAdapter` for what cannot be
         served or another base, `DeliveryError` when the probe does not arrive.
         """
         self.processes = Processes(accelerator)
@@ -113,18 +107,18 @@ class NativeSync:
         check_rank(check_servable(model, self.adapter), self.engine.max_lora_rank)
         self._form = ServingForm(model, self.adapter, getattr(torch, self.engine.lora_dtype))
         self._root, self._head = self.processes.first(lambda: (self.store.root, self.store.head))
-        self._kept: list[int] = []
-        if self.engine.proof != "none":
-            served_in = self.engine.describe_base().dtype
-            self.processes.each(lambda: check_same_dtype(model, served_in))
+        self._leased, self._kept = set[int](), list[int]()
         self.base_match: BaseMatch | None = None
         self.probe: ProbeReport | None = None
         if self.engine.proof != "none":
-            self.base_match, self.probe = self._proven({} if proofs is None else proofs)
+            base, scratch = self.engine.describe_base(), self._root / STAGING
+            self.processes.each(lambda: check_same_dtype(model, base.dtype))
+            self._probed = probe_sequences(base, seed=0)
+            given: Proofs = {} if proofs is None else proofs
+            proven = prove(given, model, self._form, self.engine, self.processes, scratch, self._publish_probe)
+            self.base_match, self.probe = proven
         self.noise = 0.0 if self.probe is None else self.probe.noise
         self.last_receipt: PushReceipt | None = None
-        self._leased: set[int] = set()
-        self._recipe_kept = False
         self.processes.first(lambda: self.recipe.check(self.store))
 
     def push(self, step: int, *, extra: Mapping[str, Any] | None = None) -> AdapterVersion:
@@ -136,26 +130,21 @@ class NativeSync:
         non-finite weights, `NoRoom` or `StoreError` for the store, `DeliveryError` or `EngineError` for the engine.
         What fails after that is keeping and pruning alone: the `StoreError` then finds the version promoted.
         """
-        marks = [time.perf_counter()]
+        began = time.perf_counter()
         files = self.processes.each(self._form.files)
-        marks.append(time.perf_counter())
+        gathered = time.perf_counter()
         version = self.processes.first(lambda: self._publish(files, step))
         self.processes.each(lambda: self._check_equal(files, version))
-        marks.append(time.perf_counter())
+        written = time.perf_counter()
         load = self._load(version, self._form.held)
-        marks.append(time.perf_counter())
+        loaded = time.perf_counter()
         try:
             self._promote(version)
         except BaseException:
             self.engine.unload(version)
             raise
         keeping = time.perf_counter()
-        seconds = {
-            "gather": marks[1] - marks[0],
-            "write": marks[2] - marks[1],
-            **load.seconds,
-            "promote": keeping - marks[3],
-        }
+        seconds = {"gather": gathered - began, "write": written - gathered, **load.seconds, "promote": keeping - loaded}
         self._lease_loaded()
         self._keep_state_of(version, extra or {})
         self.processes.first(lambda: self.store.prune())
@@ -219,9 +208,7 @@ class NativeSync:
     @property
     def store(self) -> AdapterStore:
         """Raises `ConfigError` in a process that has none."""
-        if self._store is None:
-            raise ConfigError("the store is the first process's: pass store= there, and ask there")
-        return self._store
+        return the_firsts(self._store)
 
     @property
     def training(self) -> Training:
@@ -260,10 +247,9 @@ class NativeSync:
         self._leased = loaded
 
     def _publish(self, files: Mapping[str, Sequence[Any]], step: int) -> AdapterVersion:
-        if not self._recipe_kept and self.store.archive is not None:
+        if self.last_receipt is None and self.store.archive is not None:
             self.recipe.write(self.store.archive / RECIPE_FILE)
             keep_tokenizer(self.tokenizer, self.store.archive)
-        self._recipe_kept = True
         return self.store.publish(files, step=step)
 
     @property
@@ -313,26 +299,8 @@ class NativeSync:
             raise ConfigError("nothing was pushed yet; call sync.push(step) first")
         return head
 
-    def _proven(self, proofs: Proofs) -> tuple[BaseMatch, ProbeReport]:
-        self._probed = probe_sequences(self.engine.describe_base(), seed=0)
-        form = tuple((module.path, module.a_RI.shape[0]) for module in self._form.modules)
-        if form not in proofs:
-            matched = next(iter(proofs.values()))[0] if proofs else match_base(self.engine, self.model, self.processes)
-            proofs[form] = matched, self._prove_path()
-        return proofs[form]
-
-    def _prove_path(self) -> ProbeReport:
-        pulls = is_remote(self.engine) and self.engine.pulls
-        publish = self._publish_probe if pulls else None
-        if publish is None:
-            # Each process writes its own, and one that cannot must not leave the others waiting.
-            copies = {"probe": self._form.nbytes * self.processes.count}
-            self.processes.each(lambda: require_room(self._root / STAGING, copies, "the probe of the engine"))
-        return run_probe(self.model, self._form, self.engine, self._root / STAGING, publish=publish)
-
     def _publish_probe(self, files: Mapping[str, Any]) -> AdapterVersion:
         """Put the probe into the store, of step -1 and never promoted, for servers to pull; it stays for restarts."""
-        version = self.processes.first(lambda: self.store.publish(files, step=-1, parent=None))
-        self.processes.first(lambda: self.store.acquire(version.number))
+        version = self.processes.first(lambda: self.store.acquire(self.store.publish(files, step=-1, parent=None)))
         self._kept.append(version.number)
         return version

@@ -24,7 +24,8 @@ from lora_grpo.trainer import GRPOTrainer, Guard, NonFinite
 from lora_grpo.trainer.population import room
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
-from lora_grpo.trainer.population.spec import MemberSpec
+from lora_grpo.trainer.population.room import Wanted
+from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.types import Group
 from tests.conftest import ENGINE_ARGS
 from tests.tiny_run import fake_engine
@@ -318,9 +319,7 @@ def test_what_cannot_be_a_member_is_refused_before_anything_starts(
     refused("train_dataset is missing", plain(run, train_dataset=None))
     refused("pass peft_config", plain(run, peft_config=None))
     once = SHORT.replace(gradient_checkpointing=False)
-    needed = room.plan_room(
-        base, [plain(run, config=once).loaded().checked(base, EngineConfig())], EngineConfig(), False, 1
-    )
+    needed = room.plan_room(base, [Wanted.of(plain(run, config=once), base, EngineConfig())], EngineConfig(), False, 1)
     more_bytes = 2 * needed.memory.adapter_and_optimizer_bytes + needed.memory.adapter_slots_bytes // 2
     monkeypatch.setattr(room, "available_memory", lambda device: needed.memory.total_bytes + more_bytes)
     refused(

@@ -200,10 +200,9 @@ class AdapterStore(StoreView):
         number = self._number(version)
         with self._writing(f"restoring version {number}") as session:
             manifest = self._catalog.manifest(number)
-            if self._sound_on_tmpfs(session, number):
-                return self._catalog.version(number)
-            self._room.make(manifest.sizes, session)
-            session.required_archive().bring_back(manifest, session.root)
+            if not self._sound_on_tmpfs(session, number):
+                self._room.make(manifest.sizes, session)
+                session.required_archive().bring_back(manifest, session.root)
             return self._catalog.version(number)
 
     def _sound_on_tmpfs(self, session: Session, number: int) -> bool:
@@ -232,8 +231,7 @@ class AdapterStore(StoreView):
         contents = {**files, STATE_FILE: [json.dumps(dict(meta)).encode()]}
         with self._writing(f"archiving the trainer state of version {number}") as session:
             self._catalog.manifest(number)
-            archive = session.required_archive()
-            if number in session.writer.pending(STATES) or archive.tree.has(STATES, number):
+            if session.required_archive().tree.has(STATES, number) or number in session.writer.pending(STATES):
                 raise StoreError(f"version {number} has a trainer state already; states are written once")
             session.archive_state(number, contents)
 

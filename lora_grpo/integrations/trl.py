@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.keeping import keeps_state, retention
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import KeepConfig, ModelConfig
 from lora_grpo.engines.local.targets import check_is_base
@@ -26,7 +27,7 @@ from lora_grpo.integrations.trl_settings import Given, check_arguments, check_re
 from lora_grpo.metrics import check_folder
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer.assembly import keeps_state, retention, untouched_when_stopped
+from lora_grpo.trainer.assembly import untouched_when_stopped
 from lora_grpo.trainer.models import adapted_leaves, check_same_device
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from lora_grpo.adapters.files.locks import holder
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.keeping import keeps_state, retention
-from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
+from lora_grpo.config import EngineConfig, KeepConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.joint import EngineInEach
 from lora_grpo.engines.owned import OwnedEngine, owned
@@ -24,7 +25,6 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer.activations import LargestBatch
 from lora_grpo.trainer.crew import Crew, CrewEngine, Unheard, launched
 from lora_grpo.trainer.models import (
     Sharing,
@@ -36,108 +36,134 @@ from lora_grpo.trainer.models import (
 )
 from lora_grpo.trainer.parts import Parts
 from lora_grpo.trainer.planning import Plan, checkpoints, plan
+from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.shared import Shared
 
 if TYPE_CHECKING:
     from lora_grpo.remote.server import StoreServer
 
-__all__ = ["assemble", "keeps_state", "refuse_live", "retention"]
 
+@dataclass
+class Assembly:
+    """Builds what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
 
-def assemble(
-    closing: ExitStack,
-    reporter: Reporter | Unheard,
-    crew: Crew,
-    config: GRPOConfig,
-    *,
-    model: ModelConfig | nn.Module,
-    peft_config: Any,
-    tokenizer: Any,
-    engine: Engine | None,
-    engine_config: EngineConfig,
-    keep: KeepConfig,
-    run_dir: Path,
-    store_root: str | Path | None,
-    share_base_weights: Sharing,
-    batch: LargestBatch,
-    shared: Shared | None = None,
-) -> Parts:
-    """Build what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
-
-    `batch` is the largest that the trainer computes at a time. On CUDA as many tokens make every micro-batch, so that
-    shorter rows fill it too. Of what is `shared`, `engine` is given, and the base is not loaded again.
-
-    With several processes, each builds its own; only the store, `tokenizer`, and an engine that is servers, are the
-    first one's. What fails in one of them fails in all.
+    With several processes, each builds its own; only the store, the tokenizer, and an engine that is servers, are the
+    first one's. What fails in one of them fails in all. Of what is `shared`, the engine is given, and the base is not
+    loaded again.
     """
-    processes, sharing = crew.processes, _sharing(share_base_weights)
-    processes.first(lambda: refuse_live(run_dir))
-    given = any(processes.gather(engine is not None))
-    sized = with_room(engine_config, config.max_staleness)
-    twice = config.gradient_checkpointing
-    if twice is None and shared is not None:
-        twice = shared.checkpointing
-    if given:
-        twice = processes.each(lambda: checkpoints(model, peft_config, batch, twice))
-    else:  # what is refused here leaves nothing behind
-        planned = processes.each(lambda: plan(model, peft_config, sized, sharing, batch, twice))
-        start = _prepared(reporter, model, sized, sharing, planned)
-        twice = planned.checkpointing
-    most = config.max_tokens_per_micro_batch
-    if most is None and default_device().type == "cuda":
-        most = batch.rows * batch.length
-    config = config.replace(gradient_checkpointing=any(processes.gather(twice)), max_tokens_per_micro_batch=most)
-    store = processes.each(lambda: _open_store(closing, crew, store_root, run_dir, keep, engine_config))
-    if given:
-        engine = None if engine is None else taken_over(closing, engine, config, built=False)
-    else:
-        here = crew.leads or not sized.urls
-        engine = processes.each(lambda: taken_over(closing, start(), config, built=True) if here else None)
-    with reporter.capture():
-        built, base = processes.each(
-            lambda: _trained_model(reporter, model, peft_config, engine, config, sharing, shared)
+
+    closing: ExitStack
+    reporter: Reporter | Unheard
+    crew: Crew
+    made_of: Preflight
+    sharing: Sharing
+    shared: Shared | None = None
+
+    def __post_init__(self) -> None:
+        accelerator = launched()
+        if self.sharing == "auto" and accelerator is not None and accelerator.is_fsdp2:
+            self.sharing = False  # FSDP2 would shard the engine's own weights
+        self.keep = self.made_of.spec.keep or KeepConfig()
+        self.engine_config = with_room(self.made_of.engine_config, self.made_of.config.max_staleness)
+
+    def parts(self) -> Parts:
+        """Everything is checked first, then the store is there, then the engine, and the model last."""
+        processes = self.crew.processes
+        processes.first(lambda: refuse_live(Path(self.made_of.spec.run_dir)))
+        planned, config = self._planned()
+        store = processes.each(self._store)
+        engine = processes.each(lambda: self._engine(planned))
+        with self.reporter.capture():
+            built, base = processes.each(lambda: self._model(engine))
+            model, optimizer = _distributed(built, config, base)
+        policy = Policy(model, config, accelerator=launched(), optimizer=optimizer)
+        tokenizer = self.made_of.tokenizer if self.crew.leads else None
+        sync = NativeSync(
+            model,
+            engine,
+            store,
+            accelerator=launched(),
+            optimizer=policy.optimizer,
+            scheduler=policy.scheduler,
+            keep_state=keeps_state(self.keep),
+            tokenizer=tokenizer,
+            proofs=None if self.shared is None else self.shared.proofs,
         )
-        policy_model, optimizer = _distributed(built, config, base)
-    accelerator = launched()
-    policy = Policy(policy_model, config, accelerator=accelerator, optimizer=optimizer)
-    sync = NativeSync(
-        policy_model,
-        engine,
-        store,
-        accelerator=accelerator,
-        optimizer=policy.optimizer,
-        scheduler=policy.scheduler,
-        keep_state=keeps_state(keep),
-        tokenizer=tokenizer,
-        proofs=None if shared is None else shared.proofs,
-    )
-    closing.callback(sync.close)
-    asked = _led(crew, sync, engine)
-    return Parts(asked, rendering(asked, tokenizer, policy_model), policy_model, policy, sync)
+        self.closing.callback(sync.close)
+        asked = _led(self.crew, sync, engine)
+        return Parts(asked, rendering(asked, tokenizer, model), model, policy, sync)
 
+    def _planned(self) -> tuple[Plan | None, GRPOConfig]:
+        """What an engine is started for (None: it is given), and the settings with what they left open.
 
-def _sharing(asked: Sharing) -> Sharing:
-    """As asked, but for "auto" with FSDP2, which would shard the engine's own weights."""
-    accelerator = launched()
-    return False if asked == "auto" and accelerator is not None and accelerator.is_fsdp2 else asked
+        On CUDA every micro-batch has as many tokens as the largest one, so that shorter rows fill it too.
+        """
+        made_of, processes, planned = self.made_of, self.crew.processes, None
+        batch = processes.first(lambda: made_of.largest_batch)
+        model, peft_config, config = made_of.model, made_of.spec.peft_config, made_of.config
+        twice, most = config.gradient_checkpointing, config.max_tokens_per_micro_batch
+        if twice is None and self.shared is not None:
+            twice = self.shared.checkpointing
+        if any(processes.gather(made_of.engine is not None)):
+            twice = processes.each(lambda: checkpoints(model, peft_config, batch, twice))
+        else:  # what is refused here leaves nothing behind
+            planned = processes.each(lambda: plan(model, peft_config, self.engine_config, self.sharing, batch, twice))
+            twice = planned.checkpointing
+            self.reporter.message(f"memory: {planned.memory}" + (", activations computed twice" if twice else ""))
+            self.reporter.message("starting the engine")
+        if most is None and default_device().type == "cuda":
+            most = batch.rows * batch.length
+        twice = any(processes.gather(twice))
+        return planned, config.replace(gradient_checkpointing=twice, max_tokens_per_micro_batch=most)
 
+    def _store(self) -> AdapterStore | None:
+        """The first process's, with the server that it is pulled from, where there is to be one."""
+        if not self.crew.leads:
+            return None
+        spec, keep, address = self.made_of.spec, self.keep, self.engine_config.store_address
+        store = AdapterStore(
+            spec.store_root, archive=spec.run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes
+        )
+        self.closing.callback(store.close)
+        if address is not None:
+            self.closing.enter_context(store_server(store, address))
+        return store
 
-def _open_store(
-    closing: ExitStack,
-    crew: Crew,
-    root: str | Path | None,
-    run_dir: Path,
-    keep: KeepConfig,
-    engine_config: EngineConfig,
-) -> AdapterStore | None:
-    """The first process's, with the server that it is pulled from, where there is to be one."""
-    if not crew.leads:
-        return None
-    store = AdapterStore(root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
-    closing.callback(store.close)
-    if engine_config.store_address is not None:
-        closing.enter_context(store_server(store, engine_config.store_address))
-    return store
+    def _engine(self, planned: Plan | None) -> Engine | None:
+        """This process's, None where the first one's serves all. Where generation goes on while the trainer works, a
+        thread owns it. All that can be found wrong before was: engines in the trainers' own processes wait for each
+        other while they start, and one that never began would keep the others waiting."""
+        engine = self.made_of.engine
+        if planned is not None and (self.crew.leads or not self.engine_config.urls):
+            with self.reporter.capture():
+                engine = build_engine(
+                    self.made_of.model,
+                    self.engine_config,
+                    planned.rank,
+                    targets=planned.leaves,
+                    share_base_weights=self.sharing is True,
+                )
+        if engine is None:
+            return None
+        if self.made_of.config.max_staleness:
+            engine = owned(engine, self.made_of.config.stall_timeout_s)
+        if planned is not None:
+            self.closing.callback(engine.close)
+        elif isinstance(engine, OwnedEngine):
+            self.closing.callback(engine.release)
+        return engine
+
+    def _model(self, engine: Engine | None) -> tuple[nn.Module, Any | None]:
+        """This process's PEFT model, and the base that it has from the engine or with other trainers."""
+        model, spec = self.made_of.model, self.made_of.spec
+        if self.shared is not None:
+            base = self.shared.own_modules()
+        else:
+            base = None if engine is None else shared_base(self.sharing, model, engine, self.reporter.message)
+        built = build_policy_model(model, spec.peft_config, spec.config.seed, base)
+        if engine is not None:
+            check_same_device(built, engine)
+        return built, base
 
 
 def store_server(store: AdapterStore, address: str) -> StoreServer:
@@ -148,53 +174,11 @@ def store_server(store: AdapterStore, address: str) -> StoreServer:
     return StoreServer(store, host=host, port=int(port))
 
 
-def _prepared(
-    reporter: Reporter | Unheard,
-    model: ModelConfig | nn.Module,
-    engine_config: EngineConfig,
-    sharing: Sharing,
-    planned: Plan,
-) -> Callable[[], Engine]:
-    """How to start the engine. All that can be found wrong before is, in every process: engines in the trainers' own
-    wait for each other while they start, and one that never began would keep the others waiting."""
-
-    reporter.message(f"memory: {planned.memory}" + (", activations computed twice" if planned.checkpointing else ""))
-    reporter.message("starting the engine")
-
-    def start() -> Engine:
-        with reporter.capture():
-            return build_engine(
-                model, engine_config, planned.rank, targets=planned.leaves, share_base_weights=sharing is True
-            )
-
-    return start
-
-
-def _trained_model(
-    reporter: Reporter | Unheard,
-    model: ModelConfig | nn.Module,
-    peft_config: Any,
-    engine: Engine | None,
-    config: GRPOConfig,
-    sharing: Sharing,
-    shared: Shared | None,
-) -> tuple[nn.Module, Any | None]:
-    """This process's PEFT model, and the base that it has from the engine or with other trainers."""
-    if shared is not None:
-        base = shared.own_modules()
-    else:
-        base = None if engine is None else shared_base(sharing, model, engine, reporter.message)
-    built = build_policy_model(model, peft_config, config.seed, base)
-    if engine is not None:
-        check_same_device(built, engine)
-    return built, base
-
-
 def _led(crew: Crew, sync: NativeSync, engine: Engine | None) -> Engine:
     """The engine that the trainer asks: its own, unless there is one in every process."""
     if engine is None or not crew.leads:
         return sync.engine
-    return CrewEngine(crew, engine) if isinstance(sync.engine, EngineInEach) else engine
+    return cast(Engine, CrewEngine(crew, engine)) if isinstance(sync.engine, EngineInEach) else engine
 
 
 def _distributed(model: nn.Module, config: GRPOConfig, base: Any) -> tuple[Any, Any]:
@@ -214,17 +198,6 @@ def with_room(config: EngineConfig, max_staleness: int) -> EngineConfig:
         return config
     roomy: EngineConfig = config.replace(max_loras=max(config.max_loras, max_staleness + 1))
     return roomy
-
-
-def taken_over(closing: ExitStack, engine: Engine, config: GRPOConfig, *, built: bool) -> Engine:
-    """The engine as the trainer uses it. Where generation goes on while the trainer works, a thread owns it."""
-    if config.max_staleness:
-        engine = owned(engine, config.stall_timeout_s)
-    if built:
-        closing.callback(engine.close)
-    elif isinstance(engine, OwnedEngine):
-        closing.callback(engine.release)
-    return engine
 
 
 @contextmanager

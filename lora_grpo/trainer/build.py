@@ -21,22 +21,18 @@ from lora_grpo.trainer.assembly import refuse_live
 from lora_grpo.trainer.crew import launched
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import build_guard
-from lora_grpo.trainer.population.spec import MemberSpec
+from lora_grpo.trainer.spec import MemberSpec
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
     """The trainer of a run. Its resolved settings are written to the run directory last, once nothing is refused."""
-    run_dir = Path(config.output_dir)
     processes = Processes(launched(config.grpo.ddp_timeout))
-    processes.first(lambda: _check_run(config, run_dir, resume=resume))
-    if resume and config.grpo.max_tokens_per_micro_batch is None:
-        config = _cut_alike(config, processes.first(lambda: _kept_cut(run_dir)))
-    spec = _spec(config)
-    trainer = GRPOTrainer(config.model, **spec.arguments(), engine_config=config.engine, view=view)
+    settings = processes.first(lambda: _checked(config, resume=resume))
+    trainer = GRPOTrainer(config.model, **_spec(settings).arguments(), engine_config=config.engine, view=view)
     try:
         if resume:
             trainer.resume()
-        trainer.crew.processes.first(lambda: keep_settings(config, trainer))
+        processes.first(lambda: keep_settings(settings, trainer))
     except BaseException:
         trainer.close()
         raise
@@ -45,11 +41,7 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
 
 def member_spec(config: RunConfig, *, resume: bool = False) -> MemberSpec:
     """A run of a file as a member of a population, which has the file's model and engine."""
-    run_dir = Path(config.output_dir)
-    _check_run(config, run_dir, resume=resume)
-    if resume and config.grpo.max_tokens_per_micro_batch is None:
-        config = _cut_alike(config, _kept_cut(run_dir))
-    return _spec(config)
+    return _spec(_checked(config, resume=resume))
 
 
 def _spec(config: RunConfig) -> MemberSpec:
@@ -80,19 +72,20 @@ def check_place(run_dir: Path) -> str:
     return f"{run_dir} holds a run, which goes on with --resume" if _holds_run(run_dir) else f"{run_dir} holds no run"
 
 
-def _check_run(config: RunConfig, run_dir: Path, *, resume: bool) -> None:
-    """Refuse what the run directory rules out, and change nothing there."""
+def _checked(config: RunConfig, *, resume: bool) -> RunConfig:
+    """What the run directory rules out is refused, and nothing changed there. A run that goes on cuts its batches into
+    micro-batches of as many tokens as before, which its bits depend on."""
+    run_dir = Path(config.output_dir)
     check_place(run_dir)
-    if not resume and _holds_run(run_dir):
+    holds_run = _holds_run(run_dir)
+    if holds_run and not resume:
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
-    if resume and (run_dir / RESOLVED_FILE).is_file() and _holds_run(run_dir):
-        check_same_adapter(load_config(run_dir).lora, config.lora, run_dir)
-
-
-def _kept_cut(run_dir: Path) -> int | None:
-    """Into micro-batches of how many tokens a run's batches are cut, which its bits depend on."""
-    kept = (run_dir / RESOLVED_FILE).is_file()
-    return load_config(run_dir).grpo.max_tokens_per_micro_batch if kept else None
+    if not resume or not (run_dir / RESOLVED_FILE).is_file():
+        return config
+    before = load_config(run_dir)
+    if holds_run:
+        check_same_adapter(before.lora, config.lora, run_dir)
+    return _cut_alike(config, config.grpo.max_tokens_per_micro_batch or before.grpo.max_tokens_per_micro_batch)
 
 
 def _cut_alike(config: RunConfig, tokens: int | None) -> RunConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,11 +25,12 @@ from lora_grpo.trainer.activations import largest_batch
 from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.build import check_place, effective_grpo, lora_config
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
-from lora_grpo.trainer.guards import Guard, build_guard
+from lora_grpo.trainer.guards import build_guard
 from lora_grpo.trainer.memory import available_memory, mib
 from lora_grpo.trainer.models import adapted_modules, default_device, shared_base
 from lora_grpo.trainer.planning import Plan, plan
 from lora_grpo.trainer.preflight import Preflight
+from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.types import Completion, Group, Sampling
 
 SWAPS = 3
@@ -118,19 +119,9 @@ class _Run:
         root = opened.enter_context(
             tempfile.TemporaryDirectory(prefix="lora-grpo-check-", dir=shared if shared.is_dir() else None)
         )
-        self.trainer = GRPOTrainer(
-            self.config.model,
-            self.functions,
-            self.grpo.replace(report_to=()),
-            self.data[0],
-            eval_dataset=self.data[1],
-            peft_config=lora_config(self.config.lora),
-            engine_config=self.config.engine,
-            run_dir=run,
-            store_root=Path(root) / "store",
-            guard=self.guard,
-            view=False,
-        )
+        places = {"run_dir": run, "store_root": Path(root) / "store", "config": self.grpo.replace(report_to=())}
+        arguments = replace(self.spec, **places).arguments()
+        self.trainer = GRPOTrainer(self.config.model, **arguments, engine_config=self.config.engine, view=False)
         opened.callback(self.trainer.close)
         engine = self.trainer.engine
         return f"{type(engine).__name__}, max_lora_rank {engine.max_lora_rank}, adapters in {engine.lora_dtype}"
@@ -163,11 +154,17 @@ class _Run:
         return plan(self.config.model, peft_config, config, False, batch, self.grpo.gradient_checkpointing)
 
     @cached_property
+    def spec(self) -> MemberSpec:
+        config, (train, held_out) = self.config, self.data
+        peft_config, guard = lora_config(config.lora), build_guard(config.guard)
+        return MemberSpec(
+            config.output_dir, self.functions, self.grpo, train,
+            eval_dataset=held_out, peft_config=peft_config, guard=guard,
+        )  # fmt: skip
+
+    @cached_property
     def _preflight(self) -> Preflight:
-        settings = self.config
-        return Preflight(
-            settings.model, self.functions, self.grpo, *self.data, engine_config=settings.engine, guard=self.guard
-        )
+        return Preflight(self.config.model, self.spec, engine_config=self.config.engine)
 
     @property
     def grpo(self) -> GRPOConfig:
@@ -175,10 +172,6 @@ class _Run:
             # Its completions are those of the swaps alone, and every engine has room for them.
             return self.config.grpo.replace(max_completion_length=SWAP_TOKENS)
         return effective_grpo(self.config)
-
-    @property
-    def guard(self) -> Guard | None:
-        return build_guard(self.config.guard)
 
     def _preflight_parts(self) -> Iterator[Part]:
         try:

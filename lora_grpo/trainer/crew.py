@@ -7,18 +7,17 @@ together: sample (each a part of the prompts, where each has an engine), update,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Samplings
-from lora_grpo.engines.delivery.base_reading import BaseReading
+from lora_grpo.engines.base import Adapters, Engine, LoadReceipt, Samplings
 from lora_grpo.grpo.optimizer import apply_settings
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.rollback import RollbackReport
@@ -91,33 +90,13 @@ class Crew:
             self._order = None
 
 
-class Led(Protocol):
-    crew: Crew
-
-
-Self = TypeVar("Self", bound=Led)
-
-
-def led(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[Self, P], R]:
-    """A method that all processes call, and that runs in the first; see `Crew.lead`."""
-
-    @wraps(method)
-    def together(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.crew.lead(lambda: method(self, *args, **kwargs))
-
-    return together
-
-
 class CrewEngine:
-    """The engines of all processes, as the first one's trainer uses them; see `EngineInEach`."""
+    """The engines of all processes, as the first one's trainer uses them; see `EngineInEach`. All else is its own's."""
 
     def __init__(self, crew: Crew, own: Engine) -> None:
         self._crew, self._own = crew, own
-        self.proof, self.device = own.proof, own.device
-        self.max_lora_rank, self.lora_dtype = own.max_lora_rank, own.lora_dtype
 
     def __getattr__(self, name: str) -> Any:
-        """What only some engines offer, such as `tokenizer`."""
         return getattr(self._own, name)
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
@@ -126,23 +105,8 @@ class CrewEngine:
     def unload(self, version: AdapterVersion) -> None:
         self._crew(_unload, version)
 
-    def loaded(self) -> tuple[AdapterVersion, ...]:
-        return self._own.loaded()
-
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         return self._crew(_generate, prompts, sampling, adapter)
-
-    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
-        return self._own.logprobs(sequences, adapter=adapter)
-
-    def describe_base(self) -> BaseDescription:
-        return self._own.describe_base()
-
-    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
-        return self._own.read_base(shapes)
-
-    def close(self) -> None:
-        self._own.close()
 
 
 # What all processes do; `parts` are each one's own.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from torch import nn
 
@@ -25,18 +25,31 @@ from lora_grpo.reference import keep_reference
 from lora_grpo.rewards import RewardFunction
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import going_back, loop
-from lora_grpo.trainer.assembly import assemble, untouched_when_stopped
-from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, led, seed_everything
+from lora_grpo.trainer.assembly import Assembly, untouched_when_stopped
+from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, seed_everything
 from lora_grpo.trainer.evaluation import Evaluation
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Sharing
-from lora_grpo.trainer.parts import Parts
-from lora_grpo.trainer.preflight import Preflight, prompts_of, reward_functions
+from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.rollouts import RolloutFunc
 from lora_grpo.trainer.run import Run
 from lora_grpo.trainer.shared import Shared
+from lora_grpo.trainer.spec import MemberSpec, prompts_of
 from lora_grpo.trainer.summary import run_info, summary
 from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def led(method: Callable[Concatenate[GRPOTrainer, P], R]) -> Callable[Concatenate[GRPOTrainer, P], R]:
+    """A method that all processes call, and that runs in the first; see `Crew.lead`."""
+
+    @wraps(method)
+    def together(self: GRPOTrainer, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.crew.lead(lambda: method(self, *args, **kwargs))
+
+    return together
 
 
 class GRPOTrainer(Run):
@@ -95,57 +108,44 @@ class GRPOTrainer(Run):
         **unknown: Any,
     ) -> None:
         _refuse_unknown(unknown, config)
-        config, run_dir = config or GRPOConfig(), Path(run_dir)
-        crew = Crew(Processes(launched(config.ddp_timeout)))
-        engine = engine if shared is None else shared.engine
-        before = Preflight(
-            ModelConfig(name=str(model)) if isinstance(model, str | Path) else model,
-            reward_functions(reward_funcs),
-            config,
+        crew = Crew(Processes(launched((config or GRPOConfig()).ddp_timeout)))
+        spec = MemberSpec(
+            run_dir,
+            reward_funcs,
+            config or GRPOConfig(),
             prompts_of(train_dataset, "train_dataset"),
-            None if eval_dataset is None else prompts_of(eval_dataset, "eval_dataset"),
-            processing_class,
-            engine,
-            engine_config or EngineConfig(),
-            guard,
-            crew.processes.count,
-        )
-        self._view, self._shared, self._closing = view, shared, ExitStack()
-        self._resumed = self._own = False
-        self.result: dict[str, Any] = {}
-        assembled = partial(
-            assemble,
-            model=before.model,
+            eval_dataset=eval_dataset,
             peft_config=peft_config,
-            engine=engine,
-            engine_config=before.engine_config,
-            keep=keep or KeepConfig(),
-            run_dir=run_dir,
+            processing_class=processing_class,
+            keep=keep,
             store_root=store_root,
-            share_base_weights=share_base_weights,
-            shared=shared,
+            rollout_func=rollout_func,
+            guard=guard,
         )
-        with untouched_when_stopped(run_dir, store_root) if crew.leads else nullcontext(), ExitStack() as on_failure:
+        named = ModelConfig(name=str(model)) if isinstance(model, str | Path) else model
+        engine = engine if shared is None else shared.engine
+        made_of = Preflight(named, spec, engine, engine_config or EngineConfig(), crew.processes.count)
+        self._view, self._shared = view, shared
+        self._build(crew, made_of, share_base_weights)
+
+    def _build(self, crew: Crew, made_of: Preflight, sharing: Sharing) -> None:
+        """Everything, closed again when a part of it fails; nothing costly starts before all is checked."""
+        self._closing, self._resumed, self._own = ExitStack(), False, False
+        self.result: dict[str, Any] = {}
+        self.config, self.run_dir = made_of.config, Path(made_of.spec.run_dir)
+        with (
+            untouched_when_stopped(self.run_dir, made_of.spec.store_root) if crew.leads else nullcontext(),
+            self._reporting() if crew.leads else nullcontext(Unheard()) as reporter,
+            ExitStack() as on_failure,
+        ):
             on_failure.callback(self._closing.close)
-            parts = self._built(config, run_dir, crew, before, assembled)
-            train, held_out = before.train, before.held_out
-            super().__init__(config, run_dir, crew, parts, train, held_out, before.reward_funcs, rollout_func, guard)
+            crew.processes.first(made_of.check)
+            crew.parts = Assembly(self._closing, reporter, crew, made_of, sharing, self._shared).parts()
+            room = getattr(crew.parts.engine, "max_model_len", None)
+            reporter.message(crew.processes.first(lambda: made_of.check_prompts(room)))
+            super().__init__(crew, crew.parts, made_of)
             self._closing.callback(self.rollouts.close)
             on_failure.pop_all()
-
-    def _built(
-        self, config: GRPOConfig, run_dir: Path, crew: Crew, before: Preflight, assembled: Callable[..., Parts]
-    ) -> Parts:
-        """The parts; nothing costly starts before all is checked."""
-        told = Reporter(run_dir, config.total_steps, view=self._view, trackers=config.report_to, quiet=True)
-        with told if crew.leads else nullcontext(Unheard()) as reporter:
-            crew.processes.first(before.check)
-            tokenizer = before.tokenizer if crew.leads else None
-            batch = crew.processes.first(lambda: before.largest_batch)
-            crew.parts = assembled(self._closing, reporter, crew, config, tokenizer=tokenizer, batch=batch)
-            said = crew.processes.first(lambda: before.check_prompts(getattr(crew.parts.engine, "max_model_len", None)))
-            reporter.message(said)
-        return crew.parts
 
     @led
     def train(self) -> dict[str, Any]:

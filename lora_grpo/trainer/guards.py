@@ -28,10 +28,11 @@ class Policy(Protocol):
 
     def check(self, config: GRPOConfig) -> None:
         """Raise `ConfigError` when runs with `config` do not measure what this looks at."""
+        return
 
 
 @dataclass(frozen=True, slots=True)
-class NonFinite:
+class NonFinite(Policy):
     """A loss, gradient or adapter weight that is not finite.
 
     >>> NonFinite().why([], TrainingError("the loss is nan"))
@@ -41,12 +42,9 @@ class NonFinite:
     def why(self, steps: Steps, error: TrainingError | None) -> str | None:
         return None if error is None else str(error)
 
-    def check(self, config: GRPOConfig) -> None:
-        return None
-
 
 @dataclass(frozen=True, slots=True)
-class RewardCollapse:
+class RewardCollapse(Policy):
     """`metric` of the last `patience` steps, each of them, `drop` or more below the mean of `window` steps before.
 
     >>> RewardCollapse(drop=0.3, window=2, patience=1).why([{"reward": 0.8}, {"reward": 0.8}, {"reward": 0.1}], None)
@@ -78,12 +76,9 @@ class RewardCollapse:
             f"{self.metric} fell to {shown}, {self.drop:g} or more below its mean of {baseline:.4g} in the steps before"
         )
 
-    def check(self, config: GRPOConfig) -> None:
-        return None
-
 
 @dataclass(frozen=True, slots=True)
-class LogprobGap:
+class LogprobGap(Policy):
     """Mean |trainer - sampler| log-prob of a step above `limit`, nats a token.
 
     >>> LogprobGap(limit=0.05).why([{"sampling/sampling_logp_difference/mean": 0.2}], None)
@@ -98,12 +93,9 @@ class LogprobGap:
     def why(self, steps: Steps, error: TrainingError | None) -> str | None:
         return _above(steps, error, GAP, self.limit, "the trainer/sampler log-prob gap")
 
-    def check(self, config: GRPOConfig) -> None:
-        return None
-
 
 @dataclass(frozen=True, slots=True)
-class ReferenceKL:
+class ReferenceKL(Policy):
     """Mean KL to the reference of a step above `limit`, nats a token; it is measured where `beta` is above 0.
 
     >>> ReferenceKL(limit=0.5).why([{"kl": 0.7}], None)
@@ -123,7 +115,7 @@ class ReferenceKL:
             raise ConfigError("a guard on the KL to the reference needs beta > 0: with beta=0 it is never computed")
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(init=False)
 class Guard:
     """When any policy has a reason, the run goes back to version `to`, at most `max_rollbacks` times.
 
@@ -150,13 +142,8 @@ class Guard:
         parse_target(to)
         _require("Guard.max_rollbacks", max_rollbacks, max_rollbacks >= 1, "at least 1")
         _require("Guard.learning_rate_factor", learning_rate_factor, 0 < learning_rate_factor <= 1, "in (0, 1]")
-        for name, value in {
-            "policies": policies,
-            "to": to,
-            "max_rollbacks": max_rollbacks,
-            "learning_rate_factor": learning_rate_factor,
-        }.items():
-            object.__setattr__(self, name, value)
+        self.policies, self.to = policies, to
+        self.max_rollbacks, self.learning_rate_factor = max_rollbacks, learning_rate_factor
 
     def check(self, config: GRPOConfig) -> None:
         """Raises `ConfigError` for a policy that could never fire in a run with `config`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from inspect import signature
@@ -14,16 +14,15 @@ from jinja2.meta import find_undeclared_variables
 from torch import nn
 
 from lora_grpo.config import EngineConfig, ModelConfig
-from lora_grpo.data import PromptDataset, load_prompts
+from lora_grpo.data import PromptDataset
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.local.targets import check_is_base
 from lora_grpo.engines.requests import ENCODING, render
 from lora_grpo.errors import ConfigError
-from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
 from lora_grpo.trainer.activations import LargestBatch, largest_batch
-from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import trainer_tokenizer
+from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.trl_names import REWARD_MODEL
 from lora_grpo.types import Chat
 
@@ -36,20 +35,20 @@ class Preflight:
     """
 
     model: ModelConfig | nn.Module
-    reward_funcs: Sequence[RewardFunction]
-    config: GRPOConfig
-    train: PromptDataset
-    held_out: PromptDataset | None
-    processing_class: Any = None
+    spec: MemberSpec
     engine: Engine | None = None
     engine_config: EngineConfig = field(default_factory=EngineConfig)
-    guard: Guard | None = None
     num_processes: int = 1
 
     def __post_init__(self) -> None:
-        kwargs = self.config.chat_template_kwargs
-        self.train = replace(self.train, chat_template_kwargs=kwargs)
-        self.held_out = self.held_out and replace(self.held_out, chat_template_kwargs=kwargs)
+        self.config, loaded = self.spec.config, self.spec.loaded()
+        self.reward_funcs = reward_functions(self.spec.reward_funcs)
+
+        def rendered_so(data: Any) -> PromptDataset:
+            return replace(data, chat_template_kwargs=self.config.chat_template_kwargs)
+
+        self.train = rendered_so(loaded.train_dataset)
+        self.held_out = None if loaded.eval_dataset is None else rendered_so(loaded.eval_dataset)
 
     def parts(self) -> Iterator[tuple[str, Callable[[], str]]]:
         """Every check by name. Each raises a `LoraGrpoError`, or tells what it found."""
@@ -78,8 +77,8 @@ class Preflight:
         """Sizes of a step fit together, and every guard can fire."""
         if isinstance(self.model, ModelConfig):
             check_is_base(self.model.name, revision=self.model.revision)
-        if self.guard is not None:
-            self.guard.check(self.config)
+        if self.spec.guard is not None:
+            self.spec.guard.check(self.config)
         rows, each = self.config.rows_per_step(self.num_processes), self.config.num_generations
         updates = self.config.updates_per_step(self.num_processes)
         return f"{self.config.total_steps} of {rows // each} prompts x {each} completions, {updates} updates each"
@@ -115,7 +114,7 @@ class Preflight:
     @cached_property
     def tokenizer(self) -> Any:
         """What prompts are rendered with; None where neither engine nor model has one."""
-        return trainer_tokenizer(self.model, self.processing_class, self.engine)
+        return trainer_tokenizer(self.model, self.spec.processing_class, self.engine)
 
     @property
     def known_room(self) -> int | None:
@@ -187,13 +186,6 @@ def _check_template_kwargs(chat: Chat, known: set[str] | None, called: str) -> N
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out"
             raise ConfigError(f"{called} has chat_template_kwargs {name!r}, which the chat template ignores; {hint}")
-
-
-def prompts_of(data: Any, name: str) -> PromptDataset:
-    """The prompts that a trainer was given. Raises `ConfigError` where they are missing or none."""
-    if data is None:
-        raise ConfigError(f"{name} is missing: pass a datasets.Dataset, a list of dicts with 'prompt', or a file")
-    return data if isinstance(data, PromptDataset) else load_prompts(data)
 
 
 def reward_functions(given: Any) -> list[RewardFunction]:

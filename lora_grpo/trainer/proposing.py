@@ -20,6 +20,7 @@ from lora_grpo.rewards.ready import final_number
 from lora_grpo.trainer.checking import Finding
 from lora_grpo.trainer.models import trainer_tokenizer
 from lora_grpo.trainer.preflight import Preflight
+from lora_grpo.trainer.spec import MemberSpec
 
 PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "messages", "text")
 ANSWERS = ("answer", "final_answer", "solution", "ground_truth", "target", "label", "expected_answer")
@@ -140,7 +141,8 @@ def _choose_lengths(values: dict[str, Any], tokenizer: Any, columns: Mapping[str
 def _longest_prompt(settings: RunConfig, train: PromptDataset) -> int:
     rewards = [load_reward(RewardConfig(name="exact"))]
     free = GRPOConfig(chat_template_kwargs=settings.grpo.chat_template_kwargs)
-    return Preflight(settings.model, rewards, free, train, None).largest_batch.prompt_tokens
+    spec = MemberSpec(settings.output_dir, rewards, free, train, peft_config=None)
+    return Preflight(settings.model, spec).largest_batch.prompt_tokens
 
 
 def _choose_sizes(values: dict[str, Any], rows: int, notes: Notes) -> None:

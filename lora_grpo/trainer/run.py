@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.data import PromptDataset, PromptSampler
-from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.rewards import RewardFunction
+from lora_grpo.data import PromptSampler
 from lora_grpo.trainer.crew import Crew
 from lora_grpo.trainer.evaluation import Evaluation
-from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.overlap import rollouts_of
 from lora_grpo.trainer.parts import Parts
-from lora_grpo.trainer.rollouts import RolloutFunc, Source
+from lora_grpo.trainer.preflight import Preflight
+from lora_grpo.trainer.rollouts import Source
 
 
 class Run:
     """What the loop, a rollback and a resume move on; `GRPOTrainer` is one, with the verbs that its user calls."""
 
-    def __init__(
-        self,
-        config: GRPOConfig,
-        run_dir: Path,
-        crew: Crew,
-        parts: Parts,
-        train_data: PromptDataset,
-        eval_data: PromptDataset | None,
-        reward_funcs: Sequence[RewardFunction],
-        rollout_func: RolloutFunc | None,
-        guard: Guard | None,
-    ) -> None:
-        self.config, self.run_dir, self.crew, self.parts, self.guard = config, run_dir, crew, parts, guard
+    def __init__(self, crew: Crew, parts: Parts, made_of: Preflight) -> None:
+        config, spec = made_of.config, made_of.spec
+        self.config, self.run_dir, self.guard = config, Path(spec.run_dir), spec.guard
+        self.crew, self.parts = crew, parts
         self.engine, self.model, self.policy, self.sync = parts.engine, parts.model, parts.policy, parts.sync
-        self.eval_data, self.rollback_log = eval_data, RollbackLog(run_dir)
-        prompts_per_step = config.rows_per_step(crew.processes.count) // config.num_generations
-        sampler = PromptSampler(len(train_data), prompts_per_step, config.seed)
+        self.eval_data, self.rollback_log = made_of.held_out, RollbackLog(self.run_dir)
+        data, prompts = made_of.train, config.rows_per_step(crew.processes.count) // config.num_generations
         self.source = Source(
-            config, parts.rendering, train_data, sampler, self.rollback_log, reward_funcs, rollout_func
+            config,
+            parts.rendering,
+            data,
+            PromptSampler(len(data), prompts, config.seed),
+            self.rollback_log,
+            made_of.reward_funcs,
+            spec.rollout_func,
         )
         self.rollouts = rollouts_of(self.source, parts)
         self.steps_done, self.without_signal = 0, 0

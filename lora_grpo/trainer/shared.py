@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_grpo.engines.base import Engine
-from lora_grpo.sync import Proofs
+from lora_grpo.engines.delivery.proving import Proofs
 
 
 @dataclass(frozen=True)

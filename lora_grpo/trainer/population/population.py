@@ -17,9 +17,9 @@ from lora_grpo.trainer.models import Sharing, build_engine, check_same_device, d
 from lora_grpo.trainer.own_base import load_base
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.room import Room, Wanted, plan_room
-from lora_grpo.trainer.population.spec import MemberSpec
 from lora_grpo.trainer.population.together import sample_together
 from lora_grpo.trainer.shared import Shared
+from lora_grpo.trainer.spec import MemberSpec
 
 
 class Population:
@@ -152,7 +152,7 @@ class Population:
                     f"{spec.run_dir}: {member.run_dir} is a member already; name each directory otherwise"
                 )
         spec = spec.loaded()
-        wanted = spec.checked(self._model, self._engine_config)
+        wanted = Wanted.of(spec, self._model, self._engine_config)
         self.members.append(Member(spec))
         return wanted
 

@@ -19,6 +19,8 @@ from lora_grpo.trainer.activations import LargestBatch
 from lora_grpo.trainer.memory import MemoryEstimate, available_memory, mib
 from lora_grpo.trainer.models import Sharing, adapted_leaves, default_device, expects_one_copy, lora_rank
 from lora_grpo.trainer.planning import estimate
+from lora_grpo.trainer.preflight import Preflight
+from lora_grpo.trainer.spec import MemberSpec
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,19 @@ class Wanted:
     checkpointing: bool | None
     rows: int
     """Completions a step."""
+
+    @classmethod
+    def of(cls, spec: MemberSpec, model: ModelConfig, engine_config: EngineConfig) -> Wanted:
+        """Of a member, once all is checked that can be before an engine starts. Raises `ConfigError`."""
+        config = spec.config
+        if config.max_staleness:
+            raise ConfigError(
+                f"{spec.run_dir}: max_staleness={config.max_staleness} samples ahead of its turn, and a population "
+                "samples for all its members at once; set max_staleness=0"
+            )
+        before = Preflight(model, spec, engine_config=engine_config)
+        before.check()
+        return cls(spec.peft_config, before.largest_batch, config.gradient_checkpointing, config.rows_per_step(1))
 
 
 @dataclass(frozen=True)

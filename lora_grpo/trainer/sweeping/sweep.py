@@ -21,8 +21,8 @@ from lora_grpo.metrics.log import METRICS_FILE
 from lora_grpo.trainer.build import member_spec
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
-from lora_grpo.trainer.population.room import plan_room
-from lora_grpo.trainer.population.spec import MemberSpec
+from lora_grpo.trainer.population.room import Wanted, plan_room
+from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.trainer.sweeping.grid import Trial
 from lora_grpo.trainer.sweeping.plan import SweepPlan
 from lora_grpo.trainer.sweeping.selection import halving_losers, perturbed, score, take_over, takeovers
@@ -118,7 +118,7 @@ class Sweep:
         if self.plan.evolve_every is not None:
             return len(specs)
         model, config = self.plan.settings.model, self.plan.settings.engine
-        wanted = [spec.loaded().checked(model, config) for spec in specs]
+        wanted = [Wanted.of(spec, model, config) for spec in specs]
         room = plan_room(model, wanted, config, "auto", len(specs), own_engine=self._engine is None)
         return max(1, min(len(specs), room.fit))
 

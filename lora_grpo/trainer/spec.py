@@ -1,20 +1,18 @@
-"""What a member of a population is: the settings and functions of a run of its own."""
+"""What a run is made of, less the model and the engine: its settings, functions and data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig, RunConfig
-from lora_grpo.data import PromptDataset, Rows
+from lora_grpo.config import KeepConfig, RunConfig
+from lora_grpo.data import PromptDataset, Rows, load_prompts
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import RewardFunction
 from lora_grpo.trainer.guards import Guard
-from lora_grpo.trainer.population.room import Wanted
-from lora_grpo.trainer.preflight import Preflight, prompts_of, reward_functions
 from lora_grpo.trainer.rollouts import RolloutFunc
 
 
@@ -60,27 +58,9 @@ class MemberSpec:
             eval_dataset=None if held_out is None else prompts_of(held_out, "eval_dataset"),
         )
 
-    def checked(self, model: ModelConfig, engine_config: EngineConfig) -> Wanted:
-        """What a member whose data are `loaded` needs, once all is checked that can be before an engine starts.
 
-        Raises `ConfigError`.
-        """
-        if self.config.max_staleness:
-            raise ConfigError(
-                f"{self.run_dir}: max_staleness={self.config.max_staleness} samples ahead of its turn, and a "
-                "population samples for all its members at once; set max_staleness=0"
-            )
-        before = Preflight(
-            model,
-            reward_functions(self.reward_funcs),
-            self.config,
-            cast(PromptDataset, self.train_dataset),
-            cast(PromptDataset | None, self.eval_dataset),
-            self.processing_class,
-            None,
-            engine_config,
-            self.guard,
-        )
-        before.check()
-        config = self.config
-        return Wanted(self.peft_config, before.largest_batch, config.gradient_checkpointing, config.rows_per_step(1))
+def prompts_of(data: Any, name: str) -> PromptDataset:
+    """The prompts that a trainer was given. Raises `ConfigError` where they are missing or none."""
+    if data is None:
+        raise ConfigError(f"{name} is missing: pass a datasets.Dataset, a list of dicts with 'prompt', or a file")
+    return data if isinstance(data, PromptDataset) else load_prompts(data)
