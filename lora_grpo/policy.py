@@ -75,7 +75,7 @@ class Policy:
         self.forward = Forward(self.model, config, self.processes, sharded=self.gradients.sharded)
         self.reach = Reach(self.reference.modules, self.processes)
         self.optimizer = plain_optimizer(optimizer, self.parameters) or build_optimizer(self.model, config)
-        updates = config.total_steps * config.updates_per_step(self.num_processes)
+        updates = config.total_steps * config.updates_per_step(self.processes.count)
         self.scheduler = plain_scheduler(scheduler) or build_scheduler(self.optimizer, config, updates)
         if config.gradient_checkpointing:
             self.model.enable_input_require_grads()
@@ -84,10 +84,6 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
-
-    @property
-    def num_processes(self) -> int:
-        return self.processes.count
 
     # Log-probs.
 
@@ -161,17 +157,19 @@ class Policy:
         self.reach.end()
         if rows.old_logp_BT is None:
             rows = replace(rows, old_logp_BT=logp_BT, entropy_BT=entropy_BT)
-        if judge:
-            self._judged(judge, rows)
-        loss = self.processes.sum(local_loss).item()
-        grad_norm = self.gradients.add_up()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        try:
+            if judge:
+                judge(rows)
+            loss, grad_norm = self.processes.sum(local_loss).item(), self.gradients.add_up()
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise TrainingError(
+                    f"loss {loss}, gradient norm {grad_norm}: the step was not taken; lower learning_rate, or look for "
+                    "non-finite log-probs in the batch"
+                )
+            self.reach.check()
+        except BaseException:
             self.optimizer.zero_grad()
-            raise TrainingError(
-                f"loss {loss}, gradient norm {grad_norm}: the step was not taken; lower learning_rate, or look for "
-                "non-finite log-probs in the batch"
-            )
-        self.reach.check()
+            raise
         self.gradients.clip(grad_norm, self.config.max_grad_norm)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
@@ -180,13 +178,6 @@ class Policy:
         observed = self.objective.observe(logp_BT, entropy_BT, rows)
         step = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
         return step | self.processes.metrics(observed), rows
-
-    def _judged(self, judge: Callable[[Batch], None], rows: Batch) -> None:
-        try:
-            judge(rows)
-        except BaseException:
-            self.optimizer.zero_grad()
-            raise
 
     def _accumulate(self, rows: Batch, totals: Totals) -> tuple[Tensor, Tensor, Tensor]:
         """Adds this process's gradient of one optimizer batch; its part of the loss, logp_BT and entropy_BT."""

@@ -106,6 +106,8 @@ class NativeSync:
         keep_trainable(model)
         check_rank(check_servable(model, self.adapter), self.engine.max_lora_rank)
         self._form = ServingForm(model, self.adapter, getattr(torch, self.engine.lora_dtype))
+        self.adapter_bytes = self._form.nbytes
+        """What a push moves: the adapter's tensors in the engine's dtype."""
         self._root, self._head = self.processes.first(lambda: (self.store.root, self.store.head))
         self._leased, self._kept = set[int](), list[int]()
         self.base_match: BaseMatch | None = None
@@ -148,7 +150,7 @@ class NativeSync:
         self._lease_loaded()
         self._keep_state_of(version, extra or {})
         self.processes.first(lambda: self.store.prune())
-        self.last_receipt = PushReceipt(version, seconds, self._form.nbytes, load, time.perf_counter() - keeping)
+        self.last_receipt = PushReceipt(version, seconds, self.adapter_bytes, load, time.perf_counter() - keeping)
         return version
 
     def rollback(self, to: Target) -> RollbackReport:
@@ -163,12 +165,8 @@ class NativeSync:
         finally:
             self._lease_loaded()
         if self.optimizer is None:
-            warnings.warn(
-                f"{report}: NativeSync knows no optimizer, so its moments are those of {report.left} still; pass "
-                "optimizer= (and scheduler=) to have them restored too",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            kept = f"its moments are those of {report.left} still; pass optimizer= (and scheduler=) to restore them too"
+            warnings.warn(f"{report}: NativeSync knows no optimizer, so {kept}", RuntimeWarning, stacklevel=2)
         return report
 
     def restore_trainer(self, version: AdapterVersion) -> bool:
@@ -251,11 +249,6 @@ class NativeSync:
             self.recipe.write(self.store.archive / RECIPE_FILE)
             keep_tokenizer(self.tokenizer, self.store.archive)
         return self.store.publish(files, step=step)
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Bytes that a push moves: the adapter's tensors in the engine's dtype."""
-        return self._form.nbytes
 
     @property
     def recipe(self) -> Recipe:
