@@ -25,6 +25,11 @@ class ModelConfig(Section):
         None, description="'nf4' (QLoRA): of an unquantized base, on both sides; what a checkpoint says is followed"
     )
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What transformers and vLLM are told beside the name."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
 
 class LoraSettings(Section):
     """The adapter to train; what `peft.LoraConfig` calls the same."""

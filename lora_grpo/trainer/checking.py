@@ -202,7 +202,7 @@ class _Run:
         if self.config.engine.urls:
             return "its servers are asked when the run starts"
         import_vllm()
-        return check_served(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        return check_served(model.name, **model.loading)
 
     def _base_match(self) -> str:
         sync = self.trainer.sync

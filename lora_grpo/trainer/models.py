@@ -75,8 +75,7 @@ def build_engine(
 
     return VLLMEngine(
         checkpoint.name,
-        revision=checkpoint.revision,
-        trust_remote_code=checkpoint.trust_remote_code,
+        **checkpoint.loading,
         max_lora_rank=config.max_lora_rank or rank,
         max_loras=config.max_loras,
         quantization=checkpoint.quantization,
@@ -158,9 +157,7 @@ def _shared_base(model: ModelConfig | nn.Module, engine: Engine) -> Any:
     served = engine.describe_base().dtype
     wanted: str = model.dtype
     if wanted == "auto":
-        config: Any = AutoConfig.from_pretrained(
-            model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        config: Any = AutoConfig.from_pretrained(model.name, **model.loading)
         wanted = str(config.dtype or torch.float32).removeprefix("torch.")
     if served != wanted:
         raise ConfigError(f"the engine's base is {served}, the trainer's would be {wanted}: set model.dtype='{served}'")
@@ -191,7 +188,7 @@ def adapted_modules(model: ModelConfig | nn.Module, peft_config: Any) -> list[Lo
 def without_memory(model: ModelConfig | nn.Module, peft_config: Any) -> PeftModel:
     """The PEFT model that is trained, on the meta device."""
     if isinstance(model, ModelConfig):
-        empty = skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        empty = skeleton(model.name, **model.loading)
     else:
         base = peft_model_of(model).get_base_model()
         with torch.device("meta"):
@@ -213,7 +210,7 @@ def _with_adapter(base: Any, config: LoraConfig, name: str, **settings: Any) -> 
 
 def _check_named(model: ModelConfig, targets: Iterable[str]) -> None:
     """Raises `ConfigError` for a name that is no layer's: PEFT skips it where another one is."""
-    empty = skeleton(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    empty = skeleton(model.name, **model.loading)
     paths = [path for path, _ in empty.named_modules()]
     for target in targets:
         if not any(path == target or path.endswith(f".{target}") for path in paths):
@@ -253,9 +250,7 @@ def trainer_tokenizer(model: ModelConfig | nn.Module, processing_class: Any, eng
 def _checkpoint_tokenizer(model: ModelConfig | nn.Module) -> Any:
     checkpoint = checkpoint_of(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.name, revision=checkpoint.revision, trust_remote_code=checkpoint.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.loading)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"{checkpoint.name} has no tokenizer that can be read: is tokenizer.json there? {error}"

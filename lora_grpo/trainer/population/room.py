@@ -174,9 +174,7 @@ def _all_leaves(model: ModelConfig, members: Sequence[Wanted]) -> list[str] | No
 
 def _kv_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:
     """Keys and values of all rows of a round, none of them sharing a prompt; of plain attention in every layer."""
-    text: Any = checkpoint_config(
-        model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-    ).get_text_config()
+    text: Any = checkpoint_config(model.name, **model.loading).get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
