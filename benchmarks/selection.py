@@ -18,7 +18,9 @@ from typing import Any
 
 from lora_grpo.bench.provenance import provenance
 from lora_grpo.config import DataConfig, EngineConfig, GRPOConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
-from lora_grpo.trainer.sweeping import Sweep, SweepPlan, trials_of
+from lora_grpo.trainer.sweeping.grid import trials_of
+from lora_grpo.trainer.sweeping.plan import SweepPlan
+from lora_grpo.trainer.sweeping.sweep import Sweep
 from tests.tiny_models import tiny_model
 
 RATES = [f"{10 ** (-5.9 + number * 0.2):.2g}" for number in range(16)]

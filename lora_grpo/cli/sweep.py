@@ -61,7 +61,8 @@ def sweep(
     Ctrl-C and SIGTERM stop all of it cleanly; --resume goes on.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from lora_grpo.trainer.sweeping import Sweep, SweepPlan
+    from lora_grpo.trainer.sweeping.plan import SweepPlan
+    from lora_grpo.trainer.sweeping.sweep import Sweep
 
     if resume:
         if settings:
@@ -83,7 +84,8 @@ def sweep(
 
 def _plan(config: Path, settings: Sequence[str], sample: int | None, **options: Any) -> SweepPlan:
     from lora_grpo.config_file import load_config
-    from lora_grpo.trainer.sweeping import SweepPlan, is_swept, trials_of
+    from lora_grpo.trainer.sweeping.grid import is_swept, trials_of
+    from lora_grpo.trainer.sweeping.plan import SweepPlan
 
     swept = [text for text in settings if is_swept(text)]
     fixed = load_config(config, [text for text in settings if not is_swept(text)])

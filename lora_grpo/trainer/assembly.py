@@ -60,9 +60,7 @@ class Assembly:
     shared: Shared | None = None
 
     def __post_init__(self) -> None:
-        accelerator = launched()
-        if self.sharing == "auto" and accelerator is not None and accelerator.is_fsdp2:
-            self.sharing = False  # FSDP2 would shard the engine's own weights
+        self.sharing = _sharing(self.sharing)
         self.keep = self.made_of.spec.keep or KeepConfig()
         self.engine_config = with_room(self.made_of.engine_config, self.made_of.config.max_staleness)
 
@@ -164,6 +162,12 @@ class Assembly:
         if engine is not None:
             check_same_device(built, engine)
         return built, base
+
+
+def _sharing(asked: Sharing) -> Sharing:
+    """As asked, but for "auto" with FSDP2, which would shard the engine's own weights."""
+    accelerator = launched()
+    return False if asked == "auto" and accelerator is not None and accelerator.is_fsdp2 else asked
 
 
 def store_server(store: AdapterStore, address: str) -> StoreServer:

@@ -13,7 +13,7 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.state import TrainerState, capture_state, restore_state
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.forking import taken_from
-from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+from lora_grpo.trainer.run import Run
 
 WINDOW = 3
 """Steps whose mean reward is a score."""
@@ -65,7 +65,7 @@ def perturbed(value: Any, draw: random.Random) -> float | int:
     return max(0, min(value - 1, math.floor(value * factor)) if factor < 1 else max(value + 1, round(value * factor)))
 
 
-def take_over(loser: GRPOTrainer, winner: GRPOTrainer) -> AdapterVersion:
+def take_over(loser: Run, winner: Run) -> AdapterVersion:
     """`loser` stands where `winner` stands: its weights, optimizer, schedule and step, as a new version of the loser.
 
     Its parent is the loser's own last one; the journal holds `from/run`, `from/version` and `from/digest`. Seeds, data
@@ -80,7 +80,7 @@ def take_over(loser: GRPOTrainer, winner: GRPOTrainer) -> AdapterVersion:
     return loser.version
 
 
-def _publish_as(loser: GRPOTrainer, winner: GRPOTrainer) -> None:
+def _publish_as(loser: Run, winner: Run) -> None:
     state = capture_state(winner.sync.training, {})
     tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("rng/")}
     keep_state = loser.sync.keep_state
