@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
+import pty
 import random
-from collections.abc import Sequence
+import re
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +359,74 @@ def cut_short(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
         monkeypatch.setattr(sweep_module, "save_config", second)
     else:
         monkeypatch.setattr(RunLog, "append", append)
+
+
+@contextmanager
+def on_a_terminal(*command: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A process whose stdin and stderr are a terminal of its own, and the other end of it."""
+    ours, its = pty.openpty()
+    try:
+        with subprocess.Popen(
+            command,
+            stdin=its,
+            stdout=subprocess.PIPE,
+            stderr=its,
+            env={**os.environ, "COLUMNS": "120", "TERM": "xterm"},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        ) as process:
+            os.close(its)
+            yield process, ours
+    finally:
+        os.close(ours)
+
+
+def shown_until(terminal: int, pattern: str) -> str:
+    """What a terminal shows, up to a pattern or the end of its process; without colours and movements."""
+    shown = ""
+    while not re.search(pattern, shown):
+        try:
+            shown += os.read(terminal, 1 << 16).decode(errors="replace")
+        except OSError:  # its process has ended
+            return shown
+        shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    return shown
+
+
+ON_A_FAKE = """
+import sys
+from pathlib import Path
+from lora_grpo import cli
+from lora_grpo.trainer.population import population
+from tests.tiny_run import fake_engine
+population.build_engine = lambda model, *_, **__: fake_engine(Path(model.name))
+cli.main()
+"""
+"""The command, whose engine alone is not vLLM's."""
+
+
+def test_ctrl_c_stops_a_sweep_which_goes_on_as_if_it_had_not(llama_dir: Path, tmp_path: Path) -> None:
+    plan = evolving(llama_dir, tmp_path / "whole", "grpo.seed=1,2", grpo=config(4))
+    whole = Sweep(plan, engine=fake_engine(llama_dir)).run()
+    (tmp_path / "run.json").write_text(settings_of(llama_dir, tmp_path / "stopped", grpo=config(4)).model_dump_json())
+    command = [sys.executable, "-c", ON_A_FAKE, "sweep"]
+    options = ["--evolve-every", "2", "--perturb", "grpo.learning_rate"]
+    with on_a_terminal(*command, str(tmp_path / "run.json"), "grpo.seed=1,2", *options) as (process, terminal):
+        table = shown_until(terminal, r"1_seed=2 +│ running +│ +[1-3] ")
+        os.write(terminal, b"\x03")
+        said = shown_until(terminal, "never")
+        assert process.wait(60) == 130, table + said
+    header = r"member +┃ state +┃ step ┃ reward ┃ held_out ┃ why ┃ grpo.seed ┃ grpo.learning_rate"
+    for pattern in (header, r"0_seed=1 │ waiting │ +0 │ +- +│ +- +│ +- +│ +1 │ +0.002 │"):
+        assert re.search(pattern, table), table
+    assert "Traceback" not in said
+    assert "stopped; go on with: lora-grpo sweep" in said
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+    resumed = subprocess.run([*command, str(tmp_path / "stopped"), "--resume"], capture_output=True, timeout=300)
+    assert resumed.returncode == 0, resumed.stderr[-3000:].decode()
+    assert {**json.loads(resumed.stdout), "adapter": None} == {**whole, "adapter": None}
+    assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
+    assert sorted(map(str, decisions(tmp_path / "stopped"))) == sorted(map(str, decisions(tmp_path / "whole")))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,14 +101,17 @@ def _steps(text: str | None) -> tuple[int, ...]:
 @contextmanager
 def _shown() -> Iterator[Callable[[list[Row]], None]]:
     """A live table on a terminal, else a line for each round."""
-    if not sys.stderr.isatty():
-        yield lambda rows: say(_line(rows))
-        return
     from rich.console import Console
     from rich.live import Live
 
-    with Live(console=Console(stderr=True), refresh_per_second=4) as live:
-        yield lambda rows: live.update(table(rows, "sweep"))
+    from lora_grpo.metrics.quiet import own_stderr
+
+    with own_stderr() as stream:
+        if not stream.isatty():
+            yield lambda rows: say(_line(rows))
+            return
+        with Live(console=Console(file=stream), refresh_per_second=4) as live:
+            yield lambda rows: live.update(table(rows, "sweep"))
 
 
 def _line(rows: Sequence[Row]) -> str:
