@@ -21,24 +21,17 @@ from typer.core import TyperGroup
 
 import lora_grpo
 from lora_grpo.cli.bench import bench
+from lora_grpo.cli.changing import pin, prune, rollback, unpin
 from lora_grpo.cli.chat import chat
 from lora_grpo.cli.check import check
-from lora_grpo.cli.compare import compare
-from lora_grpo.cli.demo import demo
-from lora_grpo.cli.diff import diff
-from lora_grpo.cli.evaluate import evaluate
-from lora_grpo.cli.export import export
-from lora_grpo.cli.fork import fork
+from lora_grpo.cli.comparing import compare, diff
+from lora_grpo.cli.copies import export, fork
 from lora_grpo.cli.init import init
 from lora_grpo.cli.output import say_error
-from lora_grpo.cli.pin import pin, unpin
-from lora_grpo.cli.prune import prune
 from lora_grpo.cli.report import report
-from lora_grpo.cli.rollback import rollback
-from lora_grpo.cli.serve import serve
-from lora_grpo.cli.store_server import store_server
+from lora_grpo.cli.serve import serve, store_server
 from lora_grpo.cli.sweep import sweep
-from lora_grpo.cli.train import train
+from lora_grpo.cli.train import demo, evaluate, train
 from lora_grpo.cli.verify import verify
 from lora_grpo.cli.versions import show, versions
 from lora_grpo.errors import LoraGrpoError

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from lora_grpo.cli.output import print_json, print_table
+from lora_grpo.cli.live import Json, Overrides
+from lora_grpo.cli.output import tell_rows
 from lora_grpo.errors import ConfigError
 
 
@@ -17,10 +18,7 @@ def check(
         str,
         typer.Argument(metavar="CONFIG|MODEL", help="A TOML file, a run's directory, or a model's name or directory."),
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of the file's, or of the defaults."),
-    ] = None,
+    overrides: Overrides = None,
     engine: Annotated[
         bool, typer.Option("--engine", help="Start the engine too: base match, probe, slots, three swaps.")
     ] = False,
@@ -31,7 +29,7 @@ def check(
         bool,
         typer.Option("--random-weights", help="For a MODEL of which only the config is there: draw its weights."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Find what would end a run, without training it: settings, data, adapter, memory; exit code 2 if something would.
 
@@ -49,9 +47,7 @@ def check(
         config = config_of_model(model, overrides or ()) if alone else load_config(target, overrides or ())
         found = check_run(config, engine=engine, rewards=rewards, base_alone=alone)
         findings = [{**asdict(finding), "found": finding.found.replace(model, target)} for finding in found]
-    if as_json:
-        print_json(findings)
-    else:
-        print_table([{**row, "ok": "yes" if row["ok"] else "NO"} for row in findings], f"check of {target}")
+    rows = [{**row, "ok": "yes" if row["ok"] else "NO"} for row in findings]
+    tell_rows(findings, as_json, rows, f"check of {target}")
     if not all(row["ok"] for row in findings):
         raise typer.Exit(2)

@@ -7,16 +7,14 @@ from typing import Annotated
 
 import typer
 
+from lora_grpo.cli.live import Overrides
 from lora_grpo.cli.output import say
 from lora_grpo.errors import ConfigError
 
 
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A base model's hub name or directory.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of what would be proposed: data.name=main"),
-    ] = None,
+    overrides: Overrides = None,
     data: Annotated[
         str, typer.Option("--data", "-d", help="The prompts: a .jsonl, .json, .csv or .parquet file, or a hub name.")
     ] = ...,  # type: ignore[assignment]

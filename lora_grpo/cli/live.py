@@ -25,6 +25,10 @@ VERSION_HELP = "12 or v12, head, parent, best, best:METRIC or best:-METRIC (the 
 Version = Annotated[str, typer.Argument(metavar="VERSION", help=VERSION_HELP)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of others: grpo.beta=0.1 rewards.0.weight=2"),
+]
 Timeout = Annotated[
     float, typer.Option("--timeout", min=0, help="Seconds to wait until a live run begins, before its next step.")
 ]

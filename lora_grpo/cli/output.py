@@ -21,19 +21,35 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(_finite(document), ensure_ascii=False, default=str, allow_nan=False))
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], title: str, columns: Sequence[str] = ()) -> None:
-    """Rows as a table, in `columns` or in every column that a row has."""
+def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Rows as a table, in every column that a row has."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table(rows, title, columns))
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table(rows, title))
 
 
-def table(rows: Sequence[Mapping[str, Any]], title: str, columns: Sequence[str] = ()) -> Table:
+def tell(document: Any, as_json: bool, text: str) -> None:
+    """A command's result, for a program or for a person."""
+    if as_json:
+        print_json(document)
+    else:
+        typer.echo(text)
+
+
+def tell_rows(document: Any, as_json: bool, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """The same where people get a table."""
+    if as_json:
+        print_json(document)
+    else:
+        print_table(rows, title)
+
+
+def table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """What `print_table` prints."""
     from rich.table import Table
     from rich.text import Text
 
-    names = list(columns) or list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(name for row in rows for name in row))
     numeric = {name: any(isinstance(row.get(name), int | float) for row in rows) for name in names}
     made = Table(title=Text(title), title_justify="left")
     for name in names:

@@ -1,18 +1,22 @@
-"""`lora-grpo serve MODEL`."""
+"""`lora-grpo serve MODEL` and `lora-grpo store-server RUN`."""
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_grpo.cli.output import print_json, say
+from lora_grpo.cli.live import Json, Run
+from lora_grpo.cli.output import say, tell
 
 if TYPE_CHECKING:
     from lora_grpo.engines.server.launch import Serving
+
+PORT = 8731
 
 
 def serve(
@@ -86,15 +90,37 @@ def _until_interrupted(serving: Serving, logs: Path, as_json: bool) -> None:
     from lora_grpo.engines.server.launch import Servers
 
     logs.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     say(f"starting {serving.replicas} of {serving.model}; logs in {logs}")
     with Servers(serving, logs) as servers:
-        if as_json:
-            print_json({"urls": servers.urls, "logs": str(logs)})
-        else:
-            typer.echo("\n".join(servers.urls))
+        tell({"urls": servers.urls, "logs": str(logs)}, as_json, "\n".join(servers.urls))
         servers.watch()
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+def store_server(
+    run: Run,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; another than loopback's can be reached by others.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = PORT,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="A file with the token; by default the one that LORA_GRPO_STORE_TOKEN_FILE names."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a run's versions, read-only, to replicas that share no disk with it, until Ctrl-C.
+
+    The run may be going on in another process. Every request needs the token. It and the adapters travel unencrypted:
+    across a network that others can read, put a TLS proxy in front.
+    """
+    from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.remote.server import StoreServer
+    from lora_grpo.remote.token import read_token
+
+    token = read_token(token_file)
+    with AdapterStore(archive=run, readonly=True) as store, StoreServer(store, token, host=host, port=port) as server:
+        at = {"url": server.url, "run": server.run, "pid": os.getpid()}
+        tell(at, as_json, f"serving {server.run} at {server.url}")
+        say(f"replicas need LORA_GRPO_STORE_URL={server.url} and the token; they serve versions as {server.run}@NUMBER")
+        server.wait()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.cli.live import Json, Run, Version
-from lora_grpo.cli.output import print_json, print_table
+from lora_grpo.cli.output import print_json, print_table, tell_rows
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.store import AdapterStore
@@ -22,10 +22,7 @@ def versions(run: Run, as_json: Json = False) -> None:
 
     with AdapterStore(archive=run, readonly=True) as store:
         rows = _rows(store)
-    if as_json:
-        print_json(rows)
-    else:
-        print_table([for_people(row) for row in rows], f"versions of {run}")
+    tell_rows(rows, as_json, [for_people(row) for row in rows], f"versions of {run}")
 
 
 def show(run: Run, version: Version, as_json: Json = False) -> None:

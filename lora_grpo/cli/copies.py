@@ -1,4 +1,4 @@
-"""`lora-grpo export RUN VERSION [DIR] [--push-to-hub REPO]`."""
+"""`lora-grpo export RUN VERSION [DIR]` and `lora-grpo fork RUN VERSION NEW`: a version taken out of its run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_grpo.cli.live import Json, Run, Version
-from lora_grpo.cli.output import print_json
+from lora_grpo.cli.live import Json, Overrides, Run, Version
+from lora_grpo.cli.output import say, tell
 from lora_grpo.errors import ConfigError
 
 
@@ -45,10 +45,31 @@ def export(
         from lora_grpo.trainer import hub
 
         said["commit"] = hub.push_to_hub(run, found, push_to_hub, private=private)
-    if as_json:
-        print_json({"version": found.number, **said})
-        return
-    if directory is not None:
-        typer.echo(f"{found} is in {directory}, weights {said['weights']}")
-    if push_to_hub is not None:
-        typer.echo(f"{found} is at {said['commit']}")
+    lines = [f"{found} is in {directory}, weights {said['weights']}"] if directory is not None else []
+    lines += [f"{found} is at {said['commit']}"] if push_to_hub is not None else []
+    tell({"version": found.number, **said}, as_json, "\n".join(lines))
+
+
+def fork(
+    run: Run,
+    version: Version,
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The new run's directory.")],
+    overrides: Overrides = None,
+    weights_only: Annotated[
+        bool,
+        typer.Option("--weights-only", help="Begin at step 0 from the version's weights, with a new optimizer."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a new run that starts from any version of another: `lora-grpo train NEW --resume` goes on from there.
+
+    It goes on exactly as the run did from that version, or with other settings: optimizer, schedule, random state and
+    data position are the version's. RUN may be live, and stays as it is.
+    """
+    from lora_grpo.trainer.forking import fork as make
+
+    made = make(run, version, new, overrides or (), weights_only=weights_only)
+    document = {"run": str(made.run), "version": made.origin.number, "digest": made.origin.digest, "step": made.step}
+    tell(document | {"from": str(made.source), "weights": made.weights}, as_json, str(made))
+    if not as_json:
+        say(f"go on with: lora-grpo train {new} --resume")

@@ -1,4 +1,4 @@
-"""`lora-grpo prune RUN`."""
+"""`lora-grpo pin`, `unpin`, `rollback` and `prune`: what changes a run, whether it is stopped or live."""
 
 from __future__ import annotations
 
@@ -7,12 +7,69 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_grpo.cli.live import TIMEOUT_S, Json, Run, Timeout, change
-from lora_grpo.cli.output import print_json
+from lora_grpo.cli.live import TIMEOUT_S, VERSION_HELP, Json, Run, Timeout, Version, change
+from lora_grpo.cli.output import tell
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.config import KeepConfig
+
+
+def pin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
+    """Keep a version, its archived copy and its trainer state until it is unpinned."""
+    _pin("pin", run, version, timeout, as_json)
+
+
+def unpin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
+    """Leave a version to retention again."""
+    _pin("unpin", run, version, timeout, as_json)
+
+
+def _pin(verb: str, run: Path, version: str, timeout_s: float, as_json: bool) -> None:
+    from lora_grpo.adapters.asking.target import parse_target
+
+    parse_target(version)
+
+    def act(store: AdapterStore) -> dict[str, Any]:
+        getattr(store, verb)(version)
+        return {"done": f"{verb}ned", "pins": sorted(store.pins)}
+
+    result = change(run, verb, act, timeout_s=timeout_s, version=version)
+    pins = ", ".join(f"v{number}" for number in result["pins"]) or "none"
+    tell(result, as_json, f"{result['done']}; pinned are: {pins}")
+
+
+def rollback(
+    run: Run,
+    to: Annotated[str, typer.Option("--to", metavar="VERSION", help=VERSION_HELP)],
+    timeout: Timeout = TIMEOUT_S,
+    as_json: Json = False,
+) -> None:
+    """Go back to an earlier version: the next one that is trained gets a new number, with that one as its parent.
+
+    A stopped run is moved at once, and goes on from there when it is resumed; a live one before its next step. The
+    prompts are not rewound and every sampling seed changes.
+    """
+    from lora_grpo.adapters.asking.target import parse_target
+    from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
+
+    parse_target(to)
+
+    def act(store: AdapterStore) -> dict[str, Any]:
+        done = roll_back_stopped(store, to)
+        version = store.get(done.to)
+        exact = "state" in store.where(done.to)
+        return {
+            "done": f"HEAD moved from v{done.left} to v{done.to} (step {version.step}); resume goes on from there, "
+            + ("exactly" if exact else "from its rounded weights: its trainer state was not kept"),
+            "version": done.to,
+            "step": version.step,
+            "left": done.left,
+            "weights": "exact" if exact else "rounded",
+        }
+
+    result = change(run, "rollback", act, timeout_s=timeout, to=to)
+    tell(result, as_json, result["done"])
 
 
 def prune(
@@ -56,10 +113,7 @@ def prune(
             result = _told("would remove", *reader.prunable(settings))
     else:
         result = change(run, "prune", act, timeout_s=timeout, retention=settings)
-    if as_json:
-        print_json(result)
-    else:
-        typer.echo(result["done"])
+    tell(result, as_json, result["done"])
 
 
 def _told(verb: str, removed: list[int], states: list[int]) -> dict[str, Any]:
