@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 
@@ -41,22 +42,21 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.attribution import Rows, judge
 from lora_grpo.bench.provenance import provenance
 from lora_grpo.config import RunConfig
-from lora_grpo.data import load_data
 from lora_grpo.demo.base import ensure_base
 from lora_grpo.demo.run import demo_config
 from lora_grpo.engines.base import Adapters, LoadReceipt
+from lora_grpo.engines.local.targets import linear_leaves
 from lora_grpo.engines.server.connect import LOAD
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Servers, Serving
 from lora_grpo.errors import ConfigError
-from lora_grpo.rewards import load_reward
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
-from lora_grpo.trainer.build import effective_grpo, lora_config
+from lora_grpo.trainer.build import member_spec
 from lora_grpo.types import Completion, Group, Prompt, Sampling
 
-LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-VLLM_ARGS = ("--max-model-len", "64", "--max-num-seqs", "256", "--enforce-eager", "--gpu-memory-utilization", "0.1")
+LIMITS = ("--max-model-len", "64", "--max-num-seqs", "256", "--gpu-memory-utilization", "0.1")
+VLLM_ARGS = (*LIMITS, "--enforce-eager", "--dtype", "float32")
 PORT = 8461
 MIN_STEPS = 6
 NOISE_ROWS = 1024
@@ -139,25 +139,10 @@ def rows_of(groups: Sequence[Group]) -> list[Row]:
 
 
 def train(config: RunConfig, engine: Witnessed, most: int) -> GRPOTrainer:
-    data, held_out = load_data(config.data)
-    trainer = GRPOTrainer(
-        config.model,
-        [load_reward(reward) for reward in config.rewards],
-        effective_grpo(config).replace(max_staleness=most),
-        data,
-        eval_dataset=held_out,
-        peft_config=lora_config(config.lora),
-        engine=engine,
-        keep=config.keep,
-        run_dir=config.output_dir,
-        view=False,
-    )
-    at, disk.at = disk.at, engine.slow_store
-    try:
-        with trainer:
-            trainer.train()
-    finally:
-        disk.at = at
+    run = member_spec(config.replace(grpo=config.grpo.replace(max_staleness=most)))
+    trainer = GRPOTrainer(config.model, **run.arguments(), engine=engine, view=False)
+    with patch.object(disk, "at", engine.slow_store), trainer:
+        trainer.train()
     return trainer
 
 
@@ -230,8 +215,8 @@ def check(trainer: GRPOTrainer, engine: Witnessed, of_the_base: list[Row], noise
 def run(steps: int, most: int, folder: Path) -> dict[str, Any]:
     base = ensure_base()
     config = demo_config(base, folder / "run", steps=steps, seed=0)
-    slots, arguments = max(2, most + 1), (*VLLM_ARGS, "--dtype", "float32")
-    serving = Serving(str(base), replicas=2, port=PORT, max_loras=slots, target_modules=LEAVES, arguments=arguments)
+    slots, leaves = max(2, most + 1), tuple(linear_leaves(str(base)))
+    serving = Serving(str(base), replicas=2, port=PORT, max_loras=slots, target_modules=leaves, arguments=VLLM_ARGS)
     with Servers(serving, folder) as servers:
         engine = Witnessed(servers, steps, max_loras=slots)
         started = time.perf_counter()

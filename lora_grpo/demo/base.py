@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,14 +78,20 @@ def ensure_base(
     path = base_path(recipe, cache)
     if path.is_dir():
         return path
+    import torch
+
     path.parent.mkdir(parents=True, exist_ok=True)
     model = pretrain(recipe, progress)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        _save(model, staging)
-        _rename_unless_there(staging, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
+        made = Path(staging) / "base"
+        model.to(torch.bfloat16).save_pretrained(made)
+        digit_tokenizer().save_pretrained(made)
+        try:
+            made.rename(path)
+        except OSError:
+            # Another process's, if there is one already, is as good.
+            if not path.is_dir():
+                raise
     return path
 
 
@@ -175,20 +180,3 @@ def _threads(most: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _save(model: LlamaForCausalLM, directory: Path) -> None:
-    import torch
-
-    model.to(torch.bfloat16).save_pretrained(directory)
-    digit_tokenizer().save_pretrained(directory)
-
-
-def _rename_unless_there(staging: Path, path: Path) -> None:
-    """Put the finished directory in its place; another process's, if there is one already, is as good."""
-    staging.chmod(0o755)
-    try:
-        staging.rename(path)
-    except OSError:
-        if not path.is_dir():
-            raise
