@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.bench import commit, decode, drift, fidelity, host, memory, room, runner, shapes, step
+from lora_grpo.bench import decode, fidelity, host, memory, room, runner, shapes, step
 from lora_grpo.bench import reference as references
 from lora_grpo.bench.breakeven import break_even
 from lora_grpo.bench.plan import ABBA, Cell
 from lora_grpo.bench.prepared import sequences
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner
-from lora_grpo.bench.scenario import plan_parts
-from lora_grpo.bench.settings import Settings
+from lora_grpo.bench.settings import Settings, plan_parts
 from lora_grpo.bench.strategies import NATIVE, load_strategy
 from lora_grpo.bench.strategies.base import Synced
 from lora_grpo.bench.strategies.trainer import Trainer
@@ -95,10 +94,10 @@ def test_the_pristine_copy_counts_where_it_is_made() -> None:
 def test_fidelity_counts_two_workers_and_memory_one() -> None:
     model = host.measure_model("qwen2.5-7b", None)
     cpu = {"shape": "qwen2.5-7b"}
-    of = {part: room.needed_on_cpu(part, plan_parts(part, None, cpu)[part], model) for part in ("fidelity", "memory")}
+    of = {part: room.needed_bytes(part, plan_parts(part, None, cpu)[part], model) for part in ("fidelity", "memory")}
     alone = plan_parts("fidelity", None, {**cpu, "strategies": (NATIVE,)})["fidelity"]
-    assert of["fidelity"] - room.needed_on_cpu("fidelity", alone, model) > 4 * model["parameters"]
-    assert of["memory"] < room.needed_on_cpu("sync", plan_parts("sync", None, cpu)["sync"], model)
+    assert of["fidelity"] - room.needed_bytes("fidelity", alone, model) > 4 * model["parameters"]
+    assert of["memory"] < room.needed_bytes("sync", plan_parts("sync", None, cpu)["sync"], model)
 
 
 def test_a_step_trains_with_checkpoints_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +123,6 @@ class FakeWorker:
         self.done: list[str] = []
 
     def prepare(self, subject: Any) -> None: ...
-
-    def finish(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -193,14 +190,14 @@ def test_no_reference_outlives_what_it_was_for(tiny: Path, monkeypatch: pytest.M
     bench: Any = SimpleNamespace(
         strategy=strategy, subject=subject(tiny), base_logprobs=teacher_logprobs(strategy.trainer.model, tokens)
     )
-    oracle = fidelity.oracle(**subject(tiny).fields())
+    oracle = fidelity.oracle(subject(tiny))
     gc.collect()
     assert [reference() for reference in made] == [None]
     found = fidelity.truth(bench, **oracle)
     assert found["error_nats"] <= fidelity.TOLERANCE * found["noise_nats"]
     assert found["signal_nats"] > 2 * fidelity.TOLERANCE * found["noise_nats"]
     fidelity.measure(bench, [1e-4], [1])
-    assert drift.measure(bench, [1])[0]["max_abs"] == 0
+    assert fidelity.drift(bench, [1])[0]["max_abs"] == 0
     gc.collect()
     assert len(made) == 3
     assert all(reference() is None for reference in made)
@@ -300,14 +297,14 @@ def test_a_merge_that_was_decoded_itself_is_judged_by_that() -> None:
 
 
 def test_the_environment_names_the_commit_before_any_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(commit.VARIABLE, "abc1234")
-    assert commit.commit() == host.card("cpu")["commit"] == "abc1234"
-    monkeypatch.delenv(commit.VARIABLE)
-    assert commit.commit() != "abc1234"
+    monkeypatch.setenv(host.COMMIT, "abc1234")
+    assert host.commit() == host.card("cpu")["commit"] == "abc1234"
+    monkeypatch.delenv(host.COMMIT)
+    assert host.commit() != "abc1234"
 
     def absent(*_: Any, **__: Any) -> Any:
         raise subprocess.CalledProcessError(128, "git")
 
     monkeypatch.setattr(subprocess, "run", absent)
-    assert commit.commit() is None
+    assert host.commit() is None
     assert "commit" not in host.card("cpu")

@@ -14,7 +14,7 @@ from lora_grpo.bench import levels, runner, sync, worker
 from lora_grpo.bench.plan import Cell
 from lora_grpo.bench.report import findings, write_report
 from lora_grpo.bench.runner import Partial, TurnRunner
-from lora_grpo.bench.scenario import plan_parts
+from lora_grpo.bench.settings import plan_parts
 from lora_grpo.bench.strategies.base import engine_arguments
 from lora_grpo.bench.suite import PLANNERS
 from lora_grpo.bench.turns import AGAIN, AT_ONCE, beside_native, one_at_a_time, with_weights
@@ -111,15 +111,12 @@ class FakeWorker:
         self.done: list[str] = []
         self.made.append(self)
 
-    def prepare(self, subject: Any) -> None:
-        self.asked, self.before = subject.strategy, self.done[-1] if self.done else None
-
-    def finish(self) -> int | None:
-        if self.asked in self.broken:
+    def prepare(self, subject: Any) -> int | None:
+        if subject.strategy in self.broken:
             raise EngineError("no kernel image")
-        if self.before in self.hoards:
+        if self.done and self.done[-1] in self.hoards:
             return GIB
-        self.done.append(self.asked)
+        self.done.append(subject.strategy)
         return None
 
     def do(self, work: str, **arguments: Any) -> Any:
@@ -179,7 +176,7 @@ def test_a_worker_closes_waits_and_says_what_is_left(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(worker, "prepare", prepare)
     one = worker.Worker()
-    answers = [one.answer({"prepare": subject(strategy=name).fields()}) for name in "abcd"]
+    answers = [one.answer({"prepare": subject(strategy=name)}) for name in "abcd"]
     assert answers == [None, None, None, 2 * GIB]
     assert closed == ["a", "b", "c"]
     one.close()

@@ -19,23 +19,25 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from lora_grpo.bench import host
 from lora_grpo.bench.schema import Document
+from lora_grpo.bench.settings import plan_parts
 from lora_grpo.engines import compat
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 from tests.test_parity import ARCHITECTURES
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
-MODULES = ("run", "steps", "keeping", "places", "drawing", "launching", "figures", "card")
+MODULES = ("run", "steps", "keeping", "places", "launching", "card")
 STEPS = ["card", "tiny", "0.5b", "7b", "demo", "trainer", "trainer-7b", "parity", "invariance", "7b-compiled", "graphs"]
 REPEATED = ("trainer-7b", "parity", "7b-compiled")
 DRY = [name for name in STEPS if name not in REPEATED]
-DRAW_S, START_S = 12, 90
-"""Of a GPU: drawing the large model, and the host's start."""
+START_S = 90
+"""Of a host with a GPU."""
 GIB = 1 << 30
 
 
@@ -49,24 +51,25 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture
-def run(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+def run(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
     """The script, with models in a folder of this test."""
     monkeypatch.setattr(scripts.places, "SHARED", tmp_path / "shm")
     monkeypatch.setattr(scripts.run, "SLOWER", 1)
     module: ModuleType = scripts.run
-    return module
+    with patch.dict(os.environ):
+        yield module
 
 
 CARD = "print('{\"refused\": {}}')"
 
 
-def plan_of(run: ModuleType, monkeypatch: pytest.MonkeyPatch, limit_s: int = 60, **codes: str) -> None:
+def plan_of(
+    run: ModuleType, monkeypatch: pytest.MonkeyPatch, limit_s: int = 60, warm: bool = False, **codes: str
+) -> None:
     """Have the script run these programs instead of its steps."""
     from steps import Step, last_json
 
-    steps = [
-        Step(name, 1, limit_s, [sys.executable, "-c", code], last_json, warm=False) for name, code in codes.items()
-    ]
+    steps = [Step(name, 1, limit_s, [sys.executable, "-c", code], last_json, warm=warm) for name, code in codes.items()]
     monkeypatch.setattr(run, "plan", lambda *_: steps)
     monkeypatch.setattr("keeping.found", lambda name, result: "")
 
@@ -163,16 +166,17 @@ def test_the_plan_on_a_gpu(scripts: SimpleNamespace, tmp_path: Path) -> None:
     assert [step.name for step in planned] == STEPS
     assert [step.name for step in scripts.steps.plan(tmp_path, "cpu", tmp_path)] == DRY
     assert all(1.3 * step.expected_s < step.limit_s for step in planned)
-    until = {step.name: DRAW_S + sum(one.expected_s for one in planned[: i + 1]) for i, step in enumerate(planned)}
+    until = {step.name: sum(one.expected_s for one in planned[: i + 1]) for i, step in enumerate(planned)}
     assert until["7b"] <= 9 * 60
     assert until["invariance"] <= 15 * 60 - START_S
     assert [step.name for step in planned if not step.warm] == ["invariance"]
     shapes = {step.name: step.shape for step in planned if step.shape}
     assert shapes == {"0.5b": "qwen2.5-0.5b", "7b": "qwen2.5-7b", "7b-compiled": "qwen2.5-7b"}
-    large = scripts.figures.settings("7b", "qwen2.5-7b", "cuda:0")
+    options = {"shape": "qwen2.5-7b", "device": "cuda:0"}
+    large = plan_parts("all", scripts.steps.scenario("7b", "cuda:0"), options)
     assert {settings.engine for settings in large.values()} == {"graphs alone"}
     assert set(large) == {"sync", "memory", "rollback", "decode"}
-    compiled = scripts.figures.settings("7b-compiled", "qwen2.5-7b", "cuda:0")
+    compiled = plan_parts("all", scripts.steps.scenario("7b-compiled", "cuda:0"), options)
     assert {settings.engine for settings in compiled.values()} == {"compiled"}
 
 
@@ -337,51 +341,6 @@ def test_a_step_that_does_not_end_is_ended(run: ModuleType, tmp_path: Path, monk
     assert call(run, tmp_path) == 1
     assert states(tmp_path) == {"card": "passed", "parity": "cut off", "demo": "passed"}
     assert record(tmp_path, "parity")["rc"] == -signal.SIGKILL
-
-
-def test_the_large_model_is_drawn_first_and_its_process_ends_between_steps(
-    scripts: SimpleNamespace, tmp_path: Path
-) -> None:
-    """`start` comes back when all is drawn; what is half-written when time is over is not taken for a model."""
-    log, environ = tmp_path / "log", {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    launcher = scripts.launching.Launcher(environ, log)
-    launcher.forks = False
-    drawing = scripts.drawing.Drawing(launcher)
-    drawing.start("tiny", tmp_path / "tiny", "cpu", log)
-    process = drawing._process
-    assert drawing._drawn.is_set(), log.read_text()
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.0)
-    drawing.between_steps(30.0)
-    assert process.returncode == 0
-    assert (tmp_path / "tiny" / scripts.places.FINISHED).exists()
-    drawing.between_steps()
-    drawing.start("tiny", tmp_path / "tiny", "cpu", log)
-    assert drawing._process is None
-    drawing.end()
-    launcher.close()
-
-
-def test_each_call_draws_before_its_first_engine_if_the_model_is_missing(
-    run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a second call, too, whose card is kept from the first."""
-    seen: list[str] = []
-
-    class Noted(run.Drawing):  # type: ignore[name-defined, misc]
-        def start(self, shape: str, directory: Path, device: str, *_: Any) -> None:
-            self.started = True
-            seen.append(f"draw {shape}")
-
-        def between_steps(self, wait_s: float = 0.0) -> None:
-            seen.append("wait" if wait_s else "look")
-
-    monkeypatch.setattr(run, "Drawing", Noted)
-    plan_of(run, monkeypatch, **{"card": CARD, "tiny": "pass", "7b": "raise SystemExit(1)"})
-    assert call(run, tmp_path) == 1
-    assert seen == ["look", "draw tiny", "look", "wait"]
-    assert call(run, tmp_path) == 1
-    assert seen[4:] == ["draw tiny", "wait"]
 
 
 def test_where_models_go(scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,19 +51,20 @@ def look(device: str) -> dict[str, Any]:
 
 def too_large(device: str, memory_bytes: dict[str, int]) -> dict[str, str]:
     """A sentence for each step of figures that does not fit."""
-    from figures import STEPS, settings
-    from steps import SHAPES
+    from steps import plan, scenario
 
     from lora_grpo.bench import host, room
+    from lora_grpo.bench.settings import plan_parts
     from lora_grpo.errors import ConfigError
 
     refused: dict[str, str] = {}
-    for step in STEPS:
-        shape = SHAPES[device.partition(":")[0]][step.partition("-")[0]]
-        try:
-            room.engine_shares(settings(step, shape, device), {shape: host.measure_model(shape, None)}, memory_bytes)
-        except ConfigError as error:
-            refused[step] = str(error)
+    for step in plan(Path(), device, Path()):
+        if step.shape:
+            parts = plan_parts("all", scenario(step.name, device), {"shape": step.shape, "device": device})
+            try:
+                room.engine_shares(parts, {step.shape: host.measure_model(step.shape, None)}, memory_bytes)
+            except ConfigError as error:
+                refused[step.name] = str(error)
     return refused
 
 

@@ -68,7 +68,6 @@ class Record:
             "step": step.name,
             "state": self.state(step),
             "seconds": done.get("seconds", "-"),
-            "processor seconds": done.get("cpu_s", "-"),
             "estimate for a GPU, s": step.expected_s,
             "limit, s": step.limit_s,
             "found": done.get("why") or found(step.name, done.get("result")),

@@ -19,15 +19,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from drawing import Drawing
 from keeping import Record
-from launching import Launcher, Started
+from launching import Process, send, start, wait
 from places import Place, choose_place
-from steps import REPOSITORY, SHAPES, Step, plan
+from steps import REPOSITORY, Step, plan
 
 LEAST_S = 15.0
 """Less than this is not worth starting a step for."""
@@ -36,7 +35,8 @@ GRACE_S = 25.0
 REPORT_S = 120.0
 SLOWER = 5
 """Times its limit that a step of a dry run may take, on processors that others use too."""
-TAIL = 40
+TAIL, WIDTH = 40, 400
+"""Of a step's output, in lines and characters, what stands beside its result."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,15 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out, place = options.out.resolve(), choose_place(options.models, options.device)
     record = Record(out, plan(out, options.device, place.models), place.notes)
     chosen = [step for step in record.steps if not options.only or step.name in options.only]
-    environ = environment(place)
-    launcher = Launcher(environ, record.out / "logs" / "launch.log")
-    drawing = Drawing(launcher)
-    try:
-        go_through(chosen, record, place, drawing, launcher, deadline, options.device)
-    finally:
-        drawing.end()
-        launcher.close()
-    return finish(record, place, environ)
+    os.environ.update(environment(place))
+    sys.path.append(str(REPOSITORY))
+    go_through(chosen, record, place, deadline, SLOWER if options.device == "cpu" else 1)
+    return finish(record, place)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -98,35 +93,24 @@ def environment(place: Place) -> dict[str, str]:
     }
 
 
-def go_through(
-    chosen: Sequence[Step],
-    record: Record,
-    place: Place,
-    drawing: Drawing,
-    launcher: Launcher,
-    deadline: float,
-    device: str,
-) -> None:
+def go_through(chosen: Sequence[Step], record: Record, place: Place, deadline: float, slower: int) -> None:
     """Every step that has not passed, until time is over or somebody interrupts; without a card, none."""
+    forks = True
     for step in sorted(chosen, key=lambda step: is_repeated(step, record)):
         if record.passed(step):
             continue
         if step.name != "card" and not record.result("card"):
             return
-        if step.name != "card" and not drawing.started and wants_large(chosen, record, place):
-            shape = SHAPES[device.partition(":")[0]]["7b"]
-            drawing.start(shape, place.models / f"{shape}-seed0", device, record.out / "logs" / "draw.log")
-        drawing.between_steps(step.limit_s if step.is_large else 0.0)
-        left_s = deadline - GRACE_S - time.monotonic()
-        limit_s = min(step.limit_s * (SLOWER if device == "cpu" else 1), left_s)
+        limit_s = min(step.limit_s * slower, deadline - GRACE_S - time.monotonic())
         if why := refusal(step, record, place):
             record.keep(step, {"state": "refused", "seconds": 0.0, "why": why})
         elif limit_s > LEAST_S:
-            warm, log = record.state(step) != "failed", record.out / "logs" / f"{step.name}.log"
-            record.keep(step, run_step(step, log, limit_s, launcher, warm))
+            warm = forks and step.warm and record.state(step) != "failed"
+            log = record.out / "logs" / f"{step.name}.log"
+            record.keep(step, run_step(step, log, limit_s, warm))
             if step.name == "card" and record.state(step) == "failed":
-                launcher.forks = False
-                record.keep(step, run_step(step, log, limit_s, launcher, False))
+                forks = False
+                record.keep(step, run_step(step, log, limit_s, forks))
         if record.state(step) == "interrupted":
             return
 
@@ -144,55 +128,49 @@ def refusal(step: Step, record: Record, place: Place) -> str:
     return too_large.get(step.name, "") or (place.refusal if step.is_large else "")
 
 
-def wants_large(chosen: Sequence[Step], record: Record, place: Place) -> bool:
-    return any(step.is_large and not record.passed(step) and not refusal(step, record, place) for step in chosen)
-
-
-def run_step(step: Step, log: Path, limit_s: float, launcher: Launcher, warm: bool) -> dict[str, Any]:
+def run_step(step: Step, log: Path, limit_s: float, warm: bool) -> dict[str, Any]:
     """Run a step until it ends or has used up its time; what is to be known about it."""
     started, state = time.monotonic(), ""
-    with open(log, "w") as output:
-        process = launcher.start(step.command, warm=warm and step.warm, stdout=output.fileno())
+    process = start(step.command, log, warm=warm)
     try:
-        process.wait(limit_s)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as reason:
-        state = "interrupted" if isinstance(reason, KeyboardInterrupt) else "cut off"
-        stop(process)
+        code = wait(process, limit_s - (time.monotonic() - started))
+        state = "cut off" if code is None else ""
+    except KeyboardInterrupt:
+        state = "interrupted"
+    if state:
+        code = stop(process)
     tail = log.read_text(errors="replace").splitlines()[-TAIL:]
     why = next((line.removeprefix("error: ") for line in reversed(tail) if line.startswith("error: ")), "")
     if not state:
         # A program of ours that refuses says why.
-        state = "refused" if process.returncode == 2 and why else "failed" if process.returncode else "passed"
+        state = "refused" if code == 2 and why else "failed" if code else "passed"
     return {
         "state": state,
-        "rc": process.returncode,
+        "rc": code,
         "seconds": round(time.monotonic() - started, 1),
-        "cpu_s": round(process.cpu_s, 1),
         "command": list(step.command),
         "result": step.read("\n".join(tail)),
         "why": why,
-        "tail": tail,
+        "tail": [line[:WIDTH] for line in tail],
     }
 
 
-def stop(process: Started) -> None:
+def stop(process: Process) -> int | None:
     """Ask the step to end, which keeps what a benchmark has measured; then end it, and all that it started."""
-    process.send(signal.SIGTERM)
-    try:
-        process.wait(GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.send(signal.SIGKILL)
-        process.wait()
+    send(process, signal.SIGTERM)
+    wait(process, GRACE_S)
+    send(process, signal.SIGKILL)
+    return wait(process)
 
 
-def finish(record: Record, place: Place, environ: Mapping[str, str]) -> int:
+def finish(record: Record, place: Place) -> int:
     """Report, archive and schedule of all that there is; the models go when nothing is left to do."""
     if any(record.out.glob("bench/*/results.json")):
         command = [sys.executable, "-m", "lora_grpo", "bench", "report", "--out", str(record.out)]
         record.save()
         with open(record.out / "logs" / "report.log", "w") as log:
             try:
-                subprocess.run(command, cwd=REPOSITORY, env=dict(environ), stdout=log, stderr=log, timeout=REPORT_S)
+                subprocess.run(command, cwd=REPOSITORY, stdout=log, stderr=log, timeout=REPORT_S)
             except subprocess.TimeoutExpired:
                 print(f"no report within {REPORT_S:.0f} s; later: lora-grpo bench report --out {record.out}")
     record.save()

@@ -50,8 +50,8 @@ DRY_TRAINER = ["--shape", "small", "--tokens", "8", "--rows", "2", "--dtype", "f
 @dataclass(frozen=True)
 class Step:
     """`read` finds the result when the command has ended, given what it printed. `expected_s` is what it took on an
-    H100; of the trainer's and the last two an estimate. `shape` is the model it cannot do without. One that is `warm`
-    may begin with vLLM imported."""
+    H100 (7b: with about 20 s to draw and write the model); of the trainer's and the last two an estimate. `shape` is
+    the model it cannot do without. One that is `warm` may begin with vLLM imported."""
 
     name: str
     expected_s: int
@@ -76,7 +76,7 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
         Step("card", 25, 60, [*_script("card.py"), device], last_json),
         _suite("tiny", 50, 90, out, device),
         _figures("0.5b", 65, 110, small, out, device, models),
-        _figures("7b", 265, 380, large, out, device, models),
+        _figures("7b", 285, 380, large, out, device, models),
         Step("demo", 45, 90, [*demo, "--steps", str(DEMO_STEPS[kind])], last_json),
         _trainer("trainer", 35, 70, out, device),
         _trainer("trainer-7b", 75, 110, out, device),
@@ -89,14 +89,21 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
     return [step for step in steps if kind != "cpu" or step.name not in REPEATED]
 
 
+def scenario(name: str, device: str) -> Path:
+    """What of figures a step takes; in a dry run as little as there can be."""
+    return HERE / ("dry" if device == "cpu" else "") / f"{name}.toml"
+
+
 def _script(name: str) -> list[str]:
     return [sys.executable, str(HERE / name)]
 
 
 def _figures(name: str, expected_s: int, limit_s: int, shape: str, out: Path, device: str, models: Path) -> Step:
-    results = out / "bench" / name
-    options = ["--shape", shape, "--device", device, "--out", str(results), "--models", str(models)]
-    command = [*_script("figures.py"), name, *options]
+    results, at = (
+        out / "bench" / name,
+        ["--scenario", str(scenario(name, device)), "--shape", shape, "--device", device],
+    )
+    command = [sys.executable, "-m", "lora_grpo", "bench", "all", *at, "--out", str(results), "--models", str(models)]
     return Step(name, expected_s, limit_s, command, lambda printed: _measured(results / "results.json"), shape)
 
 

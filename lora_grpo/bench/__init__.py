@@ -1,14 +1,15 @@
 """The benchmark suite: native hot-swap against merging, for speed, memory and truth.
 
-scenario, settings    what is asked for
-schema                the JSON that comes of it
-shapes, host, card    models made on the spot, what they need, and the machine
+settings              what is asked for
+schema                the JSON that comes of it, and its tables
+shapes, host          models made on the spot, what they need, and the machine
 strategies/           one way from trainer to engine a file; the only place where anything is merged
 worker, process       a strategy alive in its own process
 prepared, levels      it and what others are given of it; what a process takes now
+timing                seconds by phase, and how fast bytes can cross at all
 turns                 strategies one after another on one device, and how their rows compare
 plan, runner          which processes measure what, in which order; what was measured survives a cut-off
-sync, proofs, memory, decode, fidelity, drift, step, rollback, endurance
+sync, proofs, memory, decode, fidelity, step, rollback, endurance
                       one measurement a file: its plan, what a worker does for it, and its rows of the tables
 breakeven, report, plots, compare
                       what the figures say

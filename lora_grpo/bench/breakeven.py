@@ -80,17 +80,10 @@ def _wins_from(row: BreakEvenRow) -> float:
     return row.completion_tokens if row.beyond == "merge" else 0.0
 
 
-def wins(row: BreakEvenRow) -> str:
-    """Where merging wins."""
-    if row.completion_tokens is None:
-        return "always" if row.beyond == "merge" else "never"
-    return f"{'from' if row.beyond == 'merge' else 'up to'} {row.completion_tokens:,.0f} tokens"
-
-
 def sentence(row: BreakEvenRow) -> str:
     """What a row says."""
     beyond = row.completion_tokens is not None and row.completion_tokens > row.measured_up_to_tokens
-    where = f"{wins(row)}{' (extrapolated)' if beyond else ''}"
+    where = f"{row.merging_wins}{' (extrapolated)' if beyond else ''}"
     return (
         f"{row.shape}, {row.rows} rows: {row.strategy} wins {where}: its sync is "
         f"{_than_native(row.sync_gain_s)}, its prefill {_than_native(-row.prefill_loss_s)}, each token "

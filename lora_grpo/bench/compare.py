@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_grpo.bench.schema import Document
+from lora_grpo.bench.strategies import NATIVE
+
+RATIOS = (
+    ("sync", "ratio_to_native", "{row.strategy} r{row.rank} {row.targets}"),
+    ("proof", "ratio_to_push", "{row.proof}, {row.rows} rows"),
+    ("memory", "copies", "{row.strategy}, copies of the base"),
+    ("memory", "ratio_to_native", "{row.strategy}"),
+    ("decode", "generate_ratio_to_native", "{row.strategy} {row.rows}x{row.completion_tokens}"),
+    ("step", "ratio_to_native", "{row.strategy}"),
+    ("rollback", "ratio_to_native", "{row.strategy} {row.case}"),
+)
+"""Table, column, and what a ratio is called there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,28 +41,11 @@ def compare(now: Document, baseline: Document, tolerance: float) -> list[Differe
 
 
 def ratios(document: Document) -> dict[str, float]:
-    """Ratios to native by name; native's own, which are 1, left out."""
-    found = {
-        f"sync {row.shape} {row.strategy} r{row.rank} {row.targets}": row.ratio_to_native
-        for row in document.sync
-        if row.strategy != "native"
-    }
-    found |= {f"proof {row.shape} {row.proof} {row.rows or ''}".rstrip(): row.ratio_to_push for row in document.proof}
-    found |= {f"base {row.shape} {row.strategy}": row.copies for row in document.memory if row.copies is not None}
-    found |= {
-        f"memory {row.shape} {row.strategy}": row.ratio_to_native
-        for row in document.memory
-        if row.strategy != "native" and row.ratio_to_native is not None
-    }
-    for row in document.decode:
-        if row.strategy != "native":
-            found[f"decode {row.shape} {row.strategy} {row.rows}x{row.completion_tokens}"] = (
-                row.generate_ratio_to_native
-            )
-    found |= {
-        f"step {row.shape} {row.strategy}": row.ratio_to_native for row in document.step if row.strategy != "native"
-    }
-    for again in document.rollback:
-        if again.strategy != "native":
-            found[f"rollback {again.shape} {again.strategy} {again.case}"] = again.ratio_to_native
+    """Ratios by name; those to native without native's own, which are 1."""
+    found = {}
+    for table, column, name in RATIOS:
+        for row in getattr(document, table):
+            ratio = getattr(row, column)
+            if ratio is not None and (row.strategy != NATIVE or not column.endswith("to_native")):
+                found[f"{table} {row.shape} {name.format(row=row)}"] = ratio
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench import fidelity
@@ -12,7 +13,6 @@ from lora_grpo.bench.plan import Cell, Subject, results_of, there_and_back
 from lora_grpo.bench.schema import DecodeRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import BASE, NATIVE, OTHER_KERNELS, SHARED, STOCK
-from lora_grpo.bench.timing import median
 
 if TYPE_CHECKING:
     from lora_grpo.bench.prepared import Bench

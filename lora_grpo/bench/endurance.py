@@ -5,13 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench.levels import cuda_level, on_tmpfs, resident
 from lora_grpo.bench.plan import Cell, Subject, results_of
 from lora_grpo.bench.schema import EnduranceRow, SlopeRow
 from lora_grpo.bench.settings import Settings
-from lora_grpo.bench.timing import median
 
 if TYPE_CHECKING:
     from lora_grpo.bench.prepared import Bench

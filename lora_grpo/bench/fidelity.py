@@ -1,14 +1,14 @@
-"""Does the engine serve the policy that it claims to, and what of an update survives the way there?"""
+"""Does the engine serve the policy that it claims to, what of an update survives the way there, and what do many syncs
+leave of the trainer's frozen base?"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.bench import drift
-from lora_grpo.bench.plan import Cell, Subject, results_of
+from lora_grpo.bench.plan import Cell, Subject, results_of, rows_of_one
 from lora_grpo.bench.prepared import Bench, sequences
-from lora_grpo.bench.schema import FidelityRow, TruthRow
+from lora_grpo.bench.schema import DriftRow, FidelityRow, TruthRow
 from lora_grpo.bench.settings import Settings
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TOLERANCE = 3.0
 """Times the bf16 noise by which a served policy may differ from the reference."""
 ORACLE_SEED = 1
+DRIFT_RATE = 1e-4
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
@@ -38,7 +39,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
             )
         )
         if strategy in settings.drift_strategies:
-            planned.append(drift.cell(settings, one))
+            planned.append(drift_cell(settings, one))
     return planned
 
 
@@ -49,7 +50,7 @@ def truth_cell(part: str, settings: Settings, subject: Subject) -> Cell:
     )
 
 
-def oracle(**fields: Any) -> dict[str, Any]:
+def oracle(subject: Subject) -> dict[str, Any]:
     """Worker without a strategy: an adapter that is loud enough to tell, and what the fp32 reference says of it.
 
     Nothing stays but what is returned, so that no engine has to leave room for a model in fp32.
@@ -60,7 +61,6 @@ def oracle(**fields: Any) -> dict[str, Any]:
     from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
     from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
-    subject = Subject(**fields)
     trainer, reference, tokens = Trainer(subject), Reference(subject.model, subject.device), sequences(subject)
     base = reference.logprobs(tokens)
     with trainer.model.disable_adapter():
@@ -175,8 +175,7 @@ def truth_rows(cell: Mapping[str, Any], bandwidth: object) -> list[TruthRow]:
 
 
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[FidelityRow]:
-    strategy = cell["order"][0]
-    return [FidelityRow(strategy=strategy, **cell["labels"], **found) for found in results_of(cell, strategy)[0]]
+    return rows_of_one(cell, FidelityRow)
 
 
 def verdict(row: TruthRow) -> str | None:
@@ -190,3 +189,55 @@ def verdict(row: TruthRow) -> str | None:
         f"by {row.error_nats:.4f} nats a token, where bf16 alone makes {row.noise_nats:.4f} and the adapter "
         f"{row.signal_nats:.3f}"
     )
+
+
+def drift_cell(settings: Settings, subject: Subject) -> Cell:
+    """Of one strategy, which may live on from other measurements."""
+    return Cell(
+        f"fidelity/drift/{subject.strategy}",
+        "drift",
+        "fidelity:drift",
+        (subject,),
+        {"cycles": sorted(settings.cycles)},
+        labels={"shape": settings.label},
+    )
+
+
+def drift(bench: Bench, cycles: list[int]) -> list[dict[str, Any]]:
+    """Worker: an adapter as after 100 steps at a learning rate of 1e-4, then a step and a sync a cycle."""
+    from lora_grpo.bench.reference import Reference
+
+    trainer = bench.strategy.trainer
+    reference = Reference(bench.subject.model, bench.subject.device)
+    reference.restore_base(trainer)
+    trainer.reset(DRIFT_RATE * 10)
+    found, done = [], 0
+    for cycle in cycles:
+        for _ in range(cycle - done):
+            trainer.step(DRIFT_RATE)
+            bench.strategy.sync()
+        done = cycle
+        found.append({"cycles": cycle, **_drift(bench, reference)})
+    return found
+
+
+def _drift(bench: Bench, reference: Reference) -> dict[str, float]:
+    from lora_grpo.scoring import mean_abs_difference
+
+    trainer, tokens = bench.strategy.trainer, sequences(bench.subject)
+    modules = {module.path: module for module in trainer.modules}
+    apart = size = largest = 0.0
+    for path, module in modules.items():
+        base_OI = reference.weight(path)
+        difference_OI = (trainer.base_weight(module).float() - base_OI).abs()
+        apart += float(difference_OI.sum())
+        size += float(base_OI.abs().sum())
+        largest = max(largest, float(difference_OI.max()))
+    base = reference.logprobs(tokens)
+    with reference.weights(modules, lambda path, _: trainer.base_weight(modules[path])):
+        shift = mean_abs_difference(reference.logprobs(tokens), base)
+    return {"mean_relative": apart / size, "max_abs": largest, "logprob_shift_nats": shift}
+
+
+def drift_rows(cell: Mapping[str, Any], bandwidth: object) -> list[DriftRow]:
+    return rows_of_one(cell, DriftRow)

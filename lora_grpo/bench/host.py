@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_grpo.bench import shapes
-from lora_grpo.bench.commit import commit
-from lora_grpo.bench.floor import measure_bandwidth
+from lora_grpo.bench.timing import measure_bandwidth
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.packages import package_versions
 
 _GIB = 1 << 30
+COMMIT = "LORA_GRPO_COMMIT"
+"""Says it where the code came without its repository, or beside an older one."""
 
 
 def look(device: str) -> dict[str, Any]:
@@ -56,6 +58,24 @@ def card(device: str) -> dict[str, Any]:
         found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / _GIB, 1)}
         found |= {"cuda": torch.version.cuda}
     return found
+
+
+def commit() -> str | None:
+    """What the environment says; else the commit that this code was checked out at, a plus sign where files other than
+    results differ; None for an installed copy."""
+    if said := os.environ.get(COMMIT):
+        return said
+    here = Path(__file__).parent.with_name("__init__.py")
+    git = ["git", "-C", str(here.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, timeout=10, check=True)
+        described = [*git, "describe", "--always", "--abbrev=7", "--exclude=*"]
+        name = subprocess.run(described, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        # A run that is cut off writes its results, and has to be the same code's when it goes on.
+        changes = [*git, "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results"]
+        return name + ("+" if subprocess.run(changes, capture_output=True, timeout=30).returncode else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def memory(device: str) -> dict[str, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 TARGETS = {"all-linear": "all-linear", "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
 """LoRA targets by the name they have in the tables."""
@@ -44,9 +46,6 @@ class Subject:
         known = TARGETS.get(self.targets, tuple(self.targets.split("+")))
         return known if isinstance(known, str) else list(known)
 
-    def fields(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -73,12 +72,28 @@ class Cell:
     against: str | None = None
 
 
+def beside_native(part: str, subject: Subject, others: Iterable[str], **cell: Any) -> list[Cell]:
+    """What `part` measures of `native` and each of the others in turn, there and back."""
+    work, native = f"{part}:measure", subject.with_strategy("native")
+    return [
+        Cell(f"{part}/{name}", part, work, (native, subject.with_strategy(name)), order=ABBA, **cell)
+        for name in others
+        if name != "native"
+    ]
+
+
 def there_and_back(subjects: int) -> tuple[int, ...]:
     """An order in which a machine that drifts steadily favours none: 0, 1, 1, 0 for two."""
     return (*range(subjects), *reversed(range(subjects)))
 
 
 ABBA = there_and_back(2)
+
+
+def rows_of_one(cell: Mapping[str, Any], row: Callable[..., T]) -> list[T]:
+    """A row for each thing that the one strategy of a cell has found."""
+    (done,) = cell["rounds"]
+    return [row(strategy=done["strategy"], **cell["labels"], **found) for found in done["result"]]
 
 
 def results_of(cell: Mapping[str, Any], strategy: str) -> list[Any]:

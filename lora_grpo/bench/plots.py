@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.bench.schema import DecodeRow, Document, SyncRow
+from lora_grpo.bench.schema import DecodeRow, Document, SyncRow, mib, ms
 from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.tables import ms
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +27,19 @@ PHASES = {
     "unmerge": "#c8553d",
     "cache reset": "#7a3b2e",
 }
-_MIB = 1 << 20
+STYLE = {
+    **{f"axes.title{name}": value for name, value in (("location", "left"), ("weight", "bold"), ("color", INK))},
+    **{f"axes.spines.{side}": False for side in ("top", "right")},
+    **{f"{axis}tick.{name}": value for axis in "xy" for name, value in (("labelsize", 9), ("color", INK))},
+    "axes.titlesize": 11,
+    "axes.labelsize": 9,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+_BELOW = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.14)}
+"""Where a legend of wide bars stands."""
 _STYLES = ("o-", "s--", "^:")
 """Lines that lie on one another can be told apart."""
 
@@ -51,22 +62,16 @@ def _of_shape(document: Document, table: str, shape: str) -> Document:
 
 
 def _picture(path: Path, paint: Callable[[Axes, Document], None], document: Document) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    # A figure of its own, without pyplot: no global state, and no window system asked for.
-    figure = Figure(figsize=(8.5, 4.6), dpi=150, layout=ConstrainedLayoutEngine(rect=(0, 0.04, 1, 0.96)))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    paint(axes, document)
-    axes.set_title(axes.get_title(), loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_title("", loc="center")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9, colors=INK)
-    figure.text(0.995, 0.01, _where(document), ha="right", fontsize=6.5, color="#8a8f98")
-    figure.savefig(path)
+    with matplotlib.rc_context(STYLE):
+        # A figure of its own, without pyplot: no global state, and no window system asked for.
+        figure = Figure(figsize=(8.5, 4.6), dpi=150, layout=ConstrainedLayoutEngine(rect=(0, 0.04, 1, 0.96)))
+        paint(figure.add_subplot(), document)
+        figure.text(0.995, 0.01, _where(document), ha="right", fontsize=6.5, color="#8a8f98")
+        figure.savefig(path)
 
 
 def _where(document: Document) -> str:
@@ -96,8 +101,7 @@ def _sync_times(axes: Axes, document: Document) -> None:
     axes.set_xlabel(
         "ms until the engine can sample from the new policy (line to p95; orange: floor of the bytes moved)"
     )
-    axes.xaxis.label.set_fontsize(9)
-    axes.grid(axis="x", color="#e6e6e6")
+    axes.grid(axis="x")
 
 
 def _sync_phases(axes: Axes, document: Document) -> None:
@@ -105,17 +109,26 @@ def _sync_phases(axes: Axes, document: Document) -> None:
     axes.set_title(f"Where a sync's time goes, {_named(rows[0])}")
     present = dict.fromkeys(phase for row in reversed(rows) for phase in row.phases_s)
     phases = sorted(present, key=lambda phase: list(PHASES).index(phase) if phase in PHASES else len(PHASES))
-    left = [0.0] * len(rows)
-    for index, phase in enumerate(phases):
-        shares = [100 * row.phases_s.get(phase, 0.0) / (sum(row.phases_s.values()) or 1.0) for row in rows]
-        if max(shares) >= 1:
-            names = [f"{row.strategy} ({_duration(row.median_s)})" for row in rows]
-            colour = PHASES.get(phase, _colour(index))
-            axes.barh(names, shares, left=left, color=colour, label=phase, height=0.6)
-        left = [done + share for done, share in zip(left, shares, strict=True)]
-    axes.set_xlabel("% of the sync", fontsize=9)
+    names = [f"{row.strategy} ({_duration(row.median_s)})" for row in rows]
+    shares = {phase: [_share(row, phase) for row in rows] for phase in phases}
+    _stacked(axes, names, {phase: values for phase, values in shares.items() if max(values) >= 1})
+    axes.set_xlabel("% of the sync")
     axes.set_xlim(0, 100)
-    axes.legend(frameon=False, fontsize=8, ncols=6, loc="upper center", bbox_to_anchor=(0.4, -0.14))
+    axes.legend(ncols=6, **_BELOW)
+
+
+def _share(row: SyncRow, phase: str) -> float:
+    """A phase's part of a sync, %."""
+    return 100 * row.phases_s.get(phase, 0.0) / (sum(row.phases_s.values()) or 1.0)
+
+
+def _stacked(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> list[float]:
+    """A bar for each name, of parts one after another; returns how long each bar is."""
+    left = [0.0] * len(names)
+    for index, (part, sizes) in enumerate(parts.items()):
+        axes.barh(names, sizes, left=left, color=PHASES.get(part, _colour(index)), label=part, height=0.6)
+        left = [done + size for done, size in zip(left, sizes, strict=True)]
+    return left
 
 
 def _break_even(axes: Axes, document: Document) -> None:
@@ -141,44 +154,47 @@ def _break_even(axes: Axes, document: Document) -> None:
         axes.axvspan(measured, reach, color="#f2f2f2", zorder=0)
     axes.set_xscale("log")
     _plain(axes.xaxis)
-    axes.set_xlabel("completion tokens (grey: extrapolated; dots: break-even)", fontsize=9)
-    axes.set_ylabel("time, as multiple of native's (above 1 native wins)", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_xlabel("completion tokens (grey: extrapolated; dots: break-even)")
+    axes.set_ylabel("time, as multiple of native's (above 1 native wins)")
+    axes.legend()
 
 
 def _drift(axes: Axes, document: Document) -> None:
     axes.set_title(f"Drift of the trainer's frozen base, {document.drift[0].shape}")
-    for index, strategy in enumerate(dict.fromkeys(row.strategy for row in document.drift)):
-        rows = [row for row in document.drift if row.strategy == strategy]
-        x, y = [row.cycles for row in rows], [100 * row.mean_relative for row in rows]
-        label = f"{strategy}: {_figure(y[-1])} % after {x[-1]:,}"
-        axes.plot(x, y, _STYLES[index % 3], color=BLUE if strategy == NATIVE else _colour(index), label=label)
-    axes.set_xscale("log")
+    _by_strategy(axes, document.drift, "cycles", "mean_relative", lambda x, y: f"{_figure(y[-1])} % after {x[-1]:,}")
     axes.set_yscale("symlog", linthresh=1e-3)
     _plain(axes.xaxis, axes.yaxis)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("syncs", fontsize=9)
-    axes.set_ylabel("mean |W - W0|, % of mean |W0|", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(axis="y", color="#e6e6e6")
+    axes.set_xlabel("syncs")
+    axes.set_ylabel("mean |W - W0|, % of mean |W0|")
+
+
+def _by_strategy(
+    axes: Axes, rows: Sequence[Any], across: str, share: str, said: Callable[[list[Any], list[float]], str]
+) -> None:
+    """A line for each strategy: a share in % across something of many sizes."""
+    axes.set_xscale("log")
+    for index, strategy in enumerate(dict.fromkeys(row.strategy for row in rows)):
+        own = [row for row in rows if row.strategy == strategy]
+        x, y = [getattr(row, across) for row in own], [100 * getattr(row, share) for row in own]
+        colour = BLUE if strategy == NATIVE else _colour(index)
+        axes.plot(x, y, _STYLES[index % 3], color=colour, label=f"{strategy}: {said(x, y)}")
+    axes.legend()
+    axes.grid(axis="y")
 
 
 def _memory(axes: Axes, document: Document) -> None:
     rows = list(reversed(document.memory))
     kind = "proportional set" if rows[0].kind == "pss" else "CUDA allocated"
     axes.set_title(f"Memory of trainer and engine, {rows[0].shape} ({kind})")
-    left = [0.0] * len(rows)
-    parts = ("trainer", "engine", "sync", "tmpfs")
-    for index, part in enumerate(parts):
-        sizes = [getattr(row, f"{part}_bytes") / _MIB for row in rows]
-        label = "peak during syncs" if part == "sync" else part
-        axes.barh([row.strategy for row in rows], sizes, left=left, color=_colour(index), label=label, height=0.6)
-        left = [done + size for done, size in zip(left, sizes, strict=True)]
+    parts = {"trainer": "trainer", "engine": "engine", "peak during syncs": "sync", "tmpfs": "tmpfs"}
+    sizes = {part: [getattr(row, f"{of}_bytes") / (1 << 20) for row in rows] for part, of in parts.items()}
+    left = _stacked(axes, [row.strategy for row in rows], sizes)
     for place, size in enumerate(left):
         axes.text(1.01 * size, place, f"{size:,.0f}", va="center", fontsize=9)
     axes.set_xlim(0, 1.12 * max(left))
-    axes.set_xlabel("MiB", fontsize=9)
-    axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.14))
+    axes.set_xlabel("MiB")
+    axes.legend(ncols=4, **_BELOW)
 
 
 def _endurance(axes: Axes, document: Document) -> None:
@@ -188,8 +204,8 @@ def _endurance(axes: Axes, document: Document) -> None:
     axes.set_title(f"{rows[-1].last:,} syncs on one engine, {first.strategy}, {first.shape}, r={first.rank}")
     lines = {
         "median_s": ("sync", ms, "ms"),
-        "memory_bytes": ("PSS", _mib, "MiB"),
-        "tmpfs_bytes": ("tmpfs", _mib, "MiB"),
+        "memory_bytes": ("PSS", mib, "MiB"),
+        "tmpfs_bytes": ("tmpfs", mib, "MiB"),
     }
     for index, (field, (name, scaled, unit)) in enumerate(lines.items()):
         values = [getattr(row, field) for row in rows]
@@ -199,10 +215,10 @@ def _endurance(axes: Axes, document: Document) -> None:
             [row.last for row in rows], shares, _STYLES[index], color=(BLUE, ORANGE, PALETTE[3])[index], label=label
         )
     axes.set_ylim(0, 150)
-    axes.set_xlabel("syncs (a tenth a point)", fontsize=9)
-    axes.set_ylabel("% of the first tenth", fontsize=9)
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
-    axes.grid(axis="y", color="#e6e6e6")
+    axes.set_xlabel("syncs (a tenth a point)")
+    axes.set_ylabel("% of the first tenth")
+    axes.legend(loc="lower left")
+    axes.grid(axis="y")
 
 
 def _figure(value: float) -> str:
@@ -210,25 +226,15 @@ def _figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _mib(size: float) -> float:
-    return size / _MIB
-
-
 def _fidelity(axes: Axes, document: Document) -> None:
     first = min(row.updates for row in document.fidelity)
     axes.set_title(f"Share of the update lost on the way, {document.fidelity[0].shape}, {first} update")
-    for index, strategy in enumerate(dict.fromkeys(row.strategy for row in document.fidelity)):
-        rows = [row for row in document.fidelity if row.strategy == strategy and row.updates == first]
-        x, y = [row.learning_rate for row in rows], [100 * row.lost_share for row in rows]
-        label = f"{strategy}: {_figure(y[0])} % at {x[0]:g}"
-        axes.plot(x, y, _STYLES[index % 3], color=BLUE if strategy == NATIVE else _colour(index), label=label)
-    axes.set_xscale("log")
+    rows = [row for row in document.fidelity if row.updates == first]
+    _by_strategy(axes, rows, "learning_rate", "lost_share", lambda x, y: f"{_figure(y[0])} % at {x[0]:g}")
     axes.set_yscale("log")
     _plain(axes.yaxis)
-    axes.set_xlabel("learning rate", fontsize=9)
-    axes.set_ylabel("|served update - update|, % of |update|", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(axis="y", color="#e6e6e6")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("|served update - update|, % of |update|")
 
 
 _PICTURES: tuple[tuple[str, str, Callable[[Any, Document], None]], ...] = (

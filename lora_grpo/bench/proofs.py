@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_grpo.bench.plan import Cell, Subject, results_of
+from lora_grpo.bench.plan import Cell, Subject, rows_of_one
 from lora_grpo.bench.schema import ProofRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.timing import median
 
 if TYPE_CHECKING:
     from lora_grpo.bench.prepared import Bench
@@ -39,18 +39,23 @@ def measure(bench: Bench, canary_rows: list[int], prompt_tokens: int, times: int
     strategy: Any = bench.strategy
     strategy.trainer.step()
     push_s = median([strategy.sync().total_s for _ in range(4 * times)])
-    found = [_timed("same base", lambda: _match(strategy), times), _timed("probe", lambda: _probe(strategy), times)]
-    found += [_canary(bench, rows, prompt_tokens, times) for rows in canary_rows]
-    return [{"rows": None, "tokens": None, **one, "push_s": push_s} for one in found]
+    provers: list[tuple[str, int | None, Callable[[], object]]] = [
+        ("same base", None, lambda: _match(strategy)),
+        ("probe", None, lambda: _probe(strategy)),
+        *(("canary", rows, _canary(bench, rows, prompt_tokens)) for rows in canary_rows),
+    ]
+    found = []
+    for proof, rows, prove in provers:
+        median_s = median([_seconds(prove) for _ in range(times)])
+        row = {"proof": proof, "rows": rows, "tokens": rows and prompt_tokens, "median_s": median_s, "times": times}
+        found.append({**row, "ratio_to_push": median_s / push_s})
+    return found
 
 
-def _timed(proof: str, prove: Callable[[], object], times: int) -> dict[str, Any]:
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
-        prove()
-        seconds.append(time.perf_counter() - started)
-    return {"proof": proof, "seconds": seconds}
+def _seconds(prove: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    prove()
+    return time.perf_counter() - started
 
 
 def _match(strategy: Any) -> None:
@@ -71,7 +76,7 @@ def _probe(strategy: Any) -> None:
     run_probe(model, form, engine, strategy.store.root / STAGING)
 
 
-def _canary(bench: Bench, rows: int, tokens: int, times: int) -> dict[str, Any]:
+def _canary(bench: Bench, rows: int, tokens: int) -> Callable[[], object]:
     """Completions as long as their prompts; making them is not part of the canary's cost."""
     from lora_grpo.bench.decode import fresh_prompts
     from lora_grpo.types import Sampling
@@ -79,22 +84,8 @@ def _canary(bench: Bench, rows: int, tokens: int, times: int) -> dict[str, Any]:
     strategy: Any = bench.strategy
     sampling = Sampling(n=1, max_tokens=tokens, temperature=1.0, seed=bench.subject.seed, ignore_eos=True)
     groups = strategy.generate(fresh_prompts(bench, rows, tokens), sampling)
-    found = _timed("canary", lambda: strategy.pusher.canary(groups), times)
-    return {**found, "rows": rows, "tokens": tokens}
+    return lambda: strategy.pusher.canary(groups)
 
 
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[ProofRow]:
-    strategy = cell["order"][0]
-    return [
-        ProofRow(
-            strategy=strategy,
-            **cell["labels"],
-            proof=one["proof"],
-            rows=one["rows"],
-            tokens=one["tokens"],
-            median_s=median(one["seconds"]),
-            ratio_to_push=median(one["seconds"]) / one["push_s"],
-            times=len(one["seconds"]),
-        )
-        for one in results_of(cell, strategy)[0]
-    ]
+    return rows_of_one(cell, ProofRow)

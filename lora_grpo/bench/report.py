@@ -10,9 +10,8 @@ from typing import Any
 
 from lora_grpo.bench import breakeven
 from lora_grpo.bench.plots import draw
-from lora_grpo.bench.schema import Document, StepRow, SyncRow
+from lora_grpo.bench.schema import Document, StepRow, SyncRow, ms, tables
 from lora_grpo.bench.strategies import NATIVE, SHARED
-from lora_grpo.bench.tables import Line, ms, tables
 from lora_grpo.errors import ConfigError
 
 REPORT, TRIED, SUMMARY = "report.md", "tried.md", "summary.json"
@@ -206,7 +205,7 @@ def _endurance_findings(document: Document) -> Iterator[str]:
         )
 
 
-def markdown_table(lines: Sequence[Line]) -> Iterator[str]:
+def markdown_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Lines as a Markdown table; columns that are empty throughout are left out."""
     names = [name for name in lines[0] if any(line[name] is not None for line in lines)]
     yield "| " + " | ".join(names) + " |"

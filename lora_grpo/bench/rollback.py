@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
+from lora_grpo.bench.plan import Cell, Subject, beside_native, results_of
 from lora_grpo.bench.schema import RollbackRow
 from lora_grpo.bench.settings import Settings
-from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.timing import median, percentile_95
+from lora_grpo.bench.timing import percentile_95
 
 if TYPE_CHECKING:
     from lora_grpo.bench.prepared import Bench
@@ -17,20 +17,8 @@ if TYPE_CHECKING:
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy."""
-    return [
-        Cell(
-            f"rollback/{strategy}",
-            "rollback",
-            "rollback:measure",
-            (subject.with_strategy(NATIVE), subject.with_strategy(strategy)),
-            {"repeat": -(-settings.repeat // 2)},
-            order=ABBA,
-            warm={"repeat": 1},
-            labels={"shape": settings.label},
-        )
-        for strategy in settings.strategies
-        if strategy != NATIVE
-    ]
+    repeat, labels = {"repeat": -(-settings.repeat // 2)}, {"shape": settings.label}
+    return beside_native("rollback", subject, settings.strategies, arguments=repeat, warm={"repeat": 1}, labels=labels)
 
 
 def measure(bench: Bench, repeat: int) -> dict[str, Any]:

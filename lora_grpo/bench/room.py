@@ -23,58 +23,52 @@ _CPU_SHARE = 0.1
 """Of memory, where vLLM wants to be told a share and `VLLM_CPU_KVCACHE_SPACE` says the size."""
 
 
-def needed_on_cpu(part: str, settings: Settings, model: Mapping[str, int]) -> int:
-    """Bytes: the model's files on tmpfs, the workers that are alive at a time, the fp32 reference."""
-    base = 2 * model["parameters"]
-    pristine = 2 * model["linear_elements"] if "merge-fold" in settings.strategies else 0
-    cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * _GIB
-    workers = _workers(part, settings) * (2 * base + cache + _PROCESS)
-    return base + max(workers + pristine + _reference_beside(part, model), _oracle(part, settings, model))
-
-
-def check_cpu(part: str, settings: Settings, model: Mapping[str, int], free_bytes: int) -> None:
-    """Raises `ConfigError` when a part does not fit."""
-    needed = needed_on_cpu(part, settings, model)
-    if needed > free_bytes:
-        raise ConfigError(
-            f"bench {part} with {settings.label} needs about {needed / _GIB:.1f} GiB (trainer, engine and what is "
-            f"compared with them), and {free_bytes / _GIB:.1f} GiB are free; use a smaller --shape or fewer "
-            "--strategies"
-        )
-
-
 def engine_shares(
     parts: Mapping[str, Settings], models: Mapping[str, Mapping[str, int]], memory: Mapping[str, int]
 ) -> dict[str, float]:
     """`gpu_memory_utilization` by model. Raises `ConfigError` when a part does not fit."""
-    shares: dict[str, float] = {}
-    for part, settings in parts.items():
-        model, share = models[settings.label], _CPU_SHARE
-        if settings.device == "cpu":
-            check_cpu(part, settings, model, memory["free"])
-        else:
-            share = engine_share(part, settings, model, memory)
-        shares[settings.label] = share
-    return shares
+    return {
+        settings.label: engine_share(part, settings, models[settings.label], memory) for part, settings in parts.items()
+    }
 
 
 def engine_share(part: str, settings: Settings, model: Mapping[str, int], memory: Mapping[str, int]) -> float:
-    """`gpu_memory_utilization` of an engine beside its trainer, one strategy alive at a time.
+    """`gpu_memory_utilization` of an engine; on a GPU one strategy is alive at a time, beside its trainer.
 
     vLLM only checks that so much is free: the KV cache has a size of its own. Raises `ConfigError` when there is less.
     """
-    base = 2 * model["parameters"]
-    pristine = 2 * model["linear_elements"] if "merge-fold" in settings.strategies else 0
-    trainer = base + _TRAINER + (_BACKWARD if part == "step" else 0)
-    engine = base + _ENGINE + KV_CACHE_BYTES
-    needed = max(trainer + engine + pristine + _reference_beside(part, model), _oracle(part, settings, model))
-    if needed > 0.95 * memory["free"]:
-        raise ConfigError(
-            f"bench {part} with {settings.label} needs about {needed / _GIB:.1f} GiB on {settings.device} (a trainer "
-            f"and an engine, one strategy at a time), and {memory['free'] / _GIB:.1f} GiB are free; use a smaller "
-            "--shape or free the GPU"
+    on_cpu = settings.device == "cpu"
+    needed = needed_bytes(part, settings, model)
+    if needed > memory["free"] * (1.0 if on_cpu else 0.95):
+        what, instead = (
+            ("trainer, engine and what is compared with them", "fewer --strategies")
+            if on_cpu
+            else ("a trainer and an engine, one strategy at a time", "free the GPU")
         )
-    return round(engine / memory["total"], 3)
+        raise ConfigError(
+            f"bench {part} with {settings.label} needs about {needed / _GIB:.1f} GiB on {settings.device} ({what}), "
+            f"and {memory['free'] / _GIB:.1f} GiB are free; use a smaller --shape or {instead}"
+        )
+    return _CPU_SHARE if on_cpu else round(_engine(model) / memory["total"], 3)
+
+
+def needed_bytes(part: str, settings: Settings, model: Mapping[str, int]) -> int:
+    """What is alive at a time: workers, a merge's pristine copy, the reference; on the CPU the model's files, too."""
+    base = 2 * model["parameters"]
+    beside = 2 * model["linear_elements"] if "merge-fold" in settings.strategies else 0
+    # The fp32 reference where it is alive beside a strategy, and with a trainer, before any strategy starts.
+    beside += 4 * model["parameters"] if part == "fidelity" else 0
+    oracle = 6 * model["parameters"] + _PROCESS if part == "fidelity" or settings.truth else 0
+    if settings.device != "cpu":
+        trainer = base + _TRAINER + (_BACKWARD if part == "step" else 0)
+        return max(trainer + _engine(model) + beside, oracle)
+    cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * _GIB
+    return base + max(_workers(part, settings) * (2 * base + cache + _PROCESS) + beside, oracle)
+
+
+def _engine(model: Mapping[str, int]) -> int:
+    """Bytes of an engine on a GPU."""
+    return 2 * model["parameters"] + _ENGINE + KV_CACHE_BYTES
 
 
 def _workers(part: str, settings: Settings) -> int:
@@ -85,13 +79,3 @@ def _workers(part: str, settings: Settings) -> int:
         return 3
     alone = part in ("fidelity", "endurance")
     return min(2, len({*settings.strategies, *([] if alone else [NATIVE])}))
-
-
-def _reference_beside(part: str, model: Mapping[str, int]) -> int:
-    """Bytes of the fp32 reference where it is alive beside a strategy."""
-    return 4 * model["parameters"] if part == "fidelity" else 0
-
-
-def _oracle(part: str, settings: Settings, model: Mapping[str, int]) -> int:
-    """Bytes of the fp32 reference and a trainer, before any strategy starts."""
-    return 6 * model["parameters"] + _PROCESS if part == "fidelity" or settings.truth else 0

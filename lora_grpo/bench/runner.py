@@ -127,10 +127,9 @@ class Runner:
         self._stop(tuple(idle[: max(0, len(idle) - room)]) if missing else ())
         for subject in missing:
             self._progress(f"{cell.key}: starting {subject.strategy}", 0)
+            # One after the other: engines on one GPU size their caches by what is free when they start.
             self._alive[subject] = WorkerProcess(self._log)
             self._alive[subject].prepare(subject)
-            # One after the other: engines on one GPU size their caches by what is free when they start.
-            self._alive[subject].finish()
         return [self._alive[subject] for subject in cell.subjects]
 
     def _stop(self, subjects: Sequence[Subject]) -> None:
@@ -177,8 +176,7 @@ class TurnRunner(Runner):
 
     def _prepare(self, subject: Subject) -> int:
         self._worker = self._worker or WorkerProcess(self._log)
-        self._worker.prepare(subject)
-        return self._worker.finish() or 0
+        return self._worker.prepare(subject) or 0
 
     def _stop(self, subjects: Sequence[Subject]) -> None:
         if self._worker is not None:

@@ -1,8 +1,9 @@
-"""The JSON that comes of the suite: a document of rows. Units are in the names."""
+"""The JSON that comes of the suite, a document of rows, and how people are shown it. Units are in names and heads."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
@@ -11,15 +12,48 @@ from lora_grpo.bench.settings import Settings
 Winner: TypeAlias = Literal["native", "merge"]
 
 
+class Column(NamedTuple):
+    """How people are shown a field: under which head, and as what."""
+
+    head: str
+    shown: Callable[[Any], Any] = lambda value: value
+
+
+def scaled(factor: float) -> Callable[[float], float]:
+    return lambda value: factor * value
+
+
+def _phases(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {ms(value):.2f}" for name, value in seconds.items())
+
+
+ms, percent, mib = scaled(1e3), scaled(100), scaled(1 / (1 << 20))
+
+
 class Row(BaseModel):
     """A line of a table."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    strategy: str
-    shape: str
-    engine: str | None = None
+    strategy: Annotated[str, Column("strategy")]
+    shape: Annotated[str, Column("shape")]
+    engine: Annotated[str | None, Column("engine")] = None
     """`Settings.engine`."""
+
+    @property
+    def besides(self) -> dict[str, Any]:
+        """What people are shown that is no field, by its head."""
+        return {}
+
+    def for_people(self) -> dict[str, Any]:
+        """A line of a table for people: units in the heads."""
+        line = {}
+        for name, field in type(self).model_fields.items():
+            for column in field.metadata:
+                if isinstance(column, Column):
+                    value = getattr(self, name)
+                    line[column.head] = None if value is None else column.shown(value)
+        return {**line, **self.besides}
 
 
 class SyncRow(Row):
@@ -27,33 +61,33 @@ class SyncRow(Row):
     "unpaired" those of its first turn. `decodes_like` names the strategy whose decode figures are this one's too.
     `loader` is how our engine took the adapter (`LoadReceipt`); `load_calls` a merge's calls of `load_weights`."""
 
-    against: str
-    rank: int
-    targets: str
-    median_s: float
-    p95_s: float
-    phases_s: dict[str, float]
-    afterwards_s: float
-    moved_bytes: int
+    rank: Annotated[int, Column("rank")]
+    targets: Annotated[str, Column("targets")]
+    median_s: Annotated[float, Column("median ms", ms)]
+    p95_s: Annotated[float, Column("p95 ms", ms)]
+    ratio_to_native: Annotated[float, Column("x native")]
+    against: Annotated[str, Column("against")]
+    load_calls: Annotated[int | None, Column("load_weights calls")] = None
+    moved_bytes: Annotated[int, Column("moved MB", scaled(1e-6))]
     floor_s: float
-    times_floor: float | None
-    ratio_to_native: float
+    times_floor: Annotated[float | None, Column("x floor")]
+    afterwards_s: Annotated[float, Column("after ms", ms)]
+    loader: Annotated[str | None, Column("loader")] = None
+    phases_s: Annotated[dict[str, float], Column("phases, ms", _phases)]
     syncs: int
     decodes_like: str
-    loader: str | None = None
-    load_calls: int | None = None
 
 
 class TruthRow(Row):
     """Mean |difference of log-probs| over tokens, nats: `error` served against the fp32 reference; `noise` of bf16
     itself; `signal` the adapter against the base."""
 
-    error_nats: float
-    noise_nats: float
-    signal_nats: float
-    passed: bool
-    same_bits: bool | None = None
+    error_nats: Annotated[float, Column("error, nats")]
+    noise_nats: Annotated[float, Column("bf16 noise, nats")]
+    signal_nats: Annotated[float, Column("adapter's effect, nats")]
+    same_bits: Annotated[bool | None, Column("trainer's base", lambda same: "same bits" if same else "OTHER")] = None
     """Of a shared base: every weight that the trainer sees is the checkpoint's, bit for bit."""
+    passed: Annotated[bool, Column("verdict", lambda passed: "serves it" if passed else "SERVES ANOTHER POLICY")]
 
 
 class ProofRow(Row):
@@ -61,12 +95,16 @@ class ProofRow(Row):
 
     `rows` completions of `tokens` tokens each were looked at (None: none)."""
 
-    proof: str
-    rows: int | None
-    tokens: int | None
-    median_s: float
-    ratio_to_push: float
+    proof: Annotated[str, Column("proof")]
+    rows: Annotated[int | None, Column("rows")]
+    tokens: Annotated[int | None, Column("tokens a row")]
+    median_s: Annotated[float, Column("median ms", ms)]
+    ratio_to_push: Annotated[float, Column("x a push")]
     times: int
+
+    @property
+    def besides(self) -> dict[str, Any]:
+        return {"when": "when asked for" if self.proof == "canary" else "once an engine"}
 
 
 class MemoryRow(Row):
@@ -74,130 +112,145 @@ class MemoryRow(Row):
     included (None: set by configuration, which tells nothing). `weights_bytes` go when trainer and engine let go of
     the base, of which one copy is `copy_bytes`. `before_bytes`: the level before the trainer was loaded."""
 
-    kind: Literal["pss", "cuda"]
-    before_bytes: int | None = None
-    trainer_bytes: int
-    engine_bytes: int
-    sync_bytes: int
-    tmpfs_bytes: int
-    peak_bytes: int
-    reserved_peak_bytes: int | None
-    kv_tokens: int | None
-    weights_bytes: int | None = None
+    kind: Annotated[Literal["pss", "cuda"], Column("of", lambda kind: "PSS" if kind == "pss" else "CUDA allocated")]
+    before_bytes: Annotated[int | None, Column("before MiB", mib)] = None
+    trainer_bytes: Annotated[int, Column("trainer MiB", mib)]
+    engine_bytes: Annotated[int, Column("engine MiB", mib)]
+    sync_bytes: Annotated[int, Column("syncs MiB", mib)]
+    tmpfs_bytes: Annotated[int, Column("tmpfs MiB", mib)]
+    peak_bytes: Annotated[int, Column("peak MiB", mib)]
+    reserved_peak_bytes: Annotated[int | None, Column("CUDA reserved MiB", mib)]
+    kv_tokens: Annotated[int | None, Column("KV cache tokens")]
+    ratio_to_native: Annotated[float | None, Column("x native")] = None
+    weights_bytes: Annotated[int | None, Column("base weights MiB", mib)] = None
     copy_bytes: int | None = None
-    ratio_to_native: float | None = None
 
     @property
     def copies(self) -> float | None:
         """Copies of the base that are resident."""
         return None if self.weights_bytes is None or not self.copy_bytes else self.weights_bytes / self.copy_bytes
 
+    @property
+    def besides(self) -> dict[str, Any]:
+        return {"copies of the base": self.copies}
+
 
 class DecodeRow(Row):
     """`tpot_s` is time per output token of one row; ratios compare with `native`. `kv_tokens` fit the KV cache (None on
     the CPU). `threads` of the worker's torch."""
 
-    rows: int
-    prompt_tokens: int
-    completion_tokens: int
+    rows: Annotated[int, Column("rows")]
+    prompt_tokens: Annotated[int, Column("prompt tokens")]
+    completion_tokens: Annotated[int, Column("new tokens")]
     generate_s: float
-    prefill_s: float
-    tpot_s: float
-    tokens_per_s: float
-    prefill_tokens_per_s: float
-    tpot_ratio_to_native: float
-    prefill_ratio_to_native: float
+    tpot_s: Annotated[float, Column("ms a token", ms)]
+    tpot_ratio_to_native: Annotated[float, Column("x native (decode)")]
+    tokens_per_s: Annotated[float, Column("tokens/s")]
+    prefill_s: Annotated[float, Column("prefill ms", ms)]
+    prefill_tokens_per_s: Annotated[float, Column("prefill tokens/s")]
+    prefill_ratio_to_native: Annotated[float, Column("x native (prefill)")]
     generate_ratio_to_native: float
-    kv_tokens: int | None
-    threads: int | None = None
+    kv_tokens: Annotated[int | None, Column("KV cache tokens")]
+    threads: Annotated[int | None, Column("threads")] = None
 
 
 class BreakEvenRow(Row):
     """At how many completion tokens a step takes as long on `strategy` as on `native` (None: at no number), and which
     is faster beyond."""
 
-    rows: int
-    sync_gain_s: float
-    decode_loss_s_per_token: float
-    prefill_loss_s: float
+    rows: Annotated[int, Column("rows")]
+    sync_gain_s: Annotated[float, Column("sync behind native, ms", ms)]
+    prefill_loss_s: Annotated[float, Column("prefill ahead, ms", ms)]
+    decode_loss_s_per_token: Annotated[float, Column("decode ahead, ms a token", ms)]
     completion_tokens: float | None
     beyond: Winner
-    measured_up_to_tokens: int
+    measured_up_to_tokens: Annotated[int, Column("measured up to, tokens")]
+
+    @property
+    def merging_wins(self) -> str:
+        """Where merging wins."""
+        if self.completion_tokens is None:
+            return "always" if self.beyond == "merge" else "never"
+        return f"{'from' if self.beyond == 'merge' else 'up to'} {self.completion_tokens:,.0f} tokens"
+
+    @property
+    def besides(self) -> dict[str, Any]:
+        return {"merging wins": self.merging_wins}
 
 
 class FidelityRow(Row):
     """`served_error_nats` engine against fp32 reference, `weights_error_nats` the served weights alone (computed in
     fp32), `lost_share` |served update - update| / |update|, `changed_share` of the weights that moved at all."""
 
-    learning_rate: float
-    updates: int
-    signal_nats: float
-    served_error_nats: float
-    weights_error_nats: float
-    lost_share: float
-    changed_share: float
+    learning_rate: Annotated[float, Column("learning rate")]
+    updates: Annotated[int, Column("updates")]
+    signal_nats: Annotated[float, Column("update's effect, nats")]
+    served_error_nats: Annotated[float, Column("error as served, nats")]
+    weights_error_nats: Annotated[float, Column("error of the weights, nats")]
+    lost_share: Annotated[float, Column("update lost, %", percent)]
+    changed_share: Annotated[float, Column("weights moved, %", percent)]
 
 
 class DriftRow(Row):
     """The trainer's frozen base after so many syncs, against what it was."""
 
-    cycles: int
-    mean_relative: float
-    max_abs: float
-    logprob_shift_nats: float
+    cycles: Annotated[int, Column("syncs")]
+    mean_relative: Annotated[float, Column("mean drift, % of |W|", percent)]
+    max_abs: Annotated[float, Column("largest")]
+    logprob_shift_nats: Annotated[float, Column("base's log-probs moved, nats")]
 
 
 class StepRow(Row):
     """Medians by phase; `train_s` is that of all rounds of a pair, both strategies' alike. `serving_ratio_to_native`
     leaves it out: generate and sync alone."""
 
-    rows: int
-    prompt_tokens: int
-    completion_tokens: int
-    generate_s: float
-    train_s: float
-    sync_s: float
-    step_s: float
-    ratio_to_native: float
-    serving_ratio_to_native: float | None = None
+    rows: Annotated[int, Column("rows")]
+    prompt_tokens: Annotated[int, Column("prompt tokens")]
+    completion_tokens: Annotated[int, Column("new tokens")]
+    generate_s: Annotated[float, Column("generate s")]
+    train_s: Annotated[float, Column("train s")]
+    sync_s: Annotated[float, Column("sync s")]
+    step_s: Annotated[float, Column("step s")]
+    ratio_to_native: Annotated[float, Column("x native")]
+    serving_ratio_to_native: Annotated[float | None, Column("x native (generate + sync)")] = None
 
 
 class RollbackRow(Row):
     """`error_nats`: log-probs served afterwards against those served when the version was new."""
 
-    case: str
-    median_s: float
-    p95_s: float
-    ratio_to_native: float
-    error_nats: float
+    case: Annotated[str, Column("version")]
+    median_s: Annotated[float, Column("median ms", ms)]
+    p95_s: Annotated[float, Column("p95 ms", ms)]
+    ratio_to_native: Annotated[float, Column("x native")]
+    error_nats: Annotated[float, Column("off what it was, nats")]
 
 
 class EnduranceRow(Row):
     """One tenth of many syncs: medians. `memory_bytes` is the process's proportional set, `cuda_bytes` what it has
     allocated on a GPU."""
 
-    rank: int
-    first: int
-    last: int
-    median_s: float
-    memory_bytes: float
-    cuda_bytes: float | None
-    tmpfs_bytes: float
+    rank: Annotated[int, Column("rank")]
+    first: Annotated[int, Column("syncs from")]
+    last: Annotated[int, Column("to")]
+    median_s: Annotated[float, Column("median ms", ms)]
+    memory_bytes: Annotated[float, Column("PSS MiB", mib)]
+    cuda_bytes: Annotated[float | None, Column("CUDA allocated MiB", mib)]
+    tmpfs_bytes: Annotated[float, Column("tmpfs MiB", mib)]
 
 
 class SlopeRow(Row):
     """Least-squares lines through the tenths: changes per 1,000 syncs, also as shares of the medians."""
 
-    rank: int
-    syncs: int
+    rank: Annotated[int, Column("rank")]
+    syncs: Annotated[int, Column("syncs")]
     median_s: float
-    seconds_per_1000: float
-    memory_bytes_per_1000: float
-    cuda_bytes_per_1000: float | None
-    tmpfs_bytes_per_1000: float
-    time_share: float
-    memory_share: float
-    tmpfs_share: float
+    seconds_per_1000: Annotated[float, Column("ms", ms)]
+    time_share: Annotated[float, Column("ms, %", percent)]
+    memory_bytes_per_1000: Annotated[float, Column("PSS MiB", mib)]
+    memory_share: Annotated[float, Column("PSS, %", percent)]
+    cuda_bytes_per_1000: Annotated[float | None, Column("CUDA allocated MiB", mib)]
+    tmpfs_bytes_per_1000: Annotated[float, Column("tmpfs MiB", mib)]
+    tmpfs_share: Annotated[float, Column("tmpfs, %", percent)]
 
 
 class Document(BaseModel):
@@ -232,3 +285,25 @@ class Document(BaseModel):
 
 TABLES = ("sync", "proof", "truth", "memory", "decode", "fidelity", "drift", "step", "rollback", "endurance")
 """What is measured; the other tables of a document follow from these."""
+
+TITLES = {
+    "sync": "Sync: until the engine can sample from the new policy",
+    "proof": "Proofs that are not part of a push",
+    "truth": "Truth: log-probs of the served policy against an fp32 reference",
+    "memory": "Memory: trainer and engine in one process",
+    "decode": "Decode: completions of a served policy",
+    "break_even": "Break-even: the completion lengths at which merging is faster",
+    "fidelity": "Fidelity: what is left of an update",
+    "drift": "Drift: the trainer's frozen base after many syncs",
+    "step": "Step: generate, train, sync",
+    "rollback": "Rollback: back on an earlier version",
+    "endurance": "Endurance: many syncs on one engine, a tenth a line",
+    "slopes": "Endurance: change per 1,000 syncs, by lines through the tenths",
+}
+
+
+def tables(document: Document) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(title, lines) of every table that holds anything."""
+    for name, title in TITLES.items():
+        if rows := getattr(document, name):
+            yield title, [row.for_people() for row in rows]

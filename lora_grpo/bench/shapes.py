@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,13 +73,10 @@ def shape_config(name: str) -> dict[str, Any]:
     return SHAPES[name]
 
 
-def write_model(
-    name: str, directory: Path, *, device: str = "cpu", seed: int = 0, drawn: Callable[[], None] | None = None
-) -> Path:
+def write_model(name: str, directory: Path, *, device: str = "cpu", seed: int = 0) -> Path:
     """Write a shape's config, random bf16 weights (drawn on `device`, a file a layer) and a tokenizer to `directory`.
 
-    With `drawn`, all weights are drawn first, and it is called when they are in host memory, none written yet. A
-    directory that holds them already is left as it is; returns it.
+    A directory that holds them already is left as it is; returns it.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -97,11 +94,7 @@ def write_model(
     config.architectures = [type(skeleton).__name__]
     config.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
-    files: Iterable[tuple[str, dict[str, torch.Tensor]]] = _files(skeleton, device, seed)
-    if drawn is not None:
-        files = list(files)
-        drawn()
-    index = dict(_write_weights(files, directory))
+    index = dict(_write_weights(_files(skeleton, device, seed), directory))
     total = sum(tensor.numel() * 2 for name, tensor in skeleton.named_parameters() if name in index)
     finished.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
     return directory

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
+from lora_grpo.bench.plan import Cell, Subject, beside_native, results_of
 from lora_grpo.bench.schema import StepRow
 from lora_grpo.bench.settings import Settings
-from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.timing import Clock, median
+from lora_grpo.bench.timing import Clock
 
 if TYPE_CHECKING:
     from lora_grpo.bench.prepared import Bench
@@ -27,25 +27,15 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
         "length": settings.step_tokens,
         "group": settings.group,
     }
-    return [
-        Cell(
-            f"step/{strategy}",
-            "step",
-            "step:measure",
-            (subject.with_strategy(NATIVE), subject.with_strategy(strategy)),
-            {**size, "steps": -(-settings.repeat // 2)},
-            order=ABBA,
-            warm={**size, "steps": 1},
-            labels={
-                "shape": settings.label,
-                "rows": settings.step_rows,
-                "prompt_tokens": settings.prompt_tokens,
-                "completion_tokens": settings.step_tokens,
-            },
-        )
-        for strategy in settings.strategies
-        if strategy != NATIVE
-    ]
+    sizes = {name: size[name] for name in ("rows", "prompt_tokens")}
+    return beside_native(
+        "step",
+        subject,
+        settings.strategies,
+        arguments={**size, "steps": -(-settings.repeat // 2)},
+        warm={**size, "steps": 1},
+        labels={"shape": settings.label, **sizes, "completion_tokens": settings.step_tokens},
+    )
 
 
 def measure(bench: Bench, rows: int, prompt_tokens: int, length: int, group: int, steps: int) -> dict[str, list[float]]:

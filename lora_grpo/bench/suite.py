@@ -9,41 +9,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from lora_grpo.bench import decode, drift, endurance, fidelity, memory, proofs, rollback, room, step, sync
-from lora_grpo.bench.floor import floor_seconds
+from lora_grpo.bench import decode, endurance, fidelity, memory, proofs, rollback, room, step, sync
 from lora_grpo.bench.joining import finished
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.bench.runner import Partial, Progress, Runner, TurnRunner
 from lora_grpo.bench.schema import Document
-from lora_grpo.bench.settings import Settings
+from lora_grpo.bench.settings import PARTS, Settings
 from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.timing import floor_seconds
 from lora_grpo.bench.turns import beside_native, one_at_a_time, with_weights
 from lora_grpo.errors import ConfigError
 
-Planner: TypeAlias = Callable[[Settings, Subject], list[Cell]]
-PLANNERS: dict[str, Planner] = {
-    "sync": sync.cells,
-    "memory": memory.cells,
-    "decode": decode.cells,
-    "fidelity": fidelity.cells,
-    "step": step.cells,
-    "rollback": rollback.cells,
-    "endurance": endurance.cells,
-}
+_ROOMS: dict[str, Any] = dict(zip(PARTS, (sync, memory, decode, fidelity, step, rollback, endurance), strict=True))
+PLANNERS: dict[str, Callable[[Settings, Subject], list[Cell]]] = {part: one.cells for part, one in _ROOMS.items()}
 ROWS: dict[str, Callable[[Any, Any], list[Any]]] = {
-    "sync": sync.rows,
+    **{part: one.rows for part, one in _ROOMS.items()},
     "proof": proofs.rows,
     "truth": fidelity.truth_rows,
-    "memory": memory.rows,
-    "decode": decode.rows,
-    "fidelity": fidelity.rows,
-    "drift": drift.rows,
-    "step": step.rows,
-    "rollback": rollback.rows,
-    "endurance": endurance.rows,
+    "drift": fidelity.drift_rows,
 }
 PARTIAL, RESULTS = "partial.json", "results.json"
 LEAST_TMPFS = 2 << 30
@@ -219,7 +205,7 @@ class Suite:
         key = (subject.model, subject.rank, subject.targets, subject.seed)
         if key not in self._oracles:
             progress(f"reference in fp32: {subject.model}", 0)
-            self._oracles[key] = self._host.do("fidelity:oracle", **subject.fields())
+            self._oracles[key] = self._host.do("fidelity:oracle", subject=subject)
         return replace(cell, arguments=self._oracles[key])
 
     def _model(self, settings: Settings, progress: Progress) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench import fidelity, proofs
-from lora_grpo.bench.floor import floor_seconds
 from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
 from lora_grpo.bench.schema import SyncRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.timing import median, percentile_95
+from lora_grpo.bench.timing import floor_seconds, percentile_95
 
 if TYPE_CHECKING:
     from lora_grpo.bench.prepared import Bench

@@ -1,18 +1,17 @@
-"""A process with one strategy alive in it, told what to do line by line: `python -m lora_grpo.bench.worker REPLY_FD`.
+"""A process with one strategy alive in it, told what to do request by request.
 
-Requests are JSON lines on stdin, replies JSON lines on a descriptor of their own: vLLM and PEFT print to stdout.
 Our own errors are replies; any other ends the process, and its log, which the parent quotes, has the traceback.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any
 
 from lora_grpo.bench import levels
@@ -22,7 +21,7 @@ from lora_grpo.errors import LoraGrpoError
 
 
 class Worker:
-    """Answers requests: `{"work": "room:function", "with": {...}}`, preceded by a `{"prepare": {...}}` if it needs a
+    """Answers requests: `{"work": "room:function", "with": {...}}`, preceded by a `{"prepare": subject}` if it needs a
     strategy. One that is alive is closed before the next one starts; where that leaves too much behind, none starts,
     and the answer is how many bytes are left."""
 
@@ -32,7 +31,7 @@ class Worker:
 
     def answer(self, request: dict[str, Any]) -> Any:
         if "prepare" in request:
-            return self._turn_to(Subject(**request["prepare"]))
+            return self._turn_to(request["prepare"])
         work = find_work(request["work"])
         return work(self._bench, **request["with"]) if self._bench else work(**request["with"])
 
@@ -60,13 +59,18 @@ def find_work(name: str) -> Callable[..., Any]:
     return work
 
 
-def serve(requests: Iterable[str], reply_fd: int) -> None:
-    """Answer until there are no more requests."""
+def serve(requests: Connection, log: str) -> None:
+    """Answer until None is asked, or nobody is left to ask; what vLLM and PEFT print goes to `log`."""
+    # Ctrl-C reaches the parent alone, which keeps what was measured.
+    os.setsid()
+    with open(log, "ab") as output:
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     worker = Worker()
-    with os.fdopen(reply_fd, "w") as replies:
-        for line in requests:
-            print(json.dumps(_reply(worker, json.loads(line))), file=replies, flush=True)
+    with suppress(EOFError):
+        while (request := requests.recv()) is not None:
+            requests.send(_reply(worker, request))
     worker.close()
 
 
@@ -82,8 +86,3 @@ def _die_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(2.0)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.path.append(os.getcwd())
-    serve(sys.stdin, int(sys.argv[1]))

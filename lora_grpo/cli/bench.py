@@ -67,7 +67,7 @@ def bench(
         _report(out, readme)
         return
     options = _options(shape=shape, model=model, ranks=ranks, strategies=strategies, device=device, repeat=repeat)
-    from lora_grpo.bench.scenario import plan_parts
+    from lora_grpo.bench.settings import plan_parts
 
     parts = plan_parts(part, scenario, options)
     baseline = None if compare is None else _read(compare)
@@ -109,6 +109,10 @@ def _measure(suite: Suite) -> bool:
 
 @contextmanager
 def _bar(rounds: int) -> Iterator[Progress]:
+    """A bar on a terminal, else a line for each piece of work."""
+    if not sys.stderr.isatty():
+        yield lambda doing, done: None if done else say(doing)
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -120,7 +124,7 @@ def _bar(rounds: int) -> Iterator[Progress]:
 
 def _show(document: Document, out: Path | None) -> None:
     from lora_grpo.bench.report import findings, write_report
-    from lora_grpo.bench.tables import tables
+    from lora_grpo.bench.schema import tables
 
     for title, lines in tables(document):
         print_table(lines, title)

@@ -20,26 +20,18 @@ OTHER_KERNELS = ("native-stock", "native-gemm")
 
 _HOMES = {
     "native": "native:Native",
-    "native-disk": "native_disk:NativeDisk",
-    "native-shared": "native_shared:NativeShared",
-    "native-stock": "native_stock:NativeStock",
-    "native-gemm": "native_gemm:NativeGemm",
+    "native-disk": "native:NativeDisk",
+    "native-shared": "native:NativeShared",
+    "native-stock": "native:NativeStock",
+    "native-gemm": "native:NativeGemm",
     "by-hand": "by_hand:ByHand",
-    "merge-trl": "merge_trl:MergeTRL",
-    "merge-touched": "merge_touched:MergeTouched",
-    "merge-out-of-place": "merge_out_of_place:MergeOutOfPlace",
-    "merge-fold": "merge_fold:MergeFold",
-    "base": "base_only:BaseOnly",
+    "merge-trl": "merging:MergeTRL",
+    "merge-touched": "merging:MergeTouched",
+    "merge-out-of-place": "merging:MergeOutOfPlace",
+    "merge-fold": "merging:MergeFold",
+    "base": "merging:BaseOnly",
 }
-STRATEGIES = (
-    "native",
-    "native-disk",
-    "by-hand",
-    "merge-trl",
-    "merge-touched",
-    "merge-out-of-place",
-    "merge-fold",
-)
+STRATEGIES = ("native", "native-disk", "by-hand", "merge-trl", "merge-touched", "merge-out-of-place", "merge-fold")
 """What is compared; the others differ from one of these in what they hold or compute with, not in their syncs."""
 
 

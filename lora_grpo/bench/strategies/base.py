@@ -12,6 +12,8 @@ import torch
 
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.trainer import Trainer
+from lora_grpo.engines.local.dropping import drop_weights
+from lora_grpo.engines.local.weights import PlainEngine
 from lora_grpo.types import Group, Sampling
 
 
@@ -35,15 +37,17 @@ class Synced:
 class Strategy(ABC):
     """A trainer's adapter on its way to an engine, again and again."""
 
-    summary: ClassVar[str]
     decodes_like: ClassVar[str]
     """The strategy whose engine computes completions the same way (itself, or another)."""
     trainer: Trainer
     subject: Subject
+    engine: Any
     loader: str | None = None
     """How our engine took the last sync's adapter; None where another engine does."""
     load_calls: int | None = None
     """Calls of vLLM's `load_weights` that the last sync made; None where no weights are pushed."""
+    remember_pushed: bool = False
+    """Keep copies of what a sync pushes, so that `served_weight` can tell; costs memory and time."""
 
     @property
     def decodes_here_like(self) -> str:
@@ -88,38 +92,52 @@ class Strategy(ABC):
         """The weight that the engine computes with at `path`, fp32, given the base's; after `sync` with
         `remember_pushed`."""
 
-    @abstractmethod
     def close(self) -> None:
         """Stop the engine and remove files."""
+        self.engine.close()
 
-    remember_pushed: bool = False
-    """Keep copies of what a sync pushes, so that `served_weight` can tell; costs memory and time."""
-
-    @abstractmethod
     def drop_base(self) -> None:
         """Let go of every weight of the base, to see what they took; neither side can be used afterwards."""
+        self.trainer.drop_base()
+        drop_weights(self.engine)
 
     @property
     @abstractmethod
     def kv_tokens(self) -> int:
         """Tokens that the engine's KV cache holds."""
 
+    @abstractmethod
     def rollback_cases(self) -> dict[str, int]:
         """The ways back to an earlier version that differ in cost -> syncs in between that bring such a case about."""
-        return {}
 
+    @abstractmethod
     def mark(self) -> Any:
         """What `rollback` needs to come back to what was synced last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rollback(self, mark: Any) -> Synced:
         """Have engine and trainer back on what was marked."""
-        raise NotImplementedError
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Directories that hold the strategy's own files."""
         return ()
+
+
+class OnPlainEngine(Strategy):
+    """vLLM as it comes, without anything of ours."""
+
+    engine: PlainEngine
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return self.engine.logprobs(sequences)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
+        return self.engine.generate(prompts, sampling)
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.engine.kv_tokens
 
 
 def engine_arguments(subject: Subject) -> dict[str, Any]:

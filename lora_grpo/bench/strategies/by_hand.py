@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
+from lora_grpo.bench.strategies.base import OnPlainEngine, Synced, engine_arguments
 from lora_grpo.bench.strategies.native import adapter_crossing
 from lora_grpo.bench.timing import Clock
-from lora_grpo.engines.local.dropping import drop_weights
 from lora_grpo.engines.local.weights import PlainEngine
-from lora_grpo.types import Group, Sampling
 
 KEPT = 8
 
 
-class ByHand(Strategy):
+class ByHand(OnPlainEngine):
     """A fresh directory on tmpfs, id and name each time; old directories are removed after the clock stopped."""
 
-    summary: ClassVar[str] = "save_pretrained + add_lora, unproven, stock kernels"
     decodes_like: ClassVar[str] = "by-hand"
 
     def start(self) -> None:
@@ -43,12 +39,6 @@ class ByHand(Strategy):
         # PEFT writes the adapter as it is trained, in fp32; at least that much crosses.
         return Synced(clock.seconds, adapter_crossing(self.subject.device, 4 * self.trainer.adapter_elements))
 
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self.engine.logprobs(sequences)
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
-        return self.engine.generate(prompts, sampling)
-
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
         a_RI, b_OR = self.engine.lora_tensors(path)
         return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
@@ -68,18 +58,10 @@ class ByHand(Strategy):
             self.trainer.restore(weights)
         return Synced(clock.seconds, {})
 
-    def drop_base(self) -> None:
-        self.trainer.drop_base()
-        drop_weights(self.engine)
-
-    @property
-    def kv_tokens(self) -> int:
-        return self.engine.kv_tokens
-
     @property
     def files(self) -> tuple[Path, ...]:
         return (self.folder,)
 
     def close(self) -> None:
-        self.engine.close()
+        super().close()
         shutil.rmtree(self.folder, ignore_errors=True)

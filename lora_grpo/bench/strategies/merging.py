@@ -1,40 +1,28 @@
-"""What the merge strategies share: an engine without LoRA, and weights that are pushed into it."""
+"""The ways to serve merged weights: pushed through vLLM's loaders, or folded into the engine's own; and the base."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar
 
 import torch
 
-from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
+from lora_grpo.bench.plan import Subject
+from lora_grpo.bench.strategies.base import OnPlainEngine, Synced, engine_arguments
+from lora_grpo.bench.strategies.trainer import checkpoint_name
 from lora_grpo.bench.timing import Clock
-from lora_grpo.engines.local.dropping import drop_weights
 from lora_grpo.engines.local.weights import PlainEngine
-from lora_grpo.types import Group, Sampling
 
-LORA = ".lora_"
+Named = Iterator[tuple[str, torch.Tensor]]
 
 
-class Merging(Strategy):
+class Merging(OnPlainEngine):
     """The engine runs with `enable_lora=False`, its real best for merged weights."""
 
     prepack = True
 
     def start(self) -> None:
         self.engine = PlainEngine(self.subject.model, prepack=self.prepack, **engine_arguments(self.subject))
-        self._pushed: dict[str, torch.Tensor] = {}
-        self._moved = 0
-
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self.engine.logprobs(sequences)
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
-        return self.engine.generate(prompts, sampling)
-
-    @property
-    def kv_tokens(self) -> int:
-        return self.engine.kv_tokens
 
     def rollback_cases(self) -> dict[str, int]:
         return {"merged again": 1}
@@ -49,58 +37,156 @@ class Merging(Strategy):
         synced = self.sync()
         return Synced({**clock.seconds, **synced.seconds}, synced.moved_bytes, synced.afterwards_s)
 
-    def drop_base(self) -> None:
-        self.trainer.drop_base()
-        drop_weights(self.engine)
-
-    def close(self) -> None:
-        self.engine.close()
-
     @property
     def channel(self) -> str:
         """What weights cross: trainer and engine are on one device."""
         return "host_copy" if self.subject.device == "cpu" else "device_copy"
 
 
-class Pushing(Merging):
-    """Whole weights in checkpoint form are pushed through vLLM's loaders, one by one or `at_once`."""
+class BaseOnly(Merging):
+    """The base on an engine without LoRA: what decoding costs at best. There is no trainer; a sync does nothing."""
 
+    decodes_like: ClassVar[str] = "base"
+
+    def prepare(self, subject: Subject, seen: Callable[[str], None]) -> None:
+        self.subject = subject
+        self.start()
+        seen("engine")
+
+    def renew(self) -> Synced:
+        return self.sync()
+
+    def sync(self) -> Synced:
+        return Synced({}, {})
+
+    def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
+        return base_OI
+
+
+class MergeTRL(Merging):
+    """What TRL's GRPOTrainer does: merge in place, push every weight under its checkpoint name, unmerge.
+
+    One tensor at a time into vLLM's `load_weights`, or all `at_once`; on the CPU, whose prepacked weights refuse that,
+    all through `reload_weights`.
+    """
+
+    decodes_like: ClassVar[str] = "merge-trl"
     at_once = False
 
-    def push(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def start(self) -> None:
+        super().start()
+        self._pushed: dict[str, torch.Tensor] = {}
+        self._moved = 0
+
+    def sync(self) -> Synced:
+        clock = Clock(self.subject.device)
+        with clock("merge"):
+            self.trainer.model.merge_adapter()
+        with clock("push"):
+            self.push()
+        with clock("unmerge"):
+            self.trainer.model.unmerge_adapter()
+        with clock("cache reset"):
+            self.engine.reset_prefix_cache()
+        return Synced(clock.seconds, {self.channel: self._moved})
+
+    def push(self) -> None:
         self._moved = 0
         self._pushed.clear()
-        self.load_calls = self.engine.load_weights(self._counted(named), at_once=self.at_once)
+        self.load_calls = self.engine.load_weights(self._counted(self.weights()), at_once=self.at_once)
 
-    def _counted(self, named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(self) -> Named:
+        """The base's parameters by checkpoint name, as they are now."""
+        for name, parameter in self.trainer.model.named_parameters():
+            if ".lora_" not in name:
+                yield checkpoint_name(name), parameter.data
+
+    def _counted(self, named: Iterable[tuple[str, torch.Tensor]]) -> Named:
         for name, tensor in named:
             self._moved += tensor.numel() * tensor.element_size()
             if self.remember_pushed:
                 self._pushed[name] = tensor.clone()
             yield name, tensor
 
-    def touched(self) -> set[str]:
-        """Checkpoint paths of the layers that must be pushed when those that LoRA touches are: whole fused groups."""
-        return {member for module in self.trainer.modules for member in self.engine.fused_with(module.path)}
-
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
         return self._pushed[f"{path}.weight"].float()
 
+
+class MergeTouched(MergeTRL):
+    """As TRL merges, but only what LoRA touches is pushed.
+
+    Every member of a touched fused layer goes along, biases too: a part of it would silently corrupt the rest.
+    """
+
+    def start(self) -> None:
+        super().start()
+        self._touched = {member for module in self.trainer.modules for member in self.engine.fused_with(module.path)}
+
+    def weights(self) -> Named:
+        return ((name, tensor) for name, tensor in super().weights() if name.rpartition(".")[0] in self._touched)
+
+
+class MergeOutOfPlace(MergeTouched):
+    """W + s B A made tensor by tensor while streaming, in fp32 and rounded once; the trainer's base is never written
+    to."""
+
+    def start(self) -> None:
+        super().start()
+        self._module_of = {f"{module.path}.weight": module for module in self.trainer.modules}
+
+    def sync(self) -> Synced:
+        clock = Clock(self.subject.device)
+        with clock("push"):
+            self.push()
+        with clock("cache reset"):
+            self.engine.reset_prefix_cache()
+        return Synced(clock.seconds, {self.channel: self._moved})
+
+    @torch.no_grad()
+    def weights(self) -> Named:
+        for name, tensor in super().weights():
+            module = self._module_of.get(name)
+            yield name, tensor if module is None else (tensor + self.trainer.update_of(module)).to(tensor.dtype)
+
+
+class MergeFold(Merging):
+    """The strongest merge there can be: A and B alone travel, and W0 + s B A, from a pristine W0, goes straight into
+    the (fused) weights that the engine computes with.
+
+    No renaming, no unmerging, no drift; but a second copy of the base in the engine, and the bf16 grid. On the CPU the
+    engine's weights can only be written to unprepacked, which it computes slower with.
+    """
+
+    decodes_like: ClassVar[str] = "merge-fold"
+    prepack = False
+
+    def start(self) -> None:
+        super().start()
+        weights = self.engine.linear_weights()
+        self._folds = [(module, weights[module.path]) for module in self.trainer.modules]
+        self._pristine = [weight.clone() for _, weight in self._folds]
+
     @property
-    def moved_bytes(self) -> dict[str, int]:
-        return {self.channel: self._moved}
+    def decodes_here_like(self) -> str:
+        # Nothing is prepacked on a GPU: merged weights are merged weights.
+        return self.decodes_like if self.subject.device == "cpu" else MergeTRL.decodes_like
 
-    @abstractmethod
-    def sync(self) -> Synced: ...
+    @torch.no_grad()
+    def sync(self) -> Synced:
+        clock = Clock(self.subject.device)
+        with clock("merge"):
+            for (module, weight), pristine in zip(self._folds, self._pristine, strict=True):
+                a_RI, b_OR = module.a_RI.to(weight.dtype), (module.b_OR * module.scaling).to(weight.dtype)
+                torch.addmm(pristine, b_OR, a_RI, out=weight)
+        with clock("cache reset"):
+            self.engine.reset_prefix_cache()
+        # Trainer and engine share the device: A and B cross its memory once.
+        return Synced(clock.seconds, {self.channel: 2 * self.trainer.adapter_elements})
 
+    def drop_base(self) -> None:
+        self._folds.clear()
+        self._pristine.clear()
+        super().drop_base()
 
-def checkpoint_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """A PEFT model's base under its checkpoint names, as it is now."""
-    for name, parameter in model.named_parameters():
-        if LORA not in name:
-            yield checkpoint_name(name), parameter.data
-
-
-def checkpoint_name(name: str) -> str:
-    """A parameter of a PEFT model's base as the checkpoint names it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
+        return next(weight for module, weight in self._folds if module.path == path).float()

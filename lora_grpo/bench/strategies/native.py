@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +14,8 @@ from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
+from lora_grpo.bench.strategies.trainer import Trainer, checkpoint_name
 from lora_grpo.bench.timing import Clock
-from lora_grpo.engines.local.dropping import drop_weights
 from lora_grpo.engines.local.weights import engine_kv_tokens, version_tensors
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.sync import NativeSync
@@ -26,7 +27,6 @@ KEPT_VERSIONS = 8
 class Native(Strategy):
     """`NativeSync.push`, as a user calls it."""
 
-    summary: ClassVar[str] = "adapter only, tmpfs, fresh LoRARequest, proven"
     decodes_like: ClassVar[str] = "native"
 
     engine_options: ClassVar[dict[str, Any]] = {}
@@ -94,10 +94,6 @@ class Native(Strategy):
         self.version = self.pusher.rollback(to=mark).version
         return Synced({"rollback": clock.now() - started}, {})
 
-    def drop_base(self) -> None:
-        self.trainer.drop_base()
-        drop_weights(self.engine)
-
     @property
     def kv_tokens(self) -> int:
         return engine_kv_tokens(self.engine)
@@ -108,10 +104,63 @@ class Native(Strategy):
 
     def close(self) -> None:
         self.pusher.close()
-        self.engine.close()
+        super().close()
         self.store.close()
 
 
 def adapter_crossing(device: str, nbytes: int) -> dict[str, int]:
     """What an adapter must cross at the very least: memory once, or the bus to the host and back."""
     return {"host_copy": nbytes} if device == "cpu" else {"to_host": nbytes, "to_device": nbytes}
+
+
+class NativeDisk(Native):
+    """As `Native`, with its versions on an ordinary disk: what tmpfs is worth."""
+
+    def start(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            super().start()
+
+    def folder(self, subject: Subject) -> Path:
+        return Path(subject.disk) / "versions"
+
+
+class NativeStock(Native):
+    """As `Native`, decoding on vLLM's own CPU LoRA kernels: what ours are worth."""
+
+    decodes_like: ClassVar[str] = "native-stock"
+    engine_options: ClassVar[dict[str, Any]] = {"cpu_lora_kernels": False}
+
+
+class NativeGemm(Native):
+    """As `Native`, with LoRA computed as plain matrix products over all slots, in place of vLLM's kernels."""
+
+    decodes_like: ClassVar[str] = "native-gemm"
+    engine_options: ClassVar[dict[str, Any]] = {"plain_lora_gemm": True}
+
+
+class NativeShared(Native):
+    """As `Native`, with one copy of the base: the trainer's model is made of views into the engine's weights.
+
+    On the CPU the engine computes with weights that are not prepacked.
+    """
+
+    decodes_like: ClassVar[str] = "native-shared"
+    engine_options: ClassVar[dict[str, Any]] = {"share_base_weights": True}
+
+    def prepare(self, subject: Subject, seen: Callable[[str], None]) -> None:
+        self.subject = subject
+        self.start_engine()
+        seen("engine")
+        self.trainer = Trainer(subject, self.engine.shared_model())
+        seen("trainer")
+        self.connect()
+        seen("engine")
+
+    def same_bits(self) -> bool | None:
+        from safetensors.torch import load_file
+
+        own = {checkpoint_name(name): parameter.detach() for name, parameter in self.trainer.model.named_parameters()}
+        files = sorted(Path(self.subject.model).glob("*.safetensors"))
+        pairs = ((own[name], saved) for file in files for name, saved in load_file(file, self.subject.device).items())
+        return all(torch.equal(mine, saved) for mine, saved in pairs) if files else None

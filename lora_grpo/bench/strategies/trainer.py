@@ -118,3 +118,8 @@ def _own_base(subject: Subject) -> Any:
         # On the CPU they are views of the mapped file, whose pages count when they are first touched, whoever does.
         parameter.data = parameter.data.clone()
     return base
+
+
+def checkpoint_name(name: str) -> str:
+    """A parameter of a PEFT model's base as the checkpoint names it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")

@@ -1,0 +1,28 @@
+"""Importing this imports all that measuring on an engine needs: for a process that others are forked from."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import traceback
+
+from lora_grpo.bench import process
+from lora_grpo.engines import compat
+from lora_grpo.errors import LoraGrpoError
+
+try:
+    compat.import_vllm()
+    for _name in (
+        "vllm.entrypoints.llm",
+        "transformers.models.auto.modeling_auto",
+        "lora_grpo.bench.suite",
+        "lora_grpo.bench.strategies.native",
+        "lora_grpo.bench.strategies.merging",
+    ):
+        importlib.import_module(_name)
+except (ImportError, OSError, RuntimeError, AttributeError, LoraGrpoError):
+    # The first of those that are forked says why.
+    traceback.print_exc()
+process.START_BY = "fork"
+# Nobody has to look through all that again for garbage.
+gc.freeze()
