@@ -17,9 +17,9 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.compat import ending
+from lora_grpo.engines.compat import ending, mends
 from lora_grpo.engines.compat import slots as vllm_slots
-from lora_grpo.engines.hopper import mend_kernels
+from lora_grpo.engines.compat.mends import mend_kernels
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 from tests.conftest import read_anew
 
@@ -109,7 +109,6 @@ def test_hopper_is_refused_where_the_kernel_cannot_be_mended(missing: str) -> No
 @pytest.mark.parametrize(("version", "stages"), [("0.32.0", 1), ("0.33.0", 2), ("0.99.0", 2)])
 def test_a_servers_own_process_is_mended(version: str, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM calls the entry point in each of its processes; a release that is not known here goes on as it is."""
-    from lora_grpo.engines import hopper
     from lora_grpo.engines.resolver import URL_VARIABLE, register
 
     # vLLM takes its platform from the version that is installed, once.
@@ -118,7 +117,7 @@ def test_a_servers_own_process_is_mended(version: str, stages: int, monkeypatch:
     monkeypatch.delenv(URL_VARIABLE, raising=False)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if "vllm" in name else installed(name))
     monkeypatch.setattr(compat, "compute_capability", lambda: HOPPER)
-    monkeypatch.setitem(sys.modules, hopper._KERNEL, module)
+    monkeypatch.setitem(sys.modules, mends._KERNEL, module)
     register()
     assert module.get_lora_op_configs()["num_stages"] == stages
 

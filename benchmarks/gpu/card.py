@@ -30,7 +30,7 @@ def main(device: str) -> None:
 def look(device: str) -> dict[str, Any]:
     from lora_grpo.bench import host
     from lora_grpo.engines import compat
-    from lora_grpo.engines.hopper import HOPPER, is_mended
+    from lora_grpo.engines.compat.mends import HOPPER, kernel_is_mended
 
     host.check_device(device)
     release = compat.vllm_release()
@@ -46,7 +46,7 @@ def look(device: str) -> dict[str, Any]:
     assert float((one @ one).sum()) == 512
     found["vllm"] = {"release": release, "known_by": compat.RELEASES[release]}
     capability = compat.compute_capability()
-    return {**found, "compute_capability": capability, "kernels_mended": capability == HOPPER and is_mended()}
+    return {**found, "compute_capability": capability, "kernels_mended": capability == HOPPER and kernel_is_mended()}
 
 
 def too_large(device: str, memory_bytes: dict[str, int]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from lora_grpo.adapters.peft_form.quantized import nf4_values
+from lora_grpo.engines.patching import wrap_once
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that two bases are compared in; others are quantized."""
@@ -26,16 +27,13 @@ def digest(rows: torch.Tensor, dtype: torch.dtype) -> str:
     flat = rows.detach().reshape(rows.shape[0], -1) if rows.ndim > 1 else rows.detach().reshape(-1, 1)
     step = max(1, _BLOCK_BYTES // max(1, flat.shape[1] * dtype.itemsize))
     plain = flat.device.type == "cpu" and flat.dtype == dtype
-    room = None if plain else _room(min(step, flat.shape[0]) * flat.shape[1], dtype, pinned=flat.is_cuda)
+    # One place on the host for every block: a GPU copies to pinned memory several times as fast as to new memory.
+    elements = min(step, flat.shape[0]) * flat.shape[1]
+    room = None if plain else torch.empty(elements, dtype=dtype, pin_memory=flat.is_cuda)
     for block in flat.split(step):
         here = block if room is None else room[: block.numel()].view(block.shape).copy_(block.to(dtype))
         hasher.update(here.contiguous().view(torch.uint8).numpy().data)
     return str(hasher.hexdigest())
-
-
-def _room(elements: int, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-    """One place on the host for every block: a GPU copies to pinned memory several times as fast as to new memory."""
-    return torch.empty(elements, dtype=dtype, pin_memory=pinned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,40 +55,38 @@ def packed_form(layer: Any, kind: str) -> Packed | None:
 
 def read_before_packing() -> None:
     """From now on, in this process: whatever the CPU backend packs is read first. A second call does nothing."""
-    layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
-    stock = getattr(layers, "dispatch_cpu_unquantized_gemm", None)
-    if stock is None or hasattr(stock, "stock"):
-        return
 
-    def dispatch(layer: Any, remove_weight: bool) -> None:
-        before = dict(_readable(layer)) if remove_weight else {}
-        read = {kind: _before(layer, tensor, tensor.dtype) for kind, tensor in before.items()}
-        stock(layer, remove_weight)
-        packed = {kind: read[kind] for kind, tensor in before.items() if not _still(layer, kind, tensor)}
-        # What was quantized before it was plain is told so.
-        setattr(layer, _PACKED, packed | getattr(layer, _PACKED, {}))
+    def wrapping(stock: Any) -> Any:
+        def dispatch(layer: Any, remove_weight: bool) -> None:
+            before = dict(_readable(layer)) if remove_weight else {}
+            read = {kind: _before(layer, tensor, tensor.dtype) for kind, tensor in before.items()}
+            stock(layer, remove_weight)
+            packed = {kind: read[kind] for kind, tensor in before.items() if not _still(layer, kind, tensor)}
+            # What was quantized before it was plain is told so.
+            setattr(layer, _PACKED, packed | getattr(layer, _PACKED, {}))
 
-    dispatch.stock = stock  # type: ignore[attr-defined]
-    layers.dispatch_cpu_unquantized_gemm = dispatch
+        return dispatch
+
+    layers = importlib.import_module("vllm.model_executor.layers.utils")
+    wrap_once(layers, "dispatch_cpu_unquantized_gemm", wrapping)
 
 
 def read_quantized() -> None:
     """From now on, in this process: whatever is quantized when its checkpoint was loaded is read before vLLM brings it
     into its kernels' form. A second call does nothing."""
-    loader: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
-    stock = getattr(loader, "process_weights_after_loading", None)
-    if stock is None or hasattr(stock, "stock"):
-        return
 
-    def process(model: Any, model_config: Any, *others: Any) -> None:
-        for layer in model.modules():
-            values = quantized_values(layer)
-            if values is not None:
-                setattr(layer, _PACKED, {"weight": _before(layer, values, model_config.dtype, quantized=True)})
-        stock(model, model_config, *others)
+    def wrapping(stock: Any) -> Any:
+        def process(model: Any, model_config: Any, *others: Any) -> None:
+            for layer in model.modules():
+                values = quantized_values(layer)
+                if values is not None:
+                    setattr(layer, _PACKED, {"weight": _before(layer, values, model_config.dtype, quantized=True)})
+            stock(model, model_config, *others)
 
-    process.stock = stock  # type: ignore[attr-defined]
-    loader.process_weights_after_loading = process
+        return process
+
+    loader = importlib.import_module("vllm.model_executor.model_loader.base_loader")
+    wrap_once(loader, "process_weights_after_loading", wrapping)
 
 
 @torch.no_grad()

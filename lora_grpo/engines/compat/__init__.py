@@ -19,11 +19,8 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
-from lora_grpo.engines.chunked_seeds import keep_seeds
-from lora_grpo.engines.hopper import mend_kernels
-from lora_grpo.engines.one_tensor import take_whole
+from lora_grpo.engines.compat import mends
 from lora_grpo.engines.plain_on_cpu import compute_plain_values
-from lora_grpo.engines.rotary import turn_every_head
 from lora_grpo.engines.tiles import allow_tiles
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 
@@ -103,29 +100,18 @@ def mend_server() -> None:
 
 def _mend(release: tuple[int, int], *, computes: bool) -> None:
     """What releases leave to be mended in each of their processes, those that only answer requests included."""
-    mend_kernels(release, compute_capability())
+    mends.mend_kernels(release, compute_capability())
     if computes:
-        take_whole()
-        _look_at_models_here()
+        mends.take_whole()
+        mends.look_at_models_here()
         importlib.import_module("lora_grpo.engines.packing").read_quantized()
     if is_cpu():
         importlib.import_module("lora_grpo.engines.packing").read_before_packing()
         allow_tiles()
         if computes:
-            turn_every_head()
+            mends.turn_every_head()
             compute_plain_values()
-            keep_seeds(importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner)
-
-
-def _look_at_models_here() -> None:
-    """From now on vLLM looks at a model's class in this process.
-
-    It has another process do that, lest CUDA start here, and that one imports vLLM anew: about 10 s for each class that
-    vLLM's cache folder does not know. Where the engine computes in this process, CUDA starts here anyway.
-    """
-    registry: Any = importlib.import_module("vllm.model_executor.models.registry")
-    if hasattr(registry, "_run_in_subprocess"):
-        registry._run_in_subprocess = lambda look: look()
+            mends.keep_seeds()
 
 
 def default_environment(release: tuple[int, int]) -> dict[str, str]:

@@ -10,11 +10,12 @@ import importlib
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from lora_grpo.engines.patching import replaced
 from lora_grpo.kernels.building import library
 
 
@@ -58,24 +59,16 @@ def engine_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, "additional_config": {**given, "lora_grpo": "add_cpu_lora"}}
 
 
-@contextmanager
-def compiled_with_lora(wanted: bool) -> Iterator[None]:
+def compiled_with_lora() -> AbstractContextManager[None]:
     """CPU engines that are configured within are compiled as if they had no LoRA, unless told to be eager."""
-    if not wanted:
-        yield
-        return
     platform = importlib.import_module("vllm.platforms.cpu").CpuPlatform
-    stock = vars(platform)["check_and_update_config"]
+    stock = platform.check_and_update_config.__func__
 
     def check_and_update_config(cls: Any, config: Any) -> None:
         lora, config.lora_config = config.lora_config, None
         try:
-            stock.__func__(cls, config)
+            stock(cls, config)
         finally:
             config.lora_config = lora
 
-    platform.check_and_update_config = classmethod(check_and_update_config)
-    try:
-        yield
-    finally:
-        platform.check_and_update_config = stock
+    return replaced(platform, check_and_update_config=classmethod(check_and_update_config))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+from lora_grpo.engines.patching import replaced
 
 
 def make_expert_group() -> None:
@@ -20,21 +21,12 @@ def make_expert_group() -> None:
     state._EP = state.init_model_parallel_group([world.ranks], world.local_rank, backend, group_name="ep")
 
 
-@contextmanager
-def experts_without_lora(wanted: bool) -> Iterator[None]:
+def experts_without_lora() -> AbstractContextManager[None]:
     """Models that are built within compute their experts as an engine without LoRA does.
 
     With LoRA on, vLLM picks kernels that could add it to the experts, also where none is wrapped; there are none for
     the CPU.
     """
-    if not wanted:
-        yield
-        return
-    layer: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
+    layer = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
     stock = layer.FusedMoEConfig
-
-    layer.FusedMoEConfig = lambda **settings: stock(**{**settings, "is_lora_enabled": False})
-    try:
-        yield
-    finally:
-        layer.FusedMoEConfig = stock
+    return replaced(layer, FusedMoEConfig=lambda **settings: stock(**{**settings, "is_lora_enabled": False}))

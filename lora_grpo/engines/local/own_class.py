@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
+from lora_grpo.engines.patching import replaced
+
 
 @contextmanager
 def classes_kept() -> Iterator[None]:
@@ -34,11 +36,8 @@ def classes_kept() -> Iterator[None]:
                     # All that is left of its constructor is the compiler's part.
                     own.__init__(module)
 
-    backend._decorate_cls_for_torch_compile, backend.__init__ = note, build_and_decorate
-    try:
+    with replaced(backend, _decorate_cls_for_torch_compile=note, __init__=build_and_decorate):
         yield
-    finally:
-        backend._decorate_cls_for_torch_compile, backend.__init__ = decorate, build
 
 
 def _subclass(cls: Any) -> Any:

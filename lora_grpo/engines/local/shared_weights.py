@@ -9,8 +9,8 @@ makes decoding slower.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS
 from lora_grpo.engines.local.frozen import FrozenParameter
 from lora_grpo.engines.local.text_only import model_class
 from lora_grpo.engines.names import NameMap
+from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
@@ -68,17 +69,13 @@ class SharedBase:
                 )
 
 
-@contextmanager
-def plain_cpu_weights(wanted: bool, *, heads: bool = True) -> Iterator[None]:
+def plain_cpu_weights(*, heads: bool = True) -> AbstractContextManager[None]:
     """Meanwhile, vLLM's CPU backend keeps the linear weights that it loads as they are and computes with `F.linear`.
 
     By itself it prepacks them into buffers that nothing else can read; no switch of its own prevents that in 0.26 to
     0.33. `heads=False` leaves it the output layer, of which it packs a second copy.
     """
-    if not wanted:
-        yield
-        return
-    layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
+    layers = importlib.import_module("vllm.model_executor.layers.utils")
     stock = layers.dispatch_cpu_unquantized_gemm
 
     def dispatch(layer: Any, remove_weight: bool) -> None:
@@ -87,11 +84,7 @@ def plain_cpu_weights(wanted: bool, *, heads: bool = True) -> Iterator[None]:
         else:
             stock(layer, remove_weight)
 
-    layers.dispatch_cpu_unquantized_gemm = dispatch
-    try:
-        yield
-    finally:
-        layers.dispatch_cpu_unquantized_gemm = stock
+    return replaced(layers, dispatch_cpu_unquantized_gemm=dispatch)
 
 
 def check_shareable(arguments: Mapping[str, Any]) -> None:

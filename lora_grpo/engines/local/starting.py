@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from lora_grpo.engines import compat
@@ -98,11 +99,11 @@ def start_llm(
     make_expert_group()
     with (
         vllm_boundary(f"start on {model}"),
-        plain_cpu_weights(share_base_weights and compat.is_cpu()),
+        plain_cpu_weights() if share_base_weights and compat.is_cpu() else nullcontext(),
         lora_gemm.plain_products(plain_lora_gemm),
         lora_kernels.products_by_segment(kernels),
-        compiled_with_lora(compiles),
-        experts_without_lora(compat.is_cpu()),
+        compiled_with_lora() if compiles else nullcontext(),
+        experts_without_lora() if compat.is_cpu() else nullcontext(),
         classes_kept(),
     ):
         arguments |= {"enable_lora": True, "lora_target_modules": wrapped, "logprobs_mode": "processed_logprobs"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class PlainEngine:
         """Other keywords go to `vllm.LLM`. Raises `UnsupportedVersion`, or `EngineError` when vLLM does not start."""
         vllm = compat.import_vllm()
         lora = {} if lora_rank is None else {"enable_lora": True, "max_lora_rank": compat.allowed_rank(lora_rank)}
-        plain = plain_cpu_weights(compat.is_cpu() and not prepack, heads=False)
+        plain = plain_cpu_weights(heads=False) if compat.is_cpu() and not prepack else nullcontext()
         with vllm_boundary(f"start on {model}"), plain:
             self._llm = vllm.LLM(model=str(model), logprobs_mode="processed_logprobs", **lora, **vllm_args)
         self._request: Any = None
@@ -144,6 +145,15 @@ class PlainEngine:
         if len(outputs) != len(ids_B):
             raise EngineError(f"vLLM answered {len(outputs)} of {len(ids_B)} requests")
         return list(outputs)
+
+
+def drop_weights(engine: Any) -> None:
+    """Forget the base's weights of a `VLLMEngine` or `PlainEngine`, to see what they took; it can then only be closed."""
+    # Each holds further references: the watch over shared weights, and the CPU backend's prepacked layers.
+    vars(engine)["_shared"] = None
+    for module in compat.runner(engine._llm).get_model().modules():
+        module._parameters.clear()
+        vars(module).pop("cpu_linear", None)
 
 
 def version_tensors(engine: VLLMEngine, version: AdapterVersion, path: str) -> tuple[torch.Tensor, torch.Tensor]:

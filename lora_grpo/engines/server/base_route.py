@@ -14,11 +14,11 @@ from dataclasses import asdict
 from typing import Any
 
 from lora_grpo.engines.delivery.base_reading import BaseReading, TensorReading, read_base
+from lora_grpo.engines.patching import wrap_once
 
 BASE = "/v1/lora_grpo/base"
 
 _METHOD = "lora_grpo_read_base"
-_APP = "vllm.entrypoints.launchers.app"
 
 
 def offer() -> None:
@@ -27,20 +27,18 @@ def offer() -> None:
     Releases whose server is built otherwise than 0.32's get no route.
     """
     setattr(importlib.import_module("vllm.v1.worker.worker_base").WorkerBase, _METHOD, _read)
-    app: Any = sys.modules.get(_APP)
-    stock = getattr(app, "register_api_routers", None)
-    if stock is None or hasattr(stock, "stock"):
-        return
 
-    def register(args: Any, api: Any, *rest: Any) -> None:
-        stock(args, api, *rest)
-        from vllm import envs
+    def wrapping(stock: Any) -> Any:
+        def register(args: Any, api: Any, *rest: Any) -> None:
+            stock(args, api, *rest)
+            from vllm import envs
 
-        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            api.add_route(BASE, _answer, methods=["POST"])
+            if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+                api.add_route(BASE, _answer, methods=["POST"])
 
-    register.stock = stock  # type: ignore[attr-defined]
-    app.register_api_routers = register
+        return register
+
+    wrap_once(sys.modules.get("vllm.entrypoints.launchers.app"), "register_api_routers", wrapping)
 
 
 def _read(worker: Any, shapes: str) -> str:

@@ -1,0 +1,33 @@
+"""vLLM's own functions in other hands: for the life of the process, or while a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def wrap_once(owner: Any, name: str, wrapping: Callable[[Any], Any]) -> None:
+    """Put what `wrapping` makes of `owner.name` in its place; nothing where that was done, or there is no such name."""
+    stock = getattr(owner, name, None)
+    if stock is not None and not is_wrapped(owner, name):
+        made = wrapping(stock)
+        made.stock = stock
+        setattr(owner, name, made)
+
+
+def is_wrapped(owner: Any, name: str) -> bool:
+    return hasattr(getattr(owner, name, None), "stock")
+
+
+@contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Meanwhile, a module or class has these values by these names."""
+    before = {name: vars(owner)[name] for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
