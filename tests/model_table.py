@@ -19,7 +19,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, save
 
-from lora_grpo.adapters.files.digest import digest_directory
 from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
@@ -32,6 +31,7 @@ from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.checking import Finding as CheckFinding
 from lora_grpo.trainer.checking import check_run
 from tests.families import FAMILIES, build, trainer_model
+from tests.store_files import digest_of
 from tests.tiny_models import VOCAB, refill_lora
 
 SWAPS = 3
@@ -199,7 +199,7 @@ def _forged(
     path.mkdir(parents=True)
     (path / WEIGHTS_FILE).write_bytes(save(tensors))
     (path / CONFIG_FILE).write_text(json.dumps(config))
-    return AdapterVersion(1, None, path, digest_directory(path), 0, 0.0)
+    return AdapterVersion(1, None, path, digest_of(path), 0, 0.0)
 
 
 def foreign_prefix(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, folder: Path) -> bool:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save
 
 from lora_grpo.adapters.files import disk, room
-from lora_grpo.adapters.files.digest import digest_buffers, digest_directory
+from lora_grpo.adapters.files.digest import digest_buffers
 from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE, ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
@@ -33,6 +33,7 @@ from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS
+from tests.store_files import digest_of
 from tests.tiny_models import load_model, refill_lora, tiny_lora, tiny_model
 
 pytestmark = pytest.mark.vllm
@@ -58,7 +59,7 @@ def forge(folder: Path, tensors: Tensors | bytes, config: dict[str, Any] | bytes
     settings = config if isinstance(config, bytes) else json.dumps(config).encode()
     (path / WEIGHTS_FILE).write_bytes(weights)
     (path / CONFIG_FILE).write_bytes(settings)
-    return AdapterVersion(number, None, path, digest_directory(path), 0, 0.0)
+    return AdapterVersion(number, None, path, digest_of(path), 0, 0.0)
 
 
 def renamed(change: Callable[[str], str]) -> Callable[[Tensors, dict[str, Any]], Any]:

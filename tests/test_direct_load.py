@@ -16,7 +16,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat import slots as vllm_slots
-from lora_grpo.engines.local import loading
+from lora_grpo.engines.local import loading, residents
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError
 from lora_grpo.kernels import moving
@@ -189,7 +189,9 @@ def test_what_the_trainer_holds_gets_into_the_slot_without_reading_the_file_back
     engine.unload(version)
     for seed in (7, 8):
         engine.load(publish(store, llama_dir, seed, r=16)[0])
-    monkeypatch.setattr("lora_grpo.engines.local.residents.digest_directory", lambda *_, **__: pytest.fail("read back"))
+    monkeypatch.setattr(
+        "lora_grpo.engines.local.residents.require_published", lambda *_, **__: pytest.fail("read back")
+    )
     receipt = engine.load(version, held=form.held)
     assert (receipt.proof, receipt.proven_bytes, receipt.loader) == ("slots", form.nbytes, "direct")
     assert all(torch.equal(tensor, slots(engine, version)[name]) for name, tensor in from_file.items())

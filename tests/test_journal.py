@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from pathlib import Path
 
 import pytest
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.journal import Journal, Spans
+from lora_grpo.adapters.files.journal import Journal
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_archived, keep_latest, keep_trainer_state
 from tests.store_files import adapter
@@ -87,17 +86,3 @@ def test_a_state_pruned_twice_meets_its_own_leftover(shm_dir: Path, tmp_path: Pa
         store.flush()
         assert store.states == [2]
     assert [path.name for path in (tmp_path / "run" / "trash").iterdir()] == ["states-000001"]
-
-
-def test_spans_are_a_set() -> None:
-    draw = random.Random(0)
-    for _ in range(200):
-        spans, plain = Spans(), set[int]()
-        for _ in range(draw.randrange(1, 40)):
-            number = draw.randrange(1, 30)
-            spans.add(number)
-            plain.add(number)
-            assert [n for n in range(32) if n in spans] == sorted(plain)
-            assert spans.last == max(plain)
-        gaps = sum(n + 1 not in plain for n in plain)
-        assert len(spans._starts) == len(spans._ends) == gaps

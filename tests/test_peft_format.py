@@ -19,7 +19,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_grpo.adapters.files.digest import digest_directory
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, export_adapter
 from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.peft_form.modules import lora_modules, peft_model_of
@@ -29,6 +28,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError, StoreError, TrainingError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
+from tests.store_files import digest_of
 from tests.tiny_models import load_model, refill_lora, tiny_lora
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def write(form: ServingForm, folder: Path) -> AdapterVersion:
     folder.mkdir(parents=True)
     for name, content in payload(form).items():
         (folder / name).write_bytes(content)
-    return AdapterVersion(1, None, folder, digest_directory(folder), 0, 0.0)
+    return AdapterVersion(1, None, folder, digest_of(folder), 0, 0.0)
 
 
 @torch.no_grad()

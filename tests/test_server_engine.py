@@ -22,7 +22,6 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from lora_grpo.adapters.files.digest import digest_directory
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription
@@ -36,6 +35,7 @@ from lora_grpo.engines.server.names import Names
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion, UnsupportedVersion
 from lora_grpo.types import Sampling
 from tests.fake_vllm import FakeServer, logprob, scores, weights_of
+from tests.store_files import digest_of
 from tests.tiny_models import VOCAB
 
 PROMPTS = [[10, 11, 12], [20, 21], [30, 31, 32, 33]]
@@ -81,7 +81,7 @@ def version(folder: Path, number: int) -> AdapterVersion:
     )
     settings = {"r": 4, "lora_alpha": 4, "target_modules": ["model.layers.0.self_attn.q_proj"]}
     (path / "adapter_config.json").write_text(json.dumps(settings))
-    return AdapterVersion(number, None, path, digest_directory(path), 0, 0.0)
+    return AdapterVersion(number, None, path, digest_of(path), 0, 0.0)
 
 
 def answers(known: AdapterVersion) -> list[list[float]]:

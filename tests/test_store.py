@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.digest import digest_buffers, digest_directory
+from lora_grpo.adapters.files.digest import digest_buffers
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.errors import ConfigError, StoreError, UnknownVersion
-from tests.store_files import adapter, content, on_disk
+from tests.store_files import adapter, content, digest_of, on_disk
 
 
 def test_a_version_is_the_bytes_that_were_published(shm_dir: Path) -> None:
@@ -25,7 +25,7 @@ def test_a_version_is_the_bytes_that_were_published(shm_dir: Path) -> None:
         version = store.publish(adapter(1), step=7)
         assert on_disk(version.path) == content(adapter(1))
         assert (version.number, version.parent, version.step) == (1, None, 7)
-        assert version.digest == digest_buffers(adapter(1)) == digest_directory(version.path)
+        assert version.digest == digest_buffers(adapter(1)) == digest_of(version.path)
         assert store.get(1) == version
         assert json.loads((version.path / "version.json").read_text())["sizes"] == {
             "adapter_config.json": len(b'{"seed": 1}'),

@@ -6,25 +6,14 @@ other engine (a server, a fake) is asked by the first process alone, and the oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import (
-    Adapters,
-    BaseDescription,
-    Engine,
-    LoadReceipt,
-    Proof,
-    RemoteEngine,
-    Samplings,
-    is_remote,
-)
-from lora_grpo.engines.delivery.base_reading import BaseReading
-from lora_grpo.engines.delivery.witness import Witness
+from lora_grpo.engines.base import Adapters, Engine, LoadReceipt, RemoteEngine, Samplings, is_remote
 from lora_grpo.engines.requests import adapters_by_prompt, sampling_by_prompt
 from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.grpo.processes import Processes
@@ -57,37 +46,30 @@ def joint(engine: Engine | None, processes: Processes) -> Engine:
     return (RemoteEngineOfFirst if remote else EngineOfFirst)(engine, processes)
 
 
-class _Joint:
-    """What both kinds have in common."""
+def _asked(name: str) -> Any:
+    """The engine's method of that name, called by all processes together."""
+
+    def method(self: EngineOfFirst, *given: Any, **named: Any) -> Any:
+        return self._ask(lambda engine: getattr(engine, name)(*given, **named))
+
+    return method
+
+
+class EngineOfFirst:
+    """The first process's, which computes in none of them: it is asked, and the others are told what it said."""
 
     def __init__(self, own: Engine | None, processes: Processes) -> None:
         self._own, self._processes = own, processes
         said = self._ask(lambda engine: (engine.proof, engine.max_lora_rank, engine.lora_dtype))
-        self._proof, self._max_lora_rank, self._lora_dtype = said
+        self.proof, self.max_lora_rank, self.lora_dtype = said
+
+    load, unload, loaded = _asked("load"), _asked("unload"), _asked("loaded")
+    generate, logprobs = _asked("generate"), _asked("logprobs")
+    describe_base, read_base = _asked("describe_base"), _asked("read_base")
 
     @property
-    def proof(self) -> Proof:
-        return self._proof
-
-    @property
-    def max_lora_rank(self) -> int:
-        return self._max_lora_rank
-
-    @property
-    def lora_dtype(self) -> str:
-        return self._lora_dtype
-
-    def unload(self, version: AdapterVersion) -> None:
-        self._ask(lambda engine: engine.unload(version))
-
-    def loaded(self) -> tuple[AdapterVersion, ...]:
-        return self._ask(lambda engine: engine.loaded())
-
-    def describe_base(self) -> BaseDescription:
-        return self._ask(lambda engine: engine.describe_base())
-
-    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
-        return self._ask(lambda engine: engine.read_base(shapes))
+    def device(self) -> torch.device | None:
+        return None
 
     def close(self) -> None:
         """Only this process's."""
@@ -98,7 +80,17 @@ class _Joint:
         return self._processes.first(lambda: act(_there(self._own)))
 
 
-class EngineInEach(_Joint):
+class RemoteEngineOfFirst(EngineOfFirst):
+    """Servers."""
+
+    logprobs_of_each, keep_probe = _asked("logprobs_of_each"), _asked("keep_probe")
+
+    @property
+    def pulls(self) -> bool:
+        return self._ask(lambda engine: cast(RemoteEngine, engine).pulls)
+
+
+class EngineInEach(EngineOfFirst):
     """One in every process."""
 
     _own: Engine
@@ -145,48 +137,6 @@ class EngineInEach(_Joint):
 
     def _ask(self, act: Callable[[Engine], T]) -> T:
         return self._processes.each(lambda: act(self._own))
-
-
-class EngineOfFirst(_Joint):
-    """The first process's, which computes in none of them."""
-
-    @property
-    def device(self) -> None:
-        return None
-
-    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        return self._ask(lambda engine: engine.load(version, held=held))
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
-        return self._ask(lambda engine: engine.generate(prompts, sampling, adapter=adapter))
-
-    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
-        return self._ask(lambda engine: engine.logprobs(sequences, adapter=adapter))
-
-
-class RemoteEngineOfFirst(EngineOfFirst):
-    """Servers."""
-
-    @property
-    def pulls(self) -> bool:
-        return self._ask(lambda engine: cast(RemoteEngine, engine).pulls)
-
-    def load(
-        self,
-        version: AdapterVersion,
-        *,
-        held: Held | None = None,
-        expected: list[list[float]] | None = None,
-    ) -> LoadReceipt:
-        return self._ask(lambda engine: cast(RemoteEngine, engine).load(version, expected=expected))
-
-    def logprobs_of_each(
-        self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None
-    ) -> list[list[list[float]]]:
-        return self._ask(lambda engine: cast(RemoteEngine, engine).logprobs_of_each(sequences, adapter=adapter))
-
-    def keep_probe(self, version: AdapterVersion, witness: Witness, noise: float) -> None:
-        self._ask(lambda engine: cast(RemoteEngine, engine).keep_probe(version, witness, noise))
 
 
 def _there(engine: Engine | None) -> Engine:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Samplings
-from lora_grpo.engines.delivery.base_reading import BaseReading
-from lora_grpo.types import Group, Prompt
+from lora_grpo.engines.base import Engine
 from lora_grpo.worker import Worker
-
-T = TypeVar("T")
 
 
 @runtime_checkable
@@ -26,6 +21,21 @@ class Stepping(Engine, Protocol):
     """
 
     between_steps: Callable[[], None] | None
+
+
+def _done(name: str) -> Any:
+    """The engine's method of that name, done by the worker."""
+
+    def method(self: OwnedEngine, *given: Any, **named: Any) -> Any:
+        def noting() -> Any:
+            try:
+                return getattr(self._engine, name)(*given, **named)
+            finally:
+                self._loaded = self._engine.loaded()
+
+        return self.worker.call(noting)
+
+    return method
 
 
 class OwnedEngine:
@@ -49,27 +59,12 @@ class OwnedEngine:
         """What only some engines offer, such as `tokenizer`; not for use while the thread is at work."""
         return getattr(self._engine, name)
 
-    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        return self._do(lambda: self._engine.load(version, held=held))
-
-    def unload(self, version: AdapterVersion) -> None:
-        self._do(lambda: self._engine.unload(version))
+    load, unload, generate, logprobs = _done("load"), _done("unload"), _done("generate"), _done("logprobs")
+    describe_base, read_base = _done("describe_base"), _done("read_base")
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
         """As after the last call that ended, without waiting for the thread."""
         return () if self.worker.hangs else self._loaded
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
-        return self._do(lambda: self._engine.generate(prompts, sampling, adapter=adapter))
-
-    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
-        return self._do(lambda: self._engine.logprobs(sequences, adapter=adapter))
-
-    def describe_base(self) -> BaseDescription:
-        return self._do(self._engine.describe_base)
-
-    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
-        return self._do(lambda: self._engine.read_base(shapes))
 
     def release(self) -> bool:
         """End the thread: the engine is again its caller's alone. False when it hangs in a step."""
@@ -82,15 +77,6 @@ class OwnedEngine:
     def close(self) -> None:
         if self.release():
             self._engine.close()
-
-    def _do(self, function: Callable[[], T]) -> T:
-        def noting() -> T:
-            try:
-                return function()
-            finally:
-                self._loaded = self._engine.loaded()
-
-        return self.worker.call(noting)
 
 
 def owned(engine: Engine, patience_s: float) -> Engine:

@@ -8,13 +8,22 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from numbers import Integral
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from lora_grpo.adapters.asking.target import parse_target
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, Samplings
-from lora_grpo.errors import ConfigError, EngineError
+from lora_grpo.errors import ConfigError, DeliveryError, EngineError, UnknownVersion
 from lora_grpo.types import Completion, Group, Prompt, Sampling, derive_seed
+
+
+class _HasVersion(Protocol):
+    @property
+    def version(self) -> AdapterVersion: ...
+
+
+_Loaded = TypeVar("_Loaded", bound=_HasVersion)
 
 ENCODING = threading.Lock()
 """A fast tokenizer raises "Already borrowed" when two threads use it."""
@@ -156,6 +165,23 @@ def require_version(given: object) -> AdapterVersion:
         f"an engine takes an AdapterVersion, and {given!r} is one in a store: pass store.get({named!r}) "
         f"(sync.store.get({named!r}), trainer.store.get({named!r})); None is the base model"
     )
+
+
+def find_loaded(loaded: Mapping[Path, _Loaded], version: AdapterVersion) -> _Loaded:
+    """What an engine has `loaded`, by path, of a version. Raises `UnknownVersion` where that is nothing."""
+    found = loaded.get(require_version(version).path)
+    if found is None or found.version.digest != version.digest:
+        held = ", ".join(str(known.version) for known in loaded.values()) or "none"
+        raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
+    return found
+
+
+def loaded_from_its_path(loaded: Mapping[Path, _Loaded], version: AdapterVersion) -> _Loaded | None:
+    """The same, None where nothing is. Raises `DeliveryError` where its path was loaded with other bytes."""
+    known = loaded.get(require_version(version).path)
+    if known is not None and known.version.digest != version.digest:
+        raise DeliveryError(f"{version.path} is loaded as {known.version} with other bytes; paths are immutable")
+    return known
 
 
 def mixed_batches(adapter_B: Sequence[AdapterVersion | None], slots: int, mixes_base: bool) -> Iterator[list[int]]:

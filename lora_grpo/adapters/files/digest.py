@@ -7,7 +7,6 @@ mix-ups, not against an attacker; the archive adds sha256 beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TypeAlias
 
 import xxhash
@@ -43,29 +42,4 @@ def digest_buffers(files: Mapping[str, Sequence[Buffer]]) -> str:
         digest.file(name, sum(view.nbytes for view in views))
         for view in views:
             digest.update(view)
-    return digest.hexdigest()
-
-
-def digest_directory(
-    path: str | Path, *, skip: frozenset[str] = frozenset({"version.json"}), held: Mapping[str, Buffer] | None = None
-) -> str:
-    """Digest of a version's directory, equal to `digest_buffers` of its files; the manifest is not part of it.
-
-    Files named in `held` are taken from the buffers given there (their mappings, say) and not read again.
-    """
-    folder = Path(path)
-    digest = AdapterDigest()
-    chunk = memoryview(bytearray(CHUNK_BYTES))
-    for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
-        if file.name in skip:
-            continue
-        if held is not None and file.name in held:
-            whole = memoryview(held[file.name]).cast("B")
-            digest.file(file.name, whole.nbytes)
-            digest.update(whole)
-            continue
-        with open(file, "rb", buffering=0) as stream:
-            digest.file(file.name, file.stat().st_size)
-            while count := stream.readinto(chunk):
-                digest.update(chunk[:count])
     return digest.hexdigest()

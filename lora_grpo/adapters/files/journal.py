@@ -14,7 +14,6 @@ import numbers
 import os
 import re
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
@@ -35,8 +34,8 @@ class Journal:
     `published` maps the numbers of versions that should have a copy to their manifests, `metrics` what was
     recorded of those; `promoted` are the ones that were promoted, in the order of their last promotion, and the last
     one even if it is gone; `states` are the trainer states written or on their way; `damaged_lines` are the lines,
-    counted from 1, that could not be read, so that what they told is not in the rest. What grows with every version
-    ever published is the file alone; with every branch (a version whose parent is not the number before) a few bytes.
+    counted from 1, that could not be read, so that what they told is not in the rest; `last` is the largest number
+    ever published. Of a version that is gone a number stays in memory, all else in the file alone.
     """
 
     def __init__(self, path: Path, *, sync: bool) -> None:
@@ -49,7 +48,8 @@ class Journal:
         self.damaged_lines: list[int] = []
         self._lines = 0
         self._checked = False
-        self._ever = Spans()
+        self._ever: set[int] = set()
+        self.last = 0
         self._branches: dict[int, int | None] = {}
         self._back: set[int] = set()
         self._sync = sync
@@ -70,11 +70,6 @@ class Journal:
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
             self.refresh()
             os.ftruncate(self._descriptor, self._end)
-
-    @property
-    def last(self) -> int:
-        """The largest number ever published, 0 before."""
-        return self._ever.last
 
     def knows(self, number: int) -> bool:
         """Whether such a version was ever published."""
@@ -184,10 +179,14 @@ class Journal:
         if self.has_forgotten(number):
             self._back.add(number)
         self.published[number] = manifest
-        self._ever.add(number)
+        self._note(number)
         self._branches.pop(number, None)
         if manifest.parent != number - 1:
             self._branches[number] = manifest.parent
+
+    def _note(self, number: int) -> None:
+        self._ever.add(number)
+        self.last = max(self.last, number)
 
     def _promote(self, number: int) -> None:
         before = next(reversed(self.promoted), None)
@@ -198,7 +197,7 @@ class Journal:
 
     def _forget(self, number: int) -> None:
         if number not in self._ever:
-            self._ever.add(number)
+            self._note(number)
             self._branches[number] = None
         self.published.pop(number, None)
         self.metrics.pop(number, None)
@@ -217,39 +216,6 @@ def _parsed(line: bytes, checked: bool) -> tuple[str, int, dict[str, Any], bool]
     if not is_number(fields["number"]):
         raise ValueError("it is about no version")
     return fields["event"], fields["number"], fields, match is not None
-
-
-class Spans:
-    """A set of whole numbers that takes memory for its gaps only."""
-
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-
-    @property
-    def last(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __contains__(self, number: int) -> bool:
-        place = bisect_right(self._starts, number) - 1
-        return place >= 0 and number <= self._ends[place]
-
-    def add(self, number: int) -> None:
-        if number in self:
-            return
-        place = bisect_right(self._starts, number)
-        joins_left = place > 0 and self._ends[place - 1] == number - 1
-        joins_right = place < len(self._starts) and self._starts[place] == number + 1
-        if joins_left and joins_right:
-            self._ends[place - 1] = self._ends.pop(place)
-            del self._starts[place]
-        elif joins_left:
-            self._ends[place - 1] = number
-        elif joins_right:
-            self._starts[place] = number
-        else:
-            self._starts.insert(place, number)
-            self._ends.insert(place, number)
 
 
 def as_metrics(values: Mapping[str, object], ranked: Set[str]) -> dict[str, Any]:

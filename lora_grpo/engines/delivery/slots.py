@@ -137,8 +137,11 @@ class SlotProver:
         return f"slot {slot} differs from the published bytes, as the copy in memory does that it was filled from"
 
 
-def require_finite(version: AdapterVersion, file: AdapterFile) -> None:
-    """NaN in an adapter would stay in freed KV-cache blocks and poison every later request."""
+def require_published(version: AdapterVersion, file: AdapterFile) -> None:
+    """Raises `DeliveryError` for other bytes than were published, and for values that are not finite: NaN would stay in
+    freed KV-cache blocks and poison every later request."""
+    if file.digest_with([file.payload]) != version.digest:
+        raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
     dtype = TORCH_DTYPES[file.dtype]
     if all_finite(torch.frombuffer(file.payload, dtype=dtype)):
         return

@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 
-from lora_grpo.adapters.files.digest import digest_directory
-from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
-from lora_grpo.adapters.peft_form.serving import WEIGHTS_FILE, Held
+from lora_grpo.adapters.peft_form.files import open_adapter
+from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
-from lora_grpo.engines.delivery.slots import SlotProver, require_finite
+from lora_grpo.engines.delivery.slots import SlotProver, require_published
 from lora_grpo.engines.local.driving import StepDriver
 from lora_grpo.engines.local.loading import AdapterLoader, Loaded
-from lora_grpo.engines.requests import require_version
-from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError, UnknownVersion
+from lora_grpo.engines.requests import find_loaded, loaded_from_its_path
+from lora_grpo.errors import EngineError, LoraGrpoError
 
 
 class Residents:
@@ -51,20 +50,12 @@ class Residents:
 
     def find(self, version: AdapterVersion) -> Loaded:
         """Raises `UnknownVersion` for one that is not loaded."""
-        loaded = self._loaded.get(require_version(version).path)
-        if loaded is None or loaded.version.digest != version.digest:
-            held = ", ".join(str(known) for known in self.versions()) or "none"
-            raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
-        return loaded
+        return find_loaded(self._loaded, version)
 
     def load(self, version: AdapterVersion, held: Held | None = None) -> LoadReceipt:
         """See `Engine.load`."""
-        known = self._loaded.get(require_version(version).path)
+        known = loaded_from_its_path(self._loaded, version)
         if known is not None:
-            if known.version.digest != version.digest:
-                raise DeliveryError(
-                    f"{version.path} is loaded as {known.version} with other bytes; paths are immutable"
-                )
             self._touch(known)
             return self._prove_again(known)
         started = time.perf_counter()
@@ -72,7 +63,7 @@ class Residents:
         if self._loader.kind != "direct":
             held = None
         if held is None:
-            _check_published(version, file)
+            require_published(version, file)
         binding = self._prover.bind(version, file)
         checked = time.perf_counter()
         self._make_room()
@@ -186,12 +177,6 @@ class Residents:
 
         lora_id = next(self._ids)
         return LoRARequest(f"{version.path.parent.parent.name}-v{version.number}-{lora_id}", lora_id, str(version.path))
-
-
-def _check_published(version: AdapterVersion, file: AdapterFile) -> None:
-    if digest_directory(version.path, held={WEIGHTS_FILE: file.mapped}) != version.digest:
-        raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
-    require_finite(version, file)
 
 
 def _generators_kept() -> AbstractContextManager[None]:

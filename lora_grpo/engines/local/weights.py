@@ -148,7 +148,7 @@ class PlainEngine:
 
 
 def drop_weights(engine: Any) -> None:
-    """Forget the base's weights of a `VLLMEngine` or `PlainEngine`, to see what they took; it can then only be closed."""
+    """Forget the base's weights of a `VLLMEngine` or `PlainEngine`, to see what they took; then it can only close."""
     # Each holds further references: the watch over shared weights, and the CPU backend's prepacked layers.
     vars(engine)["_shared"] = None
     for module in compat.runner(engine._llm).get_model().modules():

@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer
 
-from lora_grpo.adapters.files.digest import digest_directory
 from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
-from lora_grpo.adapters.peft_form.serving import WEIGHTS_FILE, Held
+from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
@@ -23,14 +22,13 @@ from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.delivery.probe import probe_sequences
-from lora_grpo.engines.delivery.slots import require_finite
+from lora_grpo.engines.delivery.slots import require_published
 from lora_grpo.engines.delivery.witness import Witness
 from lora_grpo.engines.requests import (
     adapters_by_prompt,
     check_fits,
     check_text,
     request_seeds,
-    require_version,
     sampling_by_prompt,
     to_groups,
     token_prompts,
@@ -43,7 +41,7 @@ from lora_grpo.engines.server.names import Names
 from lora_grpo.engines.server.pool import completing, scoring
 from lora_grpo.engines.server.proofs import KeptProbe
 from lora_grpo.engines.server.replica import Replica
-from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.errors import ConfigError
 from lora_grpo.types import Completion, Group, Prompt, Sampling
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
@@ -174,18 +172,12 @@ class VLLMServerEngine:
         Raises `DeliveryError` or `EngineError`, and what was in use before still is.
         """
         started = time.perf_counter()
-        known = self._fleet.in_use.at(require_version(version).path)
+        known = self._fleet.in_use.known(version)
         if known is not None:
-            if known.version.digest != version.digest:
-                raise DeliveryError(
-                    f"{version.path} is loaded as {known.version} with other bytes; paths are immutable"
-                )
             report: CanaryReport | None = self._loop.run(self._fleet.prove_again(known))
             return self._receipt(open_adapter(version), report, started, started)
         file = open_adapter(version)
-        if digest_directory(version.path, held={WEIGHTS_FILE: file.mapped}) != version.digest:
-            raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
-        require_finite(version, file)
+        require_published(version, file)
         checked = time.perf_counter()
         report = self._loop.run(self._fleet.load(self._fleet.named(version), expected))
         return self._receipt(file, report, started, checked)

@@ -100,7 +100,7 @@ class Fleet:
         Raises as `load`.
         """
         async with self._changing:
-            if self.in_use.at(served.version.path) is not served:
+            if self.in_use.known(served.version) is not served:
                 raise EngineError(f"{served.version} was unloaded meanwhile; load it again")
             try:
                 _, verdict = await self._prove(served, served.answers)
@@ -176,7 +176,7 @@ class Fleet:
         One that is in use is not loaded again: that it answers otherwise than before has to be heard of, and whoever
         samples from it needs its name.
         """
-        known, pause_s = self.in_use.at(served.version.path) is served, FIRST_PAUSE_S
+        known, pause_s = self.in_use.known(served.version) is served, FIRST_PAUSE_S
         for attempt in range(1, _LOAD_ATTEMPTS + 1):
             try:
                 if served.name not in replica.names:

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.requests import require_version
+from lora_grpo.engines.requests import find_loaded, loaded_from_its_path
 from lora_grpo.engines.server.replica import Served
-from lora_grpo.errors import UnknownVersion
 
 
 class InUse:
@@ -22,16 +21,13 @@ class InUse:
     def all(self) -> tuple[Served, ...]:
         return tuple(self._by_path.values())
 
-    def at(self, path: Path) -> Served | None:
-        return self._by_path.get(path)
+    def known(self, version: AdapterVersion) -> Served | None:
+        """As `loaded_from_its_path`."""
+        return loaded_from_its_path(self._by_path, version)
 
     def find(self, version: AdapterVersion) -> Served:
-        """Raises `UnknownVersion` for one that is not loaded."""
-        served = self._by_path.get(require_version(version).path)
-        if served is None or served.version.digest != version.digest:
-            held = ", ".join(str(known.version) for known in self.all()) or "none"
-            raise UnknownVersion(f"{version} is not loaded (loaded: {held}); load it first")
-        return served
+        """As `find_loaded`."""
+        return find_loaded(self._by_path, version)
 
     def add(self, served: Served) -> None:
         """As the most recently used; one that is there already becomes it."""
