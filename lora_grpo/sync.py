@@ -14,11 +14,11 @@ import torch
 
 from lora_grpo.adapters.files.digest import digest_buffers
 from lora_grpo.adapters.files.disk import STAGING
-from lora_grpo.adapters.peft_form.borrowed import weights_of
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_rank, check_same_dtype, check_servable
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
 from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.peft_form.quantized import keep_trainable
+from lora_grpo.adapters.peft_form.reading import weights_of
 from lora_grpo.adapters.peft_form.serving import Held, ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion

@@ -121,9 +121,9 @@ def test_a_clean_stop_leaves_no_gap_in_the_numbers_even_when_tmpfs_goes(tmp_path
 
 def test_a_killed_process_loses_no_version_that_tmpfs_still_has(shm_dir: Path, tmp_path: Path) -> None:
     program = (
-        "import os, sys\nfrom lora_grpo.adapters.files import disk\nfrom lora_grpo.adapters.store import AdapterStore\n"
+        "import sys\nfrom lora_grpo.adapters.store import AdapterStore\nfrom tests.crash.moments import die_at\n"
         "from tests.store_files import adapter\n"
-        "disk.at = lambda point: point == 'archive.copied' and os.kill(os.getpid(), 9)\n"
+        "die_at('archive.copied')\n"
         "store = AdapterStore(sys.argv[1], sys.argv[2])\n"
         "store.promote(store.publish(adapter(1), step=0)); store.archive_state(1, {'w': [b'x']}, {}); store.flush()"
     )
@@ -417,7 +417,7 @@ def test_one_writer(shm_dir: Path, tmp_path: Path) -> None:
         who = holder(tmp_path)
         assert who is not None
         for root, archive in ((shm_dir, tmp_path), (None, tmp_path), (shm_dir, tmp_path / "other")):
-            with pytest.raises(StoreLocked, match=rf"process {who.pid} on {who.host}, started \d{{4}}-"):
+            with pytest.raises(StoreLocked, match=rf"process {who.pid} on {who.host}, since \d{{4}}-"):
                 AdapterStore(root, archive)
     assert holder(tmp_path) is None
     AdapterStore(shm_dir, tmp_path).close()

@@ -16,7 +16,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat import slots as vllm_slots
-from lora_grpo.engines.local import loading, residents
+from lora_grpo.engines.local import loading
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError
 from lora_grpo.kernels import moving

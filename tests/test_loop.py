@@ -11,7 +11,7 @@ import pytest
 from peft import LoraConfig
 from transformers import AutoConfig
 
-from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.upkeep.archive import Archive
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics import read_metrics
 from lora_grpo.metrics.render import BACKLOG
@@ -28,7 +28,8 @@ def test_bytes_on_their_way_to_the_disk_are_shown(
     """The disk stands still from the second step on: each step's version and state wait, and its metrics say so."""
     disk_goes_on, run = threading.Event(), tmp_path / "run"
     disk_goes_on.set()
-    monkeypatch.setattr(disk, "at", lambda point: disk_goes_on.wait() if point.startswith("archive.") else None)
+    keep = Archive.keep_version
+    monkeypatch.setattr(Archive, "keep_version", lambda *given: (disk_goes_on.wait(), keep(*given)))
     config = FAKE.replace(total_steps=4)
 
     def reward(completions: Sequence[str], trainer_state: Any, **columns: Any) -> list[float]:

@@ -20,7 +20,7 @@ from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines import packing
 from lora_grpo.engines.delivery.base_match import match_base
 from lora_grpo.engines.local import quantized
-from lora_grpo.engines.local.quantized import served_scheme
+from lora_grpo.engines.local.targets import served_scheme
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, UnsupportedAdapter

@@ -22,10 +22,9 @@ import httpx
 import pytest
 
 from benchmarks.attack.server import idle_connections
-from lora_grpo.adapters.asking.naming import parse_served_name, run_name, served_name
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_archived, keep_latest
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, parse_served_name, run_name, served_name
 from lora_grpo.errors import ConfigError, DeliveryError, NoRoom, StoreCorrupt, StoreError, UnknownVersion
 from lora_grpo.remote import connections
 from lora_grpo.remote import server as server_module

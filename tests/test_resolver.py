@@ -21,9 +21,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lora_grpo.adapters.asking.naming import served_name
 from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.version import served_name
 from lora_grpo.engines.resolver import Settings, StoreResolver, register
 from lora_grpo.errors import ConfigError
 from lora_grpo.remote.server import StoreServer

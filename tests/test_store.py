@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.catalog import link_head
 from lora_grpo.adapters.files.digest import digest_buffers
+from lora_grpo.adapters.files.disk import Tree
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.errors import ConfigError, StoreError, UnknownVersion
@@ -43,7 +44,7 @@ def test_digest_depends_on_bytes_and_names_not_on_how_they_are_split() -> None:
 
 
 def test_buffers_of_any_element_type_and_number_are_written_whole(shm_dir: Path) -> None:
-    """More buffers than one writev takes (1,024), some empty, some of doubles."""
+    """Many buffers, some empty, some of doubles."""
     doubles = memoryview(bytes(range(8)) * 500).cast("d")
     files = {"adapter_model.safetensors": [b"ab", b"", doubles] * 900, "adapter_config.json": [b""]}
     with AdapterStore(shm_dir) as store:
@@ -77,14 +78,13 @@ def test_a_promotion_that_is_interrupted_after_its_rename_is_taken_back(
     with AdapterStore(shm_dir, tmp_path / "run") as store:
         first, second = (store.publish(adapter(step), step=step) for step in (1, 2))
         store.promote(first)
-        hits: list[str] = []
 
-        def interrupted(point: str) -> None:
-            if point == "promote.renamed" and not hits:
-                hits.append(point)
-                raise KeyboardInterrupt
+        def interrupted(root: Tree, number: int) -> None:
+            monkeypatch.undo()
+            link_head(root, number)
+            raise KeyboardInterrupt
 
-        monkeypatch.setattr(disk, "at", interrupted)
+        monkeypatch.setattr("lora_grpo.adapters.store.link_head", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.promote(second)
         assert store.head == first

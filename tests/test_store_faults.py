@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,16 +71,17 @@ def test_a_tmpfs_that_fills_while_writing_loses_nothing(small_tmpfs: Path) -> No
             store.promote(store.publish(adapter(step), step=step))
         filler = small_tmpfs / "filler"
 
-        def fill(point: str) -> None:
-            if point == "publish.half" and not filler.exists():
-                filler.write_bytes(bytes(disk.room_bytes(small_tmpfs) - 8192))
+        def full(*given: Any, **named: Any) -> None:
+            disk.write_file = write_file
+            filler.write_bytes(bytes(disk.room_bytes(small_tmpfs) - 8192))
+            write_file(*given, **named)
 
-        original, disk.at = disk.at, fill
+        write_file, disk.write_file = disk.write_file, full
         try:
             with pytest.raises(NoRoom, match="No space left"):
                 store.publish(adapter(3, 100_000), step=2)
         finally:
-            disk.at = original
+            disk.write_file = write_file
         check_sound(store, [1, 2])
         assert list((root / "staging").iterdir()) == []
         with open(filler, "ab", buffering=0) as stream:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 from lora_grpo.errors import StoreError
+from tests.crash.moments import at
 from tests.store_files import adapter, content, on_disk
 
 
@@ -177,7 +177,7 @@ def test_what_a_killed_process_did_not_archive_is_set_aside_not_lost(shm_dir: Pa
         store = AdapterStore(root, run)
         train(store, 1, 2)
         store.flush()
-        disk.at = lambda point: os._exit(0) if point == "archive.copied" else None
+        at("archive.copied", lambda _: os._exit(0))
         train(store, 3)
         store.flush()
         os._exit(1)

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from lora_grpo.adapters.files import disk
 from lora_grpo.config import KeepConfig
 from lora_grpo.engines.fake import FakeEngine
 from tests.conftest import ENGINE_ARGS
-from tests.crash.driver import hook
+from tests.crash.moments import die_at
 from tests.tiny_trainer import CONFIG, share_of_low_bytes, tiny_trainer
 
 
@@ -49,7 +48,7 @@ def engine_of(kind: str, base: Path) -> Any:
 def main(base: Path, run: Path, root: Path, plan: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     if "die_at" in plan:
-        disk.at = hook(*plan["die_at"], disk_s=0.0)
+        die_at(*plan["die_at"])
 
     def reward(completions: Sequence[str], trainer_state: Any, **columns: Any) -> list[float]:
         step = trainer_state.global_step

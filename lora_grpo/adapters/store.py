@@ -105,7 +105,6 @@ class AdapterStore(StoreView):
             self._room.make(sizes, session)
             ancestor = self._catalog.head_number() if parent == "head" else self._parent(parent)
             number = session.numbering.next()
-            disk.at("publish.numbered")
             manifest = Manifest(number, ancestor, digest_buffers(files), int(step), time.time(), sizes)
             self._write(session, manifest, files)
             session.archive_version(manifest)
@@ -115,18 +114,12 @@ class AdapterStore(StoreView):
         tree, number = session.root, manifest.number
         try:
             with tree.staged(VERSIONS, number) as folder:
-                for name, buffers in files.items():
-                    disk.at("publish.half")
-                    tree.write(folder, {name: buffers})
-                tree.write(folder, {MANIFEST_FILE: [manifest.to_bytes()]})
-                disk.at("publish.staged")
+                tree.write(folder, {**files, MANIFEST_FILE: [manifest.to_bytes()]})
                 session.journal.append("publish", **manifest.fields())
-                disk.at("publish.journaled")
         except BaseException:
             if number in session.journal.published and not tree.has(VERSIONS, number):
                 session.journal.append("forget", number)
             raise
-        disk.at("publish.renamed")
 
     def _parent(self, parent: Target | None) -> int | None:
         number = None if parent is None else self._number(parent)

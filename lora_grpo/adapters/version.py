@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,3 +30,28 @@ class AdapterVersion:
 
     def __str__(self) -> str:
         return f"v{self.number}"
+
+
+_RUN = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_SERVED = re.compile(rf"({_RUN})@([1-9][0-9]{{0,8}})")
+_FOLDER_LENGTH = 64
+
+
+def run_name(folder: Path, run_id: str) -> str:
+    """A run's name: its folder's, for people, and the start of its id, so that no two runs share a name.
+
+    A server remembers the names that it has served for life: a run started again in a folder of the same name must
+    not be answered from the weights of the one before it.
+    """
+    legible = re.sub("[^A-Za-z0-9._-]+", "-", folder.name).strip("-._")[:_FOLDER_LENGTH] or "run"
+    return f"{legible}-{run_id[:8]}"
+
+
+def served_name(run: str, number: int) -> str:
+    return f"{run}@{number}"
+
+
+def parse_served_name(name: str) -> tuple[str, int] | None:
+    """The run and number that a name stands for; None for any other name."""
+    match = _SERVED.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]))

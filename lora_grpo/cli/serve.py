@@ -75,8 +75,7 @@ def _of_model(
 
     Raises `ConfigError` where vLLM serves no LoRA on it.
     """
-    from lora_grpo.engines.local.quantized import served_scheme
-    from lora_grpo.engines.local.targets import check_served, linear_leaves, text_only_arguments
+    from lora_grpo.engines.local.targets import check_served, linear_leaves, served_scheme, text_only_arguments
 
     check_served(model, trust_remote_code=trust_remote_code)
     nf4 = served_scheme(model, quantization, trust_remote_code=trust_remote_code) == "nf4"

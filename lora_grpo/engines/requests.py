@@ -27,7 +27,7 @@ _Loaded = TypeVar("_Loaded", bound=_HasVersion)
 
 ENCODING = threading.Lock()
 """A fast tokenizer raises "Already borrowed" when two threads use it."""
-NEVER = -100.0
+_NEVER = -100.0
 """A logit's bias, vLLM's smallest, that leaves its token a probability of 0 in float32."""
 
 
@@ -218,27 +218,33 @@ def request_seeds(sampling_P: Sequence[Sampling]) -> list[list[int]]:
     return [[derive_seed(one.seed or 0, one.first_prompt, g) for g in range(one.n)] for one in sampling_P]
 
 
+def sampling_fields(sampling: Sampling, seed: int, placeholders: Sequence[int] = ()) -> dict[str, Any]:
+    """One sample of one prompt in vLLM's words, with the log-prob of each sampled token; none of `placeholders` is
+    sampled."""
+    return {
+        "n": 1,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": sampling.ignore_eos,
+        "seed": seed,
+        "logit_bias": dict.fromkeys(placeholders, _NEVER) or None,
+        "logprobs": 0,
+    }
+
+
 def sampling_params(
     sampling: Sampling, seed: int, *, prompt_logprobs: bool = False, placeholders: Sequence[int] = ()
 ) -> Any:
-    """vLLM's parameters for one sample, with the log-prob of each sampled token; none of `placeholders` is sampled."""
+    """vLLM's parameters of `sampling_fields`."""
     from vllm import SamplingParams
 
-    return SamplingParams(
-        n=1,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        stop=list(sampling.stop),
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
-        seed=seed,
-        logit_bias=dict.fromkeys(placeholders, NEVER) or None,
-        logprobs=0,
-        prompt_logprobs=0 if prompt_logprobs else None,
-    )
+    scored = 0 if prompt_logprobs else None
+    return SamplingParams(**sampling_fields(sampling, seed, placeholders), prompt_logprobs=scored)
 
 
 def to_completion(output: Any, adapter: AdapterVersion | None) -> Completion:

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.asking.naming import parse_served_name, served_name
+from lora_grpo.adapters.version import parse_served_name, served_name
 from lora_grpo.engines import compat
 from lora_grpo.errors import ConfigError, LoraGrpoError
 from lora_grpo.remote.cache import MIB, ReplicaCache

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_grpo.adapters.asking.naming import served_name
 from lora_grpo.adapters.files.disk import Tree, make_private, reported, room_bytes
 from lora_grpo.adapters.files.layout import VERSIONS, Manifest
 from lora_grpo.adapters.files.locks import WriterLock, holder
 from lora_grpo.adapters.peft_form.files import open_adapter
+from lora_grpo.adapters.version import served_name
 from lora_grpo.errors import NoRoom
 from lora_grpo.remote.client import StoreClient
 

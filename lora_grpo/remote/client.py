@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 
-from lora_grpo.adapters.asking.naming import served_name
 from lora_grpo.adapters.files.disk import reported, write_file
 from lora_grpo.adapters.files.layout import MANIFEST_FILE, Manifest
 from lora_grpo.adapters.upkeep.archive import verify_version
+from lora_grpo.adapters.version import served_name
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError, UnknownVersion
 
 TIMEOUT_S = 30.0

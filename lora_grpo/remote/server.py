@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import BinaryIO, NoReturn
 
 import anyio
@@ -135,7 +136,11 @@ def store_app(view: StoreView, token: str) -> ASGIApp:
             Route("/versions/{number}", endpoints.manifest),
             Route("/versions/{number}/{file}", endpoints.file),
         ],
-        exception_handlers={HTTPException: _refused, UnknownVersion: _unknown, StoreError: _damaged},
+        exception_handlers={
+            HTTPException: _refused,
+            UnknownVersion: partial(_said, 404),
+            StoreError: partial(_said, 500),
+        },
     )
     app.router.redirect_slashes = False
     return _Guard(app, token)
@@ -234,9 +239,5 @@ async def _refused(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": sentence}, error.status_code, error.headers)
 
 
-async def _unknown(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 404)
-
-
-async def _damaged(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, 500)
+async def _said(status: int, _: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, status)

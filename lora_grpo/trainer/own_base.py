@@ -9,8 +9,7 @@ from transformers import BitsAndBytesConfig
 
 from lora_grpo.adapters.peft_form.quantized import NF4, Scheme, keep_trainable
 from lora_grpo.config import ModelConfig
-from lora_grpo.engines.local.quantized import served_scheme
-from lora_grpo.engines.local.targets import checkpoint_config
+from lora_grpo.engines.local.targets import checkpoint_config, served_scheme
 from lora_grpo.engines.local.text_only import model_class
 
 

@@ -1,11 +1,12 @@
 """Kills processes that work on one store, again and again, and looks at what each kill left.
 
 Every worker is a fork of this light process. It opens what the last kill left (nothing is ever closed cleanly in
-between), checks it, and works until it dies: at a named point by its own hand, or at a random time by its parent's.
+between), checks it, and works until it dies: at a system call on files by its own hand, or at a random time by its
+parent's.
 Now and then the tmpfs half goes too, as in a reboot, the run directory is moved, or copied and the copy worked on, or
 the run goes on for a while on a machine that does not see this tmpfs. The last line of stdout is a JSON summary.
 
-    python -m tests.crash.driver FOLDER SEED KILLS_PER_POINT RANDOM_KILLS
+    python -m tests.crash.driver FOLDER SEED KILLS_AT_CALLS RANDOM_KILLS
 """
 
 from __future__ import annotations
@@ -26,17 +27,9 @@ from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_archived, keep_latest, keep_trainer_state
 from lora_grpo.errors import UnknownVersion
+from tests.crash.calls import Calls
 from tests.store_files import adapter
 
-POINTS = (
-    "open.numbered", "open.settled", "replace.written",
-    "open.aside", "open.identified",
-    "publish.numbered", "publish.half", "publish.staged", "publish.journaled", "publish.renamed", "numbers.reserved",
-    "promote.linked", "promote.renamed",
-    "prune.journaled", "remove.moved", "remove.half", "prune.removed", "prune.unarchived", "prune.state",
-    "archive.copied", "archive.staged", "archive.renamed", "restore.staged", "restore.renamed",
-    "state.half", "state.staged", "state.renamed",
-)  # fmt: skip
 DURABLE = {"versions": 6, "states": 2}
 RETENTION = (
     keep_latest(3)
@@ -44,22 +37,16 @@ RETENTION = (
     | keep_trainer_state(keep_latest(DURABLE["states"]))
 )
 MAX_ROUNDS = 400
-SLOW_DISK_S = 0.01
-"""What a slow disk takes for each folder: several steps, so that retention meets a queue of folders not yet written."""
+SLOW_DISK_S = 0.004
+"""What a slow disk takes for each file: several steps a folder, so that retention meets a queue."""
+MOST_CALLS = {"opening": 150, "working": 2000}
+"""Up to which call a worker lives: within its opening, or for some rounds of work."""
 
 
-def hook(point: str | None, hit: int, disk_s: float) -> Callable[[str], None]:
-    """A hook that kills this process the `hit`-th time it comes by `point`; an archived folder takes `disk_s` more."""
-    left = [hit]
-
-    def at(here: str) -> None:
-        if disk_s and here in ("archive.copied", "state.half"):
-            time.sleep(disk_s)
-        left[0] -= here == point
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return at
+def slow_down() -> None:
+    """The disk is a slow one from now on, in this process."""
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (time.sleep(SLOW_DISK_S), fsync(descriptor))[1]
 
 
 class Witness:
@@ -160,26 +147,28 @@ def go_back(store: AdapterStore, draw: random.Random) -> None:
         store.promote(store.restore(draw.choice(archived)))
 
 
-def killed(root: Path, run: Path, witness: Witness, seed: int, point: str | None, rebooted: bool) -> tuple[bool, bool]:
+def killed(root: Path, run: Path, witness: Witness, seed: int, when: str | None, rebooted: bool) -> tuple[bool, bool]:
     """Fork a worker and wait for its death; whether it died inside an operation, and whether it got past opening."""
     draw = random.Random(seed)
     inside = mmap.mmap(-1, mmap.PAGESIZE)
     child = os.fork()
     if child == 0:
         try:
-            once = point is None or point.startswith(("open", "numbers", "replace"))
-            disk.at = hook(point, draw.randint(1, 1 if once else 3), draw.choice((0, SLOW_DISK_S)))
+            if draw.random() < 0.5:
+                slow_down()
+            if when is not None:
+                Calls(draw.randint(1, MOST_CALLS[when]), after=draw.random() < 0.5).watch()
             work(root, run, witness, inside, seed, rebooted)
         finally:
             traceback.print_exc()
             os._exit(1)
-    if point is None:
+    if when is None:
         time.sleep(draw.uniform(0.001, 0.04))
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status):
-        raise SystemExit(f"the worker for {point or 'a random kill'} (seed {seed}) ended with {status >> 8}")
-    return point is not None or inside[0] == 1, inside[1] == 1
+        raise SystemExit(f"the worker for {when or 'a random kill'} (seed {seed}) ended with {status >> 8}")
+    return when is not None or inside[0] == 1, inside[1] == 1
 
 
 def elsewhere(root: Path, run: Path, witness: Witness, seed: int) -> None:
@@ -233,22 +222,22 @@ def _in_child(work_on: Callable[[], None]) -> None:
         raise SystemExit(f"a worker that nobody killed ended with {status}")
 
 
-def main(folder: Path, seed: int, kills_per_point: int, random_kills: int) -> dict[str, object]:
+def main(folder: Path, seed: int, kills_at_calls: int, random_kills: int) -> dict[str, object]:
     root, run = folder / "root", folder / "run"
     witness = Witness(folder / "witness")
     witness.path.touch()
-    plan = [*POINTS * kills_per_point, *[None] * random_kills]
+    plan: list[str | None] = [*["opening", "working"] * (kills_at_calls // 2), *[None] * random_kills]
     draw = random.Random(seed)
     draw.shuffle(plan)
     inside, rebooted = 0, False
     events = dict.fromkeys(("reboot", "elsewhere", "move", "copy"), 0)
     most = dict.fromkeys(DURABLE, 0)
-    for index, point in enumerate(plan):
+    for index, when in enumerate(plan):
         event = draw.choices([*events, None], [1, 1, 1, 1, 16])[0]
-        if point == "open.aside":
+        if when == "opening" and index % 8 == 0:
             event = "elsewhere"
         if not (run / "store.json").exists() or not (root / "store.json").exists():
-            event = "elsewhere" if point == "open.aside" else None
+            event = None
         if event is not None:
             events[event] += 1
         if event in ("reboot", "elsewhere"):
@@ -262,7 +251,7 @@ def main(folder: Path, seed: int, kills_per_point: int, random_kills: int) -> di
         elif event == "copy":
             copied(run, witness, seed * len(plan) + index)
         rebooted = rebooted or event in ("reboot", "elsewhere")
-        died_inside, opened = killed(root, run, witness, seed * len(plan) + index, point, rebooted)
+        died_inside, opened = killed(root, run, witness, seed * len(plan) + index, when, rebooted)
         inside += died_inside
         check_durable(run, most)
         # What went with the tmpfs is only told of once an opening has settled it.
@@ -273,7 +262,6 @@ def main(folder: Path, seed: int, kills_per_point: int, random_kills: int) -> di
     return {
         "kills": len(plan),
         "inside": inside,
-        "points": {point: plan.count(point) for point in POINTS},
         "random": random_kills,
         "events": events,
         "versions": len(witness.digests()),

@@ -9,13 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.asking.naming import run_name
 from lora_grpo.adapters.asking.target import Target, number_of
 from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.layout import STATES, SUMS_FILE, VERSIONS, Identity, Manifest
 from lora_grpo.adapters.files.locks import Leases, is_leased
 from lora_grpo.adapters.upkeep.retention import Place, Retention
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, run_name
 from lora_grpo.errors import StoreError, UnknownVersion
 
 

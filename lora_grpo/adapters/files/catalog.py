@@ -161,8 +161,6 @@ def link_head(root: Tree, number: int) -> None:
     temporary = root.path / ".HEAD.new"
     temporary.unlink(missing_ok=True)
     os.symlink(f"{VERSIONS}/{disk.folder_name(number)}", temporary)
-    disk.at("promote.linked")
     os.replace(temporary, root.path / "HEAD")
     if root.sync:
         disk.sync_folder(root.path)
-    disk.at("promote.renamed")

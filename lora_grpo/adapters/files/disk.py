@@ -20,17 +20,12 @@ from typing import Any
 from lora_grpo.adapters.files.digest import Buffer
 from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
 
-IOV_MAX = 1024
 PAGE_BYTES = 4096
 STAGING = "staging"
 """The folder of a tree for what is not whole yet; whatever is there when the tree is next opened is deleted."""
 MAX_NUMBER = 10**9 - 1
 """The largest number that a version may have; a larger one in a file is damage."""
 SHM_SIZE = "a Docker container has a /dev/shm of 64 MiB unless it is started with --shm-size, such as --shm-size=8g"
-
-
-def at(point: str) -> None:
-    """A named moment between two steps of an operation. Does nothing; the crash tests are killed here."""
 
 
 @contextmanager
@@ -50,20 +45,13 @@ def reported(doing: str) -> Iterator[None]:
 
 
 def write_file(path: Path, buffers: Sequence[Buffer], *, sync: bool) -> None:
-    """Create `path` (owner-only) with the buffers' bytes, in one system call for each 1,024 buffers."""
-    pending = [view for view in (memoryview(buffer).cast("B") for buffer in buffers) if view.nbytes]
+    """Create `path` (owner-only) with the buffers' bytes."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        start = 0
-        while start < len(pending):
-            written = os.writev(descriptor, pending[start : start + IOV_MAX])
-            while written:
-                taken = min(written, pending[start].nbytes)
-                written -= taken
-                if taken == pending[start].nbytes:
-                    start += 1
-                else:
-                    pending[start] = pending[start][taken:]
+        for buffer in buffers:
+            left = memoryview(buffer).cast("B")
+            while left:
+                left = left[os.write(descriptor, left) :]
         if sync:
             os.fsync(descriptor)
     finally:
@@ -84,7 +72,6 @@ def replace_file(path: Path, content: bytes, *, sync: bool) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     write_file(temporary, [content], sync=sync)
-    at("replace.written")
     os.replace(temporary, path)
     if sync:
         sync_folder(path.parent)
@@ -258,10 +245,8 @@ class Tree:
         """Delete a folder that was taken out, once a power cut can no longer put it back. May be tried again."""
         if self.sync:
             sync_folder(self.path / kind)
-        at("remove.moved")
         for name in sorted(os.listdir(trash)) if trash.exists() else []:
             os.unlink(trash / name)
-            at("remove.half")
         if trash.exists():
             os.rmdir(trash)
 

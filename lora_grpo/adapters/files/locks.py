@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lora_grpo.adapters.files.disk import open_regular, parse_json, read_small, reported
+from lora_grpo.adapters.files.disk import open_regular, parse_json, reported
 from lora_grpo.adapters.files.layout import MANIFEST_FILE
 from lora_grpo.errors import StoreLocked, UnknownVersion
 
@@ -30,7 +30,7 @@ PATIENCE_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The process that has a run open for writing."""
+    """The process that has a run open for writing, and since when."""
 
     pid: int
     host: str
@@ -38,7 +38,7 @@ class Holder:
 
     @classmethod
     def myself(cls) -> Holder:
-        return cls(os.getpid(), socket.gethostname(), _process_start())
+        return cls(os.getpid(), socket.gethostname(), time.time())
 
     @classmethod
     def parse(cls, content: bytes) -> Holder:
@@ -51,18 +51,8 @@ class Holder:
             return cls(0, "an unknown host", 0.0)
 
     def __str__(self) -> str:
-        started = datetime.fromtimestamp(self.started_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return f"process {self.pid} on {self.host}, started {started}"
-
-
-def _process_start() -> float:
-    """When this process started, in seconds since the epoch; now, where the kernel does not say."""
-    status, boot = read_small(Path("/proc/self/stat")), read_small(Path("/proc/stat"))
-    if status is None or boot is None:
-        return time.time()
-    ticks = int(status.rpartition(b")")[2].split()[19])
-    booted_at = next(int(line.split()[1]) for line in boot.splitlines() if line.startswith(b"btime"))
-    return booted_at + ticks / os.sysconf("SC_CLK_TCK")
+        since = datetime.fromtimestamp(self.started_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        return f"process {self.pid} on {self.host}, since {since}"
 
 
 def holder(folder: str | Path) -> Holder | None:

@@ -55,7 +55,6 @@ class Numbering:
         assert self._run_file is not None
         disk.replace_file(self._run_file, f"{bound}\n".encode(), sync=True)
         self._bound = bound
-        disk.at("numbers.reserved")
 
     def _write_last(self) -> None:
         # In place and of fixed width: one page that is already there, so a full tmpfs cannot refuse it.

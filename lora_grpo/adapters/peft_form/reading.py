@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.peft_form.modules import LoraModule
@@ -45,3 +47,23 @@ def assign_rounded(tensors: Mapping[str, torch.Tensor], modules: list[LoraModule
     for module in modules:
         assign(module.a_RI, tensors[f"{PREFIX}{module.path}.lora_A.weight"])
         assign(module.b_OR, tensors[f"{PREFIX}{module.path}.lora_B.weight"].float() / module.scaling)
+
+
+@contextmanager
+def restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Whatever they are made inside, afterwards they are their own again, to the bit."""
+    own = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(parameters, own, strict=True):
+                parameter.copy_(values)
+
+
+@contextmanager
+def weights_of(version: AdapterVersion, modules: list[LoraModule]) -> Iterator[None]:
+    """While inside, A and B are what `version` serves; afterwards they are their own again."""
+    with restored([parameter for module in modules for parameter in (module.a_RI, module.b_OR)]):
+        assign_rounded(read_rounded(version), modules)
+        yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
@@ -27,32 +27,18 @@ class Archive:
         """Copy a version from tmpfs. `StoreCorrupt` when tmpfs no longer holds what was published."""
         with reported(f"archiving version {manifest.number}"), self.tree.staged(VERSIONS, manifest.number) as folder:
             sums = _copy_checked(source, folder, manifest, sync=True)
-            disk.at("archive.copied")
             self.tree.write(folder, {SUMS_FILE: [_sums_text(sums)]})
-            disk.at("archive.staged")
-        disk.at("archive.renamed")
 
     def bring_back(self, manifest: Manifest, root: Tree) -> None:
         """Copy a version to its old place on tmpfs, digest checked before it appears there."""
         number = manifest.number
         with reported(f"restoring version {number}"), root.staged(VERSIONS, number) as folder:
             _copy_checked(self.tree.folder(VERSIONS, number), folder, manifest, sync=root.sync)
-            disk.at("restore.staged")
-        disk.at("restore.renamed")
 
     def keep_state(self, number: int, contents: Mapping[str, Sequence[Buffer]]) -> None:
         with reported(f"archiving the trainer state of version {number}"), self.tree.staged(STATES, number) as folder:
-            sums = {}
-            for name in sorted(contents):
-                self.tree.write(folder, {name: contents[name]})
-                disk.at("state.half")
-                hashed = hashlib.sha256()
-                for buffer in contents[name]:
-                    hashed.update(buffer)
-                sums[name] = hashed.hexdigest()
-            self.tree.write(folder, {SUMS_FILE: [_sums_text(sums)]})
-            disk.at("state.staged")
-        disk.at("state.renamed")
+            sums = {name: _sha256(buffers) for name, buffers in contents.items()}
+            self.tree.write(folder, {**contents, SUMS_FILE: [_sums_text(sums)]})
 
     def verify(self, kind: str, number: int) -> None:
         """Compare every file of an archived folder with its `SHA256SUMS`; `StoreCorrupt` names what differs."""
@@ -63,7 +49,7 @@ class Archive:
             if found != set(expected):
                 raise StoreCorrupt(f"{folder} holds {sorted(found)}, its {SUMS_FILE} names {sorted(expected)}")
             for name, sha256 in expected.items():
-                if _sha256(folder / name) != sha256:
+                if _sha256(_chunks(folder / name)) != sha256:
                     raise StoreCorrupt(f"{folder / name} differs from what was written (sha256)")
 
 
@@ -79,7 +65,8 @@ def verify_version(folder: Path, expected: Manifest) -> None:
         digest = AdapterDigest()
         for name in sorted(expected.sizes):
             digest.file(name, expected.sizes[name])
-            _stream(folder / name, digest.update)
+            for piece in _chunks(folder / name):
+                digest.update(piece)
         _check_digest(folder, expected, digest)
 
 
@@ -92,7 +79,10 @@ def _copy_checked(source: Path, target: Path, manifest: Manifest, *, sync: bool)
         hashed = hashlib.sha256()
         descriptor = os.open(target / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb", buffering=0) as stream:
-            _stream(source / name, digest.update, hashed.update, stream.write)
+            for piece in _chunks(source / name):
+                digest.update(piece)
+                hashed.update(piece)
+                stream.write(piece)
             if sync:
                 os.fsync(descriptor)
         sums[name] = hashed.hexdigest()
@@ -101,12 +91,12 @@ def _copy_checked(source: Path, target: Path, manifest: Manifest, *, sync: bool)
     return {**sums, MANIFEST_FILE: hashlib.sha256(manifest.to_bytes()).hexdigest()}
 
 
-def _stream(path: Path, *sinks: Callable[[memoryview], object]) -> None:
+def _chunks(path: Path) -> Iterator[memoryview]:
+    """A file's bytes, each piece good until the next."""
     chunk = memoryview(bytearray(CHUNK_BYTES))
     with open(disk.open_regular(path), "rb", buffering=0) as stream:
         while count := stream.readinto(chunk):
-            for sink in sinks:
-                sink(chunk[:count])
+            yield chunk[:count]
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -126,9 +116,10 @@ def _check_digest(folder: Path, manifest: Manifest, digest: AdapterDigest) -> No
         )
 
 
-def _sha256(path: Path) -> str:
+def _sha256(buffers: Iterable[Buffer]) -> str:
     hashed = hashlib.sha256()
-    _stream(path, hashed.update)
+    for buffer in buffers:
+        hashed.update(buffer)
     return hashed.hexdigest()
 
 

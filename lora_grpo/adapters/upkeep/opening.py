@@ -93,7 +93,6 @@ class Opening:
         self.journal.open_for_writing()
         known = max(self.journal.last, *(tree.last_name(VERSIONS) for tree in self._trees()))
         numbering = Numbering(root, run, known=known, root_is_new=before is None, sync=self.root.sync)
-        disk.at("open.numbered")
         self._identify(before)
         return numbering
 
@@ -115,9 +114,7 @@ class Opening:
                 self.root.remove(VERSIONS, number)
             else:
                 os.rename(self.root.folder(VERSIONS, number), aside / VERSIONS / disk.folder_name(number))
-            disk.at("open.aside")
         for name in ("HEAD", "NUMBERS", "store.json"):
-            disk.at("open.aside")
             if os.path.lexists(self.places.root / name):
                 os.rename(self.places.root / name, aside / name)
 
@@ -154,7 +151,6 @@ class Opening:
             if run_before is None:
                 replace(durable, generation=0, token="").write(run, sync=True)
             identity.write(root, sync=self.root.sync)
-            disk.at("open.identified")
             durable.write(run, sync=True)
         else:
             identity.write(root, sync=self.root.sync)
@@ -162,7 +158,6 @@ class Opening:
     def recover(self) -> Recovered:
         """Settle what a dead process left open; after this, the journal and the folders agree."""
         lost, lost_states = self._settle_versions(), self._settle_states()
-        disk.at("open.settled")
         # Only now: a folder left in staging tells a version that never was from one that was lost.
         for tree in self._trees():
             tree.sweep()

@@ -118,9 +118,7 @@ class Session:
                 if not survives:
                     self._warn_once(number)
                     self.journal.append("forget", number, why=f"tmpfs keeps {self.retention.words('tmpfs')}")
-                disk.at("prune.journaled")
                 self.root.remove(VERSIONS, number)
-                disk.at("prune.removed")
         return free
 
     def close(self) -> None:
@@ -193,7 +191,6 @@ class Session:
             if not self.catalog.on_tmpfs(number):
                 self.journal.append("forget", number, why=f"the archive keeps {self.retention.words('archive')}")
             self._remove(archive, VERSIONS, number)
-            disk.at("prune.unarchived")
 
     def _prune_states(self, numbers: set[int], *, coming: int | None = None) -> None:
         archive = self.required_archive()
@@ -208,7 +205,6 @@ class Session:
             self.journal.append("forget_state", number)
             if archive.tree.has(STATES, number):
                 self._remove(archive, STATES, number)
-                disk.at("prune.state")
 
     def _prune_late(self) -> None:
         """Remove what had to wait for the disk when a prune wanted it gone, where the rules still say so."""

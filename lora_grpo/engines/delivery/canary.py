@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError
+from lora_grpo.scoring import mean_abs_difference
 
 Verdict: TypeAlias = Literal["ok", "failed", "inconclusive"]
 
@@ -48,3 +50,22 @@ def judge(gap: float, signal: float, noise: float) -> Verdict:
     if math.isnan(gap + signal + noise) or gap > max(RESOLUTION * noise, 0.5 * signal):
         return "failed"
     return "ok" if signal > RESOLUTION * noise and gap <= 0.5 * signal else "inconclusive"
+
+
+def compare(
+    served: list[list[float]], expected: list[list[float]], others: Sequence[list[list[float]]], noise: float
+) -> CanaryReport:
+    """Whether log-probs `served` are the `expected` ones and none of the `others`; raises `DeliveryError` when not.
+
+    The signal is the distance to the nearest of the others: "ok" has told the version from each of them. `noise` is
+    in nats a token, as everywhere.
+    """
+    gap = mean_abs_difference(served, expected)
+    signal = min((mean_abs_difference(expected, other) for other in others), default=0.0)
+    report = CanaryReport(judge(gap, signal, noise), gap, signal, noise, sum(map(len, served)))
+    if report.verdict == "failed":
+        raise DeliveryError(
+            f"log-probs are {gap:.4f} nats a token from the expected ones, where the nearest other version is "
+            f"{signal:.4f} away (noise {noise:.4f})"
+        )
+    return report

@@ -23,6 +23,7 @@ from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.digest import Buffer, digest_buffers
 from lora_grpo.adapters.files.room import require_room
 from lora_grpo.adapters.peft_form.modules import LoraModule, peft_model_of
+from lora_grpo.adapters.peft_form.reading import restored
 from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.peft_form.shards import assign
 from lora_grpo.adapters.version import AdapterVersion
@@ -126,8 +127,7 @@ def loud(
 
     Yields the trainer's log-probs with them, and the movement.
     """
-    saved = [(module.a_RI.detach().clone(), module.b_OR.detach().clone()) for module in modules]
-    try:
+    with restored([parameter for module in modules for parameter in (module.a_RI, module.b_OR)]):
         for doubling in range(12):
             _randomise(modules, 0.02 * 2.0**doubling, seed)
             moved = teacher_logprobs(model, sequences)
@@ -149,11 +149,6 @@ def loud(
                 "compiled before the adapter came?), or its base is all zeros"
             )
         yield moved, signal
-    finally:
-        with torch.no_grad():
-            for module, (a, b) in zip(modules, saved, strict=True):
-                module.a_RI.copy_(a)
-                module.b_OR.copy_(b)
 
 
 @torch.no_grad()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.local.sleeping import Asleep
-from lora_grpo.errors import EngineError
+from lora_grpo.errors import ConfigError, EngineError
 
 _alive: set[int] = set()
 _joined = False
@@ -62,3 +64,28 @@ def joins_group() -> bool:
     if not _alive:
         _joined = torch.distributed.is_initialized()
     return _joined
+
+
+_SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's arguments for the process group that there is.
+
+    Raises `ConfigError` for an engine over several devices, and where the trainer's process group is still missing.
+    """
+    for name in _SPLIT:
+        if arguments.get(name, 1) != 1:
+            raise ConfigError(
+                f"{name}={arguments[name]}: an engine in the trainer's process is one whole model on its device; serve "
+                "larger ones with `vllm serve`, and use VLLMServerEngine"
+            )
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if launched > 1 and not torch.distributed.is_initialized():
+        raise ConfigError(
+            f"this is one of {launched} processes, and they are not joined yet: build accelerate's Accelerator() first"
+        )
+    if not joins_group() or torch.distributed.get_world_size() == 1:
+        return dict(arguments)
+    # Takes the process's own device, where vLLM would take the first one.
+    return {"distributed_executor_backend": "external_launcher", **arguments}

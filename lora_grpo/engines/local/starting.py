@@ -11,12 +11,11 @@ from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.local import lora_gemm, lora_kernels
 from lora_grpo.engines.local.compiling import can_compile, compiled_with_lora, engine_arguments
 from lora_grpo.engines.local.experts import experts_without_lora, make_expert_group
-from lora_grpo.engines.local.grouped import join
+from lora_grpo.engines.local.held import join
 from lora_grpo.engines.local.own_class import classes_kept
-from lora_grpo.engines.local.quantized import served_scheme
 from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
 from lora_grpo.engines.local.sleeping import check_can_ever_sleep
-from lora_grpo.engines.local.targets import EXPERTS, check_served, linear_leaves, text_only_arguments
+from lora_grpo.engines.local.targets import EXPERTS, check_served, linear_leaves, served_scheme, text_only_arguments
 from lora_grpo.errors import ConfigError
 
 

@@ -36,10 +36,10 @@ from lora_grpo.engines.requests import (
 from lora_grpo.engines.server.client import Client
 from lora_grpo.engines.server.connect import write_rank_probe
 from lora_grpo.engines.server.fleet import Fleet, OnFailure, Settings
+from lora_grpo.engines.server.in_use import KeptProbe
 from lora_grpo.engines.server.loop import Loop
 from lora_grpo.engines.server.names import Names
 from lora_grpo.engines.server.pool import completing, scoring
-from lora_grpo.engines.server.proofs import KeptProbe
 from lora_grpo.engines.server.replica import Replica
 from lora_grpo.errors import ConfigError
 from lora_grpo.types import Completion, Group, Prompt, Sampling

@@ -13,10 +13,9 @@ from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.server.client import Client, Unreachable
 from lora_grpo.engines.server.connect import connect, models, slots
-from lora_grpo.engines.server.in_use import InUse
+from lora_grpo.engines.server.in_use import Answers, InUse, Proofs
 from lora_grpo.engines.server.names import Names, resolver_name
 from lora_grpo.engines.server.pool import Pool, scoring
-from lora_grpo.engines.server.proofs import Answers, Proofs
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.engines.server.returning import FIRST_PAUSE_S, Returning
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion

@@ -17,11 +17,10 @@ import socket
 import tempfile
 from pathlib import Path
 
-from lora_grpo.adapters.asking.naming import run_name, served_name
 from lora_grpo.adapters.files.disk import read_small
 from lora_grpo.adapters.files.layout import Identity
 from lora_grpo.adapters.files.locks import WriterLock, holder
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, run_name, served_name
 from lora_grpo.errors import ConfigError, StoreError
 
 _FOLDER = "lora-grpo-engine-"

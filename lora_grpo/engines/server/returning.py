@@ -8,8 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.server.in_use import InUse
-from lora_grpo.engines.server.proofs import KeptProbe, Proofs
+from lora_grpo.engines.server.in_use import InUse, KeptProbe, Proofs
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.errors import DeliveryError, LoraGrpoError
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lora_grpo.engines.requests import NEVER
+from lora_grpo.engines.requests import sampling_fields
 from lora_grpo.errors import DeliveryError, EngineError
 from lora_grpo.types import Completion, Sampling
 
@@ -19,23 +19,12 @@ def completion_body(
     """One sample of one prompt, without `placeholders`. Every setting is said, since a server fills in its model's own
     defaults."""
     return {
+        **sampling_fields(sampling, seed, placeholders),
         "model": name,
         "prompt": list(ids),
-        "n": 1,
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "stop": list(sampling.stop),
-        "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": sampling.ignore_eos,
-        "seed": seed,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "logit_bias": {str(token): NEVER for token in placeholders},
-        "logprobs": 0,
         "return_token_ids": True,
     }
 
