@@ -1,4 +1,4 @@
-"""`AdapterVersion`: the one noun."""
+"""`AdapterVersion`: the one noun, and its name beyond its store, `RUN@NUMBER`, as requests over HTTP have it."""
 
 from __future__ import annotations
 

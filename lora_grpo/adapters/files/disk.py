@@ -12,15 +12,16 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_grpo.adapters.files.digest import Buffer
 from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
 
 PAGE_BYTES = 4096
+_Record = TypeVar("_Record")
 STAGING = "staging"
 """The folder of a tree for what is not whole yet; whatever is there when the tree is next opened is deleted."""
 MAX_NUMBER = 10**9 - 1
@@ -106,6 +107,15 @@ def parse_json(content: bytes) -> Any:
         return json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def read_record(path: Path, build: Callable[[Any], _Record]) -> _Record | None:
+    """What `build` makes of a JSON file, None where there is none. Raises `StoreCorrupt` where it refuses."""
+    content = read_small(path)
+    try:
+        return None if content is None else build(parse_json(content))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreCorrupt(f"{path} is damaged: {error}") from error
 
 
 def is_number(value: object) -> bool:

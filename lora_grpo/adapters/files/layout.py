@@ -105,13 +105,9 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a version's folder; `StoreCorrupt` for a damaged one, and where there is none."""
     path = folder / MANIFEST_FILE
-    content = disk.read_small(path)
-    if content is None:
+    manifest = disk.read_record(path, Manifest.from_mapping)
+    if manifest is None:
         raise StoreCorrupt(f"{path} is gone: deleted by another program?")
-    try:
-        manifest = Manifest.from_mapping(disk.parse_json(content))
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreCorrupt(f"{path} is damaged: {error}") from error
     if disk.folder_name(manifest.number) != folder.name:
         raise StoreCorrupt(f"{path} says it is version {manifest.number}, but its folder is {folder.name}")
     return manifest
@@ -144,20 +140,16 @@ class Identity:
     @classmethod
     def read(cls, folder: Path) -> Identity | None:
         path = folder / "store.json"
-        content = disk.read_small(path)
-        if content is None:
-            return None
-        try:
-            values = disk.parse_json(content)
-            format_ = values["format"]
+
+        def build(values: Mapping[str, Any]) -> Identity:
             identity = cls(**{name: values[name] for name in cls.__slots__ if name in values})
             if not identity._is_sound():
                 raise ValueError("its fields are not those of a store")
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreCorrupt(f"{path} is damaged: {error}") from error
-        if format_ != FORMAT:
-            raise StoreError(f"{path} has format {format_}; this release reads format {FORMAT}")
-        return identity
+            if values["format"] != FORMAT:
+                raise StoreError(f"{path} has format {values['format']}; this release reads format {FORMAT}")
+            return identity
+
+        return disk.read_record(path, build)
 
     def _is_sound(self) -> bool:
         texts = (self.run_id, self.other or "", self.home or "", self.token)

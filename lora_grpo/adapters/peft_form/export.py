@@ -23,7 +23,7 @@ from lora_grpo.adapters.peft_form.modules import LoraModule, is_multimodal
 from lora_grpo.adapters.peft_form.reading import load_tensors
 from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError
+from lora_grpo.errors import ConfigError, StoreError
 
 RECIPE_FILE = "adapter.json"
 TOKENIZER = "tokenizer"
@@ -79,16 +79,15 @@ class Recipe:
     def read(cls, run: Path) -> Recipe:
         """Raises `StoreError` for a run directory without one, `StoreCorrupt` for a damaged one."""
         path = run / RECIPE_FILE
-        content = disk.read_small(path)
-        if content is None:
+        recipe = disk.read_record(path, lambda values: cls(**values)._checked())
+        if recipe is None:
             raise StoreError(f"{run} has no {RECIPE_FILE}: only runs of NativeSync or GRPOTrainer can be exported")
-        try:
-            recipe = cls(**disk.parse_json(content))
-            if not isinstance(recipe.config, dict) or not all(scale + 0.0 for scale in recipe.scalings.values()):
-                raise ValueError("it holds no config with scalings")
-            return recipe
-        except (ValueError, TypeError, AttributeError) as error:
-            raise StoreCorrupt(f"{path} is damaged: {error}") from error
+        return recipe
+
+    def _checked(self) -> Recipe:
+        if not isinstance(self.config, dict) or not all(scale + 0.0 for scale in self.scalings.values()):
+            raise ValueError("it holds no config with scalings")
+        return self
 
 
 def export_adapter(

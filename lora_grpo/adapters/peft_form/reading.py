@@ -1,4 +1,4 @@
-"""Adapter weights back from a published serving form, for a version whose exact trainer weights were not kept."""
+"""Adapter weights back from a published serving form, for good or while something is compared."""
 
 from __future__ import annotations
 

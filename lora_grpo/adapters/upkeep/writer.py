@@ -78,17 +78,11 @@ class BackgroundWriter:
 
     def wait_for(self, kind: str, number: int) -> None:
         """Return when no such job is left."""
-        with self._changed:
-            self._raise()
-            self._changed.wait_for(lambda: self._failure is not None or not self._has(kind, number))
-            self._raise()
+        self._wait(lambda: all((job.kind, job.number) != (kind, number) for job in self._jobs))
 
     def flush(self) -> None:
         """Return when everything is durable; raises what failed."""
-        with self._changed:
-            self._raise()
-            self._changed.wait_for(lambda: self._failure is not None or not self._jobs)
-            self._raise()
+        self._wait(lambda: not self._jobs)
 
     def raise_failure(self) -> None:
         """Raise the error of the last failed job, once, and let the thread go on."""
@@ -110,8 +104,11 @@ class BackgroundWriter:
         held = sum(job.held_bytes for job in self._jobs)
         return held_bytes == 0 or held == 0 or held + held_bytes <= self._limit_bytes
 
-    def _has(self, kind: str, number: int) -> bool:
-        return any((job.kind, job.number) == (kind, number) for job in self._jobs)
+    def _wait(self, done: Callable[[], bool]) -> None:
+        with self._changed:
+            self._raise()
+            self._changed.wait_for(lambda: self._failure is not None or done())
+            self._raise()
 
     def _raise(self) -> None:
         failure, self._failure = self._failure, None

@@ -1,4 +1,4 @@
-"""The canary: do the log-probs that completions were sampled with fit the version they are stamped with?"""
+"""Do log-probs fit the version they are said to be of? The canary of a batch, and the proof by behaviour of a load."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Self
 
 import torch
@@ -9,7 +10,10 @@ from torch import nn
 
 from lora_grpo.errors import ConfigError
 
-_ALLOWED = {"requires_grad_", "rename_"}
+_IN_PLACE = re.compile(
+    r"(?!requires_grad_|rename_)[a-z]\w*_"
+    r"|__i(add|sub|mul|matmul|div|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|__setitem__"
+)
 _REASON = "an engine computes with the same memory"
 
 
@@ -53,15 +57,5 @@ def _refuse(name: str) -> Any:
     return method
 
 
-for _name in dir(torch.Tensor):
-    _plain = _name.endswith("_") and not _name.startswith("_") and _name not in _ALLOWED
-    _operator = _name.startswith("__i") and _name not in (
-        "__init__",
-        "__init_subclass__",
-        "__iter__",
-        "__invert__",
-        "__int__",
-        "__index__",
-    )
-    if _plain or _operator or _name == "__setitem__":
-        setattr(FrozenParameter, _name, _refuse(_name))
+for _name in filter(_IN_PLACE.fullmatch, dir(torch.Tensor)):
+    setattr(FrozenParameter, _name, _refuse(_name))

@@ -1,4 +1,10 @@
-"""An in-process `vllm.LLM` as long as it can be used: not closed, and awake."""
+"""An in-process `vllm.LLM` as long as it can be used, and the process group that it joins.
+
+vLLM makes its groups out of the process group that it finds: with one engine in every process, built by all at the same
+time, each gets groups of one process and generates on its own. An engine in some of them only waits for the others for
+ever; one that is built before the trainer's group leaves a group of one process behind, which a trainer would take for
+its own, and train alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers an engine wraps for LoRA: by default every linear layer of the decoder, never a head."""
+"""What of a checkpoint an engine serves: which layers take LoRA (by default all linear ones), and in how many bits."""
 
 from __future__ import annotations
 

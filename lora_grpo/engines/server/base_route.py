@@ -13,12 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lora_grpo.engines.delivery.base_reading import BaseReading, TensorReading, read_base
+from pydantic import TypeAdapter
+
+from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
 from lora_grpo.engines.patching import wrap_once
 
 BASE = "/v1/lora_grpo/base"
 
 _METHOD = "lora_grpo_read_base"
+_READING = TypeAdapter(BaseReading)
 
 
 def offer() -> None:
@@ -56,24 +59,8 @@ async def _answer(request: Any) -> Any:
 
 
 def readings(url: str, answer: Mapping[str, Any]) -> list[BaseReading]:
-    """What the workers of the server at `url` read, from its answer."""
-    return [
-        BaseReading(
-            f"{url} ({one['where']})",
-            {
-                name: TensorReading(
-                    found["dtype"],
-                    tuple((int(rows), str(digest)) for rows, digest in found["slices"]),
-                    bool(found.get("quantized")),
-                )
-                for name, found in one["tensors"].items()
-            },
-            dict(one["unread"]),
-            tuple(one["unasked"]),
-            float(one["seconds"]),
-        )
-        for one in answer["workers"]
-    ]
+    """What the workers of the server at `url` read, from its answer. Raises `ValueError` for one of another form."""
+    return [_READING.validate_python({**one, "where": f"{url} ({one['where']})"}) for one in answer["workers"]]
 
 
 def not_read(url: str, shapes: Mapping[str, Sequence[int]]) -> BaseReading:

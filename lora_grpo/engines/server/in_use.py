@@ -1,4 +1,4 @@
-"""The versions in use: changed in the engine's loop alone, and read from any thread."""
+"""The versions in use, and what replicas must answer for each: changed in the engine's loop, read from any thread."""
 
 from __future__ import annotations
 
