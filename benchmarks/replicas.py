@@ -34,6 +34,7 @@ from unittest.mock import patch
 import httpx
 
 from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.disk import write_file
 from lora_grpo.adapters.peft_form.checks import active_adapter
 from lora_grpo.adapters.peft_form.modules import lora_modules, peft_model_of
 from lora_grpo.adapters.peft_form.reading import assign_rounded, read_rounded
@@ -98,11 +99,12 @@ class Witnessed(VLLMServerEngine):
         """Which server made each; rows that are alike to the last bit are anyone's."""
         return [self._answered[prompt, made.token_ids, made.logprobs].pop() for prompt, made in rows]
 
-    def slow_store(self, point: str) -> None:
-        """Between two steps of one of the store's operations."""
+    def write_slowly(self, *given: Any, **named: Any) -> None:
+        """A file of the store's."""
         if self.loads in self._slow_loads:
             self.slow_waits += 1
             time.sleep(0.3)
+        write_file(*given, **named)
 
     def _load_refused(self, version: AdapterVersion, **named: Any) -> LoadReceipt:
         """Load it once its name is taken on the last server, by what is in use already."""
@@ -141,7 +143,7 @@ def rows_of(groups: Sequence[Group]) -> list[Row]:
 def train(config: RunConfig, engine: Witnessed, most: int) -> GRPOTrainer:
     run = member_spec(config.replace(grpo=config.grpo.replace(max_staleness=most)))
     trainer = GRPOTrainer(config.model, **run.arguments(), engine=engine, view=False)
-    with patch.object(disk, "at", engine.slow_store), trainer:
+    with patch.object(disk, "write_file", engine.write_slowly), trainer:
         trainer.train()
     return trainer
 

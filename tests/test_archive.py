@@ -10,13 +10,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_grpo.adapters.asking.requests import answer_to, request
-from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.locks import holder
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep import archive
 from lora_grpo.adapters.upkeep.retention import keep_archived, keep_best, keep_every, keep_latest, keep_trainer_state
 from lora_grpo.errors import StoreError, StoreLocked, UnknownVersion
 from tests.store_files import adapter, content, on_disk
@@ -174,30 +175,29 @@ def test_trainer_states_follow_their_own_retention(shm_dir: Path, tmp_path: Path
 
 
 class Gate:
-    """Holds the archive thread at a point until opened."""
+    """Holds the archive thread before it copies versions, or writes states, until opened."""
 
-    def __init__(self, point: str) -> None:
-        self.point, self.reached, self.opened = point, threading.Event(), threading.Event()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+        real = getattr(owner, name)
 
-    def __call__(self, point: str) -> None:
-        if point == self.point:
+        def held(*given: Any, **named: Any) -> Any:
             self.reached.set()
             assert self.opened.wait(60)
+            return real(*given, **named)
+
+        monkeypatch.setattr(owner, name, held)
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Gate]:
-    def close(point: str) -> Gate:
-        made = Gate(point)
-        monkeypatch.setattr(disk, "at", made)
-        return made
-
-    return close
+    held = {"versions": (archive, "_copy_checked"), "states": (archive.Archive, "keep_state")}
+    return lambda kind: Gate(monkeypatch, *held[kind])
 
 
 def test_steps_do_not_wait_for_the_archive(shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]) -> None:
     """And nothing that the archive has yet to get is pruned, nor removed while it is being read."""
-    slow = gate("archive.copied")
+    slow = gate("versions")
     with AdapterStore(shm_dir, tmp_path, retention=keep_latest(1)) as store:
         publish(store, 3)
         assert slow.reached.wait(60)
@@ -212,7 +212,7 @@ def test_steps_do_not_wait_for_the_archive(shm_dir: Path, tmp_path: Path, gate: 
 def test_what_a_slow_disk_was_writing_while_pruned_is_gone_once_closed(
     shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]
 ) -> None:
-    slow = gate("state.half")
+    slow = gate("states")
     store = AdapterStore(shm_dir, tmp_path, retention=keep_trainer_state(keep_latest(1)))
     publish(store, 3)
     store.flush()
@@ -230,7 +230,7 @@ def test_what_a_slow_disk_was_writing_while_pruned_is_gone_once_closed(
 def test_an_archived_copy_that_nobody_wants_is_gone_once_closed(
     shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]
 ) -> None:
-    slow = gate("archive.copied")
+    slow = gate("versions")
     store = AdapterStore(shm_dir, tmp_path, retention=keep_archived(keep_latest(1)))
     publish(store, 3)
     assert slow.reached.wait(60)
@@ -250,7 +250,7 @@ def test_what_is_durable_stays_until_what_replaces_it_is(
     publish_with_states(store, 3)
     store.flush()
     store.prune()
-    slow = gate("archive.copied")
+    slow = gate("versions")
     publish_with_states(store, 4)
     assert slow.reached.wait(60)
     store.prune()
@@ -305,7 +305,7 @@ def test_a_state_brings_its_adapter_to_an_archive_that_did_not_want_it(shm_dir: 
 def test_an_adapter_that_arrives_while_its_state_is_queued_is_not_written_twice(
     shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow = gate("archive.copied")
+    slow = gate("versions")
     with AdapterStore(shm_dir, tmp_path) as store:
         publish(store, 1)
         assert slow.reached.wait(60)
@@ -330,7 +330,7 @@ def test_an_adapter_that_arrives_while_its_state_is_queued_is_not_written_twice(
 def test_a_full_queue_first_drops_the_states_that_retention_would(
     shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]
 ) -> None:
-    slow = gate("state.half")
+    slow = gate("states")
     retention = keep_trainer_state(keep_latest(1))
     with AdapterStore(shm_dir, tmp_path, retention=retention, backlog_limit_bytes=250) as store:
         publish(store, 4)
@@ -346,7 +346,7 @@ def test_a_full_queue_first_drops_the_states_that_retention_would(
 
 
 def test_a_full_queue_that_nothing_may_leave_waits(shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]) -> None:
-    slow = gate("state.half")
+    slow = gate("states")
     with AdapterStore(shm_dir, tmp_path, backlog_limit_bytes=250) as store:
         publish(store, 3)
         store.flush()
@@ -363,7 +363,7 @@ def test_a_full_queue_that_nothing_may_leave_waits(shm_dir: Path, tmp_path: Path
 
 
 def test_reading_a_state_waits_until_it_is_written(shm_dir: Path, tmp_path: Path, gate: Callable[[str], Gate]) -> None:
-    slow = gate("state.half")
+    slow = gate("states")
     with AdapterStore(shm_dir, tmp_path) as store:
         publish(store, 1)
         store.archive_state(1, {"w": [b"abc"]}, {})

@@ -16,7 +16,7 @@ from tests.store_files import adapter
 
 def remembered(journal: Journal) -> int:
     """Entries that the journal holds in memory."""
-    held = (journal.published, journal.promoted, journal.metrics, journal.states, journal._branches)
+    held = (journal.published, journal.promoted, journal.metrics, journal.states)
     return sum(map(len, held))
 
 

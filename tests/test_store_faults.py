@@ -20,6 +20,7 @@ import pytest
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep import archive
 from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError, UnknownVersion
 from tests.store_files import adapter, content, on_disk
@@ -283,17 +284,24 @@ def test_a_disk_that_fails_while_a_version_is_written_does_not_cost_that_version
         assert session is not None
         writing, failed = threading.Event(), threading.Event()
 
-        def fail_once(point: str) -> None:
-            if point == "archive.copied" and not failed.is_set():
+        copy, append = archive._copy_checked, session.journal.append
+
+        def fail_once(*given: Any, **named: Any) -> dict[str, str]:
+            if not failed.is_set():
                 assert writing.wait(60)
                 failed.set()
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            if point == "publish.staged" and session.journal.last == 2:
+            return copy(*given, **named)
+
+        def append_late(event: str, number: int, **fields: Any) -> None:
+            if (event, number) == ("publish", 3):
                 writing.set()
                 while session.writer._failure is None:
                     time.sleep(0.001)
+            append(event, number, **fields)
 
-        monkeypatch.setattr(disk, "at", fail_once)
+        monkeypatch.setattr(archive, "_copy_checked", fail_once)
+        monkeypatch.setattr(session.journal, "append", append_late)
         store.publish(adapter(1), step=1)
         third = store.publish(adapter(2), step=2)
         with pytest.raises(StoreError, match="archiving version 2 failed"):
@@ -310,18 +318,17 @@ def test_a_full_queue_before_a_broken_disk_refuses_the_next_state(
     """Bytes in flight stay bounded, and the refused state can be handed over again."""
     second = threading.Event()
 
-    def fail(point: str) -> None:
-        if point == "state.half":
-            assert second.wait(60)
-            time.sleep(0.05)
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def fail(_: object) -> bytes:
+        assert second.wait(60)
+        time.sleep(0.05)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with AdapterStore(shm_dir, tmp_path, backlog_limit_bytes=150) as store:
         for step in range(2):
             store.publish(adapter(step), step=step)
         store.flush()
         with monkeypatch.context() as broken:
-            broken.setattr(disk, "at", fail)
+            broken.setattr(archive, "_sums_text", fail)
             store.archive_state(1, {"w": [bytes(100)]}, {})
             second.set()
             with pytest.raises(StoreError, match="trainer state of version 1 failed"):

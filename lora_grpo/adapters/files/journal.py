@@ -34,8 +34,8 @@ class Journal:
     `published` maps the numbers of versions that should have a copy to their manifests, `metrics` what was
     recorded of those; `promoted` are the ones that were promoted, in the order of their last promotion, and the last
     one even if it is gone; `states` are the trainer states written or on their way; `damaged_lines` are the lines,
-    counted from 1, that could not be read, so that what they told is not in the rest; `last` is the largest number
-    ever published. Of a version that is gone a number stays in memory, all else in the file alone.
+    counted from 1, that could not be read, so that what they told is not in the rest. Of a version that is gone its
+    number and its parent's stay in memory, all else in the file alone.
     """
 
     def __init__(self, path: Path, *, sync: bool) -> None:
@@ -48,9 +48,7 @@ class Journal:
         self.damaged_lines: list[int] = []
         self._lines = 0
         self._checked = False
-        self._ever: set[int] = set()
-        self.last = 0
-        self._branches: dict[int, int | None] = {}
+        self._parents: dict[int, int | None] = {}
         self._back: set[int] = set()
         self._sync = sync
         self._descriptor: int | None = None
@@ -71,17 +69,22 @@ class Journal:
             self.refresh()
             os.ftruncate(self._descriptor, self._end)
 
+    @property
+    def last(self) -> int:
+        """The largest number ever published, 0 before."""
+        return max(self._parents, default=0)
+
     def knows(self, number: int) -> bool:
         """Whether such a version was ever published."""
-        return number in self._ever
+        return number in self._parents
 
     def has_forgotten(self, number: int) -> bool:
         """Whether a version's last copy was removed on purpose, or its loss reported."""
-        return number in self._ever and number not in self.published
+        return number in self._parents and number not in self.published
 
     def parent_of(self, number: int) -> int | None:
         """The version that a version was made from, kept or not; None for a first one, or where no line tells."""
-        return self._branches.get(number, number - 1) if number in self._ever else None
+        return self._parents.get(number)
 
     def metrics_of(self, number: int) -> dict[str, Any]:
         """What was recorded of a version; read from the file again where the version is, or once was, gone."""
@@ -179,14 +182,7 @@ class Journal:
         if self.has_forgotten(number):
             self._back.add(number)
         self.published[number] = manifest
-        self._note(number)
-        self._branches.pop(number, None)
-        if manifest.parent != number - 1:
-            self._branches[number] = manifest.parent
-
-    def _note(self, number: int) -> None:
-        self._ever.add(number)
-        self.last = max(self.last, number)
+        self._parents[number] = manifest.parent
 
     def _promote(self, number: int) -> None:
         before = next(reversed(self.promoted), None)
@@ -196,9 +192,7 @@ class Journal:
         self.promoted[number] = None
 
     def _forget(self, number: int) -> None:
-        if number not in self._ever:
-            self._note(number)
-            self._branches[number] = None
+        self._parents.setdefault(number, None)
         self.published.pop(number, None)
         self.metrics.pop(number, None)
         if next(reversed(self.promoted), None) != number:

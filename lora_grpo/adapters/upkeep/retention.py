@@ -28,8 +28,13 @@ class Candidate:
     metrics: Mapping[str, Any]
 
 
-Rule: TypeAlias = Callable[[Sequence[Candidate]], set[int]]
-"""The numbers to keep, of candidates in ascending order of number."""
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`kept` gives those to keep, of candidates in ascending order of number; `metric` is what it ranks by, if any."""
+
+    words: str
+    kept: Callable[[Sequence[Candidate]], Sequence[Candidate]]
+    metric: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class Retention:
     @property
     def ranked(self) -> set[str]:
         """The metrics that a rule asks for the best of."""
-        return {rule.metric for rule in (*self.tmpfs, *self.archive, *self.state) if isinstance(rule, _Best)}
+        return {rule.metric for rule in (*self.tmpfs, *self.archive, *self.state) if rule.metric is not None}
 
     def limits(self, place: Place) -> bool:
         """Whether anything is ever removed from `place`."""
@@ -65,55 +70,14 @@ class Retention:
         if not rules:
             return {candidate.number for candidate in candidates}
         ordered = sorted(candidates, key=lambda candidate: candidate.number)
-        return set().union(*(rule(ordered) for rule in rules))
+        return {candidate.number for rule in rules for candidate in rule.kept(ordered)}
 
     def words(self, place: Place) -> str:
         """What is kept in `place`, for people."""
-        return ", ".join(map(str, self._rules(place))) or "everything"
+        return ", ".join(rule.words for rule in self._rules(place)) or "everything"
 
     def _rules(self, place: Place) -> tuple[Rule, ...]:
         return {"tmpfs": self.tmpfs, "archive": self.archive, "state": self.state}[place]
-
-
-@dataclass(frozen=True, slots=True)
-class _Latest:
-    n: int
-
-    def __call__(self, candidates: Sequence[Candidate]) -> set[int]:
-        return {candidate.number for candidate in candidates[-self.n :]}
-
-    def __str__(self) -> str:
-        return f"the last {self.n}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Every:
-    k: int
-
-    def __call__(self, candidates: Sequence[Candidate]) -> set[int]:
-        return {candidate.number for candidate in candidates if candidate.number % self.k == 0}
-
-    def __str__(self) -> str:
-        return f"every number that {self.k} divides"
-
-
-@dataclass(frozen=True, slots=True)
-class _Best:
-    metric: str
-    n: int
-    mode: Literal["max", "min"]
-
-    def __call__(self, candidates: Sequence[Candidate]) -> set[int]:
-        sign = 1 if self.mode == "max" else -1
-        scored = [
-            (sign * candidate.metrics[self.metric], candidate.number)
-            for candidate in candidates
-            if is_score(candidate.metrics.get(self.metric))
-        ]
-        return {number for _, number in sorted(scored)[-self.n :]}
-
-    def __str__(self) -> str:
-        return f"the {self.n} with the {'highest' if self.mode == 'max' else 'lowest'} {self.metric!r}"
 
 
 def is_score(value: object) -> bool:
@@ -127,7 +91,8 @@ def keep_latest(n: int) -> Retention:
     >>> keep_latest(8).words("tmpfs")
     'the last 8'
     """
-    return Retention(tmpfs=(_Latest(_positive("keep_latest", n)),))
+    n = _positive("keep_latest", n)
+    return Retention(tmpfs=(Rule(f"the last {n}", lambda candidates: candidates[-n:]),))
 
 
 def keep_best(metric: str, n: int = 1, mode: Literal["max", "min"] = "max") -> Retention:
@@ -138,7 +103,14 @@ def keep_best(metric: str, n: int = 1, mode: Literal["max", "min"] = "max") -> R
     """
     if mode not in ("max", "min"):
         raise ConfigError(f"keep_best mode={mode!r} must be 'max' or 'min'")
-    return Retention(tmpfs=(_Best(metric, _positive("keep_best", n), mode),))
+    n, sign = _positive("keep_best", n), 1 if mode == "max" else -1
+
+    def best(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+        scored = [candidate for candidate in candidates if is_score(candidate.metrics.get(metric))]
+        return sorted(scored, key=lambda candidate: (sign * candidate.metrics[metric], candidate.number))[-n:]
+
+    words = f"the {n} with the {'highest' if mode == 'max' else 'lowest'} {metric!r}"
+    return Retention(tmpfs=(Rule(words, best, metric),))
 
 
 def keep_every(k: int) -> Retention:
@@ -147,7 +119,9 @@ def keep_every(k: int) -> Retention:
     >>> keep_every(50).words("tmpfs")
     'every number that 50 divides'
     """
-    return Retention(tmpfs=(_Every(_positive("keep_every", k)),))
+    k = _positive("keep_every", k)
+    rule = Rule(f"every number that {k} divides", lambda found: [one for one in found if one.number % k == 0])
+    return Retention(tmpfs=(rule,))
 
 
 def default_retention(*, archived: bool) -> Retention:

@@ -12,8 +12,7 @@ import torch
 
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.trainer import Trainer
-from lora_grpo.engines.local.weights import drop_weights
-from lora_grpo.engines.local.weights import PlainEngine
+from lora_grpo.engines.local.weights import PlainEngine, drop_weights
 from lora_grpo.types import Group, Sampling
 
 
