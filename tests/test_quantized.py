@@ -19,7 +19,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines import packing
 from lora_grpo.engines.delivery.base_match import match_base
-from lora_grpo.engines.local import quantized
+from lora_grpo.engines.local import targets
 from lora_grpo.engines.local.targets import served_scheme
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
@@ -235,7 +235,7 @@ def test_a_run_is_refused_before_its_engine_starts(
     (tmp_path / "already" / "config.json").write_text(json.dumps(already))
     with pytest.raises(ConfigError, match=r"is in nf4 already, .* name the unquantized checkpoint, with quantiz"):
         served_scheme(tmp_path / "already", None)
-    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes and vllm_bnb_plugin: pip install 'lora-grpo\[quant"):
         served_scheme(plain_dir, "nf4")
 

@@ -29,7 +29,7 @@ from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.delivery.witness import Witness
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.requests import request_seeds, sampling_by_prompt
-from lora_grpo.engines.server import client, names, replica, watch
+from lora_grpo.engines.server import client, names, replica
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.names import Names
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion, UnsupportedVersion
@@ -602,7 +602,7 @@ def test_close_leaves_nothing_behind(pair: Pair, versions: list[AdapterVersion])
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds takes tenths of them."""
-    monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(client, "LOOK_EVERY_S", 0.1)
     for room in (client, replica):
         monkeypatch.setattr(room, "QUICK_TIMEOUT_S", 0.3)
 
