@@ -40,7 +40,7 @@ canary_rows = [2]
 strategies = ["native"]
 
 [decode]
-strategies = ["base", "native", "native-stock", "merge-trl", "merge-fold"]
+strategies = ["base", "native", "native-stock", "native-shared", "merge-trl", "merge-fold"]
 
 [fidelity]
 learning_rates = [1e-6]
@@ -48,7 +48,6 @@ updates = [1]
 cycles = [1, 20]
 
 [step]
-strategies = ["native", "merge-fold"]
 
 [rollback]
 strategies = ["native", "merge-fold"]
@@ -107,10 +106,10 @@ def test_every_part_and_its_report(tmp_path: Path) -> None:
     assert document.proof[1].median_s > document.proof[0].median_s
 
     decoded = {(row.strategy, row.rows, row.completion_tokens) for row in document.decode}
-    variants = ("base", "native-stock")
+    variants = ("base", "native-stock", "native-shared")
     assert decoded == {(strategy, 2, length) for strategy in (*sync, *variants) for length in (4, 8)}
     assert {row.threads for row in document.decode} == {1}
-    assert {"native", "native-stock"} < {row.strategy for row in document.truth}
+    assert {"native-stock", "native-shared"} < {row.strategy for row in document.truth}
     assert {row.strategy for row in document.break_even} == {"merge-trl", "merge-fold"}
     fidelity = {row.strategy: row for row in document.fidelity}
     assert fidelity["native"].lost_share < 0.02 < 0.9 < fidelity["merge-fold"].lost_share < 1.1
