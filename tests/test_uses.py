@@ -233,7 +233,9 @@ def test_a_server_with_the_tower(served: Served, tmp_path: Path) -> None:
 def serving(base: Path, *arguments: str, options: Sequence[str] = ()) -> Iterator[str]:
     """The address of a `lora-grpo serve` with these options and arguments of vLLM's."""
     command = [sys.executable, "-m", "lora_grpo", "serve", str(base), "--max-lora-rank", "8", "--json", *options]
-    command += ["--port", str(free_ports(1)), "--log-dir", str(base / "logs"), "--", *VLLM_ARGS, *arguments]
+    command += ["--port", str(free_ports(1)), "--log-dir", str(base / "logs"), "--", *VLLM_ARGS]
+    # On a CPU vLLM has linear attention and nf4 in bfloat16 alone.
+    command += ["--dtype", "bfloat16", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
