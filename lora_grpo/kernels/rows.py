@@ -10,10 +10,11 @@ import torch
 
 from lora_grpo.kernels.building import function
 
-FEW_ROWS = {torch.bfloat16: 128, torch.float32: 16}
+FEW_ROWS = {torch.bfloat16: 128, torch.float32: 3}
 MOST_WORK = 16_000_000
 """Up to as many rows of one adapter, and as many multiplications and additions, this takes less time than a matrix
-library, which spends longer on getting ready."""
+library, which spends longer on getting ready. In fp32 it would up to 16 rows; but from 4 rows on torch gives a row the
+same bits in whatever batch it is, and a member of a population has to be what it is alone."""
 
 _ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS: tuple[Any, ...] = (
