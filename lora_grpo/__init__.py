@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from lora_grpo.grpo_config import GRPOConfig as GRPOConfig
     from lora_grpo.integrations.own_loop import answer_requests as answer_requests
     from lora_grpo.sync import NativeSync as NativeSync
-    from lora_grpo.trainer import GRPOTrainer as GRPOTrainer
-    from lora_grpo.trainer import Guard as Guard
-    from lora_grpo.trainer import LogprobGap as LogprobGap
-    from lora_grpo.trainer import NonFinite as NonFinite
-    from lora_grpo.trainer import ReferenceKL as ReferenceKL
-    from lora_grpo.trainer import RewardCollapse as RewardCollapse
-    from lora_grpo.trainer import fork as fork
-    from lora_grpo.trainer import push_to_hub as push_to_hub
+    from lora_grpo.trainer.forking import fork as fork
+    from lora_grpo.trainer.grpo_trainer import GRPOTrainer as GRPOTrainer
+    from lora_grpo.trainer.guards import Guard as Guard
+    from lora_grpo.trainer.guards import LogprobGap as LogprobGap
+    from lora_grpo.trainer.guards import NonFinite as NonFinite
+    from lora_grpo.trainer.guards import ReferenceKL as ReferenceKL
+    from lora_grpo.trainer.guards import RewardCollapse as RewardCollapse
+    from lora_grpo.trainer.hub import push_to_hub as push_to_hub
     from lora_grpo.trainer.population.population import Population as Population
     from lora_grpo.trainer.spec import MemberSpec as MemberSpec
     from lora_grpo.types import Completion as Completion
@@ -69,16 +69,10 @@ _NAMES = {
     "grpo_config": ("GRPOConfig",),
     "integrations.own_loop": ("answer_requests",),
     "sync": ("NativeSync",),
-    "trainer": (
-        "GRPOTrainer",
-        "Guard",
-        "LogprobGap",
-        "NonFinite",
-        "ReferenceKL",
-        "RewardCollapse",
-        "fork",
-        "push_to_hub",
-    ),
+    "trainer.forking": ("fork",),
+    "trainer.grpo_trainer": ("GRPOTrainer",),
+    "trainer.guards": ("Guard", "LogprobGap", "NonFinite", "ReferenceKL", "RewardCollapse"),
+    "trainer.hub": ("push_to_hub",),
     "trainer.population.population": ("Population",),
     "trainer.spec": ("MemberSpec",),
     "types": ("Completion", "Group", "Sampling"),

@@ -60,7 +60,7 @@ def estimate(shape: str) -> MemoryEstimate:
         empty = without_memory(ModelConfig(name=folder), lora_config(config.lora))
     return estimate_memory(
         empty,
-        largest_batch(config.grpo, config.grpo.max_prompt_length or 0),
+        largest_batch(config.grpo, config.grpo.max_prompt_length or 0, torch.device("cuda")),
         checkpointing=bool(config.grpo.gradient_checkpointing),
         slots=config.engine.max_loras,
         max_lora_rank=config.lora.largest_rank,

@@ -65,9 +65,12 @@ def test_what_does_not_fit_says_what_to_lower(tiny: Path) -> None:
 
 def test_a_budget_of_tokens_takes_the_place_of_rows() -> None:
     plain = GRPOConfig(per_device_train_batch_size=4, max_completion_length=30)
-    assert largest_batch(plain, 20) == LargestBatch(4, 20, 30, group=plain.num_generations)
-    assert largest_batch(plain.replace(max_tokens_per_micro_batch=320), 20) == LargestBatch(6, 20, 30)
-    assert largest_batch(plain.replace(max_tokens_per_micro_batch=10), 20) == LargestBatch(1, 20, 30)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert largest_batch(plain, 20, cpu) == LargestBatch(4, 20, 30, group=plain.num_generations)
+    assert largest_batch(plain.replace(max_tokens_per_micro_batch=320), 20, cpu) == LargestBatch(6, 20, 30)
+    assert largest_batch(plain.replace(max_tokens_per_micro_batch=10), 20, cpu) == LargestBatch(1, 20, 30)
+    # There a budget is set at the start, and rows of other groups fill what a shared prompt leaves of it.
+    assert largest_batch(plain, 20, gpu) == LargestBatch(4, 20, 30)
 
 
 def test_a_batch_has_the_prompts_that_its_rows_need_and_one_more_where_groups_begin_elsewhere() -> None:

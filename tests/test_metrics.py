@@ -40,8 +40,9 @@ STEP = {
 def test_log_writes_plain_json(tmp_path):
     log = RunLog(tmp_path / "metrics.jsonl")
     log.append(
-        "step", step=1, reward=np.float32(0.5), kl=math.nan, loss=np.float64(math.inf), names=("a",), where=tmp_path
-    )
+        "step", step=1, reward=np.float32(0.5), kl=math.nan, loss=np.float64(math.inf), names=("a",), where=tmp_path,
+        image=b"\xff\xd8", pixels=np.array([[1.0, math.nan]]),
+    )  # fmt: skip
     log.close()
     (record,) = read_metrics(tmp_path)
     assert record.pop("time") > 0
@@ -53,6 +54,8 @@ def test_log_writes_plain_json(tmp_path):
         "loss": None,
         "names": ["a"],
         "where": str(tmp_path),
+        "image": "_9g=",
+        "pixels": [[1.0, None]],
     }
 
 

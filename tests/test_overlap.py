@@ -32,8 +32,9 @@ from lora_grpo.errors import ConfigError, DeliveryError, EngineError, RewardErro
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
-from lora_grpo.trainer import GRPOTrainer, Guard
+from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.assembly import with_room
+from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.overlap import Ahead, InTurn, lag_behind
 from lora_grpo.trainer.rollouts import Rollout, Source
 from lora_grpo.trainer.stepping import learn

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,20 @@ def test_imports_are_light(module: str) -> None:
     code = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert loaded.strip() == "[]"
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_what_scripts_import_from_here_is_there(folder: str) -> None:
+    """Types are checked in the package alone, and some scripts run once in a long while."""
+    missing = []
+    for path in sorted((ROOT.parent / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lora_grpo":
+                home = importlib.import_module(node.module or "")
+                for name in (alias.name for alias in node.names):
+                    is_module = hasattr(home, "__path__") and find_spec(f"{node.module}.{name}")
+                    missing += [] if is_module or hasattr(home, name) else [f"{path.name}: {node.module}.{name}"]
+    assert not missing
 
 
 def test_every_public_name_resolves() -> None:

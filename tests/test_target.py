@@ -17,8 +17,8 @@ from lora_grpo.config_file import save_config
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, UnknownVersion
-from lora_grpo.trainer import Guard, compare, replay
-from lora_grpo.trainer.guards import NonFinite
+from lora_grpo.trainer import compare, replay
+from lora_grpo.trainer.guards import Guard, NonFinite
 from lora_grpo.types import Sampling
 from tests.store_files import adapter
 from tests.test_cli_versions import answer

@@ -23,7 +23,7 @@ from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, EngineError, RewardError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics.log import read_metrics
-from lora_grpo.trainer import Guard, NonFinite
+from lora_grpo.trainer.guards import Guard, NonFinite
 from lora_grpo.types import Group
 from tests.conftest import ENGINE_ARGS
 from tests.tiny_models import tiny_model

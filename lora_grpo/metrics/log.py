@@ -39,7 +39,7 @@ class RunLog:
 
     def append(self, event: str, /, **fields: Any) -> None:
         """Writes one record in one write; its `event` and `time` come first."""
-        known = to_jsonable_python(fields, inf_nan_mode="null", fallback=_item)
+        known = to_jsonable_python(fields, inf_nan_mode="null", bytes_mode="base64", fallback=_item)
         record = {"event": event, "time": round(time.time(), 3), **known}
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,5 +105,5 @@ def _parsed(line: bytes) -> Record | None:
 
 
 def _item(value: Any) -> Any:
-    """A NumPy or torch scalar as a number, the rest as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """NumPy's and torch's values as numbers, the rest as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

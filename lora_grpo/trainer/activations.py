@@ -44,14 +44,18 @@ class LargestBatch:
         return [[prompt] * self.prompt_tokens + [0] * self.completion_tokens for prompt in prompts]
 
 
-def largest_batch(config: GRPOConfig, prompt_tokens: int) -> LargestBatch:
-    """What a run's settings make of prompts of at most so many tokens. A budget of tokens counts a shared prompt once,
-    and so is used up by rows that share none as well."""
-    completion_tokens = config.max_completion_length
+def largest_batch(config: GRPOConfig, prompt_tokens: int, device: torch.device) -> LargestBatch:
+    """What a run's settings make of prompts of at most so many tokens.
+
+    A budget of tokens counts a shared prompt once, and is filled with rows of other groups then. On a GPU there is
+    one where none is set: what this many rows take that share nothing.
+    """
+    rows, group, completion_tokens = config.per_device_train_batch_size, 1, config.max_completion_length
     if config.max_tokens_per_micro_batch is not None:
         rows = max(1, config.max_tokens_per_micro_batch // (prompt_tokens + completion_tokens))
-        return LargestBatch(rows, prompt_tokens, completion_tokens)
-    return LargestBatch(config.per_device_train_batch_size, prompt_tokens, completion_tokens, config.num_generations)
+    elif device.type == "cpu":
+        group = config.num_generations
+    return LargestBatch(rows, prompt_tokens, completion_tokens, group)
 
 
 def activation_bytes(model: Any, batch: LargestBatch, dtype: torch.dtype, *, checkpointing: bool) -> int | None:

@@ -149,7 +149,7 @@ class _Run:
         try:
             batch = self._preflight.largest_batch
         except LoraGrpoError:  # which its own part tells of
-            batch = largest_batch(self.grpo, 0)
+            batch = largest_batch(self.grpo, 0, default_device())
         peft_config = lora_config(self.config.lora)
         return plan(self.config.model, peft_config, config, False, batch, self.grpo.gradient_checkpointing)
 

@@ -21,7 +21,7 @@ from lora_grpo.engines.requests import ENCODING, render
 from lora_grpo.errors import ConfigError
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
 from lora_grpo.trainer.activations import LargestBatch, largest_batch
-from lora_grpo.trainer.models import trainer_tokenizer
+from lora_grpo.trainer.models import default_device, trainer_tokenizer
 from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.trl_names import REWARD_MODEL
 from lora_grpo.types import Chat
@@ -109,7 +109,7 @@ class Preflight:
         data, lengths = self._lengths["train"]
         assert data is not None
         longest = max(lengths[row] for row in self._fitting(data, lengths, self.known_room))
-        return largest_batch(self.config, longest)
+        return largest_batch(self.config, longest, default_device())
 
     @cached_property
     def tokenizer(self) -> Any:
