@@ -24,9 +24,9 @@ from lora_grpo.config import KeepConfig
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreLocked
 from lora_grpo.metrics.log import history, read_metrics
 from lora_grpo.reference import keep_reference, kept_reference
-from lora_grpo.trainer import going_back
+from lora_grpo.trainer import going_back, loop
 from tests.tiny_run import fake_engine
-from tests.tiny_trainer import CONFIG, moments, same, share_of_low_bytes, tiny_trainer, weights
+from tests.tiny_trainer import CONFIG, ROWS, moments, same, share_of_low_bytes, tiny_trainer, weights
 
 STEPS = 6
 
@@ -256,6 +256,41 @@ def test_what_was_measured_is_known_after_a_resume(llama_dir: Path, tmp_path: Pa
     with tiny_trainer(llama_dir, engine, run, config(5)) as trainer:
         trainer.resume(run)
         assert [metrics["step"] for metrics in trainer.history] == [1]
+
+
+@pytest.mark.parametrize(("last_words", "call"), [("_write_down", 3), ("_write_down", 4), ("held_out", 2), ("held_out", 3)])
+def test_what_a_step_owed_when_it_was_killed_after_publishing_is_made_good(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: str, call: int
+) -> None:
+    """Its metrics, what they say of the version it sampled from, and the evaluation due there, once each."""
+    settings: dict[str, Any] = {"config": config(4).replace(eval_every=2), "eval_dataset": ROWS[:2]}
+    calls, said = [], getattr(loop, last_words)
+
+    def stopped(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        said(*arguments)
+
+    def known(run: Path) -> list[dict[str, Any]]:
+        timed = ("time", "sync/", "step_time", "archive/")
+        kept = [record for record in history(read_metrics(run)) if record["event"] in {"step", "evaluation"}]
+        return [{name: value for name, value in record.items() if not name.startswith(timed)} for record in kept]
+
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "whole", **settings) as whole:
+        result = whole.train()
+        with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "run", **settings) as trainer:
+            monkeypatch.setattr(loop, last_words, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "run", **settings) as trainer:
+            trainer.resume()
+            again = trainer.train()
+            recorded = {version.number: whole.store.metrics(version) for version in whole.store.list()}
+            assert recorded == {version.number: trainer.store.metrics(version) for version in trainer.store.list()}
+            assert [metrics["step"] for metrics in trainer.history] == [1, 2, 3, 4]
+    assert again["reward_after"] == result["reward_after"] is not None
+    assert known(tmp_path / "run") == known(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("rolled_back", [False, True])

@@ -28,6 +28,7 @@ from lora_grpo.config_file import load_config, save_config
 from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.metrics import RunLog, history, read_metrics
 from lora_grpo.trainer import GRPOTrainer
+from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.sweeping import sweep as sweep_module
 from lora_grpo.trainer.sweeping.grid import is_swept, trials_of
 from lora_grpo.trainer.sweeping.plan import SweepPlan
@@ -339,6 +340,35 @@ def test_a_take_over_that_is_cut_short_is_completed(
             with pytest.raises(Stopped):
                 sweep(moment)
         assert sweep(moment, resume=True) == whole
+
+
+@pytest.mark.parametrize("kind", ["take-overs", "rungs"])
+def test_a_round_that_is_cut_short_is_completed(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """By those alone that had not made their step: nobody comes to a decision ahead of the others."""
+
+    def sweep(name: str, *, resume: bool = False) -> Any:
+        plan = evolving(llama_dir, tmp_path / name, "grpo.seed=1,2,3", grpo=config(5))
+        if kind == "rungs":
+            plan = SweepPlan(plan.settings, plan.trials, rungs=(2, 4), at_once=2)
+        summary = {**Sweep(plan, engine=fake_engine(llama_dir), resume=resume).run(), "adapter": None}
+        return summary, digests(plan.directory), sorted(map(str, decisions(plan.directory)))
+
+    whole, learn = sweep("whole"), Member.learn
+    for turn in (3, 5, 7):
+        turns = iter(range(1, 100))
+
+        def stopped(member: Member, turns: Iterator[int] = turns, last: int = turn) -> None:
+            if next(turns) == last:
+                raise Stopped
+            learn(member)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Member, "learn", stopped)
+            with pytest.raises(Stopped):
+                sweep(str(turn))
+        assert sweep(str(turn), resume=True) == whole
 
 
 def cut_short(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,8 +40,7 @@ class RunLog:
 
     def append(self, event: str, /, **fields: Any) -> None:
         """Writes one record in one write; its `event` and `time` come first."""
-        known = to_jsonable_python(fields, inf_nan_mode="null", bytes_mode="base64", fallback=_item)
-        record = {"event": event, "time": round(time.time(), 3), **known}
+        record = {"event": event, "time": round(time.time(), 3), **jsonable(fields)}
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _end_whole(self.path)
@@ -52,6 +52,12 @@ class RunLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def jsonable(fields: Mapping[str, Any]) -> Record:
+    """Fields as JSON has them: what is not finite as null, bytes as base64, arrays as lists, the rest as text."""
+    known: Record = to_jsonable_python(dict(fields), inf_nan_mode="null", bytes_mode="base64", fallback=_item)
+    return known
 
 
 def read_metrics(path: str | Path) -> list[Record]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import SamplerState
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
 from lora_grpo.metrics import Reporter, history, read_metrics
-from lora_grpo.metrics.log import Record
+from lora_grpo.metrics.log import Record, jsonable
 from lora_grpo.reference import kept_reference
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import crew
@@ -84,14 +85,23 @@ def resume(run: Run) -> RollbackReport | None:
     return report
 
 
-def state_for(run: Run, step: int) -> dict[str, Any]:
+def state_for(run: Run, step: int, measured: Mapping[str, Any] | None) -> dict[str, Any]:
     """What goes into a version's trainer state beside weights, optimizer, schedule and random state."""
     return {
         "steps_done": step,
         "rollbacks": run.rollbacks,
         "without_signal": run.without_signal,
         "sampler": run.rollouts.position(),
+        "measured": None if measured is None else jsonable(measured),
     }
+
+
+def unwritten(report: RollbackReport, steps: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the step that a run goes on from had measured, where a kill came before it was among the run's `steps`."""
+    measured, step = report.extra.get("measured"), report.version.step
+    if measured is None or any(metrics["step"] == step for metrics in steps):
+        return None
+    return _metrics_of(measured)
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
+from typing import Any
 
-from lora_grpo.errors import ConfigError, TrainingError
+from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
 from lora_grpo.metrics import Reporter
 from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.trainer import going_back
@@ -14,7 +17,7 @@ from lora_grpo.trainer.evaluation import evaluate as answered
 from lora_grpo.trainer.rollouts import Rollout
 from lora_grpo.trainer.run import Run
 from lora_grpo.trainer.steering import apply_requests
-from lora_grpo.trainer.stepping import Clock, learn, of_the_version, sample_rows, step_metrics
+from lora_grpo.trainer.stepping import Clock, learn, of_the_version, sample_rows, step_metrics, sync_metrics
 
 WARN_EVERY = 10
 """Steps in a row without any signal (every group's rewards equal) after which, and again after as many, a run warns."""
@@ -46,9 +49,21 @@ def finish_step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) ->
         _evaluate_when_due(run, reporter)
 
 
-def publish(run: Run, step: int) -> None:
-    """The weights after `step` become a version, which is proven, promoted, and kept with the trainer's state."""
-    run.crew(push, step, going_back.state_for(run, step))
+def publish(run: Run, step: int, measured: Mapping[str, Any] | None = None) -> None:
+    """The weights after `step` become a version, which is proven, promoted, and kept with the trainer's state.
+
+    The state has what the step `measured` too: should the run be killed before that is written down, `make_good` does.
+    """
+    run.crew(push, step, going_back.state_for(run, step, measured))
+
+
+def make_good(run: Run, reporter: Reporter) -> None:
+    """What a run that was killed right after publishing still owes: its step's metrics, and an evaluation due there."""
+    measured, run.unwritten = run.unwritten, None
+    if measured is not None:
+        _write_down(run, reporter, measured)
+    if run.steps_done and all(result.version != run.version.number for result in run.evaluations):
+        _evaluate_when_due(run, reporter)
 
 
 def evaluate(run: Run) -> Evaluation:
@@ -96,23 +111,29 @@ def _step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
         learned = run.crew(learn, config, rewarded, step)
     run.steps_done = step
     run.without_signal = 0 if rewarded.used_groups(config.num_generations) else run.without_signal + 1
-    with clock("publish"):
-        publish(run, step)
     metrics = {
-        **step_metrics(rewarded, run.source.reward_funcs, config, run.sync.last_receipt),
+        **step_metrics(rewarded, run.source.reward_funcs, config),
         **learned,
         **rollouts.metrics(),
-        BACKLOG: run.store.archive_backlog_bytes,
         "step": step,
         "version": rollout.version.number,
         **clock.seconds,
-        "step_time": sum(clock.seconds.values()),
     }
-    run.store.record(rollout.version, **of_the_version(metrics))
-    run.history.append(metrics)
-    reporter.step(step, metrics)
+    with clock("publish"):
+        publish(run, step, metrics)
+    metrics |= sync_metrics(run.sync.last_receipt) | clock.seconds
+    metrics |= {BACKLOG: run.store.archive_backlog_bytes, "step_time": sum(clock.seconds.values())}
+    _write_down(run, reporter, metrics)
     if config.log_completions_every and step % config.log_completions_every == 0:
         reporter.samples(step, sample_rows(rewarded))
+
+
+def _write_down(run: Run, reporter: Reporter, metrics: dict[str, Any]) -> None:
+    # A forked run has not the version that its first step was sampled from.
+    with suppress(UnknownVersion):
+        run.store.record(metrics["version"], **of_the_version(metrics))
+    run.history.append(metrics)
+    reporter.step(metrics["step"], metrics)
 
 
 def _evaluate_when_due(run: Run, reporter: Reporter) -> None:

@@ -107,9 +107,9 @@ def logprob_gap(batch: Batch, processes: Processes) -> float:
 
 
 def step_metrics(
-    rewarded: Rewarded, functions: Sequence[RewardFunction], config: GRPOConfig, receipt: PushReceipt | None
+    rewarded: Rewarded, functions: Sequence[RewardFunction], config: GRPOConfig
 ) -> dict[str, Any]:
-    """What a step says of its rewards, completions and sync, under TRL's names where it has them."""
+    """What a step says of its rewards and completions, under TRL's names where it has them."""
     completions = [completion for group in rewarded.groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
     names = reward_names(functions)
@@ -123,8 +123,12 @@ def step_metrics(
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(completion.truncated for completion in completions) / len(completions),
         "frac_groups_used": rewarded.used_groups(config.num_generations),
-        **({f"sync/{phase}_s": seconds for phase, seconds in receipt.seconds.items()} if receipt else {}),
     }
+
+
+def sync_metrics(receipt: PushReceipt | None) -> dict[str, float]:
+    """Seconds of each phase of a step's publishing."""
+    return {f"sync/{phase}_s": seconds for phase, seconds in receipt.seconds.items()} if receipt else {}
 
 
 def of_the_version(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -84,14 +84,15 @@ class Population:
             raise failed[0]
         return self.members
 
-    def rounds(self) -> Iterator[int]:
+    def rounds(self, begin: Callable[[list[Member]], list[Member]] = lambda running: running) -> Iterator[int]:
         """Yields after each round, numbered from 1; every running member then stands between two steps.
 
-        Until then, members may be stopped and added, and `Member.turn` lets their trainers be used.
+        Until the next one, members may be stopped and added, and `Member.turn` lets their trainers be used. `begin` is
+        given the members that run, before each round, and says which of them make a step.
         """
         number = 0
         while self.start_waiting():
-            self._round()
+            self._round(begin(self.running))
             number += 1
             yield number
 
@@ -183,14 +184,16 @@ class Population:
                 member.close()
                 return
 
-    def _round(self) -> None:
-        for member in self.running:
-            with self._ending(member), member.turn():
-                member.draw()
-        self._sample(self.running)
-        for member in self.running:
-            with self._ending(member), member.turn():
-                member.learn()
+    def _round(self, members: Sequence[Member]) -> None:
+        self._each(members, Member.draw)
+        self._sample([member for member in members if member.state == "running"])
+        self._each(members, Member.learn)
+
+    def _each(self, members: Sequence[Member], do: Callable[[Member], None]) -> None:
+        for member in members:
+            if member.state == "running":
+                with self._ending(member), member.turn():
+                    do(member)
 
     def _sample(self, members: Sequence[Member]) -> None:
         """All members that do not sample by a function of their own, together.

@@ -34,8 +34,8 @@ Steps = Sequence[dict[str, Any]]
 class Sweep:
     """Runs what a plan says, in its directory, and goes on where it was stopped.
 
-    `SWEEP/sweep.jsonl` has what was decided (rung, take-over) and how each member ended; `SWEEP/summary.json`,
-    `curves.png` and `best-adapter/` come last. Each member's folder is a run like any other.
+    `SWEEP/sweep.jsonl` has where each round began, what was decided (rung, take-over) and how each member ended;
+    `SWEEP/summary.json`, `curves.png` and `best-adapter/` come last. Each member's folder is a run like any other.
     """
 
     def __init__(self, plan: SweepPlan, *, engine: Engine | None = None, resume: bool = False) -> None:
@@ -47,6 +47,7 @@ class Sweep:
         self._log = RunLog(plan.directory / LOG_FILE)
         self._ended: dict[str, dict[str, Any]] = {}
         self._judged, self._taken, self._evolved = set[tuple[str, int]](), set[tuple[str, int]](), set[int]()
+        self._cut_short: dict[str, list[int]] | None = None
         for record in records:
             self._go_over(record)
         self._members: dict[str, Member] = {}
@@ -75,6 +76,8 @@ class Sweep:
                 self._judged.add((record["name"], record["rung"]))
             case "take-over":
                 self._taken.add((record["name"], record["step"]))
+            case "round":
+                self._cut_short = record["began"]
             case "evolved":
                 self._evolved.add(record["step"])
                 for name in [name for name, step in self._taken if step == record["step"]]:
@@ -100,13 +103,19 @@ class Sweep:
             self._members = {member.name: member for member in population.members}
             for name in self._members.keys() & self._ended.keys():
                 population.stop(self._members[name], "it failed before; a take-over may bring it back")
-            # A kill may have come between the end of a round and what is decided then.
-            population.start_waiting()
-            self._select(population)
-            for _ in population.rounds():
+            for _ in population.rounds(self._begin_round):
                 self._select(population)
                 show(self.rows())
             self._note_ends()
+
+    def _begin_round(self, running: list[Member]) -> list[Member]:
+        """Which members make a step: all, but where a kill came within a round, those alone that had not made it."""
+        stand = {member.name: [member.runs.steps_done, member.runs.rollbacks] for member in running}
+        began, self._cut_short = self._cut_short, None
+        if began is not None:
+            return [member for member in running if began.get(member.name) == stand[member.name]]
+        self._log.append("round", began=stand)
+        return running
 
     def _select(self, population: Population) -> None:
         self._halve(population)
@@ -131,8 +140,7 @@ class Sweep:
     def _halve(self, population: Population) -> None:
         for rung in self.plan.rungs:
             arrived = [m for m in population.running if _step(m) >= rung and (m.name, rung) not in self._judged]
-            # After a kill within a round, members are one step apart: the one behind is waited for.
-            if not arrived or any(_step(member) == rung - 1 for member in population.running):
+            if not arrived:
                 continue
             found = {trial.name: score(self._known(trial.name)[0], rung) for trial in self.plan.trials}
             scores = {name: value for name, value in found.items() if value is not None}
