@@ -258,7 +258,9 @@ def test_what_was_measured_is_known_after_a_resume(llama_dir: Path, tmp_path: Pa
         assert [metrics["step"] for metrics in trainer.history] == [1]
 
 
-@pytest.mark.parametrize(("last_words", "call"), [("_write_down", 3), ("_write_down", 4), ("held_out", 2), ("held_out", 3)])
+@pytest.mark.parametrize(
+    ("last_words", "call"), [("_write_down", 3), ("_write_down", 4), ("held_out", 2), ("held_out", 3)]
+)
 def test_what_a_step_owed_when_it_was_killed_after_publishing_is_made_good(
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: str, call: int
 ) -> None:

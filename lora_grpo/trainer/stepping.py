@@ -106,9 +106,7 @@ def logprob_gap(batch: Batch, processes: Processes) -> float:
     return total / count if count else math.nan
 
 
-def step_metrics(
-    rewarded: Rewarded, functions: Sequence[RewardFunction], config: GRPOConfig
-) -> dict[str, Any]:
+def step_metrics(rewarded: Rewarded, functions: Sequence[RewardFunction], config: GRPOConfig) -> dict[str, Any]:
     """What a step says of its rewards and completions, under TRL's names where it has them."""
     completions = [completion for group in rewarded.groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
