@@ -31,7 +31,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     run = path.parent if path.name == RESOLVED_FILE and (path.parent / "store.json").exists() else path
-    return _built(str(path), _of_run(run) if run.is_dir() else _read(path), overrides)
+    return _built(str(path), _of_run(run) if run.is_dir() else read_settings(path), overrides)
 
 
 def with_settings(config: RunConfig, overrides: Sequence[str], label: str) -> RunConfig:
@@ -52,7 +52,7 @@ def names_a_model(target: str) -> bool:
     """Whether `target` is a base model's directory or hub name, rather than a config file or a run."""
     path = Path(target)
     if path.is_dir():
-        return not (path / RESOLVED_FILE).is_file() or "output_dir" not in _read(path / RESOLVED_FILE)
+        return not (path / RESOLVED_FILE).is_file() or "output_dir" not in read_settings(path / RESOLVED_FILE)
     return not path.exists() and path.suffix not in (".toml", ".json")
 
 
@@ -110,10 +110,11 @@ def _of_run(run: Path) -> dict[str, Any]:
             f"{run} has no {RESOLVED_FILE}: it is no run of `lora-grpo train`, or one that stopped before its first "
             "version; name its TOML file"
         )
-    return {**_read(run / RESOLVED_FILE), "output_dir": str(run)}
+    return {**read_settings(run / RESOLVED_FILE), "output_dir": str(run)}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a TOML or JSON file holds. Raises `ConfigError` where it is none, or none of settings."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")], n=1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""

@@ -141,7 +141,7 @@ ANSWERS: dict[str, Any] = {
         "bandwidth": {"host_copy": 1e9},
     },
     "host:measure_model": {"parameters": 1000, "linear_elements": 900, "linear_inputs_and_outputs": 90},
-    "host:build_model": "somewhere",
+    "shapes:write_model": "somewhere",
     "fidelity:oracle": {},
     "memory:measure": {**{f"{name}_bytes": 1 << 20 for name in MEMORY}, "kind": "pss", "kv_tokens": None},
     "sync:measure": {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MIN_BUCKET = 10
 """Completions of a bucket that may be called wrong: fewer could lie near another version by chance."""
@@ -118,7 +118,7 @@ def judge(rows: Rows, noise: float) -> Verdicts:
     wrong_N &= size_N >= MIN_BUCKET
     unknown_N = ~(told_N | wrong_N)
     own_N = gap_VN.gather(0, keys_N2[:, 0][None])[0]
-    share_N = own_N / _others(distance_VN, keys_N2[:, 0], torch.inf).amin(0)
+    share_N = own_N / _others(distance_VN, keys_N2[:, 0]).amin(0)
     return Verdicts(
         checked=len(left_B),
         told_apart=int(told_B.sum()),
@@ -135,13 +135,13 @@ def judge(rows: Rows, noise: float) -> Verdicts:
 def _verdict(gap_VN: Tensor, distance_VN: Tensor, claimed_N: Tensor) -> tuple[Tensor, Tensor]:
     """(told apart, nearer to another) of each."""
     own_N = gap_VN.gather(0, claimed_N[None])[0]
-    told_N = (own_N < 0.5 * _others(distance_VN, claimed_N, torch.inf)).all(0)
-    return told_N, (_others(gap_VN, claimed_N, torch.inf) < 0.5 * distance_VN).any(0)
+    told_N = (own_N < 0.5 * _others(distance_VN, claimed_N)).all(0)
+    return told_N, (_others(gap_VN, claimed_N) < 0.5 * distance_VN).any(0)
 
 
-def _others(values_VN: Tensor, claimed_N: Tensor, instead: float) -> Tensor:
-    """The values, with `instead` where the version is the one that is claimed."""
-    return values_VN.scatter(0, claimed_N[None], instead)
+def _others(values_VN: Tensor, claimed_N: Tensor) -> Tensor:
+    """The values, infinite where the version is the one that is claimed."""
+    return values_VN.scatter(0, claimed_N[None], torch.inf)
 
 
 def _bucket_means(values_VL: Tensor, bucket_L: Tensor, size_N: Tensor) -> Tensor:
@@ -151,5 +151,4 @@ def _bucket_means(values_VL: Tensor, bucket_L: Tensor, size_N: Tensor) -> Tensor
 
 def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
     """(B, T) float64, zeros after each row's end."""
-    length = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0.0] * (length - len(row))] for row in rows], dtype=torch.float64)
+    return nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)

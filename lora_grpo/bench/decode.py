@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lora_grpo.bench import fidelity
 from lora_grpo.bench.memory import kv_tokens
-from lora_grpo.bench.plan import Cell, Subject, results_of, there_and_back
+from lora_grpo.bench.plan import Cell, Subject, results, there_and_back
+from lora_grpo.bench.prepared import Bench, fresh_prompts
 from lora_grpo.bench.schema import DecodeRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import BASE, NATIVE, OTHER_KERNELS, SHARED, STOCK
-
-if TYPE_CHECKING:
-    from lora_grpo.bench.prepared import Bench
+from lora_grpo.types import Sampling
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
@@ -31,7 +32,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
         if group:
             planned.append(_cell(settings, tuple(subject.with_strategy(name) for name in (NATIVE, *group))))
         planned += [
-            fidelity.truth_cell("decode", settings, subject.with_strategy(name))
+            fidelity.truth_cell("decode", subject.with_strategy(name))
             for name in group
             if settings.truth and name in (SHARED, *OTHER_KERNELS)
         ]
@@ -48,7 +49,7 @@ def _cell(settings: Settings, subjects: tuple[Subject, ...]) -> Cell:
         {**work, "repeat": -(-settings.repeat // 2), "least_s": settings.least_s},
         order=there_and_back(len(subjects)),
         warm={**work, "lengths": [2], "repeat": 1, "least_s": 0.0},
-        labels={"shape": settings.label, "prompt_tokens": settings.prompt_tokens},
+        labels={"prompt_tokens": settings.prompt_tokens},
     )
 
 
@@ -57,8 +58,6 @@ def measure(
 ) -> dict[str, Any]:
     """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token), each taken
     `repeat` times and for `least_s` seconds at least."""
-    import torch
-
     bench.strategy.renew()
     seconds = {
         str(count): {
@@ -83,8 +82,6 @@ def generate_seconds(bench: Bench, rows: int, prompt_tokens: int, length: int) -
     Drawn at temperature 1, but on a GPU greedily: requests that have a seed are drawn there one after the other, which
     takes as long as the model does at many rows and hides what strategies differ in.
     """
-    from lora_grpo.types import Sampling
-
     prompts = fresh_prompts(bench, rows, prompt_tokens)
     temperature = 1.0 if bench.subject.device == "cpu" else 0.0
     sampling = Sampling(n=1, max_tokens=length, temperature=temperature, seed=bench.subject.seed, ignore_eos=True)
@@ -93,51 +90,39 @@ def generate_seconds(bench: Bench, rows: int, prompt_tokens: int, length: int) -
     return time.perf_counter() - started
 
 
-def fresh_prompts(bench: Bench, rows: int, tokens: int) -> list[list[int]]:
-    """Random token ids, different each time."""
-    import torch
-    from transformers import AutoConfig
-
-    vocabulary = AutoConfig.from_pretrained(bench.subject.model).get_text_config().vocab_size
-    drawn: list[list[int]] = torch.randint(1, vocabulary, (rows, tokens)).tolist()
-    return drawn
-
-
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[DecodeRow]:
     """All strategies of a cell, by batch size and completion length."""
-    strategies = list(dict.fromkeys(cell["order"]))
-    native = strategies[0]
-    made: list[DecodeRow] = []
-    for count in results_of(cell, native)[0]["seconds"]:
-        times = {strategy: _medians(cell, strategy, count) for strategy in strategies}
-        for length in sorted(times[native]):
-            if length > 1:
-                made += [_row(cell, strategy, int(count), length, times[strategy], times[native]) for strategy in times]
-    return made
+    rounds = results(cell)
+    native = next(iter(rounds.values()))
+    return [
+        _row({"strategy": strategy, **cell["labels"]}, found, _medians(native, count), count, length)
+        for count in native[0]["seconds"]
+        for length in sorted(map(int, native[0]["seconds"][count]))[1:]
+        for strategy, found in rounds.items()
+    ]
 
 
-def _medians(cell: Mapping[str, Any], strategy: str, count: str) -> dict[int, float]:
-    found = [result["seconds"] for result in results_of(cell, strategy)]
-    return {int(length): median([s for one in found for s in one[count][length]]) for length in found[0][count]}
+def _medians(found: list[Any], count: str) -> dict[int, float]:
+    """By length; the shortest is 1."""
+    lengths = found[0]["seconds"][count]
+    return {int(length): median(s for one in found for s in one["seconds"][count][length]) for length in lengths}
 
 
-def _row(
-    cell: Mapping[str, Any], strategy: str, count: int, length: int, own: dict[int, float], native: dict[int, float]
-) -> DecodeRow:
+def _row(labels: dict[str, Any], found: list[Any], native: dict[int, float], rows: str, length: int) -> DecodeRow:
+    own, count = _medians(found, rows), int(rows)
     tpot_s, native_tpot_s = ((times[length] - times[1]) / (length - 1) for times in (own, native))
     return DecodeRow(
-        strategy=strategy,
-        **cell["labels"],
+        **labels,
         rows=count,
         completion_tokens=length,
         generate_s=own[length],
         prefill_s=own[1],
         tpot_s=tpot_s,
         tokens_per_s=count * length / own[length],
-        prefill_tokens_per_s=count * cell["labels"]["prompt_tokens"] / own[1],
+        prefill_tokens_per_s=count * labels["prompt_tokens"] / own[1],
         tpot_ratio_to_native=tpot_s / native_tpot_s,
         prefill_ratio_to_native=own[1] / native[1],
         generate_ratio_to_native=own[length] / native[length],
-        kv_tokens=results_of(cell, strategy)[0]["kv_tokens"],
-        threads=results_of(cell, strategy)[0]["threads"],
+        kv_tokens=found[0]["kv_tokens"],
+        threads=found[0]["threads"],
     )

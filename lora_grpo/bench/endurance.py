@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from statistics import linear_regression, median
+from typing import Any
 
 from lora_grpo.bench.levels import cuda_level, on_tmpfs, resident
-from lora_grpo.bench.plan import Cell, Subject, results_of
+from lora_grpo.bench.plan import Cell, Subject
+from lora_grpo.bench.prepared import Bench
 from lora_grpo.bench.schema import EnduranceRow, SlopeRow
 from lora_grpo.bench.settings import Settings
-
-if TYPE_CHECKING:
-    from lora_grpo.bench.prepared import Bench
 
 TENTHS = 10
 WARM = 20
@@ -25,17 +23,11 @@ SAMPLES = 10
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """Each strategy alone: nothing is compared but the first syncs with the last."""
+    how: dict[str, Any] = {"arguments": {"syncs": settings.endurance_syncs}, "warm": {"syncs": WARM}}
+    how["labels"] = {"rank": settings.rank}
     return [
-        Cell(
-            f"endurance/{strategy}",
-            "endurance",
-            "endurance:measure",
-            (subject.with_strategy(strategy),),
-            {"syncs": settings.endurance_syncs},
-            warm={"syncs": WARM},
-            labels={"shape": settings.label, "rank": settings.rank},
-        )
-        for strategy in settings.strategies
+        Cell(f"endurance/{name}", "endurance", "endurance:measure", (subject.with_strategy(name),), **how)
+        for name in settings.strategies
     ]
 
 
@@ -48,27 +40,24 @@ def measure(bench: Bench, syncs: int) -> dict[str, Any]:
         bench.strategy.trainer.nudge()
         seconds.append(bench.strategy.sync().total_s)
         if done % every == 0:
-            levels.append({"sync": done, **_levels(bench)})
+            levels.append({"sync": done, **taken_now(bench.subject.device, bench.strategy.files)})
     return {"seconds": seconds, "levels": levels}
 
 
-def _levels(bench: Bench) -> dict[str, int | None]:
-    return {
-        "memory_bytes": resident(),
-        "cuda_bytes": cuda_level(bench.subject.device),
-        "tmpfs_bytes": on_tmpfs(bench.strategy.files),
-    }
+def taken_now(device: str, files: Iterable[Path]) -> dict[str, int | None]:
+    """What is looked at every so often."""
+    return {"memory_bytes": resident(), "cuda_bytes": cuda_level(device), "tmpfs_bytes": on_tmpfs(files)}
 
 
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[EnduranceRow]:
     """A row a tenth."""
-    strategy = cell["order"][0]
-    found = results_of(cell, strategy)[0]
+    (done,) = cell["rounds"]
+    found = done["result"]
     syncs = len(found["seconds"])
     ends = [syncs * tenth // TENTHS for tenth in range(TENTHS + 1)]
     return [
         EnduranceRow(
-            strategy=strategy,
+            strategy=done["strategy"],
             **cell["labels"],
             first=first + 1,
             last=last,
@@ -86,10 +75,7 @@ def _medians(levels: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 def slopes(tenths: Sequence[EnduranceRow]) -> list[SlopeRow]:
     """A line through each strategy's tenths: one outlier, a busy moment of the machine, moves it little."""
-    found = []
-    for _, group in groupby(tenths, key=lambda row: (row.strategy, row.shape, row.rank)):
-        found.append(_slope(list(group)))
-    return found
+    return [_slope(list(group)) for _, group in groupby(tenths, key=lambda row: (row.strategy, row.shape, row.rank))]
 
 
 def _slope(rows: Sequence[EnduranceRow]) -> SlopeRow:
@@ -117,4 +103,4 @@ def _line(rows: Sequence[EnduranceRow], name: str) -> float | None:
     values = [getattr(row, name) for row in rows]
     if None in values:
         return None
-    return 1000 * statistics.linear_regression([(row.first + row.last) / 2 for row in rows], values).slope
+    return 1000 * linear_regression([(row.first + row.last) / 2 for row in rows], values).slope

@@ -4,17 +4,21 @@ leave of the trainer's frozen base?"""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lora_grpo.bench.plan import Cell, Subject, results_of, rows_of_one
+from lora_grpo.bench.levels import collect
+from lora_grpo.bench.plan import Cell, Subject, rows_of_one
 from lora_grpo.bench.prepared import Bench, sequences
 from lora_grpo.bench.schema import DriftRow, FidelityRow, TruthRow
 from lora_grpo.bench.settings import Settings
+from lora_grpo.errors import EngineError
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
 if TYPE_CHECKING:
     from lora_grpo.bench.reference import Reference
     from lora_grpo.bench.strategies.trainer import Trainer
 
+Logprobs: TypeAlias = list[list[float]]
 TOLERANCE = 3.0
 """Times the bf16 noise by which a served policy may differ from the reference."""
 ORACLE_SEED = 1
@@ -23,31 +27,21 @@ DRIFT_RATE = 1e-4
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """For each strategy, in one process: truth, learning rates, drift."""
+    grid = {"learning_rates": list(settings.learning_rates), "updates": list(settings.updates)}
+    cycles = {"cycles": sorted(settings.cycles)}
     planned: list[Cell] = []
     for strategy in settings.strategies:
-        one = subject.with_strategy(strategy)
-        grid = {"learning_rates": list(settings.learning_rates), "updates": list(settings.updates)}
-        planned.append(truth_cell("fidelity", settings, one))
-        planned.append(
-            Cell(
-                f"fidelity/rates/{strategy}",
-                "fidelity",
-                "fidelity:measure",
-                (one,),
-                grid,
-                labels={"shape": settings.label},
-            )
-        )
+        one = (subject.with_strategy(strategy),)
+        planned.append(truth_cell("fidelity", *one))
+        planned.append(Cell(f"fidelity/rates/{strategy}", "fidelity", "fidelity:measure", one, grid))
         if strategy in settings.drift_strategies:
-            planned.append(drift_cell(settings, one))
+            planned.append(Cell(f"fidelity/drift/{strategy}", "drift", "fidelity:drift", one, cycles))
     return planned
 
 
-def truth_cell(part: str, settings: Settings, subject: Subject) -> Cell:
+def truth_cell(part: str, subject: Subject) -> Cell:
     """One strategy's verdict; what `oracle` returns is given to it when it is measured."""
-    return Cell(
-        f"{part}/truth/{subject.strategy}", "truth", "fidelity:truth", (subject,), labels={"shape": settings.label}
-    )
+    return Cell(f"{part}/truth/{subject.strategy}", "truth", "fidelity:truth", (subject,))
 
 
 def oracle(subject: Subject) -> dict[str, Any]:
@@ -55,11 +49,9 @@ def oracle(subject: Subject) -> dict[str, Any]:
 
     Nothing stays but what is returned, so that no engine has to leave room for a model in fp32.
     """
-    from lora_grpo.bench.levels import collect
     from lora_grpo.bench.reference import Reference
     from lora_grpo.bench.strategies.trainer import Trainer
     from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
-    from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
     trainer, reference, tokens = Trainer(subject), Reference(subject.model, subject.device), sequences(subject)
     base = reference.logprobs(tokens)
@@ -75,16 +67,9 @@ def oracle(subject: Subject) -> dict[str, Any]:
 
 
 def truth(
-    bench: Bench,
-    size: float,
-    base: list[list[float]],
-    exact: list[list[float]],
-    noise_nats: float,
-    signal_nats: float,
+    bench: Bench, size: float, base: Logprobs, exact: Logprobs, noise_nats: float, signal_nats: float
 ) -> dict[str, Any]:
     """Worker: serve the adapter of `oracle`, and compare with what the fp32 reference says of it."""
-    from lora_grpo.scoring import mean_abs_difference
-
     strategy, tokens = bench.strategy, sequences(bench.subject)
     before = strategy.trainer.snapshot()
     strategy.trainer.randomise(size, ORACLE_SEED)
@@ -99,9 +84,6 @@ def truth(
 
 def _loud_enough(trainer: Trainer, reference: Reference, tokens: list[list[int]], needed: float) -> tuple[float, float]:
     """Grow the trainer's adapter until it moves the reference's log-probs by `needed`: its size, and by how much."""
-    from lora_grpo.errors import EngineError
-    from lora_grpo.scoring import mean_abs_difference
-
     base = reference.logprobs(tokens)
     for doubling in range(12):
         size = 0.02 * 2.0**doubling
@@ -137,9 +119,7 @@ def measure(bench: Bench, learning_rates: list[float], updates: list[int]) -> li
     return found
 
 
-def _compare(bench: Bench, reference: Reference, base: list[list[float]]) -> dict[str, float]:
-    from lora_grpo.scoring import mean_abs_difference
-
+def _compare(bench: Bench, reference: Reference, base: Logprobs) -> dict[str, float]:
     strategy, tokens = bench.strategy, sequences(bench.subject)
     with reference.policy(strategy.trainer):
         exact = reference.logprobs(tokens)
@@ -168,10 +148,10 @@ def _losses(bench: Bench, reference: Reference) -> dict[str, float]:
 
 
 def truth_rows(cell: Mapping[str, Any], bandwidth: object) -> list[TruthRow]:
-    strategy = cell["order"][0]
-    found = results_of(cell, strategy)[0]
+    (done,) = cell["rounds"]
+    found = done["result"]
     passed = found["error_nats"] <= TOLERANCE * found["noise_nats"] and found["same_bits"] is not False
-    return [TruthRow(strategy=strategy, **cell["labels"], **found, passed=passed)]
+    return [TruthRow(strategy=done["strategy"], **cell["labels"], **found, passed=passed)]
 
 
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[FidelityRow]:
@@ -188,18 +168,6 @@ def verdict(row: TruthRow) -> str | None:
         f"{row.strategy} serves another policy than it claims on {row.shape}: log-probs differ from the fp32 reference "
         f"by {row.error_nats:.4f} nats a token, where bf16 alone makes {row.noise_nats:.4f} and the adapter "
         f"{row.signal_nats:.3f}"
-    )
-
-
-def drift_cell(settings: Settings, subject: Subject) -> Cell:
-    """Of one strategy, which may live on from other measurements."""
-    return Cell(
-        f"fidelity/drift/{subject.strategy}",
-        "drift",
-        "fidelity:drift",
-        (subject,),
-        {"cycles": sorted(settings.cycles)},
-        labels={"shape": settings.label},
     )
 
 
@@ -222,8 +190,6 @@ def drift(bench: Bench, cycles: list[int]) -> list[dict[str, Any]]:
 
 
 def _drift(bench: Bench, reference: Reference) -> dict[str, float]:
-    from lora_grpo.scoring import mean_abs_difference
-
     trainer, tokens = bench.strategy.trainer, sequences(bench.subject)
     modules = {module.path: module for module in trainer.modules}
     apart = size = largest = 0.0

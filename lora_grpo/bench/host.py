@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_grpo.bench import shapes
+from lora_grpo.bench.levels import proc_bytes
 from lora_grpo.bench.timing import measure_bandwidth
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.packages import package_versions
@@ -41,9 +43,11 @@ def check_device(device: str) -> None:
 
 def card(device: str) -> dict[str, Any]:
     """What a reader must know to judge the figures."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     found: dict[str, Any] = {
         "device": device,
-        "processor": _processor(),
+        "processor": next(named, "") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1),
@@ -55,8 +59,8 @@ def card(device: str) -> dict[str, Any]:
         found["commit"] = measured
     if device != "cpu":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / _GIB, 1)}
-        found |= {"cuda": torch.version.cuda}
+        size = round(properties.total_memory / _GIB, 1)
+        found |= {"gpu": properties.name, "gpu_memory_gib": size, "cuda": torch.version.cuda}
     return found
 
 
@@ -83,19 +87,17 @@ def memory(device: str) -> dict[str, int]:
     if device != "cpu":
         free, total = torch.cuda.mem_get_info(device)
         return {"free": free, "total": total}
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return {name: int(lines[key].split()[0]) << 10 for name, key in (("free", "MemAvailable"), ("total", "MemTotal"))}
+    free, total = proc_bytes("meminfo", "MemAvailable", "MemTotal")
+    return {"free": free, "total": total}
 
 
 def measure_model(shape: str | None, model: str | None) -> dict[str, int]:
-    """Worker: parameters of a model and elements of its adaptable linear layers, from its config alone."""
-    from torch import nn
+    """Worker: parameters of a model (else of a shape) and elements of its adaptable linear layers, from its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {} if shape is None else dict(shapes.shape_config(shape))
     try:
         config: Any = (
-            AutoConfig.from_pretrained(model) if model else AutoConfig.for_model(fields.pop("model_type"), **fields)
+            AutoConfig.from_pretrained(model) if model else AutoConfig.for_model(**shapes.shape_config(str(shape)))
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {model!r} cannot be read: {str(error).splitlines()[0]}") from error
@@ -108,15 +110,3 @@ def measure_model(shape: str | None, model: str | None) -> dict[str, int]:
         "linear_elements": sum(linear.weight.numel() for linear in linears),
         "linear_inputs_and_outputs": sum(linear.in_features + linear.out_features for linear in linears),
     }
-
-
-def build_model(shape: str, directory: str, device: str, seed: int) -> str:
-    """Worker: write a shape's model; returns its directory."""
-    return str(shapes.write_model(shape, Path(directory), device=device, seed=seed))
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

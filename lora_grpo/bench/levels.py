@@ -81,8 +81,13 @@ def cuda_level(device: str) -> int | None:
 
 def resident() -> int:
     """This process's proportional set now, bytes."""
-    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in rollup if line.startswith("Pss:"))
+    return proc_bytes("self/smaps_rollup", "Pss")[0]
+
+
+def proc_bytes(file: str, *names: str) -> list[int]:
+    """What lines such as `VmHWM:   1024 kB` of a file in /proc say, by their names."""
+    lines = dict(line.split(":", 1) for line in Path("/proc", file).read_text().splitlines() if ":" in line)
+    return [int(lines[name].split()[0]) << 10 for name in names]
 
 
 def is_cuda(device: str) -> bool:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_grpo.bench.levels import collect, is_cuda, level, on_tmpfs, settled_level, tmpfs_folders
-from lora_grpo.bench.plan import Cell, Subject, results_of
+from lora_grpo.bench.levels import collect, is_cuda, level, on_tmpfs, proc_bytes, settled_level, tmpfs_folders
+from lora_grpo.bench.plan import Cell, Subject
+from lora_grpo.bench.prepared import Bench
 from lora_grpo.bench.schema import MemoryRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
-
-if TYPE_CHECKING:
-    from lora_grpo.bench.prepared import Bench
 
 SYNCS = 5
 KV_CACHE_BYTES = 3 << 30
@@ -25,11 +23,10 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """One fresh process a strategy; where strategies take turns, what base weights take comes last of each turn."""
     cells = []
     for strategy in settings.strategies:
-        one, labels = (subject.with_strategy(strategy),), {"shape": settings.label}
-        last = {"drop": not settings.takes_turns}
-        cells.append(Cell(f"memory/{strategy}", "memory", "memory:measure", one, last, fresh=True, labels=labels))
+        one, last = (subject.with_strategy(strategy),), {"drop": not settings.takes_turns}
+        cells.append(Cell(f"memory/{strategy}", "memory", "memory:measure", one, last, fresh=True))
         if settings.takes_turns:
-            cells.append(Cell(f"weights/{strategy}", "weights", "memory:weights", one, labels=labels))
+            cells.append(Cell(f"weights/{strategy}", "weights", "memory:weights", one))
     return cells
 
 
@@ -41,13 +38,14 @@ def measure(bench: Bench, drop: bool) -> dict[str, Any]:
         bench.strategy.renew()
     peak, reserved = _peak(device)
     copy_bytes = bench.strategy.trainer.base_bytes
-    tmpfs, mapped = on_tmpfs(bench.strategy.files), _counted_mapped(device, bench.strategy.files)
+    tmpfs = on_tmpfs(bench.strategy.files)
+    # `level` counts mapped version files on the CPU; here they count once, as tmpfs.
+    mapped = 0 if is_cuda(device) else _mapped(tmpfs_folders(bench.strategy.files))
     return {
         "kind": "cuda" if is_cuda(device) else "pss",
         "before_bytes": levels.start,
         "trainer_bytes": levels.grown["trainer"],
         "engine_bytes": levels.grown["engine"],
-        # Mapped version files are counted once, as tmpfs.
         "sync_bytes": max(0, peak - levels.last - mapped),
         "tmpfs_bytes": tmpfs,
         "peak_bytes": peak - levels.start - mapped + tmpfs,
@@ -76,8 +74,8 @@ def kv_tokens(bench: Bench) -> int | None:
 
 
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[MemoryRow]:
-    strategy = cell["order"][0]
-    return [MemoryRow(strategy=strategy, **cell["labels"], **results_of(cell, strategy)[0])]
+    (done,) = cell["rounds"]
+    return [MemoryRow(strategy=done["strategy"], **cell["labels"], **done["result"])]
 
 
 def with_ratios(made: Sequence[MemoryRow]) -> list[MemoryRow]:
@@ -106,22 +104,17 @@ def _peak(device: str) -> tuple[int, int | None]:
 
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)), int(torch.cuda.max_memory_reserved(device))
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    resident, most = (int(status[name].split()[0]) << 10 for name in ("VmRSS", "VmHWM"))
+    resident, most = proc_bytes("self/status", "VmRSS", "VmHWM")
     # The kernel keeps a peak of the resident set only; what is shared of it now was shared then.
     return level(device) + most - resident, None
-
-
-def _counted_mapped(device: str, folders: Iterable[Path]) -> int:
-    """Bytes of mapped files on tmpfs that `level` counts: CUDA's knows of none."""
-    return 0 if is_cuda(device) else _mapped(tmpfs_folders(folders))
 
 
 def _mapped(folders: list[Path]) -> int:
     """Bytes of files in `folders` that are mapped into this process."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split(" ", 1)[0] and not line.split(" ", 1)[0].endswith(":"):
+        first = line.split(" ", 1)[0]
+        if "-" in first and not first.endswith(":"):
             inside = any(f" {folder}{os.sep}" in line for folder in folders)
         elif inside and line.startswith("Pss:"):
             total += int(line.split()[1]) << 10

@@ -96,6 +96,9 @@ def rows_of_one(cell: Mapping[str, Any], row: Callable[..., T]) -> list[T]:
     return [row(strategy=done["strategy"], **cell["labels"], **found) for found in done["result"]]
 
 
-def results_of(cell: Mapping[str, Any], strategy: str) -> list[Any]:
-    """What the rounds of one strategy returned, in order."""
-    return [done["result"] for done in cell["rounds"] if done["strategy"] == strategy]
+def results(cell: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What the rounds of each strategy returned, in order; the one that others are compared with comes first."""
+    found: dict[str, list[Any]] = {}
+    for done in cell["rounds"]:
+        found.setdefault(done["strategy"], []).append(done["result"])
+    return found

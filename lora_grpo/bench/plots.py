@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.bench.schema import DecodeRow, Document, SyncRow, mib, ms
+from lora_grpo.bench.schema import Document, SyncRow, mib, ms
 from lora_grpo.bench.strategies import NATIVE
 
 if TYPE_CHECKING:
@@ -51,14 +51,10 @@ def draw(document: Document, directory: Path) -> list[Path]:
     for name, wanted, paint in _PICTURES:
         shapes = list(dict.fromkeys(row.shape for row in getattr(document, wanted)))
         for shape in shapes:
-            path = directory / f"{name}{f'-{shape}' if len(shapes) > 1 else ''}.png"
-            _picture(path, paint, _of_shape(document, wanted, shape))
-            made.append(path)
+            made.append(directory / f"{name}{f'-{shape}' if len(shapes) > 1 else ''}.png")
+            rows = [row for row in getattr(document, wanted) if row.shape == shape]
+            _picture(made[-1], paint, document.model_copy(update={wanted: rows}))
     return made
-
-
-def _of_shape(document: Document, table: str, shape: str) -> Document:
-    return document.model_copy(update={table: [row for row in getattr(document, table) if row.shape == shape]})
 
 
 def _picture(path: Path, paint: Callable[[Axes, Document], None], document: Document) -> None:
@@ -85,12 +81,8 @@ def _sync_times(axes: Axes, document: Document) -> None:
     axes.set_title(f"Sync, {_named(rows[0])}")
     axes.set_xscale("log")
     _plain(axes.xaxis)
-    axes.barh(
-        [row.strategy for row in rows],
-        [ms(row.median_s) for row in rows],
-        color=[BLUE if row.strategy == NATIVE else GREY for row in rows],
-        height=0.6,
-    )
+    colours = [BLUE if row.strategy == NATIVE else GREY for row in rows]
+    axes.barh([row.strategy for row in rows], [ms(row.median_s) for row in rows], color=colours, height=0.6)
     for place, row in enumerate(rows):
         axes.plot([ms(row.median_s), ms(row.p95_s)], [place, place], color=INK, linewidth=1)
         axes.text(1.06 * ms(max(row.median_s, row.p95_s)), place, _duration(row.median_s), va="center", fontsize=9)
@@ -98,9 +90,7 @@ def _sync_times(axes: Axes, document: Document) -> None:
             axes.plot([ms(row.floor_s)] * 2, [place - 0.3, place + 0.3], color=ORANGE, linewidth=2)
     lowest = min(ms(row.floor_s or row.median_s) for row in rows)
     axes.set_xlim(lowest / 2, 4 * ms(max(row.p95_s for row in rows)))
-    axes.set_xlabel(
-        "ms until the engine can sample from the new policy (line to p95; orange: floor of the bytes moved)"
-    )
+    axes.set_xlabel("ms until the engine can sample from the new policy (line to p95; orange: floor of bytes moved)")
     axes.grid(axis="x")
 
 
@@ -108,18 +98,17 @@ def _sync_phases(axes: Axes, document: Document) -> None:
     rows = sorted(_main(document), key=lambda row: row.median_s, reverse=True)
     axes.set_title(f"Where a sync's time goes, {_named(rows[0])}")
     present = dict.fromkeys(phase for row in reversed(rows) for phase in row.phases_s)
-    phases = sorted(present, key=lambda phase: list(PHASES).index(phase) if phase in PHASES else len(PHASES))
+    phases = [*(phase for phase in PHASES if phase in present), *(phase for phase in present if phase not in PHASES)]
     names = [f"{row.strategy} ({_duration(row.median_s)})" for row in rows]
-    shares = {phase: [_share(row, phase) for row in rows] for phase in phases}
+    whole_s = [sum(row.phases_s.values()) or 1.0 for row in rows]
+    shares = {
+        phase: [100 * row.phases_s.get(phase, 0.0) / whole for row, whole in zip(rows, whole_s, strict=True)]
+        for phase in phases
+    }
     _stacked(axes, names, {phase: values for phase, values in shares.items() if max(values) >= 1})
     axes.set_xlabel("% of the sync")
     axes.set_xlim(0, 100)
     axes.legend(ncols=6, **_BELOW)
-
-
-def _share(row: SyncRow, phase: str) -> float:
-    """A phase's part of a sync, %."""
-    return 100 * row.phases_s.get(phase, 0.0) / (sum(row.phases_s.values()) or 1.0)
 
 
 def _stacked(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> list[float]:
@@ -136,13 +125,15 @@ def _break_even(axes: Axes, document: Document) -> None:
     sizes = sorted({row.rows for row in document.break_even})
     size = sizes[len(sizes) // 2]
     rows = [row for row in document.break_even if row.rows == size]
-    axes.set_title(f"Sync and generate, merged against native: {rows[0].shape}, {size} rows")
+    shape = rows[0].shape
+    axes.set_title(f"Sync and generate, merged against native: {shape}, {size} rows")
+    native = next(row for row in document.sync if (row.strategy, row.shape) == (NATIVE, shape))
+    decodes = [row for row in document.decode if (row.strategy, row.shape, row.rows) == (NATIVE, shape, size)]
+    decoded = max(decodes, key=lambda row: row.completion_tokens)
     reach = max([row.measured_up_to_tokens for row in rows] + [2 * (row.completion_tokens or 0) for row in rows])
     lengths = [reach ** (place / 60) for place in range(61)]
+    base_s = [native.median_s + decoded.prefill_s + (tokens - 1) * decoded.tpot_s for tokens in lengths]
     for index, row in enumerate(rows):
-        native = _main_native(document, row.shape)
-        decoded = _longest([row for row in document.decode if row.shape == rows[0].shape], NATIVE, size)
-        base_s = [native.median_s + decoded.prefill_s + (tokens - 1) * decoded.tpot_s for tokens in lengths]
         gained = [row.sync_gain_s - row.prefill_loss_s - (n - 1) * row.decode_loss_s_per_token for n in lengths]
         ratio = [(own + more) / own for own, more in zip(base_s, gained, strict=True)]
         axes.plot(lengths, ratio, color=_colour(index), linewidth=2, label=row.strategy)
@@ -202,18 +193,12 @@ def _endurance(axes: Axes, document: Document) -> None:
     first = document.endurance[0]
     rows = [row for row in document.endurance if (row.strategy, row.shape) == (first.strategy, first.shape)]
     axes.set_title(f"{rows[-1].last:,} syncs on one engine, {first.strategy}, {first.shape}, r={first.rank}")
-    lines = {
-        "median_s": ("sync", ms, "ms"),
-        "memory_bytes": ("PSS", mib, "MiB"),
-        "tmpfs_bytes": ("tmpfs", mib, "MiB"),
-    }
-    for index, (field, (name, scaled, unit)) in enumerate(lines.items()):
+    lines = ("median_s", "sync", ms, "ms"), ("memory_bytes", "PSS", mib, "MiB"), ("tmpfs_bytes", "tmpfs", mib, "MiB")
+    for style, colour, (field, name, scaled, unit) in zip(_STYLES, (BLUE, ORANGE, PALETTE[3]), lines, strict=True):
         values = [getattr(row, field) for row in rows]
         label = f"{name}: {_figure(scaled(values[0]))} to {_figure(scaled(values[-1]))} {unit}"
         shares = [100 * value / (values[0] or 1.0) for value in values]
-        axes.plot(
-            [row.last for row in rows], shares, _STYLES[index], color=(BLUE, ORANGE, PALETTE[3])[index], label=label
-        )
+        axes.plot([row.last for row in rows], shares, style, color=colour, label=label)
     axes.set_ylim(0, 150)
     axes.set_xlabel("syncs (a tenth a point)")
     axes.set_ylabel("% of the first tenth")
@@ -253,15 +238,6 @@ def _main(document: Document) -> list[SyncRow]:
     first = document.sync[0]
     kind = (first.shape, first.rank, first.targets)
     return [row for row in document.sync if (row.shape, row.rank, row.targets) == kind]
-
-
-def _main_native(document: Document, shape: str) -> SyncRow:
-    return next(row for row in document.sync if row.strategy == NATIVE and row.shape == shape)
-
-
-def _longest(rows: Sequence[DecodeRow], strategy: str, size: int) -> DecodeRow:
-    own = [row for row in rows if row.strategy == strategy and row.rows == size]
-    return max(own, key=lambda row: row.completion_tokens)
 
 
 def _named(row: SyncRow) -> str:

@@ -29,14 +29,22 @@ class Bench:
 
 def sequences(subject: Subject) -> list[list[int]]:
     """Fixed random tokens, the same in every process of a model."""
+    return _drawn(subject, ROWS, TOKENS, subject.seed)
+
+
+def fresh_prompts(bench: Bench, rows: int, tokens: int) -> list[list[int]]:
+    """Random token ids, different each time."""
+    return _drawn(bench.subject, rows, tokens)
+
+
+def _drawn(subject: Subject, rows: int, tokens: int, seed: int | None = None) -> list[list[int]]:
     import torch
     from transformers import AutoConfig
 
     vocabulary = AutoConfig.from_pretrained(subject.model).get_text_config().vocab_size
-    rows: list[list[int]] = torch.randint(
-        1, vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(subject.seed)
-    ).tolist()
-    return rows
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    drawn: list[list[int]] = torch.randint(1, vocabulary, (rows, tokens), generator=generator).tolist()
+    return drawn
 
 
 def prepare(subject: Subject) -> Bench:

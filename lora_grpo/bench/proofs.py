@@ -6,32 +6,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from lora_grpo.adapters.files.disk import STAGING
 from lora_grpo.bench.plan import Cell, Subject, rows_of_one
+from lora_grpo.bench.prepared import Bench, fresh_prompts
 from lora_grpo.bench.schema import ProofRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
-
-if TYPE_CHECKING:
-    from lora_grpo.bench.prepared import Bench
+from lora_grpo.grpo.processes import Processes
+from lora_grpo.types import Sampling
 
 TIMES = 3
 
 
 def cell(settings: Settings, subject: Subject) -> Cell:
     """Of `native` alone."""
-    return Cell(
-        "sync/proofs",
-        "proof",
-        "proofs:measure",
-        (subject.with_strategy(NATIVE),),
-        {"canary_rows": list(settings.canary_rows), "prompt_tokens": settings.prompt_tokens},
-        warm={"canary_rows": [], "prompt_tokens": settings.prompt_tokens, "times": 1},
-        labels={"shape": settings.label},
-    )
+    given = {"canary_rows": list(settings.canary_rows), "prompt_tokens": settings.prompt_tokens}
+    warm = {**given, "canary_rows": [], "times": 1}
+    return Cell("sync/proofs", "proof", "proofs:measure", (subject.with_strategy(NATIVE),), given, warm=warm)
 
 
 def measure(bench: Bench, canary_rows: list[int], prompt_tokens: int, times: int = TIMES) -> list[dict[str, Any]]:
@@ -60,13 +55,11 @@ def _seconds(prove: Callable[[], object]) -> float:
 
 def _match(strategy: Any) -> None:
     from lora_grpo.engines.delivery.base_match import match_base
-    from lora_grpo.grpo.processes import Processes
 
     match_base(strategy.engine, strategy.trainer.model, Processes(None))
 
 
 def _probe(strategy: Any) -> None:
-    from lora_grpo.adapters.files.disk import STAGING
     from lora_grpo.adapters.peft_form.serving import ServingForm
     from lora_grpo.bench.strategies.trainer import ADAPTER
     from lora_grpo.engines.delivery.probe import run_probe
@@ -78,9 +71,6 @@ def _probe(strategy: Any) -> None:
 
 def _canary(bench: Bench, rows: int, tokens: int) -> Callable[[], object]:
     """Completions as long as their prompts; making them is not part of the canary's cost."""
-    from lora_grpo.bench.decode import fresh_prompts
-    from lora_grpo.types import Sampling
-
     strategy: Any = bench.strategy
     sampling = Sampling(n=1, max_tokens=tokens, temperature=1.0, seed=bench.subject.seed, ignore_eos=True)
     groups = strategy.generate(fresh_prompts(bench, rows, tokens), sampling)

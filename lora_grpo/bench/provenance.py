@@ -1,12 +1,29 @@
-"""Where a result comes from, for programs whose results are committed."""
+"""What programs whose results are committed have in common: options, where a result comes from, and its file."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import shlex
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lora_grpo.bench.host import card
+
+
+def asked(about: str | None, **defaults: Any) -> argparse.Namespace:
+    """Options by name, each of its default's type; a type in a default's place makes one that has to be given, None a
+    path that may be left out."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(default, type):
+            parser.add_argument(flag, type=default, required=True)
+        else:
+            parser.add_argument(flag, type=Path if default is None else type(default), default=default)
+    return parser.parse_args()
 
 
 def provenance(*program: str, device: str = "cpu") -> dict[str, Any]:
@@ -14,3 +31,10 @@ def provenance(*program: str, device: str = "cpu") -> dict[str, Any]:
     machine = card(device)
     commit = machine.pop("commit", "unknown")
     return {"command": shlex.join(["python", *program, *sys.argv[1:]]), "commit": commit, "machine": machine}
+
+
+def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
+    """Write a result as JSON, where it is to be kept."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")

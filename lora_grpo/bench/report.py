@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_grpo.bench import breakeven
 from lora_grpo.bench.plots import draw
-from lora_grpo.bench.schema import Document, StepRow, SyncRow, ms, tables
+from lora_grpo.bench.schema import Document, SyncRow, ms, tables
 from lora_grpo.bench.strategies import NATIVE, SHARED
 from lora_grpo.errors import ConfigError
 
@@ -21,11 +21,8 @@ _BLOCK = r"(<!-- {0}:begin -->\n).*?(<!-- {0}:end -->)"
 
 def write_report(document: Document, directory: Path) -> Path:
     """Draw the plots and write `report.md` beside them; returns its path."""
-    plots = draw(document, directory)
-    path = directory / REPORT
-    path.write_text(
-        "\n".join(_lines(document, [plot.name for plot in plots], _summary(directory), _tried(directory))) + "\n"
-    )
+    plots, path = [plot.name for plot in draw(document, directory)], directory / REPORT
+    path.write_text("\n".join(_lines(document, plots, _summary(directory), _tried(directory))) + "\n")
     return path
 
 
@@ -79,7 +76,7 @@ def _lines(document: Document, plots: Sequence[str], run: Mapping[str, Any], tri
     if tried:
         yield f"\n## Tried, and it did not help\n\n{tried}"
     yield "\n## How it was measured\n"
-    yield METHOD
+    yield Path(__file__).with_name("method.md").read_text().rstrip()
 
 
 def _profile(document: Document) -> Iterator[str]:
@@ -88,12 +85,9 @@ def _profile(document: Document) -> Iterator[str]:
     for row in reversed(first.values()):
         yield f"\n## Where the milliseconds of a sync go: native, {row.shape}, r={row.rank} {row.targets}\n"
         total_s = sum(row.phases_s.values())
-        yield from markdown_table(
-            [
-                {"phase": name, "ms": ms(value), "% of the sync": 100 * value / total_s, "what it is": PHASES.get(name)}
-                for name, value in row.phases_s.items()
-            ]
-        )
+        names = ("phase", "ms", "% of the sync", "what it is")
+        phases = ((name, ms(value), 100 * value / total_s, PHASES.get(name)) for name, value in row.phases_s.items())
+        yield from markdown_table([dict(zip(names, phase, strict=True)) for phase in phases])
         floor = f", {row.times_floor:.0f} times the floor of {ms(row.floor_s):.2f} ms" if row.times_floor else ""
         after = f"{ms(row.afterwards_s):.1f} ms of pruning and leases come after."
         yield f"\nIn all {ms(row.median_s):.1f} ms{floor}; {after}"
@@ -101,11 +95,10 @@ def _profile(document: Document) -> Iterator[str]:
 
 def findings(document: Document) -> list[str]:
     """The main figures as sentences, those where merging wins included."""
-    sentences = [*_sync_findings(document), *_decode_findings(document)]
-    sentences += [breakeven.sentence(row) for row in document.break_even]
-    sentences += [*_fidelity_findings(document), *_drift_findings(document), *_step_findings(document)]
-    sentences += [*_base_findings(document), *_endurance_findings(document)]
-    return [f"- {sentence}" for sentence in sentences]
+    first = [*_sync_findings(document), *_decode_findings(document), *map(breakeven.sentence, document.break_even)]
+    of_weights = (*_fidelity_findings(document), *_drift_findings(document))
+    more = (*_step_findings(document), *_base_findings(document), *_endurance_findings(document))
+    return [f"- {sentence}" for sentence in (*first, *of_weights, *more)]
 
 
 def _sync_findings(document: Document) -> Iterator[str]:
@@ -178,16 +171,12 @@ def _step_findings(document: Document) -> Iterator[str]:
     merges = [row for row in document.step if row.strategy != NATIVE]
     if merges:
         best = min(merges, key=lambda row: row.ratio_to_native)
+        ratio = best.serving_ratio_to_native
+        alone = "times for generate and sync alone (training is the same work on both)"
         yield (
-            f"Step, {best.shape}, {best.rows} rows of {best.completion_tokens} tokens: the best merge "
-            f"({best.strategy}) takes {best.ratio_to_native:.2f} times native's time{_serving(best)}."
+            f"Step, {best.shape}, {best.rows} rows of {best.completion_tokens} tokens: the best merge ({best.strategy})"
+            f" takes {best.ratio_to_native:.2f} times native's time{f', {ratio:.2f} {alone}' if ratio else ''}."
         )
-
-
-def _serving(row: StepRow) -> str:
-    if row.serving_ratio_to_native is None:
-        return ""
-    return f", {row.serving_ratio_to_native:.2f} times for generate and sync alone (training is the same work on both)"
 
 
 def _base_findings(document: Document) -> Iterator[str]:
@@ -237,33 +226,3 @@ PHASES = {
     "promote": "HEAD moved",
     "device": "what the device still had queued",
 }
-METHOD = """\
-- On the CPU each strategy lives in a process of its own with its trainer and engine. Timed ones alternate with native,
-  A B B A, and `x native` compares the medians of one such pairing.
-- On a GPU one process goes through the strategies, one alive at a time: all that is measured of one is measured on one
-  engine, memory first, with one size of KV cache for all. There `x native` compares unpaired medians; native runs first
-  and, as `native again`, last: what the two differ by is what the others' ratios may be off by.
-- `engine`: eager; graphs alone (CUDA graphs of whole decode steps for the rows measured, nothing compiled); compiled
-  (vLLM's default). merge-trl pushes one tensor a call as TRL does, merge-trl-batched all in one call.
-- Trainer: bf16 base, fp32 adapter with alpha = 2r, a step between syncs. Merge engines run without LoRA.
-- Seconds end when the engine can sample from the new policy; `after` is housekeeping done then.
-- `x floor` is the median over the least time in which the moved bytes can cross, at a bandwidth measured in the same
-  run.
-- On the CPU merge-fold runs on weights that are not prepacked, the only ones that can be written to; its decode figures
-  show what that costs.
-- Memory on the CPU is the process's proportional set, KV cache included, against what it was before the model was
-  loaded.
-- `base weights` is what memory falls by when trainer and engine let go of every weight of the base, at the very end;
-  `copies of the base` divides it by the bytes of one. vLLM's CPU backend packs a tied output layer a second time.
-- Proofs are timed in a process of native alone, beside pushes of the same process. A canary looks at completions as
-  long as their prompts; making those is not in its time.
-- On the CPU compiled engines of native-stock and native-shared are not: vLLM compiles none with its own LoRA, and
-  sharing needs plain weights.
-- In the decode table native, the base and the stock CPU kernels are one round, A B C C B A; batches that take little
-  are taken more often, for 1.5 s a round. On the CPU tokens are drawn at temperature 1, which takes all the same time,
-  more with more rows, and pulls ratios towards 1; on a GPU completions are greedy.
-- In a step training is the same work on both sides; both are given its median over all rounds of a pair.
-- Endurance: each tenth's medians; memory is looked at ten times a tenth, between syncs.
-- Truth: an adapter that moves log-probs by 20 times the noise; a strategy fails at 3 times the bf16 noise. `error of
-  the weights` is computed in fp32, so that only what became of the weights shows.
-- Break-even: sync, prefill and time a token of the same run; beyond the longest completion it is extrapolated."""

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_grpo.bench.plan import Cell, Subject, beside_native, results_of
+from lora_grpo.bench.plan import Cell, Subject, beside_native, results
+from lora_grpo.bench.prepared import Bench, sequences
 from lora_grpo.bench.schema import RollbackRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.timing import percentile_95
-
-if TYPE_CHECKING:
-    from lora_grpo.bench.prepared import Bench
+from lora_grpo.scoring import mean_abs_difference
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy."""
-    repeat, labels = {"repeat": -(-settings.repeat // 2)}, {"shape": settings.label}
-    return beside_native("rollback", subject, settings.strategies, arguments=repeat, warm={"repeat": 1}, labels=labels)
+    repeat = {"repeat": -(-settings.repeat // 2)}
+    return beside_native("rollback", subject, settings.strategies, arguments=repeat, warm={"repeat": 1})
 
 
 def measure(bench: Bench, repeat: int) -> dict[str, Any]:
@@ -28,9 +27,6 @@ def measure(bench: Bench, repeat: int) -> dict[str, Any]:
 
 
 def _go_back(bench: Bench, between: int) -> dict[str, float]:
-    from lora_grpo.bench.prepared import sequences
-    from lora_grpo.scoring import mean_abs_difference
-
     strategy, tokens = bench.strategy, sequences(bench.subject)
     strategy.trainer.randomise(0.2)
     strategy.sync()
@@ -44,7 +40,8 @@ def _go_back(bench: Bench, between: int) -> dict[str, float]:
 
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[RollbackRow]:
     """Every case of both strategies; ratios to native's first case."""
-    native = results_of(cell, cell["order"][0])
+    rounds = results(cell)
+    native = next(iter(rounds.values()))
     native_s = median(_values(native, next(iter(native[0])), "seconds"))
     return [
         RollbackRow(
@@ -56,8 +53,7 @@ def rows(cell: Mapping[str, Any], bandwidth: object) -> list[RollbackRow]:
             ratio_to_native=middle / native_s,
             error_nats=max(_values(found, case, "error_nats")),
         )
-        for strategy in dict.fromkeys(cell["order"])
-        for found in [results_of(cell, strategy)]
+        for strategy, found in rounds.items()
         for case in found[0]
     ]
 

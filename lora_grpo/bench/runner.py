@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lora_grpo.adapters.files.disk import replace_file
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
@@ -55,10 +55,9 @@ class Partial:
 
     def save(self) -> None:
         if self._path is not None:
-            staged = self._path.with_suffix(".new")
             fields = {"fingerprint": self._fingerprint, "bandwidth": self.bandwidth, "seconds": self.seconds}
-            staged.write_text(json.dumps({**fields, "notes": self.notes, "cells": self.cells}))
-            os.replace(staged, self._path)
+            content = json.dumps({**fields, "notes": self.notes, "cells": self.cells})
+            replace_file(self._path, content.encode(), sync=False)
 
     def remove(self) -> None:
         """The run is finished."""
@@ -114,9 +113,8 @@ class Runner:
         else:
             for worker in workers:
                 worker.do("memory:give_back")
-        order = [done["strategy"] for done in rounds]
         unpaired = {"unpaired": True, "against": cell.against} if cell.in_turn else {}
-        return {"table": cell.table, "order": order, "labels": cell.labels, "rounds": rounds, **unpaired}
+        return {"table": cell.table, "labels": cell.labels, "rounds": rounds, **unpaired}
 
     def _start(self, cell: Cell) -> list[WorkerProcess]:
         if cell.fresh:

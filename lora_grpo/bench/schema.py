@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
@@ -40,20 +40,19 @@ class Row(BaseModel):
     engine: Annotated[str | None, Column("engine")] = None
     """`Settings.engine`."""
 
-    @property
-    def besides(self) -> dict[str, Any]:
-        """What people are shown that is no field, by its head."""
-        return {}
+    besides: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
+    """What people are shown that is no field, by its head."""
 
     def for_people(self) -> dict[str, Any]:
         """A line of a table for people: units in the heads."""
-        line = {}
-        for name, field in type(self).model_fields.items():
-            for column in field.metadata:
-                if isinstance(column, Column):
-                    value = getattr(self, name)
-                    line[column.head] = None if value is None else column.shown(value)
-        return {**line, **self.besides}
+        line = {head: shown(self) for head, shown in self.besides.items()}
+        columns = [
+            (getattr(self, name), column)
+            for name, field in type(self).model_fields.items()
+            for column in field.metadata
+            if isinstance(column, Column)
+        ]
+        return {column.head: None if value is None else column.shown(value) for value, column in columns} | line
 
 
 class SyncRow(Row):
@@ -101,10 +100,7 @@ class ProofRow(Row):
     median_s: Annotated[float, Column("median ms", ms)]
     ratio_to_push: Annotated[float, Column("x a push")]
     times: int
-
-    @property
-    def besides(self) -> dict[str, Any]:
-        return {"when": "when asked for" if self.proof == "canary" else "once an engine"}
+    besides = {"when": lambda row: "when asked for" if row.proof == "canary" else "once an engine"}
 
 
 class MemoryRow(Row):
@@ -124,15 +120,12 @@ class MemoryRow(Row):
     ratio_to_native: Annotated[float | None, Column("x native")] = None
     weights_bytes: Annotated[int | None, Column("base weights MiB", mib)] = None
     copy_bytes: int | None = None
+    besides = {"copies of the base": lambda row: row.copies}
 
     @property
     def copies(self) -> float | None:
         """Copies of the base that are resident."""
         return None if self.weights_bytes is None or not self.copy_bytes else self.weights_bytes / self.copy_bytes
-
-    @property
-    def besides(self) -> dict[str, Any]:
-        return {"copies of the base": self.copies}
 
 
 class DecodeRow(Row):
@@ -165,6 +158,7 @@ class BreakEvenRow(Row):
     completion_tokens: float | None
     beyond: Winner
     measured_up_to_tokens: Annotated[int, Column("measured up to, tokens")]
+    besides = {"merging wins": lambda row: row.merging_wins}
 
     @property
     def merging_wins(self) -> str:
@@ -172,10 +166,6 @@ class BreakEvenRow(Row):
         if self.completion_tokens is None:
             return "always" if self.beyond == "merge" else "never"
         return f"{'from' if self.beyond == 'merge' else 'up to'} {self.completion_tokens:,.0f} tokens"
-
-    @property
-    def besides(self) -> dict[str, Any]:
-        return {"merging wins": self.merging_wins}
 
 
 class FidelityRow(Row):

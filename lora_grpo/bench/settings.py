@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from pydantic import Field, model_validator
 
 from lora_grpo.bench.shapes import shape_config
 from lora_grpo.bench.strategies import STRATEGIES, check_name
+from lora_grpo.config_file import read_settings
 from lora_grpo.errors import ConfigError
 from lora_grpo.sections import Section, nearest_key
 
@@ -118,12 +118,7 @@ def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> 
 
 def read_scenario(path: Path) -> dict[str, Any]:
     """The tables of a scenario file."""
-    try:
-        tables = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"no scenario {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no TOML: {error}") from error
+    tables = read_settings(path)
     for name in tables:
         if name != "all" and name not in PARTS:
             raise ConfigError(f"{path}: unknown table [{name}]; {nearest_key(name, (*PARTS, 'all'))}")

@@ -33,25 +33,19 @@ _LLAMA_ROPE = {
 }
 
 
-def _shape(
-    kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, tie: bool, **more: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": tie,
-        **more,
-    }
+_FIELDS = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "tie_word_embeddings"),
+)
+
+
+def _shape(*values: Any, **more: Any) -> dict[str, Any]:
+    return {**dict(zip(_FIELDS, values, strict=True)), **more}
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": _shape("qwen2", 128, 512, 4, 4, 2, 1024, False, **{**_QWEN, "max_position_embeddings": 1024}),
-    "tiny-tied": _shape("qwen2", 128, 512, 2, 4, 2, 1024, True, **{**_QWEN, "max_position_embeddings": 1024}),
+    "tiny": _shape("qwen2", 128, 512, 4, 4, 2, 1024, False, **_QWEN | {"max_position_embeddings": 1024}),
+    "tiny-tied": _shape("qwen2", 128, 512, 2, 4, 2, 1024, True, **_QWEN | {"max_position_embeddings": 1024}),
     "qwen2.5-0.5b": _shape("qwen2", 896, 4864, 24, 14, 2, 151936, True, **_QWEN),
     "qwen2.5-1.5b": _shape("qwen2", 1536, 8960, 28, 12, 2, 151936, True, **_QWEN),
     "qwen2.5-7b": _shape("qwen2", 3584, 18944, 28, 28, 4, 152064, False, **_QWEN),
@@ -81,14 +75,12 @@ def write_model(name: str, directory: Path, *, device: str = "cpu", seed: int = 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = dict(shape_config(name))
+    fields = shape_config(name)
     finished = directory / "model.safetensors.index.json"
     if finished.exists():
         return directory
     directory.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.for_model(
-        fields.pop("model_type"), dtype="bfloat16", bos_token_id=None, eos_token_id=0, pad_token_id=0, **fields
-    )
+    config = AutoConfig.for_model(dtype="bfloat16", bos_token_id=None, eos_token_id=0, pad_token_id=0, **fields)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.architectures = [type(skeleton).__name__]

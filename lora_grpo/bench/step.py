@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_grpo.bench.plan import Cell, Subject, beside_native, results_of
+import torch
+
+from lora_grpo.bench.plan import Cell, Subject, beside_native, results
+from lora_grpo.bench.prepared import Bench, fresh_prompts
 from lora_grpo.bench.schema import StepRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.timing import Clock
-
-if TYPE_CHECKING:
-    from lora_grpo.bench.prepared import Bench
+from lora_grpo.grpo.advantages import group_advantages
+from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo_config import GRPOConfig
+from lora_grpo.types import Sampling
 
 SERVING = ("generate", "sync")
 """The phases in which strategies differ."""
@@ -21,26 +25,20 @@ PHASES = (*SERVING, "train")
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy."""
-    size = {
-        "rows": settings.step_rows,
-        "prompt_tokens": settings.prompt_tokens,
-        "length": settings.step_tokens,
-        "group": settings.group,
-    }
-    sizes = {name: size[name] for name in ("rows", "prompt_tokens")}
+    sizes = {"rows": settings.step_rows, "prompt_tokens": settings.prompt_tokens}
+    size = {**sizes, "length": settings.step_tokens, "group": settings.group}
     return beside_native(
         "step",
         subject,
         settings.strategies,
         arguments={**size, "steps": -(-settings.repeat // 2)},
         warm={**size, "steps": 1},
-        labels={"shape": settings.label, **sizes, "completion_tokens": settings.step_tokens},
+        labels={**sizes, "completion_tokens": settings.step_tokens},
     )
 
 
 def measure(bench: Bench, rows: int, prompt_tokens: int, length: int, group: int, steps: int) -> dict[str, list[float]]:
     """Worker: `steps` steps on random prompts, with advantages drawn at random; seconds by phase."""
-    from lora_grpo.grpo_config import GRPOConfig
     from lora_grpo.policy import Policy
 
     config = GRPOConfig(
@@ -58,13 +56,6 @@ def measure(bench: Bench, rows: int, prompt_tokens: int, length: int, group: int
 
 
 def _step(bench: Bench, policy: Any, prompts: int, prompt_tokens: int) -> dict[str, float]:
-    import torch
-
-    from lora_grpo.bench.decode import fresh_prompts
-    from lora_grpo.grpo.advantages import group_advantages
-    from lora_grpo.grpo.batch import Batch
-    from lora_grpo.types import Sampling
-
     config, clock = policy.config, Clock(bench.subject.device)
     drawn = fresh_prompts(bench, prompts, prompt_tokens)
     sampling = Sampling(n=config.num_generations, max_tokens=config.max_completion_length, seed=0, ignore_eos=True)
@@ -83,10 +74,12 @@ def _step(bench: Bench, policy: Any, prompts: int, prompt_tokens: int) -> dict[s
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[StepRow]:
     """Both strategies of a pair. Training is the same work whatever syncs: both are given the median of all its rounds,
     so that its noise, which is more than what they differ in, favours neither."""
-    strategies = list(dict.fromkeys(cell["order"]))
-    train_s = median([s for strategy in strategies for s in _seconds(cell, strategy, "train")])
-    parts = {strategy: {phase: median(_seconds(cell, strategy, phase)) for phase in SERVING} for strategy in strategies}
-    native_s = sum(parts[strategies[0]].values())
+    train_s = median(s for done in cell["rounds"] for s in done["result"]["train"])
+    parts = {
+        strategy: {phase: median(s for one in found for s in one[phase]) for phase in SERVING}
+        for strategy, found in results(cell).items()
+    }
+    native_s = sum(next(iter(parts.values())).values())
     return [
         StepRow(
             strategy=strategy,
@@ -99,7 +92,3 @@ def rows(cell: Mapping[str, Any], bandwidth: object) -> list[StepRow]:
         )
         for strategy, serving in parts.items()
     ]
-
-
-def _seconds(cell: Mapping[str, Any], strategy: str, phase: str) -> list[float]:
-    return [s for result in results_of(cell, strategy) for s in result[phase]]

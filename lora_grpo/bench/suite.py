@@ -19,18 +19,14 @@ from lora_grpo.bench.runner import Partial, Progress, Runner, TurnRunner
 from lora_grpo.bench.schema import Document
 from lora_grpo.bench.settings import PARTS, Settings
 from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.timing import floor_seconds
+from lora_grpo.bench.timing import adapter_crossing, floor_seconds, weights_crossing
 from lora_grpo.bench.turns import beside_native, one_at_a_time, with_weights
 from lora_grpo.errors import ConfigError
 
 _ROOMS: dict[str, Any] = dict(zip(PARTS, (sync, memory, decode, fidelity, step, rollback, endurance), strict=True))
 PLANNERS: dict[str, Callable[[Settings, Subject], list[Cell]]] = {part: one.cells for part, one in _ROOMS.items()}
-ROWS: dict[str, Callable[[Any, Any], list[Any]]] = {
-    **{part: one.rows for part, one in _ROOMS.items()},
-    "proof": proofs.rows,
-    "truth": fidelity.truth_rows,
-    "drift": fidelity.drift_rows,
-}
+_MORE: dict[str, Any] = {"proof": proofs.rows, "truth": fidelity.truth_rows, "drift": fidelity.drift_rows}
+ROWS: dict[str, Callable[[Any, Any], list[Any]]] = {**{part: one.rows for part, one in _ROOMS.items()}, **_MORE}
 PARTIAL, RESULTS = "partial.json", "results.json"
 LEAST_TMPFS = 2 << 30
 """Bytes on /dev/shm for the versions that are kept, up to 8 of a 7B's."""
@@ -73,26 +69,22 @@ class Suite:
     def _look(self, started: float) -> None:
         self._host = WorkerProcess(self._log)
         self._oracles: dict[Any, dict[str, Any]] = {}
-        self._sizes: dict[str, dict[str, int]] = {}
         (device,) = {settings.device for settings in self._parts.values()}
         seen = self._host.do("host:look", device=device)
-        self._memory_bytes: Mapping[str, int] = seen["memory_bytes"]
-        for settings in self._parts.values():
-            if settings.label not in self._sizes:
-                wanted = {"shape": None if settings.model else settings.shape, "model": settings.model}
-                self._sizes[settings.label] = self._host.do("host:measure_model", **wanted)
-        self._shares = room.engine_shares(self._parts, self._sizes, self._memory_bytes)
+        wanted = {settings.label: (settings.shape, settings.model) for settings in self._parts.values()}
+        self._sizes: dict[str, dict[str, int]] = {
+            label: self._host.do("host:measure_model", shape=shape, model=model)
+            for label, (shape, model) in wanted.items()
+        }
+        self._shares = room.engine_shares(self._parts, self._sizes, seen["memory_bytes"])
         dumped = {part: settings.model_dump(mode="json") for part, settings in self._parts.items()}
         machine = {name: value for name, value in seen["card"].items() if name not in _FLEETING}
         path = self._out / PARTIAL if self._out else None
         self._partial = Partial(path, {"settings": dumped, "machine": machine}, seen["bandwidth"], started)
         self.card = {**seen["card"], **self._floors(device)}
-        if not self._tmpfs.is_relative_to("/dev/shm"):
-            self._note(f"/dev/shm has less than {LEAST_TMPFS >> 30} GiB free: versions were in {self._tmpfs}.")
-
-    def _note(self, sentence: str) -> None:
-        if sentence not in self._partial.notes:
-            self._partial.notes.append(sentence)
+        note = f"/dev/shm has less than {LEAST_TMPFS >> 30} GiB free: versions were in {self._tmpfs}."
+        if not self._tmpfs.is_relative_to("/dev/shm") and note not in self._partial.notes:
+            self._partial.notes.append(note)
 
     def _floors(self, device: str) -> dict[str, Any]:
         """What each model weighs, its adapter and all of it, and the least time that either can take."""
@@ -101,9 +93,8 @@ class Suite:
             model = self._sizes[settings.label]
             adapter = 2 * settings.rank * model["linear_inputs_and_outputs"]
             whole = 2 * model["parameters"]
-            channels = ("host_copy",) if device == "cpu" else ("to_host", "to_device")
-            adapter_s = floor_seconds(dict.fromkeys(channels, adapter), self._partial.bandwidth)
-            whole_s = floor_seconds({"host_copy" if device == "cpu" else "device_copy": whole}, self._partial.bandwidth)
+            adapter_s = floor_seconds(adapter_crossing(device, adapter), self._partial.bandwidth)
+            whole_s = floor_seconds(weights_crossing(device, whole), self._partial.bandwidth)
             weights = f"{model['parameters'] / 1e6:.0f} M parameters, {whole / 1e6:.0f} MB in bf16"
             lines[settings.label] = (
                 f"{weights} (floor {1e3 * whole_s:.1f} ms); adapter r={settings.rank} all-linear "
@@ -113,7 +104,8 @@ class Suite:
 
     def run(self, progress: Progress) -> None:
         """Measure every cell that an earlier run has not."""
-        cells = self._plan(progress)
+        models = {part: self._model(settings, progress) for part, settings in self._parts.items()}
+        cells = [self._told(cell, progress) for cell in self._cells(models)]
         if self._takes_turns:
             runner: Runner = TurnRunner(self._log, progress, self._host)
         else:
@@ -181,10 +173,6 @@ class Suite:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _plan(self, progress: Progress) -> list[Cell]:
-        models = {part: self._model(settings, progress) for part, settings in self._parts.items()}
-        return [self._told(cell, progress) for cell in self._cells(models)]
-
     @property
     def _takes_turns(self) -> bool:
         return any(settings.takes_turns for settings in self._parts.values())
@@ -192,8 +180,9 @@ class Suite:
     def _cells(self, models: Mapping[str, str]) -> list[Cell]:
         cells: list[Cell] = []
         for part, settings in self._parts.items():
+            labels = {"shape": settings.label, "engine": settings.engine}
             made = PLANNERS[part](settings, self._subject(settings, models[part]))
-            cells += [replace(cell, labels={**cell.labels, "engine": settings.engine}) for cell in made]
+            cells += [replace(cell, labels={**labels, **cell.labels}) for cell in made]
         return one_at_a_time(cells) if self._takes_turns else by_strategy(cells)
 
     def _told(self, cell: Cell, progress: Progress) -> Cell:
@@ -214,31 +203,20 @@ class Suite:
             return settings.model
         progress(f"making {settings.shape}", 0)
         directory = self._models / f"{settings.shape}-seed{settings.seed}"
-        made: str = self._host.do(
-            "host:build_model",
-            shape=settings.shape,
-            directory=str(directory),
-            device=settings.device,
-            seed=settings.seed,
-        )
-        return made
+        how = {"name": settings.shape, "directory": directory, "device": settings.device, "seed": settings.seed}
+        return str(self._host.do("shapes:write_model", **how))
 
     def _subject(self, settings: Settings, model: str) -> Subject:
+        asked = ("rank", "targets", "device", "max_model_len", "max_num_seqs", "graphs", "seed")
         return Subject(
             strategy=NATIVE,
             model=model,
-            rank=settings.rank,
-            targets=settings.targets,
-            device=settings.device,
             tmpfs=str(self._tmpfs),
             disk=str(self._disk),
-            max_model_len=settings.max_model_len,
-            max_num_seqs=settings.max_num_seqs,
-            graphs=settings.graphs,
             gpu_memory_utilization=self._shares[settings.label],
             rows=settings.rows if settings.graphs == "alone" else (),
             kv_cache_bytes=None if settings.device == "cpu" else memory.KV_CACHE_BYTES,
-            seed=settings.seed,
+            **{name: getattr(settings, name) for name in asked},
         )
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_grpo.bench import fidelity, proofs
-from lora_grpo.bench.plan import ABBA, Cell, Subject, results_of
+from lora_grpo.bench.plan import ABBA, Cell, Subject, results
+from lora_grpo.bench.prepared import Bench
 from lora_grpo.bench.schema import SyncRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import floor_seconds, percentile_95
-
-if TYPE_CHECKING:
-    from lora_grpo.bench.prepared import Bench
 
 WARM = 3
 """Syncs thrown away: caches, allocators and lazily built state of every strategy settle."""
@@ -30,7 +28,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
             planned.append(_pair(settings, native, subject.with_strategy(strategy)))
         if settings.truth:
             # In the same process, while it is alive: what was timed serves what it claims to.
-            planned.append(fidelity.truth_cell("sync", settings, subject.with_strategy(strategy)))
+            planned.append(fidelity.truth_cell("sync", subject.with_strategy(strategy)))
     if settings.canary_rows:
         planned.append(proofs.cell(settings, native))
     for rank, targets in settings.sweep:
@@ -52,7 +50,7 @@ def _pair(settings: Settings, native: Subject, other: Subject) -> Cell:
         arguments={"syncs": -(-settings.repeat // 2)},
         warm={"syncs": WARM},
         order=ABBA,
-        labels={"rank": other.rank, "targets": other.targets, "shape": settings.label},
+        labels={"rank": other.rank, "targets": other.targets},
     )
 
 
@@ -81,13 +79,13 @@ def measure_at_once(bench: Bench, syncs: int) -> dict[str, Any]:
 
 def rows(cell: Mapping[str, Any], bandwidth: Mapping[str, float]) -> list[SyncRow]:
     """Both strategies of a pair."""
-    rounds = {strategy: results_of(cell, strategy) for strategy in dict.fromkeys(cell["order"])}
-    native, other = cell["order"][0], list(rounds)[-1]
-    native_s = median(totals(rounds[native]))
-    against = {} if cell.get("unpaired") else {native: other, other: native}
+    rounds = results(cell)
+    strategies = list(rounds)
+    native_s = median(totals(rounds[strategies[0]]))
+    against = ["unpaired"] * len(rounds) if cell.get("unpaired") else reversed(strategies)
     return [
-        _row(strategy, found, native_s, bandwidth, cell, against.get(strategy, "unpaired"))
-        for strategy, found in rounds.items()
+        _row(strategy, rounds[strategy], native_s, bandwidth, cell, other)
+        for strategy, other in zip(strategies, against, strict=True)
     ]
 
 
@@ -102,8 +100,8 @@ def _row(
         against=against,
         median_s=median(seconds),
         p95_s=percentile_95(seconds),
-        phases_s={phase: median(joined(found, phase)) for phase in found[-1]["phases_s"]},
-        afterwards_s=median([value for one in found for value in one["afterwards_s"]]),
+        phases_s={phase: median(s for one in found for s in one["phases_s"][phase]) for phase in found[-1]["phases_s"]},
+        afterwards_s=median(s for one in found for s in one["afterwards_s"]),
         moved_bytes=max(found[-1]["moved_bytes"].values(), default=0),
         floor_s=floor_s,
         times_floor=median(seconds) / floor_s if floor_s else None,
@@ -113,11 +111,6 @@ def _row(
         loader=found[-1]["loader"],
         load_calls=found[-1]["load_calls"],
     )
-
-
-def joined(rounds: list[Any], phase: str) -> list[float]:
-    """A phase's seconds, all rounds of one strategy."""
-    return [value for one in rounds for value in one["phases_s"][phase]]
 
 
 def totals(rounds: list[Any]) -> list[float]:

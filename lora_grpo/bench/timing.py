@@ -54,6 +54,16 @@ def measure_bandwidth(device: str) -> dict[str, float]:
     return channels
 
 
+def adapter_crossing(device: str, nbytes: int) -> dict[str, int]:
+    """What an adapter must cross at the very least: memory once, or the bus to the host and back."""
+    return {"host_copy": nbytes} if device == "cpu" else {"to_host": nbytes, "to_device": nbytes}
+
+
+def weights_crossing(device: str, nbytes: int) -> dict[str, int]:
+    """What weights cross: trainer and engine are on one device."""
+    return {"host_copy" if device == "cpu" else "device_copy": nbytes}
+
+
 def floor_seconds(moved_bytes: Mapping[str, int], bandwidth: Mapping[str, float]) -> float:
     """The least time that bytes by channel can take."""
     return sum(nbytes / bandwidth[channel] for channel, nbytes in moved_bytes.items())

@@ -74,10 +74,11 @@ def beside_native(cells: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if native is None or native is cell or cell["table"] in ("memory", *_ONCE):
             yield cell
         else:
-            yield {**cell, **{name: [*native[name], *cell[name]] for name in ("order", "rounds")}}
+            yield {**cell, "rounds": [*native["rounds"], *cell["rounds"]]}
 
 
 def with_weights(rows: Sequence[MemoryRow], cells: Mapping[str, Any]) -> list[MemoryRow]:
     """Rows with what base weights took, where that was measured at the end of a turn."""
-    took = {cell["order"][0]: cell["rounds"][0]["result"] for cell in cells.values() if cell["table"] == _LAST}
+    rounds = [cell["rounds"][0] for cell in cells.values() if cell["table"] == _LAST]
+    took = {done["strategy"]: done["result"] for done in rounds}
     return [row.model_copy(update={"weights_bytes": took.get(row.strategy, row.weights_bytes)}) for row in rows]

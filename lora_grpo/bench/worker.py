@@ -54,8 +54,11 @@ class Worker:
 
 
 def find_work(name: str) -> Callable[..., Any]:
+    """A function of a room here, or of a module of another package by its whole name."""
     room, _, function = name.partition(":")
-    work: Callable[..., Any] = getattr(importlib.import_module(f"lora_grpo.bench.{room}"), function)
+    work: Callable[..., Any] = getattr(
+        importlib.import_module(room if "." in room else f"{__package__}.{room}"), function
+    )
     return work
 
 

@@ -142,21 +142,13 @@ class OnPlainEngine(Strategy):
 def engine_arguments(subject: Subject) -> dict[str, Any]:
     """What every engine of a comparison is started with."""
     fixed = {} if subject.kv_cache_bytes is None else {"kv_cache_memory_bytes": subject.kv_cache_bytes}
-    return {
-        **fixed,
-        **_graphs(subject),
-        "max_model_len": subject.max_model_len,
-        "max_num_seqs": subject.max_num_seqs,
-        "gpu_memory_utilization": subject.gpu_memory_utilization,
-    }
+    sizes = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
+    return {**fixed, **_graphs(subject), **{name: getattr(subject, name) for name in sizes}}
 
 
 def _graphs(subject: Subject) -> dict[str, Any]:
     """Nothing captured, vLLM's default (compiled, many sizes), or graphs of whole decode steps of the rows measured."""
-    if subject.graphs != "alone":
-        return {"enforce_eager": not subject.graphs}
-    if subject.device == "cpu":
-        return {"enforce_eager": True}
-    sizes = sorted(subject.rows)
-    alone = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+    if subject.graphs != "alone" or subject.device == "cpu":
+        return {"enforce_eager": subject.graphs is not True}
+    alone = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted(subject.rows)}
     return {"enforce_eager": False, "compilation_config": alone}

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from lora_grpo.bench.strategies.base import OnPlainEngine, Synced, engine_arguments
-from lora_grpo.bench.strategies.native import adapter_crossing
-from lora_grpo.bench.timing import Clock
+from lora_grpo.bench.timing import Clock, adapter_crossing
 from lora_grpo.engines.local.weights import PlainEngine
 
 KEPT = 8

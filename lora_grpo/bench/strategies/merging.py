@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, TypeAlias
 
 import torch
 
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.base import OnPlainEngine, Synced, engine_arguments
 from lora_grpo.bench.strategies.trainer import checkpoint_name
-from lora_grpo.bench.timing import Clock
+from lora_grpo.bench.timing import Clock, weights_crossing
 from lora_grpo.engines.local.weights import PlainEngine
 
-Named = Iterator[tuple[str, torch.Tensor]]
+Named: TypeAlias = Iterator[tuple[str, torch.Tensor]]
+Phases: TypeAlias = dict[str, Callable[[], object]]
 
 
 class Merging(OnPlainEngine):
-    """The engine runs with `enable_lora=False`, its real best for merged weights."""
+    """The engine runs with `enable_lora=False`, its real best for merged weights.
+
+    `moved_bytes` of weights crossed in the last sync.
+    """
 
     prepack = True
+    moved_bytes = 0
 
     def start(self) -> None:
         self.engine = PlainEngine(self.subject.model, prepack=self.prepack, **engine_arguments(self.subject))
@@ -31,16 +37,21 @@ class Merging(OnPlainEngine):
         return self.trainer.snapshot()
 
     def rollback(self, mark: list[torch.Tensor]) -> Synced:
-        clock = Clock(self.subject.device)
-        with clock("trainer"):
-            self.trainer.restore(mark)
-        synced = self.sync()
-        return Synced({**clock.seconds, **synced.seconds}, synced.moved_bytes, synced.afterwards_s)
+        return self._go_through({"trainer": partial(self.trainer.restore, mark), **self.phases()})
 
-    @property
-    def channel(self) -> str:
-        """What weights cross: trainer and engine are on one device."""
-        return "host_copy" if self.subject.device == "cpu" else "device_copy"
+    def sync(self) -> Synced:
+        return self._go_through(self.phases())
+
+    def phases(self) -> Phases:
+        """What a sync does, before what the prefix cache holds is dropped."""
+        return {}
+
+    def _go_through(self, phases: Phases) -> Synced:
+        clock = Clock(self.subject.device)
+        for phase, work in {**phases, "cache reset": self.engine.reset_prefix_cache}.items():
+            with clock(phase):
+                work()
+        return Synced(clock.seconds, weights_crossing(self.subject.device, self.moved_bytes))
 
 
 class BaseOnly(Merging):
@@ -76,22 +87,13 @@ class MergeTRL(Merging):
     def start(self) -> None:
         super().start()
         self._pushed: dict[str, torch.Tensor] = {}
-        self._moved = 0
 
-    def sync(self) -> Synced:
-        clock = Clock(self.subject.device)
-        with clock("merge"):
-            self.trainer.model.merge_adapter()
-        with clock("push"):
-            self.push()
-        with clock("unmerge"):
-            self.trainer.model.unmerge_adapter()
-        with clock("cache reset"):
-            self.engine.reset_prefix_cache()
-        return Synced(clock.seconds, {self.channel: self._moved})
+    def phases(self) -> Phases:
+        model = self.trainer.model
+        return {"merge": model.merge_adapter, "push": self.push, "unmerge": model.unmerge_adapter}
 
     def push(self) -> None:
-        self._moved = 0
+        self.moved_bytes = 0
         self._pushed.clear()
         self.load_calls = self.engine.load_weights(self._counted(self.weights()), at_once=self.at_once)
 
@@ -103,7 +105,7 @@ class MergeTRL(Merging):
 
     def _counted(self, named: Iterable[tuple[str, torch.Tensor]]) -> Named:
         for name, tensor in named:
-            self._moved += tensor.numel() * tensor.element_size()
+            self.moved_bytes += tensor.numel() * tensor.element_size()
             if self.remember_pushed:
                 self._pushed[name] = tensor.clone()
             yield name, tensor
@@ -134,13 +136,8 @@ class MergeOutOfPlace(MergeTouched):
         super().start()
         self._module_of = {f"{module.path}.weight": module for module in self.trainer.modules}
 
-    def sync(self) -> Synced:
-        clock = Clock(self.subject.device)
-        with clock("push"):
-            self.push()
-        with clock("cache reset"):
-            self.engine.reset_prefix_cache()
-        return Synced(clock.seconds, {self.channel: self._moved})
+    def phases(self) -> Phases:
+        return {"push": self.push}
 
     @torch.no_grad()
     def weights(self) -> Named:
@@ -165,23 +162,22 @@ class MergeFold(Merging):
         weights = self.engine.linear_weights()
         self._folds = [(module, weights[module.path]) for module in self.trainer.modules]
         self._pristine = [weight.clone() for _, weight in self._folds]
+        # Trainer and engine share the device: A and B cross its memory once.
+        self.moved_bytes = 2 * self.trainer.adapter_elements
 
     @property
     def decodes_here_like(self) -> str:
         # Nothing is prepacked on a GPU: merged weights are merged weights.
         return self.decodes_like if self.subject.device == "cpu" else MergeTRL.decodes_like
 
+    def phases(self) -> Phases:
+        return {"merge": self.fold}
+
     @torch.no_grad()
-    def sync(self) -> Synced:
-        clock = Clock(self.subject.device)
-        with clock("merge"):
-            for (module, weight), pristine in zip(self._folds, self._pristine, strict=True):
-                a_RI, b_OR = module.a_RI.to(weight.dtype), (module.b_OR * module.scaling).to(weight.dtype)
-                torch.addmm(pristine, b_OR, a_RI, out=weight)
-        with clock("cache reset"):
-            self.engine.reset_prefix_cache()
-        # Trainer and engine share the device: A and B cross its memory once.
-        return Synced(clock.seconds, {self.channel: 2 * self.trainer.adapter_elements})
+    def fold(self) -> None:
+        for (module, weight), pristine in zip(self._folds, self._pristine, strict=True):
+            a_RI, b_OR = module.a_RI.to(weight.dtype), (module.b_OR * module.scaling).to(weight.dtype)
+            torch.addmm(pristine, b_OR, a_RI, out=weight)
 
     def drop_base(self) -> None:
         self._folds.clear()

@@ -15,7 +15,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.strategies.trainer import Trainer, checkpoint_name
-from lora_grpo.bench.timing import Clock
+from lora_grpo.bench.timing import Clock, adapter_crossing
 from lora_grpo.engines.local.weights import engine_kv_tokens, version_tensors
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.sync import NativeSync
@@ -106,11 +106,6 @@ class Native(Strategy):
         self.pusher.close()
         super().close()
         self.store.close()
-
-
-def adapter_crossing(device: str, nbytes: int) -> dict[str, int]:
-    """What an adapter must cross at the very least: memory once, or the bus to the host and back."""
-    return {"host_copy": nbytes} if device == "cpu" else {"to_host": nbytes, "to_device": nbytes}
 
 
 class NativeDisk(Native):

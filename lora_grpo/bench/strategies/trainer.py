@@ -101,12 +101,8 @@ class Trainer:
                 module._parameters.clear()
 
     def _signs(self, like: torch.Tensor) -> torch.Tensor:
-        return (
-            torch.randint(0, 2, like.shape, generator=self._generator, device=self.device)
-            .to(like.dtype)
-            .mul_(2)
-            .sub_(1)
-        )
+        bits = torch.randint(0, 2, like.shape, generator=self._generator, device=self.device)
+        return bits.to(like.dtype).mul_(2).sub_(1)
 
     def _normal(self, like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=self._generator, device=self.device)
