@@ -96,12 +96,10 @@ def state_for(run: Run, step: int, measured: Mapping[str, Any] | None) -> dict[s
     }
 
 
-def unwritten(report: RollbackReport, steps: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the step that a run goes on from had measured, where a kill came before it was among the run's `steps`."""
-    measured, step = report.extra.get("measured"), report.version.step
-    if measured is None or any(metrics["step"] == step for metrics in steps):
-        return None
-    return _metrics_of(measured)
+def measured_by(report: RollbackReport) -> dict[str, Any] | None:
+    """What the step measured that made the version a run goes on from; None where no step made it."""
+    measured = report.extra.get("measured")
+    return None if measured is None else _metrics_of(measured)
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -201,7 +201,7 @@ class GRPOTrainer(Run):
         self._resumed = report is not None
         self.history = [metrics for metrics in steps if metrics["step"] <= self.steps_done]
         self.evaluations = going_back.evaluations_until(self.run_dir, self.steps_done)
-        self.unwritten = None if report is None else going_back.unwritten(report, self.history)
+        self.owed = None if report is None else going_back.measured_by(report)
         return report
 
     @led
@@ -248,8 +248,7 @@ class GRPOTrainer(Run):
             loop.publish(self, 0)
         elif not (self._resumed or self._own):
             raise ConfigError(f"{self.run_dir} holds a run at {self.version}; resume it, or choose another run_dir")
-        if self._resumed:
-            loop.make_good(self, reporter)
+        loop.make_good(self, reporter)
         self._own = True
         if not self.evaluations and self.steps_done == 0:
             loop.held_out(self, reporter)

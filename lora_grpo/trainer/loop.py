@@ -52,17 +52,20 @@ def finish_step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) ->
 def publish(run: Run, step: int, measured: Mapping[str, Any] | None = None) -> None:
     """The weights after `step` become a version, which is proven, promoted, and kept with the trainer's state.
 
-    The state has what the step `measured` too: should the run be killed before that is written down, `make_good` does.
+    The state has what the step `measured` too (but for times): should the run be killed before that is written down,
+    `make_good` does it.
     """
     run.crew(push, step, going_back.state_for(run, step, measured))
 
 
 def make_good(run: Run, reporter: Reporter) -> None:
     """What a run that was killed right after publishing still owes: its step's metrics, and an evaluation due there."""
-    measured, run.unwritten = run.unwritten, None
-    if measured is not None:
+    measured, run.owed = run.owed, None
+    if measured is None:
+        return
+    if all(metrics["step"] != measured["step"] for metrics in run.history):
         _write_down(run, reporter, measured)
-    if run.steps_done and all(result.version != run.version.number for result in run.evaluations):
+    if all(result.version != run.version.number for result in run.evaluations):
         _evaluate_when_due(run, reporter)
 
 
@@ -117,7 +120,6 @@ def _step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
         **rollouts.metrics(),
         "step": step,
         "version": rollout.version.number,
-        **clock.seconds,
     }
     with clock("publish"):
         publish(run, step, metrics)

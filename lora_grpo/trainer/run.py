@@ -39,7 +39,7 @@ class Run:
         self.rollouts = rollouts_of(self.source, parts)
         self.steps_done, self.without_signal = 0, 0
         self.history: list[dict[str, Any]] = []
-        self.unwritten: dict[str, Any] | None = None
+        self.owed: dict[str, Any] | None = None
         self.evaluations: list[Evaluation] = []
 
     @property
