@@ -138,8 +138,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     _check_path(parts, override)
     *path, last = parts
     target: Any = values
-    for part in path:
-        target = target[_index(target, part, override)] if isinstance(target, list) else target.setdefault(part, {})
+    for part, inner in zip(path, parts[1:], strict=True):
+        made: Any = [] if inner.isdigit() else {}
+        target = target[_index(target, part, override)] if isinstance(target, list) else target.setdefault(part, made)
         if not isinstance(target, list | dict):
             raise ConfigError(f"override {override!r}: {part!r} is {target!r}, which has no keys")
     value = _value(text.strip(), override)
@@ -165,8 +166,14 @@ def _check_path(parts: list[str], override: str) -> None:
 
 
 def _index(target: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(target):
-        raise ConfigError(f"override {override!r}: {part!r} is no index of a list of {len(target)}; they count from 0")
+    """Of an entry that is there, or of a new one at the end."""
+    if not part.isdigit() or int(part) > len(target):
+        raise ConfigError(
+            f"override {override!r}: {part!r} is no index of a list of {len(target)}; they count from 0, and "
+            f"{len(target)} adds one"
+        )
+    if int(part) == len(target):
+        target.append({})
     return int(part)
 
 

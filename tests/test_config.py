@@ -86,6 +86,11 @@ def test_overrides_reach_into_lists_and_make_sections(config_path):
     assert config.rewards[1].weight == 3
     assert config.rewards[1].options == {"pattern": "x+"}
     assert config.engine.max_loras == 4
+    added = load_config(config_path, ["rewards.2.name=my_module:mine", "rewards.2.weight=0.5"])
+    assert [reward.name for reward in added.rewards] == [*(reward.name for reward in config.rewards), "my_module:mine"]
+    assert added.rewards[2].weight == 0.5
+    config_path.write_text(TOML.partition("[[rewards]]")[0])
+    assert load_config(config_path, ["rewards.0.name=exact"]).rewards[0].name == "exact"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,8 @@ def test_overrides_reach_into_lists_and_make_sections(config_path):
         ("grpo.learning_rat=1", ["grpo.learning_rat=1", "'learning_rat'", "did you mean 'learning_rate'?"]),
         ("gpro.beta=1", ["'gpro'", "'grpo'"]),
         ("grpo.beta", ["not of the form section.key=value"]),
-        ("rewards.7.weight=1", ["'7'", "list of 2", "count from 0"]),
+        ("rewards.7.weight=1", ["'7'", "list of 2", "count from 0", "2 adds one"]),
+        ("rewards.2.weight=1", ["rewards.2.name", "needed"]),
         ("rewards.0.wieght=1", ["'wieght'", "'weight'"]),
         ("lora.target_modules=[q_proj]", ["no valid TOML", "quotes"]),
         ("grpo.beta=-1", ["run.toml", "grpo.beta", "got -1"]),
