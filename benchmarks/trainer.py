@@ -268,7 +268,7 @@ def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
     """What the step's activations are said to take, and the time it takes to say so."""
     from lora_grpo.config import EngineConfig
     from lora_grpo.trainer.activations import LargestBatch
-    from lora_grpo.trainer.planning import planned_memory
+    from lora_grpo.trainer.memory import planned_memory
 
     engine = EngineConfig(urls=("http://elsewhere",))
     batch = LargestBatch(options.rows, options.prompt, options.tokens[0], group=options.rows)

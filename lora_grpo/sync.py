@@ -56,6 +56,11 @@ class PushReceipt:
     def total_s(self) -> float:
         return sum(self.seconds.values())
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The seconds as a step logs them."""
+        return {f"sync/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+
 
 class NativeSync:
     """Publishes a PEFT model's adapter and has an engine serve it, step after step.

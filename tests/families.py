@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from lora_grpo.config import ModelConfig
 from lora_grpo.engines.local.text_only import full_class
-from lora_grpo.trainer.own_base import load_base
+from lora_grpo.trainer.models import load_base
 from tests.quantized import BLOCK, to_fp8, to_int4
 from tests.tiny_models import HEAD_SIZE, SPECIAL_TOKENS, VOCAB, tiny_tokenizer
 

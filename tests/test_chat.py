@@ -16,7 +16,7 @@ from lora_grpo.config_file import save_config
 from lora_grpo.errors import UnknownVersion
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.trainer import replay
-from lora_grpo.trainer.chatting import PIECE_TOKENS, conversing
+from lora_grpo.trainer.replay import PIECE_TOKENS, conversing
 from lora_grpo.types import Sampling
 from tests.tiny_models import load_model, refill_lora, tiny_lora
 

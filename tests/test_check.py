@@ -97,6 +97,7 @@ def test_without_an_engine_all_that_is_known_before_one_starts(
         ({"data": {"prompt_column": "question"}}, "data", "no column 'question'"),
         ({"grpo": {"num_generations": 3}}, "steps", "a step of 8 completions is no multiple of num_generations"),
         ({"guard": {"kl": 1.0}}, "steps", "needs beta > 0"),
+        ({"guard": {"non_finite": True, "to": "bestest"}}, "steps", "'bestest'"),
         ({"lora": {"r": 600}}, "base and adapter", "rank 600 is above vLLM's largest max_lora_rank, 512"),
         ({"model": {"name": "/nowhere/model"}}, "base and adapter", "/nowhere/model is no model directory"),
     ],

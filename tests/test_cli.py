@@ -113,7 +113,7 @@ def test_usage_errors_exit_2(tmp_path):
 def test_a_bug_keeps_its_traceback_and_text_that_utf8_does_not_hold_is_printed(tmp_path):
     program = (
         "from lora_grpo import cli\n"
-        "from lora_grpo.cli.output import print_json\n"
+        "from lora_grpo.cli.options import print_json\n"
         "@cli.app.command('broken')\n"
         "def broken():\n"
         "    print_json({'text': '\\ud800'})\n"

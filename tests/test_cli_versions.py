@@ -17,7 +17,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.cli.versions import age
 from lora_grpo.config import DataConfig, EngineConfig, KeepConfig, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.config_file import save_config
 from lora_grpo.engines.vllm_local import VLLMEngine
@@ -160,6 +159,9 @@ def test_verify_names_the_damage(run: Path) -> None:
     assert "versions/000002" in verdicts[2]["found"]
     assert "state.json differs" in verdicts[5]["found"]
     assert verdicts[3]["found"] == "no copy is left"
+    shown = lora_grpo("verify", run)
+    assert shown.returncode == 1
+    assert "no copy is left" in shown.stdout
 
 
 def test_verify_names_lines_of_the_history_that_are_lost(run: Path) -> None:
@@ -336,7 +338,7 @@ def test_a_request_outlives_the_process_that_it_was_left_for(live: tuple[Path, s
         assert store.head.number == 2
 
 
-@pytest.mark.parametrize("name", ["live", "versions", "changing", "verify", "comparing", "copies", "chat"])
+@pytest.mark.parametrize("name", ["options", "versions", "changing", "using", "train"])
 def test_commands_load_nothing_heavy_before_they_run(name: str) -> None:
     program = f"import sys, lora_grpo.cli.{name}; print({{'torch', 'vllm', 'pydantic', 'xxhash'}} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"
@@ -354,10 +356,3 @@ def test_commands_without_tensors_load_no_torch(run: Path, arguments: list[str])
     line = [sys.executable, "-c", program, arguments[0], str(run), *arguments[1:]]
     done = subprocess.run(line, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == "False 0", done.stderr
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"), [(0.4, "0s"), (59, "59s"), (3600, "1h 0m"), (3723, "1h 2m"), (180_000, "2d 2h"), (-5, "0s")]
-)
-def test_ages_in_two_units(seconds: float, shown: str) -> None:
-    assert age(seconds) == shown

@@ -74,18 +74,18 @@ def test_chats_from_arrow_lose_the_keys_of_other_messages(tmp_path, monkeypatch)
     chat = [{"role": "user", "content": "hi"}]
     other = [{"role": "user", "content": "a", "name": "Bo"}]
     data = load_prompts(datasets.Dataset.from_list([{"messages": chat}, {"messages": other}]), prompt_column="messages")
-    assert data.prompt(0) == chat
-    assert data.prompt(1) == other
+    assert data.select([0])[0][0] == chat
+    assert data.select([1])[0][0] == other
 
 
 def test_system_prompt_makes_chats():
     text, chat = {"prompt": "2+2"}, {"prompt": [{"role": "user", "content": "3+3"}]}
     user = {"role": "user", "content": "2+2"}
     system = {"role": "system", "content": "Be brief."}
-    assert load_prompts([text]).prompt(0) == "2+2"
-    assert load_prompts([text], system_prompt="Be brief.").prompt(0) == [system, user]
-    assert load_prompts([text], system_prompt="").prompt(0) == [user]
-    assert load_prompts([chat], system_prompt="Be brief.").prompt(0) == [system, *chat["prompt"]]
+    assert load_prompts([text]).select([0])[0][0] == "2+2"
+    assert load_prompts([text], system_prompt="Be brief.").select([0])[0][0] == [system, user]
+    assert load_prompts([text], system_prompt="").select([0])[0][0] == [user]
+    assert load_prompts([chat], system_prompt="Be brief.").select([0])[0][0] == [system, *chat["prompt"]]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_byte_order_mark_is_no_content_and_other_encodings_are_told(tmp_path):
     """As Windows programs write it."""
     marked = tmp_path / "marked.jsonl"
     marked.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "1+1="}\n')
-    assert load_prompts(marked).prompt(0) == "1+1="
+    assert load_prompts(marked).select([0])[0][0] == "1+1="
     marked.write_text('{"prompt": "\u00e9"}', encoding="latin-1")
     with pytest.raises(ConfigError, match=r"marked\.jsonl is not UTF-8"):
         load_prompts(marked)
@@ -175,7 +175,7 @@ def test_sampler_order_is_fixed_for_ever_and_depends_on_seed_and_epoch():
     assert epochs[0] == FIXED_ORDER
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert next(PromptSampler(8, 8, seed=43)) != epochs[0]
-    assert sampler.epochs == 3.0
+    assert (sampler.epoch, sampler.offset) == (3, 0)
 
 
 FIXED_ORDER = [7, 3, 4, 6, 5, 2, 1, 0]

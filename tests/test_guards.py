@@ -13,8 +13,8 @@ from lora_grpo.config import GuardConfig
 from lora_grpo.config_file import load_config
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.metrics.log import history, read_metrics
+from lora_grpo.metrics.render import GAP
 from lora_grpo.trainer.guards import Guard, LogprobGap, NonFinite, ReferenceKL, RewardCollapse, build_guard
-from lora_grpo.trainer.stepping import GAP
 from tests.tiny_run import fake_engine
 from tests.tiny_trainer import CONFIG, share_of_low_bytes, tiny_trainer
 

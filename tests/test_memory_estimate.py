@@ -17,11 +17,10 @@ from lora_grpo.bench import shapes
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.trainer import planning
+from lora_grpo.trainer import memory
 from lora_grpo.trainer.activations import LargestBatch, largest_batch
-from lora_grpo.trainer.memory import MemoryEstimate, require_memory
+from lora_grpo.trainer.memory import MemoryEstimate, planned_memory, require_memory
 from lora_grpo.trainer.models import expects_one_copy
-from lora_grpo.trainer.planning import planned_memory
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,8 @@ def test_a_shared_base_is_held_once(tiny: Path) -> None:
     require_memory(shared, own.total_bytes - 1, "cpu")
 
 
-def test_what_does_not_fit_says_what_to_lower(tiny: Path) -> None:
+def test_what_does_not_fit_says_what_to_lower(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 40)
     long = estimate(tiny, LargestBatch(64, 1024, 4096))
     with pytest.raises(ConfigError, match=r"activations [\d,.]+ MiB.*lower per_device_train_batch_size"):
         require_memory(long, 2 << 30, "cpu")
@@ -86,7 +86,7 @@ def test_activations_are_computed_twice_where_they_would_not_fit(tiny: Path, mon
     kept, once = planned_memory(model, *rest, None)
     assert not once
     room = kept.total_bytes - 1
-    monkeypatch.setattr(planning, "available_memory", lambda device: room)
+    monkeypatch.setattr(memory, "available_memory", lambda device: room)
     remade, twice = planned_memory(model, *rest, None)
     assert twice
     assert (remade.activations_bytes or 0) < (kept.activations_bytes or 0)

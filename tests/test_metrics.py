@@ -19,8 +19,7 @@ from rich.console import Console
 
 from lora_grpo.errors import ConfigError, StoreError
 from lora_grpo.metrics import Reporter, RunLog, capture_output, history, plot_run, quiet_libraries, read_metrics
-from lora_grpo.metrics.render import ViewState, duration, panel, phase_seconds, plain_step, sparkline
-from lora_grpo.metrics.view import LiveView
+from lora_grpo.metrics.render import LiveView, ViewState, duration, panel, phase_seconds, plain_step, sparkline
 
 STEP = {
     "reward": 0.5,
@@ -273,7 +272,15 @@ def test_eta_follows_the_recent_steps(tmp_path):
 def test_small_renderings():
     assert sparkline([0, 7, 3.5]) == "▁█▅"
     assert sparkline([2, 2]) == "▄▄"
-    assert [duration(seconds) for seconds in (8, 80, 7500)] == ["8s", "1m20s", "2h05m"]
+    assert [duration(seconds) for seconds in (-5, 0.4, 8, 80, 3599, 7500, 180_000)] == [
+        "0s",
+        "0s",
+        "8s",
+        "1m20s",
+        "59m59s",
+        "2h05m",
+        "2d02h",
+    ]
     assert list(phase_seconds({"time/sync_s": 1, "time/train_s": 2, "time/generate_s": 3, "step_time": 6})) == [
         "generate",
         "train",

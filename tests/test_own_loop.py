@@ -9,9 +9,9 @@ import torch
 
 from lora_grpo.adapters.asking.requests import answer_to, request
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.metrics import read_metrics
 from lora_grpo.sync import NativeSync
+from lora_grpo.trainer.steering import answer_requests
 from tests.tiny_models import load_model, refill_lora, tiny_lora
 from tests.tiny_run import fake_engine
 from tests.two_processes import in_two

@@ -226,7 +226,7 @@ def test_longer_prompts_are_dropped_and_counted(build: Any) -> None:
     rows = [{"prompt": "x" * n, "answer": str(n)} for n in (3, 50, 4, 60, 5)]
     config = CONFIG.replace(max_prompt_length=10, overlong_prompts="drop")
     trainer = build(rows, config, engine=Listening(tiny_tokenizer()), eval_dataset=rows[:2])
-    assert [trainer.source.data.prompt(row) for row in range(3)] == ["xxx", "xxxx", "xxxxx"]
+    assert list(trainer.source.data.prompts()) == ["xxx", "xxxx", "xxxxx"]
     assert len(trainer.source.data) == trainer.source.sampler.num_prompts == 3
     assert trainer.source.data.select([1])[1] == {"answer": ["4"]}
     assert len(trainer.eval_data) == 1
@@ -256,7 +256,7 @@ def test_template_settings_of_a_text_prompt_are_refused() -> None:
     kwargs = {"enable_thinking": False}
     with pytest.raises(ConfigError, match=r"row 0, column 'chat_template_kwargs': the prompt is text"):
         load_prompts([{"prompt": "a", "chat_template_kwargs": kwargs}])
-    made = load_prompts([{"prompt": "a", "chat_template_kwargs": kwargs}], system_prompt="").prompt(0)
+    made = load_prompts([{"prompt": "a", "chat_template_kwargs": kwargs}], system_prompt="").select([0])[0][0]
     assert isinstance(made, Chat)
     assert made.template_kwargs == kwargs
     with pytest.raises(ConfigError, match="'enable_thinking': false"):

@@ -29,10 +29,8 @@ from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.activations import LargestBatch
-from lora_grpo.trainer.memory import estimate_memory
-from lora_grpo.trainer.models import without_memory
-from lora_grpo.trainer.own_base import load_base
-from lora_grpo.trainer.planning import plan
+from lora_grpo.trainer.memory import estimate_memory, plan
+from lora_grpo.trainer.models import load_base, without_memory
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS
 from tests.families import build, trainer_model

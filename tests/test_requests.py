@@ -16,7 +16,7 @@ import pytest
 
 from lora_grpo.adapters.asking.requests import answer_to, request, withdraw
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.cli.live import change
+from lora_grpo.cli.changing import change
 from lora_grpo.errors import StoreError
 from lora_grpo.metrics import Reporter
 from lora_grpo.trainer.steering import apply_requests
@@ -194,7 +194,7 @@ def test_a_client_whose_holder_was_replaced_asks_the_new_one(
     store: AdapterStore, shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two looks of a client, the holder dies and the run is opened again."""
-    monkeypatch.setattr("lora_grpo.cli.live.POLL_S", 1.0)
+    monkeypatch.setattr("lora_grpo.cli.changing.POLL_S", 1.0)
     with ThreadPoolExecutor(1) as clients:
         asking = clients.submit(change, tmp_path / "run", "pin", pytest.fail, timeout_s=60, version=1)
         until(lambda: bool(store.requests()))

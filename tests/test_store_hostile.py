@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from lora_grpo import report
 from lora_grpo.adapters.asking.requests import request
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.locks import holder
@@ -94,15 +95,15 @@ def test_a_version_that_goes_while_it_is_looked_at_is_unknown(
 
 def test_versions_lists_what_is_left_when_one_goes_meanwhile(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     versions = importlib.import_module("lora_grpo.cli.versions")
-    real, rows = versions.describe, []
+    real, rows = report.describe, []
 
     def raced(*arguments: Any) -> dict[str, Any]:
         if arguments[1].number == 2:
             raise UnknownVersion("version 2 was removed by retention")
         return real(*arguments)
 
-    monkeypatch.setattr(versions, "describe", raced)
-    monkeypatch.setattr(versions, "tell_rows", lambda known, *_: rows.extend(known))
+    monkeypatch.setattr(report, "describe", raced)
+    monkeypatch.setattr(versions, "tell", lambda known, *_: rows.extend(known))
     versions.versions(run, as_json=True)
     assert [row["version"] for row in rows] == [1, 3]
 

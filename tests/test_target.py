@@ -157,6 +157,6 @@ def test_replays_of_a_run_take_every_way_to_name_a_version(
     rows_of = replay.evaluate_run(run, versions=["best", "v1", "head", 1])
     assert [row["version"] for row in rows_of] == [2, 1, 3]
     found = compare.compare_run(run, "parent", "best:-eval/reward", rows)
-    assert (found.first.number, found.second.number) == (2, 1)
+    assert (found.first, found.second) == (2, 1)
     with pytest.raises(ConfigError, match="'bestest' names no version"):
         replay.evaluate_run(run, versions=["bestest"])

@@ -15,7 +15,7 @@ from lora_grpo.bench import shapes
 from lora_grpo.bench.levels import proc_bytes
 from lora_grpo.bench.timing import measure_bandwidth
 from lora_grpo.errors import ConfigError
-from lora_grpo.metrics.packages import package_versions
+from lora_grpo.metrics.log import package_versions
 
 _GIB = 1 << 30
 COMMIT = "LORA_GRPO_COMMIT"

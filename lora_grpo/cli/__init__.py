@@ -1,6 +1,6 @@
 """The command line: parsing, printing and exit codes; the work is done by the rooms below.
 
-A command is a function in the file of its subject, and an entry in `GROUPS`. Commands import what they run inside the
+A command is a function in the file of its subject, and is named in `GROUPS`. Commands import what they run inside the
 function, so that `lora-grpo --help` loads neither torch nor vllm.
 
 Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of
@@ -22,40 +22,35 @@ from typer.core import TyperGroup
 import lora_grpo
 from lora_grpo.cli.bench import bench
 from lora_grpo.cli.changing import pin, prune, rollback, unpin
-from lora_grpo.cli.chat import chat
-from lora_grpo.cli.check import check
-from lora_grpo.cli.comparing import compare, diff
-from lora_grpo.cli.copies import export, fork
-from lora_grpo.cli.init import init
-from lora_grpo.cli.output import say_error
-from lora_grpo.cli.report import report
+from lora_grpo.cli.options import say_error
 from lora_grpo.cli.serve import serve, store_server
 from lora_grpo.cli.sweep import sweep
-from lora_grpo.cli.train import demo, evaluate, train
-from lora_grpo.cli.verify import verify
-from lora_grpo.cli.versions import show, versions
+from lora_grpo.cli.train import check, demo, evaluate, init, train
+from lora_grpo.cli.using import chat, compare, diff, export, fork
+from lora_grpo.cli.versions import report, show, verify, versions
 from lora_grpo.errors import LoraGrpoError
 
-GROUPS: dict[str, dict[str, Callable[..., None]]] = {
-    "Train": {"init": init, "check": check, "train": train, "sweep": sweep, "eval": evaluate, "demo": demo},
-    "Versions of a run": {
-        "versions": versions,
-        "show": show,
-        "report": report,
-        "rollback": rollback,
-        "fork": fork,
-        "diff": diff,
-        "compare": compare,
-        "chat": chat,
-        "export": export,
-        "pin": pin,
-        "unpin": unpin,
-        "prune": prune,
-        "verify": verify,
-    },
-    "Serve and measure": {"serve": serve, "store-server": store_server, "bench": bench},
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Train": (init, check, train, sweep, evaluate, demo),
+    "Versions of a run": (
+        versions,
+        show,
+        report,
+        rollback,
+        fork,
+        diff,
+        compare,
+        chat,
+        export,
+        pin,
+        unpin,
+        prune,
+        verify,
+    ),
+    "Serve and measure": (serve, store_server, bench),
 }
-COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+_CALLED = {evaluate: "eval", store_server: "store-server"}
+COMMANDS = {_CALLED.get(command, command.__name__): command for group in GROUPS.values() for command in group}
 
 
 class _Commands(TyperGroup):
@@ -96,9 +91,9 @@ def _root(
     pass
 
 
-for _group, _commands in GROUPS.items():
-    for _name, _command in _commands.items():
-        app.command(_name, rich_help_panel=_group)(_command)
+for _name, _command in COMMANDS.items():
+    _panel = next(group for group, commands in GROUPS.items() if _command in commands)
+    app.command(_name, rich_help_panel=_panel)(_command)
 
 
 def main() -> None:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_grpo.cli.output import print_json, print_table, say, say_error
+from lora_grpo.cli.options import print_json, print_table, say, say_error, whole_numbers
 
 if TYPE_CHECKING:
     from lora_grpo.bench.runner import Progress
     from lora_grpo.bench.schema import Document
     from lora_grpo.bench.settings import Settings
-    from lora_grpo.bench.suite import Suite
-
 
 Part = Annotated[
     str,
@@ -29,33 +27,22 @@ Shape = Annotated[
     str | None,
     typer.Option(help="A model of this shape with random weights: tiny, qwen2.5-0.5b, -1.5b, -7b, llama-3.1-8b."),
 ]
-Model = Annotated[str | None, typer.Option(help="A hub name or directory, in place of a shape.")]
-Scenario = Annotated[Path | None, typer.Option(help="A TOML file with settings for each part.")]
-Ranks = Annotated[str | None, typer.Option(help="LoRA ranks, such as 16,8,64; the first is the main one.")]
-Strategies = Annotated[str | None, typer.Option(help="What is compared, such as native,merge-trl.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda:0.")]
-Repeat = Annotated[int | None, typer.Option(min=1, help="Measurements of each strategy.")]
-Out = Annotated[Path | None, typer.Option(help="Directory for JSON, report and plots; a cut-off run resumes.")]
-Models = Annotated[Path | None, typer.Option(help="Keep models made from shapes here. Default: /dev/shm, for now.")]
-Compare = Annotated[Path | None, typer.Option(help="A results.json to compare ratios with; exit 1 outside.")]
-Tolerance = Annotated[float, typer.Option(min=0.0, help="Relative tolerance of --compare.")]
-Readme = Annotated[Path | None, typer.Option(help="With report: put the figures into this file.")]
 
 
 def bench(
     part: Part,
     shape: Shape = None,
-    model: Model = None,
-    scenario: Scenario = None,
-    ranks: Ranks = None,
-    strategies: Strategies = None,
-    device: Device = None,
-    repeat: Repeat = None,
-    out: Out = None,
-    models: Models = None,
-    compare: Compare = None,
-    tolerance: Tolerance = 0.3,
-    readme: Readme = None,
+    model: Annotated[str | None, typer.Option(help="A hub name or directory, in place of a shape.")] = None,
+    scenario: Annotated[Path | None, typer.Option(help="A TOML file with settings for each part.")] = None,
+    ranks: Annotated[str | None, typer.Option(help="LoRA ranks, such as 16,8,64; the first is the main one.")] = None,
+    strategies: Annotated[str | None, typer.Option(help="What is compared, such as native,merge-trl.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda:0.")] = None,
+    repeat: Annotated[int | None, typer.Option(min=1, help="Measurements of each strategy.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for JSON, report, plots; a cut-off run resumes.")] = None,
+    models: Annotated[Path | None, typer.Option(help="Keep models of shapes here; default: /dev/shm, for now.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="A results.json to compare ratios with; exit 1 outside.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Relative tolerance of --compare.")] = 0.3,
+    readme: Annotated[Path | None, typer.Option(help="With report: put the figures into this file.")] = None,
 ) -> None:
     """Measure native hot-swap against merging: speed, memory, truth.
 
@@ -88,23 +75,18 @@ def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -
     """What was measured, whether that was interrupted, and where it was written."""
     from lora_grpo.bench.suite import Suite
 
-    with Suite(parts, command=_command(), out=out, models=models) as suite:
+    interrupted = False
+    with Suite(parts, command=shlex.join(["lora-grpo", *sys.argv[1:]]), out=out, models=models) as suite:
         print_table([{"": name, "value": str(value)} for name, value in suite.card.items()], "lora-grpo bench")
-        interrupted = _measure(suite)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with _bar(suite.rounds) as progress:
+                suite.run(progress)
+        except KeyboardInterrupt:
+            interrupted = True
         document = suite.document()
         kept = suite.finish(document)
     return document, interrupted, kept
-
-
-def _measure(suite: Suite) -> bool:
-    """Run to the end or to Ctrl-C (or the SIGTERM of a time limit); returns whether it was that."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with _bar(suite.rounds) as progress:
-            suite.run(progress)
-    except KeyboardInterrupt:
-        return True
-    return False
 
 
 @contextmanager
@@ -150,28 +132,19 @@ def _compare(document: Document, baseline: Document, tolerance: float) -> bool:
 
 
 def _report(out: Path | None, readme: Path | None) -> None:
+    from lora_grpo.bench.joining import join
     from lora_grpo.bench.report import update_readme, write_report
     from lora_grpo.errors import ConfigError
 
     if out is None:
         raise ConfigError("bench report reads a finished run: name it with --out DIR")
-    if runs := sorted((path.parent for path in out.glob("bench/*/results.json")), key=_started):
-        _join(runs, out)
+    if runs := {path.parent.name: _read(path) for path in out.glob("bench/*/results.json")}:
+        document = join(dict(sorted(runs.items(), key=lambda run: run[1].started_at)))
+        (out / "results.json").write_text(document.model_dump_json(indent=1) + "\n")
     document = _read(out / "results.json")
     typer.echo(str(write_report(document, out)))
     if readme is not None:
         update_readme(document, readme)
-
-
-def _started(run: Path) -> str:
-    return _read(run / "results.json").started_at
-
-
-def _join(runs: Sequence[Path], out: Path) -> None:
-    from lora_grpo.bench.joining import join
-
-    document = join({run.name: _read(run / "results.json") for run in runs})
-    (out / "results.json").write_text(document.model_dump_json(indent=1) + "\n")
 
 
 def _read(path: Path) -> Document:
@@ -197,16 +170,6 @@ def _options(**given: Any) -> dict[str, Any]:
     if "strategies" in options:
         options["strategies"] = tuple(options["strategies"].split(","))
     if "ranks" in options:
-        first, *others = _integers(options.pop("ranks"))
+        first, *others = whole_numbers(options.pop("ranks"), "--ranks")
         options |= {"rank": first, "sweep_ranks": tuple(others)}
     return options
-
-
-def _integers(text: str) -> list[int]:
-    if not all(piece.strip().isdigit() for piece in text.split(",")):
-        raise typer.BadParameter(f"--ranks {text!r} must be whole numbers, such as 8,16,64")
-    return [int(piece) for piece in text.split(",")]
-
-
-def _command() -> str:
-    return shlex.join(["lora-grpo", *sys.argv[1:]])

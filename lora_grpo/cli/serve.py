@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_grpo.cli.live import Json, Run
-from lora_grpo.cli.output import say, tell
+from lora_grpo.cli.options import Json, Run, opened, say, tell
 
 if TYPE_CHECKING:
     from lora_grpo.engines.server.launch import Serving
@@ -113,12 +112,11 @@ def store_server(
     The run may be going on in another process. Every request needs the token. It and the adapters travel unencrypted:
     across a network that others can read, put a TLS proxy in front.
     """
-    from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.remote.server import StoreServer
     from lora_grpo.remote.token import read_token
 
     token = read_token(token_file)
-    with AdapterStore(archive=run, readonly=True) as store, StoreServer(store, token, host=host, port=port) as server:
+    with opened(run) as store, StoreServer(store, token, host=host, port=port) as server:
         at = {"url": server.url, "run": server.run, "pid": os.getpid()}
         tell(at, as_json, f"serving {server.run} at {server.url}")
         say(f"replicas need LORA_GRPO_STORE_URL={server.url} and the token; they serve versions as {server.run}@NUMBER")

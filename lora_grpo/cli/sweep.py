@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_grpo.cli.output import print_json, say, table
+from lora_grpo.cli.options import print_json, say, whole_numbers
 
 if TYPE_CHECKING:
     from lora_grpo.trainer.sweeping.plan import SweepPlan
@@ -19,38 +19,24 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-Swept = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE,VALUE]...",
-        help="grpo.learning_rate=1e-5,3e-5 grpo.seed=0,1; with --sample also log:1e-6..1e-4 or 0.0..0.1",
-    ),
-]
-Sample = Annotated[int | None, typer.Option("--sample", help="Draw so many members instead of the grid.")]
-AtOnce = Annotated[int | None, typer.Option("--at-once", min=1, help="Most members at once; default: all that fit.")]
-Rungs = Annotated[str | None, typer.Option("--rungs", help="Successive halving at these steps, such as 5,10,20.")]
-Keep = Annotated[float, typer.Option("--keep", help="Share of the members that goes on at each rung.")]
-Every = Annotated[
-    int | None, typer.Option("--evolve-every", help="Population-based training: steps between take-overs.")
-]
-Perturb = Annotated[
-    list[str] | None, typer.Option("--perturb", help="A setting that a take-over changes; may be given again.")
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of draws, take-overs and perturbations.")]
-
-
 def sweep(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG|SWEEP", help="A run's TOML file, or a sweep to go on with.")
     ],
-    settings: Swept = None,
-    sample: Sample = None,
-    at_once: AtOnce = None,
-    rungs: Rungs = None,
-    keep: Keep = 0.5,
-    evolve_every: Every = None,
-    perturb: Perturb = None,
-    seed: Seed = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE,VALUE]...",
+            help="grpo.learning_rate=1e-5,3e-5 grpo.seed=0,1; with --sample also log:1e-6..1e-4 or 0.0..0.1",
+        ),
+    ] = None,
+    sample: Annotated[int | None, typer.Option(help="Draw so many members instead of the grid.")] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Most members at once; default: all that fit.")] = None,
+    rungs: Annotated[str | None, typer.Option(help="Successive halving at these steps, such as 5,10,20.")] = None,
+    keep: Annotated[float, typer.Option(help="Share of the members that goes on at each rung.")] = 0.5,
+    evolve_every: Annotated[int | None, typer.Option(help="Steps between take-overs (population-based).")] = None,
+    perturb: Annotated[list[str] | None, typer.Option(help="A setting that a take-over changes; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of draws, take-overs and perturbations.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in this directory.")] = False,
 ) -> None:
     """Train many settings of one run at once, on one engine and one base.
@@ -68,8 +54,9 @@ def sweep(
             raise typer.BadParameter("--resume goes on with the sweep's own settings; leave the others out")
         plan = SweepPlan.read(config)
     else:
+        steps = tuple(sorted(whole_numbers(rungs, "--rungs")))
         plan = _plan(
-            config, settings or (), sample, at_once=at_once, rungs=_steps(rungs), keep=keep, seed=seed,
+            config, settings or (), sample, at_once=at_once, rungs=steps, keep=keep, seed=seed,
             evolve_every=evolve_every, perturb=tuple(perturb or ()),
         )  # fmt: skip
     try:
@@ -91,13 +78,6 @@ def _plan(config: Path, settings: Sequence[str], sample: int | None, **options: 
     return SweepPlan(fixed, trials_of(swept, sample=sample, seed=options["seed"]), **options)
 
 
-def _steps(text: str | None) -> tuple[int, ...]:
-    parts = [] if text is None else text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        raise typer.BadParameter(f"--rungs {text!r} must be steps, such as 5,10,20")
-    return tuple(sorted(int(part) for part in parts))
-
-
 @contextmanager
 def _shown() -> Iterator[Callable[[list[Row]], None]]:
     """A live table on a terminal, else a line for each round."""
@@ -105,6 +85,7 @@ def _shown() -> Iterator[Callable[[list[Row]], None]]:
     from rich.live import Live
 
     from lora_grpo.metrics.quiet import own_stderr
+    from lora_grpo.metrics.render import table
 
     with own_stderr() as stream:
         if not stream.isatty():

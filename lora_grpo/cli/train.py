@@ -1,16 +1,89 @@
-"""`lora-grpo train CONFIG`, `lora-grpo train RUN --resume`, `lora-grpo eval RUN` and `lora-grpo demo`."""
+"""`lora-grpo init`, `check`, `train`, `eval` and `demo`: from a model and its data to a trained adapter."""
 
 from __future__ import annotations
 
 import shlex
 import signal
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lora_grpo.cli.live import VERSION_HELP, Json, Overrides, Run
-from lora_grpo.cli.output import print_json, print_table, say, tell_rows
+from lora_grpo.cli.options import VERSION_HELP, Json, Overrides, Run, print_json, print_table, say, tell
+from lora_grpo.errors import ConfigError
+
+
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A base model's hub name or directory.")],
+    overrides: Overrides = None,
+    data: Annotated[
+        str, typer.Option("--data", "-d", help="The prompts: a .jsonl, .json, .csv or .parquet file, or a hub name.")
+    ] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, which must not be there yet.")] = Path(
+        "run.toml"
+    ),
+) -> None:
+    """Write a config file for a model and a data set, each setting with its reason, and check it.
+
+    Exit code 2 if `lora-grpo check` would find what ends the run here, such as too little memory; the file says it too.
+    """
+    from lora_grpo.trainer.checking import check_run
+    from lora_grpo.trainer.proposing import memory_lines, propose
+
+    if out.exists():
+        raise ConfigError(f"{out} is there already; name another file with --out, or remove it")
+    config, text = propose(model, data, overrides or ())
+    findings = list(check_run(config))
+    head = [f"# lora-grpo check {out}; lora-grpo train {out}", *memory_lines(findings)]
+    with out.open("x", encoding="utf-8") as file:
+        file.write("\n".join(head) + "\n\n" + text)
+    for finding in findings:
+        if not finding.ok:
+            say(f"{finding.what}: {finding.found}")
+    typer.echo(out)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(2)
+
+
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG|MODEL", help="A TOML file, a run's directory, or a model's name or directory."),
+    ],
+    overrides: Overrides = None,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Start the engine too: base match, probe, slots, three swaps.")
+    ] = False,
+    rewards: Annotated[
+        bool, typer.Option("--rewards", help="Call each reward function once, on two rows with a stand-in completion.")
+    ] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="For a MODEL of which only the config is there: draw its weights.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Find what would end a run, without training it: settings, data, adapter, memory; exit code 2 if something would.
+
+    With a MODEL the adapter and engine are the default settings'. Nothing is written.
+    """
+    from lora_grpo.config_file import config_of_model, load_config, names_a_model
+
+    alone = names_a_model(target)
+    if random_weights and not alone:
+        raise ConfigError(f"--random-weights is for a model's name or directory, and {target} is a run's settings")
+    from lora_grpo.trainer.checking import check_run
+    from lora_grpo.trainer.random_base import random_base
+
+    with random_base(target) if random_weights else nullcontext(target) as model:
+        config = config_of_model(model, overrides or ()) if alone else load_config(target, overrides or ())
+        found = check_run(config, engine=engine, rewards=rewards, base_alone=alone)
+        findings = [{**asdict(finding), "found": finding.found.replace(model, target)} for finding in found]
+    rows = [{**row, "ok": "yes" if row["ok"] else "NO"} for row in findings]
+    tell(findings, as_json, rows, f"check of {target}")
+    if not all(row["ok"] for row in findings):
+        raise typer.Exit(2)
 
 
 def train(
@@ -84,7 +157,7 @@ def evaluate(
     from lora_grpo.trainer.replay import evaluate_run
 
     rows = evaluate_run(run, versions=version or None)
-    tell_rows(rows, as_json, rows, f"held-out evaluation of {run}")
+    tell(rows, as_json, rows, f"held-out evaluation of {run}")
 
 
 def demo(

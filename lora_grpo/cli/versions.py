@@ -1,36 +1,34 @@
-"""`lora-grpo versions RUN`, and `lora-grpo show RUN VERSION`."""
+"""`lora-grpo versions`, `show`, `report` and `verify`: what a run holds, and whether it is whole."""
 
 from __future__ import annotations
 
-import time
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from lora_grpo.cli.live import Json, Run, Version
-from lora_grpo.cli.output import print_json, print_table, tell_rows
+import typer
+
+from lora_grpo.cli.options import Json, Run, Version, opened, say, tell
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.store import AdapterStore
-    from lora_grpo.adapters.version import AdapterVersion
 
 
 def versions(run: Run, as_json: Json = False) -> None:
     """List a run's adapter versions: where they are, what they weigh, and what is known of them."""
-    from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.report import described, for_people
 
-    with AdapterStore(archive=run, readonly=True) as store:
-        rows = _rows(store)
-    tell_rows(rows, as_json, [for_people(row) for row in rows], f"versions of {run}")
+    with opened(run) as store:
+        rows = described(store, store.list())
+    tell(rows, as_json, [for_people(row) for row in rows], f"versions of {run}")
 
 
 def show(run: Run, version: Version, as_json: Json = False) -> None:
     """Everything that is known of one version."""
-    from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
+    from lora_grpo.report import describe
 
-    with AdapterStore(archive=run, readonly=True) as store:
+    with opened(run) as store:
         found = store.get(version)
         children = [child.number for child in store.list() if child.parent == found.number]
         returns = [entry for entry in RollbackLog(run).entries if found.number in (entry.to, entry.left)]
@@ -38,85 +36,79 @@ def show(run: Run, version: Version, as_json: Json = False) -> None:
             "children": children,
             "rollbacks": [{"from": entry.left, "to": entry.to, "reason": entry.reason} for entry in returns],
         }
-    if as_json:
-        print_json(row)
-        return
-    metrics = row.pop("metrics")
-    row |= {"created_at": f"{datetime.fromtimestamp(row['created_at']):%Y-%m-%d %H:%M:%S}", "where": _places(row)}
-    row |= {"rollbacks": "; ".join(_returned(entry) for entry in row["rollbacks"])}
-    row |= {"children": ", ".join(f"v{child}" for child in children)}
-    rows = [{"": name, "value": None if value == "" else value} for name, value in {**row, **metrics}.items()]
-    print_table(rows, f"{found} of {run}")
-
-
-def _rows(store: AdapterStore) -> list[dict[str, Any]]:
-    """Every version as JSON; one that a live run prunes meanwhile is left out."""
-    from lora_grpo.errors import UnknownVersion
-
-    rows = []
-    for version in store.list():
-        with suppress(UnknownVersion):
-            rows.append(describe(store, version))
-    return rows
-
-
-def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
-    """One version as JSON."""
-    from lora_grpo.adapters.files.locks import is_leased
-    from lora_grpo.errors import UnknownVersion
-
-    head = None
-    with suppress(UnknownVersion):
-        head = store.head
-    return {
-        "version": version.number,
-        "parent": version.parent,
-        "step": version.step,
-        "head": head is not None and version.number == head.number,
-        "pinned": version.number in store.pins,
-        "served": is_leased(version.path),
-        "created_at": version.created_at,
-        "age_s": round(time.time() - version.created_at, 1),
-        "size_bytes": store.size_bytes(version.number),
-        "where": sorted(store.where(version.number)),
-        "path": str(version.path),
-        "digest": version.digest,
-        "metrics": store.metrics(version.number),
+    shown = row | {
+        "created_at": f"{datetime.fromtimestamp(row['created_at']):%Y-%m-%d %H:%M:%S}",
+        "where": ", ".join(row["where"]),
+        "children": ", ".join(f"v{child}" for child in children),
+        "rollbacks": "; ".join(f"v{one.left} to v{one.to}" + f" ({one.reason})" * bool(one.reason) for one in returns),
     }
+    shown |= shown.pop("metrics")
+    rows = [{"": name, "value": None if value == "" else value} for name, value in shown.items()]
+    tell(row, as_json, rows, f"{found} of {run}")
 
 
-def for_people(row: dict[str, Any]) -> dict[str, Any]:
-    metrics = {name: row["metrics"].get(name) for name in ("reward", "eval/reward")}
-    said = [word for word, key in (("HEAD", "head"), ("pinned", "pinned"), ("served", "served")) if row[key]]
-    if "from/run" in row["metrics"]:
-        said.append(f"fork of {Path(row['metrics']['from/run']).name} v{row['metrics']['from/version']}")
-    return {
-        "version": f"v{row['version']}",
-        "from": "-" if row["parent"] is None else f"v{row['parent']}",
-        "step": row["step"],
-        "age": age(row["age_s"]),
-        "MiB": row["size_bytes"] / 2**20,
-        **metrics,
-        "where": _places(row),
-        "": ", ".join(said),
-    }
+def report(
+    run: Run,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: RUN/report.html.")] = None,
+    watch: Annotated[
+        float | None, typer.Option("--watch", min=1, help="Seconds between pages, until the run has ended.")
+    ] = None,
+) -> None:
+    """Write a run as one HTML page: curves, versions, completions, proofs, seconds, settings.
+
+    It opens from disk, without a network. A browser that shows a page of --watch follows the run.
+    """
+    from lora_grpo.report import write_report
+
+    if watch:
+        say(f"writing the page every {watch:g} s, until the run has ended")
+    typer.echo(write_report(run, out, watch))
 
 
-def _places(row: dict[str, Any]) -> str:
-    return ", ".join(row["where"])
+def verify(run: Run, as_json: Json = False) -> None:
+    """Read every copy of every version and every trainer state, and the run's history, and compare with the digests.
+
+    Exits with 1 when anything differs or is missing.
+    """
+    with opened(run) as store:
+        # A live run journals a version an instant before it appears: only what stays missing is missing.
+        missing = store.missing
+        faults = {number: _fault(store, number) for number in {*store.numbers, *store.states}}
+        faults |= dict.fromkeys({*missing} & {*store.missing}, "no copy is left")
+        rows: list[dict[str, Any]] = [
+            {"version": number, "ok": fault is None, "where": sorted(store.where(number)), "found": fault}
+            for number, fault in sorted(faults.items())
+        ]
+        lines = store.damaged_lines
+    whole = sum(row["ok"] for row in rows)
+    shown = [
+        {"version": f"v{row['version']}", "": "ok" if row["ok"] else "DAMAGED", "where": ", ".join(row["where"])}
+        | {"found": row["found"]}
+        for row in rows
+    ]
+    ok = whole == len(rows) and not lines
+    tell({"ok": ok, "versions": rows, "damaged_lines": lines}, as_json, shown, f"digests of {run}")
+    if not as_json:
+        nothing = f"{run} holds no versions, so nothing was compared"
+        say(f"{whole} of {len(rows)} versions are what was published" if rows else nothing)
+        if lines:
+            say(
+                f"of {run / 'journal.jsonl'} these lines are damaged: {', '.join(map(str, lines))}; metrics, pins or "
+                "promotions that they held are lost (delete the lines once that is dealt with)"
+            )
+    if not ok:
+        raise typer.Exit(1)
 
 
-def _returned(entry: dict[str, Any]) -> str:
-    why = f" ({entry['reason']})" if entry["reason"] else ""
-    return f"v{entry['from']} to v{entry['to']}{why}"
+def _fault(store: AdapterStore, number: int) -> str | None:
+    from lora_grpo.errors import StoreError, UnknownVersion
 
-
-def age(seconds: float) -> str:
-    """A duration in its two largest units: 45s, 12m 3s, 5h 2m, 3d 4h."""
-    left = max(0, round(seconds))
-    parts: list[str] = []
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        if count or parts or unit == "s":
-            parts.append(f"{count}{unit}")
-    return " ".join(parts[:2])
+    try:
+        try:
+            store.verify(number)
+        except UnknownVersion:
+            # Retention has its own rules for trainer states: one may outlive its adapter.
+            store.load_state(number)
+    except StoreError as error:
+        return str(error)
+    return None

@@ -53,11 +53,6 @@ class PromptSampler:
                 self._move_to(self.epoch + 1, 0)
         return indices
 
-    @property
-    def epochs(self) -> float:
-        """Epochs done so far, with the fraction."""
-        return self.epoch + self.offset / self.num_prompts
-
     def state_dict(self) -> SamplerState:
         return SamplerState(epoch=self.epoch, offset=self.offset, num_prompts=self.num_prompts, seed=self.seed)
 

@@ -43,23 +43,18 @@ class PromptDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def prompt(self, index: int) -> Prompt:
-        """The prompt of one row, as chat messages if the data or `system_prompt` make it a chat."""
-        return self._as_prompt(self.rows[index])
-
     def select(self, indices: Sequence[int]) -> tuple[list[Prompt], dict[str, list[Any]]]:
         """`(prompts_P, columns)`: each column is a list of P values, None where a row lacks it."""
         rows = [self.rows[index] for index in indices]
         return list(map(self._as_prompt, rows)), {name: [row.get(name) for row in rows] for name in self.column_names}
 
     def prompts(self) -> Iterator[Prompt]:
-        """The prompt of every row, in order."""
+        """The prompt of every row, in order, as chat messages if the data or `system_prompt` make it a chat."""
         return map(self._as_prompt, _narrow(self.rows, self.prompt_column))
 
     def only(self, indices: Sequence[int]) -> PromptDataset:
         """The same with these rows alone."""
-        rows = [self.rows[i] for i in indices] if isinstance(self.rows, list) else self.rows.select(indices)  # type: ignore[union-attr]
-        return replace(self, rows=rows)
+        return replace(self, rows=_taken(self.rows, indices))
 
     def _as_prompt(self, row: Mapping[str, Any]) -> Prompt:
         value = row[self.prompt_column]
@@ -102,7 +97,7 @@ def load_prompts(
     """
     rows, label = read_rows(source, split, name)
     if limit is not None and limit < len(rows):
-        rows = rows[:limit] if isinstance(rows, list) else rows.select(range(limit))  # type: ignore[union-attr]
+        rows = _taken(rows, range(limit))
     if not len(rows):
         raise ConfigError(f"{label} has no rows")
     columns = _column_names(rows)
@@ -114,6 +109,10 @@ def load_prompts(
     _check_prompts(rows, label, prompt_column, system_prompt)
     others = tuple(column for column in columns if column != prompt_column)
     return PromptDataset(rows, prompt_column, others, system_prompt, label)
+
+
+def _taken(rows: Rows, indices: Sequence[int]) -> Rows:
+    return [rows[i] for i in indices] if isinstance(rows, list) else rows.select(indices)  # type: ignore[union-attr]
 
 
 def _column_names(rows: Rows) -> tuple[str, ...]:

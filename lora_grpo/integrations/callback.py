@@ -11,13 +11,12 @@ from transformers import TrainerCallback
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, BaseDescription, Engine, LoadReceipt, Proof, Samplings
+from lora_grpo.engines.base import Engine, LoadReceipt, Proof
 from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.errors import ConfigError
-from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
-from lora_grpo.types import Group, Prompt
+from lora_grpo.trainer.steering import answer_requests
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -116,14 +115,10 @@ class Elsewhere:
     def loaded(self) -> tuple[AdapterVersion, ...]:
         return ()
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
-        raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to sample here")
+    def _not_here(self, *_: Any, **__: Any) -> Any:
+        raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to sample or compute here")
 
-    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
-        raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to compute here")
-
-    def describe_base(self) -> BaseDescription:
-        raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to compare bases")
+    generate = logprobs = describe_base = _not_here
 
     def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
         return []

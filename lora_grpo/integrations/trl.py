@@ -23,7 +23,7 @@ from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, generation_by
 from lora_grpo.integrations.trl_rollouts import NativeRollouts
-from lora_grpo.integrations.trl_settings import Given, check_arguments, check_reference, check_types
+from lora_grpo.integrations.trl_settings import check_arguments, check_reference, check_types, sampling_of, vllm_args
 from lora_grpo.metrics import check_folder
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
@@ -77,8 +77,8 @@ class NativeGRPOTrainer(HookedTrainer):
         folder = Path(run_dir or Path(args.output_dir) / "native")
 
         def build(**keywords: Any) -> Backend:
-            given = Given(keywords["model"], keywords, said["revision"], args.seed, self.eos_token_ids)
-            sampling = given.sampling()
+            given = {**keywords, "revision": said["revision"]}
+            sampling = sampling_of(given, args.seed, self.eos_token_ids)
             engine, sync = _assemble(self._closing, given, engine_args or {}, keep or KeepConfig(), folder, store_root)
             self.native = self.rollouts = NativeRollouts(engine, sync, sampling, args.per_device_train_batch_size)
             return Backend(self, self.native)
@@ -110,29 +110,30 @@ class NativeGRPOTrainer(HookedTrainer):
 
 def _assemble(
     closing: ExitStack,
-    given: Given,
+    given: Mapping[str, Any],
     engine_args: Mapping[str, Any],
     keep: KeepConfig,
     run_dir: Path,
     store_root: str | Path | None,
 ) -> tuple[VLLMEngine, NativeSync]:
     """Engine and sync of a trainer; what cannot be served is refused before the engine starts."""
-    if not hasattr(given.model, "peft_config"):
+    model = given["model"]
+    if not hasattr(model, "peft_config"):
         raise ConfigError(
             "full fine-tuning has no adapter to swap: pass peft_config=LoraConfig(...), or use trl.GRPOTrainer"
         )
-    modules = check_servable(given.model, active_adapter(given.model))
+    modules = check_servable(model, active_adapter(model))
     # Each wrapped layer costs decoding time, whether an adapter uses it or not.
     adapted = {module.path.rsplit(".", 1)[-1] for module in modules}
     rank = max(module.a_RI.shape[0] for module in modules)
-    keywords = given.engine_args(rank, {"target_modules": sorted(adapted), **engine_args})
+    keywords = vllm_args(given, rank, {"target_modules": sorted(adapted), **engine_args})
     check_folder(run_dir)
     store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
     closing.callback(store.close)
     engine = VLLMEngine(keywords.pop("model"), **keywords)
     closing.callback(engine.close)
-    check_same_device(given.model, engine)
-    tokenizer = given.keywords["processing_class"]
-    sync = NativeSync(given.model, engine, store, keep_state=keeps_state(keep), tokenizer=tokenizer)
+    check_same_device(model, engine)
+    tokenizer = given["processing_class"]
+    sync = NativeSync(model, engine, store, keep_state=keeps_state(keep), tokenizer=tokenizer)
     closing.callback(sync.close)
     return engine, sync

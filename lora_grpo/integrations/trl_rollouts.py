@@ -17,9 +17,9 @@ from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo.reach import Reach
-from lora_grpo.integrations.own_loop import answer_requests
 from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.sync import NativeSync
+from lora_grpo.trainer.steering import answer_requests
 from lora_grpo.types import Completion, Sampling, derive_seed
 
 CANARY_EVERY = 10
@@ -135,8 +135,7 @@ class NativeRollouts(TrainerCallback):
             if count:
                 found[prefix + name] = total / count
         self.store.record(number, **found)
-        receipt = self.sync.last_receipt
-        timings = {f"sync/{phase}_s": seconds for phase, seconds in receipt.seconds.items()} if receipt else {}
+        timings = self.sync.last_receipt.metrics if self.sync.last_receipt else {}
         return {"version": float(number), **timings, BACKLOG: float(self.store.archive_backlog_bytes)}
 
     def _canary(self, groups: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lora_grpo.types import Sampling
 
 _SAMPLED_WITH = tuple(field.name for field in fields(Sampling) if field.name not in ("n", "first_prompt"))
 """What `generation_kwargs` may override: the fields of `Sampling`, which mean what vLLM's mean."""
+_OF_VLLM = ("revision", "gpu_memory_utilization", "max_num_seqs", "model_impl", "trust_remote_code")
 
 
 def check_arguments(args: Any, peft_config: Any) -> None:
@@ -157,56 +158,43 @@ def _as_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What TRL's trainer would have given its own vLLM, as its keywords were when it was built.
+def sampling_of(given: Mapping[str, Any], seed: int, end_tokens: Sequence[int]) -> Sampling:
+    """How every completion is sampled, but for the seed of the call; `given` is what TRL gives its own vLLM.
 
     `end_tokens` are the ids at which TRL takes a completion to have ended: its tokenizer's, and those of the model's
     generation config.
     """
+    fields = {
+        "max_tokens": given["max_completion_length"],
+        "temperature": given["temperature"],
+        "top_p": given["top_p"],
+        "top_k": given["top_k"],
+        "min_p": given["min_p"] or 0.0,
+        "seed": seed,
+        **(given["generation_kwargs"] or {}),
+    }
+    fields = _as_tuples(fields)
+    if not fields.get("ignore_eos"):
+        fields["stop_token_ids"] = (*fields.get("stop_token_ids", ()), *end_tokens)
+    return Sampling(**fields)
 
-    model: Any
-    keywords: Mapping[str, Any]
-    revision: str | None
-    seed: int
-    end_tokens: Sequence[int] = ()
 
-    def sampling(self) -> Sampling:
-        """How every completion is sampled, but for the seed of the call."""
-        given = self.keywords
-        fields = {
-            "max_tokens": given["max_completion_length"],
-            "temperature": given["temperature"],
-            "top_p": given["top_p"],
-            "top_k": given["top_k"],
-            "min_p": given["min_p"] or 0.0,
-            "seed": self.seed,
-            **(given["generation_kwargs"] or {}),
-        }
-        fields = _as_tuples(fields)
-        if not fields.get("ignore_eos"):
-            fields["stop_token_ids"] = (*fields.get("stop_token_ids", ()), *self.end_tokens)
-        return Sampling(**fields)
-
-    def engine_args(self, rank: int, others: Mapping[str, Any]) -> dict[str, Any]:
-        """Keywords of `VLLMEngine`; `others` are the user's own and may not repeat what TRL's arguments say."""
-        checkpoint = getattr(self.model, "name_or_path", "")
-        if not checkpoint:
-            raise ConfigError(
-                "the model does not know its checkpoint, which vLLM loads too; pass the trainer its name or directory"
-            )
-        said = {
-            "model": checkpoint,
-            "revision": self.revision,
-            "gpu_memory_utilization": self.keywords["gpu_memory_utilization"],
-            "max_model_len": self.keywords["max_model_length"],
-            "max_num_seqs": self.keywords["max_num_seqs"],
-            "model_impl": self.keywords["model_impl"],
-            "trust_remote_code": self.keywords["trust_remote_code"],
-            "quantization": "nf4" if scheme_of(self.model.config) == "nf4" else None,
-        }
-        if twice := sorted(said.keys() & others.keys()):
-            raise ConfigError(f"engine_args: {twice[0]} is said by trl.GRPOConfig already; set it there")
-        # vLLM's CPU backend compiles for a minute when not eager, and gains little by it.
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
-        return {"max_lora_rank": rank, "max_num_batched_tokens": 4096, "enforce_eager": on_cpu, **said, **others}
+def vllm_args(given: Mapping[str, Any], rank: int, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `VLLMEngine`; `others` are the user's own and may not repeat what TRL's arguments say."""
+    model = given["model"]
+    checkpoint = getattr(model, "name_or_path", "")
+    if not checkpoint:
+        raise ConfigError(
+            "the model does not know its checkpoint, which vLLM loads too; pass the trainer its name or directory"
+        )
+    said = {
+        "model": checkpoint,
+        "max_model_len": given["max_model_length"],
+        "quantization": "nf4" if scheme_of(model.config) == "nf4" else None,
+        **{name: given[name] for name in _OF_VLLM},
+    }
+    if twice := sorted(said.keys() & others.keys()):
+        raise ConfigError(f"engine_args: {twice[0]} is said by trl.GRPOConfig already; set it there")
+    # vLLM's CPU backend compiles for a minute when not eager, and gains little by it.
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return {"max_lora_rank": rank, "max_num_batched_tokens": 4096, "enforce_eager": on_cpu, **said, **others}

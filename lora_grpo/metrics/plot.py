@@ -72,13 +72,10 @@ def plot_run(run_dir: str | Path) -> Path:
 
 def _figure(width: float, height: float) -> Figure:
     """Of its own, without pyplot: no global state, and no window system asked for."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
 
 
 def _style(axes: Axes, title: str) -> None:

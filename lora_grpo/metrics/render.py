@@ -1,4 +1,7 @@
-"""What the terminal shows of a run: the state, and pure functions from it to rich renderables and plain lines."""
+"""What the terminal shows of a run: live, or where there is none one plain line a step. All of it goes to stderr.
+
+Pure functions make rich renderables and plain lines of the state.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from lora_grpo.metrics.quiet import own_stderr
 
 GAP = "sampling/sampling_logp_difference/mean"
 SIGNAL = "frac_groups_used"
@@ -23,6 +29,7 @@ PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "publish":
 VERDICTS = {"ok": "green", "inconclusive": "yellow", "failed": "bold red"}
 RECENT_STEPS = 20
 SPARKS = "▁▂▃▄▅▆▇█"
+PLAIN_WIDTH = 120
 
 
 @dataclass
@@ -56,6 +63,60 @@ class ViewState:
         if not self.step_times_s:
             return None
         return sum(self.step_times_s) / len(self.step_times_s) * max(0, self.total_steps - self.step)
+
+
+class LiveView:
+    """Shows one run, or nothing. By default `stream` is a duplicate of stderr, which capturing stderr spares."""
+
+    def __init__(self, run_dir: Path, total_steps: int, stream: TextIO | None = None, *, shown: bool = True) -> None:
+        self.state = ViewState(run_dir, total_steps)
+        self._stream = stream or own_stderr()
+        self._owned = stream is None
+        terminal = shown and self._stream.isatty()
+        width = None if terminal else PLAIN_WIDTH
+        self.console = Console(file=self._stream, soft_wrap=False, width=width, quiet=not shown)
+        live = Live(get_renderable=lambda: panel(self.state), console=self.console, refresh_per_second=4)
+        self._live = live if terminal else None
+
+    def start(self, info: Mapping[str, Any], step: int = 0) -> None:
+        self.state.step = step
+        self.state.title = str(info.get("model", ""))
+        if self._live:
+            self._live.start()
+        else:
+            state = self.state
+            self.message(f"{state.run_dir}: steps {step + 1} to {state.total_steps}  {state.title}".rstrip())
+
+    def phase(self, name: str) -> None:
+        self.state.phase = name
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.state.hear_step(step, metrics)
+        if not self._live:
+            self.message(plain_step(self.state))
+
+    def evaluation(self, step: int, version: int | None, metrics: Mapping[str, Any]) -> None:
+        self.state.evaluations.append((step, version, dict(metrics)))
+        if not self._live:
+            self.message(plain_evaluation(step, version, metrics))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.console.print(table(rows, f"samples of step {step}", long=("prompt", "completion")))
+
+    def rollback(self, step: int, text: str) -> None:
+        self.state.step = step
+        self.message(text)
+
+    def close(self) -> None:
+        """Leaves the last state of the panel on the terminal; a second call does nothing."""
+        if self._live:
+            self._live.stop()
+        if self._owned and not self._stream.closed:
+            self._stream.close()
+
+    def message(self, line: str) -> None:
+        # Plain text of any length stays one line: no markup, no wrapping.
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def headline(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
@@ -106,16 +167,16 @@ def plain_evaluation(step: int, version: int | None, metrics: Mapping[str, Any])
     return f"held-out after step {step}, {_version(version)}: {shown}"
 
 
-def samples_table(step: int, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """A few completions with their rewards."""
+def table(rows: Sequence[Mapping[str, Any]], title: str, long: Sequence[str] = ()) -> Table:
+    """Rows with a column for everything that a row has; those that are `long` share the width, and are cut."""
     names = dict.fromkeys(name for row in rows for name in row)
-    table = Table(title=Text(f"samples of step {step}"), title_justify="left", show_lines=True, expand=True)
+    made = Table(title=Text(title), title_justify="left", show_lines=bool(long), expand=bool(long))
     for name in names:
-        long = name in ("prompt", "completion")
-        table.add_column(name, ratio=1 if long else None, justify="left" if long else "right")
+        numeric = any(isinstance(row.get(name), int | float) for row in rows)
+        made.add_column(name, ratio=1 if name in long else None, justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*(Text(_cell(row.get(name))) for name in names))
-    return table
+        made.add_row(*(Text(_shortened(row.get(name)) if name in long else number(row.get(name))) for name in names))
+    return made
 
 
 def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -137,13 +198,15 @@ def sparkline(values: Sequence[float], width: int = 32) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`seconds` as 8s, 1m20s or 2h05m."""
-    whole = round(seconds)
+    """`seconds` as 8s, 1m20s, 2h05m or 3d04h."""
+    whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 def number(value: Any) -> str:
@@ -221,9 +284,9 @@ def _version(version: int | None) -> str:
     return "base" if version is None else f"v{version}"
 
 
-def _cell(value: Any, width: int = 400) -> str:
-    """Text as it is, of a chat the last message, numbers short."""
+def _shortened(value: Any, width: int = 400) -> str:
+    """Text as it is, of a chat the last message."""
     if isinstance(value, list | tuple) and value and isinstance(value[-1], Mapping):
-        value = str(value[-1].get("content"))
-    text = value if isinstance(value, str) else number(value)
+        value = value[-1].get("content")
+    text = str(value)
     return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -1,7 +1,8 @@
-"""One object that a trainer tells what happened, and that tells the log, the terminal and the trackers."""
+"""One object that a trainer tells what happened, and that tells the log, the terminal and accelerate's trackers."""
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,8 +13,7 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import METRICS_FILE, RunLog
 from lora_grpo.metrics.plot import PLOT_FILE
 from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output, quiet_libraries
-from lora_grpo.metrics.trackers import check_trackers, started_trackers
-from lora_grpo.metrics.view import LiveView
+from lora_grpo.metrics.render import LiveView
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -36,7 +36,7 @@ class Reporter:
         quiet: bool = True,
     ) -> None:
         self.run_dir = Path(run_dir)
-        check_trackers(trackers)
+        _check_trackers(trackers)
         check_folder(self.run_dir)
         self._open = ExitStack()
         if not self.run_dir.exists():
@@ -53,7 +53,7 @@ class Reporter:
     def start(self, info: Mapping[str, Any], step: int = 0) -> None:
         """The run begins, or goes on after `step`. `info` is what it runs with; `info["model"]` is shown."""
         self._log.append("start", step=step, info=info)
-        self._trackers = started_trackers(self._tracker_names, self.run_dir, info)
+        self._trackers = _started_trackers(self._tracker_names, self.run_dir, info)
         for tracker in self._trackers:
             self._open.callback(tracker.finish)
         self._view.start(info, step)
@@ -130,3 +130,48 @@ def check_folder(run_dir: Path) -> None:
     for path in (run_dir / name for name in (METRICS_FILE, SAMPLES_FILE, ENGINE_LOG, PLOT_FILE)):
         if os.path.lexists(path) and not path.is_file():
             raise ConfigError(f"{path} should be a regular file, and is none; remove it")
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Raises `ConfigError` for an unknown name, or one that is not installed."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            near = difflib.get_close_matches(name, list(LOGGER_TYPE_TO_CLASS), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            raise ConfigError(f"report_to: unknown tracker {name!r}; {hint}")
+        if name not in installed:
+            raise ConfigError(f"report_to: {name!r} is not installed; pip install {name}, or leave it out")
+
+
+def _started_trackers(names: Sequence[str], run_dir: Path, info: Mapping[str, Any]) -> list[Any]:
+    """accelerate's trackers of these names, such as 'tensorboard' or 'wandb', in the main process alone."""
+    if not names:
+        return []
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's trackers ask it whether this is the main process
+    settings = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in flat(info)}
+    trackers = []
+    for name in dict.fromkeys(names):
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        where = {"logging_dir": str(run_dir)} if kind.requires_logging_directory else {}
+        tracker = kind(name if where else run_dir.name, **where)
+        tracker.start()
+        tracker.store_init_configuration(settings)
+        trackers.append(tracker)
+    return trackers
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,8 +1,7 @@
 """Reward functions: TRL's signature, some ready-made ones, and the room that calls them."""
 
 from lora_grpo.rewards.call import Patience, RewardContext, RewardFunction
-from lora_grpo.rewards.loading import load_reward
-from lora_grpo.rewards.ready import completion_text, exact, format, numeric, regex
+from lora_grpo.rewards.ready import completion_text, exact, format, load_reward, numeric, regex
 from lora_grpo.rewards.scoring import check_columns, reward_names, score
 
 __all__ = [

@@ -25,8 +25,10 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer.crew import Crew, CrewEngine, Unheard, launched
+from lora_grpo.trainer.crew import Crew, CrewEngine, Parts, Unheard, launched
+from lora_grpo.trainer.memory import Plan, checkpoints, plan
 from lora_grpo.trainer.models import (
+    Shared,
     Sharing,
     build_engine,
     build_policy_model,
@@ -34,10 +36,7 @@ from lora_grpo.trainer.models import (
     default_device,
     shared_base,
 )
-from lora_grpo.trainer.parts import Parts
-from lora_grpo.trainer.planning import Plan, checkpoints, plan
 from lora_grpo.trainer.preflight import Preflight
-from lora_grpo.trainer.shared import Shared
 
 if TYPE_CHECKING:
     from lora_grpo.remote.server import StoreServer

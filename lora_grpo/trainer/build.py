@@ -11,12 +11,12 @@ from lora_grpo.adapters.files.layout import Identity
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import LoraSettings, RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
-from lora_grpo.data import load_data
+from lora_grpo.data import PromptDataset, load_data
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics import check_folder
-from lora_grpo.rewards import load_reward
+from lora_grpo.rewards import RewardFunction, load_reward
 from lora_grpo.trainer.assembly import refuse_live
 from lora_grpo.trainer.crew import launched
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
@@ -45,10 +45,17 @@ def member_spec(config: RunConfig, *, resume: bool = False) -> MemberSpec:
 
 
 def _spec(config: RunConfig) -> MemberSpec:
-    train, held_out = load_data(config.data)
+    return spec_of(config, [load_reward(reward) for reward in config.rewards], load_data(config.data))
+
+
+def spec_of(
+    config: RunConfig, rewards: list[RewardFunction], data: tuple[PromptDataset, PromptDataset | None]
+) -> MemberSpec:
+    """A run of a file, whose rewards and data are loaded."""
+    train, held_out = data
     return MemberSpec(
         config.output_dir,
-        [load_reward(reward) for reward in config.rewards],
+        rewards,
         effective_grpo(config),
         train,
         eval_dataset=held_out,

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -23,12 +23,10 @@ from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_rewa
 from lora_grpo.rewards.call import TrainerState
 from lora_grpo.trainer.activations import largest_batch
 from lora_grpo.trainer.assembly import with_room
-from lora_grpo.trainer.build import check_place, effective_grpo, lora_config
+from lora_grpo.trainer.build import check_place, effective_grpo, lora_config, spec_of
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
-from lora_grpo.trainer.guards import build_guard
-from lora_grpo.trainer.memory import available_memory, mib
+from lora_grpo.trainer.memory import Plan, available_memory, mib, plan
 from lora_grpo.trainer.models import adapted_modules, default_device, shared_base
-from lora_grpo.trainer.planning import Plan, plan
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.types import Completion, Group, Sampling
@@ -37,6 +35,7 @@ SWAPS = 3
 SWAP_TOKENS = 8
 STAND_IN = "This is a stand-in for a completion."
 Part: TypeAlias = tuple[str, Callable[[], str]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,14 @@ def _findings(parts: Iterable[Part]) -> Iterator[Finding]:
             told.add(str(error))
 
 
+def _or_none(look: Callable[[], T]) -> T | None:
+    """What there is; what is wrong with it is told by its own part."""
+    try:
+        return look()
+    except LoraGrpoError:
+        return None
+
+
 class _Run:
     """A run as its settings describe it; each thing is made when it is first asked for."""
 
@@ -97,20 +104,21 @@ class _Run:
             yield "data", lambda: "; ".join(map(_columns, filter(None, self.data)))
         yield "base and adapter", self._adapter
         yield "vLLM", self._served
-        for name, size_bytes in self.plan.memory.parts().items() if self._fits() else ():
+        planned = _or_none(lambda: self.plan)
+        for name, size_bytes in planned.memory.parts().items() if planned else ():
             yield f"memory: {name}", partial(mib, size_bytes)
         yield "memory", self._memory
         if not self.base_alone:
-            yield from self._preflight_parts()
+            yield "steps", lambda: self._preflight.check_steps()
+            yield "rewards", lambda: self._preflight.check_rewards()
+            if planned:  # a base that cannot be read has no tokenizer either
+                yield "prompts", lambda: self._preflight.check_prompts(self._preflight.known_room)
 
     def reward_calls(self) -> Iterator[Part]:
         """Each function alone, so that one that fails hides no other."""
-        try:
-            functions, (data, _) = self.functions, self.data
-        except LoraGrpoError:
-            return
-        for name, function in zip(reward_names(functions), functions, strict=True):
-            yield f"reward {name}", partial(call_once, function, data, self.grpo)
+        if _or_none(lambda: self.functions and self.data):
+            for name, function in zip(reward_names(self.functions), self.functions, strict=True):
+                yield f"reward {name}", partial(call_once, function, self.data[0], self.grpo)
 
     def start(self, opened: ExitStack) -> str:
         """The run's trainer, in folders that go when `opened` closes."""
@@ -145,22 +153,14 @@ class _Run:
 
     @cached_property
     def plan(self) -> Plan:
-        config: EngineConfig = with_room(self.config.engine, self.config.grpo.max_staleness)
-        try:
-            batch = self._preflight.largest_batch
-        except LoraGrpoError:  # which its own part tells of
-            batch = largest_batch(self.grpo, 0, default_device())
+        config: EngineConfig = with_room(self.config.engine, self.grpo.max_staleness)
+        batch = _or_none(lambda: self._preflight.largest_batch) or largest_batch(self.grpo, 0, default_device())
         peft_config = lora_config(self.config.lora)
         return plan(self.config.model, peft_config, config, False, batch, self.grpo.gradient_checkpointing)
 
     @cached_property
     def spec(self) -> MemberSpec:
-        config, (train, held_out) = self.config, self.data
-        peft_config, guard = lora_config(config.lora), build_guard(config.guard)
-        return MemberSpec(
-            config.output_dir, self.functions, self.grpo, train,
-            eval_dataset=held_out, peft_config=peft_config, guard=guard,
-        )  # fmt: skip
+        return replace(spec_of(self.config, self.functions, self.data), config=self.grpo)
 
     @cached_property
     def _preflight(self) -> Preflight:
@@ -168,26 +168,9 @@ class _Run:
 
     @property
     def grpo(self) -> GRPOConfig:
-        if self.base_alone:
-            # Its completions are those of the swaps alone, and every engine has room for them.
-            return self.config.grpo.replace(max_completion_length=SWAP_TOKENS)
-        return effective_grpo(self.config)
-
-    def _preflight_parts(self) -> Iterator[Part]:
-        try:
-            before = self._preflight
-        except LoraGrpoError:
-            return
-        for what, look in before.parts():
-            # A base that cannot be read has no tokenizer either.
-            if what != "prompts" or self._fits():
-                yield what, look
-
-    def _fits(self) -> bool:
-        try:
-            return bool(self.plan)
-        except LoraGrpoError:
-            return False
+        """Of a base alone, completions are those of the swaps, for which every engine has room."""
+        config = effective_grpo(self.config)
+        return config.replace(max_completion_length=SWAP_TOKENS) if self.base_alone else config
 
     def _adapter(self) -> str:
         modules = adapted_modules(self.config.model, lora_config(self.config.lora))
@@ -220,7 +203,9 @@ class _Run:
         planned = self.plan
         twice = "; activations are computed twice (gradient_checkpointing)" if planned.checkpointing else ""
         unknown = " without activations, which cannot be told," if planned.memory.activations_bytes is None else ""
-        return f"{mib(planned.memory.total_bytes)}{unknown} of {_free()}{twice}"
+        device = default_device()
+        free = f"{mib(available_memory(device))} free on {device}"
+        return f"{mib(planned.memory.total_bytes)}{unknown} of {free}{twice}"
 
     def _swap(self, number: int) -> str:
         """Another adapter is published, proven, sampled from, and its completions are compared with the trainer's."""
@@ -267,8 +252,3 @@ def _no_reward(completions: Sequence[Any], **columns: Any) -> list[None]:
 def _columns(data: PromptDataset) -> str:
     others = ", ".join(data.column_names) or "none"
     return f"{data.label}: {len(data):,} rows, other columns: {others}"
-
-
-def _free() -> str:
-    device = default_device()
-    return f"{mib(available_memory(device))} free on {device}"

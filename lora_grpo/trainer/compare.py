@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_grpo.adapters.asking.target import Target
+from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import load_prompts
 from lora_grpo.engines.base import Engine
@@ -17,8 +20,8 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.advantages import weighted_rewards
 from lora_grpo.rewards import RewardFunction, check_columns, load_reward, score
 from lora_grpo.trainer.build import effective_grpo
-from lora_grpo.trainer.replay import borrowing, replaying, run_config
-from lora_grpo.types import Completion, Group, Prompt, Sampling
+from lora_grpo.trainer.replay import replaying, run_config
+from lora_grpo.types import Group, Prompt, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Answer:
     under both versions, nats at temperature 1."""
 
     prompt: Prompt
-    version: int
+    version: int | None
     text: str
     reward: float | None
     tokens: int
@@ -48,72 +51,18 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`reward` and `tokens` of the answers; `logp_first_answers`: how the versions score, in nats a token, what the
-    first one said, `logp_second_answers` what the second one said. Their differences estimate -KL(first | second) and
-    KL(second | first) a token.
+    """Of versions number `first` and `second`: `reward` and `tokens` of the answers; `logp_first_answers`: how the
+    versions score, in nats a token, what the first one said, `logp_second_answers` what the second one said. Their
+    differences estimate -KL(first | second) and KL(second | first) a token.
     """
 
-    first: AdapterVersion
-    second: AdapterVersion
+    first: int
+    second: int
     reward: Difference | None
     tokens: Difference
     logp_first_answers: Difference
     logp_second_answers: Difference
     answers: tuple[Answer, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        names = ("reward", "tokens", "logp_first_answers", "logp_second_answers")
-        return {
-            "first": self.first.number,
-            "second": self.second.number,
-            **{name: None if (value := getattr(self, name)) is None else asdict(value) for name in names},
-            "answers": [asdict(answer) for answer in self.answers],
-        }
-
-
-def compare_versions(
-    engine: Engine,
-    first: AdapterVersion,
-    second: AdapterVersion,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    *,
-    reward_funcs: Sequence[RewardFunction] = (),
-    reward_weights: Sequence[float] | None = None,
-    columns: Mapping[str, Sequence[Any]] | None = None,
-) -> Comparison:
-    """Sample `sampling.n` answers a prompt from each version in one call, and score all of them under both.
-
-    With two slots (`max_loras=2`), the rows share the engine's batches. Versions that are not loaded are loaded and
-    proven first, and stay loaded; servers that a trainer was proven with take them from its `NativeSync` alone.
-    `columns` hold the prompts' columns for the reward functions. Raises `ConfigError`, `DeliveryError` or
-    `EngineError`.
-    """
-    if first == second:
-        raise ConfigError(f"{first} is compared with itself; name two versions")
-    for version in (first, second):
-        engine.load(version)
-    count = len(prompts)
-    if not count:
-        raise ConfigError("there are no prompts to compare on; give at least one")
-    groups = engine.generate([*prompts, *prompts], sampling, adapter=[first] * count + [second] * count)
-    rewards = _rewards(reward_funcs, reward_weights, groups, columns or {})
-    scored = [_scores(engine, groups, version) for version in (first, second)]
-    completions = [(group, completion) for group in groups for completion in group.completions]
-    answers = tuple(
-        _answer(group.prompt, completion, reward, one, two)
-        for (group, completion), reward, one, two in zip(completions, rewards, *scored, strict=True)
-    )
-    half = len(answers) // 2
-    return Comparison(
-        first,
-        second,
-        _paired(*_each(answers, half, "reward"), sampling.n) if reward_funcs else None,
-        _paired(*_each(answers, half, "tokens"), sampling.n),
-        _under_both(answers[:half], sampling.n),
-        _under_both(answers[half:], sampling.n),
-        answers,
-    )
 
 
 def compare_run(
@@ -126,40 +75,53 @@ def compare_run(
     temperature: float | None = None,
     seed: int = 0,
 ) -> Comparison:
-    """`compare_versions` on a stored run, stopped or live, in an engine of its own; `prompts` is a file of prompts.
+    """Sample `samples` answers a prompt from two versions of a stored run, stopped or live, and score all under both.
 
-    The run's reward functions are used where the file has the columns that they need; without those, `reward` is None.
+    The engine is its own, and has two slots, so that both versions' rows share its batches; each is proven first.
+    `prompts` is a file. The run's reward functions are used where it has the columns that they need; without those,
+    `reward` is None. Raises `ConfigError`, `UnknownVersion`, `DeliveryError` or `EngineError`.
     """
     run = Path(run_dir)
     config = run_config(run)
-    data = load_prompts(prompts, prompt_column=config.data.prompt_column, system_prompt=config.data.system_prompt)
+    with AdapterStore(archive=run, readonly=True) as store:
+        pair = [store.get(first), store.get(second)]
+    if pair[0] == pair[1]:
+        raise ConfigError(f"{pair[0]} is compared with itself; name two versions")
     grpo, functions = effective_grpo(config), [load_reward(reward) for reward in config.rewards]
-    data = replace(data, chat_template_kwargs=grpo.chat_template_kwargs)
+    data = load_prompts(prompts, prompt_column=config.data.prompt_column, system_prompt=config.data.system_prompt)
     try:
         check_columns(functions, data.column_names)
     except ConfigError:
         functions = []
+    texts, columns = replace(data, chat_template_kwargs=grpo.chat_template_kwargs).select(range(len(data)))
     sampling = Sampling(
         n=samples,
         max_tokens=grpo.max_completion_length,
         temperature=grpo.temperature if temperature is None else temperature,
         seed=seed,
     )
-    texts, columns = data.select(range(len(data)))
     slots = config.engine.replace(max_loras=max(2, config.engine.max_loras))
-    with borrowing(run) as borrow:
-        one, two = borrow(first), borrow(second)
-        with replaying(run, config.replace(engine=slots)) as engine:
-            return compare_versions(
-                engine,
-                one,
-                two,
-                texts,
-                sampling,
-                reward_funcs=functions,
-                reward_weights=grpo.reward_weights,
-                columns=columns,
-            )
+    with replaying(run, config.replace(engine=slots), pair) as (engine, pair, _):
+        for version in pair:
+            engine.load(version)
+        each = [version for version in pair for _ in texts]
+        groups = engine.generate([*texts, *texts], sampling, adapter=each)
+        scored = [_scores(engine, groups, version) for version in pair]
+    answers = _answers(groups, _rewards(functions, grpo.reward_weights, groups, columns), scored)
+    return _comparison(pair[0], pair[1], answers, samples)
+
+
+def _comparison(first: AdapterVersion, second: AdapterVersion, answers: tuple[Answer, ...], samples: int) -> Comparison:
+    half = len(answers) // 2
+    return Comparison(
+        first.number,
+        second.number,
+        None if answers[0].reward is None else _beside(answers, "reward", samples),
+        _beside(answers, "tokens", samples),
+        _under_both(answers[:half], samples),
+        _under_both(answers[half:], samples),
+        answers,
+    )
 
 
 def _rewards(
@@ -168,14 +130,11 @@ def _rewards(
     groups: Sequence[Group],
     columns: Mapping[str, Sequence[Any]],
 ) -> list[float | None]:
-    rows = sum(len(group.completions) for group in groups)
     if not functions:
-        return [None] * rows
-    import torch
-
+        return [None for group in groups for _ in group.completions]
     doubled = {name: [*values, *values] for name, values in columns.items()}
-    rewards_B = weighted_rewards(torch.tensor(score(functions, groups, doubled), dtype=torch.float64), weights)
-    return [float(reward) for reward in rewards_B]
+    rewards_BF = torch.tensor(score(functions, groups, doubled), dtype=torch.float64)
+    return [float(reward) for reward in weighted_rewards(rewards_BF, weights)]
 
 
 def _scores(engine: Engine, groups: Sequence[Group], version: AdapterVersion) -> list[float]:
@@ -185,15 +144,20 @@ def _scores(engine: Engine, groups: Sequence[Group], version: AdapterVersion) ->
     return [math.fsum(row[len(prompt) - 1 :]) for row, (prompt, _) in zip(logp, rows, strict=True)]
 
 
-def _answer(prompt: Prompt, completion: Completion, reward: float | None, one: float, two: float) -> Answer:
-    if completion.version is None:
-        raise ConfigError("a completion carries no version; the engine must stamp it")
-    return Answer(prompt, completion.version, completion.text, reward, len(completion.token_ids), one, two)
+def _answers(
+    groups: Sequence[Group], rewards: Sequence[float | None], scored: Sequence[Sequence[float]]
+) -> tuple[Answer, ...]:
+    completions = [(group.prompt, completion) for group in groups for completion in group.completions]
+    return tuple(
+        Answer(prompt, done.version, done.text, reward, len(done.token_ids), one, two)
+        for (prompt, done), reward, one, two in zip(completions, rewards, *scored, strict=True)
+    )
 
 
-def _each(answers: Sequence[Answer], half: int, field: str) -> tuple[list[float], list[float]]:
+def _beside(answers: Sequence[Answer], field: str, samples: int) -> Difference:
     values = [float(getattr(answer, field)) for answer in answers]
-    return values[:half], values[half:]
+    half = len(values) // 2
+    return _paired(values[:half], values[half:], samples)
 
 
 def _under_both(answers: Sequence[Answer], samples: int) -> Difference:

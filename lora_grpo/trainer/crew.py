@@ -9,19 +9,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, Engine, LoadReceipt, Samplings
 from lora_grpo.grpo.optimizer import apply_settings
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.policy import Policy
 from lora_grpo.rollback import RollbackReport
-from lora_grpo.trainer.parts import Parts
+from lora_grpo.sync import NativeSync
 from lora_grpo.types import Group, Prompt, derive_seed
 
 if TYPE_CHECKING:
@@ -49,6 +52,20 @@ def launched(timeout_s: float | None = None) -> Accelerator | None:
 
 _joined: list[Accelerator] = []
 """This process's accelerator, once there is one."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one process trains with. With several processes, the first one's `engine` stands for all of theirs.
+
+    `rendering` is that engine, asked in prompts as the trainer's tokenizer renders them.
+    """
+
+    engine: Engine
+    rendering: Engine
+    model: nn.Module
+    policy: Policy
+    sync: NativeSync
 
 
 class Crew:

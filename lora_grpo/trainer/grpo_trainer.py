@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from torch import nn
@@ -29,13 +28,11 @@ from lora_grpo.trainer.assembly import Assembly, untouched_when_stopped
 from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, seed_everything
 from lora_grpo.trainer.evaluation import Evaluation
 from lora_grpo.trainer.guards import Guard
-from lora_grpo.trainer.models import Sharing
+from lora_grpo.trainer.models import Shared, Sharing
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.rollouts import RolloutFunc
-from lora_grpo.trainer.run import Run
-from lora_grpo.trainer.shared import Shared
+from lora_grpo.trainer.run import Run, run_info, summary
 from lora_grpo.trainer.spec import MemberSpec, prompts_of
-from lora_grpo.trainer.summary import run_info, summary
 from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
 
 P = ParamSpec("P")
@@ -234,9 +231,7 @@ class GRPOTrainer(Run):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _begin(self, reporter: Reporter) -> None:

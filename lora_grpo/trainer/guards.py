@@ -14,7 +14,7 @@ from lora_grpo.adapters.asking.target import Target, parse_target
 from lora_grpo.config import GuardConfig
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.trainer.stepping import GAP
+from lora_grpo.metrics.render import GAP
 
 Steps = Sequence[Mapping[str, Any]]
 """Each step's metrics in order, those that a rollback undid left out."""
@@ -131,11 +131,7 @@ class Guard:
     learning_rate_factor: float
 
     def __init__(
-        self,
-        *policies: Policy,
-        to: Target = "best:reward",
-        max_rollbacks: int = 3,
-        learning_rate_factor: float = 1.0,
+        self, *policies: Policy, to: Target = "best:reward", max_rollbacks: int = 3, learning_rate_factor: float = 1.0
     ) -> None:
         if not policies:
             raise ConfigError("a Guard needs at least one policy, such as NonFinite()")
@@ -168,10 +164,7 @@ def build_guard(config: GuardConfig) -> Guard | None:
     if not policies:
         return None
     return Guard(
-        *policies,
-        to=config.to,
-        max_rollbacks=config.max_rollbacks,
-        learning_rate_factor=config.learning_rate_factor,
+        *policies, to=config.to, max_rollbacks=config.max_rollbacks, learning_rate_factor=config.learning_rate_factor
     )
 
 

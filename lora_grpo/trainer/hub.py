@@ -12,8 +12,7 @@ from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import ConfigError
-from lora_grpo.metrics.log import METRICS_FILE, Record, history, read_metrics
-from lora_grpo.metrics.packages import package_versions
+from lora_grpo.metrics.log import Record, package_versions, run_history
 from lora_grpo.metrics.page import changed_settings
 
 MOST_ROWS = 20
@@ -100,7 +99,7 @@ def _card(
     repo: str,
     recorded: Sequence[Mapping[str, Any]],
 ) -> str:
-    records = history(read_metrics(run)) if (run / METRICS_FILE).is_file() else []
+    records = run_history(run)
     info: dict[str, Any] = {}
     for record in records:
         info |= record["info"] if record["event"] == "start" else {}

@@ -17,7 +17,7 @@ from lora_grpo.trainer.evaluation import evaluate as answered
 from lora_grpo.trainer.rollouts import Rollout
 from lora_grpo.trainer.run import Run
 from lora_grpo.trainer.steering import apply_requests
-from lora_grpo.trainer.stepping import Clock, learn, of_the_version, sample_rows, step_metrics, sync_metrics
+from lora_grpo.trainer.stepping import Clock, learn, of_the_version, sample_rows, step_metrics
 
 WARN_EVERY = 10
 """Steps in a row without any signal (every group's rewards equal) after which, and again after as many, a run warns."""
@@ -123,7 +123,7 @@ def _step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
     }
     with clock("publish"):
         publish(run, step, metrics)
-    metrics |= sync_metrics(run.sync.last_receipt) | clock.seconds
+    metrics |= {**(run.sync.last_receipt.metrics if run.sync.last_receipt else {}), **clock.seconds}
     metrics |= {BACKLOG: run.store.archive_backlog_bytes, "step_time": sum(clock.seconds.values())}
     _write_down(run, reporter, metrics)
     if config.log_completions_every and step % config.log_completions_every == 0:

@@ -1,30 +1,55 @@
-"""The two holders of a base model: the vLLM engine, and the trainer's PEFT model on the same device."""
+"""The holders of a base model: the vLLM engine, and on the same device a trainer's PEFT model, or several trainers'."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
 from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules, peft_model_of
-from lora_grpo.adapters.peft_form.quantized import scheme_of
+from lora_grpo.adapters.peft_form.quantized import NF4, Scheme, keep_trainable, scheme_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
-from lora_grpo.engines.local.targets import skeleton
+from lora_grpo.engines.delivery.proving import Proofs
+from lora_grpo.engines.local.targets import checkpoint_config, served_scheme, skeleton
+from lora_grpo.engines.local.text_only import model_class
 from lora_grpo.engines.requests import require_tokenizer
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.sections import nearest_key
-from lora_grpo.trainer.own_base import load_base, quantization_of
 
 ALL_LINEAR = "target_modules='all-linear' is every linear layer of the language model"
 Sharing: TypeAlias = Literal["auto"] | bool
 """Whether trainer and engine hold one copy of the base."""
+_OF_SERVERS = ("on_failure", "concurrency", "timeout_s", "patience_s")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """`base` is a transformers model that nothing trains; each trainer adapts modules of its own on its tensors."""
+
+    engine: Engine
+    base: Any
+    checkpointing: bool = False
+    """Whether activations are computed twice, for trainers whose settings leave it open."""
+    proofs: Proofs = field(default_factory=dict)
+
+    def own_modules(self) -> Any:
+        """A model like the base, whose parameters and buffers are the base's own tensors.
+
+        PEFT puts a trainer's adapter into its modules, so that nothing of one trainer is seen by another: no active
+        adapter, no dropout, no mode.
+        """
+        tensors = [*self.base.parameters(), *self.base.buffers()]
+        # bitsandbytes keeps a weight's scales beside it.
+        states = [getattr(tensor, "quant_state", None) for tensor in tensors]
+        return deepcopy(self.base, {id(one): one for one in [*tensors, *states] if one is not None})
 
 
 def default_device() -> torch.device:
@@ -63,32 +88,43 @@ def build_engine(
         return VLLMServerEngine(
             config.urls,
             model=checkpoint.name,
-            max_loras=config.max_loras,
             adapters="path" if config.store_address is None else "resolver",
-            on_failure=config.on_failure,
-            concurrency=config.concurrency,
-            timeout_s=config.timeout_s,
-            patience_s=config.patience_s,
             trust_remote_code=checkpoint.trust_remote_code,
+            **config.model_dump(include={"max_loras", *_OF_SERVERS}),
         )
     from lora_grpo.engines.vllm_local import VLLMEngine
 
+    sized: EngineConfig = config.replace(max_lora_rank=config.max_lora_rank or rank)
     return VLLMEngine(
         checkpoint.name,
         **checkpoint.loading,
-        max_lora_rank=config.max_lora_rank or rank,
-        max_loras=config.max_loras,
         quantization=checkpoint.quantization,
         target_modules=targets,
         share_base_weights=share_base_weights,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        enforce_eager=config.enforce_eager,
-        enable_prefix_caching=config.enable_prefix_caching,
+        **sized.model_dump(exclude={"urls", "store_address", *_OF_SERVERS}),
     )
+
+
+def quantization_of(model: ModelConfig) -> Scheme | None:
+    """How the weights that a run serves are kept. Raises `ConfigError` where that is not proven."""
+    return served_scheme(model.name, model.quantization, **model.loading)
+
+
+def load_base(model: ModelConfig, device: torch.device | None = None) -> Any:
+    """A transformers model on `device`, else the default one: nf4 as it is, other quantized weights as plain values."""
+    config = checkpoint_config(model.name, **model.loading)
+    dtype = "auto" if model.dtype == "auto" else getattr(torch, model.dtype)
+    own = getattr(config, "quantization_config", None)
+    asked: dict[str, Any] = {}
+    if quantization_of(model) != "nf4" and own is not None:
+        config.quantization_config = {**own, "dequantize": True}
+        asked["config"] = config
+    elif model.quantization == "nf4" and own is None:
+        compute = config.get_text_config().dtype or torch.float32 if dtype == "auto" else dtype
+        asked["quantization_config"] = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=compute)
+    base: Any = model_class(config).from_pretrained(model.name, dtype=dtype, **model.loading, **asked)
+    keep_trainable(base)
+    return base.to(device or default_device())
 
 
 def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: int, base: Any = None) -> nn.Module:
@@ -101,7 +137,7 @@ def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: i
             raise ConfigError("model is a PeftModel already: leave peft_config out, or pass the checkpoint's name")
         return model
     if base is None:
-        base = load_base(model, default_device())
+        base = load_base(model)
     set_seed(seed)
     policy = _with_adapter(base, peft_config, model.name, autocast_adapter_dtype=True, revision=model.revision)
     for module in check_servable(policy, active_adapter(policy)):

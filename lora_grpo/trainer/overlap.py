@@ -18,16 +18,11 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import SamplerState
 from lora_grpo.engines.owned import OwnedEngine
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError
-from lora_grpo.trainer.parts import Parts
+from lora_grpo.trainer.crew import Parts
 from lora_grpo.trainer.rollouts import Rewarded, Rollout, Source
 from lora_grpo.worker import Job, Worker
 
 T = TypeVar("T")
-
-
-def rollouts_of(source: Source, parts: Parts) -> InTurn:
-    """As `config.max_staleness` asks for."""
-    return Ahead(source, parts) if source.config.max_staleness else InTurn(source, parts)
 
 
 class InTurn:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -43,23 +42,14 @@ class Preflight:
     def __post_init__(self) -> None:
         self.config, loaded = self.spec.config, self.spec.loaded()
         self.reward_funcs = reward_functions(self.spec.reward_funcs)
-
-        def rendered_so(data: Any) -> PromptDataset:
-            return replace(data, chat_template_kwargs=self.config.chat_template_kwargs)
-
-        self.train = rendered_so(loaded.train_dataset)
-        self.held_out = None if loaded.eval_dataset is None else rendered_so(loaded.eval_dataset)
-
-    def parts(self) -> Iterator[tuple[str, Callable[[], str]]]:
-        """Every check by name. Each raises a `LoraGrpoError`, or tells what it found."""
-        yield "rewards", self.check_rewards
-        yield "steps", self.check_steps
-        yield "prompts", lambda: self.check_prompts(self.known_room)
+        self.train: PromptDataset = loaded.train_dataset  # type: ignore[assignment]
+        self.held_out: PromptDataset | None = loaded.eval_dataset  # type: ignore[assignment]
 
     def check(self) -> None:
-        """Every part."""
-        for _, part in self.parts():
-            part()
+        """Everything. Each check raises a `LoraGrpoError`, or tells what it found."""
+        self.check_rewards()
+        self.check_steps()
+        self.check_prompts(self.known_room)
 
     def check_rewards(self) -> str:
         """Weights and columns fit the functions."""
@@ -89,10 +79,7 @@ class Preflight:
         `train` and `held_out` are afterwards those rows alone.
         """
         said = []
-        for name in ("train", "held_out"):
-            data, lengths = self._lengths[name]
-            if data is None:
-                continue
+        for name, (data, lengths) in self._lengths.items():
             fitting = self._fitting(data, lengths, max_model_len)
             setattr(self, name, data if len(fitting) == len(data) else data.only(fitting))
             dropped = len(data) - len(fitting)
@@ -107,7 +94,6 @@ class Preflight:
     def largest_batch(self) -> LargestBatch:
         """Of the longest prompt that fits, and the longest completion."""
         data, lengths = self._lengths["train"]
-        assert data is not None
         longest = max(lengths[row] for row in self._fitting(data, lengths, self.known_room))
         return largest_batch(self.config, longest, default_device())
 
@@ -124,12 +110,10 @@ class Preflight:
         return None if self.engine_config.urls else self.engine_config.max_model_len
 
     @cached_property
-    def _lengths(self) -> dict[str, tuple[PromptDataset | None, list[int]]]:
+    def _lengths(self) -> dict[str, tuple[PromptDataset, list[int]]]:
         """The data as they were given, and the tokens of each row's prompt."""
-        return {
-            name: (data, [] if data is None else self._tokens_of(data))
-            for name, data in (("train", self.train), ("held_out", self.held_out))
-        }
+        given = {"train": self.train, "held_out": self.held_out}
+        return {name: (data, self._tokens_of(data)) for name, data in given.items() if data is not None}
 
     def _tokens_of(self, data: PromptDataset) -> list[int]:
         if self.tokenizer is None:

@@ -1,18 +1,23 @@
-"""A run as it stands between two steps: its parts, how far it is, and what was measured so far."""
+"""A run as it stands between two steps: its parts, how far it is, what was measured, and what it says of itself."""
 
 from __future__ import annotations
 
+import math
+import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import PromptSampler
-from lora_grpo.trainer.crew import Crew
+from lora_grpo.metrics.log import package_versions
+from lora_grpo.metrics.render import GAP
+from lora_grpo.trainer.crew import Crew, Parts
 from lora_grpo.trainer.evaluation import Evaluation
-from lora_grpo.trainer.overlap import rollouts_of
-from lora_grpo.trainer.parts import Parts
+from lora_grpo.trainer.overlap import Ahead, InTurn
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.rollouts import Source
 
@@ -36,7 +41,7 @@ class Run:
             made_of.reward_funcs,
             spec.rollout_func,
         )
-        self.rollouts = rollouts_of(self.source, parts)
+        self.rollouts = (Ahead if config.max_staleness else InTurn)(self.source, parts)
         self.steps_done, self.without_signal = 0, 0
         self.history: list[dict[str, Any]] = []
         self.owed: dict[str, Any] | None = None
@@ -61,3 +66,40 @@ class Run:
         """Count on from `step`; what came after it in the history did not happen."""
         self.steps_done, self.without_signal = step, without_signal
         self.history = [metrics for metrics in self.history if metrics["step"] <= step]
+
+
+def run_info(run: Run) -> dict[str, Any]:
+    """What it runs with."""
+    probe, match = run.sync.probe, run.sync.base_match
+    return {
+        "model": getattr(peft_model_of(run.model).base_model.model.config, "_name_or_path", ""),
+        "device": str(run.policy.device),
+        "adapter_mib": round(run.sync.adapter_bytes / 2**20, 3),
+        "store": str(run.store.root),
+        "base_match": None if match is None else str(match),
+        "probe": None if probe is None else asdict(probe),
+        "packages": package_versions(),
+        "config": run.config.model_dump(mode="json"),
+    }
+
+
+def summary(run: Run, seconds: float) -> dict[str, Any]:
+    """What became of it, over the whole run but for `seconds` and the rollouts' counts, which are this process's.
+
+    `reward_*` are the first and the last held-out reward.
+    """
+    evaluations, history = run.evaluations, run.history
+    gaps = [metrics[GAP] for metrics in history if math.isfinite(metrics[GAP])]
+    syncs = [sum(v for name, v in metrics.items() if name.startswith("sync/")) for metrics in history]
+    return {
+        "reward_before": evaluations[0].metrics["reward"] if evaluations else None,
+        "reward_after": evaluations[-1].metrics["reward"] if evaluations else None,
+        "steps": run.steps_done,
+        "seconds": round(seconds, 2),
+        "sync_median_s": round(statistics.median(syncs), 5) if syncs else None,
+        "logprob_gap_mean": statistics.fmean(gaps) if gaps else None,
+        "versions": len(run.store.list()),
+        "rollbacks": run.rollbacks,
+        **run.rollouts.counts(),
+        "run": str(run.run_dir),
+    }

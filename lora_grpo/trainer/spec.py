@@ -50,13 +50,13 @@ class MemberSpec:
         return Path(self.run_dir).name
 
     def loaded(self) -> MemberSpec:
-        """With its data read."""
-        held_out = self.eval_dataset
-        return replace(
-            self,
-            train_dataset=prompts_of(self.train_dataset, "train_dataset"),
-            eval_dataset=None if held_out is None else prompts_of(held_out, "eval_dataset"),
-        )
+        """With its data read, whose chats are rendered as its settings say."""
+
+        def read(data: Any, name: str) -> PromptDataset:
+            return replace(prompts_of(data, name), chat_template_kwargs=self.config.chat_template_kwargs)
+
+        held_out = None if self.eval_dataset is None else read(self.eval_dataset, "eval_dataset")
+        return replace(self, train_dataset=read(self.train_dataset, "train_dataset"), eval_dataset=held_out)
 
 
 def prompts_of(data: Any, name: str) -> PromptDataset:

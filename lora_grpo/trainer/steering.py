@@ -1,4 +1,4 @@
-"""What other processes ask of a run that is going on: done before its next step, answered, and reported."""
+"""What other processes ask of a run that is going on, our trainer's or another loop's: done before its next step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,29 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 from lora_grpo.metrics import Reporter
 from lora_grpo.rollback import RollbackReport
+from lora_grpo.sync import NativeSync
 
 RollBack: TypeAlias = Callable[[Target], RollbackReport]
+
+
+def answer_requests(sync: NativeSync) -> None:
+    """Do what `lora-grpo rollback`, `pin`, `unpin` and `prune` ask of the run that `sync`'s store holds.
+
+    Call it before each step, in every process, where nothing sampled from `HEAD` still waits to be trained on. What
+    came of a request is told to who asked, on stderr and in RUN/metrics.jsonl; one that fails changes nothing.
+
+    >>> for step in range(2):
+    ...     answer_requests(sync)
+    ...     version = sync.push(step=step)
+    """
+
+    def heard(roll_back: RollBack) -> None:
+        run = sync.store.archive
+        if run is not None and sync.store.requests():
+            with Reporter(run, total_steps=0) as reporter:
+                apply_requests(sync.store, roll_back, reporter)
+
+    sync.processes.lead(heard, sync.rollback)
 
 
 def apply_requests(store: AdapterStore, roll_back: RollBack, reporter: Reporter) -> None:
@@ -44,12 +65,9 @@ def _apply(store: AdapterStore, roll_back: RollBack, request: Request) -> dict[s
                 "left": report.left.number,
                 "weights": report.weights,
             }
-        case "pin":
-            store.pin(_argument(request.args, "version"))
-            return {"done": "pinned", "pins": sorted(store.pins)}
-        case "unpin":
-            store.unpin(_argument(request.args, "version"))
-            return {"done": "unpinned", "pins": sorted(store.pins)}
+        case "pin" | "unpin" as verb:
+            getattr(store, verb)(_argument(request.args, "version"))
+            return {"done": f"{verb}ned", "pins": sorted(store.pins)}
         case "prune":
             removed = store.prune()
             return {"done": f"removed {len(removed)} versions from tmpfs", "removed": removed}

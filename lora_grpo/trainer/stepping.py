@@ -18,13 +18,12 @@ from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics import Reporter
+from lora_grpo.metrics.render import GAP
 from lora_grpo.rewards import RewardFunction, reward_names
-from lora_grpo.sync import PushReceipt
-from lora_grpo.trainer.parts import Parts
+from lora_grpo.trainer.crew import Parts
 from lora_grpo.trainer.rollouts import Rewarded
 from lora_grpo.types import Group
 
-GAP = "sampling/sampling_logp_difference/mean"
 OF_THE_VERSION = {"kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_groups_used", GAP}
 CANARY_ROWS = 32
 
@@ -51,9 +50,7 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
     """
     processes = parts.policy.processes
     rows = Batch.from_groups(
-        rewarded.groups,
-        rewarded.advantages_B,
-        mask_truncated_completions=config.mask_truncated_completions,
+        rewarded.groups, rewarded.advantages_B, mask_truncated_completions=config.mask_truncated_completions
     )
     checked: dict[str, Any] = {}
 
@@ -122,11 +119,6 @@ def step_metrics(rewarded: Rewarded, functions: Sequence[RewardFunction], config
         "completions/clipped_ratio": sum(completion.truncated for completion in completions) / len(completions),
         "frac_groups_used": rewarded.used_groups(config.num_generations),
     }
-
-
-def sync_metrics(receipt: PushReceipt | None) -> dict[str, float]:
-    """Seconds of each phase of a step's publishing."""
-    return {f"sync/{phase}_s": seconds for phase, seconds in receipt.seconds.items()} if receipt else {}
 
 
 def of_the_version(metrics: Mapping[str, Any]) -> dict[str, Any]:

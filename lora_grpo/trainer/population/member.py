@@ -14,10 +14,10 @@ from lora_grpo.trainer import loop
 from lora_grpo.trainer.build import keep_settings
 from lora_grpo.trainer.evaluation import Evaluation
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
+from lora_grpo.trainer.models import Shared
 from lora_grpo.trainer.population.generators import Generators
 from lora_grpo.trainer.population.together import hold
 from lora_grpo.trainer.rollouts import Rollout
-from lora_grpo.trainer.shared import Shared
 from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.trainer.steering import apply_requests
 from lora_grpo.trainer.stepping import Clock

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from lora_grpo.config import EngineConfig, ModelConfig
@@ -13,12 +12,10 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics import Reporter
 from lora_grpo.trainer.crew import launched
-from lora_grpo.trainer.models import Sharing, build_engine, check_same_device, default_device, shared_base
-from lora_grpo.trainer.own_base import load_base
+from lora_grpo.trainer.models import Shared, Sharing, build_engine, check_same_device, load_base, shared_base
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.room import Room, Wanted, plan_room
 from lora_grpo.trainer.population.together import sample_together
-from lora_grpo.trainer.shared import Shared
 from lora_grpo.trainer.spec import MemberSpec
 
 
@@ -140,9 +137,7 @@ class Population:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _admit(self, spec: MemberSpec) -> Wanted:
@@ -172,7 +167,7 @@ class Population:
                 self._closing.callback(engine.close)
             base = shared_base(sharing, self._model, engine, reporter.message)
             if base is None:
-                base = load_base(self._model, default_device())
+                base = load_base(self._model)
             check_same_device(base, engine)
         return Shared(engine, base, room.checkpointing)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -16,9 +16,8 @@ from lora_grpo.engines.compat import allowed_rank
 from lora_grpo.engines.local.targets import check_whole, checkpoint_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.trainer.activations import LargestBatch
-from lora_grpo.trainer.memory import MemoryEstimate, available_memory, mib
+from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate, mib
 from lora_grpo.trainer.models import Sharing, adapted_leaves, default_device, expects_one_copy, lora_rank
-from lora_grpo.trainer.planning import estimate
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.spec import MemberSpec
 
@@ -114,13 +113,14 @@ def plan_room(
     # Servers hold as many versions as there are slots: the one that is published beside the others needs a place too.
     slots = max(config.max_loras, at_once + bool(config.urls))
     sized: EngineConfig = config.replace(max_loras=slots, max_lora_rank=rank)
-    leaves = _all_leaves(model, members)
-    one_copy = expects_one_copy(sharing, model, config)
+    adapted = [adapted_leaves(model, member.peft_config) for member in members]
+    leaves = None if None in adapted else sorted({leaf for own in adapted for leaf in own or ()})
+    estimated = _estimates(model, sized if own_engine else None, expects_one_copy(sharing, model, config))
 
     def room(*, twice: bool) -> Room:
-        estimates = _Estimates(model, sized if own_engine else None, one_copy, twice)
-        engine = estimates.of(LoraConfig(r=1, target_modules=leaves or "all-linear"), members[0])
-        each = sorted((estimates.of(member.peft_config, member) for member in members), key=_own_bytes, reverse=True)
+        engine = estimated(LoraConfig(r=1, target_modules=leaves or "all-linear"), members[0], twice)
+        each = [estimated(member.peft_config, member, twice) for member in members]
+        each.sort(key=_own_bytes, reverse=True)
         memory = _together(engine, each[:at_once])
         slot_bytes = engine.adapter_slots_bytes // slots
         fixed_bytes = memory.total_bytes - sum(map(_own_bytes, each[:at_once])) - slot_bytes * at_once
@@ -135,22 +135,20 @@ def plan_room(
     return room(twice=True) if found.fit < at_once and open_ones else found
 
 
-@dataclass
-class _Estimates:
-    """Members' estimates, each worked out once."""
+def _estimates(
+    model: ModelConfig, config: EngineConfig | None, one_copy: bool
+) -> Callable[[Any, Wanted, bool], MemoryEstimate]:
+    """Of an adapter and the member that trains it, `twice` where it leaves that open; each worked out once."""
+    known: dict[Any, MemoryEstimate] = {}
 
-    model: ModelConfig
-    config: EngineConfig | None
-    one_copy: bool
-    twice: bool
-    known: dict[Any, MemoryEstimate] = field(default_factory=dict)
-
-    def of(self, peft_config: Any, member: Wanted) -> MemoryEstimate:
-        twice = self.twice if member.checkpointing is None else member.checkpointing
+    def of(peft_config: Any, member: Wanted, twice: bool) -> MemoryEstimate:
+        twice = twice if member.checkpointing is None else member.checkpointing
         key = (str(peft_config), member.batch, twice)
-        if key not in self.known:
-            self.known[key] = estimate(self.model, peft_config, self.config, member.batch, self.one_copy, twice)
-        return self.known[key]
+        if key not in known:
+            known[key] = estimate(model, peft_config, config, member.batch, one_copy, twice)
+        return known[key]
+
+    return of
 
 
 def _own_bytes(member: MemoryEstimate) -> int:
@@ -165,11 +163,6 @@ def _together(engine: MemoryEstimate, members: Sequence[MemoryEstimate]) -> Memo
         adapter_and_optimizer_bytes=sum(map(_own_bytes, members)),
         activations_bytes=None if None in activations else max(size or 0 for size in activations),
     )
-
-
-def _all_leaves(model: ModelConfig, members: Sequence[Wanted]) -> list[str] | None:
-    each = [adapted_leaves(model, member.peft_config) for member in members]
-    return None if None in each else sorted({leaf for leaves in each for leaf in leaves or ()})
 
 
 def _kv_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:

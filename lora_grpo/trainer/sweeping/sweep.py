@@ -16,8 +16,8 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import save_config, setting, with_settings
 from lora_grpo.engines.base import Engine
-from lora_grpo.metrics import RunLog, history, plot_curves, read_metrics
-from lora_grpo.metrics.log import METRICS_FILE
+from lora_grpo.metrics import RunLog, plot_curves, read_metrics
+from lora_grpo.metrics.log import run_history
 from lora_grpo.trainer.build import member_spec
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
@@ -215,8 +215,7 @@ class Sweep:
             self._past.pop(name, None)
             return member.history, [result.metrics["reward"] for result in member.evaluations]
         if name not in self._past:
-            path = self.plan.directory / name / METRICS_FILE
-            records = history(read_metrics(path)) if path.is_file() else []
+            records = run_history(self.plan.directory / name)
             steps = [record for record in records if record["event"] == "step"]
             self._past[name] = steps, [record["reward"] for record in records if record["event"] == "evaluation"]
         return self._past[name]

@@ -1,0 +1,50 @@
+"""Every public name and its home: type checkers read this, and `__init__.py` does."""
+
+from lora_grpo.adapters.store import AdapterStore as AdapterStore
+from lora_grpo.adapters.upkeep.retention import Retention as Retention
+from lora_grpo.adapters.upkeep.retention import keep_archived as keep_archived
+from lora_grpo.adapters.upkeep.retention import keep_best as keep_best
+from lora_grpo.adapters.upkeep.retention import keep_every as keep_every
+from lora_grpo.adapters.upkeep.retention import keep_latest as keep_latest
+from lora_grpo.adapters.upkeep.retention import keep_trainer_state as keep_trainer_state
+from lora_grpo.adapters.version import AdapterVersion as AdapterVersion
+from lora_grpo.config import EngineConfig as EngineConfig
+from lora_grpo.config import KeepConfig as KeepConfig
+from lora_grpo.config import ModelConfig as ModelConfig
+from lora_grpo.config import RunConfig as RunConfig
+from lora_grpo.engines.base import Engine as Engine
+from lora_grpo.engines.fake import FakeEngine as FakeEngine
+from lora_grpo.engines.server.engine import VLLMServerEngine as VLLMServerEngine
+from lora_grpo.engines.vllm_local import VLLMEngine as VLLMEngine
+from lora_grpo.errors import ConfigError as ConfigError
+from lora_grpo.errors import DeliveryError as DeliveryError
+from lora_grpo.errors import EngineError as EngineError
+from lora_grpo.errors import LoraGrpoError as LoraGrpoError
+from lora_grpo.errors import NoRoom as NoRoom
+from lora_grpo.errors import RewardError as RewardError
+from lora_grpo.errors import StoreCorrupt as StoreCorrupt
+from lora_grpo.errors import StoreError as StoreError
+from lora_grpo.errors import StoreLocked as StoreLocked
+from lora_grpo.errors import TrainingError as TrainingError
+from lora_grpo.errors import UnknownVersion as UnknownVersion
+from lora_grpo.errors import UnsupportedAdapter as UnsupportedAdapter
+from lora_grpo.errors import UnsupportedVersion as UnsupportedVersion
+from lora_grpo.grpo_config import GRPOConfig as GRPOConfig
+from lora_grpo.report import write_report as write_report
+from lora_grpo.sync import NativeSync as NativeSync
+from lora_grpo.trainer.forking import fork as fork
+from lora_grpo.trainer.grpo_trainer import GRPOTrainer as GRPOTrainer
+from lora_grpo.trainer.guards import Guard as Guard
+from lora_grpo.trainer.guards import LogprobGap as LogprobGap
+from lora_grpo.trainer.guards import NonFinite as NonFinite
+from lora_grpo.trainer.guards import ReferenceKL as ReferenceKL
+from lora_grpo.trainer.guards import RewardCollapse as RewardCollapse
+from lora_grpo.trainer.hub import push_to_hub as push_to_hub
+from lora_grpo.trainer.population.population import Population as Population
+from lora_grpo.trainer.spec import MemberSpec as MemberSpec
+from lora_grpo.trainer.steering import answer_requests as answer_requests
+from lora_grpo.types import Completion as Completion
+from lora_grpo.types import Group as Group
+from lora_grpo.types import Sampling as Sampling
+
+__version__: str

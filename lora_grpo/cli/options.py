@@ -1,0 +1,83 @@
+"""What commands have in common: their arguments, a run's store to read, and printing.
+
+Tables and JSON go to stdout, everything said to a person meanwhile to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lora_grpo.adapters.store import AdapterStore
+
+PIPE_WIDTH = 160
+
+VERSION_HELP = "12 or v12, head, parent, best, best:METRIC or best:-METRIC (the lowest)."
+Version = Annotated[str, typer.Argument(metavar="VERSION", help=VERSION_HELP)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of others: grpo.beta=0.1 rewards.0.weight=2"),
+]
+Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help="0 is greedy; default: the run's own.")]
+
+
+def opened(run: Path) -> AdapterStore:
+    """The store of a run, which may be live."""
+    from lora_grpo.adapters.store import AdapterStore
+
+    return AdapterStore(archive=run, readonly=True)
+
+
+def whole_numbers(text: str | None, option: str) -> list[int]:
+    """What an option such as "8,16,64" lists; none where it is not given."""
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise typer.BadParameter(f"{option} {text!r} must be whole numbers, such as 8,16,64")
+    return [int(part) for part in parts]
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on one line; what is not finite becomes null, so that every parser takes it."""
+    from pydantic_core import to_jsonable_python
+
+    typer.echo(json.dumps(to_jsonable_python(document, inf_nan_mode="null", fallback=str), ensure_ascii=False))
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Rows as a table, in every column that a row has."""
+    from rich.console import Console
+
+    from lora_grpo.metrics.render import table
+
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table(rows, title))
+
+
+def tell(document: Any, as_json: bool, said: str | Sequence[Mapping[str, Any]], title: str = "") -> None:
+    """A command's result: the document for a program, for a person a text or the rows of a table."""
+    if as_json:
+        print_json(document)
+    elif isinstance(said, str):
+        typer.echo(said)
+    else:
+        print_table(said, title)
+
+
+def say(text: str) -> None:
+    """A line for the person, on stderr."""
+    typer.echo(text, err=True)
+
+
+def say_error(error: Exception) -> None:
+    """One sentence on stderr, with the notes that were added on the way."""
+    typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
+    typer.echo(str(error), err=True)
+    for note in getattr(error, "__notes__", ()):
+        typer.echo(f"       {note}", err=True)

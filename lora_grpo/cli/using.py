@@ -1,0 +1,193 @@
+"""`lora-grpo diff`, `compare`, `chat`, `export` and `fork`: what stored versions are good for."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_grpo.cli.options import VERSION_HELP, Json, Overrides, Run, Temperature, Version, opened, say, say_error, tell
+from lora_grpo.errors import ConfigError, DeliveryError, StoreError, UnknownVersion
+
+if TYPE_CHECKING:
+    from lora_grpo.trainer.replay import Conversation
+
+A = Annotated[str, typer.Argument(metavar="A", help=f"A version: {VERSION_HELP}")]
+B = Annotated[str, typer.Argument(metavar="B", help="Another one.")]
+COMMANDS = "/version best: another version answers; /new: forget what was said; /quit: end"
+
+
+def diff(run: Run, a: A, b: B, as_json: Json = False) -> None:
+    """How far two versions are apart in what they add to the base, W = B A (scaling included), module by module.
+
+    change is |W_b - W_a| / |W_a| in the Frobenius norm, cosine <W_a, W_b> / (|W_a| |W_b|); 'all' joins all modules.
+    """
+    from lora_grpo.adapters.peft_form.difference import difference
+
+    with opened(run) as store:
+        first, second = store.get(a).number, store.get(b).number
+        total, modules = difference(store.readable(first), store.readable(second))
+    document = {"first": first, "second": second, "all": asdict(total), "modules": [asdict(m) for m in modules]}
+    rows = [
+        {
+            "module": one.module,
+            f"|W| of v{first}": one.first,
+            f"|W| of v{second}": one.second,
+            "change": "from zero" if one.change is None else f"{one.change:.3%}",
+            "cosine": "-" if one.cosine is None else f"{one.cosine:.6f}",
+        }
+        for one in [*modules, total]
+    ]
+    tell(document, as_json, rows, f"v{first} to v{second} of {run}")
+
+
+def compare(
+    run: Run,
+    a: A,
+    b: B,
+    prompts: Annotated[
+        Path,
+        typer.Option("--prompts", "-p", help="A .jsonl, .json, .csv or .parquet file of prompts, as the run's data."),
+    ],
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers a prompt from each version.")] = 1,
+    temperature: Temperature = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Sample two versions on the same prompts in the same engine batch; compare rewards, lengths and log-probs."""
+    from lora_grpo.trainer.compare import compare_run
+
+    result = compare_run(run, a, b, prompts, samples=samples, temperature=temperature, seed=seed)
+    first, second = f"v{result.first}", f"v{result.second}"
+    names = {
+        "reward": "reward",
+        "tokens": "length, tokens",
+        "logp_first_answers": f"log-prob of {first}'s answers, nats a token",
+        "logp_second_answers": f"log-prob of {second}'s answers, nats a token",
+    }
+    rows = [
+        {"": words, first: one.first, second: one.second, "difference": one.difference, "± (s.e.)": one.standard_error}
+        for name, words in names.items()
+        if (one := getattr(result, name)) is not None
+    ]
+    answers = f"{len(result.answers) // 2} answers each"
+    tell(asdict(result), as_json, rows, f"{first} and {second} of {run}, {answers}")
+    if result.reward is None and not as_json:
+        say("no reward: the prompts lack the columns that the run's reward functions need")
+
+
+def chat(
+    run: Run,
+    version: Annotated[str, typer.Argument(metavar="[VERSION]", help=VERSION_HELP)] = "head",
+    temperature: Temperature = None,
+) -> None:
+    """Talk to a version of a run, stopped or live, in the terminal.
+
+    It is loaded and proven first. /version best goes on with another one, /new forgets what was said, /quit ends.
+    Without a chat template, what you type is completed as plain text.
+    """
+    from lora_grpo.trainer.replay import conversing
+
+    with suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its line editing)
+    say("starting an engine ...")
+    with conversing(run, version, temperature) as talk:
+        say(f"{talk.version} is loaded and proven. {COMMANDS}")
+        if not talk.has_template:
+            say("the model has no chat template: each line is completed by itself, as plain text")
+        while (line := _line(talk)) is not None:
+            try:
+                _respond(talk, line)
+            except (ConfigError, DeliveryError, StoreError, UnknownVersion) as error:
+                say_error(error)
+
+
+def _line(talk: Conversation) -> str | None:
+    """What was typed; None for the end of it."""
+    try:
+        line = input(f"v{talk.version.number}> " if talk.version and sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    return None if line == "/quit" else line
+
+
+def _respond(talk: Conversation, line: str) -> None:
+    command, _, argument = line.partition(" ")
+    if command == "/version" and argument:
+        receipt = talk.switch(argument.strip())
+        say(f"{talk.version} is loaded and proven ({receipt.proven_bytes / 2**20:.2f} MiB compared)")
+    elif command == "/new":
+        talk.forget()
+    elif command.startswith("/"):
+        raise ConfigError(f"{line!r} is no command. {COMMANDS}")
+    elif line:
+        for piece in talk.answer(line):
+            typer.echo(piece, nl=False)
+        typer.echo()
+        if talk.cut:
+            say("(cut: it reached the run's max_completion_length)")
+
+
+def export(
+    run: Run,
+    version: Version,
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="A new or empty directory; not needed with --push-to-hub.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload it to the Hugging Face Hub: you/name.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make REPO a private one, if it is made now.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a version as a plain PEFT folder, for PeftModel.from_pretrained, vLLM, or further training.
+
+    It has the adapter's own rank, alpha and targets, so that training on keeps the effective learning rate. The weights
+    are the trainer's own in fp32 where the version's trainer state is kept, else rounded to the engine's dtype.
+    REPO gets the same, the tokenizer and a model card, in one commit; log in with `hf auth login`, or set HF_TOKEN.
+    """
+    if directory is None and push_to_hub is None:
+        raise ConfigError("name the directory to write to, or --push-to-hub REPO")
+    from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
+
+    said: dict[str, Any] = {}
+    with opened(run) as store:
+        found = store.get(version)
+        if directory is not None:
+            weights = export_adapter(store, found, Recipe.read(run), directory)
+            said = {"directory": str(directory), "weights": weights}
+    if push_to_hub is not None:
+        from lora_grpo.trainer import hub
+
+        said["commit"] = hub.push_to_hub(run, found, push_to_hub, private=private)
+    lines = [f"{found} is in {directory}, weights {said['weights']}"] if directory is not None else []
+    lines += [f"{found} is at {said['commit']}"] if push_to_hub is not None else []
+    tell({"version": found.number, **said}, as_json, "\n".join(lines))
+
+
+def fork(
+    run: Run,
+    version: Version,
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The new run's directory.")],
+    overrides: Overrides = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Begin at step 0 from the version's weights, with a new optimizer.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a new run that starts from any version of another: `lora-grpo train NEW --resume` goes on from there.
+
+    It goes on exactly as the run did from that version, or with other settings: optimizer, schedule, random state and
+    data position are the version's. RUN may be live, and stays as it is.
+    """
+    from lora_grpo.trainer.forking import fork as make
+
+    made = make(run, version, new, overrides or (), weights_only=weights_only)
+    document = {"run": str(made.run), "version": made.origin.number, "digest": made.origin.digest, "step": made.step}
+    tell(document | {"from": str(made.source), "weights": made.weights}, as_json, str(made))
+    if not as_json:
+        say(f"go on with: lora-grpo train {new} --resume")
