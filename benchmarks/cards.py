@@ -6,8 +6,9 @@ beside them with a KV cache for one batch of completions. No GPU takes part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -33,14 +34,8 @@ RESERVED_BYTES = 3 << 29
 """For CUDA's own state and for what vLLM's kernels work in."""
 
 
-@dataclass(frozen=True)
-class Way:
-    name: str
-    shared: bool
-    nf4: bool
-
-
-WAYS = (Way("two copies", False, False), Way("one copy, shared", True, False), Way("two copies in nf4", False, True))
+NF4, SHARED = {"scheme": "nf4"}, {"shared_base": True}
+WAYS: dict[str, dict[str, Any]] = {"two copies": {}, "one copy, shared": SHARED, "two copies in nf4": NF4}
 
 
 def main() -> None:
@@ -61,7 +56,7 @@ def main() -> None:
     for name, way in product(MODELS, WAYS):
         needs = [_needed_bytes(name, way, *one) for one in TRIES]
         cells = [f"{need / 2**30:.1f}" for need in needs] + [_fits(needs, gb) for gb in CARDS_GB]
-        print(f"| {name} | {way.name} | " + " | ".join(cells) + " |")
+        print(f"| {name} | {way} | " + " | ".join(cells) + " |")
 
 
 def _fits(needs: list[int], card_gb: int) -> str:
@@ -69,7 +64,7 @@ def _fits(needs: list[int], card_gb: int) -> str:
     return next((answer for answer, need in zip(answers, needs, strict=True) if need <= card_gb * 1e9), "no")
 
 
-def _needed_bytes(name: str, way: Way, batch: LargestBatch, checkpointing: bool) -> int:
+def _needed_bytes(name: str, way: str, batch: LargestBatch, checkpointing: bool) -> int:
     config = AutoConfig.for_model(**MODELS[name])
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
@@ -82,8 +77,7 @@ def _needed_bytes(name: str, way: Way, batch: LargestBatch, checkpointing: bool)
         max_lora_rank=16,
         trainer_dtype=torch.bfloat16,
         engine_dtype=torch.bfloat16,
-        shared_base=way.shared,
-        scheme="nf4" if way.nf4 else None,
+        **WAYS[way],
     )
     head_size = config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * 2

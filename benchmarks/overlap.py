@@ -11,7 +11,6 @@ command, commit, machine (with its cores and threads) and the medians over the t
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from lora_grpo.bench.provenance import provenance
+from lora_grpo.bench.provenance import asked, provenance
 from lora_grpo.config import RunConfig
 from lora_grpo.demo.base import ensure_base
 from lora_grpo.demo.run import demo_config
@@ -39,10 +38,7 @@ WARM_UP_STEPS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--order", default="012210", help="max_staleness of each training, a digit each")
-    parser.add_argument("--steps", type=int, default=30)
-    arguments = parser.parse_args()
+    arguments = asked(__doc__, order="012210", steps=30)
     if not arguments.order.isdigit() or arguments.steps <= WARM_UP_STEPS:
         raise ConfigError(f"--order={arguments.order} must be digits, --steps above {WARM_UP_STEPS}")
     about, rows = provenance("benchmarks/overlap.py"), defaultdict[str, list[dict[str, float]]](list)

@@ -9,14 +9,13 @@ decay that takes the adapter away as fast as it is learned. Scores are held-out 
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.bench.provenance import provenance
+from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.config import DataConfig, EngineConfig, GRPOConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.trainer.sweeping.grid import trials_of
 from lora_grpo.trainer.sweeping.plan import SweepPlan
@@ -24,16 +23,12 @@ from lora_grpo.trainer.sweeping.sweep import Sweep
 from tests.tiny_models import tiny_model
 
 RATES = [f"{10 ** (-5.9 + number * 0.2):.2g}" for number in range(16)]
-PROMPTS = [
-    f"{chr(97 + first)}{chr(97 + second)} is pair {first * 26 + second}: " for first in range(8) for second in range(8)
-]
+PAIRS = [(first, second) for first in range(8) for second in range(8)]
+PROMPTS = [f"{chr(97 + first)}{chr(97 + second)} is pair {first * 26 + second}: " for first, second in PAIRS]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = asked(__doc__, steps=24, out=None)
     about = provenance("-m", "benchmarks.selection")
     with tempfile.TemporaryDirectory(prefix="lora-grpo-selection-") as name:
         folder = Path(name)
@@ -43,28 +38,20 @@ def main() -> None:
         rates = trials_of([f"grpo.learning_rate={','.join(RATES)}"])
         planted = trials_of(["grpo.weight_decay=0,300", "grpo.seed=1,2"])
         third = options.steps // 8
+        evolving = {"evolve_every": third, "perturb": ("grpo.weight_decay",), "share": 0.5}
         plans: dict[str, dict[str, Any]] = {
             "planted collapse": {"trials": planted},
-            "planted collapse, taken over": {
-                "trials": planted,
-                "evolve_every": third,
-                "perturb": ("grpo.weight_decay",),
-                "share": 0.5,
-            },
+            "planted collapse, taken over": {"trials": planted, **evolving},
             "halving": {"trials": rates, "rungs": (third, 2 * third, 4 * third)},
             "grid": {"trials": rates},
         }
         found = {}
         for what, plan in plans.items():
-            settings = settings_of(
-                base, rows, folder / what.replace(" ", "-"), options.steps, letters="planted" in what
-            )
+            kind = "letters" if "planted" in what else "ascii"
+            settings = settings_of(base, rows, folder / what.replace(" ", "-"), options.steps, f"share_of_{kind}")
             found[what] = told(Sweep(SweepPlan(settings, **plan)).run())
             print(what, json.dumps(found[what]), flush=True)
-    result = {**about, "steps": options.steps, "found": found}
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, {**about, "steps": options.steps, "found": found})
 
 
 def share_of_ascii(completions: Sequence[str], **columns: Any) -> list[float]:
@@ -75,13 +62,13 @@ def share_of_letters(completions: Sequence[str], **columns: Any) -> list[float]:
     return [sum(letter.isascii() and letter.isalpha() for letter in text) / max(1, len(text)) for text in completions]
 
 
-def settings_of(base: Path, rows: Path, directory: Path, steps: int, *, letters: bool) -> RunConfig:
+def settings_of(base: Path, rows: Path, directory: Path, steps: int, reward: str) -> RunConfig:
     return RunConfig(
         output_dir=str(directory),
         model=ModelConfig(name=str(base), dtype="float32"),
         lora=LoraSettings(r=8, lora_alpha=16),
         data=DataConfig(train=str(rows), eval=str(rows)),
-        rewards=(RewardConfig(name=f"benchmarks.selection:share_of_{'letters' if letters else 'ascii'}"),),
+        rewards=(RewardConfig(name=f"benchmarks.selection:{reward}"),),
         engine=EngineConfig(max_model_len=64, max_num_seqs=256, enforce_eager=True, dtype="float32"),
         grpo=GRPOConfig(
             total_steps=steps,

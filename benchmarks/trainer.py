@@ -31,16 +31,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig, get_peft_model
 
 HERE = Path(__file__).resolve()
 VOCABULARY = 151_936
+SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {
-    "small": (
-        "qwen2.5-0.5b",
-        {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
-    ),
+    "small": ("qwen2.5-0.5b", SMALL),
     "0.5b-4-layers": ("qwen2.5-0.5b", {"num_hidden_layers": 4}),
     "0.5b": ("qwen2.5-0.5b", {}),
     "7b": ("qwen2.5-7b", {}),
@@ -67,8 +70,7 @@ def main() -> None:
             table.append({"tokens": tokens, "subject": subject, **row})
             print(f"T={tokens:<6}{subject:<16}{_told(row)}", flush=True)
         if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({**_origin(options), "rows": table}, indent=1) + "\n")
+            _write(options, table)
 
 
 def _told(row: dict[str, float]) -> str:
@@ -95,8 +97,6 @@ def _options() -> argparse.Namespace:
 
 def _in_turn(options: argparse.Namespace, subject: str, tokens: int) -> dict[str, float]:
     """In this process; empty where the card's memory does not hold it."""
-    import torch
-
     asked = argparse.Namespace(**{**vars(options), "measure": subject, "tokens": [tokens]})
     try:
         return _measured(asked)
@@ -110,12 +110,7 @@ def _in_turn(options: argparse.Namespace, subject: str, tokens: int) -> dict[str
 
 def _in_a_process(options: argparse.Namespace, subject: str, tokens: int) -> dict[str, float]:
     repository = options.against.resolve() if subject == "against" else HERE.parent.parent
-    sizes = {
-        "tokens": tokens,
-        **{name: getattr(options, name) for name in ("prompt", "rows", "shape", "dtype", "device", "checkpointing")},
-    }
-    command = [sys.executable, str(HERE), "--measure", subject]
-    command += [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, str(HERE), *sys.argv[1:], "--measure", subject, "--tokens", str(tokens)]
     settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     environment = {**settings, **os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -124,30 +119,18 @@ def _in_a_process(options: argparse.Namespace, subject: str, tokens: int) -> dic
 
 
 def _measured(options: argparse.Namespace) -> dict[str, float]:
-    import torch
-
     model = _model(options)
     ids_BL = torch.randint(5, VOCABULARY, (options.rows, options.prompt + options.tokens[0]))
     ids_BL[:, : options.prompt] = ids_BL[0, : options.prompt].clone()
     if options.measure == "estimate":
         return _estimate(model, options)
-    subjects = {
-        "ours": _ours,
-        "padded": _padded,
-        "against": _ours,
-        "canary": _canary,
-        "trl": _trl,
-        "backbone": _backbone,
-        "packed-backbone": _packed_backbone,
-    }
-    step = subjects[options.measure](model, ids_BL, options)
-    return _peak_and_time(step, options.device)
+    ours = {"ours": _ours, "padded": _padded, "against": _ours, "canary": _canary}
+    others = {"trl": _trl, "backbone": _backbone, "packed-backbone": _packed_backbone}
+    return _peak_and_time({**ours, **others}[options.measure](model, ids_BL, options), options.device)
 
 
 def _model(options: argparse.Namespace) -> Any:
     """The same weights for every subject."""
-    import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lora_grpo.bench.shapes import shape_config
@@ -167,8 +150,6 @@ def _model(options: argparse.Namespace) -> Any:
 
 
 def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    import torch
-
     from lora_grpo.grpo import Batch
     from lora_grpo.grpo_config import GRPOConfig
     from lora_grpo.policy import Policy
@@ -193,21 +174,16 @@ def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], 
 
 
 def _padded(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    from unittest.mock import patch
-
     step = _ours(model, ids_BL, options)
     return patch("lora_grpo.grpo.forward.pays", lambda _: False)(step)
 
 
 def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    import torch
     import trl
     from datasets import Dataset
-    from peft import LoraConfig
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<eos>"))
+    from lora_grpo.bench.shapes import byte_tokenizer
+
     args = trl.GRPOConfig(
         tempfile.mkdtemp(),
         per_device_train_batch_size=options.rows,
@@ -222,8 +198,8 @@ def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], A
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=args,
-        train_dataset=Dataset.from_dict({"prompt": ["<eos>"] * options.rows}),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>"),
+        train_dataset=Dataset.from_dict({"prompt": ["1"] * options.rows}),
+        processing_class=byte_tokenizer(),
         peft_config=LoraConfig(r=16, target_modules="all-linear"),
     )
     trainer.current_gradient_accumulation_steps = 1
@@ -250,8 +226,6 @@ def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], A
 
 
 def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    from contextlib import nullcontext
-
     from lora_grpo.canary import take_canary
     from lora_grpo.engines.fake import FakeEngine
     from lora_grpo.types import Completion
@@ -287,8 +261,6 @@ def _backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[
 
 
 def _packed_backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    import torch
-
     from lora_grpo.grpo.packing import in_spans, pack
 
     row = pack(ids_BL.tolist(), [options.prompt] * options.rows)
@@ -306,8 +278,6 @@ def _packed_backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Ca
 
 def _peak_and_time(step: Callable[[], Any], device: str) -> dict[str, float]:
     """Of one step: on a CPU the first, on a GPU the second, without what a first one compiles and keeps."""
-    import torch
-
     if device != "cpu":
         step()
         torch.cuda.synchronize()
@@ -329,16 +299,16 @@ def _status_kib(name: str) -> int:
     return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
 
 
-def _origin(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the figures come from, the other checkout's commit included."""
-    from lora_grpo.bench.provenance import provenance
+def _write(options: argparse.Namespace, table: list[dict[str, Any]]) -> None:
+    """The table, and where it comes from, the other checkout's commit included."""
+    from lora_grpo.bench.provenance import provenance, write_result
 
     origin = provenance("benchmarks/trainer.py", device=options.device) | {"trl": importlib.metadata.version("trl")}
     origin["machine"]["threads"] = int(os.environ.get("OMP_NUM_THREADS", "1"))
     if options.against:
         asked = ["git", "-C", str(options.against), "describe", "--always", "--exclude=*", "--dirty=+"]
         origin["against"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    return origin
+    write_result(options.out, {**origin, "rows": table})
 
 
 if __name__ == "__main__":

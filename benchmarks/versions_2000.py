@@ -2,14 +2,13 @@
 
     python benchmarks/versions_2000.py [--versions 2000] [--mib 1.0]
 
-Each round is a training step's worth of store work: publish, promote, record, archive a trainer state, prune. Prints
-the run in tenths, and as the last line of stdout one JSON object: of publishing and of whole rounds, lines through the
-tenths' medians (a busy disk makes outliers) as changes per 1,000 versions.
+An adapter is of so many MiB. Each round is a training step's worth of store work: publish, promote, record, archive a
+trainer state, prune. Prints the run in tenths, and as the last line of stdout one JSON object: of publishing and of
+whole rounds, lines through the tenths' medians (a busy disk makes outliers) as changes per 1,000 versions.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
@@ -20,8 +19,8 @@ from typing import Any
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_archived, keep_best, keep_latest, keep_trainer_state
-from lora_grpo.bench.endurance import SAMPLES, TENTHS, rows, slopes
-from lora_grpo.bench.levels import on_tmpfs, resident
+from lora_grpo.bench.endurance import SAMPLES, TENTHS, rows, slopes, taken_now
+from lora_grpo.bench.provenance import asked
 from lora_grpo.bench.schema import EnduranceRow
 from lora_grpo.errors import ConfigError
 
@@ -33,10 +32,7 @@ FILL = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--versions", type=int, default=2000)
-    parser.add_argument("--mib", type=float, default=1.0, help="size of an adapter")
-    arguments = parser.parse_args()
+    arguments = asked(__doc__, versions=2000, mib=1.0)
     if arguments.versions < FILL + TENTHS:
         raise ConfigError(f"--versions={arguments.versions} must be at least {FILL + TENTHS}")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as root, tempfile.TemporaryDirectory() as run:
@@ -72,15 +68,14 @@ def measure(root: Path, run: Path, versions: int, size_bytes: int) -> dict[str, 
             # Outside the clock: so that memory shows what is kept, not how far a slow disk is behind.
             store.flush()
             if step >= FILL and (step - FILL) % max(1, versions // (TENTHS * SAMPLES)) == 0:
-                level = {"memory_bytes": resident(), "cuda_bytes": None, "tmpfs_bytes": on_tmpfs([root])}
-                levels.append({"sync": step - FILL, **level})
+                levels.append({"sync": step - FILL, **taken_now("cpu", [root])})
     return {name: _tenths(name, seconds, levels) for name, seconds in (("publish", publish_s), ("round", whole_s))}
 
 
 def _tenths(name: str, seconds: Sequence[float], levels: Sequence[Mapping[str, Any]]) -> list[EnduranceRow]:
     result = {"seconds": seconds[FILL:], "levels": levels}
     labels = {"shape": "store", "rank": 0}
-    return rows({"order": [name], "labels": labels, "rounds": [{"strategy": name, "result": result}]}, None)
+    return rows({"labels": labels, "rounds": [{"strategy": name, "result": result}]}, None)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ is a real vLLM on a tiny model, in this process.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,16 +18,10 @@ from benchmarks.attack import Outcome
 from benchmarks.attack.engine import interrupts, two_threads
 from benchmarks.attack.server import endless_header, idle_connections
 from benchmarks.attack.store import broken_adapters, spoiled_files, stopped_at_calls
+from lora_grpo.bench.provenance import provenance, write_result
 
-ATTACKS = (
-    idle_connections,
-    endless_header,
-    stopped_at_calls,
-    broken_adapters,
-    spoiled_files,
-    two_threads,
-    interrupts,
-)
+ON_THE_STORE = (stopped_at_calls, broken_adapters, spoiled_files)
+ATTACKS = (idle_connections, endless_header, *ON_THE_STORE, two_threads, interrupts)
 
 
 def main() -> int:
@@ -47,11 +40,8 @@ def main() -> int:
             print(_row(outcomes[-1]), flush=True)
             for fault in outcomes[-1].faults[:5]:
                 print(f"    {fault[:200]}", flush=True)
-    if arguments.out:
-        from lora_grpo.bench.provenance import provenance
-
-        made = {**provenance("-m", "benchmarks.attack"), "outcomes": [asdict(outcome) for outcome in outcomes]}
-        arguments.out.write_text(json.dumps(made, indent=1) + "\n")
+    made = {"outcomes": [asdict(outcome) for outcome in outcomes]}
+    write_result(arguments.out, {**provenance("-m", "benchmarks.attack"), **made})
     return int(any(outcome.faults for outcome in outcomes))
 
 

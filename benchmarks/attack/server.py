@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks.attack import FOLDER, Outcome
+from lora_grpo.bench.levels import proc_bytes
 from lora_grpo.errors import LoraGrpoError
 from lora_grpo.remote.client import StoreClient
 
@@ -52,10 +53,7 @@ class Trainer:
 
     def publish(self, text: str) -> str:
         """Its answer: "ok NUMBER", or the error."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(text + "\n")
-        self.process.stdin.flush()
+        print(text, file=self.process.stdin, flush=True)
         return self.process.stdout.readline().strip()
 
     def pull(self, number: int) -> float:
@@ -73,8 +71,7 @@ class Trainer:
 
     @property
     def resident_mib(self) -> float:
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / MIB
+        return proc_bytes(f"{self.process.pid}/status", "VmRSS")[0] / MIB
 
     def connect(self) -> socket.socket:
         address = urlsplit(self.url)
@@ -87,11 +84,9 @@ def trainer(open_files: int = 1024) -> Iterator[Trainer]:
         command = [sys.executable, "-c", TRAINER, root, TOKEN, str(open_files)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
-            assert process.stdout is not None
             url, run = process.stdout.readline().split()
             yield Trainer(process, url, run)
         finally:
-            assert process.stdin is not None
             process.stdin.close()
             process.wait(60)
 

@@ -44,7 +44,8 @@ class Record:
         """Write down what a step came to, with everything that there is of the others."""
         self.done[step.name] = {"step": step.name, "expected_s": step.expected_s, "limit_s": step.limit_s, **done}
         write(self._path(step), self.done[step.name])
-        print(f"{step.name}: {done['state']} after {done['seconds']} s{_why(done)}", flush=True)
+        why = f": {done['why']}" if done.get("why") else ""
+        print(f"{step.name}: {done['state']} after {done['seconds']} s{why}", flush=True)
         self.save()
 
     def save(self) -> None:
@@ -89,7 +90,3 @@ def write(path: Path, content: dict[str, Any]) -> None:
     staged = path.with_name(f"{path.name}.new")
     staged.write_text(json.dumps(content, indent=1))
     os.replace(staged, path)
-
-
-def _why(done: dict[str, Any]) -> str:
-    return f": {done['why']}" if done.get("why") else ""

@@ -14,10 +14,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 DEMO_STEPS = {"cpu": 1, "cuda": 30}
-SHAPES = {
-    "cpu": {"0.5b": "tiny-tied", "7b": "tiny"},
-    "cuda": {"0.5b": "qwen2.5-0.5b", "7b": "qwen2.5-7b"},
-}
+SHAPES = {"cpu": ("tiny-tied", "tiny"), "cuda": ("qwen2.5-0.5b", "qwen2.5-7b")}
 """By device, what is measured; in a dry run two tiny ones, of which one ties its output layer like the 0.5B."""
 SUITES = {
     "tiny": (
@@ -69,7 +66,7 @@ class Step:
 def plan(out: Path, device: str, models: Path) -> list[Step]:
     """In the order of their value: what is slow costs only what stands after it."""
     kind = device.partition(":")[0]
-    small, large = SHAPES[kind].values()
+    small, large = SHAPES[kind]
     demo = [sys.executable, "-m", "lora_grpo", "demo", "--output-dir", str(out / "demo")]
     invariance = [*_script("invariance.py"), "--device", device, "--model", str(models / f"{small}-seed0")]
     steps = [
@@ -99,10 +96,8 @@ def _script(name: str) -> list[str]:
 
 
 def _figures(name: str, expected_s: int, limit_s: int, shape: str, out: Path, device: str, models: Path) -> Step:
-    results, at = (
-        out / "bench" / name,
-        ["--scenario", str(scenario(name, device)), "--shape", shape, "--device", device],
-    )
+    results = out / "bench" / name
+    at = ["--scenario", str(scenario(name, device)), "--shape", shape, "--device", device]
     command = [sys.executable, "-m", "lora_grpo", "bench", "all", *at, "--out", str(results), "--models", str(models)]
     return Step(name, expected_s, limit_s, command, lambda printed: _measured(results / "results.json"), shape)
 
@@ -125,12 +120,8 @@ def _measured(path: Path) -> Any:
     if document is None:
         return None
     tables = ("sync", "truth", "memory", "decode", "rollback")
-    return {
-        "complete": document["complete"],
-        "failures": document["failures"],
-        "notes": document["notes"],
-        **{table: sorted({row["strategy"] for row in document[table]}) for table in tables},
-    }
+    told = {name: document[name] for name in ("complete", "failures", "notes")}
+    return told | {table: sorted({row["strategy"] for row in document[table]}) for table in tables}
 
 
 def _suite(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> Step:

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.bench.host import card
-
 
 def asked(about: str | None, **defaults: Any) -> argparse.Namespace:
     """Options by name, each of its default's type; a type in a default's place makes one that has to be given, None a
@@ -28,6 +26,8 @@ def asked(about: str | None, **defaults: Any) -> argparse.Namespace:
 
 def provenance(*program: str, device: str = "cpu") -> dict[str, Any]:
     """The command as it was given, the commit (with a plus sign where files differ), and the machine as it is now."""
+    from lora_grpo.bench.host import card
+
     machine = card(device)
     commit = machine.pop("commit", "unknown")
     return {"command": shlex.join(["python", *program, *sys.argv[1:]]), "commit": commit, "machine": machine}
