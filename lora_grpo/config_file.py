@@ -118,7 +118,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.toml")], n=1)
         hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
-        raise ConfigError(f"no config file {path}{hint}")
+        raise ConfigError(f"there is no config file or run {path}{hint}")
     try:
         text = path.read_text(encoding="utf-8-sig")
         values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)

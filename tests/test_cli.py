@@ -73,11 +73,11 @@ def test_help_config_explains_every_setting(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "nowhere.toml"], "no config file nowhere.toml"),
+        (["train", "nowhere.toml"], "no config file or run nowhere.toml"),
         (["train", "run.tom"], "did you mean run.toml?"),
         (["train", "run.toml", "grpo.learning_rat=1"], "did you mean 'learning_rate'?"),
         (["train", "run.toml", "grpo.beta=-1"], "run.toml with grpo.beta=-1: grpo.beta: "),
-        (["versions", "nowhere"], "nowhere"),
+        (["versions", "nowhere"], "nowhere: it is no run's directory"),
         (["versions", "nowhere", "--json"], "nowhere"),
     ],
 )

@@ -134,7 +134,7 @@ def test_bad_files_name_file_key_and_fix(config_path, edit, words):
 
 
 def test_a_missing_file_names_the_nearest(config_path):
-    with pytest.raises(ConfigError, match=r"no config file .*runn\.toml; did you mean .*run\.toml\?"):
+    with pytest.raises(ConfigError, match=r"no config file or run .*runn\.toml; did you mean .*run\.toml\?"):
         load_config(config_path.with_name("runn.toml"))
 
 

@@ -196,7 +196,11 @@ def test_view_on_anything_but_a_terminal_is_plain(tmp_path):
     view.start({})
     view.step(1, {"reward": 1.0, "step_time": 1.0, "sampling/sampling_logp_difference/mean": None})
     view.close()
-    assert stream.getvalue().splitlines()[1] == "step 1/2  reward 1.000  eta 1s"
+    view.start({}, step=3)
+    assert stream.getvalue().splitlines()[1:] == [
+        "step 1/2  reward 1.000  eta 1s",
+        f"{tmp_path}: 3 steps are made, of 2; more with a higher grpo.total_steps",
+    ]
 
 
 def test_libraries_and_children_write_to_the_engine_log_only(tmp_path, capfd):

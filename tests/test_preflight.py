@@ -297,6 +297,14 @@ def test_a_model_folder_without_a_tokenizer_is_told_as_that(build: Any, tmp_path
 
 
 @pytest.mark.usefixtures("no_engine")
+def test_a_model_directory_that_is_not_there_is_told_as_that(build: Any) -> None:
+    """Not as a hub name that is misspelt."""
+    for name in ("./nowhere", "~/nowhere"):
+        with pytest.raises(ConfigError, match=rf"model '{name}': there is no directory {Path(name).absolute()}$"):
+            build([{"prompt": "a"}], model=ModelConfig(name=name))
+
+
+@pytest.mark.usefixtures("no_engine")
 def test_a_base_that_was_cut_short_is_told_before_an_engine_starts(build: Any, tmp_path: Path) -> None:
     base = tiny_model("llama", tmp_path / "base")
     weights = base / "model.safetensors"

@@ -254,6 +254,7 @@ def test_sigterm_stops_a_training_as_ctrl_c_does(tmp_path: Path) -> None:
         data=DataConfig(train=str(tmp_path / "prompts.jsonl")),
         rewards=(RewardConfig(name="length"),),
     )
+    settings = str(save_config(config, tmp_path / "settings"))
     program = (
         "import sys, time, types\n"
         "import lora_grpo.trainer\n"
@@ -264,12 +265,13 @@ def test_sigterm_stops_a_training_as_ctrl_c_does(tmp_path: Path) -> None:
         "@contextmanager\n"
         "def build(config, *, resume):\n"
         "    try:\n"
-        "        yield types.SimpleNamespace(train=wait)\n"
+        "        of = types.SimpleNamespace\n"
+        "        yield of(train=wait, crew=of(leads=True), store=of(head=None), run_dir='RUN')\n"
         "    finally:\n"
         "        print('closed', flush=True)\n"
         "lora_grpo.trainer.build_trainer = build\n"
         "from lora_grpo import cli\n"
-        f"sys.argv = ['lora-grpo', 'train', {str(save_config(config, tmp_path / 'settings'))!r}]; cli.main()\n"
+        f"sys.argv = ['lora-grpo', 'train', {settings!r}, '--resume']; cli.main()\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -279,6 +281,7 @@ def test_sigterm_stops_a_training_as_ctrl_c_does(tmp_path: Path) -> None:
         running.send_signal(signal.SIGTERM)
         out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "closed\n")
+    assert "RUN holds no run to go on with: a new one begins there" in err
     assert "stopped; go on with: lora-grpo train" in err
     assert "Traceback" not in err
 

@@ -69,7 +69,8 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     help="GRPO for LoRA adapters on vLLM, without ever merging.",
-    epilog="A first run, no GPU needed: lora-grpo demo. Your own: lora-grpo check run.toml, lora-grpo train run.toml.",
+    epilog="A first run, no GPU needed: lora-grpo demo. Your own: lora-grpo init MODEL --data FILE writes run.toml; "
+    "then lora-grpo check run.toml, lora-grpo train run.toml.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -118,9 +118,10 @@ def train(
     began = resume
     try:
         with build_trainer(run_config, resume=resume) as trainer:
-            began = True
+            began, leads = True, trainer.crew.leads
+            if resume and leads and trainer.store.head is None:
+                say(f"{trainer.run_dir} holds no run to go on with: a new one begins there")
             result = trainer.train()
-            leads = trainer.crew.leads
     except KeyboardInterrupt:
         again = shlex.join(["lora-grpo", "train", str(config), *(overrides or ()), *(["--resume"] if began else [])])
         say(

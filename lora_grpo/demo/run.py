@@ -89,8 +89,9 @@ def _base(console: Console) -> Path:
     recipe = BaseRecipe()
     if base_path(recipe).is_dir():
         return ensure_base(recipe)
+    console.print(f"making the base model (once), in {base_path(recipe)}", soft_wrap=True)
     with Progress(console=console, transient=True) as bar:
-        shown = bar.add_task("making the base model (once)", total=recipe.steps)
+        shown = bar.add_task("training it", total=recipe.steps)
         return ensure_base(recipe, progress=lambda done, total, loss: bar.update(shown, completed=done))
 
 

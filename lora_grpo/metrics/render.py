@@ -85,7 +85,10 @@ class LiveView:
             self._live.start()
         else:
             state = self.state
-            self.message(f"{state.run_dir}: steps {step + 1} to {state.total_steps}  {state.title}".rstrip())
+            to_come = f"steps {step + 1} to {state.total_steps}"
+            if step >= state.total_steps:
+                to_come = f"{step} steps are made, of {state.total_steps}; more with a higher grpo.total_steps"
+            self.message(f"{state.run_dir}: {to_come}  {state.title}".rstrip())
 
     def phase(self, name: str) -> None:
         self.state.phase = name

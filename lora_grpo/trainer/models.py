@@ -18,7 +18,7 @@ from lora_grpo.adapters.peft_form.quantized import NF4, Scheme, keep_trainable, 
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.proving import Proofs
-from lora_grpo.engines.local.targets import checkpoint_config, served_scheme, skeleton
+from lora_grpo.engines.local.targets import check_there, checkpoint_config, served_scheme, skeleton
 from lora_grpo.engines.local.text_only import model_class
 from lora_grpo.engines.requests import require_tokenizer
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
@@ -285,6 +285,7 @@ def trainer_tokenizer(model: ModelConfig | nn.Module, processing_class: Any, eng
 
 def _checkpoint_tokenizer(model: ModelConfig | nn.Module) -> Any:
     checkpoint = checkpoint_of(model)
+    check_there(checkpoint.name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.loading)
     except (OSError, ValueError, ImportError) as error:

@@ -49,13 +49,17 @@ class Places:
         return sorted(self.root.glob(f"{ASIDE}*"))
 
 
+def _no_store(directory: Path) -> str:
+    return f"there is no store in {directory}: it is no run's directory"
+
+
 def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
     """Find an existing store, by either half. Of a run directory whose root is not its own, the archive is all."""
     run = None if archive is None else Path(archive).resolve()
     identity = None if run is None else Identity.read(run)
     if root is None:
         if run is None or identity is None or identity.other is None:
-            raise StoreError(f"there is no store in {run}" if run else "name the store's root or its run directory")
+            raise StoreError(_no_store(run) if run else "name the store's root or its run directory")
         own = Path(identity.other)
         there = Identity.read(own)
         strange = there is not None and not _is_current(there, identity)
@@ -65,7 +69,7 @@ def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
     found = Path(root).resolve()
     identity = Identity.read(found)
     if identity is None and run is None:
-        raise StoreError(f"there is no store in {found}")
+        raise StoreError(_no_store(found))
     if run is None and identity is not None and identity.other is not None:
         run = Path(identity.other)
     return Places(found, run, False)

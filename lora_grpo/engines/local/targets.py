@@ -90,10 +90,17 @@ def _cause(error: BaseException) -> BaseException:
 
 def checkpoint_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A checkpoint's config. Raises `ConfigError` where there is none."""
+    check_there(model)
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model} is no model directory or hub name that can be read: {error}") from error
+
+
+def check_there(model: str | Path) -> None:
+    """Raises `ConfigError` for a path where nothing is; transformers would take it for a hub name."""
+    if str(model).startswith((".", "/", "~")) and not Path(model).exists():
+        raise ConfigError(f"model {str(model)!r}: there is no directory {Path(model).absolute()}")
 
 
 def check_whole(model: str | Path) -> None:
