@@ -1,15 +1,16 @@
 """Generation time of a population in one engine batch, against its members one after the other, on a 0.5B shape.
 
-    python -m benchmarks.population [--members 8] [--rows 1,2,4,8] [--repeats 3] [--tokens 24] [--out FILE]
+    python -m benchmarks.population [--members 8] [--rows 1,2,4,8] [--repeats 3] [--tokens 24] [--dtype auto]
+                                    [--out FILE]
 
-One engine, one adapter a member. `alone_s` is the sum of the members' calls, each with its own rows, as lone runs make
-them; `together_s` is one call with all of them. Both are medians of `repeats`, taken in turn; `ratio` is of those.
-`ratio_cpu` is the same of processor seconds, which other work on the machine changes less. The tokens are compared too.
+One engine of a dtype, one adapter a member, `rows` a member. `alone_s` is the sum of the members' calls, each with its
+own rows, as lone runs make them; `together_s` is one call with all of them. Both are medians of `repeats`, taken in
+turn; `ratio` is of those. `ratio_cpu` is the same of processor seconds, which other work on the machine changes less.
+The tokens are compared too.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import operator
 import statistics
@@ -26,7 +27,7 @@ from torch import nn
 from lora_grpo import AdapterStore, AdapterVersion, Sampling, VLLMEngine
 from lora_grpo.adapters.peft_form.modules import lora_modules
 from lora_grpo.adapters.peft_form.serving import ServingForm
-from lora_grpo.bench.provenance import provenance
+from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.bench.shapes import write_model
 from lora_grpo.config import ModelConfig
 from lora_grpo.trainer.models import without_memory
@@ -35,15 +36,8 @@ SHAPE, RANK, PROMPT = "qwen2.5-0.5b", 16, 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--members", type=int, default=8)
-    parser.add_argument("--rows", default="1,2,4,8", help="rows a member")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="the engine's")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    about, rows = provenance("-m", "benchmarks.population"), []
+    options = asked(__doc__, members=8, rows="1,2,4,8", repeats=3, tokens=24, dtype="auto", out=None)
+    about, curve = provenance("-m", "benchmarks.population"), []
     with tempfile.TemporaryDirectory(prefix="lora-grpo-population-") as folder:
         base = write_model(SHAPE, Path(folder) / "base")
         # Compiling this shape takes a CPU longer than all that is measured.
@@ -51,14 +45,12 @@ def main() -> None:
         engine = VLLMEngine(base, max_lora_rank=RANK, max_loras=options.members, **limits)
         with AdapterStore(archive=Path(folder) / "run") as store:
             versions = [adapter(store, base, engine, seed) for seed in range(options.members)]
-            for each in map(int, options.rows.split(",")):
-                rows.append({"rows": each, **compared(engine, versions, each, options.tokens, options.repeats)})
-                print(json.dumps(rows[-1]), flush=True)
+            for rows in map(int, options.rows.split(",")):
+                curve.append({"rows": rows, **compared(engine, versions, rows, options.tokens, options.repeats)})
+                print(json.dumps(curve[-1]), flush=True)
         engine.close()
-    result = {"shape": SHAPE, "rank": RANK, "prompt": PROMPT, **vars(options), "out": None, "curve": rows}
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+    what = {"shape": SHAPE, "rank": RANK, "prompt": PROMPT, **vars(options), "out": None}
+    write_result(options.out, {**about, **what, "curve": curve})
 
 
 def adapter(store: AdapterStore, base: Path, engine: VLLMEngine, seed: int) -> AdapterVersion:
@@ -69,8 +61,7 @@ def adapter(store: AdapterStore, base: Path, engine: VLLMEngine, seed: int) -> A
         for layers in (module.layer.lora_A, module.layer.lora_B):
             drawn = torch.randn(layers["default"].weight.shape, generator=generator) / 64
             layers["default"].weight = nn.Parameter(drawn)
-    files = ServingForm(empty, "default", getattr(torch, engine.lora_dtype)).files()
-    version = store.publish(files, step=seed)
+    version = store.publish(ServingForm(empty, "default", getattr(torch, engine.lora_dtype)).files(), step=seed)
     engine.load(version)
     return version
 
@@ -85,27 +76,24 @@ def compared(
     named = [version for version in versions for _ in range(rows)]
     sampling = [Sampling(max_tokens=tokens, seed=row, ignore_eos=True) for row in range(len(named))]
 
-    def generated(part: slice) -> list[Any]:
-        return engine.generate(prompts[part], sampling[part], adapter=named[part])
+    def generated(calls: Sequence[slice]) -> tuple[float, float, list[Any]]:
+        """Seconds, processor seconds, and the tokens of each row."""
+        started, started_cpu = time.perf_counter(), time.process_time()
+        groups = [one for part in calls for one in engine.generate(prompts[part], sampling[part], adapter=named[part])]
+        taken = time.perf_counter() - started, time.process_time() - started_cpu
+        return *taken, [group.completions[0].token_ids for group in groups]
 
-    parts = {"alone": [slice(start, start + rows) for start in range(0, len(named), rows)], "together": [slice(None)]}
-    taken_s: dict[str, list[float]] = {name: [] for name in parts}
-    cpu_s: dict[str, list[float]] = {name: [] for name in parts}
-    texts: dict[str, list[Any]] = {}
-    for _ in range(repeats):
-        for name, calls in parts.items():
-            started, started_cpu = time.perf_counter(), time.process_time()
-            groups = [group for call in calls for group in generated(call)]
-            taken_s[name].append(time.perf_counter() - started)
-            cpu_s[name].append(time.process_time() - started_cpu)
-            texts[name] = [group.completions[0].token_ids for group in groups]
-    wall, cpu = ({name: statistics.median(times) for name, times in of.items()} for of in (taken_s, cpu_s))
+    ways = [slice(start, start + rows) for start in range(0, len(named), rows)], [slice(None)]
+    alone, together = zip(*[[generated(calls) for calls in ways] for _ in range(repeats)], strict=True)
+    (alone_s, alone_cpu_s), (together_s, together_cpu_s) = (
+        [statistics.median(run[what] for run in runs) for what in (0, 1)] for runs in (alone, together)
+    )
     return {
-        "alone_s": round(wall["alone"], 3),
-        "together_s": round(wall["together"], 3),
-        "ratio": round(wall["together"] / wall["alone"], 3),
-        "ratio_cpu": round(cpu["together"] / cpu["alone"], 3),
-        "same_completions": sum(map(operator.eq, texts["alone"], texts["together"])) / len(named),
+        "alone_s": round(alone_s, 3),
+        "together_s": round(together_s, 3),
+        "ratio": round(together_s / alone_s, 3),
+        "ratio_cpu": round(together_cpu_s / alone_cpu_s, 3),
+        "same_completions": sum(map(operator.eq, alone[-1][2], together[-1][2])) / len(named),
     }
 
 

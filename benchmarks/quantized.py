@@ -9,7 +9,6 @@ the greedy answer of vLLM, with the adapter, solves; `apart` is a scheme's mean 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -19,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.bench.provenance import provenance
+from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.demo.base import BaseRecipe, ensure_base
 from lora_grpo.demo.run import demo_config
 from lora_grpo.trainer import build_trainer
@@ -30,12 +29,7 @@ REWRITES: dict[str, Callable[[Path], Path] | None] = {"plain": None, "nf4": None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--schemes", default=",".join(REWRITES))
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = asked(__doc__, seeds=3, steps=30, schemes=",".join(REWRITES), out=None)
     about, rows = provenance("-m", "benchmarks.quantized"), []
     for seed in range(options.seeds):
         for scheme in options.schemes.split(","):
@@ -44,9 +38,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     result = {"base": asdict(RECIPE), "steps": options.steps, "means": means(rows), "rows": rows}
     print(json.dumps(result["means"], indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+    write_result(options.out, {**about, **result})
 
 
 def trained(scheme: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -59,8 +51,6 @@ def trained(scheme: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
         config = config.replace(model=config.model.replace(quantization="nf4"))
     with build_trainer(config) as trainer:
         result, match, probe = trainer.train(), trainer.sync.base_match, trainer.sync.probe
-    assert match is not None
-    assert probe is not None
     return {
         "accuracy_before": result["reward_before"],
         "accuracy_after": result["reward_after"],

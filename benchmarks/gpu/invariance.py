@@ -7,22 +7,20 @@ With an adapter and without, on a GPU under VLLM_BATCH_INVARIANT=1 for the whole
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from lora_grpo.bench.provenance import asked
+
 SIZES = {"cpu": (4, 8), "cuda": (64, 64)}
 """Rows, and tokens of each."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="the directory of a model")
-    parser.add_argument("--device", required=True)
-    options = parser.parse_args()
+    options = asked(__doc__, model=Path, device=str)
     if options.device != "cpu":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     print(json.dumps(measure(options.model, options.device)))
