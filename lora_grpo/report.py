@@ -98,7 +98,7 @@ def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
         "age_s": round(time.time() - version.created_at, 1),
         "size_bytes": store.size_bytes(version.number),
         "where": sorted(store.where(version.number)),
-        "path": str(version.path),
+        "path": str(store.folder(version.number)),
         "digest": version.digest,
         "metrics": store.metrics(version.number),
     }

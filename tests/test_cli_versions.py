@@ -87,6 +87,7 @@ def test_versions_and_show(run: Path) -> None:
     assert rows[0]["metrics"]["reward"] > 0
     shown = answer("show", run, 2)
     assert (shown["version"], shown["children"], shown["digest"]) == (2, [3], rows[1]["digest"])
+    assert (Path(shown["path"]) / "adapter_model.safetensors").is_file()
     assert "completions/mean_length" in lora_grpo("show", run, 2).stdout
     table = lora_grpo("versions", run).stdout
     for words in ("v5", "HEAD", "archive, state", "age"):

@@ -99,9 +99,14 @@ class StoreView:
         """A folder that holds a version's two PEFT files, on tmpfs or in the archive; every copy is verified first."""
         number = self._number(version)
         self.verify(number)
-        catalog = self._looking()
-        places = [catalog.root] if catalog.on_tmpfs(number) or catalog.archive is None else [catalog.archive.tree]
-        return places[0].folder(VERSIONS, number)
+        return self.folder(number)
+
+    def folder(self, version: Target) -> Path:
+        """Where a version's two PEFT files lie, on tmpfs or else in the archive; nothing is verified."""
+        number, catalog = self._number(version), self._looking()
+        if catalog.archive is None or catalog.on_tmpfs(number):
+            return catalog.root.folder(VERSIONS, number)
+        return catalog.archive.tree.folder(VERSIONS, number)
 
     @contextmanager
     def reading(self, version: Target) -> Iterator[Path]:
