@@ -150,7 +150,7 @@ def _model(options: argparse.Namespace) -> Any:
 
 
 def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    from lora_grpo.grpo import Batch
+    from lora_grpo.grpo.batch import Batch
     from lora_grpo.grpo_config import GRPOConfig
     from lora_grpo.policy import Policy
     from lora_grpo.types import Completion, Group

@@ -19,6 +19,10 @@ LARGEST_REWARD = (2 - 2**-23) * 2.0**127
 Message: TypeAlias = Mapping[str, object]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or chat messages (rendered with the model's chat template)."""
+Sequences: TypeAlias = Sequence[Sequence[int]]
+"""Token ids, a row each."""
+LogProbs: TypeAlias = list[list[float]]
+"""Nats, of tokens 1..T-1 of each of `Sequences`."""
 
 
 class Chat(list[Message]):

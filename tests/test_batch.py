@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_grpo.errors import ConfigError
-from lora_grpo.grpo import Batch
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.types import Completion, Group
 
 NAN = float("nan")

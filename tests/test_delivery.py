@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -370,7 +371,7 @@ def test_a_probe_cut_short_is_swept_by_the_next_start(
 def test_a_probe_that_does_not_fit_says_so_before_it_is_written(
     llama_engine: VLLMEngine, llama_dir: Path, shm_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "room_bytes", lambda path: 10_000)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000, total=20_000))
     with AdapterStore(shm_dir / "store") as store:
         with pytest.raises(NoRoom, match=r"the probe of the engine needs 0\.\d\d MiB .*/staging has room .*--shm-size"):
             NativeSync(tiny_lora(load_model(llama_dir), r=8), llama_engine, store)

@@ -406,7 +406,5 @@ def test_a_sleep_that_discards_its_buffers_is_refused(monkeypatch: pytest.Monkey
 
 @pytest.mark.vllm
 def test_an_engine_that_would_not_have_it_is_refused() -> None:
-    with pytest.raises(EngineError, match="no linear layer"), lora_gemm.plain_products(True):
-        pass
-    with lora_gemm.plain_products(False):
+    with pytest.raises(EngineError, match="no linear layer"), lora_gemm.plain_products():
         pass

@@ -109,7 +109,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from lora_grpo.config import GRPOConfig
-from lora_grpo.grpo import Batch
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.policy import Policy
 from lora_grpo.types import Completion, Group
 from tests.test_memory_estimate import ADAPTER, BATCHES

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers.models.llama import modeling_llama
 
-from lora_grpo.grpo import Batch, forward
+from lora_grpo.grpo import forward
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.packing import pack, refusal
 from lora_grpo.policy import Policy
 from lora_grpo.scoring import teacher_logprobs
@@ -66,7 +67,7 @@ def tokens_of_forwards(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
 
 
 def padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forward, "pays", lambda _: False)
+    monkeypatch.setattr(forward.packing, "pays", lambda _: False)
 
 
 def learned(model: Any, **changes: Any) -> tuple[dict[str, Tensor], dict[str, float]]:

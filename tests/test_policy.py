@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_grpo.errors import ConfigError, DeliveryError, TrainingError, UnsupportedAdapter
-from lora_grpo.grpo import Batch
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.losses import LOSSES, Size, Totals
 from lora_grpo.grpo.optimizer import build_optimizer, build_scheduler
 from lora_grpo.policy import Policy

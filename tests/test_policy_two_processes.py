@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_grpo.errors import ConfigError, TrainingError
-from lora_grpo.grpo import Batch
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.policy import Policy
 from tests.tiny_policy import adapter_weights, assert_same, config, drifted, gradient, peft_model, rollout
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -24,7 +24,7 @@ from peft import PeftModel
 from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import served_name
-from lora_grpo.engines.resolver import Settings, StoreResolver, register
+from lora_grpo.engines.resolver import StoreResolver, register
 from lora_grpo.errors import ConfigError
 from lora_grpo.remote.server import StoreServer
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
@@ -78,9 +78,15 @@ def free_port() -> int:
 # Without a server: the resolver itself
 
 
+class Settings(NamedTuple):
+    url: str
+    token: str
+    cache: Path
+
+
 @pytest.fixture
 def settings(shm_dir: Path) -> Settings:
-    return Settings(f"http://127.0.0.1:{free_port()}", TOKEN, shm_dir / "cache", None)
+    return Settings(f"http://127.0.0.1:{free_port()}", TOKEN, shm_dir / "cache")
 
 
 def serving(trainer: Trainer, settings: Settings, token: str = TOKEN) -> StoreServer:
@@ -88,7 +94,7 @@ def serving(trainer: Trainer, settings: Settings, token: str = TOKEN) -> StoreSe
 
 
 def test_requests_at_once_pull_once_and_later_ones_not_at_all(trainer: Trainer, settings: Settings) -> None:
-    resolver, pulls = StoreResolver(settings), []
+    resolver, pulls = StoreResolver(*settings), []
     with serving(trainer, settings):
         ask = resolver._client.manifest
         resolver._client.manifest = lambda run, number: pulls.append(number) or ask(run, number)  # type: ignore[func-returns-value]
@@ -110,7 +116,7 @@ def test_requests_at_once_pull_once_and_later_ones_not_at_all(trainer: Trainer, 
 
 def test_requests_at_once_are_refused_after_one_try(trainer: Trainer, settings: Settings) -> None:
     """Each of a batch waiting for its own time-out would keep the last one for minutes."""
-    resolver, tries = StoreResolver(settings), []
+    resolver, tries = StoreResolver(*settings), []
     ask = resolver._client.manifest
     resolver._client.manifest = lambda run, number: tries.append(number) or ask(run, number)  # type: ignore[func-returns-value]
 
@@ -122,7 +128,7 @@ def test_requests_at_once_are_refused_after_one_try(trainer: Trainer, settings: 
 
 
 def test_a_request_that_is_given_up_leaves_the_pull_to_the_others(trainer: Trainer, settings: Settings) -> None:
-    resolver, may_go_on, pulls = StoreResolver(settings), threading.Event(), []
+    resolver, may_go_on, pulls = StoreResolver(*settings), threading.Event(), []
     with serving(trainer, settings):
         ask = resolver._client.manifest
 
@@ -157,7 +163,7 @@ def test_it_is_light_where_it_is_not_used() -> None:
 @pytest.mark.parametrize("name", ["base", "adapter", "run@latest", "../run@1"])
 def test_other_names_are_other_resolvers_business(settings: Settings, name: str) -> None:
     """Nothing is asked: there is no store server."""
-    assert asyncio.run(StoreResolver(settings).resolve_lora("base", name)) is None
+    assert asyncio.run(StoreResolver(*settings).resolve_lora("base", name)) is None
 
 
 @pytest.fixture
@@ -240,7 +246,7 @@ def replica(llama_dir: Path, trainer: Trainer) -> Iterator[Replica]:
     shutil.copytree(llama_dir, tree / "model")
     (tree / "home").mkdir()
     (tree / "token").write_text(TOKEN)
-    settings = Settings(f"http://127.0.0.1:{free_port()}", TOKEN, tree / "cache", None)
+    settings = Settings(f"http://127.0.0.1:{free_port()}", TOKEN, tree / "cache")
     port = free_port()
     variables = {
         "PATH": os.environ["PATH"],

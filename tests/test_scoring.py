@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_grpo import scoring
 from lora_grpo.canary import take_canary
 from lora_grpo.engines.fake import FakeEngine
-from lora_grpo.grpo import Batch
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.policy import Policy
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.types import Completion

@@ -22,7 +22,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import DeliveryError, NoRoom
-from lora_grpo.grpo import Batch
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.optimizer import build_optimizer
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_grpo.grpo import Batch
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.optimizer import build_scheduler
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.policy import Policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import link_head
-from lora_grpo.adapters.files.digest import Buffer, digest_buffers
+from lora_grpo.adapters.files.digest import Files, digest_buffers
 from lora_grpo.adapters.files.journal import as_metrics
 from lora_grpo.adapters.files.layout import MANIFEST_FILE, PEFT_FILES, STATE_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
 from lora_grpo.adapters.files.locks import Leases
@@ -89,9 +89,7 @@ class AdapterStore(StoreView):
 
     # Publishing
 
-    def publish(
-        self, files: Mapping[str, Sequence[Buffer]], *, step: int, parent: Target | None = "head"
-    ) -> AdapterVersion:
+    def publish(self, files: Files, *, step: int, parent: Target | None = "head") -> AdapterVersion:
         """Write a new version: the two PEFT files, each as buffers to be laid end to end. `HEAD` does not move.
 
         "head" as its parent is the version that is promoted by now; None where none is.
@@ -110,7 +108,7 @@ class AdapterStore(StoreView):
             session.archive_version(manifest)
         return self._catalog.version(number)
 
-    def _write(self, session: Session, manifest: Manifest, files: Mapping[str, Sequence[Buffer]]) -> None:
+    def _write(self, session: Session, manifest: Manifest, files: Files) -> None:
         tree, number = session.root, manifest.number
         try:
             with tree.staged(VERSIONS, number) as folder:
@@ -211,7 +209,7 @@ class AdapterStore(StoreView):
 
     # The archive
 
-    def archive_state(self, version: Target, files: Mapping[str, Sequence[Buffer]], meta: Mapping[str, Any]) -> None:
+    def archive_state(self, version: Target, files: Files, meta: Mapping[str, Any]) -> None:
         """Queue a version's trainer state for the archive; `meta` becomes `state.json`.
 
         The buffers are the store's from now on: nobody may change them. Waits only when more than

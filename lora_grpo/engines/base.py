@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeGuard, runti
 import torch
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.types import Group, Prompt, Sampling
+from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.peft_form.serving import Held
@@ -92,7 +92,7 @@ class Engine(Protocol):
         for a version that is not loaded, and `EngineError` after cleaning up.
         """
 
-    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+    def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         """Teacher-forced log-probs at temperature 1 of tokens 1..T-1 of each sequence."""
 
     def describe_base(self) -> BaseDescription: ...
@@ -114,20 +114,14 @@ class RemoteEngine(Engine, Protocol):
         """Whether servers pull versions from the store, so that a version has to be in it to be loaded."""
 
     def load(
-        self,
-        version: AdapterVersion,
-        *,
-        held: Held | None = None,
-        expected: list[list[float]] | None = None,
+        self, version: AdapterVersion, *, held: Held | None = None, expected: LogProbs | None = None
     ) -> LoadReceipt:
         """`Engine.load` on every server or on none.
 
         `expected` are the trainer's log-probs of `probe_sequences`, with this version.
         """
 
-    def logprobs_of_each(
-        self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None
-    ) -> list[list[list[float]]]:
+    def logprobs_of_each(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> list[LogProbs]:
         """`logprobs` of each server in use."""
 
     def keep_probe(self, version: AdapterVersion, witness: Witness, noise: float) -> None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines import requests
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
-from lora_grpo.engines.requests import (
-    adapters_by_prompt,
-    request_seeds,
-    require_version,
-    sampling_by_prompt,
-    token_prompts,
-)
-from lora_grpo.errors import EngineError, UnknownVersion
-from lora_grpo.types import Completion, Group, Prompt, Sampling
+from lora_grpo.engines.loaded import LoadedVersions
+from lora_grpo.errors import EngineError
+from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sampling, Sequences
 
 if TYPE_CHECKING:
+    import torch
+
     from lora_grpo.adapters.peft_form.serving import Held
     from lora_grpo.engines.delivery.base_reading import BaseReading
 
@@ -36,6 +32,10 @@ class _Bytes:
         return bytes(ids).decode(errors="replace")
 
 
+class _Taken(NamedTuple):
+    version: AdapterVersion
+
+
 class FakeEngine:
     """Serves `reply` under the rules of a real engine: versions must be loaded, completions are stamped and cut.
 
@@ -45,6 +45,10 @@ class FakeEngine:
     >>> engine.generate(["6*7="], Sampling(n=2), adapter=None)[0].completions[1].text
     'no idea'
     """
+
+    proof: Proof = "none"
+    device: torch.device | None = None
+    lora_dtype = "float32"
 
     def __init__(
         self,
@@ -61,49 +65,33 @@ class FakeEngine:
         """
         self._reply, self._logprob = reply, logprob
         self.tokenizer = tokenizer or _Bytes()
-        self._max_cpu_loras, self._max_lora_rank = max_cpu_loras, max_lora_rank
-        self._loaded: dict[Path, AdapterVersion] = {}
+        self._max_cpu_loras, self.max_lora_rank = max_cpu_loras, max_lora_rank
+        self._loaded: LoadedVersions[_Taken] = LoadedVersions()
         self.between_steps: Callable[[], None] | None = None
         """Called before each prompt is answered."""
 
-    @property
-    def proof(self) -> Proof:
-        return "none"
-
-    @property
-    def device(self) -> None:
-        return None
-
-    @property
-    def max_lora_rank(self) -> int:
-        return self._max_lora_rank
-
-    @property
-    def lora_dtype(self) -> str:
-        return "float32"
-
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         """Take `version` up, so that it can be named. Raises `EngineError` when its directory is not there."""
-        if not require_version(version).path.is_dir():
+        if not requests.require_version(version).path.is_dir():
             raise EngineError(f"{version} has no directory {version.path}")
-        while version.path not in self._loaded and len(self._loaded) >= self._max_cpu_loras:
-            del self._loaded[next(iter(self._loaded))]
-        self._loaded.pop(version.path, None)
-        self._loaded[version.path] = version
+        self._loaded.add(self._loaded.known(version) or _Taken(version))
+        for oldest in self._loaded.all()[: -self._max_cpu_loras]:
+            self._loaded.remove(oldest)
         return LoadReceipt("none", {"load": 0.0}, 0, 0)
 
     def unload(self, version: AdapterVersion) -> None:
-        del self._loaded[self._find(version).path]
+        self._loaded.remove(self._loaded.find(version))
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
-        return tuple(self._loaded.values())
+        return self._loaded.versions
 
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """`VLLMEngine.generate` with your replies, cut at `sampling.max_tokens`."""
-        ids_P, sampling_P = token_prompts(self.tokenizer, prompts), sampling_by_prompt(sampling, len(prompts))
-        adapter_P = [version and self._find(version) for version in adapters_by_prompt(adapter, len(prompts))]
+        ids_P = requests.token_prompts(self.tokenizer, prompts)
+        sampling_P = requests.sampling_by_prompt(sampling, len(prompts))
+        adapter_P = [version and self._find(version) for version in requests.adapters_by_prompt(adapter, len(prompts))]
         groups = []
-        asked = zip(prompts, ids_P, adapter_P, sampling_P, request_seeds(sampling_P), strict=True)
+        asked = zip(prompts, ids_P, adapter_P, sampling_P, requests.request_seeds(sampling_P), strict=True)
         for prompt, ids, version, one, seeds in asked:
             if self.between_steps is not None:
                 self.between_steps()
@@ -111,7 +99,7 @@ class FakeEngine:
             groups.append(Group(prompt, tuple(ids), completions))
         return groups
 
-    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+    def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         if adapter is not None:
             self._find(adapter)
         return [[self._logprob] * (len(ids) - 1) for ids in sequences]
@@ -123,7 +111,7 @@ class FakeEngine:
         return []
 
     def close(self) -> None:
-        self._loaded.clear()
+        self._loaded = LoadedVersions()
 
     def _complete(self, prompt: Prompt, version: AdapterVersion | None, seed: int, sampling: Sampling) -> Completion:
         text = _until(self._reply(getattr(prompt, "prompt", prompt), version, seed), sampling.stop)
@@ -135,9 +123,7 @@ class FakeEngine:
         return Completion(text, kept, (self._logprob,) * len(kept), reason, version.number if version else None)
 
     def _find(self, version: AdapterVersion) -> AdapterVersion:
-        if self._loaded.get(require_version(version).path) != version:
-            raise UnknownVersion(f"{version} is not loaded; call engine.load(version) first")
-        self._loaded[version.path] = self._loaded.pop(version.path)
+        self._loaded.add(self._loaded.find(version))
         return version
 
 

@@ -18,7 +18,7 @@ from lora_grpo.engines.requests import adapters_by_prompt, sampling_by_prompt
 from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import mean_abs_difference
-from lora_grpo.types import Group, Prompt
+from lora_grpo.types import Group, LogProbs, Prompt, Sequences
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class EngineInEach(EngineOfFirst):
         made = self._ask(lambda engine: engine.generate(*own, adapter=adapter_P[part]) if prompts[part] else [])
         return [group for groups in self._processes.gather(made) for group in groups]
 
-    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+    def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         """The first engine's answer, in every process, once all engines' are seen to agree.
 
         Raises `DeliveryError` when they do not.
@@ -130,9 +130,7 @@ class EngineInEach(EngineOfFirst):
                 )
         return answers[0]
 
-    def logprobs_of_each(
-        self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None
-    ) -> list[list[list[float]]]:
+    def logprobs_of_each(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> list[LogProbs]:
         return self._processes.gather(self._ask(lambda engine: engine.logprobs(sequences, adapter=adapter)))
 
     def _ask(self, act: Callable[[Engine], T]) -> T:

@@ -22,12 +22,14 @@ def is_wrapped(owner: Any, name: str) -> bool:
 
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Meanwhile, a module or class has these values by these names."""
-    before = {name: vars(owner)[name] for name in values}
+    """Meanwhile, a module or class has these values by these names, its own or inherited."""
+    own = {name: vars(owner)[name] for name in values if name in vars(owner)}
     for name, value in values.items():
         setattr(owner, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name in values:
+            delattr(owner, name)
+        for name, value in own.items():
             setattr(owner, name, value)

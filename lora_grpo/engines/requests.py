@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from numbers import Integral
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from lora_grpo.adapters.asking.target import parse_target
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, Samplings
-from lora_grpo.errors import ConfigError, DeliveryError, EngineError, UnknownVersion
-from lora_grpo.types import Completion, Group, Prompt, Sampling, derive_seed
-
-
-class _HasVersion(Protocol):
-    @property
-    def version(self) -> AdapterVersion: ...
-
-
-_Loaded = TypeVar("_Loaded", bound=_HasVersion)
+from lora_grpo.engines.base import Adapters, BaseDescription, Samplings
+from lora_grpo.errors import ConfigError, EngineError
+from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sampling, Sequences, derive_seed
 
 ENCODING = threading.Lock()
 """A fast tokenizer raises "Already borrowed" when two threads use it."""
@@ -115,9 +106,7 @@ def _render_chat(tokenizer: Any, chat: Any, called: str) -> Any:
         raise ConfigError(f"{called} is rejected by the chat template: {error}") from error
 
 
-def check_fits(
-    ids_P: Sequence[Sequence[int]], max_tokens_P: Sequence[int], max_model_len: int, vocabulary: int
-) -> None:
+def check_fits(ids_P: Sequences, max_tokens_P: Sequence[int], max_model_len: int, vocabulary: int) -> None:
     """Raises `ConfigError` for the first prompt with a token outside the vocabulary, or no room for its completion."""
     for index, (ids, max_tokens) in enumerate(zip(ids_P, max_tokens_P, strict=True)):
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
@@ -133,15 +122,21 @@ def check_fits(
             )
 
 
-def check_text(ids_P: Sequence[Sequence[int]], placeholders: Collection[int]) -> None:
-    """Raises `ConfigError` for the first prompt with a token that stands for an image, a video or a sound."""
+def asked(
+    tokenizer: Any, prompts: Sequence[Prompt], sampling: Samplings, max_model_len: int, base: BaseDescription
+) -> tuple[list[list[int]], list[Sampling]]:
+    """Each prompt's token ids and settings. Raises `ConfigError` for what cannot be asked of this model, such as a
+    token that stands for an image, a video or a sound."""
+    ids_P, sampling_P = token_prompts(tokenizer, prompts), sampling_by_prompt(sampling, len(prompts))
+    check_fits(ids_P, [one.max_tokens for one in sampling_P], max_model_len, base.vocabulary)
     for index, ids in enumerate(ids_P):
-        found = next((token for token in ids if token in placeholders), None)
+        found = next((token for token in ids if token in base.placeholders), None)
         if found is not None:
             raise ConfigError(
                 f"prompt {index} has token {found}, which stands for an image, a video or a sound: of this model text "
                 "alone is trained; leave it out of the prompt"
             )
+    return ids_P, sampling_P
 
 
 def adapters_by_prompt(adapter: Adapters, prompts: int) -> list[AdapterVersion | None]:
@@ -165,23 +160,6 @@ def require_version(given: object) -> AdapterVersion:
         f"an engine takes an AdapterVersion, and {given!r} is one in a store: pass store.get({named!r}) "
         f"(sync.store.get({named!r}), trainer.store.get({named!r})); None is the base model"
     )
-
-
-def find_loaded(loaded: Mapping[Path, _Loaded], version: AdapterVersion) -> _Loaded:
-    """What an engine has `loaded`, by path, of a version. Raises `UnknownVersion` where that is nothing."""
-    found = loaded.get(require_version(version).path)
-    if found is None or found.version.digest != version.digest:
-        held = ", ".join(str(known.version) for known in loaded.values()) or "none"
-        raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
-    return found
-
-
-def loaded_from_its_path(loaded: Mapping[Path, _Loaded], version: AdapterVersion) -> _Loaded | None:
-    """The same, None where nothing is. Raises `DeliveryError` where its path was loaded with other bytes."""
-    known = loaded.get(require_version(version).path)
-    if known is not None and known.version.digest != version.digest:
-        raise DeliveryError(f"{version.path} is loaded as {known.version} with other bytes; paths are immutable")
-    return known
 
 
 def mixed_batches(adapter_B: Sequence[AdapterVersion | None], slots: int, mixes_base: bool) -> Iterator[list[int]]:
@@ -240,7 +218,6 @@ def sampling_fields(sampling: Sampling, seed: int, placeholders: Sequence[int] =
 def sampling_params(
     sampling: Sampling, seed: int, *, prompt_logprobs: bool = False, placeholders: Sequence[int] = ()
 ) -> Any:
-    """vLLM's parameters of `sampling_fields`."""
     from vllm import SamplingParams
 
     scored = 0 if prompt_logprobs else None
@@ -259,12 +236,8 @@ def to_completion(output: Any, adapter: AdapterVersion | None) -> Completion:
 
 
 def to_groups(
-    prompts: Sequence[Prompt],
-    ids_P: Sequence[Sequence[int]],
-    sampling_P: Sequence[Sampling],
-    completions: Sequence[Completion],
+    prompts: Sequence[Prompt], ids_P: Sequences, sampling_P: Sequence[Sampling], completions: Sequence[Completion]
 ) -> list[Group]:
-    """One group a prompt, of completions in the order of the prompts."""
     following = iter(completions)
     return [
         Group(prompt, tuple(ids), tuple(islice(following, sampling.n)))
@@ -272,7 +245,7 @@ def to_groups(
     ]
 
 
-def scored_tokens(outputs: Sequence[Any], sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+def scored_tokens(outputs: Sequence[Any], sequences: Sequences) -> LogProbs:
     """The log-probs of tokens 1..T-1 of each sequence, from vLLM's outputs for them as prompts."""
     return [
         [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]

@@ -27,7 +27,6 @@ import asyncio
 import importlib
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,8 @@ def register() -> None:
     """
     compat.mend_server()
     importlib.import_module("lora_grpo.engines.server.base_route").offer()
-    settings = Settings.from_environment()
-    if settings is None:
+    resolver = StoreResolver.from_environment()
+    if resolver is None:
         return
     from vllm import envs
     from vllm.lora.resolver import LoRAResolverRegistry
@@ -67,20 +66,22 @@ def register() -> None:
         _log().warning(
             "%s is set, but VLLM_ALLOW_RUNTIME_LORA_UPDATING=True is not: no version is pulled", URL_VARIABLE
         )
-    LoRAResolverRegistry.register_resolver("lora_grpo store", StoreResolver(settings))
+    LoRAResolverRegistry.register_resolver("lora_grpo store", resolver)
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Which store to pull from, and where to keep what was pulled."""
+class StoreResolver:
+    """vLLM's resolver protocol over a store server. Versions asked for at once are pulled once, one after the other."""
 
-    url: str
-    token: str
-    cache: Path
-    budget_bytes: int | None
+    def __init__(self, url: str, token: str, cache: Path, budget_bytes: int | None = None) -> None:
+        """`cache` is where to keep what was pulled, `budget_bytes` how much of it; half of its file system if None."""
+        self._client = StoreClient(url, token)
+        self._cache: ReplicaCache | None = None
+        self._cache_place = cache, budget_bytes
+        self._pulls: dict[tuple[str, int], asyncio.Task[Path]] = {}
+        self._one_at_a_time = asyncio.Lock()
 
     @classmethod
-    def from_environment(cls) -> Settings | None:
+    def from_environment(cls) -> StoreResolver | None:
         """None where LORA_GRPO_STORE_URL is not set; raises `ConfigError` for what cannot work."""
         url = os.environ.get(URL_VARIABLE)
         if not url:
@@ -92,17 +93,6 @@ class Settings:
         cache = Path(os.environ.get(CACHE_VARIABLE) or shm / f"lora-grpo-replica-{os.geteuid()}")
         StoreClient(url, "").close()
         return cls(url, read_token(), cache.absolute(), int(mib) * MIB if mib else None)
-
-
-class StoreResolver:
-    """vLLM's resolver protocol over a store server. Versions asked for at once are pulled once, one after the other."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._client = StoreClient(settings.url, settings.token)
-        self._cache: ReplicaCache | None = None
-        self._pulls: dict[tuple[str, int], asyncio.Task[Path]] = {}
-        self._one_at_a_time = asyncio.Lock()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """A `vllm.lora.request.LoRARequest` for `RUN@NUMBER`; None for other names and for what is refused."""
@@ -132,7 +122,7 @@ class StoreResolver:
 
     def _have(self, run: str, number: int) -> Path:
         if self._cache is None:
-            self._cache = ReplicaCache(self._settings.cache, self._settings.budget_bytes)
+            self._cache = ReplicaCache(*self._cache_place)
         path = self._cache.path(run, number)
         if path is None:
             started = time.monotonic()

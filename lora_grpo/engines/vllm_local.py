@@ -10,7 +10,7 @@ import torch
 
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines import compat
+from lora_grpo.engines import compat, requests
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
@@ -24,21 +24,8 @@ from lora_grpo.engines.local.shared_weights import SharedBase, check_same_functi
 from lora_grpo.engines.local.sleeping import check_base_is_back, check_may_sleep, fall_asleep
 from lora_grpo.engines.local.starting import adapter_room, start_llm
 from lora_grpo.engines.local.turn import Turn
-from lora_grpo.engines.requests import (
-    adapters_by_prompt,
-    check_fits,
-    check_text,
-    mixed_batches,
-    request_seeds,
-    sampling_by_prompt,
-    sampling_params,
-    scored_tokens,
-    to_completion,
-    to_groups,
-    token_prompts,
-)
 from lora_grpo.errors import UnknownVersion
-from lora_grpo.types import Group, Prompt, Sampling
+from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 
 
 class VLLMEngine:
@@ -49,6 +36,8 @@ class VLLMEngine:
     >>> engine.proof, [done.version for done in group.completions]
     ('slots', [None, None, None, None])
     """
+
+    proof: Proof = "slots"
 
     def __init__(
         self,
@@ -82,10 +71,10 @@ class VLLMEngine:
         Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.
         """
         room = {"max_loras": max_loras, "max_cpu_loras": adapter_room(max_loras, max_cpu_loras)}
-        self._max_lora_rank = compat.allowed_rank(max_lora_rank)
+        self.max_lora_rank = compat.allowed_rank(max_lora_rank)
         self._trust_remote_code = trust_remote_code
         vllm_args |= {"dtype": dtype, "max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
-        vllm_args |= {"max_lora_rank": self._max_lora_rank, "revision": revision, **room}
+        vllm_args |= {"max_lora_rank": self.max_lora_rank, "revision": revision, **room}
         llm, self._mixes_base = start_llm(
             str(model),
             target_modules=target_modules,
@@ -97,33 +86,16 @@ class VLLMEngine:
         )
         self._held, self._turn = HeldLLM(llm), Turn()
         with vllm_boundary(f"take adapters on {model}", self.close):
-            self._take_up(direct_load, room)
-
-    def _take_up(self, direct_load: bool, room: dict[str, int]) -> None:
-        llm = self._llm
-        self._shared: SharedBase | None = None
-        self._driver = StepDriver(llm, self._turn)
-        self._residents = Residents(
-            llm,
-            self._driver,
-            AdapterLoader(llm, choose_loader(direct_load)),
-            SlotProver(llm),
-            **room,
-        )
-        self._tokenizer = llm.get_tokenizer()
-
-    @property
-    def proof(self) -> Proof:
-        return "slots"
+            self._shared: SharedBase | None = None
+            self._driver = StepDriver(llm, self._turn)
+            loader = AdapterLoader(llm, choose_loader(direct_load))
+            self._residents = Residents(llm, self._driver, loader, SlotProver(llm), **room)
+            self._tokenizer = llm.get_tokenizer()
 
     @property
     def device(self) -> torch.device:
         """Where the engine's weights are; put the trainer there too."""
         return next(iter(compat.base_parameters(self._llm)))[1].device
-
-    @property
-    def max_lora_rank(self) -> int:
-        return self._max_lora_rank
 
     @property
     def lora_dtype(self) -> str:
@@ -168,7 +140,7 @@ class VLLMEngine:
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
         """The versions that can be sampled from, least recently used first; none once it is closed."""
-        return self._residents.versions() if self._held.is_open else ()
+        return self._residents.versions if self._held.is_open else ()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """Sample `sampling.n` completions of each prompt: P groups in the prompts' order, of G completions each.
@@ -181,26 +153,26 @@ class VLLMEngine:
         Raises `ConfigError` for a prompt that is empty or, with `sampling.max_tokens`, longer than `max_model_len`,
         `UnknownVersion` for a version that is not loaded, `EngineError` when vLLM fails (its requests are aborted).
         """
-        ids_P = token_prompts(self._tokenizer, prompts)
-        base, sampling_P = self.describe_base(), sampling_by_prompt(sampling, len(prompts))
-        check_fits(ids_P, [one.max_tokens for one in sampling_P], self.max_model_len, base.vocabulary)
-        check_text(ids_P, base.placeholders)
-        adapter_P = adapters_by_prompt(adapter, len(prompts))
-        seeds_PG = request_seeds(sampling_P)
+        base = self.describe_base()
+        ids_P, sampling_P = requests.asked(self._tokenizer, prompts, sampling, self.max_model_len, base)
+        adapter_P = requests.adapters_by_prompt(adapter, len(prompts))
+        seeds_PG = requests.request_seeds(sampling_P)
         rows = [(p, g) for p, seeds in enumerate(seeds_PG) for g in range(len(seeds))]
         outputs = self._run(
             [ids_P[p] for p, _ in rows],
-            [sampling_params(sampling_P[p], seeds_PG[p][g], placeholders=base.placeholders) for p, g in rows],
+            [requests.sampling_params(sampling_P[p], seeds_PG[p][g], placeholders=base.placeholders) for p, g in rows],
             [adapter_P[p] for p, _ in rows],
         )
-        completions = [to_completion(output, adapter_P[p]) for (p, _), output in zip(rows, outputs, strict=True)]
-        return to_groups(prompts, ids_P, sampling_P, completions)
+        made = zip(rows, outputs, strict=True)
+        completions = [requests.to_completion(output, adapter_P[p]) for (p, _), output in made]
+        return requests.to_groups(prompts, ids_P, sampling_P, completions)
 
-    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
+    def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         """Log-probs (nats, temperature 1) of tokens 1..T-1 of each sequence of token ids. Raises as `generate` does."""
-        check_fits(sequences, [1] * len(sequences), self.max_model_len, self.describe_base().vocabulary)
-        params = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
-        return scored_tokens(self._run(sequences, [params] * len(sequences), [adapter] * len(sequences)), sequences)
+        requests.check_fits(sequences, [1] * len(sequences), self.max_model_len, self.describe_base().vocabulary)
+        params = requests.sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
+        outputs = self._run(sequences, [params] * len(sequences), [adapter] * len(sequences))
+        return requests.scored_tokens(outputs, sequences)
 
     def shared_model(self) -> Any:
         """A transformers model whose parameters are this engine's own weights: one copy of the base for both.
@@ -267,12 +239,7 @@ class VLLMEngine:
     def _llm(self) -> Any:
         return self._held.llm
 
-    def _run(
-        self,
-        ids_B: Sequence[Sequence[int]],
-        params_B: Sequence[Any],
-        adapter_B: Sequence[AdapterVersion | None],
-    ) -> list[Any]:
+    def _run(self, ids_B: Sequences, params_B: Sequence[Any], adapter_B: Sequence[AdapterVersion | None]) -> list[Any]:
         """vLLM's outputs in row order, in as few engine batches as slots and kernels allow."""
         outputs: list[Any] = [None] * len(ids_B)
         with self._turn.take("generate or logprobs"):
@@ -281,7 +248,7 @@ class VLLMEngine:
             if self._driver.answering and not self._mixes_base:
                 self._driver.drain()
             slots = self._residents.slots_for([loaded for loaded in loaded_B if loaded is not None])
-            for rows in mixed_batches(adapter_B, slots, self._mixes_base):
+            for rows in requests.mixed_batches(adapter_B, slots, self._mixes_base):
                 self._residents.place([loaded for row in rows if (loaded := loaded_B[row]) is not None])
                 with self._residents.boundary("generate", stepping=True):
                     made = self._driver.run(

@@ -15,20 +15,10 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 
+from lora_grpo.grpo import packing
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.head import completion_scores
 from lora_grpo.grpo.modes import base_dtype, in_mode
-from lora_grpo.grpo.packing import (
-    Size,
-    in_spans,
-    packed_scores,
-    packed_tokens,
-    padded_tokens,
-    pays,
-    refusal,
-    sizes,
-    trust,
-)
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 
@@ -64,7 +54,7 @@ class Forward:
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Where the backward of these forwards runs: what is checkpointed is computed again there."""
-        with self._uncast(), in_spans(self._model) if self._packs else nullcontext():
+        with self._uncast(), packing.in_spans(self._model) if self._packs else nullcontext():
             yield
 
     def micro_batches(self, rows: Batch, wanted_B: Tensor) -> list[MicroBatch]:
@@ -74,22 +64,22 @@ class Forward:
         its forwards in all processes at once: one that has fewer goes on with an idle batch.
         """
         wanted = wanted_B.nonzero().squeeze(1)
-        of_rows = sizes(*_listed(rows.select(wanted))) if len(wanted) else []
+        of_rows = packing.sizes(*_listed(rows.select(wanted))) if len(wanted) else []
         parts = self._cut(of_rows, packed=True)
-        better = any(pays([of_rows[row] for row in part]) for part in parts)
+        better = any(packing.pays([of_rows[row] for row in part]) for part in parts)
         if self._packs is None and (self._most(float(better)) if self._sharded else better):
             self._packs = self._settle(rows.select(wanted[[0, -1]]) if len(wanted) else rows.idle())
         packed = better and bool(self._packs)
         cut = []
         for part in parts if packed else self._cut(of_rows, packed=False):
             index = wanted[torch.tensor(part, device=wanted.device)]
-            cut.append(MicroBatch(index, rows.select(index), packed and pays([of_rows[row] for row in part])))
+            cut.append(MicroBatch(index, rows.select(index), packed and packing.pays([of_rows[row] for row in part])))
         if self._sharded:
             most = self._processes.spread(len(cut), wanted.device)[1]
             cut += [MicroBatch(wanted[:0], rows.idle(), False)] * (most - len(cut))
         return cut
 
-    def _cut(self, rows: Sequence[Size], *, packed: bool) -> list[list[int]]:
+    def _cut(self, rows: Sequence[packing.Size], *, packed: bool) -> list[list[int]]:
         parts: list[list[int]] = []
         for row in sorted(range(len(rows)), key=lambda row: (packed and rows[row].prompt, -sum(rows[row][1:]))):
             if parts and self._fits([rows[other] for other in [*parts[-1], row]], packed=packed):
@@ -98,19 +88,19 @@ class Forward:
                 parts.append([row])
         return parts
 
-    def _fits(self, rows: Sequence[Size], *, packed: bool) -> bool:
+    def _fits(self, rows: Sequence[packing.Size], *, packed: bool) -> bool:
         """In one micro-batch."""
         most = self._config.max_tokens_per_micro_batch
         if most is None:
             return len(rows) <= self._config.per_device_train_batch_size
-        return (packed_tokens if packed and pays(rows) else padded_tokens)(rows) <= most
+        return (packing.packed_tokens if packed and packing.pays(rows) else packing.padded_tokens)(rows) <= most
 
     # Packed and padded.
 
     def _packed(self, rows: Batch) -> tuple[Tensor, Tensor]:
         there_BT = rows.completion_mask_BT
         with self._autocast():
-            logp_M, entropy_M = packed_scores(self._model, *_listed(rows), self._config.temperature)
+            logp_M, entropy_M = packing.packed_scores(self._model, *_listed(rows), self._config.temperature)
         nothing_BT = torch.zeros(there_BT.shape, device=there_BT.device)
         return nothing_BT.masked_scatter(there_BT, logp_M), nothing_BT.masked_scatter(there_BT, entropy_M)
 
@@ -142,7 +132,7 @@ class Forward:
 
     def _settle(self, rows: Batch) -> bool:
         """Whether the model can be given packed rows, and then says of these what it says of padded ones."""
-        reason = refusal(self._model)
+        reason = packing.refusal(self._model)
         if reason is None:
             gap = self._gap(rows)
             gap = self._most(gap) if self._sharded else gap
@@ -151,7 +141,7 @@ class Forward:
         if reason is not None and self._processes.index == 0:
             warnings.warn(f"rows are padded, and prompts computed once a completion: {reason}", stacklevel=2)
         if reason is None:
-            trust(self._model)
+            packing.trust(self._model)
         return reason is None
 
     def _most(self, value: float) -> float:

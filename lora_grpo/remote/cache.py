@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_grpo.adapters.files.disk import Tree, make_private, reported, room_bytes
+from lora_grpo.adapters.files.disk import Tree, make_private, reported
 from lora_grpo.adapters.files.layout import VERSIONS, Manifest
 from lora_grpo.adapters.files.locks import WriterLock, holder
 from lora_grpo.adapters.peft_form.files import open_adapter
@@ -43,8 +43,8 @@ class ReplicaCache:
                 self.folder = Path(tempfile.mkdtemp(prefix=f"{self._process}-", dir=parent))
                 self._lock = WriterLock()
                 self._lock.take(self.folder)
-            usage = os.statvfs(parent)
-        self.budget_bytes = usage.f_blocks * usage.f_frsize // 2 if budget_bytes is None else budget_bytes
+            half_bytes = shutil.disk_usage(parent).total // 2
+        self.budget_bytes = half_bytes if budget_bytes is None else budget_bytes
         self.used_bytes = 0
         self._finalizer = weakref.finalize(self, _remove, self.folder, self._lock, self._process)
 
@@ -78,7 +78,7 @@ class ReplicaCache:
         return Tree(self.folder / run, (VERSIONS,), sync=False)
 
     def _require_room(self, name: str, manifest: Manifest) -> None:
-        left = min(self.budget_bytes - self.used_bytes, room_bytes(self.folder))
+        left = min(self.budget_bytes - self.used_bytes, shutil.disk_usage(self.folder).free)
         if manifest.size_bytes > left:
             raise NoRoom(
                 f"{name} takes {manifest.size_bytes / MIB:.1f} MiB and this replica has room for {left / MIB:.1f}: it "

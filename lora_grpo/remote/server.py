@@ -17,7 +17,6 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import BinaryIO, NoReturn
@@ -204,8 +203,8 @@ class _FileResponse(StreamingResponse):
     """An open file of a version, the version held until the last byte is gone, or the client is or takes no more."""
 
     def __init__(self, stream: BinaryIO, held: ExitStack) -> None:
-        size_bytes = os.fstat(stream.fileno()).st_size
-        super().__init__(_chunks(stream), 200, {"Content-Length": str(size_bytes)}, "application/octet-stream")
+        size_bytes, chunks = os.fstat(stream.fileno()).st_size, iter(partial(stream.read, CHUNK_BYTES), b"")
+        super().__init__(chunks, 200, {"Content-Length": str(size_bytes)}, "application/octet-stream")
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -215,11 +214,6 @@ class _FileResponse(StreamingResponse):
 
         with self._held:
             await super().__call__(scope, receive, sending)
-
-
-def _chunks(stream: BinaryIO) -> Iterator[bytes]:
-    while chunk := stream.read(CHUNK_BYTES):
-        yield chunk
 
 
 def _number(request: Request) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from torch import nn
 
-from lora_grpo.adapters.asking.target import best_metric
+from lora_grpo.adapters.asking.view import best_metric
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.data import PromptDataset, Rows

@@ -97,7 +97,6 @@ def is_begun(run: str | Path, request: Request) -> bool:
 
 
 def is_answered(run: str | Path, request: Request) -> bool:
-    """Whether an answer waits to be taken."""
     return (Path(run) / "requests" / f"{disk.folder_name(request.number)}{_ANSWER}").exists()
 
 

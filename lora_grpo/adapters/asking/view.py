@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.asking.target import Target, number_of
+from lora_grpo.adapters.asking.target import Target, parse_target
 from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.layout import STATES, SUMS_FILE, VERSIONS, Identity, Manifest
 from lora_grpo.adapters.files.locks import Leases, is_leased
-from lora_grpo.adapters.upkeep.retention import Place, Retention
+from lora_grpo.adapters.upkeep.retention import Place, Retention, is_score
 from lora_grpo.adapters.version import AdapterVersion, run_name
 from lora_grpo.errors import StoreError, UnknownVersion
 
@@ -138,11 +138,9 @@ class StoreView:
     def prunable(self, retention: Retention) -> tuple[list[int], list[int]]:
         """What `prune()` by these rules would remove for good: versions, and trainer states."""
         catalog = self._looking()
-        head = catalog.head_number()
-        always = catalog.journal.pins | ({head} if head is not None else set())
 
         def kept(place: Place, numbers: list[int]) -> set[int]:
-            return retention.kept(place, catalog.candidates(numbers)) | always
+            return retention.kept(place, catalog.candidates(numbers)) | catalog.protected()
 
         states = kept("state", catalog.states()).intersection(catalog.states())
         here = catalog.root.numbers(VERSIONS)
@@ -165,7 +163,7 @@ class StoreView:
 
     def metrics(self, version: Target) -> dict[str, Any]:
         """Everything recorded of a version."""
-        return self._looking().metrics(self._number(version))
+        return self._looking().journal.metrics_of(self._number(version))
 
     @property
     def pins(self) -> frozenset[int]:
@@ -224,14 +222,56 @@ class StoreView:
         return self._catalog
 
     def _number(self, to: Target) -> int:
-        """The number that `to` names. Raises `UnknownVersion` for a version that is another store's."""
-        number = number_of(self, to)
-        if isinstance(to, AdapterVersion):
-            here = self._catalog.journal.published.get(number)
-            if here is not None and here.digest != to.digest:
-                raise UnknownVersion(f"{to} is not of this store, whose version {number} has other bytes")
-        return number
+        """The number of the version that `to` names, kept or not.
+
+        Raises `ConfigError` for what cannot name a version, `UnknownVersion` for another store's, and where there is
+        none, with what there is to choose from.
+        """
+        match parse_target(to):
+            case AdapterVersion() as version:
+                here = self._catalog.journal.published.get(version.number)
+                if here is not None and here.digest != version.digest:
+                    raise UnknownVersion(f"{to} is not of this store, whose version {version.number} has other bytes")
+                return version.number
+            case int(number):
+                return number
+            case "head" | "parent" as word:
+                return _in_line(self, word)
+            case word:
+                return _best(self, best_metric(self) if word == "best" else word.removeprefix("best:"))
 
     def list(self) -> list[AdapterVersion]:
         """Every version with a copy somewhere, in order of number."""
         return self._looking().versions()
+
+
+def best_metric(store: StoreView) -> str:
+    """What "best" goes by: the held-out reward where a kept version has one, else the reward."""
+    held_out = "eval/reward"
+    measured = any(is_score(store.metrics(version.number).get(held_out)) for version in store.list())
+    return held_out if measured else "reward"
+
+
+def _in_line(store: StoreView, word: str) -> int:
+    head = store.head
+    if head is None:
+        raise UnknownVersion(f"nothing was promoted yet: there is no version that is {word!r}")
+    if word == "head":
+        return head.number
+    if head.parent is None:
+        raise UnknownVersion(f"{head} has no parent: it was the first; name a version by its number")
+    return head.parent
+
+
+def _best(store: StoreView, metric: str) -> int:
+    """The version that made the best completions; of equals the newest, as in retention."""
+    sign, name = (-1.0, metric[1:]) if metric.startswith("-") else (1.0, metric)
+    metrics = {version.number: store.metrics(version.number) for version in store.list()}
+    scores = {number: sign * values[name] for number, values in metrics.items() if is_score(values.get(name))}
+    if not scores:
+        known = sorted({key for values in metrics.values() for key, value in values.items() if is_score(value)})
+        raise UnknownVersion(
+            f"no kept version has a recorded {name!r}; recorded are: {', '.join(known) or 'none'}: record it with "
+            f"store.record(version, **{{{name!r}: 0.5}}), name another as 'best:METRIC', or a version by its number"
+        )
+    return max(scores, key=lambda number: (scores[number], number))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any
 
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.disk import Tree
@@ -124,6 +123,11 @@ class Catalog:
             raise StoreCorrupt(f"{link} points to {name!r}, which is no version")
         return number
 
+    def protected(self) -> set[int]:
+        """Versions that no retention removes: the pinned ones and `HEAD`."""
+        head = self.head_number()
+        return self.journal.pins | ({head} if head is not None else set())
+
     def verify(self, number: int) -> None:
         """Compare every copy of a version, and its trainer state, with the digests written with them."""
         expected = self.manifest(number)
@@ -140,16 +144,12 @@ class Catalog:
     def verify_tmpfs(self, number: int) -> None:
         verify_version(self.root.folder(VERSIONS, number), self.manifest(number))
 
-    def metrics(self, number: int) -> dict[str, Any]:
-        return self.journal.metrics_of(number)
-
     def candidates(self, numbers: list[int]) -> list[Candidate]:
         """What retention looks at. Of a version whose manifest is unreadable only the number is known."""
         known = self.journal.published
         return [Candidate(n, known[n].step if n in known else 0, self.journal.metrics_of(n)) for n in sorted(numbers)]
 
     def tmpfs_bytes(self) -> int:
-        """Bytes of all versions on tmpfs."""
         return sum(self.manifest(number).size_bytes for number in self.root.numbers(VERSIONS))
 
 

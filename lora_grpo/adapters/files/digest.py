@@ -13,6 +13,8 @@ import xxhash
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """Any C-contiguous buffer; what `memoryview()` takes."""
+Files: TypeAlias = Mapping[str, Sequence[Buffer]]
+"""Files by name, each as buffers that lie end to end."""
 
 CHUNK_BYTES = 1 << 20
 
@@ -34,7 +36,7 @@ class AdapterDigest:
         return self._hash.hexdigest()
 
 
-def digest_buffers(files: Mapping[str, Sequence[Buffer]]) -> str:
+def digest_buffers(files: Files) -> str:
     """Digest of files held as buffers: 32 hex digits, the same however a file is split into buffers."""
     digest = AdapterDigest()
     for name in sorted(files):

@@ -12,12 +12,12 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_grpo.adapters.files.digest import Buffer
+from lora_grpo.adapters.files.digest import Buffer, Files
 from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
 
 PAGE_BYTES = 4096
@@ -144,12 +144,6 @@ def read_number(path: Path) -> int | None:
     return int(content)
 
 
-def room_bytes(path: Path) -> int:
-    """Bytes that this user may still write on the file system of `path`."""
-    usage = os.statvfs(path)
-    return usage.f_bavail * usage.f_frsize
-
-
 def file_system(path: Path) -> str:
     """The type of file system that `path` is on, as the kernel calls it; 'unknown' where it cannot be told."""
     device = os.stat(path).st_dev
@@ -235,7 +229,7 @@ class Tree:
         if self.sync:
             sync_folder(self.path / kind)
 
-    def write(self, folder: Path, files: Mapping[str, Sequence[Buffer]]) -> None:
+    def write(self, folder: Path, files: Files) -> None:
         for name, buffers in files.items():
             write_file(folder / name, buffers, sync=self.sync)
 

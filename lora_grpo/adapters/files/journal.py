@@ -75,7 +75,6 @@ class Journal:
         return max(self._parents, default=0)
 
     def knows(self, number: int) -> bool:
-        """Whether such a version was ever published."""
         return number in self._parents
 
     def has_forgotten(self, number: int) -> bool:

@@ -37,10 +37,6 @@ class Holder:
     started_at: float
 
     @classmethod
-    def myself(cls) -> Holder:
-        return cls(os.getpid(), socket.gethostname(), time.time())
-
-    @classmethod
     def parse(cls, content: bytes) -> Holder:
         try:
             values = parse_json(content)
@@ -95,15 +91,12 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-class WriterLock:
+class WriterLock(_Descriptors[Path]):
     """The right to write below some folders; taken whole or not at all."""
-
-    def __init__(self) -> None:
-        self._descriptors: _Descriptors[Path] = _Descriptors()
 
     @property
     def held(self) -> bool:
-        return bool(self._descriptors.by_key)
+        return bool(self.by_key)
 
     def take(self, folder: Path) -> None:
         """Lock one more folder; `StoreLocked` names the process that has it."""
@@ -118,16 +111,16 @@ class WriterLock:
                         "readonly=True"
                     )
                 time.sleep(0.005)
-            content = json.dumps(asdict(Holder.myself())).encode()
+            content = json.dumps(asdict(Holder(os.getpid(), socket.gethostname(), time.time()))).encode()
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, content, 0)
         except BaseException:
             os.close(descriptor)
             raise
-        self._descriptors.by_key[folder] = descriptor
+        self.by_key[folder] = descriptor
 
     def release(self) -> None:
-        self._descriptors.close()
+        self.close()
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:
@@ -138,33 +131,33 @@ def _try_lock(descriptor: int, kind: int) -> bool:
     return True
 
 
-class Leases:
+class Leases(_Descriptors[int]):
     """Versions that this process needs on tmpfs: a shared lock on each one's manifest, counted."""
 
     def __init__(self) -> None:
-        self._descriptors: _Descriptors[int] = _Descriptors()
+        super().__init__()
         self._counts: dict[int, int] = {}
 
     @property
     def numbers(self) -> frozenset[int]:
-        return frozenset(self._descriptors.by_key)
+        return frozenset(self.by_key)
 
     def acquire(self, number: int, folder: Path) -> None:
-        if number not in self._descriptors.by_key:
-            self._descriptors.by_key[number] = _lock_in_place(number, folder / MANIFEST_FILE)
+        if number not in self.by_key:
+            self.by_key[number] = _lock_in_place(number, folder / MANIFEST_FILE)
             self._counts[number] = 0
         self._counts[number] += 1
 
     def release(self, number: int) -> None:
-        if number not in self._descriptors.by_key:
+        if number not in self.by_key:
             raise UnknownVersion(f"version {number} is not leased here; release() goes with one acquire()")
         self._counts[number] -= 1
         if not self._counts[number]:
-            os.close(self._descriptors.by_key.pop(number))
+            os.close(self.by_key.pop(number))
 
     def close(self) -> None:
         self._counts.clear()
-        self._descriptors.close()
+        super().close()
 
 
 def _lock_in_place(number: int, path: Path) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from lora_grpo.adapters.files.catalog import Catalog
-from lora_grpo.adapters.files.disk import PAGE_BYTES, SHM_SIZE, room_bytes
+from lora_grpo.adapters.files.disk import PAGE_BYTES, SHM_SIZE
 from lora_grpo.adapters.upkeep.session import Session
 from lora_grpo.errors import NoRoom
 
@@ -40,7 +40,6 @@ class Room:
             raise NoRoom(lacking)
 
     def _lacking(self, sizes: Mapping[str, int], advice: str) -> str | None:
-        """Why the files do not fit, or None."""
         root = self._catalog.root.path
         lacking = _lacking_in(root, sizes)
         if lacking is not None:
@@ -66,9 +65,8 @@ def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
 
 def _lacking_in(folder: Path, sizes: Mapping[str, int]) -> str | None:
     pages = _MANIFEST_PAGES + sum(-(-size // PAGE_BYTES) for size in sizes.values())
-    need, room = pages * PAGE_BYTES, room_bytes(folder)
-    if need <= room:
+    need, there = pages * PAGE_BYTES, shutil.disk_usage(folder)
+    if need <= there.free:
         return None
-    usage = os.statvfs(folder)
-    size = usage.f_blocks * usage.f_frsize
-    return f"needs {need / MIB:.2f} MiB and {folder} has room for {room / MIB:.2f} MiB of {size / MIB:.0f} MiB"
+    room, size = there.free / MIB, there.total / MIB
+    return f"needs {need / MIB:.2f} MiB and {folder} has room for {room:.2f} MiB of {size:.0f} MiB"

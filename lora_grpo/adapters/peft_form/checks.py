@@ -79,6 +79,7 @@ def _check_config(config: Any, adapter: str) -> None:
         raise UnsupportedAdapter(
             f"adapter {adapter!r} is a {type(config).__name__}; vLLM hot-swaps LoRA only: use peft.LoraConfig"
         )
+    activated = getattr(config, "alora_invocation_tokens", None)
     refused = {
         "use_dora": (config.use_dora, "vLLM has no DoRA; set use_dora=False"),
         "lora_bias": (config.lora_bias, "vLLM serves no LoRA bias; set lora_bias=False"),
@@ -86,10 +87,7 @@ def _check_config(config: Any, adapter: str) -> None:
         "modules_to_save": (config.modules_to_save, "whole modules cannot be hot-swapped; leave it None"),
         "layer_replication": (config.layer_replication, "vLLM does not replicate layers; leave it None"),
         "trainable_token_indices": (config.trainable_token_indices, "vLLM serves no token deltas; leave it None"),
-        "alora_invocation_tokens": (
-            getattr(config, "alora_invocation_tokens", None),
-            "vLLM has no activated LoRA; leave it None",
-        ),
+        "alora_invocation_tokens": (activated, "vLLM has no activated LoRA; leave it None"),
     }
     for field, (found, reason) in refused.items():
         if found:

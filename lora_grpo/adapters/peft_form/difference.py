@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -36,13 +37,8 @@ class Difference:
     cosine: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Inner:
-    """<W1, W1>, <W2, W2>, <W1, W2>."""
-
-    first: float
-    second: float
-    both: float
+_Inner: TypeAlias = tuple[float, float, float]
+"""<W1, W1>, <W2, W2>, <W1, W2>."""
 
 
 def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]:
@@ -51,8 +47,8 @@ def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]
     Raises `StoreCorrupt` when they do not adapt the same modules.
     """
     inner = dict(_inner_products(load_tensors(first / ADAPTER_FILE), load_tensors(second / ADAPTER_FILE)))
-    total = _Inner(*(math.fsum(getattr(one, name) for one in inner.values()) for name in _Inner.__slots__))
-    return _difference("all", total), [_difference(module, one) for module, one in inner.items()]
+    total = [math.fsum(one[index] for one in inner.values()) for index in range(3)]
+    return _difference("all", *total), [_difference(module, *one) for module, one in inner.items()]
 
 
 def _inner_products(
@@ -69,7 +65,7 @@ def _inner_products(
             one, two = ((tensors[other].double(), tensors[name].double()) for tensors in (first, second))
             if (one[0].shape[0], one[1].shape[1]) != (two[0].shape[0], two[1].shape[1]):
                 raise StoreCorrupt(f"the two versions adapt other modules: {name} has another size")
-            yield name.removeprefix(_PREFIX).removesuffix(_A), _Inner(_dot(one, one), _dot(two, two), _dot(one, two))
+            yield name.removeprefix(_PREFIX).removesuffix(_A), (_dot(one, one), _dot(two, two), _dot(one, two))
 
 
 def _is_pair(b_OR: torch.Tensor | None, a_RI: torch.Tensor) -> bool:
@@ -82,9 +78,9 @@ def _dot(one: tuple[torch.Tensor, torch.Tensor], two: tuple[torch.Tensor, torch.
     return float(((b1_OR.T @ b2_OR) * (a1_RI @ a2_RI.T)).sum())
 
 
-def _difference(module: str, inner: _Inner) -> Difference:
-    first, second = math.sqrt(max(0.0, inner.first)), math.sqrt(max(0.0, inner.second))
-    apart = math.sqrt(max(0.0, inner.first + inner.second - 2 * inner.both))
+def _difference(module: str, inner_1: float, inner_2: float, both: float) -> Difference:
+    first, second = math.sqrt(max(0.0, inner_1)), math.sqrt(max(0.0, inner_2))
+    apart = math.sqrt(max(0.0, inner_1 + inner_2 - 2 * both))
     product = first * second
-    cosine = max(-1.0, min(1.0, inner.both / product)) if product else None
+    cosine = max(-1.0, min(1.0, both / product)) if product else None
     return Difference(module, first, second, apart / first if first else None, cosine)

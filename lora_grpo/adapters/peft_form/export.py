@@ -19,6 +19,7 @@ from safetensors.torch import save
 from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.peft_form.modules import LoraModule, is_multimodal
 from lora_grpo.adapters.peft_form.reading import load_tensors
 from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
@@ -28,7 +29,6 @@ from lora_grpo.errors import ConfigError, StoreError
 RECIPE_FILE = "adapter.json"
 TOKENIZER = "tokenizer"
 STATE_TENSORS_FILE = "state.safetensors"
-_PREFIX = "base_model.model."
 
 Weights: TypeAlias = Literal["exact", "rounded"]
 
@@ -174,12 +174,9 @@ def _trainer_weights(store: StoreView, version: AdapterVersion) -> dict[str, tor
     files = store.load_state(version.number)
     if files is None or STATE_TENSORS_FILE not in files:
         return None
-    weights = {
-        name.removeprefix("weights/"): tensor.float()
-        for name, tensor in load_tensors(files[STATE_TENSORS_FILE]).items()
-        if name.startswith("weights/")
-    }
-    return {f"{_PREFIX}{name[:-2]}.lora_{name[-1]}.weight": tensor for name, tensor in weights.items()}
+    kept = load_tensors(files[STATE_TENSORS_FILE])
+    weights = {name.removeprefix("weights/"): kept[name].float() for name in kept if name.startswith("weights/")}
+    return {f"{PREFIX}{name[:-2]}.lora_{name[-1]}.weight": tensor for name, tensor in weights.items()}
 
 
 def _serving_weights(store: StoreView, version: AdapterVersion, recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -188,7 +185,7 @@ def _serving_weights(store: StoreView, version: AdapterVersion, recipe: Recipe) 
 
 
 def _unscaled(name: str, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    path, _, kind = name.removeprefix(_PREFIX).rpartition(".lora_")
+    path, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
     return tensor / recipe.scalings[path] if kind == "B.weight" else tensor
 
 

@@ -60,16 +60,6 @@ class AdapterFile:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What a file's header and config say; versions of one run share it."""
-
-    entries: Mapping[str, TensorEntry]
-    paths: tuple[str, ...]
-    dtype: str
-    payload_bytes: int
-
-
 class _Malformed(ValueError):
     """A sentence about a layout that cannot be served."""
 
@@ -81,26 +71,26 @@ def open_adapter(version: AdapterVersion) -> AdapterFile:
         with open(open_regular(config_path), "rb") as stream:
             config = stream.read()
         header, mapped = _map(weights)
-        layout = _layout(header, config)
+        entries, paths, dtype, payload_bytes = _layout(header, config)
     except _Malformed as error:
         raise DeliveryError(f"{version}: {error}") from None
     except (OSError, ValueError, KeyError) as error:
         raise DeliveryError(f"{version} at {version.path} cannot be read: {error}") from error
     payload = mapped[8 + len(header) :]
-    if not layout.entries or layout.payload_bytes != len(payload):
+    if not entries or payload_bytes != len(payload):
         raise DeliveryError(f"{version}: {weights} is truncated or empty ({len(payload)} bytes of tensors)")
-    return AdapterFile(header, layout.entries, payload, layout.paths, layout.dtype, mapped, config)
+    return AdapterFile(header, entries, payload, paths, dtype, mapped, config)
 
 
 @lru_cache(maxsize=8)
-def _layout(header: bytes, config: bytes) -> _Layout:
-    """Parsed and checked once for all versions of a run, which differ in their payload only."""
+def _layout(header: bytes, config: bytes) -> tuple[Mapping[str, TensorEntry], tuple[str, ...], str, int]:
+    """Entries, paths, dtype and bytes: checked once for all versions of a run, which differ in their payload only."""
     entries = _entries(header)
     if not entries:
-        return _Layout(entries, (), "", 0)
+        return entries, (), "", 0
     paths = _paths(entries)
     _check_config(_mapping(config, CONFIG_FILE), entries, paths)
-    return _Layout(entries, paths, _one_dtype(entries), _payload_bytes(entries))
+    return entries, paths, _one_dtype(entries), _payload_bytes(entries)
 
 
 def _payload_bytes(entries: Mapping[str, TensorEntry]) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lora_grpo.adapters.files import layout
+from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules, peft_model_of
 from lora_grpo.adapters.peft_form.shards import whole
 from lora_grpo.errors import TrainingError, UnsupportedAdapter
@@ -54,17 +55,17 @@ class ServingForm:
         self._homes = [getattr(module.layer, f"lora_{kind}")._modules for kind in "AB" for module in self.modules]
         self._linears = [home[adapter] for home in self._homes]
         self.config_bytes = _config_bytes(peft_model_of(model), adapter, self.modules)
-        self.names = [name for name, _ in self._named_parameters()]
-        self.shapes = [tuple(parameter.shape) for _, parameter in self._named_parameters()]
+        self.names = [f"{PREFIX}{module.path}.lora_{kind}.weight" for kind in "AB" for module in self.modules]
+        self.shapes = [tuple(linear.weight.shape) for linear in self._linears]
         self._header = _safetensors_header(self.names, self.shapes, dtype)
-        elements = sum(_elements(shape) for shape in self.shapes)
-        device = self.modules[0].a_RI.device
-        self._flat = torch.empty(elements, dtype=dtype, device=device)
-        self._host = self._flat if device.type == "cpu" else torch.empty(elements, dtype=dtype, pin_memory=True)
-        self.held: Held = [piece.view(shape) for piece, shape in zip(self._pieces(), self.shapes, strict=True)]
+        elements, device = [math.prod(shape) for shape in self.shapes], self.modules[0].a_RI.device
+        self._flat = torch.empty(sum(elements), dtype=dtype, device=device)
+        self._host = self._flat if device.type == "cpu" else torch.empty(sum(elements), dtype=dtype, pin_memory=True)
+        pieces = zip(self._flat.split(elements), self.shapes, strict=True)
+        self.held: Held = [piece.view(shape) for piece, shape in pieces]
         # Every A comes before the first B, so that one call can scale them all.
-        self._flat_b = self._flat[sum(_elements(shape) for shape in self.shapes[: len(self.modules)]) :]
-        self._cast = Cast(self._flat, [_elements(shape) for shape in self.shapes])
+        self._flat_b = self._flat[sum(elements[: len(self.modules)]) :]
+        self._cast = Cast(self._flat, elements)
 
     @property
     def nbytes(self) -> int:
@@ -123,13 +124,6 @@ class ServingForm:
                     "or roll back to an earlier version"
                 )
 
-    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from ((f"base_model.model.{module.path}.lora_A.weight", module.a_RI) for module in self.modules)
-        yield from ((f"base_model.model.{module.path}.lora_B.weight", module.b_OR) for module in self.modules)
-
-    def _pieces(self) -> tuple[torch.Tensor, ...]:
-        return self._flat.split([_elements(shape) for shape in self.shapes])
-
 
 def all_finite(flat: torch.Tensor) -> bool:
     """Whether every element is finite, from the two extremes: NaN is always one of them, and nothing is allocated.
@@ -146,10 +140,6 @@ def _scales_after_rounding(scaling: float, dtype: torch.dtype) -> bool:
     small values.
     """
     return scaling == 1.0 or dtype == torch.float32 or (dtype == torch.bfloat16 and abs(math.frexp(scaling)[0]) == 0.5)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return shape[0] * shape[1]
 
 
 def _config_bytes(peft_model: Any, adapter: str, modules: list[LoraModule]) -> bytes:
@@ -184,7 +174,7 @@ def _safetensors_header(names: list[str], shapes: list[tuple[int, ...]], dtype: 
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in zip(names, shapes, strict=True):
-        end = offset + _elements(shape) * dtype.itemsize
+        end = offset + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.digest import CHUNK_BYTES, AdapterDigest, Buffer
+from lora_grpo.adapters.files.digest import CHUNK_BYTES, AdapterDigest, Buffer, Files
 from lora_grpo.adapters.files.disk import Tree, reported
 from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
 from lora_grpo.errors import StoreCorrupt
@@ -35,7 +35,7 @@ class Archive:
         with reported(f"restoring version {number}"), root.staged(VERSIONS, number) as folder:
             _copy_checked(self.tree.folder(VERSIONS, number), folder, manifest, sync=root.sync)
 
-    def keep_state(self, number: int, contents: Mapping[str, Sequence[Buffer]]) -> None:
+    def keep_state(self, number: int, contents: Files) -> None:
         with reported(f"archiving the trainer state of version {number}"), self.tree.staged(STATES, number) as folder:
             sums = {name: _sha256(buffers) for name, buffers in contents.items()}
             self.tree.write(folder, {**contents, SUMS_FILE: [_sums_text(sums)]})

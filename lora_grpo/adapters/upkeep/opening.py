@@ -56,23 +56,21 @@ def catalog_for_reading(root: str | Path | None, archive: str | Path | None) -> 
     return Catalog(Tree(places.root, (VERSIONS,), sync=False), kept, Journal(places.journal, sync=False))
 
 
-def warn_unless_tmpfs(root: Path) -> None:
-    kind = disk.file_system(root)
-    if kind not in ("tmpfs", "ramfs"):
-        warnings.warn(
-            f"the store's root {root} is on {kind}, not on tmpfs: every publish and load waits for that disk "
-            "(each version is written with fsync), where tmpfs takes milliseconds; use a folder under /dev/shm",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-
-
 class Opening:
     """The steps from two folders to a store that can be written."""
 
     def __init__(self, places: Places) -> None:
         self.places = places
-        on_disk = disk.file_system(places.root) not in ("tmpfs", "ramfs")
+        kind = disk.file_system(places.root)
+        on_disk = kind not in ("tmpfs", "ramfs")
+        if on_disk:
+            warnings.warn(
+                f"the store's root {places.root} is on {kind}, not on tmpfs: every publish and load waits for that "
+                "disk (each version is written with fsync), where tmpfs takes milliseconds; use a folder under "
+                "/dev/shm",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         self.root = Tree(places.root, (VERSIONS,), sync=on_disk)
         self.archive = None if places.run is None else Archive(places.run)
         self.journal = Journal(places.journal, sync=places.run is None and on_disk)
@@ -142,18 +140,15 @@ class Opening:
             run_id=known.run_id if known is not None else uuid.uuid4().hex,
             other=None if run is None else str(run),
             own_root=self.places.temporary,
-            home=None,
             generation=1 + max((half.generation for half in (run_before, root_before) if half), default=0),
             token=uuid.uuid4().hex,
         )
+        durable = replace(identity, other=str(root), home=str(run))
+        if run is not None and run_before is None:
+            replace(durable, generation=0, token="").write(run, sync=True)
+        identity.write(root, sync=self.root.sync)
         if run is not None:
-            durable = replace(identity, other=str(root), home=str(run))
-            if run_before is None:
-                replace(durable, generation=0, token="").write(run, sync=True)
-            identity.write(root, sync=self.root.sync)
             durable.write(run, sync=True)
-        else:
-            identity.write(root, sync=self.root.sync)
 
     def recover(self) -> Recovered:
         """Settle what a dead process left open; after this, the journal and the folders agree."""

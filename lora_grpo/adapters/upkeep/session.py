@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.digest import Buffer
+from lora_grpo.adapters.files.digest import Files
 from lora_grpo.adapters.files.journal import Journal
 from lora_grpo.adapters.files.layout import STATES, VERSIONS, Manifest
 from lora_grpo.adapters.files.locks import Leases, WriterLock, unleased
 from lora_grpo.adapters.files.places import for_writing
 from lora_grpo.adapters.upkeep.archive import Archive
-from lora_grpo.adapters.upkeep.opening import Opening, warn_unless_tmpfs
+from lora_grpo.adapters.upkeep.opening import Opening
 from lora_grpo.adapters.upkeep.retention import Place, Retention, default_retention
 from lora_grpo.adapters.upkeep.writer import BackgroundWriter, Job
 from lora_grpo.errors import StoreError
@@ -33,10 +33,6 @@ class _Kept:
 
     now: Set[int]
     wanted: Set[int]
-
-    @classmethod
-    def of(cls, numbers: Set[int]) -> _Kept:
-        return cls(numbers, numbers)
 
 
 class Session:
@@ -66,11 +62,6 @@ class Session:
             raise StoreError("this store is closed, or was opened by the process that this one was forked from")
         self.writer.raise_failure()
 
-    def protected(self) -> set[int]:
-        """Versions that no retention removes: the pinned ones and `HEAD`."""
-        head = self.catalog.head_number()
-        return self.journal.pins | ({head} if head is not None else set())
-
     def required_archive(self) -> Archive:
         if self.archive is None:
             raise StoreError(f"the store in {self.places.root} has no run directory; open it with archive=")
@@ -84,7 +75,7 @@ class Session:
         copy = partial(_archive_version, self.archive, self.journal, manifest, source)
         self.writer.submit(Job(VERSIONS, manifest.number, manifest.size_bytes, 0, copy))
 
-    def archive_state(self, number: int, contents: Mapping[str, Sequence[Buffer]]) -> None:
+    def archive_state(self, number: int, contents: Files) -> None:
         """Queue a trainer state, after its version if the archive has not got that.
 
         When the queue is full, states that retention would drop anyway leave it first.
@@ -156,13 +147,14 @@ class Session:
     def _archive_keeps(self) -> _Kept:
         """What is to be in the archive: what its rules keep, and the adapter of every trainer state."""
         if self.archive is None:
-            return _Kept.of(frozenset())
+            return _Kept(frozenset(), frozenset())
         if not self.retention.limits("archive"):
             # Everything; listing an archive that only grows would make every prune slower than the last one.
-            return _Kept.of({*self.root.numbers(VERSIONS)})
+            here = {*self.root.numbers(VERSIONS)}
+            return _Kept(here, here)
         queued, states = self.writer.pending(VERSIONS), self.writer.pending(STATES)
         durable = {*self.archive.tree.numbers(VERSIONS)} - queued
-        always = self.protected().union(states, self.catalog.states())
+        always = self.catalog.protected().union(states, self.catalog.states())
         return self._kept("archive", {*self.catalog.numbers()}, durable, always)
 
     def _kept(self, place: Place, numbers: set[int], durable: set[int], always: set[int]) -> _Kept:
@@ -174,7 +166,7 @@ class Session:
 
     def _prune_tmpfs(self, durable: Set[int]) -> list[int]:
         here = self.root.numbers(VERSIONS)
-        keep = self.retention.kept("tmpfs", self.catalog.candidates(here)) | self.protected()
+        keep = self.retention.kept("tmpfs", self.catalog.candidates(here)) | self.catalog.protected()
         removed, pending = [], self.writer.pending(VERSIONS)
         for number in (n for n in here if n not in keep):
             archived = number not in pending and self.catalog.in_archive(number)
@@ -196,7 +188,7 @@ class Session:
         archive = self.required_archive()
         queued = self.writer.pending(STATES) | ({coming} if coming is not None else set())
         durable = {*archive.tree.numbers(STATES)} - queued
-        kept = self._kept("state", queued | durable, durable, self.protected())
+        kept = self._kept("state", queued | durable, durable, self.catalog.protected())
         self._late[STATES] -= numbers
         for number in sorted(numbers - kept.wanted):
             if number in kept.now or not self.writer.cancel(STATES, number):
@@ -237,9 +229,8 @@ def open_session(
     lock = WriterLock()
     try:
         with disk.reported(f"opening the run directory {archive}" if archive else f"opening the store in {root}"):
-            places = for_writing(root, archive, lock)
-            warn_unless_tmpfs(places.root)
-            return Session(Opening(places), lock, retention, backlog_limit_bytes)
+            opening = Opening(for_writing(root, archive, lock))
+            return Session(opening, lock, retention, backlog_limit_bytes)
     except BaseException:
         lock.release()
         raise

@@ -50,7 +50,8 @@ class BackgroundWriter:
     def has_room(self, held_bytes: int) -> bool:
         """Whether a job that holds so much memory would be taken at once."""
         with self._changed:
-            return self._fits(held_bytes)
+            held = sum(job.held_bytes for job in self._jobs)
+            return held_bytes == 0 or held == 0 or held + held_bytes <= self._limit_bytes
 
     def submit(self, job: Job) -> None:
         """Queue a job; waits while the memory held by the queue is above the limit.
@@ -60,9 +61,9 @@ class BackgroundWriter:
         """
         with self._changed:
             self._start()
-            self._changed.wait_for(lambda: self._failure is not None or self._fits(job.held_bytes))
-            if not self._fits(job.held_bytes):
-                self._raise()
+            self._changed.wait_for(lambda: self._failure is not None or self.has_room(job.held_bytes))
+            if not self.has_room(job.held_bytes):
+                self.raise_failure()
             self._jobs.append(job)
             self._changed.notify_all()
 
@@ -77,7 +78,6 @@ class BackgroundWriter:
             return True
 
     def wait_for(self, kind: str, number: int) -> None:
-        """Return when no such job is left."""
         self._wait(lambda: all((job.kind, job.number) != (kind, number) for job in self._jobs))
 
     def flush(self) -> None:
@@ -87,7 +87,11 @@ class BackgroundWriter:
     def raise_failure(self) -> None:
         """Raise the error of the last failed job, once, and let the thread go on."""
         with self._changed:
-            self._raise()
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                self._start()
+                self._changed.notify_all()
+                raise failure
 
     def close(self) -> None:
         """Write what is queued and end the thread."""
@@ -100,22 +104,11 @@ class BackgroundWriter:
             if self._thread is not None:
                 self._thread.join()
 
-    def _fits(self, held_bytes: int) -> bool:
-        held = sum(job.held_bytes for job in self._jobs)
-        return held_bytes == 0 or held == 0 or held + held_bytes <= self._limit_bytes
-
     def _wait(self, done: Callable[[], bool]) -> None:
         with self._changed:
-            self._raise()
+            self.raise_failure()
             self._changed.wait_for(lambda: self._failure is not None or done())
-            self._raise()
-
-    def _raise(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            self._start()
-            self._changed.notify_all()
-            raise failure
+            self.raise_failure()
 
     def _start(self) -> None:
         if self._thread is None:

@@ -12,7 +12,7 @@ import torch
 
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.trainer import Trainer
-from lora_grpo.engines.local.weights import PlainEngine, drop_weights
+from lora_grpo.engines.local.weights import PlainEngine, drop_weights, kv_tokens
 from lora_grpo.types import Group, Sampling
 
 
@@ -101,9 +101,9 @@ class Strategy(ABC):
         drop_weights(self.engine)
 
     @property
-    @abstractmethod
     def kv_tokens(self) -> int:
         """Tokens that the engine's KV cache holds."""
+        return kv_tokens(self.engine)
 
     @abstractmethod
     def rollback_cases(self) -> dict[str, int]:
@@ -133,10 +133,6 @@ class OnPlainEngine(Strategy):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
         return self.engine.generate(prompts, sampling)
-
-    @property
-    def kv_tokens(self) -> int:
-        return self.engine.kv_tokens
 
 
 def engine_arguments(subject: Subject) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.strategies.trainer import Trainer, checkpoint_name
 from lora_grpo.bench.timing import Clock, adapter_crossing
-from lora_grpo.engines.local.weights import engine_kv_tokens, version_tensors
+from lora_grpo.engines.local.weights import version_tensors
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Group, Sampling
@@ -93,10 +93,6 @@ class Native(Strategy):
         started = clock.now()
         self.version = self.pusher.rollback(to=mark).version
         return Synced({"rollback": clock.now() - started}, {})
-
-    @property
-    def kv_tokens(self) -> int:
-        return engine_kv_tokens(self.engine)
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -30,16 +30,7 @@ from lora_grpo.errors import ConfigError, UnsupportedVersion
 # their log-probs, CPU and CUDA LoRA kernels. Reading shows names, shapes and logic; it shows no numbers.
 # 0.27 to 0.31 have besides served probed and proven adapters on the CPU, and passed the tests of the direct loader;
 # 0.26 has passed the parity suite on an H100.
-RELEASES = {
-    (0, 26): "read",
-    (0, 27): "read",
-    (0, 28): "read",
-    (0, 29): "read",
-    (0, 30): "read",
-    (0, 31): "read",
-    (0, 32): "run",
-    (0, 33): "read",
-}
+RELEASES = {(0, minor): "read" for minor in range(26, 34)} | {(0, 32): "run"}
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for max_lora_rank."""
 
@@ -140,7 +131,6 @@ def compute_capability() -> tuple[int, int] | None:
 
 
 def is_cpu() -> bool:
-    """Whether vLLM runs on its CPU backend."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
@@ -175,7 +165,6 @@ def base_rows_are_safe() -> bool:
 
 
 def runner(llm: Any) -> Any:
-    """The model runner of an in-process engine."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
@@ -200,7 +189,6 @@ def reorders_queries(model: Any) -> bool:
 
 
 def sleep_mode(llm: Any) -> bool:
-    """Whether the engine was started with vLLM's sleep mode."""
     return bool(llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
 
 

@@ -14,9 +14,8 @@ _KERNEL = "vllm.lora.ops.triton_ops.lora_expand_op"
 _WHOLE = {"Glm4ForCausalLM": ("gate_up_proj",)}
 
 
-def kernel_is_mended(kernel: Any = None) -> bool:
-    """Whether `mend_kernels` has changed the kernel's launcher."""
-    return is_wrapped(kernel or importlib.import_module(_KERNEL), "get_lora_op_configs")
+def kernel_is_mended() -> bool:
+    return is_wrapped(importlib.import_module(_KERNEL), "get_lora_op_configs")
 
 
 def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None, kernel: Any = None) -> None:
@@ -36,9 +35,7 @@ def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None, k
             "one pipeline stage here: install 'vllm>=0.33,<0.34'"
         )
     wrap_once(
-        kernel,
-        "get_lora_op_configs",
-        lambda stock: lambda *args, **kwargs: {**stock(*args, **kwargs), "num_stages": 1},
+        kernel, "get_lora_op_configs", lambda stock: lambda *args, **kwargs: {**stock(*args, **kwargs), "num_stages": 1}
     )
 
 

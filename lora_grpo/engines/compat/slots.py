@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_grpo.engines.compat import runner
@@ -10,7 +10,6 @@ from lora_grpo.errors import ConfigError
 
 
 def lora_manager(llm: Any) -> Any:
-    """vLLM's manager of loaded adapters and their slots."""
     return runner(llm).lora_manager._adapter_manager
 
 
@@ -37,12 +36,11 @@ def registered_modules(llm: Any, lora_id: int) -> set[str]:
 
 
 def slot_of(llm: Any, lora_id: int) -> int | None:
-    """The slot an adapter is active in, or None."""
     ids = list(lora_manager(llm).lora_index_to_id)
     return ids.index(lora_id) if lora_id in ids else None
 
 
-def register_adapter(llm: Any, lora_id: int, rank: int, layers: dict[str, Any]) -> None:
+def register_adapter(llm: Any, lora_id: int, rank: int, layers: Mapping[str, Any]) -> None:
     """Enter an adapter among vLLM's loaded ones as its own loader leaves it, the least recently used making room.
 
     `layers` are by runtime name, each as `lora_layer` makes it; `rank` is the largest among them.
@@ -55,7 +53,8 @@ def register_adapter(llm: Any, lora_id: int, rank: int, layers: dict[str, Any]) 
         return
     if len(manager) + 1 > manager.capacity:
         manager.remove_oldest_adapter()
-    manager._registered_adapters[lora_id] = LoRAModel(lora_id, rank, layers)
+    made: Any = layers
+    manager._registered_adapters[lora_id] = LoRAModel(lora_id, rank, made)
 
 
 def lora_layer(name: str, rank: int, members: Sequence[tuple[Any, Any] | None]) -> Any:
@@ -90,7 +89,6 @@ def name_slot(llm: Any, slot: int, lora_id: int) -> None:
 
 
 def touch_adapter(llm: Any, lora_id: int) -> None:
-    """Make a loaded and active adapter the most recently used."""
     manager = lora_manager(llm)
     manager._registered_adapters.touch(lora_id)
     manager._active_adapters.touch(lora_id)

@@ -66,7 +66,6 @@ class BaseMatch:
 
 
 def describe(config: Any, dtype: str) -> BaseDescription:
-    """What a base is by its config."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     shapes = {name: value for name in _SHAPES if (value := getattr(text, name, None)) is not None}
     vocabulary = int(shapes["vocab_size"])

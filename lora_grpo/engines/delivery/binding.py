@@ -76,7 +76,6 @@ class Binding:
         return [self.tensor(file, index) for index in range(len(self.parts))]
 
     def tensor(self, file: AdapterFile, index: int) -> torch.Tensor:
-        """One of them."""
         part, dtype = self.parts[index], TORCH_DTYPES[file.dtype]
         start = file.entries[part.name].start + part.first * part.columns * dtype.itemsize
         flat = torch.frombuffer(file.payload, dtype=dtype, count=part.rows * part.columns, offset=start)

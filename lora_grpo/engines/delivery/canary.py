@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError
 from lora_grpo.scoring import mean_abs_difference
+from lora_grpo.types import LogProbs
 
 Verdict: TypeAlias = Literal["ok", "failed", "inconclusive"]
 
@@ -52,9 +53,7 @@ def judge(gap: float, signal: float, noise: float) -> Verdict:
     return "ok" if signal > RESOLUTION * noise and gap <= 0.5 * signal else "inconclusive"
 
 
-def compare(
-    served: list[list[float]], expected: list[list[float]], others: Sequence[list[list[float]]], noise: float
-) -> CanaryReport:
+def compare(served: LogProbs, expected: LogProbs, others: Sequence[LogProbs], noise: float) -> CanaryReport:
     """Whether log-probs `served` are the `expected` ones and none of the `others`; raises `DeliveryError` when not.
 
     The signal is the distance to the nearest of the others: "ok" has told the version from each of them. `noise` is

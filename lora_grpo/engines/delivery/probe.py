@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.digest import Buffer, digest_buffers
+from lora_grpo.adapters.files.digest import Files, digest_buffers
 from lora_grpo.adapters.files.room import require_room
 from lora_grpo.adapters.peft_form.modules import LoraModule, peft_model_of
 from lora_grpo.adapters.peft_form.reading import restored
@@ -31,6 +31,7 @@ from lora_grpo.engines.base import BaseDescription, Engine, is_remote
 from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS, Witness, base_noise
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.types import LogProbs, Sequences
 
 SEPARATION = 20.0
 """How many times the base's own noise the probe must move the log-probs, to be able to prove anything."""
@@ -65,7 +66,7 @@ def run_probe(
     scratch: Path,
     *,
     seed: int = 0,
-    publish: Callable[[Mapping[str, Sequence[Buffer]]], AdapterVersion] | None = None,
+    publish: Callable[[Files], AdapterVersion] | None = None,
 ) -> ProbeReport:
     """Prove that `engine` computes what `model` computes, with the base and with a loud adapter; leaves no trace.
 
@@ -116,13 +117,8 @@ def probe_sequences(base: BaseDescription, seed: int) -> list[list[int]]:
 
 @contextmanager
 def loud(
-    modules: list[LoraModule],
-    model: nn.Module,
-    sequences: Sequence[Sequence[int]],
-    base: list[list[float]],
-    needed: float,
-    seed: int,
-) -> Iterator[tuple[list[list[float]], float]]:
+    modules: list[LoraModule], model: nn.Module, sequences: Sequences, base: LogProbs, needed: float, seed: int
+) -> Iterator[tuple[LogProbs, float]]:
     """The model with random A and B, grown until they move its log-probs by `needed` nats; restored to the bit.
 
     Yields the trainer's log-probs with them, and the movement.
@@ -162,11 +158,7 @@ def _randomise(modules: list[LoraModule], size: float, seed: int) -> None:
 
 
 def _growth(
-    model: nn.Module,
-    modules: list[LoraModule],
-    sequences: list[list[int]],
-    base: list[list[float]],
-    loud: list[list[float]],
+    model: nn.Module, modules: list[LoraModule], sequences: list[list[int]], base: LogProbs, loud: LogProbs
 ) -> float:
     """How many times as much small errors in the adapted layers' outputs move the log-probs with the loud adapter, as
     the model is now, as without it; at least 1."""
@@ -178,7 +170,7 @@ def _growth(
     return max(1.0, mean_abs_difference(shaken_loud, loud) / quiet) if quiet else 1.0
 
 
-def _most_noise(model: nn.Module, engine: Engine, sequences: list[list[int]], base: list[list[float]]) -> float:
+def _most_noise(model: nn.Module, engine: Engine, sequences: list[list[int]], base: LogProbs) -> float:
     """Nats by which an engine's base may differ from the trainer's: a multiple of what rounding does to the latter."""
     with _jittered(model.modules()) as dtypes, peft_model_of(model).disable_adapter():
         moved = mean_abs_difference(teacher_logprobs(model, sequences), base)
@@ -218,7 +210,7 @@ def _jittered(modules: Iterable[nn.Module]) -> Iterator[set[torch.dtype]]:
                 module.forward = own
 
 
-def _serve(version: AdapterVersion, engine: Engine, sequences: list[list[int]]) -> list[list[list[float]]]:
+def _serve(version: AdapterVersion, engine: Engine, sequences: list[list[int]]) -> list[LogProbs]:
     engine.load(version)
     try:
         return _answers(engine, sequences, version)
@@ -226,14 +218,14 @@ def _serve(version: AdapterVersion, engine: Engine, sequences: list[list[int]]) 
         engine.unload(version)
 
 
-def _answers(engine: Engine, sequences: list[list[int]], adapter: AdapterVersion | None) -> list[list[list[float]]]:
+def _answers(engine: Engine, sequences: list[list[int]], adapter: AdapterVersion | None) -> list[LogProbs]:
     """The log-probs that an engine gives, or each of those that it stands for."""
     of_each = getattr(engine, "logprobs_of_each", None)
     return of_each(sequences, adapter=adapter) if of_each else [engine.logprobs(sequences, adapter=adapter)]
 
 
 @contextmanager
-def _written(files: Mapping[str, Sequence[Buffer]], scratch: Path) -> Iterator[AdapterVersion]:
+def _written(files: Files, scratch: Path) -> Iterator[AdapterVersion]:
     """The probe in a folder of its own below `scratch`, while the block runs."""
     sizes = {name: sum(memoryview(buffer).nbytes for buffer in buffers) for name, buffers in files.items()}
     with ExitStack() as held:

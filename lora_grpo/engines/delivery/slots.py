@@ -48,7 +48,7 @@ class SlotProver:
 
         Raises `DeliveryError` naming the module that differs.
         """
-        binding = self._bindings[file.header] if file.header in self._bindings else self.bind(version, file)
+        binding = self.bind(version, file)
         registered = vllm_slots.registered_modules(self._llm, lora_id)
         if registered != binding.modules.keys():
             odd = sorted(registered ^ binding.modules.keys())[0]
@@ -104,11 +104,19 @@ class SlotProver:
     def _check_extents(
         self, version: AdapterVersion, file: AdapterFile, path: str, runtime: str, slices: Sequence[int]
     ) -> None:
+        """A must fill the layer's input and B its output; only the rank may be smaller than the slot's."""
         layer = self._modules[runtime]
-        rank, columns = layer.lora_a_stacked[slices[0]].shape[2:]
+        most, columns = layer.lora_a_stacked[slices[0]].shape[2:]
         rows = sum(layer.lora_b_stacked[index].shape[2] for index in slices)
-        for kind, room in (("A", (rank, columns)), ("B", (rows, rank))):
-            _check_extent(version, path, kind, file.entries[f"{PREFIX}{path}.lora_{kind}.weight"].shape, room)
+        (rank, inputs), (outputs, _) = (file.entries[f"{PREFIX}{path}.lora_{kind}.weight"].shape for kind in "AB")
+        for kind, size, room in (("A", inputs, columns), ("B", outputs, rows)):
+            if size != room:
+                raise DeliveryError(
+                    f"{version}: {path} has lora_{kind} of size {size} where the engine's layer has {room}; the "
+                    "adapter belongs to another model"
+                )
+        if rank > most:
+            raise DeliveryError(f"{version}: {path} has rank {rank}, the engine takes at most {most}")
 
     def _locate(self, version: AdapterVersion, path: str) -> tuple[str, Sequence[int]]:
         """The layer's name, and the indices of the slices of it that `path` fills."""
@@ -156,16 +164,3 @@ def _rows_of(name: str, stacks: Sequence[torch.Tensor], rank: int) -> list[Part]
     for stacked in stacks:
         parts.append(Part(name, stacked, stacked.shape[2], rank, sum(part.rows for part in parts)))
     return parts
-
-
-def _check_extent(version: AdapterVersion, path: str, kind: str, shape: tuple[int, ...], room: tuple[int, ...]) -> None:
-    """A must fill the layer's input and B its output; only the rank may be smaller than the slot's."""
-    rank, size = (shape[0], shape[1]) if kind == "A" else (shape[1], shape[0])
-    room_rank, room_size = (room[0], room[1]) if kind == "A" else (room[1], room[0])
-    if size != room_size:
-        raise DeliveryError(
-            f"{version}: {path} has lora_{kind} of size {size} where the engine's layer has {room_size}; the adapter "
-            "belongs to another model"
-        )
-    if rank > room_rank:
-        raise DeliveryError(f"{version}: {path} has rank {rank}, the engine takes at most {room_rank}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lora_grpo.errors import DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference
+from lora_grpo.types import LogProbs
 
 AGREEMENT = 0.1
 """Share of that movement by which engine and trainer may differ; a scale wrong by 2 differs by about half."""
@@ -21,13 +22,13 @@ class Witness:
     times as much with the loud adapter as without."""
 
     sequences: list[list[int]]
-    base: list[list[float]]
-    loud: list[list[float]]
+    base: LogProbs
+    loud: LogProbs
     signal: float
     growth: float = 1.0
     most_noise: float = MAX_BASE_NOISE_NATS
 
-    def noise(self, served: list[list[float]]) -> float:
+    def noise(self, served: LogProbs) -> float:
         """Nats by which an engine's base differs from the trainer's; raises `UnsupportedAdapter` for another base."""
         return base_noise(served, self.base, self.most_noise)
 
@@ -36,7 +37,7 @@ class Witness:
         share = AGREEMENT * self.signal
         return share + min(NOISES * self.growth * noise, share)
 
-    def error(self, served: list[list[float]], noise: float) -> float:
+    def error(self, served: LogProbs, noise: float) -> float:
         """Nats by which an engine with the probe differs from the trainer; raises `DeliveryError` for too many."""
         error, most = mean_abs_difference(served, self.loud), self.most_error(noise)
         if not error <= most:
@@ -48,7 +49,7 @@ class Witness:
         return error
 
 
-def base_noise(served: list[list[float]], trainer: list[list[float]], most: float) -> float:
+def base_noise(served: LogProbs, trainer: LogProbs, most: float) -> float:
     noise = mean_abs_difference(served, trainer)
     if not noise <= most:
         raise UnsupportedAdapter(

@@ -53,10 +53,13 @@ def _obstacle() -> str | None:
     return None if os.access(cache, os.W_OK) else f"vLLM may not write to {cache}; set VLLM_CACHE_ROOT"
 
 
-def engine_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's arguments with a mark that is part of its compile cache's key: compiled models call our operator."""
+def marked(arguments: Mapping[str, Any], kernels: str) -> dict[str, Any]:
+    """vLLM's arguments with a mark that is part of its compile cache's key.
+
+    It looks a compiled model up by its config before it traces anything, and would find one with other kernels.
+    """
     given = arguments.get("additional_config") or {}
-    return {**arguments, "additional_config": {**given, "lora_grpo": "add_cpu_lora"}}
+    return {**arguments, "additional_config": {**given, "lora_grpo": kernels}}
 
 
 def compiled_with_lora() -> AbstractContextManager[None]:

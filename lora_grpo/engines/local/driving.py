@@ -53,12 +53,10 @@ class StepDriver:
         return [self._finished.pop(one) for one in ids]
 
     def drain(self) -> None:
-        """Run everything that was begun to its end."""
         while self._llm.llm_engine.has_unfinished_requests():
             self._step()
 
     def forget(self) -> None:
-        """Drop the outputs of runs that failed."""
         self._finished.clear()
 
     def _step(self) -> None:

@@ -8,7 +8,7 @@ itself can activate, evict or remove what was loaded so, or read it again from i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -36,6 +36,10 @@ class Loaded:
     file: AdapterFile
     binding: Binding
 
+    @property
+    def lora_id(self) -> int:
+        return int(self.request.lora_int_id)
+
 
 def choose_loader(wanted: bool) -> Loader:
     """ "direct" when it is wanted and was tested with the installed release, else "stock"."""
@@ -43,63 +47,48 @@ def choose_loader(wanted: bool) -> Loader:
 
 
 class AdapterLoader:
-    """Loads adapters into one engine and sees to it that they hold a slot."""
-
     def __init__(self, llm: Any, loader: Loader) -> None:
         self._llm, self.kind = llm, loader
 
-    def place(self, request: Any, binding: Binding, file: AdapterFile, held: Held | None = None) -> None:
-        """Have the adapter of `request` loaded and in a slot, as the most recently used; nothing where it is already.
+    def place(self, loaded: Loaded, held: Held | None = None) -> None:
+        """Have vLLM hold it, and in a slot, as the most recently used; nothing where it does already.
 
         Its tensors come from where they are `held`, else from the file. Raises `DeliveryError` when vLLM refuses it,
         or whatever vLLM raises; the adapter is then to be removed.
         """
-        if self.kind == "direct":
-            self._place_directly(request.lora_int_id, binding, file, held)
-        elif not self._llm.llm_engine.add_lora(request):
-            raise DeliveryError(f"vLLM refused the adapter at {request.lora_path}")
-
-    def _place_directly(self, lora_id: int, binding: Binding, file: AdapterFile, held: Held | None) -> None:
-        if vllm_slots.slot_of(self._llm, lora_id) is not None:
+        lora_id, file, binding = loaded.lora_id, loaded.file, loaded.binding
+        if self.kind == "stock":
+            if not self._llm.llm_engine.add_lora(loaded.request):
+                raise DeliveryError(f"vLLM refused the adapter at {loaded.request.lora_path}")
+        elif vllm_slots.slot_of(self._llm, lora_id) is not None:
             vllm_slots.touch_adapter(self._llm, lora_id)
-            return
-        layers = LayersOnDemand(binding.modules, partial(_layer, binding, file))
-        rank = max(placement.rank for placement in binding.modules.values())
-        vllm_slots.register_adapter(self._llm, lora_id, rank, layers)
-        slot = vllm_slots.free_slot(self._llm)
-        binding.slot(slot).write(file, binding.tensors(file) if held is None else binding.cut(held))
-        vllm_slots.name_slot(self._llm, slot, lora_id)
+        else:
+            rank = max(placement.rank for placement in binding.modules.values())
+            vllm_slots.register_adapter(self._llm, lora_id, rank, LayersOnDemand(binding, file))
+            slot = vllm_slots.free_slot(self._llm)
+            binding.slot(slot).write(file, binding.tensors(file) if held is None else binding.cut(held))
+            vllm_slots.name_slot(self._llm, slot, lora_id)
 
 
-class LayersOnDemand(dict[str, Any]):
-    """An adapter's layers by runtime name, each made when vLLM first asks for it: a sync needs none of them."""
+class LayersOnDemand(Mapping[str, Any]):
+    """What vLLM keeps of an adapter's layers by runtime name, as views of the file's mapping.
 
-    def __init__(self, names: Iterable[str], make: Callable[[str], Any]) -> None:
-        super().__init__(dict.fromkeys(names))
-        self._make = make
+    Each is made when vLLM first asks for it: a sync needs none of them.
+    """
+
+    def __init__(self, binding: Binding, file: AdapterFile) -> None:
+        self._binding, self._file = binding, file
+        self._made: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        if super().__getitem__(name) is None:
-            self[name] = self._make(name)
-        return super().__getitem__(name)
+        if name not in self._made:
+            placement, tensor = self._binding.modules[name], partial(self._binding.tensor, self._file)
+            members = [None if pair is None else (tensor(pair[0]), tensor(pair[1])) for pair in placement.members]
+            self._made[name] = vllm_slots.lora_layer(name, placement.rank, members)
+        return self._made[name]
 
-    def get(self, name: str, default: Any = None) -> Any:
-        if name not in self:
-            return default
-        return self[name]
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._binding.modules)
 
-    def values(self) -> Any:
-        return [self[name] for name in self]
-
-    def items(self) -> Any:
-        return [(name, self[name]) for name in self]
-
-
-def _layer(binding: Binding, file: AdapterFile, name: str) -> Any:
-    """What vLLM keeps of one layer, as views of the file's mapping."""
-    placement = binding.modules[name]
-    members = [
-        None if pair is None else (binding.tensor(file, pair[0]), binding.tensor(file, pair[1]))
-        for pair in placement.members
-    ]
-    return vllm_slots.lora_layer(name, placement.rank, members)
+    def __len__(self) -> int:
+        return len(self._binding.modules)

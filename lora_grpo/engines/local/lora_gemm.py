@@ -34,6 +34,8 @@ from typing import Any
 import torch
 
 from lora_grpo.engines import compat
+from lora_grpo.engines.local.compiling import marked
+from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError, EngineError
 
 # Axes: N tokens of a batch, I inputs, O outputs, C columns of the mask (slots * rank), K = members of the layer * C.
@@ -120,14 +122,11 @@ def lay_out(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextmanager
-def plain_products(wanted: bool) -> Iterator[None]:
+def plain_products() -> Iterator[None]:
     """Engines that start within compute the LoRA of linear layers so; others, before and after, do not.
 
     Raises `EngineError` when one started and has no such layer: it would run on vLLM's kernels.
     """
-    if not wanted:
-        yield
-        return
     linear = importlib.import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA
     rows_of: dict[int, tuple[Any, RowMask]] = {}
 
@@ -138,12 +137,8 @@ def plain_products(wanted: bool) -> Iterator[None]:
             rows_of[id(wrapper)] = wrapper, _follow(wrapper, layer.lora_a_stacked[0])
         layer.punica_wrapper = LayerGemm(*lay_out(layer), rows_of[id(wrapper)][1])
 
-    before = linear.set_mapping
-    linear.set_mapping = set_mapping
-    try:
+    with replaced(linear, set_mapping=set_mapping):
         yield
-    finally:
-        linear.set_mapping = before
     if not rows_of:
         raise EngineError(
             "plain_lora_gemm=True, but vLLM gave no linear layer its LoRA kernels in this process; leave it out"
@@ -165,15 +160,11 @@ def _follow(wrapper: Any, a_stacked: torch.Tensor) -> RowMask:
 
 
 def engine_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's arguments with a mark that is part of its compile cache's key.
-
-    It looks a compiled model up by its config before it traces anything, and would find one with the other kernels.
-    Raises `ConfigError` for a sleep mode that would discard the mask and the zeros between the blocks.
-    """
+    """vLLM's arguments, `marked`. Raises `ConfigError` for a sleep mode that would discard the mask, and the zeros
+    between the blocks."""
     if arguments.get("enable_sleep_mode") and not compat.slots_outlive_level_2():
         raise ConfigError(
             "plain_lora_gemm=True with enable_sleep_mode=True: this vLLM's sleep level 2 discards the buffers that it "
             "computes with; install 'vllm>=0.33,<0.34' or leave one out"
         )
-    given = arguments.get("additional_config") or {}
-    return {**arguments, "additional_config": {**given, "lora_grpo": "plain_lora_gemm"}}
+    return marked(arguments, "plain_lora_gemm")

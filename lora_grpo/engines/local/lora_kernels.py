@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_grpo.engines import compat
+from lora_grpo.engines.patching import replaced
 from lora_grpo.kernels.rows import SlotRows
 
 TESTED = ((0, 32),)
@@ -58,14 +59,11 @@ def applies() -> bool:
 
 
 @contextmanager
-def products_by_segment(wanted: bool) -> Iterator[None]:
+def products_by_segment() -> Iterator[None]:
     """Engines that start within compute the LoRA of linear layers so; others, before and after, do not."""
-    if not wanted:
-        yield
-        return
     linear = importlib.import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA
     fused = importlib.import_module("vllm.lora.layers.column_parallel_linear").MergedColumnParallelLinearWithLoRA
-    stock_create, stock_mapping = fused.create_lora_weights, linear.set_mapping
+    stock_create = fused.create_lora_weights
 
     def create_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_create(self, *args, **kwargs)
@@ -76,15 +74,11 @@ def products_by_segment(wanted: bool) -> Iterator[None]:
             _follow(punica_wrapper)
         self.punica_wrapper = LayerKernels(self, punica_wrapper)
 
-    fused.create_lora_weights, linear.set_mapping = create_lora_weights, set_mapping
-    try:
+    with replaced(fused, create_lora_weights=create_lora_weights), replaced(linear, set_mapping=set_mapping):
         yield
-    finally:
-        fused.create_lora_weights, linear.set_mapping = stock_create, stock_mapping
 
 
 def _follow(wrapper: Any) -> None:
-    """Have a wrapper keep the segments of its current batch."""
     stock_update = wrapper.update_metadata
 
     def update_metadata(*args: Any, **kwargs: Any) -> None:

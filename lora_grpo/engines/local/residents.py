@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.delivery.slots import SlotProver, require_published
+from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.local.driving import StepDriver
 from lora_grpo.engines.local.loading import AdapterLoader, Loaded
-from lora_grpo.engines.requests import find_loaded, loaded_from_its_path
 from lora_grpo.errors import EngineError, LoraGrpoError
 
 
-class Residents:
-    """Loaded versions by their paths, the least recently used first; those that answer `driver`'s requests stay."""
+class Residents(LoadedVersions[Loaded]):
+    """Those that answer `driver`'s requests stay."""
 
     def __init__(
         self,
@@ -38,25 +37,17 @@ class Residents:
         max_loras: int,
         max_cpu_loras: int,
     ) -> None:
+        super().__init__()
         self._llm, self._driver, self._loader, self._prover = llm, driver, loader, prover
         self._max_loras, self._max_cpu_loras = max_loras, max_cpu_loras
         self._ids = itertools.count(1)
-        self._loaded: dict[Path, Loaded] = {}
         self.between_steps: Callable[[], None] | None = None
         """Called before each step of vLLM; whatever it asks of the engine is done before the rollout goes on."""
 
-    def versions(self) -> tuple[AdapterVersion, ...]:
-        return tuple(loaded.version for loaded in self._loaded.values())
-
-    def find(self, version: AdapterVersion) -> Loaded:
-        """Raises `UnknownVersion` for one that is not loaded."""
-        return find_loaded(self._loaded, version)
-
     def load(self, version: AdapterVersion, held: Held | None = None) -> LoadReceipt:
-        """See `Engine.load`."""
-        known = loaded_from_its_path(self._loaded, version)
+        known = self.known(version)
         if known is not None:
-            self._touch(known)
+            self.add(known)
             return self._prove_again(known)
         started = time.perf_counter()
         file = open_adapter(version)
@@ -70,23 +61,23 @@ class Residents:
         loaded = Loaded(version, self._request(version), file, binding)
         with self.boundary(f"load {version}", forget=loaded):
             receipt = self._place_and_prove(loaded, started, checked, held)
-            self._loaded[version.path] = loaded
+            self.add(loaded)
         return receipt
 
     def unload(self, version: AdapterVersion) -> None:
         """Raises `EngineError` for one that answers requests."""
         loaded = self.find(version)
-        if loaded.request.lora_int_id in self._driver.answering:
+        if loaded.lora_id in self._driver.answering:
             raise EngineError(f"{version} answers requests; unload it when they are done")
         with self.boundary(f"unload {version}"):
-            self._llm.llm_engine.remove_lora(loaded.request.lora_int_id)
-            del self._loaded[version.path]
+            self._llm.llm_engine.remove_lora(loaded.lora_id)
+            self.remove(loaded)
 
     def slots_for(self, wanted: Sequence[Loaded]) -> int:
         """How many versions may share a batch now; raises `EngineError` when those in a rollout hold every slot."""
         answering = self._driver.answering
         free = self._max_loras - len(answering)
-        new = [str(loaded.version) for loaded in wanted if loaded.request.lora_int_id not in answering]
+        new = [str(loaded.version) for loaded in wanted if loaded.lora_id not in answering]
         if new and free < 1:
             raise EngineError(
                 f"{new[0]} cannot be sampled from between two steps of a rollout whose {len(answering)} versions hold "
@@ -98,11 +89,11 @@ class Residents:
         """See to it that every wanted version holds a slot, proving again those that vLLM copies into one."""
         distinct = {loaded.version.path: loaded for loaded in wanted}
         for loaded in distinct.values():
-            self._touch(loaded)
-            if vllm_slots.slot_of(self._llm, loaded.request.lora_int_id) is not None:
-                self._loader.place(loaded.request, loaded.binding, loaded.file)
+            self.add(loaded)
+            if vllm_slots.slot_of(self._llm, loaded.lora_id) is not None:
+                self._loader.place(loaded)
         for loaded in distinct.values():
-            if vllm_slots.slot_of(self._llm, loaded.request.lora_int_id) is None:
+            if vllm_slots.slot_of(self._llm, loaded.lora_id) is None:
                 self._prove_again(loaded)
 
     def prove_all_again(self) -> None:
@@ -110,11 +101,11 @@ class Residents:
 
         One that cannot be proven is unloaded; the first such failure is raised when the others are.
         """
-        unproven, self._loaded, failures = self._loaded, {}, []
-        for path, loaded in unproven.items():
+        unproven, self._by_path, failures = self.all(), {}, []
+        for loaded in unproven:
             try:
                 self._prove_again(loaded)
-                self._loaded[path] = loaded
+                self.add(loaded)
             except LoraGrpoError as failure:
                 failures.append(failure)
         if failures:
@@ -129,12 +120,12 @@ class Residents:
         """
 
         def clean_up() -> None:
-            if stepping or (forget is not None and forget.request.lora_int_id in self._driver.answering):
+            if stepping or (forget is not None and forget.lora_id in self._driver.answering):
                 ending.abort_everything(self._llm)
                 self._driver.forget()
             if forget is not None:
-                self._loaded.pop(forget.version.path, None)
-                self._llm.llm_engine.remove_lora(forget.request.lora_int_id)
+                self.remove(forget)
+                self._llm.llm_engine.remove_lora(forget.lora_id)
 
         with vllm_boundary(doing, clean_up), nullcontext() if self.between_steps else _generators_kept():
             yield
@@ -149,21 +140,17 @@ class Residents:
         for lora_id in self._driver.answering:
             # The slot that another takes is the least recently used one.
             vllm_slots.touch_adapter(self._llm, lora_id)
-        self._loader.place(loaded.request, loaded.binding, loaded.file, held)
+        self._loader.place(loaded, held)
         placed = time.perf_counter()
-        proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.request.lora_int_id)
+        proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.lora_id)
         seconds = {"check": checked - started, "load": placed - checked, "prove": time.perf_counter() - placed}
         return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes, self._loader.kind)
-
-    def _touch(self, loaded: Loaded) -> None:
-        """Make it the most recently used."""
-        self._loaded[loaded.version.path] = self._loaded.pop(loaded.version.path)
 
     def _make_room(self) -> None:
         """Unload the least recently used versions until another fits; those that answer requests stay."""
         answering = self._driver.answering
-        idle = [one.version for one in self._loaded.values() if one.request.lora_int_id not in answering]
-        excess = max(0, len(self._loaded) + 1 - self._max_cpu_loras)
+        idle = [one.version for one in self.all() if one.lora_id not in answering]
+        excess = max(0, len(self.all()) + 1 - self._max_cpu_loras)
         if excess > len(idle) or len(answering) >= self._max_loras:
             raise EngineError(
                 f"{len(answering)} versions answer requests, so there is no place for another: start the engine with "

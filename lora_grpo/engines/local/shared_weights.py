@@ -21,6 +21,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS
 from lora_grpo.engines.local.frozen import FrozenParameter
+from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.local.text_only import model_class
 from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.patching import replaced
@@ -110,10 +111,13 @@ def check_same_function(engine: Engine, model: nn.Module) -> None:
     sequences = probe_sequences(engine.describe_base(), seed=0)
     gap = mean_abs_difference(engine.logprobs(sequences, adapter=None), teacher_logprobs(model, sequences))
     if not gap <= MAX_BASE_NOISE_NATS:
-        raise UnsupportedAdapter(
-            f"the engine's weights cannot be shared: the transformers model on them differs by {gap:.3f} nats a token "
-            f"(at most {MAX_BASE_NOISE_NATS}); {_OWN_COPY}"
+        raise _cannot(
+            f"the transformers model on them differs by {gap:.3f} nats a token (at most {MAX_BASE_NOISE_NATS})"
         )
+
+
+def _cannot(reason: str) -> UnsupportedAdapter:
+    return UnsupportedAdapter(f"the engine's weights cannot be shared: {reason}; {_OWN_COPY}")
 
 
 def _refuse_update(*_: Any, **__: Any) -> None:
@@ -125,43 +129,35 @@ def _refuse_update(*_: Any, **__: Any) -> None:
 
 def _check_engine(llm: Any) -> None:
     config = llm.llm_engine.vllm_config
-    model = compat.runner(llm).get_model()
+    name, weights = type(compat.runner(llm).get_model()).__name__, [one for _, one in compat.base_parameters(llm)]
+    packed, inference = any(one.numel() == 0 for one in weights), any(one.is_inference() for one in weights)
     found = {
         f"its weights are quantized ({config.model_config.quantization})": config.quant_config is not None,
         "its weights are split over processes": config.parallel_config.world_size > 1,
         "it can sleep, which unmaps its weights": bool(config.model_config.enable_sleep_mode),
-        f"{type(model).__name__} is vLLM's wrapper of a transformers model": type(model).__name__.startswith(
-            "Transformers"
-        ),
-        "it has prepacked its weights (build it with share_base_weights=True)": any(
-            parameter.numel() == 0 for _, parameter in compat.base_parameters(llm)
-        ),
-        "its weights are inference tensors, which autograd cannot go through": any(
-            parameter.is_inference() for _, parameter in compat.base_parameters(llm)
-        ),
+        f"{name} is vLLM's wrapper of a transformers model": name.startswith("Transformers"),
+        "it has prepacked its weights (build it with share_base_weights=True)": packed,
+        "its weights are inference tensors, which autograd cannot go through": inference,
     }
     for reason, stands_against in found.items():
         if stands_against:
-            raise UnsupportedAdapter(f"the engine's weights cannot be shared: {reason}; {_OWN_COPY}")
+            raise _cannot(reason)
 
 
 def _skeleton(llm: Any, trust_remote_code: bool) -> Any:
     """The checkpoint's transformers model: parameters without memory, buffers (rotary frequencies, scales) computed."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
     settings = llm.llm_engine.vllm_config.model_config
-    config: Any = AutoConfig.from_pretrained(
-        settings.model, revision=settings.revision, trust_remote_code=trust_remote_code
-    )
+    config = checkpoint_config(settings.model, revision=settings.revision, trust_remote_code=trust_remote_code)
     with init_empty_weights(include_buffers=False):
         model: Any = model_class(config).from_config(config, dtype=settings.dtype, trust_remote_code=trust_remote_code)
     model.config._name_or_path = settings.model
     persistent = [name for name, _ in model.named_buffers() if name in model.state_dict()]
     if persistent:
-        raise UnsupportedAdapter(
-            f"the engine's weights cannot be shared: {type(model).__name__} has buffers in its checkpoint "
-            f"({persistent[0]}), which vLLM keeps in a form of its own; {_OWN_COPY}"
+        raise _cannot(
+            f"{type(model).__name__} has buffers in its checkpoint ({persistent[0]}), which vLLM keeps in a form of "
+            "its own"
         )
     device = next(iter(compat.base_parameters(llm)))[1].device
     for module in model.modules():
@@ -186,23 +182,18 @@ def _fill(model: Any, served: Mapping[str, torch.Tensor], names: NameMap) -> Non
     left = [name for name, parameter in model.named_parameters() if not isinstance(parameter, FrozenParameter)]
     unused = sorted(served.keys() - taken)
     if left or unused:
-        raise UnsupportedAdapter(
-            f"the engine's weights cannot be shared: {(left or unused)[0]} is in "
-            f"{'transformers' if left else 'vLLM'}'s {type(model).__name__} only; {_OWN_COPY}"
-        )
+        where = "transformers" if left else "vLLM"
+        raise _cannot(f"{(left or unused)[0]} is in {where}'s {type(model).__name__} only")
 
 
 def _view(name: str, shape: torch.Size, served: Mapping[str, torch.Tensor], names: NameMap) -> tuple[str, torch.Tensor]:
     """The engine's parameter that holds `name`, and the rows of it that are `name`."""
     place = names.tensor(name)
     if place is None or place.name not in served:
-        raise UnsupportedAdapter(f"the engine's weights cannot be shared: vLLM has no weights for {name}; {_OWN_COPY}")
+        raise _cannot(f"vLLM has no weights for {name}")
     whole = served[place.name].detach().as_subclass(torch.Tensor)
     rows = names.rows(place, shape, whole.shape)
     first = -1 if rows is None else next(iter(rows.values()))[0]
     if rows is None or list(rows) != list(range(min(rows), max(rows) + 1)):
-        raise UnsupportedAdapter(
-            f"the engine's weights cannot be shared: {name} is {tuple(shape)}, {place.name} in vLLM "
-            f"{tuple(whole.shape)}; {_OWN_COPY}"
-        )
+        raise _cannot(f"{name} is {tuple(shape)}, {place.name} in vLLM {tuple(whole.shape)}")
     return place.name, whole[first : first + shape[0]]

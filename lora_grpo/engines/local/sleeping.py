@@ -17,6 +17,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.scoring import mean_abs_difference
+from lora_grpo.types import LogProbs
 
 SAME_BASE_NATS = 0.02
 """What two scorings of the same tokens on the same weights may differ by, mean a token."""
@@ -27,7 +28,7 @@ class Asleep:
     """The level that an engine sleeps at, and the base's log-probs of `probe_sequences` before it did."""
 
     level: int
-    base_logprobs: list[list[float]]
+    base_logprobs: LogProbs
 
 
 def check_can_ever_sleep(arguments: Mapping[str, Any]) -> None:
@@ -91,5 +92,5 @@ def check_base_is_back(engine: Engine, asleep: Asleep) -> None:
         )
 
 
-def _score_base(engine: Engine) -> list[list[float]]:
+def _score_base(engine: Engine) -> LogProbs:
     return engine.logprobs(probe_sequences(engine.describe_base(), seed=0), adapter=None)

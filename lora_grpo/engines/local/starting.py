@@ -9,7 +9,7 @@ from typing import Any
 from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.local import lora_gemm, lora_kernels
-from lora_grpo.engines.local.compiling import can_compile, compiled_with_lora, engine_arguments
+from lora_grpo.engines.local.compiling import can_compile, compiled_with_lora, marked
 from lora_grpo.engines.local.experts import experts_without_lora, make_expert_group
 from lora_grpo.engines.local.held import join
 from lora_grpo.engines.local.own_class import classes_kept
@@ -62,7 +62,7 @@ def _wrapped(target_modules: Sequence[str] | None) -> list[str]:
 def _compiled_or_eager(arguments: dict[str, Any], may_compile: bool) -> tuple[dict[str, Any], bool]:
     """vLLM's arguments, and whether it compiles the model with our own LoRA kernels in it."""
     if may_compile and not arguments.get("enforce_eager") and can_compile():
-        return engine_arguments(arguments), True
+        return marked(arguments, "add_cpu_lora"), True
     # Not told so, vLLM leaves its fused operators to the compiler, and then calls none with LoRA.
     return arguments | ({"enforce_eager": True} if compat.is_cpu() else {}), False
 
@@ -99,8 +99,8 @@ def start_llm(
     with (
         vllm_boundary(f"start on {model}"),
         plain_cpu_weights() if share_base_weights and compat.is_cpu() else nullcontext(),
-        lora_gemm.plain_products(plain_lora_gemm),
-        lora_kernels.products_by_segment(kernels),
+        lora_gemm.plain_products() if plain_lora_gemm else nullcontext(),
+        lora_kernels.products_by_segment() if kernels else nullcontext(),
         compiled_with_lora() if compiles else nullcontext(),
         experts_without_lora() if compat.is_cpu() else nullcontext(),
         classes_kept(),

@@ -14,24 +14,15 @@ from typing import Any
 import torch
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines import compat
+from lora_grpo.engines import compat, requests
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local.shared_weights import plain_cpu_weights
 from lora_grpo.engines.names import NameMap
-from lora_grpo.engines.requests import (
-    check_fits,
-    request_seeds,
-    sampling_by_prompt,
-    sampling_params,
-    scored_tokens,
-    to_completion,
-    to_groups,
-)
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import EngineError
-from lora_grpo.types import Group, Sampling
+from lora_grpo.types import Group, LogProbs, Sampling, Sequences
 
 
 class PlainEngine:
@@ -52,21 +43,21 @@ class PlainEngine:
         self._request: Any = None
         self._requests = 0
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
+    def generate(self, prompts: Sequences, sampling: Sampling) -> list[Group]:
         """One group a prompt, as `Engine.generate`; stamped with no version."""
         model = self._llm.llm_engine.vllm_config.model_config
-        check_fits(prompts, [sampling.max_tokens] * len(prompts), model.max_model_len, model.get_vocab_size())
-        sampling_P = sampling_by_prompt(sampling, len(prompts))
-        seeds_PG = request_seeds(sampling_P)
-        rows = [(p, g) for p in range(len(prompts)) for g in range(sampling.n)]
-        outputs = self._run([prompts[p] for p, _ in rows], [sampling_params(sampling, seeds_PG[p][g]) for p, g in rows])
-        completions = [to_completion(output, None) for output in outputs]
-        return to_groups([list(ids) for ids in prompts], prompts, sampling_P, completions)
+        requests.check_fits(prompts, [sampling.max_tokens] * len(prompts), model.max_model_len, model.get_vocab_size())
+        sampling_P = requests.sampling_by_prompt(sampling, len(prompts))
+        seeds_PG = requests.request_seeds(sampling_P)
+        params = [requests.sampling_params(sampling, seed) for seeds in seeds_PG for seed in seeds]
+        outputs = self._run([ids for ids in prompts for _ in range(sampling.n)], params)
+        completions = [requests.to_completion(output, None) for output in outputs]
+        return requests.to_groups([list(ids) for ids in prompts], prompts, sampling_P, completions)
 
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def logprobs(self, sequences: Sequences) -> LogProbs:
         """Teacher-forced log-probs at temperature 1 of tokens 1..T-1 of each sequence."""
-        params = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
-        return scored_tokens(self._run(sequences, [params] * len(sequences)), sequences)
+        params = requests.sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
+        return requests.scored_tokens(self._run(sequences, [params] * len(sequences)), sequences)
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], *, at_once: bool = False) -> int:
         """Put checkpoint tensors in place of the engine's: one at a time as they come, or `at_once`, and where weights
@@ -98,7 +89,6 @@ class PlainEngine:
         return self._request
 
     def serve(self, request: Any) -> None:
-        """Have an adapter loaded (again) and serve it from now on."""
         if not self._llm.llm_engine.add_lora(request):
             raise EngineError(f"vLLM refused the adapter at {request.lora_path}")
         self._request = request
@@ -122,11 +112,6 @@ class PlainEngine:
         """What is computed with: A and B of the layer at a checkpoint's `path` in the served slot, scaling in B."""
         return slot_tensors(self._llm, self._request.lora_int_id, path)
 
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens that the KV cache holds."""
-        return kv_tokens(self._llm)
-
     def close(self) -> None:
         ending.shutdown(self._llm, last=True)
         del self._llm
@@ -135,7 +120,7 @@ class PlainEngine:
         mapping: Mapping[str, Sequence[str]] = compat.runner(self._llm).get_model().packed_modules_mapping
         return mapping
 
-    def _run(self, ids_B: Sequence[Sequence[int]], params_B: Sequence[Any]) -> list[Any]:
+    def _run(self, ids_B: Sequences, params_B: Sequence[Any]) -> list[Any]:
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(ids)} for ids in ids_B],
             list(params_B),
@@ -161,13 +146,9 @@ def version_tensors(engine: VLLMEngine, version: AdapterVersion, path: str) -> t
     return slot_tensors(engine._llm, engine._find(version).request.lora_int_id, path)
 
 
-def engine_kv_tokens(engine: VLLMEngine) -> int:
-    """Tokens that our engine's KV cache holds."""
-    return kv_tokens(engine._llm)
-
-
-def kv_tokens(llm: Any) -> int:
-    cache = llm.llm_engine.vllm_config.cache_config
+def kv_tokens(engine: Any) -> int:
+    """Tokens that the KV cache of a `VLLMEngine` or `PlainEngine` holds."""
+    cache = engine._llm.llm_engine.vllm_config.cache_config
     return int(cache.num_gpu_blocks) * int(cache.block_size)
 
 

@@ -64,5 +64,4 @@ def readings(url: str, answer: Mapping[str, Any]) -> list[BaseReading]:
 
 
 def not_read(url: str, shapes: Mapping[str, Sequence[int]]) -> BaseReading:
-    """Of a server that does not have the route."""
     return BaseReading(url, {}, dict.fromkeys(shapes, "the server does not have the lora_grpo plugin's route"))

@@ -59,7 +59,8 @@ class Client:
     async def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST what changes nothing on the server; tried again where that may help."""
         text = await self._owed(path, lambda: self._asking.post(path, cast_to=str, body=body), self._timeout_s)
-        return _parsed(self.url, path, text)
+        with reading(self.url, path, text):
+            return {**json.loads(text)}
 
     async def change(self, path: str, body: dict[str, Any], *, timeout_s: float | None = None) -> None:
         """POST what changes the server, once."""
@@ -105,11 +106,6 @@ def reading(url: str, path: str, answer: object) -> Iterator[None]:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise EngineError(f"{url}{path} answered {str(answer)[:200]!r} ({error!r}); is it a vLLM server?") from None
-
-
-def _parsed(url: str, path: str, text: str) -> dict[str, Any]:
-    with reading(url, path, text):
-        return {**json.loads(text)}
 
 
 def _message(text: str) -> str:

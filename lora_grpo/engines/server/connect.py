@@ -108,13 +108,7 @@ async def _metrics(client: Client) -> str:
 def write_rank_probe(folder: Path) -> Path:
     """A folder with an adapter's config of an absurd rank, which no server loads; its refusal says what it would."""
     folder.mkdir()
-    config = {
-        "peft_type": "LORA",
-        "r": _TOO_HIGH_RANK,
-        "lora_alpha": _TOO_HIGH_RANK,
-        "target_modules": [],
-        "bias": "none",
-    }
+    config = {"peft_type": "LORA", "r": _TOO_HIGH_RANK, "lora_alpha": _TOO_HIGH_RANK, "target_modules": []}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

@@ -13,26 +13,17 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer
 
-from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
+from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading
-from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.delivery.slots import require_published
 from lora_grpo.engines.delivery.witness import Witness
-from lora_grpo.engines.requests import (
-    adapters_by_prompt,
-    check_fits,
-    check_text,
-    request_seeds,
-    sampling_by_prompt,
-    to_groups,
-    token_prompts,
-)
+from lora_grpo.engines.requests import adapters_by_prompt, asked, check_fits, request_seeds, to_groups
 from lora_grpo.engines.server.client import Client
 from lora_grpo.engines.server.connect import write_rank_probe
 from lora_grpo.engines.server.fleet import Fleet, OnFailure, Settings
@@ -42,7 +33,7 @@ from lora_grpo.engines.server.names import Names
 from lora_grpo.engines.server.pool import completing, scoring
 from lora_grpo.engines.server.replica import Replica
 from lora_grpo.errors import ConfigError
-from lora_grpo.types import Completion, Group, Prompt, Sampling
+from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sequences
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
 
@@ -56,6 +47,9 @@ class VLLMServerEngine:
     >>> engine.proof, engine.max_lora_rank
     ('behaviour', 16)
     """
+
+    proof: Proof = "behaviour"
+    device: None = None
 
     def __init__(
         self,
@@ -120,14 +114,6 @@ class VLLMServerEngine:
         self._fleet.proofs.sequences = probe_sequences(self._base, seed=0)
 
     @property
-    def proof(self) -> Proof:
-        return "behaviour"
-
-    @property
-    def device(self) -> None:
-        return None
-
-    @property
     def max_lora_rank(self) -> int:
         ranks = [replica.facts.max_lora_rank for replica in self._fleet.replicas]
         return min((rank for rank in ranks if rank is not None), default=compat.LORA_RANKS[-1])
@@ -158,79 +144,65 @@ class VLLMServerEngine:
     def served_names(self, version: AdapterVersion) -> dict[str, str]:
         """The model name to ask for `version` by on each server in rotation, for other OpenAI clients."""
         name = self._fleet.in_use.find(version).name
-        return {r.url: r.names[name] for r in self._fleet.replicas if r.state == "serving"}
+        return {replica.url: replica.names[name] for replica in self._fleet.serving}
 
     def load(
-        self,
-        version: AdapterVersion,
-        *,
-        held: Held | None = None,
-        expected: list[list[float]] | None = None,
+        self, version: AdapterVersion, *, held: Held | None = None, expected: LogProbs | None = None
     ) -> LoadReceipt:
         """Load `version` on every server or on none. `expected` are the trainer's log-probs of the probe's tokens, as
         `NativeSync.push` passes them; the receipt's `verdict` says whether they tell the version from others.
         Raises `DeliveryError` or `EngineError`, and what was in use before still is.
         """
-        started = time.perf_counter()
-        known = self._fleet.in_use.known(version)
-        if known is not None:
-            report: CanaryReport | None = self._loop.run(self._fleet.prove_again(known))
-            return self._receipt(open_adapter(version), report, started, started)
-        file = open_adapter(version)
-        require_published(version, file)
-        checked = time.perf_counter()
-        report = self._loop.run(self._fleet.load(self._fleet.named(version), expected))
-        return self._receipt(file, report, started, checked)
+        started = checked = time.perf_counter()
+        known, file = self._fleet.in_use.known(version), open_adapter(version)
+        if known is None:
+            require_published(version, file)
+            checked = time.perf_counter()
+            report = self._loop.run(self._fleet.load(self._fleet.named(version), expected))
+        else:
+            report = self._loop.run(self._fleet.prove_again(known))
+        seconds = {"check": checked - started, "load": time.perf_counter() - checked}
+        verdict: Literal["ok", "inconclusive"] = "ok" if report and report.verdict == "ok" else "inconclusive"
+        return LoadReceipt("behaviour", seconds, len(file.paths), 0, "stock", verdict)
 
     def unload(self, version: AdapterVersion) -> None:
         self._loop.run(self._fleet.unload(self._fleet.in_use.find(version)))
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
-        return tuple(served.version for served in self._fleet.in_use.all())
+        return self._fleet.in_use.versions
 
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """`VLLMEngine.generate`, the prompts shared among the servers. Raises `EngineError` when all are gone for
         `patience_s`."""
-        ids_P = token_prompts(self._tokenizer, prompts)
-        sampling_P = sampling_by_prompt(sampling, len(prompts))
-        check_fits(ids_P, [one.max_tokens for one in sampling_P], self.max_model_len, self._base.vocabulary)
-        check_text(ids_P, self._base.placeholders)
+        ids_P, sampling_P = asked(self._tokenizer, prompts, sampling, self.max_model_len, self._base)
         adapter_P = adapters_by_prompt(adapter, len(prompts))
-        completions_PG = self._loop.run(self._complete(ids_P, adapter_P, sampling_P))
+
+        async def complete() -> list[list[Completion]]:
+            with self._fleet.in_use.using(adapter_P) as served_P:
+                each = zip(ids_P, served_P, sampling_P, request_seeds(sampling_P), strict=True)
+                asks_PG = [
+                    [completing(served, ids, one, seed, self._base.placeholders) for seed in seeds]
+                    for ids, served, one, seeds in each
+                ]
+                return await self._fleet.pool.run(asks_PG)
+
+        completions_PG = self._loop.run(complete())
         return to_groups(prompts, ids_P, sampling_P, [one for group in completions_PG for one in group])
 
-    async def _complete(
-        self,
-        ids_P: list[list[int]],
-        adapter_P: list[AdapterVersion | None],
-        sampling_P: list[Sampling],
-    ) -> list[list[Completion]]:
-        with self._fleet.in_use.using(adapter_P) as served_P:
-            asks_PG = [
-                [completing(served, ids, sampling, seed, self._base.placeholders) for seed in seeds]
-                for ids, served, sampling, seeds in zip(
-                    ids_P, served_P, sampling_P, request_seeds(sampling_P), strict=True
-                )
-            ]
-            return await self._fleet.pool.run(asks_PG)
+    def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
+        return self._score(sequences, adapter, None)
 
-    def logprobs(self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None) -> list[list[float]]:
-        check_fits(sequences, [1] * len(sequences), self.max_model_len, self.describe_base().vocabulary)
-        return self._loop.run(self._score(sequences, adapter, None))
+    def logprobs_of_each(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> list[LogProbs]:
+        return [self._score(sequences, adapter, replica) for replica in self._fleet.serving]
 
-    def logprobs_of_each(
-        self, sequences: Sequence[Sequence[int]], *, adapter: AdapterVersion | None
-    ) -> list[list[list[float]]]:
-        check_fits(sequences, [1] * len(sequences), self.max_model_len, self.describe_base().vocabulary)
-        serving = [replica for replica in self._fleet.replicas if replica.state == "serving"]
-        return [self._loop.run(self._score(sequences, adapter, replica)) for replica in serving]
+    def _score(self, sequences: Sequences, adapter: AdapterVersion | None, only: Replica | None) -> LogProbs:
+        check_fits(sequences, [1] * len(sequences), self.max_model_len, self._base.vocabulary)
 
-    async def _score(
-        self, sequences: Sequence[Sequence[int]], adapter: AdapterVersion | None, only: Replica | None
-    ) -> list[list[float]]:
-        with self._fleet.in_use.using([adapter]) as [served]:
-            answers = await self._fleet.pool.run([[scoring(served, ids)] for ids in sequences], only=only)
-            return [logprobs for [logprobs] in answers]
+        async def score() -> list[LogProbs]:
+            with self._fleet.in_use.using([adapter]) as [served]:
+                return await self._fleet.pool.run([[scoring(served, ids)] for ids in sequences], only=only)
+
+        return [logprobs for [logprobs] in self._loop.run(score())]
 
     def keep_probe(self, version: AdapterVersion, witness: Witness, noise: float) -> None:
         if not self.pulls:
@@ -253,13 +225,6 @@ class VLLMServerEngine:
             self._loop.run(self._fleet.close())
             self._loop.close()
             self._names.close()
-
-    def _receipt(self, file: AdapterFile, report: CanaryReport | None, started: float, checked: float) -> LoadReceipt:
-        seconds = {"check": checked - started, "load": time.perf_counter() - checked}
-        verdict: Literal["ok", "inconclusive"] = "inconclusive"
-        if report is not None and report.verdict == "ok":
-            verdict = "ok"
-        return LoadReceipt("behaviour", seconds, len(file.paths), 0, "stock", verdict)
 
     def _check_slots(self) -> None:
         for url, slots in self._loop.run(self._fleet.slots()).items():

@@ -13,17 +13,18 @@ from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.server.client import Client, Unreachable
 from lora_grpo.engines.server.connect import connect, models, slots
-from lora_grpo.engines.server.in_use import Answers, InUse, Proofs
+from lora_grpo.engines.server.in_use import InUse, Proofs
 from lora_grpo.engines.server.names import Names, resolver_name
 from lora_grpo.engines.server.pool import Pool, scoring
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.engines.server.returning import FIRST_PAUSE_S, Returning
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion
+from lora_grpo.types import LogProbs
 
 OnFailure: TypeAlias = Literal["raise", "drop"]
 """What becomes of a load that one replica fails: it fails on all of them, or that replica leaves the rotation."""
 
-Outcome: TypeAlias = tuple[Answers, CanaryReport | None]
+Outcome: TypeAlias = tuple[LogProbs, CanaryReport | None]
 """What a replica answers for a version, and the verdict on it where somebody said what to expect."""
 
 _LOAD_ATTEMPTS = 3
@@ -71,7 +72,11 @@ class Fleet:
         names.sweep()
         return fleet
 
-    async def load(self, served: Served, expected: Answers | None) -> CanaryReport | None:
+    @property
+    def serving(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.state == "serving"]
+
+    async def load(self, served: Served, expected: LogProbs | None) -> CanaryReport | None:
         """Put a version into use on every replica, proven, or on none.
 
         `expected` are the trainer's log-probs of `sequences`; without them the replicas are compared with one another
@@ -83,7 +88,7 @@ class Fleet:
             try:
                 answers, verdict = await self._prove(served, expected)
             except BaseException:
-                await self._take_back(served)
+                await self._drop(served)
                 raise
             served.answers = answers if expected is None else expected
             self.in_use.add(served)
@@ -120,33 +125,29 @@ class Fleet:
         await asyncio.gather(*(replica.client.close() for replica in self.replicas))
 
     def named(self, version: AdapterVersion) -> Served:
-        """A version under the name that servers are to know it by."""
         return Served(version, resolver_name(version) if self.settings.resolves else self.names.fresh(version))
 
     async def slots(self) -> dict[str, int | None]:
         """Each server's max_loras by URL, where it says."""
-        return {replica.url: await slots(replica.client) for replica in self.replicas if replica.state == "serving"}
+        return {replica.url: await slots(replica.client) for replica in self.serving}
 
     async def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
-        """What each worker of each server in rotation reads of its base."""
-        serving = [replica for replica in self.replicas if replica.state == "serving"]
-        return [one for read in await asyncio.gather(*(r.read_base(shapes) for r in serving)) for one in read]
+        return [one for read in await asyncio.gather(*(r.read_base(shapes) for r in self.serving)) for one in read]
 
     def lost(self, replica: Replica, error: Exception) -> None:
-        """Take a replica out of rotation and try to bring it back."""
         self._returning.lost(replica, error)
 
     # Loading
 
     async def _present(self) -> list[Replica]:
         """The replicas that a load must reach: those in rotation, the others waited for unless they may be dropped."""
-        await asyncio.gather(*(self._look(replica) for replica in self.replicas if replica.state == "serving"))
+        await asyncio.gather(*(self._look(replica) for replica in self.serving))
         for replica in self.replicas:
             if replica.state == "lost":
                 self._returning.begin(replica)
         if self.settings.on_failure == "raise":
             await asyncio.gather(*(self._returning.end(replica) for replica in self.replicas))
-        present = [replica for replica in self.replicas if replica.state == "serving"]
+        present = self.serving
         absent = [replica for replica in self.replicas if replica.state != "serving"]
         if absent and (self.settings.on_failure == "raise" or not present):
             raise EngineError(
@@ -161,15 +162,14 @@ class Fleet:
         except EngineError as error:
             self.lost(replica, error)
 
-    async def _prove(self, served: Served, expected: Answers | None) -> Outcome:
-        """Have every replica serve a version, and compare what they answer."""
+    async def _prove(self, served: Served, expected: LogProbs | None) -> Outcome:
         replicas = await self._present()
         outcomes = await asyncio.gather(
             *(self._take(replica, served, expected) for replica in replicas), return_exceptions=True
         )
         return self._judge(replicas, outcomes, served, expected)
 
-    async def _take(self, replica: Replica, served: Served, expected: Answers | None) -> Outcome:
+    async def _take(self, replica: Replica, served: Served, expected: LogProbs | None) -> Outcome:
         """Load a version on one replica and score it; tried again after a pause, on a replica that came back too.
 
         One that is in use is not loaded again: that it answers otherwise than before has to be heard of, and whoever
@@ -195,8 +195,7 @@ class Fleet:
             await self._returning.end(replica)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _score(self, replica: Replica, served: Served) -> Answers:
-        """One replica's log-probs of `sequences`, by a version that it has."""
+    async def _score(self, replica: Replica, served: Served) -> LogProbs:
         if replica.state != "serving":
             return await replica.score(replica.names[served.name], self.proofs.sequences)
         asks = [scoring(served, ids) for ids in self.proofs.sequences]
@@ -207,7 +206,7 @@ class Fleet:
         replicas: list[Replica],
         outcomes: Sequence[Outcome | BaseException],
         served: Served,
-        expected: Answers | None,
+        expected: LogProbs | None,
     ) -> Outcome:
         failed = {r: o for r, o in zip(replicas, outcomes, strict=True) if isinstance(o, BaseException)}
         proven = {r: o for r, o in zip(replicas, outcomes, strict=True) if not isinstance(o, BaseException)}
@@ -226,9 +225,6 @@ class Fleet:
                 self.proofs.compare(replica, served, others, answers)
         return answers, verdict
 
-    async def _take_back(self, served: Served) -> None:
-        await asyncio.gather(*(self._forget(replica, served) for replica in self.replicas))
-
     async def _forget(self, replica: Replica, served: Served) -> None:
         """Unload a version from a replica, if it can be reached; where not, it loses its names or is asked for them."""
         if replica.state != "serving":
@@ -240,7 +236,7 @@ class Fleet:
 
     async def _drop(self, served: Served) -> None:
         self.in_use.remove(served)
-        await self._take_back(served)
+        await asyncio.gather(*(self._forget(replica, served) for replica in self.replicas))
 
     async def _retire(self, newest: Served) -> None:
         """Unload the least recently used versions beyond those that the slots hold; never one that is being used."""

@@ -5,43 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.delivery.canary import CanaryReport, compare
 from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS, Witness
-from lora_grpo.engines.requests import find_loaded, loaded_from_its_path
+from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.types import LogProbs
 
 
-class InUse:
-    """By path, least recently used first."""
-
-    def __init__(self) -> None:
-        # Replaced and never changed: who reads it in another thread has one state of it, and misses no version.
-        self._by_path: dict[Path, Served] = {}
-
-    def all(self) -> tuple[Served, ...]:
-        return tuple(self._by_path.values())
-
-    def known(self, version: AdapterVersion) -> Served | None:
-        """As `loaded_from_its_path`."""
-        return loaded_from_its_path(self._by_path, version)
-
-    def find(self, version: AdapterVersion) -> Served:
-        """As `find_loaded`."""
-        return find_loaded(self._by_path, version)
-
-    def add(self, served: Served) -> None:
-        """As the most recently used; one that is there already becomes it."""
-        self._by_path = {**self._without(served), served.version.path: served}
-
-    def remove(self, served: Served) -> None:
-        self._by_path = self._without(served)
-
-    def _without(self, served: Served) -> dict[Path, Served]:
-        return {path: known for path, known in self._by_path.items() if path != served.version.path}
+class InUse(LoadedVersions[Served]):
+    """By their names on the servers."""
 
     @contextmanager
     def using(self, versions: Sequence[AdapterVersion | None]) -> Iterator[list[Served | None]]:
@@ -60,8 +35,6 @@ class InUse:
             for served in distinct:
                 served.users -= 1
 
-
-Answers = list[list[float]]
 
 PROBE_STEP = -1
 """The step of the version that `run_probe` makes, which compares what it answers itself."""
@@ -84,7 +57,7 @@ class Proofs:
         self.sequences: list[list[int]] = []
         self._in_use = in_use
 
-    def require_expected(self, version: AdapterVersion, expected: Answers | None) -> None:
+    def require_expected(self, version: AdapterVersion, expected: LogProbs | None) -> None:
         """Raises `ConfigError` where a trainer has shown itself, and nobody says what it computes with `version`."""
         if expected is None and self.probe is not None and version.step != PROBE_STEP:
             raise ConfigError(
@@ -92,17 +65,12 @@ class Proofs:
                 "NativeSync (push, rollback), or pass expected= with the trainer's log-probs of the probe's sequences"
             )
 
-    def compare(self, replica: Replica, served: Served, answers: Answers, expected: Answers) -> CanaryReport:
+    def compare(self, replica: Replica, served: Served, answers: LogProbs, expected: LogProbs) -> CanaryReport:
         """Raises `DeliveryError` naming the replica when it answers otherwise than expected."""
-        others = [known.answers for known in self._in_use.all() if known is not served]
+        others, noise = [known.answers for known in self._in_use.all() if known is not served], MAX_BASE_NOISE_NATS
         if self.probe is not None:
-            others.append(self.probe.witness.base)
+            others, noise = [*others, self.probe.witness.base], self.probe.noise
         try:
-            return compare(answers, expected, others, self._noise)
+            return compare(answers, expected, others, noise)
         except DeliveryError as error:
             raise DeliveryError(f"{replica.url} does not serve {served.version}: {error}") from None
-
-    @property
-    def _noise(self) -> float:
-        """Nats between servers and trainer on the base; before the probe, what is allowed at most."""
-        return MAX_BASE_NOISE_NATS if self.probe is None else self.probe.noise

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -99,17 +100,17 @@ class Serving:
     def environment(self, replica: int, devices: int) -> dict[str, str]:
         """Of one replica's process, on a host with that many GPUs; what the user has set wins but for the devices."""
         chosen = {"VLLM_LOGGING_LEVEL": "WARNING", **_places(replica, self.replicas, devices)}
-        needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+        needed = {
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "VLLM_API_KEY": self.api_key,
+            URL_VARIABLE: self.store_url,
+            TOKEN_FILE_VARIABLE: self.store_token_file and str(Path(self.store_token_file).absolute()),
+        }
         plugins = os.environ.get("VLLM_PLUGINS")
         if plugins is not None and PLUGIN not in plugins.split(","):
             needed["VLLM_PLUGINS"] = f"{plugins},{PLUGIN}".strip(",")
-        if self.api_key:
-            needed["VLLM_API_KEY"] = self.api_key
-        if self.store_url:
-            needed[URL_VARIABLE] = self.store_url
-        if self.store_token_file:
-            needed[TOKEN_FILE_VARIABLE] = str(Path(self.store_token_file).absolute())
-        return {**chosen, **os.environ, **needed, **_gpus(replica, self.replicas, devices)}
+        said = {name: value for name, value in needed.items() if value}
+        return {**chosen, **os.environ, **said, **_gpus(replica, self.replicas, devices)}
 
     def url(self, port: int) -> str:
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
@@ -183,19 +184,15 @@ class Server:
     def signal(self, number: int) -> None:
         """Send a signal to the process and all that it started."""
         if self._process is not None:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
-            except ProcessLookupError:
-                return
 
     def wait(self, timeout_s: float) -> bool:
         """Whether the process ended in time."""
-        try:
-            if self._process is not None:
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout_s)
-            return True
-        except subprocess.TimeoutExpired:
-            return False
+        return self.exit_code is not None
 
 
 class Servers:

@@ -49,7 +49,6 @@ class Names:
         return owner is not None and owner[1] == self._place and _is_free(self._parent / f"{_FOLDER}{owner[2]}")
 
     def sweep(self) -> None:
-        """Remove the folders of dead processes."""
         for lock in self._parent.glob(f"{_FOLDER}*/LOCK"):
             if _is_free(lock.parent):
                 shutil.rmtree(lock.parent, ignore_errors=True)

@@ -38,7 +38,6 @@ class Ask(Generic[_Result]):
 def completing(
     served: Served | None, ids: Sequence[int], sampling: Sampling, seed: int, placeholders: Sequence[int]
 ) -> Ask[Completion]:
-    """A request for one sample of a prompt, without `placeholders`."""
     number = None if served is None else served.version.number
     return Ask(
         served,
@@ -48,7 +47,6 @@ def completing(
 
 
 def scoring(served: Served | None, ids: Sequence[int]) -> Ask[list[float]]:
-    """A request for the log-probs of a sequence."""
     return Ask(served, lambda name: scoring_body(name, ids), to_logprobs)
 
 
@@ -143,16 +141,15 @@ class Pool:
         try:
             answers = await asyncio.gather(*(self._one(replica, ask) for ask in asks), return_exceptions=True)
         finally:
-            self._give_back(replica, len(asks))
+            replica.in_flight -= len(asks)
+            self.notify()
         kept: list[_Result | Unreachable] = []
         for answer in answers:
             if isinstance(answer, Unreachable):
                 self._lost(replica, answer)
-                kept.append(answer)
             elif isinstance(answer, BaseException):
                 raise answer
-            else:
-                kept.append(answer)
+            kept.append(answer)
         return kept
 
     async def _one(self, replica: Replica, ask: Ask[_Result]) -> _Result:
@@ -182,10 +179,6 @@ class Pool:
                 reasons = "; ".join(replica.trouble for replica in candidates)
                 raise EngineError(f"no replica is left to answer: {reasons}")
             await self._changed.wait()
-
-    def _give_back(self, replica: Replica, count: int) -> None:
-        replica.in_flight -= count
-        self.notify()
 
 
 async def _together(coroutines: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:

@@ -15,6 +15,7 @@ from lora_grpo.engines.server.client import QUICK_TIMEOUT_S, Client, Refused, Un
 from lora_grpo.engines.server.connect import LOAD, UNLOAD, Facts, connect, models, started
 from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body, to_logprobs
 from lora_grpo.errors import DeliveryError, EngineError
+from lora_grpo.types import LogProbs, Sequences
 
 State: TypeAlias = Literal["serving", "away", "lost"]
 """In rotation; out of it and being brought back; given up until the next load asks for it."""
@@ -26,7 +27,7 @@ class Served:
 
     version: AdapterVersion
     name: str
-    answers: list[list[float]] = field(default_factory=list)
+    answers: LogProbs = field(default_factory=list)
     users: int = 0
 
 
@@ -71,7 +72,7 @@ class Replica:
                 raise Unreachable(str(refusal)) from None
             raise
 
-    async def score(self, name: str, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    async def score(self, name: str, sequences: Sequences) -> LogProbs:
         """Log-probs of tokens 1..T-1 of each sequence, by the model of that name."""
         bodies = [scoring_body(name, ids) for ids in sequences]
         answers = await asyncio.gather(*(self.ask(body) for body in bodies))

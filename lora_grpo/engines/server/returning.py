@@ -35,13 +35,11 @@ class Returning:
         self._rank_folder, self._patience_s, self._changed = rank_folder, patience_s, changed
 
     def lost(self, replica: Replica, error: Exception) -> None:
-        """Take a replica out of rotation and try to bring it back."""
         if replica.state == "serving":
             replica.trouble = str(error)
             self.begin(replica)
 
     def begin(self, replica: Replica) -> None:
-        """Try to bring a replica back."""
         replica.state = "away"
         replica.returning = asyncio.create_task(self._wait_for(replica))
         replica.returning.add_done_callback(partial(self._ended, replica))
