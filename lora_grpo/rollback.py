@@ -125,7 +125,7 @@ def _load(engine: Engine, version: AdapterVersion, training: Training) -> None:
         engine.load(version)
         return
     _take_on(version, training)
-    sequences = probe_sequences(engine.describe_base(), seed=0)
+    sequences = probe_sequences(engine.describe_base())
     engine.load(version, expected=teacher_logprobs(training.model, sequences))
 
 

@@ -120,7 +120,7 @@ class NativeSync:
         if self.engine.proof != "none":
             base, scratch = self.engine.describe_base(), self._root / STAGING
             self.processes.each(lambda: check_same_dtype(model, base.dtype))
-            self._probed = probe_sequences(base, seed=0)
+            self._probed = probe_sequences(base)
             given: Proofs = {} if proofs is None else proofs
             proven = prove(given, model, self._form, self.engine, self.processes, scratch, self._publish_probe)
             self.base_match, self.probe = proven

@@ -19,7 +19,8 @@ PAGE = Path(__file__).parent.parent / "examples" / "docs" / "reference.md"
 HEAD = """# Reference
 
 Written by `make reference` from docstrings and settings. Letters for shapes: P prompts, G completions of a prompt,
-B = P*G rows, T tokens, V vocabulary. Names import from `lora_grpo`; for errors see
+B = P*G rows, T tokens, V vocabulary. Of types, `Sequences` are rows of token ids,
+`LogProbs` rows of nats, `Files` buffers by file name. Names import from `lora_grpo`; for errors see
 [troubleshooting](troubleshooting.md).
 """
 

@@ -210,7 +210,7 @@ def test_a_sync_is_one_cast_one_copy_and_no_layer(
         monkeypatch.setattr(
             one, "run", lambda self, *args, stock=stock, name=one.__name__: ran.append(name) or stock(self, *args)
         )
-    monkeypatch.setattr(loading, "_layer", lambda *_: pytest.fail("vLLM asked for a layer"))
+    monkeypatch.setattr(loading.LayersOnDemand, "__getitem__", lambda *_: pytest.fail("vLLM asked for a layer"))
     form = ServingForm(tiny_lora(load_model(llama_dir), r=16), "default", torch.bfloat16)
     for step in range(4):
         engine.load(store.publish(form.files(), step=step), held=form.held)

@@ -25,8 +25,8 @@ from safetensors.torch import save
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription
+from lora_grpo.engines.delivery.canary import Witness
 from lora_grpo.engines.delivery.probe import probe_sequences
-from lora_grpo.engines.delivery.witness import Witness
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.requests import request_seeds, sampling_by_prompt
 from lora_grpo.engines.server import client, names, replica
@@ -40,7 +40,7 @@ from tests.tiny_models import VOCAB
 
 PROMPTS = [[10, 11, 12], [20, 21], [30, 31, 32, 33]]
 SAMPLING = Sampling(n=4, max_tokens=3, seed=7)
-SEQUENCES = probe_sequences(BaseDescription("float32", {}, VOCAB), seed=0)
+SEQUENCES = probe_sequences(BaseDescription("float32", {}, VOCAB))
 
 Pair = tuple[FakeServer, FakeServer]
 MakeEngine = Callable[..., VLLMServerEngine]

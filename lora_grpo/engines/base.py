@@ -14,7 +14,7 @@ from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 if TYPE_CHECKING:
     from lora_grpo.adapters.peft_form.serving import Held
     from lora_grpo.engines.delivery.base_reading import BaseReading
-    from lora_grpo.engines.delivery.witness import Witness
+    from lora_grpo.engines.delivery.canary import Witness
 
 Proof: TypeAlias = Literal["slots", "behaviour", "none"]
 """What a load was proven by: the slot contents, log-probs over a wire, or nothing (a fake)."""
@@ -116,10 +116,7 @@ class RemoteEngine(Engine, Protocol):
     def load(
         self, version: AdapterVersion, *, held: Held | None = None, expected: LogProbs | None = None
     ) -> LoadReceipt:
-        """`Engine.load` on every server or on none.
-
-        `expected` are the trainer's log-probs of `probe_sequences`, with this version.
-        """
+        """`Engine.load` on every server or on none; `expected` are the trainer's log-probs of `probe_sequences`."""
 
     def logprobs_of_each(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> list[LogProbs]:
         """`logprobs` of each server in use."""

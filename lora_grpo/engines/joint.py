@@ -116,10 +116,7 @@ class EngineInEach(EngineOfFirst):
         return [group for groups in self._processes.gather(made) for group in groups]
 
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
-        """The first engine's answer, in every process, once all engines' are seen to agree.
-
-        Raises `DeliveryError` when they do not.
-        """
+        """The first engine's answer, in every process; raises `DeliveryError` when another engine's differs."""
         answers = self.logprobs_of_each(sequences, adapter=adapter)
         for index, answer in enumerate(answers):
             apart = mean_abs_difference(answer, answers[0])

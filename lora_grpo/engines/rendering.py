@@ -43,10 +43,7 @@ class RenderingEngine:
 
 
 def rendering(engine: Engine, tokenizer: Any, model: Any) -> Engine:
-    """`engine` as a trainer of `model` asks it; itself where there is no `tokenizer`.
-
-    The end tokens are the tokenizer's, and those of the model's generation config.
-    """
+    """`engine` as a trainer of `model` asks it; itself where there is no `tokenizer`."""
     if tokenizer is None:
         return engine
     return cast(Engine, RenderingEngine(engine, tokenizer, end_tokens(tokenizer, model)))

@@ -86,11 +86,13 @@ class VLLMEngine:
         )
         self._held, self._turn = HeldLLM(llm), Turn()
         with vllm_boundary(f"take adapters on {model}", self.close):
-            self._shared: SharedBase | None = None
-            self._driver = StepDriver(llm, self._turn)
-            loader = AdapterLoader(llm, choose_loader(direct_load))
-            self._residents = Residents(llm, self._driver, loader, SlotProver(llm), **room)
-            self._tokenizer = llm.get_tokenizer()
+            self._take_up(llm, AdapterLoader(llm, choose_loader(direct_load)), room)
+
+    def _take_up(self, llm: Any, loader: AdapterLoader, room: dict[str, int]) -> None:
+        self._shared: SharedBase | None = None
+        self._driver = StepDriver(llm, self._turn)
+        self._residents = Residents(llm, self._driver, loader, SlotProver(llm), **room)
+        self._tokenizer = llm.get_tokenizer()
 
     @property
     def device(self) -> torch.device:
@@ -114,11 +116,11 @@ class VLLMEngine:
     @property
     def between_steps(self) -> Callable[[], None] | None:
         """Called before each step of vLLM; whatever it asks of this engine is done before the rollout goes on."""
-        return self._residents.between_steps
+        return self._driver.between_steps
 
     @between_steps.setter
     def between_steps(self, called: Callable[[], None] | None) -> None:
-        self._residents.between_steps = called
+        self._driver.between_steps = called
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         """Put `version` into a slot and prove that the slot holds its bytes; seconds by phase in the receipt.
@@ -255,7 +257,6 @@ class VLLMEngine:
                         [{"prompt_token_ids": list(ids_B[row])} for row in rows],
                         [params_B[row] for row in rows],
                         [loaded.request if (loaded := loaded_B[row]) else None for row in rows],
-                        self._residents.between_steps,
                     )
                 for row, output in zip(rows, made, strict=True):
                     outputs[row] = output

@@ -72,12 +72,8 @@ class StoreView:
     def where(self, version: Target) -> frozenset[str]:
         """Which of "tmpfs", "archive" and "state" (the trainer state) there are of a version."""
         catalog, number = self._looking(), self._number(version)
-        has = {
-            "tmpfs": catalog.on_tmpfs(number),
-            "archive": catalog.in_archive(number),
-            "state": catalog.has_state(number),
-        }
-        return frozenset(place for place, there in has.items() if there)
+        holds = {"tmpfs": catalog.on_tmpfs, "archive": catalog.in_archive, "state": catalog.has_state}
+        return frozenset(place for place, there in holds.items() if there(number))
 
     def manifest(self, version: Target) -> Manifest:
         """What was published as a version: digest and sizes; `UnknownVersion` where there is no copy."""
@@ -222,11 +218,7 @@ class StoreView:
         return self._catalog
 
     def _number(self, to: Target) -> int:
-        """The number of the version that `to` names, kept or not.
-
-        Raises `ConfigError` for what cannot name a version, `UnknownVersion` for another store's, and where there is
-        none, with what there is to choose from.
-        """
+        """The number that `to` names, kept or not; `ConfigError` or `UnknownVersion` says what there is to name."""
         match parse_target(to):
             case AdapterVersion() as version:
                 here = self._catalog.journal.published.get(version.number)

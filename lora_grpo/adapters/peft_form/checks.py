@@ -43,10 +43,7 @@ def active_adapter(model: nn.Module) -> str:
 
 
 def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
-    """The adapter's modules, once nothing about the adapter or its base stands against serving it faithfully.
-
-    Raises `UnsupportedAdapter` with the reason and the fix.
-    """
+    """The adapter's modules; `UnsupportedAdapter` says what stands against serving it faithfully, and the fix."""
     peft_model = peft_model_of(model)
     _check_config(peft_model.peft_config[adapter], adapter)
     check_trainable(peft_model.base_model.model)

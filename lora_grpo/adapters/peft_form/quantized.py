@@ -28,10 +28,7 @@ _FIX = "take the unquantized checkpoint (with [model] quantization = 'nf4' where
 
 
 def scheme_of(config: Any) -> Scheme | None:
-    """How a base's weights are kept by its config; None where they are plain.
-
-    Raises `UnsupportedAdapter` with the reason for what no pair of trainer and engine is proven on.
-    """
+    """None for plain weights; raises `UnsupportedAdapter` for what no pair of trainer and engine is proven on."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None

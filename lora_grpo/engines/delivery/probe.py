@@ -28,7 +28,7 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.peft_form.shards import assign
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription, Engine, is_remote
-from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS, Witness, base_noise
+from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, Witness, base_noise
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import LogProbs, Sequences
@@ -65,7 +65,6 @@ def run_probe(
     engine: Engine,
     scratch: Path,
     *,
-    seed: int = 0,
     publish: Callable[[Files], AdapterVersion] | None = None,
 ) -> ProbeReport:
     """Prove that `engine` computes what `model` computes, with the base and with a loud adapter; leaves no trace.
@@ -81,7 +80,7 @@ def run_probe(
             f"max_model_len={longest} has no room for the probe of the engine, which scores {_TOKENS} tokens: start "
             f"the engine with max_model_len={_TOKENS + 1} at least"
         )
-    sequences = probe_sequences(engine.describe_base(), seed)
+    sequences = probe_sequences(engine.describe_base())
     with peft_model_of(model).disable_adapter():
         trainer_base = teacher_logprobs(model, sequences)
     if not all(math.isfinite(value) for row in trainer_base for value in row):
@@ -93,7 +92,7 @@ def run_probe(
     noise = max(base_noise(served, trainer_base, most_noise) for served in _answers(engine, sequences, None))
     needed = max(MIN_SIGNAL_NATS, SEPARATION * noise)
     with (
-        loud(form.modules, model, sequences, trainer_base, needed, seed) as (trainer_probe, signal),
+        loud(form.modules, model, sequences, trainer_base, needed) as (trainer_probe, signal),
         nullcontext(publish(form.files())) if publish else _written(form.files(), scratch) as version,
     ):
         growth = _growth(model, form.modules, sequences, trainer_base, trainer_probe)
@@ -105,9 +104,9 @@ def run_probe(
     return ProbeReport(noise, signal, error, seconds, most_noise, needed, witness.most_error(noise))
 
 
-def probe_sequences(base: BaseDescription, seed: int) -> list[list[int]]:
-    """Fixed random sequences of tokens that stand for text, the same for every run of one seed."""
-    generator = torch.Generator().manual_seed(seed)
+def probe_sequences(base: BaseDescription) -> list[list[int]]:
+    """Random sequences of tokens that stand for text, the same for every run."""
+    generator = torch.Generator().manual_seed(0)
     rows_BT = torch.randint(base.vocabulary - len(base.placeholders), (_ROWS, _TOKENS), generator=generator)
     for placeholder in base.placeholders:
         rows_BT += rows_BT >= placeholder
@@ -117,7 +116,7 @@ def probe_sequences(base: BaseDescription, seed: int) -> list[list[int]]:
 
 @contextmanager
 def loud(
-    modules: list[LoraModule], model: nn.Module, sequences: Sequences, base: LogProbs, needed: float, seed: int
+    modules: list[LoraModule], model: nn.Module, sequences: Sequences, base: LogProbs, needed: float
 ) -> Iterator[tuple[LogProbs, float]]:
     """The model with random A and B, grown until they move its log-probs by `needed` nats; restored to the bit.
 
@@ -125,7 +124,7 @@ def loud(
     """
     with restored([parameter for module in modules for parameter in (module.a_RI, module.b_OR)]):
         for doubling in range(12):
-            _randomise(modules, 0.02 * 2.0**doubling, seed)
+            _randomise(modules, 0.02 * 2.0**doubling)
             moved = teacher_logprobs(model, sequences)
             signal = mean_abs_difference(moved, base)
             if signal >= needed:
@@ -148,9 +147,9 @@ def loud(
 
 
 @torch.no_grad()
-def _randomise(modules: list[LoraModule], size: float, seed: int) -> None:
+def _randomise(modules: list[LoraModule], size: float) -> None:
     """A keeps unit gain on its input; B's entries have standard deviation `size` after scaling, over sqrt(rank)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for module in modules:
         a, b = module.a_RI, module.b_OR
         assign(a, torch.randn(a.shape, generator=generator) / a.shape[1] ** 0.5)

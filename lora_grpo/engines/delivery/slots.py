@@ -44,10 +44,7 @@ class SlotProver:
         return self._bindings[file.header]
 
     def prove(self, version: AdapterVersion, file: AdapterFile, lora_id: int) -> int:
-        """Compare the slot of `lora_id` with what was published, bit for bit; returns the bytes proven.
-
-        Raises `DeliveryError` naming the module that differs.
-        """
+        """The bytes proven: the slot of `lora_id` holds what was published. `DeliveryError` names what differs."""
         binding = self.bind(version, file)
         registered = vllm_slots.registered_modules(self._llm, lora_id)
         if registered != binding.modules.keys():

@@ -18,32 +18,28 @@ class StepDriver:
         self._finished: dict[str, Any] = {}
         self.answering: Counter[int] = Counter()
         """LoRA ids that unfinished runs name: they must keep their slots."""
+        self.between_steps: Callable[[], None] | None = None
+        """Called before each step of vLLM; whatever it asks of the engine is done before the rollout goes on."""
 
-    def run(
-        self,
-        prompts: Sequence[Any],
-        params: Sequence[Any],
-        lora_requests: Sequence[Any],
-        between_steps: Callable[[], None] | None = None,
-    ) -> list[Any]:
-        """vLLM's outputs in the order of the prompts; `between_steps` is called before each step.
+    def run(self, prompts: Sequence[Any], params: Sequence[Any], lora_requests: Sequence[Any]) -> list[Any]:
+        """vLLM's outputs in the order of the prompts.
 
-        Raises what that or vLLM raises, and `EngineError` when requests got lost; the caller then aborts what is left.
+        Raises what vLLM or `between_steps` raises, and `EngineError` for lost requests; the caller aborts what is left.
         """
         named = Counter({request.lora_int_id for request in lora_requests if request is not None})
         self.answering += named
         try:
             added = self._llm.enqueue(prompts, params, lora_request=lora_requests, use_tqdm=False)
             # vLLM gives back ids with random characters after a dash; outputs carry them without.
-            return self._finish([one.partition("-")[0] for one in added], between_steps)
+            return self._finish([one.partition("-")[0] for one in added])
         finally:
             self.answering -= named
 
-    def _finish(self, ids: list[str], between_steps: Callable[[], None] | None) -> list[Any]:
+    def _finish(self, ids: list[str]) -> list[Any]:
         missing = set(ids)
         while missing:
-            if between_steps is not None:
-                between_steps()
+            if self.between_steps is not None:
+                self.between_steps()
             missing.difference_update(self._finished)
             if missing and not self._llm.llm_engine.has_unfinished_requests():
                 raise EngineError(f"vLLM answered {len(ids) - len(missing)} of {len(ids)} requests")

@@ -71,10 +71,7 @@ class AdapterLoader:
 
 
 class LayersOnDemand(Mapping[str, Any]):
-    """What vLLM keeps of an adapter's layers by runtime name, as views of the file's mapping.
-
-    Each is made when vLLM first asks for it: a sync needs none of them.
-    """
+    """What vLLM keeps of an adapter's layers, views of the file's mapping, made when it asks: a sync needs none."""
 
     def __init__(self, binding: Binding, file: AdapterFile) -> None:
         self._binding, self._file = binding, file

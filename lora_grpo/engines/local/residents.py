@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -41,8 +41,6 @@ class Residents(LoadedVersions[Loaded]):
         self._llm, self._driver, self._loader, self._prover = llm, driver, loader, prover
         self._max_loras, self._max_cpu_loras = max_loras, max_cpu_loras
         self._ids = itertools.count(1)
-        self.between_steps: Callable[[], None] | None = None
-        """Called before each step of vLLM; whatever it asks of the engine is done before the rollout goes on."""
 
     def load(self, version: AdapterVersion, held: Held | None = None) -> LoadReceipt:
         known = self.known(version)
@@ -127,7 +125,7 @@ class Residents(LoadedVersions[Loaded]):
                 self.remove(forget)
                 self._llm.llm_engine.remove_lora(forget.lora_id)
 
-        with vllm_boundary(doing, clean_up), nullcontext() if self.between_steps else _generators_kept():
+        with vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else _generators_kept():
             yield
 
     def _prove_again(self, loaded: Loaded) -> LoadReceipt:

@@ -18,8 +18,8 @@ from torch import nn
 
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Engine
+from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS
 from lora_grpo.engines.delivery.probe import probe_sequences
-from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS
 from lora_grpo.engines.local.frozen import FrozenParameter
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.local.text_only import model_class
@@ -108,7 +108,7 @@ def check_shareable(arguments: Mapping[str, Any]) -> None:
 
 def check_same_function(engine: Engine, model: nn.Module) -> None:
     """Raises `UnsupportedAdapter` unless the shared model gives the engine's log-probs, on fixed random tokens."""
-    sequences = probe_sequences(engine.describe_base(), seed=0)
+    sequences = probe_sequences(engine.describe_base())
     gap = mean_abs_difference(engine.logprobs(sequences, adapter=None), teacher_logprobs(model, sequences))
     if not gap <= MAX_BASE_NOISE_NATS:
         raise _cannot(

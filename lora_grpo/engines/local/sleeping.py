@@ -93,4 +93,4 @@ def check_base_is_back(engine: Engine, asleep: Asleep) -> None:
 
 
 def _score_base(engine: Engine) -> LogProbs:
-    return engine.logprobs(probe_sequences(engine.describe_base(), seed=0), adapter=None)
+    return engine.logprobs(probe_sequences(engine.describe_base()), adapter=None)

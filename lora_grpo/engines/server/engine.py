@@ -20,9 +20,9 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading
+from lora_grpo.engines.delivery.canary import Witness
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.delivery.slots import require_published
-from lora_grpo.engines.delivery.witness import Witness
 from lora_grpo.engines.requests import adapters_by_prompt, asked, check_fits, request_seeds, to_groups
 from lora_grpo.engines.server.client import Client
 from lora_grpo.engines.server.connect import write_rank_probe
@@ -85,7 +85,6 @@ class VLLMServerEngine:
                 f"max_loras={max_loras} must be at least 2, so that the promoted version is served until a newer one "
                 f"takes its place, and concurrency={concurrency} at least 1"
             )
-        self._max_loras = max_loras
         self._names = Names()
         self._loop = Loop("lora-grpo-servers")
         settings = Settings(max_loras, concurrency, on_failure, patience_s, adapters == "resolver")
@@ -111,7 +110,7 @@ class VLLMServerEngine:
                 "on this host"
             ) from error
         self._base = describe(config, lora_dtype or str(config.dtype or "float32").removeprefix("torch."))
-        self._fleet.proofs.sequences = probe_sequences(self._base, seed=0)
+        self._fleet.proofs.sequences = probe_sequences(self._base)
 
     @property
     def max_lora_rank(self) -> int:
@@ -211,7 +210,15 @@ class VLLMServerEngine:
             version = replace(version, path=kept)
         self._fleet.proofs.sequences = witness.sequences
         self._fleet.proofs.probe = KeptProbe(version, witness, noise)
-        self._check_slots()
+        most = self._fleet.settings.max_loras
+        for url, slots in self._loop.run(self._fleet.slots()).items():
+            if slots is not None and slots < most:
+                fewer = f", or pass max_loras={slots}" if slots > 1 else ""
+                warnings.warn(
+                    f"{url} has {slots} adapter slots for the {most} versions that stay in use, and would swap them in "
+                    f"and out: start it with --max-loras {most}{fewer}",
+                    stacklevel=2,
+                )
 
     def describe_base(self) -> BaseDescription:
         return self._base
@@ -225,13 +232,3 @@ class VLLMServerEngine:
             self._loop.run(self._fleet.close())
             self._loop.close()
             self._names.close()
-
-    def _check_slots(self) -> None:
-        for url, slots in self._loop.run(self._fleet.slots()).items():
-            if slots is not None and slots < self._max_loras:
-                fewer = f", or pass max_loras={slots}" if slots > 1 else ""
-                warnings.warn(
-                    f"{url} has {slots} adapter slots for the {self._max_loras} versions that stay in use, and would "
-                    f"swap them in and out: start it with --max-loras {self._max_loras}{fewer}",
-                    stacklevel=3,
-                )

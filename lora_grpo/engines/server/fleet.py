@@ -99,10 +99,7 @@ class Fleet:
             return verdict
 
     async def prove_again(self, served: Served) -> CanaryReport | None:
-        """Score a version in use on every replica; one that differs takes it out of use, unless it may be dropped.
-
-        Raises as `load`.
-        """
+        """Score a version in use on every replica; one that differs takes it out of use, unless it may be dropped."""
         async with self._changing:
             if self.in_use.known(served.version) is not served:
                 raise EngineError(f"{served.version} was unloaded meanwhile; load it again")

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.delivery.canary import CanaryReport, compare
-from lora_grpo.engines.delivery.witness import MAX_BASE_NOISE_NATS, Witness
+from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, CanaryReport, Witness, compare
 from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.errors import ConfigError, DeliveryError
@@ -20,10 +19,7 @@ class InUse(LoadedVersions[Served]):
 
     @contextmanager
     def using(self, versions: Sequence[AdapterVersion | None]) -> Iterator[list[Served | None]]:
-        """The versions as they are served (None: the base), kept in use meanwhile and made the most recently used.
-
-        Raises `UnknownVersion` for one that is not loaded.
-        """
+        """The versions as they are served (None: the base), kept in use meanwhile and made the most recently used."""
         wanted = [None if version is None else self.find(version) for version in versions]
         distinct = list(dict.fromkeys(served for served in wanted if served is not None))
         for served in distinct:

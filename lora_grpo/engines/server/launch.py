@@ -178,8 +178,8 @@ class Server:
         hint = _NO_TILES if int(died[2]) == -signal.SIGILL else ""
         return f" after its worker {died[1]} {_end_of(int(died[2]))}{hint}"
 
-    def tail(self, lines: int = LOG_LINES) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     def signal(self, number: int) -> None:
         """Send a signal to the process and all that it started."""
