@@ -89,8 +89,7 @@ class StoreResolver:
         mib = os.environ.get(CACHE_MIB_VARIABLE, "")
         if mib and not (mib.isascii() and mib.isdigit() and int(mib)):
             raise ConfigError(f"{CACHE_MIB_VARIABLE}={mib!r} must be a whole number of MiB, such as 4096")
-        shm = Path("/dev/shm")
-        cache = Path(os.environ.get(CACHE_VARIABLE) or shm / f"lora-grpo-replica-{os.geteuid()}")
+        cache = Path(os.environ.get(CACHE_VARIABLE) or f"/dev/shm/lora-grpo-replica-{os.geteuid()}")
         StoreClient(url, "").close()
         return cls(url, read_token(), cache.absolute(), int(mib) * MIB if mib else None)
 

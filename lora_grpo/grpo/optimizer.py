@@ -34,7 +34,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
 
 
 def build_optimizer(model: nn.Module, config: GRPOConfig) -> AdamW:
-    """AdamW over the adapter's parameters."""
     return AdamW(trainable_parameters(model).values(), **_settings(config))
 
 

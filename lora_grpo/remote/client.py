@@ -105,18 +105,15 @@ class StoreClient:
 
     def _refuse(self, response: httpx.Response, path: str) -> None:
         response.read()
-        sentence = self._sentence(response)
+        try:
+            sentence = str(response.json()["error"])
+        except (ValueError, KeyError, TypeError):
+            sentence = f"{response.text[:200]!r} (is it a store server?)"
         if response.status_code == 401:
             raise ConfigError(f"the store at {self.url} refuses this token: {sentence}")
         if response.status_code == 404:
             raise UnknownVersion(f"the store at {self.url} answers: {sentence}")
         raise StoreError(f"the store at {self.url} answers {path} with {response.status_code}: {sentence}")
-
-    def _sentence(self, response: httpx.Response) -> str:
-        try:
-            return str(response.json()["error"])
-        except (ValueError, KeyError, TypeError):
-            return f"{response.text[:200]!r} (is it a store server?)"
 
     def _fields(self, response: httpx.Response) -> dict[str, Any]:
         response.read()

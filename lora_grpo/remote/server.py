@@ -153,16 +153,13 @@ class _Guard:
         self._token = token.encode("latin-1")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._allows(Headers(scope=scope).get("authorization", "")):
+        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        if not hmac.compare_digest(given.encode("latin-1"), self._token) or scheme.lower() != "bearer":
             sentence = "this store needs its bearer token; give both sides the same one in LORA_GRPO_STORE_TOKEN_FILE"
             refusal = JSONResponse({"error": sentence}, 401, {"WWW-Authenticate": "Bearer"})
             await refusal(scope, receive, send)
             return
         await self._app(scope, receive, send)
-
-    def _allows(self, header: str) -> bool:
-        scheme, _, given = header.partition(" ")
-        return hmac.compare_digest(given.encode("latin-1"), self._token) and scheme.lower() == "bearer"
 
 
 class _Endpoints:

@@ -261,11 +261,8 @@ class Tree:
     def sweep(self) -> None:
         """Delete the leftovers. Only whoever holds the lock may: a live writer's work looks the same."""
         for name in self.leftovers():
-            _remove_any(self.path / name)
-
-
-def _remove_any(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

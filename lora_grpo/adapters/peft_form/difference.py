@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import torch
+from torch import Tensor
 
 from lora_grpo.adapters.files.layout import ADAPTER_FILE
 from lora_grpo.adapters.peft_form.reading import load_tensors
@@ -51,9 +51,7 @@ def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]
     return _difference("all", *total), [_difference(module, *one) for module, one in inner.items()]
 
 
-def _inner_products(
-    first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, _Inner]]:
+def _inner_products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Iterator[tuple[str, _Inner]]:
     if first.keys() != second.keys():
         odd = sorted(first.keys() ^ second.keys())[0]
         raise StoreCorrupt(f"the two versions adapt other modules: only one of them has {odd}")
@@ -68,11 +66,11 @@ def _inner_products(
             yield name.removeprefix(_PREFIX).removesuffix(_A), (_dot(one, one), _dot(two, two), _dot(one, two))
 
 
-def _is_pair(b_OR: torch.Tensor | None, a_RI: torch.Tensor) -> bool:
+def _is_pair(b_OR: Tensor | None, a_RI: Tensor) -> bool:
     return b_OR is not None and b_OR.dim() == a_RI.dim() == 2 and b_OR.shape[1] == a_RI.shape[0]
 
 
-def _dot(one: tuple[torch.Tensor, torch.Tensor], two: tuple[torch.Tensor, torch.Tensor]) -> float:
+def _dot(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
     """<B1 A1, B2 A2> by (r1, r2) products."""
     (b1_OR, a1_RI), (b2_OR, a2_RI) = one, two
     return float(((b1_OR.T @ b2_OR) * (a1_RI @ a2_RI.T)).sum())

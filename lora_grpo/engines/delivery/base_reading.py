@@ -66,7 +66,6 @@ def read_base(runner: Any, shapes: Mapping[str, Sequence[int]], where: str) -> B
 
 
 def _read(names: NameMap, place: Place, shape: tuple[int, ...]) -> TensorReading | str:
-    """A tensor's reading, or why there is none."""
     module, _, kind = place.name.rpartition(".")
     layer = names.modules[module]
     packed = packed_form(layer, kind)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_grpo.adapters.files.digest import Buffer
 from lora_grpo.adapters.peft_form.files import AdapterFile
@@ -21,15 +22,15 @@ class Part:
     stacked buffer (slots, 1, rows, columns) and its extent there."""
 
     name: str
-    stacked: torch.Tensor
+    stacked: Tensor
     rows: int
     columns: int
     first: int = 0
 
-    def view(self, slot: int) -> torch.Tensor:
+    def view(self, slot: int) -> Tensor:
         return self.stacked[slot, 0, : self.rows, : self.columns]
 
-    def padding(self, slot: int) -> Iterator[torch.Tensor]:
+    def padding(self, slot: int) -> Iterator[Tensor]:
         whole = self.stacked[slot, 0]
         yield from (pad for pad in (whole[self.rows :], whole[: self.rows, self.columns :]) if pad.numel())
 
@@ -50,7 +51,7 @@ class Binding:
 
     parts: tuple[Part, ...]
     repeated: tuple[tuple[int, Part], ...]
-    untouched: tuple[tuple[str, torch.Tensor], ...]
+    untouched: tuple[tuple[str, Tensor], ...]
     modules: dict[str, Placement]
     _slots: dict[int, SlotView] = field(default_factory=dict)
 
@@ -64,18 +65,18 @@ class Binding:
             self._slots[slot] = SlotView([part.view(slot) for part in self.parts], [*pads, *others], again)
         return self._slots[slot]
 
-    def cut(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def cut(self, tensors: list[Tensor]) -> list[Tensor]:
         """A file's tensors, each whole and in its order, as the parts are."""
         if len(tensors) == len(self.parts):
             return tensors
         whole = dict(zip(dict.fromkeys(part.name for part in self.parts), tensors, strict=True))
         return [whole[part.name][part.first : part.first + part.rows] for part in self.parts]
 
-    def tensors(self, file: AdapterFile) -> list[torch.Tensor]:
+    def tensors(self, file: AdapterFile) -> list[Tensor]:
         """The parts of a file in payload order, as views of its mapping."""
         return [self.tensor(file, index) for index in range(len(self.parts))]
 
-    def tensor(self, file: AdapterFile, index: int) -> torch.Tensor:
+    def tensor(self, file: AdapterFile, index: int) -> Tensor:
         part, dtype = self.parts[index], TORCH_DTYPES[file.dtype]
         start = file.entries[part.name].start + part.first * part.columns * dtype.itemsize
         flat = torch.frombuffer(file.payload, dtype=dtype, count=part.rows * part.columns, offset=start)
@@ -86,20 +87,17 @@ class SlotView:
     """One slot's tensors in payload order, what must be zero beside them, and what must `repeat` one of them."""
 
     def __init__(
-        self,
-        tensors: list[torch.Tensor],
-        zeros: list[tuple[str, torch.Tensor]],
-        repeats: list[tuple[int, str, torch.Tensor]],
+        self, tensors: list[Tensor], zeros: list[tuple[str, Tensor]], repeats: list[tuple[int, str, Tensor]]
     ) -> None:
         self.tensors, self.zeros, self._repeats = tensors, zeros, repeats
         self._in_place = all(view.device.type == "cpu" for view in tensors)
         self._buffers = list(self._in_order()) if self._in_place else []
         self._copies = Copies(tensors)
-        self._flat: torch.Tensor | None = None
-        self._host: torch.Tensor | None = None
+        self._flat: Tensor | None = None
+        self._host: Tensor | None = None
 
     @torch.no_grad()
-    def write(self, file: AdapterFile, tensors: list[torch.Tensor]) -> None:
+    def write(self, file: AdapterFile, tensors: list[Tensor]) -> None:
         """Copy a file's tensors in, wherever they are, and zeros beside them."""
         if self.tensors[0].device != tensors[0].device:
             flat, pieces = self._gathering()
@@ -129,9 +127,11 @@ class SlotView:
             return
         flat, pieces = self._gathering()
         torch._foreach_copy_(pieces, self.tensors)
-        yield raw_bytes(self._to_host(flat))
+        if self._host is None:
+            self._host = torch.empty(flat.numel(), dtype=flat.dtype, pin_memory=True)
+        yield raw_bytes(self._host.copy_(flat))
 
-    def _in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, Any]]:
+    def _in_order(self) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
         """Each tensor, a copy to take of it where its bytes do not lie in a row, and the buffer to hash.
 
         The copies share one room that stays in the processor's cache.
@@ -151,25 +151,18 @@ class SlotView:
             return next(name for (_, name, _), found in zip(self._repeats, odd, strict=True) if found)
         return None
 
-    def _gathering(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _gathering(self) -> tuple[Tensor, list[Tensor]]:
         if self._flat is None:
             like = self.tensors[0]
             self._flat = torch.empty(sum(t.numel() for t in self.tensors), dtype=like.dtype, device=like.device)
         pieces = self._flat.split([tensor.numel() for tensor in self.tensors])
         return self._flat, [piece.view(t.shape) for piece, t in zip(pieces, self.tensors, strict=True)]
 
-    def _to_host(self, flat: torch.Tensor) -> torch.Tensor:
-        if flat.device.type == "cpu":
-            return flat
-        if self._host is None:
-            self._host = torch.empty(flat.numel(), dtype=flat.dtype, pin_memory=True)
-        return self._host.copy_(flat)
 
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)
 
 
-def raw_bytes(tensor: torch.Tensor) -> Any:
+def raw_bytes(tensor: Tensor) -> Any:
     """The bytes of a tensor, wherever it lives, as a flat buffer (a copy only when it is not contiguous here)."""
     return tensor.contiguous().cpu().view(torch.uint8).numpy().data.cast("B")

@@ -60,7 +60,6 @@ class HeldLLM:
 
 
 def engines_alive() -> int:
-    """How many there are in this process."""
     return len(_alive)
 
 

@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_grpo.engines import compat
 from lora_grpo.engines.local.compiling import marked
@@ -47,13 +48,7 @@ _library.define(
 
 
 def _add_lora(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    a_KI: torch.Tensor,
-    b_OK: torch.Tensor,
-    others_NC: torch.Tensor,
-    any_lora: torch.Tensor,
-    scale: float,
+    y: Tensor, x: Tensor, a_KI: Tensor, b_OK: Tensor, others_NC: Tensor, any_lora: Tensor, scale: float
 ) -> None:
     """y (..., O) gets each row's LoRA in place; nothing where `any_lora`, on the CPU, is False.
 
@@ -82,7 +77,7 @@ class RowMask:
         self.any_lora = torch.zeros(1, dtype=torch.bool)
         self._slot_C = torch.arange(slots, device=device).repeat_interleave(rank)
 
-    def update(self, slot_N: torch.Tensor, any_lora: bool) -> None:
+    def update(self, slot_N: Tensor, any_lora: bool) -> None:
         """Rows of the next batch; -1 is the base, as are the rows after them."""
         tokens = slot_N.shape[0]
         self.others_NC[:tokens].copy_(slot_N[:, None] != self._slot_C)
@@ -93,18 +88,18 @@ class RowMask:
 class LayerGemm:
     """What one linear layer calls in place of vLLM's kernels; only what such a layer calls is here."""
 
-    def __init__(self, a_KI: torch.Tensor, b_OK: torch.Tensor, rows: RowMask) -> None:
+    def __init__(self, a_KI: Tensor, b_OK: Tensor, rows: RowMask) -> None:
         self.a_KI, self.b_OK = a_KI, b_OK
         self.others_NC, self.any_lora = rows.others_NC, rows.any_lora
 
     def add_lora_linear(
-        self, y: torch.Tensor, x: torch.Tensor, a_stacked: Any, b_stacked: Any, scale: float, *_: Any, **__: Any
+        self, y: Tensor, x: Tensor, a_stacked: Any, b_stacked: Any, scale: float, *_: Any, **__: Any
     ) -> None:
         """y += scale * the LoRA of x, in place. The stacked slots are views of the buffers that it multiplies by."""
         torch.ops.lora_grpo.add_lora(y, x, self.a_KI, self.b_OK, self.others_NC, self.any_lora, scale)
 
 
-def lay_out(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def lay_out(layer: Any) -> tuple[Tensor, Tensor]:
     """Give a layer's stacked slots one buffer for A (K, I) and one for B (O, K), and return those.
 
     `lora_a_stacked` and `lora_b_stacked` stay tuples of (slots, 1, rank, I) and (slots, 1, out, rank), as views.
@@ -145,7 +140,7 @@ def plain_products() -> Iterator[None]:
         )
 
 
-def _follow(wrapper: Any, a_stacked: torch.Tensor) -> RowMask:
+def _follow(wrapper: Any, a_stacked: Tensor) -> RowMask:
     """A mask that is kept up to date with a wrapper's batches; `a_stacked` (slots, 1, rank, I) is a layer's."""
     slots, _, rank, _ = a_stacked.shape
     rows = RowMask(wrapper._token_lora_indices.shape[0], slots, rank, a_stacked.device)

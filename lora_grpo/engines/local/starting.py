@@ -51,7 +51,6 @@ def _checked(arguments: Mapping[str, Any], *, plain_lora_gemm: bool, share_base_
 
 
 def _wrapped(target_modules: Sequence[str] | None) -> list[str]:
-    """The layers that were asked for; none where nothing was."""
     if EXPERTS in (target_modules or ()):
         raise ConfigError(
             f"target_modules names {EXPERTS!r}: an adapter of a mixture's experts cannot be proven; leave it out"
