@@ -112,7 +112,7 @@ def test_a_tokenizer_of_the_callers() -> None:
 def test_versions_must_be_loaded_and_the_least_recently_used_goes(tmp_path: Path) -> None:
     engine = FakeEngine(named, max_cpu_loras=2)
     first, second, third = (version(tmp_path, number) for number in (1, 2, 3))
-    with pytest.raises(UnknownVersion, match=r"v1 is not loaded; call engine\.load\(version\)"):
+    with pytest.raises(UnknownVersion, match=r"v1 is not loaded \(loaded: none\); call engine\.load"):
         engine.generate(["p"], Sampling(), adapter=first)
     engine.load(first)
     engine.load(second)
