@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class PushReceipt:
     """One push: seconds by phase until the version can be sampled from (gather, write, check, load, prove, promote),
-    adapter bytes, and how it was proven. `keeping_s` is what keeping the trainer's state and pruning took after that.
-    """
+    adapter bytes, and how it was proven. `keeping_s` is what keeping the trainer's state and pruning took then."""
 
     version: AdapterVersion
     seconds: dict[str, float]
@@ -58,7 +57,6 @@ class PushReceipt:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The seconds as a step logs them."""
         return {f"sync/{phase}_s": seconds for phase, seconds in self.seconds.items()}
 
 
@@ -98,9 +96,9 @@ class NativeSync:
         `optimizer` and `scheduler` are restored with the weights on a rollback; `keep_state` says of which versions
         the exact trainer state is archived (several times an adapter's size), by default all. `tokenizer` goes with
         exports; the engine's, where none is given. `proofs` are those made with other adapters on the same engine and
-        the same base tensors; see `prove`. `base_match` and `probe` are what was found (None for a fake that says
-        so). Raises `UnsupportedAdapter` for what cannot be
-        served or another base, `DeliveryError` when the probe does not arrive.
+        the same base tensors; see `prove`. `base_match` and `probe` are what was found (None for a fake that says so).
+        Raises `UnsupportedAdapter` for what cannot be served or another base, `DeliveryError` when the probe does not
+        arrive.
         """
         self.processes = Processes(accelerator)
         self.model, self._own_engine, self._store = model, engine, store
@@ -132,7 +130,6 @@ class NativeSync:
         """Publish the adapter as it is now, load it, prove it, promote it; returns when it can be sampled from.
 
         With an archive the trainer's exact state is kept with the version (see `keep_state`), and `extra` (JSON) in it.
-
         A failure up to there leaves `HEAD` and what the engine serves as they were. Raises `TrainingError` for
         non-finite weights, `NoRoom` or `StoreError` for the store, `DeliveryError` or `EngineError` for the engine.
         What fails after that is keeping and pruning alone: the `StoreError` then finds the version promoted.
@@ -263,8 +260,7 @@ class NativeSync:
     def export(self, version: Target, directory: Path) -> Weights:
         """Write `version` as a plain PEFT folder with its own alpha, as `PeftModel.from_pretrained` loads it.
 
-        Called by the process that has the store. "exact" where its trainer state is kept, else "rounded" to the
-        serving dtype.
+        Called by the process that has the store. "exact" where its state is kept, else "rounded" to the serving dtype.
         """
         return export_adapter(self.store, version, self.recipe, directory, self.tokenizer)
 

@@ -20,7 +20,7 @@ from lora_grpo.engines.server.launch import Servers, Serving
 from lora_grpo.errors import ConfigError, EngineError, StoreError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics.log import read_metrics
-from lora_grpo.trainer import assembly, crew, models
+from lora_grpo.trainer import assembly, crew, tokenizer
 from lora_grpo.trainer.stepping import canary
 from tests.test_server_engine_real import LEAVES, VLLM_ARGS, free_ports
 from tests.test_trainer_processes import PerProcess, assert_near, config, run
@@ -79,7 +79,7 @@ def starts(accelerator: Any, folder: Path) -> dict[str, Any]:
         "store_server", "build_engine", None, engine_config=there
     )
     spoiled = ConfigError("other tokens") if first else None
-    attempt("vocabulary", "check_same_vocabulary", spoiled, models, processing_class=engine.tokenizer)
+    attempt("vocabulary", "check_same_vocabulary", spoiled, tokenizer, processing_class=engine.tokenizer)
     return found
 
 

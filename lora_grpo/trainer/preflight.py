@@ -20,8 +20,9 @@ from lora_grpo.engines.requests import ENCODING, render
 from lora_grpo.errors import ConfigError
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
 from lora_grpo.trainer.activations import LargestBatch, largest_batch
-from lora_grpo.trainer.models import default_device, trainer_tokenizer
+from lora_grpo.trainer.models import default_device
 from lora_grpo.trainer.spec import MemberSpec
+from lora_grpo.trainer.tokenizer import trainer_tokenizer
 from lora_grpo.trl_names import REWARD_MODEL
 from lora_grpo.types import Chat
 
