@@ -99,7 +99,7 @@ def test_without_an_engine_all_that_is_known_before_one_starts(
         ({"guard": {"kl": 1.0}}, "steps", "needs beta > 0"),
         ({"guard": {"non_finite": True, "to": "bestest"}}, "steps", "'bestest'"),
         ({"lora": {"r": 600}}, "base and adapter", "rank 600 is above vLLM's largest max_lora_rank, 512"),
-        ({"model": {"name": "/nowhere/model"}}, "base and adapter", "/nowhere/model is no model directory"),
+        ({"model": {"name": "/nowhere/model"}}, "base and adapter", "there is no directory /nowhere/model"),
     ],
 )
 def test_each_fault_is_one_finding(config: RunConfig, sections: dict[str, Any], what: str, words: str) -> None:

@@ -213,6 +213,8 @@ def test_killed_before_its_first_state_was_written(
     assert result["steps"] == 2
     for step in (1, 2):
         ours, theirs = state_at(tmp_path / "killed", step), state_at(whole(2), step)
+        for _, known in (ours, theirs):  # a number that was lost with the tmpfs is not given out again
+            known["extra"]["measured"].pop("version")
         assert same(ours[0], theirs[0]), f"step {step}"
         assert ours[1] == theirs[1], f"step {step}"
 
