@@ -14,6 +14,8 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.fake import FakeEngine
+from lora_grpo.engines.loaded import LoadedVersions
+from lora_grpo.engines.server.replica import Served
 from lora_grpo.errors import ConfigError, EngineError, UnknownVersion
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Prompt, Sampling
@@ -47,6 +49,19 @@ def test_it_is_an_engine_that_proves_nothing(tmp_path: Path) -> None:
     engine = FakeEngine(named)
     assert isinstance(engine, Engine)
     assert engine.load(version(tmp_path, 1)).proof == engine.proof == "none"
+
+
+def test_a_load_that_failed_takes_nothing_away(tmp_path: Path) -> None:
+    """Of two loads of one version, the second may fail: what the first put into use stays."""
+    used: LoadedVersions[Served] = LoadedVersions()
+    first, second = (Served(one, "v1") for one in [version(tmp_path, 1)] * 2)
+    used.add(first)
+    used.remove(second)
+    assert used.all() == (first,)
+    used.add(second)
+    assert used.all() == (second,)
+    used.remove(second)
+    assert used.versions == ()
 
 
 def test_replies_are_the_callers_and_stamped(tmp_path: Path) -> None:

@@ -49,10 +49,9 @@ class LoadedVersions(Generic[_Loaded]):
 
     def add(self, loaded: _Loaded) -> None:
         """As the most recently used; one that is there already becomes it."""
-        self._by_path = {**self._without(loaded), loaded.version.path: loaded}
+        path = loaded.version.path
+        self._by_path = {**{other: known for other, known in self._by_path.items() if other != path}, path: loaded}
 
     def remove(self, loaded: _Loaded) -> None:
-        self._by_path = self._without(loaded)
-
-    def _without(self, loaded: _Loaded) -> dict[Path, _Loaded]:
-        return {path: known for path, known in self._by_path.items() if path != loaded.version.path}
+        """Where it is there: another load of the same version, which failed, takes nothing away."""
+        self._by_path = {path: known for path, known in self._by_path.items() if known is not loaded}

@@ -110,9 +110,9 @@ class Sweep:
 
     def _begin_round(self, running: list[Member]) -> list[Member]:
         """Which members make a step: all, but where a kill came within a round, those alone that had not made it."""
-        stand = {member.name: [member.runs.steps_done, member.runs.rollbacks] for member in running}
-        # In the plan's order, whoever took over meanwhile.
-        stand = {trial.name: stand[trial.name] for trial in self.plan.trials if trial.name in stand}
+        # A take-over moves a member to the end of the population.
+        by_name = sorted(running, key=lambda member: member.name)
+        stand = {member.name: [member.runs.steps_done, member.runs.rollbacks] for member in by_name}
         began, self._cut_short = self._cut_short, None
         if began is not None:
             return [member for member in running if began.get(member.name) == stand[member.name]]
