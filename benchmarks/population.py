@@ -1,12 +1,12 @@
 """Generation time of a population in one engine batch, against its members one after the other, on a 0.5B shape.
 
     python -m benchmarks.population [--members 8] [--rows 1,2,4,8] [--repeats 3] [--tokens 24] [--dtype auto]
-                                    [--out FILE]
+                                    [--shape qwen2.5-0.5b] [--device cpu] [--out FILE]
 
 One engine of a dtype, one adapter a member, `rows` a member. `alone_s` is the sum of the members' calls, each with its
 own rows, as lone runs make them; `together_s` is one call with all of them. Both are medians of `repeats`, taken in
 turn; `ratio` is of those. `ratio_cpu` is the same of processor seconds, which other work on the machine changes less.
-The tokens are compared too.
+The tokens are compared too. On a GPU, decoding is captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -32,25 +32,40 @@ from lora_grpo.bench.shapes import write_model
 from lora_grpo.config import ModelConfig
 from lora_grpo.trainer.models import without_memory
 
-SHAPE, RANK, PROMPT = "qwen2.5-0.5b", 16, 32
+RANK, PROMPT = 16, 32
 
 
 def main() -> None:
-    options = asked(__doc__, members=8, rows="1,2,4,8", repeats=3, tokens=24, dtype="auto", out=None)
-    about, curve = provenance("-m", "benchmarks.population"), []
+    given = {"members": 8, "rows": "1,2,4,8", "repeats": 3, "tokens": 24, "dtype": "auto"}
+    options = asked(__doc__, **given, shape="qwen2.5-0.5b", device="cpu", out=None)
+    about, curve = provenance("-m", "benchmarks.population", device=options.device), []
+    sizes = [int(rows) for rows in options.rows.split(",")]
     with tempfile.TemporaryDirectory(prefix="lora-grpo-population-") as folder:
-        base = write_model(SHAPE, Path(folder) / "base")
-        # Compiling this shape takes a CPU longer than all that is measured.
-        limits = {"max_model_len": PROMPT + options.tokens, "enforce_eager": True, "dtype": options.dtype}
+        base = write_model(options.shape, Path(folder) / "base", device=options.device)
+        limits = {"max_model_len": PROMPT + options.tokens, "max_num_seqs": options.members * max(sizes)}
+        limits |= {
+            "dtype": options.dtype,
+            "enable_prefix_caching": False,
+            **decoding(options.device, options.members, sizes),
+        }
         engine = VLLMEngine(base, max_lora_rank=RANK, max_loras=options.members, **limits)
         with AdapterStore(archive=Path(folder) / "run") as store:
             versions = [adapter(store, base, engine, seed) for seed in range(options.members)]
-            for rows in map(int, options.rows.split(",")):
+            for rows in sizes:
                 curve.append({"rows": rows, **compared(engine, versions, rows, options.tokens, options.repeats)})
                 print(json.dumps(curve[-1]), flush=True)
         engine.close()
-    what = {"shape": SHAPE, "rank": RANK, "prompt": PROMPT, **vars(options), "out": None}
+    what = {"rank": RANK, "prompt": PROMPT, **vars(options), "out": None}
     write_result(options.out, {**about, **what, "curve": curve})
+
+
+def decoding(device: str, members: int, sizes: Sequence[int]) -> dict[str, Any]:
+    """How an engine decodes: eager on a CPU, where compiling this shape takes longer than all that is measured."""
+    if device == "cpu":
+        return {"enforce_eager": True}
+    captured = sorted({*sizes, *(members * rows for rows in sizes)})
+    alone = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": captured}
+    return {"enforce_eager": False, "compilation_config": alone}
 
 
 def adapter(store: AdapterStore, base: Path, engine: VLLMEngine, seed: int) -> AdapterVersion:
@@ -69,7 +84,7 @@ def adapter(store: AdapterStore, base: Path, engine: VLLMEngine, seed: int) -> A
 def compared(
     engine: VLLMEngine, versions: Sequence[AdapterVersion], rows: int, tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """A row of the curve. A prompt is shorter than a block of the prefix cache, so none is kept from call to call."""
+    """A row of the curve. Without a prefix cache, or a call would find the prompts of the one before."""
     generator = torch.Generator().manual_seed(rows)
     vocabulary = engine.describe_base().vocabulary
     prompts = torch.randint(vocabulary, (len(versions) * rows, PROMPT), generator=generator).tolist()

@@ -1,11 +1,13 @@
 """The demo's task at eight learning rates: as one population, one run after the other, and eight processes at once.
 
-    python -m benchmarks.rates [--steps 30] [--rates 5e-4,1e-3,...] --out FOLDER
+    python -m benchmarks.rates [--steps 30] [--rates 5e-4,1e-3,...] [--lone 8] [--device cpu] --out FOLDER
 
 Each is what a user would start: processes of their own, engines included. `wall_s` is from start to end, `generation_s`
 what the engines took in all steps, `peak_mib` the most that all processes of a kind held at a time (PSS: what processes
 share is counted once). `same` says for each rate whether all versions of the member are its lone run's, to the bit.
-FOLDER gets `rates.json` and the curves as the sweep draws them. Eight processes at once have one thread each.
+FOLDER gets `rates.json` and the curves as the sweep draws them. Eight processes at once have one thread each. With
+fewer lone runs than rates, these are the first rates', and no processes run at once. On a GPU the engine computes in
+the base's dtype, and a row is not the same to the bit in every batch.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil  # comes with vLLM
@@ -42,37 +45,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rates", default=RATES)
+    parser.add_argument("--lone", type=int, help="lone runs, the first rates first (default: all)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.directory is not None:
-        train(options.directory, options.rates, options.steps)
+        train(options.directory, options.rates, options.steps, options.device)
         return
-    about, rates = provenance("-m", "benchmarks.rates"), options.rates.split(",")
+    about, rates = provenance("-m", "benchmarks.rates", device=options.device), options.rates.split(",")
+    measured = partial(processes, steps=options.steps, device=options.device)
     ensure_base()
     with tempfile.TemporaryDirectory(prefix="lora-grpo-rates-") as name:
         folder = Path(name)
-        together = measured([options.rates], folder / "together", options.steps)
+        together = measured([options.rates], folder / "together")
         members = {rate: next((folder / "together").glob(f"{at}_*")) for at, rate in enumerate(rates)}
         # Members generate in one batch, which each of them notes.
         found = {"population": {**together, "generation_s": generation_s(members[rates[0]])}}
-        lone = [measured([rate], folder / "alone", options.steps) for rate in rates]
-        runs = {rate: folder / "alone" / rate for rate in rates}
+        lone = [measured([rate], folder / "alone") for rate in rates[: options.lone]]
+        runs = {rate: folder / "alone" / rate for rate in rates[: options.lone]}
         found["one after the other"] = {
             "wall_s": sum(one["wall_s"] for one in lone),
             "peak_mib": max(one["peak_mib"] for one in lone),
             "generation_s": sum(map(generation_s, runs.values())),
         }
         summary = folder / "together" / "summary.json"
-        at_once = measured(rates, folder / "at-once", options.steps)
-        slowest = max(generation_s(folder / "at-once" / rate) for rate in rates)
-        found["processes at once"] = {**at_once, "generation_s": slowest}
+        if len(runs) == len(rates):
+            at_once = measured(rates, folder / "at-once")
+            slowest = max(generation_s(folder / "at-once" / rate) for rate in rates)
+            found["processes at once"] = {**at_once, "generation_s": slowest}
         result = {
             **about,
             "steps": options.steps,
             "found": {name: {what: round(value, 1) for what, value in of.items()} for name, of in found.items()},
             "held_out": {row["member"]: row["held_out"] for row in json.loads(summary.read_text())["members"]},
-            "same": {rate: digests(members[rate]) == digests(runs[rate]) for rate in rates},
+            "same": {rate: digests(members[rate]) == digests(runs[rate]) for rate in runs},
         }
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "rates.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -80,27 +87,28 @@ def main() -> None:
     print(json.dumps(result["found"], indent=1), result["held_out"], result["same"])
 
 
-def train(directory: Path, rates: str, steps: int) -> None:
+def train(directory: Path, rates: str, steps: int, device: str) -> None:
     """One rate as a run, several as a population."""
     if "," in rates:
-        Sweep(SweepPlan(settings(directory, steps), trials_of([f"grpo.learning_rate={rates}"]))).run()
+        Sweep(SweepPlan(settings(directory, steps, device), trials_of([f"grpo.learning_rate={rates}"]))).run()
         return
-    config = settings(directory, steps)
+    config = settings(directory, steps, device)
     with build_trainer(config.replace(grpo=config.grpo.replace(learning_rate=float(rates)))) as trainer:
         trainer.train()
 
 
-def settings(directory: Path, steps: int) -> RunConfig:
-    """The demo's, with an engine in fp32, where a row is the same in whatever batch it is."""
+def settings(directory: Path, steps: int, device: str) -> RunConfig:
+    """The demo's, on a CPU with an engine in fp32, where a row is the same in whatever batch it is."""
     config = demo_config(ensure_base(), directory.with_name(f"{directory.name}-data"), steps=steps, seed=0)
-    return config.replace(output_dir=str(directory), engine=config.engine.replace(dtype="float32"))
+    engine = config.engine.replace(dtype="float32") if device == "cpu" else config.engine
+    return config.replace(output_dir=str(directory), engine=engine)
 
 
-def measured(rates: Sequence[str], folder: Path, steps: int) -> dict[str, float]:
+def processes(rates: Sequence[str], folder: Path, steps: int, device: str) -> dict[str, float]:
     """A process for each of `rates`, all at once: seconds until the last ends, and the most that they held."""
     threads = {"OMP_NUM_THREADS": "1"} if len(rates) > 1 else {}
     started, peak_bytes = time.perf_counter(), 0
-    running = [_start(rate, folder if "," in rate else folder / rate, steps, threads) for rate in rates]
+    running = [_start(rate, folder if "," in rate else folder / rate, steps, device, threads) for rate in rates]
     while any(process.poll() is None for process in running):
         peak_bytes = max(peak_bytes, sum(_held_bytes(process.pid) for process in running))
         time.sleep(LOOK_EVERY_S)
@@ -109,10 +117,10 @@ def measured(rates: Sequence[str], folder: Path, steps: int) -> dict[str, float]
     return {"wall_s": time.perf_counter() - started, "peak_mib": peak_bytes / 2**20}
 
 
-def _start(rate: str, directory: Path, steps: int, threads: dict[str, str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "benchmarks.rates", "--rates", rate, "--steps", str(steps)]
+def _start(rate: str, directory: Path, steps: int, device: str, threads: dict[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "benchmarks.rates", "--rates", rate, "--steps", str(steps), "--device", device]
     command += ["--out", "unused", "--directory", str(directory)]
-    return subprocess.Popen(command, env={**os.environ, **threads}, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, env={**os.environ, **threads})
 
 
 def _held_bytes(pid: int) -> int:

@@ -22,14 +22,20 @@ EXPERTS = 4
 
 def adapted(family: str, folder: Path, names: list[str], **settings: Any) -> list[LoraModule]:
     """Wrappers of a tiny mixture's experts with random A and B."""
-    model = trainer_model(family, build(family, folder))
-    config = LoraConfig(r=2, target_modules=[], target_parameters=[f"experts.{name}" for name in names], **settings)
-    modules = lora_modules(get_peft_model(model, config), "default")
+    return adapted_model(family, build(family, folder), names, **settings)[1]
+
+
+def adapted_model(
+    family: str, directory: Path, names: list[str], *, rank: int = 2, scale: float = 1.0, **settings: Any
+) -> tuple[Any, list[LoraModule]]:
+    config = LoraConfig(r=rank, target_modules=[], target_parameters=[f"experts.{name}" for name in names], **settings)
+    model = get_peft_model(trainer_model(family, directory), config).eval()
+    modules = lora_modules(model, "default")
     generator = torch.Generator().manual_seed(0)
     for module in modules:
         for factor in (module.a_RI, module.b_OR):
-            factor.data = torch.randn(factor.shape, generator=generator)
-    return modules
+            factor.data = scale * torch.randn(factor.shape, generator=generator)
+    return model, modules
 
 
 @pytest.mark.parametrize("names", [["gate_up_proj", "down_proj"], ["down_proj", "gate_up_proj"]])

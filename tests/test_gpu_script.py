@@ -33,8 +33,9 @@ from tests.test_parity import ARCHITECTURES
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
 MODULES = ("run", "steps", "keeping", "places", "launching", "card")
-STEPS = ["card", "tiny", "0.5b", "7b", "demo", "trainer", "trainer-7b", "parity", "invariance", "7b-compiled", "graphs"]
-REPEATED = ("trainer-7b", "parity", "7b-compiled")
+STEPS = ["card", "tiny", "trainer", "population", "families", "experts", "demo", "7b", "trainer-7b", "7b-compiled"]
+STEPS += ["rates", "0.5b", "parity", "invariance", "graphs"]
+REPEATED = ("trainer-7b", "parity", "7b-compiled", "families", "experts", "rates")
 DRY = [name for name in STEPS if name not in REPEATED]
 START_S = 90
 """Of a host with a GPU."""
@@ -168,14 +169,14 @@ def test_the_plan_on_a_gpu(scripts: SimpleNamespace, tmp_path: Path) -> None:
     assert all(1.3 * step.expected_s < step.limit_s for step in planned)
     until = {step.name: sum(one.expected_s for one in planned[: i + 1]) for i, step in enumerate(planned)}
     assert until["7b"] <= 9 * 60
-    assert until["invariance"] <= 15 * 60 - START_S
+    assert until["7b-compiled"] <= 15 * 60 - START_S
     assert [step.name for step in planned if not step.warm] == ["invariance"]
     shapes = {step.name: step.shape for step in planned if step.shape}
     assert shapes == {"0.5b": "qwen2.5-0.5b", "7b": "qwen2.5-7b", "7b-compiled": "qwen2.5-7b"}
     options = {"shape": "qwen2.5-7b", "device": "cuda:0"}
     large = plan_parts("all", scripts.steps.scenario("7b", "cuda:0"), options)
     assert {settings.engine for settings in large.values()} == {"graphs alone"}
-    assert set(large) == {"sync", "memory", "rollback", "decode"}
+    assert set(large) == {"sync", "memory", "rollback"}
     compiled = plan_parts("all", scripts.steps.scenario("7b-compiled", "cuda:0"), options)
     assert {settings.engine for settings in compiled.values()} == {"compiled"}
 
@@ -183,16 +184,17 @@ def test_the_plan_on_a_gpu(scripts: SimpleNamespace, tmp_path: Path) -> None:
 @pytest.mark.vllm
 def test_every_test_of_a_suite_is_in_one_step(scripts: SimpleNamespace, tmp_path: Path) -> None:
     planned = {step.name: step for step in scripts.steps.plan(tmp_path, "cuda:0", tmp_path)}
-    suites = ["tests/test_parity.py", "tests/test_nan_hunt.py", "tests/test_lora_gemm.py", "tests/test_gpu_sleep.py"]
-    whole = [*suites, "-q", "--device", "cuda:0"]
-    names = ("tiny", "parity", "graphs")
-    every, *parts = collected([whole, *(list(planned[name].command[3:]) for name in names)])
-    tiny, parity, graphs = parts
-    assert sorted([*tiny, *parity, *graphs]) == sorted(every)
+    files = ("parity", "nan_hunt", "lora_gemm", "gpu_sleep", "direct_load", "gpu_experts")
+    whole = [*(f"tests/test_{name}.py" for name in files), "-q", "--device", "cuda:0"]
+    every, *parts = collected([whole, *(list(planned[name].command[3:]) for name in scripts.steps.SUITES)])
+    tiny, experts, parity, graphs = parts
+    assert sorted([*tiny, *experts, *parity, *graphs]) == sorted(every)
     assert all(any(f"[{name}" in test for test in every) for name in ARCHITECTURES)
     assert all("graphs" in test or "sleep" in test for test in graphs)
     assert not any("graphs" in test and "parity" in test for test in (*tiny, *parity))
-    assert {test.split("::")[0] for test in tiny} == {"tests/test_parity.py", "tests/test_nan_hunt.py"}
+    assert {test.split("::")[0] for test in tiny} == {
+        f"tests/test_{name}.py" for name in ("parity", "nan_hunt", "direct_load")
+    }
 
 
 def collected(commands: list[list[str]]) -> list[list[str]]:

@@ -18,10 +18,11 @@ SHAPES = {"cpu": ("tiny-tied", "tiny"), "cuda": ("qwen2.5-0.5b", "qwen2.5-7b")}
 """By device, what is measured; in a dry run two tiny ones, of which one ties its output layer like the 0.5B."""
 SUITES = {
     "tiny": (
-        ("tests/test_parity.py", "tests/test_nan_hunt.py"),
-        "(test_parity and qwen2 or test_nan_hunt) and not graphs",
+        ("tests/test_parity.py", "tests/test_nan_hunt.py", "tests/test_direct_load.py"),
+        "(test_parity and qwen2 or test_nan_hunt) and not graphs or test_direct_load",
         "test_one_call_mixes_base_and_versions and qwen2 or test_mixed_batches",
     ),
+    "experts": (("tests/test_gpu_experts.py",), "test_gpu_experts", "test_gpu_experts"),
     "parity": (
         ("tests/test_parity.py", "tests/test_lora_gemm.py"),
         "test_lora_gemm or not qwen2 and not graphs",
@@ -34,14 +35,23 @@ SUITES = {
     ),
 }
 """Test files, which of their tests, and which few of those in a dry run: the whole test run has all of them."""
-TRAINER = {
-    "trainer": ["--shape", "0.5b", "--tokens", "512,1024,4096"],
-    "trainer-7b": ["--shape", "7b", "--tokens", "512,2048"],
+FAMILIES = ("qwen3_moe", "gpt_oss", "gemma3", "qwen3_vl", "qwen3_5")
+"""Of the table of models: mixtures, wrappers and a delta net, each tiny and with every control."""
+PROGRAMS = {
+    "trainer": ["benchmarks.trainer", "--shape", "0.5b", "--tokens", "512,1024,4096"],
+    "trainer-7b": ["benchmarks.trainer", "--shape", "7b", "--tokens", "512,2048"],
+    "population": ["benchmarks.population", "--rows", "1,8,32,64", "--tokens", "128"],
+    "rates": ["benchmarks.rates", "--lone", "1"],
 }
-"""What of the trainer's part of a step is measured."""
-REPEATED = ("trainer-7b", "parity", "7b-compiled")
-"""Not in a dry run: with tiny models, where nothing is compiled, they do what the steps before them did."""
-DRY_TRAINER = ["--shape", "small", "--tokens", "8", "--rows", "2", "--dtype", "float32", "--subjects", "estimate"]
+"""Programs that have a page of their own, and what of them is measured."""
+CHECKPOINTED = ["--checkpointing", "on", "--prompt", "512"]
+REPEATED = ("trainer-7b", "parity", "7b-compiled", "families", "experts", "rates")
+"""Not in a dry run: with tiny models, where nothing is compiled, they do what the steps before them did, or what the
+test run does; or there is nothing to do without a GPU."""
+DRY = {
+    "trainer": ["--shape", "small", "--tokens", "8", "--rows", "2", "--dtype", "float32", "--subjects", "estimate"],
+    "population": ["--shape", "tiny", "--rows", "1", "--tokens", "2", "--members", "2", "--repeats", "1"],
+}
 
 
 @dataclass(frozen=True)
@@ -71,16 +81,20 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
     invariance = [*_script("invariance.py"), "--device", device, "--model", str(models / f"{small}-seed0")]
     steps = [
         Step("card", 25, 60, [*_script("card.py"), device], last_json),
-        _suite("tiny", 50, 90, out, device),
-        _figures("0.5b", 65, 110, small, out, device, models),
-        _figures("7b", 285, 380, large, out, device, models),
+        _suite("tiny", 60, 100, out, device),
+        _program("trainer", 35, 70, out, device),
+        _program("population", 40, 80, out, device),
+        Step("families", 80, 120, [sys.executable, "-m", "tests.model_table", *FAMILIES], _rows),
+        _suite("experts", 35, 70, out, device),
         Step("demo", 45, 90, [*demo, "--steps", str(DEMO_STEPS[kind])], last_json),
-        _trainer("trainer", 35, 70, out, device),
-        _trainer("trainer-7b", 75, 110, out, device),
+        _figures("7b", 160, 280, large, out, device, models),
+        _program("trainer-7b", 85, 130, out, device),
+        _figures("7b-compiled", 165, 240, large, out, device, models),
+        _program("rates", 110, 160, out, device),
+        _figures("0.5b", 65, 110, small, out, device, models),
         _suite("parity", 140, 190, out, device),
         # Its switch, which there is on a GPU, is for a whole process.
         Step("invariance", 55, 90, invariance, last_json, warm=kind == "cpu"),
-        _figures("7b-compiled", 165, 240, large, out, device, models),
         _suite("graphs", 110, 180, out, device),
     ]
     return [step for step in steps if kind != "cpu" or step.name not in REPEATED]
@@ -102,12 +116,19 @@ def _figures(name: str, expected_s: int, limit_s: int, shape: str, out: Path, de
     return Step(name, expected_s, limit_s, command, lambda printed: _measured(results / "results.json"), shape)
 
 
-def _trainer(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> Step:
-    results = out / "trainer" / f"{name}.json"
-    sizes = DRY_TRAINER if device == "cpu" else [*TRAINER[name], "--checkpointing", "on", "--prompt", "512"]
-    script = [sys.executable, str(REPOSITORY / "benchmarks" / "trainer.py")]
-    command = [*script, "--device", device, "--out", str(results), *sizes]
-    return Step(name, expected_s, limit_s, command, lambda printed: _read(results))
+def _program(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> Step:
+    module, *sizes = PROGRAMS[name]
+    checkpointed = CHECKPOINTED if module == "benchmarks.trainer" else []
+    results = out / name if name == "rates" else out / "programs" / f"{name}.json"
+    chosen = DRY[name] if device == "cpu" and name in DRY else [*sizes, *checkpointed]
+    command = [sys.executable, "-m", module, "--device", device, "--out", str(results), *chosen]
+    found = results / "rates.json" if name == "rates" else results
+    return Step(name, expected_s, limit_s, command, lambda printed: _read(found))
+
+
+def _rows(printed: str) -> list[str]:
+    """Of a table, as far as it was printed."""
+    return [line for line in printed.splitlines() if line.startswith("| ")]
 
 
 def _read(path: Path) -> Any:
@@ -172,7 +193,10 @@ def found(name: str, result: Any) -> str:
     if name == "invariance":
         shares = ", ".join(f"{result[key]:.4f} {key.replace('_', ' ')}" for key in ("with_adapter", "without_adapter"))
         return f"equal log-probs: {shares}; batch_invariant: {str(result['batch_invariant']).lower()}"
-    if name in TRAINER:
-        return ", ".join(dict.fromkeys(row["subject"] for row in result["rows"]))
+    if name == "families":
+        return f"{len(result)} rows"
+    if name in PROGRAMS:
+        rows = result.get("rows") if name.startswith("trainer") else None
+        return ", ".join(dict.fromkeys(row["subject"] for row in rows or ()) or result.get("found", ("a curve",)))
     tables = {name: result[name] for name in ("sync", "decode") if result[name]}
     return "; ".join(f"{name} of {', '.join(strategies)}" for name, strategies in tables.items())
