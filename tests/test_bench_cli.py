@@ -229,7 +229,7 @@ def _wait(process: subprocess.Popen[str]) -> None:
         (["snyc"], "did you mean 'sync'?"),
         (["sync", "--shape", "tiny", "--device", "cuda:63"], "there is no device 'cuda:63' here"),
         (["sync", "--shape", "tiny", "--device", "gpu"], "device 'gpu' is none"),
-        (["memory", "--model", "./nowhere"], "model './nowhere' cannot be read"),
+        (["memory", "--model", "./nowhere"], "model './nowhere': there is no directory"),
         (["report"], "name it with --out"),
     ],
 )

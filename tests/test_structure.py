@@ -17,7 +17,7 @@ from lora_grpo import errors
 
 ROOT = Path(lora_grpo.__file__).parent
 FLOORS = [
-    {"types", "errors", "user_cache"},
+    {"types", "errors", "user_cache", "hub"},
     {"kernels"},
     {"trl_names", "sections", "grpo_config", "config", "config_file", "data", "rewards", "metrics", "worker"},
     {"adapters"},

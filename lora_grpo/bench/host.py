@@ -95,12 +95,9 @@ def measure_model(shape: str | None, model: str | None) -> dict[str, int]:
     """Worker: parameters of a model (else of a shape) and elements of its adaptable linear layers, from its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
-        config: Any = (
-            AutoConfig.from_pretrained(model) if model else AutoConfig.for_model(**shapes.shape_config(str(shape)))
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {model!r} cannot be read: {str(error).splitlines()[0]}") from error
+    from lora_grpo.engines.local.targets import checkpoint_config
+
+    config: Any = checkpoint_config(model) if model else AutoConfig.for_model(**shapes.shape_config(str(shape)))
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(config)
     head = skeleton.get_output_embeddings()

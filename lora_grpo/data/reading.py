@@ -49,10 +49,13 @@ def read_rows(source: str | Path | Rows, split: str, name: str | None) -> tuple[
 def _from_hub(name: str, split: str, configuration: str | None) -> Dataset:
     from datasets import load_dataset
 
+    from lora_grpo.hub import out_of_reach
+
+    why = "" if Path(name).is_dir() else out_of_reach()
     try:
         return load_dataset(name, configuration, split=split)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = why or (str(error).splitlines() or [type(error).__name__])[0]
         at = f"split={split!r}" + (f", name={configuration!r}" if configuration else "")
         raise ConfigError(
             f"cannot load dataset {name!r} ({at}): {reason}. For a local file give a path that ends in "

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from lora_grpo.config import RewardConfig, RunConfig
 from lora_grpo.config_file import apply_override
 from lora_grpo.data import PromptDataset, load_data
 from lora_grpo.data.reading import read_rows
+from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import load_reward
@@ -117,9 +116,8 @@ def _choose_lengths(values: dict[str, Any], tokenizer: Any, columns: Mapping[str
     settings = RunConfig(**values)
     train, _ = load_data(settings.data)
     longest = _longest_prompt(settings, train)
-    context = getattr(
-        AutoConfig.from_pretrained(settings.model.name).get_text_config(), "max_position_embeddings", None
-    )
+    config = checkpoint_config(settings.model.name, **settings.model.loading).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
     column = dict(settings.rewards[0].options).get("column", "answer")
     answers = [len(tokenizer.encode(str(value))) for value in columns.get(column, [])[:LOOKED_AT]] if tokenizer else []
     if "max_completion_length" not in grpo:

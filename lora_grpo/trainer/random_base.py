@@ -14,8 +14,9 @@ import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.local.text_only import full_class
 from lora_grpo.errors import ConfigError
 
@@ -30,8 +31,8 @@ def random_base(model: str) -> Iterator[str]:
     They are loud enough for an adapter's effect to be told from rounding. Without a tokenizer in `model`, one of
     bytes stands in. Raises `ConfigError` where transformers cannot build the model.
     """
+    config = checkpoint_config(model)
     try:
-        config = AutoConfig.from_pretrained(model)
         full = full_class(config)
         whole = full._from_config(config) if full else AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:

@@ -32,7 +32,7 @@ def trainer_tokenizer(model: ModelConfig | nn.Module, processing_class: Any, eng
 
 def _checkpoint_tokenizer(model: ModelConfig | nn.Module) -> Any:
     checkpoint = checkpoint_of(model)
-    check_there(checkpoint.name)
+    check_there(checkpoint.name, checkpoint.revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.loading)
     except (OSError, ValueError, ImportError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig
@@ -17,6 +18,7 @@ from lora_grpo.adapters.peft_form.quantized import Scheme, scheme_of
 from lora_grpo.engines import compat
 from lora_grpo.engines.local.text_only import full_class, model_class
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
+from lora_grpo.hub import is_cached, out_of_reach
 
 EXPERTS = "experts"
 """The last name of what vLLM holds a mixture's experts in."""
@@ -90,17 +92,26 @@ def _cause(error: BaseException) -> BaseException:
 
 def checkpoint_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A checkpoint's config. Raises `ConfigError` where there is none."""
-    check_there(model)
+    check_there(model, revision)
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model} is no model directory or hub name that can be read: {error}") from error
 
 
-def check_there(model: str | Path) -> None:
-    """Raises `ConfigError` for a path where nothing is; transformers would take it for a hub name."""
-    if str(model).startswith((".", "/", "~")) and not Path(model).exists():
+def check_there(model: str | Path, revision: str | None = None) -> None:
+    """Raises `ConfigError` for a path where nothing is, and for a hub name that cannot be had without the hub."""
+    if Path(model).exists():
+        return
+    if str(model).startswith((".", "/", "~")):
         raise ConfigError(f"model {str(model)!r}: there is no directory {Path(model).absolute()}")
+    why = out_of_reach()
+    if why and not is_cached(str(model), revision):
+        raise ConfigError(
+            f"model {str(model)!r} is no directory here, the hub's cache ({constants.HF_HUB_CACHE}) does not hold it, "
+            f"and {why}: name a directory that holds it, connect (HTTPS_PROXY and HF_ENDPOINT are heeded), or bring "
+            "the cache from a machine with a network (hf download)"
+        )
 
 
 def check_whole(model: str | Path) -> None:
@@ -115,6 +126,7 @@ def check_whole(model: str | Path) -> None:
 
 def check_is_base(model: str | Path, *, revision: str | None = None) -> None:
     """Raises `ConfigError` for an adapter's folder, where transformers would load adapter and base together."""
+    check_there(model, revision)
     try:
         found = find_adapter_config_file(str(model), revision=revision)
     except OSError:

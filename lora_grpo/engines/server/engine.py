@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
@@ -23,6 +23,7 @@ from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import Witness
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.delivery.slots import require_published
+from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.requests import adapters_by_prompt, asked, check_fits, request_seeds, to_groups
 from lora_grpo.engines.server.client import Client
 from lora_grpo.engines.server.connect import write_rank_probe
@@ -102,7 +103,7 @@ class VLLMServerEngine:
     def _describe(self, model: str | Path | None, lora_dtype: str | None, trust_remote_code: bool) -> None:
         root = str(model or self._fleet.replicas[0].facts.root)
         try:
-            config: Any = AutoConfig.from_pretrained(root, trust_remote_code=trust_remote_code)
+            config = checkpoint_config(root, trust_remote_code=trust_remote_code)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise ConfigError(
