@@ -182,7 +182,8 @@ def test_a_thousand_bytes_changed_after_publishing_are_noticed(
 def test_what_the_trainer_holds_gets_into_the_slot_without_reading_the_file_back(
     engine: VLLMEngine, store: AdapterStore, llama_dir: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    form = ServingForm(tiny_lora(load_model(llama_dir), scale=0.5, **settings), "default", torch.bfloat16)
+    model = tiny_lora(load_model(llama_dir).to(engine.device), scale=0.5, **settings)
+    form = ServingForm(model, "default", torch.bfloat16)
     version = store.publish(form.files(), step=0)
     engine.load(version)
     from_file, answers = slots(engine, version), engine.logprobs(SEQUENCES, adapter=version)
@@ -219,7 +220,7 @@ def test_a_sync_is_one_cast_one_copy_and_no_layer(
 
 def test_held_tensors_of_another_version_are_refused(engine: VLLMEngine, store: AdapterStore, llama_dir: Path) -> None:
     """One bit of one tensor: the trainer took a step between publishing and loading."""
-    model = tiny_lora(load_model(llama_dir))
+    model = tiny_lora(load_model(llama_dir).to(engine.device))
     form = ServingForm(model, "default", torch.bfloat16)
     served, version = store.publish(form.files(), step=0), store.publish(form.files(), step=1)
     engine.load(served, held=form.held)
@@ -234,7 +235,7 @@ def test_held_tensors_of_another_version_are_refused(engine: VLLMEngine, store: 
 def test_a_file_that_changed_under_a_held_load_is_noticed_when_it_is_read(
     engine: VLLMEngine, store: AdapterStore, llama_dir: Path
 ) -> None:
-    form = ServingForm(tiny_lora(load_model(llama_dir)), "default", torch.bfloat16)
+    form = ServingForm(tiny_lora(load_model(llama_dir).to(engine.device)), "default", torch.bfloat16)
     version = store.publish(form.files(), step=0)
     engine.load(version, held=form.held)
     weights = version.path / "adapter_model.safetensors"

@@ -25,7 +25,7 @@ PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 _NO_HEADS = "vLLM drops or rejects LoRA on heads and embeddings; leave it out of target_modules"
 HEADS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "output_layer", "score")
 _NO_EXPERTS = (
-    "LoRA on a mixture's experts is not proven (vLLM computes it on a GPU alone, where it was not run yet); name "
+    "LoRA on a mixture's experts cannot be proven yet (vLLM keeps it in slots of another form); name "
     "layers beside them, such as"
 )
 _FOLDED = "kv_b_proj"

@@ -7,7 +7,8 @@ vLLM's 3-D form has the same tensors, `gate_up_proj`'s always under `experts.bas
 (`LoRAModelManager._stack_moe_lora_weights`). A model of one tensor an expert takes it with
 `enable_mixed_moe_lora_format`, where the request says `is_3d_lora_weight` (`_convert_3d_to_2d_moe_lora`).
 
-Nothing is served so yet: vLLM's kernels for it are a GPU's, and no GPU has run it. The arithmetic is tested.
+Nothing is served so yet: the slots that vLLM keeps it in are not read back. On an H200 its kernels computed PEFT's
+policy from these tensors (tests/test_gpu_experts.py).
 """
 
 from __future__ import annotations
