@@ -69,8 +69,8 @@ NOTES = """
 - Tokens that stand for an image, a video or a sound are neither sampled nor taken in a prompt. So the sampler's
   distribution leaves them out, and the trainer's does not: their log-probs differ by -log(1 - p), where p is what the
   model gives these tokens in all. A canary and the corrections for off-policy samples see that as any other difference.
-- An adapter of a mixture's experts is refused: vLLM computes it on a GPU alone, in slots that cannot be proven yet. So is
-  one of shared experts: PEFT {peft} takes their layers' names, in a list or in a pattern, for the experts' too.
+- An adapter of a mixture's experts is refused: vLLM computes it on a GPU alone, in slots that are not read back yet. So
+  is one of shared experts: PEFT {peft} takes their layers' names, in a list or in a pattern, for the experts' too.
 - Of Granite 4's Mamba layers leave `out_proj` out, though `check` lets it pass on a CPU: transformers' CUDA kernels
   take its weight and go past its adapter.
 - Bases in fewer bits: [quantized.md](quantized.md).
