@@ -28,7 +28,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -125,8 +124,13 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
     if options.measure == "estimate":
         return _estimate(model, options)
     ours = {"ours": _ours, "padded": _padded, "against": _ours, "canary": _canary}
-    others = {"trl": _trl, "backbone": _backbone, "packed-backbone": _packed_backbone}
-    return _peak_and_time({**ours, **others}[options.measure](model, ids_BL, options), options.device)
+    if options.measure in ours:
+        return _peak_and_time(ours[options.measure](model, ids_BL, options), options.device)
+    # Only here: `against` finds another checkout's package by this name.
+    from benchmarks import trainer_beside as beside
+
+    others = {"trl": beside.trl, "backbone": beside.backbone, "packed-backbone": beside.packed_backbone}
+    return _peak_and_time(others[options.measure](model, ids_BL, options), options.device)
 
 
 def _model(options: argparse.Namespace) -> Any:
@@ -175,54 +179,7 @@ def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], 
 
 def _padded(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
     step = _ours(model, ids_BL, options)
-    return patch("lora_grpo.grpo.forward.pays", lambda _: False)(step)
-
-
-def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    import trl
-    from datasets import Dataset
-
-    from lora_grpo.bench.shapes import byte_tokenizer
-
-    args = trl.GRPOConfig(
-        tempfile.mkdtemp(),
-        per_device_train_batch_size=options.rows,
-        num_generations=options.rows,
-        max_completion_length=options.tokens[0],
-        gradient_checkpointing=options.checkpointing == "on",
-        bf16=options.dtype == "bfloat16",
-        use_cpu=options.device == "cpu",
-        report_to="none",
-    )
-    trainer = trl.GRPOTrainer(
-        model=model,
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": ["1"] * options.rows}),
-        processing_class=byte_tokenizer(),
-        peft_config=LoraConfig(r=16, target_modules="all-linear"),
-    )
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.model.train()
-    if args.gradient_checkpointing:  # as its `train` does
-        trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-    ids_BL = ids_BL.to(options.device)
-    prompt_BP, completion_BT = ids_BL[:, : options.prompt], ids_BL[:, options.prompt :]
-    inputs = {
-        "prompt_ids": prompt_BP,
-        "prompt_mask": torch.ones_like(prompt_BP),
-        "completion_ids": completion_BT,
-        "completion_mask": torch.ones_like(completion_BT),
-        "advantages": torch.linspace(-1, 1, options.rows, device=options.device),
-        "num_items_in_batch": torch.tensor(completion_BT.numel(), device=options.device),
-    }
-
-    def step() -> None:
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(trainer.model, inputs)
-        loss.backward()
-
-    return step
+    return patch("lora_grpo.grpo.packing.pays", lambda _: False)(step)
 
 
 def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
@@ -250,30 +207,6 @@ def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
     estimate, _ = planned_memory(model, None, engine, batch, options.checkpointing == "on")
     seconds = time.process_time() - started
     return {"peak_mib": (estimate.activations_bytes or 0) / 2**20, "cpu_s": seconds}
-
-
-def _backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    def step() -> None:
-        output = model.get_base_model().model(input_ids=ids_BL.to(options.device), use_cache=False)
-        output.last_hidden_state.float().mean().backward()
-
-    return step
-
-
-def _packed_backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    from lora_grpo.grpo.packing import in_spans, pack
-
-    row = pack(ids_BL.tolist(), [options.prompt] * options.rows)
-    ids_1N, positions_1N = torch.tensor([[row.ids], [row.positions]], device=options.device)
-
-    def step() -> None:
-        with in_spans(model, row.spans):
-            output = model.get_base_model().model(
-                input_ids=ids_1N, attention_mask=torch.ones_like(ids_1N), position_ids=positions_1N, use_cache=False
-            )
-            output.last_hidden_state.float().mean().backward()
-
-    return step
 
 
 def _peak_and_time(step: Callable[[], Any], device: str) -> dict[str, float]:

@@ -49,7 +49,18 @@ REPEATED = ("trainer-7b", "parity", "7b-compiled", "families", "experts", "rates
 """Not in a dry run: with tiny models, where nothing is compiled, they do what the steps before them did, or what the
 test run does; or there is nothing to do without a GPU."""
 DRY = {
-    "trainer": ["--shape", "small", "--tokens", "8", "--rows", "2", "--dtype", "float32", "--subjects", "estimate"],
+    "trainer": [
+        "--shape",
+        "small",
+        "--tokens",
+        "8",
+        "--rows",
+        "2",
+        "--dtype",
+        "float32",
+        "--subjects",
+        "estimate,padded",
+    ],
     "population": ["--shape", "tiny", "--rows", "1", "--tokens", "2", "--members", "2", "--repeats", "1"],
 }
 
