@@ -13,7 +13,7 @@ trainer is `against`. Each figure is of a process of its own, with one thread un
 seconds, and the peak of its memory above the level before. What tensors give back goes back to the system at once
 (MALLOC_MMAP_THRESHOLD_), or the peak would hold what glibc's heap keeps. Ratios are of figures of one call.
 
-On a GPU (`--device cuda:0`) subjects take turns in one process: seconds of the clock, for a step after one that warmed
+On a GPU (`--device cuda:0`) subjects take turns in one process: seconds of the clock, for a step after two that warmed
 up, and the peak of what torch has allocated. What does not fit the card has no figures.
 """
 
@@ -210,8 +210,10 @@ def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
 
 
 def _peak_and_time(step: Callable[[], Any], device: str) -> dict[str, float]:
-    """Of one step: on a CPU the first, on a GPU the second, without what a first one compiles and keeps."""
+    """Of one step: on a CPU the first; on a GPU the third, without what a first one compiles and keeps, or the first
+    two of a policy look at besides."""
     if device != "cpu":
+        step()
         step()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
