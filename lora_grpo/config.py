@@ -131,7 +131,7 @@ class KeepConfig(Section):
 
     >>> KeepConfig(on_tmpfs=0)
     Traceback (most recent call last):
-    lora_grpo.errors.ConfigError: on_tmpfs: Input should be greater than or equal to 1 (got 0)
+    lora_grpo.errors.ConfigError: on_tmpfs: must be an integer, at least 1 (got 0)
     """
 
     on_tmpfs: int = Field(

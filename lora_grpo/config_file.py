@@ -6,8 +6,6 @@ import difflib
 import json
 import os
 import tomllib
-import types
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from lora_grpo.config import RunConfig
 from lora_grpo.errors import ConfigError
-from lora_grpo.sections import nearest_key
+from lora_grpo.sections import nearest_setting, section_of, type_name
 
 RESOLVED_FILE = "config.json"
 
@@ -95,13 +93,13 @@ class Setting(NamedTuple):
 def describe_settings(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Setting]:
     """Every key with its type, default and meaning, section by section."""
     for name, field in section.model_fields.items():
-        inner, repeated = _section_of(field.annotation)
+        inner, repeated = section_of(field.annotation)
         if inner is not None:
             yield from describe_settings(inner, f"{prefix}{name}.{'N.' if repeated else ''}")
             continue
         default = field.get_default(call_default_factory=True)
         shown = "(needed)" if default is PydanticUndefined else "-" if default is None else json.dumps(default)
-        yield Setting(f"{prefix}{name}", _type_name(field.annotation), shown, field.description or "")
+        yield Setting(f"{prefix}{name}", type_name(field.annotation), shown, field.description or "")
 
 
 def _of_run(run: Path) -> dict[str, Any]:
@@ -161,8 +159,8 @@ def _check_path(parts: list[str], override: str) -> None:
         if part.isdigit():
             continue
         if part not in section.model_fields:
-            raise ConfigError(f"override {override!r}: unknown key {part!r}; {nearest_key(part, section.model_fields)}")
-        section, _ = _section_of(section.model_fields[part].annotation)
+            raise ConfigError(f"override {override!r}: unknown key {part!r}; {nearest_setting(part, section)}")
+        section, _ = section_of(section.model_fields[part].annotation)
 
 
 def _index(target: list[Any], part: str, override: str) -> int:
@@ -191,25 +189,3 @@ def _value(text: str, override: str) -> Any:
             ) from error
         return text
     return parsed["value"] if len(parsed) == 1 else text
-
-
-def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section that a field holds, if it holds one, and whether it holds a list of them."""
-    if isinstance(annotation, type) and not typing.get_origin(annotation):
-        return (annotation, False) if issubclass(annotation, BaseModel) else (None, False)
-    inner = [part for part in typing.get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
-    return (inner[0], True) if inner else (None, False)
-
-
-def _type_name(annotation: Any) -> str:
-    """The type as a writer of TOML thinks of it."""
-    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return " | ".join(json.dumps(part) for part in parts)
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(_type_name(part) for part in parts if part is not type(None))
-    if origin is tuple:
-        return f"list of {_type_name(parts[0])}"
-    if origin is dict:
-        return "table"
-    return {str: "text", bool: "true | false", int: "integer", float: "number"}.get(annotation, str(annotation))

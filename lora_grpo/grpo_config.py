@@ -129,8 +129,9 @@ class GRPOConfig(Section):
     @classmethod
     def _trackers(cls, value: Any) -> Any:
         """TRL takes one name too, and "none"."""
-        names = [value] if isinstance(value, str) else value or ()
-        return () if list(names) == ["none"] else tuple(names)
+        if value in (None, "none", ["none"], ("none",)):
+            return ()
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> GRPOConfig:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
+import types
+import typing
 from collections.abc import Collection
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from lora_grpo.errors import ConfigError
 from lora_grpo.trl_names import TRL_SETTINGS
@@ -21,7 +25,10 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _failure(_problems(type(self), error)) from None
+            raise _failure(_problems(type(self), error, values)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise ConfigError(f"{name}: settings stay as they were built; make others with replace({name}={value!r})")
 
     def replace(self, **changes: Any) -> Any:
         """A copy with `changes`, checked like a new one."""
@@ -43,25 +50,74 @@ def nearest_key(key: str, known: Collection[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
 
 
-def _problems(section: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
+def nearest_setting(key: str, section: type[BaseModel]) -> str:
+    """The same of a section's keys, and of those of the sections in it."""
+    for name, field in section.model_fields.items():
+        inner, repeated = section_of(field.annotation)
+        if inner is not None and key in inner.model_fields:
+            return f"did you mean '{name}.{'0.' if repeated else ''}{key}'?"
+    return nearest_key(key, section.model_fields)
+
+
+def section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field holds, if it holds one, and whether it holds a list of them."""
+    if isinstance(annotation, type) and not typing.get_origin(annotation):
+        return (annotation, False) if issubclass(annotation, BaseModel) else (None, False)
+    inner = [part for part in typing.get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return (inner[0], True) if inner else (None, False)
+
+
+def type_name(annotation: Any) -> str:
+    """The type as a writer of TOML thinks of it."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(json.dumps(part) for part in parts)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(type_name(part) for part in parts if part is not type(None))
+    if origin is tuple:
+        return f"list of {type_name(parts[0])}"
+    if origin is dict:
+        return "table" if parts[1] is Any else f"table of {type_name(parts[1])}"
+    return {str: "text", bool: "true | false", int: "integer", float: "number"}.get(annotation, str(annotation))
+
+
+def _problems(section: type[BaseModel], error: ValidationError, given: dict[str, Any]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
         inner = getattr(problem.get("ctx", {}).get("error"), "problems", None)
+        where = ".".join(map(str, problem["loc"] if inner else problem["loc"][:1]))
         if inner is not None:
             found += [(f"{where}.{path}" if path else where, text) for path, text in inner]
-        elif not any(path.startswith(f"{where}.") for path, _ in found):
-            # Pydantic also calls a list too short when it holds a bad item.
-            found.append((where, _sentence(section, problem)))
+        elif not any(f"{path}.".startswith(f"{where}.") for path, _ in found):
+            # Pydantic tells of each type of a union, and calls a list too short when it holds a bad item.
+            found.append((where, _sentence(section, problem, given)))
     return found
 
 
-def _sentence(section: type[BaseModel], problem: Any) -> str:
+def _sentence(section: type[BaseModel], problem: Any, given: dict[str, Any]) -> str:
     """What is wrong with one key, the value it has, and for an unknown key the nearest name."""
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    key = str(problem["loc"][0])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key; {nearest_key(str(problem['loc'][-1]), section.model_fields)}"
+        return f"unknown key; {nearest_setting(key, section)}"
+    field = section.model_fields[key]
     if problem["type"] == "missing":
-        described = section.model_fields[str(problem["loc"][-1])].description
-        return f"needed, but not there ({described})" if described else "needed, but not there"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    return message if problem["type"] == "value_error" else f"{message} (got {problem['input']!r})"
+        return f"needed, but not there ({field.description})"
+    finite = ", finite" if problem["type"] == "finite_number" else ""
+    return f"must be {_wanted(key, field)}{finite} (got {given[key]!r:.200})"
+
+
+def _wanted(key: str, field: FieldInfo) -> str:
+    """The type and the limits of a setting's value."""
+    inner, repeated = section_of(field.annotation)
+    name = type_name(field.annotation) if inner is None else f"[[{key}]] tables" if repeated else f"a [{key}] table"
+    article = {"integer": "an ", "number": "a ", "list": "a ", "table": "a "}.get(name.split()[0], "")
+    bounds = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}", "min_length": "{} or more"}
+    limits = [
+        words.format(getattr(limit, bound))
+        for limit in field.metadata
+        for bound, words in bounds.items()
+        if hasattr(limit, bound)
+    ]
+    return ", ".join([article + name, *limits])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -9,7 +10,10 @@ from lora_grpo.config import RunConfig
 from lora_grpo.config_file import describe_settings, load_config, save_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
+from lora_grpo.sections import section_of
 from lora_grpo.trl_names import TRL_SETTINGS
+
+SECTIONS = [section_of(field.annotation)[0] for field in RunConfig.model_fields.values()]
 
 TOML = """
 output_dir = "runs/t"
@@ -104,7 +108,13 @@ def test_overrides_reach_into_lists_and_make_sections(config_path):
         ("rewards.0.wieght=1", ["'wieght'", "'weight'"]),
         ("lora.target_modules=[q_proj]", ["no valid TOML", "quotes"]),
         ("grpo.beta=-1", ["run.toml", "grpo.beta", "got -1"]),
-        ("grpo.loss_type=ppo", ["grpo.loss_type", "'dapo'", "got 'ppo'"]),
+        ("grpo.loss_type=ppo", ["grpo.loss_type", '"bnpo" | ', '"dapo" | ', "got 'ppo'"]),
+        ("grpo.beta=inf", ["run.toml", "grpo.beta: must be a number, at least 0, finite (got inf)"]),
+        ("model=some/model", ["model: must be a [model] table (got 'some/model')"]),
+        ("rewards=exact", ["rewards: must be [[rewards]] tables, 1 or more (got 'exact')"]),
+        ("lora.rank_pattern.x=a", ["lora.rank_pattern: must be a table of integer (got {"]),
+        ("learning_rate=1", ["'learning_rate=1'", "did you mean 'grpo.learning_rate'?"]),
+        ("weight=1", ["did you mean 'rewards.0.weight'?"]),
         ("model.name.x=1", ["'name'", "some/model", "no keys"]),
     ],
 )
@@ -121,6 +131,7 @@ def test_bad_overrides_name_key_value_and_fix(config_path, override, words):
         (lambda text: text.replace("weight = 0.2", "wieght = 0.2"), ["rewards.1.wieght", "'weight'"]),
         (lambda text: text.replace('name = "some/model"', ""), ["model.name", "needed", "hub name"]),
         (lambda text: text.replace("[grpo]", "[gpro]"), ["gpro", "did you mean 'grpo'?"]),
+        (lambda text: "learning_rate = 1\n" + text, ["learning_rate: unknown key; did you mean 'grpo.learning_rate'?"]),
         (lambda text: text.replace("2e-5", "2e-5 x"), ["no valid TOML", "line"]),
         (lambda text: text + "generation_batch_size = 30", ["grpo: ", "generation_batch_size=30", "num_generations=8"]),
         (lambda text: text + "top_p = 0.9", ["top_p=0.9", "train with top_p=1"]),
@@ -156,6 +167,33 @@ def test_errors_of_nested_settings_are_said_once():
     assert str(caught.value) == "rewards.0.wait: unknown key; did you mean 'weight'?"
     with pytest.raises(ConfigError, match=r"^learning_rat: unknown key; did you mean 'learning_rate'\?$"):
         GRPOConfig(learning_rat=1)
+
+
+ODD = [None, -1, 1.5, 10**30, "x", True, [], ["x"], [[1]], {"a": "b"}, float("inf"), float("nan"), b"x", object()]
+
+
+@pytest.mark.parametrize("section", [*filter(None, SECTIONS)])
+def test_every_odd_value_of_every_key_is_told_in_our_own_words(section):
+    """Key, what it takes, and the value; one sentence, however many types a key may have."""
+    needed = {name: "x" for name, field in section.model_fields.items() if field.is_required()}
+    said = [(name, refusal(section, {**needed, name: value})) for name in section.model_fields for value in ODD]
+    own = ("max_staleness=", "top_", "store_address=")
+    told = [(name, text) for name, text in said if text and not text.startswith(own)]
+    assert len(told) > len(section.model_fields)
+    assert [text for name, text in told if not re.fullmatch(rf"{name}: must be [^;]+ \(got .+\)", text)] == []
+
+
+def refusal(section, values):
+    try:
+        section(**values)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def test_settings_that_were_built_say_how_to_change_them():
+    with pytest.raises(ConfigError, match=r"^beta: settings stay as they were built; .* replace\(beta=0\.1\)$"):
+        GRPOConfig().beta = 0.1
 
 
 @pytest.mark.parametrize(

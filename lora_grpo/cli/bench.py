@@ -158,8 +158,8 @@ def _read(path: Path) -> Document:
     except OSError as error:
         raise ConfigError(f"no results at {path}: {error.strerror}") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"{path} is no result of this suite: {problem['loc']} {problem['msg']}") from error
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "all of it"
+        raise ConfigError(f"{path} is no result of this suite, or another release's: {where} does not fit") from error
 
 
 def _options(**given: Any) -> dict[str, Any]:
