@@ -17,6 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 from lora_grpo.cli import app
 from lora_grpo.config import DataConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.config_file import load_config, save_config
@@ -140,6 +141,35 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
         build_trainer(settings.replace(**change), resume=True)
     assert kept(run) == before
     monkeypatch.undo()
+
+
+def test_a_resume_with_nothing_left_says_so_and_starts_nothing(
+    settings: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(settings.output_dir)
+    with build_trainer(settings) as trainer:
+        result = trainer.train()
+
+    def resumed(*overrides: str) -> Any:
+        return CliRunner().invoke(app, ["train", str(run), "--resume", *overrides], env={"NO_COLOR": "1"})
+
+    def starts(*_: Any, **__: Any) -> Any:
+        raise TrainingError("it starts")
+
+    monkeypatch.setattr(build, "GRPOTrainer", starts)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    done = resumed()
+    assert (done.exit_code, json.loads(done.stdout)) == (0, json.loads(json.dumps(result))), done.output
+    assert done.stderr == f"{run} has nothing left to train: its 2 steps are done; raise grpo.total_steps to go on\n"
+    with monkeypatch.context() as stood_still:
+        stood_still.setattr(build, "state_extra", lambda *_: {"without_signal": 3})
+        ended = resumed("grpo.total_steps=9", "grpo.max_steps_without_signal=3")
+    assert "grpo.max_steps_without_signal=3 ended it at step 2; raise it to go on" in ended.stderr
+    for work in (["grpo.total_steps=3"], [f"data.eval={settings.data.train}"]):
+        assert "it starts" in resumed(*work).stderr
+    with AdapterStore(archive=run) as store:
+        roll_back_stopped(store, 1)
+    assert "it starts" in resumed().stderr
 
 
 @pytest.mark.parametrize(

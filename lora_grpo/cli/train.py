@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora_grpo.cli.options import VERSION_HELP, Json, Overrides, Run, print_json, print_table, say, tell
 from lora_grpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lora_grpo.config import RunConfig
 
 
 def init(
@@ -115,6 +119,8 @@ def train(
     run_config = load_config(config, overrides or ())
     from lora_grpo.trainer import build_trainer
 
+    if resume and _told_as_ended(run_config):
+        return
     began = resume
     try:
         with build_trainer(run_config, resume=resume) as trainer:
@@ -132,6 +138,16 @@ def train(
         raise
     if leads:
         print_json(result)
+
+
+def _told_as_ended(config: RunConfig) -> bool:
+    from lora_grpo.trainer.build import nothing_left
+
+    ended = nothing_left(config)
+    if ended is not None and os.environ.get("RANK", "0") == "0":
+        say(ended[0])
+        print_json(ended[1])
+    return ended is not None
 
 
 def _help_config() -> None:

@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from lora_grpo.adapters.files.layout import Identity
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, state_extra
 from lora_grpo.config import LoraSettings, RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
 from lora_grpo.data import PromptDataset, load_data
@@ -16,9 +17,11 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics import check_folder
+from lora_grpo.metrics.log import run_history
 from lora_grpo.rewards import RewardFunction, load_reward
 from lora_grpo.trainer.assembly import refuse_live
 from lora_grpo.trainer.crew import launched
+from lora_grpo.trainer.going_back import evaluations_until
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import build_guard
 from lora_grpo.trainer.spec import MemberSpec
@@ -37,6 +40,34 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
         trainer.close()
         raise
     return trainer
+
+
+def nothing_left(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
+    """Why the run in `output_dir` has no step left, and the result that it ended with; None where there is any work.
+
+    There is, too, where the end was not reached, a rollback is to be taken up, or an evaluation is missing.
+    """
+    run_dir, most = Path(config.output_dir), config.grpo.max_steps_without_signal
+    check_place(run_dir)
+    last = (run_history(run_dir) or [{}])[-1]
+    if last.get("event") != "end" or Identity.read(run_dir) is None:
+        return None
+    with AdapterStore(archive=run_dir, readonly=True) as store:
+        head = store.head
+        idle = 0 if head is None else (state_extra(store, head.number) or {}).get("without_signal", 0)
+    if head is None or RollbackLog(run_dir).waits_at(head.number):
+        return None
+    if config.data.eval is not None and all(
+        one.version != head.number for one in evaluations_until(run_dir, head.step)
+    ):
+        return None
+    if head.step >= config.grpo.total_steps:
+        why = f"its {config.grpo.total_steps} steps are done; raise grpo.total_steps to go on"
+    elif most is not None and idle >= most:
+        why = f"grpo.max_steps_without_signal={most} ended it at step {head.step}; raise it to go on"
+    else:
+        return None
+    return f"{run_dir} has nothing left to train: {why}", last["info"]
 
 
 def member_spec(config: RunConfig, *, resume: bool = False) -> MemberSpec:
