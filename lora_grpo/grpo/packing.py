@@ -144,17 +144,20 @@ def _attend(
     if not isinstance(mask, _Seen):
         result: tuple[Tensor, None] = attend(module, query_1HND, key_1HND, value_1HND, mask, **kwargs)
         return result
+    # Cut in one go: the gradient of each slice would be a whole tensor, zero but for it.
+    lengths = [span.stop - span.start for span in mask.spans]
+    cut = [tensor.split(lengths, dim=2) for tensor in (query_1HND, key_1HND, value_1HND)]
+    pieces: dict[int, list[Tensor]] = {}
+    prompts: dict[int, list[Tensor]] = {}
     outputs_1THD = []
-    for span, span_mask in zip(mask.spans, mask.masks, strict=True):
-        keys, values = (_of_span(tensor_1HND, span) for tensor_1HND in (key_1HND, value_1HND))
-        query = query_1HND[:, :, span.start : span.stop]
-        outputs_1THD.append(attend(module, query, keys, values, span_mask, **kwargs)[0])
+    for span, span_mask, query, *own in zip(mask.spans, mask.masks, *cut, strict=True):
+        pieces[span.start] = own
+        if span.seen:
+            if span.before not in prompts:
+                prompts[span.before] = [piece[:, :, : span.seen] for piece in pieces[span.before]]
+            own = [torch.cat(both, dim=2) for both in zip(prompts[span.before], own, strict=True)]
+        outputs_1THD.append(attend(module, query, *own, span_mask, **kwargs)[0])
     return torch.cat(outputs_1THD, dim=1), None
-
-
-def _of_span(tensor_1HND: Tensor, span: Span) -> Tensor:
-    own = tensor_1HND[:, :, span.start : span.stop]
-    return torch.cat([tensor_1HND[:, :, span.before : span.before + span.seen], own], dim=2) if span.seen else own
 
 
 def _masks(name: str, *, q_length: int, kv_length: int, q_offset: int, attention_mask: Any, **kwargs: Any) -> Any:
