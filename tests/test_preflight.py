@@ -183,7 +183,16 @@ def test_a_rollout_function_asks_an_engine_that_renders_alike(build: Any) -> Non
         (
             ["short", "x" * 200, "y" * 300],
             {"engine_config": EngineConfig(max_model_len=128)},
-            ["the data, row 1", "200 tokens", "max_model_len=128 less max_completion_length=8", "2 of 3", "up to 300"],
+            ["the data, row 1", "200 tokens", "max_model_len=128 less max_completion_length=8", "2 of 3"]
+            + ["up to 300): raise max_model_len to 308, or shorten the prompts, or leave them out with", "'drop'"],
+        ),
+        (
+            ["short", "shorter"],
+            {"engine_config": EngineConfig(max_model_len=128), "max_completion_length": 200},
+            [
+                "allows 0 (2 of 2",
+                "up to 7): raise max_model_len to 207, or lower max_completion_length to 121, or shorten",
+            ],
         ),
         (["abc", "x" * 40], {"max_prompt_length": 39}, ["row 1", "40 tokens", "max_prompt_length=39", "'drop'"]),
         ([chat("a"), chat("b", "system")], {"template": NO_SYSTEM}, ["row 1", "chat template", "no system role"]),
@@ -199,7 +208,7 @@ def test_a_rollout_function_asks_an_engine_that_renders_alike(build: Any) -> Non
         (["a"], {"reward_funcs": "org/reward-model"}, ["'org/reward-model' is no function", "NativeGRPOTrainer"]),
         (["a"], {"reward_funcs": [by_seed, torch.nn.Linear(2, 1)]}, ["a Linear is no function"]),
         (["a"], {"reward_funcs": by_answer}, ["'by_answer' asks for column 'answer'"]),
-        (["a"], {"eval_dataset": ["x" * 500], "max_prompt_length": 99}, ["row 0", "500 tokens"]),
+        (["a"], {"eval_dataset": ["x" * 500], "max_prompt_length": 99}, ["row 0", "500 tokens", "raise that to 500"]),
     ],
 )
 def test_rows_and_rewards_that_cannot_work_are_told_before_an_engine_starts(
@@ -213,6 +222,7 @@ def test_rows_and_rewards_that_cannot_work_are_told_before_an_engine_starts(
     with pytest.raises(ConfigError) as caught:
         build([{"prompt": row} for row in rows], CONFIG.replace(**{n: settings[n] for n in own}), **others)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert ("'drop'" in str(caught.value)) == ("'drop'" in " ".join(words)), "where it would leave rows"
     assert not (tmp_path / "run0" / "versions").exists()
 
 

@@ -131,23 +131,22 @@ class Preflight:
 
     def _fitting(self, data: PromptDataset, lengths: list[int], max_model_len: int | None) -> list[int]:
         """The rows that fit. Raises `ConfigError` for those that do not, or when none is left."""
-        longest, completion = self.config.max_prompt_length, self.config.max_completion_length
-        limits = {
-            f"max_prompt_length={longest}": longest,
-            f"max_model_len={max_model_len} less max_completion_length={completion}": max_model_len
-            and max_model_len - completion,
-        }
-        name, limit = min(
-            ((name, limit) for name, limit in limits.items() if limit is not None),
-            key=lambda pair: pair[1],
-            default=("", max(lengths)),
-        )
+        longest, most, completion = max(lengths), self.config.max_prompt_length, self.config.max_completion_length
+        limits = [] if most is None else [(most, f"max_prompt_length={most}", [f"raise that to {longest}"])]
+        if max_model_len is not None:
+            name = f"max_model_len={max_model_len} less max_completion_length={completion}"
+            fixes = [f"raise max_model_len to {longest + completion}"]
+            if longest < max_model_len:
+                fixes.append(f"lower max_completion_length to {max_model_len - longest}")
+            limits.append((max_model_len - completion, name, fixes))
+        limit, name, fixes = min(limits, default=(longest, "", []))
         over = [row for row, length in enumerate(lengths) if length > limit]
         if over and (self.config.overlong_prompts == "error" or len(over) == len(data)):
+            others = ", or leave them out with overlong_prompts='drop'" if len(over) < len(data) else ""
             raise ConfigError(
-                f"{data.label}, row {over[0]}: the prompt has {lengths[over[0]]:,} tokens, and {name} allows {limit:,} "
-                f"({len(over):,} of {len(data):,} rows are longer, up to {max(lengths):,}): raise the limit, shorten "
-                "them, or leave them out with overlong_prompts='drop'"
+                f"{data.label}, row {over[0]}: the prompt has {lengths[over[0]]:,} tokens, and {name} allows "
+                f"{max(0, limit):,} ({len(over):,} of {len(data):,} rows are longer, up to {longest:,}): {', or '.join(fixes)}, or "
+                f"shorten the prompts{others}"
             )
         return [row for row, length in enumerate(lengths) if length <= limit]
 
