@@ -44,6 +44,8 @@ class RollbackReport:
     extra: dict[str, Any]
 
     def __str__(self) -> str:
+        if self.optimizer == self.random_state == "kept":
+            return f"{self.version} is HEAD already: nothing has changed"
         return (
             f"rolled back from {self.left} to {self.version} (step {self.version.step}): weights {self.weights}, "
             f"optimizer {self.optimizer}, scheduler {self.scheduler}, random state {self.random_state}"

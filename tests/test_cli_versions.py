@@ -100,6 +100,7 @@ def test_a_stopped_run_is_changed_at_once(run: Path) -> None:
     done = answer("rollback", run, "--to", "v4")
     assert (done["live"], done["left"], done["version"], done["weights"]) == (False, 5, 4, "exact")
     assert answer("rollback", run, "--to", "parent")["version"] == 3
+    assert answer("rollback", run, "--to", "head")["done"].startswith("v3 is HEAD already (step 2); resume goes on")
     assert [row["head"] for row in answer("versions", run)] == [False, False, True, False, False]
     assert answer("show", run, 3)["rollbacks"] == [{"from": 4, "to": 3, "reason": None}]
     assert answer("pin", run, 2)["pins"] == [2]

@@ -183,8 +183,11 @@ def test_a_rollout_function_asks_an_engine_that_renders_alike(build: Any) -> Non
         (
             ["short", "x" * 200, "y" * 300],
             {"engine_config": EngineConfig(max_model_len=128)},
-            ["the data, row 1", "200 tokens", "max_model_len=128 less max_completion_length=8", "2 of 3"]
-            + ["up to 300): raise max_model_len to 308, or shorten the prompts, or leave them out with", "'drop'"],
+            [
+                "the data, row 1: the prompt has 200 tokens, and max_model_len=128 less max_completion_length=8 allows",
+                "120 (2 of 3 rows are longer, up to 300): raise max_model_len to 308, or shorten the prompts, or leave",
+                "'drop'",
+            ],
         ),
         (
             ["short", "shorter"],

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_grpo.adapters.asking.requests import answer_to, request
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.config import KeepConfig
@@ -345,6 +346,30 @@ def test_without_any_state_there_is_nothing_to_resume_exactly(llama_dir: Path, t
         pytest.raises(ConfigError, match="rounded weights"),
     ):
         trainer.resume()
+    with AdapterStore(archive=run) as store:
+        assert roll_back_stopped(store, "head").to == 3
+    with tiny_trainer(llama_dir, engine, run, config(2)) as trainer:
+        report = trainer.resume()
+        assert report is not None
+        assert report.weights == "rounded"
+
+
+def test_a_live_run_that_is_asked_to_go_where_it_is_goes_on_unchanged(llama_dir: Path, tmp_path: Path) -> None:
+    run, asked = tmp_path / "run", []
+
+    def reward(completions: Sequence[str], **columns: Any) -> list[float]:
+        if not asked:
+            asked.append(request(run, "rollback", to="2"))
+        return share_of_low_bytes(completions)
+
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), run, config(2), reward_funcs=reward) as trainer:
+        assert trainer.train()["rollbacks"] == 0
+    answer = answer_to(run, asked[0])
+    assert answer is not None
+    assert answer["done"] == "v2 is HEAD already: nothing has changed"
+    assert (answer["left"], answer["version"], answer["weights"]) == (2, 2, "exact")
+    assert not RollbackLog(run).entries
+    assert "rollback" not in {record["event"] for record in read_metrics(run)}
 
 
 def test_the_reference_of_the_kl_stays_over_rollback_and_resume(llama_dir: Path, tmp_path: Path) -> None:

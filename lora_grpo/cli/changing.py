@@ -71,8 +71,9 @@ def rollback(
         done = roll_back_stopped(store, to)
         version = store.get(done.to)
         exact = "state" in store.where(done.to)
+        moved = f"HEAD moved from v{done.left} to v{done.to}" if done.left != done.to else f"v{done.to} is HEAD already"
         return {
-            "done": f"HEAD moved from v{done.left} to v{done.to} (step {version.step}); resume goes on from there, "
+            "done": f"{moved} (step {version.step}); resume goes on from there, "
             + ("exactly" if exact else "from its rounded weights: its trainer state was not kept"),
             "version": done.to,
             "step": version.step,

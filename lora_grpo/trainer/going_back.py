@@ -43,6 +43,13 @@ def roll_back(run: Run, to: Target, *, reason: str | None = None, learning_rate_
     return report
 
 
+def roll_back_between_steps(run: Run, to: Target) -> RollbackReport:
+    """As another process asks for it: the trainer is at `HEAD` then, so that going there would change nothing."""
+    if run.store.get(to) != run.version:
+        return roll_back(run, to)
+    return RollbackReport(run.version, run.version, "exact", "kept", "kept", "kept", {})
+
+
 def guarded(run: Run, guard: Guard, reason: str, reporter: Reporter) -> None:
     """Roll back as `guard` says, and write down why. Raises `TrainingError` when it did so often enough before."""
     left = run.version

@@ -26,7 +26,7 @@ WARN_EVERY = 10
 def train(run: Run, reporter: Reporter) -> None:
     """Step until `total_steps`, or for `max_steps_without_signal` steps in a row that taught nothing."""
     while goes_on(run, reporter):
-        apply_requests(run.store, partial(going_back.roll_back, run), reporter)
+        apply_requests(run.store, partial(going_back.roll_back_between_steps, run), reporter)
         clock = Clock(reporter)
         with clock("generate"):
             rollout = run.rollouts.take(run.steps_done + 1)

@@ -142,11 +142,12 @@ class Preflight:
         limit, name, fixes = min(limits, default=(longest, "", []))
         over = [row for row, length in enumerate(lengths) if length > limit]
         if over and (self.config.overlong_prompts == "error" or len(over) == len(data)):
-            others = ", or leave them out with overlong_prompts='drop'" if len(over) < len(data) else ""
+            fixes += ["shorten the prompts"]
+            fixes += ["leave them out with overlong_prompts='drop'"] if len(over) < len(data) else []
             raise ConfigError(
                 f"{data.label}, row {over[0]}: the prompt has {lengths[over[0]]:,} tokens, and {name} allows "
-                f"{max(0, limit):,} ({len(over):,} of {len(data):,} rows are longer, up to {longest:,}): {', or '.join(fixes)}, or "
-                f"shorten the prompts{others}"
+                f"{max(0, limit):,} ({len(over):,} of {len(data):,} rows are longer, up to {longest:,}): "
+                + ", or ".join(fixes)
             )
         return [row for row, length in enumerate(lengths) if length <= limit]
 

@@ -51,7 +51,7 @@ def apply_requests(store: AdapterStore, roll_back: RollBack, reporter: Reporter)
             raise
         store.answer(request, result)
         said = f"asked from outside: {_words(request)}: {result.get('error') or result['done']}"
-        if request.verb == "rollback" and "error" not in result:
+        if result.get("left") != result.get("version"):
             reporter.rollback(result["step"], said)
         else:
             reporter.message(said)

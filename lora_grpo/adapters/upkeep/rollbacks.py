@@ -97,7 +97,8 @@ class RollbackLog:
 def roll_back_stopped(store: AdapterStore, to: Target) -> Rollback:
     """Roll back a run that no trainer holds: `HEAD` moves at once, the trainer follows when the run is resumed.
 
-    The version's bytes are checked against their digest first. Raises `UnknownVersion` or `StoreCorrupt`.
+    The version's bytes are checked against their digest first. Where it is `HEAD` already nothing changes, but that
+    without its trainer state, resume goes on from its rounded weights then. Raises `UnknownVersion` or `StoreCorrupt`.
     """
     left, run = store.head, store.archive
     if left is None or run is None:
@@ -107,6 +108,8 @@ def roll_back_stopped(store: AdapterStore, to: Target) -> Rollback:
     version = store.restore(to)
     sampler = log.data_position(state_extra(store, left.number))
     entry = Rollback(left.number, version.number, sampler, log.learning_rate_scale, time=time.time())
+    if version == left and ("state" in store.where(left.number) or log.waits_at(left.number)):
+        return entry
     log.add(entry)
     try:
         store.promote(version)

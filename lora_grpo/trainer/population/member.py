@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from lora_grpo.metrics.quiet import ENGINE_LOG
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.build import keep_settings
 from lora_grpo.trainer.evaluation import Evaluation
+from lora_grpo.trainer.going_back import roll_back_between_steps
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.models import Shared
 from lora_grpo.trainer.population.generators import Generators
@@ -92,7 +94,7 @@ class Member:
     def draw(self) -> None:
         """Do what was asked from outside, and take the prompts of the next step."""
         trainer = self.runs
-        apply_requests(trainer.store, trainer.rollback, self._reporter)
+        apply_requests(trainer.store, partial(roll_back_between_steps, trainer), self._reporter)
         self.rollout: Rollout = trainer.source.draw(trainer.steps_done + 1)
         self.clock = Clock(self._reporter)
 
