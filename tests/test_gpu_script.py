@@ -128,7 +128,7 @@ def test_the_dry_run_of_the_whole_schedule(tmp_path: Path) -> None:
     merges = ["merge-fold", "merge-trl", "merge-trl-batched", "native", "native again"]
     assert results["0.5b"]["sync"] == merges
     assert results["7b"]["sync"] == sorted([*merges, "native-shared"])
-    assert results["7b"]["decode"] == ["base", "merge-trl", "native", "native again", "native-gemm"]
+    assert results["7b"]["decode"] == ["base", "merge-trl", "native", "native again"]
     assert results["invariance"]["batch_invariant"] is False
     assert all(0 <= results["invariance"][key] <= 1 for key in ("with_adapter", "without_adapter"))
     assert results["demo"]["versions"] == results["demo"]["steps"] + 1
@@ -184,7 +184,7 @@ def test_the_plan_on_a_gpu(scripts: SimpleNamespace, tmp_path: Path) -> None:
 @pytest.mark.vllm
 def test_every_test_of_a_suite_is_in_one_step(scripts: SimpleNamespace, tmp_path: Path) -> None:
     planned = {step.name: step for step in scripts.steps.plan(tmp_path, "cuda:0", tmp_path)}
-    files = ("parity", "nan_hunt", "lora_gemm", "gpu_sleep", "direct_load", "gpu_experts")
+    files = ("parity", "nan_hunt", "gpu_sleep", "direct_load", "gpu_experts")
     whole = [*(f"tests/test_{name}.py" for name in files), "-q", "--device", "cuda:0"]
     every, *parts = collected([whole, *(list(planned[name].command[3:]) for name in scripts.steps.SUITES)])
     tiny, experts, parity, graphs = parts

@@ -18,7 +18,6 @@ from lora_grpo.engines.local import lora_kernels
 from lora_grpo.engines.local.lora_kernels import LayerKernels
 from lora_grpo.engines.requests import sampling_params, scored_tokens
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
 from tests.tiny_models import VOCAB, load_model, refill_lora, tiny_lora
@@ -148,11 +147,6 @@ def test_slots_of_another_dtype_are_left_to_vllm(llama_dir: Path, shm_dir: Path)
         assert mean_abs_difference(served, expected) < 0.05 * mean_abs_difference(expected, base)
     finally:
         engine.close()
-
-
-def test_plain_products_refuse_slots_of_another_dtype(llama_dir: Path) -> None:
-    with pytest.raises(ConfigError, match="plain_lora_gemm=True with lora_dtype='bfloat16'"):
-        VLLMEngine(llama_dir, plain_lora_gemm=True, dtype="float32", lora_dtype="bfloat16")
 
 
 @pytest.mark.parametrize(

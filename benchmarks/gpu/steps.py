@@ -24,8 +24,8 @@ SUITES = {
     ),
     "experts": (("tests/test_gpu_experts.py",), "test_gpu_experts", "test_gpu_experts"),
     "parity": (
-        ("tests/test_parity.py", "tests/test_lora_gemm.py"),
-        "test_lora_gemm or not qwen2 and not graphs",
+        ("tests/test_parity.py",),
+        "not qwen2 and not graphs",
         "test_one_call_mixes_base_and_versions and llama",
     ),
     "graphs": (

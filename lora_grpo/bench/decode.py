@@ -15,7 +15,7 @@ from lora_grpo.bench.plan import Cell, Subject, results, there_and_back
 from lora_grpo.bench.prepared import Bench, fresh_prompts
 from lora_grpo.bench.schema import DecodeRow
 from lora_grpo.bench.settings import Settings
-from lora_grpo.bench.strategies import BASE, NATIVE, OTHER_KERNELS, SHARED, STOCK
+from lora_grpo.bench.strategies import BASE, NATIVE, SHARED, STOCK
 from lora_grpo.types import Sampling
 
 
@@ -34,7 +34,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
         planned += [
             fidelity.truth_cell("decode", subject.with_strategy(name))
             for name in group
-            if settings.truth and name in (SHARED, *OTHER_KERNELS)
+            if settings.truth and name in (SHARED, STOCK)
         ]
     return planned
 

@@ -53,7 +53,6 @@ class VLLMEngine:
         revision: str | None = None,
         trust_remote_code: bool = False,
         cpu_lora_kernels: bool = True,
-        plain_lora_gemm: bool = False,
         direct_load: bool = True,
         share_base_weights: bool = False,
         **vllm_args: Any,
@@ -64,7 +63,6 @@ class VLLMEngine:
         `max_cpu_loras` (default: two more) stay loaded; the least recently used goes when another is loaded.
         `target_modules` are the layers wrapped for LoRA, by last name (default: every linear layer but the head).
         `cpu_lora_kernels=False` keeps vLLM's own CPU LoRA path (slower; base rows then get batches of their own).
-        `plain_lora_gemm` computes LoRA as plain matrix products over all slots instead; it is untimed on a GPU as yet.
         `direct_load=False` loads through vLLM's own loader, as releases do that the direct way was not tested with.
         `share_base_weights` keeps the weights in a form that `shared_model` can give out: needed on the CPU only, and
         decoding is slower there with it. Other keywords go to `vllm.LLM`.
@@ -79,7 +77,6 @@ class VLLMEngine:
             str(model),
             target_modules=target_modules,
             cpu_lora_kernels=cpu_lora_kernels,
-            plain_lora_gemm=plain_lora_gemm,
             share_base_weights=share_base_weights,
             trust_remote_code=trust_remote_code,
             **vllm_args,

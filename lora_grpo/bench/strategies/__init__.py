@@ -15,15 +15,12 @@ if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy
 
 NATIVE, SHARED, STOCK, BASE = "native", "native-shared", "native-stock", "base"
-OTHER_KERNELS = ("native-stock", "native-gemm")
-"""Those that compute LoRA otherwise than `native` does."""
 
 _HOMES = {
     "native": "native:Native",
     "native-disk": "native:NativeDisk",
     "native-shared": "native:NativeShared",
     "native-stock": "native:NativeStock",
-    "native-gemm": "native:NativeGemm",
     "by-hand": "by_hand:ByHand",
     "merge-trl": "merging:MergeTRL",
     "merge-touched": "merging:MergeTouched",

@@ -123,13 +123,6 @@ class NativeStock(Native):
     engine_options: ClassVar[dict[str, Any]] = {"cpu_lora_kernels": False}
 
 
-class NativeGemm(Native):
-    """As `Native`, with LoRA computed as plain matrix products over all slots, in place of vLLM's kernels."""
-
-    decodes_like: ClassVar[str] = "native-gemm"
-    engine_options: ClassVar[dict[str, Any]] = {"plain_lora_gemm": True}
-
-
 class NativeShared(Native):
     """As `Native`, with one copy of the base: the trainer's model is made of views into the engine's weights.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
-from lora_grpo.engines.local import lora_gemm, lora_kernels
+from lora_grpo.engines.local import lora_kernels
 from lora_grpo.engines.local.compiling import can_compile, compiled_with_lora, marked
 from lora_grpo.engines.local.experts import experts_without_lora, make_expert_group
 from lora_grpo.engines.local.held import join
@@ -30,24 +30,17 @@ def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
 
 
 def _lora_in_the_models_dtype(arguments: Mapping[str, Any]) -> bool:
-    """Whether slots and activations are of one dtype, which plain products need; vLLM's own kernels convert."""
+    """Whether slots and activations are of one dtype, which our kernels need; vLLM's own convert."""
     return arguments.get("lora_dtype") in (None, "auto", arguments.get("dtype"))
 
 
-def _checked(arguments: Mapping[str, Any], *, plain_lora_gemm: bool, share_base_weights: bool) -> dict[str, Any]:
+def _checked(arguments: Mapping[str, Any], *, share_base_weights: bool) -> dict[str, Any]:
     """vLLM's arguments as they are needed. Raises `ConfigError` for what cannot work together."""
     joined = join(arguments)
     check_can_ever_sleep(joined)
     if share_base_weights:
         check_shareable(joined)
-    if not plain_lora_gemm:
-        return joined
-    if not _lora_in_the_models_dtype(joined):
-        raise ConfigError(
-            f"plain_lora_gemm=True with lora_dtype={joined['lora_dtype']!r}: the products are computed in the "
-            "model's dtype; leave lora_dtype out"
-        )
-    return lora_gemm.engine_arguments(joined)
+    return joined
 
 
 def _wrapped(target_modules: Sequence[str] | None) -> list[str]:
@@ -71,7 +64,6 @@ def start_llm(
     *,
     target_modules: Sequence[str] | None,
     cpu_lora_kernels: bool,
-    plain_lora_gemm: bool,
     share_base_weights: bool,
     revision: str | None,
     trust_remote_code: bool,
@@ -87,10 +79,10 @@ def start_llm(
     check_served(model, **code)
     scheme = served_scheme(model, arguments.get("quantization"), **code)
     arguments = text_only_arguments(model, **code) | arguments | {"quantization": scheme}
-    arguments = _checked(arguments, plain_lora_gemm=plain_lora_gemm, share_base_weights=share_base_weights)
+    arguments = _checked(arguments, share_base_weights=share_base_weights)
     # Of other schemes vLLM reads in the checkpoint.
     arguments["quantization"] = "bitsandbytes" if scheme == "nf4" else None
-    own = cpu_lora_kernels and not plain_lora_gemm and lora_kernels.applies()
+    own = cpu_lora_kernels and lora_kernels.applies()
     kernels = own and _lora_in_the_models_dtype(arguments)
     arguments, compiles = _compiled_or_eager(arguments, kernels and not share_base_weights)
     wrapped = _wrapped(target_modules) or linear_leaves(model, **code)
@@ -98,7 +90,6 @@ def start_llm(
     with (
         vllm_boundary(f"start on {model}"),
         plain_cpu_weights() if share_base_weights and compat.is_cpu() else nullcontext(),
-        lora_gemm.plain_products() if plain_lora_gemm else nullcontext(),
         lora_kernels.products_by_segment() if kernels else nullcontext(),
         compiled_with_lora() if compiles else nullcontext(),
         experts_without_lora() if compat.is_cpu() else nullcontext(),
@@ -106,4 +97,4 @@ def start_llm(
     ):
         arguments |= {"enable_lora": True, "lora_target_modules": wrapped, "logprobs_mode": "processed_logprobs"}
         llm = vllm.LLM(model=model, **code, **arguments)
-    return llm, plain_lora_gemm or kernels or compat.base_rows_are_safe()
+    return llm, kernels or compat.base_rows_are_safe()
