@@ -12,22 +12,21 @@ the base's dtype, and a row is not the same to the bit in every batch.
 
 from __future__ import annotations
 
-import argparse
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil  # comes with vLLM
 
 from lora_grpo import AdapterStore
-from lora_grpo.bench.provenance import provenance
+from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.config import RunConfig
 from lora_grpo.demo.base import ensure_base
 from lora_grpo.demo.run import demo_config
@@ -42,17 +41,7 @@ LOOK_EVERY_S = 0.5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rates", default=RATES)
-    parser.add_argument("--lone", type=int, help="lone runs, the first rates first (default: all)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.directory is not None:
-        train(options.directory, options.rates, options.steps, options.device)
-        return
+    options = asked(__doc__, steps=30, rates=RATES, lone=8, device="cpu", out=Path)
     about, rates = provenance("-m", "benchmarks.rates", device=options.device), options.rates.split(",")
     measured = partial(processes, steps=options.steps, device=options.device)
     ensure_base()
@@ -81,8 +70,7 @@ def main() -> None:
             "held_out": {row["member"]: row["held_out"] for row in json.loads(summary.read_text())["members"]},
             "same": {rate: digests(members[rate]) == digests(runs[rate]) for rate in runs},
         }
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "rates.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.out / "rates.json", result)
         shutil.copy(folder / "together" / "curves.png", options.out)
     print(json.dumps(result["found"], indent=1), result["held_out"], result["same"])
 
@@ -106,24 +94,22 @@ def settings(directory: Path, steps: int, device: str) -> RunConfig:
 
 def processes(rates: Sequence[str], folder: Path, steps: int, device: str) -> dict[str, float]:
     """A process for each of `rates`, all at once: seconds until the last ends, and the most that they held."""
-    threads = {"OMP_NUM_THREADS": "1"} if len(rates) > 1 else {}
+    spawned = multiprocessing.get_context("spawn").Process
+    given = [(folder if "," in rate else folder / rate, rate, steps, device) for rate in rates]
+    running = [spawned(target=train, args=one) for one in given]
     started, peak_bytes = time.perf_counter(), 0
-    running = [_start(rate, folder if "," in rate else folder / rate, steps, device, threads) for rate in rates]
-    while any(process.poll() is None for process in running):
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"} if len(rates) > 1 else {}):
+        for process in running:
+            process.start()
+    while any(process.is_alive() for process in running):
         peak_bytes = max(peak_bytes, sum(_held_bytes(process.pid) for process in running))
         time.sleep(LOOK_EVERY_S)
-    if any(process.returncode for process in running):
+    if any(process.exitcode for process in running):
         raise SystemExit(f"a run failed; what it said: {folder}")
     return {"wall_s": time.perf_counter() - started, "peak_mib": peak_bytes / 2**20}
 
 
-def _start(rate: str, directory: Path, steps: int, device: str, threads: dict[str, str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "benchmarks.rates", "--rates", rate, "--steps", str(steps), "--device", device]
-    command += ["--out", "unused", "--directory", str(directory)]
-    return subprocess.Popen(command, env={**os.environ, **threads})
-
-
-def _held_bytes(pid: int) -> int:
+def _held_bytes(pid: int | None) -> int:
     """PSS of a process and those that it started."""
     try:
         first = psutil.Process(pid)

@@ -11,12 +11,12 @@ in float32, as the trainer does: so rounding hides no difference between version
 Whether the check would see a wrong version is measured in the same run, with the same rule: on the same completions,
 each claiming its neighbour's number, and on completions that the base made, each claiming a version's.
 
-Writes results.json into the folder (default: one in benchmarks/results, by kind of run) and prints it as a line.
+`--max-staleness` is how many versions a batch may lag behind. Writes results.json into the folder (default: one in
+benchmarks/results, by kind of run) and prints it as a line.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -41,7 +41,7 @@ from lora_grpo.adapters.peft_form.reading import assign_rounded, read_rounded
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.attribution import Rows, judge
-from lora_grpo.bench.provenance import provenance
+from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.config import RunConfig
 from lora_grpo.demo.base import ensure_base
 from lora_grpo.demo.run import demo_config
@@ -248,11 +248,7 @@ def run(steps: int, most: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--max-staleness", type=int, default=0, help="versions that a batch may lag behind")
-    parser.add_argument("--output", type=Path, help="the folder that results.json goes into")
-    arguments = parser.parse_args()
+    arguments = asked(__doc__, steps=30, max_staleness=0, output=None)
     if arguments.steps < MIN_STEPS or arguments.max_staleness < 0:
         raise ConfigError(f"--steps must be at least {MIN_STEPS}, for everything to go wrong in, --max-staleness 0")
     about = provenance("benchmarks/replicas.py")
@@ -260,8 +256,7 @@ def main() -> None:
         result = about | run(arguments.steps, arguments.max_staleness, Path(folder))
     kind = f"-staleness-{arguments.max_staleness}" if arguments.max_staleness else ""
     output = arguments.output or RESULTS / f"replicas{kind}-cpu-{len(os.sched_getaffinity(0))}-cores"
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(output / "results.json", result)
     print(json.dumps(result))
 
 

@@ -136,11 +136,11 @@ def test_a_worker_that_lives_on_gives_its_memory_back_after_each_cell(
 ) -> None:
     monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
     native, other = subject(), subject(strategy="merge-trl")
-    run = Runner(tmp_path / "log", lambda *_: None)
+    run = Runner(tmp_path / "log", lambda *_: None, alive_at_once=2)
     pair = Cell("sync/x", "sync", "sync:measure", (native, other), order=ABBA)
     truth = Cell("truth/x", "truth", "fidelity:truth", (native,))
     assert run.run([pair, truth], Partial(None, {}, {}, 0.0)) == []
-    done: Any = {one.strategy: worker.done for one, worker in run._alive.items()}  # type: ignore[attr-defined]
+    done: Any = {one.strategy: worker.done for (one, _), worker in run._alive.items()}  # type: ignore[attr-defined]
     assert done["merge-trl"] == ["sync:measure", "sync:measure", "memory:give_back"]
     assert done[NATIVE] == [*done["merge-trl"], "fidelity:truth", "memory:give_back"]
 
@@ -228,12 +228,13 @@ def test_mapped_files_are_no_part_of_what_cuda_has_allocated(monkeypatch: pytest
     monkeypatch.setattr(memory, "_forget_peaks", lambda device: None)
     monkeypatch.setattr(memory, "_peak", lambda device: (1100, None))
     monkeypatch.setattr(memory, "kv_tokens", lambda bench: None)
+    monkeypatch.setattr(memory, "_weights", lambda bench: 1)
     strategy = SimpleNamespace(trainer=SimpleNamespace(base_bytes=1), renew=lambda: None, files=())
     levels = SimpleNamespace(start=0, last=1000, grown={"trainer": 400, "engine": 600})
     found = {}
     for device in ("cpu", "cuda:0"):
         bench: Any = SimpleNamespace(strategy=strategy, subject=subject(device=device), levels=levels)
-        found[device] = memory.measure(bench, drop=False)
+        found[device] = memory.measure(bench)
     assert (found["cuda:0"]["sync_bytes"], found["cuda:0"]["peak_bytes"]) == (100, 1100)
     assert (found["cpu"]["sync_bytes"], found["cpu"]["peak_bytes"]) == (30, 1030)
 

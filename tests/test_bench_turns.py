@@ -10,20 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.bench import levels, runner, sync, worker
+from lora_grpo.bench import runner, sync
 from lora_grpo.bench.plan import Cell
 from lora_grpo.bench.report import findings, write_report
-from lora_grpo.bench.runner import Partial, TurnRunner
+from lora_grpo.bench.runner import Partial, Runner
 from lora_grpo.bench.settings import plan_parts
 from lora_grpo.bench.strategies.base import engine_arguments
 from lora_grpo.bench.suite import PLANNERS
-from lora_grpo.bench.turns import AGAIN, AT_ONCE, beside_native, one_at_a_time, with_weights
+from lora_grpo.bench.turns import AGAIN, AT_ONCE, beside_native, one_at_a_time
 from lora_grpo.engines import compat
 from lora_grpo.engines.local.weights import PlainEngine
 from lora_grpo.errors import EngineError
-from tests.test_bench import decode_row, document, memory_row, subject, sync_row
+from tests.test_bench import decode_row, document, subject, sync_row
 
-GIB = 1 << 30
 STRATEGIES = ("native", "merge-trl", "merge-fold")
 
 
@@ -38,16 +37,16 @@ def planned(**changes: Any) -> list[Cell]:
 
 
 def test_each_strategy_has_one_engine_and_native_is_first_and_last() -> None:
-    """Memory comes first on it, and what lets go of its weights last."""
+    """Memory, which lets go of its weights, comes last on it."""
     cells = planned()
     turns = list(dict.fromkeys((cell.subjects[0].strategy, cell.turn) for cell in cells))
     assert turns == [("native", 0), ("merge-trl", 0), ("merge-fold", 0), ("base", 0), ("native", 1)]
     by_turn = {turn: [c.table for c in cells if (c.subjects[0].strategy, c.turn) == turn] for turn in turns}
-    assert by_turn["native", 0] == ["memory", "sync", "decode", "truth", "weights"]
-    assert by_turn["merge-trl", 0] == ["memory", "sync", "sync", "decode", "truth", "weights"]
-    assert by_turn["merge-fold", 0] == ["memory", "sync", "truth", "weights"]
+    assert by_turn["native", 0] == ["sync", "decode", "truth", "memory"]
+    assert by_turn["merge-trl", 0] == ["sync", "sync", "decode", "truth", "memory"]
+    assert by_turn["merge-fold", 0] == ["sync", "truth", "memory"]
     assert by_turn["base", 0] == ["decode"]
-    assert by_turn["native", 1] == ["memory", "sync", "decode"]
+    assert by_turn["native", 1] == ["sync", "decode", "memory"]
     assert len({cell.key for cell in cells}) == len(cells)
     assert all(len(cell.subjects) == 1 and not cell.fresh and cell.in_turn for cell in cells)
     assert [cell.order for cell in cells if cell.table == "sync"] == [(0, 0)] * 5
@@ -93,94 +92,60 @@ def test_rows_compare_with_natives_first_turn() -> None:
     assert left["merge-trl"].ratio_to_native == pytest.approx(8.0 / 2.2)
 
 
-def test_what_base_weights_took_joins_the_memory_row() -> None:
-    weights = {"table": "weights", "order": ["native"], "rounds": [{"strategy": "native", "result": 250}]}
-    (row,) = with_weights([memory_row("native", None)], {"weights/native": weights})
-    assert row.copies == 2.5
-    assert list(beside_native({"weights/native": weights})) == []
-
-
 class FakeWorker:
-    """Keeps too much after the strategies in `hoards`, and cannot start those in `broken`."""
+    """Cannot start the strategies in `broken`."""
 
     made: list[FakeWorker]
-    hoards: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
 
     def __init__(self, log: Path) -> None:
         self.done: list[str] = []
+        self.asked: list[tuple[str, dict[str, Any]]] = []
         self.made.append(self)
 
-    def prepare(self, subject: Any) -> int | None:
+    def prepare(self, subject: Any) -> None:
+        assert all(worker.done[-1:] == ["closed"] for worker in self.made[:-1]), "two strategies are alive at once"
         if subject.strategy in self.broken:
             raise EngineError("no kernel image")
-        if self.done and self.done[-1] in self.hoards:
-            return GIB
         self.done.append(subject.strategy)
-        return None
 
-    def do(self, work: str, **arguments: Any) -> Any:
-        return None
+    def do(self, work: str, **arguments: Any) -> None:
+        self.asked.append((work, arguments))
 
     def close(self) -> None:
         self.done.append("closed")
 
 
-def in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **faults: Any) -> tuple[list[list[str]], Any, list[str]]:
+def in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **faults: Any) -> tuple[Partial, list[str]]:
     monkeypatch.setattr(FakeWorker, "made", [], raising=False)
     for name, value in faults.items():
         monkeypatch.setattr(FakeWorker, name, value)
     monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
-    first: Any = FakeWorker(tmp_path)
-    run, partial = TurnRunner(tmp_path / "log", lambda *_: None, first), Partial(None, {}, {}, 0.0)
+    run, partial = Runner(tmp_path / "log", lambda *_: None, alive_at_once=1), Partial(None, {}, {}, 0.0)
     failures = run.run(planned(), partial)
     run.close()
-    return [worker.done for worker in FakeWorker.made], partial, failures
+    return partial, failures
 
 
-def test_one_process_has_them_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    processes, partial, failures = in_turns(monkeypatch, tmp_path)
-    assert processes == [["native", "merge-trl", "merge-fold", "base", "native", "closed"]]
-    assert (partial.notes, failures) == ([], [])
-    assert set(partial.cells) == {cell.key for cell in planned()}
-
-
-def test_what_stays_taken_makes_a_fresh_process_and_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    processes, partial, failures = in_turns(monkeypatch, tmp_path, hoards=("merge-fold",))
-    assert processes == [["native", "merge-trl", "merge-fold", "closed"], ["base", "native", "closed"]]
-    (note,) = partial.notes
-    assert note.endswith("began in a fresh process: 1.0 GiB stayed taken after the strategy before.")
+def test_one_strategy_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    partial, failures = in_turns(monkeypatch, tmp_path)
+    names = ("native", "merge-trl", "merge-fold", "base", "native")
+    assert [worker.done for worker in FakeWorker.made] == [[name, "closed"] for name in names]
     assert failures == []
+    assert set(partial.cells) == {cell.key for cell in planned()}
+    syncs = [arguments for work, arguments in FakeWorker.made[1].asked if work == "sync:measure"]
+    assert [arguments.get("at_once", False) for arguments in syncs[-2:]] == [True, True]
+    assert not any(arguments.get("at_once") for arguments in syncs[:-2])
 
 
 def test_a_strategy_that_does_not_start_is_tried_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each try takes half a minute of a GPU; all of its cells fail, and no other's."""
-    processes, _, failures = in_turns(monkeypatch, tmp_path, broken=("merge-fold",))
-    assert processes == [["native", "merge-trl", "closed"], ["base", "native", "closed"]]
-    assert len(failures) == 4
+    _, failures = in_turns(monkeypatch, tmp_path, broken=("merge-fold",))
+    started = [worker.done for worker in FakeWorker.made]
+    assert started == [["native", "closed"], ["merge-trl", "closed"], ["closed"], ["base", "closed"], started[0]]
+    assert len(failures) == 3
     assert "no kernel image" in failures[0]
     assert all("has not started before" in failure for failure in failures[1:])
-
-
-def test_a_worker_closes_waits_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a GiB more than at the start is let pass at once; 2 GiB are waited for, and then no strategy starts."""
-    readings = iter([10 * GIB, int(10.4 * GIB), 12 * GIB, int(10.5 * GIB), 12 * GIB, 12 * GIB, 12 * GIB])
-    monkeypatch.setattr(levels, "taken", lambda device: next(readings))
-    monkeypatch.setattr(levels, "WAIT_S", 0.15)
-    monkeypatch.setattr(compat, "import_vllm", lambda: None)
-    closed: list[str] = []
-
-    def prepare(subject: Any) -> Any:
-        name = subject.strategy
-        return SimpleNamespace(strategy=SimpleNamespace(close=lambda: closed.append(name)))
-
-    monkeypatch.setattr(worker, "prepare", prepare)
-    one = worker.Worker()
-    answers = [one.answer({"prepare": subject(strategy=name)}) for name in "abcd"]
-    assert answers == [None, None, None, 2 * GIB]
-    assert closed == ["a", "b", "c"]
-    one.close()
-    assert closed == ["a", "b", "c"]
 
 
 def test_graphs_alone_are_captured_for_the_rows_that_are_measured() -> None:

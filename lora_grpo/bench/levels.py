@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import time
 from collections.abc import Iterable
 from pathlib import Path
-
-MAY_STAY_BYTES = 1 << 29
-"""What a strategy that was closed may leave behind in its process for the next one to start there."""
-WAIT_S = 5.0
 
 
 class Levels:
@@ -18,7 +13,7 @@ class Levels:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self.start = self.last = level(device)
+        self.start = self.last = settled_level(device)
         self.grown: dict[str, int] = {}
 
     def seen(self, part: str) -> None:
@@ -35,25 +30,6 @@ def collect(device: str) -> None:
 
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def taken(device: str) -> int:
-    """Bytes in use where trainer and engine are: of a GPU, whoever uses them; on the CPU this process's."""
-    if not is_cuda(device):
-        return settled_level(device)
-    import torch
-
-    collect(device)
-    free, total = torch.cuda.mem_get_info(device)
-    return int(total - free)
-
-
-def left_behind(device: str, start_bytes: int) -> int:
-    """Bytes that are taken beyond a start's, once they have stopped being more than may stay, or `WAIT_S` later."""
-    deadline = time.monotonic() + WAIT_S
-    while (left := taken(device) - start_bytes) > MAY_STAY_BYTES and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 def settled_level(device: str) -> int:

@@ -20,18 +20,16 @@ KV_CACHE_BYTES = 3 << 30
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """One fresh process a strategy; where strategies take turns, what base weights take comes last of each turn."""
-    cells = []
-    for strategy in settings.strategies:
-        one, last = (subject.with_strategy(strategy),), {"drop": not settings.takes_turns}
-        cells.append(Cell(f"memory/{strategy}", "memory", "memory:measure", one, last, fresh=True))
-        if settings.takes_turns:
-            cells.append(Cell(f"weights/{strategy}", "weights", "memory:weights", one))
-    return cells
+    """One fresh process a strategy."""
+    return [
+        Cell(f"memory/{name}", "memory", "memory:measure", (subject.with_strategy(name),), fresh=True)
+        for name in settings.strategies
+    ]
 
 
-def measure(bench: Bench, drop: bool) -> dict[str, Any]:
-    """Worker: the levels on the way here, the peak over some syncs, and with `drop` what the base's weights took."""
+def measure(bench: Bench) -> dict[str, Any]:
+    """Worker: the levels on the way here, the peak over some syncs, and what the base's weights took; the last thing
+    that can be done with them."""
     device, levels = bench.subject.device, bench.levels
     _forget_peaks(device)
     for _ in range(SYNCS):
@@ -52,12 +50,12 @@ def measure(bench: Bench, drop: bool) -> dict[str, Any]:
         "reserved_peak_bytes": reserved,
         "kv_tokens": kv_tokens(bench),
         "copy_bytes": copy_bytes,
-        "weights_bytes": weights(bench) if drop else None,
+        "weights_bytes": _weights(bench),
     }
 
 
-def weights(bench: Bench) -> int:
-    """Worker: bytes that go when trainer and engine let go of the base; the last thing that can be done with them."""
+def _weights(bench: Bench) -> int:
+    """Bytes that go when trainer and engine let go of the base."""
     before = settled_level(bench.subject.device)
     bench.strategy.drop_base()
     return before - settled_level(bench.subject.device)

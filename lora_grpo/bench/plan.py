@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
@@ -47,14 +47,18 @@ class Subject:
         return known if isinstance(known, str) else list(known)
 
 
+Place: TypeAlias = tuple[Subject, int]
+"""What a worker process is: a subject, and its turn, which sets engines of one subject apart."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One piece of measuring: `work` ("room:function") is done by `subjects` in the given order of their indices.
 
     (0, 1, 1, 0) has a drifting machine favour neither. `warm` arguments, if any, are for a round before those, thrown
     away. `table` is where its rows belong, `labels` are columns of them; `name` stands for the strategy's there.
-    `fresh` subjects start in new processes and end with the cell; others may live on into the next. `turn` sets
-    engines of one subject apart; what is measured `in_turn` is compared with the rounds of the cell `against`.
+    `fresh` subjects start in new processes and end with the cell; others may live on into the next. What is measured
+    `in_turn` is compared with the rounds of the cell `against`.
     """
 
     key: str
@@ -70,6 +74,10 @@ class Cell:
     turn: int = 0
     in_turn: bool = False
     against: str | None = None
+
+    @property
+    def places(self) -> list[Place]:
+        return [(subject, self.turn) for subject in self.subjects]
 
 
 def beside_native(part: str, subject: Subject, others: Iterable[str], **cell: Any) -> list[Cell]:

@@ -50,7 +50,9 @@ def _drawn(subject: Subject, rows: int, tokens: int, seed: int | None = None) ->
 def prepare(subject: Subject) -> Bench:
     """Load trainer and engine of a subject."""
     from lora_grpo.bench.strategies import load_strategy
+    from lora_grpo.engines import compat
 
+    compat.import_vllm()
     subject = replace(subject, tmpfs=_own(subject.tmpfs), disk=_own(subject.disk))
     strategy = load_strategy(subject.strategy)()
     levels = Levels(subject.device)

@@ -1,17 +1,26 @@
-"""The parent's side of a worker."""
+"""A process with one strategy alive in it, told what to do request by request: the parent's side and its own.
+
+Our own errors are replies; any other ends the process, and its log, which the parent quotes, has the traceback.
+"""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
+import os
+import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from lora_grpo import errors
 from lora_grpo.bench.plan import Subject
-from lora_grpo.bench.worker import serve
-from lora_grpo.errors import EngineError
+from lora_grpo.bench.prepared import Bench, prepare
+from lora_grpo.errors import EngineError, LoraGrpoError
 
 _GRACE_S = 20.0
 START_BY = "spawn"
@@ -29,16 +38,15 @@ class WorkerProcess:
         self._process.start()
         theirs.close()
 
-    def prepare(self, subject: Subject) -> int | None:
-        """Have it load trainer and engine; see `Worker`."""
-        left: int | None = self._ask({"prepare": subject})
-        return left
+    def prepare(self, subject: Subject) -> None:
+        """Have it load trainer and engine, which are given to all work from then on."""
+        self._ask(subject)
 
     def do(self, work: str, **arguments: Any) -> Any:
         """Have a piece of work done; returns its result. Raises `EngineError` when it failed."""
-        return self._ask({"work": work, "with": arguments})
+        return self._ask((work, arguments))
 
-    def _ask(self, request: dict[str, Any]) -> Any:
+    def _ask(self, request: Any) -> Any:
         try:
             self._channel.send(request)
             reply = self._channel.recv()
@@ -65,3 +73,42 @@ class WorkerProcess:
         with open(self._log, errors="replace") as log:
             last = " | ".join(line.strip() for line in deque(log, maxlen=3))
         return f"a worker died with exit code {self._process.exitcode}; its log ({self._log}) ends: {last}"
+
+
+def serve(requests: Connection, log: str) -> None:
+    """The worker: answer until None is asked, or nobody is left to ask; what vLLM and PEFT print goes to `log`."""
+    # Ctrl-C reaches the parent alone, which keeps what was measured.
+    os.setsid()
+    with open(log, "ab") as output:
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    bench: Bench | None = None
+    with suppress(EOFError):
+        while (request := requests.recv()) is not None:
+            try:
+                if isinstance(request, Subject):
+                    bench, result = prepare(request), None
+                else:
+                    work, arguments = request
+                    result = find_work(work)(*([bench] if bench else []), **arguments)
+                requests.send({"result": result})
+            except LoraGrpoError as error:
+                requests.send({"error": str(error), "type": type(error).__name__})
+    if bench is not None:
+        bench.strategy.close()
+
+
+def find_work(name: str) -> Callable[..., Any]:
+    """A function of a room here ("room:function"), or of a module of another package by its whole name."""
+    room, _, function = name.partition(":")
+    module = importlib.import_module(room if "." in room else f"{__package__}.{room}")
+    work: Callable[..., Any] = getattr(module, function)
+    return work
+
+
+def _die_with(parent: int) -> None:
+    """A worker in the middle of a long piece of work does not outlive whoever asked for it."""
+    while os.getppid() == parent:
+        time.sleep(2.0)
+    os._exit(1)

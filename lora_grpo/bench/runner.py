@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lora_grpo.adapters.files.disk import replace_file
-from lora_grpo.bench.plan import Cell, Subject
+from lora_grpo.bench.plan import Cell, Place
 from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 
 Progress: TypeAlias = Callable[[str, int], None]
 """Called with what is being done, and how many rounds were just finished."""
-
-ALIVE_AT_ONCE = 2
 
 
 class Partial:
@@ -66,16 +64,16 @@ class Partial:
 
 
 class Runner:
-    """Workers that are alive, by subject."""
+    """Workers that are alive, by subject and turn."""
 
-    def __init__(self, log: Path, progress: Progress) -> None:
-        self._log, self._progress = log, progress
-        self._alive: dict[Subject, WorkerProcess] = {}
+    def __init__(self, log: Path, progress: Progress, *, alive_at_once: int) -> None:
+        self._log, self._progress, self._alive_at_once = log, progress, alive_at_once
+        self._alive: dict[Place, WorkerProcess] = {}
+        self._broken: set[Place] = set()
 
     def run(self, cells: Sequence[Cell], partial: Partial) -> list[str]:
         """Run what `partial` does not hold yet; returns a sentence for each cell that failed."""
         failures = []
-        self._notes = partial.notes
         for cell in cells:
             if cell.key in partial.cells:
                 self._progress(f"{cell.key}: kept from before", len(cell.order))
@@ -84,7 +82,7 @@ class Runner:
                 partial.keep(cell.key, self._measure(cell))
             except LoraGrpoError as error:
                 failures.append(f"{cell.key} failed: {error}")
-                self._stop(cell.subjects)
+                self._stop(cell.places)
         return failures
 
     def close(self) -> None:
@@ -109,7 +107,7 @@ class Runner:
             rounds.append({"strategy": strategy, "result": workers[index].do(cell.work, **cell.arguments)})
             self._progress(f"{cell.key}: {strategy}", 1)
         if cell.fresh:
-            self._stop(cell.subjects)
+            self._stop(cell.places)
         else:
             for worker in workers:
                 worker.do("memory:give_back")
@@ -119,64 +117,25 @@ class Runner:
     def _start(self, cell: Cell) -> list[WorkerProcess]:
         if cell.fresh:
             self._stop(tuple(self._alive))
-        missing = [subject for subject in cell.subjects if subject not in self._alive]
-        idle = [subject for subject in self._alive if subject not in cell.subjects]
-        room = ALIVE_AT_ONCE - len(cell.subjects)
-        self._stop(tuple(idle[: max(0, len(idle) - room)]) if missing else ())
-        for subject in missing:
+        missing = [place for place in cell.places if place not in self._alive]
+        idle = [place for place in self._alive if place not in cell.places]
+        room = self._alive_at_once - len(cell.subjects)
+        self._stop(idle[: max(0, len(idle) - room)] if missing else ())
+        for place in missing:
+            subject, _ = place
+            if place in self._broken:
+                # Each try takes half a minute of a GPU.
+                raise EngineError(f"{subject.strategy} has not started before")
             self._progress(f"{cell.key}: starting {subject.strategy}", 0)
             # One after the other: engines on one GPU size their caches by what is free when they start.
-            self._alive[subject] = WorkerProcess(self._log)
-            self._alive[subject].prepare(subject)
-        return [self._alive[subject] for subject in cell.subjects]
+            self._alive[place] = WorkerProcess(self._log)
+            self._broken.add(place)
+            self._alive[place].prepare(subject)
+            self._broken.remove(place)
+        return [self._alive[place] for place in cell.places]
 
-    def _stop(self, subjects: Sequence[Subject]) -> None:
-        for subject in subjects:
-            worker = self._alive.pop(subject, None)
+    def _stop(self, places: Sequence[Place]) -> None:
+        for place in places:
+            worker = self._alive.pop(place, None)
             if worker is not None:
                 worker.close()
-
-
-class TurnRunner(Runner):
-    """One worker, which strategies have in turn: each is closed before the next one starts."""
-
-    def __init__(self, log: Path, progress: Progress, worker: WorkerProcess) -> None:
-        super().__init__(log, progress)
-        self._worker: WorkerProcess | None = worker
-        self._turn: tuple[Subject, int] | None = None
-        self._failed: set[tuple[Subject, int]] = set()
-
-    def kill(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-
-    def _start(self, cell: Cell) -> list[WorkerProcess]:
-        (subject,) = cell.subjects
-        turn = (subject, cell.turn)
-        if turn in self._failed:
-            raise EngineError(f"{subject.strategy} has not started before")
-        if self._turn != turn:
-            self._progress(f"{cell.key}: starting {subject.strategy}", 0)
-            self._failed.add(turn)
-            self._turn_to(subject, cell.key)
-            self._failed.remove(turn)
-            self._turn = turn
-        assert self._worker is not None
-        return [self._worker]
-
-    def _turn_to(self, subject: Subject, key: str) -> None:
-        self._turn = None
-        if left := self._prepare(subject):
-            gib = left / (1 << 30)
-            self._notes.append(f"{key} began in a fresh process: {gib:.1f} GiB stayed taken after the strategy before.")
-            self._stop(())
-            self._prepare(subject)
-
-    def _prepare(self, subject: Subject) -> int:
-        self._worker = self._worker or WorkerProcess(self._log)
-        return self._worker.prepare(subject) or 0
-
-    def _stop(self, subjects: Sequence[Subject]) -> None:
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = self._turn = None

@@ -46,9 +46,7 @@ class Settings(Section):
         False,
         description="vLLM's default: CUDA graphs and compilation (slow to start); alone: not compiled",
     )
-    in_turn: bool = Field(
-        False, description="one strategy after another in one process, native first and last; always so on a GPU"
-    )
+    in_turn: bool = Field(False, description="one strategy alive at a time, native first and last; always so on a GPU")
     max_model_len: int = Field(512, ge=16, description="tokens of prompt and completion at most")
     max_num_seqs: int = Field(64, ge=1, description="rows that an engine takes at once")
     truth: bool = Field(True, description="sync, decode: check that what was timed serves the right policy")

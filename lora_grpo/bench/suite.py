@@ -15,12 +15,12 @@ from lora_grpo.bench import decode, endurance, fidelity, memory, proofs, rollbac
 from lora_grpo.bench.joining import finished
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
-from lora_grpo.bench.runner import Partial, Progress, Runner, TurnRunner
+from lora_grpo.bench.runner import Partial, Progress, Runner
 from lora_grpo.bench.schema import Document
 from lora_grpo.bench.settings import PARTS, Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import adapter_crossing, floor_seconds, weights_crossing
-from lora_grpo.bench.turns import beside_native, one_at_a_time, with_weights
+from lora_grpo.bench.turns import beside_native, one_at_a_time
 from lora_grpo.errors import ConfigError
 
 _ROOMS: dict[str, Any] = dict(zip(PARTS, (sync, memory, decode, fidelity, step, rollback, endurance), strict=True))
@@ -106,11 +106,8 @@ class Suite:
         """Measure every cell that an earlier run has not."""
         models = {part: self._model(settings, progress) for part, settings in self._parts.items()}
         cells = [self._told(cell, progress) for cell in self._cells(models)]
-        if self._takes_turns:
-            runner: Runner = TurnRunner(self._log, progress, self._host)
-        else:
-            self._host.close()
-            runner = Runner(self._log, progress)
+        self._host.close()
+        runner = Runner(self._log, progress, alive_at_once=1 if self._takes_turns else 2)
         try:
             self._failures = runner.run(cells, self._partial)
         except BaseException:
@@ -129,7 +126,6 @@ class Suite:
         found: dict[str, list[Any]] = {table: [] for table in ROWS}
         for cell in beside_native(self._partial.cells):
             found[cell["table"]] += ROWS[cell["table"]](cell, self._partial.bandwidth)
-        found["memory"] = with_weights(found["memory"], self._partial.cells)
         tables = finished(found)
         verdicts = [text for row in tables["truth"] if (text := fidelity.verdict(row))]
         return Document(

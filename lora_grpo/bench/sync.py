@@ -54,9 +54,12 @@ def _pair(settings: Settings, native: Subject, other: Subject) -> Cell:
     )
 
 
-def measure(bench: Bench, syncs: int) -> dict[str, Any]:
-    """Worker: syncs, each after a step of the trainer that is not timed."""
+def measure(bench: Bench, syncs: int, *, at_once: bool = False) -> dict[str, Any]:
+    """Worker: syncs, each after a step of the trainer that is not timed; of a merge also with all weights in one
+    call."""
+    bench.strategy.at_once = at_once
     done = [bench.strategy.renew() for _ in range(syncs)]
+    bench.strategy.at_once = False
     return {
         "phases_s": {phase: [synced.seconds[phase] for synced in done] for phase in done[-1].seconds},
         "afterwards_s": [synced.afterwards_s for synced in done],
@@ -65,16 +68,6 @@ def measure(bench: Bench, syncs: int) -> dict[str, Any]:
         "loader": bench.strategy.loader,
         "load_calls": bench.strategy.load_calls,
     }
-
-
-def measure_at_once(bench: Bench, syncs: int) -> dict[str, Any]:
-    """Worker: the same of a merge that hands its weights over in one call."""
-    strategy: Any = bench.strategy
-    strategy.at_once = True
-    try:
-        return measure(bench, syncs)
-    finally:
-        strategy.at_once = False
 
 
 def rows(cell: Mapping[str, Any], bandwidth: Mapping[str, float]) -> list[SyncRow]:

@@ -7,21 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from lora_grpo.bench.plan import Cell, Subject
-from lora_grpo.bench.schema import MemoryRow
 from lora_grpo.bench.strategies import NATIVE
 
 AGAIN = f"{NATIVE} again"
 AT_ONCE = "merge-trl-batched"
-_LAST = "weights"
-_ORDER = ("memory", "sync", "decode", "rollback", "", "truth", _LAST)
+_ORDER = ("sync", "decode", "rollback", "", "truth", "memory")
 """Of what is measured on one engine; the empty name stands for all others."""
-_ONCE = ("truth", "proof", "fidelity", "drift", "endurance", _LAST)
+_ONCE = ("truth", "proof", "fidelity", "drift", "endurance")
 """What native measures in its first turn alone."""
 
 
 def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
-    """The same measurements with one strategy alive at a time, on one engine each: memory first, what base weights take
-    last; native first, and what others are compared with once more when all are done."""
+    """The same measurements with one strategy alive at a time, on one engine each, memory last, which lets go of the
+    weights; native first, and what others are compared with once more when all are done."""
     made: dict[str, Cell] = {}
     for cell in cells:
         for index, subject in enumerate(cell.subjects):
@@ -57,7 +55,7 @@ def _again(cell: Cell) -> Cell:
 
 def _at_once(cell: Cell) -> Cell:
     """The merge that is compared most, its weights handed over in one call, on the same engine."""
-    return replace(cell, key=f"{cell.key}/at once", name=AT_ONCE, work="sync:measure_at_once")
+    return replace(cell, key=f"{cell.key}/at once", name=AT_ONCE, arguments={**cell.arguments, "at_once": True})
 
 
 def _place(cell: Cell) -> int:
@@ -69,16 +67,7 @@ def beside_native(cells: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     missing, of its second turn."""
     for cell in cells.values():
         native = cells.get(str(cell.get("against"))) or cells.get(f"{cell.get('against')}/again")
-        if cell["table"] == _LAST:
-            continue
         if native is None or native is cell or cell["table"] in ("memory", *_ONCE):
             yield cell
         else:
             yield {**cell, "rounds": [*native["rounds"], *cell["rounds"]]}
-
-
-def with_weights(rows: Sequence[MemoryRow], cells: Mapping[str, Any]) -> list[MemoryRow]:
-    """Rows with what base weights took, where that was measured at the end of a turn."""
-    rounds = [cell["rounds"][0] for cell in cells.values() if cell["table"] == _LAST]
-    took = {done["strategy"]: done["result"] for done in rounds}
-    return [row.model_copy(update={"weights_bytes": took.get(row.strategy, row.weights_bytes)}) for row in rows]

@@ -45,6 +45,8 @@ class Strategy(ABC):
     """How our engine took the last sync's adapter; None where another engine does."""
     load_calls: int | None = None
     """Calls of vLLM's `load_weights` that the last sync made; None where no weights are pushed."""
+    at_once: bool = False
+    """A merge hands its weights over in one call."""
     remember_pushed: bool = False
     """Keep copies of what a sync pushes, so that `served_weight` can tell; costs memory and time."""
 

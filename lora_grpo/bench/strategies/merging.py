@@ -82,7 +82,6 @@ class MergeTRL(Merging):
     """
 
     decodes_like: ClassVar[str] = "merge-trl"
-    at_once = False
 
     def start(self) -> None:
         super().start()
