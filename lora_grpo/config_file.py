@@ -108,6 +108,8 @@ def _of_run(run: Path) -> dict[str, Any]:
             f"{run} has no {RESOLVED_FILE}: it is no run of `lora-grpo train`, or one that stopped before its first "
             "version; name its TOML file"
         )
+    if names_a_model(str(run)):
+        raise ConfigError(f"{run} is a model, no run; lora-grpo init {run} --data FILE writes a config file for it")
     return {**read_settings(run / RESOLVED_FILE), "output_dir": str(run)}
 
 

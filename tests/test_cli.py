@@ -79,10 +79,15 @@ def test_help_config_explains_every_setting(tmp_path):
         (["train", "run.toml", "grpo.beta=-1"], "run.toml with grpo.beta=-1: grpo.beta: "),
         (["versions", "nowhere"], "nowhere: it is no run's directory"),
         (["versions", "nowhere", "--json"], "nowhere"),
+        (["chat", "nowhere"], "nowhere: it is no run's directory"),
+        (["eval", "nowhere"], "nowhere: it is no run's directory"),
+        (["train", "base"], "base is a model, no run; lora-grpo init base --data FILE"),
     ],
 )
 def test_errors_are_one_sentence_on_stderr_and_exit_2(tmp_path, arguments, words):
     (tmp_path / "run.toml").write_text(CONFIG)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
     failed = lora_grpo(*arguments, cwd=tmp_path)
     assert failed.returncode == 2
     assert failed.stdout == ""

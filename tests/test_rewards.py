@@ -407,6 +407,21 @@ def test_load_reward_by_name_and_by_import(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def f(completions:\n", ["SyntaxError: '(' was never closed (broken.py, line 1)"]),
+        ("import math\nlimit = math.sqart(4)\n", ["AttributeError: module 'math' has no", "broken.py, line 2)"]),
+    ],
+)
+def test_a_rewards_file_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch, source, words):
+    (tmp_path / "broken.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^reward 'broken:f': importing 'broken' raised ") as caught:
+        load_reward(RewardConfig(name="broken:f"))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"name": "numerc"}, ["'numerc'", "did you mean 'numeric'?", "package.module:function"]),

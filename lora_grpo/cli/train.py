@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_grpo.cli.options import VERSION_HELP, Json, Overrides, Run, print_json, print_table, say, tell
+from lora_grpo.cli.options import VERSION_HELP, Json, Overrides, Run, opened, print_json, print_table, say, tell
 from lora_grpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -173,6 +173,7 @@ def evaluate(
     """Evaluate stored versions on the run's held-out prompts, through the engine."""
     from lora_grpo.trainer.replay import evaluate_run
 
+    opened(run).close()
     rows = evaluate_run(run, versions=version or None)
     tell(rows, as_json, rows, f"held-out evaluation of {run}")
 

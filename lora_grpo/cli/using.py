@@ -94,6 +94,7 @@ def chat(
 
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() its line editing)
+    opened(run).close()
     say("starting an engine ...")
     with conversing(run, version, temperature) as talk:
         say(f"{talk.version} is loaded and proven. {COMMANDS}")

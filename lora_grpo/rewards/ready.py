@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from traceback import extract_tb
 from typing import Any, TypeAlias
 
 from lora_grpo.config import RewardConfig
@@ -134,6 +135,11 @@ def _imported(name: str) -> RewardFunction:
         raise ConfigError(
             f"reward {name!r}: no module {missing!r}; it has to be installed or below the current directory"
         ) from error
+    except Exception as error:
+        last = extract_tb(error.__traceback__)[-1]  # of a syntax error its message tells
+        at = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
+        said = f"{type(error).__name__}: {error}{at}"
+        raise ConfigError(f"reward {name!r}: importing {module_name!r} raised {said}") from error
     function = getattr(module, attribute, None)
     if function is None:
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
