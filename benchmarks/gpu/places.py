@@ -12,7 +12,7 @@ LARGE_BYTES = 16 << 30
 TINY_BYTES = 64 << 20
 SHARED = Path("/dev/shm")
 NAME = "lora-grpo-gpu"
-FINISHED = "model.safetensors.index.json"
+FINISHED = "config.json"
 
 
 @dataclass(frozen=True)

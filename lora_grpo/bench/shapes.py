@@ -6,9 +6,7 @@ then depends on every weight, and a wrong policy shows.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,28 +66,28 @@ def shape_config(name: str) -> dict[str, Any]:
 
 
 def write_model(name: str, directory: Path, *, device: str = "cpu", seed: int = 0) -> Path:
-    """Write a shape's config, random bf16 weights (drawn on `device`, a file a layer) and a tokenizer to `directory`.
+    """Write a shape's config, random bf16 weights (drawn on `device`) and a tokenizer to `directory`.
 
-    A directory that holds them already is left as it is; returns it.
+    A directory that is there already is left as it is; returns it.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = shape_config(name)
-    finished = directory / "model.safetensors.index.json"
-    if finished.exists():
+    if directory.exists():
         return directory
-    directory.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.for_model(dtype="bfloat16", bos_token_id=None, eos_token_id=0, pad_token_id=0, **fields)
+    config = AutoConfig.for_model(bos_token_id=None, eos_token_id=0, pad_token_id=0, **fields)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    config.architectures = [type(skeleton).__name__]
-    config.save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    index = dict(_write_weights(_files(skeleton, device, seed), directory))
-    total = sum(tensor.numel() * 2 for name, tensor in skeleton.named_parameters() if name in index)
-    finished.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
-    return directory
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device=device).tie_weights()
+    generator = torch.Generator(device).manual_seed(seed)
+    # What belongs to no layer is drawn first, as it was in every result so far.
+    for parameter_name, parameter in sorted(model.named_parameters(), key=lambda named: ".layers." in named[0]):
+        parameter.data = _values(parameter_name, parameter.shape, config.hidden_size, generator)
+    unfinished = directory.with_name(f".{directory.name}")
+    model.save_pretrained(unfinished, max_shard_size="2GB")
+    byte_tokenizer().save_pretrained(unfinished)
+    return unfinished.rename(directory)
 
 
 def byte_tokenizer() -> Any:
@@ -106,33 +104,10 @@ def byte_tokenizer() -> Any:
     )
 
 
-def _write_weights(files: Iterable[tuple[str, dict[str, torch.Tensor]]], directory: Path) -> Iterator[tuple[str, str]]:
-    """Writes the files; yields (parameter, its file)."""
-    from safetensors.torch import save_file
-
-    for file, tensors in files:
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        yield from ((name, file) for name in tensors)
-
-
-def _files(skeleton: Any, device: str, seed: int) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """What each file holds, on the host. Tied parameters appear once."""
+def _values(name: str, shape: torch.Size, hidden: int, generator: torch.Generator) -> torch.Tensor:
     import torch
 
-    generator = torch.Generator(device).manual_seed(seed)
-    files: dict[str, list[tuple[str, torch.Size]]] = {}
-    for name, parameter in skeleton.named_parameters():
-        part = name.split(".layers.")[1].split(".")[0] if ".layers." in name else "rest"
-        files.setdefault(f"model-{part}.safetensors", []).append((name, parameter.shape))
-    hidden = skeleton.config.hidden_size
-    for file, entries in files.items():
-        yield file, {name: _values(name, shape, hidden, device, generator).cpu() for name, shape in entries}
-
-
-def _values(name: str, shape: torch.Size, hidden: int, device: str, generator: torch.Generator) -> torch.Tensor:
-    import torch
-
-    values = torch.randn(shape, device=device, generator=generator, dtype=torch.bfloat16)
+    values = torch.randn(shape, device=generator.device, generator=generator, dtype=torch.bfloat16)
     if name.endswith("bias"):
         return values.mul_(0.2)
     if len(shape) == 1:
