@@ -16,8 +16,8 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import config_of_model, load_config, names_a_model, save_config
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.errors import ConfigError
-from lora_grpo.trainer import assembly
+from lora_grpo.errors import ConfigError, NoRoom
+from lora_grpo.trainer import assembly, build_trainer
 from lora_grpo.trainer.checking import SWAPS, Finding, check_run
 from lora_grpo.trainer.random_base import random_base
 from tests import here
@@ -75,6 +75,7 @@ def test_without_an_engine_all_that_is_known_before_one_starts(
     found = {finding.what: finding.found for finding in findings}
     assert "3 rows, other columns: answer" in found["data"]
     assert "3 prompts of at most 4 tokens" in found["prompts"]
+    assert re.match(r"9 versions of 0\.\d\d MiB; .* MiB are free in /dev/shm", found["room for versions"])
     assert found["rewards"] == "1 x exact"
     assert "2 prompts x 4 completions" in found["steps"]
     assert "rank 16 on 14 layers (down_proj, gate_proj, k_proj," in found["base and adapter"]
@@ -130,7 +131,7 @@ def test_rewards_are_called_once_on_two_rows_and_their_values_do_not_count(confi
 @pytest.mark.parametrize(
     ("family", "settings", "what", "words"),
     [
-        ("qwen3_moe", {}, "base and adapter", r"experts is not .*such as target_modules=\['k_proj', 'o_proj', 'q_p"),
+        ("qwen3_moe", {}, "base and adapter", r"experts cannot .*such as target_modules=\['k_proj', 'o_proj', 'q_p"),
         ("deepseek_v3", {}, "base and adapter", r"such as target_modules=\['kv_a_proj_with_mqa', 'o_proj', 'q_a_proj"),
         ("llama4", {}, "base and adapter", r"layers\.0\.self_attn\.q_proj: vLLM reorders .* leave both out"),
         (
@@ -259,3 +260,26 @@ def test_a_config_that_gives_no_language_model_is_one_sentence(config: str | Non
     said = r"no model (can be built from its configuration|directory or hub name that can be read): "
     with pytest.raises(ConfigError, match=said), random_base(str(tmp_path)):
         pytest.fail("a model of nothing")
+
+
+def test_a_tmpfs_that_is_too_small_is_told_before_an_engine_starts(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of nine versions only a few fit: the run would have ended at its fourth step."""
+    monkeypatch.setattr(assembly, "build_engine", lambda *arguments, **settings: pytest.fail("an engine starts"))
+    found = next(one for one in check_run(config) if one.what == "room for versions")
+    size_mib = float(re.search(r"of ([\d.]+) MiB", found.found)[1])  # type: ignore[index]
+    stock = shutil.disk_usage
+    small = stock("/dev/shm")._replace(free=int(4 * size_mib * 2**20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: small if "/dev/shm" in str(place) else stock(place))
+    told = r"keeping 9 versions .* needs [\d.]+ MiB and /dev/shm.* has room for .*--shm-size.* or lower keep\.on_tmpfs"
+    assert re.match(told, wrong(list(check_run(config)))["room for versions"])
+    with pytest.raises(NoRoom, match=told):
+        build_trainer(config)
+    build = config.replace(keep=config.keep.replace(on_tmpfs=2))
+    assert wrong(list(check_run(build))) == {}
+
+
+def test_an_engine_without_room_for_its_probe_is_told_before_it_starts(config: RunConfig) -> None:
+    tight = changed(config, engine={"max_model_len": 24}, grpo={"max_completion_length": 4})
+    assert "start the engine with max_model_len=25 at least" in wrong(list(check_run(tight)))["prompts"]

@@ -64,6 +64,11 @@ def test_short_answers_in_a_column_of_another_name(tmp_path: Path, llama_dir: Pa
     assert "4 characters at most" in text
 
 
+def test_the_engine_of_short_rows_has_room_for_its_probe(tmp_path: Path, llama_dir: Path) -> None:
+    config, _ = written(tmp_path, llama_dir, [{"prompt": "1+1=", "answer": "2"}], "grpo.max_completion_length=4")
+    assert (config.engine.max_model_len or 0) >= 25
+
+
 def test_a_reward_of_ones_own_and_prompts_beyond_the_context(tmp_path: Path, llama_dir: Path) -> None:
     rows = [{"text": "short: "}, {"text": "long " * 30_000}]
     config, _ = written(tmp_path, llama_dir, rows, "rewards.0.name=tests.tiny_trainer:share_of_low_bytes")

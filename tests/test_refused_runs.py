@@ -178,6 +178,7 @@ def test_a_resume_with_nothing_left_says_so_and_starts_nothing(
         ('grpo.report_to=["tensorbord"]', "did you mean 'tensorboard'"),
         ("output_dir=file", "file is a file; choose another"),
         ("output_dir=file/run", "file is a file; choose another"),
+        ("output_dir=/proc/run", "nothing can be written in /proc ("),
         ('lora.target_modules=["qproj"]', "has no layer 'qproj'; did you mean 'q_proj'?"),
     ],
 )

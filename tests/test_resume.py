@@ -163,6 +163,31 @@ def test_a_rollback_made_while_stopped_is_taken_up(llama_dir: Path, tmp_path: Pa
     assert same(state_at(stopped, 4)[0], state_at(live, 4)[0])
 
 
+def test_the_best_version_stays_exact_when_it_was_sampled_from_again(llama_dir: Path, tmp_path: Path) -> None:
+    """What it earned first is what it was chosen by, and what its trainer state is kept for."""
+    engine, run, keep = fake_engine(llama_dir), tmp_path / "run", KeepConfig(trainer_states=1)
+    luck = iter([0.1, 0.2, 0.9, 0.3, *[0.1] * 99])
+
+    def reward(completions: Sequence[str], **columns: Any) -> list[float]:
+        value = next(luck)
+        return [value + 0.01 * row for row in range(len(completions))]
+
+    settings: dict[str, Any] = {"reward_funcs": reward, "keep": keep}
+    with tiny_trainer(llama_dir, engine, run, config(4), **settings) as trainer:
+        trainer.train()
+        assert trainer.store.get("best").number == 3
+        earned = trainer.store.metrics(3)["reward"]
+    for steps in (6, 8):
+        with AdapterStore(archive=run) as store:
+            roll_back_stopped(store, "best")
+        with tiny_trainer(llama_dir, engine, run, config(steps), **settings) as trainer:
+            trainer.resume()
+            assert trainer.version.number == 3
+            trainer.train()
+            assert trainer.store.metrics(3)["reward"] == earned
+            assert "state" in trainer.store.where(3)
+
+
 def test_a_rollback_without_state_is_completed_rounded(llama_dir: Path, tmp_path: Path) -> None:
     engine, run = fake_engine(llama_dir), tmp_path / "run"
     with tiny_trainer(llama_dir, engine, run, config(4)) as trainer:

@@ -71,7 +71,10 @@ def test_the_store_takes_every_way_to_name_a_version(store: AdapterStore, to: An
     assert store.head == version
 
 
-def test_best_is_by_held_out_reward_where_there_is_one(store: AdapterStore) -> None:
+def test_best_is_by_held_out_reward_where_it_chooses(store: AdapterStore) -> None:
+    """A run that still goes on was evaluated as it began, and that version alone is no best."""
+    store.record(1, **{"eval/reward": 0.5})
+    assert store.get("best").number == 2
     store.record(3, **{"eval/reward": 0.7})
     assert store.get("best").number == 3
     assert store.get("best:reward").number == 2

@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -107,4 +108,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # What a model or a user wrote is shown whatever the terminal's encoding holds; in JSON it stays the same.
             stream.reconfigure(errors="backslashreplace")
-    app(prog_name="lora-grpo")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    # Of vLLM's, whenever it is imported.
+    warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op")
+    try:
+        app(prog_name="lora-grpo")
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped before anything began\n")
+        sys.exit(130)

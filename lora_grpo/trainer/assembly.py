@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from lora_grpo.adapters.files.locks import holder
+from lora_grpo.adapters.files.room import require_kept
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.keeping import keeps_state, retention
 from lora_grpo.config import EngineConfig, KeepConfig
@@ -68,7 +69,7 @@ class Assembly:
         processes = self.crew.processes
         processes.first(lambda: refuse_live(Path(self.made_of.spec.run_dir)))
         planned, config = self._planned()
-        store = processes.each(self._store)
+        store = processes.each(lambda: self._store(planned))
         engine = processes.each(lambda: self._engine(planned))
         with self.reporter.capture():
             built, base = processes.each(lambda: self._model(engine))
@@ -113,7 +114,7 @@ class Assembly:
         twice = any(processes.gather(twice))
         return planned, config.replace(gradient_checkpointing=twice, max_tokens_per_micro_batch=most)
 
-    def _store(self) -> AdapterStore | None:
+    def _store(self, planned: Plan | None) -> AdapterStore | None:
         """The first process's, with the server that it is pulled from, where there is to be one."""
         if not self.crew.leads:
             return None
@@ -122,6 +123,9 @@ class Assembly:
             spec.store_root, archive=spec.run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes
         )
         self.closing.callback(store.close)
+        if planned is not None and planned.adapter_bytes:
+            missing = keep.on_tmpfs + 1 - len(list(store.root.glob("versions/*")))
+            require_kept(store.root, max(1, missing), planned.adapter_bytes)
         if address is not None:
             self.closing.enter_context(store_server(store, address))
         return store

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from lora_grpo.adapters.files.room import require_kept
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
 from lora_grpo.config import EngineConfig, RunConfig
 from lora_grpo.data import PromptDataset, load_data, load_prompts
@@ -108,6 +109,8 @@ class _Run:
         for name, size_bytes in planned.memory.parts().items() if planned else ():
             yield f"memory: {name}", partial(mib, size_bytes)
         yield "memory", self._memory
+        if planned and planned.adapter_bytes:
+            yield "room for versions", lambda: self._room(planned.adapter_bytes)
         if not self.base_alone:
             yield "steps", lambda: self._preflight.check_steps()
             yield "rewards", lambda: self._preflight.check_rewards()
@@ -206,6 +209,13 @@ class _Run:
         device = default_device()
         free = f"{mib(available_memory(device))} free on {device}"
         return f"{mib(planned.memory.total_bytes)}{unknown} of {free}{twice}"
+
+    def _room(self, adapter_bytes: int) -> str:
+        """On the file system that the versions will be on."""
+        shared, asked = Path("/dev/shm"), self.config.store_root
+        folder = Path(asked).absolute() if asked else shared if shared.is_dir() else Path(tempfile.gettempdir())
+        there = next(one for one in (folder, *folder.parents) if one.is_dir())
+        return require_kept(there, self.config.keep.on_tmpfs + 1, adapter_bytes)
 
     def _swap(self, number: int) -> str:
         """Another adapter is published, proven, sampled from, and its completions are compared with the trainer's."""

@@ -131,9 +131,12 @@ def _step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
 
 
 def _write_down(run: Run, reporter: Reporter, metrics: dict[str, Any]) -> None:
-    # A forked run has not the version that its first step was sampled from.
+    # A forked run has not the version that its first step was sampled from. One that is sampled from again, after a
+    # rollback, keeps what it earned first: by that the best ones were chosen, whose trainer states are there.
     with suppress(UnknownVersion):
-        run.store.record(metrics["version"], **of_the_version(metrics))
+        known = run.store.metrics(metrics["version"])
+        if "reward" not in known:
+            run.store.record(metrics["version"], **of_the_version(metrics))
     run.history.append(metrics)
     reporter.step(metrics["step"], metrics)
 

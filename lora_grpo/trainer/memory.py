@@ -154,6 +154,8 @@ class Plan:
 
     rank: int
     leaves: list[str] | None
+    adapter_bytes: int
+    """A slot's, which a version's files are no larger than; 0 where servers have the slots."""
     memory: MemoryEstimate
     checkpointing: bool
     """Whether the trainer computes activations twice."""
@@ -176,7 +178,7 @@ def plan(
         raise ConfigError("share_base_weights=True: the engine's quantized weights are not the trainer's; leave it out")
     one_copy = expects_one_copy(sharing, model, config)
     memory, checkpointing = planned_memory(model, peft_config, config, batch, checkpointing, shared_base=one_copy)
-    return Plan(rank, leaves, memory, checkpointing)
+    return Plan(rank, leaves, memory.adapter_slots_bytes // config.max_loras, memory, checkpointing)
 
 
 def planned_memory(

@@ -15,6 +15,7 @@ from torch import nn
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.data import PromptDataset
 from lora_grpo.engines.base import Engine
+from lora_grpo.engines.delivery.probe import check_has_room
 from lora_grpo.engines.local.targets import check_is_base
 from lora_grpo.engines.requests import ENCODING, render
 from lora_grpo.errors import ConfigError
@@ -89,6 +90,7 @@ class Preflight:
                 f"{data.label}: {len(fitting):,} prompts of at most {longest:,} tokens"
                 + (f", {dropped:,} longer ones dropped" if dropped else "")
             )
+        check_has_room(None if self.engine else max_model_len)
         return "; ".join(said)
 
     @property

@@ -238,10 +238,13 @@ class StoreView:
 
 
 def best_metric(store: StoreView) -> str:
-    """What "best" goes by: the held-out reward where a kept version has one, else the reward."""
+    """What "best" goes by: the held-out reward where two kept versions have one, else the reward.
+
+    One alone, as of the version that training began with, is nothing to choose from.
+    """
     held_out = "eval/reward"
-    measured = any(is_score(store.metrics(version.number).get(held_out)) for version in store.list())
-    return held_out if measured else "reward"
+    measured = [is_score(store.metrics(version.number).get(held_out)) for version in store.list()]
+    return held_out if sum(measured) > 1 else "reward"
 
 
 def _in_line(store: StoreView, word: str) -> int:

@@ -27,7 +27,7 @@ class Room:
         """Return when files of `sizes` bytes fit, pruning if they do not at first; else raise `NoRoom`."""
         advice = (
             f"tmpfs keeps {session.retention.words('tmpfs')}, HEAD, pinned and leased versions; open the store with a "
-            "retention that keeps fewer, such as retention=keep_latest(2) (a trainer: KeepConfig(on_tmpfs=2))"
+            "retention that keeps fewer, such as retention=keep_latest(2) (a trainer: keep.on_tmpfs=2)"
         )
         if self._lacking(sizes, advice) is None:
             return
@@ -61,6 +61,17 @@ def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
     lacking = _lacking_in(folder, sizes)
     if lacking is not None:
         raise NoRoom(f"{what} {lacking}: free some of it, or use a larger tmpfs ({SHM_SIZE})")
+
+
+def require_kept(folder: Path, versions: int, size_bytes: int) -> str:
+    """What it is that fits `folder`: `versions` of `size_bytes` each. Raises `NoRoom` where they do not."""
+    what = f"keeping {versions} versions (keep.on_tmpfs, and the one being written)"
+    try:
+        require_room(folder, dict.fromkeys(map(str, range(versions)), size_bytes), what)
+    except NoRoom as error:
+        raise NoRoom(f"{error}, or lower keep.on_tmpfs") from None
+    free = shutil.disk_usage(folder).free / MIB
+    return f"{versions} versions of {size_bytes / MIB:,.2f} MiB; {free:,.0f} MiB are free in {folder}"
 
 
 def _lacking_in(folder: Path, sizes: Mapping[str, int]) -> str | None:

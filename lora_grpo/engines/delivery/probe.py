@@ -59,6 +59,15 @@ class ProbeReport:
     most_error: float
 
 
+def check_has_room(max_model_len: int | None) -> None:
+    """Raises `ConfigError` for an engine whose context the probe does not fit."""
+    if max_model_len is not None and max_model_len <= _TOKENS:
+        raise ConfigError(
+            f"max_model_len={max_model_len} has no room for the probe of the engine, which scores {_TOKENS} tokens: "
+            f"start the engine with max_model_len={_TOKENS + 1} at least"
+        )
+
+
 def run_probe(
     model: nn.Module,
     form: ServingForm,
@@ -74,12 +83,7 @@ def run_probe(
     the adapter does not arrive, `NoRoom` when it does not fit `scratch`.
     """
     started = time.perf_counter()
-    longest = getattr(engine, "max_model_len", None)
-    if longest is not None and longest <= _TOKENS:
-        raise ConfigError(
-            f"max_model_len={longest} has no room for the probe of the engine, which scores {_TOKENS} tokens: start "
-            f"the engine with max_model_len={_TOKENS + 1} at least"
-        )
+    check_has_room(getattr(engine, "max_model_len", None))
     sequences = probe_sequences(engine.describe_base())
     with peft_model_of(model).disable_adapter():
         trainer_base = teacher_logprobs(model, sequences)
