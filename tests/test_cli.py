@@ -178,3 +178,13 @@ def test_versions_lists_a_run(tmp_path):
     assert rows[0]["digest"] == first.digest
     for words in ("v1", "HEAD", "0.5", "tmpfs"):
         assert words in table
+
+
+def test_ctrl_c_before_a_command_runs_is_one_line(tmp_path):
+    code = (
+        "import warnings; from lora_grpo import cli\n"
+        "def app(**_):\n    warnings.warn('of a store')\n    raise KeyboardInterrupt\n"
+        "cli.app = app\ncli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "warning: of a store\nstopped before anything began\n")
