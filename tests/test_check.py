@@ -8,10 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lora_grpo.adapters.files.room import require_kept
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import config_of_model, load_config, names_a_model, save_config
@@ -75,7 +77,7 @@ def test_without_an_engine_all_that_is_known_before_one_starts(
     found = {finding.what: finding.found for finding in findings}
     assert "3 rows, other columns: answer" in found["data"]
     assert "3 prompts of at most 4 tokens" in found["prompts"]
-    assert re.match(r"9 versions of 0\.\d\d MiB; .* MiB are free in /dev/shm", found["room for versions"])
+    assert re.match(r"8 \+ 1 versions of 0\.\d\d MiB; .* MiB are free in /dev/shm", found["room for versions"])
     assert found["rewards"] == "1 x exact"
     assert "2 prompts x 4 completions" in found["steps"]
     assert "rank 16 on 14 layers (down_proj, gate_proj, k_proj," in found["base and adapter"]
@@ -272,12 +274,24 @@ def test_a_tmpfs_that_is_too_small_is_told_before_an_engine_starts(
     stock = shutil.disk_usage
     small = stock("/dev/shm")._replace(free=int(4 * size_mib * 2**20))
     monkeypatch.setattr(shutil, "disk_usage", lambda place: small if "/dev/shm" in str(place) else stock(place))
-    told = r"keeping 9 versions .* needs [\d.]+ MiB and /dev/shm.* has room for .*--shm-size.* or lower keep\.on_tmpfs"
+    told = r"keeping 8 versions .* needs [\d.]+ MiB and /dev/shm.* has room for .*--shm-size.* or lower keep\.on_tmpfs"
     assert re.match(told, wrong(list(check_run(config)))["room for versions"])
     with pytest.raises(NoRoom, match=told):
         build_trainer(config)
-    build = config.replace(keep=config.keep.replace(on_tmpfs=2))
-    assert wrong(list(check_run(build))) == {}
+    fewer = config.replace(keep=config.keep.replace(on_tmpfs=2))
+    assert wrong(list(check_run(fewer))) == {}
+    # Slots of a larger rank make no version larger.
+    assert wrong(list(check_run(changed(fewer, engine={"max_lora_rank": 64})))) == {}
+
+
+def test_versions_that_a_run_has_take_no_further_room(shm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on needs room for what is missing alone."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 << 20, total=64 << 20))
+    for number in range(7):
+        with pytest.raises(NoRoom):
+            require_kept(shm_dir, 8, 1 << 20)
+        (shm_dir / "versions" / str(number)).mkdir(parents=True)
+    assert require_kept(shm_dir, 8, 1 << 20).startswith("8 + 1 versions of 1.00 MiB")
 
 
 def test_an_engine_without_room_for_its_probe_is_told_before_it_starts(config: RunConfig) -> None:

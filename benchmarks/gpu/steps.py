@@ -37,40 +37,28 @@ SUITES = {
 """Test files, which of their tests, and which few of those in a dry run: the whole test run has all of them."""
 FAMILIES = ("gpt_oss", "gemma3", "qwen3_5")
 """Of the table of models: a mixture and wrappers, one of a delta net, each tiny and with every control."""
+CHECKPOINTED = "--checkpointing on --prompt 512"
 PROGRAMS = {
-    "trainer": ["benchmarks.trainer", "--shape", "0.5b", "--tokens", "512,1024,4096"],
-    "trainer-7b": ["benchmarks.trainer", "--shape", "7b", "--tokens", "512,2048"],
-    "population": ["benchmarks.population", "--rows", "1,8,32", "--tokens", "64"],
-    "rates": ["benchmarks.rates", "--lone", "1"],
+    "trainer": f"benchmarks.trainer --shape 0.5b --tokens 512,1024,4096 {CHECKPOINTED}",
+    "trainer-7b": f"benchmarks.trainer --shape 7b --tokens 512,2048 {CHECKPOINTED}",
+    "population": "benchmarks.population --rows 1,8,32 --tokens 64",
+    "rates": "benchmarks.rates --lone 1",
 }
 """Programs that have a page of their own, and what of them is measured."""
-CHECKPOINTED = ["--checkpointing", "on", "--prompt", "512"]
+DRY = {
+    "trainer": "benchmarks.trainer --shape small --tokens 8 --rows 2 --dtype float32 --subjects estimate,padded",
+    "population": "benchmarks.population --shape tiny --rows 1 --tokens 2 --members 2 --repeats 1",
+}
 REPEATED = ("trainer-7b", "parity", "7b-compiled", "families", "experts", "rates")
 """Not in a dry run: with tiny models, where nothing is compiled, they do what the steps before them did, or what the
 test run does; or there is nothing to do without a GPU."""
-DRY = {
-    "trainer": [
-        "--shape",
-        "small",
-        "--tokens",
-        "8",
-        "--rows",
-        "2",
-        "--dtype",
-        "float32",
-        "--subjects",
-        "estimate,padded",
-    ],
-    "population": ["--shape", "tiny", "--rows", "1", "--tokens", "2", "--members", "2", "--repeats", "1"],
-}
 
 
 @dataclass(frozen=True)
 class Step:
     """`read` finds the result when the command has ended, given what it printed. `expected_s` is what it took on an
     H100 or H200 (7b: with about 20 s to draw and write the model); of 7b-compiled, population, families, rates and
-    graphs an estimate. `shape` is
-    the model it cannot do without. One that is `warm` may begin with vLLM imported."""
+    graphs an estimate. `shape` is the model it cannot do without. One that is `warm` may begin with vLLM imported."""
 
     name: str
     expected_s: int
@@ -129,12 +117,10 @@ def _figures(name: str, expected_s: int, limit_s: int, shape: str, out: Path, de
 
 
 def _program(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> Step:
-    module, *sizes = PROGRAMS[name]
-    checkpointed = CHECKPOINTED if module == "benchmarks.trainer" else []
-    results = out / name if name == "rates" else out / "programs" / f"{name}.json"
-    chosen = DRY[name] if device == "cpu" and name in DRY else [*sizes, *checkpointed]
-    command = [sys.executable, "-m", module, "--device", device, "--out", str(results), *chosen]
+    module, *sizes = (DRY if device == "cpu" and name in DRY else PROGRAMS)[name].split()
+    results = out / "programs" / (name if name == "rates" else f"{name}.json")
     found = results / "rates.json" if name == "rates" else results
+    command = [sys.executable, "-m", module, "--device", device, "--out", str(results), *sizes]
     return Step(name, expected_s, limit_s, command, lambda printed: _read(found))
 
 

@@ -123,9 +123,8 @@ class Assembly:
             spec.store_root, archive=spec.run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes
         )
         self.closing.callback(store.close)
-        if planned is not None and planned.adapter_bytes:
-            missing = keep.on_tmpfs + 1 - len(list(store.root.glob("versions/*")))
-            require_kept(store.root, max(1, missing), planned.adapter_bytes)
+        if planned is not None:
+            require_kept(store.root, keep.on_tmpfs, planned.version_bytes)
         if address is not None:
             self.closing.enter_context(store_server(store, address))
         return store

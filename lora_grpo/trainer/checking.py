@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from lora_grpo.adapters.files.places import expected_root
 from lora_grpo.adapters.files.room import require_kept
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
 from lora_grpo.config import EngineConfig, RunConfig
@@ -109,9 +110,9 @@ class _Run:
         for name, size_bytes in planned.memory.parts().items() if planned else ():
             yield f"memory: {name}", partial(mib, size_bytes)
         yield "memory", self._memory
-        if planned and planned.adapter_bytes:
-            yield "room for versions", lambda: self._room(planned.adapter_bytes)
         if not self.base_alone:
+            if planned:
+                yield "room for versions", lambda: self._room(planned.version_bytes)
             yield "steps", lambda: self._preflight.check_steps()
             yield "rewards", lambda: self._preflight.check_rewards()
             if planned:  # a base that cannot be read has no tokenizer either
@@ -210,12 +211,9 @@ class _Run:
         free = f"{mib(available_memory(device))} free on {device}"
         return f"{mib(planned.memory.total_bytes)}{unknown} of {free}{twice}"
 
-    def _room(self, adapter_bytes: int) -> str:
-        """On the file system that the versions will be on."""
-        shared, asked = Path("/dev/shm"), self.config.store_root
-        folder = Path(asked).absolute() if asked else shared if shared.is_dir() else Path(tempfile.gettempdir())
-        there = next(one for one in (folder, *folder.parents) if one.is_dir())
-        return require_kept(there, self.config.keep.on_tmpfs + 1, adapter_bytes)
+    def _room(self, version_bytes: int) -> str:
+        root = expected_root(self.config.store_root, Path(self.config.output_dir))
+        return require_kept(root, self.config.keep.on_tmpfs, version_bytes)
 
     def _swap(self, number: int) -> str:
         """Another adapter is published, proven, sampled from, and its completions are compared with the trainer's."""

@@ -154,8 +154,8 @@ class Plan:
 
     rank: int
     leaves: list[str] | None
-    adapter_bytes: int
-    """A slot's, which a version's files are no larger than; 0 where servers have the slots."""
+    version_bytes: int
+    """Of a version's tensors, in the engine's dtype."""
     memory: MemoryEstimate
     checkpointing: bool
     """Whether the trainer computes activations twice."""
@@ -178,7 +178,8 @@ def plan(
         raise ConfigError("share_base_weights=True: the engine's quantized weights are not the trainer's; leave it out")
     one_copy = expects_one_copy(sharing, model, config)
     memory, checkpointing = planned_memory(model, peft_config, config, batch, checkpointing, shared_base=one_copy)
-    return Plan(rank, leaves, memory.adapter_slots_bytes // config.max_loras, memory, checkpointing)
+    version_bytes = memory.adapter_and_optimizer_bytes // _ADAM_BYTES * _engine_dtype(config).itemsize
+    return Plan(rank, leaves, version_bytes, memory, checkpointing)
 
 
 def planned_memory(
@@ -233,7 +234,7 @@ def estimate(
         slots=own.max_loras,
         max_lora_rank=own.max_lora_rank or lora_rank(model, peft_config),
         trainer_dtype=_trainer_dtype(model, empty),
-        engine_dtype=torch.bfloat16 if own.dtype == "auto" else getattr(torch, own.dtype),
+        engine_dtype=_engine_dtype(own),
         shared_base=shared_base or isinstance(model, nn.Module),
         scheme=quantization_of(checkpoint_of(model)) if isinstance(model, ModelConfig) else scheme_of(empty.config),
     )
@@ -247,6 +248,12 @@ def _kv_bytes(config: EngineConfig, weights_bytes: int) -> int:
     if default_device().type == "cuda":
         return max(0, int(torch.cuda.mem_get_info()[1] * config.gpu_memory_utilization) - weights_bytes)
     return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) << 30
+
+
+def _engine_dtype(config: EngineConfig) -> torch.dtype:
+    """ "auto" is the checkpoint's, which is taken to be the usual one."""
+    dtype: torch.dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    return dtype
 
 
 def _trainer_dtype(model: ModelConfig | nn.Module, empty: Any) -> torch.dtype:

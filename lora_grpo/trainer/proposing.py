@@ -11,6 +11,7 @@ from lora_grpo.config import RewardConfig, RunConfig
 from lora_grpo.config_file import apply_override
 from lora_grpo.data import PromptDataset, load_data
 from lora_grpo.data.reading import read_rows
+from lora_grpo.engines.delivery import probe
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
@@ -24,8 +25,6 @@ from lora_grpo.trainer.tokenizer import trainer_tokenizer
 PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "messages", "text")
 ANSWERS = ("answer", "final_answer", "solution", "ground_truth", "target", "label", "expected_answer")
 """Names that such columns go by, the likeliest first."""
-LEAST_CONTEXT = 32
-"""Tokens of `engine.max_model_len`, which the probe of an engine has room in."""
 LOOKED_AT = 1000
 """Rows that a column's kind is judged by."""
 LONGEST_EXACT = 40
@@ -130,7 +129,7 @@ def _choose_lengths(values: dict[str, Any], tokenizer: Any, columns: Mapping[str
         told = f"answers in {column!r} have up to {max(answers):,} tokens; " if answers else ""
         notes["grpo.max_completion_length"] = f"tokens; {told}completions cut here are counted (clipped_ratio)"
     if "max_model_len" not in engine:
-        needed = max(LEAST_CONTEXT, -(-(longest + grpo["max_completion_length"]) // 8) * 8)
+        needed = -(-max(probe.TOKENS + 1, longest + grpo["max_completion_length"]) // 8) * 8
         engine["max_model_len"] = needed if context is None else min(needed, context)
         notes["engine.max_model_len"] = f"the longest prompt has {longest:,} tokens; the model's context is {context}"
         if longest + grpo["max_completion_length"] > engine["max_model_len"]:

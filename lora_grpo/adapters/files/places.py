@@ -75,6 +75,13 @@ def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
     return Places(found, run, False)
 
 
+def expected_root(root: str | Path | None, run: Path) -> Path:
+    """Where a run's versions will be: the root asked for, the one it has, else the folder that it will be made in."""
+    identity = Identity.read(run)
+    own = None if identity is None else identity.other
+    return Path(root or own or _home()).resolve()
+
+
 def for_writing(root: str | Path | None, archive: str | Path | None, lock: WriterLock) -> Places:
     """Find or create both halves, each locked before anything in it is believed or changed."""
     run = None if archive is None else Path(archive).resolve()
@@ -143,8 +150,11 @@ def _is_ours(root: Path) -> bool:
 
 def _new_root(run: Path | None) -> Path:
     label = "" if run is None else f"{run.name}-"
-    parent = _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
-    return Path(tempfile.mkdtemp(prefix=f"lora-grpo-{label}", dir=parent))
+    return Path(tempfile.mkdtemp(prefix=f"lora-grpo-{label}", dir=_home()))
+
+
+def _home() -> Path:
+    return _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
 
 
 def _refuse_foreign(root: Path) -> None:

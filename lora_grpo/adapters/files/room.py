@@ -63,15 +63,19 @@ def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
         raise NoRoom(f"{what} {lacking}: free some of it, or use a larger tmpfs ({SHM_SIZE})")
 
 
-def require_kept(folder: Path, versions: int, size_bytes: int) -> str:
-    """What it is that fits `folder`: `versions` of `size_bytes` each. Raises `NoRoom` where they do not."""
-    what = f"keeping {versions} versions (keep.on_tmpfs, and the one being written)"
+def require_kept(root: Path, versions: int, size_bytes: int) -> str:
+    """What it is that fits a store's `root`, which need not be there yet: `versions` of `size_bytes` each, and one that
+    is being written; those that it holds already take nothing more. Raises `NoRoom` where they do not fit.
+    """
+    folder = next(one for one in (root, *root.parents) if one.is_dir())
+    more = max(1, versions + 1 - len(list(root.glob("versions/*"))))
+    what = f"keeping {versions} versions (keep.on_tmpfs, and one more that is being written)"
     try:
-        require_room(folder, dict.fromkeys(map(str, range(versions)), size_bytes), what)
+        require_room(folder, dict.fromkeys(map(str, range(more)), size_bytes), what)
     except NoRoom as error:
         raise NoRoom(f"{error}, or lower keep.on_tmpfs") from None
     free = shutil.disk_usage(folder).free / MIB
-    return f"{versions} versions of {size_bytes / MIB:,.2f} MiB; {free:,.0f} MiB are free in {folder}"
+    return f"{versions} + 1 versions of {size_bytes / MIB:,.2f} MiB; {free:,.0f} MiB are free in {folder}"
 
 
 def _lacking_in(folder: Path, sizes: Mapping[str, int]) -> str | None:

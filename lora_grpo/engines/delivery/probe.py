@@ -42,7 +42,7 @@ most."""
 MIN_SIGNAL_NATS = 1e-3
 _JITTER = 2.0**-8
 """Relative; what bfloat16 rounds off."""
-_ROWS, _TOKENS = 4, 24
+_ROWS, TOKENS = 4, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,10 @@ class ProbeReport:
 
 def check_has_room(max_model_len: int | None) -> None:
     """Raises `ConfigError` for an engine whose context the probe does not fit."""
-    if max_model_len is not None and max_model_len <= _TOKENS:
+    if max_model_len is not None and max_model_len <= TOKENS:
         raise ConfigError(
-            f"max_model_len={max_model_len} has no room for the probe of the engine, which scores {_TOKENS} tokens: "
-            f"start the engine with max_model_len={_TOKENS + 1} at least"
+            f"max_model_len={max_model_len} has no room for the probe of the engine, which scores {TOKENS} tokens: "
+            f"start the engine with max_model_len={TOKENS + 1} at least"
         )
 
 
@@ -111,7 +111,7 @@ def run_probe(
 def probe_sequences(base: BaseDescription) -> list[list[int]]:
     """Random sequences of tokens that stand for text, the same for every run."""
     generator = torch.Generator().manual_seed(0)
-    rows_BT = torch.randint(base.vocabulary - len(base.placeholders), (_ROWS, _TOKENS), generator=generator)
+    rows_BT = torch.randint(base.vocabulary - len(base.placeholders), (_ROWS, TOKENS), generator=generator)
     for placeholder in base.placeholders:
         rows_BT += rows_BT >= placeholder
     rows: list[list[int]] = rows_BT.tolist()
