@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
-from lora_grpo.adapters.peft_form.experts import gate_and_up, of_each_expert, served_experts
 from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules
 from lora_grpo.errors import UnsupportedAdapter
+from tests.experts import gate_and_up, of_each_expert, served_experts
 from tests.families import build, trainer_model
 
 EXPERTS = 4
