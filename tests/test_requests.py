@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,14 +115,29 @@ def test_a_request_taken_back_while_others_are_done_is_left_out(
     assert store.pins == {1}
 
 
-def test_a_number_given_out_again_is_done_as_it_was_asked_the_second_time(store: AdapterStore, tmp_path: Path) -> None:
+def test_a_request_that_was_taken_back_is_no_other_one(store: AdapterStore, tmp_path: Path) -> None:
     run = tmp_path / "run"
     taken_back = request(run, "pin", version=1)
     (listed,) = store.requests()
     assert withdraw(run, taken_back)
     asked = request(run, "pin", version=2)
-    assert asked.number == listed.number
-    assert store.claim(listed) == asked
+    assert not store.claim(listed)
+    assert store.requests() == [asked]
+
+
+def test_requests_left_at_once_are_each_done_once_and_in_order(store: AdapterStore, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with ThreadPoolExecutor(8) as clients:
+        asked = list(clients.map(lambda index: [request(run, "pin", at=(index, n)) for n in range(25)], range(8)))
+        listed = store.requests()
+        assert len(listed) == 200
+        for own in asked:
+            assert [each for each in listed if each in own] == own
+        # Half of them are taken back while the holder begins with each: never both, never neither.
+        taking = clients.map(lambda each: withdraw(run, each), listed[::2])
+        begun = [store.claim(each) for each in listed[::2]]
+        assert [taken != claimed for taken, claimed in zip(taking, begun, strict=True)] == [True] * 100
+    assert store.requests() == listed[1::2]
 
 
 def test_who_asked_is_told_of_what_nobody_foresaw(
@@ -146,10 +162,10 @@ def test_an_answer_is_left_for_who_still_looks(store: AdapterStore, shm_dir: Pat
     for each in asked:
         assert store.claim(each)
         store.answer(each, {"done": "pinned"})
-    os.utime(run / "requests" / "000002.answer.json", (0, 0))
+    os.utime(run / "requests" / f"{asked[1].name}.answer", (0, 0))
     store.close()
     with AdapterStore(shm_dir, run):
-        assert files(run) == ["000001.answer.json"]
+        assert files(run) == [f"{asked[0].name}.answer"]
 
 
 def test_a_client_waits_for_what_is_begun_and_says_nothing_else(
@@ -185,41 +201,67 @@ def test_a_holder_that_dies_while_doing_it_leaves_it_undone_for_good(
         asking.result(60)
     with AdapterStore(shm_dir, tmp_path / "run") as again:
         assert apply(again) == []
-    os.utime(tmp_path / "run" / "requests" / "000001.answer.json", (0, 0))
+    os.utime(tmp_path / "run" / "requests" / files(tmp_path / "run")[0], (0, 0))
     with AdapterStore(shm_dir, tmp_path / "run"):
         assert files(tmp_path / "run") == [], "the answer that nobody came for"
 
 
-def test_a_client_whose_holder_was_replaced_asks_the_new_one(
-    store: AdapterStore, shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def begin_and_die(store: AdapterStore, point: str) -> None:
+    """What the holder has done of a request when it is killed."""
+    (asked,) = store.requests()
+    run = store.archive
+    assert run is not None
+    if point == "asked":
+        return
+    assert store.claim(asked)
+    if point == "begun":
+        return
+    store.pin(1)
+    if point != "done":
+        store.answer(asked, {"done": "pinned"})
+        if point == "answered":
+            (run / "requests" / f"{asked.name}.doing").touch()
+
+
+@pytest.mark.parametrize("point", ["asked", "begun", "done", "answered", "cleared"])
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_holder_killed_at_any_point_has_done_it_once_or_not_and_never_twice(
+    store: AdapterStore, shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, opened: bool
 ) -> None:
-    """Between two looks of a client, the holder dies and the run is opened again."""
+    """Killed between two looks of a client, and the run `opened` again by then, or not."""
+    run, done = tmp_path / "run", []
+
+    def act(store: AdapterStore) -> dict[str, Any]:
+        done.append("by the client")
+        return {"done": "by the client"}
+
     monkeypatch.setattr("lora_grpo.cli.changing.POLL_S", 1.0)
     with ThreadPoolExecutor(1) as clients:
-        asking = clients.submit(change, tmp_path / "run", "pin", pytest.fail, timeout_s=60, version=1)
+        asking = clients.submit(change, run, "pin", act, timeout_s=60, version=1)
         until(lambda: bool(store.requests()))
         time.sleep(0.2)
+        begin_and_die(store, point)
         die(store)
-        with AdapterStore(shm_dir, tmp_path / "run") as again:
-            assert again.requests() == [], "nobody does what another holder was asked"
-            until(lambda: bool(again.requests()))
-            assert apply(again) == ["asked from outside: pin 1: pinned"]
-            assert asking.result(60) == {"live": True, "done": "pinned", "pins": [1]}
-
-
-def test_an_answer_of_a_holder_that_died_right_after_it_still_counts(
-    store: AdapterStore, shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    asked = request(run, "pin", version=1)
-    assert store.claim(asked)
-    monkeypatch.setattr("lora_grpo.adapters.asking.requests._clear", lambda folder, number: None)
-    store.answer(asked, {"done": "pinned"})
-    monkeypatch.undo()
-    die(store)
-    with AdapterStore(shm_dir, run):
-        assert answer_to(run, asked) == {"done": "pinned"}
-        assert files(run) == []
+        with AdapterStore(shm_dir, run) if opened else nullcontext() as again:
+            if again is not None:
+                assert again.requests() == [], "nobody does what another holder was asked"
+                if point == "asked":
+                    until(lambda: bool(again.requests()))
+                    done += apply(again)
+            if point in ("begun", "done"):
+                with pytest.raises(
+                    StoreError, match=r"ended while it was doing this; `lora-grpo versions .*run` shows"
+                ):
+                    asking.result(60)
+            else:
+                assert asking.result(60)["done"] == ("by the client" if point == "asked" and not opened else "pinned")
+    expected = ["asked from outside: pin 1: pinned"] if opened else ["by the client"]
+    assert done == (expected if point == "asked" else [])
+    with AdapterStore(shm_dir, run) as last:
+        assert last.requests() == []
+        assert last.pins == (set() if point == "begun" or (point == "asked" and not opened) else {1})
+        left = files(run)
+    assert left == [] or (point in ("begun", "done") and not opened and left[0].endswith(".answer"))
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -249,8 +249,8 @@ class AdapterStore(StoreView):
         """What other processes ask for, in the order in which they asked; see `requests.request`."""
         return [] if self.archive is None else requests.pending(self.archive)
 
-    def claim(self, request: Request) -> Request | None:
-        """Begin with what is asked under a request's number: it can no longer be taken back. None when it was."""
+    def claim(self, request: Request) -> bool:
+        """Begin with a request: it can no longer be taken back. False when it was."""
         with self._writing("beginning with a request") as session:
             return requests.claim(session.required_archive().tree.path, request)
 

@@ -186,11 +186,11 @@ def change(
 
 
 def _wait(run: Path, request: Request, deadline: float) -> dict[str, Any] | None:
-    """The holder's answer; None when nobody did what was asked, nor ever will.
+    """The holder's answer; None when nobody did what was asked, nor ever will: the holder ended before.
 
     Once it is begun there is no taking it back, so that the deadline is for the beginning.
     """
-    from lora_grpo.adapters.asking.requests import answer_to, is_dropped, withdraw
+    from lora_grpo.adapters.asking.requests import answer_to, is_gone, withdraw
     from lora_grpo.adapters.files.locks import holder
 
     who = holder(run)
@@ -198,19 +198,20 @@ def _wait(run: Path, request: Request, deadline: float) -> dict[str, Any] | None
         say(f"asked {who}, which looks before its next step")
         while (answer := answer_to(run, request)) is None:
             live = holder(run) is not None
-            if (not live or time.monotonic() > deadline) and _ended(run, request, who if live else None):
+            late = time.monotonic() > deadline
+            if is_gone(run, request) or ((not live or late) and _taken_back(run, request, who if live else None)):
                 return None
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         taken_back = withdraw(run, request)
         say(_TAKEN_BACK if taken_back else f"it is too late to take the request back: {who} is doing it, or has done")
         raise
-    return None if is_dropped(answer) else answer
+    return answer
 
 
-def _ended(run: Path, request: Request, who: Holder | None) -> bool:
-    """Take the request back from `who` (None: it ended): True when nobody saw it, False when its answer will come."""
-    from lora_grpo.adapters.asking.requests import cut_short, is_answered, is_begun, withdraw
+def _taken_back(run: Path, request: Request, who: Holder | None) -> bool:
+    """Take the request back from `who` (None: it ended); False when it was begun, so that its answer will come."""
+    from lora_grpo.adapters.asking.requests import cut_short, is_begun, withdraw
     from lora_grpo.errors import StoreError
 
     if withdraw(run, request):
@@ -220,9 +221,7 @@ def _ended(run: Path, request: Request, who: Holder | None) -> bool:
             f"{who} holds {run} and has not answered; {_TAKEN_BACK}. Its step may be a long one: give more time with "
             "--timeout, or stop it and try again"
         )
-    # The answer comes before the request goes: what is neither being done nor answered after that never will be.
-    waiting = who is not None and is_begun(run, request)
-    if not waiting and not is_answered(run, request):
+    if who is None and is_begun(run, request):
         raise StoreError(cut_short(run))
     return False
 

@@ -38,9 +38,8 @@ def answer_requests(sync: NativeSync) -> None:
 
 def apply_requests(store: AdapterStore, roll_back: RollBack, reporter: Reporter) -> None:
     """Do what was asked, in order. A request that cannot be done changes nothing, and its answer says why."""
-    for listed in store.requests():
-        request = store.claim(listed)
-        if request is None:
+    for request in store.requests():
+        if not store.claim(request):
             continue
         try:
             result = _apply(store, roll_back, request)
@@ -71,7 +70,7 @@ def _apply(store: AdapterStore, roll_back: RollBack, request: Request) -> dict[s
         case "prune":
             removed = store.prune()
             return {"done": f"removed {len(removed)} versions from tmpfs", "removed": removed}
-    raise ConfigError(f"request {request.number} asks for {request.verb!r}; known are rollback, pin, unpin and prune")
+    raise ConfigError(f"request {request.name} asks for {request.verb!r}; known are rollback, pin, unpin and prune")
 
 
 def _argument(args: Mapping[str, Any], name: str) -> Any:
