@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -416,8 +418,10 @@ def test_one_writer(shm_dir: Path, tmp_path: Path) -> None:
     with AdapterStore(shm_dir, tmp_path):
         who = holder(tmp_path)
         assert who is not None
+        assert who.startswith(f"process {os.getpid()} on {socket.gethostname()}, since ")
+        assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC$", who)
         for root, archive in ((shm_dir, tmp_path), (None, tmp_path), (shm_dir, tmp_path / "other")):
-            with pytest.raises(StoreLocked, match=rf"process {who.pid} on {who.host}, since \d{{4}}-"):
+            with pytest.raises(StoreLocked, match=f" in {re.escape(who)}; stop that process"):
                 AdapterStore(root, archive)
     assert holder(tmp_path) is None
     AdapterStore(shm_dir, tmp_path).close()

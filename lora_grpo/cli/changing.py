@@ -14,7 +14,6 @@ from lora_grpo.cli.options import VERSION_HELP, Json, Run, Version, opened, say,
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.asking.requests import Request
-    from lora_grpo.adapters.files.locks import Holder
     from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.adapters.upkeep.retention import Retention
     from lora_grpo.config import KeepConfig
@@ -209,7 +208,7 @@ def _wait(run: Path, request: Request, deadline: float) -> dict[str, Any] | None
     return answer
 
 
-def _taken_back(run: Path, request: Request, who: Holder | None) -> bool:
+def _taken_back(run: Path, request: Request, who: str | None) -> bool:
     """Take the request back from `who` (None: it ended); False when it was begun, so that its answer will come."""
     from lora_grpo.adapters.asking.requests import cut_short, is_begun, withdraw
     from lora_grpo.errors import StoreError

@@ -7,19 +7,17 @@ worker that outlives its parent does not keep the run locked.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lora_grpo.adapters.files.disk import open_regular, parse_json, reported
+from lora_grpo.adapters.files.disk import open_regular, reported
 from lora_grpo.adapters.files.layout import MANIFEST_FILE
 from lora_grpo.errors import StoreLocked, UnknownVersion
 
@@ -28,33 +26,10 @@ PATIENCE_S = 0.2
 """How long a writer waits for a lock: another process that only asks who holds it takes it for microseconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """The process that has a run open for writing, and since when."""
+def holder(folder: str | Path) -> str | None:
+    """The process that has the store in `folder` (a root or a run directory) open for writing, and since when.
 
-    pid: int
-    host: str
-    started_at: float
-
-    @classmethod
-    def parse(cls, content: bytes) -> Holder:
-        try:
-            values = parse_json(content)
-            found = cls(int(values["pid"]), str(values["host"]), float(values["started_at"]))
-            str(found)
-            return found
-        except (ValueError, KeyError, TypeError, OverflowError, OSError):
-            return cls(0, "an unknown host", 0.0)
-
-    def __str__(self) -> str:
-        since = datetime.fromtimestamp(self.started_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        return f"process {self.pid} on {self.host}, since {since}"
-
-
-def holder(folder: str | Path) -> Holder | None:
-    """The process that has the store in `folder` (a root or a run directory) open for writing, if any.
-
-    Raises `StoreError` where that cannot be told.
+    None where nobody has. Raises `StoreError` where that cannot be told.
     """
     with reported(f"looking who holds {folder}"):
         try:
@@ -62,9 +37,14 @@ def holder(folder: str | Path) -> Holder | None:
         except FileNotFoundError:
             return None
         try:
-            return None if _try_lock(descriptor, fcntl.LOCK_SH) else Holder.parse(os.read(descriptor, 4096))
+            return None if _try_lock(descriptor, fcntl.LOCK_SH) else _named_in(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _named_in(descriptor: int) -> str:
+    """Who wrote its name into a locked file."""
+    return os.pread(descriptor, 300, 0).decode("ascii", "backslashreplace") or "a process that has just begun"
 
 
 class _Descriptors(Generic[_Key]):
@@ -105,15 +85,15 @@ class WriterLock(_Descriptors[Path]):
             deadline = time.monotonic() + PATIENCE_S
             while not _try_lock(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() > deadline:
-                    who = Holder.parse(os.pread(descriptor, 4096, 0))
                     raise StoreLocked(
-                        f"{folder} is open for writing in {who}; stop that process, or open the store with "
-                        "readonly=True"
+                        f"{folder} is open for writing in {_named_in(descriptor)}; stop that process, or open the "
+                        "store with readonly=True"
                     )
                 time.sleep(0.005)
-            content = json.dumps(asdict(Holder(os.getpid(), socket.gethostname(), time.time()))).encode()
+            since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            own_name = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, content, 0)
+            os.pwrite(descriptor, own_name.encode("ascii", "backslashreplace"), 0)
         except BaseException:
             os.close(descriptor)
             raise
