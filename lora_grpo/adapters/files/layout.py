@@ -1,37 +1,14 @@
-"""What lies where on disk.
+"""What lies where on disk: as "Files" in examples/docs/versions.md says, and beside that, in both halves of a store,
 
-The store has a root on tmpfs, and with `archive=` a durable run directory. Both hold:
-
-- `store.json`: format number, the run's id, the path of the other of the two and of the run directory itself (so that
-  a copy is told from the original), whether the store chose the root, and which opening wrote it: a generation that
-  counts openings and a random token, the same in both halves. The half with the lower generation is out of date.
-- `LOCK`: the one writer's kernel lock (`flock`; it goes when the process goes) and, as JSON, who that is.
-- `versions/000007/`: one immutable PEFT directory, `adapter_model.safetensors` and `adapter_config.json`, with
-  `version.json` (number, parent, digest, step, created_at, sizes in bytes). The digest is xxh3_128 over the sorted
-  file names, lengths and contents. The archived copy has the same bytes and a `SHA256SUMS` for `sha256sum -c`.
+- `store.json`: format number, the run's id, the path of the other half and of the run directory itself (so that a copy
+  is told from the original), whether the store chose the root, and which opening wrote it: a generation that counts
+  openings and a random token, the same in both halves. The half with the lower generation is out of date.
+- `LOCK`: the one writer's kernel lock (`flock`; it goes when the process goes), and who that is.
 - `staging/` and `trash/`: folders on their way in or out; whatever the next writer finds there, it deletes.
 
-Only in the root:
-
-- `HEAD`: a symbolic link to the promoted version's folder. Where the tmpfs is gone, the journal's last promotion of
-  a version that was archived takes its place.
-- `NUMBERS`: the last number given out.
-- `aside-*/`: what a root held that turned out to be older than its run directory, and the archive has not got.
-
-Only in the run directory:
-
-- `NUMBERS`: no number above this one has been given out (reserved in blocks, fsynced).
-- `states/000007/`: the trainer state of version 7, whatever files the trainer wrote, `state.json` and `SHA256SUMS`.
-- `requests/`: what other processes ask of the writer, and its answers.
-- `rollbacks.jsonl`: each rollback of the run (see `rollbacks.py`); `adapter.json`: the adapter's PEFT config and its
-  scalings, for exports (see `export.py`); `reference.safetensors`: what the KL is measured to, empty
-  where that is the base.
-
-In the run directory, or in the root when there is none:
-
-- `journal.jsonl`: one event a line (publish, promote, record, pin, unpin, forget, state, forget_state), each with a
-  checksum. It is the truth for metrics, pins and past promotions; for which versions exist the folders are, and the
-  journal is an index.
+A journal line has a checksum. The journal (in the root where there is no run directory) is the truth for metrics, pins
+and past promotions; for which versions exist the folders are. Where the tmpfs is gone, the journal's last promotion of
+a version that was archived takes the place of `HEAD`.
 """
 
 from __future__ import annotations
