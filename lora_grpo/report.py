@@ -96,7 +96,7 @@ def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
         "served": is_leased(version.path),
         "created_at": version.created_at,
         "age_s": round(time.time() - version.created_at, 1),
-        "size_bytes": store.size_bytes(version.number),
+        "size_bytes": store.manifest(version.number).size_bytes,
         "where": sorted(store.where(version.number)),
         "path": str(store.folder(version.number)),
         "digest": version.digest,

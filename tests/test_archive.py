@@ -204,7 +204,7 @@ def test_steps_do_not_wait_for_the_archive(shm_dir: Path, tmp_path: Path, gate: 
         publish(store, 3)
         assert slow.reached.wait(60)
         assert store.prune() == []
-        assert store.archive_backlog_bytes == sum(store.size_bytes(number) for number in (1, 2, 3))
+        assert store.archive_backlog_bytes == sum(store.manifest(number).size_bytes for number in (1, 2, 3))
         slow.opened.set()
         store.flush()
         assert store.archive_backlog_bytes == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from lora_grpo.adapters.asking.target import Target, parse_target
 from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.layout import STATES, SUMS_FILE, VERSIONS, Identity, Manifest
 from lora_grpo.adapters.files.locks import Leases, is_leased
+from lora_grpo.adapters.upkeep.archive import verify_version
 from lora_grpo.adapters.upkeep.retention import Place, Retention, is_score
 from lora_grpo.adapters.version import AdapterVersion, run_name
-from lora_grpo.errors import StoreError, UnknownVersion
+from lora_grpo.errors import StoreCorrupt, StoreError, UnknownVersion
 
 
 class StoreView:
@@ -67,7 +68,12 @@ class StoreView:
 
         None for a first one, for a number that was never given out, and where the run's history is damaged.
         """
-        return self._looking().parent_of(self._number(version))
+        catalog, number = self._looking(), self._number(version)
+        if catalog.journal.knows(number):
+            return catalog.journal.parent_of(number)
+        with suppress(UnknownVersion, StoreCorrupt):
+            return catalog.manifest(number).parent
+        return None
 
     def where(self, version: Target) -> frozenset[str]:
         """Which of "tmpfs", "archive" and "state" (the trainer state) there are of a version."""
@@ -79,17 +85,20 @@ class StoreView:
         """What was published as a version: digest and sizes; `UnknownVersion` where there is no copy."""
         return self._looking().manifest(self._number(version))
 
-    def size_bytes(self, version: Target) -> int:
-        """Bytes of a version's PEFT files."""
-        return self.manifest(version).size_bytes
-
     def verify(self, version: Target) -> None:
         """Read every copy of a version and its trainer state; `StoreCorrupt` names the file that differs, and how."""
         catalog, number = self._looking(), self._number(version)
         with ExitStack() as reading:
             if catalog.has_manifest(number):
                 reading.enter_context(self.lease(number))
-            catalog.verify(number)
+            expected = catalog.manifest(number)
+            if catalog.on_tmpfs(number):
+                catalog.verify_tmpfs(number)
+            if catalog.archive is not None and catalog.archive.has(number):
+                verify_version(catalog.archive.tree.folder(VERSIONS, number), expected)
+                catalog.archive.verify(VERSIONS, number)
+            if catalog.archive is not None and catalog.has_state(number):
+                catalog.archive.verify(STATES, number)
 
     def readable(self, version: Target) -> Path:
         """A folder that holds a version's two PEFT files, on tmpfs or in the archive; every copy is verified first."""
@@ -193,11 +202,6 @@ class StoreView:
         with self._mutex:
             self._leases.release(self._number(version))
 
-    @property
-    def leased(self) -> frozenset[int]:
-        """Versions that this store leases (others may lease more)."""
-        return self._leases.numbers
-
     def load_state(self, version: Target) -> dict[str, Path] | None:
         """The files of a version's trainer state by name (`state.json` holds its meta), or None when not kept.
 
@@ -233,8 +237,12 @@ class StoreView:
                 return _best(self, best_metric(self) if word == "best" else word.removeprefix("best:"))
 
     def list(self) -> list[AdapterVersion]:
-        """Every version with a copy somewhere, in order of number."""
-        return self._looking().versions()
+        """Every version with a copy somewhere, in order of number; a damaged one is `verify`'s to explain."""
+        catalog, found = self._looking(), []
+        for number in catalog.numbers():
+            with suppress(UnknownVersion, StoreCorrupt):
+                found.append(catalog.version(number))
+        return found
 
 
 def best_metric(store: StoreView) -> str:

@@ -46,16 +46,6 @@ class Catalog:
     def states(self) -> list[int]:
         return [] if self.archive is None else self.archive.tree.numbers(STATES)
 
-    def versions(self) -> list[AdapterVersion]:
-        """All of `numbers()` that can be read; a damaged one is `verify`'s to explain."""
-        found = []
-        for number in self.numbers():
-            try:
-                found.append(self.version(number))
-            except (UnknownVersion, StoreCorrupt):
-                continue
-        return found
-
     def version(self, number: int) -> AdapterVersion:
         return self.manifest(number).version(self.root.folder(VERSIONS, number))
 
@@ -67,15 +57,6 @@ class Catalog:
         if known is None:
             known = self._read[number] = self._read_manifest(number)
         return known
-
-    def parent_of(self, number: int) -> int | None:
-        """The version that a version was made from, kept or not; None where neither journal nor manifest tells."""
-        if self.journal.knows(number):
-            return self.journal.parent_of(number)
-        try:
-            return self.manifest(number).parent
-        except (UnknownVersion, StoreCorrupt):
-            return None
 
     def _read_manifest(self, number: int) -> Manifest:
         """Of the copy on tmpfs, or else of the archived one. Either may be removed while it is looked at."""
@@ -127,19 +108,6 @@ class Catalog:
         """Versions that no retention removes: the pinned ones and `HEAD`."""
         head = self.head_number()
         return self.journal.pins | ({head} if head is not None else set())
-
-    def verify(self, number: int) -> None:
-        """Compare every copy of a version, and its trainer state, with the digests written with them."""
-        expected = self.manifest(number)
-        if self.on_tmpfs(number):
-            self.verify_tmpfs(number)
-        if self.archive is None:
-            return
-        if self.archive.has(number):
-            verify_version(self.archive.tree.folder(VERSIONS, number), expected)
-            self.archive.verify(VERSIONS, number)
-        if self.has_state(number):
-            self.archive.verify(STATES, number)
 
     def verify_tmpfs(self, number: int) -> None:
         verify_version(self.root.folder(VERSIONS, number), self.manifest(number))

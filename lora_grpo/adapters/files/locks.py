@@ -118,10 +118,6 @@ class Leases(_Descriptors[int]):
         super().__init__()
         self._counts: dict[int, int] = {}
 
-    @property
-    def numbers(self) -> frozenset[int]:
-        return frozenset(self.by_key)
-
     def acquire(self, number: int, folder: Path) -> None:
         if number not in self.by_key:
             self.by_key[number] = _lock_in_place(number, folder / MANIFEST_FILE)
