@@ -220,7 +220,7 @@ def test_ctrl_c_while_the_engine_starts_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", interrupted)
-    monkeypatch.setattr("lora_grpo.adapters.files.places._SHM", shm_dir)
+    monkeypatch.setattr("lora_grpo.adapters.files.disk._SHM", shm_dir)
     with pytest.raises(KeyboardInterrupt):
         build_trainer(settings.replace(store_root=named))
     assert not list(shm_dir.iterdir())

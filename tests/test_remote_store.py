@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ import httpx
 import pytest
 
 from benchmarks.attack.server import idle_connections
+from lora_grpo.adapters.files.locks import OwnFolder
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_archived, keep_latest
 from lora_grpo.adapters.version import AdapterVersion, parse_served_name, run_name, served_name
@@ -518,6 +520,29 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(shm_dir: P
     assert living.swept == [folder.name]
     assert ReplicaCache(shm_dir).swept == []
     assert living.folder.is_dir()
+
+
+def test_a_folder_that_is_being_made_is_never_taken_for_a_dead_process_s(shm_dir: Path) -> None:
+    stop = threading.Event()
+
+    def sweep() -> None:
+        while not stop.is_set():
+            OwnFolder.sweep(shm_dir, "own-")
+
+    sweepers = [threading.Thread(target=sweep) for _ in range(3)]
+    for sweeper in sweepers:
+        sweeper.start()
+    made = []
+    for _ in range(100):
+        made.append(OwnFolder(shm_dir, "own-"))
+        OwnFolder.sweep(shm_dir, "own-")
+    stop.set()
+    for sweeper in sweepers:
+        sweeper.join()
+    assert all((own.path / "LOCK").is_file() for own in made)
+    for own in made:
+        own.close()
+    assert list(shm_dir.glob("*own-*")) == []
 
 
 def test_a_process_that_ends_takes_its_cache_with_it(shm_dir: Path) -> None:

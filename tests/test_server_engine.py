@@ -813,7 +813,7 @@ def test_a_container_of_the_same_name_leaves_the_versions_of_another_alone(
 ) -> None:
     """Its own tmpfs has none of the other's locks, which says nothing of the other's life."""
     with monkeypatch.context() as elsewhere, tempfile.TemporaryDirectory() as disk:
-        elsewhere.setattr(names, "_parent", lambda: Path(disk))
+        elsewhere.setattr(names, "tmpfs_home", lambda: Path(disk))
         other = Names()
     pair[0].adapters = {other.fresh(versions[0]): str(versions[0].path)}
     connect()

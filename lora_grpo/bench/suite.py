@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_grpo.adapters.files.disk import tmpfs_home
 from lora_grpo.bench import decode, endurance, fidelity, memory, proofs, rollback, room, step, sync
 from lora_grpo.bench.joining import finished
 from lora_grpo.bench.plan import Cell, Subject
@@ -228,9 +229,9 @@ def finished_command(out: Path, *, other_than: Mapping[str, Settings] | None = N
         raise ConfigError(f"{out / RESULTS} is no result of this suite: {error}") from error
 
 
-def _fastest_folder() -> str:
-    shared = "/dev/shm"
-    return shared if shutil.disk_usage(shared).free >= LEAST_TMPFS else tempfile.gettempdir()
+def _fastest_folder() -> Path:
+    home = tmpfs_home()
+    return home if shutil.disk_usage(home).free >= LEAST_TMPFS else Path(tempfile.gettempdir())
 
 
 def by_strategy(cells: Sequence[Cell]) -> list[Cell]:

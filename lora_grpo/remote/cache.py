@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
-import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lora_grpo.adapters.files.disk import Tree, make_private, reported
 from lora_grpo.adapters.files.layout import VERSIONS, Manifest
-from lora_grpo.adapters.files.locks import WriterLock, holder
+from lora_grpo.adapters.files.locks import OwnFolder
 from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.version import served_name
 from lora_grpo.errors import NoRoom
 from lora_grpo.remote.client import StoreClient
 
 MIB = 1 << 20
+_FOLDER = "replica-"
 
 
 class ReplicaCache:
@@ -35,18 +31,15 @@ class ReplicaCache:
 
         `budget_bytes` bounds what this process keeps; None is half of the file system.
         """
-        self._process = os.getpid()
         with reported(f"opening the replica's cache in {parent}"):
             make_private(parent)
-            with _alone_in(parent):
-                self.swept = _sweep(parent)
-                self.folder = Path(tempfile.mkdtemp(prefix=f"{self._process}-", dir=parent))
-                self._lock = WriterLock()
-                self._lock.take(self.folder)
+            self.swept = OwnFolder.sweep(parent, _FOLDER)
+            own = OwnFolder(parent, _FOLDER)
             half_bytes = shutil.disk_usage(parent).total // 2
+        self.folder = own.path
         self.budget_bytes = half_bytes if budget_bytes is None else budget_bytes
         self.used_bytes = 0
-        self._finalizer = weakref.finalize(self, _remove, self.folder, self._lock, self._process)
+        self._finalizer = weakref.finalize(self, own.close)
 
     def path(self, run: str, number: int) -> Path | None:
         """Where a version lies, None where it was not pulled. A folder in its place is whole and was checked."""
@@ -85,28 +78,3 @@ class ReplicaCache:
                 f"keeps {self.used_bytes / MIB:.1f} MiB of versions that it may have to read again. Give it more with "
                 "LORA_GRPO_STORE_CACHE_MIB (and a tmpfs that holds it), or restart it: that empties its cache"
             )
-
-
-@contextmanager
-def _alone_in(parent: Path) -> Iterator[None]:
-    """Keep other processes from taking and sweeping folders, waiting for them."""
-    descriptor = os.open(parent / "LOCK", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(parent: Path) -> list[str]:
-    dead = [folder for folder in sorted(parent.iterdir()) if folder.is_dir() and holder(folder) is None]
-    for folder in dead:
-        shutil.rmtree(folder)
-    return [folder.name for folder in dead]
-
-
-def _remove(folder: Path, lock: WriterLock, process: int) -> None:
-    """Only in the process that made it: a forked child ends too."""
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()

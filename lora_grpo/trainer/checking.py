@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from lora_grpo.adapters.files.disk import tmpfs_home
 from lora_grpo.adapters.files.places import expected_root
 from lora_grpo.adapters.files.room import require_kept
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
@@ -126,11 +127,8 @@ class _Run:
 
     def start(self, opened: ExitStack) -> str:
         """The run's trainer, in folders that go when `opened` closes."""
-        shared = Path("/dev/shm")
         run = opened.enter_context(tempfile.TemporaryDirectory(prefix="lora-grpo-check-"))
-        root = opened.enter_context(
-            tempfile.TemporaryDirectory(prefix="lora-grpo-check-", dir=shared if shared.is_dir() else None)
-        )
+        root = opened.enter_context(tempfile.TemporaryDirectory(prefix="lora-grpo-check-", dir=tmpfs_home()))
         places = {"run_dir": run, "store_root": Path(root) / "store", "config": self.grpo.replace(report_to=())}
         arguments = replace(self.spec, **places).arguments()
         self.trainer = GRPOTrainer(self.config.model, **arguments, engine_config=self.config.engine, view=False)

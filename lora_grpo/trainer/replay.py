@@ -44,10 +44,9 @@ def replaying(
     They are copies in a folder of their own on tmpfs, so that it does not matter what becomes of the run's. What the
     engine says while it starts is in `RUN/engine.log`.
     """
-    shared = Path("/dev/shm")
     with (
         AdapterStore(archive=run, readonly=True) as store,
-        tempfile.TemporaryDirectory(prefix="lora-grpo-replay-", dir=shared if shared.is_dir() else None) as place,
+        tempfile.TemporaryDirectory(prefix="lora-grpo-replay-", dir=disk.tmpfs_home()) as place,
     ):
 
         def borrow(target: Target) -> AdapterVersion:

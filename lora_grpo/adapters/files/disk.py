@@ -22,6 +22,7 @@ from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
 
 PAGE_BYTES = 4096
 _Record = TypeVar("_Record")
+_SHM = Path("/dev/shm")
 STAGING = "staging"
 """The folder of a tree for what is not whole yet; whatever is there when the tree is next opened is deleted."""
 MAX_NUMBER = 10**9 - 1
@@ -153,6 +154,11 @@ def file_system(path: Path) -> str:
         if mount.split()[2] == wanted:
             return tail.split()[0]
     return "unknown"
+
+
+def tmpfs_home() -> Path:
+    """Where folders on tmpfs are made; where there is no /dev/shm, temporary ones."""
+    return _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
 
 
 def make_private(path: Path) -> None:

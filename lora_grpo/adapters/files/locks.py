@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
+import tempfile
 import time
 import weakref
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from lora_grpo.adapters.files.disk import open_regular, reported
 from lora_grpo.adapters.files.layout import MANIFEST_FILE
-from lora_grpo.errors import StoreLocked, UnknownVersion
+from lora_grpo.errors import StoreError, StoreLocked, UnknownVersion
 
 _Key = TypeVar("_Key")
 PATIENCE_S = 0.2
@@ -109,6 +111,43 @@ def _try_lock(descriptor: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+class OwnFolder:
+    """A folder of this process alone, locked for as long as it lives, so that what dead ones left can be told."""
+
+    def __init__(self, parent: Path, prefix: str) -> None:
+        """Make it in `parent`, by a name that begins with `prefix`, which no other kind of folder there may have."""
+        self._process, self._lock = os.getpid(), WriterLock()
+        # Hidden until it is locked, so that nobody ever takes it for a dead process's.
+        hidden = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
+        self._lock.take(hidden)
+        self.path = parent / hidden.name[1:]
+        os.rename(hidden, self.path)
+
+    def close(self) -> None:
+        """Remove it; a forked child leaves it alone."""
+        if os.getpid() == self._process:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self._lock.release()
+
+    @staticmethod
+    def sweep(parent: Path, prefix: str) -> list[str]:
+        """Remove the folders that dead processes left in `parent`; their names."""
+        dead = [lock.parent for lock in sorted(parent.glob(f"{prefix}*/LOCK")) if is_free(lock.parent)]
+        for folder in dead:
+            shutil.rmtree(folder, ignore_errors=True)
+        return [folder.name for folder in dead]
+
+
+def is_free(folder: Path) -> bool:
+    """Whether no process holds the folder; another user's is not ours to judge, nor to read."""
+    try:
+        return folder.lstat().st_uid == os.geteuid() and holder(folder) is None
+    except FileNotFoundError:
+        return True
+    except (OSError, StoreError):
+        return False
 
 
 class Leases(_Descriptors[int]):

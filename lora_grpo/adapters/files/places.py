@@ -23,7 +23,6 @@ _OWN_NAMES = {
     "store.json", ".store.json.new", "LOCK", "NUMBERS", ".NUMBERS.new", "HEAD", ".HEAD.new", "journal.jsonl",
     "versions", "staging", "trash",
 }  # fmt: skip
-_SHM = Path("/dev/shm")
 _NOT_OPENED = "not-opened"
 
 
@@ -79,7 +78,7 @@ def expected_root(root: str | Path | None, run: Path) -> Path:
     """Where a run's versions will be: the root asked for, the one it has, else the folder that it will be made in."""
     identity = Identity.read(run)
     own = None if identity is None else identity.other
-    return Path(root or own or _home()).resolve()
+    return Path(root or own or disk.tmpfs_home()).resolve()
 
 
 def for_writing(root: str | Path | None, archive: str | Path | None, lock: WriterLock) -> Places:
@@ -150,11 +149,7 @@ def _is_ours(root: Path) -> bool:
 
 def _new_root(run: Path | None) -> Path:
     label = "" if run is None else f"{run.name}-"
-    return Path(tempfile.mkdtemp(prefix=f"lora-grpo-{label}", dir=_home()))
-
-
-def _home() -> Path:
-    return _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
+    return Path(tempfile.mkdtemp(prefix=f"lora-grpo-{label}", dir=disk.tmpfs_home()))
 
 
 def _refuse_foreign(root: Path) -> None:

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import re
-import shutil
 import socket
-import tempfile
 from pathlib import Path
 
-from lora_grpo.adapters.files.disk import read_small
+from lora_grpo.adapters.files.disk import read_small, tmpfs_home
 from lora_grpo.adapters.files.layout import Identity
-from lora_grpo.adapters.files.locks import WriterLock, holder
+from lora_grpo.adapters.files.locks import OwnFolder, is_free
 from lora_grpo.adapters.version import AdapterVersion, run_name, served_name
-from lora_grpo.errors import ConfigError, StoreError
+from lora_grpo.errors import ConfigError
 
 _FOLDER = "lora-grpo-engine-"
 _OWNED = re.compile(r"lora-grpo\.([A-Za-z0-9-]+)\.([a-z0-9_]+)\..+")
@@ -31,10 +28,9 @@ class Names:
     """Gives out names, and holds the folder whose lock says that this process lives."""
 
     def __init__(self) -> None:
-        self._parent = _parent()
-        self.folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=self._parent))
-        self._lock = WriterLock()
-        self._lock.take(self.folder)
+        self._parent = tmpfs_home()
+        own = OwnFolder(self._parent, _FOLDER)
+        self.folder, self.close = own.path, own.close
         self._place = _place(self.folder)
         self._token = self.folder.name.removeprefix(_FOLDER)
         self._counter = itertools.count(1)
@@ -46,21 +42,10 @@ class Names:
     def is_leftover(self, name: str) -> bool:
         """Whether a dead process of this place gave out `name`."""
         owner = _OWNED.fullmatch(name)
-        return owner is not None and owner[1] == self._place and _is_free(self._parent / f"{_FOLDER}{owner[2]}")
+        return owner is not None and owner[1] == self._place and is_free(self._parent / f"{_FOLDER}{owner[2]}")
 
     def sweep(self) -> None:
-        for lock in self._parent.glob(f"{_FOLDER}*/LOCK"):
-            if _is_free(lock.parent):
-                shutil.rmtree(lock.parent, ignore_errors=True)
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.release()
-
-
-def _parent() -> Path:
-    shm = Path("/dev/shm")
-    return shm if shm.is_dir() else Path(tempfile.gettempdir())
+        OwnFolder.sweep(self._parent, _FOLDER)
 
 
 def _place(folder: Path) -> str:
@@ -68,16 +53,6 @@ def _place(folder: Path) -> str:
     host = re.sub("[^A-Za-z0-9-]+", "-", socket.gethostname())
     boot = read_small(Path("/proc/sys/kernel/random/boot_id")) or b""
     return f"{host}-{hashlib.blake2b(boot + str(folder.stat().st_dev).encode(), digest_size=4).hexdigest()}"
-
-
-def _is_free(folder: Path) -> bool:
-    """Whether no process holds the folder; another user's is not ours to judge, nor to read."""
-    try:
-        return folder.lstat().st_uid == os.geteuid() and holder(folder) is None
-    except FileNotFoundError:
-        return True
-    except (OSError, StoreError):
-        return False
 
 
 def resolver_name(version: AdapterVersion) -> str:
