@@ -102,7 +102,6 @@ def until(true: Callable[[], bool], timeout_s: float = 20.0) -> bool:
 def test_a_version_arrives_as_it_was_published(store: AdapterStore, client: StoreClient, tmp_path: Path) -> None:
     """More than a chunk, published after the server started."""
     version = promoted(store, 1, size_bytes=(1 << 20) + 17)
-    assert client.health() == {"status": "ok", "run": store.run, "head": 1}
     assert client.manifest(store.run, 1) == store.manifest(1)
     assert pulled(client, store.run, 1, tmp_path / "copy") == on_disk(version.path)
 
@@ -144,9 +143,10 @@ def test_another_runs_version_is_refused(store: AdapterStore, client: StoreClien
 def test_the_server_ends_with_its_block_and_leaves_the_store(store: AdapterStore) -> None:
     with StoreServer(store, TOKEN) as server:
         client = StoreClient(server.url, TOKEN)
-        assert client.health()["head"] is None
+        with pytest.raises(UnknownVersion, match="there is no version 1"):
+            client.manifest(store.run, 1)
     with pytest.raises(StoreError, match=r"cannot be reached .*LORA_GRPO_STORE_URL"):
-        client.health()
+        client.manifest(store.run, 1)
     promoted(store, 1)
 
 
@@ -159,7 +159,7 @@ def test_an_address_in_use_is_refused(store: AdapterStore, server: StoreServer) 
 
 
 @pytest.mark.parametrize("token", [None, "", "wrong", TOKEN[:-1], TOKEN + "0", TOKEN.upper(), "ünïcode"])
-@pytest.mark.parametrize("path", ["/health", "/versions/1", f"/versions/1/{WEIGHTS}", "/nothing"])
+@pytest.mark.parametrize("path", ["/versions/1", f"/versions/1/{WEIGHTS}", "/nothing"])
 def test_nothing_is_told_without_the_token(
     store: AdapterStore, server: StoreServer, path: str, token: str | None
 ) -> None:
@@ -275,14 +275,14 @@ def test_a_header_without_end_is_cut_off(server: StoreServer, monkeypatch: pytes
     address = urlsplit(server.url)
     for piece, pause_s, most_bytes in ((b"a" * 65536, 0.0, 8 << 20), (b"a", 0.02, 200)):
         with socket.create_connection((address.hostname or "", address.port or 0), timeout=10) as attacker:
-            sent, said = attacker.send(b"GET /health HTTP/1.1\r\nX-Endless: "), b""
+            sent, said = attacker.send(b"GET /versions/1 HTTP/1.1\r\nX-Endless: "), b""
             with suppress(ConnectionError):
                 while sent < most_bytes and not said:
                     sent += attacker.send(piece)
                     time.sleep(pause_s)
                     said = seen(attacker)
             assert sent < most_bytes
-    assert raw(server.url, "/health")[0] == 200
+    assert raw(server.url, "/versions/1")[0] == 404
 
 
 def seen(connection: socket.socket) -> bytes:
@@ -307,7 +307,7 @@ def test_one_that_is_being_answered_does_not_make_room(
         received = [next(chunks)]
         for _ in range(12):
             idle.enter_context(socket.create_connection((address.hostname or "", address.port or 0), timeout=10))
-        assert raw(server.url, "/health")[0] == 200
+        assert raw(server.url, "/versions/1")[0] == 200
         received += chunks
     assert b"".join(received) == content(adapter(1, BIG_BYTES))[WEIGHTS]
 
@@ -573,7 +573,7 @@ def test_the_command_serves_a_run_that_goes_on(store: AdapterStore, tmp_path: Pa
         assert told == {"url": told["url"], "run": store.run, "pid": process.pid}
         promoted(store, 2, BIG_BYTES)
         store.flush()
-        assert StoreClient(told["url"], TOKEN).health()["head"] == 2
+        assert StoreClient(told["url"], TOKEN).manifest(store.run, 2) == store.manifest(2)
         url, header = f"{told['url']}/versions/2/{WEIGHTS}", {"Authorization": f"Bearer {TOKEN}"}
         with httpx.stream("GET", url, headers=header) as response:
             chunks = response.iter_raw()

@@ -99,7 +99,7 @@ def idle_connections(seed: int, connections: int = 1100, open_files: int = 1024)
         for index in range(connections):
             connection = held.enter_context(attacked.connect())
             with suppress(OSError):  # it may have been closed to make room
-                connection.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\n"[: draw.randrange(40)])
+                connection.sendall(b"GET /versions/1 HTTP/1.1\r\nHost: here\r\n"[: draw.randrange(40)])
             if index % (connections // 20) == 0 or index == connections - 1:
                 most_files = max(most_files, attacked.open_files)
                 answer = attacked.publish(f"v{index}")
@@ -120,7 +120,9 @@ def endless_header(seed: int, mib: int = 350, patience_s: float = 30.0) -> Outco
         attacked.publish("first")
         before_mib = attacked.resident_mib
         with attacked.connect() as fast:
-            taken_mib = _pour(fast, b"GET /health HTTP/1.1\r\nX-Endless: " + draw.randbytes(MIB).hex().encode(), mib)
+            taken_mib = _pour(
+                fast, b"GET /versions/1 HTTP/1.1\r\nX-Endless: " + draw.randbytes(MIB).hex().encode(), mib
+            )
             grown_mib = attacked.resident_mib - before_mib
         outcome.expect(taken_mib < mib, f"all {mib} MiB were taken")
         outcome.expect(grown_mib < 32, f"the server grew by {grown_mib:.0f} MiB")

@@ -34,11 +34,6 @@ class StoreClient:
             transport=httpx.HTTPTransport(retries=_CONNECT_RETRIES),
         )
 
-    def health(self) -> dict[str, Any]:
-        """The store's `run` name and its `head`, a version number or None."""
-        with self._asking("/health") as response:
-            return self._fields(response)
-
     def manifest(self, run: str, number: int) -> Manifest:
         """What was published as a version of `run`: digest and sizes.
 

@@ -1,6 +1,5 @@
 """A read-only HTTP server on a live run's versions, for replicas that share no disk with it.
 
-    GET /health                  {"status": "ok", "run": NAME, "head": NUMBER or null}
     GET /versions/NUMBER         {"run": NAME, "number", "parent", "digest", "step", "created_at", "sizes"}
     GET /versions/NUMBER/FILE    the bytes of one of a version's two PEFT files
 
@@ -131,7 +130,6 @@ def store_app(view: StoreView, token: str) -> ASGIApp:
     endpoints = _Endpoints(view)
     app = Starlette(
         routes=[
-            Route("/health", endpoints.health),
             Route("/versions/{number}", endpoints.manifest),
             Route("/versions/{number}/{file}", endpoints.file),
         ],
@@ -167,10 +165,6 @@ class _Endpoints:
 
     def __init__(self, view: StoreView) -> None:
         self._view = view
-
-    async def health(self, _: Request) -> Response:
-        head = await run_in_threadpool(lambda: self._view.head)
-        return JSONResponse({"status": "ok", "run": self._view.run, "head": None if head is None else head.number})
 
     async def manifest(self, request: Request) -> Response:
         manifest = await run_in_threadpool(self._view.manifest, _number(request))
@@ -226,7 +220,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         sentence = "this store is read-only: it answers GET"
     elif "number" not in request.path_params:
-        sentence = f"there is no {request.url.path}; there are /health, /versions/NUMBER and /versions/NUMBER/FILE"
+        sentence = f"there is no {request.url.path}; there are /versions/NUMBER and /versions/NUMBER/FILE"
     return JSONResponse({"error": sentence}, error.status_code, error.headers)
 
 
