@@ -105,9 +105,9 @@ def test_a_stopped_run_is_changed_at_once(run: Path) -> None:
     assert answer("show", run, 3)["rollbacks"] == [{"from": 4, "to": 3, "reason": None}]
     assert answer("pin", run, 2)["pins"] == [2]
     assert answer("versions", run)[1]["pinned"]
-    foreseen = answer("prune", run, "--archived", 1, "--trainer-states", 1, "--dry-run")
+    foreseen = answer("prune", run, "keep.archived=1", "keep.trainer_states=1", "--dry-run")
     assert len(answer("versions", run)) == 5
-    pruned = answer("prune", run, "--archived", 1, "--trainer-states", 1)
+    pruned = answer("prune", run, "keep.archived=1", "keep.trainer_states=1")
     assert pruned["removed"]
     assert (foreseen["removed"], foreseen["states_removed"]) == (pruned["removed"], pruned["states_removed"])
     assert foreseen["done"] == pruned["done"].replace("removed", "would remove")
@@ -120,6 +120,19 @@ def test_a_stopped_run_is_changed_at_once(run: Path) -> None:
     assert again.returncode == 2
     assert "not pinned" in again.stderr
     assert (run / "rollbacks.jsonl").read_text().count("\n") == 2
+
+
+def test_a_run_without_settings_is_pruned_by_given_ones_alone(run: Path) -> None:
+    (run / "config.json").unlink()
+    for given in ([], ["keep.archived=1"], ["keep.trainer_states=1"]):
+        for dry in ([], ["--dry-run"]):
+            refused = lora_grpo("prune", run, *given, *dry)
+            assert refused.returncode == 2
+            assert "give both keep.archived=N and keep.trainer_states=N" in refused.stderr
+    zero = lora_grpo("prune", run, "keep.archived=0", "keep.trainer_states=1")
+    assert (zero.returncode, "keep.archived" in zero.stderr) == (2, True)
+    assert len(answer("versions", run)) == 5
+    assert answer("prune", run, "keep.archived=1", "keep.trainer_states=1")["removed"]
 
 
 @pytest.mark.parametrize("to", ["99", "4x", "best:", "best:charm"])
@@ -309,10 +322,10 @@ def test_a_live_run_does_what_it_is_asked_before_its_next_step(live: tuple[Path,
     messages = (run / "metrics.jsonl").read_text()
     assert "asked from outside: pin 1: pinned" in messages
     assert "asked from outside: rollback 2: rolled back from v4 to v2" in messages
-    for name in ("--archived", "--trainer-states"):
-        refused = lora_grpo("prune", run, name, 1)
+    for setting in ("keep.archived=1", "keep.trainer_states=1"):
+        refused = lora_grpo("prune", run, setting)
         assert refused.returncode == 2
-        assert "live" in refused.stderr
+        assert f"is live and prunes by its own settings; leave out {setting}, or stop it" in refused.stderr
 
 
 def test_a_request_that_is_not_answered_in_time_is_taken_back(live: tuple[Path, subprocess.Popen[str]]) -> None:

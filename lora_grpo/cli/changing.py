@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lora_grpo.adapters.asking.requests import Request
     from lora_grpo.adapters.store import AdapterStore
     from lora_grpo.adapters.upkeep.retention import Retention
-    from lora_grpo.config import KeepConfig
 
 TIMEOUT_S = 600.0
 POLL_S = 0.05
@@ -86,13 +85,9 @@ def rollback(
 
 def prune(
     run: Run,
-    archived: Annotated[
-        int | None,
-        typer.Option("--archived", min=1, help="In place of keep.archived: latest, and best, adapters kept durably."),
-    ] = None,
-    trainer_states: Annotated[
-        int | None,
-        typer.Option("--trainer-states", min=1, help="In place of keep.trainer_states: latest trainer states kept."),
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="In place of the run's: keep.archived=50 keep.trainer_states=2"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
     timeout: Timeout = TIMEOUT_S,
@@ -103,25 +98,21 @@ def prune(
     A live run prunes by its own settings, as it does after every step.
     """
     from lora_grpo.adapters.files.locks import holder
-    from lora_grpo.adapters.upkeep.keeping import retention
     from lora_grpo.errors import ConfigError
 
-    given = {"archived": archived, "trainer_states": trainer_states}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if changes and holder(run) is not None:
-        raise ConfigError(f"{run} is live and prunes by its own settings; leave out {', '.join(changes)}, or stop it")
+    if overrides and not dry_run and holder(run) is not None:
+        raise ConfigError(f"{run} is live and prunes by its own settings; leave out {' '.join(overrides)}, or stop it")
 
     def act(store: AdapterStore) -> dict[str, Any]:
         before, states = set(store.numbers), set(store.states)
         store.prune()
         return _told("removed", sorted(before - set(store.numbers)), sorted(states - set(store.states)))
 
-    settings = retention(_keep(run, changes))
     if dry_run:
         with opened(run) as reader:
-            result = _told("would remove", *reader.prunable(settings))
+            result = _told("would remove", *reader.prunable(_kept(run, overrides or [])))
     else:
-        result = change(run, "prune", act, timeout_s=timeout, retention=settings)
+        result = change(run, "prune", act, timeout_s=timeout, retention=lambda: _kept(run, overrides or []))
     tell(result, as_json, result["done"])
 
 
@@ -134,20 +125,19 @@ def _listed(numbers: list[int], what: str) -> str:
     return f"{len(numbers)} {what}" + (f" ({', '.join(f'v{number}' for number in numbers)})" if numbers else "")
 
 
-def _keep(run: Path, changes: dict[str, int]) -> KeepConfig:
-    from lora_grpo.adapters.files.locks import holder
-    from lora_grpo.config import KeepConfig
-    from lora_grpo.config_file import RESOLVED_FILE, load_config
+def _kept(run: Path, overrides: list[str]) -> Retention:
+    """What a run keeps: by its settings with `overrides`, or by these where it was not started from a file."""
+    from lora_grpo.adapters.upkeep.keeping import retention
+    from lora_grpo.config_file import RESOLVED_FILE, config_of_model, load_config
     from lora_grpo.errors import ConfigError
 
     if (run / RESOLVED_FILE).is_file():
-        keep: KeepConfig = load_config(run / RESOLVED_FILE).keep.replace(**changes)
-        return keep
-    if run.is_dir() and len(changes) < 2 and holder(run) is None:
+        return retention(load_config(run, overrides).keep)
+    if not {"keep.archived", "keep.trainer_states"} <= {text.partition("=")[0].strip() for text in overrides}:
         raise ConfigError(
-            f"{run} has no {RESOLVED_FILE} that says what it keeps; give both --archived N and --trainer-states N"
+            f"{run} has no {RESOLVED_FILE} that says what it keeps; give both keep.archived=N and keep.trainer_states=N"
         )
-    return KeepConfig(**changes)
+    return retention(config_of_model(str(run), overrides).keep)
 
 
 def change(
@@ -156,12 +146,13 @@ def change(
     act: Callable[[AdapterStore], dict[str, Any]],
     *,
     timeout_s: float,
-    retention: Retention | None = None,
+    retention: Callable[[], Retention] | None = None,
     **args: Any,
 ) -> dict[str, Any]:
     """What became of it: `act` on the store of a stopped run, the holder's answer for a live one.
 
-    Raises the error that either met, and `StoreError` when a live run has not begun with it after `timeout_s`.
+    `retention` says what a stopped run keeps. Raises the error that either met, and `StoreError` when a live run has
+    not begun with it after `timeout_s`.
     """
     from lora_grpo.adapters.asking.requests import request
     from lora_grpo.adapters.files.locks import holder
@@ -173,7 +164,7 @@ def change(
     while True:
         if holder(run) is None:
             try:
-                with AdapterStore(archive=run, retention=retention) as store:
+                with AdapterStore(archive=run, retention=retention and retention()) as store:
                     return {"live": False, **act(store)}
             except StoreLocked:
                 if time.monotonic() > deadline:
