@@ -18,7 +18,7 @@ from lora_grpo.cli import app
 from lora_grpo.config import DataConfig, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.config_file import load_config, save_config
 from lora_grpo.errors import ConfigError, LoraGrpoError
-from lora_grpo.metrics import history, read_metrics
+from lora_grpo.metrics.log import history, read_metrics
 from tests.test_resume import config, state_at
 from tests.tiny_run import fake_engine
 from tests.tiny_trainer import CONFIG, ROWS, moments, same, tiny_trainer, weights

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from lora_grpo.adapters.upkeep.archive import Archive
 from lora_grpo.errors import ConfigError
-from lora_grpo.metrics import read_metrics
+from lora_grpo.metrics.log import read_metrics
 from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.trainer import GRPOTrainer
 from tests.tiny_run import fake_engine

@@ -18,8 +18,11 @@ import pytest
 from rich.console import Console
 
 from lora_grpo.errors import ConfigError, StoreError
-from lora_grpo.metrics import Reporter, RunLog, capture_output, history, plot_run, quiet_libraries, read_metrics
+from lora_grpo.metrics.log import RunLog, history, read_metrics
+from lora_grpo.metrics.plot import plot_run
+from lora_grpo.metrics.quiet import capture_output, quiet_libraries
 from lora_grpo.metrics.render import LiveView, ViewState, duration, panel, phase_seconds, plain_step, sparkline
+from lora_grpo.metrics.reporter import Reporter
 
 STEP = {
     "reward": 0.5,
@@ -302,7 +305,6 @@ def test_the_panel_shows_what_is_on_its_way_to_the_disk(tmp_path):
 
 
 def test_metrics_import_neither_torch_nor_matplotlib():
-    program = (
-        "import sys, lora_grpo.metrics; print(sorted({'torch', 'matplotlib', 'accelerate', 'vllm'} & set(sys.modules)))"
-    )
+    heavy = "{'torch', 'matplotlib', 'accelerate', 'vllm'}"
+    program = f"import sys, lora_grpo.metrics.reporter; print(sorted({heavy} & set(sys.modules)))"
     assert json.loads(subprocess.check_output([sys.executable, "-c", program], text=True).replace("'", '"')) == []

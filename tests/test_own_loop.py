@@ -9,7 +9,7 @@ import torch
 
 from lora_grpo.adapters.asking.requests import answer_to, request
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.metrics import read_metrics
+from lora_grpo.metrics.log import read_metrics
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.steering import answer_requests
 from tests.tiny_models import load_model, refill_lora, tiny_lora

@@ -17,7 +17,7 @@ from lora_grpo import EngineConfig, FakeEngine, GRPOConfig, GRPOTrainer, ModelCo
 from lora_grpo.data import load_prompts
 from lora_grpo.engines.requests import token_prompts
 from lora_grpo.errors import ConfigError
-from lora_grpo.metrics import read_metrics
+from lora_grpo.metrics.log import read_metrics
 from lora_grpo.trainer import assembly
 from lora_grpo.types import Chat, Group, Prompt, Sampling
 from tests.tiny_models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer

@@ -22,7 +22,7 @@ from lora_grpo.cli import app
 from lora_grpo.config import DataConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.config_file import load_config, save_config
 from lora_grpo.errors import ConfigError, LoraGrpoError, TrainingError
-from lora_grpo.metrics import read_metrics
+from lora_grpo.metrics.log import read_metrics
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import build, build_trainer
 from tests.store_files import adapter

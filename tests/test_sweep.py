@@ -26,7 +26,7 @@ from lora_grpo.cli import app
 from lora_grpo.config import DataConfig, KeepConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.config_file import load_config, save_config
 from lora_grpo.errors import ConfigError, StoreCorrupt
-from lora_grpo.metrics import RunLog, history, read_metrics
+from lora_grpo.metrics.log import RunLog, history, read_metrics
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.sweeping import sweep as sweep_module

@@ -44,7 +44,7 @@ from lora_grpo.grpo_config import GRPOConfig as OwnConfig  # noqa: E402
 from lora_grpo.integrations.trl import NativeGRPOTrainer  # noqa: E402
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, check_release  # noqa: E402
 from lora_grpo.integrations.trl_rollouts import CANARY_EVERY, NativeRollouts  # noqa: E402
-from lora_grpo.metrics import read_metrics  # noqa: E402
+from lora_grpo.metrics.log import read_metrics  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
 from tests.tiny_models import load_model, tiny_lora, tiny_tokenizer  # noqa: E402
 from tests.tiny_policy import base_model, cut_below, peft_model  # noqa: E402

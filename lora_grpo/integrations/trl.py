@@ -24,7 +24,7 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, generation_by
 from lora_grpo.integrations.trl_rollouts import NativeRollouts
 from lora_grpo.integrations.trl_settings import check_arguments, check_reference, check_types, sampling_of, vllm_args
-from lora_grpo.metrics import check_folder
+from lora_grpo.metrics.reporter import check_folder
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.assembly import untouched_when_stopped

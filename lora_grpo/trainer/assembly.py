@@ -23,7 +23,7 @@ from lora_grpo.engines.rendering import rendering
 from lora_grpo.errors import ConfigError, StoreLocked
 from lora_grpo.grpo.optimizer import build_optimizer
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.metrics import Reporter
+from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.crew import Crew, CrewEngine, Parts, Unheard, launched

@@ -16,8 +16,8 @@ from lora_grpo.data import PromptDataset, load_data
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.metrics import check_folder
 from lora_grpo.metrics.log import run_history
+from lora_grpo.metrics.reporter import check_folder
 from lora_grpo.rewards import RewardFunction, load_reward
 from lora_grpo.trainer.assembly import refuse_live
 from lora_grpo.trainer.crew import launched

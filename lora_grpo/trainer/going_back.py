@@ -15,8 +15,8 @@ from lora_grpo.adapters.upkeep.rollbacks import Rollback
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import SamplerState
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
-from lora_grpo.metrics import Reporter, history, read_metrics
-from lora_grpo.metrics.log import Record, jsonable
+from lora_grpo.metrics.log import Record, history, jsonable, read_metrics
+from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.reference import kept_reference
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import crew

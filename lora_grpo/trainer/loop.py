@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
-from lora_grpo.metrics import Reporter
 from lora_grpo.metrics.render import BACKLOG
+from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer import going_back
 from lora_grpo.trainer.crew import push
 from lora_grpo.trainer.evaluation import Evaluation, save_evaluation

@@ -22,8 +22,7 @@ from lora_grpo.data import load_data
 from lora_grpo.engines.base import Engine, LoadReceipt
 from lora_grpo.engines.requests import render
 from lora_grpo.errors import ConfigError
-from lora_grpo.metrics import capture_output
-from lora_grpo.metrics.quiet import ENGINE_LOG
+from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output
 from lora_grpo.rewards import load_reward
 from lora_grpo.trainer.build import effective_grpo
 from lora_grpo.trainer.evaluation import evaluate, saved_evaluations

@@ -9,7 +9,7 @@ from lora_grpo.adapters.asking.requests import Request
 from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
-from lora_grpo.metrics import Reporter
+from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.rollback import RollbackReport
 from lora_grpo.sync import NativeSync
 

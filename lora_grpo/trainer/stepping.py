@@ -17,8 +17,8 @@ from lora_grpo.grpo.advantages import reward_metrics
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.metrics import Reporter
 from lora_grpo.metrics.render import GAP
+from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.rewards import RewardFunction, reward_names
 from lora_grpo.trainer.crew import Parts
 from lora_grpo.trainer.rollouts import Rewarded

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_grpo.config import ModelConfig
-from lora_grpo.metrics import Reporter, quiet_libraries
-from lora_grpo.metrics.quiet import ENGINE_LOG
+from lora_grpo.metrics.quiet import ENGINE_LOG, quiet_libraries
+from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.build import keep_settings
 from lora_grpo.trainer.evaluation import Evaluation

@@ -10,7 +10,7 @@ from typing import Self
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
-from lora_grpo.metrics import Reporter
+from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer.crew import launched
 from lora_grpo.trainer.models import Shared, Sharing, build_engine, check_same_device, load_base, shared_base
 from lora_grpo.trainer.population.member import Member

@@ -16,8 +16,8 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import save_config, setting, with_settings
 from lora_grpo.engines.base import Engine
-from lora_grpo.metrics import RunLog, plot_curves, read_metrics
-from lora_grpo.metrics.log import run_history
+from lora_grpo.metrics.log import RunLog, read_metrics, run_history
+from lora_grpo.metrics.plot import plot_curves
 from lora_grpo.trainer.build import member_spec
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
