@@ -166,7 +166,7 @@ def test_every_flipped_digit_of_the_history_costs_a_line_and_no_version(run: Pat
         assert store.metrics(3) == {"reward": 0.3}
 
 
-def test_a_line_without_a_checksum_among_lines_with_one_is_damaged(run: Path) -> None:
+def test_a_line_without_a_checksum_is_damaged(run: Path) -> None:
     with open(run / "journal.jsonl", "ab") as stream:
         stream.write(b'{"event":"record","number":2,"metrics":{"reward":99}}\n')
     with AdapterStore(archive=run) as store:

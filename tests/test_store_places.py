@@ -205,26 +205,3 @@ def test_a_root_that_is_newer_than_a_restored_run_wins(shm_dir: Path, tmp_path: 
         assert not store.recovered.set_aside
         store.flush()
         assert store.where(3) == {"tmpfs", "archive"}
-
-
-def test_a_store_of_an_older_release_is_taken_over(shm_dir: Path, tmp_path: Path) -> None:
-    """Its identity says neither where the run lies nor which opening it was, its journal has no checksums."""
-    with AdapterStore(shm_dir, tmp_path) as store:
-        train(store, 1, 2)
-        store.record(2, reward=0.5)
-    for folder in (shm_dir, tmp_path):
-        identity = json.loads((folder / "store.json").read_text())
-        old = {key: identity[key] for key in ("format", "run_id", "other", "own_root")}
-        (folder / "store.json").write_text(json.dumps(old))
-    events = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
-    lines = [json.dumps({key: value for key, value in event.items() if key != "crc"}) for event in events]
-    (tmp_path / "journal.jsonl").write_text("\n".join(lines) + "\n")
-    for _ in range(2):
-        with AdapterStore(archive=tmp_path) as store:
-            assert store.root == shm_dir
-            assert not store.recovered.set_aside
-            assert not store.recovered.damaged_lines
-            assert head_of(store) == (2, content(adapter(2)))
-            assert store.metrics(2) == {"reward": 0.5}
-            train(store, 3)
-            store.promote(2)

@@ -1,8 +1,7 @@
 """The journal: one JSON event a line, appended in one system call each.
 
 A kill can tear only the last line; a reader leaves a torn tail alone, the next writer cuts it off. Each line ends with
-the CRC-32 of what precedes it. The first lines of an old journal have none; a line without one after a line with one is
-damaged.
+the CRC-32 of what precedes it.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ class Journal:
         self.metrics: dict[int, dict[str, Any]] = {}
         self.damaged_lines: list[int] = []
         self._lines = 0
-        self._checked = False
         self._parents: dict[int, int | None] = {}
         self._back: set[int] = set()
         self._sync = sync
@@ -101,13 +99,12 @@ class Journal:
 
     def _lines_of(self, event: str, number: int) -> Iterator[dict[str, Any]]:
         """The events of one kind about a version, read from the file again."""
-        checked, wanted = False, b'{"event":"%s","number":%d,' % (event.encode(), number)
+        wanted = b'{"event":"%s","number":%d,' % (event.encode(), number)
         for line in self._read_from(0)[: self._end].split(b"\n")[:-1]:
             # Parsing every line would take seconds in a long run, for each version that is asked for.
-            if line.startswith(wanted) or line == wanted[:-1] + b"}":
+            if line.startswith(wanted):
                 with suppress(*_DAMAGE):
-                    yield _parsed(line, checked)[2]
-            checked = checked or b',"crc":"' in line
+                    yield _parsed(line)[2]
 
     def _read_from(self, start: int) -> bytes:
         with reported(f"reading {self.path}"):
@@ -148,8 +145,7 @@ class Journal:
     def _take(self, line: bytes) -> None:
         self._lines += 1
         try:
-            event, number, fields, self._checked = _parsed(line, self._checked)
-            self._apply(event, number, fields)
+            self._apply(*_parsed(line))
         except _DAMAGE:
             self.damaged_lines.append(self._lines)
 
@@ -198,17 +194,15 @@ class Journal:
             self.promoted.pop(number, None)
 
 
-def _parsed(line: bytes, checked: bool) -> tuple[str, int, dict[str, Any], bool]:
-    """Event, number, fields, and whether lines have checksums by now, as they have after one that had (`checked`)."""
+def _parsed(line: bytes) -> tuple[str, int, dict[str, Any]]:
+    """Event, number and fields."""
     match = _CHECKED.fullmatch(line)
-    if match is None and checked:
-        raise ValueError("it has no checksum, and lines before it have")
-    if match is not None and zlib.crc32(match[1]) != int(match[2], 16):
-        raise ValueError("its checksum differs")
+    if match is None or zlib.crc32(match[1]) != int(match[2], 16):
+        raise ValueError("its checksum differs, or there is none")
     fields = parse_json(line)
     if not is_number(fields["number"]):
         raise ValueError("it is about no version")
-    return fields["event"], fields["number"], fields, match is not None
+    return fields["event"], fields["number"], fields
 
 
 def as_metrics(values: Mapping[str, object], ranked: Set[str]) -> dict[str, Any]:

@@ -6,9 +6,9 @@
 - `LOCK`: the one writer's kernel lock (`flock`; it goes when the process goes), and who that is.
 - `staging/` and `trash/`: folders on their way in or out; whatever the next writer finds there, it deletes.
 
-A journal line has a checksum. The journal (in the root where there is no run directory) is the truth for metrics, pins
-and past promotions; for which versions exist the folders are. Where the tmpfs is gone, the journal's last promotion of
-a version that was archived takes the place of `HEAD`.
+Each line of the journal has a checksum. It is the truth for metrics, pins and past promotions, and lies in the root
+where there is no run directory; for which versions exist the folders are. Where the tmpfs is gone, the journal's last
+promotion of a version that was archived takes the place of `HEAD`.
 """
 
 from __future__ import annotations
@@ -95,15 +95,15 @@ class Identity:
     """What `store.json` says: which run this is, and where its other half lies (None: there is none).
 
     `own_root`: the store chose the root itself, and clears it when it is closed. `home`: where the run directory lay
-    when this was written. `generation` and `token`: which opening wrote it (0 and "": before there were any).
+    when this was written (None: this is the root's). `generation` and `token`: which opening wrote it (0 and "": none).
     """
 
     run_id: str
     other: str | None
     own_root: bool
-    home: str | None = None
-    generation: int = 0
-    token: str = ""
+    home: str | None
+    generation: int
+    token: str
 
     def write(self, folder: Path, *, sync: bool) -> None:
         content = {"format": FORMAT, **asdict(self)}
@@ -119,11 +119,11 @@ class Identity:
         path = folder / "store.json"
 
         def build(values: Mapping[str, Any]) -> Identity:
-            identity = cls(**{name: values[name] for name in cls.__slots__ if name in values})
-            if not identity._is_sound():
-                raise ValueError("its fields are not those of a store")
             if values["format"] != FORMAT:
                 raise StoreError(f"{path} has format {values['format']}; this release reads format {FORMAT}")
+            identity = cls(**{name: values[name] for name in cls.__slots__})
+            if not identity._is_sound():
+                raise ValueError("its fields are not those of a store")
             return identity
 
         return disk.read_record(path, build)

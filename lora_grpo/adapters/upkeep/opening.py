@@ -140,6 +140,7 @@ class Opening:
             run_id=known.run_id if known is not None else uuid.uuid4().hex,
             other=None if run is None else str(run),
             own_root=self.places.temporary,
+            home=None,
             generation=1 + max((half.generation for half in (run_before, root_before) if half), default=0),
             token=uuid.uuid4().hex,
         )
