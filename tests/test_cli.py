@@ -52,15 +52,23 @@ def test_version(tmp_path):
     assert lora_grpo("--version", cwd=tmp_path).stdout.split() == ["lora-grpo", package.__version__]
 
 
-def test_a_shell_completes_commands(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("lora-grpo ver", ["versions", "verify"]),
+        ("lora-grpo train run.toml grpo.beta", ["grpo.beta="]),
+        ("lora-grpo check run.toml keep.on", ["keep.on_tmpfs="]),
+    ],
+)
+def test_a_shell_completes_commands_and_settings(tmp_path, monkeypatch, typed, completed):
     """As `lora-grpo --install-completion` has bash ask."""
     for name, value in {
         "_LORA_GRPO_COMPLETE": "complete_bash",
-        "COMP_WORDS": "lora-grpo ver",
-        "COMP_CWORD": "1",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(typed.count(" ")),
     }.items():
         monkeypatch.setenv(name, value)
-    assert lora_grpo(cwd=tmp_path).stdout.split() == ["versions", "verify"]
+    assert lora_grpo(cwd=tmp_path).stdout.split() == completed
 
 
 def test_help_config_explains_every_setting(tmp_path):

@@ -46,10 +46,14 @@ def trained(base: Path, engine: Any, run: Path, **settings: Any) -> GRPOTrainer:
     )
 
 
-def test_auto_classes_load_an_export_with_its_tokenizer(llama_dir: Path, tmp_path: Path) -> None:
+def test_auto_classes_load_an_export_with_its_tokenizer(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the base was named as a folder relative to where the training ran."""
+    monkeypatch.chdir(llama_dir.parent)
     umask = os.umask(0o022)
     try:
-        with trained(llama_dir, fake_engine(llama_dir), tmp_path / "run") as trainer:
+        with trained(Path(llama_dir.name), fake_engine(llama_dir), tmp_path / "run") as trainer:
             trainer.train()
             trainer.save_model(tmp_path / "saved")
             weights = {name: value.detach().clone() for name, value in trainer.policy.parameters.items()}
@@ -263,5 +267,5 @@ def test_a_push_to_the_hub_is_one_commit_of_the_export_and_a_card(
     assert rows[0][3] == f"{trainer.evaluations[0].metrics['reward']:.4g}"
     for words in ("version 3, after step\n2", "exact", "`grpo.total_steps`: 2", f"torch {torch.__version__}"):
         assert words in card, card
-    for private in (str(run), "base_model:", "`output_dir`"):
+    for private in (str(run), str(llama_dir), "base_model:", "`output_dir`"):
         assert private not in card

@@ -44,6 +44,8 @@ def run(tmp_path: Path, shm_dir: Path) -> Path:
             reporter.step(step, {**STEP, "reward": reward, "version": step, "sync/prove_s": 0.002})
             row = {"prompt": [{"role": "user", "content": HOSTILE}], "completion": HOSTILE, "reward": reward}
             reporter.samples(step, [{**row, "version": step}] * 20)
+        for _ in range(2):
+            reporter.message("a hint that every start gives")
         reporter.rollback(1, f"guard: {HOSTILE}")
         reporter.step(2, {**STEP, "reward": 0.75, "version": 5})
         reporter.message(HOSTILE)
@@ -82,6 +84,7 @@ def test_a_page_tells_of_every_part_and_escapes_all_of_it(run: Path) -> None:
     ):
         assert words in text, words
     assert "given up 0.125" in text
+    assert text.count("a hint that every start gives") == 1
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to render the page")

@@ -22,9 +22,22 @@ VERSION_HELP = "12 or v12, head, parent, best, best:METRIC or best:-METRIC (the 
 Version = Annotated[str, typer.Argument(metavar="VERSION", help=VERSION_HELP)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+def _keys(begun: str) -> list[str]:
+    """What a shell completes of a setting that was begun."""
+    from lora_grpo.config_file import describe_settings
+
+    return [f"{setting.key}=" for setting in describe_settings() if setting.key.startswith(begun)]
+
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings in place of others: grpo.beta=0.1 rewards.0.weight=2"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings in place of others: grpo.beta=0.1 rewards.0.weight=2",
+        autocompletion=_keys,
+    ),
 ]
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help="0 is greedy; default: the run's own.")]
 

@@ -35,7 +35,7 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
         if record["event"] in ("start", "end"):
             info |= record["info"]
     settings = info.pop("config", {})
-    messages = [record for record in records if record["event"] in ("message", "rollback")]
+    messages = _messages(records)
     logged = read_metrics(run / SAMPLES_FILE) if (run / SAMPLES_FILE).is_file() else []
     pages = Environment(loader=PackageLoader("lora_grpo", "metrics"), autoescape=True, undefined=StrictUndefined)
     pages.filters |= {
@@ -61,7 +61,7 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
         proofs=_proofs(info, steps),
         timings=list(_timings(steps)),
         settings=list(_settings(run, settings)),
-        messages=messages[: -MOST_MESSAGES - 1 : -1],
+        messages=messages[:MOST_MESSAGES],
         said=len(messages),
     )
 
@@ -93,6 +93,15 @@ def _facts(
         "rollbacks": str(len(lineage.rollbacks)),
     }
     return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _messages(records: Sequence[Record]) -> list[Record]:
+    """Rollbacks and messages, the newest first; what every start says again is there once."""
+    said: dict[Any, Record] = {}
+    for record in reversed(records):
+        if record["event"] in ("message", "rollback"):
+            said.setdefault(record["text"] if record["event"] == "message" else id(record), record)
+    return list(said.values())
 
 
 def _proofs(info: Mapping[str, Any], steps: Sequence[Record]) -> dict[str, str]:

@@ -104,8 +104,8 @@ def _card(
     for record in records:
         info |= record["info"] if record["event"] == "start" else {}
     base = str(adapter["base_model_name_or_path"])
-    # The hub refuses a card whose base is no hub name.
-    of_base = "" if base.count("/") > 1 or Path(base).is_dir() else f"base_model: {base}\n"
+    # The hub refuses a card whose base is no hub name; a folder's place is nobody's business.
+    folder = base.count("/") > 1 or Path(base).is_dir()
     packages = info.get("packages") or package_versions()
     settings = [
         f"- `{key}`: {value}"
@@ -113,8 +113,8 @@ def _card(
         if not key.startswith(_PRIVATE)
     ]
     return _CARD.format(
-        of_base=of_base,
-        base=base,
+        of_base="" if folder else f"base_model: {base}\n",
+        base=Path(base).name if folder else base,
         name=repo.rpartition("/")[2],
         repo=repo,
         rank=adapter["r"],

@@ -51,7 +51,9 @@ class Recipe:
         if is_multimodal(base):
             # By last name, PEFT would adapt the towers of the full model as well.
             fields["target_modules"] = sorted(module.path for module in modules)
-        fields["base_model_name_or_path"] = config.base_model_name_or_path or getattr(base, "name_or_path", None)
+        name = config.base_model_name_or_path or getattr(base, "name_or_path", None)
+        # A folder is found from wherever the adapter is loaded.
+        fields["base_model_name_or_path"] = os.path.abspath(name) if name and os.path.isdir(name) else name
         fields["revision"] = config.revision or getattr(base.config, "_commit_hash", None)
         return cls({**fields, "inference_mode": True}, {module.path: module.scaling for module in modules})
 
