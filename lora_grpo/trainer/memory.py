@@ -178,7 +178,7 @@ def plan(
         raise ConfigError("share_base_weights=True: the engine's quantized weights are not the trainer's; leave it out")
     one_copy = expects_one_copy(sharing, model, config)
     memory, checkpointing = planned_memory(model, peft_config, config, batch, checkpointing, shared_base=one_copy)
-    version_bytes = memory.adapter_and_optimizer_bytes // _ADAM_BYTES * _engine_dtype(config).itemsize
+    version_bytes = memory.adapter_and_optimizer_bytes // _ADAM_BYTES * engine_dtype(config).itemsize
     return Plan(rank, leaves, version_bytes, memory, checkpointing)
 
 
@@ -234,7 +234,7 @@ def estimate(
         slots=own.max_loras,
         max_lora_rank=own.max_lora_rank or lora_rank(model, peft_config),
         trainer_dtype=_trainer_dtype(model, empty),
-        engine_dtype=_engine_dtype(own),
+        engine_dtype=engine_dtype(own),
         shared_base=shared_base or isinstance(model, nn.Module),
         scheme=quantization_of(checkpoint_of(model)) if isinstance(model, ModelConfig) else scheme_of(empty.config),
     )
@@ -250,8 +250,8 @@ def _kv_bytes(config: EngineConfig, weights_bytes: int) -> int:
     return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) << 30
 
 
-def _engine_dtype(config: EngineConfig) -> torch.dtype:
-    """ "auto" is the checkpoint's, which is taken to be the usual one."""
+def engine_dtype(config: EngineConfig) -> torch.dtype:
+    """ "auto" is a half-precision one whatever the checkpoint has: vLLM serves fp32 checkpoints in one too."""
     dtype: torch.dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
     return dtype
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-import torch
 from peft import LoraConfig
 
 from lora_grpo.config import EngineConfig, ModelConfig
@@ -16,7 +15,7 @@ from lora_grpo.engines.compat import allowed_rank
 from lora_grpo.engines.local.targets import check_whole, checkpoint_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.trainer.activations import LargestBatch
-from lora_grpo.trainer.memory import MemoryEstimate, available_memory, estimate, mib
+from lora_grpo.trainer.memory import MemoryEstimate, available_memory, engine_dtype, estimate, mib
 from lora_grpo.trainer.models import Sharing, adapted_leaves, default_device, expects_one_copy, lora_rank
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.spec import MemberSpec
@@ -170,6 +169,5 @@ def _kv_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineConfi
     text: Any = checkpoint_config(model.name, **model.loading).get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
     tokens = sorted((member.rows * member.batch.length for member in members), reverse=True)
-    return 2 * text.num_hidden_layers * heads * width * dtype.itemsize * sum(tokens[:at_once])
+    return 2 * text.num_hidden_layers * heads * width * engine_dtype(config).itemsize * sum(tokens[:at_once])
