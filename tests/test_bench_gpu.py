@@ -119,7 +119,7 @@ def test_a_step_trains_with_checkpoints_on_a_gpu_alone(monkeypatch: pytest.Monke
 
 
 class FakeWorker:
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *, alone: bool = False) -> None:
         self.done: list[str] = []
 
     def prepare(self, subject: Any) -> None: ...

@@ -98,7 +98,7 @@ class FakeWorker:
     made: list[FakeWorker]
     broken: tuple[str, ...] = ()
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *, alone: bool = False) -> None:
         self.done: list[str] = []
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.made.append(self)

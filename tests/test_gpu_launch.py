@@ -118,7 +118,7 @@ from lora_grpo.bench import runner, suite
 from lora_grpo.cli import main
 
 class Worker:
-    def __init__(self, log): pass
+    def __init__(self, log, alone=False): pass
     def prepare(self, subject): pass
     def close(self): pass
     def kill(self): pass

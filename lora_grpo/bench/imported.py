@@ -23,6 +23,6 @@ try:
 except (ImportError, OSError, RuntimeError, AttributeError, LoraGrpoError):
     # The first of those that are forked says why.
     traceback.print_exc()
-process.START_BY = "fork"
+process.HAS_IMPORTED = True
 # Nobody has to look through all that again for garbage.
 gc.freeze()

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,27 @@ from lora_grpo import errors
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.prepared import Bench, prepare
 from lora_grpo.errors import EngineError, LoraGrpoError
+from lora_grpo.metrics.quiet import capture_output
 
 _GRACE_S = 20.0
-START_BY = "spawn"
-"""`fork` where a program has imported all that a worker needs and has done nothing with it: no thread, no CUDA."""
+HAS_IMPORTED = False
+"""Set where a program has imported all that a worker needs and has done nothing with it: no thread, no CUDA."""
 
 
 class WorkerProcess:
-    """A worker in a process of its own; what it prints goes to `log`."""
+    """A worker in a process of its own; what it prints goes to `log`.
 
-    def __init__(self, log: Path) -> None:
+    `alone`: no other process shares its memory, not even that of imported code, so that its own can be measured.
+    """
+
+    def __init__(self, log: Path, *, alone: bool = False) -> None:
         self._log = log
         self._channel, theirs = multiprocessing.Pipe()
-        process: Any = multiprocessing.get_context(START_BY).Process  # type: ignore[attr-defined]
-        self._process = process(target=serve, args=(theirs, str(log)))
-        self._process.start()
+        self._process = _context(log, alone).Process(target=serve, args=(theirs, str(log)))
+        try:
+            self._process.start()
+        except (EOFError, OSError):
+            raise EngineError(f"no worker could be started; {self._last_words()}") from None
         theirs.close()
 
     def prepare(self, subject: Subject) -> None:
@@ -70,9 +77,25 @@ class WorkerProcess:
 
     def _obituary(self) -> str:
         self._process.join()
+        return f"a worker died with exit code {self._process.exitcode}; {self._last_words()}"
+
+    def _last_words(self) -> str:
         with open(self._log, errors="replace") as log:
             last = " | ".join(line.strip() for line in deque(log, maxlen=3))
-        return f"a worker died with exit code {self._process.exitcode}; its log ({self._log}) ends: {last}"
+        return f"its log ({self._log}) ends: {last}"
+
+
+def _context(log: Path, alone: bool) -> Any:
+    """Where workers come from: importing takes as long as loading a small model, so it is done once for all."""
+    if HAS_IMPORTED:
+        return multiprocessing.get_context("fork")
+    if alone:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.imported"])
+    with capture_output(log):
+        forkserver.ensure_running()
+    return context
 
 
 def serve(requests: Connection, log: str) -> None:
