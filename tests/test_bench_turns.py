@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from lora_grpo.bench import runner, sync
+from lora_grpo.bench import runner, suite, sync
 from lora_grpo.bench.plan import Cell
 from lora_grpo.bench.report import findings, write_report
 from lora_grpo.bench.runner import Partial, Runner
 from lora_grpo.bench.settings import plan_parts
 from lora_grpo.bench.strategies.base import engine_arguments
-from lora_grpo.bench.suite import PLANNERS
 from lora_grpo.bench.turns import AGAIN, AT_ONCE, beside_native, one_at_a_time
 from lora_grpo.engines import compat
 from lora_grpo.engines.local.weights import PlainEngine
@@ -32,7 +32,7 @@ def planned(**changes: Any) -> list[Cell]:
     cells = []
     for part, names in (("sync", STRATEGIES), ("memory", STRATEGIES), ("decode", ("native", "merge-trl", "base"))):
         settings = plan_parts(part, None, {**common, "strategies": names})[part]
-        cells += PLANNERS[part](settings, subject(device="cuda:0"))
+        cells += suite.PLANNERS[part](settings, subject(device="cuda:0"))
     return one_at_a_time(cells)
 
 
@@ -207,3 +207,12 @@ def test_the_report_says_what_is_not_paired_and_has_pictures_of_each_shape(tmp_p
     assert {path.stem for path in tmp_path.glob("sync-*.png")} == {
         f"sync-{kind}-{shape}" for kind in ("times", "phases") for shape in ("tiny", "qwen2.5-7b")
     }
+
+
+def test_ctrl_c_while_its_first_worker_starts_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(suite, "_fastest_folder", lambda: tmp_path)
+    monkeypatch.setattr(suite, "WorkerProcess", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        suite.Suite(plan_parts("sync", None, {"shape": "tiny"}), command="")
+    assert list(tmp_path.iterdir()) == []

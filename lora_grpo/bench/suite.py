@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,18 +58,17 @@ class Suite:
         self._finished = False
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-        self._tmpfs = Path(tempfile.mkdtemp(prefix="lora-grpo-bench-", dir=_fastest_folder()))
-        self._disk = Path(tempfile.mkdtemp(prefix=".lora-grpo-bench-", dir=out or Path.cwd()))
-        self._models = models or self._tmpfs / "models"
-        self._log = (out or self._disk) / "workers.log"
-        try:
+        with ExitStack() as opened:
+            self._tmpfs = _own_folder(opened, "lora-grpo-bench-", _fastest_folder())
+            self._disk = _own_folder(opened, ".lora-grpo-bench-", out or Path.cwd())
+            self._models = models or self._tmpfs / "models"
+            self._log = (out or self._disk) / "workers.log"
+            self._host = WorkerProcess(self._log)
+            opened.callback(self._host.close)
             self._look(started)
-        except BaseException:
-            self.close()
-            raise
+            self._open = opened.pop_all()
 
     def _look(self, started: float) -> None:
-        self._host = WorkerProcess(self._log)
         self._oracles: dict[Any, dict[str, Any]] = {}
         (device,) = {settings.device for settings in self._parts.values()}
         seen = self._host.do("host:look", device=device)
@@ -160,9 +160,7 @@ class Suite:
         return self._out
 
     def close(self) -> None:
-        self._host.close()
-        for folder in (self._tmpfs, self._disk):
-            shutil.rmtree(folder, ignore_errors=True)
+        self._open.close()
 
     def __enter__(self) -> Suite:
         return self
@@ -227,6 +225,12 @@ def finished_command(out: Path, *, other_than: Mapping[str, Settings] | None = N
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{out / RESULTS} is no result of this suite: {error}") from error
+
+
+def _own_folder(opened: ExitStack, prefix: str, parent: Path) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    opened.callback(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _fastest_folder() -> Path:
