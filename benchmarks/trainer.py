@@ -199,14 +199,14 @@ def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
     """What the step's activations are said to take, and the time it takes to say so."""
     from lora_grpo.config import EngineConfig
     from lora_grpo.trainer.activations import LargestBatch
-    from lora_grpo.trainer.memory import planned_memory
+    from lora_grpo.trainer.memory import estimate
 
     engine = EngineConfig(urls=("http://elsewhere",))
     batch = LargestBatch(options.rows, options.prompt, options.tokens[0], group=options.rows)
     started = time.process_time()
-    estimate, _ = planned_memory(model, None, engine, batch, options.checkpointing == "on")
+    needed = estimate(model, None, engine, batch, False, options.checkpointing == "on")
     seconds = time.process_time() - started
-    return {"peak_mib": (estimate.activations_bytes or 0) / 2**20, "cpu_s": seconds}
+    return {"peak_mib": (needed.activations_bytes or 0) / 2**20, "cpu_s": seconds}
 
 
 def _peak_and_time(step: Callable[[], Any], device: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ from lora_grpo.cli.train import init
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import load_config
 from lora_grpo.errors import ConfigError
-from lora_grpo.trainer import memory
+from lora_grpo.trainer import room
 from lora_grpo.trainer.checking import check_run
 from tests.example_configs import FOLDER, MODELS, text
 from tests.test_cli import lora_grpo
@@ -94,7 +94,7 @@ def test_what_cannot_be_told_is_asked_for(tmp_path: Path, llama_dir: Path, rows:
 def test_too_little_memory_here_is_said_in_the_file(
     tmp_path: Path, llama_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(room, "available_memory", lambda device: 1 << 20)
     with pytest.raises(typer.Exit) as ended:
         written(tmp_path, llama_dir, SUMS)
     assert ended.value.exit_code == 2

@@ -17,10 +17,12 @@ from lora_grpo.bench import shapes
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.trainer import memory
+from lora_grpo.trainer import room
 from lora_grpo.trainer.activations import LargestBatch, largest_batch
-from lora_grpo.trainer.memory import MemoryEstimate, planned_memory, require_memory
+from lora_grpo.trainer.memory import MemoryEstimate
+from lora_grpo.trainer.memory import estimate as estimate_run
 from lora_grpo.trainer.models import expects_one_copy
+from lora_grpo.trainer.room import Room, Wanted, plan_room
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,20 @@ BATCHES = {"own": BATCH, "shared": LargestBatch(rows=16, prompt_tokens=384, comp
 ADAPTER = LoraConfig(r=8, target_modules=["o_proj"])
 
 
-def estimate(model: Path, batch: LargestBatch = BATCH, **changes: Any) -> MemoryEstimate:
+def estimate(model: Path, batch: LargestBatch = BATCH, *, shared_base: bool = False) -> MemoryEstimate:
     settings = ModelConfig(name=str(model), dtype="float32")
-    return planned_memory(settings, ADAPTER, EngineConfig(), batch, False, **changes)[0]
+    return estimate_run(settings, ADAPTER, EngineConfig(), batch, shared_base, False)
+
+
+def planned(model: Path, free_bytes: int, batch: LargestBatch = BATCH, **changes: Any) -> Room:
+    """A run on a device with so many bytes free."""
+    wanted = Wanted(ADAPTER, batch, changes.get("checkpointing", False))
+    settings = ModelConfig(name=str(model), dtype="float32")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(room, "available_memory", lambda device: free_bytes)
+        found = plan_room(settings, [wanted], EngineConfig(), changes.get("sharing", False), 1)
+        found.require()
+    return found
 
 
 def test_the_parts_by_hand(tiny: Path) -> None:
@@ -52,15 +65,14 @@ def test_a_shared_base_is_held_once(tiny: Path) -> None:
     assert shared.total_bytes == own.total_bytes - own.trainer_base_bytes
     assert shared.engine_base_bytes == own.engine_base_bytes
     with pytest.raises(ConfigError, match="the run needs"):
-        require_memory(own, own.total_bytes - 1, "cpu")
-    require_memory(shared, own.total_bytes - 1, "cpu")
+        planned(tiny, own.total_bytes - 1)
+    assert planned(tiny, own.total_bytes - 1, sharing=True).memory == shared
+    assert planned(tiny, own.total_bytes).memory == own
 
 
-def test_what_does_not_fit_says_what_to_lower(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 40)
-    long = estimate(tiny, LargestBatch(64, 1024, 4096))
+def test_what_does_not_fit_says_what_to_lower(tiny: Path) -> None:
     with pytest.raises(ConfigError, match=r"activations [\d,.]+ MiB.*lower per_device_train_batch_size"):
-        require_memory(long, 2 << 30, "cpu")
+        planned(tiny, 2 << 30, LargestBatch(64, 1024, 4096))
 
 
 def test_a_budget_of_tokens_takes_the_place_of_rows() -> None:
@@ -81,18 +93,16 @@ def test_a_batch_has_the_prompts_that_its_rows_need_and_one_more_where_groups_be
     assert prompts == {(8, 8): 1, (4, 8): 1, (16, 8): 2, (6, 4): 3, (3, 8): 2, (5, 1): 5}
 
 
-def test_activations_are_computed_twice_where_they_would_not_fit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, rest = ModelConfig(name=str(tiny)), (ADAPTER, EngineConfig(), BATCH)
-    kept, once = planned_memory(model, *rest, None)
-    assert not once
-    room = kept.total_bytes - 1
-    monkeypatch.setattr(memory, "available_memory", lambda device: room)
-    remade, twice = planned_memory(model, *rest, None)
-    assert twice
-    assert (remade.activations_bytes or 0) < (kept.activations_bytes or 0)
-    assert planned_memory(model, *rest, True) == (remade, True)
+def test_activations_are_computed_twice_where_they_would_not_fit(tiny: Path) -> None:
+    kept = planned(tiny, 1 << 40, checkpointing=None)
+    assert not kept.checkpointing
+    free_bytes = kept.memory.total_bytes - 1
+    remade = planned(tiny, free_bytes, checkpointing=None)
+    assert remade.checkpointing
+    assert (remade.memory.activations_bytes or 0) < (kept.memory.activations_bytes or 0)
+    assert planned(tiny, free_bytes, checkpointing=True) == remade
     with pytest.raises(ConfigError, match="the run needs"):
-        planned_memory(model, *rest, False)
+        planned(tiny, free_bytes, checkpointing=False)
 
 
 def test_a_model_that_reads_values_is_estimated_without_them(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +157,7 @@ print((status("VmHWM") - before) * 1024)
 def test_activations_are_what_a_step_takes(tiny: Path, twice: bool, prompts: str) -> None:
     """Within 15 %, with an allocator that gives back what is freed; glibc's own keeps some of it in its heap."""
     model = ModelConfig(name=str(tiny), dtype="float32")
-    said = planned_memory(model, ADAPTER, EngineConfig(), BATCHES[prompts], twice)[0].activations_bytes
+    said = estimate_run(model, ADAPTER, EngineConfig(), BATCHES[prompts], False, twice).activations_bytes
     assert said is not None
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURE, str(tiny), "twice" if twice else "once", prompts]

@@ -20,12 +20,11 @@ from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, RewardError, TrainingError
 from lora_grpo.metrics.log import read_metrics
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
-from lora_grpo.trainer import GRPOTrainer
+from lora_grpo.trainer import GRPOTrainer, room
 from lora_grpo.trainer.guards import Guard, NonFinite
-from lora_grpo.trainer.population import room
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
-from lora_grpo.trainer.population.room import Wanted
+from lora_grpo.trainer.room import Wanted
 from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.types import Group
 from tests.conftest import ENGINE_ARGS

@@ -29,8 +29,9 @@ from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.activations import LargestBatch
-from lora_grpo.trainer.memory import estimate_memory, plan
+from lora_grpo.trainer.memory import estimate, estimate_memory
 from lora_grpo.trainer.models import load_base, without_memory
+from lora_grpo.trainer.room import Wanted, plan_room
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS
 from tests.families import build, trainer_model
@@ -219,10 +220,11 @@ def test_a_run_is_refused_before_its_engine_starts(
 ) -> None:
     lora = LoraConfig(r=8, target_modules="all-linear")
     blocks = ModelConfig(name=str(build("llama in fp8 blocks", tmp_path)))
+    wanted = [Wanted(lora, ROW, None)]
     with pytest.raises(ConfigError, match="share_base_weights=True: the engine's quantized weights"):
-        plan(blocks, lora, EngineConfig(max_model_len=64), True, ROW, None)
+        plan_room(blocks, wanted, EngineConfig(max_model_len=64), True, 1)
     with pytest.raises(ConfigError, match=r"quantization='nf4': .* is fp8 already; leave it out"):
-        plan(blocks.replace(quantization="nf4"), lora, EngineConfig(max_model_len=64), False, ROW, None)
+        plan_room(blocks.replace(quantization="nf4"), wanted, EngineConfig(max_model_len=64), False, 1)
     with pytest.raises(ConfigError, match=r"quantization='fp8' is not proven .* set 'nf4'"):
         VLLMEngine(plain_dir, quantization="fp8")
     with pytest.raises(ConfigError, match=r"vLLM quantizes the experts of .* too, and transformers does not; leave"):
@@ -283,3 +285,11 @@ def test_the_memory_of_quantized_layers(plain_dir: Path) -> None:
     assert plain.trainer_base_bytes - nf4.trainer_base_bytes == pytest.approx(linear * (2 - 0.516), rel=1e-3)
     assert fp8.trainer_base_bytes == plain.trainer_base_bytes
     assert plain.engine_base_bytes - fp8.engine_base_bytes == pytest.approx(linear, rel=1e-3)
+
+
+def test_the_engine_of_a_model_that_is_given_is_as_large_as_that_of_its_checkpoint(tmp_path: Path) -> None:
+    directory = build("llama in fp8 blocks", tmp_path)
+    model = adapted("llama in fp8 blocks", directory)
+    lora = LoraConfig(r=8, target_modules="all-linear")
+    by_name = estimate(ModelConfig(name=str(directory)), lora, EngineConfig(), ROW, False, False)
+    assert estimate(model, None, EngineConfig(), ROW, False, False).engine_base_bytes == by_name.engine_base_bytes

@@ -25,6 +25,7 @@ from lora_grpo.errors import ConfigError, LoraGrpoError, TrainingError
 from lora_grpo.metrics.log import read_metrics
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import build, build_trainer
+from lora_grpo.trainer.room import plan_room
 from tests.store_files import adapter
 from tests.tiny_models import load_model, tiny_lora
 from tests.tiny_run import fake_engine
@@ -93,13 +94,13 @@ def test_on_cuda_micro_batches_are_cut_by_tokens_found_at_the_first_start(
     def trainer(model: Any, *, config: Any, run_dir: str, **__: Any) -> Any:
         return tiny_trainer(llama_dir, fake_engine(llama_dir), Path(run_dir), config)
 
-    def checkpoints(*arguments: Any) -> bool:
-        counted.append(arguments[2].rows)
-        return False
+    def planned(model: Any, members: Any, *others: Any, **settings: Any) -> Any:
+        counted.append(members[0].batch.rows)
+        return plan_room(model, members, *others, **settings)
 
     counted: list[int] = []
     monkeypatch.setattr(build, "GRPOTrainer", trainer)
-    monkeypatch.setattr("lora_grpo.trainer.assembly.checkpoints", checkpoints)
+    monkeypatch.setattr("lora_grpo.trainer.assembly.plan_room", planned)
     with monkeypatch.context() as gpu:
         gpu.setattr("lora_grpo.trainer.assembly.default_device", lambda: torch.device("cuda"))
         with build_trainer(settings) as trained:

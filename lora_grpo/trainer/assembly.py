@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_grpo.adapters.files.locks import holder
 from lora_grpo.adapters.files.room import require_kept
+from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.keeping import keeps_state, retention
-from lora_grpo.config import EngineConfig, KeepConfig
+from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.joint import EngineInEach
 from lora_grpo.engines.owned import OwnedEngine, owned
@@ -27,7 +29,6 @@ from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.crew import Crew, CrewEngine, Parts, Unheard, launched
-from lora_grpo.trainer.memory import Plan, checkpoints, plan
 from lora_grpo.trainer.models import (
     Shared,
     Sharing,
@@ -38,6 +39,7 @@ from lora_grpo.trainer.models import (
     shared_base,
 )
 from lora_grpo.trainer.preflight import Preflight
+from lora_grpo.trainer.room import Room, Wanted, plan_room
 
 if TYPE_CHECKING:
     from lora_grpo.remote.server import StoreServer
@@ -91,30 +93,39 @@ class Assembly:
         asked = _led(self.crew, sync, engine)
         return Parts(asked, rendering(asked, tokenizer, model), model, policy, sync)
 
-    def _planned(self) -> tuple[Plan | None, GRPOConfig]:
+    def _planned(self) -> tuple[Room | None, GRPOConfig]:
         """What an engine is started for (None: it is given), and the settings with what they left open.
 
         On CUDA every micro-batch has as many tokens as the largest one, so that shorter rows fill it too.
         """
-        made_of, processes, planned = self.made_of, self.crew.processes, None
+        made_of, processes, config = self.made_of, self.crew.processes, self.made_of.config
         batch = processes.first(lambda: made_of.largest_batch)
-        model, peft_config, config = made_of.model, made_of.spec.peft_config, made_of.config
         twice, most = config.gradient_checkpointing, config.max_tokens_per_micro_batch
         if twice is None and self.shared is not None:
             twice = self.shared.checkpointing
-        if any(processes.gather(made_of.engine is not None)):
-            twice = processes.each(lambda: checkpoints(model, peft_config, batch, twice))
-        else:  # what is refused here leaves nothing behind
-            planned = processes.each(lambda: plan(model, peft_config, self.engine_config, self.sharing, batch, twice))
-            twice = planned.checkpointing
-            self.reporter.message(f"memory: {planned.memory}" + (", activations computed twice" if twice else ""))
+        given = any(processes.gather(made_of.engine is not None))
+        wanted = Wanted(made_of.spec.peft_config, batch, twice)
+        room = processes.each(lambda: self._room(wanted, given))  # what is refused here leaves nothing behind
+        if not given:
+            self.reporter.message(f"memory: {room}")
             self.reporter.message("starting the engine")
         if most is None and default_device().type == "cuda":
             most = batch.rows * batch.length
-        twice = any(processes.gather(twice))
-        return planned, config.replace(gradient_checkpointing=twice, max_tokens_per_micro_batch=most)
+        twice = any(processes.gather(twice if room is None else room.checkpointing))
+        settled = config.replace(gradient_checkpointing=twice, max_tokens_per_micro_batch=most)
+        return None if given else room, settled
 
-    def _store(self, planned: Plan | None) -> AdapterStore | None:
+    def _room(self, wanted: Wanted, given: bool) -> Room | None:
+        """None where nothing is open: of a given engine only whether activations are computed twice is to be found."""
+        model = self.made_of.model
+        if given and (wanted.checkpointing is not None or not _walkable(model)):
+            return None
+        sharing = self.sharing is True if given else self.sharing
+        room = plan_room(model, [wanted], self.engine_config, sharing, 1, own_engine=not given)
+        room.require()
+        return room
+
+    def _store(self, planned: Room | None) -> AdapterStore | None:
         """The first process's, with the server that it is pulled from, where there is to be one."""
         if not self.crew.leads:
             return None
@@ -129,7 +140,7 @@ class Assembly:
             self.closing.enter_context(store_server(store, address))
         return store
 
-    def _engine(self, planned: Plan | None) -> Engine | None:
+    def _engine(self, planned: Room | None) -> Engine | None:
         """This process's, None where the first one's serves all. Where generation goes on while the trainer works, a
         thread owns it. All that can be found wrong before was: engines in the trainers' own processes wait for each
         other while they start, and one that never began would keep the others waiting."""
@@ -164,6 +175,11 @@ class Assembly:
         if engine is not None:
             check_same_device(built, engine)
         return built, base
+
+
+def _walkable(model: ModelConfig | nn.Module) -> bool:
+    """Whether what a step takes of memory can be told: of a checkpoint, or a module that is one of transformers."""
+    return isinstance(model, ModelConfig) or isinstance(peft_model_of(model).get_base_model(), PreTrainedModel)
 
 
 def _sharing(asked: Sharing) -> Sharing:

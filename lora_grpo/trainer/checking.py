@@ -28,9 +28,10 @@ from lora_grpo.trainer.activations import largest_batch
 from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.build import check_place, effective_grpo, lora_config, spec_of
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
-from lora_grpo.trainer.memory import Plan, available_memory, mib, plan
+from lora_grpo.trainer.memory import available_memory, mib
 from lora_grpo.trainer.models import adapted_modules, default_device, shared_base
 from lora_grpo.trainer.preflight import Preflight
+from lora_grpo.trainer.room import Room, Wanted, plan_room
 from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.types import Completion, Group, Sampling
 
@@ -154,11 +155,13 @@ class _Run:
         return (load_prompts([{"prompt": STAND_IN}]), None) if self.base_alone else load_data(self.config.data)
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> Room:
         config: EngineConfig = with_room(self.config.engine, self.grpo.max_staleness)
         batch = _or_none(lambda: self._preflight.largest_batch) or largest_batch(self.grpo, 0, default_device())
-        peft_config = lora_config(self.config.lora)
-        return plan(self.config.model, peft_config, config, False, batch, self.grpo.gradient_checkpointing)
+        wanted = Wanted(lora_config(self.config.lora), batch, self.grpo.gradient_checkpointing)
+        room = plan_room(self.config.model, [wanted], config, False, 1)
+        room.require()
+        return room
 
     @cached_property
     def spec(self) -> MemberSpec:

@@ -1,7 +1,4 @@
-"""What a run is started with: what its adapter needs of the engine, and whether all of it fits in memory.
-
-From the model's config alone, before anything is allocated.
-"""
+"""What a run takes of memory, from its model's config alone, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -13,26 +10,12 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel
 
-from lora_grpo.adapters.peft_form.modules import peft_model_of
-from lora_grpo.adapters.peft_form.quantized import Scheme, scheme_of
+from lora_grpo.adapters.peft_form.quantized import Scheme
 from lora_grpo.config import EngineConfig, ModelConfig
-from lora_grpo.engines.compat import allowed_rank
-from lora_grpo.engines.local.targets import check_whole
-from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.modes import base_dtype
 from lora_grpo.trainer.activations import LargestBatch, activation_bytes
-from lora_grpo.trainer.models import (
-    Sharing,
-    adapted_leaves,
-    checkpoint_of,
-    default_device,
-    expects_one_copy,
-    lora_rank,
-    quantization_of,
-    without_memory,
-)
+from lora_grpo.trainer.models import checkpoint_of, default_device, lora_rank, quantization_of, without_memory
 
 _ADAM_BYTES = 4 + 4 + 4 + 4
 """fp32 weight, gradient and two moments of each adapter parameter."""
@@ -84,6 +67,11 @@ class MemoryEstimate:
         }
         return {name: size_bytes for name, size_bytes in values.items() if size_bytes is not None}
 
+    def what_helps(self) -> str:
+        """What makes the largest part smaller."""
+        parts = self.parts()
+        return _SMALLER[max(parts, key=parts.__getitem__)]
+
 
 def mib(size_bytes: int) -> str:
     """For people: "1,234.5 MiB"."""
@@ -127,16 +115,6 @@ def estimate_memory(
     )
 
 
-def require_memory(estimate: MemoryEstimate, available_bytes: int, where: str) -> None:
-    """Raises `ConfigError` with the parts, and what makes the largest one smaller, when they exceed what is there."""
-    if estimate.total_bytes > available_bytes:
-        parts = estimate.parts()
-        raise ConfigError(
-            f"the run needs {estimate}, and {where} has {mib(available_bytes)} free: "
-            f"{_SMALLER[max(parts, key=parts.__getitem__)]}, or use a smaller model"
-        )
-
-
 def available_memory(device: torch.device) -> int:
     """Free bytes on a CUDA device, or available to the system for the CPU."""
     if device.type == "cuda":
@@ -148,74 +126,6 @@ def available_memory(device: torch.device) -> int:
     return int(rows["MemAvailable"].split()[0]) << 10
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run's own engine is started for: adapters of `rank` on `leaves` (None: all linear layers)."""
-
-    rank: int
-    leaves: list[str] | None
-    version_bytes: int
-    """Of a version's tensors, in the engine's dtype."""
-    memory: MemoryEstimate
-    checkpointing: bool
-    """Whether the trainer computes activations twice."""
-
-
-def plan(
-    model: ModelConfig | nn.Module,
-    peft_config: Any,
-    config: EngineConfig,
-    sharing: Sharing,
-    batch: LargestBatch,
-    checkpointing: bool | None,
-) -> Plan:
-    """The plan of a run. Raises `ConfigError` for a base or an adapter that cannot be, or too little memory."""
-    check_whole(checkpoint_of(model).name)
-    rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
-    if not config.urls:
-        allowed_rank(max(rank, config.max_lora_rank or 0))
-    if quantization_of(checkpoint_of(model)) is not None and sharing is True:
-        raise ConfigError("share_base_weights=True: the engine's quantized weights are not the trainer's; leave it out")
-    one_copy = expects_one_copy(sharing, model, config)
-    memory, checkpointing = planned_memory(model, peft_config, config, batch, checkpointing, shared_base=one_copy)
-    version_bytes = memory.adapter_and_optimizer_bytes // _ADAM_BYTES * engine_dtype(config).itemsize
-    return Plan(rank, leaves, version_bytes, memory, checkpointing)
-
-
-def planned_memory(
-    model: ModelConfig | nn.Module,
-    peft_config: Any,
-    config: EngineConfig | None,
-    batch: LargestBatch,
-    checkpointing: bool | None,
-    *,
-    shared_base: bool = False,
-) -> tuple[MemoryEstimate, bool]:
-    """A run's estimate, and whether its activations are checkpointed; None: where they would not fit otherwise.
-
-    Without a `config` the engine is there already. Raises `ConfigError` when the estimate does not fit.
-    """
-    device = default_device()
-    available_bytes = available_memory(device)
-    needed = estimate(model, peft_config, config, batch, shared_base, bool(checkpointing))
-    if checkpointing is None and needed.total_bytes > available_bytes:
-        checkpointing = True
-        needed = estimate(model, peft_config, config, batch, shared_base, checkpointing)
-    require_memory(needed, available_bytes, str(device))
-    return needed, bool(checkpointing)
-
-
-def checkpoints(
-    model: ModelConfig | nn.Module, peft_config: Any, batch: LargestBatch, checkpointing: bool | None
-) -> bool:
-    """As `planned_memory`, where the engine is there already."""
-    if checkpointing is None and isinstance(model, nn.Module):
-        checkpointing = None if isinstance(peft_model_of(model).get_base_model(), PreTrainedModel) else False
-    if checkpointing is None:
-        _, checkpointing = planned_memory(model, peft_config, None, batch, None)
-    return checkpointing
-
-
 def estimate(
     model: ModelConfig | nn.Module,
     peft_config: Any,
@@ -224,9 +134,10 @@ def estimate(
     shared_base: bool,
     checkpointing: bool,
 ) -> MemoryEstimate:
-    """What `planned_memory` compares with what is there."""
+    """What a run takes; without a `config`, the engine is there already."""
     own = EngineConfig() if config is None else config
     empty = without_memory(model, peft_config)
+    elsewhere = config is None or bool(config.urls)
     needed = estimate_memory(
         empty,
         batch,
@@ -236,11 +147,16 @@ def estimate(
         trainer_dtype=_trainer_dtype(model, empty),
         engine_dtype=engine_dtype(own),
         shared_base=shared_base or isinstance(model, nn.Module),
-        scheme=quantization_of(checkpoint_of(model)) if isinstance(model, ModelConfig) else scheme_of(empty.config),
+        scheme=None if elsewhere and isinstance(model, nn.Module) else quantization_of(checkpoint_of(model)),
     )
-    if config is None or config.urls:
+    if elsewhere:
         return replace(needed, engine_base_bytes=0, adapter_slots_bytes=0)
-    return replace(needed, kv_bytes=_kv_bytes(config, needed.engine_base_bytes + needed.adapter_slots_bytes))
+    return replace(needed, kv_bytes=_kv_bytes(own, needed.engine_base_bytes + needed.adapter_slots_bytes))
+
+
+def version_bytes(needed: MemoryEstimate, config: EngineConfig) -> int:
+    """Of a version's tensors, in the engine's dtype."""
+    return needed.adapter_and_optimizer_bytes // _ADAM_BYTES * engine_dtype(config).itemsize
 
 
 def _kv_bytes(config: EngineConfig, weights_bytes: int) -> int:

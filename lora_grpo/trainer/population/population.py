@@ -14,8 +14,8 @@ from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer.crew import launched
 from lora_grpo.trainer.models import Shared, Sharing, build_engine, check_same_device, load_base, shared_base
 from lora_grpo.trainer.population.member import Member
-from lora_grpo.trainer.population.room import Room, Wanted, plan_room
 from lora_grpo.trainer.population.together import sample_together
+from lora_grpo.trainer.room import Room, Wanted, plan_room
 from lora_grpo.trainer.spec import MemberSpec
 
 

@@ -21,7 +21,7 @@ from lora_grpo.metrics.plot import plot_curves
 from lora_grpo.trainer.build import member_spec
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
-from lora_grpo.trainer.population.room import Wanted, plan_room
+from lora_grpo.trainer.room import Wanted, plan_room
 from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.trainer.sweeping.grid import Trial
 from lora_grpo.trainer.sweeping.plan import SweepPlan

@@ -1,4 +1,4 @@
-"""What a population's engine is started for, and how many members memory holds."""
+"""What an engine is started for, of one run or of a population, and how many of its members memory holds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from peft import LoraConfig
+from torch import nn
 
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
@@ -15,21 +16,32 @@ from lora_grpo.engines.compat import allowed_rank
 from lora_grpo.engines.local.targets import check_whole, checkpoint_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.trainer.activations import LargestBatch
-from lora_grpo.trainer.memory import MemoryEstimate, available_memory, engine_dtype, estimate, mib
-from lora_grpo.trainer.models import Sharing, adapted_leaves, default_device, expects_one_copy, lora_rank
+from lora_grpo.trainer.memory import MemoryEstimate, available_memory, engine_dtype, estimate, mib, version_bytes
+from lora_grpo.trainer.models import (
+    Sharing,
+    adapted_leaves,
+    checkpoint_of,
+    default_device,
+    expects_one_copy,
+    lora_rank,
+    quantization_of,
+)
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.spec import MemberSpec
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one member needs: its adapter, and the largest batch that it learns from at a time."""
+    """What one member needs: its adapter, and the largest batch that it learns from at a time.
 
-    peft_config: LoraConfig
+    A run that is none of a population is a member too, the only one.
+    """
+
+    peft_config: Any
     batch: LargestBatch
     checkpointing: bool | None
-    rows: int
-    """Completions a step."""
+    rows: int = 0
+    """Completions a step, for what the members of a population sample together."""
 
     @classmethod
     def of(cls, spec: MemberSpec, model: ModelConfig, engine_config: EngineConfig) -> Wanted:
@@ -47,22 +59,25 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Room:
-    """The engine's settings, `rank` and `leaves` (None: all linear layers), and the memory of `members` at a time."""
+    """The engine's settings, the largest `rank`, all `leaves` (None: all linear layers), and the memory of `members`
+    at a time."""
 
     engine_config: EngineConfig
     rank: int
     leaves: list[str] | None
+    version_bytes: int
+    """Of the tensors of a version, the largest member's."""
     members: int
     memory: MemoryEstimate
     joint_kv_bytes: int
-    """What the rows of one round take of the KV cache at most; 0 where the model's config does not tell."""
+    """What the rows of one round of several members take of the KV cache at most."""
     fit: int
     """How many members memory holds, the largest first."""
     checkpointing: bool
     """Whether activations are computed twice, for members that leave it open."""
 
     def __str__(self) -> str:
-        said = f"{self.members} members take {self.memory}"
+        said = str(self.memory) if self.members == 1 else f"{self.members} members take {self.memory}"
         if self.joint_kv_bytes:
             said += f"; of the KV cache, the rows of a round take {mib(self.joint_kv_bytes)} at most"
         return said + (", activations computed twice" if self.checkpointing else "")
@@ -71,10 +86,14 @@ class Room:
         """Raises `ConfigError` when memory does not hold the members, with how many it does."""
         if self.fit < self.members:
             device = default_device()
+            free = f"{device} has {mib(available_memory(device))} free"
+            if self.members == 1:
+                fix = self.memory.what_helps()
+                raise ConfigError(f"the run needs {self.memory}, and {free}: {fix}, or use a smaller model")
             others = f"pass at_once={self.fit}, so that the others wait" if self.fit else "use a smaller model"
             raise ConfigError(
-                f"{self}, and {device} has {mib(available_memory(device))} free, which holds {self.fit} of them: "
-                f"{others}, or give them smaller adapters or micro-batches"
+                f"{self}, and {free}, which holds {self.fit} of them: {others}, or give them smaller adapters or "
+                "micro-batches"
             )
 
     def check(self, model: ModelConfig, peft_config: Any, engine: Engine) -> None:
@@ -93,7 +112,7 @@ class Room:
 
 
 def plan_room(
-    model: ModelConfig,
+    model: ModelConfig | nn.Module,
     members: Sequence[Wanted],
     config: EngineConfig,
     sharing: Sharing,
@@ -103,21 +122,25 @@ def plan_room(
 ) -> Room:
     """The room for `at_once` of the members, whichever they are; an engine that is not its own is there already.
 
-    Raises `ConfigError` for an adapter that cannot be.
+    Raises `ConfigError` for a base or an adapter that cannot be.
     """
-    check_whole(model.name)
-    rank = max(config.max_lora_rank or 0, *(lora_rank(model, member.peft_config) for member in members))
-    if not config.urls:
-        allowed_rank(rank)
-    # Servers hold as many versions as there are slots: the one that is published beside the others needs a place too.
-    slots = max(config.max_loras, at_once + bool(config.urls))
-    sized: EngineConfig = config.replace(max_loras=slots, max_lora_rank=rank)
+    if own_engine or isinstance(model, ModelConfig):
+        check_whole(checkpoint_of(model).name)
+    rank = max(lora_rank(model, member.peft_config) for member in members)
     adapted = [adapted_leaves(model, member.peft_config) for member in members]
     leaves = None if None in adapted else sorted({leaf for own in adapted for leaf in own or ()})
+    # Servers hold as many versions as there are slots: the one that is published beside the others needs a place too.
+    slots = max(config.max_loras, at_once + bool(config.urls))
+    most = max(rank, config.max_lora_rank or 0)
+    sized: EngineConfig = config.replace(max_loras=slots, max_lora_rank=most)
+    if own_engine:
+        _check_servable(model, most, config, sharing)
     estimated = _estimates(model, sized if own_engine else None, expects_one_copy(sharing, model, config))
+    joint = members[0].peft_config if len(members) == 1 else LoraConfig(r=1, target_modules=leaves or "all-linear")
+    joint_kv_bytes = _kv_bytes(model, members, config, at_once) if isinstance(model, ModelConfig) and at_once > 1 else 0
 
     def room(*, twice: bool) -> Room:
-        engine = estimated(LoraConfig(r=1, target_modules=leaves or "all-linear"), members[0], twice)
+        engine = estimated(joint, members[0], twice)
         each = [estimated(member.peft_config, member, twice) for member in members]
         each.sort(key=_own_bytes, reverse=True)
         memory = _together(engine, each[:at_once])
@@ -125,17 +148,24 @@ def plan_room(
         fixed_bytes = memory.total_bytes - sum(map(_own_bytes, each[:at_once])) - slot_bytes * at_once
         totals_bytes = accumulate((_own_bytes(one) + slot_bytes for one in each), initial=fixed_bytes)
         fit = sum(total <= available_memory(default_device()) for total in totals_bytes) - 1
-        return Room(
-            sized, rank, leaves, at_once, memory, _kv_bytes(model, members, config, at_once), max(0, fit), twice
-        )
+        of_version = version_bytes(each[0], config)
+        return Room(sized, rank, leaves, of_version, at_once, memory, joint_kv_bytes, max(0, fit), twice)
 
-    found = room(twice=False)
+    found = room(twice=all(member.checkpointing for member in members))
     open_ones = any(member.checkpointing is None for member in members)
     return room(twice=True) if found.fit < at_once and open_ones else found
 
 
+def _check_servable(model: ModelConfig | nn.Module, rank: int, config: EngineConfig, sharing: Sharing) -> None:
+    """Raises `ConfigError` for what an engine that is yet to start would refuse."""
+    if not config.urls:
+        allowed_rank(rank)
+    if quantization_of(checkpoint_of(model)) is not None and sharing is True:
+        raise ConfigError("share_base_weights=True: the engine's quantized weights are not the trainer's; leave it out")
+
+
 def _estimates(
-    model: ModelConfig, config: EngineConfig | None, one_copy: bool
+    model: ModelConfig | nn.Module, config: EngineConfig | None, one_copy: bool
 ) -> Callable[[Any, Wanted, bool], MemoryEstimate]:
     """Of an adapter and the member that trains it, `twice` where it leaves that open; each worked out once."""
     known: dict[Any, MemoryEstimate] = {}
