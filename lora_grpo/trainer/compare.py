@@ -14,13 +14,14 @@ import torch
 from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.config_file import load_config
 from lora_grpo.data import load_prompts
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.advantages import weighted_rewards
 from lora_grpo.rewards import RewardFunction, check_columns, load_reward, score
 from lora_grpo.trainer.build import effective_grpo
-from lora_grpo.trainer.replay import replaying, run_config
+from lora_grpo.trainer.replay import replaying
 from lora_grpo.types import Group, Prompt, Sampling
 
 
@@ -82,7 +83,7 @@ def compare_run(
     `reward` is None. Raises `ConfigError`, `UnknownVersion`, `DeliveryError` or `EngineError`.
     """
     run = Path(run_dir)
-    config = run_config(run)
+    config = load_config(run)
     with AdapterStore(archive=run, readonly=True) as store:
         pair = [store.get(first), store.get(second)]
     if pair[0] == pair[1]:

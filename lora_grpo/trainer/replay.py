@@ -66,14 +66,6 @@ def replaying(
             yield engine, versions, borrow
 
 
-def run_config(run_dir: Path) -> RunConfig:
-    """The settings a run was made with. Raises `ConfigError` for a directory that is no run of `lora-grpo train`."""
-    path = run_dir / RESOLVED_FILE
-    if not path.is_file():
-        raise ConfigError(f"{run_dir} has no {RESOLVED_FILE}: only runs of `lora-grpo train` or `demo` can be replayed")
-    return load_config(path)
-
-
 def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) -> list[dict[str, Any]]:
     """Held-out metrics of stored versions, sampled again from their bytes; one row a version.
 
@@ -81,7 +73,7 @@ def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) 
     where it did not). Raises `ConfigError` or `UnknownVersion`.
     """
     run = Path(run_dir)
-    config, saved = run_config(run), saved_evaluations(run)
+    config, saved = load_config(run), saved_evaluations(run)
     _, held_out = load_data(config.data)
     if held_out is None:
         raise ConfigError(f"{run} has no held-out prompts (data.eval)")
