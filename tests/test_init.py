@@ -91,6 +91,11 @@ def test_what_cannot_be_told_is_asked_for(tmp_path: Path, llama_dir: Path, rows:
     assert not (tmp_path / "run.toml").exists()
 
 
+def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path: Path, llama_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no column 'questoin'; its columns are 'id', 'question', 'answer'"):
+        written(tmp_path, llama_dir, SUMS, "data.prompt_column=questoin")
+
+
 def test_too_little_memory_here_is_said_in_the_file(
     tmp_path: Path, llama_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,7 +130,7 @@ def _missing_column(label: str, column: str, columns: tuple[str, ...]) -> str:
 
 def _check_prompts(rows: Rows, label: str, column: str, system_prompt: str | None) -> None:
     for index, row in enumerate(_narrow(rows, column)):
-        problem, where = _problem(row.get(column), system_prompt), column
+        problem, where = prompt_problem(row.get(column), system_prompt), column
         if not problem:
             chat = system_prompt is not None or not isinstance(row[column], str)
             problem, where = _template_problem(row.get(TEMPLATE_COLUMN), chat), TEMPLATE_COLUMN
@@ -153,7 +153,7 @@ def _template_problem(value: Any, chat: bool) -> str | None:
     return None if chat else "the prompt is text, which goes through no chat template; set data.system_prompt = ''"
 
 
-def _problem(value: Any, system_prompt: str | None) -> str | None:
+def prompt_problem(value: Any, system_prompt: str | None = None) -> str | None:
     """What is wrong with one prompt, with the fix; None if nothing is."""
     if isinstance(value, str):
         return _text_problem(value) if value else "the prompt is empty; remove the row"

@@ -10,6 +10,7 @@ from typing import Any
 from lora_grpo.config import RewardConfig, RunConfig
 from lora_grpo.config_file import apply_override
 from lora_grpo.data import PromptDataset, load_data
+from lora_grpo.data.prompts import prompt_problem
 from lora_grpo.data.reading import read_rows
 from lora_grpo.engines.delivery import probe
 from lora_grpo.engines.local.targets import checkpoint_config
@@ -29,6 +30,15 @@ LOOKED_AT = 1000
 """Rows that a column's kind is judged by."""
 LONGEST_EXACT = 40
 """Characters of an answer that a model can be expected to give letter by letter."""
+SIZES = {
+    "lora.r": (16, "rank"),
+    "lora.lora_alpha": (32, "the adapter's update is scaled by lora_alpha / r"),
+    "grpo.num_generations": (8, "completions a prompt; rewards are compared within these"),
+    "grpo.per_device_train_batch_size": (8, "completions in a micro-batch: lower it if memory is short"),
+    "grpo.gradient_accumulation_steps": (8, "micro-batches in a step"),
+    "grpo.learning_rate": (2e-5, "adapters take higher ones than whole models"),
+    "grpo.log_completions_every": (10, "steps between completions that you can read (lora-grpo report)"),
+}
 MARKED = "Think step by step. End with #### and the number."
 Notes = dict[str, str]
 
@@ -48,20 +58,11 @@ def propose(model: str, data: str, overrides: Sequence[str] = ()) -> tuple[RunCo
     _choose_reward(values["rewards"][0], columns, values["data"]["train"], notes)
     settings = RunConfig(**values)
     tokenizer = trainer_tokenizer(settings.model, None, None)
-    if (
-        getattr(tokenizer, "chat_template", None)
-        and "system_prompt" not in values["data"]
-        and _are_texts(columns[settings.data.prompt_column])
-    ):
+    texts = all(isinstance(prompt, str) for prompt in columns.get(settings.data.prompt_column, [])[:LOOKED_AT])
+    if texts and getattr(tokenizer, "chat_template", None) and "system_prompt" not in values["data"]:
         values["data"]["system_prompt"] = MARKED if settings.rewards[0].name == "numeric" else ""
         notes["data.system_prompt"] = "the model has a chat template: prompts become chats"
     _choose_lengths(values, tokenizer, columns, notes)
-    _fill(
-        values,
-        "lora",
-        {"r": (16, "rank"), "lora_alpha": (32, "the adapter's update is scaled by lora_alpha / r")},
-        notes,
-    )
     _choose_sizes(values, len(next(iter(columns.values()))), notes)
     return RunConfig(**values), as_toml(values, notes)
 
@@ -78,7 +79,7 @@ def _columns(data: Mapping[str, Any]) -> dict[str, list[Any]]:
 def _choose_prompt(data: dict[str, Any], columns: Mapping[str, list[Any]], notes: Notes) -> None:
     if "prompt_column" in data:
         return
-    fitting = [name for name in PROMPTS if name in columns and (_are_texts(columns[name]) or _are_chats(columns[name]))]
+    fitting = [name for name in PROMPTS if name in columns and not any(map(prompt_problem, columns[name][:LOOKED_AT]))]
     if not fitting:
         raise ConfigError(
             f"none of the columns of {data['train']} is known to hold prompts ({', '.join(columns)}): name the one "
@@ -145,32 +146,17 @@ def _longest_prompt(settings: RunConfig, train: PromptDataset) -> int:
 
 
 def _choose_sizes(values: dict[str, Any], rows: int, notes: Notes) -> None:
-    _fill(
-        values,
-        "grpo",
-        {
-            "num_generations": (8, "completions a prompt; rewards are compared within these"),
-            "per_device_train_batch_size": (8, "completions in a micro-batch: lower it if memory is short"),
-            "gradient_accumulation_steps": (8, "micro-batches in a step"),
-            "learning_rate": (2e-5, "adapters take higher ones than whole models"),
-            "log_completions_every": (10, "steps between completions that you can read (lora-grpo report)"),
-        },
-        notes,
-    )
-    grpo = GRPOConfig(**values["grpo"])
-    prompts = max(1, grpo.rows_per_step(1) // grpo.num_generations)
-    once = -(-rows // prompts)
-    steps = {
-        "total_steps": (min(200, max(20, once)), f"of {prompts} prompts each; all {rows:,} once are {once:,} steps")
-    }
-    _fill(values, "grpo", steps, notes)
-
-
-def _fill(values: dict[str, Any], section: str, proposed: Mapping[str, tuple[Any, str]], notes: Notes) -> None:
     """What no override has set."""
-    for name, (value, why) in proposed.items():
+    for key, (value, why) in SIZES.items():
+        section, _, name = key.partition(".")
         if name not in values[section]:
-            values[section][name], notes[f"{section}.{name}"] = value, why
+            values[section][name], notes[key] = value, why
+    if "total_steps" not in values["grpo"]:
+        grpo = GRPOConfig(**values["grpo"])
+        prompts = max(1, grpo.rows_per_step(1) // grpo.num_generations)
+        once = -(-rows // prompts)
+        values["grpo"]["total_steps"] = min(200, max(20, once))
+        notes["grpo.total_steps"] = f"of {prompts} prompts each; all {rows:,} once are {once:,} steps"
 
 
 def memory_lines(findings: Sequence[Finding]) -> list[str]:
@@ -200,15 +186,3 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_value, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
-
-
-def _are_texts(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, str) and value for value in values[:LOOKED_AT])
-
-
-def _are_chats(values: Sequence[Any]) -> bool:
-    """Lists of messages of which the last is not the answer."""
-    return all(
-        isinstance(value, list) and value and isinstance(value[-1], Mapping) and value[-1].get("role") != "assistant"
-        for value in values[:LOOKED_AT]
-    )
