@@ -28,7 +28,7 @@ from lora_grpo.metrics.reporter import check_folder
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.assembly import untouched_when_stopped
-from lora_grpo.trainer.models import adapted_leaves, check_same_device
+from lora_grpo.trainer.models import adapted_leaves, check_same_device, lora_rank
 
 
 class NativeGRPOTrainer(HookedTrainer):
@@ -122,11 +122,10 @@ def _assemble(
         raise ConfigError(
             "full fine-tuning has no adapter to swap: pass peft_config=LoraConfig(...), or use trl.GRPOTrainer"
         )
-    modules = check_servable(model, active_adapter(model))
+    check_servable(model, active_adapter(model))
     # Each wrapped layer costs decoding time, whether an adapter uses it or not.
-    adapted = {module.path.rsplit(".", 1)[-1] for module in modules}
-    rank = max(module.a_RI.shape[0] for module in modules)
-    keywords = vllm_args(given, rank, {"target_modules": sorted(adapted), **engine_args})
+    adapted = {"target_modules": adapted_leaves(model, None)}
+    keywords = vllm_args(given, lora_rank(model, None), {**adapted, **engine_args})
     check_folder(run_dir)
     store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
     closing.callback(store.close)
