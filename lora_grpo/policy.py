@@ -67,7 +67,7 @@ class Policy:
         self._drops = drops_out(self.model)
         self.config = config
         self.processes = Processes(accelerator)
-        self.objective = Objective.from_config(config)
+        self.objective = Objective(config)
         self.parameters = trainable_parameters(self.model)
         self._share_initial_weights()
         self.reference = Reference(self.model, wanted=config.beta > 0)

@@ -51,7 +51,7 @@ def rows(advantages: torch.Tensor = ADVANTAGES, garbage: float = 0.0) -> Batch:
 
 def objective(**changes: object) -> Objective:
     plain = {"epsilon": 0.2, "epsilon_high": 0.4, "vllm_importance_sampling_correction": False}
-    return Objective.from_config(GRPOConfig(**{**plain, **changes}))
+    return Objective(GRPOConfig(**{**plain, **changes}))
 
 
 def test_clipped_surrogate_by_hand() -> None:

@@ -38,5 +38,4 @@ def sampling_ratio(
 
 def known_gaps(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """|log pi_old - log pi_sampler| of the N tokens that count and that the sampler scored, (N,), nats."""
-    gap_BT = (old_logp_BT - sampler_logp_BT).abs()
-    return gap_BT[mask_BT & ~gap_BT.isnan()]
+    return (old_logp_BT - sampler_logp_BT)[mask_BT & ~sampler_logp_BT.isnan()].abs()

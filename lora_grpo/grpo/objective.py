@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,40 +10,27 @@ from torch import Tensor
 from lora_grpo.errors import TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.corrections import known_gaps, sampling_ratio
-from lora_grpo.grpo.losses import LOSSES, ClipRange, Loss, Totals, k3_kl, sequence_log_ratio
+from lora_grpo.grpo.losses import LOSSES, ClipRange, Totals, k3_kl, sequence_log_ratio
 from lora_grpo.grpo.processes import Observed, Reduction, counted, mean, row_means
 from lora_grpo.grpo_config import GRPOConfig
 
 
-@dataclass(frozen=True, slots=True)
 class Objective:
     """Loss, ratio, clip, KL and mismatch correction of one run."""
 
-    loss: Loss
-    by_sequence: bool
-    clip: ClipRange
-    beta: float
-    unbiased_kl: bool
-    correction: Callable[[Tensor, Tensor, Tensor], Tensor] | None
-    """None: the sampler is taken at its word."""
-
-    @classmethod
-    def from_config(cls, config: GRPOConfig) -> Objective:
+    def __init__(self, config: GRPOConfig) -> None:
         high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+        self.loss, self.clip = LOSSES[config.loss_type], ClipRange(config.epsilon, high, config.delta)
+        self.by_sequence = config.importance_sampling_level == "sequence"
+        self.beta, self.unbiased_kl = config.beta, config.use_bias_correction_kl
         correction = partial(
             sampling_ratio,
             mode=config.vllm_importance_sampling_mode,
             clip_max=config.vllm_importance_sampling_clip_max,
             clip_min=config.vllm_importance_sampling_clip_min,
         )
-        return cls(
-            loss=LOSSES[config.loss_type],
-            by_sequence=config.importance_sampling_level == "sequence",
-            clip=ClipRange(config.epsilon, high, config.delta),
-            beta=config.beta,
-            unbiased_kl=config.use_bias_correction_kl,
-            correction=correction if config.vllm_importance_sampling_correction else None,
-        )
+        self.correction = correction if config.vllm_importance_sampling_correction else None
+        """None: the sampler is taken at its word."""
 
     def needs_gradient(self, rows: Batch) -> Tensor:
         """(B,) bool: rows that can move the policy; without a KL, those of advantage 0 cannot."""

@@ -15,6 +15,8 @@ import torch
 from lora_grpo.engines.delivery.canary import RESOLUTION, CanaryReport
 from lora_grpo.grpo.advantages import reward_metrics
 from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.corrections import known_gaps
+from lora_grpo.grpo.objective import filled
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.render import GAP
@@ -95,11 +97,8 @@ def spread(groups: list[Group], rows: int) -> list[Group]:
 def logprob_gap(batch: Batch, processes: Processes) -> float:
     """Mean |trainer - sampler| log-prob over the tokens in the loss, nats, of all processes' batches; NaN when the
     sampler gave none."""
-    if batch.old_logp_BT is None:
-        raise ValueError("the batch was not prepared")
-    known_BT = batch.mask_BT & ~batch.sampler_logp_BT.isnan()
-    gaps_N = (batch.old_logp_BT - batch.sampler_logp_BT)[known_BT].abs()
-    total, count = processes.sum(torch.stack([gaps_N.sum(), known_BT.sum().float()])).tolist()
+    gaps_N = known_gaps(filled(batch.old_logp_BT), batch.sampler_logp_BT, batch.mask_BT)
+    total, count = processes.sum(torch.stack([gaps_N.sum(), gaps_N.new_tensor(len(gaps_N))])).tolist()
     return total / count if count else math.nan
 
 
