@@ -86,12 +86,6 @@ def test_selected_rows_lose_the_columns_that_others_needed() -> None:
     assert got.ref_logp_BT is None
 
 
-def test_parts_hold_every_row_once() -> None:
-    parts = list(batch().split(3))
-    assert [len(part) for part in parts] == [3, 1]
-    assert torch.cat([part.advantages_B for part in parts]).tolist() == ADVANTAGES.tolist()
-
-
 def test_moving_takes_every_tensor_along() -> None:
     moved = replace(batch(), old_logp_BT=torch.zeros(4, 4)).to("meta")
     assert {t.device.type for t in (moved.input_ids_BL, moved.mask_BT, moved.advantages_B, moved.old_logp_BT)} == {

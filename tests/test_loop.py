@@ -55,6 +55,26 @@ def test_bytes_on_their_way_to_the_disk_are_shown(
     assert logged == waiting
 
 
+def test_what_rewards_log_of_completions_stands_beside_them(llama_dir: Path, tmp_path: Path) -> None:
+    """And nothing takes the place of what a sample is: its prompt, completion, reward and version."""
+
+    def reward(completions: Sequence[str], log_extra: Any) -> list[float]:
+        log_extra("length", [len(text) for text in completions])
+        log_extra("odd", [{object()} for _ in completions])
+        log_extra("reward", ["taken"] * len(completions))
+        return share_of_low_bytes(completions)
+
+    config = FAKE.replace(total_steps=1, log_completions_every=1)
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "run", config, reward_funcs=reward) as trainer:
+        trainer.train()
+    (samples,) = read_metrics(tmp_path / "run" / "samples.jsonl")
+    assert len(samples["rows"]) == 4
+    for row in samples["rows"]:
+        assert list(row) == ["prompt", "completion", "reward", "version", "length", "odd"]
+        assert row["length"] == len(row["completion"])
+        assert row["reward"] == pytest.approx(share_of_low_bytes([row["completion"]])[0])
+
+
 def rare(first: int) -> Any:
     """A reward that is 0 until step `first`."""
 

@@ -332,6 +332,15 @@ def test_what_functions_log_is_kept():
     assert context.metrics() == {"strictness": 0.5}
 
 
+def test_columns_that_are_logged_have_a_value_a_completion():
+    def short(completions, log_extra):
+        log_extra("seen", ["one"])
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'short' logged 1 values of 'seen' for 4 completions"):
+        score([short], GROUPS, {})
+
+
 def test_a_missing_column_is_refused_before_the_first_step():
     def strict(completions, solution, **kwargs):
         return []

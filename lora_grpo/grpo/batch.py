@@ -96,11 +96,6 @@ class Batch:
         """The rows at these indices, without the columns that only other rows needed."""
         return self._map(lambda tensor: tensor[rows])._trimmed()
 
-    def split(self, rows: int) -> Iterator[Batch]:
-        """Consecutive batches of `rows` rows; the last may be smaller."""
-        for indices in torch.arange(len(self), device=self.input_ids_BL.device).split(rows):
-            yield self.select(indices)
-
     def idle(self) -> Batch:
         """A row of two tokens, none of which counts: the loss on it and its gradient are 0."""
         shapes = {"BL": (1, 2), "BT": (1, 1), "B": (1,)}

@@ -40,7 +40,8 @@ class TrainerState:
 class RewardContext:
     """The run's state as given to reward functions, and what they logged.
 
-    `extra` holds columns of B values for the shown samples, `logged` each value given to `log_metric`.
+    `extra` holds columns of B values, which are shown beside the completions in samples.jsonl; `logged` each value
+    given to `log_metric`.
     """
 
     state: TrainerState = TrainerState()
@@ -120,6 +121,8 @@ class Call:
         begun, logs = self._begun or self._begin(self.inputs)
         self._begun = begun, logs
         values = self._result(begun)
+        for column, logged in logs.extra.items():
+            self._require_rows(logged, f"logged {len(logged)} values of {column!r}")
         self.context.take(logs)
         return values
 
@@ -194,12 +197,16 @@ class Call:
         rows = len(self.inputs["prompts"])
         if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
             raise RewardError(f"reward {self.name!r} returned {short(values)}; it must return a list of {rows} numbers")
+        self._require_rows(values, f"returned {len(values)} values")
+        return [self._number(value, index) for index, value in enumerate(values)]
+
+    def _require_rows(self, values: Sequence[Any], did: str) -> None:
+        rows = len(self.inputs["prompts"])
         if len(values) != rows:
             raise RewardError(
-                f"reward {self.name!r} returned {len(values)} values for {rows} completions; "
-                "it must return one for each (None where it does not apply)"
+                f"reward {self.name!r} {did} for {rows} completions; "
+                "it must give one for each (None where it does not apply)"
             )
-        return [self._number(value, index) for index, value in enumerate(values)]
 
     def _number(self, value: Any, index: int) -> float:
         if value is None:

@@ -15,6 +15,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.grpo.advantages import group_advantages, weighted_rewards
 from lora_grpo.grpo_config import GRPOConfig
+from lora_grpo.metrics.log import jsonable
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, score
 from lora_grpo.rewards.call import TrainerState
 from lora_grpo.types import Group, Prompt, Sampling, derive_seed
@@ -52,6 +53,8 @@ class Rewarded:
     rewards_B: torch.Tensor
     advantages_B: torch.Tensor
     logged: Mapping[str, float]
+    extra: Mapping[str, list[Any]]
+    """Columns that reward functions logged, a value a completion, as JSON has them."""
 
     def used_groups(self, num_generations: int) -> float:
         """Share of groups whose rewards differ, the only ones that carry signal."""
@@ -123,7 +126,8 @@ class Source:
         rewards_BF = torch.tensor(values_BF, dtype=torch.float64)
         rewards_B = weighted_rewards(rewards_BF, config.reward_weights)
         advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
-        return Rewarded(rollout.groups, rewards_BF, rewards_B, advantages_B, context.metrics())
+        logged, extra = context.metrics(), jsonable(context.extra)
+        return Rewarded(rollout.groups, rewards_BF, rewards_B, advantages_B, logged, extra)
 
 
 def patience(config: GRPOConfig) -> Patience:

@@ -126,10 +126,13 @@ def of_the_version(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sample_rows(rewarded: Rewarded, count: int = 4) -> list[dict[str, Any]]:
-    """A few completions to look at, spread over the batch."""
+    """A few completions to look at, spread over the batch, with what reward functions logged beside each."""
     pairs = [(group.prompt, completion) for group in rewarded.groups for completion in group.completions]
     rows = [
         {"prompt": prompt, "completion": completion.text, "reward": value, "version": completion.version}
         for (prompt, completion), value in zip(pairs, rewarded.rewards_B.tolist(), strict=True)
     ]
+    for column, values in rewarded.extra.items():
+        for row, value in zip(rows, values, strict=True):
+            row.setdefault(column, value)
     return rows[:: max(1, len(rows) // count)][:count]
