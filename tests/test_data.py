@@ -185,5 +185,3 @@ def test_sampler_refuses_the_state_of_another_run():
     state = PromptSampler(10, 2, seed=1).state_dict()
     with pytest.raises(ConfigError, match=r"\(10, 1\), this one has \(11, 1\)"):
         PromptSampler(11, 2, seed=1).load_state_dict(state)
-    with pytest.raises(ConfigError, match="at least 1"):
-        PromptSampler(0, 2, seed=1)

@@ -1,6 +1,6 @@
 """Prompts: where they come from, and in which order a run uses them."""
 
-from lora_grpo.data.order import PromptSampler, SamplerState
+from lora_grpo.data.order import PromptSampler
 from lora_grpo.data.prompts import RESERVED_COLUMNS, PromptDataset, load_data, load_prompts
 from lora_grpo.data.reading import FILE_SUFFIXES, Rows
 
@@ -10,7 +10,6 @@ __all__ = [
     "PromptDataset",
     "PromptSampler",
     "Rows",
-    "SamplerState",
     "load_data",
     "load_prompts",
 ]

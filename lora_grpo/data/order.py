@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypedDict
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from lora_grpo.errors import ConfigError
 from lora_grpo.types import derive_seed
-
-
-class SamplerState(TypedDict):
-    """Where a `PromptSampler` stands, as plain numbers."""
-
-    epoch: int
-    offset: int
-    num_prompts: int
-    seed: int
 
 
 class PromptSampler:
@@ -28,10 +18,6 @@ class PromptSampler:
     """
 
     def __init__(self, num_prompts: int, prompts_per_step: int, seed: int) -> None:
-        if num_prompts < 1 or prompts_per_step < 1:
-            raise ConfigError(
-                f"num_prompts={num_prompts} and prompts_per_step={prompts_per_step} must both be at least 1"
-            )
         self.num_prompts = num_prompts
         self.prompts_per_step = prompts_per_step
         self.seed = seed
@@ -53,10 +39,11 @@ class PromptSampler:
                 self._move_to(self.epoch + 1, 0)
         return indices
 
-    def state_dict(self) -> SamplerState:
-        return SamplerState(epoch=self.epoch, offset=self.offset, num_prompts=self.num_prompts, seed=self.seed)
+    def state_dict(self) -> dict[str, int]:
+        """Where it stands, as plain numbers."""
+        return {"epoch": self.epoch, "offset": self.offset, "num_prompts": self.num_prompts, "seed": self.seed}
 
-    def load_state_dict(self, state: SamplerState) -> None:
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from `state`; refuses one of another dataset size or seed, whose order would be another."""
         saved, here = (state["num_prompts"], state["seed"]), (self.num_prompts, self.seed)
         if saved != here:

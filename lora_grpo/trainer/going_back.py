@@ -7,13 +7,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.opening import Recovered
 from lora_grpo.adapters.upkeep.rollbacks import Rollback
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.data import SamplerState
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
 from lora_grpo.metrics.log import Record, history, jsonable, read_metrics
 from lora_grpo.metrics.reporter import Reporter
@@ -85,7 +84,7 @@ def resume(run: Run) -> RollbackReport | None:
     extra = report.extra or None
     position = log.data_position(extra)
     if position is not None:
-        run.source.sampler.load_state_dict(cast(SamplerState, position))
+        run.source.sampler.load_state_dict(position)
     run.crew(crew.apply_optimizer_settings, log.learning_rate_scale)
     idle = 0 if waiting or extra is None else int(extra["without_signal"])
     run.take_up(report.version.step, without_signal=idle)

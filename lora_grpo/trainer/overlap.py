@@ -15,7 +15,6 @@ from typing import TypeVar
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.data import SamplerState
 from lora_grpo.engines.owned import OwnedEngine
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError
 from lora_grpo.trainer.crew import Parts
@@ -57,7 +56,7 @@ class InTurn:
         """Rollouts dropped so far, by reason."""
         return {}
 
-    def position(self) -> SamplerState:
+    def position(self) -> dict[str, int]:
         """Where the data stand: what is drawn next, or was drawn for a batch that no step has taken yet."""
         return self._source.sampler.state_dict()
 
@@ -149,7 +148,7 @@ class Ahead(InTurn):
     def counts(self) -> dict[str, int]:
         return {f"dropped_{why}": count for why, count in self.dropped.items()}
 
-    def position(self) -> SamplerState:
+    def position(self) -> dict[str, int]:
         return self._ahead[0].rollout.position if self._ahead else self._source.sampler.state_dict()
 
     def drop(self, why: str) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.data import PromptDataset, PromptSampler, SamplerState
+from lora_grpo.data import PromptDataset, PromptSampler
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.grpo.advantages import group_advantages, weighted_rewards
@@ -35,7 +35,7 @@ class Rollout:
 
     step: int
     rollbacks: int
-    position: SamplerState
+    position: dict[str, int]
     prompts: list[Prompt]
     columns: dict[str, list[Any]]
     version: AdapterVersion = field(init=False)
