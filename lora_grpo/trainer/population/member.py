@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+import torch
 
 from lora_grpo.config import ModelConfig
 from lora_grpo.metrics.quiet import ENGINE_LOG, quiet_libraries
@@ -17,7 +21,6 @@ from lora_grpo.trainer.evaluation import Evaluation
 from lora_grpo.trainer.going_back import roll_back_between_steps
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.models import Shared
-from lora_grpo.trainer.population.generators import Generators
 from lora_grpo.trainer.population.together import hold
 from lora_grpo.trainer.rollouts import Rollout
 from lora_grpo.trainer.spec import MemberSpec
@@ -43,7 +46,7 @@ class Member:
         self.trainer: GRPOTrainer | None = None
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[Evaluation] = []
-        self._generators = Generators()
+        self._random: Any = None
         self._session: AbstractContextManager[Reporter] | None = None
         self._reporter: Reporter
 
@@ -69,13 +72,25 @@ class Member:
         What is done to its trainer from outside the population is done inside. Raises `RuntimeError` without one.
         """
         quiet = quiet_libraries(self.runs.run_dir / ENGINE_LOG, self._reporter.message)
-        with self._generators.in_place(), quiet:
+        with self._own_random_state(), quiet:
             yield
+
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        """While inside, torch, numpy and Python draw for this member alone, as if nobody had drawn in between."""
+        outside = _random_state()
+        if self._random is not None:
+            _set_random_state(self._random)
+        try:
+            yield
+        finally:
+            self._random = _random_state()
+            _set_random_state(outside)
 
     def start(self, model: ModelConfig, shared: Shared, *, resume: bool) -> None:
         """Build its trainer on what is shared, take up what its run directory holds, and publish its first version."""
         spec = self.spec
-        with self._generators.in_place(), quiet_libraries(self.run_dir / ENGINE_LOG):
+        with self._own_random_state(), quiet_libraries(self.run_dir / ENGINE_LOG):
             self.trainer = GRPOTrainer(model, **spec.arguments(), view=False, shared=shared)
             if resume:
                 self.trainer.resume()
@@ -150,3 +165,17 @@ class Member:
         session, self._session = self._session, None
         if session is not None:
             session.__exit__(None if error is None else type(error), error, None)
+
+
+def _random_state() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+
+
+def _set_random_state(states: tuple[Any, ...]) -> None:
+    cpu, cuda, numbers, plain = states
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+    np.random.set_state(numbers)
+    random.setstate(plain)
