@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
@@ -23,13 +22,7 @@ from lora_grpo.grpo.gradients import Gradients
 from lora_grpo.grpo.losses import Size, Totals
 from lora_grpo.grpo.modes import check_sharding, drops_out, in_mode, without_ddp
 from lora_grpo.grpo.objective import Objective, filled
-from lora_grpo.grpo.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    plain_optimizer,
-    plain_scheduler,
-    trainable_parameters,
-)
+from lora_grpo.grpo.optimizer import build_optimizer, build_scheduler, plain_optimizer, trainable_parameters
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo.reach import Reach
 from lora_grpo.grpo_config import GRPOConfig
@@ -43,9 +36,9 @@ if TYPE_CHECKING:
 class Policy:
     """A PEFT model, its optimizer and the GRPO objective.
 
-    Without an optimizer, AdamW over the adapter is built; without a scheduler, `config`'s over `total_steps` rollout
-    steps. `policy.optimizer` and `policy.scheduler` are torch's own, also when accelerate's wrappers were given. With
-    `config.beta`, the adapter as it is now is the reference of the KL.
+    Without an optimizer, AdamW over the adapter is built; the schedule is `config`'s over `total_steps` rollout steps.
+    `policy.optimizer` is torch's own, also when accelerate's wrapper was given. With `config.beta`, the adapter as it
+    is now is the reference of the KL.
 
     With an accelerator of several processes, each holds its own rows, as many as any other, and the whole model (DDP)
     or a shard of it (FSDP2). `prepare` and `update` are called by all, and the gradient of each update is the one that
@@ -60,7 +53,6 @@ class Policy:
         *,
         accelerator: Accelerator | None = None,
         optimizer: Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
     ) -> None:
         check_sharding(accelerator)
         self.model = without_ddp(model)
@@ -76,7 +68,7 @@ class Policy:
         self.reach = Reach(self.reference.modules, self.processes)
         self.optimizer = plain_optimizer(optimizer, self.parameters) or build_optimizer(self.model, config)
         updates = config.total_steps * config.updates_per_step(self.processes.count)
-        self.scheduler = plain_scheduler(scheduler) or build_scheduler(self.optimizer, config, updates)
+        self.scheduler = build_scheduler(self.optimizer, config, updates)
         if config.gradient_checkpointing:
             self.model.enable_input_require_grads()
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

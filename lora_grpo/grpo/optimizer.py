@@ -79,11 +79,3 @@ def plain_optimizer(optimizer: Optimizer | None, parameters: Mapping[str, Parame
         if id(parameter) not in held:
             raise ConfigError(f"the optimizer does not hold {name}: build it on this model's trainable parameters")
     return plain
-
-
-def plain_scheduler(scheduler: LRScheduler | None) -> LRScheduler | None:
-    """torch's own schedule: accelerate's wrapper steps it once a process, and the policy steps once an update."""
-    from accelerate.scheduler import AcceleratedScheduler
-
-    plain: LRScheduler | None = scheduler.scheduler if isinstance(scheduler, AcceleratedScheduler) else scheduler
-    return plain
