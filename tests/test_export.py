@@ -25,6 +25,7 @@ from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
 from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, UnknownVersion
+from lora_grpo.trainer.hub import _rows
 from tests.test_cli_versions import ENVIRONMENT, command, lora_grpo
 from tests.test_fake_engine import tiny_peft
 from tests.tiny_run import fake_engine
@@ -235,6 +236,11 @@ def hub() -> Iterator[tuple[str, list[tuple[str, bytes, str]]]]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", asked
         server.shutdown()
+
+
+def test_a_cards_steps_are_whole_numbers_however_many() -> None:
+    steps = [{"event": "step", "step": step, "version": step, "reward": 0.123456} for step in range(1, 12_346)]
+    assert list(_rows(steps, []))[-1] == "| 12345 | 12345 | 0.1235 | - |"
 
 
 def test_a_push_to_the_hub_is_one_commit_of_the_export_and_a_card(

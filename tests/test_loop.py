@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,22 @@ def test_what_rewards_log_of_completions_stands_beside_them(llama_dir: Path, tmp
         assert list(row) == ["prompt", "completion", "reward", "version", "length", "odd"]
         assert row["length"] == len(row["completion"])
         assert row["reward"] == pytest.approx(share_of_low_bytes([row["completion"]])[0])
+
+
+def test_a_held_out_answer_that_nothing_scores_has_no_part_in_the_mean(llama_dir: Path, tmp_path: Path) -> None:
+    """As in training, and not as if it had earned 0."""
+
+    def reward(completions: Sequence[str], scored: Sequence[bool]) -> list[float | None]:
+        return [2.0 if one else None for one in scored]
+
+    rows = [{"prompt": row["prompt"], "scored": index % 2 == 0} for index, row in enumerate(ROWS)]
+    config, given = FAKE.replace(total_steps=1), {"reward_funcs": reward, "train_dataset": rows, "eval_dataset": rows}
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "run", config, **given) as trainer:
+        trainer.train()
+        for found in trainer.evaluations:
+            nothing = found.metrics.pop("reward/scored=false")
+            assert math.isnan(nothing)
+            assert found.metrics == {"reward": 2.0, "rewards/reward": 2.0, "reward/scored=true": 2.0}
 
 
 def rare(first: int) -> Any:

@@ -156,7 +156,9 @@ def _answers(run: Path) -> dict[str, Any] | None:
     if len(files) < 2:
         return None
     first, last = (json.loads(path.read_text(encoding="utf-8")) for path in (files[0], files[-1]))
-    pairs = [pair for pair in zip(first["rows"], last["rows"], strict=False) if pair[0]["reward"] != pair[1]["reward"]]
+    both = zip(first["rows"], last["rows"], strict=False)
+    # Where no function scored an answer, its reward is NaN, and so is the difference.
+    pairs = [pair for pair in both if abs(pair[1]["reward"] - pair[0]["reward"]) > 0]
     # The ones that got worse are the news.
     pairs.sort(key=lambda pair: pair[1]["reward"] - pair[0]["reward"])
     half = MOST_ROWS // 2

@@ -10,11 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
+
 from lora_grpo.adapters.files.disk import parse_json, read_small
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import PromptDataset
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError, StoreCorrupt
+from lora_grpo.grpo.advantages import weighted_rewards
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import RewardFunction, reward_names, score
 from lora_grpo.trainer.rollouts import patience
@@ -44,24 +47,23 @@ def evaluate(
 ) -> Evaluation:
     """Mean of each reward over all held-out prompts, answered greedily; `reward` is their weighted sum.
 
-    `scored` calls what calls the reward functions.
-    Columns that hold booleans split the reward further: `reward/COLUMN=true`, `reward/COLUMN=false`.
+    As in training, an answer that no function scores has no reward, and no part in the mean. `scored` calls what calls
+    the reward functions. Columns that hold booleans split the reward: `reward/COLUMN=true`, `reward/COLUMN=false`.
     """
     prompts, columns = data.select(range(len(data)))
     greedy = Sampling(n=1, max_tokens=config.max_completion_length, temperature=0.0, seed=config.seed)
     groups = engine.generate(prompts, greedy, adapter=version)
     rewards_BF = scored(lambda: score(reward_funcs, groups, columns, patience=patience(config)))
-    names, weights = reward_names(reward_funcs), config.reward_weights or (1.0,) * len(reward_funcs)
-    rows = []
-    for p, (group, rewards) in enumerate(zip(groups, rewards_BF, strict=True)):
-        known = [weight * reward for weight, reward in zip(weights, rewards, strict=True) if not math.isnan(reward)]
+    rewards_B = weighted_rewards(torch.tensor(rewards_BF, dtype=torch.float64), config.reward_weights).tolist()
+    names, rows = reward_names(reward_funcs), []
+    for p, (group, rewards, reward) in enumerate(zip(groups, rewards_BF, rewards_B, strict=True)):
         rows.append(
             {
                 "prompt": group.prompt,
                 "completion": group.completions[0].text,
                 "version": group.completions[0].version,
-                "reward": sum(known),
-                **{f"rewards/{name}": reward for name, reward in zip(names, rewards, strict=True)},
+                "reward": reward,
+                **{f"rewards/{name}": own for name, own in zip(names, rewards, strict=True)},
                 "columns": {name: values[p] for name, values in columns.items()},
             }
         )

@@ -14,6 +14,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import Record, package_versions, run_history
 from lora_grpo.metrics.page import changed_settings
+from lora_grpo.metrics.render import number
 
 MOST_ROWS = 20
 """Of the card's table of rewards."""
@@ -137,4 +138,4 @@ def _rows(records: Sequence[Record], recorded: Sequence[Mapping[str, Any]]) -> I
     ]
     # Of a long run the last step and others at even distances before it.
     for row in rows[:: -max(1, -(-len(rows) // MOST_ROWS))][::-1]:
-        yield f"| {' | '.join('-' if cell is None else format(cell, '.4g') for cell in row)} |"
+        yield f"| {' | '.join(map(number, row))} |"
