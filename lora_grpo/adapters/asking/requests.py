@@ -22,7 +22,7 @@ from lora_grpo.errors import StoreError
 
 _ASKED, _DOING, _ANSWER = ".json", ".doing", ".answer"
 _FORGOTTEN_S = 86400.0
-"""Long beyond any client that still looks, stopped ones included: for those an answer that is gone was never given."""
+"""Long beyond any client that still looks, a stopped one included: without its answer it would ask again."""
 
 
 @dataclass(frozen=True, slots=True)
