@@ -26,8 +26,7 @@ from lora_grpo.canary import CANARY_NOISE, rows_of, take_canary
 from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
 from lora_grpo.engines.delivery.base_match import BaseMatch
 from lora_grpo.engines.delivery.canary import CanaryReport
-from lora_grpo.engines.delivery.probe import ProbeReport, probe_sequences
-from lora_grpo.engines.delivery.proving import Proofs, prove
+from lora_grpo.engines.delivery.probe import ProbeReport, Proofs, probe_sequences, prove
 from lora_grpo.engines.joint import joint
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.processes import Processes

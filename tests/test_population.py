@@ -15,7 +15,7 @@ import pytest
 from peft import LoraConfig
 
 from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
-from lora_grpo.engines.delivery import proving
+from lora_grpo.engines.delivery import probe
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, RewardError, TrainingError
 from lora_grpo.metrics.log import read_metrics
@@ -130,7 +130,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[tupl
 def test_each_member_is_the_run_that_it_would_be_alone(
     base: ModelConfig, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proofs, matches = (counted(monkeypatch, proving, name) for name in ("run_probe", "match_base"))
+    proofs, matches = (counted(monkeypatch, probe, name) for name in ("run_probe", "match_base"))
     with Population(base, specs(tmp_path / "together"), engine=engine) as population:
         with monkeypatch.context() as spying:
             batches = counted(spying, engine, "generate")

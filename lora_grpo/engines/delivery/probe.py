@@ -1,7 +1,8 @@
-"""The probe: a loud adapter that proves the whole path from file to log-prob, once per engine start.
+"""What is proven before the first version is published: the engine's base is the trainer's, and an adapter arrives.
 
 A fresh adapter has B = 0 and equals the base, so nothing about its first versions shows whether names, scale, dtype
-and kernels are right. An adapter with large random A and B does.
+and kernels are right. The probe does, an adapter with large random A and B: it proves the whole path from file to
+log-prob, once per engine start.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -28,8 +29,10 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.peft_form.shards import assign
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription, Engine, is_remote
+from lora_grpo.engines.delivery.base_match import BaseMatch, match_base
 from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, Witness, base_noise
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
+from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import LogProbs, Sequences
 
@@ -57,6 +60,36 @@ class ProbeReport:
     most_noise: float
     least_signal: float
     most_error: float
+
+
+Proofs: TypeAlias = dict[tuple[tuple[str, int], ...], tuple[BaseMatch, ProbeReport]]
+"""What was proven of one engine and one base, by the adapter's form: its modules' paths and ranks."""
+
+
+def prove(
+    proofs: Proofs,
+    model: nn.Module,
+    form: ServingForm,
+    engine: Engine,
+    processes: Processes,
+    scratch: Path,
+    publish: Callable[[Files], AdapterVersion],
+) -> tuple[BaseMatch, ProbeReport]:
+    """The proofs for this form of adapter, made and added to `proofs` where they are missing; called by all processes.
+
+    The probe is written under `scratch`, or goes through `publish` where servers pull. Raises `UnsupportedAdapter` for
+    another base, `DeliveryError` when the probe does not arrive, `NoRoom` when it does not fit.
+    """
+    key = tuple((module.path, module.a_RI.shape[0]) for module in form.modules)
+    if key not in proofs:
+        matched = next(iter(proofs.values()))[0] if proofs else match_base(engine, model, processes)
+        pulls = is_remote(engine) and engine.pulls
+        if not pulls:
+            # Each process writes its own, and one that cannot must not leave the others waiting.
+            copies = {"probe": form.nbytes * processes.count}
+            processes.each(lambda: require_room(scratch, copies, "the probe of the engine"))
+        proofs[key] = matched, run_probe(model, form, engine, scratch, publish=publish if pulls else None)
+    return proofs[key]
 
 
 def check_has_room(max_model_len: int | None) -> None:
@@ -230,10 +263,8 @@ def _answers(engine: Engine, sequences: list[list[int]], adapter: AdapterVersion
 @contextmanager
 def _written(files: Files, scratch: Path) -> Iterator[AdapterVersion]:
     """The probe in a folder of its own below `scratch`, while the block runs."""
-    sizes = {name: sum(memoryview(buffer).nbytes for buffer in buffers) for name, buffers in files.items()}
     with ExitStack() as held:
         with disk.reported("writing the probe"):
-            require_room(scratch, sizes, "the probe of the engine")
             folder = held.enter_context(tempfile.TemporaryDirectory(prefix="lora-grpo-probe-", dir=scratch))
             path = Path(folder) / "versions" / "000000"
             path.mkdir(parents=True, mode=0o700)
