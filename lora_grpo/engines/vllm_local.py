@@ -16,14 +16,13 @@ from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
 from lora_grpo.engines.delivery.slots import SlotProver
-from lora_grpo.engines.local.driving import StepDriver
+from lora_grpo.engines.local.driving import StepDriver, Turn
 from lora_grpo.engines.local.held import HeldLLM, engines_alive
 from lora_grpo.engines.local.loading import AdapterLoader, Loaded, choose_loader
 from lora_grpo.engines.local.residents import Residents
 from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
 from lora_grpo.engines.local.sleeping import check_base_is_back, check_may_sleep, fall_asleep
 from lora_grpo.engines.local.starting import adapter_room, start_llm
-from lora_grpo.engines.local.turn import Turn
 from lora_grpo.errors import UnknownVersion
 from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 

@@ -1,13 +1,87 @@
-"""Drives an in-process vLLM a step at a time, so that other things can be done between two steps of a rollout."""
+"""Drives an in-process vLLM a step at a time, in one thread; interrupts and other calls come between two steps."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from lora_grpo.engines.local.turn import Turn
 from lora_grpo.errors import EngineError
+
+_WAITING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Turn:
+    """Every call of an engine takes it. A call from inside another, between two steps, is part of that one's.
+
+    vLLM that is left in the middle of a step does not find out of it again. So a signal whose handler is Python's, as
+    Ctrl-C's is, is handled between two steps; a second one while the first still waits is handled at once, and the
+    engine then has to be started again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._holder = ""
+        self._handlers: dict[int, Callable[[int, Any], Any]] = {}
+        self._pending: list[int] = []
+        self._torn = False
+
+    @contextmanager
+    def take(self, doing: str, *, last: bool = False) -> Iterator[None]:
+        """Raises `EngineError` while another thread has it, or, unless it is the `last`, after a step was torn."""
+        if not self._lock.acquire(blocking=False):
+            raise EngineError(
+                f"{doing} was called in thread {threading.current_thread().name!r} while {self._holder}: one thread at "
+                "a time uses an engine; call it from one, or hold a lock of your own around each call"
+            )
+        outer = self._holder
+        try:
+            if outer:
+                yield
+            else:
+                if self._torn and not last:
+                    raise EngineError(
+                        "this engine was interrupted twice, the second time in the middle of a step, so what it holds "
+                        "is unknown: close it and start another"
+                    )
+                self._holder = f"thread {threading.current_thread().name!r} is in {doing}"
+                with self._interrupts_waiting():
+                    yield
+        finally:
+            self._holder = outer
+            self._lock.release()
+
+    def between_steps(self) -> None:
+        """Handle the signals that came since the last step, as their handlers do; Ctrl-C raises here."""
+        while self._pending:
+            number = self._pending.pop(0)
+            self._handlers[number](number, None)
+
+    @contextmanager
+    def _interrupts_waiting(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        found = {number: signal.getsignal(number) for number in _WAITING}
+        self._handlers = {number: handler for number, handler in found.items() if callable(handler)}
+        try:
+            for number in self._handlers:
+                signal.signal(number, self._came)
+            yield
+        finally:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            self.between_steps()
+
+    def _came(self, number: int, frame: Any) -> None:
+        if number in self._pending:
+            self._torn = True
+            self._handlers[number](number, frame)
+        else:
+            self._pending.append(number)
 
 
 class StepDriver:
