@@ -21,7 +21,6 @@ from typing import Any
 
 from lora_grpo.engines.compat import mends
 from lora_grpo.engines.plain_on_cpu import compute_plain_values
-from lora_grpo.engines.tiles import allow_tiles
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 
 # "run": the test suite passes on it. "read": its source was compared, for everything that the engines rely on, with a
@@ -98,7 +97,7 @@ def _mend(release: tuple[int, int], *, computes: bool) -> None:
         importlib.import_module("lora_grpo.engines.packing").read_quantized()
     if is_cpu():
         importlib.import_module("lora_grpo.engines.packing").read_before_packing()
-        allow_tiles()
+        mends.allow_tiles()
         if computes:
             mends.turn_every_head()
             compute_plain_values()
