@@ -9,10 +9,9 @@ from typing import Any
 from lora_grpo.engines import compat
 from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.local import lora_kernels
-from lora_grpo.engines.local.compiling import can_compile, compiled_with_lora, marked
-from lora_grpo.engines.local.experts import experts_without_lora, make_expert_group
+from lora_grpo.engines.local.beside import classes_kept, make_expert_group
+from lora_grpo.engines.local.cpu_with_lora import can_compile, compiled_with_lora, experts_without_lora, marked
 from lora_grpo.engines.local.held import join
-from lora_grpo.engines.local.own_class import classes_kept
 from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
 from lora_grpo.engines.local.sleeping import check_can_ever_sleep
 from lora_grpo.engines.local.targets import EXPERTS, check_served, linear_leaves, served_scheme, text_only_arguments

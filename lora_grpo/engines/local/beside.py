@@ -1,8 +1,4 @@
-"""Keeps what vLLM makes of a transformers class to the engine's own model.
-
-A model that vLLM has no class for is served through transformers' class, and vLLM puts its compiler into that class
-itself: a trainer's model of the same class could neither be built nor called any more, whichever came first.
-"""
+"""An engine that starts in one process with others: beside a trainer's model of its class, beside another engine."""
 
 from __future__ import annotations
 
@@ -12,12 +8,28 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
+import torch
+
 from lora_grpo.engines.patching import replaced
+
+
+def make_expert_group() -> None:
+    """Let an engine with experts start beside one without: vLLM makes process groups with its first engine alone."""
+    state: Any = importlib.import_module("vllm.distributed.parallel_state")
+    if not state.model_parallel_is_initialized() or state._EP is not None or torch.distributed.get_world_size() > 1:
+        return
+    world = state.get_world_group()
+    backend = torch.distributed.get_backend(world.device_group)
+    state._EP = state.init_model_parallel_group([world.ranks], world.local_rank, backend, group_name="ep")
 
 
 @contextmanager
 def classes_kept() -> Iterator[None]:
-    """Engines that start within compile a class of their own, and leave transformers' classes as they are."""
+    """Engines that start within compile a class of their own, and leave transformers' classes as they are.
+
+    A model that vLLM has no class for is served through transformers' class, and vLLM puts its compiler into that class
+    itself: a trainer's model of the same class could neither be built nor called any more, whichever came first.
+    """
     backend = importlib.import_module("vllm.model_executor.models.transformers.base").Base
     decorate, build = backend._decorate_cls_for_torch_compile, backend.__init__
     wanted: dict[int, list[tuple[type, dict[str, Any]]]] = {}

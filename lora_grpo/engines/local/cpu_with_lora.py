@@ -1,7 +1,6 @@
-"""vLLM's compiler on the CPU, with LoRA.
+"""What vLLM does on the CPU, but not with LoRA: compile a model, and compute a mixture's experts.
 
-vLLM compiles a model there, but none with LoRA: its own LoRA path cannot be traced. Ours is one operator to the
-compiler.
+Its own LoRA path cannot be traced. Ours is one operator to the compiler.
 """
 
 from __future__ import annotations
@@ -75,3 +74,14 @@ def compiled_with_lora() -> AbstractContextManager[None]:
             config.lora_config = lora
 
     return replaced(platform, check_and_update_config=classmethod(check_and_update_config))
+
+
+def experts_without_lora() -> AbstractContextManager[None]:
+    """Models that are built within compute their experts as an engine without LoRA does.
+
+    With LoRA on, vLLM picks kernels that could add it to the experts, also where none is wrapped; there are none for
+    the CPU.
+    """
+    layer = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
+    stock = layer.FusedMoEConfig
+    return replaced(layer, FusedMoEConfig=lambda **settings: stock(**{**settings, "is_lora_enabled": False}))
