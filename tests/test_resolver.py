@@ -114,19 +114,6 @@ def test_requests_at_once_pull_once_and_later_ones_not_at_all(trainer: Trainer, 
     assert not Path(again.lora_path).exists()
 
 
-def test_requests_at_once_are_refused_after_one_try(trainer: Trainer, settings: Settings) -> None:
-    """Each of a batch waiting for its own time-out would keep the last one for minutes."""
-    resolver, tries = StoreResolver(*settings), []
-    ask = resolver._client.manifest
-    resolver._client.manifest = lambda run, number: tries.append(number) or ask(run, number)  # type: ignore[func-returns-value]
-
-    async def five_at_once() -> list[Any]:
-        return await asyncio.gather(*(resolver.resolve_lora("base", trainer.name(1)) for _ in range(5)))
-
-    assert asyncio.run(five_at_once()) == [None] * 5
-    assert tries == [1]
-
-
 def test_a_request_that_is_given_up_leaves_the_pull_to_the_others(trainer: Trainer, settings: Settings) -> None:
     resolver, may_go_on, pulls = StoreResolver(*settings), threading.Event(), []
     with serving(trainer, settings):

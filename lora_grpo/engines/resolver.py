@@ -17,8 +17,9 @@ and vLLM's own:
 VLLM_LORA_RESOLVER_CACHE_DIR belongs to vLLM's file system resolver; leave it unset.
 
 A version that cannot be had, or is not what was published, is refused: the reason is in the server's log, and the
-request is answered with 404, by no model. Read in vLLM 0.26 to 0.33: the server gives every resolved adapter an id of
-its own counter, so the name and the path are what tell versions apart, and both are never used twice.
+request is answered with 404, by no model. Read in vLLM 0.26 to 0.33: the server resolves a name for one request at a
+time, and gives every resolved adapter an id of its own counter, so the name and the path are what tell versions apart,
+and both are never used twice.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,7 @@ class StoreResolver:
         self._client = StoreClient(url, token)
         self._cache: ReplicaCache | None = None
         self._cache_place = cache, budget_bytes
-        self._pulls: dict[tuple[str, int], asyncio.Task[Path]] = {}
-        self._one_at_a_time = asyncio.Lock()
+        self._pulling = threading.Lock()
 
     @classmethod
     def from_environment(cls) -> StoreResolver | None:
@@ -99,7 +100,7 @@ class StoreResolver:
         if asked is None:
             return None
         try:
-            path = await self._path(*asked)
+            path = await asyncio.to_thread(self._have, *asked)
         except LoraGrpoError as error:
             _log().error("%s is refused, and no model answers for it: %s", lora_name, error)
             return None
@@ -107,29 +108,19 @@ class StoreResolver:
 
         return LoRARequest(lora_name, asked[1], str(path))
 
-    async def _path(self, run: str, number: int) -> Path:
-        """Where a version lies, once it does. A request that is given up leaves the pull to those that wait for it."""
-        pull = self._pulls.get((run, number))
-        if pull is None:
-            pull = self._pulls[run, number] = asyncio.create_task(self._pull(run, number))
-            pull.add_done_callback(lambda _: self._pulls.pop((run, number)))
-        return await asyncio.shield(pull)
-
-    async def _pull(self, run: str, number: int) -> Path:
-        async with self._one_at_a_time:
-            return await asyncio.to_thread(self._have, run, number)
-
     def _have(self, run: str, number: int) -> Path:
-        if self._cache is None:
-            self._cache = ReplicaCache(*self._cache_place)
-        path = self._cache.path(run, number)
-        if path is None:
-            started = time.monotonic()
-            path = self._cache.pull(self._client, run, number)
-            size_mib = sum(file.stat().st_size for file in path.iterdir()) / MIB
-            name, seconds = served_name(run, number), time.monotonic() - started
-            _log().info("pulled %s from %s: %.1f MiB in %.2f s", name, self._client.url, size_mib, seconds)
-        return path
+        """Where a version lies, once it does. A request that is given up leaves the pull to those that wait for it."""
+        with self._pulling:
+            if self._cache is None:
+                self._cache = ReplicaCache(*self._cache_place)
+            path = self._cache.path(run, number)
+            if path is None:
+                started = time.monotonic()
+                path = self._cache.pull(self._client, run, number)
+                size_mib = sum(file.stat().st_size for file in path.iterdir()) / MIB
+                name, seconds = served_name(run, number), time.monotonic() - started
+                _log().info("pulled %s from %s: %.1f MiB in %.2f s", name, self._client.url, size_mib, seconds)
+            return path
 
     def close(self) -> None:
         """Remove what was pulled. Close the engine first."""
