@@ -7,7 +7,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -328,26 +327,6 @@ def test_the_processor_is_told_by_its_flags_and_its_kind() -> None:
     lines = dict(line.split("\t", 1) for line in building._processor().splitlines())
     assert {"flags", "vendor_id", "cpu family", "model"} == set(lines)
     assert "sse2" in lines["flags"].split()
-
-
-def test_libraries_that_nobody_uses_any_more_go(fresh_look: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One in use stays, however old; so does another machine's, for as long as that one asks for it."""
-    assert building.library() is not None
-    (used,) = fresh_look.iterdir()
-    old, others, lately = (fresh_look / f"kernels-{name}.so" for name in ("old", "others", "lately"))
-    for path in (old, others, lately):
-        path.touch()
-    now = time.time()
-    for path, age_s in ((used, 2 * building.UNUSED_S), (old, building.UNUSED_S + 60), (lately, 3600)):
-        os.utime(path, (now - age_s,) * 2)
-    building.library.cache_clear()
-    assert building.library() is not None
-    assert set(fresh_look.iterdir()) == {used, old, others, lately}
-    monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, "-DANOTHER"))
-    building.library.cache_clear()
-    assert building.library() is not None
-    (another,) = set(fresh_look.iterdir()) - {used, others, lately}
-    assert another.stat().st_size > 0
 
 
 def test_what_was_compiled_and_does_not_load_is_compiled_again(fresh_look: Path) -> None:

@@ -13,9 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import time
 import warnings
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,6 @@ SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 PATIENCE_S = 120
 """For a compiler; this one's work takes a second."""
-
-UNUSED_S = 60 * 24 * 3600
-"""After which a library in the cache is removed. A home may be shared by unlike machines, of which each has its own."""
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
@@ -75,34 +70,13 @@ def _built(compiler: list[str], folder: Path) -> Path:
     texts = [file.read_text() for file in (*SOURCES, *HEADERS)]
     recipe = (*texts, *FLAGS, *compiler, _run([*compiler, "--version"]), platform.machine(), _processor())
     path = folder / f"kernels-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}.so"
-    if path.exists():
-        _note_use(path)
-    else:
+    if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as staging:
             made = Path(staging, path.name)
             _run([*compiler, *FLAGS, *map(str, SOURCES), "-o", str(made)])
             os.replace(made, path)
-        _drop_unused(folder)
     return path
-
-
-def _note_use(path: Path) -> None:
-    with suppress(OSError):
-        if _age_s(path) > UNUSED_S / 60:
-            os.utime(path)
-
-
-def _drop_unused(folder: Path) -> None:
-    """Remove libraries of earlier sources, or of machines that are gone, that nobody has asked for in a long time."""
-    for path in folder.glob("kernels-*.so"):
-        with suppress(OSError):
-            if _age_s(path) > UNUSED_S:
-                path.unlink()
-
-
-def _age_s(path: Path) -> float:
-    return time.time() - path.stat().st_mtime
 
 
 def _run(command: list[str]) -> str:
