@@ -262,19 +262,10 @@ def test_vllms_own_weight_updates_are_refused(engine: VLLMEngine, update: Callab
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-REFUSED = {
-    "quantization": {"quantization": "fp8"},
-    "tensor_parallel_size": {"tensor_parallel_size": 2},
-    "pipeline_parallel_size": {"pipeline_parallel_size": 2},
-    "enable_sleep_mode": {"enable_sleep_mode": True},
-}
-
-
-@pytest.mark.parametrize("arguments", REFUSED.values(), ids=REFUSED)
-def test_arguments_that_break_sharing_are_refused_before_the_engine_starts(arguments: dict[str, Any]) -> None:
-    check_shareable({"max_model_len": 128, "tensor_parallel_size": 1, "enable_sleep_mode": False})
-    with pytest.raises(ConfigError, match=f"{next(iter(arguments))}=.* with share_base_weights"):
-        check_shareable(arguments)
+def test_an_engine_that_can_sleep_is_refused_before_it_starts() -> None:
+    check_shareable({"max_model_len": 128, "enable_sleep_mode": False})
+    with pytest.raises(ConfigError, match=r"enable_sleep_mode=True with share_base_weights: .*; drop it, or give"):
+        check_shareable({"enable_sleep_mode": True})
 
 
 def test_an_untested_release_is_refused_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,10 +285,6 @@ def test_a_prepacked_engine_is_refused(llama_engine: VLLMEngine) -> None:
 
 UNSHAREABLE: dict[str, tuple[Callable[[pytest.MonkeyPatch, VLLMEngine], object], str]] = {
     "quantized": (lambda patch, engine: patch.setattr(config(engine), "quant_config", object()), "are quantized"),
-    "split": (
-        lambda patch, engine: patch.setattr(config(engine).parallel_config, "world_size", 2),
-        "are split over processes",
-    ),
     "can sleep": (
         lambda patch, engine: patch.setattr(config(engine).model_config, "enable_sleep_mode", True),
         "it can sleep",

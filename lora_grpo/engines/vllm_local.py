@@ -177,7 +177,7 @@ class VLLMEngine:
 
         In the engine's dtype, frozen: whatever would merge into it or write to it raises. Each call builds a new model
         on the same weights, and every load checks that they are untouched. Raises `UnsupportedAdapter` for an engine or
-        architecture that cannot be shared (quantized, split, prepacked, unknown).
+        architecture that cannot be shared (quantized, prepacked, unknown).
         """
         self._held.check_awake()
         if self._shared is not None:

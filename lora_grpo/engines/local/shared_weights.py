@@ -90,15 +90,11 @@ def plain_cpu_weights(*, heads: bool = True) -> AbstractContextManager[None]:
 
 def check_shareable(arguments: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for arguments of an engine whose weights could not be shared, before it starts."""
-    refused = {
-        "quantization": (arguments.get("quantization") is not None, "quantized weights are not the trainer's"),
-        "tensor_parallel_size": (arguments.get("tensor_parallel_size", 1) != 1, "each process holds a part only"),
-        "pipeline_parallel_size": (arguments.get("pipeline_parallel_size", 1) != 1, "each process holds a part only"),
-        "enable_sleep_mode": (bool(arguments.get("enable_sleep_mode")), "a sleeping engine unmaps its weights"),
-    }
-    for name, (found, reason) in refused.items():
-        if found:
-            raise ConfigError(f"{name}={arguments[name]!r} with share_base_weights: {reason}; drop it, or {_OWN_COPY}")
+    if arguments.get("enable_sleep_mode"):
+        raise ConfigError(
+            "enable_sleep_mode=True with share_base_weights: a sleeping engine unmaps its weights; drop it, or "
+            + _OWN_COPY
+        )
     if compat.is_cpu() and compat.vllm_release() not in TESTED_CPU:
         raise ConfigError(
             f"share_base_weights on the CPU was not tested with vLLM {'.'.join(map(str, compat.vllm_release()))}; "
@@ -133,7 +129,6 @@ def _check_engine(llm: Any) -> None:
     packed, inference = any(one.numel() == 0 for one in weights), any(one.is_inference() for one in weights)
     found = {
         f"its weights are quantized ({config.model_config.quantization})": config.quant_config is not None,
-        "its weights are split over processes": config.parallel_config.world_size > 1,
         "it can sleep, which unmaps its weights": bool(config.model_config.enable_sleep_mode),
         f"{name} is vLLM's wrapper of a transformers model": name.startswith("Transformers"),
         "it has prepacked its weights (build it with share_base_weights=True)": packed,

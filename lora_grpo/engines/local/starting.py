@@ -33,15 +33,6 @@ def _lora_in_the_models_dtype(arguments: Mapping[str, Any]) -> bool:
     return arguments.get("lora_dtype") in (None, "auto", arguments.get("dtype"))
 
 
-def _checked(arguments: Mapping[str, Any], *, share_base_weights: bool) -> dict[str, Any]:
-    """vLLM's arguments as they are needed. Raises `ConfigError` for what cannot work together."""
-    joined = join(arguments)
-    check_can_ever_sleep(joined)
-    if share_base_weights:
-        check_shareable(joined)
-    return joined
-
-
 def _wrapped(target_modules: Sequence[str] | None) -> list[str]:
     if EXPERTS in (target_modules or ()):
         raise ConfigError(
@@ -77,10 +68,12 @@ def start_llm(
     code: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     check_served(model, **code)
     scheme = served_scheme(model, arguments.get("quantization"), **code)
-    arguments = text_only_arguments(model, **code) | arguments | {"quantization": scheme}
-    arguments = _checked(arguments, share_base_weights=share_base_weights)
     # Of other schemes vLLM reads in the checkpoint.
-    arguments["quantization"] = "bitsandbytes" if scheme == "nf4" else None
+    nf4 = {"quantization": "bitsandbytes" if scheme == "nf4" else None}
+    arguments = join(text_only_arguments(model, **code) | arguments | nf4)
+    check_can_ever_sleep(arguments)
+    if share_base_weights:
+        check_shareable(arguments)
     own = cpu_lora_kernels and lora_kernels.applies()
     kernels = own and _lora_in_the_models_dtype(arguments)
     arguments, compiles = _compiled_or_eager(arguments, kernels and not share_base_weights)
