@@ -46,9 +46,12 @@ def serve(
 
     When one of them ends, all end: its log's last lines say why.
     """
+    from lora_grpo.engines.local.targets import serving_arguments
     from lora_grpo.engines.server.launch import Serving
 
-    targets, options = _of_model(model, quantization, trust_remote_code="--trust-remote-code" in (arguments or ()))
+    told = serving_arguments(model, quantization, trust_remote_code="--trust-remote-code" in (arguments or ()))
+    options = ["--language-model-only"] if "language_model_only" in told else []
+    options += ["--quantization", told["quantization"]] if "quantization" in told else []
     serving = Serving(
         model,
         replicas,
@@ -57,7 +60,7 @@ def serve(
         max_lora_rank,
         max_loras,
         max_cpu_loras,
-        targets,
+        tuple(told["lora_target_modules"]),
         api_key,
         store_url,
         store_token_file,
@@ -65,23 +68,6 @@ def serve(
         start_timeout_s,
     )
     _until_interrupted(serving, log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-")), as_json)
-
-
-def _of_model(
-    model: str, quantization: str | None, *, trust_remote_code: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The layers that get LoRA, and vLLM's options for a model: text alone is served, in fewer bits if asked.
-
-    Raises `ConfigError` where vLLM serves no LoRA on it.
-    """
-    from lora_grpo.engines.local.targets import check_served, linear_leaves, served_scheme, text_only_arguments
-
-    check_served(model, trust_remote_code=trust_remote_code)
-    nf4 = served_scheme(model, quantization, trust_remote_code=trust_remote_code) == "nf4"
-    names = text_only_arguments(model, trust_remote_code=trust_remote_code)
-    leaves = linear_leaves(model, trust_remote_code=trust_remote_code)
-    text_only = (f"--{name.replace('_', '-')}" for name in names)
-    return tuple(leaves), (*text_only, *(("--quantization", "bitsandbytes") if nf4 else ()))
 
 
 def _until_interrupted(serving: Serving, logs: Path, as_json: bool) -> None:

@@ -14,7 +14,7 @@ from lora_grpo.engines.local.cpu_with_lora import can_compile, compiled_with_lor
 from lora_grpo.engines.local.held import join
 from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
 from lora_grpo.engines.local.sleeping import check_can_ever_sleep
-from lora_grpo.engines.local.targets import EXPERTS, check_served, linear_leaves, served_scheme, text_only_arguments
+from lora_grpo.engines.local.targets import serving_arguments
 from lora_grpo.errors import ConfigError
 
 
@@ -31,14 +31,6 @@ def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
 def _lora_in_the_models_dtype(arguments: Mapping[str, Any]) -> bool:
     """Whether slots and activations are of one dtype, which our kernels need; vLLM's own convert."""
     return arguments.get("lora_dtype") in (None, "auto", arguments.get("dtype"))
-
-
-def _wrapped(target_modules: Sequence[str] | None) -> list[str]:
-    if EXPERTS in (target_modules or ()):
-        raise ConfigError(
-            f"target_modules names {EXPERTS!r}: an adapter of a mixture's experts cannot be proven; leave it out"
-        )
-    return list(target_modules or ())
 
 
 def _compiled_or_eager(arguments: dict[str, Any], may_compile: bool) -> tuple[dict[str, Any], bool]:
@@ -66,18 +58,13 @@ def start_llm(
     """
     vllm = compat.import_vllm()
     code: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    check_served(model, **code)
-    scheme = served_scheme(model, arguments.get("quantization"), **code)
-    # Of other schemes vLLM reads in the checkpoint.
-    nf4 = {"quantization": "bitsandbytes" if scheme == "nf4" else None}
-    arguments = join(text_only_arguments(model, **code) | arguments | nf4)
+    arguments = join(serving_arguments(model, arguments.pop("quantization", None), target_modules, **code) | arguments)
     check_can_ever_sleep(arguments)
     if share_base_weights:
         check_shareable(arguments)
     own = cpu_lora_kernels and lora_kernels.applies()
     kernels = own and _lora_in_the_models_dtype(arguments)
     arguments, compiles = _compiled_or_eager(arguments, kernels and not share_base_weights)
-    wrapped = _wrapped(target_modules) or linear_leaves(model, **code)
     make_expert_group()
     with (
         vllm_boundary(f"start on {model}"),
@@ -87,6 +74,6 @@ def start_llm(
         experts_without_lora() if compat.is_cpu() else nullcontext(),
         classes_kept(),
     ):
-        arguments |= {"enable_lora": True, "lora_target_modules": wrapped, "logprobs_mode": "processed_logprobs"}
+        arguments |= {"enable_lora": True, "logprobs_mode": "processed_logprobs"}
         llm = vllm.LLM(model=model, **code, **arguments)
     return llm, kernels or compat.base_rows_are_safe()

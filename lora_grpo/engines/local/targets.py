@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,27 @@ def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_cod
         raise ConfigError(f"{model}: {error}") from error
 
 
-def text_only_arguments(
-    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+def serving_arguments(
+    model: str | Path, quantization: str | None, target_modules: Sequence[str] | None = None, **code: Any
 ) -> dict[str, Any]:
-    """What has vLLM load of a multimodal checkpoint the language model alone; nothing for a text-only one."""
-    config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
-    return {} if full_class(config) is None else {"language_model_only": True}
+    """What vLLM is told of a checkpoint: the layers that get LoRA (default: every linear one but the head), to load of
+    a multimodal one the language model alone, and to quantize it if so asked.
+
+    `code` is its revision, and whether its own code is trusted. Raises `ConfigError` where vLLM serves no LoRA on it,
+    as `served_scheme` does, and for layers whose adapter cannot be proven.
+    """
+    check_served(model, **code)
+    if EXPERTS in (target_modules or ()):
+        raise ConfigError(
+            f"target_modules names {EXPERTS!r}: an adapter of a mixture's experts cannot be proven; leave it out"
+        )
+    told: dict[str, Any] = {"lora_target_modules": list(target_modules or linear_leaves(model, **code))}
+    if full_class(checkpoint_config(model, **code)) is not None:
+        told["language_model_only"] = True
+    # Of other schemes vLLM reads in the checkpoint.
+    if served_scheme(model, quantization, **code) == "nf4":
+        told["quantization"] = "bitsandbytes"
+    return told
 
 
 def check_served(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> str:
