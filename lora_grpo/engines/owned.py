@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine
 from lora_grpo.worker import Worker
-
-
-@runtime_checkable
-class Stepping(Engine, Protocol):
-    """An engine that computes in this process, in the thread that calls it, and that only one thread may use.
-
-    It calls `between_steps`, where that is set, before each of its steps; other methods may be called from inside.
-    """
-
-    between_steps: Callable[[], None] | None
 
 
 def _done(name: str) -> Any:
@@ -39,13 +28,16 @@ def _done(name: str) -> Any:
 
 
 class OwnedEngine:
-    """A `Stepping` engine for use from any thread. `worker` owns it: rollouts are its jobs, all else its calls.
+    """An engine that steps, for use from any thread. `worker` owns it: rollouts are its jobs, all else its calls.
+
+    An engine that steps computes in the thread that calls it, and only one thread may use it. It calls `between_steps`,
+    where that is set, before each of its steps; its other methods may be called from inside.
 
     A load waits for one engine step at most, not for the rollout. After a step that never ended, the engine holds
     nothing that anyone could ask for, and it is left as it is until the process ends.
     """
 
-    def __init__(self, engine: Stepping, worker: Worker) -> None:
+    def __init__(self, engine: Any, worker: Worker) -> None:
         self.worker, self._engine = worker, engine
         self.proof, self.device = engine.proof, engine.device
         self.max_lora_rank, self.lora_dtype = engine.max_lora_rank, engine.lora_dtype
@@ -80,5 +72,6 @@ class OwnedEngine:
 
 
 def owned(engine: Engine, patience_s: float) -> Engine:
-    """`engine` for use from several threads: a `Stepping` one gets a thread that owns it, any other is left alone."""
-    return OwnedEngine(engine, Worker("generator", patience_s=patience_s)) if isinstance(engine, Stepping) else engine
+    """`engine` for use from several threads: one that steps gets a thread that owns it, any other is left alone."""
+    steps = hasattr(engine, "between_steps")
+    return OwnedEngine(engine, Worker("generator", patience_s=patience_s)) if steps else engine
