@@ -219,7 +219,7 @@ def run(steps: int, most: int, folder: Path) -> dict[str, Any]:
     config = demo_config(base, folder / "run", steps=steps, seed=0)
     slots, leaves = max(2, most + 1), tuple(linear_leaves(str(base)))
     serving = Serving(str(base), replicas=2, port=PORT, max_loras=slots, target_modules=leaves, arguments=VLLM_ARGS)
-    with Servers(serving, folder) as servers:
+    with Servers(serving, folder).running() as servers:
         engine = Witnessed(servers, steps, max_loras=slots)
         started = time.perf_counter()
         trainer = train(config, engine, most)

@@ -119,7 +119,7 @@ def test_a_trainer_samples_ahead_on_a_server(llama_dir: Path, tmp_path: Path) ->
     """Versions are loaded and proven while rollouts go on, and each rollout ends on the one that it began with."""
     config = CONFIG.replace(total_steps=5, max_staleness=1, canary_every=1, learning_rate=6e-3)
     serving = Serving(str(llama_dir), port=free_ports(1), target_modules=LEAVES, arguments=VLLM_ARGS)
-    with Servers(serving, tmp_path) as servers:
+    with Servers(serving, tmp_path).running() as servers:
         there = EngineConfig(urls=tuple(servers.urls))
         with tiny_trainer(llama_dir, None, tmp_path / "run", config, engine_config=there) as trainer:
             assert trainer.train()["steps"] == 5

@@ -72,10 +72,7 @@ def test_replicas_share_neither_cores_nor_gpus(monkeypatch: pytest.MonkeyPatch) 
     ("settings", "names"),
     [
         ({"host": "0.0.0.0"}, "VLLM_API_KEY"),
-        ({"replicas": 0}, "replicas=0"),
         ({"store_token_file": "token"}, "store_url"),
-        ({"max_loras": 1}, "max_loras=1"),
-        ({"start_timeout_s": 0.0}, "start_timeout_s=0"),
         ({"arguments": ("--host", "0.0.0.0")}, "--host .*VLLM_API_KEY"),
         ({"arguments": ("--seed", "1", "--host=0.0.0.0")}, "--host=0.0.0.0"),
         ({"arguments": ("--port", "80")}, "--port"),
@@ -102,7 +99,10 @@ def test_a_server_that_ends_is_named_with_the_end_of_its_log(tmp_path: Path) -> 
     up, broken = servers.all
     up.command = [sys.executable, "-c", HEALTHY, "18461"]
     broken.command = [sys.executable, "-c", "print('no such model'); raise SystemExit(3)"]
-    with pytest.raises(EngineError, match=rf"{broken.url} ended with exit code 3(?s:.*)no such model"), servers:
+    with (
+        pytest.raises(EngineError, match=rf"{broken.url} ended with exit code 3(?s:.*)no such model"),
+        servers.running(),
+    ):
         pytest.fail("it cannot be up")
     assert up.exit_code is not None
 
@@ -151,7 +151,7 @@ def test_the_first_that_ends_is_named_while_others_are_still_starting(tmp_path: 
     slow, broken = servers.all
     slow.command = [sys.executable, "-c", "import time; time.sleep(600)"]
     broken.command = [sys.executable, "-c", "raise SystemExit(3)"]
-    with pytest.raises(EngineError, match=f"{broken.url} ended with exit code 3"), servers:
+    with pytest.raises(EngineError, match=f"{broken.url} ended with exit code 3"), servers.running():
         pytest.fail("it cannot be up")
 
 
@@ -161,7 +161,7 @@ def test_a_server_that_never_answers_is_not_waited_for_for_ever(tmp_path: Path) 
     stuck.command = [sys.executable, "-c", "import time; print('fetching', flush=True); time.sleep(600)"]
     with (
         pytest.raises(EngineError, match=rf"{stuck.url} does not answer .*=2 s (?s:.*){stuck.log}:\nfetching"),
-        servers,
+        servers.running(),
     ):
         pytest.fail("it cannot be up")
     assert stuck.exit_code is not None
@@ -199,6 +199,13 @@ def test_the_command_refuses_an_open_address_without_a_key(
     result = CliRunner().invoke(app, ["serve", str(llama_dir), *arguments])
     assert result.exit_code == 2
     assert "VLLM_API_KEY" in result.output
+
+
+@pytest.mark.parametrize("option", ["--max-loras=1", "--replicas=0", "--start-timeout=0"])
+def test_the_command_refuses_numbers_that_cannot_work(llama_dir: Path, option: str) -> None:
+    result = CliRunner().invoke(app, ["serve", str(llama_dir), option])
+    assert result.exit_code == 2
+    assert option.partition("=")[0] in result.output
 
 
 def test_the_command_refuses_a_base_that_no_trainer_would_match(llama_dir: Path) -> None:

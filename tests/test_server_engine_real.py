@@ -88,7 +88,7 @@ def servers(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     plain = started.all[2]
     lora = plain.command.index("--enable-lora")
     plain.command = plain.command[:lora] + list(VLLM_ARGS)
-    with started:
+    with started.running():
         yield started
 
 

@@ -174,7 +174,7 @@ def real(processes: int) -> Any:
 @pytest.mark.timeout(400)
 def test_two_processes_train_on_servers_as_one_does(folder: Path, tmp_path: Path) -> None:
     serving = Serving(str(folder / "base"), port=free_ports(1), target_modules=LEAVES, arguments=VLLM_ARGS)
-    with Servers(serving, tmp_path) as servers:
+    with Servers(serving, tmp_path).running() as servers:
         (folder / "url").write_text(servers.urls[0])
         both = [results["on_servers"] for results in in_two({"on_servers": on_servers}, folder)]
         alone = run(folder / "base", None, folder / "alone", real(1), **there(folder))

@@ -35,7 +35,7 @@ def test_a_server_pulls_each_version_from_the_trainer(
         store_token_file=str(token),
         arguments=VLLM_ARGS,
     )
-    with Servers(serving, tmp_path) as servers:
+    with Servers(serving, tmp_path).running() as servers:
         there = EngineConfig(urls=tuple(servers.urls), store_address=address)
         config = CONFIG.replace(total_steps=3, canary_every=1, learning_rate=2e-2)
         with tiny_trainer(llama_dir, None, tmp_path / "run", config, engine_config=there) as trainer:

@@ -76,7 +76,7 @@ def _until_interrupted(serving: Serving, logs: Path, as_json: bool) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     say(f"starting {serving.replicas} of {serving.model}; logs in {logs}")
-    with Servers(serving, logs) as servers:
+    with Servers(serving, logs).running() as servers:
         tell({"urls": servers.urls, "logs": str(logs)}, as_json, "\n".join(servers.urls))
         servers.watch()
 

@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import httpx
@@ -64,14 +63,6 @@ class Serving:
             raise ConfigError(
                 f"host={self.host} lets other machines in, and whoever may load adapters may read files: set an API "
                 "key in VLLM_API_KEY, or serve on 127.0.0.1"
-            )
-        if self.replicas < 1 or self.start_timeout_s <= 0:
-            raise ConfigError(
-                f"replicas={self.replicas} must be at least 1, and start_timeout_s={self.start_timeout_s:g} positive"
-            )
-        if self.max_loras < 2:
-            raise ConfigError(
-                f"max_loras={self.max_loras} must be at least 2: a version is in use until the next one is promoted"
             )
         if self.store_token_file and not self.store_url:
             raise ConfigError("a store token file is of no use without the store's address (store_url)")
@@ -255,18 +246,14 @@ class Servers:
             server.signal(signal.SIGKILL)
             server.wait(_STOP_PATIENCE_S)
 
-    def __enter__(self) -> Self:
+    @contextmanager
+    def running(self) -> Iterator[Self]:
+        """Up while the block runs; where one fails to start, all end."""
         try:
             self.start()
-        except BaseException:
+            yield self
+        finally:
             self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
 
 def _device_count() -> int:
