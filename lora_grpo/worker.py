@@ -81,7 +81,6 @@ class Worker:
         return self.wait(self._enter(self._calls, function))
 
     def wait(self, job: Job[T]) -> T:
-        """The job's result, or whatever it raised."""
         while True:
             try:
                 return job.result.result(timeout=max(0.0, self._left_s()))

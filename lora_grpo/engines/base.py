@@ -57,8 +57,7 @@ class Engine(Protocol):
     """Serves immutable adapter versions. One thread uses an engine; nothing in it is 'current'."""
 
     @property
-    def proof(self) -> Proof:
-        """What its loads are proven by."""
+    def proof(self) -> Proof: ...
 
     @property
     def device(self) -> torch.device | None:

@@ -128,5 +128,4 @@ class FakeEngine:
 
 
 def _until(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
     return text[: min([len(text), *(found for string in stop if (found := text.find(string)) >= 0)])]

@@ -81,8 +81,6 @@ class EngineOfFirst:
 
 
 class RemoteEngineOfFirst(EngineOfFirst):
-    """Servers."""
-
     logprobs_of_each, keep_probe = _asked("logprobs_of_each"), _asked("keep_probe")
 
     @property
@@ -91,8 +89,6 @@ class RemoteEngineOfFirst(EngineOfFirst):
 
 
 class EngineInEach(EngineOfFirst):
-    """One in every process."""
-
     _own: Engine
 
     @property

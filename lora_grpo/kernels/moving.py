@@ -74,7 +74,6 @@ class Copies:
         )
 
     def run(self, sources: Sequence[torch.Tensor]) -> None:
-        """Copy each source to its target."""
         _copy_all()(len(sources), _addresses(sources), self._to, self._bytes, torch.get_num_threads())
 
 

@@ -15,8 +15,6 @@ from lora_grpo.types import LogProbs
 
 
 class InUse(LoadedVersions[Served]):
-    """By their names on the servers."""
-
     @contextmanager
     def using(self, versions: Sequence[AdapterVersion | None]) -> Iterator[list[Served | None]]:
         """The versions as they are served (None: the base), kept in use meanwhile and made the most recently used."""

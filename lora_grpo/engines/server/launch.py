@@ -122,8 +122,6 @@ def _end_of(exit_code: int) -> str:
 
 
 class Server:
-    """One replica's process and its log."""
-
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> None:
         self.command, self.environment, self.url, self.log = list(command), dict(environment), url, log
         self._process: subprocess.Popen[bytes] | None = None
@@ -187,8 +185,6 @@ class Server:
 
 
 class Servers:
-    """All replicas of a `Serving`: started together, ended together."""
-
     def __init__(self, serving: Serving, log_dir: Path) -> None:
         devices = _device_count()
         if 0 < devices < serving.replicas:
