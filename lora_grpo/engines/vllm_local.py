@@ -17,13 +17,13 @@ from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
 from lora_grpo.engines.delivery.slots import SlotProver
 from lora_grpo.engines.local.driving import StepDriver, Turn
-from lora_grpo.engines.local.held import HeldLLM, engines_alive
+from lora_grpo.engines.local.held import engines_alive, hold, let_go
 from lora_grpo.engines.local.loading import AdapterLoader, Loaded, choose_loader
 from lora_grpo.engines.local.residents import Residents
 from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
-from lora_grpo.engines.local.sleeping import check_base_is_back, check_may_sleep, fall_asleep
+from lora_grpo.engines.local.sleeping import Asleep, check_base_is_back, check_may_sleep, fall_asleep
 from lora_grpo.engines.local.starting import adapter_room, start_llm
-from lora_grpo.errors import UnknownVersion
+from lora_grpo.errors import EngineError, UnknownVersion
 from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 
 
@@ -80,7 +80,9 @@ class VLLMEngine:
             trust_remote_code=trust_remote_code,
             **vllm_args,
         )
-        self._held, self._turn = HeldLLM(llm), Turn()
+        hold(llm)
+        self._open, self._turn = llm, Turn()
+        self._asleep: Asleep | None = None
         with vllm_boundary(f"take adapters on {model}", self.close):
             self._take_up(llm, AdapterLoader(llm, choose_loader(direct_load)), room)
 
@@ -125,7 +127,7 @@ class VLLMEngine:
         `DeliveryError` or `EngineError`; what was loaded before then still is, and nothing of `version`.
         """
         with self._turn.take("load"):
-            self._held.check_awake()
+            self._check_awake()
             if self._shared is not None:
                 self._shared.check_untouched()
             return self._residents.load(version, held)
@@ -138,7 +140,7 @@ class VLLMEngine:
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
         """The versions that can be sampled from, least recently used first; none once it is closed."""
-        return self._residents.versions if self._held.is_open else ()
+        return self._residents.versions if self._open is not None else ()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """Sample `sampling.n` completions of each prompt: P groups in the prompts' order, of G completions each.
@@ -179,7 +181,7 @@ class VLLMEngine:
         on the same weights, and every load checks that they are untouched. Raises `UnsupportedAdapter` for an engine or
         architecture that cannot be shared (quantized, prepacked, unknown).
         """
-        self._held.check_awake()
+        self._check_awake()
         if self._shared is not None:
             self._shared.check_untouched()
         shared = SharedBase(self._llm, trust_remote_code=self._trust_remote_code)
@@ -190,12 +192,12 @@ class VLLMEngine:
         return shared.model
 
     def describe_base(self) -> BaseDescription:
-        self._held.check_awake()
+        self._check_awake()
         settings = self._llm.llm_engine.vllm_config.model_config
         return describe(settings.hf_config, str(settings.dtype).removeprefix("torch."))
 
     def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
-        self._held.check_awake()
+        self._check_awake()
         return [read_base(compat.runner(self._llm), shapes, "the engine")]
 
     def sleep(self, level: int = 1) -> None:
@@ -206,10 +208,10 @@ class VLLMEngine:
         something, and nothing has changed; `EngineError` when vLLM fails, and the engine is closed.
         """
         with self._turn.take("sleep"):
-            self._held.check_awake()
+            self._check_awake()
             check_may_sleep(self._llm, level, self.loaded(), shared=self._shared is not None, alive=engines_alive())
             with vllm_boundary("fall asleep", self.close):
-                self._held.asleep = fall_asleep(self, self._llm, level)
+                self._asleep = fall_asleep(self, self._llm, level)
 
     def wake_up(self) -> None:
         """Be what the engine was before `sleep`: the base compared, and every loaded version proven again.
@@ -218,30 +220,39 @@ class VLLMEngine:
         are; without its base the engine is closed.
         """
         with self._turn.take("wake_up"):
-            asleep = self._held.rouse()
+            llm, asleep, self._asleep = self._llm, self._asleep, None
             if asleep is None:
                 return
             with vllm_boundary("wake up", self.close):
-                compat.wake_up(self._llm, asleep.level)
+                compat.wake_up(llm, asleep.level)
                 check_base_is_back(self, asleep)
             self._residents.prove_all_again()
 
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards. A second call does nothing."""
         with self._turn.take("close", last=True):
-            self._held.close()
+            llm, self._open = self._open, None
+            if llm is not None:
+                let_go(llm)
             for holder in ("_driver", "_residents", "_shared"):
                 vars(self).pop(holder, None)
 
     @property
     def _llm(self) -> Any:
-        return self._held.llm
+        if self._open is None:
+            raise EngineError("this engine is closed; start another")
+        return self._open
+
+    def _check_awake(self) -> None:
+        """Raises `EngineError` when it is closed or asleep."""
+        if self._llm is not None and self._asleep is not None:
+            raise EngineError("the engine sleeps; call wake_up() first")
 
     def _run(self, ids_B: Sequences, params_B: Sequence[Any], adapter_B: Sequence[AdapterVersion | None]) -> list[Any]:
         """vLLM's outputs in row order, in as few engine batches as slots and kernels allow."""
         outputs: list[Any] = [None] * len(ids_B)
         with self._turn.take("generate or logprobs"):
-            self._held.check_awake()
+            self._check_awake()
             loaded_B = [None if adapter is None else self._find(adapter) for adapter in adapter_B]
             if self._driver.answering and not self._mixes_base:
                 self._driver.drain()
@@ -259,6 +270,6 @@ class VLLMEngine:
         return outputs
 
     def _find(self, version: AdapterVersion) -> Loaded:
-        if not self._held.is_open:
+        if self._open is None:
             raise UnknownVersion(f"{version} is not loaded: this engine is closed; start another")
         return self._residents.find(version)

@@ -1,4 +1,4 @@
-"""An in-process `vllm.LLM` as long as it can be used, and the process group that it joins.
+"""The `vllm.LLM`s that live in this process, and the process group that they join.
 
 vLLM makes its groups out of the process group that it finds: with one engine in every process, built by all at the same
 time, each gets groups of one process and generates on its own. An engine in some of them only waits for the others for
@@ -15,48 +15,20 @@ from typing import Any
 import torch
 
 from lora_grpo.engines.compat import ending
-from lora_grpo.engines.local.sleeping import Asleep
-from lora_grpo.errors import ConfigError, EngineError
+from lora_grpo.errors import ConfigError
 
 _alive: set[int] = set()
 _joined = False
 
 
-class HeldLLM:
-    """Whoever holds it asks for `llm` each time, and gets an `EngineError` for one that is gone."""
+def hold(llm: Any) -> None:
+    """Count it among the engines of this process, until `let_go`."""
+    _alive.add(id(llm))
 
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
-        self.asleep: Asleep | None = None
-        _alive.add(id(self))
 
-    @property
-    def llm(self) -> Any:
-        if self._llm is None:
-            raise EngineError("this engine is closed; start another")
-        return self._llm
-
-    @property
-    def is_open(self) -> bool:
-        return self._llm is not None
-
-    def check_awake(self) -> None:
-        """Raises `EngineError` when it is closed or asleep."""
-        if self.llm is not None and self.asleep is not None:
-            raise EngineError("the engine sleeps; call wake_up() first")
-
-    def rouse(self) -> Asleep | None:
-        """Not asleep from now on; returns what it slept with, None when it was awake. `EngineError` when closed."""
-        asleep = None if self.llm is None else self.asleep
-        self.asleep = None
-        return asleep
-
-    def close(self) -> None:
-        """Shut it down, for the first time that it is called."""
-        if id(self) in _alive:
-            _alive.discard(id(self))
-            ending.shutdown(self._llm, last=not _alive, joined=_joined)
-            self._llm = None
+def let_go(llm: Any) -> None:
+    _alive.discard(id(llm))
+    ending.shutdown(llm, last=not _alive, joined=_joined)
 
 
 def engines_alive() -> int:
