@@ -20,7 +20,7 @@ from lora_grpo.bench.prepared import sequences
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner
 from lora_grpo.bench.settings import Settings, plan_parts
-from lora_grpo.bench.strategies import NATIVE, load_strategy
+from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.strategies.base import Synced
 from lora_grpo.bench.strategies.trainer import Trainer
 from lora_grpo.errors import ConfigError
@@ -278,20 +278,23 @@ def test_training_is_counted_alike_on_both_sides_of_a_step() -> None:
     assert "takes 0.95 times native's time, 0.75 times for generate and sync alone" in findings(made)[0]
 
 
-@pytest.mark.parametrize(("device", "like"), [("cpu", "merge-fold"), ("cuda:0", "merge-trl")])
-def test_merge_fold_decodes_like_any_merge_where_nothing_is_prepacked(device: str, like: str) -> None:
-    kind = load_strategy("merge-fold")
-    strategy = kind.__new__(kind)
-    strategy.subject = subject(device=device)
-    assert strategy.decodes_here_like == like
+@pytest.mark.parametrize(
+    ("strategy", "device", "loss_s"),
+    [("merge-fold", "cuda:0", 0.002), ("merge-fold", "cpu", None), ("merge-touched", "cpu", 0.002)],
+)
+def test_a_merge_decodes_like_any_other_where_nothing_is_prepacked(
+    strategy: str, device: str, loss_s: float | None
+) -> None:
+    syncs = [sync_row(NATIVE, 0.02, 0.02), sync_row(strategy, 1.02, 0.02)]
+    own, other = decode_row(strategy, 0.008, 0.012), decode_row("merge-trl", 0.010, 0.012)
+    found = [row.decode_loss_s_per_token for row in break_even(syncs, [other], device)]
+    assert found == ([] if loss_s is None else [pytest.approx(loss_s)])
+    assert break_even(syncs, [other, own], device)[0].decode_loss_s_per_token == pytest.approx(0.004)
 
 
-def test_a_merge_that_was_decoded_itself_is_judged_by_that() -> None:
-    syncs = [sync_row(NATIVE, 0.02, 0.02), sync_row("merge-fold", 1.02, 0.02, decodes_like="merge-trl")]
-    own, other = decode_row("merge-fold", 0.008, 0.012), decode_row("merge-trl", 0.010, 0.012)
-    assert break_even(syncs, [other])[0].decode_loss_s_per_token == pytest.approx(0.002)
-    assert break_even(syncs, [other, own])[0].decode_loss_s_per_token == pytest.approx(0.004)
-    assert break_even([sync_row("native-disk", 1.0, 0.5, decodes_like=NATIVE)], [decode_row(NATIVE, 1.0, 1.0)]) == []
+def test_native_and_what_decodes_like_no_merge_do_not_break_even() -> None:
+    syncs = [sync_row(name, 1.0, 0.5) for name in ("native-disk", "native again", "by-hand")]
+    assert break_even(syncs, [decode_row(name, 1.0, 1.0) for name in (NATIVE, "native again")], "cpu") == []
 
 
 # Where it was measured.

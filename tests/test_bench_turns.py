@@ -57,7 +57,6 @@ def done(strategy: str, seconds: float, calls: int | None = None) -> dict[str, A
         "phases_s": {"push": [seconds]},
         "afterwards_s": [0.0],
         "moved_bytes": {"device_copy": 100},
-        "decodes_like": strategy,
         "loader": None,
         "load_calls": calls,
     }
@@ -183,8 +182,8 @@ def test_the_report_says_what_is_not_paired_and_has_pictures_of_each_shape(tmp_p
     turns = {"against": "unpaired", "engine": "graphs alone"}
     rows = [
         sync_row("native", 0.1, 0.1, **turns),
-        sync_row("merge-trl", 0.5, 0.1, load_calls=339, decodes_like="merge-trl", **turns),
-        sync_row(AT_ONCE, 0.4, 0.1, load_calls=1, decodes_like="merge-trl", **turns),
+        sync_row("merge-trl", 0.5, 0.1, load_calls=339, **turns),
+        sync_row(AT_ONCE, 0.4, 0.1, load_calls=1, **turns),
         sync_row(AGAIN, 0.11, 0.1, **turns),
     ]
     large = [row.model_copy(update={"shape": "qwen2.5-7b"}) for row in rows]

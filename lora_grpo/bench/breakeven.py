@@ -12,27 +12,28 @@ from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, SyncRow, Winner
 from lora_grpo.bench.strategies import NATIVE
 
 
-def break_even(sync: Sequence[SyncRow], decode: Sequence[DecodeRow]) -> list[BreakEvenRow]:
+def break_even(sync: Sequence[SyncRow], decode: Sequence[DecodeRow], device: str) -> list[BreakEvenRow]:
     """A row for each merge of the sync table (sweeps left out) and each batch size that its engine was decoded with."""
     rows: list[BreakEvenRow] = []
-    first = {(row.strategy, row.shape): row for row in reversed(sync) if row.strategy != NATIVE}
+    first = {(row.strategy, row.shape): row for row in reversed(sync) if not row.strategy.startswith(NATIVE)}
     for pair in reversed(first.values()):
         native_s = pair.median_s / pair.ratio_to_native
-        curves = _curves(pair, decode)
+        curves = _curves(pair, decode, device)
         for count in sorted({row.rows for row in curves}):
             longest = max((row for row in curves if row.rows == count), key=lambda row: row.completion_tokens)
             rows.append(_row(pair, longest, native_s))
     return rows
 
 
-def _curves(pair: SyncRow, decode: Sequence[DecodeRow]) -> list[DecodeRow]:
-    """The merge's own decode figures, or those of the strategy that it decodes like."""
-    for name in (pair.strategy, pair.decodes_like):
-        found = [row for row in decode if (row.shape, row.strategy) == (pair.shape, name)]
-        if found and not name.startswith(NATIVE):
-            # Of engines that run otherwise, the first ones measured.
-            return [row for row in found if row.engine == found[0].engine]
-    return []
+def _curves(pair: SyncRow, decode: Sequence[DecodeRow], device: str) -> list[DecodeRow]:
+    """The merge's own decode figures, or merge-trl's: merged weights are merged weights, but for those of merge-fold on
+    a CPU, which are not prepacked."""
+    of_shape = [row for row in decode if row.shape == pair.shape]
+    found = [row for row in of_shape if row.strategy == pair.strategy]
+    if not found and pair.strategy.startswith("merge") and (device != "cpu" or pair.strategy != "merge-fold"):
+        found = [row for row in of_shape if row.strategy == "merge-trl"]
+    # Of engines that run otherwise, the first ones measured.
+    return [row for row in found if row.engine == found[0].engine]
 
 
 def _row(pair: SyncRow, decoded: DecodeRow, native_s: float) -> BreakEvenRow:

@@ -17,11 +17,11 @@ _OF_A_START = ("load_average_1min", "memory_gib", "commit")
 """What may differ on a card between two starts on one machine."""
 
 
-def finished(found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+def finished(found: Mapping[str, list[Any]], device: str) -> dict[str, list[Any]]:
     """Measured tables, native once in each, with the tables that follow from them."""
     tables = {**found, **{table: _native_once(found[table]) for table in _BESIDE_NATIVE}}
     tables["memory"] = memory.with_ratios(tables["memory"])
-    tables["break_even"] = break_even(tables["sync"], tables["decode"])
+    tables["break_even"] = break_even(tables["sync"], tables["decode"], device)
     tables["slopes"] = endurance.slopes(tables["endurance"])
     return tables
 
@@ -48,7 +48,7 @@ def join(documents: Mapping[str, Document]) -> Document:
         settings={f"{name}/{part}": kept for name, one in documents.items() for part, kept in one.settings.items()},
         failures=[failure for one in made for failure in one.failures],
         notes=list(dict.fromkeys(note for one in made for note in one.notes)),
-        **finished({table: [row for one in made for row in getattr(one, table)] for table in TABLES}),
+        **finished({table: [row for one in made for row in getattr(one, table)] for table in TABLES}, cards["device"]),
     )
 
 

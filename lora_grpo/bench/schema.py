@@ -31,9 +31,9 @@ ms, percent, mib = scaled(1e3), scaled(100), scaled(1 / (1 << 20))
 
 
 class Row(BaseModel):
-    """A line of a table."""
+    """A line of a table. Results that were measured earlier may have more columns."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     strategy: Annotated[str, Column("strategy")]
     shape: Annotated[str, Column("shape")]
@@ -57,8 +57,8 @@ class Row(BaseModel):
 
 class SyncRow(Row):
     """`ratio_to_native` compares with syncs of `native`: those that alternated with these, or where `against` is
-    "unpaired" those of its first turn. `decodes_like` names the strategy whose decode figures are this one's too.
-    `loader` is how our engine took the adapter (`LoadReceipt`); `load_calls` a merge's calls of `load_weights`."""
+    "unpaired" those of its first turn. `loader` is how our engine took the adapter (`LoadReceipt`); `load_calls` a
+    merge's calls of `load_weights`."""
 
     rank: Annotated[int, Column("rank")]
     targets: Annotated[str, Column("targets")]
@@ -74,7 +74,6 @@ class SyncRow(Row):
     loader: Annotated[str | None, Column("loader")] = None
     phases_s: Annotated[dict[str, float], Column("phases, ms", _phases)]
     syncs: int
-    decodes_like: str
 
 
 class TruthRow(Row):

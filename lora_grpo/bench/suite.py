@@ -127,7 +127,7 @@ class Suite:
         found: dict[str, list[Any]] = {table: [] for table in ROWS}
         for cell in beside_native(self._partial.cells):
             found[cell["table"]] += ROWS[cell["table"]](cell, self._partial.bandwidth)
-        tables = finished(found)
+        tables = finished(found, self.card["device"])
         verdicts = [text for row in tables["truth"] if (text := fidelity.verdict(row))]
         return Document(
             command=self._command,

@@ -64,7 +64,6 @@ def measure(bench: Bench, syncs: int, *, at_once: bool = False) -> dict[str, Any
         "phases_s": {phase: [synced.seconds[phase] for synced in done] for phase in done[-1].seconds},
         "afterwards_s": [synced.afterwards_s for synced in done],
         "moved_bytes": done[-1].moved_bytes,
-        "decodes_like": bench.strategy.decodes_here_like,
         "loader": bench.strategy.loader,
         "load_calls": bench.strategy.load_calls,
     }
@@ -100,7 +99,6 @@ def _row(
         times_floor=median(seconds) / floor_s if floor_s else None,
         ratio_to_native=median(seconds) / native_s,
         syncs=len(seconds),
-        decodes_like=found[-1]["decodes_like"],
         loader=found[-1]["loader"],
         load_calls=found[-1]["load_calls"],
     )

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -36,8 +36,6 @@ class Synced:
 class Strategy(ABC):
     """A trainer's adapter on its way to an engine, again and again."""
 
-    decodes_like: ClassVar[str]
-    """The strategy whose engine computes completions the same way (itself, or another)."""
     trainer: Trainer
     subject: Subject
     engine: Any
@@ -49,11 +47,6 @@ class Strategy(ABC):
     """A merge hands its weights over in one call."""
     remember_pushed: bool = False
     """Keep copies of what a sync pushes, so that `served_weight` can tell; costs memory and time."""
-
-    @property
-    def decodes_here_like(self) -> str:
-        """`decodes_like`, on the subject's device."""
-        return self.decodes_like
 
     def prepare(self, subject: Subject, seen: Callable[[str], None]) -> None:
         """Load the trainer, then the engine; `seen` is told after each what was loaded."""

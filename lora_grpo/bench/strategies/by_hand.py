@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -17,8 +17,6 @@ KEPT = 8
 
 class ByHand(OnPlainEngine):
     """A fresh directory on tmpfs, id and name each time; old directories are removed after the clock stopped."""
-
-    decodes_like: ClassVar[str] = "by-hand"
 
     def start(self) -> None:
         self.folder = Path(self.subject.tmpfs) / "by-hand"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -57,8 +57,6 @@ class Merging(OnPlainEngine):
 class BaseOnly(Merging):
     """The base on an engine without LoRA: what decoding costs at best. There is no trainer; a sync does nothing."""
 
-    decodes_like: ClassVar[str] = "base"
-
     def prepare(self, subject: Subject, seen: Callable[[str], None]) -> None:
         self.subject = subject
         self.start()
@@ -80,8 +78,6 @@ class MergeTRL(Merging):
     One tensor at a time into vLLM's `load_weights`, or all `at_once`; on the CPU, whose prepacked weights refuse that,
     all through `reload_weights`.
     """
-
-    decodes_like: ClassVar[str] = "merge-trl"
 
     def start(self) -> None:
         super().start()
@@ -153,7 +149,6 @@ class MergeFold(Merging):
     engine's weights can only be written to unprepacked, which it computes slower with.
     """
 
-    decodes_like: ClassVar[str] = "merge-fold"
     prepack = False
 
     def start(self) -> None:
@@ -163,11 +158,6 @@ class MergeFold(Merging):
         self._pristine = [weight.clone() for _, weight in self._folds]
         # Trainer and engine share the device: A and B cross its memory once.
         self.moved_bytes = 2 * self.trainer.adapter_elements
-
-    @property
-    def decodes_here_like(self) -> str:
-        # Nothing is prepacked on a GPU: merged weights are merged weights.
-        return self.decodes_like if self.subject.device == "cpu" else MergeTRL.decodes_like
 
     def phases(self) -> Phases:
         return {"merge": self.fold}

@@ -27,8 +27,6 @@ KEPT_VERSIONS = 8
 class Native(Strategy):
     """`NativeSync.push`, as a user calls it."""
 
-    decodes_like: ClassVar[str] = "native"
-
     engine_options: ClassVar[dict[str, Any]] = {}
     """What `VLLMEngine` is given besides the comparison's own arguments."""
 
@@ -119,7 +117,6 @@ class NativeDisk(Native):
 class NativeStock(Native):
     """As `Native`, decoding on vLLM's own CPU LoRA kernels: what ours are worth."""
 
-    decodes_like: ClassVar[str] = "native-stock"
     engine_options: ClassVar[dict[str, Any]] = {"cpu_lora_kernels": False}
 
 
@@ -129,7 +126,6 @@ class NativeShared(Native):
     On the CPU the engine computes with weights that are not prepacked.
     """
 
-    decodes_like: ClassVar[str] = "native-shared"
     engine_options: ClassVar[dict[str, Any]] = {"share_base_weights": True}
 
     def prepare(self, subject: Subject, seen: Callable[[str], None]) -> None:
