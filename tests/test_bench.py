@@ -84,7 +84,6 @@ def decode_row(strategy: str, tpot_s: float, native_tpot_s: float, prefill_s: fl
         tpot_ratio_to_native=tpot_s / native_tpot_s,
         prefill_ratio_to_native=prefill_s / 0.1,
         generate_ratio_to_native=1.0,
-        kv_tokens=1024,
     )
 
 
@@ -99,7 +98,6 @@ def memory_row(strategy: str, weights_bytes: int | None) -> MemoryRow:
         tmpfs_bytes=1,
         peak_bytes=4,
         reserved_peak_bytes=None,
-        kv_tokens=None,
         weights_bytes=weights_bytes,
         copy_bytes=100,
     )
@@ -352,8 +350,7 @@ def test_base_and_stock_kernels_alternate_with_native_in_one_round() -> None:
 @pytest.mark.parametrize(("least_s", "taken"), [(0.0, 2), (1.0, 4), (0.3, 2)])
 def test_short_batches_are_taken_more_often(monkeypatch: pytest.MonkeyPatch, least_s: float, taken: int) -> None:
     monkeypatch.setattr(decode, "generate_seconds", lambda *_: 0.25)
-    monkeypatch.setattr(decode, "kv_tokens", lambda bench: None)
-    seconds = decode.measure(Mock(), [8], 32, [24], repeat=2, least_s=least_s)["seconds"]
+    seconds = decode.measure(Mock(), [8], 32, [24], repeat=2, least_s=least_s)
     assert seconds == {"8": {"1": [0.25] * taken, "24": [0.25] * taken}}
 
 

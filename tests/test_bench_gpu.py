@@ -227,7 +227,6 @@ def test_mapped_files_are_no_part_of_what_cuda_has_allocated(monkeypatch: pytest
     monkeypatch.setattr(memory, "_mapped", lambda folders: 70)
     monkeypatch.setattr(memory, "_forget_peaks", lambda device: None)
     monkeypatch.setattr(memory, "_peak", lambda device: (1100, None))
-    monkeypatch.setattr(memory, "kv_tokens", lambda bench: None)
     monkeypatch.setattr(memory, "_weights", lambda bench: 1)
     strategy = SimpleNamespace(trainer=SimpleNamespace(base_bytes=1), renew=lambda: None, files=())
     levels = SimpleNamespace(start=0, last=1000, grown={"trainer": 400, "engine": 600})

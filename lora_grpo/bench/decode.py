@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-import torch
-
 from lora_grpo.bench import fidelity
-from lora_grpo.bench.memory import kv_tokens
 from lora_grpo.bench.plan import Cell, Subject, results, there_and_back
 from lora_grpo.bench.prepared import Bench, fresh_prompts
 from lora_grpo.bench.schema import DecodeRow
@@ -55,18 +52,17 @@ def _cell(settings: Settings, subjects: tuple[Subject, ...]) -> Cell:
 
 def measure(
     bench: Bench, rows: list[int], prompt_tokens: int, lengths: list[int], repeat: int, least_s: float
-) -> dict[str, Any]:
+) -> dict[str, dict[str, list[float]]]:
     """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token), each taken
     `repeat` times and for `least_s` seconds at least."""
     bench.strategy.renew()
-    seconds = {
+    return {
         str(count): {
             str(length): _taken(bench, count, prompt_tokens, length, repeat, least_s)
             for length in sorted({1, *lengths})
         }
         for count in rows
     }
-    return {"seconds": seconds, "kv_tokens": kv_tokens(bench), "threads": torch.get_num_threads()}
 
 
 def _taken(bench: Bench, count: int, prompt_tokens: int, length: int, repeat: int, least_s: float) -> list[float]:
@@ -96,16 +92,15 @@ def rows(cell: Mapping[str, Any], bandwidth: object) -> list[DecodeRow]:
     native = next(iter(rounds.values()))
     return [
         _row({"strategy": strategy, **cell["labels"]}, found, _medians(native, count), count, length)
-        for count in native[0]["seconds"]
-        for length in sorted(map(int, native[0]["seconds"][count]))[1:]
+        for count in native[0]
+        for length in sorted(map(int, native[0][count]))[1:]
         for strategy, found in rounds.items()
     ]
 
 
 def _medians(found: list[Any], count: str) -> dict[int, float]:
     """By length; the shortest is 1."""
-    lengths = found[0]["seconds"][count]
-    return {int(length): median(s for one in found for s in one["seconds"][count][length]) for length in lengths}
+    return {int(length): median(s for one in found for s in one[count][length]) for length in found[0][count]}
 
 
 def _row(labels: dict[str, Any], found: list[Any], native: dict[int, float], rows: str, length: int) -> DecodeRow:
@@ -123,6 +118,4 @@ def _row(labels: dict[str, Any], found: list[Any], native: dict[int, float], row
         tpot_ratio_to_native=tpot_s / native_tpot_s,
         prefill_ratio_to_native=own[1] / native[1],
         generate_ratio_to_native=own[length] / native[length],
-        kv_tokens=found[0]["kv_tokens"],
-        threads=found[0]["threads"],
     )

@@ -48,7 +48,6 @@ def measure(bench: Bench) -> dict[str, Any]:
         "tmpfs_bytes": tmpfs,
         "peak_bytes": peak - levels.start - mapped + tmpfs,
         "reserved_peak_bytes": reserved,
-        "kv_tokens": kv_tokens(bench),
         "copy_bytes": copy_bytes,
         "weights_bytes": _weights(bench),
     }
@@ -64,11 +63,6 @@ def _weights(bench: Bench) -> int:
 def give_back(bench: Bench) -> None:
     """Worker: what garbage and torch's cache still hold of a GPU goes back to it, for whoever measures next there."""
     collect(bench.subject.device)
-
-
-def kv_tokens(bench: Bench) -> int | None:
-    """Tokens that fit the KV cache; None on the CPU, where its size is configured and not what is left."""
-    return bench.strategy.kv_tokens if is_cuda(bench.subject.device) else None
 
 
 def rows(cell: Mapping[str, Any], bandwidth: object) -> list[MemoryRow]:

@@ -103,9 +103,9 @@ class ProofRow(Row):
 
 
 class MemoryRow(Row):
-    """`kind`: pss on the CPU, CUDA allocated on a GPU (with `reserved_peak_bytes`), the KV cache of `kv_tokens`
-    included (None: set by configuration, which tells nothing). `weights_bytes` go when trainer and engine let go of
-    the base, of which one copy is `copy_bytes`. `before_bytes`: the level before the trainer was loaded."""
+    """`kind`: pss on the CPU, CUDA allocated on a GPU (with `reserved_peak_bytes`), the KV cache included.
+    `weights_bytes` go when trainer and engine let go of the base, of which one copy is `copy_bytes`. `before_bytes`:
+    the level before the trainer was loaded."""
 
     kind: Annotated[Literal["pss", "cuda"], Column("of", lambda kind: "PSS" if kind == "pss" else "CUDA allocated")]
     before_bytes: Annotated[int | None, Column("before MiB", mib)] = None
@@ -115,7 +115,6 @@ class MemoryRow(Row):
     tmpfs_bytes: Annotated[int, Column("tmpfs MiB", mib)]
     peak_bytes: Annotated[int, Column("peak MiB", mib)]
     reserved_peak_bytes: Annotated[int | None, Column("CUDA reserved MiB", mib)]
-    kv_tokens: Annotated[int | None, Column("KV cache tokens")]
     ratio_to_native: Annotated[float | None, Column("x native")] = None
     weights_bytes: Annotated[int | None, Column("base weights MiB", mib)] = None
     copy_bytes: int | None = None
@@ -128,8 +127,7 @@ class MemoryRow(Row):
 
 
 class DecodeRow(Row):
-    """`tpot_s` is time per output token of one row; ratios compare with `native`. `kv_tokens` fit the KV cache (None on
-    the CPU). `threads` of the worker's torch."""
+    """`tpot_s` is time per output token of one row; ratios compare with `native`."""
 
     rows: Annotated[int, Column("rows")]
     prompt_tokens: Annotated[int, Column("prompt tokens")]
@@ -142,8 +140,6 @@ class DecodeRow(Row):
     prefill_tokens_per_s: Annotated[float, Column("prefill tokens/s")]
     prefill_ratio_to_native: Annotated[float, Column("x native (prefill)")]
     generate_ratio_to_native: float
-    kv_tokens: Annotated[int | None, Column("KV cache tokens")]
-    threads: Annotated[int | None, Column("threads")] = None
 
 
 class BreakEvenRow(Row):

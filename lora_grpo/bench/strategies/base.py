@@ -12,7 +12,7 @@ import torch
 
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.trainer import Trainer
-from lora_grpo.engines.local.weights import PlainEngine, drop_weights, kv_tokens
+from lora_grpo.engines.local.weights import PlainEngine, drop_weights
 from lora_grpo.types import Group, Sampling
 
 
@@ -94,11 +94,6 @@ class Strategy(ABC):
         """Let go of every weight of the base, to see what they took; neither side can be used afterwards."""
         self.trainer.drop_base()
         drop_weights(self.engine)
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens that the engine's KV cache holds."""
-        return kv_tokens(self.engine)
 
     @abstractmethod
     def rollback_cases(self) -> dict[str, int]:

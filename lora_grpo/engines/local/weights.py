@@ -146,12 +146,6 @@ def version_tensors(engine: VLLMEngine, version: AdapterVersion, path: str) -> t
     return slot_tensors(engine._llm, engine._find(version).request.lora_int_id, path)
 
 
-def kv_tokens(engine: Any) -> int:
-    """Tokens that the KV cache of a `VLLMEngine` or `PlainEngine` holds."""
-    cache = engine._llm.llm_engine.vllm_config.cache_config
-    return int(cache.num_gpu_blocks) * int(cache.block_size)
-
-
 def slot_tensors(llm: Any, lora_id: int, path: str) -> tuple[torch.Tensor, torch.Tensor]:
     slot, place = vllm_slots.slot_of(llm, lora_id), NameMap(compat.runner(llm).get_model()).module(path)
     if slot is None or place is None:
