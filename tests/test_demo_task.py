@@ -15,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_grpo.demo import base, task
-from lora_grpo.errors import ConfigError
 
 QUICK = base.BaseRecipe(hidden_size=32, intermediate_size=32, layers=1, heads=1, steps=3, batch_size=4)
 
@@ -37,11 +36,6 @@ def test_problem(a: int, b: int, prompt: str, answer: str, carry: bool, sloppy: 
     assert task.without_carry(row) == sloppy
 
 
-def test_reward_is_exact() -> None:
-    rewards = task.reward(prompts=["17+58="] * 4, completions=["075", "75", "0750", ""], answer=["075"] * 4)
-    assert rewards == [1.0, 0.0, 0.0, 0.0]
-
-
 @pytest.mark.parametrize(("rows", "held_out"), [(task.held_out_rows, True), (task.training_rows, False)])
 def test_rows_are_distinct_balanced_and_on_their_side(rows, held_out: bool) -> None:  # type: ignore[no-untyped-def]
     chosen = rows()
@@ -60,12 +54,6 @@ def test_split_does_not_move() -> None:
     held_out = [f"{a:02d}+{b:02d}=" for a in range(100) for b in range(100) if task.is_held_out(f"{a:02d}+{b:02d}=")]
     assert len(held_out) == 1022
     assert held_out[:3] == ["00+01=", "00+03=", "00+09="]
-
-
-@pytest.mark.parametrize("count", [0, 3, 10_000])
-def test_impossible_count_is_refused(count: int) -> None:
-    with pytest.raises(ConfigError, match=f"count={count}.*balanced held-out"):
-        task.held_out_rows(count)
 
 
 def test_rows_are_the_callers_own() -> None:

@@ -19,6 +19,7 @@ WARM = 20
 """Syncs thrown away: enough to fill every place that retention then keeps full."""
 SAMPLES = 10
 """Looks at the memory in each tenth; each takes as long as a sync."""
+_SIZES = ("memory_bytes", "cuda_bytes", "tmpfs_bytes")
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
@@ -69,8 +70,7 @@ def rows(cell: Mapping[str, Any], bandwidth: object) -> list[EnduranceRow]:
 
 
 def _medians(levels: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    names = ("memory_bytes", "cuda_bytes", "tmpfs_bytes")
-    return {name: None if levels[0][name] is None else median([level[name] for level in levels]) for name in names}
+    return {name: None if levels[0][name] is None else median([level[name] for level in levels]) for name in _SIZES}
 
 
 def slopes(tenths: Sequence[EnduranceRow]) -> list[SlopeRow]:
@@ -79,23 +79,12 @@ def slopes(tenths: Sequence[EnduranceRow]) -> list[SlopeRow]:
 
 
 def _slope(rows: Sequence[EnduranceRow]) -> SlopeRow:
-    per_1000 = {name: _line(rows, name) for name in ("median_s", "memory_bytes", "cuda_bytes", "tmpfs_bytes")}
-    seconds, memory, tmpfs = (per_1000[name] or 0.0 for name in ("median_s", "memory_bytes", "tmpfs_bytes"))
-    middle_s = median([row.median_s for row in rows])
-    return SlopeRow(
-        strategy=rows[0].strategy,
-        shape=rows[0].shape,
-        rank=rows[0].rank,
-        syncs=rows[-1].last,
-        median_s=middle_s,
-        seconds_per_1000=seconds,
-        memory_bytes_per_1000=memory,
-        cuda_bytes_per_1000=per_1000["cuda_bytes"],
-        tmpfs_bytes_per_1000=tmpfs,
-        time_share=seconds / middle_s,
-        memory_share=memory / median([row.memory_bytes for row in rows]),
-        tmpfs_share=tmpfs / (median([row.tmpfs_bytes for row in rows]) or 1.0),
-    )
+    per_1000: dict[str, Any] = {
+        f"{name}_per_1000": _line(rows, of)
+        for name, of in (("seconds", "median_s"), *((size, size) for size in _SIZES))
+    }
+    first = rows[0]
+    return SlopeRow(strategy=first.strategy, shape=first.shape, rank=first.rank, syncs=rows[-1].last, **per_1000)
 
 
 def _line(rows: Sequence[EnduranceRow], name: str) -> float | None:

@@ -53,15 +53,14 @@ def join(documents: Mapping[str, Document]) -> Document:
 
 
 def _check_one_machine(documents: Mapping[str, Document]) -> None:
-    (first, one), *others = documents.items()
-    for name, other in others:
-        for key in {**_identity(one), **_identity(other)}:
-            values = [_identity(document).get(key) for document in (one, other)]
-            if values[0] != values[1]:
-                raise ConfigError(
-                    f"{first} and {name} are not of one machine with one set of versions: {key} is {values[0]!r} in "
-                    f"the one and {values[1]!r} in the other; join them apart"
-                )
+    (first, mine), *others = ((name, _identity(document)) for name, document in documents.items())
+    for name, theirs in others:
+        if mine != theirs:
+            one, other = (dict(a.items() - b.items()) for a, b in ((mine, theirs), (theirs, mine)))
+            raise ConfigError(
+                f"{first} and {name} are not of one machine with one set of versions: {one} in the one, {other} in the "
+                "other; join them apart"
+            )
 
 
 def _identity(document: Document) -> dict[str, Any]:

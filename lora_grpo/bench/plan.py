@@ -98,7 +98,7 @@ def there_and_back(subjects: int) -> tuple[int, ...]:
 ABBA = there_and_back(2)
 
 
-def rows_of_one(cell: Mapping[str, Any], row: Callable[..., T]) -> list[T]:
+def rows_of_one(row: Callable[..., T], cell: Mapping[str, Any], bandwidth: object) -> list[T]:
     """A row for each thing that the one strategy of a cell has found."""
     (done,) = cell["rounds"]
     return [row(strategy=done["strategy"], **cell["labels"], **found) for found in done["result"]]

@@ -4,7 +4,8 @@ once an engine, the canary when it is asked for."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -77,5 +78,4 @@ def _canary(bench: Bench, rows: int, tokens: int) -> Callable[[], object]:
     return lambda: strategy.pusher.canary(groups)
 
 
-def rows(cell: Mapping[str, Any], bandwidth: object) -> list[ProofRow]:
-    return rows_of_one(cell, ProofRow)
+rows = partial(rows_of_one, ProofRow)

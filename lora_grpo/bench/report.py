@@ -97,7 +97,7 @@ def findings(document: Document) -> list[str]:
     """The main figures as sentences, those where merging wins included."""
     first = [*_sync_findings(document), *_decode_findings(document), *map(breakeven.sentence, document.break_even)]
     of_weights = (*_fidelity_findings(document), *_drift_findings(document))
-    more = (*_step_findings(document), *_base_findings(document), *_endurance_findings(document))
+    more = (*_step_findings(document), *_base_findings(document))
     return [f"- {sentence}" for sentence in (*first, *of_weights, *more)]
 
 
@@ -183,15 +183,6 @@ def _base_findings(document: Document) -> Iterator[str]:
     for row in document.memory:
         if row.strategy in (NATIVE, SHARED) and row.copies is not None:
             yield f"Base weights, {row.shape}: trainer and engine of {row.strategy} hold {row.copies:.2f} copies."
-
-
-def _endurance_findings(document: Document) -> Iterator[str]:
-    for row in document.slopes:
-        yield (
-            f"Endurance, {row.shape}, {row.syncs:,} syncs by {row.strategy}: per 1,000 the time of a sync moved by "
-            f"{100 * row.time_share:+.1f} %, the process's memory by {row.memory_bytes_per_1000 / 2**20:+.1f} MiB, "
-            f"tmpfs by {row.tmpfs_bytes_per_1000 / 2**20:+.1f} MiB."
-        )
 
 
 def markdown_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -164,16 +164,13 @@ class BreakEvenRow(Row):
 
 
 class FidelityRow(Row):
-    """`served_error_nats` engine against fp32 reference, `weights_error_nats` the served weights alone (computed in
-    fp32), `lost_share` |served update - update| / |update|, `changed_share` of the weights that moved at all."""
+    """`served_error_nats` engine against fp32 reference, `lost_share` |served update - update| / |update|."""
 
     learning_rate: Annotated[float, Column("learning rate")]
     updates: Annotated[int, Column("updates")]
     signal_nats: Annotated[float, Column("update's effect, nats")]
     served_error_nats: Annotated[float, Column("error as served, nats")]
-    weights_error_nats: Annotated[float, Column("error of the weights, nats")]
     lost_share: Annotated[float, Column("update lost, %", percent)]
-    changed_share: Annotated[float, Column("weights moved, %", percent)]
 
 
 class DriftRow(Row):
@@ -224,18 +221,14 @@ class EnduranceRow(Row):
 
 
 class SlopeRow(Row):
-    """Least-squares lines through the tenths: changes per 1,000 syncs, also as shares of the medians."""
+    """Least-squares lines through the tenths: changes per 1,000 syncs."""
 
     rank: Annotated[int, Column("rank")]
     syncs: Annotated[int, Column("syncs")]
-    median_s: float
     seconds_per_1000: Annotated[float, Column("ms", ms)]
-    time_share: Annotated[float, Column("ms, %", percent)]
     memory_bytes_per_1000: Annotated[float, Column("PSS MiB", mib)]
-    memory_share: Annotated[float, Column("PSS, %", percent)]
     cuda_bytes_per_1000: Annotated[float | None, Column("CUDA allocated MiB", mib)]
     tmpfs_bytes_per_1000: Annotated[float, Column("tmpfs MiB", mib)]
-    tmpfs_share: Annotated[float, Column("tmpfs, %", percent)]
 
 
 class Document(BaseModel):
