@@ -274,7 +274,7 @@ def test_training_is_counted_alike_on_both_sides_of_a_step() -> None:
     assert merge.serving_ratio_to_native == 0.75
     made = document([], [])
     made.step = [native, merge]
-    assert "takes 0.95 times native's time, 0.75 times for generate and sync alone" in findings(made)[0]
+    assert findings(made) == ["- Step, tiny, 8 rows of 8 tokens: native 9,500 ms, merge-fold 9,000 ms (0.947)."]
 
 
 @pytest.mark.parametrize(

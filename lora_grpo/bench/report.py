@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_grpo.bench import breakeven
 from lora_grpo.bench.plots import draw
-from lora_grpo.bench.schema import Document, SyncRow, ms, tables
-from lora_grpo.bench.strategies import NATIVE, SHARED
+from lora_grpo.bench.schema import Document, ms, percent, tables
+from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError
 
-REPORT, TRIED, SUMMARY = "report.md", "tried.md", "summary.json"
-UNPAIRED = "unpaired"
+REPORT, SUMMARY = "report.md", "summary.json"
 _BLOCK = r"(<!-- {0}:begin -->\n).*?(<!-- {0}:end -->)"
 
 
 def write_report(document: Document, directory: Path) -> Path:
     """Draw the plots and write `report.md` beside them; returns its path."""
     plots, path = [plot.name for plot in draw(document, directory)], directory / REPORT
-    path.write_text("\n".join(_lines(document, plots, _summary(directory), _tried(directory))) + "\n")
+    path.write_text("\n".join(_lines(document, plots, _summary(directory))) + "\n")
     return path
 
 
@@ -30,12 +29,6 @@ def _summary(directory: Path) -> dict[str, Any]:
     """What `benchmarks/gpu/run.py` left beside the results: its steps, and where models were."""
     path = directory / SUMMARY
     return json.loads(path.read_text()) if path.exists() else {"steps": [], "notes": []}
-
-
-def _tried(directory: Path) -> str:
-    """What is written in `tried.md` beside the results or above them, where a repository keeps it."""
-    found = (folder / TRIED for folder in [directory, *directory.resolve().parents[:2]])
-    return next((path.read_text().strip() for path in found if path.exists()), "")
 
 
 def update_readme(document: Document, readme: Path) -> None:
@@ -52,7 +45,7 @@ def update_readme(document: Document, readme: Path) -> None:
     readme.write_text(changed)
 
 
-def _lines(document: Document, plots: Sequence[str], run: Mapping[str, Any], tried: str) -> Iterator[str]:
+def _lines(document: Document, plots: Sequence[str], run: Mapping[str, Any]) -> Iterator[str]:
     yield "# Benchmark: native hot-swap against merging"
     yield ""
     yield from _provenance(document)
@@ -61,6 +54,8 @@ def _lines(document: Document, plots: Sequence[str], run: Mapping[str, Any], tri
         yield "**Not complete**: the run was cut off, or a part failed."
     yield from (f"**Failed**: {failure}" for failure in document.failures)
     yield "## What it says"
+    yield ""
+    yield "Figures in brackets are in times of native's."
     yield ""
     yield from findings(document)
     yield from (f"- {note}" for note in (*run["notes"], *document.notes))
@@ -73,8 +68,6 @@ def _lines(document: Document, plots: Sequence[str], run: Mapping[str, Any], tri
     for title, lines in tables(document):
         yield f"\n## {title}\n"
         yield from markdown_table(lines)
-    if tried:
-        yield f"\n## Tried, and it did not help\n\n{tried}"
     yield "\n## How it was measured\n"
     yield Path(__file__).with_name("method.md").read_text().rstrip()
 
@@ -94,95 +87,43 @@ def _profile(document: Document) -> Iterator[str]:
 
 
 def findings(document: Document) -> list[str]:
-    """The main figures as sentences, those where merging wins included."""
-    first = [*_sync_findings(document), *_decode_findings(document), *map(breakeven.sentence, document.break_even)]
-    of_weights = (*_fidelity_findings(document), *_drift_findings(document))
-    more = (*_step_findings(document), *_base_findings(document))
-    return [f"- {sentence}" for sentence in (*first, *of_weights, *more)]
-
-
-def _sync_findings(document: Document) -> Iterator[str]:
-    for shape in dict.fromkeys(row.shape for row in document.sync):
-        rows = [row for row in document.sync if row.shape == shape]
-        main = [row for row in rows if (row.rank, row.targets) == (rows[0].rank, rows[0].targets)]
-        native = next((row for row in main if row.strategy == NATIVE), None)
-        if native is None:
-            continue
-        through = f" through {LOADERS[native.loader]}" if native.loader else ""
-        yield (
-            f"Sync, {native.shape}, r={native.rank} {native.targets}: native takes {ms(native.median_s):.1f} ms (p95 "
-            f"{ms(native.p95_s):.1f}) for {native.moved_bytes / 1e6:.1f} MB{through}, proof included."
-        )
-        yield from (_against_native(row) for row in main if row.strategy != NATIVE)
-
-
-def _against_native(row: SyncRow) -> str:
-    if row.strategy == f"{NATIVE} again":
-        return (
-            f"native once more, after all others: {ms(row.median_s):.1f} ms, {row.ratio_to_native:.3g} times its first."
-        )
-    faster = row.ratio_to_native >= 1
-    factor = row.ratio_to_native if faster else 1 / row.ratio_to_native
-    # As TRL makes them: a tensor each.
-    calls = f" ({row.load_calls:,} single-tensor load_weights calls)" if (row.load_calls or 0) > 1 else ""
-    medians = ", by unpaired medians" if row.against == UNPAIRED else ""
-    return (
-        f"{row.strategy} takes {ms(row.median_s):.1f} ms{calls}: native is {factor:.3g} times "
-        f"{'faster' if faster else 'slower'}{medians}."
-    )
-
-
-def _decode_findings(document: Document) -> Iterator[str]:
-    for row in document.decode:
-        longest = max(one.completion_tokens for one in document.decode)
-        other = {"base": "the base's", "merge-trl": "merged weights'"}.get(row.strategy)
-        if other and row.completion_tokens == longest and (row.strategy == "base" or row.engine == "graphs alone"):
-            yield (
-                f"Decode, {row.shape}, {row.rows} rows: native LoRA takes {1 / row.tpot_ratio_to_native:.2f} times "
-                f"{other} time a token and {1 / row.prefill_ratio_to_native:.2f} times its prefill."
-            )
-
-
-def _fidelity_findings(document: Document) -> Iterator[str]:
-    for rate in sorted({row.learning_rate for row in document.fidelity}):
-        rows = {row.strategy: row for row in reversed(document.fidelity) if row.learning_rate == rate}
-        merges = {name: row for name, row in rows.items() if name.startswith("merge")}
-        if NATIVE in rows and merges:
-            best = min(merges.values(), key=lambda row: row.lost_share)
-            yield (
-                f"Fidelity, {best.shape}, {best.updates} update at a learning rate of {rate:g}: on the bf16 grid the "
-                f"best merge ({best.strategy}) loses {100 * best.lost_share:.1f} % of the update, native "
-                f"{100 * rows[NATIVE].lost_share:.2f} %."
-            )
-
-
-def _drift_findings(document: Document) -> Iterator[str]:
+    """The main figures as sentences, those where merging wins included; in brackets stand times native's."""
+    fewest = min((row.updates for row in document.fidelity), default=0)
     most = max((row.cycles for row in document.drift), default=0)
-    for row in document.drift:
-        if row.cycles == most:
-            yield (
-                f"Drift, {row.shape}: after {row.cycles} syncs by {row.strategy} the trainer's base is off by "
-                f"{100 * row.mean_relative:.3g} % of its mean weight, its log-probs by {row.logprob_shift_nats:.3g} "
-                "nats."
-            )
+    once = [row for row in document.fidelity if row.updates == fewest]
+    last = [row for row in document.drift if row.cycles == most]
+    sizes = "{0.shape}, {0.rows} rows of {0.completion_tokens} tokens"
+    sentences = (
+        *_listed(document.sync, "Sync, {0.shape}, r={0.rank} {0.targets}", _times("median_s", "ratio_to_native")),
+        *_listed(document.decode, f"A token, {sizes}", _times("tpot_s", "tpot_ratio_to_native")),
+        *map(breakeven.sentence, document.break_even),
+        *_listed(
+            once, "Of an update at a learning rate of {0.learning_rate:g} is lost, {0.shape}", _share("lost_share")
+        ),
+        *_listed(last, "The trainer's base is off after {0.cycles:,} syncs, {0.shape}", _share("mean_relative")),
+        *_listed(document.step, f"Step, {sizes}", _times("step_s", "ratio_to_native")),
+    )
+    return [f"- {sentence}" for sentence in sentences]
 
 
-def _step_findings(document: Document) -> Iterator[str]:
-    merges = [row for row in document.step if row.strategy != NATIVE]
-    if merges:
-        best = min(merges, key=lambda row: row.ratio_to_native)
-        ratio = best.serving_ratio_to_native
-        alone = "times for generate and sync alone (training is the same work on both)"
-        yield (
-            f"Step, {best.shape}, {best.rows} rows of {best.completion_tokens} tokens: the best merge ({best.strategy})"
-            f" takes {best.ratio_to_native:.2f} times native's time{f', {ratio:.2f} {alone}' if ratio else ''}."
-        )
+def _listed(rows: Sequence[Any], about: str, figure: Callable[[Any], str]) -> Iterator[str]:
+    """Each strategy's figure, in a sentence for all rows that are about the same."""
+    figures: dict[str, list[str]] = {}
+    for row in rows:
+        figures.setdefault(about.format(row), []).append(f"{row.strategy} {figure(row)}")
+    return (f"{what}: {', '.join(said)}." for what, said in figures.items())
 
 
-def _base_findings(document: Document) -> Iterator[str]:
-    for row in document.memory:
-        if row.strategy in (NATIVE, SHARED) and row.copies is not None:
-            yield f"Base weights, {row.shape}: trainer and engine of {row.strategy} hold {row.copies:.2f} copies."
+def _times(seconds: str, ratio: str) -> Callable[[Any], str]:
+    def said(row: Any) -> str:
+        beside = "" if row.strategy == NATIVE else f" ({getattr(row, ratio):.3g})"
+        return f"{_cell(ms(getattr(row, seconds)))} ms{beside}"
+
+    return said
+
+
+def _share(name: str) -> Callable[[Any], str]:
+    return lambda row: f"{_cell(percent(getattr(row, name)))} %"
 
 
 def markdown_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -206,8 +147,6 @@ def _provenance(document: Document) -> Iterator[str]:
     yield f"Measured {document.started_at}{took} with `{document.command}` on: {shown}."
 
 
-LOADERS = {"direct": "the direct loader", "stock": "vLLM's own loader"}
-"""`LoadReceipt.loader` in words."""
 PHASES = {
     "gather": "parameters to one buffer of the serving dtype, scaling folded into B",
     "write": "files onto fresh tmpfs pages, digest, rename",
