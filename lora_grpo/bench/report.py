@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_grpo.bench import breakeven
 from lora_grpo.bench.plots import draw
-from lora_grpo.bench.schema import Document, ms, percent, tables
+from lora_grpo.bench.schema import Document, figure, ms, percent, tables
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError
 
@@ -117,13 +117,13 @@ def _listed(rows: Sequence[Any], about: str, figure: Callable[[Any], str]) -> It
 def _times(seconds: str, ratio: str) -> Callable[[Any], str]:
     def said(row: Any) -> str:
         beside = "" if row.strategy == NATIVE else f" ({getattr(row, ratio):.3g})"
-        return f"{_cell(ms(getattr(row, seconds)))} ms{beside}"
+        return f"{figure(ms(getattr(row, seconds)))} ms{beside}"
 
     return said
 
 
 def _share(name: str) -> Callable[[Any], str]:
-    return lambda row: f"{_cell(percent(getattr(row, name)))} %"
+    return lambda row: f"{figure(percent(getattr(row, name)))} %"
 
 
 def markdown_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -136,9 +136,7 @@ def markdown_table(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
-    return "-" if value is None else str(value)
+    return figure(value) if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def _provenance(document: Document) -> Iterator[str]:

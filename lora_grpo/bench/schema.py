@@ -30,6 +30,11 @@ def _phases(seconds: Mapping[str, float]) -> str:
 ms, percent, mib = scaled(1e3), scaled(100), scaled(1 / (1 << 20))
 
 
+def figure(value: float) -> str:
+    """Three digits, never as a power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 class Row(BaseModel):
     """A line of a table. Results that were measured earlier may have more columns."""
 
