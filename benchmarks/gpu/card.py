@@ -1,20 +1,15 @@
 """The host as the other steps will find it: `card.py DEVICE`. The last line of stdout is JSON.
 
 Fails in one sentence, before anything is allocated, where the device is not there or vLLM is not one that is known.
-Steps that the GPU has too little memory for are named with a sentence each, and packages that are missing all at once.
+Steps that the GPU has too little memory for are named with a sentence each.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import re
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def main(device: str) -> None:
@@ -34,7 +29,7 @@ def look(device: str) -> dict[str, Any]:
 
     host.check_device(device)
     release = compat.vllm_release()
-    found: dict[str, Any] = {"missing_packages": missing_packages(), "card": host.card(device)}
+    found: dict[str, Any] = {"card": host.card(device)}
     found["memory_bytes"] = host.memory(device)
     found["refused"] = too_large(device, found["memory_bytes"])
     print(json.dumps(found), flush=True)
@@ -66,21 +61,6 @@ def too_large(device: str, memory_bytes: dict[str, int]) -> dict[str, str]:
             except ConfigError as error:
                 refused[step.name] = str(error)
     return refused
-
-
-def missing_packages() -> list[str]:
-    """What the package depends on, and pytest, as far as it is not installed."""
-    needs = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
-    names = [re.split(r"[^\w.-]", need)[0] for need in needs]
-    return [name for name in (*names, "pytest") if not installed(name)]
-
-
-def installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from steps import Step, found
+from steps import Step
 
 ARCHIVE, SUMMARY = "results.tar.gz", "summary.json"
 _LEFT_OUT = (ARCHIVE, ".safetensors", ".pt", ".new")
@@ -71,7 +71,7 @@ class Record:
             "seconds": done.get("seconds", "-"),
             "estimate for a GPU, s": step.expected_s,
             "limit, s": step.limit_s,
-            "found": done.get("why") or found(step.name, done.get("result")),
+            "why": done.get("why") or "-",
         }
 
     def _path(self, step: Step) -> Path:

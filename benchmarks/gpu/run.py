@@ -13,6 +13,7 @@ with tiny models.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +151,19 @@ def run_step(step: Step, log: Path, limit_s: float, warm: bool) -> dict[str, Any
         "rc": code,
         "seconds": round(time.monotonic() - started, 1),
         "command": list(step.command),
-        "result": step.read("\n".join(tail)),
+        "result": last_json(tail),
         "why": why,
         "tail": [line[:WIDTH] for line in tail],
     }
+
+
+def last_json(lines: Sequence[str]) -> Any:
+    """The last line that is a JSON object; what a step writes into files lies in the archive as it is."""
+    for line in reversed(lines):
+        if line.startswith("{"):
+            with suppress(ValueError):
+                return json.loads(line)
+    return None
 
 
 def stop(process: Process) -> int | None:

@@ -1,15 +1,12 @@
-"""What is run on a GPU, most valuable first: each step is one process, with its limit and where its result lies."""
+"""What is run on a GPU, most valuable first: each step is one process with its limit."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import xml.etree.ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -56,15 +53,14 @@ test run does; or there is nothing to do without a GPU."""
 
 @dataclass(frozen=True)
 class Step:
-    """`read` finds the result when the command has ended, given what it printed. `expected_s` is what it took on an
-    H100 or H200 (7b: with about 20 s to draw and write the model); of 7b-compiled, population, families, rates and
-    graphs an estimate. `shape` is the model it cannot do without. One that is `warm` may begin with vLLM imported."""
+    """`expected_s` is what it took on an H100 or H200 (7b: with about 20 s to draw and write the model); of
+    7b-compiled, population, families, rates and graphs an estimate. `shape` is the model it cannot do without. One that
+    is `warm` may begin with vLLM imported."""
 
     name: str
     expected_s: int
     limit_s: int
     command: Sequence[str]
-    read: Callable[[str], Any]
     shape: str | None = None
     warm: bool = True
 
@@ -80,21 +76,21 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
     demo = [sys.executable, "-m", "lora_grpo", "demo", "--output-dir", str(out / "demo")]
     invariance = [*_script("invariance.py"), "--device", device, "--model", str(models / f"{small}-seed0")]
     steps = [
-        Step("card", 30, 60, [*_script("card.py"), device], last_json),
+        Step("card", 30, 60, [*_script("card.py"), device]),
         _suite("tiny", 110, 150, out, device),
         _figures("7b", 170, 280, large, out, device, models),
-        Step("demo", 45, 90, [*demo, "--steps", str(DEMO_STEPS[kind])], last_json),
+        Step("demo", 45, 90, [*demo, "--steps", str(DEMO_STEPS[kind])]),
         _figures("7b-compiled", 165, 240, large, out, device, models),
         _program("trainer", 45, 70, out, device),
         _program("trainer-7b", 65, 110, out, device),
         _program("population", 70, 110, out, device),
-        Step("families", 160, 220, [sys.executable, "-m", "tests.model_table", *FAMILIES], _rows),
+        Step("families", 160, 220, [sys.executable, "-m", "tests.model_table", *FAMILIES]),
         _suite("experts", 70, 100, out, device),
         _program("rates", 110, 160, out, device),
         _figures("0.5b", 65, 110, small, out, device, models),
         _suite("parity", 140, 190, out, device),
         # Its switch, which there is on a GPU, is for a whole process.
-        Step("invariance", 55, 90, invariance, last_json, warm=kind == "cpu"),
+        Step("invariance", 55, 90, invariance, warm=kind == "cpu"),
         _suite("graphs", 110, 180, out, device),
     ]
     return [step for step in steps if kind != "cpu" or step.name not in REPEATED]
@@ -113,34 +109,14 @@ def _figures(name: str, expected_s: int, limit_s: int, shape: str, out: Path, de
     results = out / "bench" / name
     at = ["--scenario", str(scenario(name, device)), "--shape", shape, "--device", device]
     command = [sys.executable, "-m", "lora_grpo", "bench", "all", *at, "--out", str(results), "--models", str(models)]
-    return Step(name, expected_s, limit_s, command, lambda printed: _measured(results / "results.json"), shape)
+    return Step(name, expected_s, limit_s, command, shape)
 
 
 def _program(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> Step:
     module, *sizes = (DRY if device == "cpu" and name in DRY else PROGRAMS)[name].split()
     results = out / "programs" / (name if name == "rates" else f"{name}.json")
-    found = results / "rates.json" if name == "rates" else results
     command = [sys.executable, "-m", module, "--device", device, "--out", str(results), *sizes]
-    return Step(name, expected_s, limit_s, command, lambda printed: _read(found))
-
-
-def _rows(printed: str) -> list[str]:
-    """Of a table, as far as it was printed."""
-    return [line for line in printed.splitlines() if line.startswith("| ")]
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _measured(path: Path) -> Any:
-    """What of a suite's results a summary needs; all of it stays where it is, for the report."""
-    document = _read(path)
-    if document is None:
-        return None
-    tables = ("sync", "truth", "memory", "decode", "rollback")
-    told = {name: document[name] for name in ("complete", "failures", "notes")}
-    return told | {table: sorted({row["strategy"] for row in document[table]}) for table in tables}
+    return Step(name, expected_s, limit_s, command)
 
 
 def _suite(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> Step:
@@ -151,50 +127,4 @@ def _suite(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> 
     options = ["-q", "--device", device, "--junitxml", str(report), "-o", "junit_family=xunit1"]
     expression = few if device == "cpu" else chosen
     command = [sys.executable, "-m", "pytest", *files, *bare, *options, "-k", expression]
-    return Step(name, expected_s, limit_s, command, lambda printed: _cases(report))
-
-
-def last_json(printed: str) -> Any:
-    """The last line that is a JSON object."""
-    for line in reversed(printed.splitlines()):
-        if line.startswith("{") and line.endswith("}"):
-            return json.loads(line)
-    return None
-
-
-def _cases(report: Path) -> Any:
-    """Each test with its outcome, and the figures that it recorded."""
-    if not report.exists():
-        return None
-    return [
-        {
-            "test": case.get("name"),
-            "outcome": next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed"),
-            "seconds": float(case.get("time", "nan")),
-            **{found.attrib["name"]: found.attrib["value"] for found in case.iter("property")},
-        }
-        for case in xml.etree.ElementTree.parse(report).iter("testcase")
-    ]
-
-
-def found(name: str, result: Any) -> str:
-    """A result in a few words."""
-    if result is None:
-        return ""
-    if name in SUITES:
-        outcomes = [case["outcome"] for case in result]
-        return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
-    if name == "card":
-        return f"vLLM {'.'.join(map(str, result['vllm']['release']))}" if "vllm" in result else ""
-    if name == "demo":
-        return f"accuracy {result['accuracy_before']:.3f} to {result['accuracy_after']:.3f}"
-    if name == "invariance":
-        shares = ", ".join(f"{result[key]:.4f} {key.replace('_', ' ')}" for key in ("with_adapter", "without_adapter"))
-        return f"equal log-probs: {shares}; batch_invariant: {str(result['batch_invariant']).lower()}"
-    if name == "families":
-        return f"{len(result)} rows"
-    if name in PROGRAMS:
-        rows = result.get("rows") if name.startswith("trainer") else None
-        return ", ".join(dict.fromkeys(row["subject"] for row in rows or ()) or result.get("found", ("a curve",)))
-    tables = {name: result[name] for name in ("sync", "decode") if result[name]}
-    return "; ".join(f"{name} of {', '.join(strategies)}" for name, strategies in tables.items())
+    return Step(name, expected_s, limit_s, command)
