@@ -15,7 +15,9 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from peft import LoraConfig
 
 from lora_grpo import GRPOConfig, GRPOTrainer, MemberSpec, Population
 from lora_grpo.bench.levels import proc_bytes
-from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.bench.shapes import write_model
 from lora_grpo.config import EngineConfig, ModelConfig
@@ -33,9 +34,7 @@ ROWS = [{"prompt": f"{number:03d} is a number, and the next is "} for number in 
 ENGINE = EngineConfig(max_model_len=64, max_num_seqs=64, enforce_eager=True)
 ALLOWED = 1.3
 TRAINERS: list[GRPOTrainer] = []
-HELD = ExitStack()
-"""What a process of its own has open; `close` ends it."""
-close = HELD.close
+"""Of a process of its own, which ends with them."""
 
 
 def main() -> None:
@@ -46,16 +45,13 @@ def main() -> None:
         tmpfs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-grpo-costs-", dir="/dev/shm")))
         write_model(options.shape, disk / "base")
         for name, members in (("alone", 1), ("population", options.members)):
-            workers[name] = WorkerProcess(disk / "log")
-            stack.callback(workers[name].close)
-            stack.callback(workers[name].do, "benchmarks.population_costs:close")
-            given = {"disk": disk, "tmpfs": tmpfs, "members": members, "steps": options.steps}
-            found[name] = workers[name].do("benchmarks.population_costs:train", **given)
+            workers[name] = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            found[name] = workers[name].submit(train, disk, tmpfs, members, options.steps).result()
             print(name, json.dumps(found[name]), flush=True)
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         for _ in range(options.repeats):
             for name, worker in workers.items():
-                seconds[name].append(worker.do("benchmarks.population_costs:publish"))
+                seconds[name].append(worker.submit(publish).result())
     most_bytes = int(ALLOWED * found["alone"]["peak_bytes"]) + sum(found["population"]["estimate"].values())
     median_s = {name: statistics.median(of) for name, of in seconds.items()}
     ratio = median_s["population"] / (options.members * median_s["alone"])
@@ -74,11 +70,10 @@ def train(disk: Path, tmpfs: Path, members: int, steps: int) -> dict[str, Any]:
     model, estimate = ModelConfig(name=str(disk / "base")), {}
     specs = [spec(disk, tmpfs, f"{number}-of-{members}", seed=number, steps=steps) for number in range(members)]
     if members == 1:
-        trainer = GRPOTrainer(model, **specs[0].arguments(), engine_config=ENGINE, view=False)
-        TRAINERS.append(HELD.enter_context(trainer))
-        trainer.train()
+        TRAINERS.append(GRPOTrainer(model, **specs[0].arguments(), engine_config=ENGINE, view=False))
+        TRAINERS[0].train()
     else:
-        population = HELD.enter_context(Population(model, specs, engine_config=ENGINE))
+        population = Population(model, specs, engine_config=ENGINE)
         TRAINERS.extend(member.runs for member in population.train())
         memory = population.room.memory
         estimate = {
