@@ -363,11 +363,11 @@ def test_other_kernels_are_checked_where_they_are_timed() -> None:
 def test_each_strategy_starts_once() -> None:
     native, merge, fold = (subject(strategy=name) for name in ("native", "merge-trl", "merge-fold"))
     cells = [
-        Cell("memory/native", "memory", "", (native,), fresh=True),
-        Cell("sync/trl", "sync", "", (native, merge), order=ABBA),
-        Cell("sync/fold", "sync", "", (native, fold), order=ABBA),
-        Cell("decode/trl", "decode", "", (native, merge), order=ABBA),
-        Cell("truth/trl", "truth", "", (merge,)),
+        Cell("memory/native", "memory", Mock(), (native,), fresh=True),
+        Cell("sync/trl", "sync", Mock(), (native, merge), order=ABBA),
+        Cell("sync/fold", "sync", Mock(), (native, fold), order=ABBA),
+        Cell("decode/trl", "decode", Mock(), (native, merge), order=ABBA),
+        Cell("truth/trl", "truth", Mock(), (merge,)),
     ]
     assert [cell.key for cell in by_strategy(cells)] == [
         "sync/trl",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.bench import decode, fidelity, host, memory, room, runner, shapes, step
+from lora_grpo.bench import decode, fidelity, host, memory, room, runner, shapes, step, sync
 from lora_grpo.bench import reference as references
 from lora_grpo.bench.breakeven import break_even
 from lora_grpo.bench.plan import ABBA, Cell
@@ -120,15 +120,14 @@ def test_a_step_trains_with_checkpoints_on_a_gpu_alone(monkeypatch: pytest.Monke
 
 class FakeWorker:
     def __init__(self, log: Path, *, alone: bool = False) -> None:
-        self.done: list[str] = []
+        self.done: list[Any] = []
 
     def prepare(self, subject: Any) -> None: ...
 
     def close(self) -> None: ...
 
-    def do(self, work: str, **arguments: Any) -> str:
+    def do(self, work: Any, **arguments: Any) -> None:
         self.done.append(work)
-        return work
 
 
 def test_a_worker_that_lives_on_gives_its_memory_back_after_each_cell(
@@ -137,12 +136,12 @@ def test_a_worker_that_lives_on_gives_its_memory_back_after_each_cell(
     monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
     native, other = subject(), subject(strategy="merge-trl")
     run = Runner(tmp_path / "log", lambda *_: None, alive_at_once=2)
-    pair = Cell("sync/x", "sync", "sync:measure", (native, other), order=ABBA)
-    truth = Cell("truth/x", "truth", "fidelity:truth", (native,))
+    pair = Cell("sync/x", "sync", sync.measure, (native, other), order=ABBA)
+    truth = Cell("truth/x", "truth", fidelity.truth, (native,))
     assert run.run([pair, truth], Partial(None, {}, {}, 0.0)) == []
     done: Any = {one.strategy: worker.done for (one, _), worker in run._alive.items()}  # type: ignore[attr-defined]
-    assert done["merge-trl"] == ["sync:measure", "sync:measure", "memory:give_back"]
-    assert done[NATIVE] == [*done["merge-trl"], "fidelity:truth", "memory:give_back"]
+    assert done["merge-trl"] == [sync.measure, sync.measure, memory.give_back]
+    assert done[NATIVE] == [*done["merge-trl"], fidelity.truth, memory.give_back]
 
 
 def test_giving_back_empties_the_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ class FakeWorker:
 
     def __init__(self, log: Path, *, alone: bool = False) -> None:
         self.done: list[str] = []
-        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.asked: list[tuple[Any, dict[str, Any]]] = []
         self.made.append(self)
 
     def prepare(self, subject: Any) -> None:
@@ -108,7 +108,7 @@ class FakeWorker:
             raise EngineError("no kernel image")
         self.done.append(subject.strategy)
 
-    def do(self, work: str, **arguments: Any) -> None:
+    def do(self, work: Any, **arguments: Any) -> None:
         self.asked.append((work, arguments))
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ def test_one_strategy_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [worker.done for worker in FakeWorker.made] == [[name, "closed"] for name in names]
     assert failures == []
     assert set(partial.cells) == {cell.key for cell in planned()}
-    syncs = [arguments for work, arguments in FakeWorker.made[1].asked if work == "sync:measure"]
+    syncs = [arguments for work, arguments in FakeWorker.made[1].asked if work is sync.measure]
     assert [arguments.get("at_once", False) for arguments in syncs[-2:]] == [True, True]
     assert not any(arguments.get("at_once") for arguments in syncs[:-2])
 

@@ -41,7 +41,7 @@ def _cell(settings: Settings, subjects: tuple[Subject, ...]) -> Cell:
     return Cell(
         f"decode/{'+'.join(subject.strategy for subject in subjects[1:])}",
         "decode",
-        "decode:measure",
+        measure,
         subjects,
         {**work, "repeat": -(-settings.repeat // 2), "least_s": settings.least_s},
         order=there_and_back(len(subjects)),

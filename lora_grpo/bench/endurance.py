@@ -27,7 +27,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     how: dict[str, Any] = {"arguments": {"syncs": settings.endurance_syncs}, "warm": {"syncs": WARM}}
     how["labels"] = {"rank": settings.rank}
     return [
-        Cell(f"endurance/{name}", "endurance", "endurance:measure", (subject.with_strategy(name),), **how)
+        Cell(f"endurance/{name}", "endurance", measure, (subject.with_strategy(name),), **how)
         for name in settings.strategies
     ]
 

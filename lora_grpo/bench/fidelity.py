@@ -34,15 +34,15 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     for strategy in settings.strategies:
         one = (subject.with_strategy(strategy),)
         planned.append(truth_cell("fidelity", *one))
-        planned.append(Cell(f"fidelity/rates/{strategy}", "fidelity", "fidelity:measure", one, grid))
+        planned.append(Cell(f"fidelity/rates/{strategy}", "fidelity", measure, one, grid))
         if strategy in settings.drift_strategies:
-            planned.append(Cell(f"fidelity/drift/{strategy}", "drift", "fidelity:drift", one, cycles))
+            planned.append(Cell(f"fidelity/drift/{strategy}", "drift", drift, one, cycles))
     return planned
 
 
 def truth_cell(part: str, subject: Subject) -> Cell:
     """One strategy's verdict; what `oracle` returns is given to it when it is measured."""
-    return Cell(f"{part}/truth/{subject.strategy}", "truth", "fidelity:truth", (subject,))
+    return Cell(f"{part}/truth/{subject.strategy}", "truth", truth, (subject,))
 
 
 def oracle(subject: Subject) -> dict[str, Any]:

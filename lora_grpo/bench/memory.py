@@ -22,7 +22,7 @@ KV_CACHE_BYTES = 3 << 30
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """One fresh process a strategy."""
     return [
-        Cell(f"memory/{name}", "memory", "memory:measure", (subject.with_strategy(name),), fresh=True)
+        Cell(f"memory/{name}", "memory", measure, (subject.with_strategy(name),), fresh=True)
         for name in settings.strategies
     ]
 

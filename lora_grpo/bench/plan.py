@@ -53,7 +53,7 @@ Place: TypeAlias = tuple[Subject, int]
 
 @dataclass(frozen=True)
 class Cell:
-    """One piece of measuring: `work` ("room:function") is done by `subjects` in the given order of their indices.
+    """One piece of measuring: `work` is done by `subjects` in the given order of their indices.
 
     (0, 1, 1, 0) has a drifting machine favour neither. `warm` arguments, if any, are for a round before those, thrown
     away. `table` is where its rows belong, `labels` are columns of them; `name` stands for the strategy's there.
@@ -63,7 +63,7 @@ class Cell:
 
     key: str
     table: str
-    work: str
+    work: Callable[..., Any]
     subjects: tuple[Subject, ...]
     arguments: dict[str, Any] = field(default_factory=dict)
     order: tuple[int, ...] = (0,)
@@ -80,9 +80,11 @@ class Cell:
         return [(subject, self.turn) for subject in self.subjects]
 
 
-def beside_native(part: str, subject: Subject, others: Iterable[str], **cell: Any) -> list[Cell]:
+def beside_native(
+    part: str, work: Callable[..., Any], subject: Subject, others: Iterable[str], **cell: Any
+) -> list[Cell]:
     """What `part` measures of `native` and each of the others in turn, there and back."""
-    work, native = f"{part}:measure", subject.with_strategy("native")
+    native = subject.with_strategy("native")
     return [
         Cell(f"{part}/{name}", part, work, (native, subject.with_strategy(name)), order=ABBA, **cell)
         for name in others

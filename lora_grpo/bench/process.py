@@ -5,7 +5,6 @@ Our own errors are replies; any other ends the process, and its log, which the p
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import os
 import threading
@@ -49,8 +48,8 @@ class WorkerProcess:
         """Have it load trainer and engine, which are given to all work from then on."""
         self._ask(subject)
 
-    def do(self, work: str, **arguments: Any) -> Any:
-        """Have a piece of work done; returns its result. Raises `EngineError` when it failed."""
+    def do(self, work: Callable[..., Any], **arguments: Any) -> Any:
+        """Have a function of a module called; returns its result. Raises `EngineError` when it failed."""
         return self._ask((work, arguments))
 
     def _ask(self, request: Any) -> Any:
@@ -114,20 +113,12 @@ def serve(requests: Connection, log: str) -> None:
                     bench, result = prepare(request), None
                 else:
                     work, arguments = request
-                    result = find_work(work)(*([bench] if bench else []), **arguments)
+                    result = work(*([bench] if bench else []), **arguments)
                 requests.send({"result": result})
             except LoraGrpoError as error:
                 requests.send({"error": str(error), "type": type(error).__name__})
     if bench is not None:
         bench.strategy.close()
-
-
-def find_work(name: str) -> Callable[..., Any]:
-    """A function of a room here ("room:function"), or of a module of another package by its whole name."""
-    room, _, function = name.partition(":")
-    module = importlib.import_module(room if "." in room else f"{__package__}.{room}")
-    work: Callable[..., Any] = getattr(module, function)
-    return work
 
 
 def _die_with(parent: int) -> None:

@@ -27,7 +27,7 @@ def cell(settings: Settings, subject: Subject) -> Cell:
     """Of `native` alone."""
     given = {"canary_rows": list(settings.canary_rows), "prompt_tokens": settings.prompt_tokens}
     warm = {**given, "canary_rows": [], "times": 1}
-    return Cell("sync/proofs", "proof", "proofs:measure", (subject.with_strategy(NATIVE),), given, warm=warm)
+    return Cell("sync/proofs", "proof", measure, (subject.with_strategy(NATIVE),), given, warm=warm)
 
 
 def measure(bench: Bench, canary_rows: list[int], prompt_tokens: int, times: int = TIMES) -> list[dict[str, Any]]:

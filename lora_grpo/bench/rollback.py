@@ -17,7 +17,7 @@ from lora_grpo.scoring import mean_abs_difference
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy."""
     repeat = {"repeat": -(-settings.repeat // 2)}
-    return beside_native("rollback", subject, settings.strategies, arguments=repeat, warm={"repeat": 1})
+    return beside_native("rollback", measure, subject, settings.strategies, arguments=repeat, warm={"repeat": 1})
 
 
 def measure(bench: Bench, repeat: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lora_grpo.adapters.files.disk import replace_file
+from lora_grpo.bench.memory import give_back
 from lora_grpo.bench.plan import Cell, Place
 from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
@@ -110,7 +111,7 @@ class Runner:
             self._stop(cell.places)
         else:
             for worker in workers:
-                worker.do("memory:give_back")
+                worker.do(give_back)
         unpaired = {"unpaired": True, "against": cell.against} if cell.in_turn else {}
         return {"table": cell.table, "labels": cell.labels, "rounds": rounds, **unpaired}
 

@@ -29,6 +29,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     size = {**sizes, "length": settings.step_tokens, "group": settings.group}
     return beside_native(
         "step",
+        measure,
         subject,
         settings.strategies,
         arguments={**size, "steps": -(-settings.repeat // 2)},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.files.disk import tmpfs_home
-from lora_grpo.bench import decode, endurance, fidelity, memory, proofs, rollback, room, step, sync
+from lora_grpo.bench import decode, endurance, fidelity, host, memory, proofs, rollback, room, shapes, step, sync
 from lora_grpo.bench.joining import finished
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
@@ -71,10 +71,10 @@ class Suite:
     def _look(self, started: float) -> None:
         self._oracles: dict[Any, dict[str, Any]] = {}
         (device,) = {settings.device for settings in self._parts.values()}
-        seen = self._host.do("host:look", device=device)
+        seen = self._host.do(host.look, device=device)
         wanted = {settings.label: (settings.shape, settings.model) for settings in self._parts.values()}
         self._sizes: dict[str, dict[str, int]] = {
-            label: self._host.do("host:measure_model", shape=shape, model=model)
+            label: self._host.do(host.measure_model, shape=shape, model=model)
             for label, (shape, model) in wanted.items()
         }
         self._shares = room.engine_shares(self._parts, self._sizes, seen["memory_bytes"])
@@ -189,7 +189,7 @@ class Suite:
         key = (subject.model, subject.rank, subject.targets, subject.seed)
         if key not in self._oracles:
             progress(f"reference in fp32: {subject.model}", 0)
-            self._oracles[key] = self._host.do("fidelity:oracle", subject=subject)
+            self._oracles[key] = self._host.do(fidelity.oracle, subject=subject)
         return replace(cell, arguments=self._oracles[key])
 
     def _model(self, settings: Settings, progress: Progress) -> str:
@@ -199,7 +199,7 @@ class Suite:
         progress(f"making {settings.shape}", 0)
         directory = self._models / f"{settings.shape}-seed{settings.seed}"
         how = {"name": settings.shape, "directory": directory, "device": settings.device, "seed": settings.seed}
-        return str(self._host.do("shapes:write_model", **how))
+        return str(self._host.do(shapes.write_model, **how))
 
     def _subject(self, settings: Settings, model: str) -> Subject:
         asked = ("rank", "targets", "device", "max_model_len", "max_num_seqs", "graphs", "seed")

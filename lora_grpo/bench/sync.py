@@ -45,7 +45,7 @@ def _pair(settings: Settings, native: Subject, other: Subject) -> Cell:
     return Cell(
         key=f"sync/{other.strategy}/r{other.rank}/{other.targets}",
         table="sync",
-        work="sync:measure",
+        work=measure,
         subjects=(native, other),
         arguments={"syncs": -(-settings.repeat // 2)},
         warm={"syncs": WARM},
