@@ -1,17 +1,17 @@
 """Peak memory and processor time of the trainer's part of a step, beside TRL's and beside the model without its head.
 
-    python benchmarks/trainer.py [--tokens 512,1024] [--dtype float32] [--against DIR] [--out FILE]
-    python benchmarks/trainer.py --prompt 2048 --tokens 512 --shape 0.5b-4-layers --dtype float32 \
+    python -m benchmarks.trainer [--tokens 512,1024] [--dtype float32] [--repeat 1] [--out FILE]
+    python -m benchmarks.trainer --prompt 2048 --tokens 512 --shape 0.5b-4-layers --dtype float32 \
         --subjects ours,padded,packed-backbone,backbone
 
 One rollout is one update. `ours` is everything that a step computes of it: old log-probs, loss and backward,
 optimizer. `trl` is the loss and backward of TRL's own GRPOTrainer, and `backbone` the model up to its last hidden
 state, forward and backward: what no output layer can undercut. `padded` and `backbone` compute the prompt once a
 completion, `ours` and `packed-backbone` once a group where that pays. `canary` is the trainer's part of a canary on 32
-such rows, and `estimate` what is said of the step before it starts. DIR is another checkout of this repository; its
-trainer is `against`. Each figure is of a process of its own, with one thread unless OMP_NUM_THREADS is set: CPU
-seconds, and the peak of its memory above the level before. What tensors give back goes back to the system at once
-(MALLOC_MMAP_THRESHOLD_), or the peak would hold what glibc's heap keeps. Ratios are of figures of one call.
+such rows, and `estimate` what is said of the step before it starts. The rows are one group and one micro-batch. Each
+figure is of a process of its own, with one thread unless OMP_NUM_THREADS is set: CPU seconds, and the peak of its
+memory above the level before. What tensors give back goes back to the system at once (MALLOC_MMAP_THRESHOLD_), or the
+peak would hold what glibc's heap keeps. Ratios are of figures of one call.
 
 On a GPU (`--device cuda:0`) subjects take turns in one process: seconds of the clock, for a step after two that warmed
 up, and the peak of what torch has allocated. What does not fit the card has no figures.
@@ -20,25 +20,27 @@ up, and the peak of what torch has allocated. What does not fit the card has no 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.metadata
-import inspect
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
+from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
 
-HERE = Path(__file__).resolve()
+from benchmarks import trainer_beside as beside
+from lora_grpo.bench.levels import collect, level
+from lora_grpo.bench.memory import forget_peaks, peak
+from lora_grpo.bench.provenance import asked, provenance, write_result
+from lora_grpo.bench.timing import Clock
+
 VOCABULARY = 151_936
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {
@@ -50,87 +52,76 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
 """A released model's shape, and what is changed of it."""
 SUBJECTS = ("ours", "estimate", "canary", "trl", "backbone")
 CANARY_ROWS = 32
+SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "HF_HUB_OFFLINE": "1"}
+"""Of the processes in which a CPU is measured, where the environment says nothing else."""
 
 
 def main() -> None:
-    options = _options()
-    if options.measure:
-        print(json.dumps(_measured(options)))
-        return
-    table = []
-    for tokens in options.tokens:
+    options = asked(
+        __doc__,
+        tokens="512,1024",
+        prompt=64,
+        rows=8,
+        shape=tuple(SHAPES),
+        dtype=("bfloat16", "float32"),
+        device="cpu",
+        repeat=1,
+        checkpointing=("off", "on"),
+        subjects=",".join(SUBJECTS),
+        out=None,
+    )
+    os.environ.update({**SETTINGS, **os.environ})
+    about = provenance("-m", "benchmarks.trainer", device=options.device) | {"trl": importlib.metadata.version("trl")}
+    about["machine"]["threads"] = int(os.environ["OMP_NUM_THREADS"])
+    measure, table = _in_a_process if options.device == "cpu" else _in_turn, []
+    for tokens in map(int, options.tokens.split(",")):
         found: dict[str, list[dict[str, float]]] = {}
         for _ in range(options.repeat):
-            for subject in options.subjects or [*SUBJECTS, *(["against"] if options.against else [])]:
-                measure = _in_a_process if options.device == "cpu" else _in_turn
-                found.setdefault(subject, []).append(measure(options, subject, tokens))
+            for subject in options.subjects.split(","):
+                one = argparse.Namespace(**{**vars(options), "subject": subject, "tokens": tokens})
+                found.setdefault(subject, []).append(measure(one))
         for subject, rows in found.items():
             row = {name: statistics.median(one[name] for one in rows) for name in rows[0]}
             table.append({"tokens": tokens, "subject": subject, **row})
             print(f"T={tokens:<6}{subject:<16}{_told(row)}", flush=True)
-        if options.out:
-            _write(options, table)
+        write_result(options.out, {**about, "rows": table})
 
 
 def _told(row: dict[str, float]) -> str:
     return "  ".join(f"{value:,.3f} {name.rpartition('_')[2]}" for name, value in row.items()) or "does not fit"
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tokens", type=lambda text: [int(one) for one in text.split(",")], default=[512, 1024])
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--rows", type=int, default=8, help="completions: one group, one micro-batch")
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--checkpointing", choices=("on", "off"), default="off", help="of activations")
-    asked = f"{', '.join(SUBJECTS)} (these by default), padded, packed-backbone, against"
-    parser.add_argument("--subjects", type=lambda text: text.split(","), help=asked)
-    parser.add_argument("--against", type=Path, help="another checkout of this repository")
-    parser.add_argument("--out", type=Path, help="a JSON file of the table")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def _in_turn(options: argparse.Namespace, subject: str, tokens: int) -> dict[str, float]:
+def _in_turn(options: argparse.Namespace) -> dict[str, float]:
     """In this process; empty where the card's memory does not hold it."""
-    asked = argparse.Namespace(**{**vars(options), "measure": subject, "tokens": [tokens]})
     try:
-        return _measured(asked)
+        return _measured(options)
     except torch.cuda.OutOfMemoryError as error:
-        print(f"{subject}, {tokens} tokens: {error}", file=sys.stderr)
+        print(f"{options.subject}, {options.tokens} tokens: {error}", file=sys.stderr)
         return {}
     finally:
-        gc.collect()
-        torch.cuda.empty_cache()
+        collect(options.device)
 
 
-def _in_a_process(options: argparse.Namespace, subject: str, tokens: int) -> dict[str, float]:
-    repository = options.against.resolve() if subject == "against" else HERE.parent.parent
-    command = [sys.executable, str(HERE), *sys.argv[1:], "--measure", subject, "--tokens", str(tokens)]
-    settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    environment = {**settings, **os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def _in_a_process(options: argparse.Namespace) -> dict[str, float]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        return fresh.submit(_measured, options).result()
 
 
 def _measured(options: argparse.Namespace) -> dict[str, float]:
     model = _model(options)
-    ids_BL = torch.randint(5, VOCABULARY, (options.rows, options.prompt + options.tokens[0]))
+    ids_BL = torch.randint(5, VOCABULARY, (options.rows, options.prompt + options.tokens))
     ids_BL[:, : options.prompt] = ids_BL[0, : options.prompt].clone()
-    if options.measure == "estimate":
+    if options.subject == "estimate":
         return _estimate(model, options)
-    ours = {"ours": _ours, "padded": _padded, "against": _ours, "canary": _canary}
-    if options.measure in ours:
-        return _peak_and_time(ours[options.measure](model, ids_BL, options), options.device)
-    # Only here: `against` finds another checkout's package by this name.
-    from benchmarks import trainer_beside as beside
-
-    others = {"trl": beside.trl, "backbone": beside.backbone, "packed-backbone": beside.packed_backbone}
-    return _peak_and_time(others[options.measure](model, ids_BL, options), options.device)
+    subjects = {
+        "ours": _ours,
+        "padded": _padded,
+        "canary": _canary,
+        "trl": beside.trl,
+        "backbone": beside.backbone,
+        "packed-backbone": beside.packed_backbone,
+    }
+    return _peak_and_time(subjects[options.subject](model, ids_BL, options), options.device)
 
 
 def _model(options: argparse.Namespace) -> Any:
@@ -144,10 +135,10 @@ def _model(options: argparse.Namespace) -> Any:
     config = AutoConfig.for_model(**{**shape_config(name), **changed})
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
-    if options.measure == "trl":
+    if options.subject == "trl":
         return model
     model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
-    if options.checkpointing == "on" and "backbone" in options.measure:
+    if options.checkpointing == "on" and "backbone" in options.subject:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -163,15 +154,13 @@ def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], 
         num_generations=options.rows,
         per_device_train_batch_size=options.rows,
         gradient_accumulation_steps=1,
-        max_completion_length=options.tokens[0],
+        max_completion_length=options.tokens,
         gradient_checkpointing=options.checkpointing == "on",
         vllm_importance_sampling_correction=False,  # nobody has sampled these completions
     )
     prompt, rows = ids_BL[0, : options.prompt].tolist(), ids_BL[:, options.prompt :].tolist()
     made = tuple(Completion("", tuple(row), (-12.0,) * len(row), "length", 1) for row in rows)
-    # An earlier version of this package asked for it.
-    padding = {"pad_token_id": 0} if "pad_token_id" in inspect.signature(Batch.from_groups).parameters else {}
-    batch = Batch.from_groups([Group("", tuple(prompt), made)], torch.linspace(-1, 1, len(rows)), **padding)
+    batch = Batch.from_groups([Group("", tuple(prompt), made)], torch.linspace(-1, 1, len(rows)))
     policy = Policy(model, config)
     policy.logprobs(batch.select(torch.arange(2)))  # how a model is given its rows is found out once a run
     return lambda: policy.update(batch)
@@ -202,7 +191,7 @@ def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
     from lora_grpo.trainer.memory import estimate
 
     engine = EngineConfig(urls=("http://elsewhere",))
-    batch = LargestBatch(options.rows, options.prompt, options.tokens[0], group=options.rows)
+    batch = LargestBatch(options.rows, options.prompt, options.tokens, group=options.rows)
     started = time.process_time()
     needed = estimate(model, None, engine, batch, False, options.checkpointing == "on")
     seconds = time.process_time() - started
@@ -212,38 +201,15 @@ def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
 def _peak_and_time(step: Callable[[], Any], device: str) -> dict[str, float]:
     """Of one step: on a CPU the first; on a GPU the third, without what a first one compiles and keeps, or the first
     two of a policy look at besides."""
-    if device != "cpu":
+    on_cpu = device == "cpu"
+    for _ in range(0 if on_cpu else 2):
         step()
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before, started = torch.cuda.memory_allocated(), time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        return {"peak_mib": (torch.cuda.max_memory_allocated() - before) / 2**20, "seconds": seconds}
-    Path("/proc/self/clear_refs").write_text("5")
-    before, started = _status_kib("VmRSS"), time.process_time()
+    now = time.process_time if on_cpu else Clock(device).now
+    forget_peaks(device)
+    before, started = level(device), now()
     step()
-    seconds = time.process_time() - started
-    return {"peak_mib": (_status_kib("VmHWM") - before) / 1024, "cpu_s": seconds}
-
-
-def _status_kib(name: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
-
-
-def _write(options: argparse.Namespace, table: list[dict[str, Any]]) -> None:
-    """The table, and where it comes from, the other checkout's commit included."""
-    from lora_grpo.bench.provenance import provenance, write_result
-
-    origin = provenance("benchmarks/trainer.py", device=options.device) | {"trl": importlib.metadata.version("trl")}
-    origin["machine"]["threads"] = int(os.environ.get("OMP_NUM_THREADS", "1"))
-    if options.against:
-        asked = ["git", "-C", str(options.against), "describe", "--always", "--exclude=*", "--dirty=+"]
-        origin["against"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    write_result(options.out, {**origin, "rows": table})
+    seconds = now() - started
+    return {"peak_mib": (peak(device)[0] - before) / 2**20, "cpu_s" if on_cpu else "seconds": seconds}
 
 
 if __name__ == "__main__":

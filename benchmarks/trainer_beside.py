@@ -21,7 +21,7 @@ def trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], An
         tempfile.mkdtemp(),
         per_device_train_batch_size=options.rows,
         num_generations=options.rows,
-        max_completion_length=options.tokens[0],
+        max_completion_length=options.tokens,
         gradient_checkpointing=options.checkpointing == "on",
         bf16=options.dtype == "bfloat16",
         use_cpu=options.device == "cpu",

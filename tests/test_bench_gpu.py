@@ -224,8 +224,8 @@ def test_a_reference_computes_with_new_weights_and_holds_none(tiny: Path) -> Non
 def test_mapped_files_are_no_part_of_what_cuda_has_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native peaks 100 bytes above its levels on a GPU, whatever version files are mapped into the process."""
     monkeypatch.setattr(memory, "_mapped", lambda folders: 70)
-    monkeypatch.setattr(memory, "_forget_peaks", lambda device: None)
-    monkeypatch.setattr(memory, "_peak", lambda device: (1100, None))
+    monkeypatch.setattr(memory, "forget_peaks", lambda device: None)
+    monkeypatch.setattr(memory, "peak", lambda device: (1100, None))
     monkeypatch.setattr(memory, "_weights", lambda bench: 1)
     strategy = SimpleNamespace(trainer=SimpleNamespace(base_bytes=1), renew=lambda: None, files=())
     levels = SimpleNamespace(start=0, last=1000, grown={"trainer": 400, "engine": 600})

@@ -31,10 +31,10 @@ def measure(bench: Bench) -> dict[str, Any]:
     """Worker: the levels on the way here, the peak over some syncs, and what the base's weights took; the last thing
     that can be done with them."""
     device, levels = bench.subject.device, bench.levels
-    _forget_peaks(device)
+    forget_peaks(device)
     for _ in range(SYNCS):
         bench.strategy.renew()
-    peak, reserved = _peak(device)
+    most, reserved = peak(device)
     copy_bytes = bench.strategy.trainer.base_bytes
     tmpfs = on_tmpfs(bench.strategy.files)
     # `level` counts mapped version files on the CPU; here they count once, as tmpfs.
@@ -44,9 +44,9 @@ def measure(bench: Bench) -> dict[str, Any]:
         "before_bytes": levels.start,
         "trainer_bytes": levels.grown["trainer"],
         "engine_bytes": levels.grown["engine"],
-        "sync_bytes": max(0, peak - levels.last - mapped),
+        "sync_bytes": max(0, most - levels.last - mapped),
         "tmpfs_bytes": tmpfs,
-        "peak_bytes": peak - levels.start - mapped + tmpfs,
+        "peak_bytes": most - levels.start - mapped + tmpfs,
         "reserved_peak_bytes": reserved,
         "copy_bytes": copy_bytes,
         "weights_bytes": _weights(bench),
@@ -79,7 +79,8 @@ def with_ratios(made: Sequence[MemoryRow]) -> list[MemoryRow]:
     ]
 
 
-def _forget_peaks(device: str) -> None:
+def forget_peaks(device: str) -> None:
+    """From now on `peak` counts anew."""
     if is_cuda(device):
         import torch
 
@@ -89,7 +90,7 @@ def _forget_peaks(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak(device: str) -> tuple[int, int | None]:
+def peak(device: str) -> tuple[int, int | None]:
     """Bytes at most since the peaks were forgotten, and CUDA's reserved."""
     if is_cuda(device):
         import torch

@@ -13,12 +13,14 @@ from typing import Any
 
 def asked(about: str | None, **defaults: Any) -> argparse.Namespace:
     """Options by name, each of its default's type; a type in a default's place makes one that has to be given, None a
-    path that may be left out."""
+    path that may be left out, a tuple one of its values, the first unless another is asked for."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(default, type):
             parser.add_argument(flag, type=default, required=True)
+        elif isinstance(default, tuple):
+            parser.add_argument(flag, choices=default, default=default[0])
         else:
             parser.add_argument(flag, type=Path if default is None else type(default), default=default)
     return parser.parse_args()
