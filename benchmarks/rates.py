@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import psutil  # comes with vLLM
+import psutil
 
 from lora_grpo import AdapterStore
 from lora_grpo.bench.provenance import asked, provenance, write_result

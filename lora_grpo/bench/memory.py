@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lora_grpo.bench.levels import collect, is_cuda, level, on_tmpfs, proc_bytes, settled_level, tmpfs_folders
 from lora_grpo.bench.plan import Cell, Subject
@@ -104,11 +105,5 @@ def peak(device: str) -> tuple[int, int | None]:
 
 def _mapped(folders: list[Path]) -> int:
     """Bytes of files in `folders` that are mapped into this process."""
-    total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split(" ", 1)[0]
-        if "-" in first and not first.endswith(":"):
-            inside = any(f" {folder}{os.sep}" in line for folder in folders)
-        elif inside and line.startswith("Pss:"):
-            total += int(line.split()[1]) << 10
-    return total
+    maps = psutil.Process().memory_maps()
+    return sum(one.pss for one in maps if any(Path(one.path).is_relative_to(folder) for folder in folders))
