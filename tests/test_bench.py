@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_grpo.bench import breakeven, decode, endurance, fidelity, host, room, shapes, sync
 from lora_grpo.bench.compare import compare
 from lora_grpo.bench.levels import Levels, level
-from lora_grpo.bench.plan import ABBA, Cell, Subject, there_and_back
+from lora_grpo.bench.plan import Cell, Subject, there_and_back
 from lora_grpo.bench.prepared import sequences
 from lora_grpo.bench.reference import Reference
 from lora_grpo.bench.report import findings, update_readme, write_report
@@ -364,9 +364,9 @@ def test_each_strategy_starts_once() -> None:
     native, merge, fold = (subject(strategy=name) for name in ("native", "merge-trl", "merge-fold"))
     cells = [
         Cell("memory/native", "memory", Mock(), (native,), fresh=True),
-        Cell("sync/trl", "sync", Mock(), (native, merge), order=ABBA),
-        Cell("sync/fold", "sync", Mock(), (native, fold), order=ABBA),
-        Cell("decode/trl", "decode", Mock(), (native, merge), order=ABBA),
+        Cell("sync/trl", "sync", Mock(), (native, merge), order=there_and_back(2)),
+        Cell("sync/fold", "sync", Mock(), (native, fold), order=there_and_back(2)),
+        Cell("decode/trl", "decode", Mock(), (native, merge), order=there_and_back(2)),
         Cell("truth/trl", "truth", Mock(), (merge,)),
     ]
     assert [cell.key for cell in by_strategy(cells)] == [

@@ -205,7 +205,7 @@ def test_a_strategy_that_breaks_fails_its_cells_and_no_other(tmp_path: Path) -> 
     assert done.returncode == 1, done.stderr[-3000:]
     document = last_line(done.stdout)
     (failure,) = document.failures
-    assert failure.startswith(f"step/{BROKEN} failed: a worker died with exit code 1")
+    assert failure.startswith(f"step/{BROKEN}/r4/all-linear failed: a worker died with exit code 1")
     assert "RuntimeError: the seventh layer is missing" in failure
     assert {row.strategy for row in document.step} == {"native", "merge-fold"}
     assert "Traceback" in (out / "workers.log").read_text()

@@ -15,7 +15,7 @@ import torch
 from lora_grpo.bench import decode, fidelity, host, memory, room, runner, shapes, step, sync
 from lora_grpo.bench import reference as references
 from lora_grpo.bench.breakeven import break_even
-from lora_grpo.bench.plan import ABBA, Cell
+from lora_grpo.bench.plan import Cell, there_and_back
 from lora_grpo.bench.prepared import sequences
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner
@@ -136,7 +136,7 @@ def test_a_worker_that_lives_on_gives_its_memory_back_after_each_cell(
     monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
     native, other = subject(), subject(strategy="merge-trl")
     run = Runner(tmp_path / "log", lambda *_: None, alive_at_once=2)
-    pair = Cell("sync/x", "sync", sync.measure, (native, other), order=ABBA)
+    pair = Cell("sync/x", "sync", sync.measure, (native, other), order=there_and_back(2))
     truth = Cell("truth/x", "truth", fidelity.truth, (native,))
     assert run.run([pair, truth], Partial(None, {}, {}, 0.0)) == []
     done: Any = {one.strategy: worker.done for (one, _), worker in run._alive.items()}  # type: ignore[attr-defined]

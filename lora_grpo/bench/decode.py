@@ -8,46 +8,31 @@ from statistics import median
 from typing import Any
 
 from lora_grpo.bench import fidelity
-from lora_grpo.bench.plan import Cell, Subject, results, there_and_back
+from lora_grpo.bench.plan import Cell, Subject, beside_native, results
 from lora_grpo.bench.prepared import Bench, fresh_prompts
 from lora_grpo.bench.schema import DecodeRow
 from lora_grpo.bench.settings import Settings
-from lora_grpo.bench.strategies import BASE, NATIVE, SHARED, STOCK
+from lora_grpo.bench.strategies import BASE, SHARED, STOCK
 from lora_grpo.types import Sampling
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy, but beside the base and the stock CPU kernels at once: before, after and
     what they are measured by alternate. With the truth of what no other part looks at."""
-    others = [name for name in settings.strategies if name != NATIVE]
-    if settings.device != "cpu":
-        others = [name for name in others if name != STOCK]
+    others = [name for name in settings.others if name != STOCK or settings.device == "cpu"]
     together = [name for name in others if name in (BASE, STOCK)]
-    groups = [together, *([name] for name in others if name not in together)]
-    planned: list[Cell] = []
-    for group in groups:
-        if group:
-            planned.append(_cell(settings, tuple(subject.with_strategy(name) for name in (NATIVE, *group))))
-        planned += [
-            fidelity.truth_cell("decode", subject.with_strategy(name))
-            for name in group
-            if settings.truth and name in (SHARED, STOCK)
-        ]
-    return planned
-
-
-def _cell(settings: Settings, subjects: tuple[Subject, ...]) -> Cell:
     work = {"rows": list(settings.rows), "prompt_tokens": settings.prompt_tokens, "lengths": sorted(settings.lengths)}
-    return Cell(
-        f"decode/{'+'.join(subject.strategy for subject in subjects[1:])}",
-        "decode",
-        measure,
-        subjects,
-        {**work, "repeat": -(-settings.repeat // 2), "least_s": settings.least_s},
-        order=there_and_back(len(subjects)),
-        warm={**work, "lengths": [2], "repeat": 1, "least_s": 0.0},
-        labels={"prompt_tokens": settings.prompt_tokens},
-    )
+    how: dict[str, Any] = {
+        "arguments": {**work, "repeat": -(-settings.repeat // 2), "least_s": settings.least_s},
+        "warm": {**work, "lengths": [2], "repeat": 1, "least_s": 0.0},
+        "labels": {"prompt_tokens": settings.prompt_tokens},
+    }
+    planned: list[Cell] = []
+    for group in filter(None, (together, *([name] for name in others if name not in together))):
+        planned.append(beside_native("decode", measure, subject, *group, **how))
+        looked_at = [name for name in group if settings.truth and name in (SHARED, STOCK)]
+        planned += [fidelity.truth_cell("decode", subject.with_strategy(name)) for name in looked_at]
+    return planned
 
 
 def measure(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -80,24 +80,16 @@ class Cell:
         return [(subject, self.turn) for subject in self.subjects]
 
 
-def beside_native(
-    part: str, work: Callable[..., Any], subject: Subject, others: Iterable[str], **cell: Any
-) -> list[Cell]:
-    """What `part` measures of `native` and each of the others in turn, there and back."""
-    native = subject.with_strategy("native")
-    return [
-        Cell(f"{part}/{name}", part, work, (native, subject.with_strategy(name)), order=ABBA, **cell)
-        for name in others
-        if name != "native"
-    ]
+def beside_native(part: str, work: Callable[..., Any], subject: Subject, *others: str, **cell: Any) -> Cell:
+    """What `part` measures of `native` and others, there and back."""
+    subjects = tuple(subject.with_strategy(name) for name in ("native", *others))
+    key = f"{part}/{'+'.join(others)}/r{subject.rank}/{subject.targets}"
+    return Cell(key, part, work, subjects, order=there_and_back(len(subjects)), **cell)
 
 
 def there_and_back(subjects: int) -> tuple[int, ...]:
     """An order in which a machine that drifts steadily favours none: 0, 1, 1, 0 for two."""
     return (*range(subjects), *reversed(range(subjects)))
-
-
-ABBA = there_and_back(2)
 
 
 def rows_of_one(row: Callable[..., T], cell: Mapping[str, Any], bandwidth: object) -> list[T]:

@@ -16,8 +16,8 @@ from lora_grpo.scoring import mean_abs_difference
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy."""
-    repeat = {"repeat": -(-settings.repeat // 2)}
-    return beside_native("rollback", measure, subject, settings.strategies, arguments=repeat, warm={"repeat": 1})
+    how = {"arguments": {"repeat": -(-settings.repeat // 2)}, "warm": {"repeat": 1}}
+    return [beside_native("rollback", measure, subject, name, **how) for name in settings.others]
 
 
 def measure(bench: Bench, repeat: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lora_grpo.bench.shapes import shape_config
-from lora_grpo.bench.strategies import STRATEGIES, check_name
+from lora_grpo.bench.strategies import NATIVE, STRATEGIES, check_name
 from lora_grpo.config_file import read_settings
 from lora_grpo.errors import ConfigError
 from lora_grpo.sections import Section, nearest_key
@@ -83,6 +83,11 @@ class Settings(Section):
     def takes_turns(self) -> bool:
         """Whether one strategy is alive at a time, which makes ratios those of unpaired medians."""
         return self.in_turn or self.device != "cpu"
+
+    @property
+    def others(self) -> list[str]:
+        """The strategies that native is measured beside."""
+        return [name for name in self.strategies if name != NATIVE]
 
     @property
     def engine(self) -> str:

@@ -27,15 +27,12 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy."""
     sizes = {"rows": settings.step_rows, "prompt_tokens": settings.prompt_tokens}
     size = {**sizes, "length": settings.step_tokens, "group": settings.group}
-    return beside_native(
-        "step",
-        measure,
-        subject,
-        settings.strategies,
-        arguments={**size, "steps": -(-settings.repeat // 2)},
-        warm={**size, "steps": 1},
-        labels={**sizes, "completion_tokens": settings.step_tokens},
-    )
+    how: dict[str, Any] = {
+        "arguments": {**size, "steps": -(-settings.repeat // 2)},
+        "warm": {**size, "steps": 1},
+        "labels": {**sizes, "completion_tokens": settings.step_tokens},
+    }
+    return [beside_native("step", measure, subject, name, **how) for name in settings.others]
 
 
 def measure(bench: Bench, rows: int, prompt_tokens: int, length: int, group: int, steps: int) -> dict[str, list[float]]:

@@ -7,11 +7,10 @@ from statistics import median
 from typing import Any
 
 from lora_grpo.bench import fidelity, proofs
-from lora_grpo.bench.plan import ABBA, Cell, Subject, results
+from lora_grpo.bench.plan import Cell, Subject, beside_native, results
 from lora_grpo.bench.prepared import Bench
 from lora_grpo.bench.schema import SyncRow
 from lora_grpo.bench.settings import Settings
-from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import floor_seconds, percentile_95
 
 WARM = 3
@@ -21,37 +20,20 @@ WARM = 3
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """Each strategy beside `native` at the first rank, with its truth; what proofs cost besides; the sweeps of ranks
     and targets."""
-    native = subject.with_strategy(NATIVE)
-    planned: list[Cell] = []
-    for strategy in settings.strategies:
-        if strategy != NATIVE:
-            planned.append(_pair(settings, native, subject.with_strategy(strategy)))
-        if settings.truth:
-            # In the same process, while it is alive: what was timed serves what it claims to.
-            planned.append(fidelity.truth_cell("sync", subject.with_strategy(strategy)))
+    planned = [_pair(settings, subject, strategy) for strategy in settings.others]
+    if settings.truth:
+        # In the same process, while it is alive: what was timed serves what it claims to.
+        planned += [fidelity.truth_cell("sync", subject.with_strategy(strategy)) for strategy in settings.strategies]
     if settings.canary_rows:
-        planned.append(proofs.cell(settings, native))
-    for rank, targets in settings.sweep:
-        swept = native.at(rank, targets)
-        planned += [
-            _pair(settings, swept, swept.with_strategy(strategy))
-            for strategy in settings.sweep_strategies
-            if strategy in settings.strategies
-        ]
-    return planned
+        planned.append(proofs.cell(settings, subject))
+    swept = [strategy for strategy in settings.sweep_strategies if strategy in settings.strategies]
+    return planned + [_pair(settings, subject.at(*at), strategy) for at in settings.sweep for strategy in swept]
 
 
-def _pair(settings: Settings, native: Subject, other: Subject) -> Cell:
-    return Cell(
-        key=f"sync/{other.strategy}/r{other.rank}/{other.targets}",
-        table="sync",
-        work=measure,
-        subjects=(native, other),
-        arguments={"syncs": -(-settings.repeat // 2)},
-        warm={"syncs": WARM},
-        order=ABBA,
-        labels={"rank": other.rank, "targets": other.targets},
-    )
+def _pair(settings: Settings, subject: Subject, strategy: str) -> Cell:
+    labels = {"rank": subject.rank, "targets": subject.targets}
+    syncs = {"syncs": -(-settings.repeat // 2)}
+    return beside_native("sync", measure, subject, strategy, arguments=syncs, warm={"syncs": WARM}, labels=labels)
 
 
 def measure(bench: Bench, syncs: int, *, at_once: bool = False) -> dict[str, Any]:
