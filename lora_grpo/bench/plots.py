@@ -164,8 +164,10 @@ def _memory(axes: Axes, document: Document) -> None:
     axes.set_title(f"Memory of trainer and engine, {rows[0].shape} ({kind})")
     parts = {"trainer": "trainer", "engine": "engine", "peak during syncs": "sync", "tmpfs": "tmpfs"}
     sizes = {part: [mib(getattr(row, f"{of}_bytes")) for row in rows] for part, of in parts.items()}
-    axes.bar_label(_stacked(axes, [row.strategy for row in rows], sizes), fmt="{:,.0f}", padding=4)
-    axes.margins(x=0.12)
+    wholes = [sum(of) for of in zip(*sizes.values(), strict=True)]
+    bars = _stacked(axes, [row.strategy for row in rows], sizes)
+    axes.bar_label(bars, [f"{whole:,.0f}" for whole in wholes], padding=4)
+    axes.set_xlim(0, 1.12 * max(wholes))
     axes.set_xlabel("MiB")
     axes.legend(ncols=4, **_BELOW)
 

@@ -92,25 +92,25 @@ def findings(document: Document) -> list[str]:
     most = max((row.cycles for row in document.drift), default=0)
     once = [row for row in document.fidelity if row.updates == fewest]
     last = [row for row in document.drift if row.cycles == most]
+    held = [row for row in document.memory if row.copies]
     sizes = "{0.shape}, {0.rows} rows of {0.completion_tokens} tokens"
     sentences = (
         *_listed(document.sync, "Sync, {0.shape}, r={0.rank} {0.targets}", _times("median_s", "ratio_to_native")),
         *_listed(document.decode, f"A token, {sizes}", _times("tpot_s", "tpot_ratio_to_native")),
         *map(breakeven.sentence, document.break_even),
-        *_listed(
-            once, "Of an update at a learning rate of {0.learning_rate:g} is lost, {0.shape}", _share("lost_share")
-        ),
-        *_listed(last, "The trainer's base is off after {0.cycles:,} syncs, {0.shape}", _share("mean_relative")),
+        *_listed(once, "Lost of an update, {0.shape}, learning rate {0.learning_rate:g}", _share("lost_share")),
+        *_listed(last, "Drift of the trainer's base, {0.shape}, {0.cycles:,} syncs", _share("mean_relative")),
         *_listed(document.step, f"Step, {sizes}", _times("step_s", "ratio_to_native")),
+        *_listed(held, "Copies of the base, {0.shape}", lambda row: f"{row.copies:.2f}"),
     )
     return [f"- {sentence}" for sentence in sentences]
 
 
-def _listed(rows: Sequence[Any], about: str, figure: Callable[[Any], str]) -> Iterator[str]:
+def _listed(rows: Sequence[Any], about: str, told: Callable[[Any], str]) -> Iterator[str]:
     """Each strategy's figure, in a sentence for all rows that are about the same."""
     figures: dict[str, list[str]] = {}
     for row in rows:
-        figures.setdefault(about.format(row), []).append(f"{row.strategy} {figure(row)}")
+        figures.setdefault(about.format(row), []).append(f"{row.strategy} {told(row)}")
     return (f"{what}: {', '.join(said)}." for what, said in figures.items())
 
 
