@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from lora_grpo.bench import host, shapes, suite
 from lora_grpo.bench.schema import Document
 from lora_grpo.bench.settings import PARTS
+from lora_grpo.cli import app
 
 pytestmark = pytest.mark.vllm
 
@@ -166,32 +170,49 @@ def test_interrupted_then_resumed_and_a_stale_policy_fails(tmp_path: Path) -> No
     assert {row.strategy: row.passed for row in document.truth} == {"native": True, SLOW: True, STALE: False}
 
 
-def test_a_finished_result_is_replaced_by_another_finished_one_alone(tmp_path: Path) -> None:
+class FakeWorker:
+    """Knows the machine and makes no model; `interrupted` has Ctrl-C come while it would."""
+
+    interrupted = False
+
+    def __init__(self, log: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+    def do(self, work: Any, **arguments: Any) -> Any:
+        if work is shapes.write_model and self.interrupted:
+            raise KeyboardInterrupt
+        sizes = {"parameters": 1000, "linear_elements": 900, "linear_inputs_and_outputs": 90}
+        memory = {"free": 64 << 30, "total": 64 << 30}
+        seen = {"card": host.card("cpu"), "memory_bytes": memory, "bandwidth": {"host_copy": 1e9}}
+        return {host.look: seen, host.measure_model: sizes, shapes.write_model: "somewhere"}[work]
+
+
+def test_a_finished_result_is_replaced_by_another_finished_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another run in its folder is refused; the same one, interrupted, leaves result and report as they were."""
     out = tmp_path / "out"
-    arguments = command("rollback", "--shape", "tiny", "--ranks", "4", "--repeat", "1", "--out", str(out))
-    arguments += ["--strategies", "native"]
-    first = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=400)
-    assert first.returncode == 0, first.stderr[-3000:]
+    words = ["bench", "rollback", "--shape", "tiny", "--ranks", "4", "--out", str(out), "--strategies"]
+    monkeypatch.setattr(suite, "WorkerProcess", FakeWorker)
+    monkeypatch.setattr(sys, "argv", ["lora-grpo", *words, "native"])
+
+    def run(strategies: str) -> Any:
+        return CliRunner().invoke(app, [*words, strategies], catch_exceptions=False)
+
+    assert run("native").exit_code == 0
     finished = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "results.json" in finished
-
-    other = [*arguments[:-1], f"native,{SLOW}"]
-    refused = subprocess.run(other, env=environment(), capture_output=True, text=True, timeout=400)
-    assert refused.returncode == 2
+    refused = run(f"native,{SLOW}")
+    assert refused.exit_code == 2
     assert f"{out} holds the finished result of another run (lora-grpo bench rollback" in refused.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == finished
 
-    before = _models()
-    again = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while again.poll() is None and not _models() - before:
-        _wait(again)
-    again.send_signal(signal.SIGINT)
-    _, stderr = again.communicate(timeout=60)
-    assert again.returncode == 130, stderr[-3000:]
+    monkeypatch.setattr(FakeWorker, "interrupted", True)
+    assert run("native").exit_code == 130
     assert {name: (out / name).read_bytes() for name in finished} == finished
-    last = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=400)
-    assert last.returncode == 0, last.stderr[-3000:]
+    monkeypatch.setattr(FakeWorker, "interrupted", False)
+    assert run("native").exit_code == 0
     assert not (out / "partial.json").exists()
     assert (out / "results.json").read_bytes() != finished["results.json"]
 

@@ -120,9 +120,10 @@ def test_the_dry_run_of_the_whole_schedule(tmp_path: Path) -> None:
     assert results["card"]["vllm"]["known_by"] == "run"
     assert results["card"]["refused"] == {}
     # There is nothing to sleep on a CPU.
-    for name, outcome in (("tiny", "passed"), ("graphs", "skipped")):
+    for name, not_passed in (("tiny", set()), ("graphs", {"skipped"})):
         cases = [*xml.etree.ElementTree.parse(out / "logs" / f"{name}.xml").iter("testcase")]
-        assert {case[0].tag if len(case) else "passed" for case in cases} == {outcome}
+        assert len(cases) > 0
+        assert {child.tag for case in cases for child in case} - {"properties"} == not_passed
     for name in ("trainer", "population"):
         assert json.loads((out / "programs" / f"{name}.json").read_text())["command"]
     for name in ("0.5b", "7b"):
