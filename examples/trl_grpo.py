@@ -16,7 +16,6 @@ import json
 import resource
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ COMMON: dict[str, Any] = {
     "seed": 0,
 }
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-Answers = Callable[[list[str]], list[str]]
 
 
 def exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -78,15 +76,15 @@ def with_trl(trainer_class: Any, base: Path, steps: int, output_dir: Path) -> di
         train_dataset=Dataset.from_list([dict(row) for row in task.training_rows()]),
         peft_config=LORA,
     )
-    answers = stock_answers(trainer) if trainer_class is trl.GRPOTrainer else native_answers(trainer)
-    before = accuracy(answers)
+    native = getattr(trainer, "native", None)  # stock TRL has nothing that answers held-out prompts
+    before = native and accuracy(native.engine, None)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
     logged = [entry for entry in trainer.state.log_history if "sync/load_s" in entry]
     return {
         "accuracy_before": before,
-        "accuracy_after": accuracy(answers),
+        "accuracy_after": native and accuracy(native.engine, trainer.publish()),
         "step_s": seconds / steps,
         "sync_s": median([sum(v for k, v in entry.items() if k.startswith("sync/")) for entry in logged]),
     }
@@ -99,6 +97,7 @@ def with_ours(base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
         exact,
         lora_grpo.GRPOConfig(total_steps=steps, **COMMON),
         task.training_rows(),
+        eval_dataset=task.held_out_rows(),
         peft_config=LORA,
         engine_config=lora_grpo.EngineConfig(
             max_model_len=64, gpu_memory_utilization=0.1, max_num_seqs=ROWS_A_STEP, enforce_eager=True
@@ -107,55 +106,22 @@ def with_ours(base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
         view=False,
     )
     with trainer:
-        before = accuracy(engine_answers(trainer.engine, lambda: None))
-        started = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - started
-        after = accuracy(engine_answers(trainer.engine, lambda: trainer.version))
+        trained = trainer.train()
     syncs = [sum(v for k, v in metrics.items() if k.startswith("sync/")) for metrics in trainer.history]
     return {
-        "accuracy_before": before,
-        "accuracy_after": after,
-        "step_s": seconds / steps,
+        "accuracy_before": trained["reward_before"],
+        "accuracy_after": trained["reward_after"],
+        "step_s": statistics.fmean(metrics["step_time"] for metrics in trainer.history),
         "sync_s": median(syncs),
     }
 
 
-def engine_answers(engine: Any, version: Callable[[], Any]) -> Answers:
-    """Greedy answers of an adapter version; None is the base, which every run starts from."""
-
-    def answers(prompts: list[str]) -> list[str]:
-        greedy = lora_grpo.Sampling(max_tokens=task.MAX_TOKENS, temperature=0.0)
-        groups = engine.generate(prompts, greedy, adapter=version())
-        return [group.completions[0].text for group in groups]
-
-    return answers
-
-
-def native_answers(trainer: Any) -> Answers:
-    """Greedy answers of the weights that the trainer holds."""
-    return engine_answers(trainer.native.engine, lambda: trainer.publish() if trainer.state.global_step else None)
-
-
-def stock_answers(trainer: Any) -> Answers:
-    """Greedy answers of stock TRL's vLLM, after a weight push."""
-
-    def answers(prompts: list[str]) -> list[str]:
-        vllm, tokenizer = trainer.vllm_generation, trainer.processing_class
-        vllm.sync_weights()
-        vllm.temperature = 0.0
-        _, completion_ids, _, _ = vllm.generate(tokenizer(prompts)["input_ids"], None, 1)
-        vllm.temperature = trainer.temperature
-        return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-
-    return answers
-
-
-def accuracy(answers: Answers) -> float:
-    """Share of 512 held-out sums that are answered right."""
+def accuracy(engine: Any, version: Any) -> float:
+    """Share of 512 held-out sums that an adapter version answers right, greedily; None is the base."""
     rows = task.held_out_rows()
-    given = answers([row["prompt"] for row in rows])
-    return statistics.fmean(exact(given, [row["answer"] for row in rows]))
+    greedy = lora_grpo.Sampling(max_tokens=task.MAX_TOKENS, temperature=0.0)
+    groups = engine.generate([row["prompt"] for row in rows], greedy, adapter=version)
+    return statistics.fmean(exact([group.completions[0].text for group in groups], [row["answer"] for row in rows]))
 
 
 def median(values: list[float]) -> float | None:
