@@ -25,7 +25,9 @@ from lora_grpo.config import KeepConfig
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreLocked
 from lora_grpo.metrics.log import history, read_metrics
 from lora_grpo.reference import keep_reference, kept_reference
+from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import going_back, loop
+from tests.tiny_models import load_model, tiny_lora
 from tests.tiny_run import fake_engine
 from tests.tiny_trainer import CONFIG, ROWS, moments, same, share_of_low_bytes, tiny_trainer, weights
 
@@ -423,3 +425,17 @@ def test_the_reference_of_the_kl_stays_over_rollback_and_resume(llama_dir: Path,
         trainer.resume()
     keep_reference(run, None)
     assert kept_reference(run) is None
+
+
+def test_a_run_of_a_users_own_loop_is_gone_on_with(llama_dir: Path, tmp_path: Path) -> None:
+    """What that loop kept beside its state says nothing of our data or counts, which begin anew."""
+    engine, run = fake_engine(llama_dir), tmp_path / "run"
+    model = tiny_lora(load_model(llama_dir), r=8, scale=0.02)
+    with AdapterStore(archive=run) as store:
+        sync = NativeSync(model, engine, store)
+        sync.push(step=0, extra={"mine": 1})
+        sync.close()
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), run) as trainer:
+        report = trainer.resume()
+        assert report is not None
+        assert (report.version.number, trainer.steps_done, trainer.without_signal) == (1, 0, 0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -163,3 +166,19 @@ def test_replays_of_a_run_take_every_way_to_name_a_version(
     assert (found.first, found.second) == (2, 1)
     with pytest.raises(ConfigError, match="'bestest' names no version"):
         replay.evaluate_run(run, versions=["bestest"])
+    # A run that evaluated nothing yet: what is named can be evaluated all the same.
+    shutil.rmtree(run / "evaluations")
+    assert [(row["version"], row["recorded"]) for row in replay.evaluate_run(run, versions=["head"])] == [(3, None)]
+    with pytest.raises(ConfigError, match="has evaluated no version yet; name those"):
+        replay.evaluate_run(run)
+
+
+def test_answers_that_no_function_scores_are_left_out_of_a_comparison() -> None:
+    """Three prompts of one answer each; of the second one version's has no reward."""
+    rewards = [0.0, None, 0.5, 1.0, 0.25, 0.5]
+    answers = [compare.Answer("p", 1, "", reward, 2, -1.0, -1.0) for reward in rewards]
+    versions: Any = [SimpleNamespace(number=1), SimpleNamespace(number=2)]
+    found = compare._comparison(*versions, tuple(answers), samples=1).reward
+    assert found == compare.Difference(0.25, 0.75, 0.5, 0.5)
+    unscored = tuple(replace(answer, reward=None) for answer in answers)
+    assert compare._comparison(*versions, unscored, samples=1).reward is None

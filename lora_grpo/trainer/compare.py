@@ -117,7 +117,7 @@ def _comparison(first: AdapterVersion, second: AdapterVersion, answers: tuple[An
     return Comparison(
         first.number,
         second.number,
-        None if answers[0].reward is None else _beside(answers, "reward", samples),
+        _beside(answers, "reward", samples) if any(map(_scored, answers[:half], answers[half:])) else None,
         _beside(answers, "tokens", samples),
         _under_both(answers[:half], samples),
         _under_both(answers[half:], samples),
@@ -135,7 +135,7 @@ def _rewards(
         return [None for group in groups for _ in group.completions]
     doubled = {name: [*values, *values] for name, values in columns.items()}
     rewards_BF = torch.tensor(score(functions, groups, doubled), dtype=torch.float64)
-    return [float(reward) for reward in weighted_rewards(rewards_BF, weights)]
+    return [None if reward.isnan() else float(reward) for reward in weighted_rewards(rewards_BF, weights)]
 
 
 def _scores(engine: Engine, groups: Sequence[Group], version: AdapterVersion) -> list[float]:
@@ -155,8 +155,12 @@ def _answers(
     )
 
 
+def _scored(one: Answer, other: Answer) -> bool:
+    return one.reward is not None and other.reward is not None
+
+
 def _beside(answers: Sequence[Answer], field: str, samples: int) -> Difference:
-    values = [float(getattr(answer, field)) for answer in answers]
+    values = [math.nan if (value := getattr(answer, field)) is None else float(value) for answer in answers]
     half = len(values) // 2
     return _paired(values[:half], values[half:], samples)
 
@@ -171,7 +175,13 @@ def _under_both(answers: Sequence[Answer], samples: int) -> Difference:
 
 
 def _paired(first: Sequence[float], second: Sequence[float], samples: int) -> Difference:
-    apart = [b - a for a, b in zip(first, second, strict=True)]
-    by_prompt = [statistics.fmean(apart[start : start + samples]) for start in range(0, len(apart), samples)]
+    """Of pairs that have both values: an answer that no function scores has none."""
+    pairs = list(zip(first, second, strict=True))
+    prompts = [pairs[start : start + samples] for start in range(0, len(pairs), samples)]
+    apart = [[b - a for a, b in prompt if not math.isnan(a + b)] for prompt in prompts]
+    by_prompt = [statistics.fmean(values) for values in apart if values]
     error = statistics.stdev(by_prompt) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else None
-    return Difference(statistics.fmean(first), statistics.fmean(second), statistics.fmean(apart), error)
+    one, other = zip(*((a, b) for a, b in pairs if not math.isnan(a + b)), strict=True)
+    return Difference(
+        statistics.fmean(one), statistics.fmean(other), statistics.fmean(other) - statistics.fmean(one), error
+    )

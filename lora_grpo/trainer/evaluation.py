@@ -16,7 +16,7 @@ from lora_grpo.adapters.files.disk import parse_json, read_small
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import PromptDataset
 from lora_grpo.engines.base import Engine
-from lora_grpo.errors import ConfigError, StoreCorrupt
+from lora_grpo.errors import StoreCorrupt
 from lora_grpo.grpo.advantages import weighted_rewards
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import RewardFunction, reward_names, score
@@ -82,11 +82,8 @@ def save_evaluation(run_dir: Path, result: Evaluation) -> Path:
 
 
 def saved_evaluations(run_dir: Path) -> dict[int, Evaluation]:
-    """What `save_evaluation` wrote, by version. Raises `ConfigError` when there is none, `StoreError` for damage."""
-    paths = sorted((run_dir / FOLDER).glob("*.json"))
-    if not paths:
-        raise ConfigError(f"{run_dir} holds no evaluation; was it trained with held-out prompts (data.eval)?")
-    loaded = [_read(path) for path in paths]
+    """What `save_evaluation` wrote, by version. Raises `StoreError` for damage."""
+    loaded = [_read(path) for path in sorted((run_dir / FOLDER).glob("*.json"))]
     return {evaluation.version: evaluation for evaluation in loaded}
 
 

@@ -19,7 +19,7 @@ from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, TOKENIZER, Recipe, Weights, adapter_tensors
 from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.upkeep.rollbacks import ROLLBACKS_FILE
+from lora_grpo.adapters.upkeep.rollbacks import ROLLBACKS_FILE, of_trainer
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
@@ -124,17 +124,11 @@ def _kept_state(store: AdapterStore, origin: AdapterVersion, source: Path, confi
             f"--weights-only (weights_only=True) begins a new run from the weights of {origin}"
         )
     state = read_state(files)
-    if config is not None and _own(state):
+    if config is not None and of_trainer(state.meta["extra"]):
         before = load_config(source)
         if (before.grpo.seed, before.data) != (config.grpo.seed, config.data):
             state.meta["extra"]["sampler"] = None
     return state
-
-
-def _own(state: TrainerState) -> bool:
-    """Whether `GRPOTrainer` wrote it; a loop of the user's own keeps there what it likes."""
-    extra = state.meta["extra"]
-    return isinstance(extra, dict) and {"sampler", "rollbacks"} <= extra.keys()
 
 
 def _weights_alone(
@@ -201,7 +195,7 @@ def _copy(source: Path, staged: Path, *names: str) -> None:
 def _copy_history(source: Path, staged: Path, origin: AdapterVersion, state: TrainerState) -> None:
     """What a resume reads beside the state: the KL's reference, and the run's rollbacks and measurements so far."""
     _copy(source, staged, REFERENCE_FILE, f"{FOLDER}/{disk.folder_name(origin.number)}.json")
-    if _own(state):
+    if of_trainer(state.meta["extra"]):
         lines = (disk.read_small(source / ROLLBACKS_FILE) or b"").splitlines(keepends=True)
         (staged / ROLLBACKS_FILE).write_bytes(b"".join(lines[: state.meta["extra"]["rollbacks"]]))
     if (source / METRICS_FILE).is_file():

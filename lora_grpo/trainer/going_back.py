@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.opening import Recovered
-from lora_grpo.adapters.upkeep.rollbacks import Rollback
+from lora_grpo.adapters.upkeep.rollbacks import Rollback, of_trainer
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
 from lora_grpo.metrics.log import Record, history, jsonable, read_metrics
@@ -81,7 +81,7 @@ def resume(run: Run) -> RollbackReport | None:
     report = _put_back(run, head, waiting=waiting)
     if run.config.beta:
         run.crew(crew.set_reference, reference)
-    extra = report.extra or None
+    extra = of_trainer(report.extra)
     position = log.data_position(extra)
     if position is not None:
         run.source.sampler.load_state_dict(position)
@@ -115,10 +115,7 @@ def steps_of(run_dir: Path) -> list[dict[str, Any]]:
 
 def evaluations_until(run_dir: Path, step: int) -> list[Evaluation]:
     """The held-out evaluations that a run made up to `step`."""
-    try:
-        saved = saved_evaluations(run_dir)
-    except ConfigError:
-        return []
+    saved = saved_evaluations(run_dir)
     return [saved[number] for number in sorted(saved) if saved[number].step <= step]
 
 

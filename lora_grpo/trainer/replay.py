@@ -77,6 +77,8 @@ def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) 
     _, held_out = load_data(config.data)
     if held_out is None:
         raise ConfigError(f"{run} has no held-out prompts (data.eval)")
+    if not (versions or saved):
+        raise ConfigError(f"{run} has evaluated no version yet; name those to evaluate")
     rewards, grpo = [load_reward(reward) for reward in config.rewards], effective_grpo(config)
     held_out = replace(held_out, chat_template_kwargs=grpo.chat_template_kwargs)
     rows = []

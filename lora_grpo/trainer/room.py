@@ -195,9 +195,12 @@ def _together(engine: MemoryEstimate, members: Sequence[MemoryEstimate]) -> Memo
 
 
 def _kv_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:
-    """Keys and values of all rows of a round, none of them sharing a prompt; of plain attention in every layer."""
+    """Keys and values of all rows of a round, none of them sharing a prompt; of plain attention in every layer, or 0
+    where a model's config names no heads."""
     text: Any = checkpoint_config(model.name, **model.loading).get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
+    if not heads:
+        return 0
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     tokens = sorted((member.rows * member.batch.length for member in members), reverse=True)
     return 2 * text.num_hidden_layers * heads * width * engine_dtype(config).itemsize * sum(tokens[:at_once])

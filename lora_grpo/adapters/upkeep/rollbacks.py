@@ -119,15 +119,18 @@ def roll_back_stopped(store: AdapterStore, to: Target) -> Rollback:
     return entry
 
 
+def of_trainer(extra: Any) -> dict[str, Any] | None:
+    """What stands beside a state, if `GRPOTrainer` wrote it; a loop of the user's own keeps there what it likes."""
+    return extra if isinstance(extra, dict) and {"sampler", "rollbacks"} <= extra.keys() else None
+
+
 def state_extra(store: AdapterStore, number: int) -> dict[str, Any] | None:
     """What `GRPOTrainer` wrote beside the state of version `number`, or else of its nearest ancestor that has one."""
     following: int | None = number
     while following is not None:
         files = store.load_state(following)
         if files is not None:
-            extra = disk.parse_json(disk.read_small(files[STATE_FILE]) or b"{}").get("extra")
-            # A loop of the user's own writes what it likes there.
-            return extra if isinstance(extra, dict) and {"sampler", "rollbacks"} <= extra.keys() else None
+            return of_trainer(disk.parse_json(disk.read_small(files[STATE_FILE]) or b"{}").get("extra"))
         following = store.parent_of(following)
     return None
 
