@@ -20,7 +20,7 @@ from lora_grpo.engines.server.launch import Servers, Serving
 from lora_grpo.errors import ConfigError, EngineError, StoreError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics.log import read_metrics
-from lora_grpo.trainer import assembly, crew, tokenizer
+from lora_grpo.trainer import assembly, crew, preflight
 from lora_grpo.trainer.stepping import canary
 from tests.test_server_engine_real import LEAVES, VLLM_ARGS, free_ports
 from tests.test_trainer_processes import PerProcess, assert_near, config, run
@@ -71,7 +71,7 @@ def starts(accelerator: Any, folder: Path) -> dict[str, Any]:
 
     attempt("engine", "build_engine", None if first else EngineError("no memory here"))
     found["closed"] = list(closed)
-    attempt("checks", "plan", None if first else ConfigError("it does not fit"))
+    attempt("checks", "plan_room", None if first else ConfigError("it does not fit"))
     attempt("model", "build_policy_model", None if first else ConfigError("no such checkpoint"))
     there = EngineConfig(urls=("http://127.0.0.1:9",), store_address=ELSEWHERE)
     os.environ["LORA_GRPO_STORE_TOKEN"] = "a" * 32
@@ -79,7 +79,7 @@ def starts(accelerator: Any, folder: Path) -> dict[str, Any]:
         "store_server", "build_engine", None, engine_config=there
     )
     spoiled = ConfigError("other tokens") if first else None
-    attempt("vocabulary", "check_same_vocabulary", spoiled, tokenizer, processing_class=engine.tokenizer)
+    attempt("vocabulary", "check_same_vocabulary", spoiled, preflight, processing_class=engine.tokenizer)
     return found
 
 
