@@ -408,6 +408,15 @@ def test_options_win_over_the_scenario(tmp_path: Path) -> None:
         plan_parts("all", path, {})
 
 
+@pytest.mark.parametrize("part", ["decode", "step", "rollback"])
+def test_a_part_that_has_nothing_to_compare_is_refused(part: str) -> None:
+    """It would be a finished run that measured nothing."""
+    with pytest.raises(
+        ConfigError, match=f"{part} measures strategies beside native, .* --strategies native,merge-trl"
+    ):
+        plan_parts(part, None, {"shape": "tiny", "strategies": ("native",)})
+
+
 @pytest.mark.parametrize("path", sorted(Path("benchmarks/scenarios").glob("*.toml")), ids=lambda path: path.name)
 def test_committed_scenarios_are_valid(path: Path) -> None:
     parts = plan_parts("all", path, {})

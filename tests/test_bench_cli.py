@@ -192,27 +192,28 @@ def test_a_finished_result_is_replaced_by_another_finished_one_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another run in its folder is refused; the same one, interrupted, leaves result and report as they were."""
-    out = tmp_path / "out"
+    out, mine = tmp_path / "out", f"native,{SLOW}"
     words = ["bench", "rollback", "--shape", "tiny", "--ranks", "4", "--out", str(out), "--strategies"]
     monkeypatch.setattr(suite, "WorkerProcess", FakeWorker)
-    monkeypatch.setattr(sys, "argv", ["lora-grpo", *words, "native"])
+    monkeypatch.setitem(suite.PLANNERS, "rollback", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", ["lora-grpo", *words, mine])
 
     def run(strategies: str) -> Any:
         return CliRunner().invoke(app, [*words, strategies], catch_exceptions=False)
 
-    assert run("native").exit_code == 0
+    assert run(mine).exit_code == 0
     finished = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "results.json" in finished
-    refused = run(f"native,{SLOW}")
+    refused = run("native,merge-fold")
     assert refused.exit_code == 2
     assert f"{out} holds the finished result of another run (lora-grpo bench rollback" in refused.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == finished
 
     monkeypatch.setattr(FakeWorker, "interrupted", True)
-    assert run("native").exit_code == 130
+    assert run(mine).exit_code == 130
     assert {name: (out / name).read_bytes() for name in finished} == finished
     monkeypatch.setattr(FakeWorker, "interrupted", False)
-    assert run("native").exit_code == 0
+    assert run(mine).exit_code == 0
     assert not (out / "partial.json").exists()
     assert (out / "results.json").read_bytes() != finished["results.json"]
 

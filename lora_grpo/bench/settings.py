@@ -16,6 +16,8 @@ from lora_grpo.sections import Section, nearest_key
 
 PARTS = ("sync", "memory", "decode", "fidelity", "step", "rollback", "endurance")
 """The measurements, in the order in which `all` makes them."""
+_PAIRED = ("decode", "step", "rollback")
+"""Those that measure nothing of native alone."""
 
 DEFAULT_STRATEGIES: dict[str, tuple[str, ...]] = {
     "sync": STRATEGIES,
@@ -116,7 +118,13 @@ def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> 
     tables = {} if scenario is None else read_scenario(scenario)
     named = [name for name in PARTS if name in tables] or list(PARTS)
     chosen = named if part == "all" else [part]
-    return {name: _settings(name, {**tables.get("all", {}), **tables.get(name, {}), **options}) for name in chosen}
+    parts = {name: _settings(name, {**tables.get("all", {}), **tables.get(name, {}), **options}) for name in chosen}
+    if part in _PAIRED and not parts[part].others:
+        raise ConfigError(
+            f"{part} measures strategies beside {NATIVE}, and {NATIVE} is the only one; name another, such as "
+            f"--strategies {NATIVE},merge-trl"
+        )
+    return parts
 
 
 def read_scenario(path: Path) -> dict[str, Any]:
