@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_grpo import AdapterStore, FakeEngine, GRPOTrainer, ModelConfig, NativeSync, push_to_hub
-from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
+from lora_grpo.adapters.peft_form.export import Recipe, _unscaled, export_adapter
 from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.errors import ConfigError, UnknownVersion
+from lora_grpo.errors import ConfigError, StoreCorrupt, UnknownVersion
 from lora_grpo.trainer.hub import _rows
 from tests.test_cli_versions import ENVIRONMENT, command, lora_grpo
 from tests.test_fake_engine import tiny_peft
@@ -107,6 +107,12 @@ def test_a_base_wrapped_at_run_time_is_named_by_its_own_class() -> None:
     assert isinstance(base, AutoModelForCausalLM._model_mapping[type(base.config)])
 
 
+def test_a_recipe_of_another_run_is_told() -> None:
+    with pytest.raises(StoreCorrupt, match=r"adapter\.json has no scaling of model\.up, which the version adapts"):
+        _unscaled("base_model.model.model.up.lora_B.weight", torch.ones(1), Recipe({}, {"model.down": 2.0}))
+
+
+@pytest.mark.vllm
 def test_save_model_says_which_version_it_chose_and_by_what(
     llama_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

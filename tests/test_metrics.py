@@ -247,6 +247,17 @@ def test_plot(tmp_path, steps):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_rewards_below_zero_fill_their_picture(tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_ylim", lambda axes, low, high: limits.append((low, high)))
+    with Reporter(tmp_path, 2, view=False) as reporter:
+        reporter.start({})
+        for step, reward in ((1, -5.0), (2, -3.0)):
+            reporter.step(step, {"step": step, "reward": reward})
+    plot_run(tmp_path)
+    assert limits[0] == (-5.0, 0.25)
+
+
 def test_plot_of_a_run_without_steps_says_so(tmp_path):
     with Reporter(tmp_path, 3, view=False) as reporter:
         reporter.start({})
@@ -265,6 +276,36 @@ def test_tensorboard_gets_the_metrics(tmp_path):
     assert [(event.step, event.value) for event in accumulator.Scalars("reward")] == [(1, 0.25), (2, 0.5)]
     with pytest.raises(ConfigError, match=r"unknown tracker 'tensorbord'; did you mean 'tensorboard'\?"):
         Reporter(tmp_path, 2, view=False, trackers=("tensorbord",)).start({})
+
+
+def test_a_tracker_that_cannot_start_leaves_none_open(tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    finished = []
+
+    class Good:
+        requires_logging_directory = False
+
+        def __init__(self, name): ...
+
+        def start(self): ...
+
+        def store_init_configuration(self, values): ...
+
+        def finish(self):
+            finished.append(type(self).__name__)
+
+    class Bad(Good):
+        def start(self):
+            raise RuntimeError("not logged in")
+
+    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", {"good": Good, "bad": Bad})
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["good", "bad"])
+    with Reporter(tmp_path, 2, view=False, trackers=("good", "bad")) as reporter:
+        with pytest.raises(RuntimeError, match="not logged in"):
+            reporter.start({})
+        assert finished == []
+    assert finished == ["Good"]
 
 
 def test_eta_follows_the_recent_steps(tmp_path):

@@ -55,7 +55,7 @@ def _lines(document: Document, plots: Sequence[str], run: Mapping[str, Any]) -> 
     yield from (f"**Failed**: {failure}" for failure in document.failures)
     yield "## What it says"
     yield ""
-    yield "Figures in brackets are in times of native's."
+    yield "A figure in brackets says how many times native's it is."
     yield ""
     yield from findings(document)
     yield from (f"- {note}" for note in (*run["notes"], *document.notes))

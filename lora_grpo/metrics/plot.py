@@ -59,7 +59,7 @@ def plot_run(run_dir: str | Path) -> Path:
         for place, (step, _) in enumerate(marks(records)):
             axes.axvline(step, color="#c0392b", linewidth=1, label=None if place else "rollback or failed canary")
         low, high = panel.limits
-        axes.set_ylim(low, 1.05 * high or 1)
+        axes.set_ylim(low, high + (0.05 * (high - low) or 1))
         _style(axes, panel.title)
         axes.legend(frameon=False, fontsize=8)
     models = [record.get("info", {}).get("model") for record in records if record["event"] == "start"]

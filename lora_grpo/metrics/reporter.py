@@ -54,8 +54,8 @@ class Reporter:
     def start(self, info: Mapping[str, Any], step: int = 0) -> None:
         """The run begins, or goes on after `step`. `info` is what it runs with; `info["model"]` is shown."""
         self._log.append("start", step=step, info=info)
-        self._trackers = _started_trackers(self._tracker_names, self.run_dir, info)
-        for tracker in self._trackers:
+        for tracker in _started_trackers(self._tracker_names, self.run_dir, info):
+            self._trackers.append(tracker)
             self._open.callback(tracker.finish)
         self._view.start(info, step)
 
@@ -156,24 +156,25 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"report_to: {name!r} is not installed; pip install {name}, or leave it out")
 
 
-def _started_trackers(names: Sequence[str], run_dir: Path, info: Mapping[str, Any]) -> list[Any]:
-    """accelerate's trackers of these names, such as 'tensorboard' or 'wandb', in the main process alone."""
+def _started_trackers(names: Sequence[str], run_dir: Path, info: Mapping[str, Any]) -> Iterator[Any]:
+    """accelerate's trackers of these names, such as 'tensorboard' or 'wandb', in the main process alone.
+
+    Each is handed over before the next one starts, so that it is finished should that one fail.
+    """
     if not names:
-        return []
+        return
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # accelerate's trackers ask it whether this is the main process
     settings = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in flat(info)}
-    trackers = []
     for name in dict.fromkeys(names):
         kind = LOGGER_TYPE_TO_CLASS[name]
         where = {"logging_dir": str(run_dir)} if kind.requires_logging_directory else {}
         tracker = kind(name if where else run_dir.name, **where)
         tracker.start()
+        yield tracker
         tracker.store_init_configuration(settings)
-        trackers.append(tracker)
-    return trackers
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

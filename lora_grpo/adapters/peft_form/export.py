@@ -24,7 +24,7 @@ from lora_grpo.adapters.peft_form.modules import LoraModule, is_multimodal
 from lora_grpo.adapters.peft_form.reading import load_tensors
 from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.errors import ConfigError, StoreError
+from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError
 
 RECIPE_FILE = "adapter.json"
 TOKENIZER = "tokenizer"
@@ -188,7 +188,13 @@ def _serving_weights(store: StoreView, version: AdapterVersion, recipe: Recipe) 
 
 def _unscaled(name: str, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     path, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
-    return tensor / recipe.scalings[path] if kind == "B.weight" else tensor
+    if kind != "B.weight":
+        return tensor
+    if path not in recipe.scalings:
+        raise StoreCorrupt(
+            f"{RECIPE_FILE} has no scaling of {path}, which the version adapts: it is another run's file"
+        )
+    return tensor / recipe.scalings[path]
 
 
 def _plain(value: Any) -> Any:
