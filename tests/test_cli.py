@@ -58,6 +58,7 @@ def test_version(tmp_path):
         ("lora-grpo ver", ["versions", "verify"]),
         ("lora-grpo train run.toml grpo.beta", ["grpo.beta="]),
         ("lora-grpo check run.toml keep.on", ["keep.on_tmpfs="]),
+        ("lora-grpo prune runs/mine keep.arch", ["keep.archived="]),
     ],
 )
 def test_a_shell_completes_commands_and_settings(tmp_path, monkeypatch, typed, completed):
@@ -89,6 +90,7 @@ def test_help_config_explains_every_setting(tmp_path):
         (["versions", "nowhere", "--json"], "nowhere"),
         (["chat", "nowhere"], "nowhere: it is no run's directory"),
         (["eval", "nowhere"], "nowhere: it is no run's directory"),
+        (["prune", "nowhere", "grpo.seed=3"], "grpo.seed=3: pruning goes by the keep settings alone"),
         (["train", "base"], "base is a model, no run; lora-grpo init base --data FILE"),
     ],
 )

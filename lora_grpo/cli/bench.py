@@ -76,7 +76,13 @@ def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -
     from lora_grpo.bench.suite import Suite
 
     interrupted = False
-    with Suite(parts, command=shlex.join(["lora-grpo", *sys.argv[1:]]), out=out, models=models) as suite:
+    say("looking at this machine")
+    try:
+        suite = Suite(parts, command=shlex.join(["lora-grpo", *sys.argv[1:]]), out=out, models=models)
+    except KeyboardInterrupt:
+        say("stopped before anything was measured")
+        raise
+    with suite:
         print_table([{"": name, "value": str(value)} for name, value in suite.card.items()], "lora-grpo bench")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_grpo.cli.options import VERSION_HELP, Json, Run, Version, opened, say, tell
+from lora_grpo.cli.options import VERSION_HELP, Json, Run, Version, keys_begun, opened, say, tell
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.asking.requests import Request
@@ -83,11 +83,19 @@ def rollback(
     tell(result, as_json, result["done"])
 
 
+def _keys(begun: str) -> list[str]:
+    return [key for key in keys_begun(begun) if key.startswith("keep.")]
+
+
 def prune(
     run: Run,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="In place of the run's: keep.archived=50 keep.trainer_states=2"),
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="In place of the run's: keep.archived=50 keep.trainer_states=2",
+            autocompletion=_keys,
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
     timeout: Timeout = TIMEOUT_S,
@@ -100,6 +108,9 @@ def prune(
     from lora_grpo.adapters.files.locks import holder
     from lora_grpo.errors import ConfigError
 
+    for text in overrides or ():
+        if not text.startswith("keep."):
+            raise ConfigError(f"{text}: pruning goes by the keep settings alone, such as keep.archived=50")
     if overrides and not dry_run and holder(run) is not None:
         raise ConfigError(f"{run} is live and prunes by its own settings; leave out {' '.join(overrides)}, or stop it")
 

@@ -24,7 +24,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
-def _keys(begun: str) -> list[str]:
+def keys_begun(begun: str) -> list[str]:
     """What a shell completes of a setting that was begun."""
     from lora_grpo.config_file import describe_settings
 
@@ -36,7 +36,7 @@ Overrides = Annotated[
     typer.Argument(
         metavar="[KEY=VALUE]...",
         help="Settings in place of others: grpo.beta=0.1 rewards.0.weight=2",
-        autocompletion=_keys,
+        autocompletion=keys_begun,
     ),
 ]
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help="0 is greedy; default: the run's own.")]
