@@ -100,7 +100,7 @@ class FakeWorker:
     broken: tuple[str, ...] = ()
 
     def __init__(self, log: Path, *, alone: bool = False) -> None:
-        self.done: list[str] = []
+        self.alone, self.done = alone, list[str]()
         self.asked: list[tuple[Any, dict[str, Any]]] = []
         self.made.append(self)
 
@@ -137,6 +137,20 @@ def test_one_strategy_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_pa
     syncs = [arguments for work, arguments in FakeWorker.made[1].asked if work is sync.measure]
     assert [arguments.get("at_once", False) for arguments in syncs[-2:]] == [True, True]
     assert not any(arguments.get("at_once") for arguments in syncs[:-2])
+
+
+@pytest.mark.parametrize(
+    ("device", "fresh", "alone"), [("cpu", False, False), ("cpu", True, True), ("cuda:0", False, True)]
+)
+def test_who_imports_by_itself(
+    device: str, fresh: bool, alone: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """CUDA cannot be started in a fork of what has started it, as importing may; measured memory is one's own."""
+    monkeypatch.setattr(FakeWorker, "made", [], raising=False)
+    monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
+    cell = Cell("sync/native", "sync", sync.measure, (subject(device=device),), fresh=fresh)
+    Runner(tmp_path / "log", lambda *_: None, alive_at_once=1).run([cell], Partial(None, {}, {}, 0.0))
+    assert [worker.alone for worker in FakeWorker.made] == [alone]
 
 
 def test_a_strategy_that_does_not_start_is_tried_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ HAS_IMPORTED = False
 class WorkerProcess:
     """A worker in a process of its own; what it prints goes to `log`.
 
-    `alone`: no other process shares its memory, not even that of imported code, so that its own can be measured.
+    `alone`: it imports by itself, what it needs and when, and shares no memory with others: for one whose memory is
+    measured, and for CUDA, which a fork cannot start where importing has.
     """
 
     def __init__(self, log: Path, *, alone: bool = False) -> None:

@@ -129,7 +129,7 @@ class Runner:
                 raise EngineError(f"{subject.strategy} has not started before")
             self._progress(f"{cell.key}: starting {subject.strategy}", 0)
             # One after the other: engines on one GPU size their caches by what is free when they start.
-            self._alive[place] = WorkerProcess(self._log, alone=cell.fresh)
+            self._alive[place] = WorkerProcess(self._log, alone=cell.fresh or subject.device != "cpu")
             self._broken.add(place)
             self._alive[place].prepare(subject)
             self._broken.remove(place)

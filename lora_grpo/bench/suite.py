@@ -63,7 +63,7 @@ class Suite:
             self._disk = _own_folder(opened, ".lora-grpo-bench-", out or Path.cwd())
             self._models = models or self._tmpfs / "models"
             self._log = (out or self._disk) / "workers.log"
-            self._host = WorkerProcess(self._log)
+            self._host = WorkerProcess(self._log, alone=True)
             opened.callback(self._host.close)
             self._look(started)
             self._open = opened.pop_all()
