@@ -26,7 +26,7 @@ with GRPOTrainer(
     GRPOConfig(
         total_steps=200,
         num_generations=8,  # completions for each prompt
-        per_device_train_batch_size=16,  # times gradient_accumulation_steps, 8: completions in a step
+        per_device_train_batch_size=16,  # 8 batches (gradient_accumulation_steps) make a step
         max_completion_length=512,  # tokens
         learning_rate=2e-5,
     ),
