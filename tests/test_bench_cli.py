@@ -201,7 +201,9 @@ def test_a_finished_result_is_replaced_by_another_finished_one_alone(
     def run(strategies: str) -> Any:
         return CliRunner().invoke(app, [*words, strategies], catch_exceptions=False)
 
-    assert run(mine).exit_code == 0
+    first = run(mine)
+    assert first.exit_code == 0
+    assert "measured again" not in first.stderr
     finished = {path.name: path.read_bytes() for path in out.iterdir()}
     assert "results.json" in finished
     refused = run("native,merge-fold")
@@ -213,7 +215,9 @@ def test_a_finished_result_is_replaced_by_another_finished_one_alone(
     assert run(mine).exit_code == 130
     assert {name: (out / name).read_bytes() for name in finished} == finished
     monkeypatch.setattr(FakeWorker, "interrupted", False)
-    assert run(mine).exit_code == 0
+    again = run(mine)
+    assert again.exit_code == 0
+    assert f"{out} holds this run's finished result: it is measured again" in again.stderr
     assert not (out / "partial.json").exists()
     assert (out / "results.json").read_bytes() != finished["results.json"]
 

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_grpo.cli import app
+from lora_grpo.engines.local import targets
 from lora_grpo.engines.resolver import PLUGIN
 from lora_grpo.engines.server import launch
 from lora_grpo.engines.server.launch import Server, Servers, Serving
@@ -219,3 +220,19 @@ def test_the_command_refuses_a_base_without_lora_before_anything_starts(tmp_path
     result = CliRunner().invoke(app, ["serve", str(base), "--log-dir", str(tmp_path / "logs")])
     assert (result.exit_code, (tmp_path / "logs").exists()) == (2, False)
     assert "vLLM serves no LoRA on FalconForCausalLM; choose another base" in result.output
+
+
+@pytest.mark.parametrize("written", [["--revision", "v2"], ["--revision=v2"]])
+def test_the_command_reads_the_revision_that_vllm_is_to_serve(
+    written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def refuse(model: str, quantization: str | None, **code: Any) -> None:
+        seen.update(code)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(targets, "serving_arguments", refuse)
+    result = CliRunner().invoke(app, ["serve", "someone/base", "--", "--seed", "1", *written, "--trust-remote-code"])
+    assert result.exit_code == 2
+    assert seen == {"revision": "v2", "trust_remote_code": True}

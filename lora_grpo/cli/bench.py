@@ -73,7 +73,7 @@ def bench(
 
 def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -> tuple[Document, bool, Path | None]:
     """What was measured, whether that was interrupted, and where it was written."""
-    from lora_grpo.bench.suite import Suite
+    from lora_grpo.bench.suite import Suite, finished_command
 
     interrupted = False
     say("looking at this machine")
@@ -82,6 +82,8 @@ def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -
     except KeyboardInterrupt:
         say("stopped before anything was measured")
         raise
+    if out is not None and finished_command(out):
+        say(f"{out} holds this run's finished result: it is measured again, and replaced when that is finished too")
     with suite:
         print_table([{"": name, "value": str(value)} for name, value in suite.card.items()], "lora-grpo bench")
         signal.signal(signal.SIGTERM, signal.default_int_handler)

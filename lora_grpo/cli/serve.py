@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,7 +50,7 @@ def serve(
     from lora_grpo.engines.local.targets import serving_arguments
     from lora_grpo.engines.server.launch import Serving
 
-    told = serving_arguments(model, quantization, trust_remote_code="--trust-remote-code" in (arguments or ()))
+    told = serving_arguments(model, quantization, **_of_checkpoint(arguments or []))
     options = ["--language-model-only"] if "language_model_only" in told else []
     options += ["--quantization", told["quantization"]] if "quantization" in told else []
     serving = Serving(
@@ -68,6 +69,14 @@ def serve(
         start_timeout_s,
     )
     _until_interrupted(serving, log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-")), as_json)
+
+
+def _of_checkpoint(arguments: list[str]) -> dict[str, Any]:
+    """What further arguments for vLLM say of the checkpoint, which is read before a server starts."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--revision")
+    known.add_argument("--trust-remote-code", action="store_true")
+    return vars(known.parse_known_args(arguments)[0])
 
 
 def _until_interrupted(serving: Serving, logs: Path, as_json: bool) -> None:
