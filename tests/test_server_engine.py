@@ -133,6 +133,12 @@ def test_what_a_server_lacks_is_named(
     assert pair[1].url in str(raised.value) or error is UnsupportedVersion
 
 
+@pytest.mark.parametrize("urls", ["http://127.0.0.1:1", [None], None, [b"http://127.0.0.1:1"]])
+def test_what_is_no_list_of_urls_is_told(urls: Any) -> None:
+    with pytest.raises(ConfigError, match=r'^urls=.* must be a list of texts; give \["http://\.\.\."\]'):
+        VLLMServerEngine(urls)
+
+
 def test_no_server_at_all(connect: MakeEngine) -> None:
     with pytest.raises(EngineError, match="lora-grpo serve"):
         VLLMServerEngine(["http://127.0.0.1:9"])

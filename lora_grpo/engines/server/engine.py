@@ -79,6 +79,8 @@ class VLLMServerEngine:
         `lora_dtype` is what the servers keep adapters in, where it is not the checkpoint's dtype.
         Raises `ConfigError` naming the flag that a server lacks, `UnsupportedVersion`, or `EngineError`.
         """
+        if isinstance(urls, str) or not isinstance(urls, Sequence) or not all(isinstance(url, str) for url in urls):
+            raise ConfigError(f'urls={urls!r} must be a list of texts; give ["http://..."], one for each server')
         if not urls or len(set(urls)) != len(urls):
             raise ConfigError(f"urls={list(urls)} must name each server once, and one at least")
         if max_loras < 2 or concurrency < 1:
