@@ -110,7 +110,7 @@ def test_requests_at_once_pull_once_and_later_ones_not_at_all(trainer: Trainer, 
     again = asyncio.run(StoreResolver.resolve_lora(resolver, "base", trainer.name(1)))
     assert again.lora_path == found[0].lora_path
     assert Path(again.lora_path).is_relative_to(settings.cache)
-    resolver.close()
+    resolver._cache.close()  # type: ignore[union-attr]
     assert not Path(again.lora_path).exists()
 
 

@@ -122,12 +122,6 @@ class StoreResolver:
                 _log().info("pulled %s from %s: %.1f MiB in %.2f s", name, self._client.url, size_mib, seconds)
             return path
 
-    def close(self) -> None:
-        """Remove what was pulled. Close the engine first."""
-        self._client.close()
-        if self._cache is not None:
-            self._cache.close()
-
 
 def _log() -> Any:
     """A logger below vLLM's, whose level and format are the server's."""

@@ -39,7 +39,8 @@ class ReplicaCache:
         self.folder = own.path
         self.budget_bytes = half_bytes if budget_bytes is None else budget_bytes
         self.used_bytes = 0
-        self._finalizer = weakref.finalize(self, own.close)
+        self.close = weakref.finalize(self, own.close)
+        """Removes the folder, now or when the process ends. Close the engine first."""
 
     def path(self, run: str, number: int) -> Path | None:
         """Where a version lies, None where it was not pulled. A folder in its place is whole and was checked."""
@@ -62,10 +63,6 @@ class ReplicaCache:
                 open_adapter(manifest.version(folder))
         self.used_bytes += manifest.size_bytes
         return tree.folder(VERSIONS, number)
-
-    def close(self) -> None:
-        """Remove the folder. Close the engine first."""
-        self._finalizer()
 
     def _tree(self, run: str) -> Tree:
         return Tree(self.folder / run, (VERSIONS,), sync=False)

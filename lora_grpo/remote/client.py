@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -40,15 +40,17 @@ class StoreClient:
         Raises `UnknownVersion` when the store has no such version or is another run's.
         """
         with self._asking(f"/versions/{number}") as response:
-            fields = self._fields(response)
+            text = response.read().decode(errors="replace")
         try:
-            manifest = Manifest.from_mapping(fields)
-            serves = str(fields["run"])
+            fields = json.loads(text)
+            manifest, serves = Manifest.from_mapping(fields), str(fields["run"])
             sound = manifest.number == number
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise StoreError(f"the store at {self.url} describes version {number} as {fields}; is it a store server?")
+            raise StoreError(
+                f"the store at {self.url} describes version {number} as {text[:500]}; is it a store server?"
+            )
         if serves != run:
             raise UnknownVersion(f"the store at {self.url} holds the run {serves}, not {run}; ask for {serves}@NUMBER")
         return manifest
@@ -109,15 +111,6 @@ class StoreClient:
         if response.status_code == 404:
             raise UnknownVersion(f"the store at {self.url} answers: {sentence}")
         raise StoreError(f"the store at {self.url} answers {path} with {response.status_code}: {sentence}")
-
-    def _fields(self, response: httpx.Response) -> dict[str, Any]:
-        response.read()
-        try:
-            return dict(response.json())
-        except (ValueError, TypeError):
-            raise StoreError(
-                f"the store at {self.url} answers {response.text[:200]!r}; is it a store server?"
-            ) from None
 
 
 def _checked(url: str) -> str:

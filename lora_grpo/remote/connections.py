@@ -29,16 +29,16 @@ class BoundedProtocol(H11Protocol):
     one that finds only such is closed itself.
     """
 
-    waits_since_s: float | None = None
     _limit: asyncio.TimerHandle | None = None
+    """Ends its wait, while it waits for a request."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
         if len(self.connections) > most_connections():
             there: list[Any] = [one for one in self.connections if one is not self]
-            waiting = [one for one in there if one.waits_since_s is not None]
-            min(waiting, key=lambda one: one.waits_since_s, default=self).drop()
+            waiting = [one for one in there if one._limit is not None]
+            min(waiting, key=lambda one: one._limit.when(), default=self).drop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_no_more()
@@ -61,11 +61,9 @@ class BoundedProtocol(H11Protocol):
 
     def _wait(self) -> None:
         self._wait_no_more()
-        self.waits_since_s = self.loop.time()
         self._limit = self.loop.call_later(REQUEST_S, self.drop)
 
     def _wait_no_more(self) -> None:
-        self.waits_since_s = None
         if self._limit is not None:
             self._limit.cancel()
             self._limit = None

@@ -23,7 +23,6 @@ from typing import BinaryIO, NoReturn
 import anyio
 import uvicorn
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -161,33 +160,25 @@ class _Guard:
 
 
 class _Endpoints:
-    """What is read from disk is read in worker threads; the view stands several."""
+    """Starlette calls them in worker threads, since they read from disk; the view stands several."""
 
     def __init__(self, view: StoreView) -> None:
         self._view = view
 
-    async def manifest(self, request: Request) -> Response:
-        manifest = await run_in_threadpool(self._view.manifest, _number(request))
-        return JSONResponse({"run": self._view.run, **manifest.fields()})
+    def manifest(self, request: Request) -> Response:
+        return JSONResponse({"run": self._view.run, **self._view.manifest(_number(request)).fields()})
 
-    async def file(self, request: Request) -> Response:
+    def file(self, request: Request) -> Response:
         name = request.path_params["file"]
         if name not in PEFT_FILES:
             raise HTTPException(404, f"a version has the files {' and '.join(PEFT_FILES)}; there is no {name!r}")
-        held = ExitStack()
-        try:
-            stream = await run_in_threadpool(self._open, _number(request), name, held)
-        except BaseException:
-            held.close()
-            raise
-        return _FileResponse(stream, held)
-
-    def _open(self, number: int, name: str, held: ExitStack) -> BinaryIO:
-        path = held.enter_context(self._view.reading(number)) / name
-        try:
-            return held.enter_context(open(path, "rb", buffering=0))
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+        with ExitStack() as held:
+            path = held.enter_context(self._view.reading(_number(request))) / name
+            try:
+                stream = held.enter_context(open(path, "rb", buffering=0))
+            except OSError as error:
+                raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+            return _FileResponse(stream, held.pop_all())
 
 
 class _FileResponse(StreamingResponse):
