@@ -49,6 +49,7 @@ class FakeEngine:
     proof: Proof = "none"
     device: torch.device | None = None
     lora_dtype = "float32"
+    max_lora_rank = 512
 
     def __init__(
         self,
@@ -56,7 +57,6 @@ class FakeEngine:
         *,
         tokenizer: Any = None,
         max_cpu_loras: int = 4,
-        max_lora_rank: int = 512,
         logprob: float = -1.0,
     ) -> None:
         """`reply(prompt, version, seed)` returns the text of one completion: `prompt` as it was passed to `generate`,
@@ -65,7 +65,7 @@ class FakeEngine:
         """
         self._reply, self._logprob = reply, logprob
         self.tokenizer = tokenizer or _Bytes()
-        self._max_cpu_loras, self.max_lora_rank = max_cpu_loras, max_lora_rank
+        self._max_cpu_loras = max_cpu_loras
         self._loaded: LoadedVersions[_Taken] = LoadedVersions()
         self.between_steps: Callable[[], None] | None = None
         """Called before each prompt is answered."""

@@ -77,16 +77,13 @@ class Serving:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
         command += ["--host", self.host, "--port", str(port), "--enable-lora"]
         command += ["--max-lora-rank", str(compat.allowed_rank(self.max_lora_rank))]
-        command += ["--max-loras", str(self.max_loras), "--max-cpu-loras", str(self.room)]
+        # A server never lets go of an adapter in memory, so there is room for two more than slots.
+        in_memory = self.max_cpu_loras or self.max_loras + 2
+        command += ["--max-loras", str(self.max_loras), "--max-cpu-loras", str(in_memory)]
         command += ["--logprobs-mode", "processed_logprobs"]
         if self.target_modules:
             command += ["--lora-target-modules", *self.target_modules]
         return [*command, *self.arguments]
-
-    @property
-    def room(self) -> int:
-        """Adapters that a server keeps in memory: two more than slots by default, since it never lets go of one."""
-        return self.max_loras + 2 if self.max_cpu_loras is None else self.max_cpu_loras
 
     def environment(self, replica: int, devices: int) -> dict[str, str]:
         """Of one replica's process, on a host with that many GPUs; what the user has set wins but for the devices."""
