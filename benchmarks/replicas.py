@@ -109,11 +109,11 @@ class Witnessed(VLLMServerEngine):
     def _load_refused(self, version: AdapterVersion, **named: Any) -> LoadReceipt:
         """Load it once its name is taken on the last server, by what is in use already."""
         stem, _, counter = self._names.fresh(version).rpartition(".")
-        name, url = f"{stem}.{int(counter) + 1}", self._servers.urls[-1]
+        name, url = f"{stem}.{int(counter) + len(self._servers.urls)}", self._servers.urls[-1]
         body = {"lora_name": name, "lora_path": str(self.loaded()[-1].path)}
         httpx.post(f"{url}{LOAD}", json=body, timeout=60).raise_for_status()
         receipt = super().load(version, **named)
-        self.refused += self.served_names(version)[url] != name == self.served_names(version)[self._servers.urls[0]]
+        self.refused += self.served_names(version)[url] != name
         return receipt
 
     def _noting(self, server: int, ask: Callable[..., Any]) -> Callable[..., Any]:

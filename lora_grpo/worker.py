@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -14,13 +15,18 @@ from lora_grpo.errors import EngineError, LoraGrpoError
 
 T = TypeVar("T")
 
-
-_here = threading.local()
+_working: ContextVar[Worker | None] = ContextVar("working", default=None)
 
 
 def working() -> Worker | None:
-    """The worker in whose thread this is called, if it is one's."""
-    return getattr(_here, "worker", None)
+    """The worker whose job this is called in: in its thread, or in a task that the job has begun elsewhere."""
+    return _working.get()
+
+
+def sign_of_life() -> None:
+    """To be called where a part of what a worker's job waits for is there."""
+    if (worker := working()) is not None:
+        worker.lives()
 
 
 class Stopped(EngineError):
@@ -95,11 +101,15 @@ class Worker:
 
     def poll(self) -> None:
         """For a job, wherever it can be interrupted: run the calls that came. Raises `Stopped` when it is to end."""
-        self._sign_s = time.monotonic()
+        self.lives()
         self.look()
         while self._calls:
             self._calls.popleft().run()
-            self._sign_s = time.monotonic()
+            self.lives()
+
+    def lives(self) -> None:
+        """A sign of life, from any thread."""
+        self._sign_s = time.monotonic()
 
     def look(self) -> None:
         """For a job that waits for others, who may hang: raises `Stopped` when it is to end, and is no sign of life."""
@@ -141,7 +151,7 @@ class Worker:
         return job
 
     def _work(self) -> None:
-        _here.worker = self
+        _working.set(self)
         while True:
             with self._wake:
                 self._current = None

@@ -54,7 +54,7 @@ def test_it_is_an_engine_that_proves_nothing(tmp_path: Path) -> None:
 def test_a_load_that_failed_takes_nothing_away(tmp_path: Path) -> None:
     """Of two loads of one version, the second may fail: what the first put into use stays."""
     used: LoadedVersions[Served] = LoadedVersions()
-    first, second = (Served(one, "v1") for one in [version(tmp_path, 1)] * 2)
+    first, second = (Served(one, [], None) for one in [version(tmp_path, 1)] * 2)
     used.add(first)
     used.remove(second)
     assert used.all() == (first,)

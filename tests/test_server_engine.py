@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -89,9 +90,9 @@ def answers(known: AdapterVersion) -> list[list[float]]:
     return scores(weights_of(known.path), SEQUENCES)
 
 
-def probed(engine: VLLMServerEngine, folder: Path) -> VLLMServerEngine:
+def probed(engine: VLLMServerEngine, folder: Path, loud: AdapterVersion | None = None) -> VLLMServerEngine:
     """The engine after what `run_probe` does to it."""
-    loud = version(folder / "loud", 1)
+    loud = loud or version(folder / "loud", 1)
     engine.keep_probe(loud, Witness(SEQUENCES, scores("", SEQUENCES), answers(loud), 0.3), noise=0.001)
     return engine
 
@@ -303,6 +304,7 @@ def test_a_version_is_on_every_server_under_a_name_of_its_own(
     )
     first = engine.served_names(versions[0])
     assert {server.url: next(iter(server.adapters)) for server in pair} == first
+    assert len(set(first.values())) == 2
     engine.unload(versions[0])
     assert not pair[0].adapters
     engine.load(versions[0])
@@ -364,11 +366,13 @@ def test_wrong_weights_are_noticed_and_loaded_again_under_another_name(
     connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
 ) -> None:
     engine = probed(connect(), shm_dir)
+    taken, why_not = [], pair[0]._why_not
+    pair[0]._why_not = lambda name, path: taken.append(name) or why_not(name, path)  # type: ignore[func-returns-value,method-assign]
     pair[0].wrong_weights = 1
     engine.load(versions[0], expected=answers(versions[0]))
     check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
-    names = engine.served_names(versions[0])
-    assert names[pair[0].url] == f"{names[pair[1].url]}.1"
+    wrong, right = taken
+    assert wrong != right == engine.served_names(versions[0])[pair[0].url]
 
 
 def test_wrong_weights_for_good_fail_the_load(
@@ -571,6 +575,26 @@ def test_nothing_hangs_when_all_are_gone(connect: MakeEngine, pair: Pair, versio
         server.down = True
     with pytest.raises(LoraGrpoError, match=r"no replica is left|failed wherever"):
         engine.generate(PROMPTS, SAMPLING, adapter=versions[0])
+
+
+def test_a_prompt_s_completions_are_all_by_one_server_though_one_fails_among_them(
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+) -> None:
+    engine = connect()
+    engine.load(versions[0])
+    pair[0].asked.clear()
+    answer, left = pair[0]._answer, itertools.count(5, -1)
+
+    def failing(body: dict[str, Any]) -> dict[str, Any]:
+        pair[0].down = next(left) <= 0
+        return answer(body)
+
+    pair[0]._answer = failing  # type: ignore[method-assign]
+    pair[0].delay_s = 0.05
+    check_made_by(engine.generate(PROMPTS * 2, SAMPLING, adapter=versions[0]), versions[0])
+    assert pair[0].down
+    made = Counter(tuple(body["prompt"]) for body in pair[1].completions())
+    assert set(made.values()) <= {SAMPLING.n, 2 * SAMPLING.n}
 
 
 def test_a_load_and_a_rollout_do_not_wait_for_each_other(
@@ -835,10 +859,13 @@ def pulling(
 ) -> Iterator[tuple[VLLMServerEngine, AdapterVersion]]:
     """An engine whose servers pull, and a version that they have."""
     with AdapterStore(shm_dir / "store") as store:
-        published = store.publish({path.name: [path.read_bytes()] for path in versions[0].path.iterdir()}, step=0)
+        published, loud = (
+            store.publish({path.name: [path.read_bytes()] for path in one.path.iterdir()}, step=0)
+            for one in versions[:2]
+        )
         for server in pair:
             server.resolves_from, server.sees_files = store.root / "versions", False
-        engine = probed(connect(adapters="resolver"), shm_dir)
+        engine = probed(connect(adapters="resolver"), shm_dir, loud)
         engine.load(published, expected=answers(published))
         yield engine, published
 

@@ -197,10 +197,9 @@ def test_a_load_that_one_server_refuses_is_on_neither(
     sync: NativeSync, engine: VLLMServerEngine, servers: Servers
 ) -> None:
     push(sync, 1)
-    last = int(engine.served_names(sync.head)[servers.urls[0]].rpartition(".")[2])
-    taken = engine.served_names(sync.head)[servers.urls[0]].replace(".v1.", ".v2.").rpartition(".")[0]
+    stem, _, last = max(engine.served_names(sync.head).values()).replace(".v1.", ".v2.").rpartition(".")
     client = openai.OpenAI(base_url=servers.urls[1], api_key="none")
-    for name in (f"{taken}.{last + 1}", *(f"{taken}.{last + 1}.{tried}" for tried in range(1, 5))):
+    for name in (f"{stem}.{int(last) + ahead}" for ahead in range(1, 7)):
         client.post("/v1/load_lora_adapter", cast_to=str, body={"lora_name": name, "lora_path": str(sync.head.path)})
     with pytest.raises(EngineError, match=r"v2 failed on 1 of 2 replicas: .*already been loaded"):
         push(sync, 2)

@@ -7,7 +7,8 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import openai
 
@@ -19,9 +20,12 @@ RETRIES = 2
 QUICK_TIMEOUT_S = 10.0
 """For what a server answers at once or not at all."""
 
+LOOK_EVERY_S = 3.0
+"""While requests are in flight. A server that fails a look counts as gone."""
+
 
 class Unreachable(EngineError):
-    """A server that gave no answer: down, restarting, or silent for longer than the timeout."""
+    """A server that gave no answer: down, restarting, broken, or silent for longer than the timeout."""
 
 
 class Refused(EngineError):
@@ -49,51 +53,69 @@ class Client:
         self._asking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=None, max_retries=RETRIES)
         self._changing = self._asking.with_options(max_retries=0)
         # Connections of its own: those that completions wait on may all be taken.
-        self._looking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=QUICK_TIMEOUT_S, max_retries=0)
-        self._watch = Watch(self._is_up)
+        self._looking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=QUICK_TIMEOUT_S, max_retries=1)
+        self._owing = 0
+        self._watching: asyncio.Task[EngineError] | None = None
 
     async def look(self, path: str) -> str:
-        """GET, at once or not at all."""
-        return await self._answer(path, lambda: self._looking.get(path, cast_to=str))
+        """GET, at once or not at all; tried a second time, since a busy server may miss one."""
+        return await self._answer(path, partial(self._looking.get, path, cast_to=str))
 
     async def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST what changes nothing on the server; tried again where that may help."""
-        text = await self._owed(path, lambda: self._asking.post(path, cast_to=str, body=body), self._timeout_s)
+        answer = self._answer(path, partial(self._asking.post, path, cast_to=str, body=body))
+        text = await self._owed(path, answer, self._timeout_s)
         with reading(self.url, path, text):
             return {**json.loads(text)}
 
     async def change(self, path: str, body: dict[str, Any], *, timeout_s: float | None = None) -> None:
-        """POST what changes the server, once."""
-        post = self._changing.post
-        await self._owed(path, lambda: post(path, cast_to=str, body=body), timeout_s or self._timeout_s)
+        """POST what changes the server, once; one that fails at that has refused it."""
+        answer = self._answer(path, partial(self._changing.post, path, cast_to=str, body=body), fails_from=600)
+        await self._owed(path, answer, timeout_s or self._timeout_s)
 
     async def close(self) -> None:
         await self._asking.close()
         await self._looking.close()
 
-    async def _owed(self, path: str, request: Callable[[], Awaitable[str]], timeout_s: float) -> str:
+    async def _owed(self, path: str, answer: Coroutine[Any, Any, str], timeout_s: float) -> str:
+        """The answer; raises what the last look did when the server is gone, and ends the request."""
+        asked = asyncio.create_task(answer)
+        watching = self._watching = self._watching or asyncio.create_task(self._until_gone())
+        self._owing += 1
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self._watch.over(self._answer(path, request))
-        except TimeoutError:
-            raise Unreachable(f"{self.url} gave no answer to {path} within {timeout_s:g} s") from None
+            await asyncio.wait({asked, watching}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
+                return await asked
+            if watching.done():
+                raise await watching
+            raise Unreachable(f"{self.url} gave no answer to {path} within {timeout_s:g} s")
+        finally:
+            asked.cancel()
+            self._owing -= 1
+            if not self._owing:
+                watching.cancel()
+                self._watching = None
 
-    async def _is_up(self) -> None:
-        try:
-            await self.look("/health")
-        except Refused as refusal:
-            raise Unreachable(str(refusal)) from None
+    async def _until_gone(self) -> EngineError:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                await self.look("/health")
+            except EngineError as error:
+                return error
 
-    async def _answer(self, path: str, request: Callable[[], Awaitable[str]]) -> str:
+    async def _answer(self, path: str, request: Callable[[], Awaitable[str]], *, fails_from: int = 500) -> str:
+        """A server that answers with a status of `fails_from` or above counts as one that cannot answer."""
         try:
             return str(await request())
         except openai.APIStatusError as error:
-            said = _message(error.response.text)
-            if error.status_code in (401, 403):
+            status, said = error.status_code, _message(error.response.text)
+            if status in (401, 403):
                 raise ConfigError(
                     f"{self.url} refuses the API key ({said}); pass api_key=, or set VLLM_API_KEY to the server's"
                 ) from None
-            raise Refused(f"{self.url}{path} answered {error.status_code}: {said}", error.status_code) from None
+            message = f"{self.url}{path} answered {status}: {said}"
+            raise (Unreachable(message) if status >= fails_from else Refused(message, status)) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise Unreachable(f"{self.url} does not answer {path}: {type(cause).__name__}: {cause}") from None
@@ -115,47 +137,3 @@ def _message(text: str) -> str:
         return str(answer["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return text.strip()[:500]
-
-
-_Result = TypeVar("_Result")
-
-LOOK_EVERY_S = 3.0
-"""While requests are in flight. A server that fails two looks in a row counts as gone."""
-
-
-class Watch:
-    """Looks after one server for as long as it owes answers. `look` raises `EngineError` where the server is gone."""
-
-    def __init__(self, look: Callable[[], Awaitable[None]]) -> None:
-        self._look = look
-        self._owed = 0
-        self._watching: asyncio.Task[EngineError] | None = None
-
-    async def over(self, request: Coroutine[Any, Any, _Result]) -> _Result:
-        """The request's answer; raises what the last look did when the server is gone, and ends the request."""
-        asked = asyncio.create_task(request)
-        watching = self._watching = self._watching or asyncio.create_task(self._until_gone())
-        self._owed += 1
-        try:
-            await asyncio.wait({asked, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if not asked.done():
-                raise await watching
-            return await asked
-        finally:
-            asked.cancel()
-            self._owed -= 1
-            if not self._owed:
-                watching.cancel()
-                self._watching = None
-
-    async def _until_gone(self) -> EngineError:
-        failed = False
-        while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            try:
-                await self._look()
-                failed = False
-            except EngineError as error:
-                if failed:
-                    return error
-                failed = True

@@ -90,7 +90,7 @@ async def started(client: Client) -> str | None:
     return found and found[1]
 
 
-async def slots(client: Client) -> int | None:
+async def slots_of(client: Client) -> int | None:
     """The server's max_loras, as it says once it has served an adapter; None where it does not."""
     found = _SLOTS.search(await _metrics(client))
     return int(found[1]) if found else None
@@ -99,9 +99,7 @@ async def slots(client: Client) -> int | None:
 async def _metrics(client: Client) -> str:
     try:
         return await client.look("/metrics")
-    except Refused as refusal:
-        if refusal.status >= 500:
-            raise Unreachable(str(refusal)) from None
+    except Refused:
         return ""
 
 
@@ -145,9 +143,7 @@ async def _first_answer(client: Client, body: dict[str, Any]) -> dict[str, Any]:
     """Of a server that is up: its engine may end at the first thing that it computes."""
     try:
         return await client.ask(COMPLETIONS, body)
-    except (Unreachable, Refused) as error:
-        if isinstance(error, Refused) and error.status < 500:
-            raise
+    except Unreachable as error:
         raise Unreachable(
             f'{client.url} was up and failed at the first request ({error}); its log says why. "exit code: -4" there '
             "means that nobody asked the kernel for the AMX tiles of an Intel processor: start it with `lora-grpo "
@@ -177,10 +173,10 @@ async def _check_logprobs(client: Client, base: str) -> None:
 
 async def _check_scoring(client: Client, base: str) -> None:
     """Score a few prompts at once, which ends a server on vLLM's CPU backend whose output layer is wrapped for LoRA."""
-    bodies = [scoring_body(base, [1, 2, 3] * (row + 2)) for row in range(4)]
+    bodies = [scoring_body([1, 2, 3] * (row + 2)) | {"model": base} for row in range(4)]
     answers = await asyncio.gather(*(client.ask(COMPLETIONS, body) for body in bodies), return_exceptions=True)
     for body, answer in zip(bodies, answers, strict=True):
-        if isinstance(answer, Unreachable) or (isinstance(answer, Refused) and answer.status >= 500):
+        if isinstance(answer, Unreachable):
             raise ConfigError(
                 f"{client.url} failed to score several prompts at once ({answer}). On a CPU, vLLM ends so where the "
                 "output layer is wrapped for LoRA: start it with --lora-target-modules and the names of the other "

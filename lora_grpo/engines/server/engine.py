@@ -7,6 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,17 +27,20 @@ from lora_grpo.engines.delivery.slots import require_published
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.requests import adapters_by_prompt, asked, check_fits, request_seeds, to_groups
 from lora_grpo.engines.server.client import Client
-from lora_grpo.engines.server.connect import write_rank_probe
-from lora_grpo.engines.server.fleet import Fleet, OnFailure, Settings
+from lora_grpo.engines.server.connect import slots_of, write_rank_probe
+from lora_grpo.engines.server.fleet import Fleet, OnFailure, connected
 from lora_grpo.engines.server.in_use import KeptProbe
 from lora_grpo.engines.server.loop import Loop
-from lora_grpo.engines.server.names import Names
-from lora_grpo.engines.server.pool import completing, scoring
-from lora_grpo.engines.server.replica import Replica
+from lora_grpo.engines.server.names import Names, resolver_name
+from lora_grpo.engines.server.replica import Replica, Served
+from lora_grpo.engines.server.rotation import completing, scoring
 from lora_grpo.errors import ConfigError
 from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sequences
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
+
+_SCORED_TOGETHER = 16
+"""Sequences, by one server."""
 
 
 class VLLMServerEngine:
@@ -51,6 +55,11 @@ class VLLMServerEngine:
 
     proof: Proof = "behaviour"
     device: None = None
+    max_lora_rank: int
+    max_model_len: int
+    lora_dtype: str
+    pulls: bool
+    tokenizer: Any
 
     def __init__(
         self,
@@ -88,55 +97,37 @@ class VLLMServerEngine:
                 f"max_loras={max_loras} must be at least 2, so that the promoted version is served until a newer one "
                 f"takes its place, and concurrency={concurrency} at least 1"
             )
-        self._names = Names()
-        self._loop = Loop("lora-grpo-servers")
-        settings = Settings(max_loras, concurrency, on_failure, patience_s, adapters == "resolver")
+        self.pulls = adapters == "resolver"
         key = api_key or os.environ.get(API_KEY_VARIABLE)
-        try:
-            rank_folder = write_rank_probe(self._names.folder / "rank") if adapters == "path" else None
+        with ExitStack() as opened:
+            self._names = Names()
+            opened.callback(self._names.close)
+            self._loop = Loop("lora-grpo-servers")
+            opened.callback(self._loop.close)
+            rank_folder = None if self.pulls else write_rank_probe(self._names.folder / "rank")
             clients = [Client(url, key, timeout_s) for url in urls]
-            self._fleet = self._loop.run(Fleet.connect(clients, self._names, rank_folder, settings))
+            replicas = self._loop.run(connected(clients, self._names, rank_folder))
+            self._fleet = Fleet(replicas, self._names, rank_folder, max_loras, on_failure, concurrency, patience_s)
             self._describe(model, lora_dtype, trust_remote_code)
-        except BaseException:
-            self._loop.close()
-            self._names.close()
-            raise
+            opened.callback(lambda: self._loop.run(self._fleet.close()))
+            self._opened = opened.pop_all()
 
     def _describe(self, model: str | Path | None, lora_dtype: str | None, trust_remote_code: bool) -> None:
-        root = str(model or self._fleet.replicas[0].facts.root)
+        facts = [replica.facts for replica in self._fleet.replicas]
+        root = str(model or facts[0].root)
         try:
             config = checkpoint_config(root, trust_remote_code=trust_remote_code)
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"the servers' checkpoint cannot be read here as {root}: {error}; pass model= with its path or name "
                 "on this host"
             ) from error
         self._base = describe(config, lora_dtype or str(config.dtype or "float32").removeprefix("torch."))
-        self._fleet.proofs.sequences = probe_sequences(self._base)
-
-    @property
-    def max_lora_rank(self) -> int:
-        ranks = [replica.facts.max_lora_rank for replica in self._fleet.replicas]
-        return min((rank for rank in ranks if rank is not None), default=compat.LORA_RANKS[-1])
-
-    @property
-    def lora_dtype(self) -> str:
-        return self._base.dtype
-
-    @property
-    def pulls(self) -> bool:
-        return self._fleet.settings.resolves
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer that text and chat prompts are encoded with."""
-        return self._tokenizer
-
-    @property
-    def max_model_len(self) -> int:
-        """Prompt plus completion, tokens at most."""
-        return self._fleet.replicas[0].facts.max_model_len
+        self._fleet.in_use.sequences = probe_sequences(self._base)
+        ranks = [own.max_lora_rank for own in facts if own.max_lora_rank is not None]
+        self.max_lora_rank = min(ranks, default=compat.LORA_RANKS[-1])
+        self.max_model_len, self.lora_dtype = facts[0].max_model_len, self._base.dtype
 
     @property
     def replicas(self) -> dict[str, str]:
@@ -145,8 +136,8 @@ class VLLMServerEngine:
 
     def served_names(self, version: AdapterVersion) -> dict[str, str]:
         """The model name to ask for `version` by on each server in rotation, for other OpenAI clients."""
-        name = self._fleet.in_use.find(version).name
-        return {replica.url: replica.names[name] for replica in self._fleet.serving}
+        served = self._fleet.in_use.find(version)
+        return {replica.url: replica.names[served] for replica in self._fleet.serving}
 
     def load(
         self, version: AdapterVersion, *, held: Held | None = None, expected: LogProbs | None = None
@@ -155,17 +146,17 @@ class VLLMServerEngine:
         `NativeSync.push` passes them; the receipt's `verdict` says whether they tell the version from others.
         Raises `DeliveryError` or `EngineError`, and what was in use before still is.
         """
-        started = checked = time.perf_counter()
-        known, file = self._fleet.in_use.known(version), open_adapter(version)
-        if known is None:
-            require_published(version, file)
-            checked = time.perf_counter()
-            report = self._loop.run(self._fleet.load(self._fleet.named(version), expected))
-        else:
-            report = self._loop.run(self._fleet.prove_again(known))
+        started = time.perf_counter()
+        file = open_adapter(version)
+        require_published(version, file)
+        checked = time.perf_counter()
+        report = self._loop.run(self._fleet.load(self._served(version, expected or [])))
         seconds = {"check": checked - started, "load": time.perf_counter() - checked}
         verdict: Literal["ok", "inconclusive"] = "ok" if report and report.verdict == "ok" else "inconclusive"
         return LoadReceipt("behaviour", seconds, len(file.paths), 0, "stock", verdict)
+
+    def _served(self, version: AdapterVersion, answers: LogProbs) -> Served:
+        return Served(version, answers, resolver_name(version) if self.pulls else None)
 
     def unload(self, version: AdapterVersion) -> None:
         self._loop.run(self._fleet.unload(self._fleet.in_use.find(version)))
@@ -176,20 +167,19 @@ class VLLMServerEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """`VLLMEngine.generate`, the prompts shared among the servers. Raises `EngineError` when all are gone for
         `patience_s`."""
-        ids_P, sampling_P = asked(self._tokenizer, prompts, sampling, self.max_model_len, self._base)
+        ids_P, sampling_P = asked(self.tokenizer, prompts, sampling, self.max_model_len, self._base)
         adapter_P = adapters_by_prompt(adapter, len(prompts))
 
-        async def complete() -> list[list[Completion]]:
+        async def complete() -> list[Completion]:
             with self._fleet.in_use.using(adapter_P) as served_P:
                 each = zip(ids_P, served_P, sampling_P, request_seeds(sampling_P), strict=True)
                 asks_PG = [
                     [completing(served, ids, one, seed, self._base.placeholders) for seed in seeds]
                     for ids, served, one, seeds in each
                 ]
-                return await self._fleet.pool.run(asks_PG)
+                return await self._fleet.run(asks_PG)
 
-        completions_PG = self._loop.run(complete())
-        return to_groups(prompts, ids_P, sampling_P, [one for group in completions_PG for one in group])
+        return to_groups(prompts, ids_P, sampling_P, self._loop.run(complete()))
 
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         return self._score(sequences, adapter, None)
@@ -200,26 +190,28 @@ class VLLMServerEngine:
     def _score(self, sequences: Sequences, adapter: AdapterVersion | None, only: Replica | None) -> LogProbs:
         check_fits(sequences, [1] * len(sequences), self.max_model_len, self._base.vocabulary)
 
-        async def score() -> list[LogProbs]:
+        async def score() -> LogProbs:
             with self._fleet.in_use.using([adapter]) as [served]:
-                return await self._fleet.pool.run([[scoring(served, ids)] for ids in sequences], only=only)
+                asks = [scoring(served, ids) for ids in sequences]
+                groups = [asks[i : i + _SCORED_TOGETHER] for i in range(0, len(asks), _SCORED_TOGETHER)]
+                return await self._fleet.run(groups, only=only)
 
-        return [logprobs for [logprobs] in self._loop.run(score())]
+        return self._loop.run(score())
 
     def keep_probe(self, version: AdapterVersion, witness: Witness, noise: float) -> None:
         if not self.pulls:
             kept = self._names.folder / "probe" / "versions" / version.path.name
             shutil.copytree(version.path, kept, dirs_exist_ok=True)
             version = replace(version, path=kept)
-        self._fleet.proofs.sequences = witness.sequences
-        self._fleet.proofs.probe = KeptProbe(version, witness, noise)
-        most = self._fleet.settings.max_loras
-        for url, slots in self._loop.run(self._fleet.slots()).items():
+        self._fleet.in_use.probe = KeptProbe(self._served(version, witness.loud), witness, noise)
+        most = self._fleet.max_loras
+        for replica in self._fleet.serving:
+            slots = self._loop.run(slots_of(replica.client))
             if slots is not None and slots < most:
                 fewer = f", or pass max_loras={slots}" if slots > 1 else ""
                 warnings.warn(
-                    f"{url} has {slots} adapter slots for the {most} versions that stay in use, and would swap them in "
-                    f"and out: start it with --max-loras {most}{fewer}",
+                    f"{replica.url} has {slots} adapter slots for the {most} versions that stay in use, and would swap "
+                    f"them in and out: start it with --max-loras {most}{fewer}",
                     stacklevel=2,
                 )
 
@@ -231,7 +223,4 @@ class VLLMServerEngine:
 
     def close(self) -> None:
         """Unload this engine's versions from the servers, which go on. A second call does nothing."""
-        if not self._loop.closed:
-            self._loop.run(self._fleet.close())
-            self._loop.close()
-            self._names.close()
+        self._opened.close()

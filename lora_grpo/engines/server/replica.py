@@ -13,9 +13,9 @@ from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.server.base_route import BASE, not_read, readings
 from lora_grpo.engines.server.client import QUICK_TIMEOUT_S, Client, Refused, Unreachable, reading
 from lora_grpo.engines.server.connect import LOAD, UNLOAD, Facts, connect, models, started
-from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body, to_logprobs
+from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body
 from lora_grpo.errors import DeliveryError, EngineError
-from lora_grpo.types import LogProbs, Sequences
+from lora_grpo.types import LogProbs
 
 State: TypeAlias = Literal["serving", "away", "lost"]
 """In rotation; out of it and being brought back; given up until the next load asks for it."""
@@ -23,39 +23,38 @@ State: TypeAlias = Literal["serving", "away", "lost"]
 
 @dataclass(eq=False)
 class Served:
-    """A version in use: the name it goes by, the log-probs it is known by, and how many calls need it."""
+    """A version in use: the log-probs that it is known by (none: yet to be), how many calls need it, and the name by
+    which servers pull it; without one they load it from its path."""
 
     version: AdapterVersion
-    name: str
-    answers: LogProbs = field(default_factory=list)
+    answers: LogProbs
+    pulled_as: str | None
     users: int = 0
 
 
 @dataclass(eq=False)
 class Replica:
-    """A server and what we know of it. Only the engine's loop touches one.
-
-    `pulls`: it gets versions from a store by their names; else from their paths, by names that only this life of the
-    process was told. `names` are what it knows versions by: their own name, or another where that one was tried on it
-    in vain.
-    """
+    """A server and what we know of it: `names` are what it knows versions by, `base_read` what its base was and what
+    was asked then. Only the engine's loop touches one."""
 
     client: Client
     facts: Facts
-    pulls: bool
-    state: State = "serving"
-    names: dict[str, str] = field(default_factory=dict)
-    tried: set[str] = field(default_factory=set)
+    returning: asyncio.Task[None] | None = None
+    trouble: str = ""
+    names: dict[Served, str] = field(default_factory=dict)
     in_flight: int = 0
     serves_base: bool = False
-    trouble: str = ""
-    returning: asyncio.Task[None] | None = None
-    asked: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    base: list[BaseReading] = field(default_factory=list)
+    base_read: tuple[Mapping[str, Sequence[int]], list[BaseReading]] | None = None
 
     @property
     def url(self) -> str:
         return self.client.url
+
+    @property
+    def state(self) -> State:
+        if self.returning is None:
+            return "serving"
+        return "lost" if self.returning.done() else "away"
 
     @property
     def mixes_base(self) -> bool:
@@ -68,43 +67,29 @@ class Replica:
         try:
             return await self.client.ask(COMPLETIONS, body)
         except Refused as refusal:
-            if refusal.status == 404 or refusal.status >= 500:
+            if refusal.status == 404:
                 raise Unreachable(str(refusal)) from None
             raise
 
-    async def score(self, name: str, sequences: Sequences) -> LogProbs:
-        """Log-probs of tokens 1..T-1 of each sequence, by the model of that name."""
-        bodies = [scoring_body(name, ids) for ids in sequences]
-        answers = await asyncio.gather(*(self.ask(body) for body in bodies))
-        return [to_logprobs(answer, body) for answer, body in zip(answers, bodies, strict=True)]
-
-    async def give(self, served: Served) -> None:
-        """Have the server take a version, under a name that it then knows it by."""
-        await (self._pull(served) if self.pulls else self._load(served))
-
-    async def _load(self, served: Served) -> None:
+    async def load(self, version: AdapterVersion, name: str) -> None:
         """From its path. An answer that was lost on the way is looked for."""
-        name = served.name if served.name not in self.tried else f"{served.name}.{len(self.tried)}"
-        self.tried.add(name)
         try:
-            await self.client.change(LOAD, {"lora_name": name, "lora_path": str(served.version.path)})
+            await self.client.change(LOAD, {"lora_name": name, "lora_path": str(version.path)})
         except Unreachable:
             if name not in await models(self.client):
                 raise
-        self.names[served.name] = name
 
-    async def _pull(self, served: Served) -> None:
+    async def pull(self, name: str) -> None:
         """By the server's resolver: one token is asked of it."""
         try:
-            await self.client.ask(COMPLETIONS, scoring_body(served.name, [1]) | {"prompt_logprobs": None})
+            await self.client.ask(COMPLETIONS, scoring_body([1]) | {"model": name, "prompt_logprobs": None})
         except Refused as refusal:
             if refusal.status != 404:
                 raise
             raise EngineError(
-                f"{self.url} cannot resolve {served.name}: {refusal}; the reason is in the server's log (is "
+                f"{self.url} cannot resolve {name}: {refusal}; the reason is in the server's log (is "
                 "LORA_GRPO_STORE_URL set there, and the store server up?)"
             ) from None
-        self.names[served.name] = served.name
 
     async def unload(self, name: str) -> None:
         """Have the server forget a name. What it holds in memory stays until newer adapters take its place."""
@@ -115,16 +100,12 @@ class Replica:
                 raise
 
     async def forget(self, served: Served) -> None:
-        name = self.names.pop(served.name, None)
+        name = self.names.pop(served, None)
         if name is not None:
             await self.unload(name)
 
     async def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
-        """What each of the server's workers reads of the base's tensors; remembered, for when it comes back."""
-        self.asked, self.base = shapes, await self._read_base(shapes)
-        return self.base
-
-    async def _read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
+        """What each of the server's workers reads of the base's tensors."""
         body = {"tensors": {name: list(shape) for name, shape in shapes.items()}}
         try:
             answer = await self.client.ask(BASE, body)
@@ -137,10 +118,10 @@ class Replica:
 
     async def require_same_base(self) -> None:
         """Raises `DeliveryError` unless the base reads as it did when it was compared with the trainer's."""
-        if not self.base:
+        if self.base_read is None:
             return
-        again = await self._read_base(self.asked)
-        if [one.tensors for one in again] != [one.tensors for one in self.base]:
+        shapes, read = self.base_read
+        if [one.tensors for one in await self.read_base(shapes)] != [one.tensors for one in read]:
             raise DeliveryError(f"{self.url} came back with a base of other values than it had, under the same name")
 
     async def look(self) -> None:
@@ -154,7 +135,7 @@ class Replica:
     async def require_life(self, life: str | None) -> None:
         """Raises `Unreachable` unless the process that answers is the one that started then."""
         if await started(self.client) != life:
-            raise Unreachable(f"{self.url} restarted")
+            raise Unreachable(f"{self.url} restarted, or is the address of several servers")
 
     async def reconnect(self, rank_folder: Path | None) -> None:
         """After an absence: check the server as a new one, and take note of which names it still has."""
@@ -164,8 +145,6 @@ class Replica:
                 f"{self.url} came back with {facts.root} (max_model_len={facts.max_model_len}) where it had "
                 f"{self.facts.root} ({self.facts.max_model_len})"
             )
-        if facts.started != self.facts.started or facts.started is None:
-            self.tried.clear()
         listed = await models(self.client)
-        self.names = {own: name for own, name in self.names.items() if name in listed}
+        self.names = {served: name for served, name in self.names.items() if name in listed}
         self.facts = facts

@@ -14,13 +14,12 @@ COMPLETIONS = "/v1/completions"
 
 
 def completion_body(
-    name: str, ids: Sequence[int], sampling: Sampling, seed: int, placeholders: Sequence[int] = ()
+    ids: Sequence[int], sampling: Sampling, seed: int, placeholders: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """One sample of one prompt, without `placeholders`. Every setting is said, since a server fills in its model's own
-    defaults."""
+    """One sample of one prompt, without `placeholders`, of a `model` that is yet to be named. Every setting is said,
+    since a server fills in its model's own defaults."""
     return {
         **sampling_fields(sampling, seed, placeholders),
-        "model": name,
         "prompt": list(ids),
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
@@ -29,9 +28,9 @@ def completion_body(
     }
 
 
-def scoring_body(name: str, ids: Sequence[int]) -> dict[str, Any]:
+def scoring_body(ids: Sequence[int]) -> dict[str, Any]:
     """One sequence to be scored as a prompt; a server generates one token after it at least."""
-    return completion_body(name, ids, Sampling(max_tokens=1, temperature=0.0), seed=0) | {"prompt_logprobs": 0}
+    return completion_body(ids, Sampling(max_tokens=1, temperature=0.0), seed=0) | {"prompt_logprobs": 0}
 
 
 def to_completion(answer: dict[str, Any], body: dict[str, Any], version: int | None) -> Completion:

@@ -1,0 +1,180 @@
+"""The replicas in rotation: requests go to the least loaded, what one cannot do another does, and one that fails is out
+of rotation until it is back and proven, or given up in time."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from lora_grpo.engines.server.client import Unreachable
+from lora_grpo.engines.server.replica import Replica, Served
+from lora_grpo.engines.server.wire import completion_body, scoring_body, to_completion, to_logprobs
+from lora_grpo.errors import EngineError, LoraGrpoError, UnknownVersion
+from lora_grpo.types import Completion, Sampling
+from lora_grpo.worker import sign_of_life
+
+_Result = TypeVar("_Result")
+
+_PLACEMENTS = 4
+"""Replicas that requests may lose, one after the other, before they count as the reason."""
+
+FIRST_PAUSE_S = 0.25
+_LONGEST_PAUSE_S = 5.0
+
+
+@dataclass(frozen=True, eq=False)
+class Ask(Generic[_Result]):
+    """A request, `body` without the model's name; `served` is None for the base."""
+
+    served: Served | None
+    body: dict[str, Any]
+    read: Callable[[dict[str, Any], dict[str, Any]], _Result]
+
+
+def completing(
+    served: Served | None, ids: Sequence[int], sampling: Sampling, seed: int, placeholders: Sequence[int]
+) -> Ask[Completion]:
+    number = None if served is None else served.version.number
+    return Ask(served, completion_body(ids, sampling, seed, placeholders), partial(to_completion, version=number))
+
+
+def scoring(served: Served | None, ids: Sequence[int]) -> Ask[list[float]]:
+    return Ask(served, scoring_body(ids), to_logprobs)
+
+
+class Rotation(ABC):
+    """The replicas of one engine, in rotation or on their way back. Every method runs in the engine's loop."""
+
+    def __init__(self, replicas: list[Replica], limit: int, patience_s: float) -> None:
+        """`limit` bounds the requests on each replica, `patience_s` the time that one is waited for."""
+        self.replicas, self._limit, self._patience_s = replicas, limit, patience_s
+        self._changed = asyncio.Event()
+
+    @abstractmethod
+    async def readmit(self, replica: Replica) -> bool:
+        """Prove one that answers again. Raises `LoraGrpoError` where it fails, and is called again after a pause, or at
+        once where it says False."""
+
+    @property
+    def serving(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.state == "serving"]
+
+    # Out of rotation, and back
+
+    def lost(self, replica: Replica, error: Exception) -> None:
+        if replica.state == "serving":
+            replica.trouble = str(error)
+            self.bring_back(replica)
+
+    def bring_back(self, replica: Replica) -> None:
+        """Begin to; nobody else does, so however it ends, those who wait for that hear of it."""
+        replica.returning = asyncio.create_task(self._return(replica))
+        replica.returning.add_done_callback(lambda _: self._notify())
+
+    async def returned(self, replica: Replica) -> None:
+        """Wait until a replica that is away came back or was given up; raises what nobody foresaw on the way."""
+        if replica.returning is not None:
+            await asyncio.shield(replica.returning)
+
+    async def _return(self, replica: Replica) -> None:
+        pause_s = FIRST_PAUSE_S
+        try:
+            async with asyncio.timeout(self._patience_s):
+                while replica.state == "away":
+                    try:
+                        if await self.readmit(replica):
+                            replica.returning, replica.trouble = None, ""
+                    except LoraGrpoError as error:
+                        replica.trouble = str(error)
+                        await asyncio.sleep(pause_s)
+                        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        except TimeoutError:
+            replica.trouble += f" (not back within patience_s={self._patience_s:g} s)"
+        except Exception as error:
+            replica.trouble = f"{replica.url} could not be brought back: {error!r}"
+            raise
+
+    def _notify(self) -> None:
+        """Wake those that wait for a place: some replica has room now, came back or was given up."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # Requests
+
+    async def run(self, groups: Sequence[Sequence[Ask[_Result]]], *, only: Replica | None = None) -> list[_Result]:
+        """The answers to all requests, in order; those of a group, which are for one version, are asked of one replica.
+        What is asked of one replica `only` is a proof, and may be what brings it back."""
+        parts = [group[i : i + self._limit] for group in groups for i in range(0, len(group), self._limit)]
+        made = await together([self._finish(part, only) for part in parts])
+        return [answer for answers in made for answer in answers]
+
+    async def _finish(self, asks: Sequence[Ask[_Result]], only: Replica | None) -> list[_Result]:
+        served = asks[0].served
+        failures: list[str] = []
+        while len(failures) < (_PLACEMENTS if only is None else 1):
+            replica = await self._place(len(asks), served is None, only)
+            life = replica.facts.started
+            try:
+                answers = await together([self._one(replica, ask) for ask in asks])
+                if served is None or served.pulled_as is not None:
+                    # Another life of the server, which nothing has proven, would answer to this name too.
+                    await replica.require_life(life)
+                return answers
+            except Unreachable as error:
+                if replica.facts.started == life:
+                    self.lost(replica, error)
+                failures.append(str(error))
+            finally:
+                replica.in_flight -= len(asks)
+                self._notify()
+        raise EngineError(f"a request failed wherever it was sent: {'; '.join(failures)}")
+
+    async def _one(self, replica: Replica, ask: Ask[_Result]) -> _Result:
+        name = replica.facts.base if ask.served is None else replica.names.get(ask.served)
+        if name is None:
+            raise UnknownVersion("a version was unloaded while it was being sampled from; unload it afterwards")
+        body = {"model": name, **ask.body}
+        answer = ask.read(await replica.ask(body), body)
+        sign_of_life()
+        return answer
+
+    async def _place(self, count: int, base: bool, only: Replica | None) -> Replica:
+        """A replica with room for `count` requests, which are entered there; raises `EngineError` when none is left.
+
+        What is asked of one replica `only` is a proof: few requests, which do not wait until a rollout has ended. One
+        that is away has room, since nothing that it answers counts until it is proven.
+        """
+        limit = self._limit if only is None else 2 * self._limit
+        while True:
+            free = [r for r in ([only] if only else self.serving) if _has_room(r, count, base, limit)]
+            if free:
+                chosen = min(free, key=lambda replica: replica.in_flight)
+                if not chosen.in_flight:
+                    chosen.serves_base = base
+                chosen.in_flight += count
+                return chosen
+            if all(replica.state == "lost" for replica in self.replicas):
+                reasons = "; ".join(replica.trouble for replica in self.replicas)
+                raise EngineError(f"no replica is left to answer: {reasons}")
+            await self._changed.wait()
+
+
+async def together(coroutines: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
+    """All results; the first failure ends the others. Not a TaskGroup, which forgets that it was cancelled itself where
+    one of its tasks has just failed."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _has_room(replica: Replica, count: int, base: bool, limit: int) -> bool:
+    if replica.in_flight == 0 or replica.state != "serving":
+        return True
+    return replica.in_flight + count <= limit and (replica.mixes_base or replica.serves_base == base)
