@@ -13,7 +13,7 @@ import torch
 
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, Engine, LoadReceipt, RemoteEngine, Samplings, is_remote
+from lora_grpo.engines.base import Adapters, Engine, LoadReceipt, RemoteEngine, Samplings
 from lora_grpo.engines.requests import adapters_by_prompt, sampling_by_prompt
 from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.grpo.processes import Processes
@@ -42,8 +42,7 @@ def joint(engine: Engine | None, processes: Processes) -> Engine:
             f"of {processes.count} processes, {having} have an engine of their own: build one in every process, or "
             "leave it to a server (a VLLMServerEngine in the first process)"
         )
-    remote = processes.first(lambda: is_remote(_there(engine)))
-    return (RemoteEngineOfFirst if remote else EngineOfFirst)(engine, processes)
+    return EngineOfFirst(engine, processes)
 
 
 def _asked(name: str) -> Any:
@@ -56,7 +55,8 @@ def _asked(name: str) -> Any:
 
 
 class EngineOfFirst:
-    """The first process's, which computes in none of them: it is asked, and the others are told what it said."""
+    """The first process's, which computes in none of them: it is asked, and the others are told what it said. It can
+    do what that one can: a `RemoteEngine`'s verbs are only asked of one."""
 
     def __init__(self, own: Engine | None, processes: Processes) -> None:
         self._own, self._processes = own, processes
@@ -66,6 +66,11 @@ class EngineOfFirst:
     load, unload, loaded = _asked("load"), _asked("unload"), _asked("loaded")
     generate, logprobs = _asked("generate"), _asked("logprobs")
     describe_base, read_base = _asked("describe_base"), _asked("read_base")
+    logprobs_of_each, keep_probe = _asked("logprobs_of_each"), _asked("keep_probe")
+
+    @property
+    def pulls(self) -> bool:
+        return self._ask(lambda engine: cast(RemoteEngine, engine).pulls)
 
     @property
     def device(self) -> torch.device | None:
@@ -78,14 +83,6 @@ class EngineOfFirst:
 
     def _ask(self, act: Callable[[Engine], T]) -> T:
         return self._processes.first(lambda: act(_there(self._own)))
-
-
-class RemoteEngineOfFirst(EngineOfFirst):
-    logprobs_of_each, keep_probe = _asked("logprobs_of_each"), _asked("keep_probe")
-
-    @property
-    def pulls(self) -> bool:
-        return self._ask(lambda engine: cast(RemoteEngine, engine).pulls)
 
 
 class EngineInEach(EngineOfFirst):
