@@ -35,7 +35,7 @@ from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.guards import Guard
-from lora_grpo.trainer.overlap import Ahead, InTurn, lag_behind
+from lora_grpo.trainer.overlap import Ahead, lag_behind
 from lora_grpo.trainer.rollouts import Rollout, Source
 from lora_grpo.trainer.stepping import learn
 from lora_grpo.types import Completion, Group, Sampling
@@ -68,7 +68,7 @@ def workers() -> set[str]:
 def test_zero_is_the_plain_loop_to_the_bit(llama_dir: Path, llama_engine: VLLMEngine, tmp_path: Path) -> None:
     with tiny_trainer(llama_dir, llama_engine, tmp_path / "run", CONFIG.replace(total_steps=4)) as trainer:
         trainer.train()
-        assert isinstance(trainer.rollouts, InTurn)
+        assert type(trainer.source) is Source
         assert trainer.engine is llama_engine
         assert workers() == set()
         digests = [version.digest for version in trainer.store.list()]
@@ -538,7 +538,7 @@ def test_a_rollback_drops_what_is_under_way_and_no_prompt(
 def test_a_batch_that_lags_too_far_is_never_trained_on(llama_dir: Path, tmp_path: Path) -> None:
     with fake_trainer(llama_dir, tmp_path / "run", most=1) as trainer:
         trainer.sync.push(0)
-        ahead = trainer.rollouts
+        ahead = trainer.source
         assert isinstance(ahead, Ahead)
         first = ahead.take(1)
         following = ahead._ahead[0]
@@ -562,7 +562,7 @@ def test_versions_under_way_stay_on_tmpfs(llama_dir: Path, tmp_path: Path) -> No
     """Retention keeps one version; the one that a waiting batch came from stays until that batch is trained on."""
     with fake_trainer(llama_dir, tmp_path / "run", fake_engine(llama_dir), most=1, keep=keeping(1)) as trainer:
         trainer.sync.push(0)
-        ahead = trainer.rollouts
+        ahead = trainer.source
         assert isinstance(ahead, Ahead)
         ahead.take(1)
         ahead._generator.wait(ahead._ahead[0].groups)

@@ -228,7 +228,7 @@ class _Run:
         sampling = Sampling(
             max_tokens=min(SWAP_TOKENS, self.grpo.max_completion_length), temperature=temperature, seed=number
         )
-        groups = trainer.source.engine.generate(prompts, sampling, adapter=version)
+        groups = trainer.parts.rendering.generate(prompts, sampling, adapter=version)
         said = f"{receipt.load.proof}: {receipt.load.modules} modules, {receipt.load.proven_bytes:,} bytes compared"
         if trainer.sync.probe is not None:
             said += f"; canary {trainer.sync.canary(groups, temperature=temperature).verdict}"

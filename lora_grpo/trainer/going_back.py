@@ -28,7 +28,7 @@ def roll_back(run: Run, to: Target, *, reason: str | None = None, learning_rate_
     """Engine and trainer go on from `to`; data position and learning rate are written down before `HEAD` moves."""
     log, left = run.rollback_log, run.version
     version = run.store.get(to)
-    run.rollouts.drop("rollback")
+    run.source.drop("rollback")
     scale = log.learning_rate_scale * learning_rate_factor
     sampler: Any = run.source.sampler.state_dict()
     log.add(Rollback(left.number, version.number, dict(sampler), scale, reason, time.time()))
@@ -97,7 +97,7 @@ def state_for(run: Run, step: int, measured: Mapping[str, Any] | None) -> dict[s
         "steps_done": step,
         "rollbacks": run.rollbacks,
         "without_signal": run.without_signal,
-        "sampler": run.rollouts.position(),
+        "sampler": run.source.position(),
         "measured": None if measured is None else jsonable(measured),
     }
 

@@ -142,7 +142,7 @@ class GRPOTrainer(Run):
             room = getattr(crew.parts.engine, "max_model_len", None)
             reporter.message(crew.processes.first(lambda: made_of.check_prompts(room)))
             super().__init__(crew, crew.parts, made_of)
-            self._closing.callback(self.rollouts.close)
+            self._closing.callback(self.source.close)
             on_failure.pop_all()
 
     @led
@@ -163,7 +163,7 @@ class GRPOTrainer(Run):
             reporter.start(run_info(self), step=self.steps_done)
             try:
                 self._begin(reporter)
-                with self.rollouts.running():
+                with self.source.running():
                     yield reporter
             finally:
                 self.store.flush()

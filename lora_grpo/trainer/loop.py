@@ -29,7 +29,7 @@ def train(run: Run, reporter: Reporter) -> None:
         apply_requests(run.store, partial(going_back.roll_back_between_steps, run), reporter)
         clock = Clock(reporter)
         with clock("generate"):
-            rollout = run.rollouts.take(run.steps_done + 1)
+            rollout = run.source.take(run.steps_done + 1)
         finish_step(run, reporter, clock, rollout)
 
 
@@ -74,7 +74,8 @@ def evaluate(run: Run) -> Evaluation:
     if run.eval_data is None:
         raise ConfigError("there are no held-out prompts; pass eval_dataset")
     source = run.source
-    result = answered(source.engine, run.version, run.eval_data, source.reward_funcs, source.config, run.rollouts.score)
+    engine, functions = run.parts.rendering, source.reward_funcs
+    result = answered(engine, run.version, run.eval_data, functions, run.config, source.score)
     save_evaluation(run.run_dir, result)
     run.store.record(run.version, **{f"eval/{name}": value for name, value in result.metrics.items()})
     run.evaluations.append(result)
@@ -107,17 +108,17 @@ def _guarded_step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) 
 
 
 def _step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
-    config, rollouts, step = run.config, run.rollouts, run.steps_done + 1
+    config, source, step = run.config, run.source, run.steps_done + 1
     with clock("reward"):
-        rewarded = rollouts.reward(rollout)
+        rewarded = source.reward(rollout)
     with clock("train"):
         learned = run.crew(learn, config, rewarded, step)
     run.steps_done = step
     run.without_signal = 0 if rewarded.used_groups(config.num_generations) else run.without_signal + 1
     metrics = {
-        **step_metrics(rewarded, run.source.reward_funcs, config),
+        **step_metrics(rewarded, source.reward_funcs, config),
         **learned,
-        **rollouts.metrics(),
+        **source.metrics(),
         "step": step,
         "version": rollout.version.number,
     }

@@ -1,6 +1,6 @@
-"""Where a step's batch comes from: sampled in its turn, or ahead of it while earlier steps are trained.
+"""A step's batch, sampled ahead of its turn while earlier steps are trained.
 
-Ahead, the rollout of step t begins once version t - 1 - max_staleness is promoted, on the newest version there is by
+The rollout of step t begins once version t - 1 - max_staleness is promoted, on the newest version there is by
 then, and ends on it; so when its turn comes it lags by `max_staleness` versions at most, and nothing that is sampled
 in the ordinary course is ever thrown away. Timing decides on the versions, so such a run does not repeat bit by bit.
 """
@@ -9,62 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.owned import OwnedEngine
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError
-from lora_grpo.trainer.crew import Parts
-from lora_grpo.trainer.rollouts import Rewarded, Rollout, Source
+from lora_grpo.trainer.rollouts import Rewarded, Rollout, Source, T
 from lora_grpo.worker import Job, Worker
-
-T = TypeVar("T")
-
-
-class InTurn:
-    """The batches of a trainer's steps, each sampled when its step begins, from the version published before."""
-
-    def __init__(self, source: Source, parts: Parts) -> None:
-        self._source, self._sync = source, parts.sync
-
-    def running(self) -> AbstractContextManager[None]:
-        """Around a call of `train`: outside nothing is sampled."""
-        return nullcontext()
-
-    def take(self, step: int) -> Rollout:
-        """The sampled batch of `step`, all of one version."""
-        rollout = self._source.draw(step)
-        self._source.sample(rollout, self._sync.head)
-        return rollout
-
-    def reward(self, rollout: Rollout) -> Rewarded:
-        """What the batch that was taken last earned."""
-        return self._source.reward(rollout)
-
-    def score(self, function: Callable[[], T]) -> T:
-        """Call reward functions on other completions."""
-        return function()
-
-    def metrics(self) -> dict[str, float]:
-        """Of the batch that was taken last, and what was dropped so far."""
-        return {}
-
-    def counts(self) -> dict[str, int]:
-        """Rollouts dropped so far, by reason."""
-        return {}
-
-    def position(self) -> dict[str, int]:
-        """Where the data stand: what is drawn next, or was drawn for a batch that no step has taken yet."""
-        return self._source.sampler.state_dict()
-
-    def drop(self, why: str) -> None:
-        """Forget every batch that no step has taken, and draw its prompts again later."""
-
-    def close(self) -> None:
-        """End the threads, where there are any."""
 
 
 @dataclass
@@ -77,20 +30,21 @@ class Flight:
     leased: bool = False
 
 
-class Ahead(InTurn):
+@dataclass
+class Ahead(Source):
     """Batches sampled up to `max_staleness` steps ahead, by two threads: `generator` samples, `reward` scores.
 
     Versions stay on tmpfs from the start of their rollout to the end of the step that trains on it. What fails in a
     thread is raised by `take` or `reward` in the trainer's.
     """
 
-    def __init__(self, source: Source, parts: Parts) -> None:
+    def __post_init__(self) -> None:
         """Raises `ConfigError` where the trainer has several processes."""
-        if parts.sync.processes.count > 1:
+        self._sync = self.parts.sync
+        if self._sync.processes.count > 1:
             raise ConfigError("max_staleness > 0 is for one trainer process; set max_staleness=0")
-        super().__init__(source, parts)
-        patience_s, engine = source.config.stall_timeout_s, parts.engine
-        self._most = source.config.max_staleness
+        patience_s, engine = self.config.stall_timeout_s, self.parts.engine
+        self._most = self.config.max_staleness
         self._own_generator = not isinstance(engine, OwnedEngine)
         self._generator = (
             engine.worker if isinstance(engine, OwnedEngine) else Worker("generator", patience_s=patience_s)
@@ -141,7 +95,7 @@ class Ahead(InTurn):
 
     def metrics(self) -> dict[str, float]:
         """Under TRL's names; the counts are of completions, over the whole run of this process."""
-        lag, rows = float(self._lag), self._source.config.rows_per_step(1)
+        lag, rows = float(self._lag), self.config.rows_per_step(1)
         counts = {f"sample/dropped_{why}_total": float(count * rows) for why, count in self.dropped.items()}
         return {"sample/staleness_mean": lag, "sample/staleness_max": lag, **counts}
 
@@ -149,7 +103,7 @@ class Ahead(InTurn):
         return {f"dropped_{why}": count for why, count in self.dropped.items()}
 
     def position(self) -> dict[str, int]:
-        return self._ahead[0].rollout.position if self._ahead else self._source.sampler.state_dict()
+        return self._ahead[0].rollout.position if self._ahead else self.sampler.state_dict()
 
     def drop(self, why: str) -> None:
         self.dropped[why] += self._forget()
@@ -164,17 +118,17 @@ class Ahead(InTurn):
 
     def _fill(self, step: int) -> None:
         """Begin what `step`, the next to be trained, leaves room for."""
-        last = min(step + self._most, self._source.config.total_steps)
+        last = min(step + self._most, self.config.total_steps)
         for following in range(step + len(self._ahead), last + 1):
-            self._begin(self._source.draw(following))
+            self._begin(self.draw(following))
 
     def _begin(self, rollout: Rollout) -> None:
-        source, sync, flight = self._source, self._sync, Flight(rollout)
+        sync, earned, flight = self._sync, super().reward, Flight(rollout)
 
         def generate() -> None:
             rollout.version, flight.leased = sync.store.acquire(sync.head), True
-            source.sample(rollout, rollout.version)
-            flight.rewards = self._rewarder.submit(lambda: source.reward(rollout))
+            self.sample(rollout, rollout.version)
+            flight.rewards = self._rewarder.submit(lambda: earned(rollout))
 
         flight.groups = self._generator.submit(generate)
         self._ahead.append(flight)
@@ -190,7 +144,7 @@ class Ahead(InTurn):
             self._let_go(flight)
         self._let_go(self._taken)
         self._taken = None
-        self._source.sampler.load_state_dict(position)
+        self.sampler.load_state_dict(position)
         return len(flights)
 
     def _let_go(self, flight: Flight | None) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -18,12 +19,15 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.log import jsonable
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, score
 from lora_grpo.rewards.call import TrainerState
+from lora_grpo.trainer.crew import Parts
 from lora_grpo.types import Group, Prompt, Sampling, derive_seed
 
 RolloutFunc: TypeAlias = Callable[[Sequence[Prompt], Engine, AdapterVersion], list[Group]]
 """`f(prompts, engine, version)` -> one group a prompt; `Completion.token_mask` marks the tokens the policy sampled.
 
 The engine renders text and chats as the trainer does; `prompt + [message]` keeps a chat's `chat_template_kwargs`."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,16 +69,27 @@ class Rewarded:
 class Source:
     """Where batches come from: prompts and their order, the engine that completes them, the functions that score.
 
-    `rollout_func` samples in place of the engine's `generate`.
+    Each is sampled when its step begins, from the version published before. `rollout_func` samples in place of the
+    engine's `generate`.
     """
 
     config: GRPOConfig
-    engine: Engine
+    parts: Parts
     data: PromptDataset
     sampler: PromptSampler
     rollback_log: RollbackLog
     reward_funcs: Sequence[RewardFunction]
     rollout_func: RolloutFunc | None = None
+
+    def running(self) -> AbstractContextManager[None]:
+        """Around a call of `train`: outside nothing is sampled."""
+        return nullcontext()
+
+    def take(self, step: int) -> Rollout:
+        """The sampled batch of `step`, all of one version."""
+        rollout = self.draw(step)
+        self.sample(rollout, self.parts.sync.head)
+        return rollout
 
     def draw(self, step: int) -> Rollout:
         """The next prompts, for `step`."""
@@ -85,9 +100,9 @@ class Source:
         """Have `version` complete the prompts. Raises for groups that cannot be trained on; see `check`."""
         rollout.version = version
         if self.rollout_func is None:
-            rollout.groups = self.engine.generate(rollout.prompts, self.sampling(rollout), adapter=version)
+            rollout.groups = self.parts.rendering.generate(rollout.prompts, self.sampling(rollout), adapter=version)
         else:
-            rollout.groups = self.rollout_func(rollout.prompts, self.engine, version)
+            rollout.groups = self.rollout_func(rollout.prompts, self.parts.rendering, version)
         self.check(rollout)
 
     def sampling(self, rollout: Rollout) -> Sampling:
@@ -128,6 +143,28 @@ class Source:
         advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
         logged, extra = context.metrics(), jsonable(context.extra)
         return Rewarded(rollout.groups, rewards_BF, rewards_B, advantages_B, logged, extra)
+
+    def score(self, function: Callable[[], T]) -> T:
+        """Call reward functions on other completions."""
+        return function()
+
+    def metrics(self) -> dict[str, float]:
+        """Of the batch that was taken last, and what was dropped so far."""
+        return {}
+
+    def counts(self) -> dict[str, int]:
+        """Rollouts dropped so far, by reason."""
+        return {}
+
+    def position(self) -> dict[str, int]:
+        """Where the data stand: what is drawn next, or was drawn for a batch that no step has taken yet."""
+        return self.sampler.state_dict()
+
+    def drop(self, why: str) -> None:
+        """Forget every batch that no step has taken, and draw its prompts again later."""
+
+    def close(self) -> None:
+        """End the threads, where there are any."""
 
 
 def patience(config: GRPOConfig) -> Patience:

@@ -17,7 +17,7 @@ from lora_grpo.metrics.log import package_versions
 from lora_grpo.metrics.render import GAP
 from lora_grpo.trainer.crew import Crew, Parts
 from lora_grpo.trainer.evaluation import Evaluation
-from lora_grpo.trainer.overlap import Ahead, InTurn
+from lora_grpo.trainer.overlap import Ahead
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.rollouts import Source
 
@@ -32,16 +32,15 @@ class Run:
         self.engine, self.model, self.policy, self.sync = parts.engine, parts.model, parts.policy, parts.sync
         self.eval_data, self.rollback_log = made_of.held_out, RollbackLog(self.run_dir)
         data, prompts = made_of.train, config.rows_per_step(crew.processes.count) // config.num_generations
-        self.source = Source(
+        self.source = (Ahead if config.max_staleness else Source)(
             config,
-            parts.rendering,
+            parts,
             data,
             PromptSampler(len(data), prompts, config.seed),
             self.rollback_log,
             made_of.reward_funcs,
             spec.rollout_func,
         )
-        self.rollouts = (Ahead if config.max_staleness else InTurn)(self.source, parts)
         self.steps_done, self.without_signal = 0, 0
         self.history: list[dict[str, Any]] = []
         self.owed: dict[str, Any] | None = None
@@ -100,6 +99,6 @@ def summary(run: Run, seconds: float) -> dict[str, Any]:
         "logprob_gap_mean": statistics.fmean(gaps) if gaps else None,
         "versions": len(run.store.list()),
         "rollbacks": run.rollbacks,
-        **run.rollouts.counts(),
+        **run.source.counts(),
         "run": str(run.run_dir),
     }

@@ -50,6 +50,7 @@ def hold(engine: Engine, runs: Sequence[Run]) -> None:
 def _asked(source: Source, rollout: Rollout) -> tuple[Sequence[Prompt], list[Sampling]]:
     """What the engine is asked for a rollout, as the trainer's own tokenizer renders it."""
     sampling = source.sampling(rollout)
-    if isinstance(source.engine, RenderingEngine):
-        return source.engine.rendered(rollout.prompts, sampling)
+    engine = source.parts.rendering
+    if isinstance(engine, RenderingEngine):
+        return engine.rendered(rollout.prompts, sampling)
     return rollout.prompts, sampling_by_prompt(sampling, len(rollout.prompts))
