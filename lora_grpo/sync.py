@@ -149,7 +149,9 @@ class NativeSync:
         keeping = time.perf_counter()
         seconds = {"gather": gathered - began, "write": written - gathered, **load.seconds, "promote": keeping - loaded}
         self._lease_loaded()
-        self._keep_state_of(version, extra or {})
+        if self.processes.first(lambda: self.store.archive is not None and self.keep_state(version)):
+            state = self.processes.each(lambda: capture_state(self.training, extra or {}))
+            self.processes.first(lambda: self.store.archive_state(version, *state.to_files()))
         self.processes.first(lambda: self.store.prune())
         self.last_receipt = PushReceipt(version, seconds, self.adapter_bytes, load, time.perf_counter() - keeping)
         return version
@@ -179,14 +181,18 @@ class NativeSync:
 
     def adopt(self, version: AdapterVersion) -> bool:
         """Serve `version` and go on from it, the model being that version already; False when it is another."""
-        files = self._form.files()
-        if not self.processes.first(lambda: digest_buffers(files) == version.digest):
+        if not self.holds(version):
             return False
         version = self.processes.first(lambda: self.store.restore(version))
         self._load(version, self._form.held)
         self._promote(version)
         self._lease_loaded()
         return True
+
+    def holds(self, version: AdapterVersion) -> bool:
+        """Whether the model is what `version` serves, to the bit."""
+        files = self._form.files()
+        return self.processes.first(lambda: digest_buffers(files) == version.digest)
 
     def serve(self) -> None:
         """Have the engine serve `head` again after it let go of it for others; the model is that version."""
@@ -228,11 +234,6 @@ class NativeSync:
         """Raises `TrainingError` where another process than the first trains other weights than were published."""
         if self.processes.index and digest_buffers(files) != version.digest:
             raise TrainingError(f"the adapter here is not the {version} that the first process published: they drifted")
-
-    def _keep_state_of(self, version: AdapterVersion, extra: Mapping[str, Any]) -> None:
-        if self.processes.first(lambda: self.store.archive is not None and self.keep_state(version)):
-            state = self.processes.each(lambda: capture_state(self.training, extra))
-            self.processes.first(lambda: self.store.archive_state(version, *state.to_files()))
 
     def _lease_loaded(self) -> None:
         """Files outlive their readers: what an engine holds stays on tmpfs, what all let go of may be pruned."""

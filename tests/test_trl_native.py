@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import math
 import subprocess
 import sys
@@ -624,9 +625,15 @@ def test_a_model_without_a_checkpoint_is_refused(llama_dir: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("release", ["1.15.2", "1.17.0", "2.0.0", None])
-def test_other_releases_of_trl_are_refused(release: str | None) -> None:
-    with pytest.raises(UnsupportedVersion, match=r"trl>=1\.16,<1\.17"):
-        check_release(release)
+def test_other_releases_of_trl_are_refused(release: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def installed(name: str) -> str:
+        if release is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return release
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    with pytest.raises(UnsupportedVersion, match=rf"trl>=1\.16,<1\.17 .*{release or 'trl'}.*install lora-grpo"):
+        check_release()
 
 
 def test_without_trl_the_rest_works() -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Engine, LoadReceipt, Proof
-from lora_grpo.engines.delivery.base_reading import BaseReading
+from lora_grpo.engines.base import Engine, LoadReceipt
+from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
@@ -93,18 +92,12 @@ class PublishAdapter(TrainerCallback):
         self._published_at = step
 
 
-class Elsewhere:
+class Elsewhere(FakeEngine):
     """The place of an engine when versions are served by other processes: nothing is loaded, proven or sampled."""
 
-    device: torch.device | None = None
-    max_lora_rank = 512
-
     def __init__(self, dtype: str) -> None:
+        super().__init__(self._not_here)
         self.lora_dtype = dtype
-
-    @property
-    def proof(self) -> Proof:
-        return "none"
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         return LoadReceipt("none", {}, 0, 0)
@@ -112,16 +105,7 @@ class Elsewhere:
     def unload(self, version: AdapterVersion) -> None:
         """Nothing is loaded."""
 
-    def loaded(self) -> tuple[AdapterVersion, ...]:
-        return ()
-
     def _not_here(self, *_: Any, **__: Any) -> Any:
         raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to sample or compute here")
 
     generate = logprobs = describe_base = _not_here
-
-    def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
-        return []
-
-    def close(self) -> None:
-        """Nothing is open."""

@@ -61,8 +61,8 @@ class NativeGRPOTrainer(HookedTrainer):
         `DeliveryError` when the probe does not arrive.
         """
         dataset = named.get("train_dataset", next(iter(others), None))
-        places = {"run_dir": run_dir, "store_root": store_root}
-        check_types(model, reward_funcs, dataset, keep, engine_args, places)
+        own = {"keep": keep, "engine_args": engine_args, "run_dir": run_dir, "store_root": store_root}
+        check_types({"model": model, "reward_funcs": reward_funcs, "train_dataset": dataset, **own})
         check_arguments(args, named.get("peft_config"))
         said = {name: (args.model_init_kwargs or {}).get(name) for name in ("revision", "trust_remote_code")}
         if isinstance(model, str | Path):

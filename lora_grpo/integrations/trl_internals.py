@@ -11,7 +11,6 @@ next step generate anew.
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.utils.versions import require_version
 
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.local.text_only import full_class, model_class
@@ -27,29 +27,21 @@ from lora_grpo.engines.requests import one_bos
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 from lora_grpo.integrations.trl_rollouts import NativeRollouts
 
-RELEASES = ((1, 16),)
 REQUIREMENT = "trl>=1.16,<1.17"
 
 
-def check_release(version: str | None) -> None:
-    """Raises `UnsupportedVersion` unless `version` (None: not installed) is a TRL that this file was read against."""
-    if version is None:
-        raise UnsupportedVersion(f"TRL is not installed; install lora-grpo[trl] (or '{REQUIREMENT}')")
-    if tuple(int(part) for part in version.split(".")[:2]) not in RELEASES:
-        raise UnsupportedVersion(
-            f"TRL {version} was neither run with nor read against: install '{REQUIREMENT}', or train with "
-            "lora_grpo.GRPOTrainer, which needs no TRL"
-        )
-
-
-def _installed() -> str | None:
+def check_release() -> None:
+    """Raises `UnsupportedVersion` unless the TRL that is installed is one that this file was read against."""
     try:
-        return importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        require_version(REQUIREMENT)
+    except ImportError as error:
+        raise UnsupportedVersion(
+            f"no other TRL than {REQUIREMENT} was run with or read against ({error}): install lora-grpo[trl], or train "
+            "with lora_grpo.GRPOTrainer, which needs no TRL"
+        ) from error
 
 
-check_release(_installed())
+check_release()
 
 from trl.trainer import grpo_trainer  # noqa: E402  the release is checked before any of it is imported
 

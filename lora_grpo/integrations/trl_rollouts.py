@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
-from lora_grpo.adapters.files.digest import digest_buffers
 from lora_grpo.adapters.peft_form.modules import lora_modules
-from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
@@ -94,14 +91,10 @@ class NativeRollouts(TrainerCallback):
         self.sync.optimizer, self.sync.scheduler = optimizer, scheduler
         head = self.store.head
         surely_new = self._moved and not self.rolled_back
-        if head is None or surely_new or head not in self.engine.loaded() or not self._trainer_holds(head):
+        if head is None or surely_new or head not in self.engine.loaded() or not self.sync.holds(head):
             head = self.sync.push(step)
         self._current, self._moved = head, False
         return head
-
-    def _trainer_holds(self, version: AdapterVersion) -> bool:
-        dtype = getattr(torch, self.engine.lora_dtype)
-        return digest_buffers(ServingForm(self.sync.model, self.sync.adapter, dtype).files()) == version.digest
 
     def generate(self, prompts: Sequence[Sequence[int]], step: int) -> list[Completion]:
         """One completion a prompt, all by `HEAD`; a prompt near the model's limit gets the tokens that are left.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -65,32 +65,27 @@ def check_reference(model: Any, args: Any) -> None:
         )
 
 
-def check_types(model: Any, rewards: Any, dataset: Any, keep: Any, engine_args: Any, places: Mapping[str, Any]) -> None:
+def check_types(given: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for an argument of the wrong type: TRL ends in a traceback, some of ours after the base is
     loaded."""
-    sources = rewards if isinstance(rewards, list) else [] if rewards is None else [rewards]
-    rules = {
-        "model": (isinstance(model, str | Path | nn.Module), model, "a name, a directory or a model"),
-        "reward_funcs": (
-            all(callable(source) or isinstance(source, str) for source in sources),
-            rewards,
-            "a function, a reward model, its name, or a list of these",
-        ),
+    place = (str | Path | None, "a directory")
+    rules: dict[str, tuple[Any, str]] = {
+        "model": (str | Path | nn.Module, "a name, a directory or a model"),
+        "reward_funcs": (list | str | Callable | None, "a function, a reward model, its name, or a list of these"),
         "train_dataset": (
-            isinstance(dataset, Dataset | IterableDataset | torch.utils.data.Dataset | None),
-            dataset,
+            Dataset | IterableDataset | torch.utils.data.Dataset | None,
             "a datasets.Dataset, such as Dataset.from_list(rows)",
         ),
-        "keep": (isinstance(keep, KeepConfig | None), keep, "a KeepConfig, such as KeepConfig(on_tmpfs=8)"),
-        "engine_args": (
-            isinstance(engine_args, Mapping | None) and all(isinstance(name, str) for name in engine_args or ()),
-            engine_args,
-            "a dict of VLLMEngine's keywords, such as {'max_loras': 2}",
-        ),
-        **{name: (isinstance(place, str | Path | None), place, "a directory") for name, place in places.items()},
+        "keep": (KeepConfig | None, "a KeepConfig, such as KeepConfig(on_tmpfs=8)"),
+        "engine_args": (Mapping | None, "a dict of VLLMEngine's keywords, such as {'max_loras': 2}"),
+        "run_dir": place,
+        "store_root": place,
     }
-    for name, (holds, value, needed) in rules.items():
-        if not holds:
+    inside = {"reward_funcs": str | Callable, "engine_args": str}
+    for name, (kind, needed) in rules.items():
+        value = given[name]
+        items = value if isinstance(value, list | Mapping) else ()
+        if not (isinstance(value, kind) and all(isinstance(item, inside[name]) for item in items)):
             raise ConfigError(f"{name}={value!r:.200} must be {needed}")
 
 
