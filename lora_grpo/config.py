@@ -184,3 +184,12 @@ class RunConfig(Section):
     grpo: GRPOConfig = Field(GRPOConfig(), description="the algorithm")
     guard: GuardConfig = Field(GuardConfig(), description="automatic rollback")
     store_root: str | None = Field(None, description="tmpfs directory of the versions; default: under /dev/shm")
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.grpo.reward_weights is not None:
+            raise ValueError(
+                f"grpo.reward_weights={list(self.grpo.reward_weights)}: each of [[rewards]] has its own weight here; "
+                "set rewards.N.weight"
+            )
+        return self

@@ -116,6 +116,7 @@ def test_overrides_reach_into_lists_and_make_sections(config_path):
         ("learning_rate=1", ["'learning_rate=1'", "did you mean 'grpo.learning_rate'?"]),
         ("weight=1", ["did you mean 'rewards.0.weight'?"]),
         ("model.name.x=1", ["'name'", "some/model", "no keys"]),
+        ("grpo.reward_weights=[1, 0.5]", ["grpo.reward_weights=[1.0, 0.5]", "rewards.N.weight"]),
     ],
 )
 def test_bad_overrides_name_key_value_and_fix(config_path, override, words):
