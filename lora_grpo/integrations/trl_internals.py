@@ -51,7 +51,7 @@ class Backend:
 
     def __init__(self, trainer: Any, rollouts: NativeRollouts) -> None:
         self._trainer, self._rollouts = trainer, rollouts
-        model_config = SimpleNamespace(max_model_len=rollouts.max_model_len)
+        model_config = SimpleNamespace(max_model_len=rollouts.engine.max_model_len)
         self.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=model_config))
         """All of vLLM that TRL looks at from outside; sampling past `generate` would not name a version."""
 

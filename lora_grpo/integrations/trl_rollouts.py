@@ -42,11 +42,6 @@ class NativeRollouts(TrainerCallback):
         self._earned: dict[tuple[int, str], tuple[float, int]] = {}
 
     @property
-    def max_model_len(self) -> int:
-        """Prompt plus completion, tokens at most."""
-        return self.engine.max_model_len
-
-    @property
     def rolled_back(self) -> bool:
         """Whether `HEAD` went back since the last publication or generation."""
         return self._current is not None and self.store.head != self._current
@@ -103,7 +98,7 @@ class NativeRollouts(TrainerCallback):
         """
         self._current = version = self.sync.head
         self._calls = (step, self._calls[1] + 1 if self._calls[0] == step else 0)
-        limits = [min(self._sampling.max_tokens, max(1, self.max_model_len - len(ids))) for ids in prompts]
+        limits = [min(self._sampling.max_tokens, max(1, self.engine.max_model_len - len(ids))) for ids in prompts]
         made: dict[int, Completion] = {}
         for limit in sorted(set(limits), reverse=True):
             rows = [row for row, own in enumerate(limits) if own == limit]
