@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
@@ -20,42 +22,6 @@ MOST_ROWS = 20
 """Of the card's table of rewards."""
 _PRIVATE = ("output_dir", "store_root", "engine.", "keep.")
 """Settings that say where a run was, not how it was trained."""
-
-_CARD = """---
-{of_base}library_name: peft
-pipeline_tag: text-generation
-tags: [lora, grpo]
----
-
-# {name}
-
-A LoRA adapter of rank {rank} for {base}, trained with GRPO by lora_grpo: version {number}, after step
-{step}. It was never merged into its base; while training, vLLM sampled from it as it was. The weights are fp32,
-{weights} ("exact": the trainer's own; "rounded": to the dtype that vLLM served).
-
-```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{repo}")
-```
-
-## Rewards
-
-Mean over the completions that each version made while training; held out: greedy answers to prompts that were not
-trained on, where they were measured.
-
-| step | version | reward | held out |
-|---|---|---|---|
-{rows}
-
-## How it was trained
-
-Settings that are not lora_grpo's defaults:
-
-{settings}
-
-{packages}
-"""
 
 
 def push_to_hub(run: str | Path, version: Target, repo: str, *, private: bool = False) -> str:
@@ -107,29 +73,24 @@ def _card(
     base = str(adapter["base_model_name_or_path"])
     # The hub refuses a card whose base is no hub name; a folder's place is nobody's business.
     folder = base.count("/") > 1 or Path(base).is_dir()
-    packages = info.get("packages") or package_versions()
-    settings = [
-        f"- `{key}`: {value}"
-        for key, value in changed_settings(run, info.get("config", {}))
-        if not key.startswith(_PRIVATE)
-    ]
-    return _CARD.format(
-        of_base="" if folder else f"base_model: {base}\n",
+    settings = changed_settings(run, info.get("config", {}))
+    cards = Environment(loader=PackageLoader("lora_grpo", "trainer"), trim_blocks=True, undefined=StrictUndefined)
+    cards.filters["number"] = number
+    return cards.get_template("card.md").render(
+        folder=folder,
         base=Path(base).name if folder else base,
-        name=repo.rpartition("/")[2],
         repo=repo,
         rank=adapter["r"],
-        number=version.number,
-        step=version.step,
+        version=version,
         weights=weights,
-        rows="\n".join(_rows(records, recorded)),
-        settings="\n".join(settings) or "- none",
-        packages=", ".join(f"{name} {release}" for name, release in packages.items()),
+        rows=_rows(records, recorded),
+        settings=[(key, value) for key, value in settings if not key.startswith(_PRIVATE)],
+        packages=info.get("packages") or package_versions(),
     )
 
 
-def _rows(records: Sequence[Record], recorded: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The table's lines: of the log's steps, or else of what was recorded with kept versions."""
+def _rows(records: Sequence[Record], recorded: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """The table's rows: of the log's steps, or else of what was recorded with kept versions."""
     held_out = {record["version"]: record.get("reward") for record in records if record["event"] == "evaluation"}
     steps: list[Mapping[str, Any]] = [record for record in records if record["event"] == "step"]
     rows = [
@@ -137,5 +98,4 @@ def _rows(records: Sequence[Record], recorded: Sequence[Mapping[str, Any]]) -> I
         for row in steps or recorded
     ]
     # Of a long run the last step and others at even distances before it.
-    for row in rows[:: -max(1, -(-len(rows) // MOST_ROWS))][::-1]:
-        yield f"| {' | '.join(map(number, row))} |"
+    return rows[:: -max(1, -(-len(rows) // MOST_ROWS))][::-1]
