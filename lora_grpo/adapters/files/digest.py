@@ -6,7 +6,7 @@ mix-ups, not against an attacker; the archive adds sha256 beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import xxhash
@@ -19,29 +19,18 @@ Files: TypeAlias = Mapping[str, Sequence[Buffer]]
 CHUNK_BYTES = 1 << 20
 
 
-class AdapterDigest:
-    """The digest of a folder, fed file by file in sorted order of the names."""
-
-    def __init__(self) -> None:
-        self._hash = xxhash.xxh3_128()
-
-    def file(self, name: str, size_bytes: int) -> None:
-        """Start a file. The length goes in first, so no two folders share a stream of bytes."""
-        self._hash.update(f"{name}\0{size_bytes}\0".encode())
-
-    def update(self, data: Buffer) -> None:
-        self._hash.update(data)
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+def digest_pieces(files: Iterable[tuple[str, int, Iterable[Buffer]]]) -> str:
+    """Digest of files in sorted order of their names, each a name, a length and bytes in pieces: 32 hex digits."""
+    hashed = xxhash.xxh3_128()
+    for name, size_bytes, pieces in files:
+        # The length goes in first, so no two folders share a stream of bytes.
+        hashed.update(f"{name}\0{size_bytes}\0".encode())
+        for piece in pieces:
+            hashed.update(piece)
+    return hashed.hexdigest()
 
 
 def digest_buffers(files: Files) -> str:
-    """Digest of files held as buffers: 32 hex digits, the same however a file is split into buffers."""
-    digest = AdapterDigest()
-    for name in sorted(files):
-        views = [memoryview(buffer).cast("B") for buffer in files[name]]
-        digest.file(name, sum(view.nbytes for view in views))
-        for view in views:
-            digest.update(view)
-    return digest.hexdigest()
+    """Digest of files held as buffers, the same however a file is split into buffers."""
+    views = {name: [memoryview(buffer).cast("B") for buffer in files[name]] for name in sorted(files)}
+    return digest_pieces((name, sum(view.nbytes for view in parts), parts) for name, parts in views.items())

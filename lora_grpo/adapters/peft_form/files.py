@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.files.digest import AdapterDigest, Buffer
+from lora_grpo.adapters.files.digest import Buffer, digest_pieces
 from lora_grpo.adapters.files.disk import open_regular, parse_json
 from lora_grpo.adapters.files.layout import ADAPTER_FILE, CONFIG_FILE
 from lora_grpo.adapters.version import AdapterVersion
@@ -50,14 +51,9 @@ class AdapterFile:
 
     def digest_with(self, payload: Iterable[Buffer]) -> str:
         """The version's digest, were `payload`, in pieces, what its tensors file holds after the header."""
-        digest = AdapterDigest()
-        digest.file(CONFIG_FILE, len(self.config))
-        digest.update(self.config)
-        digest.file(ADAPTER_FILE, len(self.mapped))
-        digest.update(self.mapped[: len(self.mapped) - len(self.payload)])
-        for piece in payload:
-            digest.update(piece)
-        return digest.hexdigest()
+        tensors = chain([self.mapped[: len(self.mapped) - len(self.payload)]], payload)
+        files = (CONFIG_FILE, len(self.config), [self.config]), (ADAPTER_FILE, len(self.mapped), tensors)
+        return digest_pieces(files)
 
 
 class _Malformed(ValueError):

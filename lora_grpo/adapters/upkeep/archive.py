@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.digest import CHUNK_BYTES, AdapterDigest, Buffer, Files
+from lora_grpo.adapters.files.digest import CHUNK_BYTES, Buffer, Files, digest_pieces
 from lora_grpo.adapters.files.disk import Tree, reported
 from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
 from lora_grpo.errors import StoreCorrupt
@@ -62,33 +62,31 @@ def verify_version(folder: Path, expected: Manifest) -> None:
                 f"{folder / MANIFEST_FILE} {'is gone' if manifest is None else 'differs from what was published'}"
             )
         _check_sizes(folder, expected)
-        digest = AdapterDigest()
-        for name in sorted(expected.sizes):
-            digest.file(name, expected.sizes[name])
-            for piece in _chunks(folder / name):
-                digest.update(piece)
-        _check_digest(folder, expected, digest)
+        sizes = sorted(expected.sizes.items())
+        _check_digest(folder, expected, digest_pieces((name, size, _chunks(folder / name)) for name, size in sizes))
 
 
 def _copy_checked(source: Path, target: Path, manifest: Manifest, *, sync: bool) -> dict[str, str]:
     """Copy a version's files; their sha256 by name. What is copied is what was published, or `StoreCorrupt`."""
     _check_sizes(source, manifest)
-    digest, sums = AdapterDigest(), {}
-    for name in sorted(manifest.sizes):
-        digest.file(name, manifest.sizes[name])
+    sums = {MANIFEST_FILE: _sha256([manifest.to_bytes()])}
+
+    def copied(name: str) -> Iterator[Buffer]:
         hashed = hashlib.sha256()
         descriptor = os.open(target / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb", buffering=0) as stream:
             for piece in _chunks(source / name):
-                digest.update(piece)
                 hashed.update(piece)
                 stream.write(piece)
+                yield piece
             if sync:
                 os.fsync(descriptor)
         sums[name] = hashed.hexdigest()
-    _check_digest(source, manifest, digest)
+
+    sizes = sorted(manifest.sizes.items())
+    _check_digest(source, manifest, digest_pieces((name, size, copied(name)) for name, size in sizes))
     disk.write_file(target / MANIFEST_FILE, [manifest.to_bytes()], sync=sync)
-    return {**sums, MANIFEST_FILE: hashlib.sha256(manifest.to_bytes()).hexdigest()}
+    return sums
 
 
 def _chunks(path: Path) -> Iterator[memoryview]:
@@ -109,10 +107,10 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
             raise StoreCorrupt(f"{folder / name} has {found} bytes; {size} were published")
 
 
-def _check_digest(folder: Path, manifest: Manifest, digest: AdapterDigest) -> None:
-    if digest.hexdigest() != manifest.digest:
+def _check_digest(folder: Path, manifest: Manifest, found: str) -> None:
+    if found != manifest.digest:
         raise StoreCorrupt(
-            f"{folder} has digest {digest.hexdigest()}; version {manifest.number} was published with {manifest.digest}"
+            f"{folder} has digest {found}; version {manifest.number} was published with {manifest.digest}"
         )
 
 
