@@ -312,6 +312,21 @@ def test_a_disk_that_fails_while_a_version_is_written_does_not_cost_that_version
         assert store.prune() == [1, 2]
 
 
+def test_a_bug_in_the_archive_thread_is_raised_and_its_job_done_all_the_same(
+    shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AdapterStore(shm_dir, tmp_path) as store:
+        with monkeypatch.context() as broken:
+            broken.setattr(archive, "_sums_text", lambda _: 1 / 0)
+            store.publish(adapter(0), step=0)
+            with pytest.raises(StoreError, match=r"the archive thread failed: ZeroDivisionError: division by zero"):
+                store.flush()
+        with suppress(StoreError):
+            store.flush()
+        store.flush()
+        assert store.where(1) == {"tmpfs", "archive"}
+
+
 def test_a_full_queue_before_a_broken_disk_refuses_the_next_state(
     shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

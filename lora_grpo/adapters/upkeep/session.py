@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Set
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,15 +24,6 @@ TRASH = "trash"
 """The kind of the archive thread's jobs that delete."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """What a place keeps: `wanted` once everything queued is on the disk; `now` also what is there and has to stay
-    until then, since a kill takes the queue with it."""
-
-    now: Set[int]
-    wanted: Set[int]
-
-
 class Session:
     """A store open for writing, from lock to unlock."""
 
@@ -52,7 +41,7 @@ class Session:
         self.numbering = opening.prepare()
         self.recovered = opening.recover()
         self._process = os.getpid()
-        self._late: dict[str, set[int]] = {VERSIONS: set(), STATES: set()}
+        self._pruned = False
         for number in self.recovered.unarchived:
             self.archive_version(self.catalog.manifest(number))
 
@@ -92,12 +81,13 @@ class Session:
 
     def prune(self) -> list[int]:
         """Apply retention to tmpfs, archive and trainer states; the numbers whose tmpfs copy went."""
+        self._pruned = True
         # States first: a kill in between leaves an adapter without its state, never a state without its adapter.
         if self.archive is not None and self.retention.limits("state"):
             queued = self.writer.pending(STATES)
             self._prune_states({*queued, *self.catalog.states()})
         archived = self._archive_keeps()
-        removed = self._prune_tmpfs(archived.now)
+        removed = self._prune_tmpfs(archived)
         if self.archive is not None and self.retention.limits("archive"):
             self._prune_archive(self.archive, archived)
         return removed
@@ -118,11 +108,14 @@ class Session:
             return
         try:
             try:
-                self._prune_late()
+                if self._pruned and self.archive is not None:
+                    # What had to wait for the disk when a prune wanted it gone can go now.
+                    self.writer.flush()
+                    self.prune()
             finally:
                 self.writer.close()
             if self.archive is not None:
-                self._prune_tmpfs(self._archive_keeps().now)
+                self._prune_tmpfs(self._archive_keeps())
             self.numbering.give_back()
             if self.places.temporary:
                 self._clear_root()
@@ -144,27 +137,25 @@ class Session:
                 stacklevel=6,
             )
 
-    def _archive_keeps(self) -> _Kept:
+    def _archive_keeps(self) -> set[int]:
         """What is to be in the archive: what its rules keep, and the adapter of every trainer state."""
         if self.archive is None:
-            return _Kept(frozenset(), frozenset())
+            return set()
         if not self.retention.limits("archive"):
             # Everything; listing an archive that only grows would make every prune slower than the last one.
-            here = {*self.root.numbers(VERSIONS)}
-            return _Kept(here, here)
+            return {*self.root.numbers(VERSIONS)}
         queued, states = self.writer.pending(VERSIONS), self.writer.pending(STATES)
         durable = {*self.archive.tree.numbers(VERSIONS)} - queued
         always = self.catalog.protected().union(states, self.catalog.states())
         return self._kept("archive", {*self.catalog.numbers()}, durable, always)
 
-    def _kept(self, place: Place, numbers: set[int], durable: set[int], always: set[int]) -> _Kept:
-        """What retention keeps of `numbers`, of which `durable` are on the disk."""
+    def _kept(self, place: Place, numbers: set[int], durable: set[int], always: set[int]) -> set[int]:
+        """What retention keeps of `numbers`, and of `durable`, those on the disk: a kill takes the queue with it."""
         candidates = self.catalog.candidates(sorted(numbers))
-        wanted = self.retention.kept(place, candidates) | always
         on_disk = [candidate for candidate in candidates if candidate.number in durable]
-        return _Kept(wanted | self.retention.kept(place, on_disk), wanted)
+        return self.retention.kept(place, candidates) | self.retention.kept(place, on_disk) | always
 
-    def _prune_tmpfs(self, durable: Set[int]) -> list[int]:
+    def _prune_tmpfs(self, durable: set[int]) -> list[int]:
         here = self.root.numbers(VERSIONS)
         keep = self.retention.kept("tmpfs", self.catalog.candidates(here)) | self.catalog.protected()
         removed, pending = [], self.writer.pending(VERSIONS)
@@ -176,10 +167,8 @@ class Session:
                 removed.append(number)
         return removed
 
-    def _prune_archive(self, archive: Archive, kept: _Kept) -> None:
-        queued, numbers = self.writer.pending(VERSIONS), {*archive.tree.numbers(VERSIONS)}
-        self._late[VERSIONS] = (queued | numbers & kept.now) - kept.wanted
-        for number in sorted(numbers - kept.now):
+    def _prune_archive(self, archive: Archive, kept: set[int]) -> None:
+        for number in sorted({*archive.tree.numbers(VERSIONS)} - kept):
             if not self.catalog.on_tmpfs(number):
                 self.journal.append("forget", number, why=f"the archive keeps {self.retention.words('archive')}")
             self._remove(archive, VERSIONS, number)
@@ -189,25 +178,12 @@ class Session:
         queued = self.writer.pending(STATES) | ({coming} if coming is not None else set())
         durable = {*archive.tree.numbers(STATES)} - queued
         kept = self._kept("state", queued | durable, durable, self.catalog.protected())
-        self._late[STATES] -= numbers
-        for number in sorted(numbers - kept.wanted):
-            if number in kept.now or not self.writer.cancel(STATES, number):
-                self._late[STATES].add(number)
+        for number in sorted(numbers - kept):
+            if not self.writer.cancel(STATES, number):
                 continue
             self.journal.append("forget_state", number)
             if archive.tree.has(STATES, number):
                 self._remove(archive, STATES, number)
-
-    def _prune_late(self) -> None:
-        """Remove what had to wait for the disk when a prune wanted it gone, where the rules still say so."""
-        if self.archive is None or not any(self._late.values()):
-            return
-        self.writer.flush()
-        late = self._late[VERSIONS] | self._late[STATES]
-        self._prune_states(self._late[STATES].intersection(self.catalog.states()))
-        if self.retention.limits("archive"):
-            kept, spared = self._archive_keeps(), {*self.catalog.numbers()} - late
-            self._prune_archive(self.archive, _Kept(kept.now | spared, kept.wanted | spared))
 
     def _remove(self, archive: Archive, kind: str, number: int) -> None:
         """Take an archived folder away at once; waiting for the disk is left to the archive thread."""

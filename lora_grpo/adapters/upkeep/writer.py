@@ -60,7 +60,9 @@ class BackgroundWriter:
         takes nothing and the queue is full is it raised here, and the job is not queued.
         """
         with self._changed:
-            self._start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="lora-grpo-archive", daemon=True)
+                self._thread.start()
             self._changed.wait_for(lambda: self._failure is not None or self.has_room(job.held_bytes))
             if not self.has_room(job.held_bytes):
                 self.raise_failure()
@@ -89,7 +91,6 @@ class BackgroundWriter:
         with self._changed:
             failure, self._failure = self._failure, None
             if failure is not None:
-                self._start()
                 self._changed.notify_all()
                 raise failure
 
@@ -110,22 +111,9 @@ class BackgroundWriter:
             self._changed.wait_for(lambda: self._failure is not None or done())
             self.raise_failure()
 
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="lora-grpo-archive", daemon=True)
-            self._thread.start()
-
     def _work(self) -> None:
-        try:
-            while self._work_once():
-                pass
-        finally:
-            with self._changed:
-                self._running = None
-                if not self._closing:
-                    self._thread = None
-                    self._failure = StoreError("the archive thread died; its traceback is on stderr")
-                self._changed.notify_all()
+        while self._work_once():
+            pass
 
     def _work_once(self) -> bool:
         with self._changed:
@@ -148,4 +136,8 @@ def _failure_of(job: Job) -> StoreError | None:
         job.run()
     except StoreError as error:
         return error
+    except Exception as bug:  # noqa: BLE001 - whatever it is, the next call raises it
+        failure = StoreError(f"the archive thread failed: {type(bug).__name__}: {bug}")
+        failure.__cause__ = bug
+        return failure
     return None
