@@ -21,7 +21,7 @@ from lora_grpo.errors import ConfigError, StoreError
 from lora_grpo.metrics.log import RunLog, history, read_metrics
 from lora_grpo.metrics.plot import plot_run
 from lora_grpo.metrics.quiet import capture_output, quiet_libraries
-from lora_grpo.metrics.render import LiveView, ViewState, duration, panel, phase_seconds, plain_step, sparkline
+from lora_grpo.metrics.render import ViewState, duration, panel, phase_seconds, plain_step, sparkline
 from lora_grpo.metrics.reporter import Reporter
 
 STEP = {
@@ -168,17 +168,16 @@ def read_to_end(terminal):
     return read
 
 
-def test_live_view_on_a_terminal_shows_the_run_and_gives_the_terminal_back(tmp_path):
+def test_live_view_on_a_terminal_shows_the_run_and_gives_the_terminal_back(tmp_path, monkeypatch):
     primary, secondary = pty.openpty()
     with ThreadPoolExecutor(1) as reader, os.fdopen(secondary, "w") as stream:
         reading = reader.submit(read_to_end, primary)
-        view = LiveView(tmp_path, 4, stream)
-        view.start({"model": "tiny"})
-        view.evaluation(0, None, {"accuracy": 0.45})
-        view.step(1, STEP)
-        view.evaluation(1, 3, {"accuracy": 0.75})
-        view.close()
-        stream.close()
+        monkeypatch.setattr("lora_grpo.metrics.reporter.own_stderr", lambda: stream)
+        with Reporter(tmp_path, 4) as view:
+            view.start({"model": "tiny"})
+            view.evaluation(0, None, {"accuracy": 0.45})
+            view.step(1, STEP)
+            view.evaluation(1, 3, {"accuracy": 0.75})
         shown = reading.result().decode()
     for words in (
         "0.500 ± 0.250",
@@ -193,14 +192,12 @@ def test_live_view_on_a_terminal_shows_the_run_and_gives_the_terminal_back(tmp_p
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l"), "the cursor must be visible again"
 
 
-def test_view_on_anything_but_a_terminal_is_plain(tmp_path):
-    stream = io.StringIO()
-    view = LiveView(tmp_path, 2, stream)
-    view.start({})
-    view.step(1, {"reward": 1.0, "step_time": 1.0, "sampling/sampling_logp_difference/mean": None})
-    view.close()
-    view.start({}, step=3)
-    assert stream.getvalue().splitlines()[1:] == [
+def test_view_on_anything_but_a_terminal_is_plain(tmp_path, capfd):
+    with Reporter(tmp_path, 2) as view:
+        view.start({})
+        view.step(1, {"reward": 1.0, "step_time": 1.0, "sampling/sampling_logp_difference/mean": None})
+        view.start({}, step=3)
+    assert capfd.readouterr().err.splitlines()[1:] == [
         "step 1/2  reward 1.000  eta 1s",
         f"{tmp_path}: 3 steps are made, of 2; more with a higher grpo.total_steps",
     ]

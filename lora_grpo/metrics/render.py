@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: live, or where there is none one plain line a step. All of it goes to stderr.
+"""What the terminal shows of a run: a live panel, or where there is no terminal one plain line a step.
 
 Pure functions make rich renderables and plain lines of the state.
 """
@@ -10,16 +10,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-
-from lora_grpo.metrics.quiet import own_stderr
 
 GAP = "sampling/sampling_logp_difference/mean"
 SIGNAL = "frac_groups_used"
@@ -29,7 +26,6 @@ PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "publish":
 VERDICTS = {"ok": "green", "inconclusive": "yellow", "failed": "bold red"}
 RECENT_STEPS = 20
 SPARKS = "▁▂▃▄▅▆▇█"
-PLAIN_WIDTH = 120
 
 
 @dataclass
@@ -43,7 +39,7 @@ class ViewState:
     phase: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     rewards: list[float] = field(default_factory=list)
-    evaluations: list[tuple[int, int | None, dict[str, Any]]] = field(default_factory=list)
+    evaluations: list[tuple[int | None, dict[str, Any]]] = field(default_factory=list)
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     started_at: float = field(default_factory=time.monotonic)
     _heard_at: float = field(default_factory=time.monotonic)
@@ -63,63 +59,6 @@ class ViewState:
         if not self.step_times_s:
             return None
         return sum(self.step_times_s) / len(self.step_times_s) * max(0, self.total_steps - self.step)
-
-
-class LiveView:
-    """Shows one run, or nothing. By default `stream` is a duplicate of stderr, which capturing stderr spares."""
-
-    def __init__(self, run_dir: Path, total_steps: int, stream: TextIO | None = None, *, shown: bool = True) -> None:
-        self.state = ViewState(run_dir, total_steps)
-        self._stream = stream or own_stderr()
-        self._owned = stream is None
-        terminal = shown and self._stream.isatty()
-        width = None if terminal else PLAIN_WIDTH
-        self.console = Console(file=self._stream, soft_wrap=False, width=width, quiet=not shown)
-        live = Live(get_renderable=lambda: panel(self.state), console=self.console, refresh_per_second=4)
-        self._live = live if terminal else None
-
-    def start(self, info: Mapping[str, Any], step: int = 0) -> None:
-        self.state.step = step
-        self.state.title = str(info.get("model", ""))
-        if self._live:
-            self._live.start()
-        else:
-            state = self.state
-            to_come = f"steps {step + 1} to {state.total_steps}"
-            if step >= state.total_steps:
-                to_come = f"{step} steps are made, of {state.total_steps}; more with a higher grpo.total_steps"
-            self.message(f"{state.run_dir}: {to_come}  {state.title}".rstrip())
-
-    def phase(self, name: str) -> None:
-        self.state.phase = name
-
-    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self.state.hear_step(step, metrics)
-        if not self._live:
-            self.message(plain_step(self.state))
-
-    def evaluation(self, step: int, version: int | None, metrics: Mapping[str, Any]) -> None:
-        self.state.evaluations.append((step, version, dict(metrics)))
-        if not self._live:
-            self.message(plain_evaluation(step, version, metrics))
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.console.print(table(rows, f"samples of step {step}", long=("prompt", "completion")))
-
-    def rollback(self, step: int, text: str) -> None:
-        self.state.step = step
-        self.message(text)
-
-    def close(self) -> None:
-        """Leaves the last state of the panel on the terminal; a second call does nothing."""
-        if self._live:
-            self._live.stop()
-        if self._owned and not self._stream.closed:
-            self._stream.close()
-
-    def message(self, line: str) -> None:
-        # Plain text of any length stays one line: no markup, no wrapping.
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def headline(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
@@ -145,6 +84,13 @@ def panel(state: ViewState) -> RenderableType:
         border_style="blue",
         padding=(1, 2),
     )
+
+
+def plain_start(state: ViewState) -> str:
+    to_come = f"steps {state.step + 1} to {state.total_steps}"
+    if state.step >= state.total_steps:
+        to_come = f"{state.step} steps are made, of {state.total_steps}; more with a higher grpo.total_steps"
+    return f"{state.run_dir}: {to_come}  {state.title}".rstrip()
 
 
 def plain_step(state: ViewState) -> str:
@@ -239,7 +185,7 @@ def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
         facts.append(("now", Text(state.phase, style=PHASES.get(state.phase, ""))))
     if metrics.get("reward") is not None:
         facts.append(("reward", Text.assemble((_reward(metrics), "bold"), "  ", (sparkline(state.rewards), "green"))))
-    if held_out := [(version, shown) for _, version, found in state.evaluations if (shown := headline(found))]:
+    if held_out := [(version, shown) for version, found in state.evaluations if (shown := headline(found))]:
         facts.append(("held-out", _evaluations(held_out)))
     if metrics.get(SIGNAL) is not None:
         facts.append(("signal", f"{100 * metrics[SIGNAL]:.3g}% of groups"))

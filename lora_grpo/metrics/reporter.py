@@ -10,21 +10,25 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
+from rich.console import Console
+from rich.live import Live
+
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import METRICS_FILE, RunLog
 from lora_grpo.metrics.plot import PLOT_FILE
-from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output, quiet_libraries
-from lora_grpo.metrics.render import LiveView
+from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output, own_stderr, quiet_libraries
+from lora_grpo.metrics.render import ViewState, panel, plain_evaluation, plain_start, plain_step, table
 
 SAMPLES_FILE = "samples.jsonl"
+PLAIN_WIDTH = 120
 
 
 class Reporter:
-    """Joins `RUN/metrics.jsonl`, `RUN/samples.jsonl`, the live view and accelerate's trackers.
+    """Joins `RUN/metrics.jsonl`, `RUN/samples.jsonl`, the terminal and accelerate's trackers.
 
     From construction to `close` the libraries' loggers and warnings go to `RUN/engine.log`, unless the caller sees to
     that himself (`quiet=False`). Build it on the main process only. Use it in a `with` block, or close it: an open
-    live view owns the terminal.
+    live view owns the terminal, as a duplicate of stderr, which capturing stderr spares.
     """
 
     def __init__(
@@ -43,9 +47,15 @@ class Reporter:
         if not self.run_dir.exists():
             self._open.callback(self._leave_nothing)
         self._log, self._samples = RunLog(self.run_dir / METRICS_FILE), RunLog(self.run_dir / SAMPLES_FILE)
-        self._view = LiveView(self.run_dir, total_steps, shown=view)
-        for part in (self._log, self._samples, self._view):
-            self._open.callback(part.close)
+        for log in (self._log, self._samples):
+            self._open.callback(log.close)
+        self._state = ViewState(self.run_dir, total_steps)
+        stream = self._open.enter_context(own_stderr())
+        terminal = view and stream.isatty()
+        width = None if terminal else PLAIN_WIDTH
+        self._console = Console(file=stream, soft_wrap=False, width=width, quiet=not view)
+        live = Live(get_renderable=lambda: panel(self._state), console=self._console, refresh_per_second=4)
+        self._live = live if terminal else None
         self._tracker_names = trackers
         self._trackers: list[Any] = []
         if quiet:
@@ -57,38 +67,47 @@ class Reporter:
         for tracker in _started_trackers(self._tracker_names, self.run_dir, info):
             self._trackers.append(tracker)
             self._open.callback(tracker.finish)
-        self._view.start(info, step)
+        self._state.step, self._state.title = step, str(info.get("model", ""))
+        if self._live:
+            self._open.enter_context(self._live)
+        else:
+            self._say(plain_start(self._state))
 
     def phase(self, name: str) -> None:
         """What the step does now: generate, reward, train or publish. Shown only."""
-        self._view.phase(name)
+        self._state.phase = name
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Step `step` (from 1) is done."""
         self._log.append("step", **{**metrics, "step": step})
         self._track(step, metrics)
-        self._view.step(step, metrics)
+        self._state.hear_step(step, metrics)
+        if not self._live:
+            self._say(plain_step(self._state))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """A few completions as dicts of columns, such as prompt, completion, reward, version."""
         self._samples.append("samples", step=step, rows=rows)
-        self._view.samples(step, rows)
+        self._console.print(table(rows, f"samples of step {step}", long=("prompt", "completion")))
 
     def evaluation(self, step: int, version: int | None, metrics: Mapping[str, Any]) -> None:
         """Held-out metrics of `version` (None: the base model), measured after `step` (0: before the first)."""
         self._log.append("evaluation", **{**metrics, "step": step, "version": version})
         self._track(step, {f"eval/{name}": value for name, value in metrics.items()})
-        self._view.evaluation(step, version, metrics)
+        self._state.evaluations.append((version, dict(metrics)))
+        if not self._live:
+            self._say(plain_evaluation(step, version, metrics))
 
     def message(self, text: str) -> None:
         """Something that a person should know."""
         self._log.append("message", text=text)
-        self._view.message(text)
+        self._say(text)
 
     def rollback(self, step: int, text: str) -> None:
         """The run went back to where it was after `step`; `text` says why and how."""
         self._log.append("rollback", step=step, text=text)
-        self._view.rollback(step, text)
+        self._state.step = step
+        self._say(text)
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -101,7 +120,7 @@ class Reporter:
         self._log.append("end", info=result)
 
     def close(self) -> None:
-        """Gives the terminal back and closes every file; a second call does nothing.
+        """Gives the terminal back, the last state of the panel on it, and closes every file; once.
 
         A run directory that is new, and has got nothing, is removed.
         """
@@ -112,6 +131,10 @@ class Reporter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _say(self, line: str) -> None:
+        # Plain text of any length stays one line: no markup, no wrapping.
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _leave_nothing(self) -> None:
         with suppress(OSError):
