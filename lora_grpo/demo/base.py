@@ -62,20 +62,18 @@ class BaseRecipe:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps) * (1 - (1 - final) * step / self.steps)
 
 
-def base_path(recipe: BaseRecipe, cache: Path | None = None) -> Path:
+def base_path(recipe: BaseRecipe) -> Path:
     """Where the base of `recipe` is kept; it is there whole or not at all."""
-    return (cache or user_cache()) / f"demo-base-{recipe.digest}"
+    return user_cache() / f"demo-base-{recipe.digest}"
 
 
-def ensure_base(
-    recipe: BaseRecipe | None = None, *, cache: Path | None = None, progress: Progress | None = None
-) -> Path:
+def ensure_base(recipe: BaseRecipe | None = None, progress: Progress | None = None) -> Path:
     """The directory of the base model and its tokenizer (bf16, Transformers' layout), made if it is not there yet.
 
     Two processes that make it at once both succeed: the first to finish puts its own in place.
     """
     recipe = recipe or BaseRecipe()
-    path = base_path(recipe, cache)
+    path = base_path(recipe)
     if path.is_dir():
         return path
     import torch

@@ -56,9 +56,8 @@ def curves(records: Sequence[Record], given_up: Sequence[Record]) -> Iterator[Cu
 
 
 def _curve(panel: Panel, marks: Sequence[tuple[int, str]]) -> Curve:
-    thin = {name: _thinned(*points) for name, points in panel.lines.items()}
-    low, high = Panel(panel.title, thin, panel.crop).limits
-    steps = [step for points in thin.values() for step in points[0]]
+    low, high = panel.limits
+    steps = [step for points in panel.lines.values() for step in points[0]]
     first, last = min(steps), max(steps)
 
     def x(step: float) -> float:
@@ -68,10 +67,10 @@ def _curve(panel: Panel, marks: Sequence[tuple[int, str]]) -> Curve:
         return round(HEIGHT * (1 - (min(value, high) - low) / ((high - low) or 1)), 1)
 
     drawn = []
-    for index, (name, points) in enumerate(thin.items()):
-        path = "M" + " L".join(f"{x(step)} {y(value)}" for step, value in zip(*points, strict=True)) + " h0"
-        last_value = number(panel.lines[name][1][-1])
-        drawn.append((f"{name} {last_value}", path, "lost" if name == "given up" else f"c{index % 4}"))
+    for index, (name, points) in enumerate(panel.lines.items()):
+        thin = zip(*_thinned(*points), strict=True)
+        path = "M" + " L".join(f"{x(step)} {y(value)}" for step, value in thin) + " h0"
+        drawn.append((f"{name} {number(points[1][-1])}", path, "lost" if name == "given up" else f"c{index % 4}"))
     inside = [(x(step), text) for step, text in marks if first <= step <= last]
     return Curve(panel.title, drawn, low, high, first, last, inside[-MOST_DOTS:])
 
