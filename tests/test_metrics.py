@@ -67,12 +67,11 @@ def test_a_torn_last_line_is_left_out_and_the_next_record_stands_alone(tmp_path,
     path = tmp_path / "metrics.jsonl"
     whole = b'{"event":"step","step":1}\n{"event":"step","step":2}\n'
     path.write_bytes(whole[:-cut])
-    steps = [1] if cut > 1 else [1, 2]
-    assert [record["step"] for record in read_metrics(path)] == steps
+    assert [record["step"] for record in read_metrics(path)] == [1]
     log = RunLog(path)
     log.append("step", step=3)
     log.close()
-    assert [record["step"] for record in read_metrics(path)] == [*steps, 3]
+    assert [record["step"] for record in read_metrics(path)] == [1, 3]
 
 
 def test_a_killed_writer_leaves_whole_lines(tmp_path):

@@ -66,17 +66,13 @@ def jsonable(fields: Mapping[str, Any]) -> Record:
 def read_metrics(path: str | Path) -> list[Record]:
     """Every whole record of a run directory's `metrics.jsonl` (or of a JSONL file), in the order of writing.
 
-    A last line that a kill cut short is left out. Raises `StoreError` for a damaged line before it.
+    A last line without its end, which a kill cut short, is left out. Raises `StoreError` for a damaged line before it.
     """
     file = Path(path) / METRICS_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise StoreError(f"no metrics in {file}; is this a run directory?")
-    *lines, torn = file.read_bytes().split(b"\n")
-    records = [(number, _parsed(line)) for number, line in enumerate(lines, 1) if line]
-    for number, record in records:
-        if record is None:
-            raise StoreError(f"{file}, line {number} is no JSON object; remove the line to read the rest")
-    return [record for _, record in [*records, (0, _parsed(torn))] if record is not None]
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [_parsed(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line]
 
 
 def history(records: list[Record]) -> list[Record]:
@@ -105,26 +101,17 @@ def run_history(run_dir: Path) -> list[Record]:
 
 
 def _end_whole(path: Path) -> None:
-    """Cuts off a torn last line, which the next record would otherwise be glued to."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    torn = data[data.rfind(b"\n") + 1 :]
-    if not torn:
-        return
-    if _parsed(torn) is None:
-        os.truncate(path, len(data) - len(torn))
-    else:
-        with path.open("ab") as file:
-            file.write(b"\n")
+    """Cuts off a last line that a kill tore, which the next record would otherwise be glued to."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
-def _parsed(line: bytes) -> Record | None:
-    try:
+def _parsed(line: bytes, where: str) -> Record:
+    with suppress(ValueError):
         record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+        if isinstance(record, dict):
+            return record
+    raise StoreError(f"{where} is no JSON object; remove the line to read the rest")
 
 
 def _item(value: Any) -> Any:

@@ -47,7 +47,6 @@ class Journal:
         self.damaged_lines: list[int] = []
         self._lines = 0
         self._parents: dict[int, int | None] = {}
-        self._back: set[int] = set()
         self._sync = sync
         self._descriptor: int | None = None
         self._end = 0
@@ -84,8 +83,8 @@ class Journal:
         return self._parents.get(number)
 
     def metrics_of(self, number: int) -> dict[str, Any]:
-        """What was recorded of a version; read from the file again where the version is, or once was, gone."""
-        if number in self.metrics or not (self.has_forgotten(number) or number in self._back):
+        """What was recorded of a version; read from the file again where the version is gone."""
+        if not self.has_forgotten(number):
             return dict(self.metrics.get(number, {}))
         found: dict[str, Any] = {}
         for fields in self._lines_of("record", number):
@@ -157,10 +156,8 @@ class Journal:
                 self._promote(number)
             case "record":
                 metrics = dict(fields["metrics"])
-                if number in self.published:
+                if not self.has_forgotten(number):
                     self.metrics[number] = {**self.metrics_of(number), **metrics}
-                elif not self.knows(number):
-                    self._back.add(number)
             case "pin":
                 self.pins.add(number)
             case "unpin":
@@ -175,7 +172,7 @@ class Journal:
     def _publish(self, manifest: Manifest) -> None:
         number = manifest.number
         if self.has_forgotten(number):
-            self._back.add(number)
+            self.metrics[number] = self.metrics_of(number)
         self.published[number] = manifest
         self._parents[number] = manifest.parent
 
