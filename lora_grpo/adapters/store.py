@@ -264,7 +264,7 @@ class AdapterStore(StoreView):
     # Ending
 
     def close(self) -> None:
-        """Finish the archive, prune tmpfs of what it has, let go of leases and lock.
+        """Finish the archive, prune once more where `prune` was called, and tmpfs of what is archived, and unlock.
 
         Raises what could not be written; the lock goes all the same. Close the engine first: it may still read
         versions, and a root of the store's own choosing goes now.

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 from lora_grpo.adapters.files.digest import Buffer, Files
 from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
 
@@ -147,13 +149,9 @@ def read_number(path: Path) -> int | None:
 
 def file_system(path: Path) -> str:
     """The type of file system that `path` is on, as the kernel calls it; 'unknown' where it cannot be told."""
-    device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in (read_small(Path("/proc/self/mountinfo")) or b"").decode(errors="replace").splitlines():
-        mount, _, tail = line.partition(" - ")
-        if mount.split()[2] == wanted:
-            return tail.split()[0]
-    return "unknown"
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(mount.mountpoint)]
+    # Of those mounted over one another in one place, the last.
+    return max(reversed(mounts), key=lambda mount: len(mount.mountpoint)).fstype if mounts else "unknown"
 
 
 def tmpfs_home() -> Path:
@@ -255,10 +253,8 @@ class Tree:
         """Delete a folder that was taken out, once a power cut can no longer put it back. May be tried again."""
         if self.sync:
             sync_folder(self.path / kind)
-        for name in sorted(os.listdir(trash)) if trash.exists() else []:
-            os.unlink(trash / name)
         if trash.exists():
-            os.rmdir(trash)
+            shutil.rmtree(trash)
 
     def leftovers(self) -> list[str]:
         """What a dead process left half-written or half-removed."""
