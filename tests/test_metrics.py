@@ -112,7 +112,7 @@ def test_reporter_writes_log_samples_and_a_plain_line_a_step(tmp_path, capfd):
     rows = [{"prompt": "[bold]1+1=[/nonsense]", "completion": "2", "reward": 1.0, "version": 3}]
     with Reporter(tmp_path / "run", 4) as reporter:
         reporter.start({"model": "tiny"})
-        reporter.evaluation(0, None, {"accuracy": 0.45})
+        reporter.evaluation(0, None, {"reward": 0.45})
         reporter.phase("generate")
         reporter.step(1, STEP)
         reporter.samples(1, rows)
@@ -124,7 +124,7 @@ def test_reporter_writes_log_samples_and_a_plain_line_a_step(tmp_path, capfd):
         "step 1/4  v3  reward 0.500 ± 0.250  signal 62.5%  gap 0.0040 nats  generate 1.50 s  publish 0.01 s  eta 6s"
         in err
     )
-    assert "held-out after step 0, base: accuracy 0.45" in err
+    assert "held-out after step 0, base: reward 0.45" in err
     assert "[bold]1+1=[/nonsense]" in err
     assert "something to know" in err
     assert "\x1b" not in err
@@ -174,9 +174,9 @@ def test_live_view_on_a_terminal_shows_the_run_and_gives_the_terminal_back(tmp_p
         monkeypatch.setattr("lora_grpo.metrics.reporter.own_stderr", lambda: stream)
         with Reporter(tmp_path, 4) as view:
             view.start({"model": "tiny"})
-            view.evaluation(0, None, {"accuracy": 0.45})
+            view.evaluation(0, None, {"reward": 0.45})
             view.step(1, STEP)
-            view.evaluation(1, 3, {"accuracy": 0.75})
+            view.evaluation(1, 3, {"reward": 0.75})
         shown = reading.result().decode()
     for words in (
         "0.500 ± 0.250",
@@ -236,8 +236,8 @@ def test_plot(tmp_path, steps):
         for step in range(1, steps + 1):
             reporter.step(step, {**STEP, "kl": math.nan, "canary/verdict": "failed" if step == 9 else "ok"})
         if steps > 1:
-            reporter.evaluation(0, None, {"accuracy": 0.4})
-            reporter.evaluation(steps, 3, {"accuracy": 0.9})
+            reporter.evaluation(0, None, {"reward": 0.4})
+            reporter.evaluation(steps, 3, {"reward": 0.9})
     path = plot_run(tmp_path)
     assert path == tmp_path / "plot.png"
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from lora_grpo.metrics.log import Record
-from lora_grpo.metrics.render import GAP, SIGNAL, headline, phase_seconds
+from lora_grpo.metrics.render import GAP, SIGNAL, phase_seconds
 
 Points: TypeAlias = tuple[Sequence[float], Sequence[float]]
 """Steps and values."""
@@ -38,15 +38,14 @@ def panels(records: Sequence[Record], given_up: Sequence[Record] = ()) -> list[P
     """Of the run as it counts; the steps that a rollback or a resume went back before are a line of their own."""
     steps = [record for record in records if record["event"] == "step"]
     at, rewards = series(steps, "reward")
-    held_out = [(r["step"], shown) for r in records if r["event"] == "evaluation" and (shown := headline(r))]
-    name = held_out[0][1][0] if held_out else ""
+    evaluations = [record for record in records if record["event"] == "evaluation"]
     phases = dict.fromkeys(phase for record in steps for phase in phase_seconds(record))
     made = [
         Panel(
             "Reward of the sampled completions",
             {"each step": (at, rewards), "smoothed": (at, smoothed(rewards)), "given up": series(given_up, "reward")},
         ),
-        Panel(f"Held-out {name}", {name: ([step for step, _ in held_out], [value for _, (_, value) in held_out])}),
+        Panel("Held-out reward", {"reward": series(evaluations, "reward")}),
         Panel("Log-prob gap, trainer to sampler, nats a token", {"gap": series(steps, GAP)}),
         Panel("Share of groups whose rewards differ", {"signal": series(steps, SIGNAL)}),
         Panel("Length of completions, tokens", {"mean": series(steps, "completions/mean_length")}),

@@ -39,7 +39,7 @@ class ViewState:
     phase: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     rewards: list[float] = field(default_factory=list)
-    evaluations: list[tuple[int | None, dict[str, Any]]] = field(default_factory=list)
+    held_out: list[tuple[int | None, float]] = field(default_factory=list)
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     started_at: float = field(default_factory=time.monotonic)
     _heard_at: float = field(default_factory=time.monotonic)
@@ -59,13 +59,6 @@ class ViewState:
         if not self.step_times_s:
             return None
         return sum(self.step_times_s) / len(self.step_times_s) * max(0, self.total_steps - self.step)
-
-
-def headline(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
-    """The name and value that stand for an evaluation: its accuracy, else its reward, else its first metric."""
-    about = ("time", "step", "version")
-    numbers = {name: v for name, v in metrics.items() if isinstance(v, int | float) and name not in about}
-    return next(((name, float(numbers[name])) for name in ("accuracy", "reward", *numbers) if name in numbers), None)
 
 
 def panel(state: ViewState) -> RenderableType:
@@ -185,8 +178,8 @@ def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
         facts.append(("now", Text(state.phase, style=PHASES.get(state.phase, ""))))
     if metrics.get("reward") is not None:
         facts.append(("reward", Text.assemble((_reward(metrics), "bold"), "  ", (sparkline(state.rewards), "green"))))
-    if held_out := [(version, shown) for version, found in state.evaluations if (shown := headline(found))]:
-        facts.append(("held-out", _evaluations(held_out)))
+    if state.held_out:
+        facts.append(("held-out", _held_out(state.held_out)))
     if metrics.get(SIGNAL) is not None:
         facts.append(("signal", f"{100 * metrics[SIGNAL]:.3g}% of groups"))
     if metrics.get("completions/mean_length") is not None:
@@ -207,11 +200,11 @@ def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
     return facts or [("", Text("starting", style="dim"))]
 
 
-def _evaluations(held_out: Sequence[tuple[int | None, tuple[str, float]]]) -> Text:
-    (first_version, first), (last_version, last) = held_out[0], held_out[-1]
-    text = Text.assemble(f"{last[0]} ", (f"{last[1]:.3f}", "bold"), f" ({_version(last_version)})")
-    if len(held_out) > 1:
-        text.append(f"  from {first[1]:.3f} ({_version(first_version)})", style="dim")
+def _held_out(rewards: Sequence[tuple[int | None, float]]) -> Text:
+    (first_version, first), (last_version, last) = rewards[0], rewards[-1]
+    text = Text.assemble("reward ", (f"{last:.3f}", "bold"), f" ({_version(last_version)})")
+    if len(rewards) > 1:
+        text.append(f"  from {first:.3f} ({_version(first_version)})", style="dim")
     return text
 
 

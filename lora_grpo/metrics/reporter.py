@@ -6,7 +6,7 @@ import difflib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -94,7 +94,7 @@ class Reporter:
         """Held-out metrics of `version` (None: the base model), measured after `step` (0: before the first)."""
         self._log.append("evaluation", **{**metrics, "step": step, "version": version})
         self._track(step, {f"eval/{name}": value for name, value in metrics.items()})
-        self._state.evaluations.append((version, dict(metrics)))
+        self._state.held_out.append((version, metrics["reward"]))
         if not self._live:
             self._say(plain_evaluation(step, version, metrics))
 
@@ -109,11 +109,9 @@ class Reporter:
         self._state.step = step
         self._say(text)
 
-    @contextmanager
-    def capture(self) -> Iterator[None]:
+    def capture(self) -> AbstractContextManager[None]:
         """While inside, what is written to stdout and stderr goes to `RUN/engine.log`; for the start of an engine."""
-        with capture_output(self.run_dir / ENGINE_LOG):
-            yield
+        return capture_output(self.run_dir / ENGINE_LOG)
 
     def end(self, result: Mapping[str, Any]) -> None:
         """The run came to its end with `result`."""
