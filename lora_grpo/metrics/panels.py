@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from lora_grpo.metrics.log import Record
-from lora_grpo.metrics.render import GAP, SIGNAL, phase_seconds
+from lora_grpo.metrics.render import GAP, PHASES, SIGNAL
 
 Points: TypeAlias = tuple[Sequence[float], Sequence[float]]
 """Steps and values."""
@@ -39,7 +39,6 @@ def panels(records: Sequence[Record], given_up: Sequence[Record] = ()) -> list[P
     steps = [record for record in records if record["event"] == "step"]
     at, rewards = series(steps, "reward")
     evaluations = [record for record in records if record["event"] == "evaluation"]
-    phases = dict.fromkeys(phase for record in steps for phase in phase_seconds(record))
     made = [
         Panel(
             "Reward of the sampled completions",
@@ -49,7 +48,7 @@ def panels(records: Sequence[Record], given_up: Sequence[Record] = ()) -> list[P
         Panel("Log-prob gap, trainer to sampler, nats a token", {"gap": series(steps, GAP)}),
         Panel("Share of groups whose rewards differ", {"signal": series(steps, SIGNAL)}),
         Panel("Length of completions, tokens", {"mean": series(steps, "completions/mean_length")}),
-        Panel("Seconds a step", {phase: series(steps, f"time/{phase}_s") for phase in phases}, crop=True),
+        Panel("Seconds a step", {phase: series(steps, f"time/{phase}_s") for phase in PHASES}, crop=True),
     ]
     there = [(panel, {name: line for name, line in panel.lines.items() if line[0]}) for panel in made]
     return [Panel(panel.title, lines, panel.crop) for panel, lines in there if lines]

@@ -42,15 +42,13 @@ class ViewState:
     held_out: list[tuple[int | None, float]] = field(default_factory=list)
     step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     started_at: float = field(default_factory=time.monotonic)
-    _heard_at: float = field(default_factory=time.monotonic)
 
     def hear_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        metrics = {name: value for name, value in metrics.items() if value == value}
-        self.step_times_s.append(float(metrics.get("step_time") or now - self._heard_at))
-        self._heard_at = now
-        self.step, self.phase, self.metrics = step, "", dict(metrics)
-        if metrics.get("reward") is not None:
+        self.step, self.phase = step, ""
+        self.metrics = {name: value for name, value in metrics.items() if value == value}
+        if "step_time" in metrics:  # not in what a killed run still owed
+            self.step_times_s.append(metrics["step_time"])
+        if self.metrics.get("reward") is not None:
             self.rewards.append(float(metrics["reward"]))
 
     @property
@@ -122,10 +120,9 @@ def table(rows: Sequence[Mapping[str, Any]], title: str, long: Sequence[str] = (
 
 
 def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each phase of a step, the known phases first, others as they come."""
-    found = {name[5:-2]: value for name, value in metrics.items() if name.startswith("time/") and name.endswith("_s")}
-    ordered = [phase for phase in PHASES if phase in found] + [phase for phase in found if phase not in PHASES]
-    return {phase: float(found[phase]) for phase in ordered if found[phase] is not None}
+    """Seconds of each phase of a step."""
+    found = {phase: metrics.get(f"time/{phase}_s") for phase in PHASES}
+    return {phase: float(seconds) for phase, seconds in found.items() if seconds is not None}
 
 
 def sparkline(values: Sequence[float], width: int = 32) -> str:
@@ -211,9 +208,8 @@ def _held_out(rewards: Sequence[tuple[int | None, float]]) -> Text:
 def _phase_bar(seconds: Mapping[str, float], width: int = 40) -> Text:
     """Coloured blocks in proportion, and what they stand for."""
     total = sum(seconds.values()) or 1.0
-    styles = {phase: PHASES.get(phase, "white") for phase in seconds}
-    blocks = [("█" * round(value / total * width), styles[phase]) for phase, value in seconds.items()]
-    words = [(f"{phase} {value:.2f}  ", styles[phase]) for phase, value in seconds.items()]
+    blocks = [("█" * round(value / total * width), PHASES[phase]) for phase, value in seconds.items()]
+    words = [(f"{phase} {value:.2f}  ", PHASES[phase]) for phase, value in seconds.items()]
     return Text.assemble(*blocks, "\n", *words, no_wrap=True)
 
 
