@@ -13,13 +13,11 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_archived, keep_best, keep_latest, keep_trainer_state
-from lora_grpo.bench.endurance import SAMPLES, TENTHS, rows, slopes, taken_now
+from lora_grpo.bench.endurance import TENTHS, is_looked_at, slopes, taken_now, tenths
 from lora_grpo.bench.provenance import asked
 from lora_grpo.bench.schema import EnduranceRow
 from lora_grpo.errors import ConfigError
@@ -67,15 +65,12 @@ def measure(root: Path, run: Path, versions: int, size_bytes: int) -> dict[str, 
             whole_s[step] = time.perf_counter() - started
             # Outside the clock: so that memory shows what is kept, not how far a slow disk is behind.
             store.flush()
-            if step >= FILL and (step - FILL) % max(1, versions // (TENTHS * SAMPLES)) == 0:
-                levels.append({"sync": step - FILL, **taken_now("cpu", [root])})
-    return {name: _tenths(name, seconds, levels) for name, seconds in (("publish", publish_s), ("round", whole_s))}
-
-
-def _tenths(name: str, seconds: Sequence[float], levels: Sequence[Mapping[str, Any]]) -> list[EnduranceRow]:
-    result = {"seconds": seconds[FILL:], "levels": levels}
-    labels = {"shape": "store", "rank": 0}
-    return rows({"labels": labels, "rounds": [{"strategy": name, "result": result}]}, None)
+            if step >= FILL and is_looked_at(step - FILL, versions):
+                levels.append({"sync": step - FILL, **taken_now("cpu", root)})
+    return {
+        name: [EnduranceRow(strategy=name, shape="store", rank=0, **one) for one in tenths(seconds[FILL:], levels)]
+        for name, seconds in (("publish", publish_s), ("round", whole_s))
+    }
 
 
 if __name__ == "__main__":

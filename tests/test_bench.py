@@ -15,17 +15,26 @@ from lora_grpo.bench import breakeven, decode, endurance, fidelity, host, room, 
 from lora_grpo.bench.compare import compare
 from lora_grpo.bench.levels import Levels, level
 from lora_grpo.bench.plan import Cell, Subject, there_and_back
-from lora_grpo.bench.prepared import sequences
 from lora_grpo.bench.reference import Reference
 from lora_grpo.bench.report import findings, update_readme, write_report
 from lora_grpo.bench.runner import Partial
-from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, Document, EnduranceRow, MemoryRow, SyncRow
+from lora_grpo.bench.schema import (
+    TOLERANCE,
+    BreakEvenRow,
+    DecodeRow,
+    Document,
+    EnduranceRow,
+    MemoryRow,
+    SyncRow,
+    rows_of_one,
+)
 from lora_grpo.bench.settings import Settings, plan_parts
 from lora_grpo.bench.strategies import STOCK, STRATEGIES, load_strategy
 from lora_grpo.bench.strategies.base import Strategy
 from lora_grpo.bench.strategies.trainer import Trainer
 from lora_grpo.bench.suite import by_strategy
 from lora_grpo.bench.timing import floor_seconds, measure_bandwidth, percentile_95
+from lora_grpo.bench.tokens import sequences
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
@@ -173,7 +182,7 @@ def test_an_oracle_of_quiet_logits_is_as_loud_as_can_be_told_from_noise(tmp_path
         model.model.norm.weight.mul_(0.02)
     model.save_pretrained(quiet)
     found = fidelity.oracle(subject(quiet))
-    assert 2 * fidelity.TOLERANCE * found["noise_nats"] < found["signal_nats"] < 0.2
+    assert 2 * TOLERANCE * found["noise_nats"] < found["signal_nats"] < 0.2
 
 
 def test_reference_agrees_with_peft_and_is_restored(tiny: Path) -> None:
@@ -289,7 +298,7 @@ def test_a_pair_is_compared_with_its_own_native_rounds() -> None:
         return {"strategy": strategy, "result": result}
 
     cell = {
-        "order": ["native", "by-hand", "by-hand", "native"],
+        "bandwidth": {"host_copy": 100.0},
         "labels": {"shape": "tiny", "rank": 16, "targets": "all-linear"},
         "rounds": [
             done("native", [1.0, 2.0]),
@@ -298,7 +307,7 @@ def test_a_pair_is_compared_with_its_own_native_rounds() -> None:
             done("native", [2.0, 3.0]),
         ],
     }
-    native, by_hand = sync.rows(cell, {"host_copy": 100.0})
+    native, by_hand = sync.rows(cell)
     assert (native.median_s, native.ratio_to_native, native.syncs) == (2.0, 1.0, 4)
     assert (by_hand.median_s, by_hand.ratio_to_native, by_hand.against) == (6.0, 3.0, "native")
     assert by_hand.phases_s == {"write": 1.5, "load": 4.5}
@@ -320,15 +329,9 @@ def test_slopes_by_hand() -> None:
 
 def test_tenths_are_medians_of_their_own_syncs() -> None:
     levels = [{"sync": n, "memory_bytes": 100 + n, "cuda_bytes": None, "tmpfs_bytes": 7} for n in range(0, 40, 2)]
-    result = {"seconds": [float(n) for n in range(40)], "levels": levels}
-    cell = {
-        "order": ["native"],
-        "labels": {"shape": "tiny", "rank": 16},
-        "rounds": [{"strategy": "native", "result": result}],
-    }
-    made = endurance.rows(cell, None)
-    assert [(row.first, row.last, row.median_s) for row in made[:2]] == [(1, 4, 1.5), (5, 8, 5.5)]
-    assert [row.memory_bytes for row in made[:2]] == [101, 105]
+    made = endurance.tenths([float(n) for n in range(40)], levels)
+    assert [(row["first"], row["last"], row["median_s"]) for row in made[:2]] == [(1, 4, 1.5), (5, 8, 5.5)]
+    assert [row["memory_bytes"] for row in made[:2]] == [101, 105]
 
 
 # Order, resuming, settings, sizes.
@@ -490,12 +493,8 @@ def test_report_says_where_merging_wins(tmp_path: Path) -> None:
 def test_a_wrong_policy_fails_and_bf16_noise_does_not() -> None:
     def verdict(error: float, same_bits: bool | None = None) -> str | None:
         found = {"error_nats": error, "noise_nats": 0.02, "signal_nats": 0.5, "same_bits": same_bits}
-        cell = {
-            "order": ["x"],
-            "labels": {"shape": "tiny"},
-            "rounds": [{"strategy": "x", "result": found}],
-        }
-        return fidelity.verdict(fidelity.truth_rows(cell, None)[0])
+        cell = {"table": "truth", "labels": {"shape": "tiny"}, "rounds": [{"strategy": "x", "result": [found]}]}
+        return fidelity.verdict(rows_of_one(cell)[0])
 
     assert verdict(0.05) is None
     assert verdict(float("nan")) is not None

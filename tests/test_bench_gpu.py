@@ -15,14 +15,15 @@ import torch
 from lora_grpo.bench import decode, fidelity, host, memory, room, runner, shapes, step, sync
 from lora_grpo.bench import reference as references
 from lora_grpo.bench.breakeven import break_even
-from lora_grpo.bench.plan import Cell, there_and_back
-from lora_grpo.bench.prepared import sequences
+from lora_grpo.bench.plan import Cell, Subject, there_and_back
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner
+from lora_grpo.bench.schema import TOLERANCE
 from lora_grpo.bench.settings import Settings, plan_parts
-from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.strategies import NATIVE, load
 from lora_grpo.bench.strategies.base import Synced
 from lora_grpo.bench.strategies.trainer import Trainer
+from lora_grpo.bench.tokens import sequences
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import teacher_logprobs
 from tests.test_bench import decode_row, document, subject, sync_row
@@ -111,10 +112,8 @@ def test_a_step_trains_with_checkpoints_on_a_gpu_alone(monkeypatch: pytest.Monke
             "Policy",
             lambda model, config, device=device: seen.update({device: config.gradient_checkpointing}),
         )
-        bench: Any = SimpleNamespace(
-            strategy=SimpleNamespace(trainer=SimpleNamespace(model=None)), subject=subject(device=device)
-        )
-        step.measure(bench, rows=8, prompt_tokens=4, length=4, group=4, steps=1)
+        strategy: Any = SimpleNamespace(trainer=SimpleNamespace(model=None), subject=subject(device=device))
+        step.measure(strategy, rows=8, prompt_tokens=4, length=4, group=4, steps=1)
     assert seen == {"cpu": False, "cuda:0": True}
 
 
@@ -122,12 +121,10 @@ class FakeWorker:
     def __init__(self, log: Path, *, alone: bool = False) -> None:
         self.done: list[Any] = []
 
-    def prepare(self, subject: Any) -> None: ...
-
     def close(self) -> None: ...
 
     def do(self, work: Any, **arguments: Any) -> None:
-        self.done.append(work)
+        self.done += [] if work is load else [work]
 
 
 def test_a_worker_that_lives_on_gives_its_memory_back_after_each_cell(
@@ -139,7 +136,7 @@ def test_a_worker_that_lives_on_gives_its_memory_back_after_each_cell(
     pair = Cell("sync/x", "sync", sync.measure, (native, other), order=there_and_back(2))
     truth = Cell("truth/x", "truth", fidelity.truth, (native,))
     assert run.run([pair, truth], Partial(None, {}, {}, 0.0)) == []
-    done: Any = {one.strategy: worker.done for (one, _), worker in run._alive.items()}  # type: ignore[attr-defined]
+    done: Any = {one.strategy: worker.done for one, worker in run._alive.items()}  # type: ignore[attr-defined]
     assert done["merge-trl"] == [sync.measure, sync.measure, memory.give_back]
     assert done[NATIVE] == [*done["merge-trl"], fidelity.truth, memory.give_back]
 
@@ -148,8 +145,8 @@ def test_giving_back_empties_the_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch)
     emptied = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     for device in ("cpu", "cuda:0"):
-        bench: Any = SimpleNamespace(subject=subject(device=device))
-        memory.give_back(bench)
+        strategy: Any = SimpleNamespace(subject=subject(device=device))
+        memory.give_back(strategy)
     assert emptied == [True]
 
 
@@ -158,8 +155,9 @@ class Served:
 
     remember_pushed = False
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, of: Subject) -> None:
+        self.subject, self.trainer = of, Trainer(of)
+        self.base_logprobs = self.logprobs(sequences(of))
 
     def same_bits(self) -> None: ...
 
@@ -184,19 +182,15 @@ def test_no_reference_outlives_what_it_was_for(tiny: Path, monkeypatch: pytest.M
             made.append(weakref.ref(self._model))
 
     monkeypatch.setattr(references, "Reference", Noted)
-    strategy = Served(Trainer(subject(tiny)))
-    tokens = sequences(subject(tiny))
-    bench: Any = SimpleNamespace(
-        strategy=strategy, subject=subject(tiny), base_logprobs=teacher_logprobs(strategy.trainer.model, tokens)
-    )
+    strategy: Any = Served(subject(tiny))
     oracle = fidelity.oracle(subject(tiny))
     gc.collect()
     assert [reference() for reference in made] == [None]
-    found = fidelity.truth(bench, **oracle)
-    assert found["error_nats"] <= fidelity.TOLERANCE * found["noise_nats"]
-    assert found["signal_nats"] > 2 * fidelity.TOLERANCE * found["noise_nats"]
-    fidelity.measure(bench, [1e-4], [1])
-    assert fidelity.drift(bench, [1])[0]["max_abs"] == 0
+    (found,) = fidelity.truth(strategy, **oracle)
+    assert found["error_nats"] <= TOLERANCE * found["noise_nats"]
+    assert found["signal_nats"] > 2 * TOLERANCE * found["noise_nats"]
+    fidelity.measure(strategy, [1e-4], [1])
+    assert fidelity.drift(strategy, [1])[0]["max_abs"] == 0
     gc.collect()
     assert len(made) == 3
     assert all(reference() is None for reference in made)
@@ -226,26 +220,27 @@ def test_mapped_files_are_no_part_of_what_cuda_has_allocated(monkeypatch: pytest
     monkeypatch.setattr(memory, "_mapped", lambda folders: 70)
     monkeypatch.setattr(memory, "forget_peaks", lambda device: None)
     monkeypatch.setattr(memory, "peak", lambda device: (1100, None))
-    monkeypatch.setattr(memory, "_weights", lambda bench: 1)
-    strategy = SimpleNamespace(trainer=SimpleNamespace(base_bytes=1), renew=lambda: None, files=())
+    monkeypatch.setattr(memory, "_weights", lambda strategy: 1)
     levels = SimpleNamespace(start=0, last=1000, grown={"trainer": 400, "engine": 600})
+    what = {"trainer": SimpleNamespace(base_bytes=1), "renew": lambda: None, "folder": Path("nowhere")}
     found = {}
     for device in ("cpu", "cuda:0"):
-        bench: Any = SimpleNamespace(strategy=strategy, subject=subject(device=device), levels=levels)
-        found[device] = memory.measure(bench)
+        strategy: Any = SimpleNamespace(**what, subject=subject(device=device), levels=levels)
+        (found[device],) = memory.measure(strategy)
     assert (found["cuda:0"]["sync_bytes"], found["cuda:0"]["peak_bytes"]) == (100, 1100)
     assert (found["cpu"]["sync_bytes"], found["cpu"]["peak_bytes"]) == (30, 1030)
 
 
 def test_decoding_is_greedy_on_a_gpu() -> None:
     """A seed of each row's own is a loop over rows in vLLM's sampler, as slow for the base as for an adapter."""
-    asked = []
-    strategy = SimpleNamespace(generate=lambda prompts, sampling: asked.append(sampling))
+    asked: list[Any] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(decode, "fresh_prompts", lambda *_: [[1]])
         for device in ("cpu", "cuda:0"):
-            bench: Any = SimpleNamespace(strategy=strategy, subject=subject(device=device))
-            decode.generate_seconds(bench, 1, 1, 5)
+            strategy: Any = SimpleNamespace(
+                generate=lambda prompts, sampling: asked.append(sampling), subject=subject(device=device)
+            )
+            decode.generate_seconds(strategy, 1, 1, 5)
     assert [(sampling.temperature, sampling.max_tokens) for sampling in asked] == [(1.0, 5), (0.0, 5)]
     assert all(sampling.ignore_eos for sampling in asked)
 
@@ -257,7 +252,6 @@ def test_training_is_counted_alike_on_both_sides_of_a_step() -> None:
         return {"strategy": strategy, "result": {"generate": [generate], "train": [train], "sync": [sync]}}
 
     cell = {
-        "order": [NATIVE, "merge-fold", "merge-fold", NATIVE],
         "labels": {"shape": "tiny", "rows": 8, "prompt_tokens": 8, "completion_tokens": 8},
         "rounds": [
             done(NATIVE, 2.0, 9.0, 0.0),
@@ -266,7 +260,7 @@ def test_training_is_counted_alike_on_both_sides_of_a_step() -> None:
             done(NATIVE, 2.0, 8.0, 0.0),
         ],
     }
-    native, merge = step.rows(cell, None)
+    native, merge = step.rows(cell)
     assert (native.train_s, merge.train_s) == (7.5, 7.5)
     assert (native.step_s, merge.step_s) == (9.5, 9.0)
     assert merge.ratio_to_native == pytest.approx(9.0 / 9.5)

@@ -17,8 +17,9 @@ from lora_grpo.bench.plan import Cell
 from lora_grpo.bench.report import findings, write_report
 from lora_grpo.bench.runner import Partial, Runner
 from lora_grpo.bench.settings import plan_parts
+from lora_grpo.bench.strategies import AGAIN, load
 from lora_grpo.bench.strategies.base import engine_arguments
-from lora_grpo.bench.turns import AGAIN, AT_ONCE, beside_native, one_at_a_time
+from lora_grpo.bench.turns import AT_ONCE, beside_native, one_at_a_time
 from lora_grpo.cli import app
 from lora_grpo.engines import compat
 from lora_grpo.engines.local.weights import PlainEngine
@@ -41,16 +42,16 @@ def planned(**changes: Any) -> list[Cell]:
 def test_each_strategy_has_one_engine_and_native_is_first_and_last() -> None:
     """Memory, which lets go of its weights, comes last on it."""
     cells = planned()
-    turns = list(dict.fromkeys((cell.subjects[0].strategy, cell.turn) for cell in cells))
-    assert turns == [("native", 0), ("merge-trl", 0), ("merge-fold", 0), ("base", 0), ("native", 1)]
-    by_turn = {turn: [c.table for c in cells if (c.subjects[0].strategy, c.turn) == turn] for turn in turns}
-    assert by_turn["native", 0] == ["sync", "decode", "truth", "memory"]
-    assert by_turn["merge-trl", 0] == ["sync", "sync", "decode", "truth", "memory"]
-    assert by_turn["merge-fold", 0] == ["sync", "truth", "memory"]
-    assert by_turn["base", 0] == ["decode"]
-    assert by_turn["native", 1] == ["sync", "decode", "memory"]
+    turns = list(dict.fromkeys(cell.subjects[0].strategy for cell in cells))
+    assert turns == ["native", "merge-trl", "merge-fold", "base", AGAIN]
+    by_turn = {turn: [c.table for c in cells if c.subjects[0].strategy == turn] for turn in turns}
+    assert by_turn["native"] == ["sync", "decode", "truth", "memory"]
+    assert by_turn["merge-trl"] == ["sync", "sync", "decode", "truth", "memory"]
+    assert by_turn["merge-fold"] == ["sync", "truth", "memory"]
+    assert by_turn["base"] == ["decode"]
+    assert by_turn[AGAIN] == ["sync", "decode", "memory"]
     assert len({cell.key for cell in cells}) == len(cells)
-    assert all(len(cell.subjects) == 1 and not cell.fresh and cell.in_turn for cell in cells)
+    assert all(len(cell.subjects) == 1 and not cell.fresh for cell in cells)
     assert [cell.order for cell in cells if cell.table == "sync"] == [(0, 0)] * 5
 
 
@@ -65,31 +66,23 @@ def done(strategy: str, seconds: float, calls: int | None = None) -> dict[str, A
     return {"strategy": strategy, "result": result}
 
 
-def cell_of(table: str, strategy: str, against: str | None, *rounds: dict[str, Any]) -> dict[str, Any]:
+def synced(*rounds: dict[str, Any]) -> dict[str, Any]:
     labels = {"shape": "tiny", "rank": 16, "targets": "all-linear", "engine": "eager"}
-    order = [strategy] * len(rounds)
-    return {
-        "table": table,
-        "order": order,
-        "labels": labels,
-        "rounds": list(rounds),
-        "unpaired": True,
-        "against": against,
-    }
+    return {"table": "sync", "labels": labels, "rounds": list(rounds), "bandwidth": {"device_copy": 100.0}}
 
 
 def test_rows_compare_with_natives_first_turn() -> None:
     cells = {
-        "sync/native": cell_of("sync", "native", None, done("native", 1.0), done("native", 3.0)),
-        "sync/trl": cell_of("sync", "merge-trl", "sync/native", done("merge-trl", 8.0, 339)),
-        "sync/native/again": cell_of("sync", AGAIN, "sync/native", done(AGAIN, 2.2)),
+        "sync/native": synced(done("native", 1.0), done("native", 3.0)),
+        "sync/trl": synced(done("merge-trl", 8.0, 339)),
+        "sync/native/again": synced(done(AGAIN, 2.2)),
     }
-    rows = {row.strategy: row for cell in beside_native(cells) for row in sync.rows(cell, {"device_copy": 100.0})}
+    rows = {row.strategy: row for cell in beside_native(cells) for row in sync.rows(cell)}
     assert {name: row.ratio_to_native for name, row in rows.items()} == {"native": 1.0, "merge-trl": 4.0, AGAIN: 1.1}
     assert {row.against for row in rows.values()} == {"unpaired"}
     assert rows["merge-trl"].load_calls == 339
     del cells["sync/native"]
-    left = {row.strategy: row for cell in beside_native(cells) for row in sync.rows(cell, {"device_copy": 100.0})}
+    left = {row.strategy: row for cell in beside_native(cells) for row in sync.rows(cell)}
     assert left["merge-trl"].ratio_to_native == pytest.approx(8.0 / 2.2)
 
 
@@ -104,13 +97,15 @@ class FakeWorker:
         self.asked: list[tuple[Any, dict[str, Any]]] = []
         self.made.append(self)
 
-    def prepare(self, subject: Any) -> None:
+    def load(self, subject: Any) -> None:
         assert all(worker.done[-1:] == ["closed"] for worker in self.made[:-1]), "two strategies are alive at once"
         if subject.strategy in self.broken:
             raise EngineError("no kernel image")
         self.done.append(subject.strategy)
 
     def do(self, work: Any, **arguments: Any) -> None:
+        if work is load:
+            self.load(**arguments)
         self.asked.append((work, arguments))
 
     def close(self) -> None:
@@ -130,7 +125,7 @@ def in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **faults: Any) -> 
 
 def test_one_strategy_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     partial, failures = in_turns(monkeypatch, tmp_path)
-    names = ("native", "merge-trl", "merge-fold", "base", "native")
+    names = ("native", "merge-trl", "merge-fold", "base", AGAIN)
     assert [worker.done for worker in FakeWorker.made] == [[name, "closed"] for name in names]
     assert failures == []
     assert set(partial.cells) == {cell.key for cell in planned()}
@@ -157,7 +152,7 @@ def test_a_strategy_that_does_not_start_is_tried_once(monkeypatch: pytest.Monkey
     """Each try takes half a minute of a GPU; all of its cells fail, and no other's."""
     _, failures = in_turns(monkeypatch, tmp_path, broken=("merge-fold",))
     started = [worker.done for worker in FakeWorker.made]
-    assert started == [["native", "closed"], ["merge-trl", "closed"], ["closed"], ["base", "closed"], started[0]]
+    assert started == [["native", "closed"], ["merge-trl", "closed"], ["closed"], ["base", "closed"], [AGAIN, "closed"]]
     assert len(failures) == 3
     assert "no kernel image" in failures[0]
     assert all("has not started before" in failure for failure in failures[1:])

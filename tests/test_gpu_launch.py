@@ -119,7 +119,6 @@ from lora_grpo.cli import main
 
 class Worker:
     def __init__(self, log, alone=False): pass
-    def prepare(self, subject): pass
     def close(self): pass
     def kill(self): pass
     def do(self, work, **arguments):

@@ -37,8 +37,7 @@ def measure(model: Path, device: str) -> dict[str, Any]:
         subject = Subject(
             "native", str(model), 16, "all-linear", device, folder, folder, 4 * length, rows, False, 0.2, seed=0
         )
-        strategy = Native()
-        strategy.prepare(subject, lambda _: None)
+        strategy = Native(subject)
         without = equal_share(strategy, rows, length)
         strategy.trainer.randomise(0.2)
         strategy.sync()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench import fidelity
 from lora_grpo.bench.plan import Cell, Subject, beside_native, results
-from lora_grpo.bench.prepared import Bench, fresh_prompts
 from lora_grpo.bench.schema import DecodeRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import BASE, SHARED, STOCK
+from lora_grpo.bench.tokens import fresh_prompts
 from lora_grpo.types import Sampling
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.strategies.base import Strategy
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
@@ -36,42 +39,42 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
 
 
 def measure(
-    bench: Bench, rows: list[int], prompt_tokens: int, lengths: list[int], repeat: int, least_s: float
+    strategy: Strategy, rows: list[int], prompt_tokens: int, lengths: list[int], repeat: int, least_s: float
 ) -> dict[str, dict[str, list[float]]]:
     """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token), each taken
     `repeat` times and for `least_s` seconds at least."""
-    bench.strategy.renew()
+    strategy.renew()
     return {
         str(count): {
-            str(length): _taken(bench, count, prompt_tokens, length, repeat, least_s)
+            str(length): _taken(strategy, count, prompt_tokens, length, repeat, least_s)
             for length in sorted({1, *lengths})
         }
         for count in rows
     }
 
 
-def _taken(bench: Bench, count: int, prompt_tokens: int, length: int, repeat: int, least_s: float) -> list[float]:
+def _taken(strategy: Strategy, count: int, prompt_tokens: int, length: int, repeat: int, least_s: float) -> list[float]:
     seconds: list[float] = []
     while len(seconds) < repeat or sum(seconds) < least_s:
-        seconds.append(generate_seconds(bench, count, prompt_tokens, length))
+        seconds.append(generate_seconds(strategy, count, prompt_tokens, length))
     return seconds
 
 
-def generate_seconds(bench: Bench, rows: int, prompt_tokens: int, length: int) -> float:
+def generate_seconds(strategy: Strategy, rows: int, prompt_tokens: int, length: int) -> float:
     """Seconds to complete `rows` prompts that no cache has seen by exactly `length` tokens each.
 
     Drawn at temperature 1, but on a GPU greedily: requests that have a seed are drawn there one after the other, which
     takes as long as the model does at many rows and hides what strategies differ in.
     """
-    prompts = fresh_prompts(bench, rows, prompt_tokens)
-    temperature = 1.0 if bench.subject.device == "cpu" else 0.0
-    sampling = Sampling(n=1, max_tokens=length, temperature=temperature, seed=bench.subject.seed, ignore_eos=True)
+    prompts = fresh_prompts(strategy.subject, rows, prompt_tokens)
+    temperature = 1.0 if strategy.subject.device == "cpu" else 0.0
+    sampling = Sampling(n=1, max_tokens=length, temperature=temperature, seed=strategy.subject.seed, ignore_eos=True)
     started = time.perf_counter()
-    bench.strategy.generate(prompts, sampling)
+    strategy.generate(prompts, sampling)
     return time.perf_counter() - started
 
 
-def rows(cell: Mapping[str, Any], bandwidth: object) -> list[DecodeRow]:
+def rows(cell: Mapping[str, Any]) -> list[DecodeRow]:
     """All strategies of a cell, by batch size and completion length."""
     rounds = results(cell)
     native = next(iter(rounds.values()))

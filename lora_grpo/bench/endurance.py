@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import linear_regression, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench.levels import cuda_level, on_tmpfs, resident
 from lora_grpo.bench.plan import Cell, Subject
-from lora_grpo.bench.prepared import Bench
 from lora_grpo.bench.schema import EnduranceRow, SlopeRow
 from lora_grpo.bench.settings import Settings
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.strategies.base import Strategy
 
 TENTHS = 10
 WARM = 20
@@ -32,39 +34,38 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     ]
 
 
-def measure(bench: Bench, syncs: int) -> dict[str, Any]:
-    """Worker: seconds of each sync, and by tenth what was resident every so often."""
+def measure(strategy: Strategy, syncs: int) -> list[dict[str, Any]]:
+    """Worker: seconds of each sync and, every so often, what was resident; in tenths."""
     seconds: list[float] = []
     levels: list[dict[str, Any]] = []
-    every = max(1, syncs // (TENTHS * SAMPLES))
     for done in range(syncs):
-        bench.strategy.trainer.nudge()
-        seconds.append(bench.strategy.sync().total_s)
-        if done % every == 0:
-            levels.append({"sync": done, **taken_now(bench.subject.device, bench.strategy.files)})
-    return {"seconds": seconds, "levels": levels}
+        strategy.trainer.nudge()
+        seconds.append(strategy.sync().total_s)
+        if is_looked_at(done, syncs):
+            levels.append({"sync": done, **taken_now(strategy.subject.device, strategy.folder)})
+    return tenths(seconds, levels)
 
 
-def taken_now(device: str, files: Iterable[Path]) -> dict[str, int | None]:
+def is_looked_at(done: int, syncs: int) -> bool:
+    """Whether memory is, after that many of all syncs."""
+    return done % max(1, syncs // (TENTHS * SAMPLES)) == 0
+
+
+def taken_now(device: str, folder: Path) -> dict[str, int | None]:
     """What is looked at every so often."""
-    return {"memory_bytes": resident(), "cuda_bytes": cuda_level(device), "tmpfs_bytes": on_tmpfs(files)}
+    return {"memory_bytes": resident(), "cuda_bytes": cuda_level(device), "tmpfs_bytes": on_tmpfs(folder)}
 
 
-def rows(cell: Mapping[str, Any], bandwidth: object) -> list[EnduranceRow]:
-    """A row a tenth."""
-    (done,) = cell["rounds"]
-    found = done["result"]
-    syncs = len(found["seconds"])
-    ends = [syncs * tenth // TENTHS for tenth in range(TENTHS + 1)]
+def tenths(seconds: Sequence[float], levels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a tenth: medians."""
+    ends = [len(seconds) * tenth // TENTHS for tenth in range(TENTHS + 1)]
     return [
-        EnduranceRow(
-            strategy=done["strategy"],
-            **cell["labels"],
-            first=first + 1,
-            last=last,
-            median_s=median(found["seconds"][first:last]),
-            **_medians([level for level in found["levels"] if first <= level["sync"] < last]),
-        )
+        {
+            "first": first + 1,
+            "last": last,
+            "median_s": median(seconds[first:last]),
+            **_medians([level for level in levels if first <= level["sync"] < last]),
+        }
         for first, last in pairwise(ends)
     ]
 

@@ -3,25 +3,22 @@ leave of the trainer's frozen base?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_grpo.bench.levels import collect
-from lora_grpo.bench.plan import Cell, Subject, rows_of_one
-from lora_grpo.bench.prepared import Bench, sequences
-from lora_grpo.bench.schema import DriftRow, FidelityRow, TruthRow
+from lora_grpo.bench.plan import Cell, Subject
+from lora_grpo.bench.schema import TruthRow
 from lora_grpo.bench.settings import Settings
+from lora_grpo.bench.tokens import sequences
 from lora_grpo.errors import EngineError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
 if TYPE_CHECKING:
     from lora_grpo.bench.reference import Reference
+    from lora_grpo.bench.strategies.base import Strategy
     from lora_grpo.bench.strategies.trainer import Trainer
 
 Logprobs: TypeAlias = list[list[float]]
-TOLERANCE = 3.0
-"""Times the bf16 noise by which a served policy may differ from the reference."""
 ORACLE_SEED = 1
 DRIFT_RATE = 1e-4
 
@@ -68,10 +65,10 @@ def oracle(subject: Subject) -> dict[str, Any]:
 
 
 def truth(
-    bench: Bench, size: float, base: Logprobs, exact: Logprobs, noise_nats: float, signal_nats: float
-) -> dict[str, Any]:
+    strategy: Strategy, size: float, base: Logprobs, exact: Logprobs, noise_nats: float, signal_nats: float
+) -> list[dict[str, Any]]:
     """Worker: serve the adapter of `oracle`, and compare with what the fp32 reference says of it."""
-    strategy, tokens = bench.strategy, sequences(bench.subject)
+    tokens = sequences(strategy.subject)
     before = strategy.trainer.snapshot()
     strategy.trainer.randomise(size, ORACLE_SEED)
     strategy.sync()
@@ -79,8 +76,8 @@ def truth(
     same_bits = strategy.same_bits()
     strategy.trainer.restore(before)
     strategy.sync()
-    noise = max(noise_nats, mean_abs_difference(bench.base_logprobs, base))
-    return {"error_nats": error, "noise_nats": noise, "signal_nats": signal_nats, "same_bits": same_bits}
+    noise = max(noise_nats, mean_abs_difference(strategy.base_logprobs, base))
+    return [{"error_nats": error, "noise_nats": noise, "signal_nats": signal_nats, "same_bits": same_bits}]
 
 
 def _loud_enough(trainer: Trainer, reference: Reference, tokens: list[list[int]], needed: float) -> tuple[float, float]:
@@ -98,60 +95,48 @@ def _loud_enough(trainer: Trainer, reference: Reference, tokens: list[list[int]]
     )
 
 
-def measure(bench: Bench, learning_rates: list[float], updates: list[int]) -> list[dict[str, float]]:
+def measure(strategy: Strategy, learning_rates: list[float], updates: list[int]) -> list[dict[str, float]]:
     """Worker: for updates of several sizes, what of them is served.
 
     AdamW moves an entry of B by up to the learning rate a step, and by about its square root of steps over many.
     """
     from lora_grpo.bench.reference import Reference
 
-    strategy = bench.strategy
     strategy.remember_pushed = True
-    reference = Reference(bench.subject.model, bench.subject.device)
+    reference = Reference(strategy.subject.model, strategy.subject.device)
     reference.restore_base(strategy.trainer)
-    base = reference.logprobs(sequences(bench.subject))
+    base = reference.logprobs(sequences(strategy.subject))
     found = []
     for learning_rate in learning_rates:
         for steps in updates:
             strategy.trainer.reset(learning_rate * steps**0.5)
             strategy.sync()
-            found.append({"learning_rate": learning_rate, "updates": steps, **_compare(bench, reference, base)})
+            found.append({"learning_rate": learning_rate, "updates": steps, **_compare(strategy, reference, base)})
     strategy.remember_pushed = False
     return found
 
 
-def _compare(bench: Bench, reference: Reference, base: Logprobs) -> dict[str, float]:
-    strategy, tokens = bench.strategy, sequences(bench.subject)
+def _compare(strategy: Strategy, reference: Reference, base: Logprobs) -> dict[str, float]:
+    tokens = sequences(strategy.subject)
     with reference.policy(strategy.trainer):
         exact = reference.logprobs(tokens)
     return {
         "signal_nats": mean_abs_difference(exact, base),
         "served_error_nats": mean_abs_difference(strategy.logprobs(tokens), exact),
-        "lost_share": _lost_share(bench, reference),
+        "lost_share": _lost_share(strategy, reference),
     }
 
 
-def _lost_share(bench: Bench, reference: Reference) -> float:
+def _lost_share(strategy: Strategy, reference: Reference) -> float:
     """The relative error of the update as served, over all adapted weights."""
     error = size = 0.0
-    for module in bench.strategy.trainer.modules:
+    for module in strategy.trainer.modules:
         base_OI = reference.weight(module.path)
-        update_OI = bench.strategy.trainer.update_of(module)
-        served_OI = bench.strategy.served_weight(module.path, base_OI) - base_OI
+        update_OI = strategy.trainer.update_of(module)
+        served_OI = strategy.served_weight(module.path, base_OI) - base_OI
         error += float((served_OI - update_OI).square().sum())
         size += float(update_OI.square().sum())
     return (error / size) ** 0.5
-
-
-def truth_rows(cell: Mapping[str, Any], bandwidth: object) -> list[TruthRow]:
-    (done,) = cell["rounds"]
-    found = done["result"]
-    passed = found["error_nats"] <= TOLERANCE * found["noise_nats"] and found["same_bits"] is not False
-    return [TruthRow(strategy=done["strategy"], **cell["labels"], **found, passed=passed)]
-
-
-rows = partial(rows_of_one, FidelityRow)
-drift_rows = partial(rows_of_one, DriftRow)
 
 
 def verdict(row: TruthRow) -> str | None:
@@ -167,26 +152,26 @@ def verdict(row: TruthRow) -> str | None:
     )
 
 
-def drift(bench: Bench, cycles: list[int]) -> list[dict[str, Any]]:
+def drift(strategy: Strategy, cycles: list[int]) -> list[dict[str, Any]]:
     """Worker: an adapter as after 100 steps at a learning rate of 1e-4, then a step and a sync a cycle."""
     from lora_grpo.bench.reference import Reference
 
-    trainer = bench.strategy.trainer
-    reference = Reference(bench.subject.model, bench.subject.device)
+    trainer = strategy.trainer
+    reference = Reference(strategy.subject.model, strategy.subject.device)
     reference.restore_base(trainer)
     trainer.reset(DRIFT_RATE * 10)
     found, done = [], 0
     for cycle in cycles:
         for _ in range(cycle - done):
             trainer.step(DRIFT_RATE)
-            bench.strategy.sync()
+            strategy.sync()
         done = cycle
-        found.append({"cycles": cycle, **_drift(bench, reference)})
+        found.append({"cycles": cycle, **_drift(strategy, reference)})
     return found
 
 
-def _drift(bench: Bench, reference: Reference) -> dict[str, float]:
-    trainer, tokens = bench.strategy.trainer, sequences(bench.subject)
+def _drift(strategy: Strategy, reference: Reference) -> dict[str, float]:
+    trainer, tokens = strategy.trainer, sequences(strategy.subject)
     modules = {module.path: module for module in trainer.modules}
     apart = size = largest = 0.0
     for path, module in modules.items():

@@ -9,17 +9,16 @@ from lora_grpo.bench import endurance, memory
 from lora_grpo.bench.breakeven import break_even
 from lora_grpo.bench.schema import TABLES, Document
 from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.turns import BESIDE_NATIVE
 from lora_grpo.errors import ConfigError
 
-_BESIDE_NATIVE = ("sync", "decode", "step", "rollback")
-"""The tables in whose every cell native is measured again."""
 _OF_A_START = ("load_average_1min", "memory_gib", "commit")
 """What may differ on a card between two starts on one machine."""
 
 
 def finished(found: Mapping[str, list[Any]], device: str) -> dict[str, list[Any]]:
     """Measured tables, native once in each, with the tables that follow from them."""
-    tables = {**found, **{table: _native_once(found[table]) for table in _BESIDE_NATIVE}}
+    tables = {**found, **{table: _native_once(found[table]) for table in BESIDE_NATIVE}}
     tables["memory"] = memory.with_ratios(tables["memory"])
     tables["break_even"] = break_even(tables["sync"], tables["decode"], device)
     tables["slopes"] = endurance.slopes(tables["endurance"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterable
 from pathlib import Path
+
+TMPFS = "/dev/shm"
 
 
 class Levels:
@@ -70,11 +71,7 @@ def is_cuda(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def on_tmpfs(folders: Iterable[Path]) -> int:
-    """Bytes that a strategy's files take on tmpfs."""
-    files = [path for folder in tmpfs_folders(folders) for path in folder.rglob("*") if path.is_file()]
-    return sum(path.stat().st_blocks * 512 for path in files)
-
-
-def tmpfs_folders(folders: Iterable[Path]) -> list[Path]:
-    return [folder for folder in folders if str(folder).startswith("/dev/shm")]
+def on_tmpfs(folder: Path) -> int:
+    """Bytes that the files of a folder take on tmpfs; none if it is elsewhere."""
+    files = folder.rglob("*") if folder.is_relative_to(TMPFS) else ()
+    return sum(path.stat().st_blocks * 512 for path in files if path.is_file())

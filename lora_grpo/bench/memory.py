@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from lora_grpo.bench.levels import collect, is_cuda, level, on_tmpfs, proc_bytes, settled_level, tmpfs_folders
+from lora_grpo.bench.levels import TMPFS, collect, is_cuda, level, on_tmpfs, proc_bytes, settled_level
 from lora_grpo.bench.plan import Cell, Subject
-from lora_grpo.bench.prepared import Bench
 from lora_grpo.bench.schema import MemoryRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.strategies.base import Strategy
 
 SYNCS = 5
 KV_CACHE_BYTES = 3 << 30
@@ -28,19 +30,19 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     ]
 
 
-def measure(bench: Bench) -> dict[str, Any]:
+def measure(strategy: Strategy) -> list[dict[str, Any]]:
     """Worker: the levels on the way here, the peak over some syncs, and what the base's weights took; the last thing
     that can be done with them."""
-    device, levels = bench.subject.device, bench.levels
+    device, levels = strategy.subject.device, strategy.levels
     forget_peaks(device)
     for _ in range(SYNCS):
-        bench.strategy.renew()
+        strategy.renew()
     most, reserved = peak(device)
-    copy_bytes = bench.strategy.trainer.base_bytes
-    tmpfs = on_tmpfs(bench.strategy.files)
+    copy_bytes = strategy.trainer.base_bytes
+    tmpfs = on_tmpfs(strategy.folder)
     # `level` counts mapped version files on the CPU; here they count once, as tmpfs.
-    mapped = 0 if is_cuda(device) else _mapped(tmpfs_folders(bench.strategy.files))
-    return {
+    mapped = 0 if is_cuda(device) else _mapped(strategy.folder)
+    found = {
         "kind": "cuda" if is_cuda(device) else "pss",
         "before_bytes": levels.start,
         "trainer_bytes": levels.grown["trainer"],
@@ -50,25 +52,21 @@ def measure(bench: Bench) -> dict[str, Any]:
         "peak_bytes": most - levels.start - mapped + tmpfs,
         "reserved_peak_bytes": reserved,
         "copy_bytes": copy_bytes,
-        "weights_bytes": _weights(bench),
+        "weights_bytes": _weights(strategy),
     }
+    return [found]
 
 
-def _weights(bench: Bench) -> int:
+def _weights(strategy: Strategy) -> int:
     """Bytes that go when trainer and engine let go of the base."""
-    before = settled_level(bench.subject.device)
-    bench.strategy.drop_base()
-    return before - settled_level(bench.subject.device)
+    before = settled_level(strategy.subject.device)
+    strategy.drop_base()
+    return before - settled_level(strategy.subject.device)
 
 
-def give_back(bench: Bench) -> None:
+def give_back(strategy: Strategy) -> None:
     """Worker: what garbage and torch's cache still hold of a GPU goes back to it, for whoever measures next there."""
-    collect(bench.subject.device)
-
-
-def rows(cell: Mapping[str, Any], bandwidth: object) -> list[MemoryRow]:
-    (done,) = cell["rounds"]
-    return [MemoryRow(strategy=done["strategy"], **cell["labels"], **done["result"])]
+    collect(strategy.subject.device)
 
 
 def with_ratios(made: Sequence[MemoryRow]) -> list[MemoryRow]:
@@ -103,7 +101,7 @@ def peak(device: str) -> tuple[int, int | None]:
     return level(device) + most - resident, None
 
 
-def _mapped(folders: list[Path]) -> int:
-    """Bytes of files in `folders` that are mapped into this process."""
-    maps = psutil.Process().memory_maps()
-    return sum(one.pss for one in maps if any(Path(one.path).is_relative_to(folder) for folder in folders))
+def _mapped(folder: Path) -> int:
+    """Bytes of files in a folder on tmpfs that are mapped into this process."""
+    maps = psutil.Process().memory_maps() if folder.is_relative_to(TMPFS) else ()
+    return sum(one.pss for one in maps if Path(one.path).is_relative_to(folder))

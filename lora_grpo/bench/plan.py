@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 TARGETS = {"all-linear": "all-linear", "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
 """LoRA targets by the name they have in the tables."""
@@ -47,18 +45,13 @@ class Subject:
         return known if isinstance(known, str) else list(known)
 
 
-Place: TypeAlias = tuple[Subject, int]
-"""What a worker process is: a subject, and its turn, which sets engines of one subject apart."""
-
-
 @dataclass(frozen=True)
 class Cell:
     """One piece of measuring: `work` is done by `subjects` in the given order of their indices.
 
     (0, 1, 1, 0) has a drifting machine favour neither. `warm` arguments, if any, are for a round before those, thrown
     away. `table` is where its rows belong, `labels` are columns of them; `name` stands for the strategy's there.
-    `fresh` subjects start in new processes and end with the cell; others may live on into the next. What is measured
-    `in_turn` is compared with the rounds of the cell `against`.
+    `fresh` subjects start in new processes and end with the cell; others may live on into the next.
     """
 
     key: str
@@ -71,13 +64,6 @@ class Cell:
     fresh: bool = False
     labels: dict[str, Any] = field(default_factory=dict)
     name: str | None = None
-    turn: int = 0
-    in_turn: bool = False
-    against: str | None = None
-
-    @property
-    def places(self) -> list[Place]:
-        return [(subject, self.turn) for subject in self.subjects]
 
 
 def beside_native(part: str, work: Callable[..., Any], subject: Subject, *others: str, **cell: Any) -> Cell:
@@ -90,12 +76,6 @@ def beside_native(part: str, work: Callable[..., Any], subject: Subject, *others
 def there_and_back(subjects: int) -> tuple[int, ...]:
     """An order in which a machine that drifts steadily favours none: 0, 1, 1, 0 for two."""
     return (*range(subjects), *reversed(range(subjects)))
-
-
-def rows_of_one(row: Callable[..., T], cell: Mapping[str, Any], bandwidth: object) -> list[T]:
-    """A row for each thing that the one strategy of a cell has found."""
-    (done,) = cell["rounds"]
-    return [row(strategy=done["strategy"], **cell["labels"], **found) for found in done["result"]]
 
 
 def results(cell: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo import errors
-from lora_grpo.bench.plan import Subject
-from lora_grpo.bench.prepared import Bench, prepare
+from lora_grpo.bench.strategies import load
 from lora_grpo.errors import EngineError, LoraGrpoError
 from lora_grpo.metrics.quiet import capture_output
 
@@ -45,17 +44,13 @@ class WorkerProcess:
             raise EngineError(f"no worker could be started; {self._last_words()}") from None
         theirs.close()
 
-    def prepare(self, subject: Subject) -> None:
-        """Have it load trainer and engine, which are given to all work from then on."""
-        self._ask(subject)
-
     def do(self, work: Callable[..., Any], **arguments: Any) -> Any:
-        """Have a function of a module called; returns its result. Raises `EngineError` when it failed."""
-        return self._ask((work, arguments))
+        """Have a function of a module called; returns its result. Raises `EngineError` when it failed.
 
-    def _ask(self, request: Any) -> Any:
+        A strategy stays there: all later work is given it first.
+        """
         try:
-            self._channel.send(request)
+            self._channel.send((work, arguments))
             reply = self._channel.recv()
         except (EOFError, OSError):
             raise EngineError(self._obituary()) from None
@@ -106,20 +101,19 @@ def serve(requests: Connection, log: str) -> None:
         for descriptor in (1, 2):
             os.dup2(output.fileno(), descriptor)
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
-    bench: Bench | None = None
+    loaded: list[Any] = []
     with suppress(EOFError):
         while (request := requests.recv()) is not None:
+            work, arguments = request
             try:
-                if isinstance(request, Subject):
-                    bench, result = prepare(request), None
-                else:
-                    work, arguments = request
-                    result = work(*([bench] if bench else []), **arguments)
+                result = work(*loaded, **arguments)
+                if work is load:
+                    loaded, result = [result], None
                 requests.send({"result": result})
             except LoraGrpoError as error:
                 requests.send({"error": str(error), "type": type(error).__name__})
-    if bench is not None:
-        bench.strategy.close()
+    for strategy in loaded:
+        strategy.close()
 
 
 def _die_with(parent: int) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_grpo.adapters.files.disk import STAGING
-from lora_grpo.bench.plan import Cell, Subject, rows_of_one
-from lora_grpo.bench.prepared import Bench, fresh_prompts
-from lora_grpo.bench.schema import ProofRow
+from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.tokens import fresh_prompts
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.types import Sampling
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.strategies.native import Native
 
 TIMES = 3
 
@@ -30,15 +31,14 @@ def cell(settings: Settings, subject: Subject) -> Cell:
     return Cell("sync/proofs", "proof", measure, (subject.with_strategy(NATIVE),), given, warm=warm)
 
 
-def measure(bench: Bench, canary_rows: list[int], prompt_tokens: int, times: int = TIMES) -> list[dict[str, Any]]:
+def measure(strategy: Native, canary_rows: list[int], prompt_tokens: int, times: int = TIMES) -> list[dict[str, Any]]:
     """Worker: seconds of each proof, several times, and of as many pushes."""
-    strategy: Any = bench.strategy
     strategy.trainer.step()
     push_s = median([strategy.sync().total_s for _ in range(4 * times)])
     provers: list[tuple[str, int | None, Callable[[], object]]] = [
         ("same base", None, lambda: _match(strategy)),
         ("probe", None, lambda: _probe(strategy)),
-        *(("canary", rows, _canary(bench, rows, prompt_tokens)) for rows in canary_rows),
+        *(("canary", rows, _canary(strategy, rows, prompt_tokens)) for rows in canary_rows),
     ]
     found = []
     for proof, rows, prove in provers:
@@ -54,13 +54,13 @@ def _seconds(prove: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _match(strategy: Any) -> None:
+def _match(strategy: Native) -> None:
     from lora_grpo.engines.delivery.base_match import match_base
 
     match_base(strategy.engine, strategy.trainer.model, Processes(None))
 
 
-def _probe(strategy: Any) -> None:
+def _probe(strategy: Native) -> None:
     from lora_grpo.adapters.peft_form.serving import ServingForm
     from lora_grpo.bench.strategies.trainer import ADAPTER
     from lora_grpo.engines.delivery.probe import run_probe
@@ -70,12 +70,8 @@ def _probe(strategy: Any) -> None:
     run_probe(model, form, engine, strategy.store.root / STAGING)
 
 
-def _canary(bench: Bench, rows: int, tokens: int) -> Callable[[], object]:
+def _canary(strategy: Native, rows: int, tokens: int) -> Callable[[], object]:
     """Completions as long as their prompts; making them is not part of the canary's cost."""
-    strategy: Any = bench.strategy
-    sampling = Sampling(n=1, max_tokens=tokens, temperature=1.0, seed=bench.subject.seed, ignore_eos=True)
-    groups = strategy.generate(fresh_prompts(bench, rows, tokens), sampling)
+    sampling = Sampling(n=1, max_tokens=tokens, temperature=1.0, seed=strategy.subject.seed, ignore_eos=True)
+    groups = strategy.generate(fresh_prompts(strategy.subject, rows, tokens), sampling)
     return lambda: strategy.pusher.canary(groups)
-
-
-rows = partial(rows_of_one, ProofRow)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench.plan import Cell, Subject, beside_native, results
-from lora_grpo.bench.prepared import Bench, sequences
 from lora_grpo.bench.schema import RollbackRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.timing import percentile_95
+from lora_grpo.bench.tokens import sequences
 from lora_grpo.scoring import mean_abs_difference
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.strategies.base import Strategy
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
@@ -20,14 +23,14 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     return [beside_native("rollback", measure, subject, name, **how) for name in settings.others]
 
 
-def measure(bench: Bench, repeat: int) -> dict[str, Any]:
+def measure(strategy: Strategy, repeat: int) -> dict[str, Any]:
     """Worker: by case, seconds, and how far what is served then is from what the version served when it was new."""
-    cases = bench.strategy.rollback_cases()
-    return {case: [_go_back(bench, between) for _ in range(repeat)] for case, between in cases.items()}
+    cases = strategy.rollback_cases()
+    return {case: [_go_back(strategy, between) for _ in range(repeat)] for case, between in cases.items()}
 
 
-def _go_back(bench: Bench, between: int) -> dict[str, float]:
-    strategy, tokens = bench.strategy, sequences(bench.subject)
+def _go_back(strategy: Strategy, between: int) -> dict[str, float]:
+    tokens = sequences(strategy.subject)
     strategy.trainer.randomise(0.2)
     strategy.sync()
     mark, then = strategy.mark(), strategy.logprobs(tokens)
@@ -38,7 +41,7 @@ def _go_back(bench: Bench, between: int) -> dict[str, float]:
     return {"seconds": seconds, "error_nats": mean_abs_difference(strategy.logprobs(tokens), then)}
 
 
-def rows(cell: Mapping[str, Any], bandwidth: object) -> list[RollbackRow]:
+def rows(cell: Mapping[str, Any]) -> list[RollbackRow]:
     """Every case of both strategies; ratios to native's first case."""
     rounds = results(cell)
     native = next(iter(rounds.values()))

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 from lora_grpo.adapters.files.disk import replace_file
 from lora_grpo.bench.memory import give_back
-from lora_grpo.bench.plan import Cell, Place
+from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
+from lora_grpo.bench.strategies import load
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 
 Progress: TypeAlias = Callable[[str, int], None]
@@ -65,12 +66,12 @@ class Partial:
 
 
 class Runner:
-    """Workers that are alive, by subject and turn."""
+    """Workers that are alive, by subject."""
 
     def __init__(self, log: Path, progress: Progress, *, alive_at_once: int) -> None:
         self._log, self._progress, self._alive_at_once = log, progress, alive_at_once
-        self._alive: dict[Place, WorkerProcess] = {}
-        self._broken: set[Place] = set()
+        self._alive: dict[Subject, WorkerProcess] = {}
+        self._broken: set[Subject] = set()
 
     def run(self, cells: Sequence[Cell], partial: Partial) -> list[str]:
         """Run what `partial` does not hold yet; returns a sentence for each cell that failed."""
@@ -83,7 +84,7 @@ class Runner:
                 partial.keep(cell.key, self._measure(cell))
             except LoraGrpoError as error:
                 failures.append(f"{cell.key} failed: {error}")
-                self._stop(cell.places)
+                self._stop(cell.subjects)
         return failures
 
     def close(self) -> None:
@@ -108,35 +109,32 @@ class Runner:
             rounds.append({"strategy": strategy, "result": workers[index].do(cell.work, **cell.arguments)})
             self._progress(f"{cell.key}: {strategy}", 1)
         if cell.fresh:
-            self._stop(cell.places)
+            self._stop(cell.subjects)
         else:
             for worker in workers:
                 worker.do(give_back)
-        unpaired = {"unpaired": True, "against": cell.against} if cell.in_turn else {}
-        return {"table": cell.table, "labels": cell.labels, "rounds": rounds, **unpaired}
+        return {"table": cell.table, "labels": cell.labels, "rounds": rounds}
 
     def _start(self, cell: Cell) -> list[WorkerProcess]:
         if cell.fresh:
             self._stop(tuple(self._alive))
-        missing = [place for place in cell.places if place not in self._alive]
-        idle = [place for place in self._alive if place not in cell.places]
+        missing = [subject for subject in cell.subjects if subject not in self._alive]
+        idle = [subject for subject in self._alive if subject not in cell.subjects]
         room = self._alive_at_once - len(cell.subjects)
         self._stop(idle[: max(0, len(idle) - room)] if missing else ())
-        for place in missing:
-            subject, _ = place
-            if place in self._broken:
+        for subject in missing:
+            if subject in self._broken:
                 # Each try takes half a minute of a GPU.
                 raise EngineError(f"{subject.strategy} has not started before")
             self._progress(f"{cell.key}: starting {subject.strategy}", 0)
             # One after the other: engines on one GPU size their caches by what is free when they start.
-            self._alive[place] = WorkerProcess(self._log, alone=cell.fresh or subject.device != "cpu")
-            self._broken.add(place)
-            self._alive[place].prepare(subject)
-            self._broken.remove(place)
-        return [self._alive[place] for place in cell.places]
+            self._alive[subject] = WorkerProcess(self._log, alone=cell.fresh or subject.device != "cpu")
+            self._broken.add(subject)
+            self._alive[subject].do(load, subject=subject)
+            self._broken.remove(subject)
+        return [self._alive[subject] for subject in cell.subjects]
 
-    def _stop(self, places: Sequence[Place]) -> None:
-        for place in places:
-            worker = self._alive.pop(place, None)
-            if worker is not None:
-                worker.close()
+    def _stop(self, subjects: Sequence[Subject]) -> None:
+        for subject in subjects:
+            if subject in self._alive:
+                self._alive.pop(subject).close()

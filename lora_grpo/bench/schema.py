@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from lora_grpo.bench.settings import Settings
 
 Winner: TypeAlias = Literal["native", "merge"]
+TOLERANCE = 3.0
+"""Times the bf16 noise by which a served policy may differ from the reference."""
 
 
 class Column(NamedTuple):
@@ -90,7 +92,12 @@ class TruthRow(Row):
     signal_nats: Annotated[float, Column("adapter's effect, nats")]
     same_bits: Annotated[bool | None, Column("trainer's base", lambda same: "same bits" if same else "OTHER")] = None
     """Of a shared base: every weight that the trainer sees is the checkpoint's, bit for bit."""
-    passed: Annotated[bool, Column("verdict", lambda passed: "serves it" if passed else "SERVES ANOTHER POLICY")]
+    besides = {"verdict": lambda row: "serves it" if row.passed else "SERVES ANOTHER POLICY"}
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        return self.error_nats <= TOLERANCE * self.noise_nats and self.same_bits is not False
 
 
 class ProofRow(Row):
@@ -290,3 +297,9 @@ def tables(document: Document) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     for name, title in TITLES.items():
         if rows := getattr(document, name):
             yield title, [row.for_people() for row in rows]
+
+
+def rows_of_one(cell: Mapping[str, Any]) -> list[Any]:
+    """A row for each thing that the one strategy of a cell has found."""
+    (done,), (row,) = cell["rounds"], get_args(Document.model_fields[cell["table"]].annotation)
+    return [row(strategy=done["strategy"], **cell["labels"], **found) for found in done["result"]]

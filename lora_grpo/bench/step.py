@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_grpo.bench.plan import Cell, Subject, beside_native, results
-from lora_grpo.bench.prepared import Bench, fresh_prompts
 from lora_grpo.bench.schema import StepRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.timing import Clock
+from lora_grpo.bench.tokens import fresh_prompts
 from lora_grpo.grpo.advantages import group_advantages
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.types import Sampling
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.strategies.base import Strategy
 
 SERVING = ("generate", "sync")
 """The phases in which strategies differ."""
@@ -35,7 +38,9 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     return [beside_native("step", measure, subject, name, **how) for name in settings.others]
 
 
-def measure(bench: Bench, rows: int, prompt_tokens: int, length: int, group: int, steps: int) -> dict[str, list[float]]:
+def measure(
+    strategy: Strategy, rows: int, prompt_tokens: int, length: int, group: int, steps: int
+) -> dict[str, list[float]]:
     """Worker: `steps` steps on random prompts, with advantages drawn at random; seconds by phase."""
     from lora_grpo.policy import Policy
 
@@ -46,30 +51,30 @@ def measure(bench: Bench, rows: int, prompt_tokens: int, length: int, group: int
         max_completion_length=length,
         total_steps=steps,
         # Two trainers and two engines share one GPU.
-        gradient_checkpointing=bench.subject.device != "cpu",
+        gradient_checkpointing=strategy.subject.device != "cpu",
     )
-    policy = Policy(bench.strategy.trainer.model, config)
-    done = [_step(bench, policy, rows // group, prompt_tokens) for _ in range(steps)]
+    policy = Policy(strategy.trainer.model, config)
+    done = [_step(strategy, policy, rows // group, prompt_tokens) for _ in range(steps)]
     return {phase: [seconds[phase] for seconds in done] for phase in PHASES}
 
 
-def _step(bench: Bench, policy: Any, prompts: int, prompt_tokens: int) -> dict[str, float]:
-    config, clock = policy.config, Clock(bench.subject.device)
-    drawn = fresh_prompts(bench, prompts, prompt_tokens)
+def _step(strategy: Strategy, policy: Any, prompts: int, prompt_tokens: int) -> dict[str, float]:
+    config, clock = policy.config, Clock(strategy.subject.device)
+    drawn = fresh_prompts(strategy.subject, prompts, prompt_tokens)
     sampling = Sampling(n=config.num_generations, max_tokens=config.max_completion_length, seed=0, ignore_eos=True)
     with clock("generate"):
-        groups = bench.strategy.generate(drawn, sampling)
+        groups = strategy.generate(drawn, sampling)
     with clock("train"):
         rewards_B = torch.rand(prompts * config.num_generations)
         advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
         batch = policy.prepare(Batch.from_groups(groups, advantages_B))
         policy.update(batch)
     with clock("sync"):
-        bench.strategy.sync()
+        strategy.sync()
     return clock.seconds
 
 
-def rows(cell: Mapping[str, Any], bandwidth: object) -> list[StepRow]:
+def rows(cell: Mapping[str, Any]) -> list[StepRow]:
     """Both strategies of a pair. Training is the same work whatever syncs: both are given the median of all its rounds,
     so that its noise, which is more than what they differ in, favours neither."""
     train_s = median(s for done in cell["rounds"] for s in done["result"]["train"])

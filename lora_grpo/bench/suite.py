@@ -13,22 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.files.disk import tmpfs_home
-from lora_grpo.bench import decode, endurance, fidelity, host, memory, proofs, rollback, room, shapes, step, sync
+from lora_grpo.bench import decode, endurance, fidelity, host, memory, rollback, room, shapes, step, sync
 from lora_grpo.bench.joining import finished
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.bench.runner import Partial, Progress, Runner
-from lora_grpo.bench.schema import Document
+from lora_grpo.bench.schema import TABLES, Document, rows_of_one
 from lora_grpo.bench.settings import PARTS, Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import adapter_crossing, floor_seconds, weights_crossing
-from lora_grpo.bench.turns import beside_native, one_at_a_time
+from lora_grpo.bench.turns import BESIDE_NATIVE, beside_native, one_at_a_time
 from lora_grpo.errors import ConfigError
 
 _ROOMS: dict[str, Any] = dict(zip(PARTS, (sync, memory, decode, fidelity, step, rollback, endurance), strict=True))
 PLANNERS: dict[str, Callable[[Settings, Subject], list[Cell]]] = {part: one.cells for part, one in _ROOMS.items()}
-_MORE: dict[str, Any] = {"proof": proofs.rows, "truth": fidelity.truth_rows, "drift": fidelity.drift_rows}
-ROWS: dict[str, Callable[[Any, Any], list[Any]]] = {**{part: one.rows for part, one in _ROOMS.items()}, **_MORE}
 PARTIAL, RESULTS = "partial.json", "results.json"
 LEAST_TMPFS = 2 << 30
 """Bytes on /dev/shm for the versions that are kept, up to 8 of a 7B's."""
@@ -124,10 +122,7 @@ class Suite:
 
     def document(self) -> Document:
         """The figures so far."""
-        found: dict[str, list[Any]] = {table: [] for table in ROWS}
-        for cell in beside_native(self._partial.cells):
-            found[cell["table"]] += ROWS[cell["table"]](cell, self._partial.bandwidth)
-        tables = finished(found, self.card["device"])
+        tables = finished(rows(self._partial), self.card["device"])
         verdicts = [text for row in tables["truth"] if (text := fidelity.verdict(row))]
         return Document(
             command=self._command,
@@ -225,6 +220,15 @@ def finished_command(out: Path, *, other_than: Mapping[str, Settings] | None = N
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{out / RESULTS} is no result of this suite: {error}") from error
+
+
+def rows(measured: Partial) -> dict[str, list[Any]]:
+    """By table. Where strategies are compared, its room makes them; else each thing that was found is one."""
+    found: dict[str, list[Any]] = {table: [] for table in TABLES}
+    for cell in beside_native(measured.cells):
+        rows_of = _ROOMS[cell["table"]].rows if cell["table"] in BESIDE_NATIVE else rows_of_one
+        found[cell["table"]] += rows_of({**cell, "bandwidth": measured.bandwidth})
+    return found
 
 
 def _own_folder(opened: ExitStack, prefix: str, parent: Path) -> Path:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench import fidelity, proofs
 from lora_grpo.bench.plan import Cell, Subject, beside_native, results
-from lora_grpo.bench.prepared import Bench
 from lora_grpo.bench.schema import SyncRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.timing import floor_seconds, percentile_95
+
+if TYPE_CHECKING:
+    from lora_grpo.bench.strategies.base import Strategy
 
 WARM = 3
 """Syncs thrown away: caches, allocators and lazily built state of every strategy settle."""
@@ -36,38 +38,36 @@ def _pair(settings: Settings, subject: Subject, strategy: str) -> Cell:
     return beside_native("sync", measure, subject, strategy, arguments=syncs, warm={"syncs": WARM}, labels=labels)
 
 
-def measure(bench: Bench, syncs: int, *, at_once: bool = False) -> dict[str, Any]:
+def measure(strategy: Strategy, syncs: int, *, at_once: bool = False) -> dict[str, Any]:
     """Worker: syncs, each after a step of the trainer that is not timed; of a merge also with all weights in one
     call."""
-    bench.strategy.at_once = at_once
-    done = [bench.strategy.renew() for _ in range(syncs)]
-    bench.strategy.at_once = False
+    strategy.at_once = at_once
+    done = [strategy.renew() for _ in range(syncs)]
+    strategy.at_once = False
     return {
         "phases_s": {phase: [synced.seconds[phase] for synced in done] for phase in done[-1].seconds},
         "afterwards_s": [synced.afterwards_s for synced in done],
         "moved_bytes": done[-1].moved_bytes,
-        "loader": bench.strategy.loader,
-        "load_calls": bench.strategy.load_calls,
+        "loader": strategy.loader,
+        "load_calls": strategy.load_calls,
     }
 
 
-def rows(cell: Mapping[str, Any], bandwidth: Mapping[str, float]) -> list[SyncRow]:
+def rows(cell: Mapping[str, Any]) -> list[SyncRow]:
     """Both strategies of a pair."""
     rounds = results(cell)
     strategies = list(rounds)
     native_s = median(totals(rounds[strategies[0]]))
     against = ["unpaired"] * len(rounds) if cell.get("unpaired") else reversed(strategies)
     return [
-        _row(strategy, rounds[strategy], native_s, bandwidth, cell, other)
+        _row(strategy, rounds[strategy], native_s, cell, other)
         for strategy, other in zip(strategies, against, strict=True)
     ]
 
 
-def _row(
-    strategy: str, found: list[Any], native_s: float, bandwidth: Mapping[str, float], cell: Any, against: str
-) -> SyncRow:
+def _row(strategy: str, found: list[Any], native_s: float, cell: Mapping[str, Any], against: str) -> SyncRow:
     seconds = totals(found)
-    floor_s = floor_seconds(found[-1]["moved_bytes"], bandwidth)
+    floor_s = floor_seconds(found[-1]["moved_bytes"], cell["bandwidth"])
     return SyncRow(
         strategy=strategy,
         **cell["labels"],

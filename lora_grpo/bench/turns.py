@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_grpo.bench.plan import Cell, Subject
-from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.plan import Cell, Subject, results
+from lora_grpo.bench.strategies import AGAIN, NATIVE
 
-AGAIN = f"{NATIVE} again"
 AT_ONCE = "merge-trl-batched"
+BESIDE_NATIVE = ("sync", "decode", "step", "rollback")
+"""The tables in which strategies are compared with what native does beside them."""
 _ORDER = ("sync", "decode", "rollback", "", "truth", "memory")
 """Of what is measured on one engine; the empty name stands for all others."""
-_ONCE = ("truth", "proof", "fidelity", "drift", "endurance")
-"""What native measures in its first turn alone."""
 
 
 def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
@@ -25,32 +24,22 @@ def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
         for index, subject in enumerate(cell.subjects):
             alone = _alone(cell, index, subject)
             made.setdefault(alone.key, alone)
-    main = next((cell.subjects[0] for cell in made.values() if cell.subjects[0].strategy == NATIVE), None)
-    again = [_again(cell) for cell in made.values() if cell.subjects[0] == main and cell.table not in _ONCE]
-    merged = [_at_once(cell) for cell in made.values() if cell.table == "sync" and cell.name == "merge-trl"]
-    turns = list(dict.fromkeys(cell.subjects[0] for cell in made.values()))
-    turns.sort(key=lambda subject: subject.strategy != NATIVE)
-    in_order = sorted([*made.values(), *merged], key=lambda cell: (turns.index(cell.subjects[0]), _place(cell)))
-    return [*in_order, *sorted(again, key=_place)]
+    alones = list(made.values())
+    main = next((cell.subjects for cell in alones if cell.subjects[0].strategy == NATIVE), None)
+    alones += [_at_once(cell) for cell in alones if cell.key.startswith("sync/merge-trl/")]
+    alones += [_again(cell) for cell in alones if cell.subjects == main and cell.table in (*BESIDE_NATIVE, "memory")]
+    turns = list(dict.fromkeys(cell.subjects for cell in alones))
+    turns.sort(key=lambda subjects: subjects[0].strategy != NATIVE)
+    return sorted(alones, key=lambda cell: (turns.index(cell.subjects), _place(cell)))
 
 
 def _alone(cell: Cell, index: int, subject: Subject) -> Cell:
     key = f"{cell.table}/{subject.strategy}/r{subject.rank}/{subject.targets}/{subject.graphs}"
-    native = key.replace(f"/{subject.strategy}/", f"/{NATIVE}/", 1)
-    return replace(
-        cell,
-        key=key,
-        subjects=(subject,),
-        order=(0,) * cell.order.count(index),
-        fresh=False,
-        in_turn=True,
-        name=subject.strategy,
-        against=None if subject.strategy == NATIVE else native,
-    )
+    return replace(cell, key=key, subjects=(subject,), order=(0,) * cell.order.count(index), fresh=False)
 
 
 def _again(cell: Cell) -> Cell:
-    return replace(cell, key=f"{cell.key}/again", name=AGAIN, turn=1, against=cell.key)
+    return replace(cell, key=f"{cell.key}/again", subjects=(cell.subjects[0].with_strategy(AGAIN),))
 
 
 def _at_once(cell: Cell) -> Cell:
@@ -63,11 +52,14 @@ def _place(cell: Cell) -> int:
 
 
 def beside_native(cells: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What was measured, ready for rows: a strategy's rounds in turn stand behind those of native, or where those are
-    missing, of its second turn."""
+    """What was measured, ready for rows: rounds of one strategy in turn stand behind those of native, or where those
+    are missing, of its second turn."""
     for cell in cells.values():
-        native = cells.get(str(cell.get("against"))) or cells.get(f"{cell.get('against')}/again")
-        if native is None or native is cell or cell["table"] in ("memory", *_ONCE):
+        rounds, kind = cell["rounds"], (cell["table"], cell["labels"])
+        if cell["table"] not in BESIDE_NATIVE or len(results(cell)) > 1:
             yield cell
-        else:
-            yield {**cell, "rounds": [*native["rounds"], *cell["rounds"]]}
+            continue
+        alike = [one["rounds"] for one in cells.values() if (one["table"], one["labels"]) == kind]
+        of = {found[0]["strategy"]: found for found in alike}
+        native = of.get(NATIVE, of.get(AGAIN, rounds))
+        yield {**cell, "rounds": rounds if native is rounds else [*native, *rounds], "unpaired": True}

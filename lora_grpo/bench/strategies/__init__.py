@@ -12,12 +12,15 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.sections import nearest_key
 
 if TYPE_CHECKING:
+    from lora_grpo.bench.plan import Subject
     from lora_grpo.bench.strategies.base import Strategy
 
 NATIVE, SHARED, STOCK, BASE = "native", "native-shared", "native-stock", "base"
+AGAIN = "native again"
 
 _HOMES = {
-    "native": "native:Native",
+    NATIVE: "native:Native",
+    AGAIN: "native:Native",
     "native-disk": "native:NativeDisk",
     "native-shared": "native:NativeShared",
     "native-stock": "native:NativeStock",
@@ -45,3 +48,11 @@ def load_strategy(name: str) -> type[Strategy]:
     module, _, attribute = home.partition(":")
     strategy: type[Strategy] = getattr(importlib.import_module(module), attribute)
     return strategy
+
+
+def load(subject: Subject) -> Strategy:
+    """Worker: trainer and engine of a subject."""
+    from lora_grpo.engines import compat
+
+    compat.import_vllm()
+    return load_strategy(subject.strategy)(subject)

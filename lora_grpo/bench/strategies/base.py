@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_grpo.bench.levels import Levels
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.trainer import Trainer
+from lora_grpo.bench.tokens import sequences
 from lora_grpo.engines.local.weights import PlainEngine, drop_weights
 from lora_grpo.types import Group, Sampling
 
@@ -37,7 +40,6 @@ class Strategy(ABC):
     """A trainer's adapter on its way to an engine, again and again."""
 
     trainer: Trainer
-    subject: Subject
     engine: Any
     loader: str | None = None
     """How our engine took the last sync's adapter; None where another engine does."""
@@ -48,13 +50,18 @@ class Strategy(ABC):
     remember_pushed: bool = False
     """Keep copies of what a sync pushes, so that `served_weight` can tell; costs memory and time."""
 
-    def prepare(self, subject: Subject, seen: Callable[[str], None]) -> None:
-        """Load the trainer, then the engine; `seen` is told after each what was loaded."""
+    def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.trainer = Trainer(subject)
-        seen("trainer")
+        self.levels = Levels(subject.device)
+        self.load()
+        self.base_logprobs = self.logprobs(sequences(subject))
+
+    def load(self) -> None:
+        """Load the trainer, then the engine; `levels` sees what each takes."""
+        self.trainer = Trainer(self.subject)
+        self.levels.seen("trainer")
         self.start()
-        seen("engine")
+        self.levels.seen("engine")
 
     @abstractmethod
     def start(self) -> None:
@@ -108,9 +115,9 @@ class Strategy(ABC):
         """Have engine and trainer back on what was marked."""
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        """Directories that hold the strategy's own files."""
-        return ()
+    def folder(self) -> Path:
+        """For the strategy's own files; no other process's."""
+        return Path(self.subject.tmpfs, str(os.getpid()))
 
 
 class OnPlainEngine(Strategy):

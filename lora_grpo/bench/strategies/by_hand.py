@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ class ByHand(OnPlainEngine):
     """A fresh directory on tmpfs, id and name each time; old directories are removed after the clock stopped."""
 
     def start(self) -> None:
-        self.folder = Path(self.subject.tmpfs) / "by-hand"
         self.engine = PlainEngine(self.subject.model, lora_rank=self.subject.rank, **engine_arguments(self.subject))
         self._count = 0
         self._request: Any = None
@@ -54,10 +52,6 @@ class ByHand(OnPlainEngine):
         with clock("trainer"):
             self.trainer.restore(weights)
         return Synced(clock.seconds, {})
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.folder,)
 
     def close(self) -> None:
         super().close()

@@ -8,7 +8,6 @@ from typing import TypeAlias
 
 import torch
 
-from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.base import OnPlainEngine, Synced, engine_arguments
 from lora_grpo.bench.strategies.trainer import checkpoint_name
 from lora_grpo.bench.timing import Clock, weights_crossing
@@ -57,10 +56,9 @@ class Merging(OnPlainEngine):
 class BaseOnly(Merging):
     """The base on an engine without LoRA: what decoding costs at best. There is no trainer; a sync does nothing."""
 
-    def prepare(self, subject: Subject, seen: Callable[[str], None]) -> None:
-        self.subject = subject
+    def load(self) -> None:
         self.start()
-        seen("engine")
+        self.levels.seen("engine")
 
     def renew(self) -> Synced:
         return self.sync()

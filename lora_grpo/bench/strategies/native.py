@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,6 @@ import torch
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.strategies.trainer import Trainer, checkpoint_name
 from lora_grpo.bench.timing import Clock, adapter_crossing
@@ -46,13 +46,9 @@ class Native(Strategy):
 
     def connect(self) -> None:
         """Prove the path from the trainer to the engine."""
-        self.store = AdapterStore(self.folder(self.subject), retention=keep_latest(KEPT_VERSIONS))
+        self.store = AdapterStore(self.folder, retention=keep_latest(KEPT_VERSIONS))
         self.pusher = NativeSync(self.trainer.model, self.engine, self.store)
         self.version: AdapterVersion | None = None
-
-    def folder(self, subject: Subject) -> Path:
-        """Where versions live."""
-        return Path(subject.tmpfs) / "versions"
 
     def sync(self) -> Synced:
         clock = Clock(self.subject.device)
@@ -92,10 +88,6 @@ class Native(Strategy):
         self.version = self.pusher.rollback(to=mark).version
         return Synced({"rollback": clock.now() - started}, {})
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (self.folder(self.subject),)
-
     def close(self) -> None:
         self.pusher.close()
         super().close()
@@ -110,8 +102,9 @@ class NativeDisk(Native):
             warnings.simplefilter("ignore")
             super().start()
 
-    def folder(self, subject: Subject) -> Path:
-        return Path(subject.disk) / "versions"
+    @property
+    def folder(self) -> Path:
+        return Path(self.subject.disk, str(os.getpid()))
 
 
 class NativeStock(Native):
@@ -128,14 +121,13 @@ class NativeShared(Native):
 
     engine_options: ClassVar[dict[str, Any]] = {"share_base_weights": True}
 
-    def prepare(self, subject: Subject, seen: Callable[[str], None]) -> None:
-        self.subject = subject
+    def load(self) -> None:
         self.start_engine()
-        seen("engine")
-        self.trainer = Trainer(subject, self.engine.shared_model())
-        seen("trainer")
+        self.levels.seen("engine")
+        self.trainer = Trainer(self.subject, self.engine.shared_model())
+        self.levels.seen("trainer")
         self.connect()
-        seen("engine")
+        self.levels.seen("engine")
 
     def same_bits(self) -> bool | None:
         from safetensors.torch import load_file
