@@ -462,16 +462,16 @@ def test_compare_fails_in_both_directions() -> None:
     same = document([sync_row("native", 0.04, 0.04), sync_row("merge-trl", 2.2, 0.04)], [])
     slower = document([sync_row("native", 0.04, 0.04), sync_row("merge-trl", 1.0, 0.04)], [])
     other = document([sync_row("native", 0.02, 0.02), sync_row("merge-trl", 2.0, 0.02)], [])
-    assert [one.held for one in compare(same, then, 0.2)] == [True]
-    assert [one.held for one in compare(slower, then, 0.2)] == [False]
-    assert [one.held for one in compare(other, then, 0.2)] == [False]
+    assert [one[""] for one in compare(same, then, 0.2)] == [""]
+    assert [one[""] for one in compare(slower, then, 0.2)] == ["outside"]
+    assert [one[""] for one in compare(other, then, 0.2)] == ["outside"]
 
 
 def test_compare_looks_at_proofs_and_copies_too() -> None:
     then, now = document([], []), document([], [])
     then.memory, now.memory = [memory_row("native-shared", 105)], [memory_row("native-shared", 210)]
-    (copies,) = [one for one in compare(now, then, 0.3) if "copies of the base" in one.name]
-    assert (copies.baseline, copies.now, copies.held) == (1.05, 2.1, False)
+    (copies,) = [one for one in compare(now, then, 0.3) if "copies of the base" in one["ratio to native"]]
+    assert (copies["baseline"], copies["now"], copies[""]) == (1.05, 2.1, "outside")
 
 
 def test_report_says_where_merging_wins(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lora_grpo.bench.runner import Partial, Runner
 from lora_grpo.bench.settings import plan_parts
 from lora_grpo.bench.strategies import AGAIN, load
 from lora_grpo.bench.strategies.base import engine_arguments
-from lora_grpo.bench.turns import AT_ONCE, beside_native, one_at_a_time
+from lora_grpo.bench.turns import AT_ONCE, compared, one_at_a_time
 from lora_grpo.cli import app
 from lora_grpo.engines import compat
 from lora_grpo.engines.local.weights import PlainEngine
@@ -77,12 +77,12 @@ def test_rows_compare_with_natives_first_turn() -> None:
         "sync/trl": synced(done("merge-trl", 8.0, 339)),
         "sync/native/again": synced(done(AGAIN, 2.2)),
     }
-    rows = {row.strategy: row for cell in beside_native(cells) for row in sync.rows(cell)}
+    rows = {row.strategy: row for cell in compared(cells) for row in sync.rows(cell)}
     assert {name: row.ratio_to_native for name, row in rows.items()} == {"native": 1.0, "merge-trl": 4.0, AGAIN: 1.1}
     assert {row.against for row in rows.values()} == {"unpaired"}
     assert rows["merge-trl"].load_calls == 339
     del cells["sync/native"]
-    left = {row.strategy: row for cell in beside_native(cells) for row in sync.rows(cell)}
+    left = {row.strategy: row for cell in compared(cells) for row in sync.rows(cell)}
     assert left["merge-trl"].ratio_to_native == pytest.approx(8.0 / 2.2)
 
 

@@ -56,8 +56,10 @@ def too_large(device: str, memory_bytes: dict[str, int]) -> dict[str, str]:
     for step in plan(Path(), device, Path()):
         if step.shape:
             parts = plan_parts("all", scenario(step.name, device), {"shape": step.shape, "device": device})
+            model = host.measure_model(step.shape, None)
             try:
-                room.engine_shares(parts, {step.shape: host.measure_model(step.shape, None)}, memory_bytes)
+                for part, settings in parts.items():
+                    room.engine_share(part, settings, model, memory_bytes)
             except ConfigError as error:
                 refused[step.name] = str(error)
     return refused

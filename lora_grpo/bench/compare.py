@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 from lora_grpo.bench.schema import Document
 from lora_grpo.bench.strategies import NATIVE
@@ -19,24 +19,15 @@ RATIOS = (
 """Table, column, and what a ratio is called there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """One ratio now and then; `held` when they are within the tolerance of each other."""
-
-    name: str
-    baseline: float
-    now: float
-    held: bool
-
-
-def compare(now: Document, baseline: Document, tolerance: float) -> list[Difference]:
-    """Every ratio that both runs hold. One that got better by more than the tolerance is not held either: either the
-    baseline is out of date, or what native is compared with got slower."""
+def compare(now: Document, baseline: Document, tolerance: float) -> list[dict[str, Any]]:
+    """Every ratio that both runs hold; "outside" where they are not within the tolerance of each other. One that got
+    better by more is not either: either the baseline is out of date, or what native is compared with got slower."""
     old, new = ratios(baseline), ratios(now)
+    both = [name for name in new if name in old and old[name] > 0 and new[name] > 0]
+    held = {name: 1 / (1 + tolerance) <= new[name] / old[name] <= 1 + tolerance for name in both}
     return [
-        Difference(name, old[name], new[name], 1 / (1 + tolerance) <= new[name] / old[name] <= 1 + tolerance)
-        for name in new
-        if name in old and old[name] > 0 and new[name] > 0
+        {"ratio to native": name, "baseline": old[name], "now": new[name], "": "" if held[name] else "outside"}
+        for name in both
     ]
 
 

@@ -5,10 +5,10 @@ Our own errors are replies; any other ends the process, and its log, which the p
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
-import threading
-import time
+import signal
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lora_grpo import errors
 from lora_grpo.bench.strategies import load
 from lora_grpo.errors import EngineError, LoraGrpoError
 from lora_grpo.metrics.quiet import capture_output
@@ -25,6 +24,8 @@ from lora_grpo.metrics.quiet import capture_output
 _GRACE_S = 20.0
 HAS_IMPORTED = False
 """Set where a program has imported all that a worker needs and has done nothing with it: no thread, no CUDA."""
+PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal that a process gets when its parent ends."""
 
 
 class WorkerProcess:
@@ -54,9 +55,9 @@ class WorkerProcess:
             reply = self._channel.recv()
         except (EOFError, OSError):
             raise EngineError(self._obituary()) from None
-        if "error" in reply:
-            raise getattr(errors, reply["type"])(reply["error"])
-        return reply["result"]
+        if isinstance(reply, LoraGrpoError):
+            raise reply
+        return reply
 
     def close(self) -> None:
         """Let it close its engine and end; kill it when it takes long."""
@@ -100,7 +101,8 @@ def serve(requests: Connection, log: str) -> None:
     with open(log, "ab") as output:
         for descriptor in (1, 2):
             os.dup2(output.fileno(), descriptor)
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    # In the middle of a long piece of work, too, it does not outlive whoever asked for it.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     loaded: list[Any] = []
     with suppress(EOFError):
         while (request := requests.recv()) is not None:
@@ -109,15 +111,8 @@ def serve(requests: Connection, log: str) -> None:
                 result = work(*loaded, **arguments)
                 if work is load:
                     loaded, result = [result], None
-                requests.send({"result": result})
+                requests.send(result)
             except LoraGrpoError as error:
-                requests.send({"error": str(error), "type": type(error).__name__})
+                requests.send(error)
     for strategy in loaded:
         strategy.close()
-
-
-def _die_with(parent: int) -> None:
-    """A worker in the middle of a long piece of work does not outlive whoever asked for it."""
-    while os.getppid() == parent:
-        time.sleep(2.0)
-    os._exit(1)

@@ -23,15 +23,6 @@ _CPU_SHARE = 0.1
 """Of memory, where vLLM wants to be told a share and `VLLM_CPU_KVCACHE_SPACE` says the size."""
 
 
-def engine_shares(
-    parts: Mapping[str, Settings], models: Mapping[str, Mapping[str, int]], memory: Mapping[str, int]
-) -> dict[str, float]:
-    """`gpu_memory_utilization` by model. Raises `ConfigError` when a part does not fit."""
-    return {
-        settings.label: engine_share(part, settings, models[settings.label], memory) for part, settings in parts.items()
-    }
-
-
 def engine_share(part: str, settings: Settings, model: Mapping[str, int], memory: Mapping[str, int]) -> float:
     """`gpu_memory_utilization` of an engine; on a GPU one strategy is alive at a time, beside its trainer.
 

@@ -22,7 +22,7 @@ from lora_grpo.bench.schema import TABLES, Document, rows_of_one
 from lora_grpo.bench.settings import PARTS, Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import adapter_crossing, floor_seconds, weights_crossing
-from lora_grpo.bench.turns import BESIDE_NATIVE, beside_native, one_at_a_time
+from lora_grpo.bench.turns import BESIDE_NATIVE, compared, one_at_a_time
 from lora_grpo.errors import ConfigError
 
 _ROOMS: dict[str, Any] = dict(zip(PARTS, (sync, memory, decode, fidelity, step, rollback, endurance), strict=True))
@@ -75,7 +75,10 @@ class Suite:
             label: self._host.do(host.measure_model, shape=shape, model=model)
             for label, (shape, model) in wanted.items()
         }
-        self._shares = room.engine_shares(self._parts, self._sizes, seen["memory_bytes"])
+        self._shares = {
+            settings.label: room.engine_share(part, settings, self._sizes[settings.label], seen["memory_bytes"])
+            for part, settings in self._parts.items()
+        }
         dumped = {part: settings.model_dump(mode="json") for part, settings in self._parts.items()}
         machine = {name: value for name, value in seen["card"].items() if name not in _FLEETING}
         path = self._out / PARTIAL if self._out else None
@@ -225,16 +228,15 @@ def finished_command(out: Path, *, other_than: Mapping[str, Settings] | None = N
 def rows(measured: Partial) -> dict[str, list[Any]]:
     """By table. Where strategies are compared, its room makes them; else each thing that was found is one."""
     found: dict[str, list[Any]] = {table: [] for table in TABLES}
-    for cell in beside_native(measured.cells):
+    for cell in compared(measured.cells):
         rows_of = _ROOMS[cell["table"]].rows if cell["table"] in BESIDE_NATIVE else rows_of_one
         found[cell["table"]] += rows_of({**cell, "bandwidth": measured.bandwidth})
     return found
 
 
 def _own_folder(opened: ExitStack, prefix: str, parent: Path) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    opened.callback(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    own = tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+    return Path(opened.enter_context(own))
 
 
 def _fastest_folder() -> Path:

@@ -51,7 +51,7 @@ def _place(cell: Cell) -> int:
     return _ORDER.index(cell.table if cell.table in _ORDER else "")
 
 
-def beside_native(cells: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def compared(cells: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What was measured, ready for rows: rounds of one strategy in turn stand behind those of native, or where those
     are missing, of its second turn."""
     for cell in cells.values():

@@ -15,7 +15,7 @@ from lora_grpo.bench.levels import Levels
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.trainer import Trainer
 from lora_grpo.bench.tokens import sequences
-from lora_grpo.engines.local.weights import PlainEngine, drop_weights
+from lora_grpo.engines.local.weights import drop_weights
 from lora_grpo.types import Group, Sampling
 
 
@@ -80,13 +80,19 @@ class Strategy(ABC):
         """Whether a trainer on shared weights sees the checkpoint's, bit for bit; None where it has its own."""
         return None
 
-    @abstractmethod
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Teacher-forced log-probs of what is served; of the base before the first sync."""
+        scored: list[list[float]] = self.engine.logprobs(sequences, **self.served())
+        return scored
 
-    @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
         """Completions of what is served."""
+        groups: list[Group] = self.engine.generate(prompts, sampling, **self.served())
+        return groups
+
+    def served(self) -> dict[str, Any]:
+        """How the engine is told whom to sample from; a stock one serves what it was given last."""
+        return {}
 
     @abstractmethod
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
@@ -118,18 +124,6 @@ class Strategy(ABC):
     def folder(self) -> Path:
         """For the strategy's own files; no other process's."""
         return Path(self.subject.tmpfs, str(os.getpid()))
-
-
-class OnPlainEngine(Strategy):
-    """vLLM as it comes, without anything of ours."""
-
-    engine: PlainEngine
-
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self.engine.logprobs(sequences)
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
-        return self.engine.generate(prompts, sampling)
 
 
 def engine_arguments(subject: Subject) -> dict[str, Any]:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from lora_grpo.bench.strategies.base import OnPlainEngine, Synced, engine_arguments
+from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.timing import Clock, adapter_crossing
 from lora_grpo.engines.local.weights import PlainEngine
 
 KEPT = 8
 
 
-class ByHand(OnPlainEngine):
+class ByHand(Strategy):
     """A fresh directory on tmpfs, id and name each time; old directories are removed after the clock stopped."""
 
     def start(self) -> None:

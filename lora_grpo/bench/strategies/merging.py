@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from lora_grpo.bench.strategies.base import OnPlainEngine, Synced, engine_arguments
+from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.strategies.trainer import checkpoint_name
 from lora_grpo.bench.timing import Clock, weights_crossing
 from lora_grpo.engines.local.weights import PlainEngine
@@ -17,7 +17,7 @@ Named: TypeAlias = Iterator[tuple[str, torch.Tensor]]
 Phases: TypeAlias = dict[str, Callable[[], object]]
 
 
-class Merging(OnPlainEngine):
+class Merging(Strategy):
     """The engine runs with `enable_lora=False`, its real best for merged weights.
 
     `moved_bytes` of weights crossed in the last sync.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +18,6 @@ from lora_grpo.bench.timing import Clock, adapter_crossing
 from lora_grpo.engines.local.weights import version_tensors
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.sync import NativeSync
-from lora_grpo.types import Group, Sampling
 
 KEPT_VERSIONS = 8
 
@@ -64,11 +62,8 @@ class Native(Strategy):
             receipt.keeping_s,
         )
 
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return self.engine.logprobs(sequences, adapter=self.version)
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
-        return self.engine.generate(prompts, sampling, adapter=self.version)
+    def served(self) -> dict[str, Any]:
+        return {"adapter": self.version}
 
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
         assert self.version is not None
