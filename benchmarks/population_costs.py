@@ -21,6 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import LoraConfig
 
@@ -118,11 +119,10 @@ def published(trainer: GRPOTrainer) -> float:
     return trainer.sync.last_receipt.total_s
 
 
-def resident_peak(process: str = "self") -> int:
-    """Bytes; of a process and all that it started."""
-    tasks = Path("/proc", process, "task").iterdir()
-    children = [pid for task in tasks for pid in (task / "children").read_text().split()]
-    return proc_bytes(f"{process}/status", "VmHWM")[0] + sum(map(resident_peak, children))
+def resident_peak() -> int:
+    """Bytes; of this process and all that it started."""
+    own = psutil.Process()
+    return sum(proc_bytes(f"{one.pid}/status", "VmHWM")[0] for one in (own, *own.children(recursive=True)))
 
 
 if __name__ == "__main__":

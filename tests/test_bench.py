@@ -34,7 +34,6 @@ from lora_grpo.bench.strategies.base import Strategy
 from lora_grpo.bench.strategies.trainer import Trainer
 from lora_grpo.bench.suite import by_strategy
 from lora_grpo.bench.timing import floor_seconds, measure_bandwidth, percentile_95
-from lora_grpo.bench.tokens import sequences
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
@@ -166,7 +165,7 @@ def test_a_model_is_written_once_the_same_and_loads(tiny: Path, tmp_path: Path) 
 
 
 def test_log_probs_of_a_made_model_are_far_from_uniform(tiny: Path) -> None:
-    logp = teacher_logprobs(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), sequences(subject(tiny)))
+    logp = teacher_logprobs(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), subject(tiny).sequences())
     values = torch.tensor(logp)
     assert 0.5 < float(values.std()) < 5
 
@@ -190,7 +189,7 @@ def test_reference_agrees_with_peft_and_is_restored(tiny: Path) -> None:
     trainer = Trainer(subject(tiny))
     trainer.model.to(torch.float32)
     trainer.randomise(0.3)
-    reference, tokens = Reference(str(tiny), "cpu"), sequences(subject(tiny))
+    reference, tokens = Reference(str(tiny), "cpu"), subject(tiny).sequences()
     base = reference.logprobs(tokens)
     with reference.policy(trainer):
         policy = reference.logprobs(tokens)

@@ -23,7 +23,6 @@ from lora_grpo.bench.settings import Settings, plan_parts
 from lora_grpo.bench.strategies import NATIVE, load
 from lora_grpo.bench.strategies.base import Synced
 from lora_grpo.bench.strategies.trainer import Trainer
-from lora_grpo.bench.tokens import sequences
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import teacher_logprobs
 from tests.test_bench import decode_row, document, subject, sync_row
@@ -157,7 +156,7 @@ class Served:
 
     def __init__(self, of: Subject) -> None:
         self.subject, self.trainer = of, Trainer(of)
-        self.base_logprobs = self.logprobs(sequences(of))
+        self.base_logprobs = self.logprobs(of.sequences())
 
     def same_bits(self) -> None: ...
 
@@ -201,7 +200,7 @@ def test_a_reference_computes_with_new_weights_and_holds_none(tiny: Path) -> Non
     reference = references.Reference(str(tiny), "cpu")
     path = "model.layers.1.mlp.down_proj"
     places = {name: p.data_ptr() for name, p in reference._model.named_parameters()}
-    tokens = sequences(subject(tiny))
+    tokens = subject(tiny).sequences()
     base = reference.logprobs(tokens)
     assert all(p.dtype == torch.float32 for p in reference._model.parameters())
     with reference.weights([path], lambda _, weight_OI: weight_OI / 2):
@@ -235,7 +234,7 @@ def test_decoding_is_greedy_on_a_gpu() -> None:
     """A seed of each row's own is a loop over rows in vLLM's sampler, as slow for the base as for an adapter."""
     asked: list[Any] = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(decode, "fresh_prompts", lambda *_: [[1]])
+        patched.setattr(Subject, "fresh_prompts", lambda *_: [[1]])
         for device in ("cpu", "cuda:0"):
             strategy: Any = SimpleNamespace(
                 generate=lambda prompts, sampling: asked.append(sampling), subject=subject(device=device)

@@ -12,7 +12,6 @@ from lora_grpo.bench.plan import Cell, Subject, beside_native, results
 from lora_grpo.bench.schema import DecodeRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import BASE, SHARED, STOCK
-from lora_grpo.bench.tokens import fresh_prompts
 from lora_grpo.types import Sampling
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def generate_seconds(strategy: Strategy, rows: int, prompt_tokens: int, length: 
     Drawn at temperature 1, but on a GPU greedily: requests that have a seed are drawn there one after the other, which
     takes as long as the model does at many rows and hides what strategies differ in.
     """
-    prompts = fresh_prompts(strategy.subject, rows, prompt_tokens)
+    prompts = strategy.subject.fresh_prompts(rows, prompt_tokens)
     temperature = 1.0 if strategy.subject.device == "cpu" else 0.0
     sampling = Sampling(n=1, max_tokens=length, temperature=temperature, seed=strategy.subject.seed, ignore_eos=True)
     started = time.perf_counter()

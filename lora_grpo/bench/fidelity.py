@@ -9,7 +9,6 @@ from lora_grpo.bench.levels import collect
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.schema import TruthRow
 from lora_grpo.bench.settings import Settings
-from lora_grpo.bench.tokens import sequences
 from lora_grpo.errors import EngineError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
@@ -51,7 +50,7 @@ def oracle(subject: Subject) -> dict[str, Any]:
     from lora_grpo.bench.strategies.trainer import Trainer
     from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
 
-    trainer, reference, tokens = Trainer(subject), Reference(subject.model, subject.device), sequences(subject)
+    trainer, reference, tokens = Trainer(subject), Reference(subject.model, subject.device), subject.sequences()
     base = reference.logprobs(tokens)
     with trainer.model.disable_adapter():
         noise = mean_abs_difference(teacher_logprobs(trainer.model, tokens), base)
@@ -68,7 +67,7 @@ def truth(
     strategy: Strategy, size: float, base: Logprobs, exact: Logprobs, noise_nats: float, signal_nats: float
 ) -> list[dict[str, Any]]:
     """Worker: serve the adapter of `oracle`, and compare with what the fp32 reference says of it."""
-    tokens = sequences(strategy.subject)
+    tokens = strategy.subject.sequences()
     before = strategy.trainer.snapshot()
     strategy.trainer.randomise(size, ORACLE_SEED)
     strategy.sync()
@@ -105,7 +104,7 @@ def measure(strategy: Strategy, learning_rates: list[float], updates: list[int])
     strategy.remember_pushed = True
     reference = Reference(strategy.subject.model, strategy.subject.device)
     reference.restore_base(strategy.trainer)
-    base = reference.logprobs(sequences(strategy.subject))
+    base = reference.logprobs(strategy.subject.sequences())
     found = []
     for learning_rate in learning_rates:
         for steps in updates:
@@ -117,7 +116,7 @@ def measure(strategy: Strategy, learning_rates: list[float], updates: list[int])
 
 
 def _compare(strategy: Strategy, reference: Reference, base: Logprobs) -> dict[str, float]:
-    tokens = sequences(strategy.subject)
+    tokens = strategy.subject.sequences()
     with reference.policy(strategy.trainer):
         exact = reference.logprobs(tokens)
     return {
@@ -171,7 +170,7 @@ def drift(strategy: Strategy, cycles: list[int]) -> list[dict[str, Any]]:
 
 
 def _drift(strategy: Strategy, reference: Reference) -> dict[str, float]:
-    trainer, tokens = strategy.trainer, sequences(strategy.subject)
+    trainer, tokens = strategy.trainer, strategy.subject.sequences()
     modules = {module.path: module for module in trainer.modules}
     apart = size = largest = 0.0
     for path, module in modules.items():

@@ -35,14 +35,25 @@ class Subject:
     def with_strategy(self, name: str) -> Subject:
         return replace(self, strategy=name)
 
-    def at(self, rank: int, targets: str) -> Subject:
-        return replace(self, rank=rank, targets=targets)
-
     @property
     def target_modules(self) -> Any:
         """What `peft.LoraConfig` takes."""
         known = TARGETS.get(self.targets, tuple(self.targets.split("+")))
         return known if isinstance(known, str) else list(known)
+
+    def sequences(self) -> list[list[int]]:
+        """Fixed random tokens, the same in every process of a model."""
+        return self.fresh_prompts(4, 32, seed=self.seed)
+
+    def fresh_prompts(self, rows: int, tokens: int, *, seed: int | None = None) -> list[list[int]]:
+        """Random token ids; without a seed, different each time."""
+        import torch
+        from transformers import AutoConfig
+
+        vocabulary = AutoConfig.from_pretrained(self.model).get_text_config().vocab_size
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        drawn: list[list[int]] = torch.randint(1, vocabulary, (rows, tokens), generator=generator).tolist()
+        return drawn
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from lora_grpo.adapters.files.disk import STAGING
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.tokens import fresh_prompts
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.types import Sampling
 
@@ -73,5 +72,5 @@ def _probe(strategy: Native) -> None:
 def _canary(strategy: Native, rows: int, tokens: int) -> Callable[[], object]:
     """Completions as long as their prompts; making them is not part of the canary's cost."""
     sampling = Sampling(n=1, max_tokens=tokens, temperature=1.0, seed=strategy.subject.seed, ignore_eos=True)
-    groups = strategy.generate(fresh_prompts(strategy.subject, rows, tokens), sampling)
+    groups = strategy.generate(strategy.subject.fresh_prompts(rows, tokens), sampling)
     return lambda: strategy.pusher.canary(groups)

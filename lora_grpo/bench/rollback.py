@@ -10,7 +10,6 @@ from lora_grpo.bench.plan import Cell, Subject, beside_native, results
 from lora_grpo.bench.schema import RollbackRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.timing import percentile_95
-from lora_grpo.bench.tokens import sequences
 from lora_grpo.scoring import mean_abs_difference
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def measure(strategy: Strategy, repeat: int) -> dict[str, Any]:
 
 
 def _go_back(strategy: Strategy, between: int) -> dict[str, float]:
-    tokens = sequences(strategy.subject)
+    tokens = strategy.subject.sequences()
     strategy.trainer.randomise(0.2)
     strategy.sync()
     mark, then = strategy.mark(), strategy.logprobs(tokens)

@@ -12,7 +12,6 @@ from lora_grpo.bench.plan import Cell, Subject, beside_native, results
 from lora_grpo.bench.schema import StepRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.timing import Clock
-from lora_grpo.bench.tokens import fresh_prompts
 from lora_grpo.grpo.advantages import group_advantages
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo_config import GRPOConfig
@@ -60,7 +59,7 @@ def measure(
 
 def _step(strategy: Strategy, policy: Any, prompts: int, prompt_tokens: int) -> dict[str, float]:
     config, clock = policy.config, Clock(strategy.subject.device)
-    drawn = fresh_prompts(strategy.subject, prompts, prompt_tokens)
+    drawn = strategy.subject.fresh_prompts(prompts, prompt_tokens)
     sampling = Sampling(n=config.num_generations, max_tokens=config.max_completion_length, seed=0, ignore_eos=True)
     with clock("generate"):
         groups = strategy.generate(drawn, sampling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     if settings.canary_rows:
         planned.append(proofs.cell(settings, subject))
     swept = [strategy for strategy in settings.sweep_strategies if strategy in settings.strategies]
-    return planned + [_pair(settings, subject.at(*at), strategy) for at in settings.sweep for strategy in swept]
+    elsewhere = [replace(subject, rank=rank, targets=targets) for rank, targets in settings.sweep]
+    return planned + [_pair(settings, other, strategy) for other in elsewhere for strategy in swept]
 
 
 def _pair(settings: Settings, subject: Subject, strategy: str) -> Cell:

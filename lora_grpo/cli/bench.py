@@ -104,10 +104,9 @@ def _bar(rounds: int) -> Iterator[Progress]:
         yield lambda doing, done: None if done else say(doing)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=rounds)
         yield lambda doing, done: bar.update(task, description=doing, advance=done)
 

@@ -14,7 +14,6 @@ import torch
 from lora_grpo.bench.levels import Levels
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.strategies.trainer import Trainer
-from lora_grpo.bench.tokens import sequences
 from lora_grpo.engines.local.weights import drop_weights
 from lora_grpo.types import Group, Sampling
 
@@ -54,7 +53,7 @@ class Strategy(ABC):
         self.subject = subject
         self.levels = Levels(subject.device)
         self.load()
-        self.base_logprobs = self.logprobs(sequences(subject))
+        self.base_logprobs = self.logprobs(subject.sequences())
 
     def load(self) -> None:
         """Load the trainer, then the engine; `levels` sees what each takes."""
