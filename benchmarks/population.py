@@ -6,7 +6,8 @@
 One engine of a dtype, one adapter a member, `rows` a member. `alone_s` is the sum of the members' calls, each with its
 own rows, as lone runs make them; `together_s` is one call with all of them. Both are medians of `repeats`, taken in
 turn; `ratio` is of those. `ratio_cpu` is the same of processor seconds, which other work on the machine changes less.
-The tokens are compared too. On a GPU, decoding is captured in CUDA graphs.
+The tokens are compared too. On a GPU, decoding is captured in CUDA graphs; a CPU's engine is eager, since compiling
+this shape takes longer than all that is measured.
 """
 
 from __future__ import annotations
@@ -21,36 +22,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from torch import nn
 
 from lora_grpo import AdapterStore, AdapterVersion, Sampling, VLLMEngine
-from lora_grpo.adapters.peft_form.modules import lora_modules
 from lora_grpo.adapters.peft_form.serving import ServingForm
+from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.bench.shapes import write_model
-from lora_grpo.config import ModelConfig
-from lora_grpo.trainer.models import without_memory
+from lora_grpo.bench.strategies.base import engine_arguments
+from lora_grpo.bench.strategies.trainer import ADAPTER, Trainer
 
 RANK, PROMPT = 16, 32
 
 
 def main() -> None:
-    given = {"members": 8, "rows": "1,2,4,8", "repeats": 3, "tokens": 24, "dtype": "auto"}
-    options = asked(__doc__, **given, shape="qwen2.5-0.5b", device="cpu", out=None)
+    defaults = {"members": 8, "rows": "1,2,4,8", "repeats": 3, "tokens": 24, "dtype": "auto"}
+    options = asked(__doc__, **defaults, shape="qwen2.5-0.5b", device="cpu", out=None)
     about, curve = provenance("-m", "benchmarks.population", device=options.device), []
     sizes = [int(rows) for rows in options.rows.split(",")]
     with tempfile.TemporaryDirectory(prefix="lora-grpo-population-") as folder:
         base = write_model(options.shape, Path(folder) / "base", device=options.device)
-        limits = {"max_model_len": PROMPT + options.tokens, "max_num_seqs": options.members * max(sizes)}
-        limits |= {
-            "dtype": options.dtype,
-            "enable_prefix_caching": False,
-            **decoding(options.device, options.members, sizes),
-        }
-        engine = VLLMEngine(base, max_lora_rank=RANK, max_loras=options.members, **limits)
+        batches = (*sizes, *(options.members * rows for rows in sizes))
+        limits = {"max_model_len": PROMPT + options.tokens, "max_num_seqs": max(batches)}
+        subject = Subject(
+            "native", str(base), RANK, "all-linear", options.device, graphs="alone", rows=batches, **limits
+        )
+        given = {"dtype": options.dtype, "enable_prefix_caching": False, **engine_arguments(subject)}
+        engine = VLLMEngine(base, max_lora_rank=RANK, max_loras=options.members, **given)
         with AdapterStore(archive=Path(folder) / "run") as store:
-            versions = [adapter(store, base, engine, seed) for seed in range(options.members)]
+            trainer = Trainer(subject)
+            versions = [adapter(store, trainer, engine, seed) for seed in range(options.members)]
             for rows in sizes:
                 curve.append({"rows": rows, **compared(engine, versions, rows, options.tokens, options.repeats)})
                 print(json.dumps(curve[-1]), flush=True)
@@ -59,24 +59,11 @@ def main() -> None:
     write_result(options.out, {**about, **what, "curve": curve})
 
 
-def decoding(device: str, members: int, sizes: Sequence[int]) -> dict[str, Any]:
-    """How an engine decodes: eager on a CPU, where compiling this shape takes longer than all that is measured."""
-    if device == "cpu":
-        return {"enforce_eager": True}
-    captured = sorted({*sizes, *(members * rows for rows in sizes)})
-    alone = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": captured}
-    return {"enforce_eager": False, "compilation_config": alone}
-
-
-def adapter(store: AdapterStore, base: Path, engine: VLLMEngine, seed: int) -> AdapterVersion:
+def adapter(store: AdapterStore, trainer: Trainer, engine: VLLMEngine, seed: int) -> AdapterVersion:
     """A version with random A and B in every linear layer, loaded and proven."""
-    empty = without_memory(ModelConfig(name=str(base)), LoraConfig(r=RANK, target_modules="all-linear"))
-    generator = torch.Generator().manual_seed(seed)
-    for module in lora_modules(empty, "default"):
-        for layers in (module.layer.lora_A, module.layer.lora_B):
-            drawn = torch.randn(layers["default"].weight.shape, generator=generator) / 64
-            layers["default"].weight = nn.Parameter(drawn)
-    version = store.publish(ServingForm(empty, "default", getattr(torch, engine.lora_dtype)).files(), step=seed)
+    trainer.randomise(0.02, seed)
+    form = ServingForm(trainer.model, ADAPTER, getattr(torch, engine.lora_dtype))
+    version = store.publish(form.files(), step=seed)
     engine.load(version)
     return version
 

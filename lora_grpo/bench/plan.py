@@ -22,12 +22,12 @@ class Subject:
     rank: int
     targets: str
     device: str
-    tmpfs: str
-    disk: str
-    max_model_len: int
-    max_num_seqs: int
-    graphs: bool | str
-    gpu_memory_utilization: float
+    tmpfs: str = ""
+    disk: str = ""
+    max_model_len: int = 512
+    max_num_seqs: int = 64
+    graphs: bool | str = False
+    gpu_memory_utilization: float = 0.35
     rows: tuple[int, ...] = ()
     kv_cache_bytes: int | None = None
     seed: int = 0

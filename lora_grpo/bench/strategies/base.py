@@ -23,7 +23,7 @@ class Synced:
     """One sync: seconds by phase until the engine can sample from the new policy, what had to cross, and what was left
     to do afterwards.
 
-    `moved_bytes` is by channel of `floor.measure_bandwidth`.
+    `moved_bytes` is by channel of `timing.measure_bandwidth`.
     """
 
     seconds: dict[str, float]
@@ -136,5 +136,5 @@ def _graphs(subject: Subject) -> dict[str, Any]:
     """Nothing captured, vLLM's default (compiled, many sizes), or graphs of whole decode steps of the rows measured."""
     if subject.graphs != "alone" or subject.device == "cpu":
         return {"enforce_eager": subject.graphs is not True}
-    alone = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted(subject.rows)}
+    alone = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted({*subject.rows})}
     return {"enforce_eager": False, "compilation_config": alone}
