@@ -20,22 +20,16 @@ _LEFT_OUT = (ARCHIVE, ".safetensors", ".pt", ".new")
 
 
 class Record:
-    """How each step stands: passed, kept (from an earlier call), failed, refused, cut off, interrupted, not started."""
+    """How each step stands: passed, failed, refused, cut off, interrupted, not started."""
 
     def __init__(self, out: Path, steps: Sequence[Step], notes: Sequence[str]) -> None:
         self.out, self.steps, self.notes = out, steps, list(notes)
         for folder in ("steps", "logs"):
             (out / folder).mkdir(parents=True, exist_ok=True)
         self.done = {step.name: json.loads(path.read_text()) for step in steps if (path := self._path(step)).exists()}
-        for one in self.done.values():
-            if one["state"] == "passed":
-                one["state"] = "kept"
 
     def state(self, step: Step) -> str:
         return str(self.done.get(step.name, {}).get("state", "not started"))
-
-    def passed(self, step: Step) -> bool:
-        return self.state(step) in ("passed", "kept")
 
     def result(self, name: str) -> Any:
         return self.done.get(name, {}).get("result")

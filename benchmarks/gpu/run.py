@@ -99,7 +99,7 @@ def go_through(chosen: Sequence[Step], record: Record, place: Place, deadline: f
     """Every step that has not passed, until time is over or somebody interrupts; without a card, none."""
     forks = True
     for step in sorted(chosen, key=lambda step: is_repeated(step, record)):
-        if record.passed(step):
+        if record.state(step) == "passed":
             continue
         if step.name != "card" and not record.result("card"):
             return
@@ -186,7 +186,7 @@ def finish(record: Record, place: Place) -> int:
                 print(f"no report within {REPORT_S:.0f} s; later: lora-grpo bench report --out {record.out}")
     record.save()
     print(record.table())
-    all_passed = all(record.passed(step) for step in record.steps)
+    all_passed = all(record.state(step) == "passed" for step in record.steps)
     if all_passed:
         shutil.rmtree(place.models, ignore_errors=True)
     return 0 if all_passed else 1
