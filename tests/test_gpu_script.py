@@ -62,7 +62,7 @@ def run(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         yield module
 
 
-CARD = "print('{\"refused\": {}}')"
+CARD = "print('{\"card\": {}}')"
 
 
 def plan_of(
@@ -118,7 +118,6 @@ def test_the_dry_run_of_the_whole_schedule(tmp_path: Path) -> None:
     assert all(step["rc"] == 0 and step["seconds"] > 0 and step["tail"] for step in found.values())
     results = {name: step["result"] for name, step in found.items()}
     assert results["card"]["vllm"]["known_by"] == "run"
-    assert results["card"]["refused"] == {}
     # There is nothing to sleep on a CPU.
     for name, not_passed in (("tiny", set()), ("graphs", {"skipped"})):
         cases = [*xml.etree.ElementTree.parse(out / "logs" / f"{name}.xml").iter("testcase")]
@@ -368,23 +367,26 @@ def test_where_models_go(scripts: SimpleNamespace, tmp_path: Path, monkeypatch: 
     place = places.choose_place(None, "cuda:0")
     assert place.models == tmp_path / "tmp" / "lora-grpo-gpu"
     assert place.refusal.startswith("the 7B model needs 16 GiB for its files: 0.1 GiB are free for ")
-    steps = scripts.steps.plan(tmp_path, "cuda:0", place.models)
-    kept = scripts.keeping.Record(tmp_path / "out", steps, place.notes)
-    refused = [step.name for step in steps if scripts.run.refusal(step, kept, place)]
-    assert refused == ["7b", "7b-compiled"]
+    large = [step.name for step in scripts.steps.plan(tmp_path, "cuda:0", place.models) if step.is_large]
+    assert large == ["7b", "7b-compiled"]
     finished = tmp_path / "tmp" / "lora-grpo-gpu" / "qwen2.5-7b-seed0" / places.FINISHED
     finished.parent.mkdir(parents=True)
     finished.touch()
     assert places.choose_place(None, "cuda:0").refusal == ""
 
 
-def test_a_card_that_is_too_small_is_told_step_by_step(scripts: SimpleNamespace) -> None:
-    """40 GB hold the 0.5B figures; an H100's 80 all of them."""
-    small = scripts.card.too_large("cuda:0", {"free": 38 * GIB, "total": 39 * GIB})
-    assert set(small) == {"7b", "7b-compiled"}
-    assert "qwen2.5-7b needs about" in small["7b"]
-    assert "38.0 GiB are free" in small["7b"]
-    assert scripts.card.too_large("cuda:0", {"free": 78 * GIB, "total": 79 * GIB}) == {}
+@pytest.mark.parametrize("name", ["large", "small"])
+def test_what_is_refused_is_not_started(
+    name: str, run: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of the large model that have no room, before; what the benchmark itself refuses, by its sentence."""
+    told = "print('error: bench sync with qwen2.5-7b needs about 60.1 GiB'); raise SystemExit(2)"
+    plan_of(run, monkeypatch, card=CARD, **{"7b" if name == "large" else "small": told})
+    monkeypatch.setattr(run, "choose_place", lambda *_: run.Place(tmp_path / "models", refusal="no room for its files"))
+    assert call(run, tmp_path / "out") == 1
+    why = "no room for its files" if name == "large" else "bench sync with qwen2.5-7b needs about 60.1 GiB"
+    found = record(tmp_path / "out", "7b" if name == "large" else "small")
+    assert (found["state"], found["why"], "rc" in found) == ("refused", why, name == "small")
 
 
 def test_another_vllm_or_no_device_is_one_sentence(

@@ -1,14 +1,12 @@
 """The host as the other steps will find it: `card.py DEVICE`. The last line of stdout is JSON.
 
 Fails in one sentence, before anything is allocated, where the device is not there or vLLM is not one that is known.
-Steps that the GPU has too little memory for are named with a sentence each.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 
@@ -31,7 +29,6 @@ def look(device: str) -> dict[str, Any]:
     release = compat.vllm_release()
     found: dict[str, Any] = {"card": host.card(device)}
     found["memory_bytes"] = host.memory(device)
-    found["refused"] = too_large(device, found["memory_bytes"])
     print(json.dumps(found), flush=True)
     compat.import_vllm()
     import torch
@@ -42,27 +39,6 @@ def look(device: str) -> dict[str, Any]:
     found["vllm"] = {"release": release, "known_by": compat.RELEASES[release]}
     capability = compat.compute_capability()
     return {**found, "compute_capability": capability, "kernels_mended": capability == HOPPER and kernel_is_mended()}
-
-
-def too_large(device: str, memory_bytes: dict[str, int]) -> dict[str, str]:
-    """A sentence for each step of figures that does not fit."""
-    from steps import plan, scenario
-
-    from lora_grpo.bench import host, room
-    from lora_grpo.bench.settings import plan_parts
-    from lora_grpo.errors import ConfigError
-
-    refused: dict[str, str] = {}
-    for step in plan(Path(), device, Path()):
-        if step.shape:
-            parts = plan_parts("all", scenario(step.name, device), {"shape": step.shape, "device": device})
-            model = host.measure_model(step.shape, None)
-            try:
-                for part, settings in parts.items():
-                    room.engine_share(part, settings, model, memory_bytes)
-            except ConfigError as error:
-                refused[step.name] = str(error)
-    return refused
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def go_through(chosen: Sequence[Step], record: Record, place: Place, deadline: f
         if step.name != "card" and not record.result("card"):
             return
         limit_s = min(step.limit_s * slower, deadline - GRACE_S - time.monotonic())
-        if why := refusal(step, record, place):
-            record.keep(step, {"state": "refused", "seconds": 0.0, "why": why})
+        if step.is_large and place.refusal:
+            record.keep(step, {"state": "refused", "seconds": 0.0, "why": place.refusal})
         elif limit_s > LEAST_S:
             warm = forks and step.warm and record.state(step) != "failed"
             log = record.out / "logs" / f"{step.name}.log"
@@ -122,12 +122,6 @@ def is_repeated(step: Step, record: Record) -> bool:
     go on where they were."""
     seen = ("failed",) if step.shape else ("failed", "cut off")
     return step.name != "card" and record.state(step) in seen
-
-
-def refusal(step: Step, record: Record, place: Place) -> str:
-    """Why a step cannot run here, in one sentence; empty where it can."""
-    too_large = (record.result("card") or {}).get("refused", {})
-    return too_large.get(step.name, "") or (place.refusal if step.is_large else "")
 
 
 def run_step(step: Step, log: Path, limit_s: float, warm: bool) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from lora_grpo.bench.settings import Settings
+from lora_grpo.errors import ConfigError
 
 Winner: TypeAlias = Literal["native", "merge"]
 TOLERANCE = 3.0
@@ -271,6 +273,17 @@ class Document(BaseModel):
     rollback: list[RollbackRow] = []
     endurance: list[EnduranceRow] = []
     slopes: list[SlopeRow] = []
+
+
+def read_document(path: Path) -> Document:
+    """What a run has left. Raises `ConfigError` when there is nothing or it is no document."""
+    try:
+        return Document.model_validate_json(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"no results at {path}: {error.strerror}") from error
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "all of it"
+        raise ConfigError(f"{path} is no result of this suite, or another release's: {where} does not fit") from error
 
 
 TABLES = ("sync", "proof", "truth", "memory", "decode", "fidelity", "drift", "step", "rollback", "endurance")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -18,7 +17,7 @@ from lora_grpo.bench.joining import finished
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.bench.runner import Partial, Progress, Runner
-from lora_grpo.bench.schema import TABLES, Document, rows_of_one
+from lora_grpo.bench.schema import TABLES, Document, read_document, rows_of_one
 from lora_grpo.bench.settings import PARTS, Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import adapter_crossing, floor_seconds, weights_crossing
@@ -215,14 +214,10 @@ class Suite:
 
 def finished_command(out: Path, *, other_than: Mapping[str, Settings] | None = None) -> str | None:
     """The command whose finished result `out` holds, if it does, and with other settings than those that are given."""
-    try:
-        found = json.loads((out / RESULTS).read_text())
-        same = {part: Settings(**fields) for part, fields in found["settings"].items()} == other_than
-        return None if same or not found["complete"] else str(found["command"])
-    except FileNotFoundError:
+    if not (out / RESULTS).exists():
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{out / RESULTS} is no result of this suite: {error}") from error
+    found = read_document(out / RESULTS)
+    return found.command if found.complete and found.settings != other_than else None
 
 
 def rows(measured: Partial) -> dict[str, list[Any]]:

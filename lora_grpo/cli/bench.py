@@ -54,10 +54,11 @@ def bench(
         _report(out, readme)
         return
     options = _options(shape=shape, model=model, ranks=ranks, strategies=strategies, device=device, repeat=repeat)
+    from lora_grpo.bench.schema import read_document
     from lora_grpo.bench.settings import plan_parts
 
     parts = plan_parts(part, scenario, options)
-    baseline = None if compare is None else _read(compare)
+    baseline = None if compare is None else read_document(compare)
     document, interrupted, kept = _run(parts, out, models)
     _show(document, kept)
     if out is not None and kept is None:
@@ -137,32 +138,18 @@ def _compare(document: Document, baseline: Document, tolerance: float) -> bool:
 def _report(out: Path | None, readme: Path | None) -> None:
     from lora_grpo.bench.joining import join
     from lora_grpo.bench.report import update_readme, write_report
+    from lora_grpo.bench.schema import read_document
     from lora_grpo.errors import ConfigError
 
     if out is None:
         raise ConfigError("bench report reads a finished run: name it with --out DIR")
-    if runs := {path.parent.name: _read(path) for path in out.glob("bench/*/results.json")}:
+    if runs := {path.parent.name: read_document(path) for path in out.glob("bench/*/results.json")}:
         document = join(dict(sorted(runs.items(), key=lambda run: run[1].started_at)))
         (out / "results.json").write_text(document.model_dump_json(indent=1) + "\n")
-    document = _read(out / "results.json")
+    document = read_document(out / "results.json")
     typer.echo(str(write_report(document, out)))
     if readme is not None:
         update_readme(document, readme)
-
-
-def _read(path: Path) -> Document:
-    from pydantic import ValidationError
-
-    from lora_grpo.bench.schema import Document
-    from lora_grpo.errors import ConfigError
-
-    try:
-        return Document.model_validate_json(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"no results at {path}: {error.strerror}") from error
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"])) or "all of it"
-        raise ConfigError(f"{path} is no result of this suite, or another release's: {where} does not fit") from error
 
 
 def _options(**given: Any) -> dict[str, Any]:
