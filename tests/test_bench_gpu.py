@@ -134,7 +134,7 @@ def test_a_worker_that_lives_on_gives_its_memory_back_after_each_cell(
     run = Runner(tmp_path / "log", lambda *_: None, alive_at_once=2)
     pair = Cell("sync/x", "sync", sync.measure, (native, other), order=there_and_back(2))
     truth = Cell("truth/x", "truth", fidelity.truth, (native,))
-    assert run.run([pair, truth], Partial(None, {}, {}, 0.0)) == []
+    assert run.run([pair, truth], Partial(tmp_path / "partial.json", {}, {}, 0.0)) == []
     done: Any = {one.strategy: worker.done for one, worker in run._alive.items()}  # type: ignore[attr-defined]
     assert done["merge-trl"] == [sync.measure, sync.measure, memory.give_back]
     assert done[NATIVE] == [*done["merge-trl"], fidelity.truth, memory.give_back]

@@ -35,7 +35,7 @@ def planned(**changes: Any) -> list[Cell]:
     cells = []
     for part, names in (("sync", STRATEGIES), ("memory", STRATEGIES), ("decode", ("native", "merge-trl", "base"))):
         settings = plan_parts(part, None, {**common, "strategies": names})[part]
-        cells += suite.PLANNERS[part](settings, subject(device="cuda:0"))
+        cells += suite.ROOMS[part].cells(settings, subject(device="cuda:0"))
     return one_at_a_time(cells)
 
 
@@ -117,7 +117,10 @@ def in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **faults: Any) -> 
     for name, value in faults.items():
         monkeypatch.setattr(FakeWorker, name, value)
     monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
-    run, partial = Runner(tmp_path / "log", lambda *_: None, alive_at_once=1), Partial(None, {}, {}, 0.0)
+    run, partial = (
+        Runner(tmp_path / "log", lambda *_: None, alive_at_once=1),
+        Partial(tmp_path / "partial.json", {}, {}, 0.0),
+    )
     failures = run.run(planned(), partial)
     run.close()
     return partial, failures
@@ -144,7 +147,9 @@ def test_who_imports_by_itself(
     monkeypatch.setattr(FakeWorker, "made", [], raising=False)
     monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
     cell = Cell("sync/native", "sync", sync.measure, (subject(device=device),), fresh=fresh)
-    Runner(tmp_path / "log", lambda *_: None, alive_at_once=1).run([cell], Partial(None, {}, {}, 0.0))
+    Runner(tmp_path / "log", lambda *_: None, alive_at_once=1).run(
+        [cell], Partial(tmp_path / "partial.json", {}, {}, 0.0)
+    )
     assert [worker.alone for worker in FakeWorker.made] == [alone]
 
 

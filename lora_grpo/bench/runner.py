@@ -20,21 +20,19 @@ Progress: TypeAlias = Callable[[str, int], None]
 
 
 class Partial:
-    """Results of finished cells in a file, for a cut-off run to go on from. Without a path they are kept in memory."""
+    """Results of finished cells in a file, for a cut-off run to go on from."""
 
-    def __init__(
-        self, path: Path | None, fingerprint: dict[str, Any], bandwidth: dict[str, float], started: float
-    ) -> None:
+    def __init__(self, path: Path, fingerprint: dict[str, Any], bandwidth: dict[str, float], started: float) -> None:
         """`bandwidth` is of this start, which began at `started` on the monotonic clock; a run that is gone on with
         keeps the bandwidth of its first.
 
         Raises `ConfigError` when the file is of a run with other settings or on another machine.
         """
-        self._path, self._fingerprint, self.bandwidth = path, fingerprint, bandwidth
+        self.path, self._fingerprint, self.bandwidth = path, fingerprint, bandwidth
         self._started, self._earlier_s = started, 0.0
         self.cells: dict[str, Any] = {}
         self.notes: list[str] = []
-        if path is not None and path.exists():
+        if path.exists():
             stored = json.loads(path.read_text())
             if stored["fingerprint"] != fingerprint:
                 raise ConfigError(
@@ -54,15 +52,9 @@ class Partial:
         self.save()
 
     def save(self) -> None:
-        if self._path is not None:
-            fields = {"fingerprint": self._fingerprint, "bandwidth": self.bandwidth, "seconds": self.seconds}
-            content = json.dumps({**fields, "notes": self.notes, "cells": self.cells})
-            replace_file(self._path, content.encode(), sync=False)
-
-    def remove(self) -> None:
-        """The run is finished."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        fields = {"fingerprint": self._fingerprint, "bandwidth": self.bandwidth, "seconds": self.seconds}
+        content = json.dumps({**fields, "notes": self.notes, "cells": self.cells})
+        replace_file(self.path, content.encode(), sync=False)
 
 
 class Runner:

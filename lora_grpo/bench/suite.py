@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +24,10 @@ from lora_grpo.bench.timing import adapter_crossing, floor_seconds, weights_cros
 from lora_grpo.bench.turns import BESIDE_NATIVE, compared, one_at_a_time
 from lora_grpo.errors import ConfigError
 
-_ROOMS: dict[str, Any] = dict(zip(PARTS, (sync, memory, decode, fidelity, step, rollback, endurance), strict=True))
-PLANNERS: dict[str, Callable[[Settings, Subject], list[Cell]]] = {part: one.cells for part, one in _ROOMS.items()}
+ROOMS: dict[str, Any] = dict(zip(PARTS, (sync, memory, decode, fidelity, step, rollback, endurance), strict=True))
 PARTIAL, RESULTS = "partial.json", "results.json"
 LEAST_TMPFS = 2 << 30
 """Bytes on /dev/shm for the versions that are kept, up to 8 of a 7B's."""
-_FLEETING = ("load_average_1min",)
 
 
 class Suite:
@@ -59,7 +57,8 @@ class Suite:
             self._tmpfs = _own_folder(opened, "lora-grpo-bench-", _fastest_folder())
             self._disk = _own_folder(opened, ".lora-grpo-bench-", out or Path.cwd())
             self._models = models or self._tmpfs / "models"
-            self._log = (out or self._disk) / "workers.log"
+            self._home = out or self._disk
+            self._log = self._home / "workers.log"
             self._host = WorkerProcess(self._log, alone=True)
             opened.callback(self._host.close)
             self._look(started)
@@ -79,9 +78,9 @@ class Suite:
             for part, settings in self._parts.items()
         }
         dumped = {part: settings.model_dump(mode="json") for part, settings in self._parts.items()}
-        machine = {name: value for name, value in seen["card"].items() if name not in _FLEETING}
-        path = self._out / PARTIAL if self._out else None
-        self._partial = Partial(path, {"settings": dumped, "machine": machine}, seen["bandwidth"], started)
+        machine = {name: value for name, value in seen["card"].items() if name != "load_average_1min"}
+        fingerprint = {"settings": dumped, "machine": machine}
+        self._partial = Partial(self._home / PARTIAL, fingerprint, seen["bandwidth"], started)
         self.card = {**seen["card"], **self._floors(device)}
         note = f"/dev/shm has less than {LEAST_TMPFS >> 30} GiB free: versions were in {self._tmpfs}."
         if not self._tmpfs.is_relative_to("/dev/shm") and note not in self._partial.notes:
@@ -147,8 +146,8 @@ class Suite:
         if self._out is None:
             return None
         if document.complete:
-            self._partial.remove()
-            self._log.unlink(missing_ok=True)
+            for path in (self._partial.path, self._log):
+                path.unlink(missing_ok=True)
         else:
             self._partial.save()
             if finished_command(self._out):
@@ -173,7 +172,7 @@ class Suite:
         cells: list[Cell] = []
         for part, settings in self._parts.items():
             labels = {"shape": settings.label, "engine": settings.engine}
-            made = PLANNERS[part](settings, self._subject(settings, models[part]))
+            made = ROOMS[part].cells(settings, self._subject(settings, models[part]))
             cells += [replace(cell, labels={**labels, **cell.labels}) for cell in made]
         return one_at_a_time(cells) if self._takes_turns else by_strategy(cells)
 
@@ -224,7 +223,7 @@ def rows(measured: Partial) -> dict[str, list[Any]]:
     """By table. Where strategies are compared, its room makes them; else each thing that was found is one."""
     found: dict[str, list[Any]] = {table: [] for table in TABLES}
     for cell in compared(measured.cells):
-        rows_of = _ROOMS[cell["table"]].rows if cell["table"] in BESIDE_NATIVE else rows_of_one
+        rows_of = ROOMS[cell["table"]].rows if cell["table"] in BESIDE_NATIVE else rows_of_one
         found[cell["table"]] += rows_of({**cell, "bandwidth": measured.bandwidth})
     return found
 
