@@ -26,7 +26,7 @@ class Levels:
 
 def collect(device: str) -> None:
     """Let go of garbage, and on a GPU of what torch's cache holds."""
-    if is_cuda(device):
+    if device != "cpu":
         import torch
 
         gc.collect()
@@ -48,7 +48,7 @@ def level(device: str) -> int:
 
 def cuda_level(device: str) -> int | None:
     """Bytes that torch has allocated on a GPU now; None on the CPU."""
-    if not is_cuda(device):
+    if device == "cpu":
         return None
     import torch
 
@@ -65,10 +65,6 @@ def proc_bytes(file: str, *names: str) -> list[int]:
     """What lines such as `VmHWM:   1024 kB` of a file in /proc say, by their names."""
     lines = dict(line.split(":", 1) for line in Path("/proc", file).read_text().splitlines() if ":" in line)
     return [int(lines[name].split()[0]) << 10 for name in names]
-
-
-def is_cuda(device: str) -> bool:
-    return device.startswith("cuda")
 
 
 def on_tmpfs(folder: Path) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from lora_grpo.bench.levels import TMPFS, collect, is_cuda, level, on_tmpfs, proc_bytes, settled_level
+from lora_grpo.bench.levels import TMPFS, collect, level, on_tmpfs, proc_bytes, settled_level
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.schema import MemoryRow
 from lora_grpo.bench.settings import Settings
@@ -41,9 +41,9 @@ def measure(strategy: Strategy) -> list[dict[str, Any]]:
     copy_bytes = strategy.trainer.base_bytes
     tmpfs = on_tmpfs(strategy.folder)
     # `level` counts mapped version files on the CPU; here they count once, as tmpfs.
-    mapped = 0 if is_cuda(device) else _mapped(strategy.folder)
+    mapped = _mapped(strategy.folder) if device == "cpu" else 0
     found = {
-        "kind": "cuda" if is_cuda(device) else "pss",
+        "kind": "pss" if device == "cpu" else "cuda",
         "before_bytes": levels.start,
         "trainer_bytes": levels.grown["trainer"],
         "engine_bytes": levels.grown["engine"],
@@ -80,7 +80,7 @@ def with_ratios(made: Sequence[MemoryRow]) -> list[MemoryRow]:
 
 def forget_peaks(device: str) -> None:
     """From now on `peak` counts anew."""
-    if is_cuda(device):
+    if device != "cpu":
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
@@ -91,7 +91,7 @@ def forget_peaks(device: str) -> None:
 
 def peak(device: str) -> tuple[int, int | None]:
     """Bytes at most since the peaks were forgotten, and CUDA's reserved."""
-    if is_cuda(device):
+    if device != "cpu":
         import torch
 
         torch.cuda.synchronize(device)

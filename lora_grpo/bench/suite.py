@@ -32,7 +32,7 @@ LEAST_TMPFS = 2 << 30
 
 class Suite:
     """Build it (which checks everything that can be checked), then `run` it; `document` says what was measured, also
-    after Ctrl-C. Use it as a context manager: what it put on tmpfs goes when it ends."""
+    after Ctrl-C; `close` it, and what it put on tmpfs goes."""
 
     def __init__(
         self, parts: Mapping[str, Settings], *, command: str, out: Path | None = None, models: Path | None = None
@@ -157,12 +157,6 @@ class Suite:
 
     def close(self) -> None:
         self._open.close()
-
-    def __enter__(self) -> Suite:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def _takes_turns(self) -> bool:

@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,7 +85,7 @@ def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -
         raise
     if out is not None and finished_command(out):
         say(f"{out} holds this run's finished result: it is measured again, and replaced when that is finished too")
-    with suite:
+    with closing(suite):
         print_table([{"": name, "value": str(value)} for name, value in suite.card.items()], "lora-grpo bench")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
