@@ -34,9 +34,8 @@ def measure(model: Path, device: str) -> dict[str, Any]:
     compat.import_vllm()
     rows, length = SIZES[device.partition(":")[0]]
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(
-            "native", str(model), 16, "all-linear", device, folder, folder, 4 * length, rows, False, 0.2, seed=0
-        )
+        limits = {"max_model_len": 256, "max_num_seqs": rows, "gpu_memory_utilization": 0.2}
+        subject = Subject("native", str(model), 16, "all-linear", device, folder, folder, **limits)
         strategy = Native(subject)
         without = equal_share(strategy, rows, length)
         strategy.trainer.randomise(0.2)
