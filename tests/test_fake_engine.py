@@ -16,7 +16,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.server.replica import Served
-from lora_grpo.errors import ConfigError, EngineError, UnknownVersion
+from lora_grpo.errors import ConfigError, EngineError, TrainingError, UnknownVersion
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Prompt, Sampling
 from tests.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
@@ -149,6 +149,46 @@ def test_versions_must_be_loaded_and_the_least_recently_used_goes(tmp_path: Path
 
 def test_teacher_forced_log_probs_have_the_right_lengths() -> None:
     assert FakeEngine(named, logprob=-2.0).logprobs([[1, 2, 3], [1]], adapter=None) == [[-2.0, -2.0], []]
+
+
+def other_adapter(model: Any) -> None:
+    model.add_adapter("two", LoraConfig(r=4, target_modules=["q_proj"]))
+    model.set_adapter("two")
+
+
+@pytest.mark.parametrize(
+    ("change", "says", "undo"),
+    [
+        (
+            other_adapter,
+            r"computes with \['two'\].*model\.set_adapter\('default'\)",
+            lambda m: m.set_adapter("default"),
+        ),
+        (lambda m: m.merge_adapter(), r"is merged .*model\.unmerge_adapter\(\)", lambda m: m.unmerge_adapter()),
+        (
+            lambda m: m.base_model.disable_adapter_layers(),
+            r"has its adapter disabled: call model\.base_model\.enable_adapter_layers\(\)",
+            lambda m: m.base_model.enable_adapter_layers(),
+        ),
+        (
+            lambda m: m.half(),
+            r"is in torch\.float16 and was in torch\.float32 .*load the model again in",
+            lambda m: m.float(),
+        ),
+    ],
+    ids=["another adapter", "merged", "disabled", "half"],
+)
+def test_a_push_refuses_a_model_that_is_not_as_it_was_checked(change: Any, says: str, undo: Any, shm_dir: Path) -> None:
+    model, engine = tiny_peft(), FakeEngine(named)
+    with AdapterStore(shm_dir / "store") as store:
+        sync = NativeSync(model, engine, store)
+        first = sync.push(step=0)
+        change(model)
+        with pytest.raises(TrainingError, match=rf"^model\.layers\.0\.self_attn\.q_proj {says}.*nothing was published"):
+            sync.push(step=1)
+        assert (store.head, store.list(), engine.loaded()) == (first, [first], (first,))
+        undo(model)
+        assert sync.push(step=1).number == 2
 
 
 def test_a_users_loop_with_native_sync(shm_dir: Path) -> None:

@@ -54,6 +54,9 @@ class ServingForm:
         self._adapter = adapter
         self._homes = [getattr(module.layer, f"lora_{kind}")._modules for kind in "AB" for module in self.modules]
         self._linears = [home[adapter] for home in self._homes]
+        self._bases: list[Any] = [module.layer.get_base_layer() for module in self.modules]
+        self._reshard()
+        self._base_dtypes = [_dtype_of(base) for base in self._bases]
         self.config_bytes = _config_bytes(peft_model_of(model), adapter, self.modules)
         self.names = [f"{PREFIX}{module.path}.lora_{kind}.weight" for kind in "AB" for module in self.modules]
         self.shapes = [tuple(linear.weight.shape) for linear in self._linears]
@@ -77,11 +80,11 @@ class ServingForm:
 
         Of parameters that FSDP2 sharded, the adapter's are gathered (a collective: call it in every process). Raises
         `TrainingError` naming the first tensor that is not finite in the serving dtype (nothing non-finite ever leaves
-        the trainer), or for an adapter that was deleted or made anew.
+        the trainer), or for an adapter that is no longer what the model computes with, on the base that it had.
         """
         self._check_same_adapter()
-        for module in self._sharded:
-            module.reshard()
+        self._reshard()
+        self._check_as_built()
         if not self._fill():
             self._raise_not_finite()
         if self._host is not self._flat:
@@ -96,6 +99,31 @@ class ServingForm:
                     f"adapter {self._adapter!r} was deleted or made anew since this was built: what it had been would "
                     "be published; build a new NativeSync (or trainer) on the model as it is now"
                 )
+
+    def _reshard(self) -> None:
+        for module in self._sharded:
+            module.reshard()
+
+    def _check_as_built(self) -> None:
+        """What `check_servable` found when this was built can be undone since; it is looked at where it shows."""
+        for module, base, dtype in zip(self.modules, self._bases, self._base_dtypes, strict=True):
+            layer, now, what = module.layer, _dtype_of(base), None
+            if layer.active_adapters != [self._adapter]:
+                what = (
+                    f"computes with {layer.active_adapters}, and {self._adapter!r} would be published: call "
+                    f"model.set_adapter({self._adapter!r}), or build a new NativeSync for another adapter"
+                )
+            elif layer.merged:
+                what = "is merged into the base: call model.unmerge_adapter()"
+            elif layer.disable_adapters:
+                what = "has its adapter disabled: call model.base_model.enable_adapter_layers()"
+            elif now != dtype:
+                what = (
+                    f"is in {now} and was in {dtype} when this was built, so that its base is not the engine's any "
+                    f"more: load the model again in {dtype}"
+                )
+            if what is not None:
+                raise TrainingError(f"{module.path} {what}; nothing was published")
 
     @torch.no_grad()
     def _fill(self) -> bool:
@@ -123,6 +151,12 @@ class ServingForm:
                     f"{name} holds non-finite values in {self.dtype}; it was not published. Lower the learning rate, "
                     "or roll back to an earlier version"
                 )
+
+
+def _dtype_of(layer: Any) -> torch.dtype:
+    """Past nn.Module's own look-up, as in `_fill`; of a weight in fewer bits that of its packed form."""
+    dtype: torch.dtype = layer._parameters["weight"].dtype
+    return dtype
 
 
 def all_finite(flat: torch.Tensor) -> bool:
