@@ -21,7 +21,7 @@ from lora_grpo.adapters.peft_form.quantized import keep_trainable
 from lora_grpo.adapters.peft_form.reading import weights_of
 from lora_grpo.adapters.peft_form.serving import Held, ServingForm
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, as_step
 from lora_grpo.canary import CANARY_NOISE, rows_of, take_canary
 from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
 from lora_grpo.engines.delivery.base_match import BaseMatch
@@ -136,7 +136,7 @@ class NativeSync:
         began = time.perf_counter()
         files = self.processes.each(self._form.files)
         gathered = time.perf_counter()
-        version = self.processes.first(lambda: self._publish(files, step))
+        version = self.processes.first(lambda: self._publish(files, as_step(step)))
         self.processes.each(lambda: self._check_equal(files, version))
         written = time.perf_counter()
         load = self._load(version, self._form.held)
@@ -162,6 +162,7 @@ class NativeSync:
         The next push gets a new number with that version as parent. If any part fails, nothing has changed. Raises
         `UnknownVersion`, `StoreCorrupt`, `DeliveryError` or `EngineError`.
         """
+        self.processes.each(self._form.require_open)
         try:
             report = roll_back(self._store, self.engine, self.training, to)
             self._head = report.version
@@ -201,8 +202,8 @@ class NativeSync:
 
     def close(self) -> None:
         """Have the engine forget this store's versions, and let go of their files."""
-        engine = self._own_engine
-        if engine is not None:
+        self._form.close()
+        if (engine := self._own_engine) is not None:
             for version in engine.loaded():
                 if version.path.is_relative_to(self._root):
                     engine.unload(version)

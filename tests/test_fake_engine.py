@@ -191,6 +191,38 @@ def test_a_push_refuses_a_model_that_is_not_as_it_was_checked(change: Any, says:
         assert sync.push(step=1).number == 2
 
 
+@pytest.mark.parametrize("step", ["x", -1, 1.5, None])
+def test_a_step_that_is_no_whole_number_is_told(step: Any, shm_dir: Path) -> None:
+    with AdapterStore(shm_dir / "store") as store:
+        sync = NativeSync(tiny_peft(), FakeEngine(named), store)
+        with pytest.raises(ConfigError, match=rf"^step={step!r} must be a whole number, 0 or more$"):
+            sync.push(step=step)
+        assert (store.list(), store.head) == ([], None)
+        assert sync.push(step=torch.tensor(3)).step == 3  # type: ignore[arg-type]
+
+
+def test_what_is_closed_is_not_gone_on_with(tmp_path: Path, shm_dir: Path) -> None:
+    engine = FakeEngine(named)
+    with AdapterStore(shm_dir / "store") as store:
+        sync = NativeSync(tiny_peft(), engine, store)
+        first = sync.push(step=0)
+        sync.close()
+        for act in (lambda: sync.push(step=1), lambda: sync.rollback(to=first), lambda: sync.adopt(first)):
+            with pytest.raises(ConfigError, match="this NativeSync is closed; build a new one"):
+                act()
+        assert (store.list(), engine.loaded()) == ([first], ())
+        sync.close()
+        engine.close()
+        for ask in (
+            lambda: engine.generate(["p"], Sampling(), adapter=None),
+            lambda: engine.logprobs([[1, 2]], adapter=None),
+            lambda: engine.load(first),
+        ):
+            with pytest.raises(EngineError, match="this engine is closed; start another"):
+                ask()
+        engine.close()
+
+
 def test_a_users_loop_with_native_sync(shm_dir: Path) -> None:
     """The rules of versions are the real ones: a loop that samples from a version it never pushed fails here too."""
     model = tiny_peft()

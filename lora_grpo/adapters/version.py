@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from lora_grpo.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,17 @@ class AdapterVersion:
 
     def __str__(self) -> str:
         return f"v{self.number}"
+
+
+def as_step(step: Any) -> int:
+    """A caller's training step. Raises `ConfigError` for what is no whole number, or is below 0."""
+    try:
+        whole = operator.index(step)
+    except TypeError:
+        whole = -1
+    if whole < 0:
+        raise ConfigError(f"step={step!r} must be a whole number, 0 or more")
+    return whole
 
 
 _RUN = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"

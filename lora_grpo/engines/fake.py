@@ -67,11 +67,13 @@ class FakeEngine:
         self.tokenizer = tokenizer or _Bytes()
         self._max_cpu_loras = max_cpu_loras
         self._loaded: LoadedVersions[_Taken] = LoadedVersions()
+        self._closed = False
         self.between_steps: Callable[[], None] | None = None
         """Called before each prompt is answered."""
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         """Take `version` up, so that it can be named. Raises `EngineError` when its directory is not there."""
+        self._require_open()
         if not requests.require_version(version).path.is_dir():
             raise EngineError(f"{version} has no directory {version.path}")
         self._loaded.add(self._loaded.known(version) or _Taken(version))
@@ -87,6 +89,7 @@ class FakeEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """`VLLMEngine.generate` with your replies, cut at `sampling.max_tokens`."""
+        self._require_open()
         ids_P = requests.token_prompts(self.tokenizer, prompts)
         sampling_P = requests.sampling_by_prompt(sampling, len(prompts))
         adapter_P = [version and self._find(version) for version in requests.adapters_by_prompt(adapter, len(prompts))]
@@ -100,6 +103,7 @@ class FakeEngine:
         return groups
 
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
+        self._require_open()
         if adapter is not None:
             self._find(adapter)
         return [[self._logprob] * (len(ids) - 1) for ids in sequences]
@@ -111,7 +115,11 @@ class FakeEngine:
         return []
 
     def close(self) -> None:
-        self._loaded = LoadedVersions()
+        self._loaded, self._closed = LoadedVersions(), True
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError("this engine is closed; start another")
 
     def _complete(self, prompt: Prompt, version: AdapterVersion | None, seed: int, sampling: Sampling) -> Completion:
         text = _until(self._reply(getattr(prompt, "prompt", prompt), version, seed), sampling.stop)

@@ -21,7 +21,7 @@ from lora_grpo.adapters.files import layout
 from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules, peft_model_of
 from lora_grpo.adapters.peft_form.shards import whole
-from lora_grpo.errors import TrainingError, UnsupportedAdapter
+from lora_grpo.errors import ConfigError, TrainingError, UnsupportedAdapter
 from lora_grpo.kernels.moving import Cast
 
 WEIGHTS_FILE, CONFIG_FILE = layout.ADAPTER_FILE, layout.CONFIG_FILE
@@ -69,11 +69,20 @@ class ServingForm:
         # Every A comes before the first B, so that one call can scale them all.
         self._flat_b = self._flat[sum(elements[: len(self.modules)]) :]
         self._cast = Cast(self._flat, elements)
+        self._closed = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of the adapter's tensors in the serving dtype."""
         return self._flat.numel() * self._flat.element_size()
+
+    def close(self) -> None:
+        """From now on there is nothing to publish: `require_open` and `files` raise."""
+        self._closed = True
+
+    def require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this NativeSync is closed; build a new one on the model, the engine and the store")
 
     def files(self) -> Mapping[str, tuple[bytes | memoryview, ...]]:
         """The two PEFT files of the adapter as it is now, by name, as buffers.
@@ -82,6 +91,7 @@ class ServingForm:
         `TrainingError` naming the first tensor that is not finite in the serving dtype (nothing non-finite ever leaves
         the trainer), or for an adapter that is no longer what the model computes with, on the base that it had.
         """
+        self.require_open()
         self._check_same_adapter()
         self._reshard()
         self._check_as_built()
