@@ -380,7 +380,7 @@ def test_a_probe_that_does_not_fit_says_so_before_it_is_written(
 
         def full(path: Path, *arguments: Any, **options: Any) -> None:
             if "lora-grpo-probe-" in str(path):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
             write(path, *arguments, **options)
 
         monkeypatch.setattr(disk, "write_file", full)

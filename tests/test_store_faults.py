@@ -13,11 +13,12 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files import disk, room
 from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep import archive
@@ -57,7 +58,9 @@ def test_a_full_tmpfs_is_found_before_writing(small_tmpfs: Path) -> None:
         for step in range(3):
             store.promote(store.publish(adapter(step, 300_000), step=step))
         before = sorted(root.rglob("*"))
-        with pytest.raises(NoRoom, match=r"needs 0\.3\d MiB .* has room for 0\.\d\d MiB of 1 MiB.*--shm-size"):
+        with pytest.raises(
+            NoRoom, match=r"needs 0\.3\d MiB .* has room for 0\.\d\d MiB of 1 MiB.* a larger file system$"
+        ):
             store.publish(adapter(3, 300_000), step=3)
         assert sorted(root.rglob("*")) == before
         check_sound(store, [1, 2, 3])
@@ -79,7 +82,9 @@ def test_a_tmpfs_that_fills_while_writing_loses_nothing(small_tmpfs: Path) -> No
 
         write_file, disk.write_file = disk.write_file, full
         try:
-            with pytest.raises(NoRoom, match="No space left"):
+            with pytest.raises(
+                NoRoom, match=r"No space left on device \(.*/adapter_model.*was published before is intact$"
+            ):
                 store.publish(adapter(3, 100_000), step=2)
         finally:
             disk.write_file = write_file
@@ -102,6 +107,29 @@ def test_too_little_room_prunes_what_retention_gives_up_first(small_tmpfs: Path,
         on_tmpfs = [version.number for version in store.list() if "tmpfs" in store.where(version.number)]
         assert on_tmpfs[-2:] == [7, 8]
         assert len(on_tmpfs) <= 3
+
+
+def test_docker_s_shm_is_named_where_it_is_what_is_full(
+    shm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full archive, or a store in a folder on a disk, gets no room from it."""
+
+    def full(descriptor: int, content: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for folder, says in ((shm_dir, r"a larger tmpfs \(.*--shm-size=8g\)$"), (tmp_path, "a larger file system$")):
+        with monkeypatch.context() as patched:
+            patched.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000, total=20_000))
+            with pytest.raises(NoRoom, match=says):
+                room.require_room(folder, {"probe": 50_000}, "the probe")
+            with AdapterStore(folder / "store") as store, pytest.raises(NoRoom, match=says):
+                store.publish(adapter(1), step=0)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "write", full)
+            with pytest.raises(NoRoom) as raised, disk.reported("writing"):
+                disk.write_file(folder / "file", [b"some"], sync=False)
+        assert ("--shm-size" in str(raised.value)) == (folder == shm_dir)
+        assert str(folder / "file") in str(raised.value)
 
 
 def test_a_budget_is_kept(shm_dir: Path) -> None:

@@ -29,7 +29,7 @@ STAGING = "staging"
 """The folder of a tree for what is not whole yet; whatever is there when the tree is next opened is deleted."""
 MAX_NUMBER = 10**9 - 1
 """The largest number that a version may have; a larger one in a file is damage."""
-SHM_SIZE = "a Docker container has a /dev/shm of 64 MiB unless it is started with --shm-size, such as --shm-size=8g"
+_SHM_SIZE = " (a Docker container has a /dev/shm of 64 MiB unless it is started with --shm-size, such as --shm-size=8g)"
 
 
 @contextmanager
@@ -44,8 +44,13 @@ def reported(doing: str) -> Iterator[None]:
         sentence = f"{doing} failed: {error.strerror or error}{where}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             intact = "free some space and try again, what was published before is intact"
-            raise NoRoom(f"{sentence}; {intact} ({SHM_SIZE})") from error
+            raise NoRoom(f"{sentence}; {intact}{shm_size(error.filename)}") from error
         raise StoreError(sentence) from error
+
+
+def shm_size(path: str | Path | None) -> str:
+    """How to make /dev/shm larger, for a message about `path`; nothing for one that lies elsewhere, or is not known."""
+    return _SHM_SIZE if path and Path(path).resolve().is_relative_to(_SHM) else ""
 
 
 def write_file(path: Path, buffers: Sequence[Buffer], *, sync: bool) -> None:
@@ -58,6 +63,9 @@ def write_file(path: Path, buffers: Sequence[Buffer], *, sync: bool) -> None:
                 left = left[os.write(descriptor, left) :]
         if sync:
             os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_grpo.adapters.files.catalog import Catalog
-from lora_grpo.adapters.files.disk import PAGE_BYTES, SHM_SIZE
+from lora_grpo.adapters.files.disk import PAGE_BYTES, shm_size
 from lora_grpo.adapters.upkeep.session import Session
 from lora_grpo.errors import NoRoom
 
@@ -43,7 +43,7 @@ class Room:
         root = self._catalog.root.path
         lacking = _lacking_in(root, sizes)
         if lacking is not None:
-            return f"a version {lacking}: {advice}, or a larger tmpfs ({SHM_SIZE})"
+            return f"a version {lacking}: {advice}, or {_larger(root)}"
         if self._budget_bytes is None:
             return None
         need, used = sum(sizes.values()), self._catalog.tmpfs_bytes()
@@ -51,7 +51,7 @@ class Room:
             return (
                 f"a version needs {need / MIB:.2f} MiB and budget_bytes={self._budget_bytes} has room for "
                 f"{max(0, self._budget_bytes - used) / MIB:.2f} MiB, versions in {root} taking {used / MIB:.2f} MiB: "
-                f"{advice}, or a larger budget within the tmpfs ({SHM_SIZE})"
+                f"{advice}, or a larger budget within {root}{shm_size(root)}"
             )
         return None
 
@@ -60,7 +60,7 @@ def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
     """Raise `NoRoom` when files of `sizes` bytes, which `what` names, do not fit the file system of `folder`."""
     lacking = _lacking_in(folder, sizes)
     if lacking is not None:
-        raise NoRoom(f"{what} {lacking}: free some of it, or use a larger tmpfs ({SHM_SIZE})")
+        raise NoRoom(f"{what} {lacking}: free some of it, or use {_larger(folder)}")
 
 
 def require_kept(root: Path, versions: int, size_bytes: int) -> str:
@@ -76,6 +76,10 @@ def require_kept(root: Path, versions: int, size_bytes: int) -> str:
         raise NoRoom(f"{error}, or lower keep.on_tmpfs") from None
     free = shutil.disk_usage(folder).free / MIB
     return f"{versions} + 1 versions of {size_bytes / MIB:,.2f} MiB; {free:,.0f} MiB are free in {folder}"
+
+
+def _larger(folder: Path) -> str:
+    return f"a larger tmpfs{size}" if (size := shm_size(folder)) else "a larger file system"
 
 
 def _lacking_in(folder: Path, sizes: Mapping[str, int]) -> str | None:
