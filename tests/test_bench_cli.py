@@ -254,7 +254,7 @@ def _wait(process: subprocess.Popen[str]) -> None:
         (["sync", "--shape", "tiny", "--device", "cuda:63"], "there is no device 'cuda:63' here"),
         (["sync", "--shape", "tiny", "--device", "gpu"], "device 'gpu' is none"),
         (["memory", "--model", "./nowhere"], "model './nowhere': there is no directory"),
-        (["report"], "name it with --out"),
+        (["report"], "give its directory with --out"),
     ],
 )
 def test_one_sentence_before_anything_starts(arguments: list[str], words: str, tmp_path: Path) -> None:

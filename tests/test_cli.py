@@ -90,7 +90,7 @@ def test_help_config_explains_every_setting(tmp_path):
         (["versions", "nowhere", "--json"], "nowhere"),
         (["chat", "nowhere"], "nowhere: it is no run's directory"),
         (["eval", "nowhere"], "nowhere: it is no run's directory"),
-        (["prune", "nowhere", "grpo.seed=3"], "grpo.seed=3: pruning goes by the keep settings alone"),
+        (["prune", "nowhere", "grpo.seed=3"], "grpo.seed=3: prune takes only keep settings"),
         (["train", "base"], "base is a model, no run; lora-grpo init base --data FILE"),
     ],
 )

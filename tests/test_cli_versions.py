@@ -161,7 +161,7 @@ def test_verify_of_nothing_says_so(tmp_path: Path) -> None:
 def test_verify_names_the_damage(run: Path) -> None:
     whole = lora_grpo("verify", run)
     assert whole.returncode == 0
-    assert "5 of 5 versions are what was published" in whole.stderr
+    assert "5 of 5 versions are as they were published" in whole.stderr
     weights_file = run / "versions" / "000002" / "adapter_model.safetensors"
     content = weights_file.read_bytes()
     weights_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -325,7 +325,7 @@ def test_a_live_run_does_what_it_is_asked_before_its_next_step(live: tuple[Path,
     for setting in ("keep.archived=1", "keep.trainer_states=1"):
         refused = lora_grpo("prune", run, setting)
         assert refused.returncode == 2
-        assert f"is live and prunes by its own settings; leave out {setting}, or stop it" in refused.stderr
+        assert f"is live and prunes by its own settings; remove {setting}, or stop it" in refused.stderr
 
 
 def test_a_request_that_is_not_answered_in_time_is_taken_back(live: tuple[Path, subprocess.Popen[str]]) -> None:

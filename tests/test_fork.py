@@ -184,7 +184,7 @@ def test_the_command_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
 def test_a_directory_that_is_taken_stays_as_it_is(source: Path, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "note").write_text("mine")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         fork(source, 5, tmp_path / "new")
     assert (tmp_path / "new" / "note").read_text() == "mine"
     with pytest.raises(LoraGrpoError, match="there is no store in"):

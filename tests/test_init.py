@@ -105,7 +105,7 @@ def test_too_little_memory_here_is_said_in_the_file(
     assert ended.value.exit_code == 2
     assert "# NOT YET: base and adapter: the run needs " in (tmp_path / "run.toml").read_text()
     assert "the run needs " in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"run\.toml is there already"):
+    with pytest.raises(ConfigError, match=r"run\.toml exists already"):
         written(tmp_path, llama_dir, SUMS)
 
 

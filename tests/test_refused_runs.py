@@ -313,7 +313,7 @@ def test_sigterm_stops_a_training_as_ctrl_c_does(tmp_path: Path) -> None:
         running.send_signal(signal.SIGTERM)
         out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "closed\n")
-    assert "RUN holds no run to go on with: a new one begins there" in err
+    assert "RUN holds no run yet, so a new one begins there" in err
     assert "stopped; go on with: lora-grpo train" in err
     assert "Traceback" not in err
 

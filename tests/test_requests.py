@@ -185,7 +185,7 @@ def test_a_client_that_nobody_listens_to_takes_its_request_back(
     store: AdapterStore, tmp_path: Path, ask: Callable[..., Future[dict[str, Any]]]
 ) -> None:
     asking = ask(timeout_s=0.2)
-    with pytest.raises(StoreError, match=r"has not answered; the request was taken back, and nothing has changed\."):
+    with pytest.raises(StoreError, match=r"has not answered; the request was withdrawn, and nothing has changed\."):
         asking.result(60)
     assert apply(store) == []
     assert files(tmp_path / "run") == []

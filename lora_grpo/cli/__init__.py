@@ -69,9 +69,9 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="GRPO for LoRA adapters on vLLM, without ever merging.",
-    epilog="A first run, no GPU needed: lora-grpo demo. Your own: lora-grpo init MODEL --data FILE writes run.toml; "
-    "then lora-grpo check run.toml, lora-grpo train run.toml.",
+    help="Train LoRA adapters with GRPO on vLLM, without merging them into the base model.",
+    epilog="A first run that needs no GPU: lora-grpo demo. For your own: lora-grpo init MODEL --data FILE writes "
+    "run.toml; then lora-grpo check run.toml and lora-grpo train run.toml.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Part = Annotated[
     str,
-    typer.Argument(metavar="PART", help="sync, memory, decode, fidelity, step, rollback, endurance, all; or report."),
+    typer.Argument(metavar="PART", help="sync, memory, decode, fidelity, step, rollback, endurance, all, or report."),
 ]
 Shape = Annotated[
     str | None,
@@ -35,20 +35,20 @@ def bench(
     model: Annotated[str | None, typer.Option(help="A hub name or directory, in place of a shape.")] = None,
     scenario: Annotated[Path | None, typer.Option(help="A TOML file with settings for each part.")] = None,
     ranks: Annotated[str | None, typer.Option(help="LoRA ranks, such as 16,8,64; the first is the main one.")] = None,
-    strategies: Annotated[str | None, typer.Option(help="What is compared, such as native,merge-trl.")] = None,
+    strategies: Annotated[str | None, typer.Option(help="What to compare, such as native,merge-trl.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda:0.")] = None,
-    repeat: Annotated[int | None, typer.Option(min=1, help="Measurements of each strategy.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for JSON, report, plots; a cut-off run resumes.")] = None,
-    models: Annotated[Path | None, typer.Option(help="Keep models of shapes here; default: /dev/shm, for now.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="A results.json to compare ratios with; exit 1 outside.")] = None,
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Relative tolerance of --compare.")] = 0.3,
+    repeat: Annotated[int | None, typer.Option(min=1, help="How often each strategy is measured.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for JSON, report, plots; goes on if cut off.")] = None,
+    models: Annotated[Path | None, typer.Option(help="Keep --shape models here; default: not kept.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An older results.json; exit 1 if a ratio moved.")] = None,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="How far a ratio may move (--compare).")] = 0.3,
     readme: Annotated[Path | None, typer.Option(help="With report: put the figures into this file.")] = None,
 ) -> None:
-    """Measure native hot-swap against merging: speed, memory, truth.
+    """Compare loading the adapter alone (native) with merging: speed, memory, rounding errors.
 
-    The card comes first; progress goes to stderr; the last line of stdout is the result as JSON.
-    Ctrl-C keeps what was measured, and with --out the same command goes on from there.
-    `bench report --out DIR` draws plots and report again; where several runs lie in DIR/bench, of all of them.
+    A description of the machine comes first. Progress goes to stderr; the last line of stdout is the result as JSON.
+    Ctrl-C keeps what was measured. With --out, the same command goes on from there.
+    `bench report --out DIR` makes plots and report again, from all runs in DIR/bench if there are any.
     """
     if part == "report":
         _report(out, readme)
@@ -66,7 +66,7 @@ def bench(
     held = baseline is None or _compare(document, baseline, tolerance)
     print_json(document.model_dump(mode="json"))
     if interrupted:
-        say("stopped; the same command goes on from here" if out else "stopped; with --out a run can be gone on with")
+        say("stopped; the same command goes on from here" if out else "stopped; only a run with --out can go on")
         raise typer.Exit(130)
     if document.failures or not held:
         raise typer.Exit(1)

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 TIMEOUT_S = 600.0
 POLL_S = 0.05
 Timeout = Annotated[
-    float, typer.Option("--timeout", min=0, help="Seconds to wait until a live run begins, before its next step.")
+    float, typer.Option("--timeout", min=0, help="Seconds to wait for a live run, which acts before its next step.")
 ]
-_TAKEN_BACK = "the request was taken back, and nothing has changed"
+_TAKEN_BACK = "the request was withdrawn, and nothing has changed"
 
 
 def pin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
-    """Keep a version, its archived copy and its trainer state until it is unpinned."""
+    """Keep a version, its archived copy and its trainer state until you unpin it."""
     _pin("pin", run, version, timeout, as_json)
 
 
 def unpin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
-    """Leave a version to retention again."""
+    """Undo `pin`: the run's `keep` settings decide again when the version is removed."""
     _pin("unpin", run, version, timeout, as_json)
 
 
@@ -55,10 +55,10 @@ def rollback(
     timeout: Timeout = TIMEOUT_S,
     as_json: Json = False,
 ) -> None:
-    """Go back to an earlier version: the next one that is trained gets a new number, with that one as its parent.
+    """Go back to an earlier version. Training goes on from it, and its next version gets a new number.
 
-    A stopped run is moved at once, and goes on from there when it is resumed; a live one before its next step. The
-    prompts are not rewound and every sampling seed changes.
+    A stopped run goes back at once, and resume goes on from there. A live run goes back before its next step. The
+    prompts do not go back, and every sampling seed changes.
     """
     from lora_grpo.adapters.asking.target import parse_target
     from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
@@ -93,7 +93,7 @@ def prune(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="In place of the run's: keep.archived=50 keep.trainer_states=2",
+            help="Settings that replace the run's: keep.archived=50 keep.trainer_states=2",
             autocompletion=_keys,
         ),
     ] = None,
@@ -101,18 +101,18 @@ def prune(
     timeout: Timeout = TIMEOUT_S,
     as_json: Json = False,
 ) -> None:
-    """Remove what the run's `keep` settings no longer keep; HEAD, pinned and served versions always stay.
+    """Remove what the run's `keep` settings no longer keep. HEAD, pinned and loaded versions always stay.
 
-    A live run prunes by its own settings, as it does after every step.
+    A live run uses its own settings, as it does after every step.
     """
     from lora_grpo.adapters.files.locks import holder
     from lora_grpo.errors import ConfigError
 
     for text in overrides or ():
         if not text.startswith("keep."):
-            raise ConfigError(f"{text}: pruning goes by the keep settings alone, such as keep.archived=50")
+            raise ConfigError(f"{text}: prune takes only keep settings, such as keep.archived=50")
     if overrides and not dry_run and holder(run) is not None:
-        raise ConfigError(f"{run} is live and prunes by its own settings; leave out {' '.join(overrides)}, or stop it")
+        raise ConfigError(f"{run} is live and prunes by its own settings; remove {' '.join(overrides)}, or stop it")
 
     def act(store: AdapterStore) -> dict[str, Any]:
         before, states = set(store.numbers), set(store.states)
@@ -146,7 +146,7 @@ def _kept(run: Path, overrides: list[str]) -> Retention:
         return retention(load_config(run, overrides).keep)
     if not {"keep.archived", "keep.trainer_states"} <= {text.partition("=")[0].strip() for text in overrides}:
         raise ConfigError(
-            f"{run} has no {RESOLVED_FILE} that says what it keeps; give both keep.archived=N and keep.trainer_states=N"
+            f"{run} has no {RESOLVED_FILE} that says what to keep; give both keep.archived=N and keep.trainer_states=N"
         )
     return retention(config_of_model(str(run), overrides).keep)
 
@@ -205,7 +205,7 @@ def _wait(run: Path, request: Request, deadline: float) -> dict[str, Any] | None
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         taken_back = withdraw(run, request)
-        say(_TAKEN_BACK if taken_back else f"it is too late to take the request back: {who} is doing it, or has done")
+        say(_TAKEN_BACK if taken_back else f"it is too late to withdraw the request: {who} is doing it or has done it")
         raise
     return answer
 
@@ -219,7 +219,7 @@ def _taken_back(run: Path, request: Request, who: str | None) -> bool:
         if who is None:
             return True
         raise StoreError(
-            f"{who} holds {run} and has not answered; {_TAKEN_BACK}. Its step may be a long one: give more time with "
+            f"{who} holds {run} and has not answered; {_TAKEN_BACK}. Its step may take long: wait longer with "
             "--timeout, or stop it and try again"
         )
     if who is None and is_begun(run, request):

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 160
 
-VERSION_HELP = "12 or v12, head, parent, best, best:METRIC or best:-METRIC (the lowest)."
+VERSION_HELP = "12 or v12, head, parent, best, best:METRIC (the highest) or best:-METRIC (the lowest)."
 Version = Annotated[str, typer.Argument(metavar="VERSION", help=VERSION_HELP)]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 def keys_begun(begun: str) -> list[str]:
@@ -35,11 +35,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Settings in place of others: grpo.beta=0.1 rewards.0.weight=2",
+        help="Settings that replace those of the file: grpo.beta=0.1 rewards.0.weight=2",
         autocompletion=keys_begun,
     ),
 ]
-Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help="0 is greedy; default: the run's own.")]
+Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help="0 is greedy; default: the run's.")]
 
 
 def opened(run: Path) -> AdapterStore:

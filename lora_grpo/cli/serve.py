@@ -23,29 +23,29 @@ def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or directory of the base model.")],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- VLLM_ARGS]...", help="Further arguments for vLLM, after --, as they are."),
+        typer.Argument(metavar="[-- VLLM_ARGS]...", help="More arguments, after --, passed on to vLLM unchanged."),
     ] = None,
-    replicas: Annotated[int, typer.Option(min=1, help="Servers; each gets its share of GPUs.")] = 1,
-    host: Annotated[str, typer.Option(help="Any other address than loopback's needs an API key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the first; the others count on.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Number of servers; they share the GPUs.")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on; if not loopback, set an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The first server's; the next gets port + 1.")] = 8000,
     max_lora_rank: Annotated[int, typer.Option(min=1, help="The adapters' rank.")] = 16,
     max_loras: Annotated[int, typer.Option(min=2, help="Adapter slots: versions in use at the same time.")] = 2,
-    max_cpu_loras: Annotated[int | None, typer.Option(min=1, help="Adapters in memory; two more than slots.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4: quantize the base as it is loaded, for QLoRA.")] = None,
+    max_cpu_loras: Annotated[int | None, typer.Option(min=1, help="Adapters in memory; default: slots + 2.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4: quantize the base while loading, for QLoRA.")] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="VLLM_API_KEY", help="Better in the environment, which others cannot see.")
+        str | None, typer.Option(envvar="VLLM_API_KEY", help="Safer in the environment: others cannot see it there.")
     ] = None,
-    store_url: Annotated[str | None, typer.Option(help="Pull versions from a store server, by the resolver.")] = None,
+    store_url: Annotated[str | None, typer.Option(help="Pull versions from the store server at this URL.")] = None,
     store_token_file: Annotated[str | None, typer.Option(help="A file with the store server's token.")] = None,
     start_timeout_s: Annotated[
-        float, typer.Option("--start-timeout", min=1, help="Seconds until all have to answer, downloads included.")
+        float, typer.Option("--start-timeout", min=1, help="Seconds until all servers must answer, with downloads.")
     ] = 1800.0,
-    log_dir: Annotated[Path | None, typer.Option(help="Where logs go; a new temporary folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The servers as one line of JSON, once they answer.")] = False,
+    log_dir: Annotated[Path | None, typer.Option(help="Folder for logs; default: a new temporary one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the URLs as one line of JSON, when ready.")] = False,
 ) -> None:
-    """Start vLLM servers that take adapters as `VLLMServerEngine` loads them, until Ctrl-C.
+    """Start vLLM servers that `VLLMServerEngine` can load adapters into. They run until Ctrl-C.
 
-    When one of them ends, all end: its log's last lines say why.
+    When one server ends, all end; the last lines of its log say why.
     """
     from lora_grpo.engines.local.targets import serving_arguments
     from lora_grpo.engines.server.launch import Serving
@@ -93,19 +93,19 @@ def _until_interrupted(serving: Serving, logs: Path, as_json: bool) -> None:
 def store_server(
     run: Run,
     host: Annotated[
-        str, typer.Option(help="The address to listen on; another than loopback's can be reached by others.")
+        str, typer.Option(help="The address to listen on; others can reach any address but loopback.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = PORT,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = PORT,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="A file with the token; by default the one that LORA_GRPO_STORE_TOKEN_FILE names."),
+        typer.Option(help="A file with the token; default: the file that LORA_GRPO_STORE_TOKEN_FILE names."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Serve a run's versions, read-only, to replicas that share no disk with it, until Ctrl-C.
+    """Serve a run's versions, read-only, to servers that cannot read the run's disk. It runs until Ctrl-C.
 
-    The run may be going on in another process. Every request needs the token. It and the adapters travel unencrypted:
-    across a network that others can read, put a TLS proxy in front.
+    The run may still train in another process. Every request needs the token. Token and adapters are sent unencrypted:
+    in a network that others can read, put a TLS proxy in front.
     """
     from lora_grpo.remote.server import StoreServer
     from lora_grpo.remote.token import read_token

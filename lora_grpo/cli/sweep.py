@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 def sweep(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG|SWEEP", help="A run's TOML file, or a sweep to go on with.")
+        Path, typer.Argument(metavar="CONFIG|SWEEP", help="A run's TOML file; with --resume a sweep's directory.")
     ],
     settings: Annotated[
         list[str] | None,
@@ -30,20 +30,20 @@ def sweep(
             help="grpo.learning_rate=1e-5,3e-5 grpo.seed=0,1; with --sample also log:1e-6..1e-4 or 0.0..0.1",
         ),
     ] = None,
-    sample: Annotated[int | None, typer.Option(help="Draw so many members instead of the grid.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Draw this many members at random; no grid.")] = None,
     at_once: Annotated[int | None, typer.Option(min=1, help="Most members at once; default: all that fit.")] = None,
-    rungs: Annotated[str | None, typer.Option(help="Successive halving at these steps, such as 5,10,20.")] = None,
+    rungs: Annotated[str | None, typer.Option(help="Stop the worst at these steps (halving): 5,10,20.")] = None,
     keep: Annotated[float, typer.Option(help="Share of the members that goes on at each rung.")] = 0.5,
-    evolve_every: Annotated[int | None, typer.Option(help="Steps between take-overs (population-based).")] = None,
-    perturb: Annotated[list[str] | None, typer.Option(help="A setting that a take-over changes; repeatable.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of draws, take-overs and perturbations.")] = 0,
+    evolve_every: Annotated[int | None, typer.Option(help="Every N steps the worst copy the best (PBT).")] = None,
+    perturb: Annotated[list[str] | None, typer.Option(help="A setting to change in each copy; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices of the sweep.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in this directory.")] = False,
 ) -> None:
-    """Train many settings of one run at once, on one engine and one base.
+    """Train one run with many settings at the same time, on one engine and one base model.
 
-    Settings without a comma or a range hold for all. Each member is a run in a folder of output_dir, which also gets
-    summary.json, curves.png and best-adapter/. The table goes to stderr, the summary to stdout as JSON.
-    Ctrl-C and SIGTERM stop all of it cleanly; --resume goes on.
+    Each combination of settings is a member: a run in a folder of output_dir, which also gets summary.json,
+    curves.png and best-adapter/. Settings with one value hold for all members. The table goes to stderr, the summary
+    to stdout as JSON. Ctrl-C and SIGTERM stop all members cleanly; --resume goes on.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from lora_grpo.trainer.sweeping.plan import SweepPlan
@@ -51,7 +51,7 @@ def sweep(
 
     if resume:
         if settings:
-            raise typer.BadParameter("--resume goes on with the sweep's own settings; leave the others out")
+            raise typer.BadParameter("--resume goes on with the sweep's own settings; remove the settings given here")
         plan = SweepPlan.read(config)
     else:
         steps = tuple(sorted(whole_numbers(rungs, "--rungs")))
@@ -100,5 +100,5 @@ def _line(rows: Sequence[Row]) -> str:
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     stepped = [row for row in rows if row["reward"] is not None]
     best = max(stepped, key=lambda row: row["reward"], default=None)
-    ahead = "" if best is None else f"; ahead {best['member']}, step {best['step']}, reward {best['reward']:.3f}"
+    ahead = "" if best is None else f"; best: {best['member']}, step {best['step']}, reward {best['reward']:.3f}"
     return f"{counts}{ahead}"

@@ -25,19 +25,19 @@ def init(
     data: Annotated[
         str, typer.Option("--data", "-d", help="The prompts: a .jsonl, .json, .csv or .parquet file, or a hub name.")
     ] = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write, which must not be there yet.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; it must not exist yet.")] = Path(
         "run.toml"
     ),
 ) -> None:
-    """Write a config file for a model and a data set, each setting with its reason, and check it.
+    """Write a config file for a model and a data set, with a reason beside each setting, and check it.
 
-    Exit code 2 if `lora-grpo check` would find what ends the run here, such as too little memory; the file says it too.
+    The exit code is 2 if `lora-grpo check` finds a problem on this machine, such as too little memory.
     """
     from lora_grpo.trainer.checking import check_run
     from lora_grpo.trainer.proposing import memory_lines, propose
 
     if out.exists():
-        raise ConfigError(f"{out} is there already; name another file with --out, or remove it")
+        raise ConfigError(f"{out} exists already; name another file with --out, or remove it")
     config, text = propose(model, data, overrides or ())
     findings = list(check_run(config))
     head = [f"# lora-grpo check {out}; lora-grpo train {out}", *memory_lines(findings)]
@@ -58,25 +58,25 @@ def check(
     ],
     overrides: Overrides = None,
     engine: Annotated[
-        bool, typer.Option("--engine", help="Start the engine too: base match, probe, slots, three swaps.")
+        bool, typer.Option("--engine", help="Start the engine too: compare the bases, load and prove adapters.")
     ] = False,
     rewards: Annotated[
-        bool, typer.Option("--rewards", help="Call each reward function once, on two rows with a stand-in completion.")
+        bool, typer.Option("--rewards", help="Call each reward function once, on two rows with a made-up completion.")
     ] = False,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="For a MODEL of which only the config is there: draw its weights.")
+        bool, typer.Option("--random-weights", help="Use random weights; only the MODEL's config is needed.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Find what would end a run, without training it: settings, data, adapter, memory; exit code 2 if something would.
+    """Find what would stop a run, before it trains: settings, data, adapter, memory. Exit code 2 if there is anything.
 
-    With a MODEL the adapter and engine are the default settings'. Nothing is written.
+    For a MODEL, adapter and engine have the default settings. Nothing is written.
     """
     from lora_grpo.config_file import config_of_model, load_config, names_a_model
 
     alone = names_a_model(target)
     if random_weights and not alone:
-        raise ConfigError(f"--random-weights is for a model's name or directory, and {target} is a run's settings")
+        raise ConfigError(f"--random-weights needs a model's name or directory; {target} holds a run's settings")
     from lora_grpo.trainer.checking import check_run
     from lora_grpo.trainer.random_base import random_base
 
@@ -96,7 +96,7 @@ def train(
     ],
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run in output_dir stopped, exactly.")
+        bool, typer.Option("--resume", help="Go on exactly where the run in output_dir stopped.")
     ] = False,
     help_config: Annotated[
         bool,
@@ -104,14 +104,14 @@ def train(
             "--help-config",
             is_eager=True,
             callback=lambda asked: _help_config() if asked else None,
-            help="Explain every setting, with its type and default, and exit.",
+            help="Explain every setting with its type and default, then exit.",
         ),
     ] = False,
 ) -> None:
     """Train a LoRA adapter with GRPO.
 
-    The view goes to stderr; the last line of stdout is the result as JSON.
-    Ctrl-C and SIGTERM stop cleanly, the last version intact; --resume goes on from there.
+    Progress goes to stderr; the last line of stdout is the result as JSON.
+    Ctrl-C and SIGTERM stop cleanly and leave the last version intact; --resume goes on from there.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from lora_grpo.config_file import load_config
@@ -126,7 +126,7 @@ def train(
         with build_trainer(run_config, resume=resume) as trainer:
             began, leads = True, trainer.crew.leads
             if resume and leads and trainer.store.head is None:
-                say(f"{trainer.run_dir} holds no run to go on with: a new one begins there")
+                say(f"{trainer.run_dir} holds no run yet, so a new one begins there")
             result = trainer.train()
     except KeyboardInterrupt:
         again = shlex.join(["lora-grpo", "train", str(config), *(overrides or ()), *(["--resume"] if began else [])])
@@ -165,12 +165,12 @@ def evaluate(
         typer.Option(
             "--version",
             "-v",
-            help=f"Evaluate this one; may be given again: {VERSION_HELP} Default: the first and last evaluated.",
+            help=f"Evaluate this version; repeatable: {VERSION_HELP} Default: the first and last evaluated.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate stored versions on the run's held-out prompts, through the engine."""
+    """Evaluate stored versions on the run's held-out prompts. vLLM makes the completions."""
     from lora_grpo.trainer.replay import evaluate_run
 
     opened(run).close()
@@ -180,12 +180,12 @@ def evaluate(
 
 def demo(
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The run directory.")] = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="GRPO steps; default: the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="GRPO steps; default: the demo's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
 ) -> None:
-    """Watch a tiny model get better at adding, its adapter travelling to vLLM at every step.
+    """Watch a tiny model learn to add. Its adapter goes to vLLM at every step.
 
-    The view goes to stderr; the last line of stdout is the result as JSON.
+    Progress goes to stderr; the last line of stdout is the result as JSON.
     """
     from lora_grpo.demo.run import run_demo
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from lora_grpo.trainer.replay import Conversation
 
 A = Annotated[str, typer.Argument(metavar="A", help=f"A version: {VERSION_HELP}")]
-B = Annotated[str, typer.Argument(metavar="B", help="Another one.")]
-COMMANDS = "/version best: another version answers; /new: forget what was said; /quit: end"
+B = Annotated[str, typer.Argument(metavar="B", help="Another version.")]
+COMMANDS = "/version best: switch to another version; /new: forget what was said; /quit: end"
 
 
 def diff(run: Run, a: A, b: B, as_json: Json = False) -> None:
-    """How far two versions are apart in what they add to the base, W = B A (scaling included), module by module.
+    """Show how much two versions differ, module by module, in what they add to the base: W = B A, with its scaling.
 
-    change is |W_b - W_a| / |W_a| in the Frobenius norm, cosine <W_a, W_b> / (|W_a| |W_b|); 'all' joins all modules.
+    change is |W_b - W_a| / |W_a| in the Frobenius norm, cosine <W_a, W_b> / (|W_a| |W_b|); 'all' is all modules.
     """
     from lora_grpo.adapters.peft_form.difference import difference
 
@@ -51,14 +51,14 @@ def compare(
     b: B,
     prompts: Annotated[
         Path,
-        typer.Option("--prompts", "-p", help="A .jsonl, .json, .csv or .parquet file of prompts, as the run's data."),
+        typer.Option("--prompts", "-p", help="A .jsonl, .json, .csv or .parquet file of prompts, like the run's data."),
     ],
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers a prompt from each version.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers of each version per prompt.")] = 1,
     temperature: Temperature = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Sample two versions on the same prompts in the same engine batch; compare rewards, lengths and log-probs."""
+    """Let two versions answer the same prompts in one batch, and compare rewards, lengths and log-probs."""
     from lora_grpo.trainer.compare import compare_run
 
     result = compare_run(run, a, b, prompts, samples=samples, temperature=temperature, seed=seed)
@@ -85,10 +85,10 @@ def chat(
     version: Annotated[str, typer.Argument(metavar="[VERSION]", help=VERSION_HELP)] = "head",
     temperature: Temperature = None,
 ) -> None:
-    """Talk to a version of a run, stopped or live, in the terminal.
+    """Talk to a version in the terminal. The run may be stopped or live.
 
-    It is loaded and proven first. /version best goes on with another one, /new forgets what was said, /quit ends.
-    Without a chat template, what you type is completed as plain text.
+    The version is loaded and proven first. /version best switches to another, /new forgets what was said, /quit ends.
+    If the model has no chat template, it completes what you type as plain text.
     """
     from lora_grpo.trainer.replay import conversing
 
@@ -99,7 +99,7 @@ def chat(
     with conversing(run, version, temperature) as talk:
         say(f"{talk.version} is loaded and proven. {COMMANDS}")
         if not talk.has_template:
-            say("the model has no chat template: each line is completed by itself, as plain text")
+            say("the model has no chat template: it completes each line as plain text, without the lines before")
         while (line := _line(talk)) is not None:
             try:
                 _respond(talk, line)
@@ -124,13 +124,13 @@ def _respond(talk: Conversation, line: str) -> None:
     elif command == "/new":
         talk.forget()
     elif command.startswith("/"):
-        raise ConfigError(f"{line!r} is no command. {COMMANDS}")
+        raise ConfigError(f"{line!r} is not a command. {COMMANDS}")
     elif line:
         for piece in talk.answer(line):
             typer.echo(piece, nl=False)
         typer.echo()
         if talk.cut:
-            say("(cut: it reached the run's max_completion_length)")
+            say("(cut off at the run's max_completion_length)")
 
 
 def export(
@@ -142,17 +142,17 @@ def export(
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload it to the Hugging Face Hub: you/name.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make REPO a private one, if it is made now.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="If REPO is new, make it private.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a version as a plain PEFT folder, for PeftModel.from_pretrained, vLLM, or further training.
 
-    It has the adapter's own rank, alpha and targets, so that training on keeps the effective learning rate. The weights
-    are the trainer's own in fp32 where the version's trainer state is kept, else rounded to the engine's dtype.
-    REPO gets the same, the tokenizer and a model card, in one commit; log in with `hf auth login`, or set HF_TOKEN.
+    It has the run's rank, alpha and targets, so further training has the same effective learning rate. If the
+    version's trainer state was kept, the weights are exact (fp32), else rounded to the engine's dtype.
+    REPO gets the folder, the tokenizer and a model card in one commit. Log in with `hf auth login`, or set HF_TOKEN.
     """
     if directory is None and push_to_hub is None:
-        raise ConfigError("name the directory to write to, or --push-to-hub REPO")
+        raise ConfigError("name a directory to write to, or give --push-to-hub REPO")
     from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
 
     said: dict[str, Any] = {}
@@ -180,10 +180,10 @@ def fork(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Make a new run that starts from any version of another: `lora-grpo train NEW --resume` goes on from there.
+    """Make a new run that starts from any version of another. Then `lora-grpo train NEW --resume` trains it.
 
-    It goes on exactly as the run did from that version, or with other settings: optimizer, schedule, random state and
-    data position are the version's. RUN may be live, and stays as it is.
+    It starts with that version's optimizer, schedule, random state and data position, so without new settings it does
+    exactly what RUN did. RUN may be live, and stays as it is.
     """
     from lora_grpo.trainer.forking import fork as make
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def versions(run: Run, as_json: Json = False) -> None:
-    """List a run's adapter versions: where they are, what they weigh, and what is known of them."""
+    """List a run's adapter versions: where they are stored, their size, rewards and other metrics."""
     from lora_grpo.report import described, for_people
 
     with opened(run) as store:
@@ -24,7 +24,7 @@ def versions(run: Run, as_json: Json = False) -> None:
 
 
 def show(run: Run, version: Version, as_json: Json = False) -> None:
-    """Everything that is known of one version."""
+    """Show everything that is known about one version."""
     from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
     from lora_grpo.report import describe
 
@@ -51,24 +51,24 @@ def report(
     run: Run,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: RUN/report.html.")] = None,
     watch: Annotated[
-        float | None, typer.Option("--watch", min=1, help="Seconds between pages, until the run has ended.")
+        float | None, typer.Option("--watch", min=1, help="Write it again every N seconds until the run ends.")
     ] = None,
 ) -> None:
-    """Write a run as one HTML page: curves, versions, completions, proofs, seconds, settings.
+    """Write one HTML page about a run: curves, versions, completions, proofs, times, settings.
 
-    It opens from disk, without a network. A browser that shows a page of --watch follows the run.
+    It opens from disk and needs no network. With --watch, the page in the browser updates itself.
     """
     from lora_grpo.report import write_report
 
     if watch:
-        say(f"writing the page every {watch:g} s, until the run has ended")
+        say(f"writing the page every {watch:g} s until the run ends")
     typer.echo(write_report(run, out, watch))
 
 
 def verify(run: Run, as_json: Json = False) -> None:
-    """Read every copy of every version and every trainer state, and the run's history, and compare with the digests.
+    """Check every stored copy of every version, every trainer state and the run's history against their checksums.
 
-    Exits with 1 when anything differs or is missing.
+    Exits with 1 if anything differs or is missing.
     """
     with opened(run) as store:
         # A live run journals a version an instant before it appears: only what stays missing is missing.
@@ -90,11 +90,11 @@ def verify(run: Run, as_json: Json = False) -> None:
     tell({"ok": ok, "versions": rows, "damaged_lines": lines}, as_json, shown, f"digests of {run}")
     if not as_json:
         nothing = f"{run} holds no versions, so nothing was compared"
-        say(f"{whole} of {len(rows)} versions are what was published" if rows else nothing)
+        say(f"{whole} of {len(rows)} versions are as they were published" if rows else nothing)
         if lines:
             say(
-                f"of {run / 'journal.jsonl'} these lines are damaged: {', '.join(map(str, lines))}; metrics, pins or "
-                "promotions that they held are lost (delete the lines once that is dealt with)"
+                f"these lines of {run / 'journal.jsonl'} are damaged: {', '.join(map(str, lines))}; their metrics, "
+                "pins or promotions are lost (delete the lines when you have dealt with that)"
             )
     if not ok:
         raise typer.Exit(1)

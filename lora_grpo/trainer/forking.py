@@ -71,7 +71,7 @@ def fork(
     """
     source, target = Path(run), Path(new)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} is there already; name a new directory for the fork of {source}")
+        raise ConfigError(f"{target} exists already; name a new directory for the fork of {source}")
     if target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{target} lies in the run {source}; name a directory outside it for the fork")
     with AdapterStore(archive=source, readonly=True) as store:
