@@ -66,7 +66,7 @@ def test_nf4_is_delivered_with_every_control(nf4_engine: VLLMEngine, plain_dir: 
         match = match_base(nf4_engine, model, Processes(None))
         deliver(finding, model, nf4_engine, store, shm_dir)
     assert (match.compared, match.quantized, match.share, match.unread) == (match.tensors, 14, 1.0, {})
-    assert "(14 quantized ones in what they stand for)" in str(match)
+    assert "(14 quantized ones by their values)" in str(match)
     assert finding.missed == []
     assert finding.gap < finding.signal / 3
     unquantized = teacher_logprobs(load_model(plain_dir), SEQUENCES)

@@ -207,7 +207,7 @@ class _Run:
     def _memory(self) -> str:
         planned = self.plan
         twice = "; activations are computed twice (gradient_checkpointing)" if planned.checkpointing else ""
-        unknown = " without activations, which cannot be told," if planned.memory.activations_bytes is None else ""
+        unknown = " without activations, which cannot be estimated," if planned.memory.activations_bytes is None else ""
         device = default_device()
         free = f"{mib(available_memory(device))} free on {device}"
         return f"{mib(planned.memory.total_bytes)}{unknown} of {free}{twice}"

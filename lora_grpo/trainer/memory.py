@@ -57,7 +57,7 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {mib(size_bytes)}" for name, size_bytes in self.parts().items())
-        unknown = " without activations, which cannot be told" if self.activations_bytes is None else ""
+        unknown = " without activations, which cannot be estimated" if self.activations_bytes is None else ""
         return f"{mib(self.total_bytes)}{unknown} ({parts})"
 
     def parts(self) -> dict[str, int]:

@@ -56,7 +56,7 @@ class BaseMatch:
     def __str__(self) -> str:
         said = f"{self.compared} of {self.tensors} tensors equal, {self.share:.1%} of the values"
         if self.quantized:
-            said += f" ({self.quantized} quantized ones in what they stand for)"
+            said += f" ({self.quantized} quantized ones by their values)"
         said += f"; read in {self.read_s:.2f} s, compared in {self.seconds:.2f} s"
         for where, reasons in self.unread.items():
             some = ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:_NAMED])
