@@ -1,9 +1,9 @@
-"""Rewards of your own in `GRPOTrainer`, as cells (# %%) for an editor or a notebook.
+"""Your own rewards in `GRPOTrainer`, divided into cells (# %%) for an editor or a notebook.
 
 python examples/custom_reward.py
 
-Two rewards share the work: the answer must be right, and a partial one pays for each right digit. Any function
-`f(prompts, completions, **columns) -> list[float]` will do, async ones too; None leaves a row out.
+There are two rewards: one for the right answer, and a partial one for each right digit. You can use any function
+`f(prompts, completions, **columns) -> list[float]`, also an async one; None leaves a row out.
 """
 
 # %% Rewards in TRL's signature: `answer` is a column of the data
@@ -22,7 +22,7 @@ def right_answer(completions: list[str], answer: list[str], **columns: object) -
 
 
 def right_digits(completions: list[str], answer: list[str], **columns: object) -> list[float]:
-    """Share of digits in place: a slope where the exact answer is a cliff."""
+    """Share of right digits: it also rewards answers that are nearly right."""
     return [
         sum(a == b for a, b in zip(text, right, strict=False)) / len(right)
         for text, right in zip(completions, answer, strict=True)

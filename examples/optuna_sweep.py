@@ -1,4 +1,4 @@
-"""Optuna proposes, a population trains: learning rate and KL, at most eight members at once, weak ones pruned early.
+"""Optuna proposes learning rate and KL, a population trains at most eight members at once, weak ones end early.
 
 pip install optuna; then python examples/optuna_sweep.py. Each trial is a run of its own in runs/optuna.
 """
@@ -18,7 +18,7 @@ trials = {}
 
 
 def ask() -> MemberSpec:
-    """What Optuna wants to know next."""
+    """The next settings that Optuna wants to try, as a member."""
     trial = study.ask()
     config = GRPOConfig(
         total_steps=STEPS,
@@ -31,7 +31,7 @@ def ask() -> MemberSpec:
 
 
 def tell(member) -> None:
-    """What became of it; its place is the next trial's."""
+    """Report the result of a member to Optuna; then another one can take its place."""
     trial = trials.pop(member.name)
     if member.state == "finished":
         study.tell(trial, sum(metrics["reward"] for metrics in member.history[-5:]) / 5)

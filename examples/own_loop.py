@@ -1,6 +1,6 @@
 """A training loop of your own, in PyTorch and PEFT."""
 
-# %% As cells for an editor or a notebook
+# %% Divided into cells for an editor or a notebook
 import random
 
 import torch

@@ -1,4 +1,4 @@
-"""Back to an earlier version, and on from there, as cells (# %%) for an editor or a notebook.
+"""Go back to an earlier version and train on, divided into cells (# %%) for an editor or a notebook.
 
 python examples/rollback.py
 """
@@ -28,14 +28,14 @@ trainer = GRPOTrainer(
 )
 trainer.train()
 
-# %% What there is to go back to: every version, and the reward that it earned
+# %% Every version that you can go back to, and its reward
 for version in trainer.store.list():
     print(version, trainer.store.metrics(version).get("reward"))
 
-# %% Back in one call: engine, weights, optimizer, schedule and random state; "best" or "parent" would do, too
+# %% One call takes back engine, weights, optimizer, schedule and random state; "best" or "parent" works, too
 print(trainer.rollback(to=3))
 
-# %% On from there: v3 is the next version's parent; v4 and v5 stay, and can be named again
+# %% Train on: v3 is the parent of the next version; v4 and v5 are still there
 trainer.train()
 print({version.number: version.parent for version in trainer.store.list()})
 

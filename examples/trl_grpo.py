@@ -1,12 +1,12 @@
-"""TRL's GRPOTrainer with one line changed: adapters are hot-swapped instead of merged.
+"""TRL's GRPOTrainer with one line changed: vLLM gets the adapter alone, and nothing is merged.
 
-Trains the demo task (two-digit sums with a bad habit to unlearn) on whatever machine this is:
+It trains the demo task (two-digit sums, for a model that forgets the carry) on a CPU or a GPU:
 
-    python examples/trl_grpo.py                    # TRL's trainer, our path to vLLM
+    python examples/trl_grpo.py                    # TRL's trainer with our way to vLLM
     python examples/trl_grpo.py --trainer ours     # the same work on lora_grpo.GRPOTrainer
-    python examples/trl_grpo.py --trainer stock    # TRL as it comes (needs a GPU: its weight push fails on the CPU)
+    python examples/trl_grpo.py --trainer stock    # TRL unchanged (needs a GPU: its weight push fails on the CPU)
 
-The last line on stdout is one JSON object with what was measured.
+The last line on stdout is one JSON object with the results.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ import lora_grpo
 from lora_grpo.demo import task
 from lora_grpo.demo.base import ensure_base
 
-# The one line. Everything else in `with_trl` is what a script for stock TRL says.
+# This is the changed line. Everything else in `with_trl` is as in a script for stock TRL.
 from lora_grpo.integrations.trl import NativeGRPOTrainer as GRPOTrainer
 
 ROWS_A_STEP, GROUP, UPDATES_A_STEP = 512, 8, 2
-# What both trainers call by the same name.
+# Settings that have the same name in both trainers.
 COMMON: dict[str, Any] = {
     "num_generations": GROUP,
     "generation_batch_size": ROWS_A_STEP,
@@ -48,12 +48,12 @@ LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="C
 
 
 def exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1 where the completion is the row's answer."""
+    """1 if the completion is the row's answer, else 0."""
     return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
 
 
 def with_trl(trainer_class: Any, base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
-    """Train with TRL: its own GRPOTrainer, or the one that stands in for it."""
+    """Train with TRL: with its own GRPOTrainer, or with the one that replaces it."""
     trainer = trainer_class(
         model=str(base),
         reward_funcs=exact,
@@ -76,7 +76,7 @@ def with_trl(trainer_class: Any, base: Path, steps: int, output_dir: Path) -> di
         train_dataset=Dataset.from_list([dict(row) for row in task.training_rows()]),
         peft_config=LORA,
     )
-    native = getattr(trainer, "native", None)  # stock TRL has nothing that answers held-out prompts
+    native = getattr(trainer, "native", None)  # stock TRL cannot answer held-out prompts
     before = native and accuracy(native.engine, None)
     started = time.perf_counter()
     trainer.train()
@@ -129,7 +129,7 @@ def median(values: list[float]) -> float | None:
 
 
 def peak_memory_mib() -> float:
-    """Most that this process held: of the GPU's memory (torch's allocator) where there is one, else resident."""
+    """Peak memory of this process: on the GPU (torch's allocator) if there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
