@@ -22,7 +22,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="the trainer's base dtype")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     quantization: Literal["nf4"] | None = Field(
-        None, description="'nf4' (QLoRA): of an unquantized base, on both sides; what a checkpoint says is followed"
+        None, description="'nf4' (QLoRA): quantize an unquantized base, in trainer and engine"
     )
 
     @property
@@ -35,7 +35,7 @@ class LoraSettings(Section):
     """The adapter to train; what `peft.LoraConfig` calls the same."""
 
     r: int = Field(16, ge=1, description="rank")
-    lora_alpha: float = Field(32, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_alpha: float = Field(32, gt=0, description="the adapter's output is scaled by lora_alpha / r")
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear", description="names of the linear layers that get an adapter"
     )
@@ -65,26 +65,26 @@ class EngineConfig(Section):
         "raise", description="when one server fails to load a version: end the run, or go on without that server"
     )
     store_address: str | None = Field(
-        None, description="host:port to serve versions at, for `urls` that share no disk with the trainer"
+        None, description="host:port where the trainer serves versions, for `urls` that cannot read its disk"
     )
     concurrency: int = Field(256, ge=1, description="most requests at the same time on each of `urls`; others wait")
     timeout_s: float = Field(
-        600.0, gt=0, description="seconds that one request to `urls` may take, waiting in the server's queue included"
+        600.0, gt=0, description="most seconds for one request to `urls`, with its wait in the server's queue"
     )
     patience_s: float = Field(300.0, gt=0, description="seconds to wait for one of `urls` that went away")
-    max_lora_rank: int | None = Field(None, ge=1, description="default: the adapter's rank, rounded up to vLLM's set")
+    max_lora_rank: int | None = Field(None, ge=1, description="default: the adapter's rank, rounded up for vLLM")
     max_loras: int = Field(2, ge=1, description="adapter slots: versions that one batch can mix")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the engine's weights and adapters"
     )
-    max_model_len: int | None = Field(None, ge=8, description="prompt plus completion, tokens; default: the model's")
-    gpu_memory_utilization: float = Field(0.35, gt=0, le=1, description="vLLM's share of the GPU, trainer beside it")
+    max_model_len: int | None = Field(None, ge=8, description="most tokens, prompt + completion; default: the model's")
+    gpu_memory_utilization: float = Field(0.35, gt=0, le=1, description="vLLM's share of the GPU, beside the trainer")
     max_num_seqs: int = Field(256, ge=1, description="most completions sampled at the same time")
     max_num_batched_tokens: int | None = Field(
         None, ge=64, description="most tokens in one engine step; default: vLLM's"
     )
     enforce_eager: bool = Field(False, description="no compiled model, no CUDA graphs")
-    enable_prefix_caching: bool = Field(True, description="prompts that begin alike share their KV cache")
+    enable_prefix_caching: bool = Field(True, description="prompts with the same beginning share its KV cache")
 
     @model_validator(mode="after")
     def _check(self) -> EngineConfig:
@@ -95,7 +95,7 @@ class EngineConfig(Section):
             raise ValueError(f"store_address={self.store_address!r} must be host:port, such as '10.0.0.5:8731'")
         if not self.urls:
             raise ValueError(
-                f"store_address={self.store_address!r} serves versions to the servers in urls, and there are none; "
+                f"store_address={self.store_address!r} serves versions to the servers in urls, but there are none; "
                 "name them, or leave store_address out"
             )
         return self
@@ -107,12 +107,12 @@ class DataConfig(Section):
     train: str = Field(description="hub dataset name, or a .jsonl/.json/.csv/.parquet file")
     train_split: str = Field("train", description="split of `train`, if it is on the hub")
     name: str | None = Field(None, description="hub configuration, e.g. 'main' for openai/gsm8k")
-    eval: str | None = Field(None, description="held-out prompts, as `train`")
+    eval: str | None = Field(None, description="held-out prompts, in the same form as `train`")
     eval_split: str = Field("test", description="split of `eval`, if it is on the hub")
     eval_limit: int | None = Field(None, ge=1, description="most held-out prompts used")
-    prompt_column: str = Field("prompt", description="text, or a list of chat messages")
+    prompt_column: str = Field("prompt", description="column of prompts: text or chat messages")
     system_prompt: str | None = Field(
-        None, description="makes chats of text prompts, with this system message (none if empty)"
+        None, description="turns text prompts into chats with this system message (none if empty)"
     )
 
 
@@ -152,14 +152,14 @@ class GuardConfig(Section):
 
     non_finite: bool = Field(False, description="go back when a loss, gradient or weight is not finite")
     reward_drop: float | None = Field(None, gt=0, description="go back when the reward falls this far below its mean")
-    reward_window: int = Field(10, ge=1, description="steps of that mean")
+    reward_window: int = Field(10, ge=1, description="number of steps in that mean")
     reward_patience: int = Field(2, ge=1, description="steps in a row that must be that far below")
-    logprob_gap: float | None = Field(None, gt=0, description="go back above this trainer/sampler gap, nats a token")
-    kl: float | None = Field(None, gt=0, description="go back above this KL to the reference, nats a token (beta > 0)")
+    logprob_gap: float | None = Field(None, gt=0, description="go back above this trainer/sampler gap, nats per token")
+    kl: float | None = Field(None, gt=0, description="go back above this KL, nats per token (beta > 0)")
     to: int | str = Field(
         "best:reward", description="version to go back to: a number, 'parent', 'best' or 'best:METRIC'"
     )
-    max_rollbacks: int = Field(3, ge=1, description="rollbacks after which the next reason ends the run")
+    max_rollbacks: int = Field(3, ge=1, description="after this many rollbacks, the next reason ends the run")
     learning_rate_factor: float = Field(
         1.0, gt=0, le=1, description="the learning rate is multiplied by this at each rollback"
     )
@@ -174,7 +174,7 @@ class RunConfig(Section):
     (16, 8)
     """
 
-    output_dir: str = Field(description="the run's durable directory")
+    output_dir: str = Field(description="the run's directory on disk")
     model: ModelConfig = Field(description="the base model")
     lora: LoraSettings = Field(LoraSettings(), description="the adapter")
     data: DataConfig = Field(description="the prompts")

@@ -105,11 +105,11 @@ def describe_settings(section: type[BaseModel] = RunConfig, prefix: str = "") ->
 def _of_run(run: Path) -> dict[str, Any]:
     if not (run / RESOLVED_FILE).is_file():
         raise ConfigError(
-            f"{run} has no {RESOLVED_FILE}: it is no run of `lora-grpo train`, or one that stopped before its first "
+            f"{run} has no {RESOLVED_FILE}: it is not a run of `lora-grpo train`, or it stopped before its first "
             "version; name its TOML file"
         )
     if names_a_model(str(run)):
-        raise ConfigError(f"{run} is a model, no run; lora-grpo init {run} --data FILE writes a config file for it")
+        raise ConfigError(f"{run} is a model, not a run; lora-grpo init {run} --data FILE writes a config file for it")
     return {**read_settings(run / RESOLVED_FILE), "output_dir": str(run)}
 
 
@@ -123,7 +123,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
         values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{path} is no valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
+        raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold one table of settings, not a {type(values).__name__}")
     return values
@@ -169,7 +169,7 @@ def _index(target: list[Any], part: str, override: str) -> int:
     """Of an entry that is there, or of a new one at the end."""
     if not part.isdigit() or int(part) > len(target):
         raise ConfigError(
-            f"override {override!r}: {part!r} is no index of a list of {len(target)}; they count from 0, and "
+            f"override {override!r}: {part!r} is not an index of a list of {len(target)}; indexes count from 0, and "
             f"{len(target)} adds one"
         )
     if int(part) == len(target):
@@ -186,7 +186,7 @@ def _value(text: str, override: str) -> Any:
     except tomllib.TOMLDecodeError as error:
         if text[0] in "[{\"'":
             raise ConfigError(
-                f"override {override!r}: the value is no valid TOML ({error}); text in it needs quotes, and the "
+                f"override {override!r}: the value is not valid TOML ({error}); text in it needs quotes, and the "
                 """whole quotes for the shell: 'key=["a", "b"]'"""
             ) from error
         return text

@@ -14,7 +14,7 @@ class UnsupportedAdapter(LoraGrpoError, ValueError):
 
 
 class UnsupportedVersion(LoraGrpoError, RuntimeError):
-    """An installed release that this package was neither run with nor read against."""
+    """An installed release that this package was neither tested with nor compared with."""
 
 
 class StoreError(LoraGrpoError, OSError):
@@ -46,7 +46,7 @@ class DeliveryError(LoraGrpoError, RuntimeError):
 
 
 class RewardError(LoraGrpoError, RuntimeError):
-    """A reward function raised, or did not return one finite number a completion; names the function and the prompt."""
+    """A reward function raised, or did not return one finite number for each completion; names function and prompt."""
 
 
 class TrainingError(LoraGrpoError, RuntimeError):

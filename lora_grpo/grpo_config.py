@@ -27,7 +27,7 @@ class GRPOConfig(Section):
     seed: int = Field(42, ge=0, description="seed of the run; every request's own seed derives from it")
     total_steps: int = Field(100, ge=1, description="rollout steps to run")
     max_steps_without_signal: int | None = Field(
-        None, ge=1, description="steps in a row with equal rewards in every group that end a run; default: none do"
+        None, ge=1, description="end the run after so many steps in a row without different rewards; default: never"
     )
 
     num_generations: int = Field(8, ge=2, description="completions for each prompt (a group)")
@@ -39,22 +39,22 @@ class GRPOConfig(Section):
         None,
         ge=1,
         description="most tokens in a micro-batch, instead of per_device_train_batch_size completions; default on "
-        "CUDA: what so many of the longest ones take, as found at the run's first start",
+        "CUDA: enough for that many of the longest ones, found at the run's first start",
     )
     gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches in one optimizer update")
     num_iterations: int = Field(1, ge=1, description="passes over each rollout batch")
 
     max_staleness: int = Field(
-        0, ge=0, description="versions that a batch may lag; above 0, sampling goes on while the optimizer steps"
+        0, ge=0, description="how many versions old a batch may be; above 0, sampling goes on during training"
     )
     stall_timeout_s: float = Field(
-        1800.0, gt=0, description="with max_staleness: seconds without a sign of life that end the run"
+        1800.0, gt=0, description="with max_staleness: end the run after so many seconds without progress"
     )
 
-    ddp_timeout: float = Field(1800.0, gt=0, description="most seconds that several processes wait for each other")
+    ddp_timeout: float = Field(1800.0, gt=0, description="most seconds that processes wait for each other")
 
     max_prompt_length: int | None = Field(
-        None, ge=1, description="most tokens in a prompt; default: what max_completion_length leaves of max_model_len"
+        None, ge=1, description="most tokens in a prompt; default: max_model_len - max_completion_length"
     )
     overlong_prompts: Literal["error", "drop"] = Field(
         "error", description="a longer prompt is an error before the start, or is left out and counted"
@@ -65,9 +65,9 @@ class GRPOConfig(Section):
     )
     max_completion_length: int = Field(256, ge=1, description="most tokens in a completion")
     temperature: float = Field(1.0, gt=0, description="temperature of the sampler and of the trainer's log-probs")
-    top_p: float = Field(1.0, description="1 only: filtered sampling is not corrected for in the loss")
-    top_k: int = Field(0, description="0 only: filtered sampling is not corrected for in the loss")
-    min_p: float = Field(0.0, description="0 only: filtered sampling is not corrected for in the loss")
+    top_p: float = Field(1.0, description="must be 1: the loss cannot correct for filtered sampling")
+    top_k: int = Field(0, description="must be 0: the loss cannot correct for filtered sampling")
+    min_p: float = Field(0.0, description="must be 0: the loss cannot correct for filtered sampling")
 
     loss_type: LossType = Field("dapo", description="how token losses are formed and averaged")
     importance_sampling_level: Literal["token", "sequence"] = Field(
@@ -75,12 +75,10 @@ class GRPOConfig(Section):
     )
     epsilon: float = Field(0.2, ge=0, description="lower clip of the ratio (1 - epsilon)")
     epsilon_high: float | None = Field(
-        None, ge=0, description="upper clip (1 + epsilon_high); default: epsilon. For cispo the bound itself, e.g. 5"
+        None, ge=0, description="upper clip (1 + epsilon_high); default: epsilon. For cispo the limit itself, e.g. 5"
     )
     delta: float | None = Field(None, gt=0, description="two-sided clip: the ratio's upper bound before clipping")
-    beta: float = Field(
-        0.0, ge=0, description="weight of the KL to the adapter as it was at the start; 0 spends nothing on it"
-    )
+    beta: float = Field(0.0, ge=0, description="weight of the KL to the adapter at the start; 0: it is not computed")
     use_bias_correction_kl: bool = Field(True, description="weight the KL by the ratio: its unbiased gradient")
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group", description="divide advantages by the deviation of rewards in the group, in the batch, or not at all"
@@ -93,12 +91,12 @@ class GRPOConfig(Section):
         None, gt=0, description="seconds that one call of a reward function may take; default: no limit"
     )
     mask_truncated_completions: bool = Field(False, description="leave completions cut at the limit out of the loss")
-    vllm_importance_sampling_correction: bool = Field(True, description="correct for trainer/sampler mismatch")
+    vllm_importance_sampling_correction: bool = Field(True, description="correct differences of trainer and sampler")
     vllm_importance_sampling_mode: CorrectionMode = Field("sequence_mask", description="how it is corrected")
     vllm_importance_sampling_clip_max: float = Field(3.0, gt=0, description="largest ratio kept or truncated to")
     vllm_importance_sampling_clip_min: float | None = Field(None, ge=0, description="smallest ratio kept")
 
-    learning_rate: float = Field(1e-6, gt=0, description="AdamW's learning rate, at its highest")
+    learning_rate: float = Field(1e-6, gt=0, description="AdamW's highest learning rate")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="how the learning rate goes on after the warm-up"
     )
@@ -110,13 +108,13 @@ class GRPOConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 turns it off")
     gradient_checkpointing: bool | None = Field(
         None,
-        description="compute activations twice to hold fewer; default: where they would not fit otherwise (False in a "
+        description="compute activations twice to save memory; default: only if they would not fit (False in a "
         "Policy of your own)",
     )
 
     canary_every: int = Field(10, ge=1, description="steps between full canaries (one extra forward of a few rows)")
-    eval_every: int | None = Field(None, ge=1, description="steps between held-out evaluations; default: ends only")
-    log_completions_every: int | None = Field(None, ge=1, description="steps between shown samples")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; default: only at start and end")
+    log_completions_every: int | None = Field(None, ge=1, description="steps between logged completions")
     report_to: tuple[str, ...] = Field((), description="accelerate trackers, such as 'tensorboard' or 'wandb'")
 
     @field_validator("scale_rewards", mode="before")
@@ -137,8 +135,8 @@ class GRPOConfig(Section):
     def _check(self) -> GRPOConfig:
         if (self.top_p, self.top_k, self.min_p) != (1.0, 0, 0.0):
             raise ValueError(
-                f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: filtered sampling makes the sampled "
-                "distribution another than the trained one; train with top_p=1, top_k=0, min_p=0"
+                f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: filtered sampling changes the "
+                "distribution, so it is not the trained one; train with top_p=1, top_k=0, min_p=0"
             )
         if self.generation_batch_size is not None and self.generation_batch_size % self.num_generations:
             raise ValueError(
@@ -147,8 +145,8 @@ class GRPOConfig(Section):
             )
         if self.max_staleness and not self.vllm_importance_sampling_correction:
             raise ValueError(
-                f"max_staleness={self.max_staleness} trains on completions of earlier versions, which only the "
-                "correction accounts for; set vllm_importance_sampling_correction=True"
+                f"max_staleness={self.max_staleness} trains on completions of earlier versions, and only the "
+                "correction makes up for that; set vllm_importance_sampling_correction=True"
             )
         return self
 
@@ -163,7 +161,7 @@ class GRPOConfig(Section):
         for name, unit in (("num_generations", self.num_generations), ("one optimizer batch", update)):
             if rows % unit:
                 raise ConfigError(
-                    f"a step of {rows} completions is no multiple of {name} ({unit}); set generation_batch_size "
+                    f"a step of {rows} completions is not a multiple of {name} ({unit}); set generation_batch_size "
                     "(or per_device_train_batch_size and gradient_accumulation_steps) so that it is"
                 )
         return rows

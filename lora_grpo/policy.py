@@ -234,12 +234,12 @@ class Policy:
     def _check_rows(self, rows: int) -> None:
         least, most = self.processes.spread(rows, self.device)
         if least != most:
-            raise ConfigError(f"processes hold from {least} to {most} rows: give each equally many")
+            raise ConfigError(f"processes have between {least} and {most} rows: give each the same number")
         local_rows = self.config.rows_per_update(1)
         if rows == 0 or rows % local_rows:
             raise ConfigError(
-                f"{rows} rows are no multiple of one optimizer batch, per_device_train_batch_size * "
-                f"gradient_accumulation_steps = {local_rows} rows a process"
+                f"{rows} rows are not a multiple of one optimizer batch, per_device_train_batch_size * "
+                f"gradient_accumulation_steps = {local_rows} rows per process"
             )
 
     def _share_initial_weights(self) -> None:

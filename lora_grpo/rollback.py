@@ -99,14 +99,14 @@ def kept_state(store: AdapterStore | None, version: AdapterVersion, training: Tr
 def the_firsts(store: AdapterStore | None) -> AdapterStore:
     """Raises `ConfigError` in a process that has none."""
     if store is None:
-        raise ConfigError("the store is the first process's: pass store= there, and ask there")
+        raise ConfigError("only the first process has the store: pass store= there and use it there")
     return store
 
 
 def _ends(store: AdapterStore, to: Target) -> tuple[AdapterVersion, AdapterVersion]:
     left, version = store.head, store.get(to)
     if left is None:
-        raise UnknownVersion("nothing was promoted yet: there is no version to roll back to")
+        raise UnknownVersion("no version was promoted yet, so there is none to roll back to")
     return left, version
 
 

@@ -28,7 +28,7 @@ class Section(BaseModel):
             raise _failure(_problems(type(self), error, values)) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise ConfigError(f"{name}: settings stay as they were built; make others with replace({name}={value!r})")
+        raise ConfigError(f"{name}: settings cannot be changed; make new ones with replace({name}={value!r})")
 
     def replace(self, **changes: Any) -> Any:
         """A copy with `changes`, checked like a new one."""

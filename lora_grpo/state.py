@@ -112,7 +112,7 @@ def check_state(state: TrainerState, modules: list[LoraModule]) -> None:
     found = {name: tuple(t.shape) for name, t in state.tensors.items() if name.startswith("weights/")}
     if expected != found:
         odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))[0]
-        raise StoreCorrupt(f"the trainer state has {odd} as {found.get(odd)}, the model as {expected.get(odd)}")
+        raise StoreCorrupt(f"{odd} is {found.get(odd)} in the trainer state but {expected.get(odd)} in the model")
 
 
 def restore_state(state: TrainerState, training: Training) -> None:

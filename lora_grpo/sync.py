@@ -60,12 +60,12 @@ class PushReceipt:
 
 
 class NativeSync:
-    """Publishes a PEFT model's adapter and has an engine serve it, step after step.
+    """Publishes a PEFT model's adapter after each step and makes an engine serve it.
 
-    The model may be wrapped (DDP, FSDP2, torch.compile); it is never merged and its base is never touched. With an
-    accelerator of several processes, all of them call every method, in one order; only `close`, `export` and
-    properties are a process's own business. The first one has the store and publishes; of a sharded model the adapter
-    alone is gathered. What fails in one process fails in all, with the same error, which names that process.
+    The model may be wrapped (DDP, FSDP2, torch.compile). It is never merged, and its base is never changed. With an
+    accelerator of several processes, all of them must call every method in the same order, except `close`, `export`
+    and properties. The first process has the store and publishes. Of a sharded model only the adapter is gathered.
+    If something fails in one process, all raise the same error, which names that process.
 
     >>> sync = NativeSync(model, engine, AdapterStore(archive="runs/own"), optimizer=optimizer)
     >>> first = sync.push(step=0)
@@ -87,17 +87,16 @@ class NativeSync:
         tokenizer: Any = None,
         proofs: Proofs | None = None,
     ) -> None:
-        """Check that everything about `model` can be served faithfully by `engine`, and prove the path with a probe.
+        """Check that `engine` can serve everything about `model` correctly, and prove the path with a probe.
 
-        With several processes, `store` is None in all but the first. An in-process engine there is one a process, each
-        reading what the first one published; any other is asked by the first process alone (None elsewhere).
+        With several processes, `store` is None in all but the first. Each process has its own in-process engine, which
+        reads what the first process published; other engines belong to the first process only (None elsewhere).
 
-        `optimizer` and `scheduler` are restored with the weights on a rollback; `keep_state` says of which versions
-        the exact trainer state is archived (several times an adapter's size), by default all. `tokenizer` goes with
-        exports; the engine's, where none is given. `proofs` are those made with other adapters on the same engine and
-        the same base tensors; see `prove`. `base_match` and `probe` are what was found (None for a fake that says so).
-        Raises `UnsupportedAdapter` for what cannot be served or another base, `DeliveryError` when the probe does not
-        arrive.
+        A rollback also restores `optimizer` and `scheduler`. `keep_state` says for which versions the exact trainer
+        state is archived (several times an adapter's size), by default all. `tokenizer` goes into exports (default:
+        the engine's). `proofs` were made with other adapters on the same engine and the same base tensors; see
+        `prove`. `base_match` and `probe` hold the results (None for a fake engine). Raises `UnsupportedAdapter` for an
+        adapter that cannot be served or a different base, and `DeliveryError` if the probe adapter does not arrive.
         """
         self.processes = Processes(accelerator)
         self.model, self._own_engine, self._store = model, engine, store
@@ -126,12 +125,12 @@ class NativeSync:
         self.processes.first(lambda: self.recipe.check(self.store))
 
     def push(self, step: int, *, extra: Mapping[str, Any] | None = None) -> AdapterVersion:
-        """Publish the adapter as it is now, load it, prove it, promote it; returns when it can be sampled from.
+        """Publish the current adapter, load, prove and promote it; returns when it can be sampled from.
 
-        With an archive the trainer's exact state is kept with the version (see `keep_state`), and `extra` (JSON) in it.
-        A failure up to there leaves `HEAD` and what the engine serves as they were. Raises `TrainingError` for
+        With an archive, the exact trainer state is kept with the version (see `keep_state`), with `extra` (JSON) in it.
+        If publishing, loading or proving fails, `HEAD` and the served version do not change. Raises `TrainingError` for
         non-finite weights, `NoRoom` or `StoreError` for the store, `DeliveryError` or `EngineError` for the engine.
-        What fails after that is keeping and pruning alone: the `StoreError` then finds the version promoted.
+        If keeping the state or pruning fails, it raises `StoreError`, but the version is promoted.
         """
         began = time.perf_counter()
         files = self.processes.each(self._form.files)
@@ -157,9 +156,9 @@ class NativeSync:
         return version
 
     def rollback(self, to: Target) -> RollbackReport:
-        """Engine and trainer are back on an earlier version: its number, "parent", "best", "best:METRIC" or itself.
+        """Take engine and trainer back to an earlier version: its number, "parent", "best", "best:METRIC" or itself.
 
-        The next push gets a new number with that version as parent. If any part fails, nothing has changed. Raises
+        The next push gets a new number, with that version as parent. If any part fails, nothing changes. Raises
         `UnknownVersion`, `StoreCorrupt`, `DeliveryError` or `EngineError`.
         """
         self.processes.each(self._form.require_open)
@@ -174,7 +173,7 @@ class NativeSync:
         return report
 
     def restore_trainer(self, version: AdapterVersion) -> bool:
-        """Put only the trainer back as it was when `version` was published; False where its state was not kept."""
+        """Restore only the trainer to its state when `version` was published; False if that was not kept."""
         state = kept_state(self._store, version, self.training)
         if state is not None:
             restore_state(state, self.training)
@@ -196,7 +195,7 @@ class NativeSync:
         return self.processes.first(lambda: digest_buffers(files) == version.digest)
 
     def serve(self) -> None:
-        """Have the engine serve `head` again after it let go of it for others; the model is that version."""
+        """Load `head` into the engine again, after other versions took its place; the model has its weights."""
         self._load(self.head, None)
         self._lease_loaded()
 
@@ -218,7 +217,7 @@ class NativeSync:
 
     @property
     def training(self) -> Training:
-        """What a trainer state is captured from and restored to."""
+        """The parts that a trainer state is made of: model, optimizer, scheduler, random state."""
         return Training(self.model, self._form.modules, self.optimizer, self.scheduler, self.processes)
 
     def _load(self, version: AdapterVersion, held: Held | None) -> LoadReceipt:
@@ -255,24 +254,24 @@ class NativeSync:
 
     @property
     def recipe(self) -> Recipe:
-        """What a plain PEFT folder needs beyond a version's files."""
+        """What a plain PEFT folder needs in addition to a version's files."""
         return Recipe.of(peft_model_of(self.model), self.adapter, self._form.modules)
 
     def export(self, version: Target, directory: Path) -> Weights:
         """Write `version` as a plain PEFT folder with its own alpha, as `PeftModel.from_pretrained` loads it.
 
-        Called by the process that has the store. "exact" where its state is kept, else "rounded" to the serving dtype.
+        Call it in the process that has the store. Returns "exact" if the state is kept, else "rounded".
         """
         return export_adapter(self.store, version, self.recipe, directory, self.tokenizer)
 
     def canary(
         self, groups: Sequence[Group], *, version: Target | None = None, temperature: float = 1.0, batch_rows: int = 8
     ) -> CanaryReport:
-        """Compare sampler log-probs with the model's own, as it is now; call it before the optimizer steps.
+        """Compare the sampler's log-probs with the model's current ones; call it before the optimizer steps.
 
-        `groups` must come from the version just pushed, at `temperature`, or from an earlier `version`, whose weights
-        the model then takes for the moment. The model computes `batch_rows` completions at a time. Raises
-        `DeliveryError` when they do not fit.
+        `groups` must come from the last pushed version, at `temperature`, or from an earlier `version`, whose weights
+        the model then gets for this call. The model computes `batch_rows` completions at a time. Raises
+        `DeliveryError` if they do not fit.
         """
         if self.probe is None:
             raise ConfigError(f"{type(self.engine).__name__} proves nothing; a canary needs a real engine")

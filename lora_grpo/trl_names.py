@@ -16,7 +16,7 @@ _INSTEAD = {
     "eval_steps eval_strategy": "set eval_every, the steps between held-out evaluations",
     "eval_on_start": "held-out prompts are answered at the start and at the end anyway; leave it out",
     "optim optim_args": "the optimizer is AdamW (learning_rate, weight_decay, adam_beta1 ...); leave it out",
-    "shuffle_dataset": "prompts are shuffled anew in every epoch, by seed; leave it out",
+    "shuffle_dataset": "prompts are shuffled again in every epoch, by seed; leave it out",
     "data_seed": "prompts are shuffled by seed; leave it out",
     "steps_per_generation": "set generation_batch_size, the completions of one generation",
     "warmup_ratio": "set warmup_steps, in optimizer updates",
@@ -29,7 +29,7 @@ _INSTEAD = {
     "bf16 fp16": "dtypes are model.dtype (ModelConfig) and engine.dtype (EngineConfig); leave it out",
     "model_init_kwargs": "pass the model as ModelConfig(name, dtype=, revision=, trust_remote_code=)",
     "generation_kwargs repetition_penalty": (
-        "completions are sampled with temperature and max_completion_length alone, so that the loss fits them"
+        "completions are sampled only with temperature and max_completion_length, so that the loss fits them"
     ),
     "sync_ref_model top_entropy_quantile off_policy_mask_threshold multi_objective_aggregation": (
         "it is TRL's own; train with NativeGRPOTrainer (lora_grpo.integrations.trl), which has it"
@@ -54,6 +54,6 @@ TRL_ARGUMENTS = {
     "reward_processing_classes": REWARD_MODEL,
     "tools": "write a rollout_func, which may take turns and mark tool output in Completion.token_mask",
     "environment_factory": "write a rollout_func, which may take turns and mark tool output in Completion.token_mask",
-    "quantization_config": "set ModelConfig(name=..., quantization='nf4'), which quantizes trainer and engine alike",
+    "quantization_config": "set ModelConfig(name=..., quantization='nf4'), which quantizes trainer and engine",
 }
 """By an argument of TRL's trainer."""

@@ -51,13 +51,12 @@ class Rendered(tuple[int, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample one call's completions.
+    """How to sample the completions of one call.
 
-    `seed` is the seed of the call; every request gets its own, derived from it with the index of its prompt and of
-    its sample. `None` draws a fresh one. `top_k=0` and `min_p=0.0` mean off. `temperature=0` is greedy.
-    `stop_token_ids` end a completion besides the model's own end tokens. `ignore_eos` goes on past those to
-    `max_tokens`, for timings. `first_prompt` is the index that the first prompt counts as,
-    for a call that is a part of one.
+    `seed` is the seed of the call. Every request gets its own seed, made from it and the indexes of prompt and sample;
+    `None` draws a new one. `top_k=0` and `min_p=0.0` mean off. `temperature=0` is greedy.
+    `stop_token_ids` end a completion, as the model's own end tokens do. `ignore_eos` ignores those and goes on to
+    `max_tokens`, for timings. `first_prompt` is the index of the first prompt, if you split a call into parts.
 
     >>> Sampling(n=8, max_tokens=256).temperature
     1.0
@@ -107,10 +106,10 @@ def _all_are(values: object, kind: type) -> bool:
 class Completion:
     """One sampled completion.
 
-    `logprobs` are of the distribution sampled from (temperature applied), one a token of `token_ids`.
+    `logprobs` are from the distribution that was sampled (with temperature), one for each token of `token_ids`.
     `finish_reason` is "stop" (an end token or stop string) or "length" (cut at `max_tokens`).
     `version` is the number of the adapter version that made it; None is the base model.
-    `token_mask` says which tokens the policy sampled (multi-turn rollouts hold tool output too); None means all.
+    `token_mask` says which tokens the policy sampled (multi-turn rollouts also hold tool output); None means all.
 
     >>> [group] = engine.generate(["6*7="], Sampling(max_tokens=8), adapter=version)
     >>> done = group.completions[0]

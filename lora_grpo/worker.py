@@ -95,8 +95,8 @@ class Worker:
                     return job.result.result()
                 if self.hangs:
                     raise self._failure(
-                        f"the {self.name} has shown no sign of life for {self._patience_s:g} s (stall_timeout_s), so "
-                        "it is given up; HEAD stays where it is"
+                        f"the {self.name} has shown no progress for {self._patience_s:g} s (stall_timeout_s), so "
+                        "the run stops waiting for it; HEAD is unchanged"
                     ) from None
 
     def poll(self) -> None:

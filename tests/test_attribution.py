@@ -20,7 +20,7 @@ def rows(
     apart: float, *, count: int = 240, noise: float = 1e-4, made_by: Tensor | None = None, seed: int = 0
 ) -> tuple[Rows, Tensor]:
     """Completions of 1..4 tokens by each version in turn, on either server, and who made them; neighbours differ by
-    about `apart` nats a token, in directions of their own."""
+    about `apart` nats per token, in directions of their own."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

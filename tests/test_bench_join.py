@@ -55,7 +55,7 @@ def test_native_stands_once_and_what_follows_is_made_anew() -> None:
 def test_runs_of_two_machines_are_not_joined() -> None:
     other = decoded()
     other.card["torch"] = "3"
-    with pytest.raises(ConfigError, match=r"\{'torch': '2'\} in the one, \{'torch': '3'\} in the other"):
+    with pytest.raises(ConfigError, match=r"\{'torch': '2'\} in the first, \{'torch': '3'\} in the other"):
         join({"one": synced(), "two": other})
 
 

@@ -98,7 +98,7 @@ def test_without_an_engine_all_that_is_known_before_one_starts(
         ({"data": {"system_prompt": "s"}, "grpo": {"max_prompt_length": 9}}, "prompts", "max_prompt_length=9 allows 9"),
         ({"data": {"train": "nowhere.jsonl"}}, "data", "no such data file"),
         ({"data": {"prompt_column": "question"}}, "data", "no column 'question'"),
-        ({"grpo": {"num_generations": 3}}, "steps", "a step of 8 completions is no multiple of num_generations"),
+        ({"grpo": {"num_generations": 3}}, "steps", "a step of 8 completions is not a multiple of num_generations"),
         ({"guard": {"kl": 1.0}}, "steps", "needs beta > 0"),
         ({"guard": {"non_finite": True, "to": "bestest"}}, "steps", "'bestest'"),
         ({"lora": {"r": 600}}, "base and adapter", "rank 600 is above vLLM's largest max_lora_rank, 512"),
@@ -192,7 +192,7 @@ def test_with_the_engine_base_probe_slots_and_three_swaps(
         assert found["engine"].startswith("Kept")
         assert found["base match"].startswith("21 of 21 tensors equal, 100.0% of the values")
         assert found["one copy of the base"].startswith("not with this engine: the engine's base is bfloat16")
-        assert "nats a token" in found["probe"]
+        assert "nats per token" in found["probe"]
         swaps = [found[f"swap {number}"] for number in range(1, SWAPS + 1)]
         assert all("slots: " in swap and "canary ok" in swap for swap in swaps), swaps
         assert "swap 4" not in found

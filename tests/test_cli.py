@@ -86,12 +86,12 @@ def test_help_config_explains_every_setting(tmp_path):
         (["train", "run.tom"], "did you mean run.toml?"),
         (["train", "run.toml", "grpo.learning_rat=1"], "did you mean 'learning_rate'?"),
         (["train", "run.toml", "grpo.beta=-1"], "run.toml with grpo.beta=-1: grpo.beta: "),
-        (["versions", "nowhere"], "nowhere: it is no run's directory"),
+        (["versions", "nowhere"], "nowhere: it is not a run's directory"),
         (["versions", "nowhere", "--json"], "nowhere"),
-        (["chat", "nowhere"], "nowhere: it is no run's directory"),
-        (["eval", "nowhere"], "nowhere: it is no run's directory"),
+        (["chat", "nowhere"], "nowhere: it is not a run's directory"),
+        (["eval", "nowhere"], "nowhere: it is not a run's directory"),
         (["prune", "nowhere", "grpo.seed=3"], "grpo.seed=3: prune takes only keep settings"),
-        (["train", "base"], "base is a model, no run; lora-grpo init base --data FILE"),
+        (["train", "base"], "base is a model, not a run; lora-grpo init base --data FILE"),
     ],
 )
 def test_errors_are_one_sentence_on_stderr_and_exit_2(tmp_path, arguments, words):

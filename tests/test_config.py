@@ -106,7 +106,7 @@ def test_overrides_reach_into_lists_and_make_sections(config_path):
         ("rewards.7.weight=1", ["'7'", "list of 2", "count from 0", "2 adds one"]),
         ("rewards.2.weight=1", ["rewards.2.name", "needed"]),
         ("rewards.0.wieght=1", ["'wieght'", "'weight'"]),
-        ("lora.target_modules=[q_proj]", ["no valid TOML", "quotes"]),
+        ("lora.target_modules=[q_proj]", ["not valid TOML", "quotes"]),
         ("grpo.beta=-1", ["run.toml", "grpo.beta", "got -1"]),
         ("grpo.loss_type=ppo", ["grpo.loss_type", '"bnpo" | ', '"dapo" | ', "got 'ppo'"]),
         ("grpo.beta=inf", ["run.toml", "grpo.beta: must be a number, at least 0, finite (got inf)"]),
@@ -133,7 +133,7 @@ def test_bad_overrides_name_key_value_and_fix(config_path, override, words):
         (lambda text: text.replace('name = "some/model"', ""), ["model.name", "needed", "hub name"]),
         (lambda text: text.replace("[grpo]", "[gpro]"), ["gpro", "did you mean 'grpo'?"]),
         (lambda text: "learning_rate = 1\n" + text, ["learning_rate: unknown key; did you mean 'grpo.learning_rate'?"]),
-        (lambda text: text.replace("2e-5", "2e-5 x"), ["no valid TOML", "line"]),
+        (lambda text: text.replace("2e-5", "2e-5 x"), ["not valid TOML", "line"]),
         (lambda text: text + "generation_batch_size = 30", ["grpo: ", "generation_batch_size=30", "num_generations=8"]),
         (lambda text: text + "top_p = 0.9", ["top_p=0.9", "train with top_p=1"]),
     ],
@@ -157,7 +157,7 @@ def test_a_run_directory_stands_for_its_settings(config_path, tmp_path):
     moved = run.rename(tmp_path / "moved")
     assert load_config(moved, ["grpo.beta=0.5"]).output_dir == str(moved)
     assert load_config(moved, ["grpo.beta=0.5"]).grpo.beta == 0.5
-    with pytest.raises(ConfigError, match=r"has no config\.json: it is no run of `lora-grpo train`, or one that"):
+    with pytest.raises(ConfigError, match=r"has no config\.json: it is not a run of `lora-grpo train`, or it"):
         load_config(tmp_path)
 
 
@@ -193,7 +193,7 @@ def refusal(section, values):
 
 
 def test_settings_that_were_built_say_how_to_change_them():
-    with pytest.raises(ConfigError, match=r"^beta: settings stay as they were built; .* replace\(beta=0\.1\)$"):
+    with pytest.raises(ConfigError, match=r"^beta: settings cannot be changed; .* replace\(beta=0\.1\)$"):
         GRPOConfig().beta = 0.1
 
 
@@ -205,7 +205,7 @@ def test_settings_that_were_built_say_how_to_change_them():
         ("logging_steps", "every step is logged"),
         ("eval_steps", "set eval_every"),
         ("optim", "the optimizer is AdamW"),
-        ("shuffle_dataset", "shuffled anew in every epoch"),
+        ("shuffle_dataset", "shuffled again in every epoch"),
         ("vllm_gpu_memory_utilization", "set engine.gpu_memory_utilization"),
     ],
 )

@@ -42,7 +42,7 @@ def test_csv_is_rows_of_text(tmp_path):
     ("text", "words"),
     [
         ("prompt,answer\n1+1=,2\n1,000+1=,1001\n", r"line 3: 3 values for 2 columns; put a value that holds a comma"),
-        ("prompt,prompt\na,b\n", r"the first line names the columns, each once; it is \['prompt', 'prompt'\]"),
+        ("prompt,prompt\na,b\n", r"the first line must name each column once; it is \['prompt', 'prompt'\]"),
         ('prompt,answer\n"1+1=,2\n', r"not CSV: unexpected end of data"),
     ],
 )
@@ -124,7 +124,7 @@ def test_bad_files_name_file_and_line(tmp_path):
     with pytest.raises(ConfigError, match=r"no such data file: .*nowhere\.jsonl"):
         load_prompts("nowhere.jsonl")
     (tmp_path / "bad.parquet").write_text("not parquet")
-    with pytest.raises(ConfigError, match=r"bad\.parquet is no readable Parquet file"):
+    with pytest.raises(ConfigError, match=r"bad\.parquet is not a readable Parquet file"):
         load_prompts(tmp_path / "bad.parquet")
 
 
@@ -142,7 +142,7 @@ def test_rows_without_an_end_are_refused():
     datasets = pytest.importorskip("datasets")
     endless = datasets.IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))
     for source in (endless, iter(ROWS)):
-        with pytest.raises(ConfigError, match="rows cannot be counted"):
+        with pytest.raises(ConfigError, match="cannot be counted"):
             load_prompts(source)
 
 

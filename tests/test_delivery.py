@@ -190,7 +190,7 @@ def test_other_bytes_under_a_loaded_path_are_refused(
     """vLLM would go on serving the old weights under the same id, and stale KV under the same name and path."""
     version = forge(shm_dir, *good)
     llama_engine.load(version)
-    with pytest.raises(DeliveryError, match="paths are immutable"):
+    with pytest.raises(DeliveryError, match="a path must not change"):
         llama_engine.load(replace(version, digest="1" * 32))
     llama_engine.unload(version)
 
@@ -417,7 +417,7 @@ def quieter(model: Any) -> None:
         (lambda model: None, 20, 0.0, ConfigError, "max_model_len=20 .*probe.*24 tokens.*max_model_len=25"),
         (overflowing, 128, 0.0, UnsupportedAdapter, "base, without any adapter, gives log-probs that are not finite"),
         (replaced, 128, 0.0, DeliveryError, "large random adapter moves .* by 0 nats .*forward does not compute"),
-        (quieter, 128, 0.15, UnsupportedAdapter, "^the bases of engine and trainer compute differently, by 0.15 nats"),
+        (quieter, 128, 0.15, UnsupportedAdapter, "^the bases of engine and trainer differ by 0.15 nats"),
     ],
 )
 def test_a_probe_that_cannot_be_says_why(

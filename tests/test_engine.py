@@ -592,7 +592,7 @@ def test_a_call_between_steps_that_finds_no_slot_is_told(
     def between() -> None:
         if not asked:
             asked.append(True)
-            with pytest.raises(EngineError, match=r"v3 .*2 versions hold all slots.*max_loras=2"):
+            with pytest.raises(EngineError, match=r"v3 .*2 versions of a rollout .* hold all slots.*max_loras=2"):
                 greedy(engine, third)
             made.extend(greedy(engine, version) for version in (*versions, None))
 
@@ -641,7 +641,7 @@ def test_slots_and_loaded_versions_must_fit(llama_dir: Path, loras: int, cpu_lor
 
 
 def test_there_is_room_for_the_served_version_and_the_next(llama_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"max_cpu_loras=1: .* would take the served one's place; set 2"):
+    with pytest.raises(ConfigError, match=r"max_cpu_loras=1: .* would push out the served one; set at least 2"):
         VLLMEngine(llama_dir, max_loras=1, max_cpu_loras=1, **ENGINE_ARGS)
 
 

@@ -109,7 +109,7 @@ def test_a_base_wrapped_at_run_time_is_named_by_its_own_class() -> None:
 
 
 def test_a_recipe_of_another_run_is_told() -> None:
-    with pytest.raises(StoreCorrupt, match=r"adapter\.json has no scaling of model\.up, which the version adapts"):
+    with pytest.raises(StoreCorrupt, match=r"adapter\.json has no scaling for model\.up, which the version adapts"):
         _unscaled("base_model.model.model.up.lora_B.weight", torch.ones(1), Recipe({}, {"model.down": 2.0}))
 
 
@@ -257,7 +257,7 @@ def test_a_push_to_the_hub_is_one_commit_of_the_export_and_a_card(
     with trained(llama_dir, fake_engine(llama_dir), run, eval_dataset=ROWS[:2]) as trainer:
         trainer.train()
         history = trainer.history
-    with pytest.raises(ConfigError, match=r"'me/adder' on http.* took no upload: .*offline.*hf auth login"):
+    with pytest.raises(ConfigError, match=r"'me/adder' on http.* did not accept the upload: .*offline.*hf auth login"):
         push_to_hub(run, "best", "me/adder")
     environment = {**ENVIRONMENT, "HF_ENDPOINT": hub[0], "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret"}
     arguments = ("export", run, "head", exported, "--push-to-hub", "me/adder", "--private")

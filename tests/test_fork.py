@@ -189,6 +189,6 @@ def test_a_directory_that_is_taken_stays_as_it_is(source: Path, tmp_path: Path) 
     assert (tmp_path / "new" / "note").read_text() == "mine"
     with pytest.raises(LoraGrpoError, match="there is no store in"):
         fork(tmp_path / "new", 5, tmp_path / "other")
-    with pytest.raises(ConfigError, match="lies in the run"):
+    with pytest.raises(ConfigError, match="is inside the run"):
         fork(source, 5, source / "fork")
     assert not (source / "fork").exists()

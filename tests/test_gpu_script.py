@@ -396,7 +396,7 @@ def test_another_vllm_or_no_device_is_one_sentence(
     monkeypatch.setattr(compat, "import_vllm", lambda: pytest.fail("imported"))
     monkeypatch.setattr(host, "check_device", lambda device: None)
     monkeypatch.setattr(compat, "vllm_release", lambda: compat.check_release("0.25.1"))
-    with pytest.raises(UnsupportedVersion, match=r"vLLM 0\.25\.1 is neither run with nor read against"):
+    with pytest.raises(UnsupportedVersion, match=r"vLLM 0\.25\.1 was neither tested nor read"):
         scripts.card.look("cuda:0")
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="there is no device 'cuda:63' here"):

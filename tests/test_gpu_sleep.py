@@ -62,7 +62,7 @@ def test_memory_is_given_back_and_versions_are_what_they_were(
             for version in versions:
                 engine.unload(version)
         if not compat.reads_base_again():
-            with pytest.raises(ConfigError, match="is for good"):
+            with pytest.raises(ConfigError, match="has no way back"):
                 engine.sleep(level=2)
             return
         engine.sleep(level=2)

@@ -50,7 +50,7 @@ def test_a_metric_that_a_resumed_run_did_not_have_before_needs_steps_of_its_own(
 
 def test_gap_and_kl_are_limits_on_the_last_step() -> None:
     assert LogprobGap(0.1).why([{GAP: 0.3}, {GAP: 0.05}], None) is None
-    assert LogprobGap(0.1).why([{GAP: 0.2}], None) == "the trainer/sampler log-prob gap is 0.2 nats a token, above 0.1"
+    assert "log-prob gap is 0.2 nats per token, above 0.1" in (LogprobGap(0.1).why([{GAP: 0.2}], None) or "")
     assert LogprobGap(0.1).why([{GAP: float("nan")}], None) is None
     assert ReferenceKL(0.5).why([{"kl": 0.6}], None) is not None
     assert ReferenceKL(0.5).why([{"kl": 0.6}], TrainingError("inf")) is None
@@ -171,16 +171,14 @@ def test_it_gives_up_after_its_rollbacks_naming_every_reason(llama_dir: Path, tm
     settings = {"guard": guard, "reward_funcs": poisoned_from(3, trainers, times=9)}
     with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "run", FAKE, **settings) as trainer:
         trainers.append(trainer)
-        with pytest.raises(
-            TrainingError, match=r"rolled back 2 times, and here it would again: \(1\) .*; \(3\) "
-        ) as met:
+        with pytest.raises(TrainingError, match=r"rolled back 2 times and would do it again: \(1\) .*; \(3\) ") as met:
             trainer.train()
         assert str(met.value).count("loss") >= 3
         assert trainer.rollbacks == 2
 
 
 def test_without_a_guard_and_without_anywhere_to_go_the_error_stands(llama_dir: Path, tmp_path: Path) -> None:
-    for guard, words in ((None, "not taken|non-finite"), (Guard(NonFinite()), "nowhere to go back to")):
+    for guard, words in ((None, "not taken|non-finite"), (Guard(NonFinite()), "no version to go back to")):
         trainers: list[Any] = []
         settings = {"guard": guard, "reward_funcs": poisoned_from(1, trainers, times=1)}
         with tiny_trainer(

@@ -183,7 +183,7 @@ def test_a_trained_output_layer_keeps_its_gradient(lora: dict[str, Any]) -> None
 def test_an_unknown_finish_is_told_and_computed_as_the_model_does() -> None:
     model, inputs = peft_model("plain"), rows()[0]
     model.get_base_model().register_forward_hook(lambda _, __, out: out.__setitem__("logits", out.logits.sin() * 3))
-    with pytest.warns(UserWarning, match="makes whole logits"):
+    with pytest.warns(UserWarning, match="makes all logits at once"):
         got = learned(model, fused(1.0), inputs)
     expected = learned(model, whole(1.0), inputs)
     assert torch.equal(got[0], expected[0])
@@ -216,6 +216,6 @@ def test_a_layer_that_computes_otherwise_is_told_and_called_as_it_stands() -> No
 
     model, inputs = peft_model("plain"), rows()[0]
     model.get_output_embeddings().__class__ = Doubled
-    with pytest.warns(UserWarning, match="Doubled makes whole logits, which takes memory: it is no plain linear layer"):
+    with pytest.warns(UserWarning, match="Doubled makes all logits at once.*: it is not a plain linear layer"):
         got = learned(model, fused(1.0), inputs)
     assert torch.equal(got[0], learned(model, whole(1.0), inputs)[0])

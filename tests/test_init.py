@@ -80,8 +80,8 @@ def test_a_reward_of_ones_own_and_prompts_beyond_the_context(tmp_path: Path, lla
     ("rows", "words"),
     [
         ([{"said": "1+1=", "answer": "2"}], r"prompts \(said, answer\): name .*data\.prompt_column=NAME"),
-        ([{"prompt": "1+1=", "answer": "long and wordless " * 9}], r"\(prompt, answer\): name a reward, as rewards\.0"),
-        ([{"messages": [{"role": "assistant", "content": "Hi"}]}], "none of the columns .* is known to hold prompts"),
+        ([{"prompt": "1+1=", "answer": "long and wordless " * 9}], r"\(prompt, answer\): name a reward, such as"),
+        ([{"messages": [{"role": "assistant", "content": "Hi"}]}], "none of the columns .* as a column of prompts"),
         ([], "has no rows"),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_model_that_reads_values_is_estimated_without_them(tiny: Path, monkeyp
     monkeypatch.setattr(Qwen2MLP, "forward", lambda self, hidden: hidden * hidden.sum().item())
     found = estimate(tiny)
     assert found.activations_bytes is None
-    assert "without activations, which cannot be told (trainer base" in str(found)
+    assert "without activations, which cannot be estimated (trainer base" in str(found)
 
 
 MEASURE = """

@@ -184,7 +184,7 @@ def test_live_view_on_a_terminal_shows_the_run_and_gives_the_terminal_back(tmp_p
         "from 0.450 (base)",
         "62.5% of groups",
         "v3",
-        "nats a token",
+        "nats per token",
         "generate 1.50",
     ):
         assert words in shown

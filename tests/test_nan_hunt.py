@@ -37,7 +37,7 @@ ROWS = (1, 2, 5, 16, 33, 64)
 
 @dataclass
 class Hunt:
-    """Trainers by the version they published, None being the base; and the base's own noise, nats a token."""
+    """Trainers by the version they published, None being the base; and the base's own noise, nats per token."""
 
     engine: VLLMEngine
     trainers: dict[AdapterVersion | None, Any]

@@ -137,7 +137,7 @@ def keeping(count: int) -> Any:
 
 
 def gaps_of(trainer: GRPOTrainer, version: AdapterVersion, rows: Sequence[tuple[Any, Completion]]) -> list[float]:
-    """Mean |trainer's replay of `version` - sampler| of each row, nats a token."""
+    """Mean |trainer's replay of `version` - sampler| of each row, nats per token."""
     sequences = [[*prompt, *completion.token_ids] for prompt, completion in rows]
     with weights_of(version, trainer.sync._form.modules):
         replayed = teacher_logprobs(trainer.model, sequences)
@@ -663,7 +663,7 @@ def test_a_reward_that_fails_or_hangs_is_named(llama_dir: Path, tmp_path: Path) 
     with fake_trainer(
         llama_dir, tmp_path / "hanging", reward_funcs=hanging, fields={"stall_timeout_s": 1.0}
     ) as trainer:
-        with pytest.raises(RewardError, match="the reward has shown no sign of life for 1 s"):
+        with pytest.raises(RewardError, match="the reward has shown no progress for 1 s"):
             trainer.train()
         assert trainer.version.step == trainer.steps_done == 2
         # The engine's thread is not the one that hangs.
@@ -688,7 +688,7 @@ def test_a_reward_that_hangs_in_an_evaluation_is_named(llama_dir: Path, tmp_path
             eval_dataset=ROWS[:2],
             fields={"stall_timeout_s": 0.5},
         ) as trainer,
-        pytest.raises(RewardError, match="the reward has shown no sign of life"),
+        pytest.raises(RewardError, match="the reward has shown no progress"),
     ):
         trainer.train()
     released.set()
@@ -706,7 +706,7 @@ def test_a_generator_that_hangs_is_named_and_left_behind(llama_dir: Path, tmp_pa
     with fake_trainer(
         llama_dir, tmp_path / "run", fake_engine(llama_dir, reply), fields={"stall_timeout_s": 1.0}
     ) as trainer:
-        with pytest.raises(EngineError, match="the generator has shown no sign of life for 1 s"):
+        with pytest.raises(EngineError, match="the generator has shown no progress for 1 s"):
             trainer.train()
         head = trainer.version
         assert head.step in (trainer.steps_done, trainer.steps_done - 1)

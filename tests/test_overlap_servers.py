@@ -83,7 +83,7 @@ def test_each_answer_is_a_sign_of_life(
     check_made_by(made, loaded)
     server.delay_s = LONG_S
     job = generator.submit(lambda: one_at_a_time.generate(PROMPTS, SAMPLING, adapter=loaded))
-    with pytest.raises(EngineError, match="the generator has shown no sign of life for 1 s"):
+    with pytest.raises(EngineError, match="the generator has shown no progress for 1 s"):
         generator.wait(job)
     job.stop()
     generator.end()

@@ -118,7 +118,7 @@ def test_the_reference_of_a_new_adapter_is_the_base_model() -> None:
 
 
 def test_the_reference_of_a_trained_adapter_is_that_adapter() -> None:
-    """As in TRL. To the bare base it was 63 nats a token away at the first step."""
+    """As in TRL. To the bare base it was 63 nats per token away at the first step."""
     policy = make_policy(beta=0.1)
     batch = policy.prepare(make_batch())
     assert torch.equal(batch.ref_logp_BT, batch.old_logp_BT)
@@ -478,7 +478,7 @@ def test_schedules(name: str, after_3_of_4: float) -> None:
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(ConfigError, match="no trainable parameter"):
         make_policy(model=base_model().requires_grad_(False))
-    with pytest.raises(UnsupportedAdapter, match=r"lm_head.*no LoRA weight"):
+    with pytest.raises(UnsupportedAdapter, match=r"lm_head.*not a LoRA weight"):
         make_policy(
             model=get_peft_model(base_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
         )
@@ -492,7 +492,7 @@ def test_what_cannot_be_trained_is_refused() -> None:
 
 
 def test_rows_that_make_no_whole_optimizer_batch_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"8 rows are no multiple of one optimizer batch.*= 6 rows"):
+    with pytest.raises(ConfigError, match=r"8 rows are not a multiple of one optimizer batch.*= 6 rows"):
         make_policy(3, gradient_accumulation_steps=2).update(make_batch())
 
 

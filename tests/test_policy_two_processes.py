@@ -132,5 +132,5 @@ def test_trained_weights_are_those_of_one_process(both: list[Any]) -> None:
 
 def test_an_error_in_one_process_stops_both(both: list[Any]) -> None:
     for said, message in product(both, (0, 1)):
-        expected = ("hold from 4 to 8 rows", "the step was not taken")[message]
+        expected = ("have between 4 and 8 rows", "the step was not taken")[message]
         assert expected in said[-1][message]

@@ -148,7 +148,7 @@ def test_each_member_is_the_run_that_it_would_be_alone(
 
 def distances(monkeypatch: pytest.MonkeyPatch, engine: Any, population: Population) -> list[tuple[float, float]]:
     """Of every completion of every later joint batch: how far its log-probs are from those that its own member's model
-    computes, and how far from those of the nearest other member's; mean nats a token."""
+    computes, and how far from those of the nearest other member's; mean nats per token."""
     found: list[tuple[float, float]] = []
     generate = engine.generate
 
@@ -315,7 +315,7 @@ def test_what_cannot_be_a_member_is_refused_before_anything_starts(
     run = tmp_path / "run"
     refused("give at least one")
     refused("max_staleness", plain(run, config=CONFIG.replace(max_staleness=1)))
-    refused("is a member already", plain(run), plain(run))
+    refused("is already a member", plain(run), plain(run))
     refused("train_dataset is missing", plain(run, train_dataset=None))
     refused("pass peft_config", plain(run, peft_config=None))
     once = SHORT.replace(gradient_checkpointing=False)

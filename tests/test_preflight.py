@@ -208,8 +208,8 @@ def test_a_rollout_function_asks_an_engine_that_renders_alike(build: Any) -> Non
         ),
         (["a"], {"reward_weights": (1.0, 0.5)}, ["reward_weights=[1.0, 0.5]", "2 weights for the 1 reward functions"]),
         (["a"], {"num_generations": 3}, ["a step of 4 completions", "num_generations"]),
-        (["a"], {"reward_funcs": "org/reward-model"}, ["'org/reward-model' is no function", "NativeGRPOTrainer"]),
-        (["a"], {"reward_funcs": [by_seed, torch.nn.Linear(2, 1)]}, ["a Linear is no function"]),
+        (["a"], {"reward_funcs": "org/reward-model"}, ["'org/reward-model' is not a function", "NativeGRPOTrainer"]),
+        (["a"], {"reward_funcs": [by_seed, torch.nn.Linear(2, 1)]}, ["a Linear is not a function"]),
         (["a"], {"reward_funcs": by_answer}, ["'by_answer' asks for column 'answer'"]),
         (["a"], {"eval_dataset": ["x" * 500], "max_prompt_length": 99}, ["row 0", "500 tokens", "raise that to 500"]),
     ],
@@ -338,7 +338,7 @@ def test_an_adapter_is_no_base(build: Any, llama_dir: Path, tmp_path: Path) -> N
 
 def test_arguments_of_trls_trainer_are_answered(build: Any) -> None:
     for wrong in ("org/model", 3):
-        with pytest.raises(ConfigError, match=f"processing_class={wrong!r} is no tokenizer: pass AutoTokenizer"):
+        with pytest.raises(ConfigError, match=f"processing_class={wrong!r} is not a tokenizer: pass AutoTokenizer"):
             build([{"prompt": "a"}], processing_class=wrong)
     with pytest.raises(ConfigError, match=r"no argument 'args': pass config=lora_grpo\.GRPOConfig"):
         build([{"prompt": "a"}], args=CONFIG)

@@ -287,7 +287,7 @@ def wait_for(replica: Replica) -> None:
 
 @pytest.fixture(scope="module")
 def noise(replica: Replica, trainer: Trainer) -> float:
-    """Engine against trainer on the base alone: what rounding makes of equal policies, in nats a token."""
+    """Engine against trainer on the base alone: what rounding makes of equal policies, in nats per token."""
     tokens, logprobs = replica.answer("base")
     return mean_abs_difference([logprobs], [trainer.logprobs(None, tokens)])
 

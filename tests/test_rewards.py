@@ -161,7 +161,7 @@ def test_an_exception_that_no_single_row_repeats_says_so():
         ([1.0, 2.0], "returned 2 values for 4 completions"),
         (None, "returned None; it must return a list of 4 numbers"),
         ("1234", "must return a list"),
-        ([0, 0, "0.5", 0], "returned '0.5', no number, for row 2: prompt '2+2='"),
+        ([0, 0, "0.5", 0], "returned '0.5', not a number, for row 2: prompt '2+2='"),
         ([0, math.inf, 0, 0], "returned inf for row 1: prompt '1+1=', completion '3'"),
         ([math.nan, 0, 0, 0], "return None where the reward does not apply"),
         ([0, 0, 1e308, 0], "returned 1e+308 for row 2: prompt '2+2=', completion '4'; float32 ends at 3.4e+38"),
@@ -389,7 +389,7 @@ def test_numeric(completion, answer, reward):
 
 def test_numeric_tolerance_and_an_answer_without_a_number():
     assert numeric(tolerance=0.01)(["3.14", "3.2"], answer=["3.1416", "3.1416"]) == [1.0, 0.0]
-    with pytest.raises(RewardError, match=r"column 'answer' holds 'none', in which there is no number"):
+    with pytest.raises(RewardError, match=r"column 'answer' holds 'none', which contains no number"):
         score([numeric()], [group("q", "1")], {"answer": ["none"]})
     with pytest.raises(ConfigError, match="tolerance=-1"):
         numeric(tolerance=-1)
@@ -439,7 +439,7 @@ def test_a_rewards_file_that_cannot_be_imported_is_one_sentence(tmp_path, monkey
         ({"name": "math:pi"}, ["no function"]),
         ({"name": "numeric", "options": {"tolerence": 1}}, ["'tolerence'", "'tolerance'"]),
         ({"name": "regex"}, ["needs the option 'pattern'"]),
-        ({"name": "regex", "options": {"pattern": "("}}, ["pattern '('", "no regular expression"]),
+        ({"name": "regex", "options": {"pattern": "("}}, ["pattern '('", "not a regular expression"]),
     ],
 )
 def test_bad_reward_settings_name_the_fix(config, words):

@@ -32,7 +32,7 @@ def test_a_trainer_says_where_the_two_are_and_how_to_move(tmp_path: Path) -> Non
     config = AutoConfig.for_model("llama", **sizes, num_attention_heads=2, num_key_value_heads=2)
     model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=4, target_modules=["q_proj"]))
     engine = OnGPU(lambda prompt, version, seed: "a")
-    with pytest.raises(ConfigError, match=r"the trainer is on cpu, the engine on cuda:0; .* model.to\('cuda:0'\)"):
+    with pytest.raises(ConfigError, match=r"the trainer is on cpu but the engine on cuda:0; .* model.to\('cuda:0'\)"):
         GRPOTrainer(model, share_of_low_bytes, CONFIG, ROWS, engine=engine, run_dir=tmp_path / "run", view=False)
 
 
@@ -53,5 +53,5 @@ def test_devices_are_compared_with_their_numbers(trainer: str, served: str | Non
     if together:
         check_same_device(model, engine)
     else:
-        with pytest.raises(ConfigError, match=f"the trainer is on {trainer}, the engine on {served}"):
+        with pytest.raises(ConfigError, match=f"the trainer is on {trainer} but the engine on {served}"):
             check_same_device(model, engine)

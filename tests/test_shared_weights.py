@@ -257,14 +257,14 @@ def test_vllms_own_weight_updates_are_refused(engine: VLLMEngine, update: Callab
     """They write through `.data`, which no version counter sees, to what the trainer computes with."""
     model = engine.shared_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    with pytest.raises(ConfigError, match="the trainer's base is a view of them"):
+    with pytest.raises(ConfigError, match="the trainer shares them"):
         update(engine._llm)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_an_engine_that_can_sleep_is_refused_before_it_starts() -> None:
     check_shareable({"max_model_len": 128, "enable_sleep_mode": False})
-    with pytest.raises(ConfigError, match=r"enable_sleep_mode=True with share_base_weights: .*; drop it, or give"):
+    with pytest.raises(ConfigError, match=r"enable_sleep_mode=True with share_base_weights: .*; leave it out, or give"):
         check_shareable({"enable_sleep_mode": True})
 
 
@@ -375,7 +375,7 @@ def test_another_function_on_the_same_weights_is_refused(llama_dir: Path, monkey
 
     try:
         monkeypatch.setattr(shared_weights, "_skeleton", other_rotary)
-        with pytest.raises(UnsupportedAdapter, match="nats a token"):
+        with pytest.raises(UnsupportedAdapter, match="nats per token"):
             engine.shared_model()
         # Nothing was shared: the engine's weights are its own affair.
         weight = dict(compat.base_parameters(engine._llm))["model.norm.weight"]
@@ -395,7 +395,7 @@ def test_the_trainers_choice(engine: VLLMEngine, llama_dir: Path, monkeypatch: p
     assert shared_base(True, name, engine, told.append).dtype == torch.bfloat16
     with pytest.raises(ConfigError, match=r"base is bfloat16, the trainer's would be float32"):
         shared_base(True, name.replace(dtype="float32"), engine, told.append)
-    with pytest.raises(ConfigError, match="no PeftModel"):
+    with pytest.raises(ConfigError, match="not a PeftModel"):
         shared_base(True, nn.Linear(1, 1), engine, told.append)
     with pytest.raises(ConfigError, match="needs a VLLMEngine, not a FakeEngine"):
         shared_base(True, name, FakeEngine(lambda *_: "x"), told.append)

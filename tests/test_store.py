@@ -231,7 +231,7 @@ def test_reading_where_there_is_no_store(shm_dir: Path, tmp_path: Path) -> None:
         AdapterStore(shm_dir / "none", readonly=True)
     with pytest.raises(StoreError, match="no store in"):
         AdapterStore(archive=tmp_path, readonly=True)
-    with pytest.raises(StoreError, match="name the store's root"):
+    with pytest.raises(StoreError, match="give the store's root"):
         AdapterStore(readonly=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -275,7 +275,7 @@ def test_a_forked_child_neither_writes_nor_keeps_the_lock(shm_dir: Path) -> None
 
 
 def test_a_disk_instead_of_tmpfs_is_warned_of(tmp_path: Path) -> None:
-    with pytest.warns(RuntimeWarning, match="not on tmpfs: every publish and load waits for that disk"):
+    with pytest.warns(RuntimeWarning, match="not on tmpfs: every publish and load must wait for the disk"):
         store = AdapterStore(tmp_path / "root")
     store.promote(store.publish(adapter(1), step=0))
     store.verify(1)

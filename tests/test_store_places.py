@@ -84,7 +84,7 @@ def test_a_copy_is_not_given_the_originals_root_by_name(shm_dir: Path, tmp_path:
         train(store, 1)
     shutil.copytree(tmp_path / "original", tmp_path / "copy")
     before = left(shm_dir), left(tmp_path)
-    with pytest.raises(StoreError, match=r"is the root of the run in .*original, of which .*copy is a copy; give"):
+    with pytest.raises(StoreError, match=r"is a copy of the run in .*original, which uses the root .*; give"):
         AdapterStore(shm_dir / "root", tmp_path / "copy")
     assert (left(shm_dir), left(tmp_path)) == before
     with AdapterStore(shm_dir / "other", tmp_path / "copy") as store:

@@ -96,7 +96,7 @@ def test_a_version_of_another_store_is_not_taken_for_this_ones(store: AdapterSto
     with AdapterStore(shm_dir / "other") as other:
         foreign = other.publish(adapter(77), step=0)
         for asks in (store.get, store.pin, store.promote):
-            with pytest.raises(UnknownVersion, match="v1 is not of this store"):
+            with pytest.raises(UnknownVersion, match="v1 is from another store"):
                 asks(foreign)
 
 
@@ -169,7 +169,7 @@ def test_replays_of_a_run_take_every_way_to_name_a_version(
     # A run that evaluated nothing yet: what is named can be evaluated all the same.
     shutil.rmtree(run / "evaluations")
     assert [(row["version"], row["recorded"]) for row in replay.evaluate_run(run, versions=["head"])] == [(3, None)]
-    with pytest.raises(ConfigError, match="has evaluated no version yet; name those"):
+    with pytest.raises(ConfigError, match="has evaluated no version yet; name one"):
         replay.evaluate_run(run)
 
 

@@ -295,7 +295,7 @@ def test_an_engine_that_would_leave_its_trainer_alone_is_refused(folder: Path, m
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-    with pytest.raises(ConfigError, match="one of 2 processes, and they are not joined yet: build accelerate's"):
+    with pytest.raises(ConfigError, match="one of 2 processes that are not connected yet: build accelerate's"):
         VLLMEngine(folder / "base")
-    with pytest.raises(ConfigError, match="its process group has 1, and it would train alone"):
+    with pytest.raises(ConfigError, match="its process group has 1, so it would train alone"):
         Processes(SimpleNamespace(num_processes=1, process_index=0))  # type: ignore[arg-type]

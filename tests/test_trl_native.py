@@ -584,7 +584,7 @@ def test_refused_places_and_settings(
     with pytest.raises(ConfigError, match=r"lora_grpo's GRPOConfig.*pass a trl\.GRPOConfig"):
         native_trainer(str(llama_dir), OwnConfig(), peft_config=adapter)
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file is a file; choose another one"):
+    with pytest.raises(ConfigError, match="file is a file; choose another directory"):
         native_trainer(str(llama_dir), arguments(tmp_path), peft_config=adapter, run_dir=tmp_path / "file")
     with (
         AdapterStore(archive=tmp_path / "live"),
@@ -613,7 +613,7 @@ def test_several_adapters_are_refused(llama_dir: Path, tmp_path: Path) -> None:
     model = get_peft_model(load_model(llama_dir), LoraConfig(**LORA))
     model.add_adapter("second", LoraConfig(**LORA))
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(UnsupportedAdapter, match="exactly one"):
+    with pytest.raises(UnsupportedAdapter, match="only one can be published"):
         native_trainer(model, arguments(tmp_path, beta=0.0))
 
 

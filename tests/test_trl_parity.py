@@ -61,7 +61,7 @@ def groups(truncated: int = 0, longest: int = 7) -> list[Group]:
 
 
 def with_sampler(rows: list[Group], logp_BT: Tensor) -> list[Group]:
-    """The completions with log-probs of a sampler that differs from the trainer by up to about 0.6 nats a token.
+    """The completions with log-probs of a sampler that differs from the trainer by up to about 0.6 nats per token.
 
     One token has none, as where vLLM returns NaN.
     """

@@ -372,7 +372,7 @@ def test_what_fails_in_one_fails_in_both(both: list[dict[str, Any]], what: str, 
 
 def test_an_engine_in_one_process_only_is_refused(both: list[dict[str, Any]]) -> None:
     for results in both:
-        assert "of 2 processes, [0] have an engine of their own" in results["one_engine_alone"]
+        assert "[0] of 2 processes have their own engine" in results["one_engine_alone"]
 
 
 def test_a_server_is_asked_by_the_first_for_both(both: list[dict[str, Any]]) -> None:

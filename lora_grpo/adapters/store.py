@@ -29,15 +29,15 @@ from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError, UnknownVersi
 
 
 class AdapterStore(StoreView):
-    """Versions of one adapter: published, promoted, kept, brought back.
+    """Keeps the versions of one adapter: publishes, promotes, prunes and restores them.
 
-    Bytes go in and out; nothing here knows tensors or engines. One process writes, any number read
-    (`readonly=True`). Every method raises `StoreError` for what the file system refused; then nothing is lost and
-    nothing half-written is visible. A write that the archive thread could not do is raised by the next call, and
-    tried again.
+    It stores bytes and knows nothing of tensors or engines. One process writes, any number can read
+    (`readonly=True`). If the file system refuses something, the method raises `StoreError`; nothing is lost, and
+    nothing half-written is visible. If the archive thread could not write, the next call raises the error and tries
+    again.
 
-    Numbers never come back. With `archive` they are reserved durably, so that holds after a reboot too (numbering
-    then goes on above the reserved block); without one, it holds for the life of the tmpfs only.
+    A number is never used twice. With `archive` numbers are reserved on disk, so this is true even after a reboot
+    (numbering then goes on above the reserved block). Without one, it is true only while the tmpfs exists.
 
     >>> files = {"adapter_model.safetensors": [b"bytes"], "adapter_config.json": [b"{}"]}  # as `NativeSync` makes them
     >>> with AdapterStore() as store:
@@ -60,18 +60,18 @@ class AdapterStore(StoreView):
     ) -> None:
         """Open the store in `root` (tmpfs) and `archive` (the durable run directory), or create it.
 
-        Without `root`, the run directory's last one is used, or a new owner-only folder under /dev/shm. Such a root
-        is the store's own: closing the store removes it, after everything is in the archive (and without one, for
-        good). A root that is named stays.
+        Without `root`, it uses the last root of the run directory, or a new owner-only folder under /dev/shm. Such a
+        root is removed when the store is closed, after everything is in the archive (without an archive, for good).
+        A root that you name stays.
 
-        `budget_bytes` bounds what versions take on tmpfs. `retention` says what `prune()` keeps, which `NativeSync`
-        calls after each push: `keep_latest(8) | keep_best("reward")`, or `Retention()` for all. By default, tmpfs has
-        the last 8 of what is in the archive, which keeps all; without one the last 64 and those with the best "reward"
-        and "eval/reward" stay, and the first removal is warned of.
-        `backlog_limit_bytes` bounds the memory of trainer states that wait for the archive.
+        `budget_bytes` limits the size of all versions on tmpfs. `retention` says what `prune()` keeps; `NativeSync`
+        calls it after each push. Examples: `keep_latest(8) | keep_best("reward")`, or `Retention()` for all. By
+        default the archive keeps all versions and tmpfs the last 8. Without an archive, tmpfs keeps the last 64 and
+        those with the best "reward" and "eval/reward", and warns before the first removal.
+        `backlog_limit_bytes` limits the memory of trainer states that wait for the archive.
 
-        Raises `StoreLocked` naming the process that has it open for writing, `StoreCorrupt` for damage that cannot be
-        worked around. Warns when `root` is no tmpfs. `recovered` says what a dead process left, and what was lost.
+        Raises `StoreLocked` with the name of the process that has it open for writing, and `StoreCorrupt` if it is
+        damaged. Warns if `root` is not on tmpfs. `recovered` says what a dead process left and what was lost.
         """
         if readonly:
             self._session: Session | None = None
@@ -92,8 +92,8 @@ class AdapterStore(StoreView):
     def publish(self, files: Files, *, step: int, parent: Target | None = "head") -> AdapterVersion:
         """Write a new version: the two PEFT files, each as buffers to be laid end to end. `HEAD` does not move.
 
-        "head" as its parent is the version that is promoted by now; None where none is.
-        The version appears whole, by one rename. Raises `NoRoom`, before anything is written, when it does not fit
+        The parent "head" means the promoted version, or None if there is none.
+        The version appears complete, by one rename. Raises `NoRoom`, before anything is written, when it does not fit
         tmpfs or the budget even after `prune()`; `ConfigError` for other files than a PEFT directory's.
         """
         if set(files) != set(PEFT_FILES):
@@ -122,7 +122,7 @@ class AdapterStore(StoreView):
     def _parent(self, parent: Target | None) -> int | None:
         number = None if parent is None else self._number(parent)
         if number is not None and not self._catalog.journal.knows(number):
-            raise UnknownVersion(f"parent={number}: no such version was ever published here")
+            raise UnknownVersion(f"parent={number}: this store never published such a version")
         return number
 
     def promote(self, version: Target) -> None:
@@ -144,15 +144,15 @@ class AdapterStore(StoreView):
                 raise
 
     def record(self, version: Target, **metrics: float | int | str | bool | None) -> None:
-        """Record what was learned about a version, kept or not, beside it; a name recorded before is overwritten.
+        """Record metrics of a version, even if it is no longer kept; a metric of the same name is overwritten.
 
-        Non-finite numbers become None; a reward, and what retention ranks, is a number. Durable with an archive.
+        Non-finite numbers become None. A reward, or a metric that retention ranks by, must be a number.
         """
         number = self._number(version)
         with self._writing(f"recording metrics of version {number}") as session:
             values = as_metrics(metrics, session.retention.ranked)
             if not session.journal.knows(number):
-                raise UnknownVersion(f"there is no version {number} to record {', '.join(metrics)} of")
+                raise UnknownVersion(f"cannot record {', '.join(metrics)}: there is no version {number}")
             session.journal.append("record", number, metrics=values)
 
     # Keeping
@@ -165,7 +165,7 @@ class AdapterStore(StoreView):
             session.journal.append("pin", number)
 
     def unpin(self, version: Target) -> None:
-        """Leave a version to retention again."""
+        """Undo `pin`: retention decides again when the version is removed."""
         number = self._number(version)
         with self._writing(f"unpinning version {number}") as session:
             if number not in session.journal.pins:
@@ -173,20 +173,20 @@ class AdapterStore(StoreView):
             session.journal.append("unpin", number)
 
     def prune(self) -> list[int]:
-        """Remove what retention no longer keeps; the numbers whose tmpfs copy went.
+        """Remove what retention no longer keeps; returns the numbers whose tmpfs copy was removed.
 
-        What is leased (by any process), pinned or `HEAD` stays, and so does, with an archive, what the archive is to
-        keep and has not got yet. The archive and trainer states follow their own rules, and no durable copy is
-        removed in favour of one that still waits for the disk.
+        Versions that are leased (by any process), pinned or `HEAD` stay. With an archive, versions that still wait to
+        be archived stay too. The archive and trainer states have their own rules. No copy on disk is removed for one
+        that still waits for the disk.
         """
         with self._writing("pruning") as session:
             return session.prune()
 
     def restore(self, version: Target) -> AdapterVersion:
-        """The version, its files at its path again: identical bytes, digest checked before they appear.
+        """Put the version's files back at its path: identical bytes, whose digest is checked first.
 
-        A damaged copy on tmpfs is replaced from the archive. Raises `UnknownVersion` when no copy is left,
-        `StoreCorrupt` when none is sound.
+        A damaged copy on tmpfs is replaced from the archive. Raises `UnknownVersion` if no copy is left, and
+        `StoreCorrupt` if all copies are damaged.
         """
         number = self._number(version)
         with self._writing(f"restoring version {number}") as session:
@@ -212,18 +212,18 @@ class AdapterStore(StoreView):
     def archive_state(self, version: Target, files: Files, meta: Mapping[str, Any]) -> None:
         """Queue a version's trainer state for the archive; `meta` becomes `state.json`.
 
-        The buffers are the store's from now on: nobody may change them. Waits only when more than
-        `backlog_limit_bytes` are queued and no queued state is one that retention would drop; raises what the disk
-        failed with meanwhile, and then the state is not queued.
+        Do not change the buffers after this call. It waits only if more than `backlog_limit_bytes` are queued and
+        retention would keep all queued states. If the disk has failed in the meantime, it raises that error and does
+        not queue the state.
         """
         number = self._number(version)
         if clash := {STATE_FILE, SUMS_FILE} & set(files):
-            raise ConfigError(f"{clash.pop()} is written by the store; give the trainer's file another name")
+            raise ConfigError(f"{clash.pop()} is a file that the store writes; give the trainer's file another name")
         contents = {**files, STATE_FILE: [json.dumps(dict(meta)).encode()]}
         with self._writing(f"archiving the trainer state of version {number}") as session:
             self._catalog.manifest(number)
             if session.required_archive().tree.has(STATES, number) or number in session.writer.pending(STATES):
-                raise StoreError(f"version {number} has a trainer state already; states are written once")
+                raise StoreError(f"version {number} already has a trainer state; a state is written only once")
             session.archive_state(number, contents)
 
     def load_state(self, version: Target) -> dict[str, Path] | None:
@@ -233,11 +233,11 @@ class AdapterStore(StoreView):
 
     @property
     def archive_backlog_bytes(self) -> int:
-        """Bytes queued for the archive and not durable yet."""
+        """Bytes that are queued for the archive and not on disk yet."""
         return 0 if self._session is None else self._session.writer.backlog_bytes
 
     def flush(self) -> None:
-        """Wait until everything published, recorded and queued is durable; raises what could not be written."""
+        """Wait until all versions, metrics and states are on disk; raises the error if something was not written."""
         with self._writing("flushing the archive") as session:
             session.writer.flush()
             if session.archive is not None:
@@ -250,7 +250,7 @@ class AdapterStore(StoreView):
         return [] if self.archive is None else requests.pending(self.archive)
 
     def claim(self, request: Request) -> bool:
-        """Begin with a request: it can no longer be taken back. False when it was."""
+        """Begin with a request, so that it can no longer be withdrawn. Returns False if it was withdrawn before."""
         with self._writing("beginning with a request") as session:
             return requests.claim(session.required_archive().tree.path, request)
 
@@ -266,8 +266,8 @@ class AdapterStore(StoreView):
     def close(self) -> None:
         """Finish the archive, prune once more where `prune` was called, and tmpfs of what is archived, and unlock.
 
-        Raises what could not be written; the lock goes all the same. Close the engine first: it may still read
-        versions, and a root of the store's own choosing goes now.
+        Raises the error if something was not written; the lock is released anyway. Close the engine first, because
+        it may still read versions, and a root that the store chose itself is removed now.
         """
         if self._session is None:
             self._leases.close()

@@ -56,22 +56,22 @@ class Rows:
         return self.stamp(torch.where(self.stamped_B < last, self.stamped_B + 1, self.stamped_B - 1))
 
     def own_gap(self) -> Tensor:
-        """(B,) nats a token between a completion and the version that it claims."""
+        """(B,) nats per token between a completion and the version that it claims."""
         return self._gap().gather(0, self.stamped_B[None])[0]
 
     def next_distance(self) -> Tensor:
-        """(B,) nats a token between the version that a completion claims and its nearest neighbour in number."""
+        """(B,) nats per token between the version that a completion claims and its nearest neighbour in number."""
         distance_VB, last = self._distance(), len(self.logp_VBT) - 1
         neighbours_2B = torch.stack([self.stamped_B - 1, self.stamped_B + 1])
         found_2B = distance_VB.gather(0, neighbours_2B.clamp(0, last))
         return found_2B.where((neighbours_2B >= 0) & (neighbours_2B <= last), torch.inf).amin(0)
 
     def _gap(self) -> Tensor:
-        """(V, B) nats a token between each version and the sampler."""
+        """(V, B) nats per token between each version and the sampler."""
         return self._mean_over_tokens((self.logp_VBT - self.sampler_BT).abs())
 
     def _distance(self) -> Tensor:
-        """(V, B) nats a token between each version and the one that is claimed."""
+        """(V, B) nats per token between each version and the one that is claimed."""
         claimed_1BT = self.stamped_B[None, :, None].expand(1, *self.sampler_BT.shape)
         return self._mean_over_tokens((self.logp_VBT - self.logp_VBT.gather(0, claimed_1BT)).abs())
 
@@ -106,7 +106,7 @@ class Verdicts:
 
 def judge(rows: Rows, noise: float) -> Verdicts:
     """What can be said of each; `noise` is the most that server and trainer differ by on a completion of the base,
-    nats a token."""
+    nats per token."""
     gap_VB, distance_VB = rows._gap(), rows._distance()
     told_B, wrong_B = _verdict(gap_VB, distance_VB, rows.stamped_B)
     wrong_B &= rows.own_gap() > noise

@@ -145,9 +145,9 @@ def verdict(row: TruthRow) -> str | None:
     if row.same_bits is False:
         return f"{row.strategy} gives the trainer another base than the checkpoint's on {row.shape}: some bits differ"
     return (
-        f"{row.strategy} serves another policy than it claims on {row.shape}: log-probs differ from the fp32 reference "
-        f"by {row.error_nats:.4f} nats a token, where bf16 alone makes {row.noise_nats:.4f} and the adapter "
-        f"{row.signal_nats:.3f}"
+        f"{row.strategy} serves another policy than it claims on {row.shape}: log-probs differ from the fp32 "
+        f"reference by {row.error_nats:.4f} nats per token, where bf16 alone makes {row.noise_nats:.4f} and the "
+        f"adapter {row.signal_nats:.3f}"
     )
 
 

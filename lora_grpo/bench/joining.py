@@ -57,8 +57,8 @@ def _check_one_machine(documents: Mapping[str, Document]) -> None:
         if mine != theirs:
             one, other = (dict(a.items() - b.items()) for a, b in ((mine, theirs), (theirs, mine)))
             raise ConfigError(
-                f"{first} and {name} are not of one machine with one set of versions: {one} in the one, {other} in the "
-                "other; join them apart"
+                f"{first} and {name} are not from one machine with the same versions: {one} in the first, {other} in "
+                "the other; join them separately"
             )
 
 

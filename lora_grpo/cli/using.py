@@ -66,8 +66,8 @@ def compare(
     names = {
         "reward": "reward",
         "tokens": "length, tokens",
-        "logp_first_answers": f"log-prob of {first}'s answers, nats a token",
-        "logp_second_answers": f"log-prob of {second}'s answers, nats a token",
+        "logp_first_answers": f"log-prob of {first}'s answers, nats per token",
+        "logp_second_answers": f"log-prob of {second}'s answers, nats per token",
     }
     rows = [
         {"": words, first: one.first, second: one.second, "difference": one.difference, "± (s.e.)": one.standard_error}

@@ -105,7 +105,7 @@ def load_prompts(
         raise ConfigError(_missing_column(label, prompt_column, columns))
     taken = sorted(RESERVED_COLUMNS.intersection(columns) - {prompt_column})
     if taken:
-        raise ConfigError(f"{label}: column {taken[0]!r} is a name that reward functions get otherwise; rename it")
+        raise ConfigError(f"{label}: column {taken[0]!r} has the name of another reward argument; rename it")
     _check_prompts(rows, label, prompt_column, system_prompt)
     others = tuple(column for column in columns if column != prompt_column)
     return PromptDataset(rows, prompt_column, others, system_prompt, label)
@@ -167,7 +167,7 @@ def prompt_problem(value: Any, system_prompt: str | None = None) -> str | None:
     if value[-1]["role"] == "assistant":
         return "the chat ends with the assistant's message; leave out the answer, so that the model gives one"
     if system_prompt and value[0]["role"] == "system":
-        return "the chat has a system message of its own; leave out data.system_prompt, or the message"
+        return "the chat already has a system message; leave out data.system_prompt or the message"
     return None
 
 

@@ -36,13 +36,13 @@ def read_rows(source: str | Path | Rows, split: str, name: str | None) -> tuple[
         return source, "the dataset"
     if not hasattr(source, "__len__"):
         raise ConfigError(
-            f"the data is a {type(source).__name__}, whose rows cannot be counted; a run shuffles them and resumes "
-            "among them: pass a datasets.Dataset or a list (of a stream, list(itertools.islice(stream, 10_000)))"
+            f"the rows of a {type(source).__name__} cannot be counted, but a run must shuffle them and resume "
+            "between them: pass a datasets.Dataset or a list (of a stream, list(itertools.islice(stream, 10_000)))"
         )
     rows = list(source)
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            raise ConfigError(f"the data, row {index}: {short(row)} is no dict of columns")
+            raise ConfigError(f"the data, row {index}: {short(row)} is not a dict of columns")
     return rows, "the data"
 
 
@@ -70,7 +70,7 @@ def _from_parquet(path: Path) -> Dataset:
     try:
         return Dataset.from_parquet(str(path))
     except (DatasetGenerationError, ValueError) as error:
-        raise ConfigError(f"{path} is no readable Parquet file: {error.__cause__ or error}") from error
+        raise ConfigError(f"{path} is not a readable Parquet file: {error.__cause__ or error}") from error
 
 
 def _from_json(path: Path) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def _from_csv(path: Path) -> list[dict[str, Any]]:
     try:
         names = next(reader, [])
         if not all(names) or len({*names}) != len(names):
-            raise ConfigError(f"{path}: the first line names the columns, each once; it is {short(names)}")
+            raise ConfigError(f"{path}: the first line must name each column once; it is {short(names)}")
         for values in filter(None, reader):
             if len(values) != len(names):
                 raise ConfigError(
@@ -117,7 +117,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 ({error}); convert it, as with iconv -t UTF-8") from error
+        raise ConfigError(f"{path} is not UTF-8 ({error}); convert it, for example with iconv -t UTF-8") from error
 
 
 def _json(text: str, where: str) -> Any:

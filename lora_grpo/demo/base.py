@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 Progress: TypeAlias = Callable[[int, int, float], None]
-"""Called after each step with `(steps done, steps in all, loss in nats a token)`."""
+"""Called after each step with `(steps done, steps in all, loss in nats per token)`."""
 
 PAD, EOS = "<pad>", "<eos>"
 TOKENS = (PAD, EOS, *"0123456789+=")

@@ -54,14 +54,14 @@ class BaseDescription:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Serves immutable adapter versions. One thread uses an engine; nothing in it is 'current'."""
+    """Serves adapter versions, which never change. Use it from one thread. There is no 'current' version."""
 
     @property
     def proof(self) -> Proof: ...
 
     @property
     def device(self) -> torch.device | None:
-        """Where it computes, if that is this process; None elsewhere."""
+        """The device that it computes on, if it is in this process; else None."""
 
     @property
     def max_lora_rank(self) -> int: ...
@@ -71,10 +71,10 @@ class Engine(Protocol):
         """The dtype it keeps adapters in, as a torch dtype's name without the prefix."""
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        """Load and prove `version`; a failure leaves what was loaded before serving, and nothing of `version`.
+        """Load and prove `version`. If that fails, earlier versions are still served, and nothing of `version`.
 
-        `held` are its tensors where the caller has them in memory, to save reading them back. Loading one that is
-        loaded proves it again. Raises `DeliveryError` or `EngineError`.
+        `held` are its tensors, if the caller has them in memory, so that they need not be read from disk. If it is
+        loaded already, it is proven again. Raises `DeliveryError` or `EngineError`.
         """
 
     def unload(self, version: AdapterVersion) -> None:
@@ -84,10 +84,10 @@ class Engine(Protocol):
         """The versions that can be sampled from, least recently used first."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
-        """One group a prompt, in order, each completion stamped with the version that made it.
+        """One group for each prompt, in order; each completion has the number of the version that made it.
 
-        `adapter` names the version, or one a prompt; None is the base, only when asked for. `sampling` is one for all
-        prompts too, or one a prompt: what a prompt gets does not depend on those beside it. Raises `UnknownVersion`
+        `adapter` is the version for all prompts, or a list with one for each; None is the base. `sampling` is also one
+        for all, or one for each. The result for a prompt does not depend on the other prompts. Raises `UnknownVersion`
         for a version that is not loaded, and `EngineError` after cleaning up.
         """
 
@@ -97,8 +97,8 @@ class Engine(Protocol):
     def describe_base(self) -> BaseDescription: ...
 
     def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
-        """Digests of the base's tensors that `shapes` names as the checkpoint does, read in each of the processes that
-        answer; no process that answers is left out, whatever it can read. None where there is no base (a fake)."""
+        """Digests of the base's tensors that `shapes` names (by the checkpoint's names), one reading for each process
+        that answers, even if it can read nothing. Empty if there is no base (a fake)."""
 
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards."""

@@ -39,8 +39,8 @@ def joint(engine: Engine | None, processes: Processes) -> Engine:
         return EngineInEach(engine, processes)
     if having:
         raise ConfigError(
-            f"of {processes.count} processes, {having} have an engine of their own: build one in every process, or "
-            "leave it to a server (a VLLMServerEngine in the first process)"
+            f"{having} of {processes.count} processes have their own engine: build one in every process, or "
+            "use a server (with a VLLMServerEngine in the first process)"
         )
     return EngineOfFirst(engine, processes)
 
@@ -115,8 +115,8 @@ class EngineInEach(EngineOfFirst):
             apart = mean_abs_difference(answer, answers[0])
             if not apart <= AGREEMENT_NATS:
                 raise DeliveryError(
-                    f"the engines of processes 0 and {index} differ by {apart:.4f} nats a token for "
-                    f"{adapter or 'the base'}: start them alike, on devices of one kind"
+                    f"the engines of processes 0 and {index} differ by {apart:.4f} nats per token for "
+                    f"{adapter or 'the base'}: start them with the same settings, on devices of one kind"
                 )
         return answers[0]
 

@@ -44,7 +44,7 @@ class LoadedVersions(Generic[_Loaded]):
         """None for one that is not loaded. Raises `DeliveryError` where its path was loaded with other bytes."""
         known = self._by_path.get(require_version(version).path)
         if known is not None and known.version.digest != version.digest:
-            raise DeliveryError(f"{version.path} is loaded as {known.version} with other bytes; paths are immutable")
+            raise DeliveryError(f"{version.path} is loaded as {known.version} with other bytes; a path must not change")
         return known
 
     def add(self, loaded: _Loaded) -> None:

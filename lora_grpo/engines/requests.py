@@ -71,7 +71,7 @@ def require_tokenizer(tokenizer: Any, said: str) -> None:
 def _token_ids(prompt: Any, called: str) -> list[int]:
     if isinstance(prompt, Mapping | Integral):
         kind = "a message" if isinstance(prompt, Mapping) else "a token"
-        raise ConfigError(f"{called} ({prompt!r:.80}) is {kind}, which one prompt is a list of; pass [prompt]")
+        raise ConfigError(f"{called} ({prompt!r:.80}) is {kind}, but a prompt is a list of them; pass [prompt]")
     if (
         isinstance(prompt, Sequence)
         and not isinstance(prompt, bytes)
@@ -112,7 +112,7 @@ def check_fits(ids_P: Sequences, max_tokens_P: Sequence[int], max_model_len: int
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             place, token = next((place, token) for place, token in enumerate(ids) if not 0 <= token < vocabulary)
             raise ConfigError(
-                f"prompt {index} has token {token} at place {place}, and the model's vocabulary ends at "
+                f"prompt {index} has token {token} at place {place}, but the model's vocabulary ends at "
                 f"{vocabulary - 1} ({vocabulary} tokens): encode it with the model's own tokenizer"
             )
         if len(ids) + max_tokens > max_model_len:
@@ -133,8 +133,8 @@ def asked(
         found = next((token for token in ids if token in base.placeholders), None)
         if found is not None:
             raise ConfigError(
-                f"prompt {index} has token {found}, which stands for an image, a video or a sound: of this model text "
-                "alone is trained; leave it out of the prompt"
+                f"prompt {index} has token {found}, which stands for an image, a video or a sound: this model is "
+                "trained on text only; remove the token from the prompt"
             )
     return ids_P, sampling_P
 
@@ -144,7 +144,7 @@ def adapters_by_prompt(adapter: Adapters, prompts: int) -> list[AdapterVersion |
     if adapter is None or not isinstance(adapter, list | tuple):
         return [None if adapter is None else require_version(adapter)] * prompts
     if len(adapter) != prompts:
-        raise ConfigError(f"adapter names {len(adapter)} versions for {prompts} prompts; give one, or one a prompt")
+        raise ConfigError(f"adapter names {len(adapter)} versions for {prompts} prompts; give one, or one for each")
     return [None if one is None else require_version(one) for one in adapter]
 
 
@@ -157,7 +157,7 @@ def require_version(given: object) -> AdapterVersion:
         return given
     named = parse_target(given)
     raise ConfigError(
-        f"an engine takes an AdapterVersion, and {given!r} is one in a store: pass store.get({named!r}) "
+        f"an engine takes an AdapterVersion, but {given!r} names one in a store: pass store.get({named!r}) "
         f"(sync.store.get({named!r}), trainer.store.get({named!r})); None is the base model"
     )
 
@@ -187,7 +187,7 @@ def sampling_by_prompt(sampling: Samplings, prompts: int) -> list[Sampling]:
         first = sampling.first_prompt
         return [replace(sampling, seed=seed, first_prompt=first + p) for p in range(prompts)]
     if len(sampling) != prompts:
-        raise ConfigError(f"sampling names {len(sampling)} settings for {prompts} prompts; give one, or one a prompt")
+        raise ConfigError(f"sampling names {len(sampling)} settings for {prompts} prompts; give one, or one for each")
     return [one if one.seed is not None else replace(one, seed=secrets.randbits(63)) for one in sampling]
 
 

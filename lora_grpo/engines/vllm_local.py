@@ -59,12 +59,12 @@ class VLLMEngine:
         """Start vLLM on `model` (hub name or directory).
 
         `max_lora_rank` is rounded up to a value that vLLM takes. `max_loras` versions can share a batch, and
-        `max_cpu_loras` (default: two more) stay loaded; the least recently used goes when another is loaded.
+        `max_cpu_loras` (default: two more) stay loaded. When there are more, the least recently used is unloaded.
         `target_modules` are the layers wrapped for LoRA, by last name (default: every linear layer but the head).
-        `cpu_lora_kernels=False` keeps vLLM's own CPU LoRA path (slower; base rows then get batches of their own).
-        `direct_load=False` loads through vLLM's own loader, as releases do that the direct way was not tested with.
-        `share_base_weights` keeps the weights in a form that `shared_model` can give out: needed on the CPU only, and
-        decoding is slower there with it. Other keywords go to `vllm.LLM`.
+        `cpu_lora_kernels=False` keeps vLLM's own CPU LoRA code (slower; base rows then get separate batches).
+        `direct_load=False` uses vLLM's own loader; releases that the direct loader was not tested with always do.
+        `share_base_weights` keeps the weights in a form that `shared_model` can use. It is needed only on the CPU, and
+        makes decoding slower there. Other keywords go to `vllm.LLM`.
         Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.
         """
         room = {"max_loras": max_loras, "max_cpu_loras": adapter_room(max_loras, max_cpu_loras)}
@@ -94,7 +94,7 @@ class VLLMEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where the engine's weights are; put the trainer there too."""
+        """The device of the engine's weights; put the trainer on it too."""
         return next(iter(compat.base_parameters(self._llm)))[1].device
 
     @property
@@ -108,12 +108,12 @@ class VLLMEngine:
 
     @property
     def max_model_len(self) -> int:
-        """Prompt plus completion, tokens at most."""
+        """The most tokens of a prompt with its completion."""
         return int(self._llm.llm_engine.vllm_config.model_config.max_model_len)
 
     @property
     def between_steps(self) -> Callable[[], None] | None:
-        """Called before each step of vLLM; whatever it asks of this engine is done before the rollout goes on."""
+        """A function that runs before each step of vLLM; it may use this engine, and then the rollout goes on."""
         return self._driver.between_steps
 
     @between_steps.setter
@@ -121,10 +121,10 @@ class VLLMEngine:
         self._driver.between_steps = called
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        """Put `version` into a slot and prove that the slot holds its bytes; seconds by phase in the receipt.
+        """Put `version` into a slot and prove that the slot holds its bytes. The receipt has the seconds of each phase.
 
-        `NativeSync.push` does this for what it publishes; call it to sample from an older version. Raises
-        `DeliveryError` or `EngineError`; what was loaded before then still is, and nothing of `version`.
+        `NativeSync.push` calls it for new versions; call it yourself to sample from an older one. If it raises
+        `DeliveryError` or `EngineError`, earlier versions are still loaded, and nothing of `version`.
         """
         with self._turn.take("load"):
             self._check_awake()
@@ -146,10 +146,10 @@ class VLLMEngine:
         """Sample `sampling.n` completions of each prompt: P groups in the prompts' order, of G completions each.
 
         A prompt is text, a list of token ids, or a list of chat messages. `adapter` is the version to sample from, or
-        a list of P versions; None is the base model, and only when you say so. Each completion holds its text, token
-        ids, log-probs (nats, of the distribution that was sampled from) and the number of the version that made it.
+        a list of P versions; None is the base model. Each completion holds its text, token ids, log-probs (nats, of
+        the distribution that was sampled from) and the number of the version that made it.
 
-        `sampling` may be a list of P settings too, for prompts that are sampled differently in one batch.
+        `sampling` may also be a list of P settings, for prompts that are sampled differently in one batch.
         Raises `ConfigError` for a prompt that is empty or, with `sampling.max_tokens`, longer than `max_model_len`,
         `UnknownVersion` for a version that is not loaded, `EngineError` when vLLM fails (its requests are aborted).
         """
@@ -177,9 +177,9 @@ class VLLMEngine:
     def shared_model(self) -> Any:
         """A transformers model whose parameters are this engine's own weights: one copy of the base for both.
 
-        In the engine's dtype, frozen: whatever would merge into it or write to it raises. Each call builds a new model
-        on the same weights, and every load checks that they are untouched. Raises `UnsupportedAdapter` for an engine or
-        architecture that cannot be shared (quantized, prepacked, unknown).
+        It has the engine's dtype and is frozen: merging into it or writing to it raises an error. Each call builds a
+        new model on the same weights, and every load checks that they are unchanged. Raises `UnsupportedAdapter` for an
+        engine or architecture that cannot be shared (quantized, prepacked, unknown).
         """
         self._check_awake()
         if self._shared is not None:
@@ -201,11 +201,11 @@ class VLLMEngine:
         return [read_base(compat.runner(self._llm), shapes, "the engine")]
 
     def sleep(self, level: int = 1) -> None:
-        """Give the GPU memory of weights and KV cache back until `wake_up`; needs `enable_sleep_mode=True`.
+        """Free the GPU memory of weights and KV cache until `wake_up`; needs `enable_sleep_mode=True`.
 
-        At level 1 the weights wait in host memory and loaded versions survive; at level 2 nothing is kept. Meanwhile
-        the engine can be woken, closed, or made to forget versions. Raises `ConfigError` for what would lose
-        something, and nothing has changed; `EngineError` when vLLM fails, and the engine is closed.
+        At level 1 the weights move to host memory and loaded versions stay loaded; at level 2 nothing is kept. While
+        it sleeps, you can only wake it, close it or unload versions. If sleep would lose something, it raises
+        `ConfigError` and changes nothing. If vLLM fails, it raises `EngineError` and the engine is closed.
         """
         with self._turn.take("sleep"):
             self._check_awake()

@@ -89,5 +89,5 @@ def _deviation(rewards_PG: Tensor, scale_rewards: ScaleRewards) -> Tensor:
 
 def _grouped(rewards_B: Tensor, num_generations: int) -> Tensor:
     if rewards_B.numel() % num_generations:
-        raise ConfigError(f"{rewards_B.numel()} rewards are no multiple of num_generations={num_generations}")
+        raise ConfigError(f"{rewards_B.numel()} rewards are not a multiple of num_generations={num_generations}")
     return rewards_B.double().view(-1, num_generations)

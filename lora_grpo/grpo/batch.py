@@ -132,12 +132,12 @@ def _check(pairs: Sequence[tuple[Sequence[int], Completion]], advantages_B: Tens
         raise ConfigError(f"none of {len(pairs)} completions has a token: there is nothing to learn from")
     for row, (prompt, completion) in enumerate(pairs):
         if not prompt:
-            raise ConfigError(f"row {row} has an empty prompt: its first token has no distribution to be scored by")
+            raise ConfigError(f"row {row} has an empty prompt, so its first token cannot be scored")
         tokens, mask = len(completion.token_ids), completion.token_mask
         if len(completion.logprobs) != tokens or (mask is not None and len(mask) != tokens):
             raise ConfigError(
                 f"row {row} has {tokens} token_ids, {len(completion.logprobs)} logprobs and "
-                f"{'no' if mask is None else len(mask)} token_mask: they must be of one length"
+                f"{'no' if mask is None else len(mask)} token_mask: they must have the same length"
             )
 
 

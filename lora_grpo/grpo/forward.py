@@ -139,7 +139,7 @@ class Forward:
             if not gap <= math.sqrt(torch.finfo(self._dtype).eps):
                 reason = f"its log-probs are then {gap:.3g} nats off"
         if reason is not None and self._processes.index == 0:
-            warnings.warn(f"rows are padded, and prompts computed once a completion: {reason}", stacklevel=2)
+            warnings.warn(f"rows are padded, and prompts computed once per completion: {reason}", stacklevel=2)
         if reason is None:
             packing.trust(self._model)
         return reason is None

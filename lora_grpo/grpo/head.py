@@ -211,7 +211,7 @@ def _output_layer(model: nn.Module) -> nn.Linear | None:
     if any(parameter.requires_grad for parameter in layer.parameters()):
         reason = "it is trained"
     elif not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        reason = "it is no plain linear layer"
+        reason = "it is not a plain linear layer"
     elif hasattr(model, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in model.modules()):
         reason = "the model is compiled"
     else:
@@ -221,7 +221,7 @@ def _output_layer(model: nn.Module) -> nn.Linear | None:
 
 
 def _whole(layer: nn.Module, reason: str) -> None:
-    warnings.warn(f"{type(layer).__name__} makes whole logits, which takes memory: {reason}", stacklevel=4)
+    warnings.warn(f"{type(layer).__name__} makes all logits at once, which needs memory: {reason}", stacklevel=4)
 
 
 def _finish(model: nn.Module, layer: nn.Module, inputs: Mapping[str, Any]) -> Finish | None:

@@ -50,7 +50,7 @@ def base_dtype(model: nn.Module) -> torch.dtype:
     frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
     dtype = next(frozen, torch.float32)
     if dtype == torch.float16:
-        raise ConfigError("a float16 base needs loss scaling, or small gradients vanish: use bfloat16 or float32")
+        raise ConfigError("a float16 base loses small gradients without loss scaling: use bfloat16 or float32")
     return dtype
 
 

@@ -24,7 +24,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
         raise ConfigError("the model has no trainable parameter: build it with peft.get_peft_model and a LoraConfig")
     for name, parameter in trainable.items():
         if "lora_" not in name:
-            raise UnsupportedAdapter(f"{name} is trainable but no LoRA weight: only adapters are trained; freeze it")
+            raise UnsupportedAdapter(f"{name} is trainable but not a LoRA weight: only adapters are trained; freeze it")
         if parameter.dtype != torch.float32:
             raise ConfigError(
                 f"adapter weight {name} is {parameter.dtype}: small updates would round to nothing; keep "

@@ -78,7 +78,7 @@ class Processes:
         launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else self.count
         if accelerator is not None and launched != self.count:
             raise ConfigError(
-                f"this is one of {launched} processes, but its process group has {self.count}, and it would train "
+                f"this is one of {launched} processes, but its process group has {self.count}, so it would train "
                 "alone: build accelerate's Accelerator() before any engine"
             )
 

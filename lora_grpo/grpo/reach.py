@@ -92,16 +92,16 @@ class Reach:
         names = [module.path for module, lacks in zip(self._modules, missing, strict=True) if lacks]
         if names:
             raise UnsupportedAdapter(
-                f"no gradient reaches {kind} of {len(names)} of {len(self._modules)} adapted layers, which would never "
-                f"be trained: {', '.join(names)}. Something behind them cuts it, as quantized layers do: train on an "
-                "unquantized base, or leave these layers out of target_modules"
+                f"no gradient reaches {kind} of {len(names)} of {len(self._modules)} adapted layers, so they would "
+                f"never be trained: {', '.join(names)}. Something after them stops it, as quantized layers do: train "
+                "on an unquantized base, or leave these layers out of target_modules"
             )
 
     def _warn_of(self, called: list[bool]) -> None:
         names = [module.path for module, was in zip(self._modules, called, strict=True) if not was]
         if names and self._processes.index == 0:
             warnings.warn(
-                f"{len(names)} of {len(self._modules)} adapted layers are not called by the model's forward, and not "
+                f"{len(names)} of {len(self._modules)} adapted layers are not called by the model's forward and not "
                 f"trained: {', '.join(names)}; leave them out of target_modules",
                 stacklevel=2,
             )

@@ -28,7 +28,7 @@ def check_arguments(args: Any, peft_config: Any) -> None:
     """Raises `ConfigError` or `UnsupportedAdapter` for a `trl.GRPOConfig` that cannot work without merging."""
     if isinstance(args, GRPOConfig):
         raise ConfigError(
-            "args is lora_grpo's GRPOConfig, which lora_grpo.GRPOTrainer takes; pass a trl.GRPOConfig here"
+            "args is lora_grpo's GRPOConfig, which is for lora_grpo.GRPOTrainer; pass a trl.GRPOConfig here"
         )
     if not isinstance(args, TrainingArguments | None):
         raise ConfigError(f"args={args!r} must be a trl.GRPOConfig")
@@ -44,7 +44,7 @@ def check_arguments(args: Any, peft_config: Any) -> None:
             raise ConfigError(f"{name}={getattr(args, name)!r}: {reason}")
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
         raise UnsupportedAdapter(
-            f"peft_config is a {type(peft_config).__name__}; vLLM hot-swaps LoRA only: use peft.LoraConfig"
+            f"peft_config is a {type(peft_config).__name__}; vLLM swaps only LoRA: use peft.LoraConfig"
         )
 
 
@@ -189,7 +189,7 @@ def vllm_args(given: Mapping[str, Any], rank: int, others: Mapping[str, Any]) ->
         **{name: given[name] for name in _OF_VLLM},
     }
     if twice := sorted(said.keys() & others.keys()):
-        raise ConfigError(f"engine_args: {twice[0]} is said by trl.GRPOConfig already; set it there")
+        raise ConfigError(f"engine_args: {twice[0]} is already set by trl.GRPOConfig; set it there")
     # vLLM's CPU backend compiles for a minute when not eager, and gains little by it.
     on_cpu = next(model.parameters()).device.type == "cpu"
     return {"max_lora_rank": rank, "max_num_batched_tokens": 4096, "enforce_eager": on_cpu, **said, **others}

@@ -117,7 +117,7 @@ def _proofs(info: Mapping[str, Any], steps: Sequence[Record]) -> dict[str, str]:
         "loads": proven and f"{len(proven)} proven, {1000 * statistics.median(proven):.2g} ms each (median)",
         "canary": ", ".join(f"{times} {verdict}" for verdict, times in verdicts.items()),
         "canary failed at": ", ".join(failed[:MOST_ROWS]),
-        "log-prob gap": gaps and f"{statistics.median(gaps):.2g} nats a token (median), {max(gaps):.2g} at most",
+        "log-prob gap": gaps and f"{statistics.median(gaps):.2g} nats per token (median), {max(gaps):.2g} at most",
     }
     return {name: str(value) for name, value in proofs.items() if value}
 

@@ -58,7 +58,7 @@ def capture_output(log_path: Path) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            error.add_note(f"what the libraries wrote meanwhile is in {log_path}")
+            error.add_note(f"the output of the libraries is in {log_path}")
             raise
         finally:
             log.flush()

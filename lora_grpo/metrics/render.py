@@ -188,7 +188,7 @@ def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
     if metrics.get(GAP) is not None:
         verdict = str(metrics.get("canary/verdict") or "")
         told = ("  canary ", (verdict, VERDICTS.get(verdict, ""))) if verdict else ()
-        facts.append(("log-prob gap", Text.assemble(f"{metrics[GAP]:.4f} nats a token", *told)))
+        facts.append(("log-prob gap", Text.assemble(f"{metrics[GAP]:.4f} nats per token", *told)))
     if metrics.get(BACKLOG) is not None:
         waiting_mib = metrics[BACKLOG] / 2**20
         facts.append(("archive", f"{waiting_mib:.1f} MiB on the way to the disk" if waiting_mib else "all on the disk"))

@@ -148,17 +148,17 @@ def check_folder(run_dir: Path) -> None:
     """Raises `ConfigError` where a run directory cannot be written, or something else stands in the way of its logs."""
     there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ConfigError(f"the run directory {run_dir} cannot be made: {there} is a file; choose another one")
+        raise ConfigError(f"the run directory {run_dir} cannot be created: {there} is a file; choose another directory")
     try:
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
         raise ConfigError(
-            f"the run directory {run_dir} cannot be made: nothing can be written in {there} ({error.strerror}); choose "
-            "another one"
+            f"the run directory {run_dir} cannot be created: {there} is not writable ({error.strerror}); choose "
+            "another directory"
         ) from error
     for path in (run_dir / name for name in (METRICS_FILE, SAMPLES_FILE, ENGINE_LOG, PLOT_FILE)):
         if os.path.lexists(path) and not path.is_file():
-            raise ConfigError(f"{path} should be a regular file, and is none; remove it")
+            raise ConfigError(f"{path} should be a regular file but is not; remove it")
 
 
 def _check_trackers(names: Sequence[str]) -> None:

@@ -71,7 +71,7 @@ class ReplicaCache:
         left = min(self.budget_bytes - self.used_bytes, shutil.disk_usage(self.folder).free)
         if manifest.size_bytes > left:
             raise NoRoom(
-                f"{name} takes {manifest.size_bytes / MIB:.1f} MiB and this replica has room for {left / MIB:.1f}: it "
+                f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but this replica has room for {left / MIB:.1f}: it "
                 f"keeps {self.used_bytes / MIB:.1f} MiB of versions that it may have to read again. Give it more with "
                 "LORA_GRPO_STORE_CACHE_MIB (and a tmpfs that holds it), or restart it: that empties its cache"
             )

@@ -69,8 +69,8 @@ class StoreClient:
             verify_version(folder, manifest)
         except StoreCorrupt as error:
             raise StoreCorrupt(
-                f"what the store at {self.url} sent as {name} is not what was published: {error}. See what "
-                "'lora-grpo verify' says of the run; store.restore(number) there replaces a damaged copy"
+                f"what the store at {self.url} sent as {name} is not what was published: {error}. Run "
+                "'lora-grpo verify' on the run; store.restore(number) there replaces a damaged copy"
             ) from error
 
     def _pull_file(self, number: int, file: str, size_bytes: int, path: Path) -> None:
@@ -117,7 +117,7 @@ def _checked(url: str) -> str:
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise ConfigError(f"the store's address {url!r} is no URL: {error}") from error
+        raise ConfigError(f"the store's address {url!r} is not a URL: {error}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
         raise ConfigError(f"the store's address {url!r} must be like http://HOST:PORT; the token travels in a header")
     return str(parsed).rstrip("/")

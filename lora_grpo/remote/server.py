@@ -94,7 +94,7 @@ class StoreServer:
     def wait(self) -> NoReturn:
         """Stay until interrupted; raises `StoreError` when the server ends by itself."""
         self._thread.join()
-        raise StoreError(f"the store server at {self.url} ended by itself; its log says why")
+        raise StoreError(f"the store server at {self.url} ended unexpectedly; its log says why")
 
     def __enter__(self) -> StoreServer:
         self._thread.start()
@@ -201,7 +201,7 @@ class _FileResponse(StreamingResponse):
 def _number(request: Request) -> int:
     text = request.path_params["number"]
     if not _NUMBER.fullmatch(text):
-        raise HTTPException(404, f"{text!r} is no version number; versions are counted 1, 2, 3 and so on")
+        raise HTTPException(404, f"{text!r} is not a version number; versions are numbered 1, 2, 3 and so on")
     return int(text)
 
 

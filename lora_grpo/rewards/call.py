@@ -214,7 +214,7 @@ class Call:
         item = value.item() if hasattr(value, "item") else value
         if not isinstance(item, int | float):
             raise RewardError(
-                f"reward {self.name!r} returned {short(value)}, no number, for {describe_row(self.inputs, index)}"
+                f"reward {self.name!r} returned {short(value)}, not a number, for {describe_row(self.inputs, index)}"
             )
         if not abs(item) <= LARGEST_REWARD:
             fix = "return None where the reward does not apply"

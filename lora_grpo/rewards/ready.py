@@ -70,7 +70,7 @@ def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
         for done, answer in zip(completions, _column(columns, column, "numeric"), strict=True):
             wanted = final_number(str(answer))
             if wanted is None:
-                raise ValueError(f"column {column!r} holds {answer!r}, in which there is no number")
+                raise ValueError(f"column {column!r} holds {answer!r}, which contains no number")
             found = final_number(completion_text(done))
             rewards.append(float(found is not None and abs(found - wanted) <= allowed))
         return rewards
@@ -111,8 +111,8 @@ def load_reward(config: RewardConfig) -> RewardFunction:
         if config.name not in READY:
             hint = _nearest(config.name, list(READY))
             raise ConfigError(
-                f"no ready-made reward {config.name!r}{hint}; they are {', '.join(READY)}, and your own function "
-                "is named as 'package.module:function'"
+                f"there is no ready-made reward {config.name!r}{hint}; there are {', '.join(READY)}, and your own "
+                "function is named as 'package.module:function'"
             )
         factory = READY[config.name]
         _check_options(config, factory)
@@ -133,7 +133,7 @@ def _imported(name: str) -> RewardFunction:
         if module_name != missing and not module_name.startswith(f"{missing}."):
             raise ConfigError(f"reward {name!r}: importing {module_name!r} needs the module {missing!r}") from error
         raise ConfigError(
-            f"reward {name!r}: no module {missing!r}; it has to be installed or below the current directory"
+            f"reward {name!r}: no module {missing!r}; it must be installed or in the current directory"
         ) from error
     except Exception as error:
         last = extract_tb(error.__traceback__)[-1]  # of a syntax error its message tells
@@ -179,7 +179,7 @@ def _compiled(pattern: str, reward: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ConfigError(f"{reward}: pattern {pattern!r} is no regular expression: {error}") from error
+        raise ConfigError(f"{reward}: pattern {pattern!r} is not a regular expression: {error}") from error
 
 
 def _column(columns: Mapping[str, Any], name: str, reward: str) -> Sequence[Any]:

@@ -40,7 +40,7 @@ def check_columns(functions: Sequence[RewardFunction], column_names: Iterable[st
         for column in _required(function):
             if column not in known | RESERVED_COLUMNS:
                 raise ConfigError(
-                    f"reward {name!r} asks for column {column!r}, which the data lack; "
+                    f"reward {name!r} asks for column {column!r}, but the data do not have it; "
                     f"their columns are {sorted(known)}: name the right one, or give the parameter a default"
                 )
 

@@ -141,7 +141,7 @@ class _Run:
         probe = self.trainer.sync.probe
         if probe is not None:
             yield "base match", self._base_match
-            yield "probe", lambda: f"a loud adapter moves {probe.signal:.3g} nats a token, {probe.error:.2g} apart"
+            yield "probe", lambda: f"a loud adapter moves {probe.signal:.3g} nats per token, {probe.error:.2g} apart"
         for number in range(1, SWAPS + 1):
             yield f"swap {number}", partial(self._swap, number)
         yield "one copy of the base", self._one_copy
@@ -194,7 +194,7 @@ class _Run:
 
     def _base_match(self) -> str:
         sync = self.trainer.sync
-        return f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats a token"
+        return f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats per token"
 
     def _one_copy(self) -> str:
         """Whether `share_base_weights` would do; no fault where it would not."""

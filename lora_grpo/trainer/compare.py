@@ -53,7 +53,7 @@ class Difference:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Of versions number `first` and `second`: `reward` and `tokens` of the answers; `logp_first_answers`: how the
-    versions score, in nats a token, what the first one said, `logp_second_answers` what the second one said. Their
+    versions score, in nats per token, what the first one said, `logp_second_answers` what the second one said. Their
     differences estimate -KL(first | second) and KL(second | first) a token.
     """
 

@@ -54,17 +54,17 @@ class Fork:
 def fork(
     run: str | Path, version: Target, new: str | Path, settings: Sequence[str] = (), *, weights_only: bool = False
 ) -> Fork:
-    """Make the run directory `new` from a version of `run`, which may be live, and stays as it is.
+    """Make the run directory `new` from a version of `run`, which may be live and stays as it is.
 
-    Resumed, the new run goes on from there as `run` did, to the bit where `run` repeats to the bit: weights, optimizer,
-    schedule, random state, seeds, data position, and what was measured. `settings` such as "grpo.learning_rate=3e-5"
-    differ from there on; with another `grpo.seed` or other `data` the prompts begin anew. Earlier versions are not
-    copied: no rollback of the new run goes behind its first one.
+    When you resume it, it goes on as `run` did (bit for bit if `run` repeats so): weights, optimizer, schedule,
+    random state, seeds, data position and metrics are the same. `settings` such as "grpo.learning_rate=3e-5" apply from
+    then on; with another `grpo.seed` or other `data` the prompts start from the beginning. Earlier versions are not
+    copied, so the new run cannot roll back beyond its first one.
 
     `weights_only` starts at step 0 from the version's weights, with a new optimizer, schedule and order of prompts.
-    Without it, a version whose trainer state is not kept is refused, and the nearest one with a state named.
+    Without it, a version without a kept trainer state is refused; the error names the nearest one that has a state.
 
-    Raises `ConfigError`, `UnknownVersion` or `StoreError`; then nothing is at `new`.
+    Raises `ConfigError`, `UnknownVersion` or `StoreError`; then nothing is left at `new`.
 
     >>> print(fork("runs/mine", "best", "runs/other"))
     runs/other starts from v2 of runs/mine, after step 1, weights exact
@@ -73,7 +73,7 @@ def fork(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} exists already; name a new directory for the fork of {source}")
     if target.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"{target} lies in the run {source}; name a directory outside it for the fork")
+        raise ConfigError(f"{target} is inside the run {source}; name a directory outside it for the fork")
     with AdapterStore(archive=source, readonly=True) as store:
         origin = store.get(version)
         config = _config(source, target, settings)
@@ -122,7 +122,7 @@ def _kept_state(store: AdapterStore, origin: AdapterVersion, source: Path, confi
         nearest = min(store.states, key=lambda number: abs(number - origin.number), default=None)
         there = "nor of any other version" if nearest is None else f"the nearest version that has one is v{nearest}"
         raise ConfigError(
-            f"{source} kept no trainer state of {origin}, without which a fork cannot be exact; {there}; "
+            f"{source} kept no trainer state of {origin}, so a fork cannot be exact; {there}; "
             f"--weights-only (weights_only=True) begins a new run from the weights of {origin}"
         )
     state = read_state(files)

@@ -56,11 +56,11 @@ def guarded(run: Run, guard: Guard, reason: str, reporter: Reporter) -> None:
     reasons = [*run.rollback_log.reasons, reason]
     if len(reasons) > guard.max_rollbacks:
         listed = "; ".join(f"({index}) {text}" for index, text in enumerate(reasons, 1))
-        raise TrainingError(f"the guard rolled back {guard.max_rollbacks} times, and here it would again: {listed}")
+        raise TrainingError(f"the guard has rolled back {guard.max_rollbacks} times and would do it again: {listed}")
     try:
         report = roll_back(run, guard.to, reason=reason, learning_rate_factor=guard.learning_rate_factor)
     except UnknownVersion as nowhere:
-        raise TrainingError(f"{reason}; and the guard has nowhere to go back to: {nowhere}") from nowhere
+        raise TrainingError(f"{reason}; and the guard has no version to go back to: {nowhere}") from nowhere
     scale = run.rollback_log.learning_rate_scale
     reporter.rollback(report.version.step, f"guard: {reason}: {report}; learning rate at {scale:g} times its setting")
 
@@ -135,7 +135,7 @@ def what_was_found(recovered: Recovered) -> list[str]:
         before, now = recovered.head_moved
         sentences.append(f"HEAD was v{before}, which is lost; it is {'nowhere' if now is None else f'v{now}'} now")
     if recovered.copied_from is not None:
-        sentences.append(f"a copy of the run in {recovered.copied_from}: that one is left as it is, this goes on alone")
+        sentences.append(f"a copy of the run in {recovered.copied_from}, which does not change")
     for aside in recovered.set_aside:
         sentences.append(f"tmpfs was out of date; what the archive has not got of it is in {aside}, yours to delete")
     return sentences

@@ -51,31 +51,31 @@ def led(method: Callable[Concatenate[GRPOTrainer, P], R]) -> Callable[Concatenat
 
 
 class GRPOTrainer(Run):
-    """GRPO on a LoRA adapter: each step samples from the version that the step before published and proved.
+    """Trains a LoRA adapter with GRPO: each step samples from the version that the last step published and proved.
 
-    With `config.max_staleness` above 0, from one that lags by at most so many versions, while earlier steps are
-    trained. Timing then decides on versions: such a run resumes where it stood, but does not repeat bit by bit.
+    With `config.max_staleness` above 0, it samples while earlier steps are trained, from a version that is at most
+    that many versions old. Timing then decides which version: such a run can resume, but not repeat bit by bit.
 
-    It builds everything that is not given: the engine on `model`, the PEFT model, the store. Started by
-    `accelerate launch` or `torchrun`, every process builds and calls the same; the first one runs the trainer and
-    keeps the run, each has an engine of its own (or all share the first one's server), and the steps are those of a
-    single process with as many rows an update.
+    It builds what you do not give: the engine on `model`, the PEFT model, the store. With `accelerate launch` or
+    `torchrun`, every process builds and calls the same. The first one runs the trainer and writes the run; each has
+    its own engine (or all share the first one's server). The steps equal those of one process with the same number
+    of rows in an update.
 
     `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`, a `peft.LoraConfig`), or a PeftModel
     on one of them. `reward_funcs` have TRL's signature, `f(prompts, completions, **columns) -> list[float]`.
     `train_dataset` and `eval_dataset` (held out) are a `datasets.Dataset`, a list of dicts with "prompt" or a file.
     `engine_config` is for the engine that it starts, `keep` says which versions stay, `run_dir` is the durable
     directory and `store_root` the folder on tmpfs (default: a new one). `rollout_func(prompts, engine, version)`
-    samples in place of the engine's `generate`. `view=False` shows nothing on the terminal.
+    replaces the engine's `generate`. `view=False` shows nothing on the terminal.
     `processing_class` is the tokenizer that renders prompts (default: the checkpoint's); its end token, and those
-    of the model's generation config, end completions. An `engine` that is given stays open when the trainer closes.
-    `shared` is what a `Population` has its members' trainers use together, in place of an engine.
-    `guard` rolls back on its own when the run goes astray. `share_base_weights` has trainer and engine hold one
-    copy of the base, in the engine's dtype: "auto" where that costs nothing (CUDA, unquantized, same dtype), True
-    on the CPU too, where decoding is slower then.
+    of the model's generation config, end completions. An `engine` that you give stays open when the trainer closes.
+    `shared` is what the trainers of a `Population` share instead of an engine. `guard` rolls back automatically when
+    training goes wrong. With `share_base_weights`, trainer and engine use one copy of the base, in the engine's
+    dtype: "auto" shares it if that costs nothing (CUDA, unquantized, same dtype), True also on the CPU, where
+    decoding is then slower.
 
-    Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` naming the process that
-    has the run open, before anything is trained.
+    Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` with the process that has the run
+    open, before anything is trained.
 
     >>> with GRPOTrainer(base, reward, GRPOConfig(total_steps=2), rows, peft_config=lora, run_dir="runs/a") as trainer:
     ...     result = trainer.train()
@@ -147,9 +147,9 @@ class GRPOTrainer(Run):
 
     @led
     def train(self) -> dict[str, Any]:
-        """Run to `config.total_steps`; returns a summary. Ctrl-C and errors leave the last version intact.
+        """Train until `config.total_steps`; returns a summary. Ctrl-C and errors leave the last version intact.
 
-        Raises `ConfigError` when the run directory holds a run that was not resumed.
+        Raises `ConfigError` if the run directory holds a run and you did not call `resume`.
         """
         with self.running() as reporter:
             loop.train(self, reporter)
@@ -157,7 +157,7 @@ class GRPOTrainer(Run):
 
     @contextmanager
     def running(self) -> Iterator[Reporter]:
-        """Around the steps of a run: its first version is there, and when all is done `result`, its summary."""
+        """Put your own steps of a run inside this block: its first version is ready; at the end `result` is set."""
         started = time.perf_counter()
         with self._reporting(quiet=self._shared is None) as reporter:
             reporter.start(run_info(self), step=self.steps_done)
@@ -173,11 +173,11 @@ class GRPOTrainer(Run):
 
     @led
     def rollback(self, to: Target) -> RollbackReport:
-        """Engine and trainer go on from an earlier version: its number, "parent", "best", "best:METRIC" or itself.
+        """Take engine and trainer back to an earlier version: its number, "parent", "best", "best:METRIC" or itself.
 
-        Weights, optimizer, schedule, random state and step are those of that version. The prompts go on where they
-        are and every sampling seed changes, so that the next batches are not the ones that led astray; a learning rate
-        that a guard has lowered stays low. If any part fails, nothing has changed.
+        Weights, optimizer, schedule, random state and step are those of that version. The prompts do not go back and
+        every sampling seed changes, so the next batches differ from those that led to the bad version. A learning rate
+        that a guard has lowered stays low. If any part fails, nothing changes.
         """
         return going_back.roll_back(self, to)
 
@@ -185,9 +185,9 @@ class GRPOTrainer(Run):
     def resume(self, run: str | Path | None = None) -> RollbackReport | None:
         """Go on with the run in `run_dir`: weights, optimizer, schedule, random state, step, prompts and `HEAD`.
 
-        Starts from `HEAD`, or from its nearest ancestor whose trainer state reached the archive; None when nothing was
-        published. A rollback made while the run was stopped is completed. `run`, where it is named, is `run_dir`.
-        Raises `ConfigError` when no state was kept, or for another run.
+        It starts from `HEAD`, or from its nearest ancestor whose trainer state reached the archive; None if nothing was
+        published. A rollback made while the run was stopped is completed. `run`, if you give it, must be `run_dir`.
+        Raises `ConfigError` if no state was kept, or for another run.
         """
         if run is not None and Path(run).resolve() != self.run_dir.resolve():
             raise ConfigError(
@@ -204,9 +204,9 @@ class GRPOTrainer(Run):
 
     @led
     def evaluate(self) -> Evaluation:
-        """Answer the held-out prompts greedily with the current version; recorded with it and in the run directory.
+        """Answer the held-out prompts greedily with the current version, and record the result in the run directory.
 
-        Raises `ConfigError` when there are none.
+        Raises `ConfigError` if there are no held-out prompts.
         """
         return loop.evaluate(self)
 
@@ -214,9 +214,9 @@ class GRPOTrainer(Run):
     def save_model(self, directory: str | Path, which: Target = "last") -> AdapterVersion:
         """Write a version as a plain PEFT folder that `PeftModel.from_pretrained` and vLLM load.
 
-        "last" is what the run stands at, "best" the version with the highest held-out reward (training reward where
-        none was measured), "best:METRIC" by another metric, 12 or a version that one. Says on stderr which it is, and
-        by what. Raises `ConfigError` for any other word.
+        "last" is the current version, "best" the one with the highest held-out reward (training reward if none was
+        measured), "best:METRIC" the best by another metric; a number or a version names itself. Says on stderr which
+        version it chose and why. Raises `ConfigError` for any other word.
         """
         named = {"last": "head", "best": f"best:{best_metric(self.store)}"}.get(str(which), which)
         version = self.store.get(named)

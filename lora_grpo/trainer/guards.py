@@ -45,7 +45,7 @@ class NonFinite(Policy):
 
 @dataclass(frozen=True, slots=True)
 class RewardCollapse(Policy):
-    """`metric` of the last `patience` steps, each of them, `drop` or more below the mean of `window` steps before.
+    """In each of the last `patience` steps, `metric` was at least `drop` below its mean over the `window` steps before.
 
     >>> RewardCollapse(drop=0.3, window=2, patience=1).why([{"reward": 0.8}, {"reward": 0.8}, {"reward": 0.1}], None)
     'reward fell to 0.1, 0.3 or more below its mean of 0.8 in the steps before'
@@ -79,10 +79,10 @@ class RewardCollapse(Policy):
 
 @dataclass(frozen=True, slots=True)
 class LogprobGap(Policy):
-    """Mean |trainer - sampler| log-prob of a step above `limit`, nats a token.
+    """The mean |trainer - sampler| difference of log-probs in a step is above `limit`, nats per token.
 
     >>> LogprobGap(limit=0.05).why([{"sampling/sampling_logp_difference/mean": 0.2}], None)
-    'the trainer/sampler log-prob gap is 0.2 nats a token, above 0.05'
+    'the trainer/sampler log-prob gap is 0.2 nats per token, above 0.05'
     """
 
     limit: float
@@ -96,10 +96,10 @@ class LogprobGap(Policy):
 
 @dataclass(frozen=True, slots=True)
 class ReferenceKL(Policy):
-    """Mean KL to the reference of a step above `limit`, nats a token; it is measured where `beta` is above 0.
+    """The mean KL to the reference in a step is above `limit`, nats per token; it needs `beta` above 0.
 
     >>> ReferenceKL(limit=0.5).why([{"kl": 0.7}], None)
-    'the KL to the reference is 0.7 nats a token, above 0.5'
+    'the KL to the reference is 0.7 nats per token, above 0.5'
     """
 
     limit: float
@@ -117,7 +117,7 @@ class ReferenceKL(Policy):
 
 @dataclass(init=False)
 class Guard:
-    """When any policy has a reason, the run goes back to version `to`, at most `max_rollbacks` times.
+    """If any policy has a reason, the run goes back to version `to`, at most `max_rollbacks` times.
 
     >>> guard = Guard(NonFinite(), RewardCollapse(drop=0.3), learning_rate_factor=0.5)
 
@@ -170,7 +170,7 @@ def build_guard(config: GuardConfig) -> Guard | None:
 
 def _above(steps: Steps, error: TrainingError | None, metric: str, limit: float, words: str) -> str | None:
     value = None if error is not None or not steps else steps[-1].get(metric)
-    return f"{words} is {value:.4g} nats a token, above {limit:g}" if value is not None and value > limit else None
+    return f"{words} is {value:.4g} nats per token, above {limit:g}" if value is not None and value > limit else None
 
 
 def _require(name: str, value: float, holds: bool, needed: str) -> None:

@@ -53,8 +53,8 @@ def _upload(files: Path, repo: str, private: bool, message: str) -> str:
         return str(hub.create_commit(repo, added, commit_message=message).commit_url)
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise ConfigError(
-            f"{repo!r} on {hub.endpoint} took no upload: {error}; log in with `hf auth login` or set HF_TOKEN, and "
-            "name a repository that you may write to, as you/name"
+            f"{repo!r} on {hub.endpoint} did not accept the upload: {error}; log in with `hf auth login` or set "
+            "HF_TOKEN, and name a repository that you may write to, as you/name"
         ) from error
 
 

@@ -185,7 +185,7 @@ def _shared_base(model: ModelConfig | nn.Module, engine: Engine) -> Any:
     share = getattr(engine, "shared_model", None)
     if not isinstance(model, ModelConfig):
         raise ConfigError(
-            "share_base_weights=True builds the trainer's model: pass the checkpoint's name, no PeftModel"
+            "share_base_weights=True builds the trainer's model: pass the checkpoint's name, not a PeftModel"
         )
     if share is None:
         raise ConfigError(f"share_base_weights=True needs a VLLMEngine, not a {type(engine).__name__}")
@@ -262,8 +262,8 @@ def check_same_device(model: nn.Module, engine: Engine) -> None:
     trainer, served = next(model.parameters()).device, engine.device
     if served is not None and (trainer.type, trainer.index or 0) != (served.type, served.index or 0):
         raise ConfigError(
-            f"the trainer is on {trainer}, the engine on {served}; move the model with model.to('{served}'), or serve "
-            "on that device with `vllm serve` and use VLLMServerEngine"
+            f"the trainer is on {trainer} but the engine on {served}; move the model with model.to('{served}'), or "
+            "serve on that device with `vllm serve` and use VLLMServerEngine"
         )
 
 

@@ -181,9 +181,9 @@ def reward_functions(given: Any) -> list[RewardFunction]:
     for function in functions:
         if isinstance(function, str | nn.Module) or not callable(function):
             shown = repr(function) if isinstance(function, str) else f"a {type(function).__name__}"
-            raise ConfigError(f"reward_funcs: {shown} is no function; {REWARD_MODEL}")
+            raise ConfigError(f"reward_funcs: {shown} is not a function; {REWARD_MODEL}")
     if not functions:
-        raise ConfigError("reward_funcs is empty; give one function at least")
+        raise ConfigError("reward_funcs is empty; give at least one function")
     return functions
 
 
@@ -197,7 +197,7 @@ def trainer_tokenizer(model: ModelConfig | nn.Module, processing_class: Any, eng
         return served
     own = getattr(processing_class, "tokenizer", processing_class)
     if not (hasattr(own, "encode") and hasattr(own, "decode")):
-        raise ConfigError(f"processing_class={own!r:.80} is no tokenizer: pass AutoTokenizer.from_pretrained(NAME)")
+        raise ConfigError(f"processing_class={own!r:.80} is not a tokenizer: pass AutoTokenizer.from_pretrained(NAME)")
     check_same_vocabulary(own, served)
     return own
 

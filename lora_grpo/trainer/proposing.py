@@ -81,8 +81,8 @@ def _choose_prompt(data: dict[str, Any], columns: Mapping[str, list[Any]], notes
     fitting = [name for name in PROMPTS if name in columns and not any(map(prompt_problem, columns[name][:LOOKED_AT]))]
     if not fitting:
         raise ConfigError(
-            f"none of the columns of {data['train']} is known to hold prompts ({', '.join(columns)}): name the one "
-            "that does, as data.prompt_column=NAME"
+            f"none of the columns of {data['train']} is known as a column of prompts ({', '.join(columns)}): name it "
+            "with data.prompt_column=NAME"
         )
     data["prompt_column"] = fitting[0]
     notes["data.prompt_column"] = f"the columns are {', '.join(columns)}"
@@ -105,9 +105,9 @@ def _choose_reward(reward: dict[str, Any], columns: Mapping[str, list[Any]], sou
         notes["rewards.name"] = f"every {column!r} {why}; your own function is named as 'my_module:my_function'"
         return
     raise ConfigError(
-        f"none of the columns of {source} is known to hold answers that a ready-made reward can compare with "
-        f"({', '.join(columns)}): name a reward, as rewards.0.name=my_module:my_function, or as rewards.0.name=numeric "
-        "with 'rewards.0.options={column=\"NAME\"}'"
+        f"none of the columns of {source} is known as a column of answers for a ready-made reward "
+        f"({', '.join(columns)}): name a reward, such as rewards.0.name=my_module:my_function, or "
+        "rewards.0.name=numeric with 'rewards.0.options={column=\"NAME\"}'"
     )
 
 

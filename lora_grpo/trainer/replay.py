@@ -78,7 +78,7 @@ def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) 
     if held_out is None:
         raise ConfigError(f"{run} has no held-out prompts (data.eval)")
     if not (versions or saved):
-        raise ConfigError(f"{run} has evaluated no version yet; name those to evaluate: --version best")
+        raise ConfigError(f"{run} has evaluated no version yet; name one: --version best")
     rewards, grpo = [load_reward(reward) for reward in config.rewards], effective_grpo(config)
     held_out = replace(held_out, chat_template_kwargs=grpo.chat_template_kwargs)
     rows = []

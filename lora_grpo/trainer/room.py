@@ -49,7 +49,7 @@ class Wanted:
         config = spec.config
         if config.max_staleness:
             raise ConfigError(
-                f"{spec.run_dir}: max_staleness={config.max_staleness} samples ahead of its turn, and a population "
+                f"{spec.run_dir}: max_staleness={config.max_staleness} samples ahead, but a population "
                 "samples for all its members at once; set max_staleness=0"
             )
         before = Preflight(model, spec, engine_config=engine_config)

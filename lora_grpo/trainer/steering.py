@@ -19,8 +19,8 @@ RollBack: TypeAlias = Callable[[Target], RollbackReport]
 def answer_requests(sync: NativeSync) -> None:
     """Do what `lora-grpo rollback`, `pin`, `unpin` and `prune` ask of the run that `sync`'s store holds.
 
-    Call it before each step, in every process, where nothing sampled from `HEAD` still waits to be trained on. What
-    came of a request is told to who asked, on stderr and in RUN/metrics.jsonl; one that fails changes nothing.
+    Call it before each step, in every process, when no completions wait to be trained on. The result of a request goes
+    to the process that asked, to stderr and to RUN/metrics.jsonl. A request that fails changes nothing.
 
     >>> for step in range(2):
     ...     answer_requests(sync)

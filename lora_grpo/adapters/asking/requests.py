@@ -40,7 +40,7 @@ def request(run: str | Path, verb: str, **args: Any) -> Request:
     Raises `StoreError` when no process holds the run: open the store and do it yourself.
     """
     if holder(run) is None:
-        raise StoreError(f"no process has {run} open; open the store there and do it directly")
+        raise StoreError(f"no process has {run} open; open the store yourself and make the change there")
     asked = Request(f"{time.time_ns():020d}-{secrets.token_hex(8)}", verb, args)
     path = _file(run, asked, _ASKED)
     with disk.reported(f"leaving a request in {path.parent}"):

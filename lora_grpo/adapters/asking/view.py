@@ -45,7 +45,7 @@ class StoreView:
         folder = self.archive or self.root
         identity = Identity.read(folder)
         if identity is None:
-            raise StoreError(f"{folder / 'store.json'} is gone: deleted by another program?")
+            raise StoreError(f"{folder / 'store.json'} is gone; did another program delete it?")
         return run_name(folder, identity.run_id)
 
     @property
@@ -227,7 +227,7 @@ class StoreView:
             case AdapterVersion() as version:
                 here = self._catalog.journal.published.get(version.number)
                 if here is not None and here.digest != version.digest:
-                    raise UnknownVersion(f"{to} is not of this store, whose version {version.number} has other bytes")
+                    raise UnknownVersion(f"{to} is from another store: version {version.number} here has other bytes")
                 return version.number
             case int(number):
                 return number
@@ -258,11 +258,11 @@ def best_metric(store: StoreView) -> str:
 def _in_line(store: StoreView, word: str) -> int:
     head = store.head
     if head is None:
-        raise UnknownVersion(f"nothing was promoted yet: there is no version that is {word!r}")
+        raise UnknownVersion(f"no version was promoted yet, so there is no {word!r}")
     if word == "head":
         return head.number
     if head.parent is None:
-        raise UnknownVersion(f"{head} has no parent: it was the first; name a version by its number")
+        raise UnknownVersion(f"{head} is the first version and has no parent; name a version by its number")
     return head.parent
 
 

@@ -98,10 +98,10 @@ class Catalog:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                raise StoreCorrupt(f"{link} should be a symbolic link and is none") from None
+                raise StoreCorrupt(f"{link} should be a symbolic link but is not") from None
         number = disk.number_in(name)
         if number is None:
-            raise StoreCorrupt(f"{link} points to {name!r}, which is no version")
+            raise StoreCorrupt(f"{link} points to {name!r}, which is not a version")
         return number
 
     def protected(self) -> set[int]:

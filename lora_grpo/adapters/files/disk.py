@@ -97,7 +97,7 @@ def open_regular(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise StoreCorrupt(f"{path} should be a regular file, and is none; remove it")
+        raise StoreCorrupt(f"{path} should be a regular file but is not; remove it")
     return descriptor
 
 
@@ -117,7 +117,7 @@ def parse_json(content: bytes) -> Any:
     try:
         return json.loads(content)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_record(path: Path, build: Callable[[Any], _Record]) -> _Record | None:
@@ -149,8 +149,8 @@ def read_number(path: Path) -> int | None:
     digits = content.strip()
     if not digits.isdigit() or len(digits) > 20 or int(digits) > MAX_NUMBER:
         raise StoreCorrupt(
-            f"{path} should hold a number and holds {content[:40]!r}; write there a number that is at least as "
-            "large as any version number ever given out by this run"
+            f"{path} should hold a number but holds {content[:40]!r}; write into it a number that is at least as "
+            "large as every version number that this run has used"
         )
     return int(content)
 
@@ -172,7 +172,7 @@ def make_private(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = os.stat(path)
     if status.st_uid != os.geteuid():
-        raise StoreError(f"{path} belongs to user id {status.st_uid}; choose a folder of your own")
+        raise StoreError(f"{path} belongs to user id {status.st_uid}; choose a folder that you own")
     if stat.S_IMODE(status.st_mode) != 0o700:
         os.chmod(path, 0o700)
 
@@ -206,7 +206,7 @@ class Tree:
         try:
             return folder.is_dir()
         except OSError as error:
-            raise StoreError(f"looking for {folder} failed: {error.strerror}") from error
+            raise StoreError(f"cannot look for {folder}: {error.strerror}") from error
 
     def numbers(self, kind: str) -> list[int]:
         """Numbers of the folders of one kind, ascending; none where the tree does not exist."""

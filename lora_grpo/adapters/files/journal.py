@@ -195,10 +195,10 @@ def _parsed(line: bytes) -> tuple[str, int, dict[str, Any]]:
     """Event, number and fields."""
     match = _CHECKED.fullmatch(line)
     if match is None or zlib.crc32(match[1]) != int(match[2], 16):
-        raise ValueError("its checksum differs, or there is none")
+        raise ValueError("its checksum is wrong or missing")
     fields = parse_json(line)
     if not is_number(fields["number"]):
-        raise ValueError("it is about no version")
+        raise ValueError("it names no version")
     return fields["event"], fields["number"], fields
 
 

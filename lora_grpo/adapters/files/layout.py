@@ -75,7 +75,7 @@ class Manifest:
             and sizes.keys() == set(PEFT_FILES)
             and all(type(size) is int and size >= 0 for size in sizes.values())
         ):
-            raise ValueError("its fields are not those of a version")
+            raise ValueError("its fields are not the fields of a version")
         return manifest
 
 
@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     manifest = disk.read_record(path, Manifest.from_mapping)
     if manifest is None:
-        raise StoreCorrupt(f"{path} is gone: deleted by another program?")
+        raise StoreCorrupt(f"{path} is gone; did another program delete it?")
     if disk.folder_name(manifest.number) != folder.name:
         raise StoreCorrupt(f"{path} says it is version {manifest.number}, but its folder is {folder.name}")
     return manifest
@@ -123,7 +123,7 @@ class Identity:
                 raise StoreError(f"{path} has format {values['format']}; this release reads format {FORMAT}")
             identity = cls(**{name: values[name] for name in cls.__slots__})
             if not identity._is_sound():
-                raise ValueError("its fields are not those of a store")
+                raise ValueError("its fields are not the fields of a store")
             return identity
 
         return disk.read_record(path, build)

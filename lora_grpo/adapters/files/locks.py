@@ -165,7 +165,7 @@ class Leases(_Descriptors[int]):
 
     def release(self, number: int) -> None:
         if number not in self.by_key:
-            raise UnknownVersion(f"version {number} is not leased here; release() goes with one acquire()")
+            raise UnknownVersion(f"version {number} is not leased here; call acquire() once before each release()")
         self._counts[number] -= 1
         if not self._counts[number]:
             os.close(self.by_key.pop(number))

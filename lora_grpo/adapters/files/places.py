@@ -49,7 +49,7 @@ class Places:
 
 
 def _no_store(directory: Path) -> str:
-    return f"there is no store in {directory}: it is no run's directory"
+    return f"there is no store in {directory}: it is not a run's directory"
 
 
 def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
@@ -58,7 +58,7 @@ def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
     identity = None if run is None else Identity.read(run)
     if root is None:
         if run is None or identity is None or identity.other is None:
-            raise StoreError(_no_store(run) if run else "name the store's root or its run directory")
+            raise StoreError(_no_store(run) if run else "give the store's root= or its run directory (archive=)")
         own = Path(identity.other)
         there = Identity.read(own)
         strange = there is not None and not _is_current(there, identity)
@@ -105,8 +105,8 @@ def _chosen(root: Path | None, run: Path | None, identity: Identity | None) -> P
     if root is not None:
         if original is not None and _is_of(root, identity):
             raise StoreError(
-                f"{root} is the root of the run in {original}, of which {run} is a copy; give the copy another root "
-                "(or none: it then gets one of its own)"
+                f"{run} is a copy of the run in {original}, which uses the root {root}; give the copy another root "
+                "(or none: then it gets its own)"
             )
         if original is None and before not in (None, root) and there is not None and _is_current(there, identity):
             raise StoreError(f"the versions of {run} are in {before}: open it with that root, or without root=")
@@ -155,7 +155,7 @@ def _new_root(run: Path | None) -> Path:
 def _refuse_foreign(root: Path) -> None:
     names = {name for name in os.listdir(root) if not name.startswith(ASIDE)}
     if Identity.read(root) is None and (foreign := names - _OWN_NAMES):
-        raise StoreError(f"{root} holds no store but {sorted(foreign)[:3]}; give the store a folder of its own")
+        raise StoreError(f"{root} holds {sorted(foreign)[:3]} but no store; give the store its own folder")
 
 
 def _refuse_other_run(places: Places, identity: Identity | None) -> None:

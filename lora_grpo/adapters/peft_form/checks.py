@@ -37,7 +37,7 @@ def active_adapter(model: nn.Module) -> str:
     active = list(peft_model.active_adapters)
     if len(active) != 1:
         raise UnsupportedAdapter(
-            f"active adapters {active}: exactly one can be published; activate one with model.set_adapter(name)"
+            f"active adapters {active}: only one can be published; choose it with model.set_adapter(name)"
         )
     return str(active[0])
 
@@ -74,7 +74,7 @@ def check_same_dtype(model: nn.Module, engine_dtype: str) -> None:
 def _check_config(config: Any, adapter: str) -> None:
     if not isinstance(config, LoraConfig):
         raise UnsupportedAdapter(
-            f"adapter {adapter!r} is a {type(config).__name__}; vLLM hot-swaps LoRA only: use peft.LoraConfig"
+            f"adapter {adapter!r} is a {type(config).__name__}; vLLM swaps only LoRA: use peft.LoraConfig"
         )
     activated = getattr(config, "alora_invocation_tokens", None)
     refused = {
@@ -92,7 +92,7 @@ def _check_config(config: Any, adapter: str) -> None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
         raise UnsupportedAdapter(
-            f"LoraConfig.init_lora_weights={init!r} changes the base weights, which the engine's base does not follow; "
+            f"LoraConfig.init_lora_weights={init!r} changes the trainer's base weights, but not the engine's; "
             f"use True or one of {PLAIN_INITS}"
         )
 
@@ -118,8 +118,8 @@ def _check_language_alone(base: Any, modules: list[LoraModule]) -> None:
         leaves = {module.path.rpartition(".")[2] for module in modules if module.path not in beside}
         pattern = rf"{re.escape(language)}\..*\.({'|'.join(sorted(leaves) or ATTENTION)})"
         raise UnsupportedAdapter(
-            f"{beside[0]} (and {len(beside) - 1} more) lies outside the language model, and text alone is trained; "
-            f"name the layers within: target_modules=r'{pattern}'"
+            f"{beside[0]} (and {len(beside) - 1} more) is outside the language model, and only text is trained; "
+            f"name only layers inside it: target_modules=r'{pattern}'"
         )
 
 
@@ -134,7 +134,7 @@ def _check_order(config: Any, modules: list[LoraModule]) -> None:
     reordered = [module.path for module in modules if module.path.endswith((".q_proj", ".k_proj"))]
     if reordered and config.get_text_config().model_type == "llama4_text":
         raise UnsupportedAdapter(
-            f"{reordered[0]}: vLLM reorders the rows of Llama 4's q_proj and k_proj when it loads the base, and not "
+            f"{reordered[0]}: vLLM reorders the rows of Llama 4's q_proj and k_proj when it loads the base, but not "
             "those of an adapter; leave both out of target_modules"
         )
 
@@ -146,12 +146,12 @@ def _check_module(module: LoraModule) -> None:
         raise UnsupportedAdapter(f"{module.path}: {_NO_HEADS}")
     if leaf == _FOLDED:
         raise UnsupportedAdapter(
-            f"{module.path}: vLLM folds this layer of latent attention into others when it loads the base, and decodes "
+            f"{module.path}: vLLM folds this latent-attention layer into others when it loads the base, then decodes "
             "without its LoRA; leave it out of target_modules"
         )
     if module.adapter in layer.lora_variant:
         raise UnsupportedAdapter(
-            f"{module.path} computes {type(layer.lora_variant[module.adapter]).__name__}, vLLM plain LoRA only; build "
+            f"{module.path} computes {type(layer.lora_variant[module.adapter]).__name__}, vLLM only plain LoRA; build "
             "its LoraConfig without the option that asks for it"
         )
     base_layer = layer.get_base_layer()
@@ -162,7 +162,7 @@ def _check_module(module: LoraModule) -> None:
         )
     if layer.disable_adapters:
         raise UnsupportedAdapter(
-            f"{module.path}'s adapter is disabled, so training it would move nothing; call "
+            f"{module.path}'s adapter is disabled, so training would not change it; call "
             "model.base_model.enable_adapter_layers() first"
         )
     if layer.merged:

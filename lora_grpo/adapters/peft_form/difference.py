@@ -54,15 +54,15 @@ def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]
 def _inner_products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Iterator[tuple[str, _Inner]]:
     if first.keys() != second.keys():
         odd = sorted(first.keys() ^ second.keys())[0]
-        raise StoreCorrupt(f"the two versions adapt other modules: only one of them has {odd}")
+        raise StoreCorrupt(f"the two versions adapt different modules: only one of them has {odd}")
     for name in sorted(first):
         if name.endswith(_A):
             other = name.removesuffix(_A) + _B
             if not all(_is_pair(tensors.get(other), tensors[name]) for tensors in (first, second)):
-                raise StoreCorrupt(f"{name} has no B that goes with it")
+                raise StoreCorrupt(f"{name} has no matching B")
             one, two = ((tensors[other].double(), tensors[name].double()) for tensors in (first, second))
             if (one[0].shape[0], one[1].shape[1]) != (two[0].shape[0], two[1].shape[1]):
-                raise StoreCorrupt(f"the two versions adapt other modules: {name} has another size")
+                raise StoreCorrupt(f"the two versions adapt different modules: {name} has different sizes")
             yield name.removeprefix(_PREFIX).removesuffix(_A), (_dot(one, one), _dot(two, two), _dot(one, two))
 
 

@@ -66,8 +66,8 @@ class Recipe:
         if before != self.scalings:
             odd = sorted(path for path in {*before, *self.scalings} if before.get(path) != self.scalings.get(path))[0]
             raise ConfigError(
-                f"{odd} is scaled by {self.scalings.get(odd)} and in the versions of {run} by {before.get(odd)} (None: "
-                "not adapted); give the adapter the rank, alpha and target modules that it had, or begin another run"
+                f"{odd} is scaled by {self.scalings.get(odd)}, in the versions of {run} by {before.get(odd)} (None: "
+                "not adapted); use the same rank, alpha and target modules as before, or begin another run"
             )
 
     def write(self, path: Path) -> None:
@@ -88,7 +88,7 @@ class Recipe:
 
     def _checked(self) -> Recipe:
         if not isinstance(self.config, dict) or not all(scale + 0.0 for scale in self.scalings.values()):
-            raise ValueError("it holds no config with scalings")
+            raise ValueError("it has no config with scalings")
         return self
 
 
@@ -192,7 +192,7 @@ def _unscaled(name: str, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
         return tensor
     if path not in recipe.scalings:
         raise StoreCorrupt(
-            f"{RECIPE_FILE} has no scaling of {path}, which the version adapts: it is another run's file"
+            f"{RECIPE_FILE} has no scaling for {path}, which the version adapts: the file is from another run"
         )
     return tensor / recipe.scalings[path]
 

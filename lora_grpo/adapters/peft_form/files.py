@@ -116,7 +116,7 @@ def _entries(header: bytes) -> dict[str, TensorEntry]:
     fields = _mapping(header, "the header of its tensors")
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise _Malformed("the metadata of its tensors is no table of texts")
+        raise _Malformed("the metadata of its tensors is not a table of texts")
     entries = {name: _entry(name, field) for name, field in fields.items()}
     return dict(sorted(entries.items(), key=lambda item: item[1].start))
 

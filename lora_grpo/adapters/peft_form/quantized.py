@@ -39,7 +39,7 @@ def scheme_of(config: Any) -> Scheme | None:
         "fp8": ("fp8", _other_than(_FP8, {**_FP8_DEFAULTS, **settings})),
         "compressed-tensors": ("w4a16", _against_compressed(settings)),
     }
-    scheme, reason = known.get(method, (None, "trainer and engine are proven to compute alike for nf4, fp8 and W4A16"))
+    scheme, reason = known.get(method, (None, "trainer and engine are proven to match only for nf4, fp8 and W4A16"))
     if scheme is None or reason is not None:
         raise UnsupportedAdapter(f"the base is quantized by {method}: {reason}; {_FIX}")
     return scheme
@@ -49,18 +49,18 @@ def check_trainable(base: Any) -> None:
     """Raises `UnsupportedAdapter` unless a trainer's base is plain or nf4, as gradients need it, and not packed."""
     scheme = scheme_of(base.config)
     if scheme is None and getattr(base, "is_quantized", False):
-        raise UnsupportedAdapter(f"the trainer's base is quantized in a way that its config does not say; {_FIX}")
+        raise UnsupportedAdapter(f"the trainer's base is quantized, but its config does not say how; {_FIX}")
     if scheme not in (None, "nf4"):
         loader = {"fp8": "FineGrainedFP8Config", "w4a16": "CompressedTensorsConfig"}[str(scheme)]
         raise UnsupportedAdapter(
-            f"the trainer's base is in {scheme}, through which no gradient is proven: load it with "
+            f"the trainer's base is in {scheme}, and gradients through that are not proven: load it with "
             f"quantization_config=transformers.{loader}(dequantize=True)"
         )
     for name, layer in base.named_modules():
         if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
             raise UnsupportedAdapter(
-                f"{name}: bitsandbytes has packed it for inference, which rounds its scales and cuts gradients; load "
-                "the base again, and call nothing in eval mode before the trainer has it"
+                f"{name}: bitsandbytes has packed it for inference, which rounds its scales and loses gradients; load "
+                "the base again, and do not use it in eval mode before you give it to the trainer"
             )
 
 

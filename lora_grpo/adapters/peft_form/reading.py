@@ -43,7 +43,7 @@ def assign_rounded(tensors: Mapping[str, torch.Tensor], modules: list[LoraModule
             name = f"{PREFIX}{module.path}.lora_{kind}.weight"
             if name not in tensors or tensors[name].shape != parameter.shape:
                 found = tuple(tensors[name].shape) if name in tensors else None
-                raise StoreCorrupt(f"the version has {name} as {found}, the model as {tuple(parameter.shape)}")
+                raise StoreCorrupt(f"{name} is {found} in the version but {tuple(parameter.shape)} in the model")
     for module in modules:
         assign(module.a_RI, tensors[f"{PREFIX}{module.path}.lora_A.weight"])
         assign(module.b_OR, tensors[f"{PREFIX}{module.path}.lora_B.weight"].float() / module.scaling)

@@ -47,7 +47,7 @@ class Archive:
             expected = _read_sums(folder / SUMS_FILE)
             found = set(os.listdir(folder)) - {SUMS_FILE}
             if found != set(expected):
-                raise StoreCorrupt(f"{folder} holds {sorted(found)}, its {SUMS_FILE} names {sorted(expected)}")
+                raise StoreCorrupt(f"{folder} holds {sorted(found)}, but its {SUMS_FILE} names {sorted(expected)}")
             for name, sha256 in expected.items():
                 if _sha256(_chunks(folder / name)) != sha256:
                     raise StoreCorrupt(f"{folder / name} differs from what was written (sha256)")
@@ -102,7 +102,7 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
         try:
             found = os.stat(folder / name).st_size
         except FileNotFoundError:
-            raise StoreCorrupt(f"{folder / name} is gone: removed by another program?") from None
+            raise StoreCorrupt(f"{folder / name} is gone; did another program remove it?") from None
         if found != size:
             raise StoreCorrupt(f"{folder / name} has {found} bytes; {size} were published")
 

@@ -65,8 +65,8 @@ class Opening:
         on_disk = kind not in ("tmpfs", "ramfs")
         if on_disk:
             warnings.warn(
-                f"the store's root {places.root} is on {kind}, not on tmpfs: every publish and load waits for that "
-                "disk (each version is written with fsync), where tmpfs takes milliseconds; use a folder under "
+                f"the store's root {places.root} is on {kind}, not on tmpfs: every publish and load must wait for the "
+                "disk (each version is written with fsync), while tmpfs takes milliseconds; use a folder under "
                 "/dev/shm",
                 RuntimeWarning,
                 stacklevel=4,

@@ -41,8 +41,8 @@ class Rule:
 class Retention:
     """Which versions stay: rules for tmpfs, the archive and trainer states. `|` joins two.
 
-    Made by `keep_latest`, `keep_best`, `keep_every`, `keep_archived` and `keep_trainer_state`. A place without rules
-    keeps everything, so that `Retention()` keeps all; pinned and served versions and `HEAD` always stay.
+    Make them with `keep_latest`, `keep_best`, `keep_every`, `keep_archived` and `keep_trainer_state`. A place without
+    rules keeps everything, so `Retention()` keeps all. Pinned and loaded versions and `HEAD` always stay.
 
     >>> Retention().words("archive")
     'everything'
@@ -57,7 +57,7 @@ class Retention:
 
     @property
     def ranked(self) -> set[str]:
-        """The metrics that a rule asks for the best of."""
+        """The metrics that rules rank versions by."""
         return {rule.metric for rule in (*self.tmpfs, *self.archive, *self.state) if rule.metric is not None}
 
     def limits(self, place: Place) -> bool:

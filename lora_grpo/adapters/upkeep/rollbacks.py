@@ -102,7 +102,7 @@ def roll_back_stopped(store: AdapterStore, to: Target) -> Rollback:
     """
     left, run = store.head, store.archive
     if left is None or run is None:
-        raise UnknownVersion("nothing was promoted yet: there is no version to roll back to")
+        raise UnknownVersion("no version was promoted yet, so there is none to roll back to")
     log = RollbackLog(run)
     log.settle(left.number)
     version = store.restore(to)
@@ -141,9 +141,9 @@ def _parse(line: bytes, path: Path) -> Rollback:
         if not (
             disk.is_number(entry.left) and disk.is_number(entry.to) and entry.learning_rate_scale + entry.time >= 0
         ):
-            raise ValueError("its numbers are none")
+            raise ValueError("its version numbers are not numbers")
         if not isinstance(entry.sampler, dict | None):
-            raise ValueError("its data position is none")
+            raise ValueError("its data position is not a number")
         return entry
     except (ValueError, TypeError) as error:
-        raise StoreCorrupt(f"{path} holds a line that is no rollback ({line[:60]!r}): {error}; remove it") from error
+        raise StoreCorrupt(f"{path} holds a line that is not a rollback ({line[:60]!r}): {error}; remove it") from error

@@ -48,7 +48,7 @@ class Session:
     def require_open(self) -> None:
         """Raise what the archive thread could not do, and for a store that is closed or belongs to a parent process."""
         if not self.lock.held:
-            raise StoreError("this store is closed, or was opened by the process that this one was forked from")
+            raise StoreError("this store is closed, or it was opened in the parent process of this one; open it here")
         self.writer.raise_failure()
 
     def required_archive(self) -> Archive:

@@ -55,7 +55,7 @@ def check_release(version: str) -> tuple[int, int]:
     release = (int(parts[0]), int(parts[1]))
     if release not in RELEASES:
         raise UnsupportedVersion(
-            f"vLLM {version} is neither run with nor read against: install 'vllm>={_dotted(min(RELEASES))}"
+            f"vLLM {version} was neither tested nor read: install 'vllm>={_dotted(min(RELEASES))}"
             f",<{_dotted((max(RELEASES)[0], max(RELEASES)[1] + 1))}'"
         )
     return release

@@ -22,7 +22,7 @@ def abort_everything(llm: Any) -> None:
         engine.abort_request(leftovers, internal=True)
     _forget_rows(llm)
     if engine.reset_prefix_cache() is False:
-        raise EngineError("vLLM holds cache blocks of requests that failed; close this engine and start another")
+        raise EngineError("vLLM keeps cache blocks of failed requests; close this engine and start another")
 
 
 def _forget_rows(llm: Any) -> None:

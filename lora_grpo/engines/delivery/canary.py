@@ -41,8 +41,8 @@ class CanaryReport:
 
     def __str__(self) -> str:
         return (
-            f"canary {self.verdict}: trainer and sampler differ by {self.gap:.4f} nats a token where the adapter moves "
-            f"them by {self.signal:.4f} (noise {self.noise:.4f}, {self.tokens} tokens)"
+            f"canary {self.verdict}: trainer and sampler differ by {self.gap:.4f} nats per token, while the adapter "
+            f"moves them by {self.signal:.4f} (noise {self.noise:.4f}, {self.tokens} tokens)"
         )
 
 
@@ -62,14 +62,14 @@ def compare(served: LogProbs, expected: LogProbs, others: Sequence[LogProbs], no
     """Whether log-probs `served` are the `expected` ones and none of the `others`; raises `DeliveryError` when not.
 
     The signal is the distance to the nearest of the others: "ok" has told the version from each of them. `noise` is
-    in nats a token, as everywhere.
+    in nats per token, as everywhere.
     """
     gap = mean_abs_difference(served, expected)
     signal = min((mean_abs_difference(expected, other) for other in others), default=0.0)
     report = CanaryReport(judge(gap, signal, noise), gap, signal, noise, sum(map(len, served)))
     if report.verdict == "failed":
         raise DeliveryError(
-            f"log-probs are {gap:.4f} nats a token from the expected ones, where the nearest other version is "
+            f"log-probs are {gap:.4f} nats per token from the expected ones; the nearest other version is "
             f"{signal:.4f} away (noise {noise:.4f})"
         )
     return report
@@ -78,7 +78,7 @@ def compare(served: LogProbs, expected: LogProbs, others: Sequence[LogProbs], no
 @dataclass(frozen=True)
 class Witness:
     """What a trainer computes on fixed `sequences`, without an adapter (`base`) and with the loud one (`loud`), which
-    moves the log-probs by `signal` nats a token; lists of log-probs of tokens 1..T-1. Rounding errors weigh `growth`
+    moves the log-probs by `signal` nats per token; lists of log-probs of tokens 1..T-1. Rounding errors weigh `growth`
     times as much with the loud adapter as without."""
 
     sequences: list[list[int]]
@@ -113,8 +113,8 @@ def base_noise(served: LogProbs, trainer: LogProbs, most: float) -> float:
     noise = mean_abs_difference(served, trainer)
     if not noise <= most:
         raise UnsupportedAdapter(
-            f"the bases of engine and trainer differ by {noise:.3g} nats a token, and rounding explains {most:.3g} at "
-            "most: load both from the same checkpoint, in dtypes that the model supports, and let nothing else change "
-            "what the trainer's modules compute (a hook, attention's scaling)"
+            f"the bases of engine and trainer differ by {noise:.3g} nats per token, but rounding explains {most:.3g} "
+            "at most: load both from the same checkpoint, in dtypes that the model supports, and make sure that "
+            "nothing changes what the trainer's modules compute (a hook, attention's scaling)"
         )
     return noise

@@ -122,8 +122,8 @@ def run_probe(
         trainer_base = teacher_logprobs(model, sequences)
     if not all(math.isfinite(value) for row in trainer_base for value in row):
         raise UnsupportedAdapter(
-            "the trainer's base, without any adapter, gives log-probs that are not finite: is its checkpoint whole, "
-            "and its dtype one that the model stands (float16 overflows in models made for bfloat16)?"
+            "the trainer's base, without any adapter, gives log-probs that are not finite: is its checkpoint complete, "
+            "and does the model work in its dtype (float16 overflows in models made for bfloat16)?"
         )
     most_noise = _most_noise(model, engine, sequences, trainer_base)
     noise = max(base_noise(served, trainer_base, most_noise) for served in _answers(engine, sequences, None))
@@ -167,17 +167,15 @@ def loud(
             if signal >= needed:
                 break
         else:
-            said = (
-                f"a large random adapter moves the trainer's log-probs by {signal:.2g} nats a token, where {needed:.2g}"
-            )
+            said = f"a large random adapter moves log-probs by {signal:.2g} nats per token, but {needed:.2g} are needed"
             if signal >= MIN_SIGNAL_NATS:
                 raise UnsupportedAdapter(
-                    f"the bases of engine and trainer compute differently, by {needed / SEPARATION:.2g} nats a token, "
-                    f"which hides whether an adapter arrives ({said} are needed for that): load both from the same "
+                    f"the bases of engine and trainer differ by {needed / SEPARATION:.2g} nats per token, "
+                    f"so nobody can see whether an adapter arrives ({said}): load both from the same "
                     "checkpoint, with the same attention, scaling and dtype"
                 )
             raise DeliveryError(
-                f"{said} are needed: the model's forward does not compute the adapted layers (is it replaced, or "
+                f"{said}: the model's forward does not compute the adapted layers (is it replaced, or "
                 "compiled before the adapter came?), or its base is all zeros"
             )
         yield moved, signal

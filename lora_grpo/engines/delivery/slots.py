@@ -124,8 +124,8 @@ class SlotProver:
                 return place.name, every if place.slices is None else place.slices
         nearest = next(iter(get_close_matches(path, self._modules, 1, cutoff=0)), "none")
         raise DeliveryError(
-            f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without a word. "
-            f"The nearest that it has is {nearest}: check the prefix, the layer index, the architecture and "
+            f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without an error. "
+            f"The nearest name is {nearest}: check the prefix, the layer index, the architecture and "
             "lora_target_modules"
         )
 

@@ -34,8 +34,8 @@ class Turn:
         """Raises `EngineError` while another thread has it, or, unless it is the `last`, after a step was torn."""
         if not self._lock.acquire(blocking=False):
             raise EngineError(
-                f"{doing} was called in thread {threading.current_thread().name!r} while {self._holder}: one thread at "
-                "a time uses an engine; call it from one, or hold a lock of your own around each call"
+                f"{doing} was called in thread {threading.current_thread().name!r} while {self._holder}: only one "
+                "thread at a time may use an engine; call it from one thread, or put your own lock around each call"
             )
         outer = self._holder
         try:
@@ -44,7 +44,7 @@ class Turn:
             else:
                 if self._torn and not last:
                     raise EngineError(
-                        "this engine was interrupted twice, the second time in the middle of a step, so what it holds "
+                        "this engine was interrupted twice, the second time in the middle of a step, so its state "
                         "is unknown: close it and start another"
                     )
                 self._holder = f"thread {threading.current_thread().name!r} is in {doing}"

@@ -30,19 +30,19 @@ class FrozenParameter(nn.Parameter):
     @property
     def data(self) -> torch.Tensor:
         raise ConfigError(
-            f"a base parameter's .data was asked for, but {_REASON}: nothing may merge into it or write to it"
+            f"a base parameter's .data cannot be used: {_REASON}; nothing may merge into it or write to it"
         )
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         if value.data_ptr() != self.data_ptr() or value.dtype != self.dtype or value.shape != self.shape:
             raise ConfigError(
-                f"a base parameter was to be replaced, moved or cast, but {_REASON}; use share_base_weights=False"
+                f"a base parameter cannot be replaced, moved or cast: {_REASON}; use share_base_weights=False"
             )
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         if requires_grad:
-            raise ConfigError(f"a base parameter was to be trained, but {_REASON}; train an adapter")
+            raise ConfigError(f"a base parameter cannot be trained: {_REASON}; train an adapter")
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -51,7 +51,7 @@ class FrozenParameter(nn.Parameter):
 
 def _refuse(name: str) -> Any:
     def method(self: FrozenParameter, *args: Any, **kwargs: Any) -> Any:
-        raise ConfigError(f"a base parameter was to be written to ({name}), but {_REASON}")
+        raise ConfigError(f"a base parameter cannot be written to ({name}): {_REASON}")
 
     method.__name__ = name
     return method

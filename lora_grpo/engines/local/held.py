@@ -54,13 +54,13 @@ def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name in _SPLIT:
         if arguments.get(name, 1) != 1:
             raise ConfigError(
-                f"{name}={arguments[name]}: an engine in the trainer's process is one whole model on its device; serve "
-                "larger ones with `vllm serve`, and use VLLMServerEngine"
+                f"{name}={arguments[name]}: an engine in the trainer's process holds one whole model on one device; "
+                "serve larger ones with `vllm serve`, and use VLLMServerEngine"
             )
     launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if launched > 1 and not torch.distributed.is_initialized():
         raise ConfigError(
-            f"this is one of {launched} processes, and they are not joined yet: build accelerate's Accelerator() first"
+            f"this is one of {launched} processes that are not connected yet: build accelerate's Accelerator() first"
         )
     if not joins_group() or torch.distributed.get_world_size() == 1:
         return dict(arguments)

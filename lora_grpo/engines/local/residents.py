@@ -66,7 +66,7 @@ class Residents(LoadedVersions[Loaded]):
         """Raises `EngineError` for one that answers requests."""
         loaded = self.find(version)
         if loaded.lora_id in self._driver.answering:
-            raise EngineError(f"{version} answers requests; unload it when they are done")
+            raise EngineError(f"{version} is still answering requests; unload it when they are done")
         with self.boundary(f"unload {version}"):
             self._llm.llm_engine.remove_lora(loaded.lora_id)
             self.remove(loaded)
@@ -78,8 +78,8 @@ class Residents(LoadedVersions[Loaded]):
         new = [str(loaded.version) for loaded in wanted if loaded.lora_id not in answering]
         if new and free < 1:
             raise EngineError(
-                f"{new[0]} cannot be sampled from between two steps of a rollout whose {len(answering)} versions hold "
-                f"all slots: start the engine with more than max_loras={self._max_loras}, or ask when it is done"
+                f"{new[0]} cannot be sampled from now: the {len(answering)} versions of a rollout that is not done "
+                f"hold all slots; start the engine with more than max_loras={self._max_loras}, or wait until it is done"
             )
         return free if new else self._max_loras
 
@@ -151,8 +151,8 @@ class Residents(LoadedVersions[Loaded]):
         excess = max(0, len(self.all()) + 1 - self._max_cpu_loras)
         if excess > len(idle) or len(answering) >= self._max_loras:
             raise EngineError(
-                f"{len(answering)} versions answer requests, so there is no place for another: start the engine with "
-                f"more than max_loras={self._max_loras}, max_cpu_loras={self._max_cpu_loras}"
+                f"{len(answering)} versions are answering requests, so there is no room for another: start the engine "
+                f"with more than max_loras={self._max_loras}, max_cpu_loras={self._max_cpu_loras}"
             )
         for version in idle[:excess]:
             self.unload(version)

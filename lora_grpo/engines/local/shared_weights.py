@@ -60,13 +60,13 @@ class SharedBase:
         for name, tensor in self._tensors.items():
             if tensor._version != self._writes[name]:
                 raise DeliveryError(
-                    f"{name}, which trainer and engine share, was written to: neither has the checkpoint's base any "
-                    "more; start both anew"
+                    f"{name}, which trainer and engine share, was changed: neither has the checkpoint's base any "
+                    "more; start both again"
                 )
         for name, parameter in compat.base_parameters(self._llm):
             if parameter.data_ptr() != self._places[name]:
                 raise DeliveryError(
-                    f"the engine has replaced {name}, which the trainer's base is a view of; build both anew"
+                    f"the engine has replaced {name}, which it shared with the trainer; build both again"
                 )
 
 
@@ -92,7 +92,7 @@ def check_shareable(arguments: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for arguments of an engine whose weights could not be shared, before it starts."""
     if arguments.get("enable_sleep_mode"):
         raise ConfigError(
-            "enable_sleep_mode=True with share_base_weights: a sleeping engine unmaps its weights; drop it, or "
+            "enable_sleep_mode=True with share_base_weights: a sleeping engine frees its weights; leave it out, or "
             + _OWN_COPY
         )
     if compat.is_cpu() and compat.vllm_release() not in TESTED_CPU:
@@ -108,7 +108,7 @@ def check_same_function(engine: Engine, model: nn.Module) -> None:
     gap = mean_abs_difference(engine.logprobs(sequences, adapter=None), teacher_logprobs(model, sequences))
     if not gap <= MAX_BASE_NOISE_NATS:
         raise _cannot(
-            f"the transformers model on them differs by {gap:.3f} nats a token (at most {MAX_BASE_NOISE_NATS})"
+            f"the transformers model on them differs by {gap:.3f} nats per token (at most {MAX_BASE_NOISE_NATS})"
         )
 
 
@@ -118,8 +118,8 @@ def _cannot(reason: str) -> UnsupportedAdapter:
 
 def _refuse_update(*_: Any, **__: Any) -> None:
     raise ConfigError(
-        "vLLM was to load or update weights, but the trainer's base is a view of them: it would change unseen. Close "
-        "both and start anew on the new checkpoint, or " + _OWN_COPY
+        "vLLM was asked to load or update weights, but the trainer shares them and would change too. Close "
+        "both and start again with the new checkpoint, or " + _OWN_COPY
     )
 
 

@@ -34,7 +34,7 @@ class Asleep:
 def check_can_ever_sleep(arguments: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for an engine that is to be started with a sleep mode that its platform does not have."""
     if arguments.get("enable_sleep_mode") and compat.is_cpu():
-        raise ConfigError("enable_sleep_mode=True: vLLM sleeps on GPUs only, and it runs on the CPU here; leave it out")
+        raise ConfigError("enable_sleep_mode=True: vLLM sleeps on GPUs only, but here it runs on the CPU; leave it out")
 
 
 def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, shared: bool, alive: int) -> None:
@@ -43,16 +43,16 @@ def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, s
     `shared`: a trainer's base is a view of its weights; `alive` engines are in this process.
     """
     if level not in (1, 2):
-        raise ConfigError(f"there is no sleep level {level}: use 1 (weights wait in host memory) or 2 (read again)")
+        raise ConfigError(f"there is no sleep level {level}: use 1 (weights go to host memory) or 2 (read again)")
     if shared:
         raise ConfigError(
-            "the trainer's base is a view of this engine's weights, which sleeping unmaps; do not sleep, or give the "
+            "the trainer shares this engine's weights, and sleep would free them; do not sleep, or give the "
             "trainer its own copy (share_base_weights=False)"
         )
     if not compat.sleep_mode(llm):
         raise ConfigError("the engine was not started with enable_sleep_mode=True (GPUs only), so it cannot sleep")
     if llm.llm_engine.has_unfinished_requests():
-        raise ConfigError("the engine is answering requests, which sleep would abort; sleep when they are done")
+        raise ConfigError("the engine is answering requests, and sleep would abort them; sleep when they are done")
     if alive > 1:
         raise ConfigError(
             f"{alive} engines are alive in this process, and vLLM would unmap the memory of all; close the others first"
@@ -65,8 +65,8 @@ def _check_can_wake_from_level_2(loaded: Sequence[AdapterVersion]) -> None:
     release = ".".join(map(str, compat.vllm_release()))
     if not compat.reads_base_again():
         raise ConfigError(
-            f"sleep level 2 on vLLM {release} is for good: it cannot read the base of an engine with LoRA again; use "
-            "level 1, or vLLM 0.28 or newer"
+            f"sleep level 2 on vLLM {release} has no way back: it cannot read the base of an engine with LoRA again; "
+            "use level 1, or vLLM 0.28 or newer"
         )
     if loaded and not compat.slots_outlive_level_2():
         raise ConfigError(
@@ -87,7 +87,7 @@ def check_base_is_back(engine: Engine, asleep: Asleep) -> None:
     gap = mean_abs_difference(_score_base(engine), asleep.base_logprobs)
     if not gap <= SAME_BASE_NATS:
         raise DeliveryError(
-            f"the base came back from sleep level {asleep.level} as another: its log-probs differ by {gap:.3f} nats a "
+            f"after sleep level {asleep.level} the base is not the same: its log-probs differ by {gap:.3f} nats per "
             f"token (at most {SAME_BASE_NATS}); the engine is closed, start another"
         )
 

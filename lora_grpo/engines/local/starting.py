@@ -24,7 +24,7 @@ def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
     if not 1 <= max_loras <= room:
         raise ConfigError(f"max_loras={max_loras} must be between 1 and max_cpu_loras={room}")
     if room < 2:
-        raise ConfigError("max_cpu_loras=1: a version that fails to load would take the served one's place; set 2")
+        raise ConfigError("max_cpu_loras=1: a version that fails to load would push out the served one; set at least 2")
     return room
 
 

@@ -69,7 +69,7 @@ def serving_arguments(
     check_served(model, **code)
     if EXPERTS in (target_modules or ()):
         raise ConfigError(
-            f"target_modules names {EXPERTS!r}: an adapter of a mixture's experts cannot be proven; leave it out"
+            f"target_modules names {EXPERTS!r}: an adapter on experts of a mixture cannot be proven; leave it out"
         )
     told: dict[str, Any] = {"lora_target_modules": list(target_modules or linear_leaves(model, **code))}
     if full_class(checkpoint_config(model, **code)) is not None:
@@ -112,7 +112,7 @@ def checkpoint_config(model: str | Path, *, revision: str | None = None, trust_r
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{model} is no model directory or hub name that can be read: {error}") from error
+        raise ConfigError(f"{model} is not a model directory or hub name that can be read: {error}") from error
 
 
 def check_there(model: str | Path, revision: str | None = None) -> None:
@@ -124,8 +124,8 @@ def check_there(model: str | Path, revision: str | None = None) -> None:
     why = out_of_reach()
     if why and not is_cached(str(model), revision):
         raise ConfigError(
-            f"model {str(model)!r} is no directory here, the hub's cache ({constants.HF_HUB_CACHE}) does not hold it, "
-            f"and {why}: name a directory that holds it, connect (HTTPS_PROXY and HF_ENDPOINT are heeded), or bring "
+            f"model {str(model)!r} is not a directory here, the hub's cache ({constants.HF_HUB_CACHE}) does not have "
+            f"it, and {why}: name its directory, connect to the network (HTTPS_PROXY and HF_ENDPOINT work), or copy "
             "the cache from a machine with a network (hf download)"
         )
 
@@ -150,7 +150,7 @@ def check_is_base(model: str | Path, *, revision: str | None = None) -> None:
     if found is not None:
         base = json.loads(Path(found).read_text()).get("base_model_name_or_path")
         raise ConfigError(
-            f"{model} is an adapter, not a base model: name its base ({base}); to train the adapter on, pass "
+            f"{model} is an adapter, not a base model: name its base ({base}); to go on training the adapter, pass "
             f"PeftModel.from_pretrained(base, {str(model)!r}, is_trainable=True) as the trainer's model"
         )
 
@@ -174,8 +174,8 @@ def served_scheme(
     wanted = "nf4" if asked == "bitsandbytes" else asked
     if wanted not in (None, "nf4"):
         raise ConfigError(
-            f"quantization={asked!r} is not proven to be what a trainer computes; set 'nf4', or leave it out: what a "
-            "checkpoint says of itself is followed"
+            f"quantization={asked!r} is not proven to match a trainer; set 'nf4', or leave it out, because the engine "
+            "follows what the checkpoint says"
         )
     if wanted and own not in (None, wanted):
         raise ConfigError(

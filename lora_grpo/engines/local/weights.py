@@ -78,7 +78,7 @@ class PlainEngine:
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values that earlier weights made. Raises `EngineError` when vLLM refuses."""
         if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM did not reset its prefix cache; are requests unfinished?")
+            raise EngineError("vLLM did not reset its prefix cache; are there unfinished requests?")
 
     def load_adapter(self, path: Path) -> Any:
         """Give vLLM a PEFT directory under a fresh id and name, and serve it from now on; returns the request."""

@@ -20,7 +20,7 @@ from lora_grpo.trainer.spec import MemberSpec
 
 
 class Population:
-    """Runs that share an engine and a base. Each is what it would be alone: run directory, seeds, versions, guard.
+    """Runs that share an engine and a base. Each is a complete run: run directory, seeds, versions, guard.
 
     >>> configs = {f"runs/lr-{rate:g}": GRPOConfig(learning_rate=rate, total_steps=2) for rate in (1e-5, 1e-4)}
     >>> members = [MemberSpec(run, reward, config, rows, peft_config=lora) for run, config in configs.items()]
@@ -44,16 +44,16 @@ class Population:
     ) -> None:
         """Check every member, then start the engine with slots for `at_once` of them (default: all), and load the base.
 
-        More members than `at_once` wait, and start when others have ended. An `engine` that is given stays open.
-        `share_base_weights` is `GRPOTrainer`'s. Raises `ConfigError` for a member that cannot be, and where memory
-        does not hold `at_once` members, with how many it does.
+        If there are more members than `at_once`, the others start when some have ended. An `engine` that you give
+        stays open. `share_base_weights` is as in `GRPOTrainer`. Raises `ConfigError` for a member that cannot work,
+        or if memory is too small for `at_once` members; then it says how many fit.
         """
         if launched() is not None:
             raise ConfigError("a population is one process: start it without accelerate launch or torchrun")
         if engine_config is not None and engine_config.store_address is not None:
             raise ConfigError(
-                f"store_address={engine_config.store_address!r} serves one run's versions; a population's servers read "
-                "them where the runs keep them: leave store_address out, on a disk that both see"
+                f"store_address={engine_config.store_address!r} serves the versions of one run; a population's servers "
+                "read them from disk: leave store_address out, and use a disk that both can read"
             )
         if not members or (at_once is not None and at_once < 1):
             raise ConfigError(f"a population of {len(members)} members, at_once={at_once}: give at least one")
@@ -73,7 +73,7 @@ class Population:
             on_failure.pop_all()
 
     def train(self) -> list[Member]:
-        """Every member to its end. Raises a member's error only when all of them failed; see `Member.error`."""
+        """Train every member to its end. Raises a member's error only if all members failed; see `Member.error`."""
         for _ in self.rounds():
             pass
         failed = [member.error for member in self.members if member.error is not None]
@@ -82,10 +82,10 @@ class Population:
         return self.members
 
     def rounds(self, begin: Callable[[list[Member]], list[Member]] = lambda running: running) -> Iterator[int]:
-        """Yields after each round, numbered from 1; every running member then stands between two steps.
+        """Yield the number of each round, from 1, when it is done. Every running member is then between two steps.
 
-        Until the next one, members may be stopped and added, and `Member.turn` lets their trainers be used. `begin` is
-        given the members that run, before each round, and says which of them make a step.
+        Before the next round you may stop and add members, and use their trainers inside `Member.turn`. `begin` gets
+        the running members before each round, and returns those that make a step.
         """
         number = 0
         while self.start_waiting():
@@ -94,7 +94,7 @@ class Population:
             yield number
 
     def start_waiting(self) -> bool:
-        """Start members that wait while there are places, as `rounds` does before each; whether any member runs."""
+        """Start waiting members while there are places, as `rounds` does; returns whether any member runs."""
         for member in [member for member in self.members if member.state == "waiting"]:
             if len(self.running) == self.at_once:
                 break
@@ -104,18 +104,18 @@ class Population:
         return bool(self.running)
 
     def resume(self) -> None:
-        """Have every member go on with the run that its directory holds, if it holds one."""
+        """Continue every member from its run directory, if there is a run in it."""
         self._resume = True
 
     def stop(self, member: Member, why: str) -> None:
-        """End a member that runs or waits; its place is free from the next round on, and its run can be resumed."""
+        """End a running or waiting member. Its place is free from the next round on, and its run can be resumed."""
         if member.state not in ("running", "waiting"):
             raise ConfigError(f"{member.name} is {member.state}; only a member that runs or waits can be stopped")
         member.stop(why)
 
     def add(self, spec: MemberSpec) -> Member:
-        """Another member, which starts as soon as there is a place. Raises `ConfigError` where the engine has no slot
-        for its adapter's rank or layers."""
+        """Add a member, which starts as soon as there is a place. Raises `ConfigError` if the engine's slots do not fit
+        its adapter's rank or layers."""
         self.room.check(self._model, spec.peft_config, self.engine)
         self._admit(spec)
         return self.members[-1]
@@ -129,7 +129,7 @@ class Population:
         return self._shared.engine
 
     def close(self) -> None:
-        """Leave every run as it stands, and close the engine if this population started it."""
+        """Close every run in its current state, and the engine if this population started it."""
         with self._closing as closing:
             for member in self.members:
                 closing.callback(member.close)
@@ -145,7 +145,7 @@ class Population:
         for member in self.members:
             if spec.name == member.name or Path(spec.run_dir).resolve() == member.run_dir.resolve():
                 raise ConfigError(
-                    f"{spec.run_dir}: {member.run_dir} is a member already; name each directory otherwise"
+                    f"{spec.run_dir}: {member.run_dir} is already a member; give each member its own directory"
                 )
         spec = spec.loaded()
         wanted = Wanted.of(spec, self._model, self._engine_config)

@@ -82,7 +82,7 @@ def _choices(text: str) -> tuple[str, list[str] | _Range]:
 def _range(text: str, log: str | None, low: str, high: str) -> _Range:
     span = _Range(float(low), float(high), log is not None, low.isdigit() and high.isdigit())
     if not (math.isfinite(span.high - span.low) and span.low < span.high and (span.low > 0 or not span.log)):
-        raise ConfigError(f"{text!r}: a range goes up from its first number, which log: needs above 0")
+        raise ConfigError(f"{text!r}: the second number of a range must be larger; with log: both must be above 0")
     return span
 
 
@@ -104,7 +104,7 @@ def _grid(choices: dict[str, list[str] | _Range]) -> list[tuple[str, ...]]:
     lists = []
     for key, values in choices.items():
         if isinstance(values, _Range):
-            raise ConfigError(f"{key} has a range, which a grid cannot go through; add --sample N to draw from it")
+            raise ConfigError(f"{key} has a range, but a grid needs single values; add --sample N to draw from it")
         lists.append(values)
     return list(itertools.product(*lists))
 

@@ -44,7 +44,7 @@ class SweepPlan:
         for trial, config in zip(self.trials, configs, strict=True):
             for section in ("model", "engine"):
                 if getattr(config, section) != getattr(self.settings, section):
-                    raise ConfigError(f"{' '.join(trial.settings)}: all members share one {section}; sweep others")
+                    raise ConfigError(f"{' '.join(trial.settings)}: members share one {section}; sweep other settings")
         shortest = min(config.grpo.total_steps for config in configs)
         for rung in self.rungs:
             if not 1 <= rung < shortest:
@@ -57,7 +57,7 @@ class SweepPlan:
             self._check_evolution(configs, self.evolve_every)
         elif self.perturb:
             raise ConfigError(
-                f"--perturb {' '.join(self.perturb)} is done at take-overs; give --evolve-every STEPS too"
+                f"--perturb {' '.join(self.perturb)} works only with take-overs; give --evolve-every STEPS too"
             )
 
     def _check_evolution(self, configs: Sequence[RunConfig], every: int) -> None:
@@ -100,7 +100,7 @@ class SweepPlan:
         """What `write` wrote, wherever the directory lies by now. Raises `ConfigError`."""
         content = disk.read_small(directory / SWEEP_FILE)
         if content is None:
-            raise ConfigError(f"{directory} has no {SWEEP_FILE}: it is no sweep; begin one with its TOML file")
+            raise ConfigError(f"{directory} has no {SWEEP_FILE}: it is not a sweep; begin one with a TOML file")
         try:
             values: dict[str, Any] = disk.parse_json(content)
             settings = RunConfig(**{**values.pop("settings"), "output_dir": str(directory)})
