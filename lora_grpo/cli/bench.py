@@ -142,7 +142,7 @@ def _report(out: Path | None, readme: Path | None) -> None:
     from lora_grpo.errors import ConfigError
 
     if out is None:
-        raise ConfigError("bench report reads a finished run: name it with --out DIR")
+        raise ConfigError("bench report needs a finished run: give its directory with --out DIR")
     if runs := {path.parent.name: read_document(path) for path in out.glob("bench/*/results.json")}:
         document = join(dict(sorted(runs.items(), key=lambda run: run[1].started_at)))
         (out / "results.json").write_text(document.model_dump_json(indent=1) + "\n")
