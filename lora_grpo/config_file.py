@@ -49,9 +49,23 @@ def setting(config: RunConfig, key: str) -> Any:
 def names_a_model(target: str) -> bool:
     """Whether `target` is a base model's directory or hub name, rather than a config file or a run."""
     path = Path(target)
+    if told_as_sweep(path):
+        return False
     if path.is_dir():
         return not (path / RESOLVED_FILE).is_file() or "output_dir" not in read_settings(path / RESOLVED_FILE)
     return not path.exists() and path.suffix not in (".toml", ".json")
+
+
+def told_as_sweep(directory: Path) -> str:
+    """What to say of a directory that holds a sweep where a run is asked for; "" for any other."""
+    if not (directory / "sweep.json").is_file():
+        return ""
+    members = sorted(place.parent for place in directory.glob("*/store.json"))
+    such = f", such as {members[0]}" if members else ""
+    return (
+        f"{directory} is a sweep, not a run: name the directory of one of its members{such}; "
+        f"`lora-grpo sweep {directory} --resume` goes on with all of them"
+    )
 
 
 def config_of_model(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -105,7 +119,8 @@ def describe_settings(section: type[BaseModel] = RunConfig, prefix: str = "") ->
 def _of_run(run: Path) -> dict[str, Any]:
     if not (run / RESOLVED_FILE).is_file():
         raise ConfigError(
-            f"{run} has no {RESOLVED_FILE}: it is not a run of `lora-grpo train`, or it stopped before its first "
+            told_as_sweep(run)
+            or f"{run} has no {RESOLVED_FILE}: it is not a run of `lora-grpo train`, or it stopped before its first "
             "version; name its TOML file"
         )
     if names_a_model(str(run)):

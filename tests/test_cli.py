@@ -198,3 +198,32 @@ def test_ctrl_c_before_a_command_runs_is_one_line(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "warning: of a store\nstopped before anything began\n")
+
+
+def test_a_sweep_is_told_from_a_run(tmp_path, monkeypatch):
+    """Its members are the runs."""
+    from typer.testing import CliRunner
+
+    from lora_grpo.cli import app
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    sweep = tmp_path / "sweep"
+    (sweep / "member-1").mkdir(parents=True)
+    for file in ("sweep.json", "summary.json", "member-1/store.json"):
+        (sweep / file).write_text("{}")
+    such = f"{sweep} is a sweep, not a run: name the directory of one of its members, such as {sweep / 'member-1'}; "
+    for command in (
+        "versions",
+        "report",
+        "chat",
+        "eval",
+        "rollback --to 1",
+        "prune",
+        "train --resume",
+        "check",
+        "train",
+    ):
+        name, *others = command.split()
+        failed = CliRunner().invoke(app, [name, str(sweep), *others], env={"NO_COLOR": "1"})
+        assert (failed.exit_code, such in failed.stderr) == (2, True), failed.output
+        assert f"`lora-grpo sweep {sweep} --resume` goes on" in failed.stderr

@@ -16,6 +16,7 @@ from pathlib import Path
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.layout import Identity
 from lora_grpo.adapters.files.locks import WriterLock
+from lora_grpo.config_file import told_as_sweep
 from lora_grpo.errors import StoreError
 
 ASIDE = "aside-"
@@ -49,7 +50,7 @@ class Places:
 
 
 def _no_store(directory: Path) -> str:
-    return f"there is no store in {directory}: it is not a run's directory"
+    return told_as_sweep(directory) or f"there is no store in {directory}: it is not a run's directory"
 
 
 def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
