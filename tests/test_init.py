@@ -81,7 +81,15 @@ def test_a_reward_of_ones_own_and_prompts_beyond_the_context(tmp_path: Path, lla
     [
         ([{"said": "1+1=", "answer": "2"}], r"prompts \(said, answer\): name .*data\.prompt_column=NAME"),
         ([{"prompt": "1+1=", "answer": "long and wordless " * 9}], r"\(prompt, answer\): name a reward, such as"),
-        ([{"messages": [{"role": "assistant", "content": "Hi"}]}], "none of the columns .* as a column of prompts"),
+        (
+            [{"messages": [{"role": "assistant", "content": "Hi"}]}],
+            "row 0, column 'messages': the chat ends with the as",
+        ),
+        ([*SUMS, {"question": 3, "answer": "4"}], r"row 40, column 'question': a prompt is text or a list .*, not 3;"),
+        (
+            [{"prompt": "1+1=", "text": 1}, {"prompt": "", "text": 2}],
+            r"row 1, column 'prompt': the prompt is empty; .*or name another column, as data\.prompt_column=NAME",
+        ),
         ([], "has no rows"),
     ],
 )

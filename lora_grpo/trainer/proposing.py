@@ -78,7 +78,16 @@ def _columns(data: Mapping[str, Any]) -> dict[str, list[Any]]:
 def _choose_prompt(data: dict[str, Any], columns: Mapping[str, list[Any]], notes: Notes) -> None:
     if "prompt_column" in data:
         return
-    fitting = [name for name in PROMPTS if name in columns and not any(map(prompt_problem, columns[name][:LOOKED_AT]))]
+    known = [name for name in PROMPTS if name in columns]
+    wrong = {name: [prompt_problem(prompt) for prompt in columns[name][:LOOKED_AT]] for name in known}
+    fitting = [name for name in known if not any(wrong[name])]
+    if not fitting and known:
+        nearest = min(known, key=lambda name: sum(map(bool, wrong[name])))
+        row, problem = next((row, problem) for row, problem in enumerate(wrong[nearest]) if problem)
+        raise ConfigError(
+            f"{data['train']}, row {row}, column {nearest!r}: {problem}; or name another column, as "
+            "data.prompt_column=NAME"
+        )
     if not fitting:
         raise ConfigError(
             f"none of the columns of {data['train']} is known as a column of prompts ({', '.join(columns)}): name it "
