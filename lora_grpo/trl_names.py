@@ -20,23 +20,72 @@ _INSTEAD = {
     "data_seed": "prompts are shuffled by seed; leave it out",
     "steps_per_generation": "set generation_batch_size, the completions of one generation",
     "warmup_ratio": "set warmup_steps, in optimizer updates",
-    "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode": (
+    "lr_scheduler_kwargs": "schedules are those of lr_scheduler_type alone; leave it out",
+    "gradient_checkpointing_kwargs": "set gradient_checkpointing alone, or leave both out",
+    "use_liger_loss use_liger_kernel liger_kernel_config": (
+        "log-probs are computed from a part of the vocabulary at a time anyway; leave it out"
+    ),
+    "remove_unused_columns": "reward functions get every column; leave it out",
+    "ds3_gather_for_generation": "nothing is gathered: vLLM has a base of its own; leave it out",
+    "per_device_eval_batch_size eval_accumulation_steps num_generations_eval": (
+        "vLLM answers all held-out prompts at once, greedily, one completion each; leave it out"
+    ),
+    "load_best_model_at_end metric_for_best_model greater_is_better": (
+        "save the best version with trainer.save_model(DIRECTORY, which='best:METRIC') or `lora-grpo export RUN best`"
+    ),
+    "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision": (
+        "`lora-grpo export RUN VERSION --push-to-hub REPO` uploads a version; leave it out"
+    ),
+    "run_name project": "trackers are named after the run's directory; leave it out",
+    "log_unique_prompts log_multimodal": "set log_completions_every, the steps between shown samples",
+    "max_tool_calling_iterations": "write a rollout_func, which takes its turns itself (GRPOTrainer)",
+    "disable_tqdm": "pass view=False to GRPOTrainer",
+    "ignore_data_skip": "a resumed run goes on with its next prompts; leave it out",
+    "trust_remote_code": "set model.trust_remote_code (ModelConfig)",
+    "vllm_tensor_parallel_size": "each process has a vLLM of its own on its GPU; leave it out",
+    "vllm_importance_sampling_cap": "set vllm_importance_sampling_clip_max, its new name",
+    "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode "
+    "use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged": (
         "completions always come from vLLM; leave it out, and see [engine] (EngineConfig)"
     ),
     "vllm_gpu_memory_utilization": "set engine.gpu_memory_utilization (EngineConfig)",
     "vllm_max_model_length": "set engine.max_model_len (EngineConfig)",
-    "vllm_server_base_url vllm_server_host vllm_server_port": "name the servers in engine.urls (EngineConfig)",
-    "bf16 fp16": "dtypes are model.dtype (ModelConfig) and engine.dtype (EngineConfig); leave it out",
+    "vllm_server_base_url vllm_server_host vllm_server_port vllm_group_port": (
+        "name the servers in engine.urls (EngineConfig)"
+    ),
+    "vllm_server_timeout": "set engine.timeout_s and engine.patience_s (EngineConfig)",
+    "bf16 fp16 bf16_full_eval fp16_full_eval": (
+        "dtypes are model.dtype (ModelConfig) and engine.dtype (EngineConfig); leave it out"
+    ),
     "model_init_kwargs": "pass the model as ModelConfig(name, dtype=, revision=, trust_remote_code=)",
-    "generation_kwargs repetition_penalty": (
+    "generation_kwargs repetition_penalty vllm_structured_outputs_regex": (
         "completions are sampled only with temperature and max_completion_length, so that the loss fits them"
     ),
-    "sync_ref_model top_entropy_quantile off_policy_mask_threshold multi_objective_aggregation": (
+    "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile off_policy_mask_threshold "
+    "multi_objective_aggregation sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
+    "vespo_lambda_neg entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "
+    "entropy_target router_aux_loss_coef": (
         "it is TRL's own; train with NativeGRPOTrainer (lora_grpo.integrations.trl), which has it"
     ),
     "deepspeed fsdp fsdp_config": "launch with accelerate (DDP or FSDP2); leave it out",
 }
-TRL_SETTINGS = {name: instead for names, instead in _INSTEAD.items() for name in names.split()}
+_NOTHING_LIKE_IT = """
+optim_target_modules average_tokens_across_devices label_smoothing_factor tf32 torch_compile torch_compile_backend
+torch_compile_mode use_cache neftune_noise_alpha torch_empty_cache_steps auto_find_batch_size log_on_each_node
+logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica trackio_space_id trackio_bucket_id
+trackio_static_space_id eval_delay prediction_loss_only eval_do_concat_batches eval_use_gather_object
+include_for_metrics batch_eval_metrics save_on_each_node enable_jit_checkpoint restore_callback_states_from_checkpoint
+full_determinism use_cpu accelerator_config parallelism_config dataloader_drop_last dataloader_num_workers
+dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+dataloader_in_order label_names train_sampling_strategy length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb
+ddp_broadcast_buffers ddp_static_graph ddp_backend debug skip_memory_metrics do_train do_eval do_predict local_rank
+disable_dropout cast_lm_head_to_fp32 pad_to_multiple_of cache_implementation
+log_completions_hub_repo
+"""
+TRL_SETTINGS = {
+    **{name: f"TRL's setting {name} has no counterpart here: leave it out" for name in _NOTHING_LIKE_IT.split()},
+    **{name: instead for names, instead in _INSTEAD.items() for name in names.split()},
+}
 """By TRL's setting."""
 
 CONFIG = (

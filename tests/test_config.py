@@ -221,8 +221,25 @@ def test_answers_are_for_names_that_are_not_ours_and_are_trls():
     assert not set(TRL_SETTINGS) & set(GRPOConfig.model_fields)
     trl = pytest.importorskip("trl")
     fields = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
-    former = {"warmup_ratio"}
+    former = {"warmup_ratio", "use_liger_loss"}
     assert set(TRL_SETTINGS) - former <= fields, set(TRL_SETTINGS) - fields
+    assert fields <= {*TRL_SETTINGS, *GRPOConfig.model_fields}, "TRL's settings get an answer, never the nearest name"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("use_liger_loss", "a part of the vocabulary at a time anyway; leave it out"),
+        ("use_liger_kernel", "a part of the vocabulary at a time anyway; leave it out"),
+        ("remove_unused_columns", "reward functions get every column; leave it out"),
+        ("ds3_gather_for_generation", "vLLM has a base of its own; leave it out"),
+        ("torch_compile", "TRL's setting torch_compile has no counterpart here: leave it out"),
+    ],
+)
+def test_trls_settings_get_no_nearest_name(name, words):
+    with pytest.raises(ConfigError, match=f"{name}: unknown key; .*{words}") as caught:
+        GRPOConfig(**{name: True})
+    assert "did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
