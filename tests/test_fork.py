@@ -150,6 +150,8 @@ def test_weights_only_is_a_new_run_from_these_weights(
         (lambda run: None, 3.5, [], "names no version"),
         (lambda run: None, 99, [], "there is no version 99"),
         (lambda run: None, 5, ["grpo.learning_rat=1"], "did you mean 'learning_rate'"),
+        (lambda run: None, 5, ["output_dir=X"], "output_dir=X: the fork's directory is its argument NEW, here .*/new;"),
+        (lambda run: None, 5, ["grpo.learning_rate=-1"], r"/copy with grpo\.learning_rate=-1: grpo\.learning_rate: "),
         (lambda run: None, 5, ["lora.r=2"], "a run keeps its adapter's form"),
         (lambda run: None, 5, ["model.name=other"], "are adapters of"),
         (lambda run: (run / "config.json").unlink(), 5, ["grpo.seed=1"], "has no config.json"),

@@ -22,7 +22,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import ROLLBACKS_FILE, of_trainer
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import RunConfig
-from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
+from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config, with_settings
 from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.metrics.log import METRICS_FILE, Record, RunLog, history, read_metrics
 from lora_grpo.reference import REFERENCE_FILE, keep_reference
@@ -98,6 +98,9 @@ def fork(
 
 def _config(source: Path, target: Path, settings: Sequence[str]) -> RunConfig | None:
     """The new run's settings; None for a run without any, whose trainer is built in Python."""
+    for text in settings:
+        if text.partition("=")[0].strip() == "output_dir":
+            raise ConfigError(f"{text}: the fork's directory is its argument NEW, here {target}; leave output_dir out")
     if not (source / RESOLVED_FILE).is_file():
         if settings:
             raise ConfigError(
@@ -106,7 +109,7 @@ def _config(source: Path, target: Path, settings: Sequence[str]) -> RunConfig | 
             )
         return None
     before = load_config(source)
-    config = load_config(source, ["store_root=", *settings, f"output_dir={target}"])
+    config = with_settings(before.replace(store_root=None, output_dir=str(target)), settings, str(source))
     check_same_adapter(before.lora, config.lora, source)
     if before.model.name != config.model.name:
         raise ConfigError(
