@@ -99,6 +99,7 @@ def test_without_an_engine_all_that_is_known_before_one_starts(
         ({"data": {"train": "nowhere.jsonl"}}, "data", "no such data file"),
         ({"data": {"prompt_column": "question"}}, "data", "no column 'question'"),
         ({"grpo": {"num_generations": 3}}, "steps", "a step of 8 completions is not a multiple of num_generations"),
+        ({"grpo": {"report_to": ["dvclive", "tensorboard"]}}, "trackers", "'dvclive' is not installed; pip install"),
         ({"guard": {"kl": 1.0}}, "steps", "needs beta > 0"),
         ({"guard": {"non_finite": True, "to": "bestest"}}, "steps", "'bestest'"),
         ({"lora": {"r": 600}}, "base and adapter", "rank 600 is above vLLM's largest max_lora_rank, 512"),

@@ -318,6 +318,7 @@ def test_what_cannot_be_a_member_is_refused_before_anything_starts(
     refused("is already a member", plain(run), plain(run))
     refused("train_dataset is missing", plain(run, train_dataset=None))
     refused("pass peft_config", plain(run, peft_config=None))
+    refused("'dvclive' is not installed", plain(run), plain(tmp_path / "b", config=CONFIG.replace(report_to="dvclive")))
     once = SHORT.replace(gradient_checkpointing=False)
     needed = room.plan_room(base, [Wanted.of(plain(run, config=once), base, EngineConfig())], EngineConfig(), False, 1)
     more_bytes = 2 * needed.memory.adapter_and_optimizer_bytes + needed.memory.adapter_slots_bytes // 2

@@ -41,7 +41,7 @@ class Reporter:
         quiet: bool = True,
     ) -> None:
         self.run_dir = Path(run_dir)
-        _check_trackers(trackers)
+        check_trackers(trackers)
         check_folder(self.run_dir)
         self._open = ExitStack()
         if not self.run_dir.exists():
@@ -161,10 +161,10 @@ def check_folder(run_dir: Path) -> None:
             raise ConfigError(f"{path} should be a regular file but is not; remove it")
 
 
-def _check_trackers(names: Sequence[str]) -> None:
-    """Raises `ConfigError` for an unknown name, or one that is not installed."""
+def check_trackers(names: Sequence[str]) -> str:
+    """The names again. Raises `ConfigError` for an unknown one, or one that is not installed."""
     if not names:
-        return
+        return "none"
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     installed = {str(name) for name in get_available_trackers()}
@@ -175,6 +175,7 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"report_to: unknown tracker {name!r}; {hint}")
         if name not in installed:
             raise ConfigError(f"report_to: {name!r} is not installed; pip install {name}, or leave it out")
+    return ", ".join(names)
 
 
 def _started_trackers(names: Sequence[str], run_dir: Path, info: Mapping[str, Any]) -> Iterator[Any]:

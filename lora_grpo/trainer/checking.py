@@ -22,6 +22,7 @@ from lora_grpo.engines.compat import import_vllm
 from lora_grpo.engines.local.targets import check_served
 from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter
 from lora_grpo.grpo_config import GRPOConfig
+from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_reward, reward_names, score
 from lora_grpo.rewards.call import TrainerState
 from lora_grpo.trainer.activations import largest_batch
@@ -115,6 +116,8 @@ class _Run:
         if not self.base_alone:
             if planned:
                 yield "room for versions", lambda: self._room(planned.version_bytes)
+            if self.grpo.report_to:
+                yield "trackers", lambda: check_trackers(self.grpo.report_to)
             yield "steps", lambda: self._preflight.check_steps()
             yield "rewards", lambda: self._preflight.check_rewards()
             if planned:  # a base that cannot be read has no tokenizer either

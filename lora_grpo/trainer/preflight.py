@@ -20,6 +20,7 @@ from lora_grpo.engines.delivery.probe import check_has_room
 from lora_grpo.engines.local.targets import check_is_base, check_there
 from lora_grpo.engines.requests import ENCODING, render, require_tokenizer
 from lora_grpo.errors import ConfigError
+from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
 from lora_grpo.trainer.activations import LargestBatch, largest_batch
 from lora_grpo.trainer.models import checkpoint_of, default_device
@@ -49,6 +50,7 @@ class Preflight:
 
     def check(self) -> None:
         """Everything. Each check raises a `LoraGrpoError`, or tells what it found."""
+        check_trackers(self.config.report_to)
         self.check_rewards()
         self.check_steps()
         self.check_prompts(self.known_room)
