@@ -1,5 +1,6 @@
 """The demo's task and its base model."""
 
+import io
 import itertools
 import json
 import os
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_grpo.demo import base, task
+from lora_grpo.demo import base, run, task
 
 QUICK = base.BaseRecipe(hidden_size=32, intermediate_size=32, layers=1, heads=1, steps=3, batch_size=4)
 
@@ -175,3 +177,14 @@ def test_the_first_of_two_makers_wins(cache: Path) -> None:
     assert len(paths) == 2
     assert len(set(paths)) == 1
     assert os.listdir(cache) == [paths[0].name]
+
+
+def test_the_command_that_recomputes_the_demo_is_one_line_when_piped():
+    """It is copied from a log."""
+    result = dict.fromkeys(
+        f"accuracy_{which}{when}" for which in ("", "hard_", "easy_") for when in ("before", "after")
+    )
+    result = {**dict.fromkeys(result, 0.5), "groups_with_signal_mean": 0.5, "logprob_gap_mean": 0.1, "sync_median_s": 1}
+    told = io.StringIO()
+    run._tell(Console(file=told, width=80), result, "runs/a-longer-name/of-a-demo")
+    assert told.getvalue().endswith("recompute with: lora-grpo eval runs/a-longer-name/of-a-demo\n")

@@ -116,5 +116,6 @@ def _tell(console: Console, result: dict[str, Any], run_dir: str) -> None:
         f"  problems without a carry: {result['accuracy_easy_before']:.3f} -> {result['accuracy_easy_after']:.3f}\n"
         f"  groups that carried signal: {result['groups_with_signal_mean']:.0%}; trainer/sampler log-prob gap "
         f"{result['logprob_gap_mean']:.4f} nats per token; sync {1000 * result['sync_median_s']:.1f} ms (median)\n"
-        f"every answer, version and reward: {run_dir}; recompute with: lora-grpo eval {run_dir}"
+        f"every answer, version and reward: {run_dir}; recompute with: lora-grpo eval {run_dir}",
+        soft_wrap=True,  # a command is copied as one line
     )
