@@ -256,13 +256,27 @@ def test_a_config_without_weights_is_checked_with_random_ones(llama_dir: Path, t
     assert set(Path(tempfile.gettempdir()).glob("lora-grpo-random-*")) == before
 
 
-@pytest.mark.parametrize("config", ['{"model_type": "t5"}', "{}", "not JSON", None])
+ODD_WIDTH = (
+    '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 63, "num_attention_heads": 4}'
+)
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "t5"}', "{}", "not JSON", ODD_WIDTH, None])
 def test_a_config_that_gives_no_language_model_is_one_sentence(config: str | None, tmp_path: Path) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     said = r"no model (can be built from its configuration|directory or hub name that can be read): "
     with pytest.raises(ConfigError, match=said), random_base(str(tmp_path)):
         pytest.fail("a model of nothing")
+
+
+def test_a_config_of_values_that_do_not_fit_is_told_by_every_check_that_reads_it(tmp_path: Path) -> None:
+    """transformers raises an error of its own for it, which is neither `OSError` nor `ValueError`."""
+    (tmp_path / "config.json").write_text(ODD_WIDTH)
+    findings = list(check_run(config_of_model(str(tmp_path), ()), base_alone=True))
+    told = [found for found in wrong(findings).values() if "63) is not a multiple of the number of attention" in found]
+    assert told
+    assert all(found.startswith(f"{tmp_path} is not a model directory") and "\n" not in found for found in told)
 
 
 def test_a_tmpfs_that_is_too_small_is_told_before_an_engine_starts(

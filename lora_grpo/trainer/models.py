@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, BitsAndBytesConfig, set_seed
+from transformers import BitsAndBytesConfig, set_seed
 
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
 from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules, peft_model_of
@@ -192,7 +192,7 @@ def _shared_base(model: ModelConfig | nn.Module, engine: Engine) -> Any:
     served = engine.describe_base().dtype
     wanted: str = model.dtype
     if wanted == "auto":
-        config: Any = AutoConfig.from_pretrained(model.name, **model.loading)
+        config: Any = checkpoint_config(model.name, **model.loading)
         wanted = str(config.dtype or torch.float32).removeprefix("torch.")
     if served != wanted:
         raise ConfigError(f"the engine's base is {served}, the trainer's would be {wanted}: set model.dtype='{served}'")

@@ -17,7 +17,7 @@ from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.data import PromptDataset
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.probe import check_has_room
-from lora_grpo.engines.local.targets import check_is_base, check_there
+from lora_grpo.engines.local.targets import check_is_base, checkpoint_config
 from lora_grpo.engines.requests import ENCODING, render, require_tokenizer
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.reporter import check_trackers
@@ -206,7 +206,7 @@ def trainer_tokenizer(model: ModelConfig | nn.Module, processing_class: Any, eng
 
 def _checkpoint_tokenizer(model: ModelConfig | nn.Module) -> Any:
     checkpoint = checkpoint_of(model)
-    check_there(checkpoint.name, checkpoint.revision)
+    checkpoint_config(checkpoint.name, **checkpoint.loading)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.loading)
     except (OSError, ValueError, ImportError) as error:

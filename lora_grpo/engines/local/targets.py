@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig
@@ -111,8 +112,9 @@ def checkpoint_config(model: str | Path, *, revision: str | None = None, trust_r
     check_there(model, revision)
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{model} is not a model directory or hub name that can be read: {error}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{model} is not a model directory or hub name that can be read: {why}") from error
 
 
 def check_there(model: str | Path, revision: str | None = None) -> None:
