@@ -100,6 +100,27 @@ def test_a_model_without_lora_in_vllm_is_refused_in_one_sentence(name: str, tmp_
         VLLMEngine(tmp_path, target_modules=["query_key_value", "q_proj", "c_attn"], **ENGINE_ARGS)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("bert", "BertModel"),
+        ("bert", "BertForSequenceClassification"),
+        ("llama", "LlamaForSequenceClassification"),
+        ("jamba", "JambaForSequenceClassification"),
+    ],
+)
+def test_a_model_that_generates_no_text_is_refused(model_type: str, architecture: str, tmp_path: Path) -> None:
+    """By vLLM's class, which may be a language model's with another head, or by name where vLLM has no class."""
+    AutoConfig.for_model(model_type, architectures=[architecture]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"vLLM generates no text with {architecture}, .*ForCausalLM"):
+        check_served(tmp_path)
+
+
+def test_a_model_that_vllm_has_no_class_for_is_served_as_transformers_computes_it(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", architectures=["NewForCausalLM"]).save_pretrained(tmp_path)
+    assert check_served(tmp_path) == "serves NewForCausalLM with LoRA"
+
+
 def test_a_package_that_vllms_class_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("qwen3_5_text", tmp_path)
     for known in [name for name in sys.modules if name.partition(".")[0] == "torchvision" or "qwen3_5" in name]:

@@ -147,6 +147,23 @@ def serves_lora(architecture: str) -> bool:
     return known is None or supports_lora(known.load_model_cls())
 
 
+def generates_text(architecture: str) -> bool:
+    """Whether vLLM samples from an architecture, by its class, or by the name's ending where vLLM has none of its own.
+
+    Raises as `serves_lora`.
+    """
+    from vllm import ModelRegistry
+    from vllm.config.model import try_match_architecture_defaults
+    from vllm.model_executor.models.interfaces_base import is_pooling_model, is_text_generation_model
+
+    known = ModelRegistry.models.get(architecture)
+    if known is None:
+        _, (runner, _) = try_match_architecture_defaults(architecture) or ("", ("generate", "none"))
+        return bool(runner == "generate")
+    model = known.load_model_cls()
+    return is_text_generation_model(model) and not is_pooling_model(model)
+
+
 def allowed_rank(rank: int) -> int:
     """The smallest max_lora_rank that vLLM takes for adapters of `rank`."""
     for allowed in LORA_RANKS:

@@ -88,12 +88,17 @@ def check_served(model: str | Path, *, revision: str | None = None, trust_remote
     config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
     for architecture in config.architectures or ():
         try:
-            serves = compat.serves_lora(architecture)
+            serves, generates = compat.serves_lora(architecture), compat.generates_text(architecture)
         except (ImportError, RuntimeError) as error:
             raise ConfigError(
                 f"vLLM's {architecture} cannot be imported: {_cause(error)}; install what is missing, as built "
                 f"for torch {torch.__version__} (pip, from the index that torch came from: PyPI's builds are for CUDA)"
             ) from error
+        if not generates:
+            raise ConfigError(
+                f"{model}: vLLM generates no text with {architecture}, which embeds or classifies it; choose a base "
+                "with a language model's head (...ForCausalLM)"
+            )
         if not serves:
             raise ConfigError(f"{model}: vLLM serves no LoRA on {architecture}; choose another base")
     alone = ", its language model alone" if full_class(config) else ""
