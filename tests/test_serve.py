@@ -48,7 +48,9 @@ def test_the_flags_that_the_engine_needs() -> None:
 
 
 def test_secrets_are_in_the_environment_alone(tmp_path: Path) -> None:
-    serving = Serving("m", host="0.0.0.0", api_key="secret", store_url="http://store:1", store_token_file="token")
+    (tmp_path / "token").write_text("of-the-store")
+    token = {"store_url": "http://store:1", "store_token_file": os.path.relpath(tmp_path / "token")}
+    serving = Serving("m", host="0.0.0.0", api_key="secret", **token)
     environment = serving.environment(0, 0)
     assert not any("secret" in part for part in serving.command(8000))
     assert environment["VLLM_API_KEY"] == "secret"
@@ -74,6 +76,7 @@ def test_replicas_share_neither_cores_nor_gpus(monkeypatch: pytest.MonkeyPatch) 
     [
         ({"host": "0.0.0.0"}, "VLLM_API_KEY"),
         ({"store_token_file": "token"}, "store_url"),
+        ({"store_token_file": "nofile", "store_url": "http://s:1"}, "the token file nofile cannot be read"),
         ({"arguments": ("--host", "0.0.0.0")}, "--host .*VLLM_API_KEY"),
         ({"arguments": ("--seed", "1", "--host=0.0.0.0")}, "--host=0.0.0.0"),
         ({"arguments": ("--port", "80")}, "--port"),
@@ -200,6 +203,25 @@ def test_the_command_refuses_an_open_address_without_a_key(
     result = CliRunner().invoke(app, ["serve", str(llama_dir), *arguments])
     assert result.exit_code == 2
     assert "VLLM_API_KEY" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--host", "0.0.0.0"], "VLLM_API_KEY"),
+        (["--quantization", "int8"], "quantization='int8' is not proven"),
+        (["--store-token-file", "nofile", "--store-url", "http://127.0.0.1:1"], "token file nofile cannot be read"),
+        (["--", "--port", "1"], "--port cannot be handed on"),
+    ],
+)
+def test_what_needs_no_look_at_the_base_is_refused_before_one(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes half a minute of imports."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setattr(targets, "serving_arguments", lambda *_, **__: pytest.fail("the base is looked at"))
+    result = CliRunner().invoke(app, ["serve", "someone/base", *arguments])
+    assert (result.exit_code, says in " ".join(result.output.split())) == (2, True), result.output
 
 
 @pytest.mark.parametrize("option", ["--max-loras=1", "--replicas=0", "--start-timeout=0"])

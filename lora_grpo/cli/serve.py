@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,12 +48,10 @@ def serve(
 
     When one server ends, all end; the last lines of its log say why.
     """
-    from lora_grpo.engines.local.targets import serving_arguments
+    from lora_grpo.engines import compat
     from lora_grpo.engines.server.launch import Serving
 
-    told = serving_arguments(model, quantization, **_of_checkpoint(arguments or []))
-    options = ["--language-model-only"] if "language_model_only" in told else []
-    options += ["--quantization", told["quantization"]] if "quantization" in told else []
+    compat.check_quantization(quantization)
     serving = Serving(
         model,
         replicas,
@@ -61,14 +60,26 @@ def serve(
         max_lora_rank,
         max_loras,
         max_cpu_loras,
-        tuple(told["lora_target_modules"]),
+        (),
         api_key,
         store_url,
         store_token_file,
-        (*options, *(arguments or ())),
+        tuple(arguments or ()),
         start_timeout_s,
     )
+    serving = _of_base(serving, quantization)
     _until_interrupted(serving, log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-")), as_json)
+
+
+def _of_base(serving: Serving, quantization: str | None) -> Serving:
+    """With what vLLM is told of the base. What it needs takes long to import: all else was checked before."""
+    from lora_grpo.engines.local.targets import serving_arguments
+
+    told = serving_arguments(serving.model, quantization, **_of_checkpoint([*serving.arguments]))
+    options = ["--language-model-only"] if "language_model_only" in told else []
+    options += ["--quantization", told["quantization"]] if "quantization" in told else []
+    layers = tuple(told["lora_target_modules"])
+    return replace(serving, target_modules=layers, arguments=(*options, *serving.arguments))
 
 
 def _of_checkpoint(arguments: list[str]) -> dict[str, Any]:

@@ -179,11 +179,7 @@ def served_scheme(
     except UnsupportedAdapter as error:
         raise ConfigError(f"{model}: {error}") from error
     wanted = "nf4" if asked == "bitsandbytes" else asked
-    if wanted not in (None, "nf4"):
-        raise ConfigError(
-            f"quantization={asked!r} is not proven to match a trainer; set 'nf4', or leave it out, because the engine "
-            "follows what the checkpoint says"
-        )
+    compat.check_quantization(asked)
     if wanted and own not in (None, wanted):
         raise ConfigError(
             f"quantization={asked!r}: {model} is {own} already; leave it out, or name an unquantized checkpoint"

@@ -19,7 +19,7 @@ import httpx
 from lora_grpo.engines import compat
 from lora_grpo.engines.resolver import PLUGIN, URL_VARIABLE
 from lora_grpo.errors import ConfigError, EngineError
-from lora_grpo.remote.token import TOKEN_FILE_VARIABLE
+from lora_grpo.remote.token import TOKEN_FILE_VARIABLE, read_token
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LOG_LINES = 20
@@ -66,6 +66,8 @@ class Serving:
             )
         if self.store_token_file and not self.store_url:
             raise ConfigError("a store token file is of no use without the store's address (store_url)")
+        if self.store_token_file:
+            read_token(self.store_token_file)
         if taken := [argument for argument in self.arguments if _is_own(argument)]:
             raise ConfigError(
                 f"{', '.join(taken)} cannot be handed on to vLLM, which would open an address unseen: use lora-grpo's "
