@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lora_grpo.adapters.asking.requests import answer_to, request
+from lora_grpo.adapters.asking.requests import pending, request
 from lora_grpo.adapters.files.locks import holder
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep import archive
@@ -439,14 +439,14 @@ def test_requests_reach_the_holder_in_order_and_are_answered(shm_dir: Path, tmp_
         others = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(2)]
         assert [other.wait() for other in others] == [0, 0]
         mine = request(tmp_path, "pin", number=1)
-        waiting = store.requests()
+        waiting = pending(store.archive)
         assert len({asked.name for asked in waiting}) == 25
         assert sorted(asked.args["to"] for asked in waiting[:-1]) == sorted([*range(12)] * 2)
         assert waiting[-1] == mine
-        assert answer_to(tmp_path, mine) is None
-        store.answer(mine, {"ok": True})
-        assert len(store.requests()) == 24
-        assert answer_to(tmp_path, mine) == {"ok": True}
-        assert answer_to(tmp_path, mine) is None
+        assert mine.answered() is None
+        mine.answer({"ok": True})
+        assert len(pending(store.archive)) == 24
+        assert mine.answered() == {"ok": True}
+        assert mine.answered() is None
         (tmp_path / "requests/000001.json").write_text("{half")
-        assert store.requests()[0].verb == "unreadable"
+        assert pending(store.archive)[0].verb == "unreadable"

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lora_grpo.adapters.asking.requests import answer_to, request
+from lora_grpo.adapters.asking.requests import request
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.integrations.callback import PublishAdapter
@@ -146,7 +146,7 @@ def test_the_command_line_is_answered_before_the_next_step(llama_dir: Path, shm_
     with AdapterStore(shm_dir / "store", archive=run) as store:
         asking = Asking(run)
         fit(model, tmp_path, PublishAdapter(store), asking)
-        answer = answer_to(run, asking.asked)
+        answer = asking.asked.answered()
         assert answer is not None
         assert (answer["left"], answer["version"]) == (3, 1)
         assert [(version.number, version.parent) for version in store.list()][2:4] == [(3, 2), (4, 1)]

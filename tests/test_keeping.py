@@ -58,7 +58,7 @@ def test_the_readmes_loop_is_flat_on_tmpfs_and_loses_nothing(shm_dir: Path, tmp_
 def test_what_best_names_keeps_its_trainer_state() -> None:
     """ "best" goes by held-out reward where there is one, so a rollback there has to be exact too."""
     metrics = [{"reward": 0.2, "eval/reward": 0.9}, {"reward": 0.8}, *[{"reward": 0.5, "eval/reward": 0.6}] * 4]
-    candidates = [Candidate(number, number, known) for number, known in enumerate(metrics, 1)]
+    candidates = [Candidate(number, known) for number, known in enumerate(metrics, 1)]
     assert retention(KeepConfig(trainer_states=2)).kept("state", candidates) == {1, 2, 5, 6}
 
 

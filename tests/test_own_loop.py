@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_grpo.adapters.asking.requests import answer_to, request
+from lora_grpo.adapters.asking.requests import pending, request
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.metrics.log import read_metrics
 from lora_grpo.sync import NativeSync
@@ -35,7 +35,7 @@ def test_a_loop_of_ones_own_answers_before_its_next_step(
         sync.push(step=1)
         asked = [request(run, "rollback", to=9), request(run, "rollback", to="parent"), request(run, "pin", version=2)]
         answer_requests(sync)
-        unknown, back, pinned = (answer_to(run, each) for each in asked)
+        unknown, back, pinned = (each.answered() for each in asked)
         assert unknown is not None
         assert unknown["kind"] == "UnknownVersion"
         assert back is not None
@@ -44,7 +44,7 @@ def test_a_loop_of_ones_own_answers_before_its_next_step(
         assert pinned["pins"] == [2]
         assert sync.head.number == 1
         assert all(torch.equal(first[name], value) for name, value in trained(model).items())
-        assert store.requests() == []
+        assert pending(store.archive) == []
         assert sync.push(step=1).parent == 1
         sync.close()
     told = [(record["event"], record["text"]) for record in read_metrics(run)]
@@ -66,7 +66,7 @@ def _asked_in_two(accelerator: Any, folder: Path) -> Any:
     sync.push(step=1)
     asked = [request(run, "rollback", to=to) for to in (9, 1)] if leads else []
     answer_requests(sync)
-    answers = [answer_to(run, each) for each in asked]
+    answers = [each.answered() for each in asked]
     back = all(torch.equal(first[name], value) for name, value in trained(model).items())
     sync.close()
     if store is not None:

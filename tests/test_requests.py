@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 
-from lora_grpo.adapters.asking.requests import answer_to, request, withdraw
+from lora_grpo.adapters.asking.requests import pending, request
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.cli.changing import change
 from lora_grpo.errors import StoreError
@@ -56,7 +56,7 @@ def ask(store: AdapterStore) -> Iterator[Callable[..., Future[dict[str, Any]]]]:
 
         def start(timeout_s: float) -> Future[dict[str, Any]]:
             asking = clients.submit(change, run, "pin", act, timeout_s=timeout_s, version=1)
-            until(lambda: bool(store.requests()))
+            until(lambda: bool(pending(store.archive)))
             return asking
 
         yield start
@@ -88,14 +88,14 @@ def apply(store: AdapterStore) -> list[str]:
 def test_a_request_is_either_taken_back_or_done(store: AdapterStore, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first, second = request(run, "pin", version=1), request(run, "pin", version=2)
-    listed = store.requests()
-    assert withdraw(run, first)
-    assert not store.claim(listed[0]), "it was taken back after the holder had looked"
-    assert store.claim(listed[1])
-    assert not withdraw(run, second)
-    assert store.requests() == []
-    store.answer(second, {"done": "pinned"})
-    assert answer_to(run, second) == {"done": "pinned"}
+    listed = pending(store.archive)
+    assert first.withdraw()
+    assert not listed[0].claim(), "it was taken back after the holder had looked"
+    assert listed[1].claim()
+    assert not second.withdraw()
+    assert pending(store.archive) == []
+    second.answer({"done": "pinned"})
+    assert second.answered() == {"done": "pinned"}
     assert files(run) == []
 
 
@@ -107,7 +107,7 @@ def test_a_request_taken_back_while_others_are_done_is_left_out(
     real = store.pin
 
     def pin(number: int) -> None:
-        withdraw(run, asked[1])
+        asked[1].withdraw()
         real(number)
 
     monkeypatch.setattr(store, "pin", pin)
@@ -118,26 +118,26 @@ def test_a_request_taken_back_while_others_are_done_is_left_out(
 def test_a_request_that_was_taken_back_is_no_other_one(store: AdapterStore, tmp_path: Path) -> None:
     run = tmp_path / "run"
     taken_back = request(run, "pin", version=1)
-    (listed,) = store.requests()
-    assert withdraw(run, taken_back)
+    (listed,) = pending(store.archive)
+    assert taken_back.withdraw()
     asked = request(run, "pin", version=2)
-    assert not store.claim(listed)
-    assert store.requests() == [asked]
+    assert not listed.claim()
+    assert pending(store.archive) == [asked]
 
 
 def test_requests_left_at_once_are_each_done_once_and_in_order(store: AdapterStore, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with ThreadPoolExecutor(8) as clients:
         asked = list(clients.map(lambda index: [request(run, "pin", at=[index, n]) for n in range(25)], range(8)))
-        listed = store.requests()
+        listed = pending(store.archive)
         assert len(listed) == 200
         for own in asked:
             assert [each for each in listed if each in own] == own
         # Half of them are taken back while the holder begins with each: never both, never neither.
-        taking = clients.map(lambda each: withdraw(run, each), listed[::2])
-        begun = [store.claim(each) for each in listed[::2]]
+        taking = clients.map(lambda each: each.withdraw(), listed[::2])
+        begun = [each.claim() for each in listed[::2]]
         assert [taken != claimed for taken, claimed in zip(taking, begun, strict=True)] == [True] * 100
-    assert store.requests() == listed[1::2]
+    assert pending(store.archive) == listed[1::2]
 
 
 def test_who_asked_is_told_of_what_nobody_foresaw(
@@ -152,7 +152,7 @@ def test_who_asked_is_told_of_what_nobody_foresaw(
     monkeypatch.setattr(store, "pin", out_of_memory)
     with pytest.raises(MemoryError):
         apply(store)
-    assert answer_to(run, asked) == {"error": "MemoryError: CUDA out of memory", "kind": "EngineError"}
+    assert asked.answered() == {"error": "MemoryError: CUDA out of memory", "kind": "EngineError"}
     assert files(run) == []
 
 
@@ -160,8 +160,8 @@ def test_an_answer_is_left_for_who_still_looks(store: AdapterStore, shm_dir: Pat
     run = tmp_path / "run"
     asked = [request(run, "pin", version=version) for version in (1, 2)]
     for each in asked:
-        assert store.claim(each)
-        store.answer(each, {"done": "pinned"})
+        assert each.claim()
+        each.answer({"done": "pinned"})
     os.utime(run / "requests" / f"{asked[1].name}.answer", (0, 0))
     store.close()
     with AdapterStore(shm_dir, run):
@@ -172,11 +172,11 @@ def test_a_client_waits_for_what_is_begun_and_says_nothing_else(
     store: AdapterStore, tmp_path: Path, ask: Callable[..., Future[dict[str, Any]]]
 ) -> None:
     asking = ask(timeout_s=0.2)
-    (asked,) = store.requests()
-    assert store.claim(asked)
+    (asked,) = pending(store.archive)
+    assert asked.claim()
     time.sleep(0.4)
     assert not asking.done()
-    store.answer(asked, {"done": "pinned"})
+    asked.answer({"done": "pinned"})
     assert asking.result(60) == {"live": True, "done": "pinned"}
     assert files(tmp_path / "run") == []
 
@@ -195,7 +195,7 @@ def test_a_holder_that_dies_while_doing_it_leaves_it_undone_for_good(
     store: AdapterStore, shm_dir: Path, tmp_path: Path, ask: Callable[..., Future[dict[str, Any]]]
 ) -> None:
     asking = ask(timeout_s=60)
-    assert store.claim(store.requests()[0])
+    assert pending(store.archive)[0].claim()
     die(store)
     with pytest.raises(StoreError, match=r"ended while it was doing this; `lora-grpo versions .*run` shows"):
         asking.result(60)
@@ -208,17 +208,17 @@ def test_a_holder_that_dies_while_doing_it_leaves_it_undone_for_good(
 
 def begin_and_die(store: AdapterStore, point: str) -> None:
     """What the holder has done of a request when it is killed."""
-    (asked,) = store.requests()
+    (asked,) = pending(store.archive)
     run = store.archive
     assert run is not None
     if point == "asked":
         return
-    assert store.claim(asked)
+    assert asked.claim()
     if point == "begun":
         return
     store.pin(1)
     if point != "done":
-        store.answer(asked, {"done": "pinned"})
+        asked.answer({"done": "pinned"})
         if point == "answered":
             (run / "requests" / f"{asked.name}.doing").touch()
 
@@ -238,15 +238,15 @@ def test_a_holder_killed_at_any_point_has_done_it_once_or_not_and_never_twice(
     monkeypatch.setattr("lora_grpo.cli.changing.POLL_S", 1.0)
     with ThreadPoolExecutor(1) as clients:
         asking = clients.submit(change, run, "pin", act, timeout_s=60, version=1)
-        until(lambda: bool(store.requests()))
+        until(lambda: bool(pending(store.archive)))
         time.sleep(0.2)
         begin_and_die(store, point)
         die(store)
         with AdapterStore(shm_dir, run) if opened else nullcontext() as again:
             if again is not None:
-                assert again.requests() == [], "nobody does what another holder was asked"
+                assert pending(again.archive) == [], "nobody does what another holder was asked"
                 if point == "asked":
-                    until(lambda: bool(again.requests()))
+                    until(lambda: bool(pending(again.archive)))
                     done += apply(again)
             if point in ("begun", "done"):
                 with pytest.raises(
@@ -258,7 +258,7 @@ def test_a_holder_killed_at_any_point_has_done_it_once_or_not_and_never_twice(
     expected = ["asked from outside: pin 1: pinned"] if opened else ["by the client"]
     assert done == (expected if point == "asked" else [])
     with AdapterStore(shm_dir, run) as last:
-        assert last.requests() == []
+        assert pending(last.archive) == []
         assert last.pins == (set() if point == "begun" or (point == "asked" and not opened) else {1})
         left = files(run)
     # Whose client has gone is still answered, where it lay half done.
@@ -277,13 +277,13 @@ def test_ctrl_c_takes_a_request_back_or_says_that_it_cannot(store: AdapterStore,
     )
     assert client.stderr is not None
     assert client.stderr.readline().startswith("asked process ")
-    until(lambda: bool(store.requests()))
+    until(lambda: bool(pending(store.archive)))
     if begun:
-        assert store.claim(store.requests()[0])
+        assert pending(store.archive)[0].claim()
     time.sleep(0.2)
     client.send_signal(signal.SIGINT)
     said = client.stderr.read()
     assert client.wait(60) == 130
-    assert store.requests() == []
+    assert pending(store.archive) == []
     assert ("nothing has changed" in said) is not begun
     assert ("too late" in said) is begun

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_grpo.adapters.asking.requests import answer_to, request
+from lora_grpo.adapters.asking.requests import request
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.config import KeepConfig
@@ -391,7 +391,7 @@ def test_a_live_run_that_is_asked_to_go_where_it_is_goes_on_unchanged(llama_dir:
 
     with tiny_trainer(llama_dir, fake_engine(llama_dir), run, config(2), reward_funcs=reward) as trainer:
         assert trainer.train()["rollbacks"] == 0
-    answer = answer_to(run, asked[0])
+    answer = asked[0].answered()
     assert answer is not None
     assert answer["done"] == "v2 is HEAD already: nothing has changed"
     assert (answer["left"], answer["version"], answer["weights"]) == (2, 2, "exact")

@@ -17,9 +17,7 @@ from lora_grpo.errors import ConfigError
 
 
 def candidates(**rewards: object) -> list[Candidate]:
-    return [
-        Candidate(int(name[1:]), 0, {} if reward is None else {"reward": reward}) for name, reward in rewards.items()
-    ]
+    return [Candidate(int(name[1:]), {} if reward is None else {"reward": reward}) for name, reward in rewards.items()]
 
 
 TEN = candidates(**{f"v{n}": None for n in range(1, 11)})

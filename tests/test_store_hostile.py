@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from lora_grpo import report
-from lora_grpo.adapters.asking.requests import request
+from lora_grpo.adapters.asking.requests import pending, request
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.locks import holder
 from lora_grpo.adapters.peft_form.files import open_adapter
@@ -283,7 +283,7 @@ def in_time(path: Path) -> Iterator[None]:
 
 def opened_and_used(run: Path) -> None:
     with AdapterStore(archive=run) as store:
-        store.requests()
+        pending(store.archive)
         store.promote(store.publish(adapter(4), step=4))
         store.flush()
 

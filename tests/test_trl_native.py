@@ -27,7 +27,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tokenizers.processors import TemplateProcessing  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from lora_grpo.adapters.asking.requests import Request, answer_to, request  # noqa: E402
+from lora_grpo.adapters.asking.requests import Request, request  # noqa: E402
 from lora_grpo.adapters.files.digest import digest_buffers  # noqa: E402
 from lora_grpo.adapters.peft_form.serving import ServingForm  # noqa: E402
 from lora_grpo.adapters.store import AdapterStore  # noqa: E402
@@ -439,7 +439,7 @@ class Asking(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         run = self.trainer.native.store.archive
-        self.answers += [answer_to(run, each) for each in self.asked]
+        self.answers += [each.answered() for each in self.asked]
         self.asked = []
         if state.global_step == 3:
             self.asked = [request(run, "rollback", to="parent"), request(run, "pin", version=1)]

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.asking import requests
-from lora_grpo.adapters.asking.requests import Request
 from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files import disk
@@ -20,7 +18,7 @@ from lora_grpo.adapters.files.digest import Files, digest_buffers
 from lora_grpo.adapters.files.journal import as_metrics
 from lora_grpo.adapters.files.layout import MANIFEST_FILE, PEFT_FILES, STATE_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
 from lora_grpo.adapters.files.locks import Leases
-from lora_grpo.adapters.files.room import Room
+from lora_grpo.adapters.files.room import make_room
 from lora_grpo.adapters.upkeep.opening import Recovered, catalog_for_reading
 from lora_grpo.adapters.upkeep.retention import Retention
 from lora_grpo.adapters.upkeep.session import Session, open_session
@@ -80,7 +78,7 @@ class AdapterStore(StoreView):
             self._session = open_session(root, archive, retention, backlog_limit_bytes)
             super().__init__(self._session.catalog, self._session.leases, follow=False)
             self._finalizer = weakref.finalize(self, self._session.close)
-        self._room = Room(self._catalog, budget_bytes)
+        self._budget_bytes = budget_bytes
 
     @property
     def recovered(self) -> Recovered:
@@ -100,7 +98,7 @@ class AdapterStore(StoreView):
             raise ConfigError(f"a version holds {', '.join(PEFT_FILES)}; got {', '.join(sorted(files)) or 'no files'}")
         with self._writing("publishing a version") as session:
             sizes = {name: sum(memoryview(part).nbytes for part in files[name]) for name in sorted(files)}
-            self._room.make(sizes, session)
+            make_room(session, sizes, self._budget_bytes)
             ancestor = self._catalog.head_number() if parent == "head" else self._parent(parent)
             number = session.numbering.next()
             manifest = Manifest(number, ancestor, digest_buffers(files), int(step), time.time(), sizes)
@@ -192,7 +190,7 @@ class AdapterStore(StoreView):
         with self._writing(f"restoring version {number}") as session:
             manifest = self._catalog.manifest(number)
             if not self._sound_on_tmpfs(session, number):
-                self._room.make(manifest.sizes, session)
+                make_room(session, manifest.sizes, self._budget_bytes)
                 session.required_archive().bring_back(manifest, session.root)
             return self._catalog.version(number)
 
@@ -242,24 +240,6 @@ class AdapterStore(StoreView):
             session.writer.flush()
             if session.archive is not None:
                 session.journal.make_durable()
-
-    # Other processes
-
-    def requests(self) -> list[Request]:
-        """What other processes ask for, in the order in which they asked; see `requests.request`."""
-        return [] if self.archive is None else requests.pending(self.archive)
-
-    def claim(self, request: Request) -> bool:
-        """Begin with a request, so that it can no longer be withdrawn. Returns False if it was withdrawn before."""
-        with self._writing("beginning with a request") as session:
-            return requests.claim(session.required_archive().tree.path, request)
-
-    def answer(self, request: Request, result: Mapping[str, Any]) -> None:
-        """Tell the process that asked what became of its request."""
-        if self._session is None:
-            raise StoreError("answering a request: this store is open with readonly=True")
-        # Whatever else went wrong meanwhile, who asked is told.
-        requests.answer(self._session.required_archive().tree.path, request, dict(result))
 
     # Ending
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_grpo.cli.options import print_json, print_table, say, say_error, whole_numbers
+from lora_grpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from lora_grpo.bench.runner import Progress

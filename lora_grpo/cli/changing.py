@@ -6,16 +6,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from lora_grpo import errors
+from lora_grpo.adapters.asking.requests import Request, request
+from lora_grpo.adapters.asking.target import parse_target
+from lora_grpo.adapters.files.locks import holder
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import Retention
+from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 from lora_grpo.cli.options import VERSION_HELP, Json, Run, Version, keys_begun, opened, say, tell
-
-if TYPE_CHECKING:
-    from lora_grpo.adapters.asking.requests import Request
-    from lora_grpo.adapters.store import AdapterStore
-    from lora_grpo.adapters.upkeep.retention import Retention
+from lora_grpo.errors import ConfigError, StoreError, StoreLocked
 
 TIMEOUT_S = 600.0
 POLL_S = 0.05
@@ -36,8 +39,6 @@ def unpin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Jso
 
 
 def _pin(verb: str, run: Path, version: str, timeout_s: float, as_json: bool) -> None:
-    from lora_grpo.adapters.asking.target import parse_target
-
     parse_target(version)
 
     def act(store: AdapterStore) -> dict[str, Any]:
@@ -60,9 +61,6 @@ def rollback(
     A stopped run goes back at once, and resume goes on from there. A live run goes back before its next step. The
     prompts do not go back, and every sampling seed changes.
     """
-    from lora_grpo.adapters.asking.target import parse_target
-    from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
-
     parse_target(to)
 
     def act(store: AdapterStore) -> dict[str, Any]:
@@ -105,9 +103,6 @@ def prune(
 
     A live run uses its own settings, as it does after every step.
     """
-    from lora_grpo.adapters.files.locks import holder
-    from lora_grpo.errors import ConfigError
-
     for text in overrides or ():
         if not text.startswith("keep."):
             raise ConfigError(f"{text}: prune takes only keep settings, such as keep.archived=50")
@@ -140,7 +135,6 @@ def _kept(run: Path, overrides: list[str]) -> Retention:
     """What a run keeps: by its settings with `overrides`, or by these where it was not started from a file."""
     from lora_grpo.adapters.upkeep.keeping import retention
     from lora_grpo.config_file import RESOLVED_FILE, config_of_model, load_config
-    from lora_grpo.errors import ConfigError
 
     if (run / RESOLVED_FILE).is_file():
         return retention(load_config(run, overrides).keep)
@@ -165,11 +159,6 @@ def change(
     `retention` says what a stopped run keeps. Raises the error that either met, and `StoreError` when a live run has
     not begun with it after `timeout_s`.
     """
-    from lora_grpo.adapters.asking.requests import request
-    from lora_grpo.adapters.files.locks import holder
-    from lora_grpo.adapters.store import AdapterStore
-    from lora_grpo.errors import StoreLocked
-
     opened(run).close()
     deadline = time.monotonic() + timeout_s
     while True:
@@ -181,57 +170,49 @@ def change(
                 if time.monotonic() > deadline:
                     raise
                 continue
-        answer = _wait(run, request(run, verb, **args), deadline)
+        answer = _wait(request(run, verb, **args), deadline)
         if answer is not None:
             return {"live": True, **_done(answer)}
 
 
-def _wait(run: Path, request: Request, deadline: float) -> dict[str, Any] | None:
+def _wait(request: Request, deadline: float) -> dict[str, Any] | None:
     """The holder's answer; None when nobody did what was asked, nor ever will: the holder ended before.
 
     Once it is begun there is no taking it back, so that the deadline is for the beginning.
     """
-    from lora_grpo.adapters.asking.requests import answer_to, is_gone, withdraw
-    from lora_grpo.adapters.files.locks import holder
-
-    who = holder(run)
+    who = holder(request.run)
     try:
         say(f"asked {who}, which looks before its next step")
-        while (answer := answer_to(run, request)) is None:
-            live = holder(run) is not None
+        while (answer := request.answered()) is None:
+            live = holder(request.run) is not None
             late = time.monotonic() > deadline
-            if is_gone(run, request) or ((not live or late) and _taken_back(run, request, who if live else None)):
+            if request.is_gone() or ((not live or late) and _taken_back(request, who if live else None)):
                 return None
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        taken_back = withdraw(run, request)
-        say(_TAKEN_BACK if taken_back else f"it is too late to withdraw the request: {who} is doing it or has done it")
+        too_late = f"it is too late to withdraw the request: {who} is doing it or has done it"
+        say(_TAKEN_BACK if request.withdraw() else too_late)
         raise
     return answer
 
 
-def _taken_back(run: Path, request: Request, who: str | None) -> bool:
+def _taken_back(request: Request, who: str | None) -> bool:
     """Take the request back from `who` (None: it ended); False when it was begun, so that its answer will come."""
-    from lora_grpo.adapters.asking.requests import cut_short, is_begun, withdraw
-    from lora_grpo.errors import StoreError
-
-    if withdraw(run, request):
+    if request.withdraw():
         if who is None:
             return True
         raise StoreError(
-            f"{who} holds {run} and has not answered; {_TAKEN_BACK}. Its step may take long: wait longer with "
+            f"{who} holds {request.run} and has not answered; {_TAKEN_BACK}. Its step may take long: wait longer with "
             "--timeout, or stop it and try again"
         )
-    if who is None and is_begun(run, request):
-        raise StoreError(cut_short(run))
+    if who is None and request.is_begun():
+        raise StoreError(request.cut_short)
     return False
 
 
 def _done(answer: dict[str, Any]) -> dict[str, Any]:
     """The answer, or the error that it tells of."""
-    from lora_grpo import errors
-
     if "error" not in answer:
         return answer
-    kind = getattr(errors, str(answer.get("kind")), errors.StoreError)
+    kind = getattr(errors, str(answer.get("kind")), StoreError)
     raise kind(f"the run answered: {answer['error']}")

@@ -9,12 +9,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from pydantic_core import to_jsonable_python
+from rich.console import Console
 
-if TYPE_CHECKING:
-    from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.metrics.render import table
 
 PIPE_WIDTH = 160
 
@@ -44,8 +46,6 @@ Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help=
 
 def opened(run: Path) -> AdapterStore:
     """The store of a run, which may be live."""
-    from lora_grpo.adapters.store import AdapterStore
-
     return AdapterStore(archive=run, readonly=True)
 
 
@@ -59,17 +59,11 @@ def whole_numbers(text: str | None, option: str) -> list[int]:
 
 def print_json(document: Any) -> None:
     """One JSON document on one line; what is not finite becomes null, so that every parser takes it."""
-    from pydantic_core import to_jsonable_python
-
     typer.echo(json.dumps(to_jsonable_python(document, inf_nan_mode="null", fallback=str), ensure_ascii=False))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Rows as a table, in every column that a row has."""
-    from rich.console import Console
-
-    from lora_grpo.metrics.render import table
-
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table(rows, title))
 
 

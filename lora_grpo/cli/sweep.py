@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.live import Live
 
 from lora_grpo.cli.options import print_json, say, whole_numbers
+from lora_grpo.metrics.quiet import own_stderr
+from lora_grpo.metrics.render import table
 
 if TYPE_CHECKING:
     from lora_grpo.trainer.sweeping.plan import SweepPlan
@@ -81,12 +85,6 @@ def _plan(config: Path, settings: Sequence[str], sample: int | None, **options: 
 @contextmanager
 def _shown() -> Iterator[Callable[[list[Row]], None]]:
     """A live table on a terminal, else a line for each round."""
-    from rich.console import Console
-    from rich.live import Live
-
-    from lora_grpo.metrics.quiet import own_stderr
-    from lora_grpo.metrics.render import table
-
     with own_stderr() as stream:
         if not stream.isatty():
             yield lambda rows: say(_line(rows))

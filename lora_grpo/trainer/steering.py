@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from lora_grpo.adapters.asking.requests import Request
+from lora_grpo.adapters.asking.requests import Request, pending
 from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
@@ -29,7 +29,7 @@ def answer_requests(sync: NativeSync) -> None:
 
     def heard(roll_back: RollBack) -> None:
         run = sync.store.archive
-        if run is not None and sync.store.requests():
+        if run is not None and pending(run):
             with Reporter(run, total_steps=0) as reporter:
                 apply_requests(sync.store, roll_back, reporter)
 
@@ -38,17 +38,17 @@ def answer_requests(sync: NativeSync) -> None:
 
 def apply_requests(store: AdapterStore, roll_back: RollBack, reporter: Reporter) -> None:
     """Do what was asked, in order. A request that cannot be done changes nothing, and its answer says why."""
-    for request in store.requests():
-        if not store.claim(request):
+    for request in pending(store.archive):
+        if not request.claim():
             continue
         try:
             result = _apply(store, roll_back, request)
         except LoraGrpoError as error:
             result = {"error": str(error), "kind": type(error).__name__}
         except BaseException as error:
-            store.answer(request, {"error": f"{type(error).__name__}: {error}", "kind": EngineError.__name__})
+            request.answer({"error": f"{type(error).__name__}: {error}", "kind": EngineError.__name__})
             raise
-        store.answer(request, result)
+        request.answer(result)
         said = f"asked from outside: {_words(request)}: {result.get('error') or result['done']}"
         if result.get("left") != result.get("version"):
             reporter.rollback(result["step"], said)

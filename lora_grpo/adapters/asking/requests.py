@@ -27,11 +27,66 @@ _FORGOTTEN_S = 86400.0
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request: what to do (`verb`, `args`), and the name under which it is answered."""
+    """One request to whoever holds `run`: what to do (`verb`, `args`), and the name under which it is answered."""
 
+    run: Path
     name: str
     verb: str
     args: dict[str, Any] = field(default_factory=dict)
+
+    def answered(self) -> dict[str, Any] | None:
+        """The holder's answer, taken away by reading it; None while there is none. See `is_gone`."""
+        path = self._file(_ANSWER)
+        content = disk.read_small(path)
+        if content is None:
+            return None
+        path.unlink(missing_ok=True)
+        answer: dict[str, Any] = disk.parse_json(content)
+        return answer
+
+    def withdraw(self) -> bool:
+        """Take it back, so that it is never done; False when it was begun, answered or withdrawn already."""
+        try:
+            self._file(_ASKED).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_begun(self) -> bool:
+        """Whether the holder is doing it, or ended while it did."""
+        return self._file(_DOING).exists() and not self._file(_ANSWER).exists()
+
+    def is_gone(self) -> bool:
+        """Whether nobody began with it, nor ever will: it was taken back, or the run was opened again since."""
+        # In this order: one that goes on from one file to the next meanwhile is found there.
+        return not any(self._file(ending).exists() for ending in (_ASKED, _DOING, _ANSWER))
+
+    @property
+    def cut_short(self) -> str:
+        """Why nobody knows what became of it."""
+        return (
+            "the process that held the run ended while it was doing this; "
+            f"`lora-grpo versions {self.run}` shows whether it was done"
+        )
+
+    def claim(self) -> bool:
+        """Begin with it: from here on it cannot be taken back. False when it was."""
+        with disk.reported(f"beginning with request {self.name}"):
+            try:
+                os.rename(self._file(_ASKED), self._file(_DOING))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def answer(self, result: dict[str, Any]) -> None:
+        """Leave the answer, then take the request away: a kill in between leaves both, and the answer counts."""
+        with disk.reported(f"answering request {self.name}"):
+            disk.replace_file(self._file(_ANSWER), json.dumps(result).encode(), sync=False)
+            for ending in (_DOING, _ASKED):
+                self._file(ending).unlink(missing_ok=True)
+
+    def _file(self, ending: str) -> Path:
+        return self.run / "requests" / f"{self.name}{ending}"
 
 
 def request(run: str | Path, verb: str, **args: Any) -> Request:
@@ -41,60 +96,12 @@ def request(run: str | Path, verb: str, **args: Any) -> Request:
     """
     if holder(run) is None:
         raise StoreError(f"no process has {run} open; open the store yourself and make the change there")
-    asked = Request(f"{time.time_ns():020d}-{secrets.token_hex(8)}", verb, args)
-    path = _file(run, asked, _ASKED)
+    asked = Request(Path(run), f"{time.time_ns():020d}-{secrets.token_hex(8)}", verb, args)
+    path = asked._file(_ASKED)
     with disk.reported(f"leaving a request in {path.parent}"):
         disk.make_private(path.parent)
         disk.replace_file(path, json.dumps({"verb": verb, "args": args}).encode(), sync=False)
     return asked
-
-
-def answer_to(run: str | Path, request: Request) -> dict[str, Any] | None:
-    """The holder's answer, taken away by reading it; None while there is none. See `is_gone`."""
-    path = _file(run, request, _ANSWER)
-    content = disk.read_small(path)
-    if content is None:
-        return None
-    path.unlink(missing_ok=True)
-    answer: dict[str, Any] = disk.parse_json(content)
-    return answer
-
-
-def withdraw(run: str | Path, request: Request) -> bool:
-    """Take a request back, so that it is never done; False when it was begun, answered or withdrawn already."""
-    try:
-        _file(run, request, _ASKED).unlink()
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def claim(run: Path, request: Request) -> bool:
-    """Begin with a request: from here on it cannot be taken back. False when it was."""
-    try:
-        os.rename(_file(run, request, _ASKED), _file(run, request, _DOING))
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def is_begun(run: str | Path, request: Request) -> bool:
-    """Whether the holder is doing it, or ended while it did."""
-    return _file(run, request, _DOING).exists() and not _file(run, request, _ANSWER).exists()
-
-
-def is_gone(run: str | Path, request: Request) -> bool:
-    """Whether nobody began with it, nor ever will: it was taken back, or the run was opened again since."""
-    # In this order: one that goes on from one file to the next meanwhile is found there.
-    return not any(_file(run, request, ending).exists() for ending in (_ASKED, _DOING, _ANSWER))
-
-
-def cut_short(run: str | Path) -> str:
-    """Why nobody knows what became of a request."""
-    return (
-        "the process that held the run ended while it was doing this; "
-        f"`lora-grpo versions {run}` shows whether it was done"
-    )
 
 
 def sweep(run: Path) -> None:
@@ -102,45 +109,34 @@ def sweep(run: Path) -> None:
 
     Who asked is told of what was begun; what was not begun is gone. Answers that nobody came for are removed.
     """
-    folder = run / "requests"
-    for path in _files(folder, _DOING):
+    for path in _files(run, _DOING):
         if path.with_suffix(_ANSWER).exists():
             path.unlink()
         else:
-            answer(run, Request(path.stem, ""), {"error": cut_short(run), "kind": StoreError.__name__})
-    for path in _files(folder, _ASKED):
+            begun = Request(run, path.stem, "")
+            begun.answer({"error": begun.cut_short, "kind": StoreError.__name__})
+    for path in _files(run, _ASKED):
         path.unlink(missing_ok=True)
-    for path in (*_files(folder, _ANSWER), *_files(folder, ".new")):
+    for path in (*_files(run, _ANSWER), *_files(run, ".new")):
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > _FORGOTTEN_S:
                 path.unlink()
 
 
-def pending(run: Path) -> list[Request]:
+def pending(run: Path | None) -> list[Request]:
     """Requests that nobody began with, in order; a file that is none has the verb "unreadable", to be answered so."""
-    read = ((path.stem, disk.read_small(path)) for path in _files(run / "requests", _ASKED))
-    return [_parse(name, content) for name, content in read if content is not None]
+    read = ((path, disk.read_small(path)) for path in ([] if run is None else _files(run, _ASKED)))
+    return [_parse(path, content) for path, content in read if content is not None]
 
 
-def _parse(name: str, content: bytes) -> Request:
+def _parse(path: Path, content: bytes) -> Request:
+    run, name = path.parent.parent, path.stem
     try:
         values = disk.parse_json(content)
-        return Request(name, str(values["verb"]), dict(values["args"]))
+        return Request(run, name, str(values["verb"]), dict(values["args"]))
     except (ValueError, KeyError, TypeError) as error:
-        return Request(name, "unreadable", {"error": str(error)})
+        return Request(run, name, "unreadable", {"error": str(error)})
 
 
-def answer(run: Path, request: Request, result: dict[str, Any]) -> None:
-    """Leave the answer, then take the request away: a kill in between leaves both, and the answer counts."""
-    with disk.reported(f"answering request {request.name}"):
-        disk.replace_file(_file(run, request, _ANSWER), json.dumps(result).encode(), sync=False)
-        for ending in (_DOING, _ASKED):
-            _file(run, request, ending).unlink(missing_ok=True)
-
-
-def _file(run: str | Path, request: Request, ending: str) -> Path:
-    return Path(run) / "requests" / f"{request.name}{ending}"
-
-
-def _files(folder: Path, ending: str) -> list[Path]:
-    return sorted(path for path in folder.glob(f"*{ending}") if path.is_file())
+def _files(run: Path, ending: str) -> list[Path]:
+    return sorted(path for path in (run / "requests").glob(f"*{ending}") if path.is_file())

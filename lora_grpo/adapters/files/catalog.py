@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
@@ -23,7 +24,6 @@ class Catalog:
         self.root = root
         self.archive = archive
         self.journal = journal
-        self._read: dict[int, Manifest] = {}
 
     def on_tmpfs(self, number: int) -> bool:
         return self.root.has(VERSIONS, number)
@@ -53,10 +53,7 @@ class Catalog:
         """What was published as `number`; `UnknownVersion` says why there is none."""
         if not (self.on_tmpfs(number) or self.in_archive(number)):
             raise UnknownVersion(self.why_missing(number))
-        known = self.journal.published.get(number) or self._read.get(number)
-        if known is None:
-            known = self._read[number] = self._read_manifest(number)
-        return known
+        return self.journal.published.get(number) or self._read_manifest(number)
 
     def _read_manifest(self, number: int) -> Manifest:
         """Of the copy on tmpfs, or else of the archived one. Either may be removed while it is looked at."""
@@ -112,10 +109,9 @@ class Catalog:
     def verify_tmpfs(self, number: int) -> None:
         verify_version(self.root.folder(VERSIONS, number), self.manifest(number))
 
-    def candidates(self, numbers: list[int]) -> list[Candidate]:
-        """What retention looks at. Of a version whose manifest is unreadable only the number is known."""
-        known = self.journal.published
-        return [Candidate(n, known[n].step if n in known else 0, self.journal.metrics_of(n)) for n in sorted(numbers)]
+    def candidates(self, numbers: Iterable[int]) -> list[Candidate]:
+        """What retention looks at."""
+        return [Candidate(number, self.journal.metrics_of(number)) for number in numbers]
 
     def tmpfs_bytes(self) -> int:
         return sum(self.manifest(number).size_bytes for number in self.root.numbers(VERSIONS))

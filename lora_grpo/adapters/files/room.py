@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.disk import PAGE_BYTES, shm_size
 from lora_grpo.adapters.upkeep.session import Session
 from lora_grpo.errors import NoRoom
@@ -16,44 +15,35 @@ _MANIFEST_PAGES = 3
 """Pages beyond the files' own: the manifest, and the folder's bookkeeping."""
 
 
-class Room:
-    """Room on the root's file system, and in the byte budget."""
-
-    def __init__(self, catalog: Catalog, budget_bytes: int | None) -> None:
-        self._catalog = catalog
-        self._budget_bytes = budget_bytes
-
-    def make(self, sizes: Mapping[str, int], session: Session) -> None:
-        """Return when files of `sizes` bytes fit, pruning if they do not at first; else raise `NoRoom`."""
-        advice = (
-            f"tmpfs keeps {session.retention.words('tmpfs')}, HEAD, pinned and leased versions; open the store with a "
-            "retention that keeps fewer, such as retention=keep_latest(2) (a trainer: keep.on_tmpfs=2)"
-        )
-        if self._lacking(sizes, advice) is None:
-            return
+def make_room(session: Session, sizes: Mapping[str, int], budget_bytes: int | None) -> None:
+    """Return when files of `sizes` bytes fit the root and the budget, pruning if they do not; else raise `NoRoom`."""
+    if _lacking(session, sizes, budget_bytes) is None:
+        return
+    session.prune()
+    if _lacking(session, sizes, budget_bytes) is not None and session.writer.backlog_bytes:
+        session.writer.flush()
         session.prune()
-        if self._lacking(sizes, advice) is not None and session.writer.backlog_bytes:
-            session.writer.flush()
-            session.prune()
-        lacking = self._lacking(sizes, advice)
-        if lacking is not None:
-            raise NoRoom(lacking)
+    lacking = _lacking(session, sizes, budget_bytes)
+    if lacking is not None:
+        raise NoRoom(
+            f"a version {lacking}: tmpfs keeps {session.retention.words('tmpfs')}, HEAD, pinned and leased versions; "
+            "open the store with a retention that keeps fewer, such as retention=keep_latest(2) (a trainer: "
+            f"keep.on_tmpfs=2), or {_larger(session.root.path)}{'' if budget_bytes is None else ' or budget_bytes'}"
+        )
 
-    def _lacking(self, sizes: Mapping[str, int], advice: str) -> str | None:
-        root = self._catalog.root.path
-        lacking = _lacking_in(root, sizes)
-        if lacking is not None:
-            return f"a version {lacking}: {advice}, or {_larger(root)}"
-        if self._budget_bytes is None:
-            return None
-        need, used = sum(sizes.values()), self._catalog.tmpfs_bytes()
-        if used + need > self._budget_bytes:
-            return (
-                f"a version needs {need / MIB:.2f} MiB and budget_bytes={self._budget_bytes} has room for "
-                f"{max(0, self._budget_bytes - used) / MIB:.2f} MiB, versions in {root} taking {used / MIB:.2f} MiB: "
-                f"{advice}, or a larger budget within {root}{shm_size(root)}"
-            )
+
+def _lacking(session: Session, sizes: Mapping[str, int], budget_bytes: int | None) -> str | None:
+    root = session.root.path
+    lacking = _lacking_in(root, sizes)
+    if lacking is not None or budget_bytes is None:
+        return lacking
+    need, used = sum(sizes.values()), session.catalog.tmpfs_bytes()
+    if used + need <= budget_bytes:
         return None
+    return (
+        f"needs {need / MIB:.2f} MiB and budget_bytes={budget_bytes} has room for "
+        f"{max(0, budget_bytes - used) / MIB:.2f} MiB, versions in {root} taking {used / MIB:.2f} MiB"
+    )
 
 
 def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:

@@ -24,7 +24,6 @@ class Candidate:
     """What a rule may look at."""
 
     number: int
-    step: int
     metrics: Mapping[str, Any]
 
 
@@ -62,11 +61,11 @@ class Retention:
 
     def limits(self, place: Place) -> bool:
         """Whether anything is ever removed from `place`."""
-        return bool(self._rules(place))
+        return bool(getattr(self, place))
 
     def kept(self, place: Place, candidates: Sequence[Candidate]) -> set[int]:
         """The numbers that stay in `place`."""
-        rules = self._rules(place)
+        rules: tuple[Rule, ...] = getattr(self, place)
         if not rules:
             return {candidate.number for candidate in candidates}
         ordered = sorted(candidates, key=lambda candidate: candidate.number)
@@ -74,10 +73,7 @@ class Retention:
 
     def words(self, place: Place) -> str:
         """What is kept in `place`, for people."""
-        return ", ".join(rule.words for rule in self._rules(place)) or "everything"
-
-    def _rules(self, place: Place) -> tuple[Rule, ...]:
-        return {"tmpfs": self.tmpfs, "archive": self.archive, "state": self.state}[place]
+        return ", ".join(rule.words for rule in getattr(self, place)) or "everything"
 
 
 def is_score(value: object) -> bool:

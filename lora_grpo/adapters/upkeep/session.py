@@ -151,7 +151,7 @@ class Session:
 
     def _kept(self, place: Place, numbers: set[int], durable: set[int], always: set[int]) -> set[int]:
         """What retention keeps of `numbers`, and of `durable`, those on the disk: a kill takes the queue with it."""
-        candidates = self.catalog.candidates(sorted(numbers))
+        candidates = self.catalog.candidates(numbers)
         on_disk = [candidate for candidate in candidates if candidate.number in durable]
         return self.retention.kept(place, candidates) | self.retention.kept(place, on_disk) | always
 
