@@ -14,7 +14,7 @@ from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.layout import STATES, SUMS_FILE, VERSIONS, Identity, Manifest
 from lora_grpo.adapters.files.locks import Leases, is_leased
 from lora_grpo.adapters.upkeep.archive import verify_version
-from lora_grpo.adapters.upkeep.retention import Place, Retention, is_score
+from lora_grpo.adapters.upkeep.retention import Retention, is_score
 from lora_grpo.adapters.version import AdapterVersion, run_name
 from lora_grpo.errors import StoreCorrupt, StoreError, UnknownVersion
 
@@ -143,17 +143,13 @@ class StoreView:
     def prunable(self, retention: Retention) -> tuple[list[int], list[int]]:
         """What `prune()` by these rules would remove for good: versions, and trainer states."""
         catalog = self._looking()
-
-        def kept(place: Place, numbers: list[int]) -> set[int]:
-            return retention.kept(place, catalog.candidates(numbers)) | catalog.protected()
-
-        states = kept("state", catalog.states()).intersection(catalog.states())
-        here = catalog.root.numbers(VERSIONS)
-        stay = kept("tmpfs", here).intersection(here)
+        here, numbers, states = catalog.root.numbers(VERSIONS), {*catalog.numbers()}, {*catalog.states()}
+        going = states - catalog.kept(retention, "state", states)
+        stay = catalog.kept(retention, "tmpfs", here).intersection(here)
         stay |= {number for number in here if number not in stay and is_leased(catalog.root.folder(VERSIONS, number))}
         if catalog.archive is not None:
-            stay |= kept("archive", catalog.numbers()) | states
-        return sorted({*catalog.numbers()} - stay), sorted({*catalog.states()} - states)
+            stay |= catalog.kept(retention, "archive", numbers) | (states - going)
+        return sorted(numbers - stay), sorted(going)
 
     @property
     def missing(self) -> list[int]:

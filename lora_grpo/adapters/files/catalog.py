@@ -12,7 +12,7 @@ from lora_grpo.adapters.files.disk import Tree
 from lora_grpo.adapters.files.journal import Journal
 from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, VERSIONS, Manifest, read_manifest
 from lora_grpo.adapters.upkeep.archive import Archive, verify_version
-from lora_grpo.adapters.upkeep.retention import Candidate
+from lora_grpo.adapters.upkeep.retention import Candidate, Place, Retention
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import StoreCorrupt, UnknownVersion
 
@@ -101,17 +101,14 @@ class Catalog:
             raise StoreCorrupt(f"{link} points to {name!r}, which is not a version")
         return number
 
-    def protected(self) -> set[int]:
-        """Versions that no retention removes: the pinned ones and `HEAD`."""
-        head = self.head_number()
-        return self.journal.pins | ({head} if head is not None else set())
-
     def verify_tmpfs(self, number: int) -> None:
         verify_version(self.root.folder(VERSIONS, number), self.manifest(number))
 
-    def candidates(self, numbers: Iterable[int]) -> list[Candidate]:
-        """What retention looks at."""
-        return [Candidate(number, self.journal.metrics_of(number)) for number in numbers]
+    def kept(self, retention: Retention, place: Place, numbers: Iterable[int]) -> set[int]:
+        """What retention keeps of these in a place; and the pinned ones and `HEAD`, which none removes."""
+        candidates = [Candidate(number, self.journal.metrics_of(number)) for number in numbers]
+        head = self.head_number()
+        return retention.kept(place, candidates) | self.journal.pins | ({head} if head is not None else set())
 
     def tmpfs_bytes(self) -> int:
         return sum(self.manifest(number).size_bytes for number in self.root.numbers(VERSIONS))

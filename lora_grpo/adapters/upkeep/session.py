@@ -144,20 +144,17 @@ class Session:
         if not self.retention.limits("archive"):
             # Everything; listing an archive that only grows would make every prune slower than the last one.
             return {*self.root.numbers(VERSIONS)}
-        queued, states = self.writer.pending(VERSIONS), self.writer.pending(STATES)
-        durable = {*self.archive.tree.numbers(VERSIONS)} - queued
-        always = self.catalog.protected().union(states, self.catalog.states())
-        return self._kept("archive", {*self.catalog.numbers()}, durable, always)
+        durable = {*self.archive.tree.numbers(VERSIONS)} - self.writer.pending(VERSIONS)
+        kept = self._kept("archive", {*self.catalog.numbers()}, durable)
+        return kept.union(self.writer.pending(STATES), self.catalog.states())
 
-    def _kept(self, place: Place, numbers: set[int], durable: set[int], always: set[int]) -> set[int]:
+    def _kept(self, place: Place, numbers: set[int], durable: set[int]) -> set[int]:
         """What retention keeps of `numbers`, and of `durable`, those on the disk: a kill takes the queue with it."""
-        candidates = self.catalog.candidates(numbers)
-        on_disk = [candidate for candidate in candidates if candidate.number in durable]
-        return self.retention.kept(place, candidates) | self.retention.kept(place, on_disk) | always
+        return self.catalog.kept(self.retention, place, numbers) | self.catalog.kept(self.retention, place, durable)
 
     def _prune_tmpfs(self, durable: set[int]) -> list[int]:
         here = self.root.numbers(VERSIONS)
-        keep = self.retention.kept("tmpfs", self.catalog.candidates(here)) | self.catalog.protected()
+        keep = self.catalog.kept(self.retention, "tmpfs", here)
         removed, pending = [], self.writer.pending(VERSIONS)
         for number in (n for n in here if n not in keep):
             archived = number not in pending and self.catalog.in_archive(number)
@@ -177,7 +174,7 @@ class Session:
         archive = self.required_archive()
         queued = self.writer.pending(STATES) | ({coming} if coming is not None else set())
         durable = {*archive.tree.numbers(STATES)} - queued
-        kept = self._kept("state", queued | durable, durable, self.catalog.protected())
+        kept = self._kept("state", queued | durable, durable)
         for number in sorted(numbers - kept):
             if not self.writer.cancel(STATES, number):
                 continue
