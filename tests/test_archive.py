@@ -316,8 +316,8 @@ def test_an_adapter_that_arrives_while_its_state_is_queued_is_not_written_twice(
         assert session.archive is not None
         real = session.archive.has
 
-        def late(number: int) -> bool:
-            found = real(number)
+        def late(kind: str, number: int) -> bool:
+            found = real(kind, number)
             slow.opened.set()
             session.writer.flush()
             return found

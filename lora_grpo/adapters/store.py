@@ -220,7 +220,7 @@ class AdapterStore(StoreView):
         contents = {**files, STATE_FILE: [json.dumps(dict(meta)).encode()]}
         with self._writing(f"archiving the trainer state of version {number}") as session:
             self._catalog.manifest(number)
-            if session.required_archive().tree.has(STATES, number) or number in session.writer.pending(STATES):
+            if session.required_archive().has(STATES, number) or number in session.writer.pending(STATES):
                 raise StoreError(f"version {number} already has a trainer state; a state is written only once")
             session.archive_state(number, contents)
 

@@ -37,7 +37,7 @@ class StoreView:
     @property
     def archive(self) -> Path | None:
         """The durable run directory."""
-        return None if self._catalog.archive is None else self._catalog.archive.tree.path
+        return None if self._catalog.archive is None else self._catalog.archive.path
 
     @cached_property
     def run(self) -> str:
@@ -92,13 +92,12 @@ class StoreView:
             if catalog.has_manifest(number):
                 reading.enter_context(self.lease(number))
             expected = catalog.manifest(number)
-            if catalog.on_tmpfs(number):
-                catalog.verify_tmpfs(number)
-            if catalog.archive is not None and catalog.archive.has(number):
-                verify_version(catalog.archive.tree.folder(VERSIONS, number), expected)
-                catalog.archive.verify(VERSIONS, number)
-            if catalog.archive is not None and catalog.has_state(number):
-                catalog.archive.verify(STATES, number)
+            for tree in catalog.trees:
+                if tree.has(VERSIONS, number):
+                    verify_version(tree.folder(VERSIONS, number), expected)
+            for kind in (VERSIONS, STATES):
+                if catalog.archive is not None and catalog.archive.has(kind, number):
+                    catalog.archive.verify(kind, number)
 
     def readable(self, version: Target) -> Path:
         """A folder that holds a version's two PEFT files, on tmpfs or in the archive; every copy is verified first."""
@@ -108,10 +107,7 @@ class StoreView:
 
     def folder(self, version: Target) -> Path:
         """Where a version's two PEFT files lie, on tmpfs or else in the archive; nothing is verified."""
-        number, catalog = self._number(version), self._looking()
-        if catalog.archive is None or catalog.on_tmpfs(number):
-            return catalog.root.folder(VERSIONS, number)
-        return catalog.archive.tree.folder(VERSIONS, number)
+        return self._looking().folder(self._number(version))
 
     @contextmanager
     def reading(self, version: Target) -> Iterator[Path]:
@@ -127,7 +123,7 @@ class StoreView:
                 catalog = self._looking()
                 if catalog.archive is None or not catalog.in_archive(number):
                     raise
-                folder = catalog.archive.tree.folder(VERSIONS, number)
+                folder = catalog.archive.folder(VERSIONS, number)
             yield folder
 
     @property
@@ -204,10 +200,10 @@ class StoreView:
         The writer waits for one that is on its way. Raises `StoreCorrupt` when a file is not what was written.
         """
         archive, number = self._catalog.archive, self._number(version)
-        if archive is None or not archive.tree.has(STATES, number):
+        if archive is None or not archive.has(STATES, number):
             return None
         archive.verify(STATES, number)
-        folder = archive.tree.folder(STATES, number)
+        folder = archive.folder(STATES, number)
         return {path.name: path for path in sorted(folder.iterdir()) if path.name != SUMS_FILE}
 
     def _looking(self) -> Catalog:

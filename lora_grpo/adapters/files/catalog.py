@@ -24,41 +24,50 @@ class Catalog:
         self.root = root
         self.archive = archive
         self.journal = journal
+        self.trees: list[Tree] = [root] if archive is None else [root, archive]
+
+    def has(self, number: int) -> bool:
+        """Whether a version has a copy somewhere."""
+        return any(tree.has(VERSIONS, number) for tree in self.trees)
 
     def on_tmpfs(self, number: int) -> bool:
         return self.root.has(VERSIONS, number)
+
+    def folder(self, number: int) -> Path:
+        """A version's folder, on tmpfs or else in the archive."""
+        holding = (tree for tree in self.trees if tree.has(VERSIONS, number))
+        return next(holding, self.root).folder(VERSIONS, number)
 
     def has_manifest(self, number: int) -> bool:
         with disk.reported(f"looking for version {number}"):
             return (self.root.folder(VERSIONS, number) / MANIFEST_FILE).exists()
 
     def in_archive(self, number: int) -> bool:
-        return self.archive is not None and self.archive.has(number)
+        return self.archive is not None and self.archive.has(VERSIONS, number)
 
     def has_state(self, number: int) -> bool:
-        return self.archive is not None and self.archive.tree.has(STATES, number)
+        return self.archive is not None and self.archive.has(STATES, number)
 
     def numbers(self) -> list[int]:
         """Every version with a copy somewhere, ascending."""
-        archived = [] if self.archive is None else self.archive.tree.numbers(VERSIONS)
-        return sorted({*self.root.numbers(VERSIONS), *archived})
+        return sorted({number for tree in self.trees for number in tree.numbers(VERSIONS)})
 
     def states(self) -> list[int]:
-        return [] if self.archive is None else self.archive.tree.numbers(STATES)
+        return [] if self.archive is None else self.archive.numbers(STATES)
 
     def version(self, number: int) -> AdapterVersion:
         return self.manifest(number).version(self.root.folder(VERSIONS, number))
 
     def manifest(self, number: int) -> Manifest:
         """What was published as `number`; `UnknownVersion` says why there is none."""
-        if not (self.on_tmpfs(number) or self.in_archive(number)):
+        if not self.has(number):
             raise UnknownVersion(self.why_missing(number))
         return self.journal.published.get(number) or self._read_manifest(number)
 
     def _read_manifest(self, number: int) -> Manifest:
         """Of the copy on tmpfs, or else of the archived one. Either may be removed while it is looked at."""
         damage: StoreCorrupt | None = None
-        for tree in (self.root, *([] if self.archive is None else [self.archive.tree])):
+        for tree in self.trees:
             try:
                 return read_manifest(tree.folder(VERSIONS, number))
             except StoreCorrupt as error:
@@ -90,8 +99,7 @@ class Catalog:
             try:
                 name = Path(os.readlink(link)).name
             except (FileNotFoundError, NotADirectoryError):
-                promoted = reversed(self.journal.promoted)
-                return next((n for n in promoted if self.on_tmpfs(n) or self.in_archive(n)), None)
+                return next((number for number in reversed(self.journal.promoted) if self.has(number)), None)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise

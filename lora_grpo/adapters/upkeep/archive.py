@@ -14,35 +14,32 @@ from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, SUMS_FILE, VE
 from lora_grpo.errors import StoreCorrupt
 
 
-class Archive:
+class Archive(Tree):
     """The run directory's folders. Everything is staged, fsynced, renamed, and the rename made durable."""
 
     def __init__(self, run: Path) -> None:
-        self.tree = Tree(run, (VERSIONS, STATES), sync=True)
-
-    def has(self, number: int) -> bool:
-        return self.tree.has(VERSIONS, number)
+        super().__init__(run, (VERSIONS, STATES), sync=True)
 
     def keep_version(self, manifest: Manifest, source: Path) -> None:
         """Copy a version from tmpfs. `StoreCorrupt` when tmpfs no longer holds what was published."""
-        with reported(f"archiving version {manifest.number}"), self.tree.staged(VERSIONS, manifest.number) as folder:
+        with reported(f"archiving version {manifest.number}"), self.staged(VERSIONS, manifest.number) as folder:
             sums = _copy_checked(source, folder, manifest, sync=True)
-            self.tree.write(folder, {SUMS_FILE: [_sums_text(sums)]})
+            self.write(folder, {SUMS_FILE: [_sums_text(sums)]})
 
     def bring_back(self, manifest: Manifest, root: Tree) -> None:
         """Copy a version to its old place on tmpfs, digest checked before it appears there."""
         number = manifest.number
         with reported(f"restoring version {number}"), root.staged(VERSIONS, number) as folder:
-            _copy_checked(self.tree.folder(VERSIONS, number), folder, manifest, sync=root.sync)
+            _copy_checked(self.folder(VERSIONS, number), folder, manifest, sync=root.sync)
 
     def keep_state(self, number: int, contents: Files) -> None:
-        with reported(f"archiving the trainer state of version {number}"), self.tree.staged(STATES, number) as folder:
+        with reported(f"archiving the trainer state of version {number}"), self.staged(STATES, number) as folder:
             sums = {name: _sha256(buffers) for name, buffers in contents.items()}
-            self.tree.write(folder, {**contents, SUMS_FILE: [_sums_text(sums)]})
+            self.write(folder, {**contents, SUMS_FILE: [_sums_text(sums)]})
 
     def verify(self, kind: str, number: int) -> None:
         """Compare every file of an archived folder with its `SHA256SUMS`; `StoreCorrupt` names what differs."""
-        folder = self.tree.folder(kind, number)
+        folder = self.folder(kind, number)
         with reported(f"reading {folder}"):
             expected = _read_sums(folder / SUMS_FILE)
             found = set(os.listdir(folder)) - {SUMS_FILE}

@@ -82,14 +82,14 @@ class Opening:
     def prepare(self) -> Numbering:
         """Create what is missing, and find the number to go on from."""
         root, run = self.places.root, self.places.run
-        for tree in self._trees():
+        for tree in self.catalog.trees:
             tree.create()
             self._leftovers += tree.leftovers()
         self._unborn.update(self.root.leftovers())
         before = self._current_root()
         self._move_journal()
         self.journal.open_for_writing()
-        known = max(self.journal.last, *(tree.last_name(VERSIONS) for tree in self._trees()))
+        known = max(self.journal.last, *(tree.last_name(VERSIONS) for tree in self.catalog.trees))
         numbering = Numbering(root, run, known=known, root_is_new=before is None, sync=self.root.sync)
         self._identify(before)
         return numbering
@@ -108,16 +108,13 @@ class Opening:
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.places.root))
         (aside / VERSIONS).mkdir()
         for number in self.root.numbers(VERSIONS):
-            if _is_same(self.root.folder(VERSIONS, number), archive.tree.folder(VERSIONS, number)):
+            if _is_same(self.root.folder(VERSIONS, number), archive.folder(VERSIONS, number)):
                 self.root.remove(VERSIONS, number)
             else:
                 os.rename(self.root.folder(VERSIONS, number), aside / VERSIONS / disk.folder_name(number))
         for name in ("HEAD", "NUMBERS", "store.json"):
             if os.path.lexists(self.places.root / name):
                 os.rename(self.places.root / name, aside / name)
-
-    def _trees(self) -> list[Tree]:
-        return [self.root] if self.archive is None else [self.root, self.archive.tree]
 
     def _move_journal(self) -> None:
         """A root that lived without a run directory brings its history with it."""
@@ -155,12 +152,14 @@ class Opening:
         """Settle what a dead process left open; after this, the journal and the folders agree."""
         lost, lost_states = self._settle_versions(), self._settle_states()
         # Only now: a folder left in staging tells a version that never was from one that was lost.
-        for tree in self._trees():
+        for tree in self.catalog.trees:
             tree.sweep()
             for name in _TEMPORARIES:
                 (tree.path / name).unlink(missing_ok=True)
         head_moved = self._settle_head()
-        unarchived = [n for n in self.root.numbers(VERSIONS) if self.archive is not None and not self.archive.has(n)]
+        unarchived = [
+            n for n in self.root.numbers(VERSIONS) if self.archive is not None and not self.archive.has(VERSIONS, n)
+        ]
         self._damaged.update(n for n in unarchived if not self._is_sound(n))
         if self.places.run is not None:
             requests.sweep(self.places.run)
@@ -224,7 +223,7 @@ class Opening:
     def _bring_to_tmpfs(self, number: int) -> bool:
         if self.catalog.on_tmpfs(number) and self._is_sound(number):
             return True
-        if self.archive is None or not self.archive.has(number):
+        if self.archive is None or not self.archive.has(VERSIONS, number):
             return False
         if self.catalog.on_tmpfs(number):
             self.root.remove(VERSIONS, number)

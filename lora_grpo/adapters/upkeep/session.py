@@ -71,7 +71,7 @@ class Session:
         """
         archive = self.required_archive()
         # In this order: a copy that is finished in between is seen by the second look.
-        if number not in self.writer.pending(VERSIONS) and not archive.has(number):
+        if number not in self.writer.pending(VERSIONS) and not archive.has(VERSIONS, number):
             self.archive_version(self.catalog.manifest(number))
         size = sum(memoryview(buffer).nbytes for buffers in contents.values() for buffer in buffers)
         if not self.writer.has_room(size):
@@ -144,7 +144,7 @@ class Session:
         if not self.retention.limits("archive"):
             # Everything; listing an archive that only grows would make every prune slower than the last one.
             return {*self.root.numbers(VERSIONS)}
-        durable = {*self.archive.tree.numbers(VERSIONS)} - self.writer.pending(VERSIONS)
+        durable = {*self.archive.numbers(VERSIONS)} - self.writer.pending(VERSIONS)
         kept = self._kept("archive", {*self.catalog.numbers()}, durable)
         return kept.union(self.writer.pending(STATES), self.catalog.states())
 
@@ -165,7 +165,7 @@ class Session:
         return removed
 
     def _prune_archive(self, archive: Archive, kept: set[int]) -> None:
-        for number in sorted({*archive.tree.numbers(VERSIONS)} - kept):
+        for number in sorted({*archive.numbers(VERSIONS)} - kept):
             if not self.catalog.on_tmpfs(number):
                 self.journal.append("forget", number, why=f"the archive keeps {self.retention.words('archive')}")
             self._remove(archive, VERSIONS, number)
@@ -173,18 +173,18 @@ class Session:
     def _prune_states(self, numbers: set[int], *, coming: int | None = None) -> None:
         archive = self.required_archive()
         queued = self.writer.pending(STATES) | ({coming} if coming is not None else set())
-        durable = {*archive.tree.numbers(STATES)} - queued
+        durable = {*archive.numbers(STATES)} - queued
         kept = self._kept("state", queued | durable, durable)
         for number in sorted(numbers - kept):
             if not self.writer.cancel(STATES, number):
                 continue
             self.journal.append("forget_state", number)
-            if archive.tree.has(STATES, number):
+            if archive.has(STATES, number):
                 self._remove(archive, STATES, number)
 
     def _remove(self, archive: Archive, kind: str, number: int) -> None:
         """Take an archived folder away at once; waiting for the disk is left to the archive thread."""
-        trash = archive.tree.take_out(kind, number)
+        trash = archive.take_out(kind, number)
         self.writer.submit(Job(TRASH, number, 0, 0, partial(_delete, archive, kind, trash)))
 
     def _clear_root(self) -> None:
@@ -211,7 +211,7 @@ def open_session(
 
 def _delete(archive: Archive, kind: str, trash: Path) -> None:
     with disk.reported(f"deleting {trash}"):
-        archive.tree.delete(kind, trash)
+        archive.delete(kind, trash)
 
 
 def _archive_version(archive: Archive, journal: Journal, manifest: Manifest, source: Path) -> None:
