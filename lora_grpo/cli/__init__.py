@@ -4,7 +4,7 @@ A command is a function in the file of its subject, and is named in `GROUPS`. Wh
 inside the function, so that `lora-grpo --help` loads neither torch nor vllm.
 
 Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of
-usage, 130 stopped by Ctrl-C (`train`, `sweep` and `bench`: or by SIGTERM).
+usage, 130 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -102,6 +103,8 @@ def main() -> None:
     """The entry point of `lora-grpo`."""
     # Reward functions are named as modules, and a program installed as a script does not look where it is started.
     sys.path.append(os.getcwd())
+    # As Ctrl-C: what is open is closed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # On a CPU torch warns, whenever vLLM is imported, that there is no Triton.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -88,7 +87,6 @@ def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -
         say(f"{out} holds this run's finished result: it is measured again, and replaced when that is finished too")
     with closing(suite):
         print_table([{"": name, "value": str(value)} for name, value in suite.card.items()], "lora-grpo bench")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with _bar(suite.rounds) as progress:
                 suite.run(progress)

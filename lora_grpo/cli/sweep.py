@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +48,6 @@ def sweep(
     curves.png and best-adapter/. Settings with one value hold for all members. The table goes to stderr, the summary
     to stdout as JSON. Ctrl-C and SIGTERM stop all members cleanly; --resume goes on.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from lora_grpo.trainer.sweeping.plan import SweepPlan
     from lora_grpo.trainer.sweeping.sweep import Sweep
 

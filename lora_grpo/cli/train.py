@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -113,7 +112,6 @@ def train(
     Progress goes to stderr; the last line of stdout is the result as JSON.
     Ctrl-C and SIGTERM stop cleanly and leave the last version intact; --resume goes on from there.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from lora_grpo.config_file import load_config
 
     run_config = load_config(config, overrides or ())
