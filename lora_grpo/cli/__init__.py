@@ -1,7 +1,7 @@
 """The command line: parsing, printing and exit codes; the work is done by the rooms below.
 
-A command is a function in the file of its subject, and is named in `GROUPS`. What is slow to import is imported
-inside the function, so that `lora-grpo --help` loads neither torch nor vllm.
+A command is a function in the file of its subject, and is named in `GROUPS`. Commands import what they run inside the
+function, so that `lora-grpo --help` loads neither torch nor vllm.
 
 Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of
 usage, 130 stopped by Ctrl-C or SIGTERM.

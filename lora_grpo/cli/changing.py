@@ -6,19 +6,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_grpo import errors
-from lora_grpo.adapters.asking.requests import Request, request
 from lora_grpo.adapters.asking.target import parse_target
-from lora_grpo.adapters.files.locks import holder
-from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.upkeep.retention import Retention
-from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 from lora_grpo.cli.options import VERSION_HELP, Json, Run, Version, keys_begun, opened, say, tell
 from lora_grpo.errors import ConfigError, StoreError, StoreLocked
+
+if TYPE_CHECKING:
+    from lora_grpo.adapters.asking.requests import Request
+    from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.adapters.upkeep.retention import Retention
 
 TIMEOUT_S = 600.0
 POLL_S = 0.05
@@ -61,6 +61,8 @@ def rollback(
     A stopped run goes back at once, and resume goes on from there. A live run goes back before its next step. The
     prompts do not go back, and every sampling seed changes.
     """
+    from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
+
     parse_target(to)
 
     def act(store: AdapterStore) -> dict[str, Any]:
@@ -103,6 +105,8 @@ def prune(
 
     A live run uses its own settings, as it does after every step.
     """
+    from lora_grpo.adapters.files.locks import holder
+
     for text in overrides or ():
         if not text.startswith("keep."):
             raise ConfigError(f"{text}: prune takes only keep settings, such as keep.archived=50")
@@ -159,6 +163,10 @@ def change(
     `retention` says what a stopped run keeps. Raises the error that either met, and `StoreError` when a live run has
     not begun with it after `timeout_s`.
     """
+    from lora_grpo.adapters.asking.requests import request
+    from lora_grpo.adapters.files.locks import holder
+    from lora_grpo.adapters.store import AdapterStore
+
     opened(run).close()
     deadline = time.monotonic() + timeout_s
     while True:
@@ -180,6 +188,8 @@ def _wait(request: Request, deadline: float) -> dict[str, Any] | None:
 
     Once it is begun there is no taking it back, so that the deadline is for the beginning.
     """
+    from lora_grpo.adapters.files.locks import holder
+
     who = holder(request.run)
     try:
         say(f"asked {who}, which looks before its next step")

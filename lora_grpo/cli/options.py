@@ -9,14 +9,16 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic_core import to_jsonable_python
 from rich.console import Console
 
-from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.metrics.render import table
+
+if TYPE_CHECKING:
+    from lora_grpo.adapters.store import AdapterStore
 
 PIPE_WIDTH = 160
 
@@ -46,6 +48,8 @@ Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help=
 
 def opened(run: Path) -> AdapterStore:
     """The store of a run, which may be live."""
+    from lora_grpo.adapters.store import AdapterStore
+
     return AdapterStore(archive=run, readonly=True)
 
 

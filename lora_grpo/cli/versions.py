@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
 from lora_grpo.cli.options import Json, Run, Version, opened, say, tell
 from lora_grpo.errors import StoreError, UnknownVersion
-from lora_grpo.report import describe, described, for_people, write_report
+
+if TYPE_CHECKING:
+    from lora_grpo.adapters.store import AdapterStore
 
 
 def versions(run: Run, as_json: Json = False) -> None:
     """List a run's adapter versions: where they are stored, their size, rewards and other metrics."""
+    from lora_grpo.report import described, for_people
+
     with opened(run) as store:
         rows = described(store, store.list())
     tell(rows, as_json, [for_people(row) for row in rows], f"versions of {run}")
@@ -24,6 +26,9 @@ def versions(run: Run, as_json: Json = False) -> None:
 
 def show(run: Run, version: Version, as_json: Json = False) -> None:
     """Show everything that is known about one version."""
+    from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
+    from lora_grpo.report import describe
+
     with opened(run) as store:
         found = store.get(version)
         children = [child.number for child in store.list() if child.parent == found.number]
@@ -54,6 +59,8 @@ def report(
 
     It opens from disk and needs no network. With --watch, the page in the browser updates itself.
     """
+    from lora_grpo.report import write_report
+
     if watch:
         say(f"writing the page every {watch:g} s until the run ends")
     typer.echo(write_report(run, out, watch))

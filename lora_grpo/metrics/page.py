@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.config_file import RESOLVED_FILE, describe_settings
+from lora_grpo.config_file import RESOLVED_FILE, config_of_model
 from lora_grpo.metrics.drawing import MOST_POINTS, Lineage, curves, tree
 from lora_grpo.metrics.log import METRICS_FILE, Record, history, read_metrics
 from lora_grpo.metrics.panels import series
@@ -135,14 +135,12 @@ def _timings(steps: Sequence[Record]) -> Iterator[tuple[str, float, float, float
 
 def _settings(run: Path, started_with: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
     """Key, value, and whether it is not the default: of `config.json`, else those that the run started with."""
-    defaults = {setting.key: setting.default for setting in describe_settings()}
+    defaults = dict(flat(config_of_model("-").model_dump(mode="json")))
     path = run / RESOLVED_FILE
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"grpo": started_with}
     for key, value in flat(values):
         shown = "-" if value is None else json.dumps(value, ensure_ascii=False)
-        default = defaults.get(key, "(needed)")
-        same = shown == default or (default not in ("-", "(needed)") and value == json.loads(default))
-        yield key, shown, not same
+        yield key, shown, key not in defaults or value != defaults[key]
 
 
 def changed_settings(run: Path, started_with: Mapping[str, Any]) -> list[tuple[str, str]]:

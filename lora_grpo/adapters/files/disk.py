@@ -259,10 +259,11 @@ class Tree:
 
     def delete(self, kind: str, trash: Path) -> None:
         """Delete a folder that was taken out, once a power cut can no longer put it back. May be tried again."""
-        if self.sync:
-            sync_folder(self.path / kind)
-        if trash.exists():
-            shutil.rmtree(trash)
+        with reported(f"deleting {trash}"):
+            if self.sync:
+                sync_folder(self.path / kind)
+            if trash.exists():
+                shutil.rmtree(trash)
 
     def leftovers(self) -> list[str]:
         """What a dead process left half-written or half-removed."""

@@ -1,10 +1,7 @@
-"""Which versions stay, as small objects joined with `|`.
+"""Which versions stay, as small objects joined with `|`; pins, `HEAD` and leases are the store's to respect.
 
-    keep_latest(8) | keep_best("reward", 2) | keep_every(50) | keep_trainer_state(keep_latest(2))
-
-A version stays where any rule for that place keeps it. There are three places: tmpfs (plain rules), the archive
-(`keep_archived`) and trainer states (`keep_trainer_state`). A place without rules keeps everything, so that
-`Retention()` keeps all. Pins, `HEAD` and leases are the store's to respect and no matter of rules.
+A version stays in a place where any rule for that place keeps it: tmpfs (plain rules), the archive (`keep_archived`)
+and trainer states (`keep_trainer_state`).
 """
 
 from __future__ import annotations

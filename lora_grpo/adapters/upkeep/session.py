@@ -185,7 +185,7 @@ class Session:
     def _remove(self, archive: Archive, kind: str, number: int) -> None:
         """Take an archived folder away at once; waiting for the disk is left to the archive thread."""
         trash = archive.take_out(kind, number)
-        self.writer.submit(Job(TRASH, number, 0, 0, partial(_delete, archive, kind, trash)))
+        self.writer.submit(Job(TRASH, number, 0, 0, partial(archive.delete, kind, trash)))
 
     def _clear_root(self) -> None:
         """Remove a root that only this store knows; what is archived comes back there when the run is opened again."""
@@ -207,11 +207,6 @@ def open_session(
     except BaseException:
         lock.release()
         raise
-
-
-def _delete(archive: Archive, kind: str, trash: Path) -> None:
-    with disk.reported(f"deleting {trash}"):
-        archive.delete(kind, trash)
 
 
 def _archive_version(archive: Archive, journal: Journal, manifest: Manifest, source: Path) -> None:
