@@ -138,7 +138,6 @@ def _report(out: Path | None, readme: Path | None) -> None:
     from lora_grpo.bench.joining import join
     from lora_grpo.bench.report import update_readme, write_report
     from lora_grpo.bench.schema import read_document
-    from lora_grpo.errors import ConfigError
 
     if out is None:
         raise ConfigError("bench report needs a finished run: give its directory with --out DIR")

@@ -118,9 +118,6 @@ class Catalog:
         head = self.head_number()
         return retention.kept(place, candidates) | self.journal.pins | ({head} if head is not None else set())
 
-    def tmpfs_bytes(self) -> int:
-        return sum(self.manifest(number).size_bytes for number in self.root.numbers(VERSIONS))
-
 
 def link_head(root: Tree, number: int) -> None:
     """Point `HEAD` at a version, atomically.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_grpo.adapters.files.disk import PAGE_BYTES, shm_size
+from lora_grpo.adapters.files.layout import VERSIONS
 from lora_grpo.adapters.upkeep.session import Session
 from lora_grpo.errors import NoRoom
 
@@ -33,16 +34,16 @@ def make_room(session: Session, sizes: Mapping[str, int], budget_bytes: int | No
 
 
 def _lacking(session: Session, sizes: Mapping[str, int], budget_bytes: int | None) -> str | None:
-    root = session.root.path
-    lacking = _lacking_in(root, sizes)
+    lacking = _lacking_in(session.root.path, sizes)
     if lacking is not None or budget_bytes is None:
         return lacking
-    need, used = sum(sizes.values()), session.catalog.tmpfs_bytes()
+    here = map(session.catalog.manifest, session.root.numbers(VERSIONS))
+    need, used = sum(sizes.values()), sum(manifest.size_bytes for manifest in here)
     if used + need <= budget_bytes:
         return None
     return (
         f"needs {need / MIB:.2f} MiB and budget_bytes={budget_bytes} has room for "
-        f"{max(0, budget_bytes - used) / MIB:.2f} MiB, versions in {root} taking {used / MIB:.2f} MiB"
+        f"{max(0, budget_bytes - used) / MIB:.2f} MiB, versions in {session.root.path} taking {used / MIB:.2f} MiB"
     )
 
 
