@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_grpo import AdapterStore, FakeEngine, NativeSync, Retention, Sampling, keep_latest
-from lora_grpo.adapters.upkeep.keeping import retention
-from lora_grpo.adapters.upkeep.retention import Candidate
+from lora_grpo.adapters.upkeep.retention import Candidate, retention
 from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 from lora_grpo.config import KeepConfig
 from lora_grpo.errors import NoRoom, UnknownVersion

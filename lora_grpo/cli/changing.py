@@ -137,7 +137,7 @@ def _listed(numbers: list[int], what: str) -> str:
 
 def _kept(run: Path, overrides: list[str]) -> Retention:
     """What a run keeps: by its settings with `overrides`, or by these where it was not started from a file."""
-    from lora_grpo.adapters.upkeep.keeping import retention
+    from lora_grpo.adapters.upkeep.retention import retention
     from lora_grpo.config_file import RESOLVED_FILE, config_of_model, load_config
 
     if (run / RESOLVED_FILE).is_file():

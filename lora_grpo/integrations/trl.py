@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.upkeep.keeping import keeps_state, retention
+from lora_grpo.adapters.upkeep.retention import keeps_state, retention
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import KeepConfig, ModelConfig
 from lora_grpo.engines.local.targets import check_is_base

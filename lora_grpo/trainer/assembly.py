@@ -16,7 +16,7 @@ from lora_grpo.adapters.files.locks import holder
 from lora_grpo.adapters.files.room import require_kept
 from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.upkeep.keeping import keeps_state, retention
+from lora_grpo.adapters.upkeep.retention import keeps_state, retention
 from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.joint import EngineInEach

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lora_grpo.config import KeepConfig
 
 Place: TypeAlias = Literal["tmpfs", "archive", "state"]
 
@@ -140,6 +144,22 @@ def keep_trainer_state(rules: Retention) -> Retention:
     'the last 2'
     """
     return Retention(state=_plain("keep_trainer_state", rules))
+
+
+def retention(keep: KeepConfig) -> Retention:
+    """What a run's settings keep; what a guard goes back to and what "best" names stay exact."""
+    rules = keep_latest(keep.on_tmpfs)
+    best = keep_best("reward") | keep_best("eval/reward")
+    rules |= keep_trainer_state(keep_latest(keep.trainer_states) | best)
+    if keep.archived is not None:
+        archived = keep_latest(keep.archived) | keep_best("reward", keep.archived) | keep_best("eval/reward", 3)
+        rules |= keep_archived(archived)
+    return rules
+
+
+def keeps_state(keep: KeepConfig) -> Callable[[AdapterVersion], bool]:
+    """Which versions' trainer states are written at all."""
+    return lambda version: version.step % keep.trainer_state_every == 0
 
 
 def _plain(name: str, rules: Retention) -> tuple[Rule, ...]:
