@@ -193,31 +193,21 @@ def _wait(request: Request, deadline: float) -> dict[str, Any] | None:
     who = holder(request.run)
     try:
         say(f"asked {who}, which looks before its next step")
-        while (answer := request.answered()) is None:
+        while (answer := request.answered()) is None and not request.is_gone():
             live = holder(request.run) is not None
-            late = time.monotonic() > deadline
-            if request.is_gone() or ((not live or late) and _taken_back(request, who if live else None)):
-                return None
+            if (not live or time.monotonic() > deadline) and request.withdraw() and live:
+                raise StoreError(
+                    f"{who} holds {request.run} and has not answered; {_TAKEN_BACK}. Its step may take long: wait "
+                    "longer with --timeout, or stop it and try again"
+                )
+            if not live and request.is_begun():
+                raise StoreError(request.cut_short)
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         too_late = f"it is too late to withdraw the request: {who} is doing it or has done it"
         say(_TAKEN_BACK if request.withdraw() else too_late)
         raise
     return answer
-
-
-def _taken_back(request: Request, who: str | None) -> bool:
-    """Take the request back from `who` (None: it ended); False when it was begun, so that its answer will come."""
-    if request.withdraw():
-        if who is None:
-            return True
-        raise StoreError(
-            f"{who} holds {request.run} and has not answered; {_TAKEN_BACK}. Its step may take long: wait longer with "
-            "--timeout, or stop it and try again"
-        )
-    if who is None and request.is_begun():
-        raise StoreError(request.cut_short)
-    return False
 
 
 def _done(answer: dict[str, Any]) -> dict[str, Any]:
