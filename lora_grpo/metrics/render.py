@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 GAP = "sampling/sampling_logp_difference/mean"
@@ -61,9 +61,7 @@ class ViewState:
 
 def panel(state: ViewState) -> RenderableType:
     """The live panel."""
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column()
+    facts = Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2))
     for name, value in _facts(state):
         facts.add_row(name, value)
     return Panel(
@@ -157,10 +155,7 @@ def number(value: Any) -> str:
 def _progress(state: ViewState) -> RenderableType:
     elapsed = duration(time.monotonic() - state.started_at)
     eta = duration(state.eta_s) if state.eta_s is not None else "-"
-    row = Table.grid(padding=(0, 2), expand=True)
-    row.add_column(no_wrap=True)
-    row.add_column(ratio=1)
-    row.add_column(no_wrap=True)
+    row = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 2), expand=True)
     row.add_row(
         Text.assemble("step ", (f"{state.step}", "bold"), f"/{state.total_steps}"),
         ProgressBar(total=state.total_steps, completed=state.step),
