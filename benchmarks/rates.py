@@ -32,8 +32,7 @@ from lora_grpo.demo.base import ensure_base
 from lora_grpo.demo.run import demo_config
 from lora_grpo.metrics.log import read_metrics
 from lora_grpo.trainer import build_trainer
-from lora_grpo.trainer.sweeping.grid import trials_of
-from lora_grpo.trainer.sweeping.plan import SweepPlan
+from lora_grpo.trainer.sweeping.plan import SweepPlan, trials_of
 from lora_grpo.trainer.sweeping.sweep import Sweep
 
 RATES = "2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2,3.2e-2"

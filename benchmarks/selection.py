@@ -17,8 +17,7 @@ from typing import Any
 
 from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.config import DataConfig, EngineConfig, GRPOConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
-from lora_grpo.trainer.sweeping.grid import trials_of
-from lora_grpo.trainer.sweeping.plan import SweepPlan
+from lora_grpo.trainer.sweeping.plan import SweepPlan, trials_of
 from lora_grpo.trainer.sweeping.sweep import Sweep
 from tests.tiny_models import tiny_model
 

@@ -35,9 +35,9 @@ from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.guards import Guard
+from lora_grpo.trainer.loop import learn
 from lora_grpo.trainer.overlap import Ahead, lag_behind
 from lora_grpo.trainer.rollouts import Rollout, Source
-from lora_grpo.trainer.stepping import learn
 from lora_grpo.types import Completion, Group, Sampling
 from lora_grpo.worker import Worker
 from tests.tiny_models import load_model, refill_lora, tiny_lora

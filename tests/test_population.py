@@ -24,8 +24,8 @@ from lora_grpo.trainer import GRPOTrainer, room
 from lora_grpo.trainer.guards import Guard, NonFinite
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
+from lora_grpo.trainer.preflight import MemberSpec
 from lora_grpo.trainer.room import Wanted
-from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.types import Group
 from tests.conftest import ENGINE_ARGS
 from tests.tiny_run import fake_engine

@@ -26,7 +26,8 @@ from lora_grpo.errors import ConfigError, StoreCorrupt, StoreLocked
 from lora_grpo.metrics.log import history, read_metrics
 from lora_grpo.reference import keep_reference, kept_reference
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer import going_back, loop
+from lora_grpo.trainer import loop
+from lora_grpo.trainer.run import roll_back
 from tests.tiny_models import load_model, tiny_lora
 from tests.tiny_run import fake_engine
 from tests.tiny_trainer import CONFIG, ROWS, moments, same, share_of_low_bytes, tiny_trainer, weights
@@ -254,7 +255,7 @@ def test_back_to_the_first_version_without_its_state(llama_dir: Path, tmp_path: 
         first = weights(trainer)
         trainer.train()
         position = trainer.source.sampler.state_dict()
-        going_back.roll_back(trainer, 2, learning_rate_factor=0.5)
+        roll_back(trainer, 2, learning_rate_factor=0.5)
     shutil.rmtree(run / "states" / "000001")
     with AdapterStore(archive=run) as store:
         roll_back_stopped(store, 1)

@@ -25,7 +25,7 @@ from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.errors import DeliveryError, StoreError
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer.population.together import hold
+from lora_grpo.trainer.population.population import hold
 from tests.fake_vllm import FakeServer
 from tests.tiny_models import load_model, refill_lora, tiny_lora
 from tests.tiny_trainer import same

@@ -21,7 +21,7 @@ from lora_grpo.errors import ConfigError, EngineError, StoreError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics.log import read_metrics
 from lora_grpo.trainer import assembly, crew, preflight
-from lora_grpo.trainer.stepping import canary
+from lora_grpo.trainer.loop import canary
 from tests.test_server_engine_real import LEAVES, VLLM_ARGS, free_ports
 from tests.test_trainer_processes import PerProcess, assert_near, config, run
 from tests.tiny_models import tiny_model
@@ -145,7 +145,7 @@ def test_whether_a_canary_is_due_is_the_first_processs_say(noise: float, first_s
     parts: Any = SimpleNamespace(sync=sync, policy=SimpleNamespace(processes=SimpleNamespace(share=share)))
     group: Any = SimpleNamespace(completions=[SimpleNamespace(version=3)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_grpo.trainer.stepping.spread", lambda groups, rows: groups)
+        patch.setattr("lora_grpo.trainer.loop.spread", lambda groups, rows: groups)
         assert canary(parts, CONFIG, [group], 0.1, step=2) == ("done" if first_says else None)
     assert asked == [not first_says]
 

@@ -30,8 +30,7 @@ from lora_grpo.metrics.log import RunLog, history, read_metrics
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.sweeping import sweep as sweep_module
-from lora_grpo.trainer.sweeping.grid import is_swept, trials_of
-from lora_grpo.trainer.sweeping.plan import SweepPlan
+from lora_grpo.trainer.sweeping.plan import SweepPlan, is_swept, trials_of
 from lora_grpo.trainer.sweeping.selection import (
     FACTORS,
     halving_losers,

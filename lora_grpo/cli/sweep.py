@@ -72,8 +72,7 @@ def sweep(
 
 def _plan(config: Path, settings: Sequence[str], sample: int | None, **options: Any) -> SweepPlan:
     from lora_grpo.config_file import load_config
-    from lora_grpo.trainer.sweeping.grid import is_swept, trials_of
-    from lora_grpo.trainer.sweeping.plan import SweepPlan
+    from lora_grpo.trainer.sweeping.plan import SweepPlan, is_swept, trials_of
 
     swept = [text for text in settings if is_swept(text)]
     fixed = load_config(config, [text for text in settings if not is_swept(text)])

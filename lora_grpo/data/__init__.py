@@ -1,7 +1,6 @@
 """Prompts: where they come from, and in which order a run uses them."""
 
-from lora_grpo.data.order import PromptSampler
-from lora_grpo.data.prompts import RESERVED_COLUMNS, PromptDataset, load_data, load_prompts
+from lora_grpo.data.prompts import RESERVED_COLUMNS, PromptDataset, PromptSampler, load_data, load_prompts
 from lora_grpo.data.reading import FILE_SUFFIXES, Rows
 
 __all__ = [

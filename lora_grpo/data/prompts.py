@@ -1,4 +1,4 @@
-"""Rows as checked prompts with their columns.
+"""Rows as checked prompts with their columns, and the order in which a run uses them.
 
 A prompt is text or a list of chat messages; every other column of its row is handed to the reward functions.
 Everything is checked when it is loaded, so that row 5,000 does not end a run after hours.
@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lora_grpo.config import DataConfig
 from lora_grpo.data.reading import Rows, read_rows, short
 from lora_grpo.errors import ConfigError
-from lora_grpo.types import Chat, Prompt
+from lora_grpo.types import Chat, Prompt, derive_seed
 
 RESERVED_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 """Names under which reward functions get something else."""
@@ -179,3 +181,58 @@ def _text_problem(text: str) -> str | None:
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arrow gives every message the keys of all; a chat template would take a None for something said."""
     return {key: item for key, item in values.items() if item is not None}
+
+
+class PromptSampler:
+    """Indices of P prompts a step, in epochs that are shuffled anew and hold every prompt exactly once.
+
+    The order depends on `seed` and the epoch alone, on every machine, and the whole state is `(epoch, offset)`, so a
+    resumed run draws what the uninterrupted one would have. A step that reaches an epoch's end goes on in the next.
+    """
+
+    def __init__(self, num_prompts: int, prompts_per_step: int, seed: int) -> None:
+        self.num_prompts = num_prompts
+        self.prompts_per_step = prompts_per_step
+        self.seed = seed
+        self.epoch = 0
+        self.offset = 0
+        self._order = self._shuffled(0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def __next__(self) -> list[int]:
+        """The indices of the next step's prompts; never ends."""
+        indices: list[int] = []
+        while len(indices) < self.prompts_per_step:
+            taken = self._order[self.offset : self.offset + self.prompts_per_step - len(indices)]
+            indices.extend(taken)
+            self.offset += len(taken)
+            if self.offset == self.num_prompts:
+                self._move_to(self.epoch + 1, 0)
+        return indices
+
+    def state_dict(self) -> dict[str, int]:
+        """Where it stands, as plain numbers."""
+        return {"epoch": self.epoch, "offset": self.offset, "num_prompts": self.num_prompts, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from `state`; refuses one of another dataset size or seed, whose order would be another."""
+        saved, here = (state["num_prompts"], state["seed"]), (self.num_prompts, self.seed)
+        if saved != here:
+            raise ConfigError(
+                f"cannot resume the prompts: the saved run had (num_prompts, seed) = {saved}, this one has {here}; "
+                "resume with the data and seed of the saved run"
+            )
+        self._move_to(state["epoch"], state["offset"])
+
+    def _move_to(self, epoch: int, offset: int) -> None:
+        if epoch != self.epoch:
+            self._order = self._shuffled(epoch)
+        self.epoch, self.offset = epoch, offset
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        # Raw words of a bit generator are fixed by NumPy's compatibility policy; `Generator.permutation` is not.
+        keys = np.random.PCG64(derive_seed(self.seed, epoch)).random_raw(self.num_prompts)
+        order: list[int] = np.argsort(keys, kind="stable").tolist()
+        return order

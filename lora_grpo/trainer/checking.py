@@ -31,9 +31,8 @@ from lora_grpo.trainer.build import check_place, effective_grpo, lora_config, sp
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.memory import available_memory, mib
 from lora_grpo.trainer.models import adapted_modules, default_device, shared_base
-from lora_grpo.trainer.preflight import Preflight
+from lora_grpo.trainer.preflight import MemberSpec, Preflight
 from lora_grpo.trainer.room import Room, Wanted, plan_room
-from lora_grpo.trainer.spec import MemberSpec
 from lora_grpo.types import Completion, Group, Sampling
 
 SWAPS = 3

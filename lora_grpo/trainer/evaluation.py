@@ -87,6 +87,12 @@ def saved_evaluations(run_dir: Path) -> dict[int, Evaluation]:
     return {evaluation.version: evaluation for evaluation in loaded}
 
 
+def evaluations_until(run_dir: Path, step: int) -> list[Evaluation]:
+    """The held-out evaluations that a run made up to `step`."""
+    saved = saved_evaluations(run_dir)
+    return [saved[number] for number in sorted(saved) if saved[number].step <= step]
+
+
 def _read(path: Path) -> Evaluation:
     try:
         return Evaluation(**parse_json(read_small(path) or b""))

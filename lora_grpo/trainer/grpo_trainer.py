@@ -24,16 +24,24 @@ from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.reference import keep_reference
 from lora_grpo.rewards import RewardFunction
 from lora_grpo.rollback import RollbackReport, Target
-from lora_grpo.trainer import going_back, loop
+from lora_grpo.trainer import loop
 from lora_grpo.trainer.assembly import Assembly, untouched_when_stopped
 from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, seed_everything
-from lora_grpo.trainer.evaluation import Evaluation
+from lora_grpo.trainer.evaluation import Evaluation, evaluations_until
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Shared, Sharing
-from lora_grpo.trainer.preflight import Preflight
+from lora_grpo.trainer.preflight import MemberSpec, Preflight, prompts_of
 from lora_grpo.trainer.rollouts import RolloutFunc
-from lora_grpo.trainer.run import Run, run_info, summary
-from lora_grpo.trainer.spec import MemberSpec, prompts_of
+from lora_grpo.trainer.run import (
+    Run,
+    measured_by,
+    resume,
+    roll_back,
+    run_info,
+    steps_of,
+    summary,
+    what_was_found,
+)
 from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
 
 P = ParamSpec("P")
@@ -179,7 +187,7 @@ class GRPOTrainer(Run):
         every sampling seed changes, so the next batches differ from those that led to the bad version. A learning rate
         that a guard has lowered stays low. If any part fails, nothing changes.
         """
-        return going_back.roll_back(self, to)
+        return roll_back(self, to)
 
     @led
     def resume(self, run: str | Path | None = None) -> RollbackReport | None:
@@ -194,12 +202,12 @@ class GRPOTrainer(Run):
                 f"this trainer's run is {self.run_dir}; to go on with {run}, build one with run_dir={run}"
             )
         # Read before anything is moved: a damaged log is told of while nothing has changed.
-        steps = going_back.steps_of(self.run_dir)
-        report = going_back.resume(self)
+        steps = steps_of(self.run_dir)
+        report = resume(self)
         self._resumed = report is not None
         self.history = [metrics for metrics in steps if metrics["step"] <= self.steps_done]
-        self.evaluations = going_back.evaluations_until(self.run_dir, self.steps_done)
-        self.owed = None if report is None else going_back.measured_by(report)
+        self.evaluations = evaluations_until(self.run_dir, self.steps_done)
+        self.owed = None if report is None else measured_by(report)
         return report
 
     @led
@@ -236,7 +244,7 @@ class GRPOTrainer(Run):
         self.close()
 
     def _begin(self, reporter: Reporter) -> None:
-        for sentence in going_back.what_was_found(self.store.recovered):
+        for sentence in what_was_found(self.store.recovered):
             reporter.message(sentence)
         if self.store.head is None:
             self.crew(seed_everything, self.config.seed)

@@ -19,8 +19,7 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import load_reward
 from lora_grpo.rewards.ready import final_number
 from lora_grpo.trainer.checking import Finding
-from lora_grpo.trainer.preflight import Preflight, trainer_tokenizer
-from lora_grpo.trainer.spec import MemberSpec
+from lora_grpo.trainer.preflight import MemberSpec, Preflight, trainer_tokenizer
 
 PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "messages", "text")
 ANSWERS = ("answer", "final_answer", "solution", "ground_truth", "target", "label", "expected_answer")

@@ -26,8 +26,7 @@ from lora_grpo.trainer.models import (
     lora_rank,
     quantization_of,
 )
-from lora_grpo.trainer.preflight import Preflight
-from lora_grpo.trainer.spec import MemberSpec
+from lora_grpo.trainer.preflight import MemberSpec, Preflight
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,31 @@
-"""A run as it stands between two steps: its parts, how far it is, what was measured, and what it says of itself."""
+"""A run as it stands between two steps, and taken up again at a version: after a stop, or because it went astray."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
+from lora_grpo.adapters.upkeep.opening import Recovered
+from lora_grpo.adapters.upkeep.rollbacks import Rollback, RollbackLog, of_trainer
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import PromptSampler
-from lora_grpo.metrics.log import package_versions
+from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
+from lora_grpo.metrics.log import Record, history, jsonable, package_versions, read_metrics
 from lora_grpo.metrics.render import GAP
+from lora_grpo.metrics.reporter import Reporter
+from lora_grpo.reference import kept_reference
+from lora_grpo.rollback import RollbackReport, Target
+from lora_grpo.trainer import crew
 from lora_grpo.trainer.crew import Crew, Parts
 from lora_grpo.trainer.evaluation import Evaluation
+from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.overlap import Ahead
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.rollouts import Source
@@ -101,4 +110,167 @@ def summary(run: Run, seconds: float) -> dict[str, Any]:
         "rollbacks": run.rollbacks,
         **run.source.counts(),
         "run": str(run.run_dir),
+    }
+
+
+def roll_back(run: Run, to: Target, *, reason: str | None = None, learning_rate_factor: float = 1.0) -> RollbackReport:
+    """Engine and trainer go on from `to`; data position and learning rate are written down before `HEAD` moves."""
+    log, left = run.rollback_log, run.version
+    version = run.store.get(to)
+    run.source.drop("rollback")
+    scale = log.learning_rate_scale * learning_rate_factor
+    sampler: Any = run.source.sampler.state_dict()
+    log.add(Rollback(left.number, version.number, dict(sampler), scale, reason, time.time()))
+    try:
+        report = run.crew(crew.roll_back, version.number)
+    except BaseException:
+        log.take_back()
+        raise
+    run.crew(crew.apply_optimizer_settings, scale)
+    run.take_up(version.step, without_signal=0)
+    return report
+
+
+def roll_back_between_steps(run: Run, to: Target) -> RollbackReport:
+    """As another process asks for it: the trainer is at `HEAD` then, so that going there would change nothing."""
+    if run.store.get(to) != run.version:
+        return roll_back(run, to)
+    return RollbackReport(run.version, run.version, "exact", "kept", "kept", "kept", {})
+
+
+def guarded(run: Run, guard: Guard, reason: str, reporter: Reporter) -> None:
+    """Roll back as `guard` says, and write down why. Raises `TrainingError` when it did so often enough before."""
+    left = run.version
+    run.store.record(left, guard=reason)
+    reasons = [*run.rollback_log.reasons, reason]
+    if len(reasons) > guard.max_rollbacks:
+        listed = "; ".join(f"({index}) {text}" for index, text in enumerate(reasons, 1))
+        raise TrainingError(f"the guard has rolled back {guard.max_rollbacks} times and would do it again: {listed}")
+    try:
+        report = roll_back(run, guard.to, reason=reason, learning_rate_factor=guard.learning_rate_factor)
+    except UnknownVersion as nowhere:
+        raise TrainingError(f"{reason}; and the guard has no version to go back to: {nowhere}") from nowhere
+    scale = run.rollback_log.learning_rate_scale
+    reporter.rollback(report.version.step, f"guard: {reason}: {report}; learning rate at {scale:g} times its setting")
+
+
+def resume(run: Run) -> RollbackReport | None:
+    """Go on with the run in `run_dir` from `HEAD`, or from its nearest ancestor whose trainer state was kept.
+
+    Where a rollback moved `HEAD` and nothing was published since, that rollback is completed: its data position, new
+    seeds, and rounded weights if that version's state was not kept. A run that was killed before its first state was
+    written has nothing to restore: it begins again from its first version, seeded as at its start.
+    """
+    head, log = run.store.head, run.rollback_log
+    if head is None:
+        return None
+    reference = kept_reference(run.run_dir) if run.config.beta else None
+    log.settle(head.number)
+    waiting = log.waits_at(head.number)
+    report = _put_back(run, head, waiting=waiting)
+    if run.config.beta:
+        run.crew(crew.set_reference, reference)
+    extra = of_trainer(report.extra)
+    position = log.data_position(extra)
+    if position is not None:
+        run.source.sampler.load_state_dict(position)
+    run.crew(crew.apply_optimizer_settings, log.learning_rate_scale)
+    idle = 0 if waiting or extra is None else int(extra["without_signal"])
+    run.take_up(report.version.step, without_signal=idle)
+    return report
+
+
+def state_for(run: Run, step: int, measured: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What goes into a version's trainer state beside weights, optimizer, schedule and random state."""
+    return {
+        "steps_done": step,
+        "rollbacks": run.rollbacks,
+        "without_signal": run.without_signal,
+        "sampler": run.source.position(),
+        "measured": None if measured is None else jsonable(measured),
+    }
+
+
+def measured_by(report: RollbackReport) -> dict[str, Any] | None:
+    """What the step measured that made the version a run goes on from; None where no step made it."""
+    measured = report.extra.get("measured")
+    return None if measured is None else _metrics_of(measured)
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's steps, as it wrote them down: a guard's baseline is what they say."""
+    return [_metrics_of(record) for record in history(read_metrics(run_dir)) if record["event"] == "step"]
+
+
+def what_was_found(recovered: Recovered) -> list[str]:
+    """Sentences for what a dead process left, and what was lost with it."""
+    said = {
+        "lost before they reached the archive: versions": recovered.lost,
+        "trainer states lost before they reached the archive, of versions": recovered.lost_states,
+        "damaged, differing from what was published: versions": recovered.damaged,
+        "brought to the archive now: versions": recovered.unarchived,
+        "unreadable, so that what they said of metrics and pins is lost: journal lines": recovered.damaged_lines,
+    }
+    sentences = [f"{words} {', '.join(map(str, numbers))}" for words, numbers in said.items() if numbers]
+    if recovered.swept:
+        sentences.append(f"deleted {len(recovered.swept)} half-written folders of a process that was killed")
+    if recovered.head_moved is not None:
+        before, now = recovered.head_moved
+        sentences.append(f"HEAD was v{before}, which is lost; it is {'nowhere' if now is None else f'v{now}'} now")
+    if recovered.copied_from is not None:
+        sentences.append(f"a copy of the run in {recovered.copied_from}, which does not change")
+    for aside in recovered.set_aside:
+        sentences.append(f"tmpfs was out of date; what the archive has not got of it is in {aside}, yours to delete")
+    return sentences
+
+
+def _put_back(run: Run, head: AdapterVersion, *, waiting: bool) -> RollbackReport:
+    """Engine and trainer at the version to go on from; `waiting`: a rollback to `head` is to be completed."""
+    if "state" not in run.store.where(head.number):
+        if head.step == 0 and run.crew(crew.adopt, head):
+            run.crew(crew.seed_everything, run.config.seed)
+            return RollbackReport(head, head, "exact", "kept", "kept", "reset", {})
+        if waiting:
+            restored = _restore_schedule_of(run, run.rollback_log.entries[-1].left)
+            report = run.crew(crew.roll_back, head.number)
+            return report if restored else replace(report, scheduler="reset", random_state="reset")
+    return run.crew(crew.roll_back, _with_state(run, head))
+
+
+def _with_state(run: Run, head: AdapterVersion) -> int:
+    number = _nearest_state(run.store, head.number)
+    if number is None:
+        raise ConfigError(
+            f"{run.run_dir} kept no trainer state of {head} or its ancestors, so it cannot be resumed exactly; "
+            f"`lora-grpo rollback {run.run_dir} --to {head.number}` and resume go on from its rounded weights"
+        )
+    return number
+
+
+def _nearest_state(store: AdapterStore, number: int) -> int | None:
+    """The version, or the nearest of its ancestors, whose trainer state is kept; those between may be gone."""
+    following, kept = number, {*store.states} & {*store.numbers}
+    while following not in kept:
+        parent = store.parent_of(following)
+        if parent is None:
+            return None
+        following = parent
+    return following
+
+
+def _restore_schedule_of(run: Run, left: int) -> bool:
+    """A rounded rollback keeps schedule and random state where they were: with the version that was left.
+
+    False where no state tells where that was.
+    """
+    number = _nearest_state(run.store, left)
+    if number is not None:
+        run.crew(crew.restore_trainer, run.store.get(number))
+    return number is not None
+
+
+def _metrics_of(record: Record) -> dict[str, Any]:
+    """A logged step's metrics; the log holds what is not finite as null."""
+    return {
+        name: math.nan if value is None else value for name, value in record.items() if name not in ("event", "time")
     }

@@ -18,14 +18,12 @@ from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.build import keep_settings
 from lora_grpo.trainer.evaluation import Evaluation
-from lora_grpo.trainer.going_back import roll_back_between_steps
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.models import Shared
-from lora_grpo.trainer.population.together import hold
+from lora_grpo.trainer.preflight import MemberSpec
 from lora_grpo.trainer.rollouts import Rollout
-from lora_grpo.trainer.spec import MemberSpec
+from lora_grpo.trainer.run import roll_back_between_steps
 from lora_grpo.trainer.steering import apply_requests
-from lora_grpo.trainer.stepping import Clock
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 
@@ -111,18 +109,7 @@ class Member:
         trainer = self.runs
         apply_requests(trainer.store, partial(roll_back_between_steps, trainer), self._reporter)
         self.rollout: Rollout = trainer.source.draw(trainer.steps_done + 1)
-        self.clock = Clock(self._reporter)
-
-    def sample_alone(self) -> None:
-        """Its completions, in an engine batch of their own."""
-        trainer = self.runs
-        hold(trainer.engine, [trainer])
-        with self.clock("generate"):
-            trainer.source.sample(self.rollout, trainer.version)
-
-    def check_sampled(self) -> None:
-        """Raises for completions that it cannot learn from, such as another version's."""
-        self.runs.source.check(self.rollout)
+        self.clock = loop.Clock(self._reporter)
 
     def learn(self) -> None:
         """The rest of a step whose completions are there."""

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
-from lora_grpo.errors import ConfigError
+from lora_grpo.engines.rendering import RenderingEngine
+from lora_grpo.engines.requests import sampling_by_prompt
+from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer.crew import launched
 from lora_grpo.trainer.models import Shared, Sharing, build_engine, check_same_device, load_base, shared_base
 from lora_grpo.trainer.population.member import Member
-from lora_grpo.trainer.population.together import sample_together
+from lora_grpo.trainer.preflight import MemberSpec
+from lora_grpo.trainer.rollouts import Rollout, Source
 from lora_grpo.trainer.room import Room, Wanted, plan_room
-from lora_grpo.trainer.spec import MemberSpec
+from lora_grpo.trainer.run import Run
+from lora_grpo.types import Prompt, Sampling
 
 
 class Population:
@@ -200,9 +206,14 @@ class Population:
         for member in members:
             with self._ending(member), member.turn():
                 if together and member in joint:
-                    member.check_sampled()
+                    member.runs.source.check(member.rollout)
                 else:
-                    member.sample_alone()
+                    self._sample_alone(member)
+
+    def _sample_alone(self, member: Member) -> None:
+        hold(self.engine, [member.runs])
+        with member.clock("generate"):
+            member.runs.source.sample(member.rollout, member.runs.version)
 
     def _sampled_together(self, members: Sequence[Member]) -> bool:
         with ExitStack() as clocks:
@@ -223,3 +234,44 @@ class Population:
             yield
         except Exception as error:  # noqa: BLE001 - whatever a member's functions raise is its own end
             member.fail(error)
+
+
+def sample_together(engine: Engine, waiting: Sequence[tuple[Run, Rollout]]) -> None:
+    """Complete the prompts of each rollout as its trainer alone would have: same seeds, same settings, same version.
+
+    Raises what the engine raises, for whichever row; what came is for each trainer to check.
+    """
+    prompts: list[Prompt] = []
+    sampling: list[Sampling] = []
+    for run, rollout in waiting:
+        rollout.version = run.version
+        asked, sampled_as = _asked(run.source, rollout)
+        prompts += asked
+        sampling += sampled_as
+    hold(engine, [run for run, _ in waiting])
+    versions = [rollout.version for _, rollout in waiting for _ in rollout.prompts]
+    groups = iter(engine.generate(prompts, sampling, adapter=versions))
+    for _, rollout in waiting:
+        made = islice(groups, len(rollout.prompts))
+        rollout.groups = [replace(group, prompt=prompt) for group, prompt in zip(made, rollout.prompts, strict=False)]
+
+
+def hold(engine: Engine, runs: Sequence[Run]) -> None:
+    """Have those versions served again whose place the loads of others took. Raises `EngineError` where there are too
+    few places."""
+    for _ in range(len(runs) + 1):
+        loaded = engine.loaded()
+        missing = [run for run in runs if run.version not in loaded]
+        if not missing:
+            return
+        missing[0].sync.serve()
+    raise EngineError(f"the engine holds {len(engine.loaded())} versions at a time, and {len(runs)} members need one")
+
+
+def _asked(source: Source, rollout: Rollout) -> tuple[Sequence[Prompt], list[Sampling]]:
+    """What the engine is asked for a rollout, as the trainer's own tokenizer renders it."""
+    sampling = source.sampling(rollout)
+    engine = source.parts.rendering
+    if isinstance(engine, RenderingEngine):
+        return engine.rendered(rollout.prompts, sampling)
+    return rollout.prompts, sampling_by_prompt(sampling, len(rollout.prompts))

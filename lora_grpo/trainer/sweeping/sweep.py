@@ -21,10 +21,9 @@ from lora_grpo.metrics.plot import plot_curves
 from lora_grpo.trainer.build import member_spec
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
+from lora_grpo.trainer.preflight import MemberSpec
 from lora_grpo.trainer.room import Wanted, plan_room
-from lora_grpo.trainer.spec import MemberSpec
-from lora_grpo.trainer.sweeping.grid import Trial
-from lora_grpo.trainer.sweeping.plan import SweepPlan
+from lora_grpo.trainer.sweeping.plan import SweepPlan, Trial
 from lora_grpo.trainer.sweeping.selection import halving_losers, perturbed, score, take_over, takeovers
 
 LOG_FILE, SUMMARY_FILE, CURVES_FILE, BEST = "sweep.jsonl", "summary.json", "curves.png", "best-adapter"
