@@ -77,7 +77,9 @@ def main() -> None:
 def train(directory: Path, rates: str, steps: int, device: str) -> None:
     """One rate as a run, several as a population."""
     if "," in rates:
-        Sweep(SweepPlan(settings(directory, steps, device), trials_of([f"grpo.learning_rate={rates}"]))).run()
+        Sweep(
+            SweepPlan(settings=settings(directory, steps, device), trials=trials_of([f"grpo.learning_rate={rates}"]))
+        ).run()
         return
     config = settings(directory, steps, device)
     with build_trainer(config.replace(grpo=config.grpo.replace(learning_rate=float(rates)))) as trainer:

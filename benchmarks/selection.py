@@ -48,7 +48,7 @@ def main() -> None:
         for what, plan in plans.items():
             kind = "letters" if "planted" in what else "ascii"
             settings = settings_of(base, rows, folder / what.replace(" ", "-"), options.steps, f"share_of_{kind}")
-            found[what] = told(Sweep(SweepPlan(settings, **plan)).run())
+            found[what] = told(Sweep(SweepPlan(settings=settings, **plan)).run())
             print(what, json.dumps(found[what]), flush=True)
     write_result(options.out, {**about, "steps": options.steps, "found": found})
 

@@ -226,7 +226,7 @@ def test_halving_stops_the_worst_and_a_resumed_sweep_is_the_whole_one(
 
     def sweep(name: str, show: Any = lambda rows: None, *, resume: bool = False) -> dict[str, Any]:
         directory = tmp_path / name
-        made = SweepPlan(settings_of(llama_dir, directory), trials, rungs=(2, 4), at_once=at_once)
+        made = SweepPlan(settings=settings_of(llama_dir, directory), trials=trials, rungs=(2, 4), at_once=at_once)
         plan = SweepPlan.read(directory) if resume else made
         return Sweep(plan, engine=fake_engine(llama_dir), resume=resume).run(show)
 
@@ -265,8 +265,8 @@ def test_halving_stops_the_worst_and_a_resumed_sweep_is_the_whole_one(
 def test_population_based_training_passes_versions_on(llama_dir: Path, tmp_path: Path) -> None:
     directory = tmp_path / "sweep"
     plan = SweepPlan(
-        settings_of(llama_dir, directory),
-        trials_of(["grpo.seed=1,2,3,4"]),
+        settings=settings_of(llama_dir, directory),
+        trials=trials_of(["grpo.seed=1,2,3,4"]),
         evolve_every=2,
         perturb=("grpo.learning_rate",),
     )
@@ -303,7 +303,7 @@ def fails_once(completions: Sequence[str], trainer_state: Any, **columns: Any) -
 def evolving(llama_dir: Path, directory: Path, *swept: str, **changes: Any) -> SweepPlan:
     perturb = ("grpo.learning_rate",)
     settings = settings_of(llama_dir, directory, **changes)
-    return SweepPlan(settings, trials_of(swept), evolve_every=2, perturb=perturb, share=0.5)
+    return SweepPlan(settings=settings, trials=trials_of(swept), evolve_every=2, perturb=perturb, share=0.5)
 
 
 def test_a_member_that_failed_goes_on_from_a_winner(llama_dir: Path, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_a_round_that_is_cut_short_is_completed(
     def sweep(name: str, *, resume: bool = False) -> Any:
         plan = evolving(llama_dir, tmp_path / name, "grpo.seed=1,2,3", grpo=config(5))
         if kind == "rungs":
-            plan = SweepPlan(plan.settings, plan.trials, rungs=(2, 4), at_once=2)
+            plan = SweepPlan(settings=plan.settings, trials=plan.trials, rungs=(2, 4), at_once=2)
         summary = {**Sweep(plan, engine=fake_engine(llama_dir), resume=resume).run(), "adapter": None}
         return summary, digests(plan.directory), sorted(map(str, decisions(plan.directory)))
 
@@ -471,7 +471,7 @@ def test_ctrl_c_stops_a_sweep_which_goes_on_as_if_it_had_not(llama_dir: Path, tm
     ("changes", "words"),
     [
         ({"rungs": (6,)}, "a rung at step 6 must lie between 1 and 5"),
-        ({"keep": 1.0}, "keep=1.0 must be"),
+        ({"keep": 1.0}, r"keep: must be a number, above 0, below 1 \(got 1.0\)"),
         ({"perturb": ("grpo.beta",)}, "give --evolve-every"),
         ({"evolve_every": 2, "rungs": (2,)}, "and no rungs"),
         ({"evolve_every": 2, "at_once": 1}, "compares all 2 at once"),
@@ -486,7 +486,7 @@ def test_a_plan_that_cannot_be_is_refused_before_anything_is_written(
 ) -> None:
     arguments: dict[str, Any] = {"trials": trials_of(["grpo.seed=1,2"]), **changes}
     with pytest.raises(ConfigError, match=words):
-        SweepPlan(settings_of(llama_dir, tmp_path / "sweep"), **arguments)
+        SweepPlan(settings=settings_of(llama_dir, tmp_path / "sweep"), **arguments)
     assert not (tmp_path / "sweep").exists()
 
 

@@ -76,7 +76,7 @@ def _plan(config: Path, settings: Sequence[str], sample: int | None, **options: 
 
     swept = [text for text in settings if is_swept(text)]
     fixed = load_config(config, [text for text in settings if not is_swept(text)])
-    return SweepPlan(fixed, trials_of(swept, sample=sample, seed=options["seed"]), **options)
+    return SweepPlan(settings=fixed, trials=trials_of(swept, sample=sample, seed=options["seed"]), **options)
 
 
 @contextmanager

@@ -8,14 +8,17 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field, model_validator
 
 from lora_grpo.adapters.files import disk
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, setting, with_settings
 from lora_grpo.errors import ConfigError
+from lora_grpo.sections import Section
 
 _NUMBER = r"([-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)"
 _RANGE = re.compile(rf"(log:)?{_NUMBER}\.\.{_NUMBER}")
@@ -132,8 +135,7 @@ def _plain(value: str) -> str:
 SWEEP_FILE = "sweep.json"
 
 
-@dataclass(frozen=True)
-class SweepPlan:
+class SweepPlan(Section):
     """`settings` are a run's, whose `output_dir` is the sweep's directory; each trial is a run in a folder of it.
 
     At each of `rungs` (steps), the best `keep` of the members that came to it go on. Every `evolve_every` steps, the
@@ -142,19 +144,22 @@ class SweepPlan:
     """
 
     settings: RunConfig
-    trials: Sequence[Trial]
+    trials: tuple[Trial, ...]
     rungs: tuple[int, ...] = ()
-    keep: float = 0.5
-    evolve_every: int | None = None
+    keep: float = Field(0.5, gt=0, lt=1)
+    evolve_every: int | None = Field(None, ge=1)
     perturb: tuple[str, ...] = ()
-    share: float = 0.25
+    share: float = Field(0.25, gt=0, le=0.5)
     at_once: int | None = None
     seed: int = 0
-    directory: Path = field(init=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def directory(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    @model_validator(mode="after")
+    def _check(self) -> SweepPlan:
         """Raises `ConfigError` for what cannot be run, before anything is written or started."""
-        object.__setattr__(self, "directory", Path(self.settings.output_dir))
         configs = [self.config(trial) for trial in self.trials]
         for trial, config in zip(self.trials, configs, strict=True):
             for section in ("model", "engine"):
@@ -166,18 +171,17 @@ class SweepPlan:
                 raise ConfigError(
                     f"a rung at step {rung} must lie between 1 and {shortest - 1}, below grpo.total_steps"
                 )
-        if not 0 < self.keep < 1 or not 0 < self.share <= 0.5:
-            raise ConfigError(f"keep={self.keep} must be between 0 and 1, share={self.share} at most 0.5")
         if self.evolve_every is not None:
-            self._check_evolution(configs, self.evolve_every)
+            self._check_evolution(configs)
         elif self.perturb:
             raise ConfigError(
                 f"--perturb {' '.join(self.perturb)} works only with take-overs; give --evolve-every STEPS too"
             )
+        return self
 
-    def _check_evolution(self, configs: Sequence[RunConfig], every: int) -> None:
-        if every < 1 or len(configs) < 2 or self.rungs:
-            raise ConfigError("population-based training needs two members, a step between take-overs, and no rungs")
+    def _check_evolution(self, configs: Sequence[RunConfig]) -> None:
+        if len(configs) < 2 or self.rungs:
+            raise ConfigError("population-based training needs two members, and no rungs")
         if self.at_once is not None and self.at_once < len(configs):
             raise ConfigError(
                 f"--at-once {self.at_once}: population-based training compares all {len(configs)} at once"
@@ -204,11 +208,9 @@ class SweepPlan:
             if (self.directory / name).exists():
                 kind = "sweep" if name == SWEEP_FILE else "run"
                 raise ConfigError(f"{self.directory} holds a {kind} already; --resume it, or name another output_dir")
-        values = {name: value for name, value in asdict(self).items() if name not in ("settings", "directory")}
-        values["settings"] = self.settings.model_dump(mode="json")
         self.directory.mkdir(parents=True, exist_ok=True)
         with disk.reported(f"writing {self.directory / SWEEP_FILE}"):
-            disk.replace_file(self.directory / SWEEP_FILE, json.dumps(values, indent=1).encode(), sync=True)
+            disk.replace_file(self.directory / SWEEP_FILE, self.model_dump_json(indent=1).encode(), sync=True)
 
     @classmethod
     def read(cls, directory: Path) -> SweepPlan:
@@ -218,11 +220,7 @@ class SweepPlan:
             raise ConfigError(f"{directory} has no {SWEEP_FILE}: it is not a sweep; begin one with a TOML file")
         try:
             values: dict[str, Any] = disk.parse_json(content)
-            settings = RunConfig(**{**values.pop("settings"), "output_dir": str(directory)})
-            trials = [Trial(trial["name"], tuple(trial["settings"])) for trial in values.pop("trials")]
-            values |= {name: tuple(values[name]) for name in ("rungs", "perturb")}
-            return cls(settings, trials, **values)
+            values["settings"]["output_dir"] = str(directory)
+            return cls(**values)
         except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(f"{directory / SWEEP_FILE} is damaged: {error}") from error
