@@ -46,10 +46,6 @@ class LoraSettings(Section):
         default_factory=dict, description="alphas of single modules, by name or regex"
     )
 
-    @property
-    def largest_rank(self) -> int:
-        return max([self.r, *self.rank_pattern.values()])
-
 
 class EngineConfig(Section):
     """The vLLM engine: in this process, or with `urls` the servers there, which have the other settings themselves.

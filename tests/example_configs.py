@@ -18,7 +18,7 @@ from lora_grpo.config import ModelConfig, RunConfig
 from lora_grpo.trainer.activations import largest_batch
 from lora_grpo.trainer.build import lora_config
 from lora_grpo.trainer.memory import MemoryEstimate, estimate_memory, mib
-from lora_grpo.trainer.models import without_memory
+from lora_grpo.trainer.models import lora_rank, without_memory
 from lora_grpo.trainer.proposing import MARKED, as_toml
 
 FOLDER = Path(__file__).parents[1] / "examples" / "models"
@@ -63,7 +63,7 @@ def estimate(shape: str) -> MemoryEstimate:
         largest_batch(config.grpo, config.grpo.max_prompt_length or 0, torch.device("cuda")),
         checkpointing=bool(config.grpo.gradient_checkpointing),
         slots=config.engine.max_loras,
-        max_lora_rank=config.lora.largest_rank,
+        max_lora_rank=lora_rank(config.model, lora_config(config.lora)),
         trainer_dtype=torch.bfloat16,
         engine_dtype=torch.bfloat16,
         shared_base=True,

@@ -285,7 +285,7 @@ def test_what_was_measured_is_known_after_a_resume(llama_dir: Path, tmp_path: Pa
         trainer.train()
         trainer.rollback(2)
     with tiny_trainer(llama_dir, engine, run, config(5)) as trainer:
-        trainer.resume(run)
+        trainer.resume()
         assert [metrics["step"] for metrics in trainer.history] == [1]
 
 
@@ -352,16 +352,6 @@ def test_versions_between_a_state_and_head_may_be_gone(llama_dir: Path, tmp_path
         assert trainer.policy.scheduler.state_dict() == schedules[10]
         trainer.train()
         assert trainer.store.get(20).parent == expected[0]
-
-
-def test_another_run_than_its_own_is_not_resumed(llama_dir: Path, tmp_path: Path) -> None:
-    with (
-        tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "run", config(1)) as trainer,
-        pytest.raises(
-            ConfigError, match=r"this trainer's run is .*run; to go on with .*other, build one with run_dir="
-        ),
-    ):
-        trainer.resume(tmp_path / "other")
 
 
 def test_without_any_state_there_is_nothing_to_resume_exactly(llama_dir: Path, tmp_path: Path) -> None:

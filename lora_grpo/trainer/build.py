@@ -157,14 +157,4 @@ def effective_grpo(config: RunConfig) -> GRPOConfig:
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
     """`peft.LoraConfig` of a run's settings."""
-    targets: Any = settings.target_modules
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        lora_dropout=settings.lora_dropout,
-        use_rslora=settings.use_rslora,
-        rank_pattern=dict(settings.rank_pattern),
-        alpha_pattern=dict(settings.alpha_pattern),
-        task_type="CAUSAL_LM",
-    )
+    return LoraConfig(**settings.model_dump(mode="json"), task_type="CAUSAL_LM")

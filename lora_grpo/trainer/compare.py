@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,16 +112,34 @@ def compare_run(
 
 
 def _comparison(first: AdapterVersion, second: AdapterVersion, answers: tuple[Answer, ...], samples: int) -> Comparison:
-    half = len(answers) // 2
+    def values(found: Iterable[float | None]) -> torch.Tensor:
+        """By version, prompt and sample; NaN where there is none."""
+        known = [math.nan if value is None else value for value in found]
+        return torch.tensor(known, dtype=torch.float64).view(2, -1, samples)
+
+    rewards = values(answer.reward for answer in answers)
+    # Per token, so that long answers do not outweigh the others by their length alone.
+    by_first = values(answer.logp_first / max(1, answer.tokens) for answer in answers)
+    by_second = values(answer.logp_second / max(1, answer.tokens) for answer in answers)
     return Comparison(
         first.number,
         second.number,
-        _beside(answers, "reward", samples) if any(map(_scored, answers[:half], answers[half:])) else None,
-        _beside(answers, "tokens", samples),
-        _under_both(answers[:half], samples),
-        _under_both(answers[half:], samples),
+        None if rewards.sum(0).isnan().all() else _difference(*rewards),
+        _difference(*values(answer.tokens for answer in answers)),
+        _difference(by_first[0], by_second[0]),
+        _difference(by_first[1], by_second[1]),
         answers,
     )
+
+
+def _difference(first_PS: torch.Tensor, second_PS: torch.Tensor) -> Difference:
+    """Of pairs that have both values: an answer that no function scores has none."""
+    apart_PS = second_PS - first_PS
+    by_prompt = apart_PS.nanmean(1)
+    by_prompt = by_prompt[~by_prompt.isnan()]
+    error = float(by_prompt.std()) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else None
+    one, other = (float(values_PS[~apart_PS.isnan()].mean()) for values_PS in (first_PS, second_PS))
+    return Difference(one, other, other - one, error)
 
 
 def _rewards(
@@ -152,36 +169,4 @@ def _answers(
     return tuple(
         Answer(prompt, done.version, done.text, reward, len(done.token_ids), one, two)
         for (prompt, done), reward, one, two in zip(completions, rewards, *scored, strict=True)
-    )
-
-
-def _scored(one: Answer, other: Answer) -> bool:
-    return one.reward is not None and other.reward is not None
-
-
-def _beside(answers: Sequence[Answer], field: str, samples: int) -> Difference:
-    values = [math.nan if (value := getattr(answer, field)) is None else float(value) for answer in answers]
-    half = len(values) // 2
-    return _paired(values[:half], values[half:], samples)
-
-
-def _under_both(answers: Sequence[Answer], samples: int) -> Difference:
-    """Per token, so that long answers do not outweigh the others by their length alone."""
-    return _paired(
-        [answer.logp_first / max(1, answer.tokens) for answer in answers],
-        [answer.logp_second / max(1, answer.tokens) for answer in answers],
-        samples,
-    )
-
-
-def _paired(first: Sequence[float], second: Sequence[float], samples: int) -> Difference:
-    """Of pairs that have both values: an answer that no function scores has none."""
-    pairs = list(zip(first, second, strict=True))
-    prompts = [pairs[start : start + samples] for start in range(0, len(pairs), samples)]
-    apart = [[b - a for a, b in prompt if not math.isnan(a + b)] for prompt in prompts]
-    by_prompt = [statistics.fmean(values) for values in apart if values]
-    error = statistics.stdev(by_prompt) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else None
-    one, other = zip(*((a, b) for a, b in pairs if not math.isnan(a + b)), strict=True)
-    return Difference(
-        statistics.fmean(one), statistics.fmean(other), statistics.fmean(other) - statistics.fmean(one), error
     )

@@ -117,28 +117,20 @@ class CrewEngine:
         return getattr(self._own, name)
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        return self._crew(_load, version)
+        return self._crew(_asked, "load", version)
 
     def unload(self, version: AdapterVersion) -> None:
-        self._crew(_unload, version)
+        self._crew(_asked, "unload", version)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
-        return self._crew(_generate, prompts, sampling, adapter)
+        return self._crew(_asked, "generate", prompts, sampling, adapter=adapter)
 
 
 # What all processes do; `parts` are each one's own.
 
 
-def _load(parts: Parts, version: AdapterVersion) -> LoadReceipt:
-    return parts.sync.engine.load(version)
-
-
-def _unload(parts: Parts, version: AdapterVersion) -> None:
-    parts.sync.engine.unload(version)
-
-
-def _generate(parts: Parts, prompts: Sequence[Prompt], sampling: Samplings, adapter: Adapters) -> list[Group]:
-    return parts.sync.engine.generate(prompts, sampling, adapter=adapter)
+def _asked(parts: Parts, name: str, /, *given: Any, **named: Any) -> Any:
+    return getattr(parts.sync.engine, name)(*given, **named)
 
 
 def push(parts: Parts, step: int, extra: dict[str, Any]) -> AdapterVersion:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lora_grpo.adapters.files.disk import parse_json, read_small
+from lora_grpo.adapters.files.disk import folder_name, parse_json, read_small, replace_file
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import PromptDataset
 from lora_grpo.engines.base import Engine
@@ -72,12 +71,9 @@ def evaluate(
 
 def save_evaluation(run_dir: Path, result: Evaluation) -> Path:
     """Write every row to RUN/evaluations/NUMBER.json, atomically."""
-    folder = run_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result.version:06d}.json"
-    staged = path.with_suffix(".tmp")
-    staged.write_text(json.dumps(asdict(result), indent=1, default=str))
-    os.replace(staged, path)
+    path = run_dir / FOLDER / f"{folder_name(result.version)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(asdict(result), indent=1, default=str).encode(), sync=False)
     return path
 
 

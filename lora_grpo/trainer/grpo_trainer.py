@@ -190,17 +190,12 @@ class GRPOTrainer(Run):
         return roll_back(self, to)
 
     @led
-    def resume(self, run: str | Path | None = None) -> RollbackReport | None:
+    def resume(self) -> RollbackReport | None:
         """Go on with the run in `run_dir`: weights, optimizer, schedule, random state, step, prompts and `HEAD`.
 
         It starts from `HEAD`, or from its nearest ancestor whose trainer state reached the archive; None if nothing was
-        published. A rollback made while the run was stopped is completed. `run`, if you give it, must be `run_dir`.
-        Raises `ConfigError` if no state was kept, or for another run.
+        published. A rollback made while the run was stopped is completed. Raises `ConfigError` if no state was kept.
         """
-        if run is not None and Path(run).resolve() != self.run_dir.resolve():
-            raise ConfigError(
-                f"this trainer's run is {self.run_dir}; to go on with {run}, build one with run_dir={run}"
-            )
         # Read before anything is moved: a damaged log is told of while nothing has changed.
         steps = steps_of(self.run_dir)
         report = resume(self)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from lora_grpo.adapters.asking.target import Target, parse_target
 from lora_grpo.config import GuardConfig
@@ -78,37 +78,41 @@ class RewardCollapse(Policy):
 
 
 @dataclass(frozen=True, slots=True)
-class LogprobGap(Policy):
+class _Limit(Policy):
+    """A metric of the last step is above `limit`, nats per token."""
+
+    limit: float
+    metric: ClassVar[str]
+    words: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        _require(f"{type(self).__name__}.limit", self.limit, self.limit > 0, "above 0 nats")
+
+    def why(self, steps: Steps, error: TrainingError | None) -> str | None:
+        value = None if error is not None or not steps else steps[-1].get(self.metric)
+        if value is None or not value > self.limit:
+            return None
+        return f"{self.words} is {value:.4g} nats per token, above {self.limit:g}"
+
+
+class LogprobGap(_Limit):
     """The mean |trainer - sampler| difference of log-probs in a step is above `limit`, nats per token.
 
     >>> LogprobGap(limit=0.05).why([{"sampling/sampling_logp_difference/mean": 0.2}], None)
     'the trainer/sampler log-prob gap is 0.2 nats per token, above 0.05'
     """
 
-    limit: float
-
-    def __post_init__(self) -> None:
-        _require("LogprobGap.limit", self.limit, self.limit > 0, "above 0 nats")
-
-    def why(self, steps: Steps, error: TrainingError | None) -> str | None:
-        return _above(steps, error, GAP, self.limit, "the trainer/sampler log-prob gap")
+    metric, words = GAP, "the trainer/sampler log-prob gap"
 
 
-@dataclass(frozen=True, slots=True)
-class ReferenceKL(Policy):
+class ReferenceKL(_Limit):
     """The mean KL to the reference in a step is above `limit`, nats per token; it needs `beta` above 0.
 
     >>> ReferenceKL(limit=0.5).why([{"kl": 0.7}], None)
     'the KL to the reference is 0.7 nats per token, above 0.5'
     """
 
-    limit: float
-
-    def __post_init__(self) -> None:
-        _require("ReferenceKL.limit", self.limit, self.limit > 0, "above 0 nats")
-
-    def why(self, steps: Steps, error: TrainingError | None) -> str | None:
-        return _above(steps, error, "kl", self.limit, "the KL to the reference")
+    metric, words = "kl", "the KL to the reference"
 
     def check(self, config: GRPOConfig) -> None:
         if not config.beta:
@@ -166,11 +170,6 @@ def build_guard(config: GuardConfig) -> Guard | None:
     return Guard(
         *policies, to=config.to, max_rollbacks=config.max_rollbacks, learning_rate_factor=config.learning_rate_factor
     )
-
-
-def _above(steps: Steps, error: TrainingError | None, metric: str, limit: float, words: str) -> str | None:
-    value = None if error is not None or not steps else steps[-1].get(metric)
-    return f"{words} is {value:.4g} nats per token, above {limit:g}" if value is not None and value > limit else None
 
 
 def _require(name: str, value: float, holds: bool, needed: str) -> None:

@@ -24,9 +24,9 @@ from lora_grpo.engines.requests import render
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output
 from lora_grpo.rewards import load_reward
-from lora_grpo.trainer.build import effective_grpo
+from lora_grpo.trainer.build import effective_grpo, lora_config
 from lora_grpo.trainer.evaluation import evaluate, saved_evaluations
-from lora_grpo.trainer.models import build_engine
+from lora_grpo.trainer.models import build_engine, lora_rank
 from lora_grpo.types import Chat, Message, Prompt, Sampling
 
 Borrow: TypeAlias = Callable[[Target], AdapterVersion]
@@ -61,7 +61,7 @@ def replaying(
 
         versions = [borrow(target) for target in targets]  # before an engine starts for nothing
         with capture_output(run / ENGINE_LOG):
-            engine = build_engine(config.model, config.engine, config.lora.largest_rank)
+            engine = build_engine(config.model, config.engine, lora_rank(config.model, lora_config(config.lora)))
         with closing(engine):
             yield engine, versions, borrow
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +45,7 @@ class Member:
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[Evaluation] = []
         self._random: Any = None
-        self._session: AbstractContextManager[Reporter] | None = None
+        self._session = ExitStack()
         self._reporter: Reporter
 
     @property
@@ -95,8 +95,7 @@ class Member:
             if spec.settings is not None:
                 keep_settings(spec.settings, self.trainer)
             self.history, self.evaluations = self.trainer.history, self.trainer.evaluations
-            self._session = self.trainer.running()
-            self._reporter = self._session.__enter__()
+            self._reporter = self._session.enter_context(self.trainer.running())
         self.state = "running"
         self.settle()
 
@@ -149,9 +148,7 @@ class Member:
             self.trainer = None
 
     def _leave(self, error: BaseException | None) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            session.__exit__(None if error is None else type(error), error, None)
+        self._session.__exit__(None if error is None else type(error), error, None)
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
@@ -45,14 +46,15 @@ class Population:
         *,
         engine: Engine | None = None,
         engine_config: EngineConfig | None = None,
-        at_once: int | None = None,
+        at_once: int | Literal["fitting"] | None = None,
         share_base_weights: Sharing = "auto",
     ) -> None:
         """Check every member, then start the engine with slots for `at_once` of them (default: all), and load the base.
 
-        If there are more members than `at_once`, the others start when some have ended. An `engine` that you give
-        stays open. `share_base_weights` is as in `GRPOTrainer`. Raises `ConfigError` for a member that cannot work,
-        or if memory is too small for `at_once` members; then it says how many fit.
+        If there are more members than `at_once`, the others start when some have ended; with "fitting", as many run at
+        once as memory can hold. An `engine` that you give stays open. `share_base_weights` is as in `GRPOTrainer`.
+        Raises `ConfigError` for a member that cannot work, or if memory is too small for `at_once` members; then it
+        says how many fit.
         """
         if launched() is not None:
             raise ConfigError("a population is one process: start it without accelerate launch or torchrun")
@@ -61,17 +63,20 @@ class Population:
                 f"store_address={engine_config.store_address!r} serves the versions of one run; a population's servers "
                 "read them from disk: leave store_address out, and use a disk that both can read"
             )
-        if not members or (at_once is not None and at_once < 1):
+        if not members or (isinstance(at_once, int) and at_once < 1):
             raise ConfigError(f"a population of {len(members)} members, at_once={at_once}: give at least one")
         self._model = ModelConfig(name=str(model)) if isinstance(model, str | Path) else model
         self.members: list[Member] = []
         self._engine_config, self._resume = engine_config or EngineConfig(), False
         self._closing = ExitStack()
         wanted = [self._admit(spec) for spec in members]
-        self.at_once = min(len(members), at_once or len(members))
-        self.room = plan_room(
-            self._model, wanted, self._engine_config, share_base_weights, self.at_once, own_engine=engine is None
+        planned = partial(
+            plan_room, self._model, wanted, self._engine_config, share_base_weights, own_engine=engine is None
         )
+        self.at_once = min(len(members), at_once) if isinstance(at_once, int) else len(members)
+        if at_once == "fitting":
+            self.at_once = max(1, planned(self.at_once).fit)
+        self.room = planned(self.at_once)
         self.room.require()
         with ExitStack() as on_failure:
             on_failure.callback(self._closing.close)

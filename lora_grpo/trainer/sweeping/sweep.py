@@ -22,7 +22,6 @@ from lora_grpo.trainer.build import member_spec
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
 from lora_grpo.trainer.preflight import MemberSpec
-from lora_grpo.trainer.room import Wanted, plan_room
 from lora_grpo.trainer.sweeping.plan import SweepPlan, Trial
 from lora_grpo.trainer.sweeping.selection import halving_losers, perturbed, score, take_over, takeovers
 
@@ -95,9 +94,9 @@ class Sweep:
 
     def _run_population(self, specs: Sequence[MemberSpec], show: Callable[[list[dict[str, Any]]], None]) -> None:
         plan = self.plan
-        model, engine_config = plan.settings.model, plan.settings.engine
-        at_once = plan.at_once or self._fitting(specs)
-        with Population(model, specs, engine=self._engine, engine_config=engine_config, at_once=at_once) as population:
+        settings: dict[str, Any] = {"engine": self._engine, "engine_config": plan.settings.engine}
+        settings["at_once"] = plan.at_once or (len(specs) if plan.evolve_every else "fitting")
+        with Population(plan.settings.model, specs, **settings) as population:
             population.resume()
             self._members = {member.name: member for member in population.members}
             for name in self._members.keys() & self._ended.keys():
@@ -122,15 +121,6 @@ class Sweep:
         self._halve(population)
         self._note_ends()
         self._evolve(population)
-
-    def _fitting(self, specs: Sequence[MemberSpec]) -> int:
-        """As many as memory holds, at least one, which a population refuses with a sentence where it does not fit."""
-        if self.plan.evolve_every is not None:
-            return len(specs)
-        model, config = self.plan.settings.model, self.plan.settings.engine
-        wanted = [Wanted.of(spec, model, config) for spec in specs]
-        room = plan_room(model, wanted, config, "auto", len(specs), own_engine=self._engine is None)
-        return max(1, min(len(specs), room.fit))
 
     def _note_ends(self) -> None:
         for name, member in self._members.items():
