@@ -27,18 +27,16 @@ from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.assembly import Assembly, untouched_when_stopped
 from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, seed_everything
-from lora_grpo.trainer.evaluation import Evaluation, evaluations_until
+from lora_grpo.trainer.evaluation import Evaluation
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Shared, Sharing
 from lora_grpo.trainer.preflight import MemberSpec, Preflight, prompts_of
 from lora_grpo.trainer.rollouts import RolloutFunc
 from lora_grpo.trainer.run import (
     Run,
-    measured_by,
     resume,
     roll_back,
     run_info,
-    steps_of,
     summary,
     what_was_found,
 )
@@ -136,7 +134,7 @@ class GRPOTrainer(Run):
 
     def _build(self, crew: Crew, made_of: Preflight, sharing: Sharing) -> None:
         """Everything, closed again when a part of it fails; nothing costly starts before all is checked."""
-        self._closing, self._resumed, self._own = ExitStack(), False, False
+        self._closing, self._taken_up = ExitStack(), False
         self.result: dict[str, Any] = {}
         self.config, self.run_dir = made_of.config, Path(made_of.spec.run_dir)
         with (
@@ -196,13 +194,8 @@ class GRPOTrainer(Run):
         It starts from `HEAD`, or from its nearest ancestor whose trainer state reached the archive; None if nothing was
         published. A rollback made while the run was stopped is completed. Raises `ConfigError` if no state was kept.
         """
-        # Read before anything is moved: a damaged log is told of while nothing has changed.
-        steps = steps_of(self.run_dir)
         report = resume(self)
-        self._resumed = report is not None
-        self.history = [metrics for metrics in steps if metrics["step"] <= self.steps_done]
-        self.evaluations = evaluations_until(self.run_dir, self.steps_done)
-        self.owed = None if report is None else measured_by(report)
+        self._taken_up = report is not None
         return report
 
     @led
@@ -245,10 +238,10 @@ class GRPOTrainer(Run):
             self.crew(seed_everything, self.config.seed)
             keep_reference(self.run_dir, self.crew(adapter_now))
             loop.publish(self, 0)
-        elif not (self._resumed or self._own):
+        elif not self._taken_up:
             raise ConfigError(f"{self.run_dir} holds a run at {self.version}; resume it, or choose another run_dir")
         loop.make_good(self, reporter)
-        self._own = True
+        self._taken_up = True
         if not self.evaluations and self.steps_done == 0:
             loop.held_out(self, reporter)
 

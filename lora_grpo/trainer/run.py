@@ -24,7 +24,7 @@ from lora_grpo.reference import kept_reference
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import crew
 from lora_grpo.trainer.crew import Crew, Parts
-from lora_grpo.trainer.evaluation import Evaluation
+from lora_grpo.trainer.evaluation import Evaluation, evaluations_until
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.overlap import Ahead
 from lora_grpo.trainer.preflight import Preflight
@@ -162,6 +162,8 @@ def resume(run: Run) -> RollbackReport | None:
     written has nothing to restore: it begins again from its first version, seeded as at its start.
     """
     head, log = run.store.head, run.rollback_log
+    # Read before anything is moved: a damaged log is told of while nothing has changed.
+    records = history(read_metrics(run.run_dir))
     if head is None:
         return None
     reference = kept_reference(run.run_dir) if run.config.beta else None
@@ -176,7 +178,12 @@ def resume(run: Run) -> RollbackReport | None:
         run.source.sampler.load_state_dict(position)
     run.crew(crew.apply_optimizer_settings, log.learning_rate_scale)
     idle = 0 if waiting or extra is None else int(extra["without_signal"])
+    # What the steps measured, as the run wrote it down: a guard's baseline is what they say.
+    run.history = [_metrics_of(record) for record in records if record["event"] == "step"]
     run.take_up(report.version.step, without_signal=idle)
+    run.evaluations = evaluations_until(run.run_dir, run.steps_done)
+    measured = report.extra.get("measured")
+    run.owed = None if measured is None else _metrics_of(measured)
     return report
 
 
@@ -189,17 +196,6 @@ def state_for(run: Run, step: int, measured: Mapping[str, Any] | None) -> dict[s
         "sampler": run.source.position(),
         "measured": None if measured is None else jsonable(measured),
     }
-
-
-def measured_by(report: RollbackReport) -> dict[str, Any] | None:
-    """What the step measured that made the version a run goes on from; None where no step made it."""
-    measured = report.extra.get("measured")
-    return None if measured is None else _metrics_of(measured)
-
-
-def steps_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics of a run's steps, as it wrote them down: a guard's baseline is what they say."""
-    return [_metrics_of(record) for record in history(read_metrics(run_dir)) if record["event"] == "step"]
 
 
 def what_was_found(recovered: Recovered) -> list[str]:
