@@ -99,9 +99,6 @@ class Ahead(Source):
         counts = {f"sample/dropped_{why}_total": float(count * rows) for why, count in self.dropped.items()}
         return {"sample/staleness_mean": lag, "sample/staleness_max": lag, **counts}
 
-    def counts(self) -> dict[str, int]:
-        return {f"dropped_{why}": count for why, count in self.dropped.items()}
-
     def position(self) -> dict[str, int]:
         return self._ahead[0].rollout.position if self._ahead else self.sampler.state_dict()
 

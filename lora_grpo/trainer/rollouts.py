@@ -32,13 +32,9 @@ T = TypeVar("T")
 
 @dataclass
 class Rollout:
-    """The batch of one step on its way. `position` is where the data stood before its prompts were drawn.
-
-    Every seed depends on `rollbacks`, how often the run was rolled back: no collapse is replayed.
-    """
+    """The batch of one step on its way. `position` is where the data stood before its prompts were drawn."""
 
     step: int
-    rollbacks: int
     position: dict[str, int]
     prompts: list[Prompt]
     columns: dict[str, list[Any]]
@@ -80,6 +76,8 @@ class Source:
     rollback_log: RollbackLog
     reward_funcs: Sequence[RewardFunction]
     rollout_func: RolloutFunc | None = None
+    dropped: dict[str, int] = field(init=False, default_factory=dict)
+    """Rollouts dropped so far, by reason."""
 
     def running(self) -> AbstractContextManager[None]:
         """Around a call of `train`: outside nothing is sampled."""
@@ -94,7 +92,7 @@ class Source:
     def draw(self, step: int) -> Rollout:
         """The next prompts, for `step`."""
         position = self.sampler.state_dict()
-        return Rollout(step, len(self.rollback_log), position, *self.data.select(next(self.sampler)))
+        return Rollout(step, position, *self.data.select(next(self.sampler)))
 
     def sample(self, rollout: Rollout, version: AdapterVersion) -> None:
         """Have `version` complete the prompts. Raises for groups that cannot be trained on; see `check`."""
@@ -106,12 +104,12 @@ class Source:
         self.check(rollout)
 
     def sampling(self, rollout: Rollout) -> Sampling:
-        """How its prompts are sampled."""
+        """How its prompts are sampled. Seeds depend on how often the run was rolled back: no collapse is replayed."""
         return Sampling(
             n=self.config.num_generations,
             max_tokens=self.config.max_completion_length,
             temperature=self.config.temperature,
-            seed=derive_seed(self.config.seed, rollout.step, rollout.rollbacks),
+            seed=derive_seed(self.config.seed, rollout.step, len(self.rollback_log)),
         )
 
     def check(self, rollout: Rollout) -> None:
@@ -150,10 +148,6 @@ class Source:
 
     def metrics(self) -> dict[str, float]:
         """Of the batch that was taken last, and what was dropped so far."""
-        return {}
-
-    def counts(self) -> dict[str, int]:
-        """Rollouts dropped so far, by reason."""
         return {}
 
     def position(self) -> dict[str, int]:

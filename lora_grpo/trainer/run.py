@@ -108,7 +108,7 @@ def summary(run: Run, seconds: float) -> dict[str, Any]:
         "logprob_gap_mean": statistics.fmean(gaps) if gaps else None,
         "versions": len(run.store.list()),
         "rollbacks": run.rollbacks,
-        **run.source.counts(),
+        **{f"dropped_{why}": count for why, count in run.source.dropped.items()},
         "run": str(run.run_dir),
     }
 
