@@ -46,7 +46,7 @@ class Member:
         self.evaluations: list[Evaluation] = []
         self._random: Any = None
         self._session = ExitStack()
-        self._reporter: Reporter
+        self.reporter: Reporter
 
     @property
     def name(self) -> str:
@@ -69,7 +69,7 @@ class Member:
 
         What is done to its trainer from outside the population is done inside. Raises `RuntimeError` without one.
         """
-        quiet = quiet_libraries(self.runs.run_dir / ENGINE_LOG, self._reporter.message)
+        quiet = quiet_libraries(self.runs.run_dir / ENGINE_LOG, self.reporter.message)
         with self._own_random_state(), quiet:
             yield
 
@@ -95,31 +95,27 @@ class Member:
             if spec.settings is not None:
                 keep_settings(spec.settings, self.trainer)
             self.history, self.evaluations = self.trainer.history, self.trainer.evaluations
-            self._reporter = self._session.enter_context(self.trainer.running())
+            self.reporter = self._session.enter_context(self.trainer.running())
         self.state = "running"
         self.settle()
-
-    def tell(self, text: str) -> None:
-        """Say something in this member's log."""
-        self._reporter.message(text)
 
     def draw(self) -> None:
         """Do what was asked from outside, and take the prompts of the next step."""
         trainer = self.runs
-        apply_requests(trainer.store, partial(roll_back_between_steps, trainer), self._reporter)
+        apply_requests(trainer.store, partial(roll_back_between_steps, trainer), self.reporter)
         self.rollout: Rollout = trainer.source.draw(trainer.steps_done + 1)
-        self.clock = loop.Clock(self._reporter)
+        self.clock = loop.Clock(self.reporter)
 
     def learn(self) -> None:
         """The rest of a step whose completions are there."""
-        loop.finish_step(self.runs, self._reporter, self.clock, self.rollout)
+        loop.finish_step(self.runs, self.reporter, self.clock, self.rollout)
         self.settle()
 
     def settle(self) -> None:
         """Look at where it stands; a run that has come to its end is finished."""
         trainer = self.runs
         self.history, self.evaluations = trainer.history, trainer.evaluations
-        if not loop.goes_on(trainer, self._reporter):
+        if not loop.goes_on(trainer, self.reporter):
             self._leave(None)
             self.result, self.state = trainer.result, "finished"
 
@@ -135,7 +131,7 @@ class Member:
     def stop(self, why: str) -> None:
         """End it where it stands, between two steps; its run can be resumed."""
         if self.state == "running":
-            self._reporter.message(f"stopped: {why}")
+            self.reporter.message(f"stopped: {why}")
             self._leave(GeneratorExit())
         self.state, self.why = "stopped", why
         self.close()

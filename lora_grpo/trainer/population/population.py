@@ -228,7 +228,7 @@ class Population:
                 sample_together(self.engine, [(member.runs, member.rollout) for member in members])
             except Exception as error:  # noqa: BLE001 - raised again by the member whose rows fail by themselves too
                 for member in members:
-                    member.tell(f"the batch of all members failed, so each samples alone: {error}")
+                    member.reporter.message(f"the batch of all members failed, so each samples alone: {error}")
                 return False
         return True
 
