@@ -71,11 +71,7 @@ class PromptDataset:
 
 def load_data(config: DataConfig) -> tuple[PromptDataset, PromptDataset | None]:
     """The training and held-out prompts of a run's settings."""
-    shared: dict[str, Any] = {
-        "name": config.name,
-        "prompt_column": config.prompt_column,
-        "system_prompt": config.system_prompt,
-    }
+    shared = config.model_dump(include={"name", "prompt_column", "system_prompt"})
     train = load_prompts(config.train, split=config.train_split, **shared)
     if config.eval is None:
         return train, None

@@ -165,11 +165,8 @@ def build_guard(config: GuardConfig) -> Guard | None:
         policies.append(LogprobGap(config.logprob_gap))
     if config.kl is not None:
         policies.append(ReferenceKL(config.kl))
-    if not policies:
-        return None
-    return Guard(
-        *policies, to=config.to, max_rollbacks=config.max_rollbacks, learning_rate_factor=config.learning_rate_factor
-    )
+    limits = config.model_dump(include={"to", "max_rollbacks", "learning_rate_factor"})
+    return Guard(*policies, **limits) if policies else None
 
 
 def _require(name: str, value: float, holds: bool, needed: str) -> None:
