@@ -24,8 +24,7 @@ from lora_grpo.trainer import GRPOTrainer, room
 from lora_grpo.trainer.guards import Guard, NonFinite
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
-from lora_grpo.trainer.preflight import MemberSpec
-from lora_grpo.trainer.room import Wanted
+from lora_grpo.trainer.preflight import MemberSpec, Preflight
 from lora_grpo.types import Group
 from tests.conftest import ENGINE_ARGS
 from tests.tiny_run import fake_engine
@@ -320,7 +319,7 @@ def test_what_cannot_be_a_member_is_refused_before_anything_starts(
     refused("pass peft_config", plain(run, peft_config=None))
     refused("'dvclive' is not installed", plain(run), plain(tmp_path / "b", config=CONFIG.replace(report_to="dvclive")))
     once = SHORT.replace(gradient_checkpointing=False)
-    needed = room.plan_room(base, [Wanted.of(plain(run, config=once), base, EngineConfig())], EngineConfig(), False, 1)
+    needed = room.plan_room(base, [Preflight(base, plain(run, config=once)).wanted], EngineConfig(), False, 1)
     more_bytes = 2 * needed.memory.adapter_and_optimizer_bytes + needed.memory.adapter_slots_bytes // 2
     monkeypatch.setattr(room, "available_memory", lambda device: needed.memory.total_bytes + more_bytes)
     refused(

@@ -29,6 +29,7 @@ from lora_grpo.trainer.activations import LargestBatch, largest_batch
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import checkpoint_of, default_device
 from lora_grpo.trainer.rollouts import RolloutFunc
+from lora_grpo.trainer.room import Wanted
 from lora_grpo.trl_names import REWARD_MODEL
 from lora_grpo.types import Chat
 
@@ -155,6 +156,12 @@ class Preflight:
         data, lengths = self._lengths["train"]
         longest = max(lengths[row] for row in self._fitting(data, lengths, self.known_room))
         return largest_batch(self.config, longest, default_device())
+
+    @property
+    def wanted(self) -> Wanted:
+        """What it needs of memory, and of an engine that it shares."""
+        rows = self.config.rows_per_step(self.num_processes)
+        return Wanted(self.spec.peft_config, self.largest_batch, self.config.gradient_checkpointing, rows)
 
     @cached_property
     def tokenizer(self) -> Any:

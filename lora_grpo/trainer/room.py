@@ -26,7 +26,6 @@ from lora_grpo.trainer.models import (
     lora_rank,
     quantization_of,
 )
-from lora_grpo.trainer.preflight import MemberSpec, Preflight
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,6 @@ class Wanted:
     checkpointing: bool | None
     rows: int = 0
     """Completions a step, for what the members of a population sample together."""
-
-    @classmethod
-    def of(cls, spec: MemberSpec, model: ModelConfig, engine_config: EngineConfig) -> Wanted:
-        """Of a member, once all is checked that can be before an engine starts. Raises `ConfigError`."""
-        config = spec.config
-        if config.max_staleness:
-            raise ConfigError(
-                f"{spec.run_dir}: max_staleness={config.max_staleness} samples ahead, but a population "
-                "samples for all its members at once; set max_staleness=0"
-            )
-        before = Preflight(model, spec, engine_config=engine_config)
-        before.check()
-        return cls(spec.peft_config, before.largest_batch, config.gradient_checkpointing, config.rows_per_step(1))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer.crew import launched
 from lora_grpo.trainer.models import Shared, Sharing, build_engine, check_same_device, load_base, shared_base
 from lora_grpo.trainer.population.member import Member
-from lora_grpo.trainer.preflight import MemberSpec
+from lora_grpo.trainer.preflight import MemberSpec, Preflight
 from lora_grpo.trainer.rollouts import Rollout, Source
 from lora_grpo.trainer.room import Room, Wanted, plan_room
 from lora_grpo.trainer.run import Run
@@ -159,9 +159,15 @@ class Population:
                     f"{spec.run_dir}: {member.run_dir} is already a member; give each member its own directory"
                 )
         spec = spec.loaded()
-        wanted = Wanted.of(spec, self._model, self._engine_config)
+        if spec.config.max_staleness:
+            raise ConfigError(
+                f"{spec.run_dir}: max_staleness={spec.config.max_staleness} samples ahead, but a population "
+                "samples for all its members at once; set max_staleness=0"
+            )
+        before = Preflight(self._model, spec, engine_config=self._engine_config)
+        before.check()
         self.members.append(Member(spec))
-        return wanted
+        return before.wanted
 
     def _start(self, engine: Engine | None, room: Room, sharing: Sharing) -> Shared:
         """The engine and the base; what the libraries say meanwhile goes to the first member's log."""
