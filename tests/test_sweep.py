@@ -38,6 +38,7 @@ from lora_grpo.trainer.sweeping.selection import (
     score,
     take_over,
     takeovers,
+    weighed,
 )
 from lora_grpo.trainer.sweeping.sweep import Sweep
 from tests.test_resume import config
@@ -84,12 +85,20 @@ def test_draws_lie_in_their_ranges_and_repeat_with_their_seed() -> None:
         (["grpo.beta=0.5..0.1"], 4, "must be larger"),
         (["grpo.beta=0,1", "grpo.beta=2,3"], None, "twice"),
         (["grpo.beta=0,1"], 0, "at least 1"),
+        (["grpo.seed=0,0"], None, "there twice"),
+        (["grpo.learning_rate=1e-3,,2e-3"], None, "empty"),
+        (["grpo.seed=0,1"], 3, "only 2 different members"),
         ([f"grpo.{key}={','.join(map(str, range(40)))}" for key in ("seed", "beta")], None, "more than"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_swept_is_refused(swept: list[str], sample: int | None, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         trials_of(swept, sample=sample)
+
+
+def test_no_draw_comes_twice() -> None:
+    trials = trials_of(["lora.r=4..9"], sample=6)
+    assert {trial.settings for trial in trials} == {(f"lora.r={rank}",) for rank in range(4, 10)}
 
 
 def test_one_value_is_no_sweep() -> None:
@@ -105,6 +114,13 @@ def test_a_score_is_of_the_steps_up_to_the_rung() -> None:
     assert score(steps(0, 1, 2, 3, 100), 4) == 2.0
     assert score(steps(0, 1), 4) is None
     assert score(steps(1, math.nan), 2) == -math.inf
+
+
+def test_rewards_are_compared_by_the_same_weights() -> None:
+    step = {"step": 3, "reward": 9.0, "rewards/a/mean": 0.5, "rewards/a/std": 4.0, "rewards/b/mean": 2.0}
+    assert weighed(step, [1.0, 0.25]) == {**step, "reward": 1.0}
+    assert weighed({"reward": 9.0, "rewards/a": 0.5, "rewards/b": None}, [2.0, 1.0])["reward"] == 1.0
+    assert math.isnan(weighed({"reward": 9.0, "rewards/a": math.nan}, [2.0])["reward"])
 
 
 def test_halving_keeps_the_best_and_at_least_one() -> None:
@@ -216,6 +232,28 @@ def digests(directory: Path) -> dict[str, dict[int, str]]:
 
 class Stopped(KeyboardInterrupt):
     """What Ctrl-C does, at a known moment."""
+
+
+def test_a_larger_weight_of_a_reward_is_no_better_policy(llama_dir: Path, tmp_path: Path) -> None:
+    """Both members learn the same, advantages being scaled: of equals the first goes on, and is the best."""
+    settings = settings_of(llama_dir, tmp_path / "sweep", grpo=config(3))
+    plan = SweepPlan(settings=settings, trials=trials_of(["rewards.0.weight=1,3"]), rungs=(2,))
+    summary = Sweep(plan, engine=fake_engine(llama_dir)).run()
+    rung = [record for record in decisions(tmp_path / "sweep") if record["event"] == "rung"]
+    assert [record["goes_on"] for record in rung] == [True, False]
+    assert rung[0]["score"] == pytest.approx(rung[1]["score"])
+    assert summary["best"] == "0_weight=1"
+
+
+def test_a_refused_sweep_leaves_its_directory_to_the_corrected_one(llama_dir: Path, tmp_path: Path) -> None:
+    settings = settings_of(llama_dir, tmp_path / "sweep")
+    for swept, words in (
+        ("rewards.0.name=tests.tiny_trainer:share_of_low_bytes,nope", r"member 1_name=nope: .*nope"),
+        ('data.train="rows.jsonl","missing.jsonl"', r"member 0_train=.*rows.jsonl"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Sweep(SweepPlan(settings=settings, trials=trials_of([swept])), engine=fake_engine(llama_dir)).run()
+        assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize("at_once", [4, 2])
@@ -472,6 +510,8 @@ def test_ctrl_c_stops_a_sweep_which_goes_on_as_if_it_had_not(llama_dir: Path, tm
     [
         ({"rungs": (6,)}, "a rung at step 6 must lie between 1 and 5"),
         ({"keep": 1.0}, r"keep: must be a number, above 0, below 1 \(got 1.0\)"),
+        ({"keep": 0.3}, "give --rungs"),
+        ({"trials": trials_of(["output_dir=a,b"])}, "a place of its own"),
         ({"perturb": ("grpo.beta",)}, "give --evolve-every"),
         ({"evolve_every": 2, "rungs": (2,)}, "and no rungs"),
         ({"evolve_every": 2, "at_once": 1}, "compares all 2 at once"),

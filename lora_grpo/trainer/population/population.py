@@ -158,14 +158,17 @@ class Population:
                 raise ConfigError(
                     f"{spec.run_dir}: {member.run_dir} is already a member; give each member its own directory"
                 )
-        spec = spec.loaded()
-        if spec.config.max_staleness:
-            raise ConfigError(
-                f"{spec.run_dir}: max_staleness={spec.config.max_staleness} samples ahead, but a population "
-                "samples for all its members at once; set max_staleness=0"
-            )
-        before = Preflight(self._model, spec, engine_config=self._engine_config)
-        before.check()
+        try:
+            spec = spec.loaded()
+            if spec.config.max_staleness:
+                raise ConfigError(
+                    f"max_staleness={spec.config.max_staleness} samples ahead, but a population samples for "
+                    "all its members at once; set max_staleness=0"
+                )
+            before = Preflight(self._model, spec, engine_config=self._engine_config)
+            before.check()
+        except ConfigError as error:
+            raise ConfigError(f"member {spec.name}: {error}") from error
         self.members.append(Member(spec))
         return before.wanted
 

@@ -65,8 +65,7 @@ def trials_of(swept: Sequence[str], *, sample: int | None = None, seed: int = 0)
     else:
         if sample < 1:
             raise ConfigError(f"--sample {sample} must be at least 1")
-        draw = random.Random(seed)
-        combinations = [tuple(_drawn(choices[key], draw) for key in choices) for _ in range(sample)]
+        combinations = _different(choices, min(sample, MAX_TRIALS + 1), random.Random(seed))
     if len(combinations) > MAX_TRIALS:
         raise ConfigError(f"{len(combinations)} members are more than {MAX_TRIALS}; give fewer values, or --sample N")
     width = len(str(len(combinations) - 1))
@@ -84,7 +83,12 @@ def _choices(text: str) -> tuple[str, list[str] | _Range]:
     if not (equals and key and values):
         raise ConfigError(f"{text!r} is not of the form section.key=value,value")
     span = _RANGE.fullmatch(values)
-    return key, _split(values) if span is None else _range(text, *span.groups())
+    if span is not None:
+        return key, _range(text, *span.groups())
+    listed = _split(values)
+    if not all(map(str.strip, listed)) or len(set(listed)) < len(listed):
+        raise ConfigError(f"{text!r}: leave out a value that is empty, or there twice; each makes a member")
+    return key, listed
 
 
 def _range(text: str, log: str | None, low: str, high: str) -> _Range:
@@ -115,6 +119,17 @@ def _grid(choices: dict[str, list[str] | _Range]) -> list[tuple[str, ...]]:
             raise ConfigError(f"{key} has a range, but a grid needs single values; add --sample N to draw from it")
         lists.append(values)
     return list(itertools.product(*lists))
+
+
+def _different(choices: dict[str, list[str] | _Range], sample: int, draw: random.Random) -> list[tuple[str, ...]]:
+    """So many draws, none of them twice. Raises `ConfigError` where there are not so many."""
+    found: dict[tuple[str, ...], None] = {}
+    for _ in range(100 * sample):
+        if len(found) < sample:
+            found[tuple(_drawn(values, draw) for values in choices.values())] = None
+    if len(found) < sample:
+        raise ConfigError(f"--sample {sample}: only {len(found)} different members were found; sample fewer")
+    return list(found)
 
 
 def _drawn(values: list[str] | _Range, draw: random.Random) -> str:
@@ -157,9 +172,20 @@ class SweepPlan(Section):
     def directory(self) -> Path:
         return Path(self.settings.output_dir)
 
+    @property
+    def common_weights(self) -> list[float] | None:
+        """The rewards' weights by which members are compared where their own differ: those of `settings`."""
+        differ = any(re.fullmatch(r"rewards\.\d+\.weight", key) for key in {*self._swept(), *self.perturb})
+        return [reward.weight for reward in self.settings.rewards] if differ else None
+
+    def _swept(self) -> set[str]:
+        return {text.partition("=")[0].strip() for trial in self.trials for text in trial.settings}
+
     @model_validator(mode="after")
     def _check(self) -> SweepPlan:
         """Raises `ConfigError` for what cannot be run, before anything is written or started."""
+        if placed := self._swept() & {"output_dir", "store_root"}:
+            raise ConfigError(f"{' and '.join(placed)}: each member gets a place of its own; sweep other settings")
         configs = [self.config(trial) for trial in self.trials]
         for trial, config in zip(self.trials, configs, strict=True):
             for section in ("model", "engine"):
@@ -171,6 +197,8 @@ class SweepPlan(Section):
                 raise ConfigError(
                     f"a rung at step {rung} must lie between 1 and {shortest - 1}, below grpo.total_steps"
                 )
+        if self.keep != type(self).model_fields["keep"].default and not self.rungs:
+            raise ConfigError(f"--keep {self.keep:g} is the share that goes on at rungs; give --rungs STEPS too")
         if self.evolve_every is not None:
             self._check_evolution(configs)
         elif self.perturb:

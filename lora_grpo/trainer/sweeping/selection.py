@@ -33,6 +33,15 @@ def score(history: History, step: int) -> float | None:
     return mean if math.isfinite(mean) else -math.inf
 
 
+def weighed(metrics: Mapping[str, Any], weights: Sequence[float]) -> dict[str, Any]:
+    """A step's or an evaluation's metrics, `reward` being its reward functions' means by these weights."""
+    means = [value for name, value in metrics.items() if name.startswith("rewards/") and not name.endswith("/std")]
+    # A function that scored no row has no mean: NaN here, null in a log.
+    pairs = zip(weights, means, strict=True)
+    known = [weight * mean for weight, mean in pairs if mean is not None and not math.isnan(mean)]
+    return {**metrics, "reward": sum(known) if known else math.nan}
+
+
 def halving_losers(scores: Mapping[str, float], keep: float) -> set[str]:
     """Successive halving (Jamieson and Talwalkar, 2016, https://arxiv.org/abs/1502.07943): all but the best `keep`.
 

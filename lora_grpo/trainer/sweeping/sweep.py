@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import save_config, setting, with_settings
 from lora_grpo.engines.base import Engine
+from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import RunLog, read_metrics, run_history
 from lora_grpo.metrics.plot import plot_curves
 from lora_grpo.trainer.build import member_spec
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
 from lora_grpo.trainer.preflight import MemberSpec
-from lora_grpo.trainer.sweeping.plan import SweepPlan, Trial
-from lora_grpo.trainer.sweeping.selection import halving_losers, perturbed, score, take_over, takeovers
+from lora_grpo.trainer.sweeping.plan import SWEEP_FILE, SweepPlan, Trial
+from lora_grpo.trainer.sweeping.selection import halving_losers, perturbed, score, take_over, takeovers, weighed
 
 LOG_FILE, SUMMARY_FILE, CURVES_FILE, BEST = "sweep.jsonl", "summary.json", "curves.png", "best-adapter"
 Steps = Sequence[dict[str, Any]]
@@ -38,7 +40,7 @@ class Sweep:
 
     def __init__(self, plan: SweepPlan, *, engine: Engine | None = None, resume: bool = False) -> None:
         """Raises `ConfigError` for a directory that holds something else. An `engine` that is given stays open."""
-        self.plan, self._engine = plan, engine
+        self.plan, self._engine, self._resumed = plan, engine, resume
         if not resume:
             plan.write()
         records = read_metrics(plan.directory / LOG_FILE) if (plan.directory / LOG_FILE).is_file() else []
@@ -54,16 +56,35 @@ class Sweep:
     def run(self, show: Callable[[list[dict[str, Any]]], None] = lambda rows: None) -> dict[str, Any]:
         """To the end; `show` is given the members' rows, now and after each round. Returns the summary.
 
-        Ctrl-C leaves every member's run as it stands, to be gone on with. Raises what a population raises.
+        Ctrl-C leaves every member's run as it stands, to be gone on with. Raises what a population raises; refused
+        before any member began, it leaves the directory as it was.
         """
         waiting = [trial for trial in self.plan.trials if self._may_run(trial.name)]
         try:
             show(self.rows())
             if any(trial.name not in self._ended for trial in waiting):
-                self._run_population([member_spec(self.plan.config(trial), resume=True) for trial in waiting], show)
+                self._run_population([self._spec(trial) for trial in waiting], show)
             return self._finish()
+        except ConfigError:
+            self._take_back()
+            raise
         finally:
             self._log.close()
+
+    def _spec(self, trial: Trial) -> MemberSpec:
+        try:
+            return member_spec(self.plan.config(trial), resume=True)
+        except ConfigError as error:
+            raise ConfigError(f"member {trial.name}: {error}") from error
+
+    def _take_back(self) -> None:
+        """What this start wrote, unless a member has begun: the corrected command may have the directory."""
+        directory = self.plan.directory
+        if not self._resumed and not any((directory / trial.name).exists() for trial in self.plan.trials):
+            for name in (SWEEP_FILE, LOG_FILE):
+                (directory / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                directory.rmdir()
 
     def _go_over(self, record: dict[str, Any]) -> None:
         """Take note of what an earlier session decided."""
@@ -153,7 +174,7 @@ class Sweep:
         step = min(map(_step, running.values()), default=0)
         if self.plan.evolve_every is None or not step or step % self.plan.evolve_every or step in self._evolved:
             return
-        found = {name: score(member.history, step) for name, member in running.items()}
+        found = {name: score(self._known(name)[0], step) for name in running}
         found |= {name: -math.inf for name in self._ended if self._failed(name)}
         known = {trial.name: found.get(trial.name) for trial in self.plan.trials}
         scores = {name: value for name, value in known.items() if value is not None}
@@ -202,12 +223,19 @@ class Sweep:
         member = self._members.get(name)
         if member is not None and member.history:
             self._past.pop(name, None)
-            return member.history, [result.metrics["reward"] for result in member.evaluations]
+            return self._comparable(member.history, [result.metrics for result in member.evaluations])
         if name not in self._past:
             records = run_history(self.plan.directory / name)
-            steps = [record for record in records if record["event"] == "step"]
-            self._past[name] = steps, [record["reward"] for record in records if record["event"] == "evaluation"]
+            steps, evaluations = ([one for one in records if one["event"] == kind] for kind in ("step", "evaluation"))
+            self._past[name] = self._comparable(steps, evaluations)
         return self._past[name]
+
+    def _comparable(self, steps: Steps, evaluations: Steps) -> tuple[Steps, list[float]]:
+        """Rewards by the same weights for all, where members have their own: a larger weight is no better policy."""
+        weights = self.plan.common_weights
+        if weights is not None:
+            steps, evaluations = ([weighed(one, weights) for one in found] for found in (steps, evaluations))
+        return steps, [one["reward"] for one in evaluations]
 
     def _row(self, trial: Trial) -> dict[str, Any]:
         member, settings = self._members.get(trial.name), self._settings(trial.name)
@@ -239,7 +267,10 @@ class Sweep:
         if best is not None:
             shown = {name: steps for name, steps in curves.items() if steps}
             plot_curves(shown, directory / CURVES_FILE, best["member"])
-            summary |= {"adapter": str(directory / BEST), **_export(directory / best["member"], directory / BEST)}
+            # The rewards of one run's versions cannot be compared where its weights were changed on the way.
+            which = "head" if any(key.startswith("rewards.") for key in self.plan.perturb) else "best"
+            exported = _export(directory / best["member"], which, directory / BEST)
+            summary |= {"adapter": str(directory / BEST), **exported}
         disk.replace_file(directory / SUMMARY_FILE, json.dumps(summary, indent=1).encode(), sync=True)
         return summary
 
@@ -253,11 +284,11 @@ def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return max(finished, key=lambda row: row[measured] if math.isfinite(row[measured]) else -math.inf, default=None)
 
 
-def _export(run: Path, directory: Path) -> dict[str, Any]:
-    """The best version of a run as a plain PEFT folder, in place of what an earlier session wrote there."""
+def _export(run: Path, which: str, directory: Path) -> dict[str, Any]:
+    """A version of a run as a plain PEFT folder, in place of what an earlier session wrote there."""
     shutil.rmtree(directory, ignore_errors=True)
     with AdapterStore(archive=run, readonly=True) as store:
-        version = store.get("best")
+        version = store.get(which)
         weights = export_adapter(store, version, Recipe.read(run), directory)
     return {"version": version.number, "digest": version.digest, "weights": weights}
 
