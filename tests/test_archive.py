@@ -172,7 +172,7 @@ def test_trainer_states_follow_their_own_retention(shm_dir: Path, tmp_path: Path
         assert json.loads(state["state.json"].read_text()) == {"step": 5}
         assert state["weights.safetensors"].read_bytes() == b"\5"
         assert len(store.list()) == 5
-        with pytest.raises(StoreError, match="written once"):
+        with pytest.raises(StoreError, match="written only once"):
             store.archive_state(5, {"weights.safetensors": [b"other"]}, {})
 
 
