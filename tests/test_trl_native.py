@@ -488,6 +488,7 @@ REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "other model code": ({"vllm_model_impl": "transformers"}, "vllm_model_impl"),
     "structured outputs": ({"vllm_structured_outputs_regex": "[0-9]+"}, "reward function"),
     "continuous batching": ({"use_transformers_continuous_batching": True}, "come from vLLM"),
+    "liger": ({"use_liger_kernel": True}, "use_liger_kernel=True: its kernels replace layers when training begins"),
     "repetition penalty": ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
     "greedy": ({"temperature": 0.0}, "temperature=0.0: the completions of a group would all be the same"),
     "unknown sampling": ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "logit_bias"),

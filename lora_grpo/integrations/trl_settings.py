@@ -113,6 +113,10 @@ def _refused(args: Any) -> dict[str, tuple[object, str]]:
             args.vllm_model_impl not in ("vllm", "auto"),
             "adapters are proven in vLLM's own model classes; set it to 'vllm'",
         ),
+        "use_liger_kernel": (
+            args.use_liger_kernel,
+            "its kernels replace layers when training begins, after the model was compared with vLLM's; leave it out",
+        ),
         "vllm_structured_outputs_regex": (
             args.vllm_structured_outputs_regex is not None,
             f"{another}; check the format in a reward function",
