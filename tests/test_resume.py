@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from lora_grpo.adapters.asking.requests import request
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.archive import Archive
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.config import KeepConfig
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreLocked
@@ -189,6 +191,31 @@ def test_the_best_version_stays_exact_when_it_was_sampled_from_again(llama_dir: 
             trainer.train()
             assert trainer.store.metrics(3)["reward"] == earned
             assert "state" in trainer.store.where(3)
+
+
+def test_the_best_versions_state_is_kept_also_on_a_slow_disk(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reward is known when the next version is published, and the queue is pruned by it."""
+    keep_state = Archive.keep_state
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(1.0)
+        keep_state(*arguments)
+
+    monkeypatch.setattr(Archive, "keep_state", slowly)
+    luck = iter([0.1, 0.9, 0.3, 0.2])
+
+    def reward(completions: Sequence[str], **columns: Any) -> list[float]:
+        value = next(luck)
+        return [value + 0.01 * row for row in range(len(completions))]
+
+    settings: dict[str, Any] = {"reward_funcs": reward, "keep": KeepConfig(trainer_states=1)}
+    with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "run", config(4), **settings) as trainer:
+        trainer.train()
+        best = trainer.store.get("best").number
+        assert best == 2
+        assert "state" in trainer.store.where(best)
 
 
 def test_a_rollback_without_state_is_completed_rounded(llama_dir: Path, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def make_good(run: Run, reporter: Reporter) -> None:
     if measured is None:
         return
     if all(metrics["step"] != measured["step"] for metrics in run.history):
+        _record(run, measured)
         _write_down(run, reporter, measured)
     if all(result.version != run.version.number for result in run.evaluations):
         _evaluate_when_due(run, reporter)
@@ -135,6 +136,8 @@ def _step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
         "step": step,
         "version": rollout.version.number,
     }
+    # Before the next version is published: retention then looks at rewards, and keeps what the best one needs.
+    _record(run, metrics)
     with clock("publish"):
         publish(run, step, metrics)
     metrics |= {**(run.sync.last_receipt.metrics if run.sync.last_receipt else {}), **clock.seconds}
@@ -145,14 +148,18 @@ def _step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
 
 
 def _write_down(run: Run, reporter: Reporter, metrics: dict[str, Any]) -> None:
+    run.history.append(metrics)
+    reporter.step(metrics["step"], metrics)
+
+
+def _record(run: Run, metrics: Mapping[str, Any]) -> None:
+    """What a step says of the version that made its completions."""
     # A forked run has not the version that its first step was sampled from. One that is sampled from again, after a
     # rollback, keeps what it earned first: by that the best ones were chosen, whose trainer states are there.
     with suppress(UnknownVersion):
         known = run.store.metrics(metrics["version"])
         if "reward" not in known:
             run.store.record(metrics["version"], **of_the_version(metrics))
-    run.history.append(metrics)
-    reporter.step(metrics["step"], metrics)
 
 
 def _evaluate_when_due(run: Run, reporter: Reporter) -> None:
