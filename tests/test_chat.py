@@ -51,9 +51,11 @@ def asked(llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
             seen.append((version.number, question.removesuffix("<|im_start|>")))
         return f"v{version.number} says: naïveté"[len(said) :]
 
-    engine = FakeEngine(reply, tokenizer=tokenizer)
-    run_of_two(llama_dir, tmp_path / "run", engine)
-    monkeypatch.setattr(replay, "build_engine", lambda *_, **__: engine)
+    def engine(*_: Any, **__: Any) -> FakeEngine:
+        return FakeEngine(reply, tokenizer=tokenizer)
+
+    run_of_two(llama_dir, tmp_path / "run", engine())
+    monkeypatch.setattr(replay, "build_engine", engine)
     return seen
 
 

@@ -61,7 +61,7 @@ def test_a_name_that_cannot_be_had_is_told_without_trying_again(look: Callable[[
 
 def test_where_the_user_forbade_to_ask_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=rf"'{NAME}' .*and HF_HUB_OFFLINE forbids to ask the hub: name a directory"):
+    with pytest.raises(ConfigError, match=rf"'{NAME}' .*and HF_HUB_OFFLINE forbids to ask the hub: name its directory"):
         checkpoint_config(NAME)
     assert constants.HF_HUB_OFFLINE
 

@@ -359,7 +359,7 @@ def test_what_goes_on_meanwhile_leaves_a_rollout_alone(
     assert apart.worker.wait(rollout) == alone[0]
     asking.join(BOUND_S)
     refused, sampled, loaded = results[0]
-    assert "v1 answers requests" in refused[0]
+    assert "v1 is still answering requests" in refused[0]
     assert "not the ones that were published" in refused[1]
     assert refused[2] == "made up"
     assert sampled[0] == alone[1]

@@ -233,7 +233,7 @@ def test_what_is_not_there_is_named(ten: Witness, to: Any, words: str) -> None:
 
 def test_the_first_version_has_no_parent(ten: Witness) -> None:
     ten.trainer.rollback(to=1)
-    with pytest.raises(UnknownVersion, match="v1 has no parent"):
+    with pytest.raises(UnknownVersion, match="v1 is the first version and has no parent"):
         ten.trainer.rollback("parent")
 
 

@@ -211,7 +211,7 @@ def test_a_write_that_went_around_the_guard_is_found(
     shared.check_untouched()
     parameter = shared.model.model.layers[0].mlp.down_proj.weight
     write(parameter)
-    with pytest.raises(DeliveryError, match=r"model\.layers\.0\.mlp\.down_proj\.weight.*was written to"):
+    with pytest.raises(DeliveryError, match=r"model\.layers\.0\.mlp\.down_proj\.weight.*was changed"):
         shared.check_untouched()
 
 
@@ -223,7 +223,7 @@ def test_such_a_write_stops_the_next_push(llama_dir: Path, shm_dir: Path) -> Non
             sync = NativeSync(model, engine, store)
             sync.push(0)
             peft_base(model)["model.layers.1.mlp.down_proj.weight"].detach().add_(0.01)
-            with pytest.raises(DeliveryError, match=r"model\.layers\.1\.mlp\.down_proj\.weight.*was written to"):
+            with pytest.raises(DeliveryError, match=r"model\.layers\.1\.mlp\.down_proj\.weight.*was changed"):
                 sync.push(1)
             assert store.head is not None
             assert store.head.number == 1

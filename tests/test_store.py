@@ -284,7 +284,7 @@ def test_a_disk_instead_of_tmpfs_is_warned_of(tmp_path: Path) -> None:
 
 def test_a_foreign_folder_is_refused_as_root(shm_dir: Path) -> None:
     (shm_dir / "somebody's.txt").write_text("data")
-    with pytest.raises(StoreError, match="folder of its own"):
+    with pytest.raises(StoreError, match="its own folder"):
         AdapterStore(shm_dir)
     assert [path.name for path in shm_dir.iterdir()] == ["somebody's.txt"]
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.layout import Identity
 from lora_grpo.adapters.files.locks import WriterLock
-from lora_grpo.config_file import told_as_sweep
 from lora_grpo.errors import StoreError
 
 ASIDE = "aside-"
@@ -50,6 +49,8 @@ class Places:
 
 
 def _no_store(directory: Path) -> str:
+    from lora_grpo.config_file import told_as_sweep  # takes as long to import as all of the store
+
     return told_as_sweep(directory) or f"there is no store in {directory}: it is not a run's directory"
 
 
