@@ -26,13 +26,12 @@ from lora_grpo.bench.schema import (
     EnduranceRow,
     MemoryRow,
     SyncRow,
-    rows_of_one,
 )
 from lora_grpo.bench.settings import Settings, plan_parts
 from lora_grpo.bench.strategies import STOCK, STRATEGIES, load_strategy
 from lora_grpo.bench.strategies.base import Strategy
 from lora_grpo.bench.strategies.trainer import Trainer
-from lora_grpo.bench.suite import by_strategy
+from lora_grpo.bench.suite import by_strategy, rows_of_one
 from lora_grpo.bench.timing import floor_seconds, measure_bandwidth, percentile_95
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from lora_grpo.bench import endurance, memory
 from lora_grpo.bench.breakeven import break_even
@@ -23,6 +26,17 @@ def finished(found: Mapping[str, list[Any]], device: str) -> dict[str, list[Any]
     tables["break_even"] = break_even(tables["sync"], tables["decode"], device)
     tables["slopes"] = endurance.slopes(tables["endurance"])
     return tables
+
+
+def read_document(path: Path) -> Document:
+    """What a run has left. Raises `ConfigError` when there is nothing or it is no document."""
+    try:
+        return Document.model_validate_json(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"no results at {path}: {error.strerror}") from error
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "all of it"
+        raise ConfigError(f"{path} is no result of this suite, or another release's: {where} does not fit") from error
 
 
 def join(documents: Mapping[str, Document]) -> Document:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from lora_grpo.bench.settings import Settings
-from lora_grpo.errors import ConfigError
 
 Winner: TypeAlias = Literal["native", "merge"]
 TOLERANCE = 3.0
@@ -275,17 +273,6 @@ class Document(BaseModel):
     slopes: list[SlopeRow] = []
 
 
-def read_document(path: Path) -> Document:
-    """What a run has left. Raises `ConfigError` when there is nothing or it is no document."""
-    try:
-        return Document.model_validate_json(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"no results at {path}: {error.strerror}") from error
-    except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"])) or "all of it"
-        raise ConfigError(f"{path} is no result of this suite, or another release's: {where} does not fit") from error
-
-
 TABLES = ("sync", "proof", "truth", "memory", "decode", "fidelity", "drift", "step", "rollback", "endurance")
 """What is measured; the other tables of a document follow from these."""
 
@@ -310,9 +297,3 @@ def tables(document: Document) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     for name, title in TITLES.items():
         if rows := getattr(document, name):
             yield title, [row.for_people() for row in rows]
-
-
-def rows_of_one(cell: Mapping[str, Any]) -> list[Any]:
-    """A row for each thing that the one strategy of a cell has found."""
-    (done,), (row,) = cell["rounds"], get_args(Document.model_fields[cell["table"]].annotation)
-    return [row(strategy=done["strategy"], **cell["labels"], **found) for found in done["result"]]

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lora_grpo.adapters.files.disk import tmpfs_home
 from lora_grpo.bench import decode, endurance, fidelity, host, memory, rollback, room, shapes, step, sync
-from lora_grpo.bench.joining import finished
+from lora_grpo.bench.joining import finished, read_document
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
 from lora_grpo.bench.runner import Partial, Progress, Runner
-from lora_grpo.bench.schema import TABLES, Document, read_document, rows_of_one
+from lora_grpo.bench.schema import TABLES, Document
 from lora_grpo.bench.settings import PARTS, Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import adapter_crossing, floor_seconds, weights_crossing
@@ -238,3 +238,9 @@ def by_strategy(cells: Sequence[Cell]) -> list[Cell]:
     for place, cell in enumerate(cells):
         first.setdefault(cell.subjects[-1], place)
     return sorted(cells, key=lambda cell: (cell.fresh, first[cell.subjects[-1]]))
+
+
+def rows_of_one(cell: Mapping[str, Any]) -> list[Any]:
+    """A row for each thing that the one strategy of a cell has found."""
+    (done,), (row,) = cell["rounds"], get_args(Document.model_fields[cell["table"]].annotation)
+    return [row(strategy=done["strategy"], **cell["labels"], **found) for found in done["result"]]

@@ -54,7 +54,7 @@ def bench(
         _report(out, readme)
         return
     options = _options(shape=shape, model=model, ranks=ranks, strategies=strategies, device=device, repeat=repeat)
-    from lora_grpo.bench.schema import read_document
+    from lora_grpo.bench.joining import read_document
     from lora_grpo.bench.settings import plan_parts
 
     parts = plan_parts(part, scenario, options)
@@ -135,9 +135,8 @@ def _compare(document: Document, baseline: Document, tolerance: float) -> bool:
 
 
 def _report(out: Path | None, readme: Path | None) -> None:
-    from lora_grpo.bench.joining import join
+    from lora_grpo.bench.joining import join, read_document
     from lora_grpo.bench.report import update_readme, write_report
-    from lora_grpo.bench.schema import read_document
 
     if out is None:
         raise ConfigError("bench report needs a finished run: give its directory with --out DIR")
