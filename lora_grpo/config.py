@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.sections import Section
 
@@ -45,6 +46,15 @@ class LoraSettings(Section):
     alpha_pattern: dict[str, float] = Field(
         default_factory=dict, description="alphas of single modules, by name or regex"
     )
+
+
+def check_quantization(asked: str | None) -> None:
+    """Raises `ConfigError` for what no trainer is proven to compute alike, whatever vLLM would make of it."""
+    if asked not in (None, "nf4", "bitsandbytes"):
+        raise ConfigError(
+            f"quantization={asked!r} is not proven to match a trainer; set 'nf4', or leave it out, because the engine "
+            "follows what the checkpoint says"
+        )
 
 
 class EngineConfig(Section):

@@ -48,10 +48,10 @@ def serve(
 
     When one server ends, all end; the last lines of its log say why.
     """
-    from lora_grpo.engines import compat
+    from lora_grpo.config import check_quantization
     from lora_grpo.engines.server.launch import Serving
 
-    compat.check_quantization(quantization)
+    check_quantization(quantization)
     serving = Serving(
         model,
         replicas,

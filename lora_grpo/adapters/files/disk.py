@@ -157,7 +157,8 @@ def read_number(path: Path) -> int | None:
 
 def file_system(path: Path) -> str:
     """The type of file system that `path` is on, as the kernel calls it; 'unknown' where it cannot be told."""
-    mounts = [mount for mount in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(mount.mountpoint)]
+    place = path.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
     # Of those mounted over one another in one place, the last.
     return max(reversed(mounts), key=lambda mount: len(mount.mountpoint)).fstype if mounts else "unknown"
 

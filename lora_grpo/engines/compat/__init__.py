@@ -164,15 +164,6 @@ def generates_text(architecture: str) -> bool:
     return is_text_generation_model(model) and not is_pooling_model(model)
 
 
-def check_quantization(asked: str | None) -> None:
-    """Raises `ConfigError` for what no trainer is proven to compute alike, whatever vLLM would make of it."""
-    if asked not in (None, "nf4", "bitsandbytes"):
-        raise ConfigError(
-            f"quantization={asked!r} is not proven to match a trainer; set 'nf4', or leave it out, because the engine "
-            "follows what the checkpoint says"
-        )
-
-
 def allowed_rank(rank: int) -> int:
     """The smallest max_lora_rank that vLLM takes for adapters of `rank`."""
     for allowed in LORA_RANKS:

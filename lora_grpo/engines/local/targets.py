@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
 
 from lora_grpo.adapters.peft_form.quantized import Scheme, scheme_of
+from lora_grpo.config import check_quantization
 from lora_grpo.engines import compat
 from lora_grpo.engines.local.text_only import full_class, model_class
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
@@ -179,7 +180,7 @@ def served_scheme(
     except UnsupportedAdapter as error:
         raise ConfigError(f"{model}: {error}") from error
     wanted = "nf4" if asked == "bitsandbytes" else asked
-    compat.check_quantization(asked)
+    check_quantization(asked)
     if wanted and own not in (None, wanted):
         raise ConfigError(
             f"quantization={asked!r}: {model} is {own} already; leave it out, or name an unquantized checkpoint"
