@@ -14,8 +14,8 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import UnknownVersion
-from lora_grpo.metrics.drawing import Lineage
 from lora_grpo.metrics.render import duration
+from lora_grpo.metrics.tree import Lineage
 
 REPORT_FILE = "report.html"
 MOST_VERSIONS = 60

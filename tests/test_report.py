@@ -17,9 +17,9 @@ import pytest
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
-from lora_grpo.metrics.drawing import MOST_DOTS, MOST_LANES, Lineage, tree
 from lora_grpo.metrics.page import MOST_CHARACTERS, render_page
 from lora_grpo.metrics.reporter import Reporter
+from lora_grpo.metrics.tree import MOST_DOTS, MOST_LANES, Lineage, tree
 from lora_grpo.report import lineage, write_report
 from tests.store_files import adapter
 from tests.test_cli import lora_grpo

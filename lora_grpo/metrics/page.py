@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.config_file import RESOLVED_FILE, config_of_model
-from lora_grpo.metrics.drawing import MOST_POINTS, Lineage, curves, tree
+from lora_grpo.metrics.curves import MOST_POINTS, panels, series
 from lora_grpo.metrics.log import METRICS_FILE, Record, history, read_metrics
-from lora_grpo.metrics.panels import series
 from lora_grpo.metrics.render import GAP, duration, number
 from lora_grpo.metrics.reporter import SAMPLES_FILE, flat
+from lora_grpo.metrics.tree import Lineage, tree
 
 MOST_LOGGED, MOST_ROWS, MOST_CHARACTERS, MOST_MESSAGES = 12, 12, 1500, 40
 """What a page holds at most of logged steps, completions of each, characters of a text, and messages."""
@@ -50,7 +50,7 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
         refresh_s=refresh_s,
         now=time.time(),
         facts=_facts(info, steps, given_up, lineage),
-        curves=list(curves(records, given_up)),
+        panels=panels(records, given_up),
         thinned=max(len(steps), len(given_up)) > MOST_POINTS,
         logged=logged[: -MOST_LOGGED - 1 : -1],
         logged_steps=len(logged),

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.live import Live
 
 from lora_grpo.errors import ConfigError
+from lora_grpo.metrics.curves import PLOT_FILE
 from lora_grpo.metrics.log import METRICS_FILE, RunLog
-from lora_grpo.metrics.plot import PLOT_FILE
 from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output, own_stderr, quiet_libraries
 from lora_grpo.metrics.render import ViewState, panel, plain_evaluation, plain_start, plain_step, table
 

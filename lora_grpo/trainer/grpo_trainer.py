@@ -19,7 +19,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.metrics.plot import plot_run
+from lora_grpo.metrics.curves import plot_run
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.reference import keep_reference
 from lora_grpo.rewards import RewardFunction

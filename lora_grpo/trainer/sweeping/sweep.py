@@ -18,8 +18,8 @@ from lora_grpo.config import RunConfig
 from lora_grpo.config_file import save_config, setting, with_settings
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
+from lora_grpo.metrics.curves import plot_curves
 from lora_grpo.metrics.log import RunLog, read_metrics, run_history
-from lora_grpo.metrics.plot import plot_curves
 from lora_grpo.trainer.build import member_spec
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population

@@ -1,21 +1,15 @@
-"""Curves of a run and the tree of its versions, as SVG paths made of numbers alone."""
+"""The tree of a run's versions, as SVG paths made of numbers alone."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from lora_grpo.metrics.log import Record
-from lora_grpo.metrics.panels import Panel, Points, marks, panels
-from lora_grpo.metrics.render import number
-
-MOST_POINTS, MOST_LANES, MOST_DOTS = 300, 24, 100
-WIDTH, HEIGHT = 600, 160
-TREE_WIDTH, LANE, LABEL = 900, 36, 56
-"""Of the tree: its width, the height of a lane, and the room that a label needs."""
+MOST_LANES, MOST_DOTS = 24, 100
+WIDTH, LANE, LABEL = 900, 36, 56
+"""The drawing's width, the height of a lane, and the room that a label needs."""
 
 
 @dataclass(frozen=True)
@@ -35,53 +29,6 @@ class Lineage:
     """Kept versions that the table lacks."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A panel of WIDTH x HEIGHT: its lines (name with last value, path, CSS class) and the values at its edges."""
-
-    title: str
-    lines: list[tuple[str, str, str]]
-    low: float
-    high: float
-    first: float
-    last: float
-    marks: list[tuple[float, str]]
-    """Where the run went back or its canary failed, and why."""
-
-
-def curves(records: Sequence[Record], given_up: Sequence[Record]) -> Iterator[Curve]:
-    """The panels of a run, as paths."""
-    for panel in panels(records, given_up):
-        yield _curve(panel, marks(records))
-
-
-def _curve(panel: Panel, marks: Sequence[tuple[int, str]]) -> Curve:
-    low, high = panel.limits
-    steps = [step for points in panel.lines.values() for step in points[0]]
-    first, last = min(steps), max(steps)
-
-    def x(step: float) -> float:
-        return round((step - first) / ((last - first) or 1) * WIDTH, 1)
-
-    def y(value: float) -> float:
-        return round(HEIGHT * (1 - (min(value, high) - low) / ((high - low) or 1)), 1)
-
-    drawn = []
-    for index, (name, points) in enumerate(panel.lines.items()):
-        thin = zip(*_thinned(*points), strict=True)
-        path = "M" + " L".join(f"{x(step)} {y(value)}" for step, value in thin) + " h0"
-        drawn.append((f"{name} {number(points[1][-1])}", path, "lost" if name == "given up" else f"c{index % 4}"))
-    inside = [(x(step), text) for step, text in marks if first <= step <= last]
-    return Curve(panel.title, drawn, low, high, first, last, inside[-MOST_DOTS:])
-
-
-def _thinned(steps: Sequence[float], values: Sequence[float]) -> Points:
-    """At most MOST_POINTS points, each the mean of its neighbours."""
-    each = -(-len(steps) // MOST_POINTS)
-    starts = range(0, len(steps), each)
-    return [[statistics.fmean(axis[start : start + each]) for start in starts] for axis in (steps, values)]  # type: ignore[return-value]
-
-
 @dataclass
 class Branch:
     """Versions in a row that `HEAD` does not come from."""
@@ -99,18 +46,18 @@ class Tree:
     lanes: int
     paths: list[tuple[str, str]]
     """Path and CSS class."""
-    back: list[tuple[str, str]] = field(default_factory=list)
+    back: list[tuple[str, str]]
     """A rollback's path, and its words."""
-    dots: list[tuple[float, float, str, str]] = field(default_factory=list)
+    dots: list[tuple[float, float, str, str]]
     """x, y, CSS class and label (which may be empty)."""
-    hidden: int = 0
+    hidden: int
     """Branches below the last lane drawn."""
 
 
 def tree(lineage: Lineage) -> Tree:
     """The drawing: its size grows with the branches, not with the versions."""
     lane_of, branches = _lanes(lineage)
-    scale = TREE_WIDTH / max(1, max(lineage.parents, default=1) - 1)
+    scale = WIDTH / max(1, max(lineage.parents, default=1) - 1)
 
     def at(version: int) -> tuple[float, int]:
         return round((version - 1) * scale, 1), lane_of.get(version, 0) * LANE
@@ -154,7 +101,9 @@ def _lanes(lineage: Lineage) -> tuple[dict[int, int], list[Branch]]:
     return lane_of, branches
 
 
-def _dots(lineage: Lineage, lane_of: Mapping[int, int], at: Any) -> list[tuple[float, float, str, str]]:
+def _dots(
+    lineage: Lineage, lane_of: Mapping[int, int], at: Callable[[int], tuple[float, int]]
+) -> list[tuple[float, float, str, str]]:
     """The versions that a reader looks for; labels that would cover one another are left out."""
     kinds: dict[int, str] = {}
     if lineage.parents:
