@@ -1,15 +1,13 @@
 """What TRL's users write that is called something else here, or is not there: what to do instead."""
 
-_EVERY_VERSION = (
-    "every version is published and archived; [keep] (KeepConfig) says how many stay, trainer_state_every how often "
-    "with the exact trainer state"
-)
-
 _INSTEAD = {
     "max_steps": "set total_steps: it counts generations, where TRL's max_steps counts optimizer steps",
     "num_train_epochs": "set total_steps, which counts generations",
     "output_dir": "the run's directory is run_dir= of GRPOTrainer, and output_dir at the top of a config file",
-    "save_steps save_strategy save_total_limit save_only_model": _EVERY_VERSION,
+    "save_steps save_strategy save_total_limit save_only_model": (
+        "every version is published and archived; [keep] (KeepConfig) says how many stay, trainer_state_every how "
+        "often with the exact trainer state"
+    ),
     "resume_from_checkpoint": "call trainer.resume(), or `lora-grpo train --resume`",
     "logging_steps logging_strategy logging_first_step": "every step is logged; leave it out",
     "log_completions num_completions_to_print": "set log_completions_every, the steps between shown samples",

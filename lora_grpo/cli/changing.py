@@ -179,8 +179,11 @@ def change(
                     raise
                 continue
         answer = _wait(request(run, verb, **args), deadline)
+        if answer is not None and "error" in answer:
+            kind = getattr(errors, str(answer.get("kind")), StoreError)
+            raise kind(f"the run answered: {answer['error']}")
         if answer is not None:
-            return {"live": True, **_done(answer)}
+            return {"live": True, **answer}
 
 
 def _wait(request: Request, deadline: float) -> dict[str, Any] | None:
@@ -208,11 +211,3 @@ def _wait(request: Request, deadline: float) -> dict[str, Any] | None:
         say(_TAKEN_BACK if request.withdraw() else too_late)
         raise
     return answer
-
-
-def _done(answer: dict[str, Any]) -> dict[str, Any]:
-    """The answer, or the error that it tells of."""
-    if "error" not in answer:
-        return answer
-    kind = getattr(errors, str(answer.get("kind")), StoreError)
-    raise kind(f"the run answered: {answer['error']}")

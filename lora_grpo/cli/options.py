@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic_core import to_jsonable_python
 from rich.console import Console
 
+from lora_grpo.metrics.log import jsonable
 from lora_grpo.metrics.render import table
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def whole_numbers(text: str | None, option: str) -> list[int]:
 
 def print_json(document: Any) -> None:
     """One JSON document on one line; what is not finite becomes null, so that every parser takes it."""
-    typer.echo(json.dumps(to_jsonable_python(document, inf_nan_mode="null", fallback=str), ensure_ascii=False))
+    typer.echo(json.dumps(jsonable(document), ensure_ascii=False))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:

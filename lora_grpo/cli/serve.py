@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +93,6 @@ def _until_interrupted(serving: Serving, logs: Path, as_json: bool) -> None:
     from lora_grpo.engines.server.launch import Servers
 
     logs.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     say(f"starting {serving.replicas} of {serving.model}; logs in {logs}")
     with Servers(serving, logs).running() as servers:
         tell({"urls": servers.urls, "logs": str(logs)}, as_json, "\n".join(servers.urls))

@@ -1,14 +1,6 @@
 """Prompts: where they come from, and in which order a run uses them."""
 
 from lora_grpo.data.prompts import RESERVED_COLUMNS, PromptDataset, PromptSampler, load_data, load_prompts
-from lora_grpo.data.reading import FILE_SUFFIXES, Rows
+from lora_grpo.data.reading import Rows
 
-__all__ = [
-    "FILE_SUFFIXES",
-    "RESERVED_COLUMNS",
-    "PromptDataset",
-    "PromptSampler",
-    "Rows",
-    "load_data",
-    "load_prompts",
-]
+__all__ = ["RESERVED_COLUMNS", "PromptDataset", "PromptSampler", "Rows", "load_data", "load_prompts"]

@@ -16,7 +16,6 @@ from typing import Any
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keeps_state, retention
-from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import KeepConfig, ModelConfig
 from lora_grpo.engines.local.targets import check_is_base
 from lora_grpo.engines.vllm_local import VLLMEngine
@@ -38,8 +37,6 @@ class NativeGRPOTrainer(HookedTrainer):
     sync; `rollback` works from a callback's `on_step_end`, `on_log` or `on_evaluate`. `lora-grpo rollback` and its like
     on the run's directory are answered before the next step.
     """
-
-    native: NativeRollouts
 
     def __init__(
         self,
@@ -80,8 +77,8 @@ class NativeGRPOTrainer(HookedTrainer):
             given = {**keywords, "revision": said["revision"]}
             sampling = sampling_of(given, args.seed, self.eos_token_ids)
             engine, sync = _assemble(self._closing, given, engine_args or {}, keep or KeepConfig(), folder, store_root)
-            self.native = self.rollouts = NativeRollouts(engine, sync, sampling, args.per_device_train_batch_size)
-            return Backend(self, self.native)
+            self.native = NativeRollouts(engine, sync, sampling, args.per_device_train_batch_size)
+            return Backend(self)
 
         with untouched_when_stopped(folder, store_root), ExitStack() as on_failure:
             on_failure.callback(self._closing.close)
@@ -90,10 +87,6 @@ class NativeGRPOTrainer(HookedTrainer):
             on_failure.pop_all()
         self.add_callback(self.native)
         weakref.finalize(self, self._closing.close)
-
-    def publish(self) -> AdapterVersion:
-        """The proven version that holds the weights as they are now, for sampling through `native.engine`."""
-        return self.native.publish(self.state.global_step, self.optimizer, self.lr_scheduler)
 
     def rollback(self, to: Target) -> RollbackReport:
         """Engine and trainer go on from an earlier version: its number, "parent", "best", "best:METRIC" or itself.

@@ -21,6 +21,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils.versions import require_version
 
+from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.local.text_only import full_class, model_class
 from lora_grpo.engines.requests import one_bos
@@ -49,15 +50,14 @@ from trl.trainer import grpo_trainer  # noqa: E402  the release is checked befor
 class Backend:
     """Stands where TRL keeps its `VLLMGeneration`; merges nothing and pushes no weights."""
 
-    def __init__(self, trainer: Any, rollouts: NativeRollouts) -> None:
-        self._trainer, self._rollouts = trainer, rollouts
-        model_config = SimpleNamespace(max_model_len=rollouts.engine.max_model_len)
+    def __init__(self, trainer: HookedTrainer) -> None:
+        self._trainer = trainer
+        model_config = SimpleNamespace(max_model_len=trainer.native.engine.max_model_len)
         self.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=model_config))
         """All of vLLM that TRL looks at from outside; sampling past `generate` would not name a version."""
 
     def sync_weights(self) -> None:
-        trainer = self._trainer
-        self._rollouts.publish(trainer.state.global_step, trainer.optimizer, trainer.lr_scheduler)
+        self._trainer.publish()
 
     def generate(
         self,
@@ -73,7 +73,7 @@ class Backend:
         if images is not None and any(images):
             raise ConfigError("images cannot be sampled with an adapter yet; train on text prompts")
         with profiler or nullcontext():
-            made = self._rollouts.generate(prompts, self._trainer.state.global_step)
+            made = self._trainer.native.generate(prompts, self._trainer.state.global_step)
         return (
             [list(ids) for ids in prompts],
             [list(completion.token_ids) for completion in made],
@@ -107,10 +107,14 @@ def _load(create: Callable[..., Any], name: str, **keywords: Any) -> Any:
 class HookedTrainer(grpo_trainer.GRPOTrainer):
     """TRL's trainer with provenance: rewards go to the version that earned them, stale rollouts are not trained on."""
 
-    rollouts: NativeRollouts
+    native: NativeRollouts
+
+    def publish(self) -> AdapterVersion:
+        """The proven version that holds the weights as they are now, for sampling through `native.engine`."""
+        return self.native.publish(self.state.global_step, self.optimizer, self.lr_scheduler)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        if self.rollouts.rolled_back:
+        if self.native.rolled_back:
             # What is buffered was sampled from the version that was left.
             self._buffered_inputs = None
         return super()._prepare_inputs(generation_batch)
@@ -131,10 +135,9 @@ class HookedTrainer(grpo_trainer.GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        metrics = self.rollouts.record(
-            rewards_BF, self.reward_func_names, self.reward_weights, training=self.model.training
-        )
-        self._log_completion_extra("version", [self.rollouts.sampled] * len(prompts))
+        names, weights = self.reward_func_names, self.reward_weights
+        metrics = self.native.record(rewards_BF, names, weights, training=self.model.training)
+        self._log_completion_extra("version", [self.native.sampled] * len(prompts))
         for name, value in metrics.items():
             self._log_metric(name, value)
         return rewards_BF

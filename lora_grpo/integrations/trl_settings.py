@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,22 +139,11 @@ def _check_sampling(args: Any) -> None:
     given = args.generation_kwargs or {}
     if not isinstance(given, Mapping) or not set(given) <= set(_SAMPLED_WITH):
         raise ConfigError(f"generation_kwargs={given!r}: only {', '.join(_SAMPLED_WITH)} can be given here")
-    Sampling(
-        args.num_generations, args.max_completion_length, args.temperature, args.top_p, args.top_k, args.min_p or 0
-    )
+    sampling_of({**vars(args), "generation_kwargs": None}, args.seed, ())
     try:
-        Sampling(**_as_tuples(given))
+        sampling_of(vars(args), args.seed, ())
     except ConfigError as error:
         raise ConfigError(f"generation_kwargs={given!r}: {error}") from None
-
-
-def _as_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`Sampling`'s fields, of what vLLM takes for stops: one string alone, a list, None."""
-    made = dict(fields)
-    for name in made.keys() & {"stop", "stop_token_ids"}:
-        value = made[name]
-        made[name] = (value,) if isinstance(value, str) else () if value is None else value
-    return made
 
 
 def sampling_of(given: Mapping[str, Any], seed: int, end_tokens: Sequence[int]) -> Sampling:
@@ -172,10 +161,14 @@ def sampling_of(given: Mapping[str, Any], seed: int, end_tokens: Sequence[int]) 
         "seed": seed,
         **(given["generation_kwargs"] or {}),
     }
-    fields = _as_tuples(fields)
-    if not fields.get("ignore_eos"):
-        fields["stop_token_ids"] = (*fields.get("stop_token_ids", ()), *end_tokens)
-    return Sampling(**fields)
+    # Of stops vLLM takes one string alone, a list, or None.
+    for name in fields.keys() & {"stop", "stop_token_ids"}:
+        value = fields[name]
+        fields[name] = (value,) if isinstance(value, str) else () if value is None else value
+    sampling = Sampling(**fields)
+    return (
+        sampling if sampling.ignore_eos else replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *end_tokens))
+    )
 
 
 def vllm_args(given: Mapping[str, Any], rank: int, others: Mapping[str, Any]) -> dict[str, Any]:

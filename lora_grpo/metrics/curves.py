@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_grpo.errors import StoreError
 from lora_grpo.metrics.log import Record, history, read_metrics
@@ -21,7 +21,7 @@ PLOT_FILE = "plot.png"
 Points: TypeAlias = tuple[Sequence[float], Sequence[float]]
 """Steps and values."""
 SMOOTHING = 0.7
-FAINT = {"alpha": 0.3, "linewidth": 1}
+FAINT: dict[str, Any] = {"alpha": 0.3, "linewidth": 1}
 MOST_POINTS, MOST_MARKS = 300, 100
 WIDTH, HEIGHT = 600, 160
 """Of a panel on the page."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
@@ -57,10 +56,9 @@ class RunLog:
             self._file.close()
 
 
-def jsonable(fields: Mapping[str, Any]) -> Record:
-    """Fields as JSON has them: what is not finite as null, bytes as base64, arrays as lists, the rest as text."""
-    known: Record = to_jsonable_python(dict(fields), inf_nan_mode="null", bytes_mode="base64", fallback=_item)
-    return known
+def jsonable(value: Any) -> Any:
+    """Anything as JSON has it: what is not finite as null, bytes as base64, arrays as lists, the rest as text."""
+    return to_jsonable_python(value, inf_nan_mode="null", bytes_mode="base64", fallback=_item)
 
 
 def read_metrics(path: str | Path) -> list[Record]:

@@ -60,7 +60,7 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
         tree=tree(lineage),
         proofs=_proofs(info, steps),
         timings=list(_timings(steps)),
-        settings=list(_settings(run, settings)),
+        settings=list(settings_of(run, settings)),
         messages=messages[:MOST_MESSAGES],
         said=len(messages),
     )
@@ -133,7 +133,7 @@ def _timings(steps: Sequence[Record]) -> Iterator[tuple[str, float, float, float
             yield name.removesuffix("_s"), statistics.median(values), max(values), sum(values)
 
 
-def _settings(run: Path, started_with: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+def settings_of(run: Path, started_with: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
     """Key, value, and whether it is not the default: of `config.json`, else those that the run started with."""
     defaults = dict(flat(config_of_model("-").model_dump(mode="json")))
     path = run / RESOLVED_FILE
@@ -141,11 +141,6 @@ def _settings(run: Path, started_with: Mapping[str, Any]) -> Iterator[tuple[str,
     for key, value in flat(values):
         shown = "-" if value is None else json.dumps(value, ensure_ascii=False)
         yield key, shown, key not in defaults or value != defaults[key]
-
-
-def changed_settings(run: Path, started_with: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Key and value of every setting that is not the default."""
-    return [(key, value) for key, value, changed in _settings(run, started_with) if changed]
 
 
 def _answers(run: Path) -> dict[str, Any] | None:

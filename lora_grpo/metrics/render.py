@@ -126,8 +126,6 @@ def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
 def sparkline(values: Sequence[float], width: int = 32) -> str:
     """The last `width` values as bars between their own lowest and highest."""
     shown = values[-width:]
-    if not shown:
-        return ""
     low, high = min(shown), max(shown)
     if high == low:
         return SPARKS[3] * len(shown)

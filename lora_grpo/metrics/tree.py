@@ -114,7 +114,7 @@ def _dots(
     kinds |= {
         version: kind for version, kind in ((lineage.best, "best"), (lineage.head, "head")) if version is not None
     }
-    dots, labelled = [], dict[float, float]()
+    dots, labelled = list[tuple[float, float, str, str]](), dict[float, float]()
     for version, kind in sorted(kinds.items(), reverse=True):
         x, y = at(version)
         if lane_of.get(version, 0) > MOST_LANES:

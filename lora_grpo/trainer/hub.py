@@ -15,7 +15,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import Record, package_versions, run_history
-from lora_grpo.metrics.page import changed_settings
+from lora_grpo.metrics.page import settings_of
 from lora_grpo.metrics.render import number
 
 MOST_ROWS = 20
@@ -73,7 +73,7 @@ def _card(
     base = str(adapter["base_model_name_or_path"])
     # The hub refuses a card whose base is no hub name; a folder's place is nobody's business.
     folder = base.count("/") > 1 or Path(base).is_dir()
-    settings = changed_settings(run, info.get("config", {}))
+    settings = settings_of(run, info.get("config", {}))
     cards = Environment(loader=PackageLoader("lora_grpo", "trainer"), trim_blocks=True, undefined=StrictUndefined)
     cards.filters["number"] = number
     return cards.get_template("card.md").render(
@@ -84,7 +84,7 @@ def _card(
         version=version,
         weights=weights,
         rows=_rows(records, recorded),
-        settings=[(key, value) for key, value in settings if not key.startswith(_PRIVATE)],
+        settings=[(key, value) for key, value, changed in settings if changed and not key.startswith(_PRIVATE)],
         packages=info.get("packages") or package_versions(),
     )
 
