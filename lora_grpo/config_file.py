@@ -24,8 +24,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The settings of a TOML file, or of a run, with `overrides` such as 'grpo.beta=0.04' applied.
 
     A run is its directory or the `config.json` there; `output_dir` is then that directory, wherever it lies. An
-    override's value is TOML (1e-4, true, ["q_proj", "v_proj"]), or bare text; an empty one takes the key out, back
-    to its default. `rewards.0.weight=2` reaches into a list. Raises `ConfigError` naming the file and the key.
+    override's value is TOML (1e-4, true, ["q_proj", "v_proj"]), or bare text; an empty one, or null, takes the key
+    out, back to its default. `rewards.0.weight=2` reaches into a list. Raises `ConfigError` naming file and key.
     """
     path = Path(path)
     run = path.parent if path.name == RESOLVED_FILE and (path.parent / "store.json").exists() else path
@@ -193,8 +193,8 @@ def _index(target: list[Any], part: str, override: str) -> int:
 
 
 def _value(text: str, override: str) -> Any:
-    """A TOML value, else the text itself; None for an empty one."""
-    if not text:
+    """A TOML value, else the text itself; None for an empty one, and for JSON's null, which TOML has not got."""
+    if text in ("", "null"):
         return None
     try:
         parsed = tomllib.loads(f"value = {text}")
