@@ -61,7 +61,7 @@ def test_log_writes_plain_json(tmp_path):
     }
 
 
-@pytest.mark.parametrize("cut", range(1, 24))
+@pytest.mark.parametrize("cut", range(2, 24))
 def test_a_torn_last_line_is_left_out_and_the_next_record_stands_alone(tmp_path, cut):
     """Glued to a torn line, the first record after a resume would be lost too."""
     path = tmp_path / "metrics.jsonl"
@@ -72,6 +72,16 @@ def test_a_torn_last_line_is_left_out_and_the_next_record_stands_alone(tmp_path,
     log.append("step", step=3)
     log.close()
     assert [record["step"] for record in read_metrics(path)] == [1, 3]
+
+
+def test_a_whole_last_line_that_an_editor_left_without_its_end_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event":"step","step":1}\n{"event":"step","step":2}')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    log = RunLog(path)
+    log.append("step", step=3)
+    log.close()
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
 
 def test_a_killed_writer_leaves_whole_lines(tmp_path):

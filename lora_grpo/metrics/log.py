@@ -64,13 +64,17 @@ def jsonable(value: Any) -> Any:
 def read_metrics(path: str | Path) -> list[Record]:
     """Every whole record of a run directory's `metrics.jsonl` (or of a JSONL file), in the order of writing.
 
-    A last line without its end, which a kill cut short, is left out. Raises `StoreError` for a damaged line before it.
+    A last line that a kill cut short is left out. Raises `StoreError` for a damaged line before it.
     """
     file = Path(path) / METRICS_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise StoreError(f"no metrics in {file}; is this a run directory?")
-    lines = file.read_bytes().split(b"\n")[:-1]
-    return [_parsed(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line]
+    *lines, last = file.read_bytes().split(b"\n")
+    records = {number: _record(line) for number, line in enumerate(lines, 1) if line}
+    for number, record in records.items():
+        if record is None:
+            raise StoreError(f"{file}, line {number} is no JSON object; remove the line to read the rest")
+    return [record for record in (*records.values(), _record(last)) if record is not None]
 
 
 def history(records: list[Record]) -> list[Record]:
@@ -99,17 +103,23 @@ def run_history(run_dir: Path) -> list[Record]:
 
 
 def _end_whole(path: Path) -> None:
-    """Cuts off a last line that a kill tore, which the next record would otherwise be glued to."""
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    """Cuts off a last line that a kill tore, to which the next record would be glued, or ends one that is whole."""
+    content = path.read_bytes() if path.exists() else b""
+    last = content.rpartition(b"\n")[2]
+    if _record(last) is not None:
+        with path.open("ab") as file:
+            file.write(b"\n")
+    elif last:
+        os.truncate(path, len(content) - len(last))
 
 
-def _parsed(line: bytes, where: str) -> Record:
+def _record(line: bytes) -> Record | None:
+    """None for what is no JSON object."""
     with suppress(ValueError):
         record = json.loads(line)
         if isinstance(record, dict):
             return record
-    raise StoreError(f"{where} is no JSON object; remove the line to read the rest")
+    return None
 
 
 def _item(value: Any) -> Any:
