@@ -1,4 +1,4 @@
-"""The errors of this package: one small tree, each also a standard-library error."""
+"""The errors of this package: one small tree, each also a standard-library error; and how messages count."""
 
 
 class LoraGrpoError(Exception):
@@ -51,3 +51,8 @@ class RewardError(LoraGrpoError, RuntimeError):
 
 class TrainingError(LoraGrpoError, RuntimeError):
     """Training cannot go on: a non-finite loss or gradient, or nothing left to learn from."""
+
+
+def counted(number: int, noun: str) -> str:
+    """As it is said: 1 version, 2 versions, 1,000 versions."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

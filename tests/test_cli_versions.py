@@ -111,6 +111,8 @@ def test_a_stopped_run_is_changed_at_once(run: Path) -> None:
     assert pruned["removed"]
     assert (foreseen["removed"], foreseen["states_removed"]) == (pruned["removed"], pruned["states_removed"])
     assert foreseen["done"] == pruned["done"].replace("removed", "would remove")
+    for removed, noun in ((pruned["removed"], "version"), (pruned["states_removed"], "trainer state")):
+        assert f"{len(removed)} {noun}{'s' * (len(removed) != 1)} (v" in pruned["done"]
     best = max(answer("versions", run), key=lambda row: row["metrics"].get("reward", -1))["version"]
     left = {row["version"] for row in answer("versions", run)}
     assert left >= {2, 3, 5, best}
@@ -161,7 +163,7 @@ def test_verify_of_nothing_says_so(tmp_path: Path) -> None:
 def test_verify_names_the_damage(run: Path) -> None:
     whole = lora_grpo("verify", run)
     assert whole.returncode == 0
-    assert "5 of 5 versions are as they were published" in whole.stderr
+    assert "as they were published: 5 of 5 versions" in whole.stderr
     weights_file = run / "versions" / "000002" / "adapter_model.safetensors"
     content = weights_file.read_bytes()
     weights_file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

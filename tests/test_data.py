@@ -94,6 +94,7 @@ def test_system_prompt_makes_chats():
         ([{"question": "a", "x": 1}], {}, ["'prompt'", "'question', 'x'", "prompt_column"]),
         ([{"messages": [], "x": 1}], {}, ["prompt_column = 'messages'"]),
         ([{"prompt": "a"}, {"prompt": ""}], {}, ["row 1", "'prompt'", "empty"]),
+        ([{"prompt": "a"}, {"prompt": " \t "}], {}, ["row 1", "'prompt'", "empty"]),
         ([{"prompt": "a"}, {"x": 1}], {}, ["row 1", "None", "a prompt is text or a list"]),
         ([{"prompt": 17}], {}, ["row 0", "17"]),
         ([{"prompt": [{"content": "no role"}]}], {}, ["row 0", "'role'"]),

@@ -637,7 +637,7 @@ def test_an_error_of_ours_keeps_its_kind_and_names_the_culprit(llama_dir: Path, 
         pytest.raises(DeliveryError, match="pass adapter=version") as caught,
     ):
         trainer.train()
-    assert caught.value.__notes__[0].startswith("the generator failed; 0 steps are done, and HEAD is v1")
+    assert caught.value.__notes__[0].startswith("the generator failed; 0 steps done, and HEAD is v1")
 
 
 def test_a_reward_that_fails_or_hangs_is_named(llama_dir: Path, tmp_path: Path) -> None:
@@ -646,10 +646,10 @@ def test_a_reward_that_fails_or_hangs_is_named(llama_dir: Path, tmp_path: Path) 
 
     with (
         fake_trainer(llama_dir, tmp_path / "failing", reward_funcs=failing) as trainer,
-        pytest.raises(RewardError, match="'failing' returned 1 values") as caught,
+        pytest.raises(RewardError, match="'failing' returned 1 value ") as caught,
     ):
         trainer.train()
-    assert caught.value.__notes__[0].startswith("the reward failed; 2 steps are done")
+    assert caught.value.__notes__[0].startswith("the reward failed; 2 steps done")
     assert trainer.steps_done == 2
 
     released = threading.Event()
@@ -739,7 +739,7 @@ def test_a_dead_trainer_stops_the_generator(llama_dir: Path, tmp_path: Path, mon
         monkeypatch.setattr(trainer.policy, "update", failing)
         with pytest.raises(TrainingError, match="made up") as caught:
             trainer.train()
-        assert caught.value.__notes__ == ["the trainer failed here; 1 steps are done, and HEAD is v2"]
+        assert caught.value.__notes__ == ["the trainer failed here; 1 step done, and HEAD is v2"]
         assert trainer.version.number == 2
         stopped.set()
     assert workers() == set()

@@ -163,7 +163,7 @@ def test_a_resume_with_nothing_left_says_so_and_starts_nothing(
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     done = resumed()
     assert (done.exit_code, json.loads(done.stdout)) == (0, json.loads(json.dumps(result))), done.output
-    assert done.stderr == f"{run} has nothing left to train: its 2 steps are done; raise grpo.total_steps to go on\n"
+    assert done.stderr == f"{run} has nothing left to train: it has done its 2 steps; raise grpo.total_steps to go on\n"
     with monkeypatch.context() as stood_still:
         stood_still.setattr(build, "state_extra", lambda *_: {"without_signal": 3})
         ended = resumed("grpo.total_steps=9", "grpo.max_steps_without_signal=3")

@@ -75,16 +75,23 @@ def test_a_page_tells_of_every_part_and_escapes_all_of_it(run: Path) -> None:
     assert page.count("&lt;script&gt;document.title") > 10
     assert "{{ 7*7 }}" in page
     text = html.unescape(re.sub(r"<[^>]+>", "", page))
-    for words in ("30 of 30 tensors equal", "1 proven, 2 ms each", "v4 back to v2", "v5 HEAD, best", "2 steps that a"):
+    for words in (
+        "30 of 30 tensors equal",
+        "1 proven, 2 ms each",
+        "v4 back to v2",
+        "v5 HEAD, best",
+        "given up2 steps that a",
+    ):
         assert words in text, words
     for words in (
         "0.25 before, 0.75 after",
         "1 got another reward from v5 than from\nv1",
-        "8 more are in samples.jsonl",
+        "8 more, in samples.jsonl",
     ):
         assert words in text, words
     assert "given up 0.125" in text
     assert text.count("a hint that every start gives") == 1
+    assert re.search(r"\b1 (\w+s|more are|\w+ ones are)\b", text) is None
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to render the page")
@@ -143,12 +150,23 @@ def test_a_long_run_makes_a_small_page_that_says_what_it_lacks(tmp_path: Path) -
     for words in (
         "mean of some neighbours",
         "last 12 of 100 logged steps",
-        "38 more are in samples",
+        "38 more, in samples",
         "characters more",
     ):
         assert words in page
-    assert "75 branches more are left out" in page
+    assert "More branches are left out: 75" in page
     assert f"({25_000 - MOST_CHARACTERS:,} characters more)" in page
+
+
+def test_a_rollback_to_before_the_first_step_is_marked_at_the_left_edge(tmp_path: Path) -> None:
+    with Reporter(tmp_path / "run", 2, view=False) as reporter:
+        for step in (1, 2):
+            reporter.step(step, STEP)
+        reporter.rollback(0, "back to the start")
+        for step in (1, 2):
+            reporter.step(step, STEP)
+    page = render_page(tmp_path / "run", Lineage({1: None}))
+    assert '<line class="mark" x1="0.0" y1="0" x2="0.0" y2="160"><title>back to the start</title>' in page
 
 
 def test_a_branch_that_was_given_up_has_a_lane_below_and_a_way_back() -> None:

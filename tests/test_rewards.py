@@ -337,7 +337,7 @@ def test_columns_that_are_logged_have_a_value_a_completion():
         log_extra("seen", ["one"])
         return [0.0] * len(completions)
 
-    with pytest.raises(RewardError, match=r"'short' logged 1 values of 'seen' for 4 completions"):
+    with pytest.raises(RewardError, match=r"'short' logged 1 value of 'seen' for 4 completions"):
         score([short], GROUPS, {})
 
 
@@ -350,7 +350,7 @@ def test_a_missing_column_is_refused_before_the_first_step():
     with pytest.raises(ConfigError, match=r"'exact' asks for column 'gold'"):
         check_columns([exact(column="gold")], ["answer"])
     check_columns([length, exact(), lambda completions, extra=None: []], ["answer"])
-    with pytest.raises(ConfigError, match="column 'answer' has 1 values for 2 prompts"):
+    with pytest.raises(ConfigError, match="column 'answer' has 1 value for 2 prompts"):
         score([length], GROUPS, {"answer": [1]})
 
 

@@ -13,7 +13,7 @@ import typer
 from lora_grpo import errors
 from lora_grpo.adapters.asking.target import parse_target
 from lora_grpo.cli.options import VERSION_HELP, Json, Run, Version, keys_begun, opened, say, tell
-from lora_grpo.errors import ConfigError, StoreError, StoreLocked
+from lora_grpo.errors import ConfigError, StoreError, StoreLocked, counted
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.asking.requests import Request
@@ -127,12 +127,12 @@ def prune(
 
 
 def _told(verb: str, removed: list[int], states: list[int]) -> dict[str, Any]:
-    done = f"{verb} for good {_listed(removed, 'versions')}, and {_listed(states, 'trainer states')}"
+    done = f"{verb} for good {_listed(removed, 'version')}, and {_listed(states, 'trainer state')}"
     return {"done": done, "removed": removed, "states_removed": states}
 
 
 def _listed(numbers: list[int], what: str) -> str:
-    return f"{len(numbers)} {what}" + (f" ({', '.join(f'v{number}' for number in numbers)})" if numbers else "")
+    return counted(len(numbers), what) + (f" ({', '.join(f'v{number}' for number in numbers)})" if numbers else "")
 
 
 def _kept(run: Path, overrides: list[str]) -> Retention:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_grpo.cli.options import VERSION_HELP, Json, Overrides, Run, Temperature, Version, opened, say, say_error, tell
-from lora_grpo.errors import ConfigError, DeliveryError, StoreError, UnknownVersion
+from lora_grpo.errors import ConfigError, DeliveryError, StoreError, UnknownVersion, counted
 
 if TYPE_CHECKING:
     from lora_grpo.trainer.replay import Conversation
@@ -74,7 +74,7 @@ def compare(
         for name, words in names.items()
         if (one := getattr(result, name)) is not None
     ]
-    answers = f"{len(result.answers) // 2} answers each"
+    answers = f"{counted(len(result.answers) // 2, 'answer')} each"
     tell(asdict(result), as_json, rows, f"{first} and {second} of {run}, {answers}")
     if result.reward is None and not as_json:
         say("no reward: the prompts lack the columns that the run's reward functions need")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_grpo.cli.options import Json, Run, Version, opened, say, tell
-from lora_grpo.errors import StoreError, UnknownVersion
+from lora_grpo.errors import StoreError, UnknownVersion, counted
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.store import AdapterStore
@@ -91,7 +91,7 @@ def verify(run: Run, as_json: Json = False) -> None:
     tell({"ok": ok, "versions": rows, "damaged_lines": lines}, as_json, shown, f"digests of {run}")
     if not as_json:
         nothing = f"{run} holds no versions, so nothing was compared"
-        say(f"{whole} of {len(rows)} versions are as they were published" if rows else nothing)
+        say(f"as they were published: {whole} of {counted(len(rows), 'version')}" if rows else nothing)
         if lines:
             say(
                 f"these lines of {run / 'journal.jsonl'} are damaged: {', '.join(map(str, lines))}; their metrics, "

@@ -154,7 +154,7 @@ def _template_problem(value: Any, chat: bool) -> str | None:
 def prompt_problem(value: Any, system_prompt: str | None = None) -> str | None:
     """What is wrong with one prompt, with the fix; None if nothing is."""
     if isinstance(value, str):
-        return _text_problem(value) if value else "the prompt is empty; remove the row"
+        return _text_problem(value) if value.strip() else "the prompt is empty; remove the row"
     if not isinstance(value, list) or not value:
         return f"a prompt is text or a list of chat messages, not {short(value)}"
     for message in value:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lora_grpo.errors import ConfigError
+from lora_grpo.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,9 +103,10 @@ def _from_csv(path: Path) -> list[dict[str, Any]]:
             raise ConfigError(f"{path}: the first line must name each column once; it is {short(names)}")
         for values in filter(None, reader):
             if len(values) != len(names):
+                found = f"{counted(len(values), 'value')} for {counted(len(names), 'column')}"
                 raise ConfigError(
-                    f"{path}, line {reader.line_num}: {len(values)} values for {len(names)} columns; put a value that "
-                    "holds a comma, a quote or a line break in double quotes"
+                    f"{path}, line {reader.line_num}: {found}; put a value that holds a comma, a quote or a line break "
+                    "in double quotes"
                 )
             rows.append(dict(zip(names, values, strict=True)))
     except csv.Error as error:

@@ -54,9 +54,9 @@ class Panel:
 
     @property
     def marks(self) -> list[tuple[float, str]]:
-        """Those beside the curves."""
+        """Those beside the curves. Who went back to before the first step is at its place."""
         first, last = self.ends
-        return [(step, why) for step, why in self.all_marks if first <= step <= last][-MOST_MARKS:]
+        return [(max(step, first), why) for step, why in self.all_marks if first - 1 <= step <= last][-MOST_MARKS:]
 
     def x(self, step: float) -> float:
         first, last = self.ends

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.config_file import RESOLVED_FILE, config_of_model
+from lora_grpo.errors import counted
 from lora_grpo.metrics.curves import MOST_POINTS, panels, series
 from lora_grpo.metrics.log import METRICS_FILE, Record, history, read_metrics
 from lora_grpo.metrics.render import GAP, duration, number
@@ -40,6 +41,7 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
     pages = Environment(loader=PackageLoader("lora_grpo", "metrics"), autoescape=True, undefined=StrictUndefined)
     pages.filters |= {
         "number": number,
+        "counted": counted,
         "duration": duration,
         "text": as_text,
         "clock": lambda s: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s)),
@@ -85,7 +87,9 @@ def _facts(
         "model": info.get("model"),
         "device": info.get("device"),
         "steps": f"{steps[-1]['step']}, {duration(spent)}" if steps else None,
-        "given up": f"{len(given_up)} steps that a rollback or a resume went back before" if given_up else None,
+        "given up": f"{counted(len(given_up), 'step')} that a rollback or a resume went back before"
+        if given_up
+        else None,
         "held-out reward": None if before is None else f"{number(before)} before, {number(after)} after",
         "HEAD": None if lineage.head is None else f"v{lineage.head}",
         "best version": None if lineage.best is None else f"v{lineage.best}",

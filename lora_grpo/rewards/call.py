@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from lora_grpo.data.reading import short
-from lora_grpo.errors import LoraGrpoError, RewardError
+from lora_grpo.errors import LoraGrpoError, RewardError, counted
 from lora_grpo.types import LARGEST_REWARD
 from lora_grpo.worker import Job
 
@@ -122,7 +122,7 @@ class Call:
         self._begun = begun, logs
         values = self._result(begun)
         for column, logged in logs.extra.items():
-            self._require_rows(logged, f"logged {len(logged)} values of {column!r}")
+            self._require_rows(logged, f"logged {counted(len(logged), 'value')} of {column!r}")
         self.context.take(logs)
         return values
 
@@ -196,15 +196,17 @@ class Call:
     def _checked(self, values: Any) -> list[float]:
         rows = len(self.inputs["prompts"])
         if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
-            raise RewardError(f"reward {self.name!r} returned {short(values)}; it must return a list of {rows} numbers")
-        self._require_rows(values, f"returned {len(values)} values")
+            raise RewardError(
+                f"reward {self.name!r} returned {short(values)}; it must return a list of {counted(rows, 'number')}"
+            )
+        self._require_rows(values, f"returned {counted(len(values), 'value')}")
         return [self._number(value, index) for index, value in enumerate(values)]
 
     def _require_rows(self, values: Sequence[Any], did: str) -> None:
         rows = len(self.inputs["prompts"])
         if len(values) != rows:
             raise RewardError(
-                f"reward {self.name!r} {did} for {rows} completions; "
+                f"reward {self.name!r} {did} for {counted(rows, 'completion')}; "
                 "it must give one for each (None where it does not apply)"
             )
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_grpo.data import RESERVED_COLUMNS
-from lora_grpo.errors import ConfigError
+from lora_grpo.errors import ConfigError, counted
 from lora_grpo.rewards.call import Call, Kwargs, Patience, RewardContext, RewardFunction, describe_row, is_chat
 from lora_grpo.types import Completion, Group, Prompt
 
@@ -78,7 +78,9 @@ def _inputs(groups: Sequence[Group], columns: Mapping[str, Sequence[Any]]) -> Kw
     """The keyword arguments that hold B values each: every prompt's, repeated for its completions."""
     for name, values in columns.items():
         if len(values) != len(groups):
-            raise ConfigError(f"column {name!r} has {len(values)} values for {len(groups)} prompts")
+            raise ConfigError(
+                f"column {name!r} has {counted(len(values), 'value')} for {counted(len(groups), 'prompt')}"
+            )
     rows = [(index, group, completion) for index, group in enumerate(groups) for completion in group.completions]
     repeated = {name: [values[index] for index, _, _ in rows] for name, values in columns.items()}
     return repeated | {

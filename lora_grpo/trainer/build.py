@@ -13,7 +13,7 @@ from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, state_extra
 from lora_grpo.config import LoraSettings, RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
 from lora_grpo.data import PromptDataset, load_data
-from lora_grpo.errors import ConfigError
+from lora_grpo.errors import ConfigError, counted
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.log import run_history
@@ -62,7 +62,7 @@ def nothing_left(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
     ):
         return None
     if head.step >= config.grpo.total_steps:
-        why = f"its {config.grpo.total_steps} steps are done; raise grpo.total_steps to go on"
+        why = f"it has done its {counted(config.grpo.total_steps, 'step')}; raise grpo.total_steps to go on"
     elif most is not None and idle >= most:
         why = f"grpo.max_steps_without_signal={most} ended it at step {head.step}; raise it to go on"
     else:

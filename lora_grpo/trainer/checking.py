@@ -20,7 +20,7 @@ from lora_grpo.config import EngineConfig, RunConfig
 from lora_grpo.data import PromptDataset, load_data, load_prompts
 from lora_grpo.engines.compat import import_vllm
 from lora_grpo.engines.local.targets import check_served
-from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter
+from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter, counted
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_reward, reward_names, score
@@ -183,7 +183,7 @@ class _Run:
         modules = adapted_modules(self.config.model, lora_config(self.config.lora))
         values = sum(module.a_RI.numel() + module.b_OR.numel() for module in modules)
         leaves = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
-        on = f"{len(modules)} layers ({', '.join(leaves)})"
+        on = f"{counted(len(modules), 'layer')} ({', '.join(leaves)})"
         return f"{self.config.model.name}: rank {self.plan.rank} on {on}, {values:,} values"
 
     def _served(self) -> str:
@@ -262,4 +262,4 @@ def _no_reward(completions: Sequence[Any], **columns: Any) -> list[None]:
 
 def _columns(data: PromptDataset) -> str:
     others = ", ".join(data.column_names) or "none"
-    return f"{data.label}: {len(data):,} rows, other columns: {others}"
+    return f"{data.label}: {counted(len(data), 'row')}, other columns: {others}"

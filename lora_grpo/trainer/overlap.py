@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.owned import OwnedEngine
-from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError
+from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError, counted
 from lora_grpo.trainer.rollouts import Rewarded, Rollout, Source, T
 from lora_grpo.worker import Job, Worker
 
@@ -169,7 +169,7 @@ class Ahead(Source):
             raise failure from error
 
     def _where(self) -> str:
-        return f"{self._sync.head.step} steps are done, and HEAD is {self._sync.head}"
+        return f"{counted(self._sync.head.step, 'step')} done, and HEAD is {self._sync.head}"
 
 
 def lag_behind(store: AdapterStore, head: AdapterVersion, version: AdapterVersion, most: int) -> int | None:

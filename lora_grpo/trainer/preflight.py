@@ -21,7 +21,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.probe import check_has_room
 from lora_grpo.engines.local.targets import check_is_base, checkpoint_config
 from lora_grpo.engines.requests import ENCODING, render, require_tokenizer
-from lora_grpo.errors import ConfigError
+from lora_grpo.errors import ConfigError, counted
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
@@ -144,7 +144,7 @@ class Preflight:
             dropped = len(data) - len(fitting)
             longest = max(lengths[row] for row in fitting)
             said.append(
-                f"{data.label}: {len(fitting):,} prompts of at most {longest:,} tokens"
+                f"{data.label}: {counted(len(fitting), 'prompt')} of at most {counted(longest, 'token')}"
                 + (f", {dropped:,} longer ones dropped" if dropped else "")
             )
         check_has_room(None if self.engine else max_model_len)
@@ -210,7 +210,7 @@ class Preflight:
             fixes += ["shorten the prompts"]
             fixes += ["leave them out with overlong_prompts='drop'"] if len(over) < len(data) else []
             raise ConfigError(
-                f"{data.label}, row {over[0]}: the prompt has {lengths[over[0]]:,} tokens, and {name} allows "
+                f"{data.label}, row {over[0]}: the prompt has {counted(lengths[over[0]], 'token')}, and {name} allows "
                 f"{max(0, limit):,} ({len(over):,} of {len(data):,} rows are longer, up to {longest:,}): "
                 + ", or ".join(fixes)
             )

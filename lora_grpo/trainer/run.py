@@ -16,7 +16,7 @@ from lora_grpo.adapters.upkeep.opening import Recovered
 from lora_grpo.adapters.upkeep.rollbacks import Rollback, RollbackLog, of_trainer
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import PromptSampler
-from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
+from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion, counted
 from lora_grpo.metrics.log import Record, history, jsonable, package_versions, read_metrics
 from lora_grpo.metrics.render import GAP
 from lora_grpo.metrics.reporter import Reporter
@@ -209,7 +209,7 @@ def what_was_found(recovered: Recovered) -> list[str]:
     }
     sentences = [f"{words} {', '.join(map(str, numbers))}" for words, numbers in said.items() if numbers]
     if recovered.swept:
-        sentences.append(f"deleted {len(recovered.swept)} half-written folders of a process that was killed")
+        sentences.append(f"deleted {counted(len(recovered.swept), 'half-written folder')} of a process that was killed")
     if recovered.head_moved is not None:
         before, now = recovered.head_moved
         sentences.append(f"HEAD was v{before}, which is lost; it is {'nowhere' if now is None else f'v{now}'} now")

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from lora_grpo.adapters.asking.requests import Request, pending
 from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
+from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, counted
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.rollback import RollbackReport
 from lora_grpo.sync import NativeSync
@@ -69,7 +69,7 @@ def _apply(store: AdapterStore, roll_back: RollBack, request: Request) -> dict[s
             return {"done": f"{verb}ned", "pins": sorted(store.pins)}
         case "prune":
             removed = store.prune()
-            return {"done": f"removed {len(removed)} versions from tmpfs", "removed": removed}
+            return {"done": f"removed {counted(len(removed), 'version')} from tmpfs", "removed": removed}
     raise ConfigError(f"request {request.name} asks for {request.verb!r}; known are rollback, pin, unpin and prune")
 
 
