@@ -35,7 +35,7 @@ def reboot(store: AdapterStore) -> None:
     """Stop without a clean close, and lose the tmpfs."""
     session = store._session
     assert session is not None
-    session.lock.release()
+    session.lock.close()
     shutil.rmtree(store.root)
 
 

@@ -524,7 +524,7 @@ def test_a_rollback_drops_what_is_under_way_and_no_prompt(
             assert trainer.store.get(5).parent == 2
             lineage = [trainer.store.get(number).parent for number in range(2, trainer.version.number + 1)]
             assert lineage == [1, 2, 3, 2, 5, 6, 7, 8]
-            assert trainer.store._leases.by_key.keys() == frozenset(v.number for v in trainer.engine.loaded())
+            assert trainer.store._catalog.leases.by_key.keys() == frozenset(v.number for v in trainer.engine.loaded())
         orders[most] = list(trained)
         trained.clear()
     assert orders[2] == orders[0]
@@ -744,7 +744,7 @@ def test_a_dead_trainer_stops_the_generator(llama_dir: Path, tmp_path: Path, mon
         stopped.set()
     assert workers() == set()
     assert engine.between_steps is None
-    assert trainer.store._leases.by_key.keys() == frozenset()
+    assert trainer.store._catalog.leases.by_key.keys() == frozenset()
 
 
 def test_ctrl_c_ends_the_wait_and_the_threads(llama_dir: Path, tmp_path: Path) -> None:

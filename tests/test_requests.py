@@ -76,7 +76,7 @@ def files(run: Path) -> list[str]:
 def die(store: AdapterStore) -> None:
     """What a kill leaves: no lock, and everything else as it was."""
     assert store._session is not None
-    store._session.lock.release()
+    store._session.lock.close()
 
 
 def apply(store: AdapterStore) -> list[str]:

@@ -193,7 +193,7 @@ def test_a_failure_at_any_stage_changes_nothing(ten: Witness, stage: str, monkey
     assert torch.equal(torch.get_rng_state(), before[4])
     assert engine.loaded() == served
     assert trainer.rollbacks == rollbacks
-    assert store._leases.by_key.keys() >= {version.number for version in served}
+    assert store._catalog.leases.by_key.keys() >= {version.number for version in served}
     engine.generate(["still"], GREEDY, adapter=trainer.version)
 
 

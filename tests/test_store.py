@@ -157,7 +157,7 @@ def test_pruning_leaves_head_pins_and_leases_of_any_process(shm_dir: Path) -> No
             assert version == store.get(4)
             assert store.prune() == [5]
             store.acquire(3)
-        assert store._leases.by_key.keys() == {3}
+        assert store._catalog.leases.by_key.keys() == {3}
         assert store.prune() == [4]
         store.release(3)
         store.unpin(2)

@@ -178,7 +178,7 @@ def abandon(store: AdapterStore) -> None:
     session = store._session
     assert session is not None
     session.leases.close()
-    session.lock.release()
+    session.lock.close()
     with pytest.raises(StoreError, match="closed"):
         store.promote(1)
 

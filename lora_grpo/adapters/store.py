@@ -10,19 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.catalog import link_head
+from lora_grpo.adapters.files.catalog import Catalog, link_head
 from lora_grpo.adapters.files.digest import Files, digest_buffers
 from lora_grpo.adapters.files.journal import as_metrics
 from lora_grpo.adapters.files.layout import MANIFEST_FILE, PEFT_FILES, STATE_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
-from lora_grpo.adapters.files.locks import Leases
+from lora_grpo.adapters.files.places import for_reading
 from lora_grpo.adapters.files.room import make_room
-from lora_grpo.adapters.upkeep.opening import Recovered, catalog_for_reading
+from lora_grpo.adapters.upkeep.opening import Recovered
 from lora_grpo.adapters.upkeep.retention import Retention
 from lora_grpo.adapters.upkeep.session import Session, open_session
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError, UnknownVersion
 
 
@@ -73,10 +72,11 @@ class AdapterStore(StoreView):
         """
         if readonly:
             self._session: Session | None = None
-            super().__init__(catalog_for_reading(root, archive), Leases(), follow=True)
+            with disk.reported("opening a store for reading"):
+                super().__init__(Catalog(for_reading(root, archive)), follow=True)
         else:
             self._session = open_session(root, archive, retention, backlog_limit_bytes)
-            super().__init__(self._session.catalog, self._session.leases, follow=False)
+            super().__init__(self._session, follow=False)
             self._finalizer = weakref.finalize(self, self._session.close)
         self._budget_bytes = budget_bytes
 
@@ -250,7 +250,7 @@ class AdapterStore(StoreView):
         it may still read versions, and a root that the store chose itself is removed now.
         """
         if self._session is None:
-            self._leases.close()
+            self._catalog.leases.close()
             return
         self._finalizer.detach()
         with disk.reported("closing the store"):

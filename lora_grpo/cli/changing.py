@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_grpo import errors
-from lora_grpo.adapters.asking.target import parse_target
+from lora_grpo.adapters.version import parse_target
 from lora_grpo.cli.options import VERSION_HELP, Json, Run, Version, keys_begun, opened, say, tell
 from lora_grpo.errors import ConfigError, StoreError, StoreLocked, counted
 

@@ -10,8 +10,7 @@ from itertools import islice
 from numbers import Integral
 from typing import Any
 
-from lora_grpo.adapters.asking.target import parse_target
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, parse_target
 from lora_grpo.engines.base import Adapters, BaseDescription, Samplings
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sampling, Sequences, derive_seed

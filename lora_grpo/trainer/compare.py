@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.config_file import load_config
 from lora_grpo.data import load_prompts
 from lora_grpo.engines.base import Engine

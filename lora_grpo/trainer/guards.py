@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from lora_grpo.adapters.asking.target import Target, parse_target
+from lora_grpo.adapters.version import Target, parse_target
 from lora_grpo.config import GuardConfig
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo_config import GRPOConfig

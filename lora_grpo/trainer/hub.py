@@ -9,10 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.peft_form.export import Recipe, export_adapter
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import Record, package_versions, run_history
 from lora_grpo.metrics.page import settings_of

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from lora_grpo.adapters.asking.requests import Request, pending
-from lora_grpo.adapters.asking.target import Target
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.version import Target
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, counted
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.rollback import RollbackReport

@@ -9,23 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.asking.target import Target, parse_target
 from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.layout import STATES, SUMS_FILE, VERSIONS, Identity, Manifest
-from lora_grpo.adapters.files.locks import Leases, is_leased
+from lora_grpo.adapters.files.locks import is_leased
 from lora_grpo.adapters.upkeep.archive import verify_version
 from lora_grpo.adapters.upkeep.retention import Retention, is_score
-from lora_grpo.adapters.version import AdapterVersion, run_name
+from lora_grpo.adapters.version import AdapterVersion, Target, parse_target, run_name
 from lora_grpo.errors import StoreCorrupt, StoreError, UnknownVersion
 
 
 class StoreView:
     """The part of `AdapterStore` that does not write."""
 
-    def __init__(self, catalog: Catalog, leases: Leases, *, follow: bool) -> None:
+    def __init__(self, catalog: Catalog, *, follow: bool) -> None:
         """`follow`: another process may be writing, so look at its journal again each time."""
         self._catalog = catalog
-        self._leases = leases
         self._follow = follow
         self._mutex = threading.RLock()
 
@@ -186,13 +184,13 @@ class StoreView:
             catalog = self._looking()
             if not catalog.has_manifest(number):
                 raise UnknownVersion(catalog.why_not_on_tmpfs(number))
-            self._leases.acquire(number, catalog.root.folder(VERSIONS, number))
+            catalog.leases.acquire(number, catalog.root.folder(VERSIONS, number))
             return catalog.version(number)
 
     def release(self, version: Target) -> None:
         """End one `acquire`."""
         with self._mutex:
-            self._leases.release(self._number(version))
+            self._catalog.leases.release(self._number(version))
 
     def load_state(self, version: Target) -> dict[str, Path] | None:
         """The files of a version's trainer state by name (`state.json` holds its meta), or None when not kept.

@@ -11,6 +11,8 @@ from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.disk import Tree
 from lora_grpo.adapters.files.journal import Journal
 from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, VERSIONS, Manifest, read_manifest
+from lora_grpo.adapters.files.locks import Leases
+from lora_grpo.adapters.files.places import Places
 from lora_grpo.adapters.upkeep.archive import Archive, verify_version
 from lora_grpo.adapters.upkeep.retention import Candidate, Place, Retention
 from lora_grpo.adapters.version import AdapterVersion
@@ -20,11 +22,14 @@ from lora_grpo.errors import StoreCorrupt, UnknownVersion
 class Catalog:
     """What is on disk. The folders decide which versions exist; the journal saves reading 2,000 manifests."""
 
-    def __init__(self, root: Tree, archive: Archive | None, journal: Journal) -> None:
-        self.root = root
-        self.archive = archive
-        self.journal = journal
-        self.trees: list[Tree] = [root] if archive is None else [root, archive]
+    def __init__(self, places: Places, *, root_is_tmpfs: bool = True) -> None:
+        """Nothing is changed, not even to mend it. What is written to another root than tmpfs is made durable."""
+        self.places = places
+        self.root = Tree(places.root, (VERSIONS,), sync=not root_is_tmpfs)
+        self.archive = None if places.run is None else Archive(places.run)
+        self.journal = Journal(places.journal, sync=places.run is None and not root_is_tmpfs)
+        self.leases = Leases()
+        self.trees: list[Tree] = [self.root] if self.archive is None else [self.root, self.archive]
 
     def has(self, number: int) -> bool:
         """Whether a version has a copy somewhere."""

@@ -101,9 +101,6 @@ class WriterLock(_Descriptors[Path]):
             raise
         self.by_key[folder] = descriptor
 
-    def release(self) -> None:
-        self.close()
-
 
 def _try_lock(descriptor: int, kind: int) -> bool:
     try:
@@ -129,7 +126,7 @@ class OwnFolder:
         """Remove it; a forked child leaves it alone."""
         if os.getpid() == self._process:
             shutil.rmtree(self.path, ignore_errors=True)
-            self._lock.release()
+            self._lock.close()
 
     @staticmethod
     def sweep(parent: Path, prefix: str) -> list[str]:

@@ -37,7 +37,7 @@ def _lacking(session: Session, sizes: Mapping[str, int], budget_bytes: int | Non
     lacking = _lacking_in(session.root.path, sizes)
     if lacking is not None or budget_bytes is None:
         return lacking
-    here = map(session.catalog.manifest, session.root.numbers(VERSIONS))
+    here = map(session.manifest, session.root.numbers(VERSIONS))
     need, used = sum(sizes.values()), sum(manifest.size_bytes for manifest in here)
     if used + need <= budget_bytes:
         return None

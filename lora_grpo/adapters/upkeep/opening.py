@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_grpo.adapters.asking import requests
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import Catalog, link_head
-from lora_grpo.adapters.files.disk import Tree
-from lora_grpo.adapters.files.journal import Journal
 from lora_grpo.adapters.files.layout import VERSIONS, Identity, read_manifest
-from lora_grpo.adapters.files.numbering import Numbering
-from lora_grpo.adapters.files.places import ASIDE, Places, for_reading
+from lora_grpo.adapters.files.places import ASIDE
 from lora_grpo.adapters.upkeep.archive import Archive
 from lora_grpo.errors import StoreCorrupt
 
+_BLOCK = 64
+"""Numbers that are reserved at a time."""
+_WIDTH = 20
 _TEMPORARIES = [f".{name}.new" for name in ("HEAD", "store.json", "NUMBERS", "journal.jsonl", "rollbacks.jsonl")]
 
 
@@ -48,35 +47,65 @@ class Recovered:
     set_aside: tuple[Path, ...] = ()
 
 
-def catalog_for_reading(root: str | Path | None, archive: str | Path | None) -> Catalog:
-    """The catalog of an existing store, of which nothing is changed, not even to mend it."""
-    with disk.reported("opening a store for reading"):
-        places = for_reading(root, archive)
-    kept = None if places.run is None else Archive(places.run)
-    return Catalog(Tree(places.root, (VERSIONS,), sync=False), kept, Journal(places.journal, sync=False))
+class Numbering:
+    """Gives out numbers that never come back.
+
+    The root's `NUMBERS` holds the last number given out, updated at every publish. The run directory's holds a bound
+    that was made durable before any number up to it was given out; after a reboot numbering goes on above that bound.
+    Without a run directory, they are remembered for the life of the tmpfs only.
+    """
+
+    def __init__(self, root: Path, run: Path | None, *, known: int, root_is_new: bool, sync: bool) -> None:
+        """`known` is the largest number seen anywhere; a new root has no count of its own to go on from."""
+        self._run_file = None if run is None else run / "NUMBERS"
+        self._bound = 0 if self._run_file is None else disk.read_number(self._run_file) or 0
+        counted = disk.read_number(root / "NUMBERS")
+        trusted = counted is not None and not root_is_new
+        self.last = max(counted or 0, known, 0 if trusted else self._bound)
+        self._sync = sync
+        if counted is None:
+            disk.replace_file(root / "NUMBERS", self._text(), sync=sync)
+        self._descriptor = os.open(root / "NUMBERS", os.O_WRONLY)
+        self._write_last()
+
+    def next(self) -> int:
+        """The next number. Given out once, whatever becomes of it."""
+        number = self.last + 1
+        if self._run_file is not None and number > self._bound:
+            self._reserve(number + _BLOCK - 1)
+        self.last = number
+        self._write_last()
+        return number
+
+    def give_back(self) -> None:
+        """Return what was reserved and not given out, so that a clean stop leaves no gap."""
+        if self._run_file is not None and self._bound > self.last:
+            self._reserve(self.last)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _text(self) -> bytes:
+        return f"{self.last:0{_WIDTH}d}\n".encode()
+
+    def _reserve(self, bound: int) -> None:
+        assert self._run_file is not None
+        disk.replace_file(self._run_file, f"{bound}\n".encode(), sync=True)
+        self._bound = bound
+
+    def _write_last(self) -> None:
+        # In place and of fixed width: one page that is already there, so a full tmpfs cannot refuse it.
+        os.pwrite(self._descriptor, self._text(), 0)
+        if self._sync:
+            os.fsync(self._descriptor)
 
 
 class Opening:
     """The steps from two folders to a store that can be written."""
 
-    def __init__(self, places: Places) -> None:
-        self.places = places
-        kind = disk.file_system(places.root)
-        on_disk = kind not in ("tmpfs", "ramfs")
-        if on_disk:
-            warnings.warn(
-                f"the store's root {places.root} is on {kind}, not on tmpfs: every publish and load must wait for the "
-                "disk (each version is written with fsync), while tmpfs takes milliseconds; use a folder under "
-                "/dev/shm",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        self.root = Tree(places.root, (VERSIONS,), sync=on_disk)
-        self.archive = None if places.run is None else Archive(places.run)
-        self.journal = Journal(places.journal, sync=places.run is None and on_disk)
-        self.catalog = Catalog(self.root, self.archive, self.journal)
-        self._leftovers: list[str] = []
-        self._unborn: set[str] = set()
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog, self.places = catalog, catalog.places
+        self.root, self.archive, self.journal = catalog.root, catalog.archive, catalog.journal
         self._damaged: set[int] = set()
 
     def prepare(self) -> Numbering:
@@ -84,8 +113,6 @@ class Opening:
         root, run = self.places.root, self.places.run
         for tree in self.catalog.trees:
             tree.create()
-            self._leftovers += tree.leftovers()
-        self._unborn.update(self.root.leftovers())
         before = self._current_root()
         self._move_journal()
         self.journal.open_for_writing()
@@ -150,6 +177,7 @@ class Opening:
 
     def recover(self) -> Recovered:
         """Settle what a dead process left open; after this, the journal and the folders agree."""
+        leftovers = [name for tree in self.catalog.trees for name in tree.leftovers()]
         lost, lost_states = self._settle_versions(), self._settle_states()
         # Only now: a folder left in staging tells a version that never was from one that was lost.
         for tree in self.catalog.trees:
@@ -157,19 +185,18 @@ class Opening:
             for name in _TEMPORARIES:
                 (tree.path / name).unlink(missing_ok=True)
         head_moved = self._settle_head()
-        unarchived = [
-            n for n in self.root.numbers(VERSIONS) if self.archive is not None and not self.archive.has(VERSIONS, n)
-        ]
-        self._damaged.update(n for n in unarchived if not self._is_sound(n))
-        if self.places.run is not None:
-            requests.sweep(self.places.run)
+        unarchived: list[int] = []
+        if self.archive is not None:
+            here = self.root.numbers(VERSIONS)
+            unarchived += [n for n in here if not self.archive.has(VERSIONS, n) and self._is_sound(n)]
+            requests.sweep(self.archive.path)
         return Recovered(
             lost=tuple(lost),
             lost_states=tuple(lost_states),
             damaged=tuple(sorted(self._damaged)),
             damaged_lines=tuple(self.journal.damaged_lines),
-            swept=tuple(self._leftovers),
-            unarchived=tuple(n for n in unarchived if n not in self._damaged),
+            swept=tuple(leftovers),
+            unarchived=tuple(unarchived),
             head_moved=head_moved,
             copied_from=self.places.copied_from,
             set_aside=tuple(self.places.aside),
@@ -187,7 +214,8 @@ class Opening:
         missing = sorted(self.journal.published.keys() - present)
         for number in missing:
             self.journal.append("forget", number)
-        return [n for n in missing if f"staging/{VERSIONS}-{disk.folder_name(n)}" not in self._unborn]
+        unborn = self.root.leftovers()
+        return [n for n in missing if f"staging/{VERSIONS}-{disk.folder_name(n)}" not in unborn]
 
     def _settle_states(self) -> list[int]:
         present = set(self.catalog.states())

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.digest import Files
-from lora_grpo.adapters.files.journal import Journal
 from lora_grpo.adapters.files.layout import STATES, VERSIONS, Manifest
-from lora_grpo.adapters.files.locks import Leases, WriterLock, unleased
-from lora_grpo.adapters.files.places import for_writing
+from lora_grpo.adapters.files.locks import WriterLock, unleased
+from lora_grpo.adapters.files.places import Places, for_writing
 from lora_grpo.adapters.upkeep.archive import Archive
 from lora_grpo.adapters.upkeep.opening import Opening
 from lora_grpo.adapters.upkeep.retention import Place, Retention, default_retention
@@ -24,26 +24,32 @@ TRASH = "trash"
 """The kind of the archive thread's jobs that delete."""
 
 
-class Session:
+class Session(Catalog):
     """A store open for writing, from lock to unlock."""
 
-    def __init__(
-        self, opening: Opening, lock: WriterLock, retention: Retention | None, backlog_limit_bytes: int
-    ) -> None:
-        self.places = opening.places
-        self.root, self.archive = opening.root, opening.archive
-        self.journal, self.catalog = opening.journal, opening.catalog
+    def __init__(self, places: Places, lock: WriterLock, retention: Retention | None, backlog_limit_bytes: int) -> None:
+        kind = disk.file_system(places.root)
+        on_tmpfs = kind in ("tmpfs", "ramfs")
+        if not on_tmpfs:
+            warnings.warn(
+                f"the store's root {places.root} is on {kind}, not on tmpfs: every publish and load must wait for the "
+                "disk (each version is written with fsync), while tmpfs takes milliseconds; use a folder under "
+                "/dev/shm",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        super().__init__(places, root_is_tmpfs=on_tmpfs)
         self.lock = lock
-        self.leases = Leases()
         self.retention = retention or default_retention(archived=self.archive is not None)
         self._unwarned = retention is None and self.archive is None
         self.writer = BackgroundWriter(backlog_limit_bytes)
+        opening = Opening(self)
         self.numbering = opening.prepare()
         self.recovered = opening.recover()
         self._process = os.getpid()
         self._pruned = False
         for number in self.recovered.unarchived:
-            self.archive_version(self.catalog.manifest(number))
+            self.archive_version(self.manifest(number))
 
     def require_open(self) -> None:
         """Raise what the archive thread could not do, and for a store that is closed or belongs to a parent process."""
@@ -58,10 +64,16 @@ class Session:
 
     def archive_version(self, manifest: Manifest) -> None:
         """Queue the durable copy of a version."""
-        if self.archive is None:
+        archive, source = self.archive, self.root.folder(VERSIONS, manifest.number)
+        if archive is None:
             return
-        source = self.root.folder(VERSIONS, manifest.number)
-        copy = partial(_archive_version, self.archive, self.journal, manifest, source)
+
+        def copy() -> None:
+            with disk.reported(f"making {self.journal.path} durable"):
+                # The run's history first, then the bytes.
+                self.journal.make_durable()
+            archive.keep_version(manifest, source)
+
         self.writer.submit(Job(VERSIONS, manifest.number, manifest.size_bytes, 0, copy))
 
     def archive_state(self, number: int, contents: Files) -> None:
@@ -72,7 +84,7 @@ class Session:
         archive = self.required_archive()
         # In this order: a copy that is finished in between is seen by the second look.
         if number not in self.writer.pending(VERSIONS) and not archive.has(VERSIONS, number):
-            self.archive_version(self.catalog.manifest(number))
+            self.archive_version(self.manifest(number))
         size = sum(memoryview(buffer).nbytes for buffers in contents.values() for buffer in buffers)
         if not self.writer.has_room(size):
             self._prune_states(self.writer.pending(STATES), coming=number)
@@ -85,7 +97,7 @@ class Session:
         # States first: a kill in between leaves an adapter without its state, never a state without its adapter.
         if self.archive is not None and self.retention.limits("state"):
             queued = self.writer.pending(STATES)
-            self._prune_states({*queued, *self.catalog.states()})
+            self._prune_states({*queued, *self.states()})
         archived = self._archive_keeps()
         removed = self._prune_tmpfs(archived)
         if self.archive is not None and self.retention.limits("archive"):
@@ -123,7 +135,7 @@ class Session:
             self.numbering.close()
             self.journal.close()
             self.leases.close()
-            self.lock.release()
+            self.lock.close()
 
     def _warn_once(self, number: int) -> None:
         """Of what is removed for good though nobody asked for it."""
@@ -145,19 +157,19 @@ class Session:
             # Everything; listing an archive that only grows would make every prune slower than the last one.
             return {*self.root.numbers(VERSIONS)}
         durable = {*self.archive.numbers(VERSIONS)} - self.writer.pending(VERSIONS)
-        kept = self._kept("archive", {*self.catalog.numbers()}, durable)
-        return kept.union(self.writer.pending(STATES), self.catalog.states())
+        kept = self._kept("archive", {*self.numbers()}, durable)
+        return kept.union(self.writer.pending(STATES), self.states())
 
     def _kept(self, place: Place, numbers: set[int], durable: set[int]) -> set[int]:
         """What retention keeps of `numbers`, and of `durable`, those on the disk: a kill takes the queue with it."""
-        return self.catalog.kept(self.retention, place, numbers) | self.catalog.kept(self.retention, place, durable)
+        return self.kept(self.retention, place, numbers) | self.kept(self.retention, place, durable)
 
     def _prune_tmpfs(self, durable: set[int]) -> list[int]:
         here = self.root.numbers(VERSIONS)
-        keep = self.catalog.kept(self.retention, "tmpfs", here)
+        keep = self.kept(self.retention, "tmpfs", here)
         removed, pending = [], self.writer.pending(VERSIONS)
         for number in (n for n in here if n not in keep):
-            archived = number not in pending and self.catalog.in_archive(number)
+            archived = number not in pending and self.in_archive(number)
             # What the archive wants and does not have yet stays; what it does not want need not be written.
             going = archived if number in durable else self.writer.cancel(VERSIONS, number)
             if (going or self.archive is None) and self.remove_from_tmpfs(number, survives=archived):
@@ -166,7 +178,7 @@ class Session:
 
     def _prune_archive(self, archive: Archive, kept: set[int]) -> None:
         for number in sorted({*archive.numbers(VERSIONS)} - kept):
-            if not self.catalog.on_tmpfs(number):
+            if not self.on_tmpfs(number):
                 self.journal.append("forget", number, why=f"the archive keeps {self.retention.words('archive')}")
             self._remove(archive, VERSIONS, number)
 
@@ -190,7 +202,7 @@ class Session:
     def _clear_root(self) -> None:
         """Remove a root that only this store knows; what is archived comes back there when the run is opened again."""
         for number in self.root.numbers(VERSIONS):
-            self.remove_from_tmpfs(number, survives=self.catalog.in_archive(number))
+            self.remove_from_tmpfs(number, survives=self.in_archive(number))
         if not self.root.numbers(VERSIONS) and not self.places.aside:
             shutil.rmtree(self.root.path)
 
@@ -202,15 +214,7 @@ def open_session(
     lock = WriterLock()
     try:
         with disk.reported(f"opening the run directory {archive}" if archive else f"opening the store in {root}"):
-            opening = Opening(for_writing(root, archive, lock))
-            return Session(opening, lock, retention, backlog_limit_bytes)
+            return Session(for_writing(root, archive, lock), lock, retention, backlog_limit_bytes)
     except BaseException:
-        lock.release()
+        lock.close()
         raise
-
-
-def _archive_version(archive: Archive, journal: Journal, manifest: Manifest, source: Path) -> None:
-    """The archive thread's work for one version: the run's history first, then the bytes."""
-    with disk.reported(f"making {journal.path} durable"):
-        journal.make_durable()
-    archive.keep_version(manifest, source)

@@ -112,32 +112,22 @@ class BackgroundWriter:
             self.raise_failure()
 
     def _work(self) -> None:
-        while self._work_once():
-            pass
-
-    def _work_once(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing or (bool(self._jobs) and self._failure is None))
-            if self._closing:
-                return False
-            self._running = self._jobs[0]
-        failure = _failure_of(self._running)
-        with self._changed:
-            self._running = None
-            self._failure = failure
-            if failure is None or isinstance(failure, StoreCorrupt):
-                self._jobs.popleft()
-            self._changed.notify_all()
-        return True
-
-
-def _failure_of(job: Job) -> StoreError | None:
-    try:
-        job.run()
-    except StoreError as error:
-        return error
-    except Exception as bug:  # noqa: BLE001 - whatever it is, the next call raises it
-        failure = StoreError(f"the archive thread failed: {type(bug).__name__}: {bug}")
-        failure.__cause__ = bug
-        return failure
-    return None
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or (bool(self._jobs) and self._failure is None))
+                if self._closing:
+                    return
+                self._running = job = self._jobs[0]
+            failure: StoreError | None = None
+            try:
+                job.run()
+            except StoreError as error:
+                failure = error
+            except Exception as bug:  # noqa: BLE001 - whatever it is, the next call raises it
+                failure = StoreError(f"the archive thread failed: {type(bug).__name__}: {bug}")
+                failure.__cause__ = bug
+            with self._changed:
+                self._running, self._failure = None, failure
+                if failure is None or isinstance(failure, StoreCorrupt):
+                    self._jobs.popleft()
+                self._changed.notify_all()
