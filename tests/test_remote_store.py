@@ -28,10 +28,8 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_archived, keep_latest
 from lora_grpo.adapters.version import AdapterVersion, parse_served_name, run_name, served_name
 from lora_grpo.errors import ConfigError, DeliveryError, NoRoom, StoreCorrupt, StoreError, UnknownVersion
-from lora_grpo.remote import connections
 from lora_grpo.remote import server as server_module
-from lora_grpo.remote.cache import ReplicaCache
-from lora_grpo.remote.client import StoreClient
+from lora_grpo.remote.client import ReplicaCache, StoreClient
 from lora_grpo.remote.server import StoreServer
 from lora_grpo.remote.token import read_token
 from tests.store_files import adapter, content, on_disk
@@ -271,7 +269,7 @@ def test_idle_connections_take_neither_the_trainers_files_nor_the_replicas_place
 
 def test_a_header_without_end_is_cut_off(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its length, and by the time that it may take; a request afterwards on the same connection begins anew."""
-    monkeypatch.setattr(connections, "REQUEST_S", 0.5)
+    monkeypatch.setattr(server_module, "REQUEST_S", 0.5)
     address = urlsplit(server.url)
     for piece, pause_s, most_bytes in ((b"a" * 65536, 0.0, 8 << 20), (b"a", 0.02, 200)):
         with socket.create_connection((address.hostname or "", address.port or 0), timeout=10) as attacker:
@@ -298,7 +296,7 @@ def seen(connection: socket.socket) -> bytes:
 def test_one_that_is_being_answered_does_not_make_room(
     store: AdapterStore, server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "most_connections", lambda: 4)
+    monkeypatch.setattr(server_module, "most_connections", lambda: 4)
     promoted(store, 1, BIG_BYTES)
     url, header = f"{server.url}/versions/1/{WEIGHTS}", {"Authorization": f"Bearer {TOKEN}"}
     address = urlsplit(server.url)
@@ -502,7 +500,7 @@ def in_another_process(parent: Path, then: str) -> str:
     """What a process prints that takes a cache in `parent` as `cache` and goes on with `then`."""
     code = f"""
 import os, pathlib
-from lora_grpo.remote.cache import ReplicaCache
+from lora_grpo.remote.client import ReplicaCache
 cache = ReplicaCache(pathlib.Path({str(parent)!r}))
 """
     return subprocess.run(

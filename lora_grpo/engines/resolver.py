@@ -26,23 +26,30 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import os
+import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.version import parse_served_name, served_name
 from lora_grpo.engines import compat
+from lora_grpo.engines.patching import wrap_once
 from lora_grpo.errors import ConfigError, LoraGrpoError
-from lora_grpo.remote.cache import MIB, ReplicaCache
-from lora_grpo.remote.client import StoreClient
+from lora_grpo.remote.client import MIB, ReplicaCache, StoreClient
 from lora_grpo.remote.token import read_token
 
 PLUGIN = "lora_grpo_store_resolver"
 URL_VARIABLE = "LORA_GRPO_STORE_URL"
 CACHE_VARIABLE = "LORA_GRPO_STORE_CACHE"
 CACHE_MIB_VARIABLE = "LORA_GRPO_STORE_CACHE_MIB"
+BASE_ROUTE = "/v1/lora_grpo/base"
+"""Where a trainer asks what each of the server's workers reads of its base, behind the server's API key and where
+adapters may be loaded at run time. A server without this plugin answers 404, and its base counts as not read."""
+_READ_BASE = "lora_grpo_read_base"
 
 
 def register() -> None:
@@ -52,7 +59,7 @@ def register() -> None:
     `ConfigError` for settings that cannot work, which stops the server's start.
     """
     compat.mend_server()
-    importlib.import_module("lora_grpo.engines.server.base_route").offer()
+    _offer_base_reading()
     resolver = StoreResolver.from_environment()
     if resolver is None:
         return
@@ -69,6 +76,41 @@ def register() -> None:
             "%s is set, but VLLM_ALLOW_RUNTIME_LORA_UPDATING=True is not: no version is pulled", URL_VARIABLE
         )
     LoRAResolverRegistry.register_resolver("lora_grpo store", resolver)
+
+
+def _offer_base_reading() -> None:
+    """For each of a server's processes: its workers can read their base, and its API has the route.
+
+    Releases whose server is built otherwise than 0.32's get no route.
+    """
+    setattr(importlib.import_module("vllm.v1.worker.worker_base").WorkerBase, _READ_BASE, _read_base)
+
+    def wrapping(stock: Any) -> Any:
+        def register(args: Any, api: Any, *rest: Any) -> None:
+            stock(args, api, *rest)
+            from vllm import envs
+
+            if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+                api.add_route(BASE_ROUTE, _answer, methods=["POST"])
+
+        return register
+
+    wrap_once(sys.modules.get("vllm.entrypoints.launchers.app"), "register_api_routers", wrapping)
+
+
+def _read_base(worker: Any, shapes: str) -> str:
+    """In a worker: what it reads, as JSON."""
+    from lora_grpo.engines.delivery.base_reading import read_base
+
+    return json.dumps(asdict(read_base(worker.model_runner, json.loads(shapes), f"worker {worker.rank}")))
+
+
+async def _answer(request: Any) -> Any:
+    from starlette.responses import JSONResponse
+
+    shapes = json.dumps((await request.json())["tensors"])
+    read = await request.app.state.engine_client.collective_rpc(_READ_BASE, args=(shapes,))
+    return JSONResponse({"workers": [json.loads(one) for one in read]})
 
 
 class StoreResolver:

@@ -10,15 +10,17 @@ network that others can read, put a TLS proxy in front and give the replicas its
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import os
 import re
+import resource
 import socket
 import threading
 import time
 from contextlib import ExitStack
 from functools import partial
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import anyio
 import uvicorn
@@ -29,16 +31,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files.digest import CHUNK_BYTES
 from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import StoreError, UnknownVersion
-from lora_grpo.remote.connections import HEADER_BYTES, BoundedProtocol
 from lora_grpo.remote.token import read_token
 
 LOOPBACK = "127.0.0.1"
+MOST = 64
+"""Connections at a time, and an eighth of what the process may open where that is less: a download takes three
+descriptors, and the trainer's own are in the same process."""
+HEADER_BYTES = 16 << 10
+REQUEST_S = 10.0
+"""From a connection's start, or the end of its last answer, to the end of a request's header."""
 _START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5
 _STALL_S = 60.0
@@ -217,3 +225,56 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _said(status: int, _: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, status)
+
+
+def most_connections() -> int:
+    """By the process's limit of open files as it is now."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST if soft == resource.RLIM_INFINITY else max(4, min(MOST, soft // 8))
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's, with a limit on connections and on the time that one waits for its request.
+
+    Where there are too many, the one that has waited longest is closed; one that is being answered never is, and a new
+    one that finds only such is closed itself.
+    """
+
+    _limit: asyncio.TimerHandle | None = None
+    """Ends its wait, while it waits for a request."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+        if len(self.connections) > most_connections():
+            there: list[Any] = [one for one in self.connections if one is not self]
+            waiting = [one for one in there if one._limit is not None]
+            min(waiting, key=lambda one: one._limit.when(), default=self).drop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait_no_more()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._wait_no_more()
+
+    def on_response_complete(self) -> None:
+        self._wait()
+        super().on_response_complete()
+
+    def drop(self) -> None:
+        """Close it at once, whatever is under way."""
+        self._wait_no_more()
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def _wait(self) -> None:
+        self._wait_no_more()
+        self._limit = self.loop.call_later(REQUEST_S, self.drop)
+
+    def _wait_no_more(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None

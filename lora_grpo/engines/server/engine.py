@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from transformers import AutoTokenizer
 
@@ -29,18 +32,22 @@ from lora_grpo.engines.requests import adapters_by_prompt, asked, check_fits, re
 from lora_grpo.engines.server.client import Client
 from lora_grpo.engines.server.connect import slots_of, write_rank_probe
 from lora_grpo.engines.server.fleet import Fleet, OnFailure, connected
-from lora_grpo.engines.server.in_use import KeptProbe
-from lora_grpo.engines.server.loop import Loop
 from lora_grpo.engines.server.names import Names, resolver_name
-from lora_grpo.engines.server.replica import Replica, Served
+from lora_grpo.engines.server.replica import KeptProbe, Replica, Served
 from lora_grpo.engines.server.rotation import completing, scoring
 from lora_grpo.errors import ConfigError
 from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sequences
+from lora_grpo.worker import working
 
 API_KEY_VARIABLE = "VLLM_API_KEY"
 
 _SCORED_TOGETHER = 16
 """Sequences, by one server."""
+
+_LOOK_S = 0.2
+"""Between two looks of a waiting worker, whether it is to stop."""
+
+_Result = TypeVar("_Result")
 
 
 class VLLMServerEngine:
@@ -102,7 +109,7 @@ class VLLMServerEngine:
         with ExitStack() as opened:
             self._names = Names()
             opened.callback(self._names.close)
-            self._loop = Loop("lora-grpo-servers")
+            self._loop = _Loop()
             opened.callback(self._loop.close)
             rank_folder = None if self.pulls else write_rank_probe(self._names.folder / "rank")
             clients = [Client(url, key, timeout_s) for url in urls]
@@ -224,3 +231,34 @@ class VLLMServerEngine:
     def close(self) -> None:
         """Unload this engine's versions from the servers, which go on. A second call does nothing."""
         self._opened.close()
+
+
+class _Loop:
+    """An event loop on a thread of its own, so that synchronous callers can have many requests in flight: it runs
+    coroutines for callers in any thread, and what they share is only ever touched in its own."""
+
+    def __init__(self) -> None:
+        self._loop, self._ended = asyncio.new_event_loop(), asyncio.Event()
+        self._thread = threading.Thread(target=self._work, name="lora-grpo-servers", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._ended.wait())
+
+    def run(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
+        """The coroutine's result. Ctrl-C in the caller cancels it, and with it the requests that are under way; so
+        does the end of the job of a worker that waits here, whose `working` the coroutine sees."""
+        worker, future = working(), asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            while worker is not None and not wait([future], timeout=_LOOK_S).done:
+                worker.look()
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Cancel what still runs, and end the thread."""
+        self._loop.call_soon_threadsafe(self._ended.set)
+        self._thread.join()

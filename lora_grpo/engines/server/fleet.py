@@ -11,9 +11,8 @@ from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.server.client import Client, Unreachable
 from lora_grpo.engines.server.connect import connect, models
-from lora_grpo.engines.server.in_use import InUse, KeptProbe
 from lora_grpo.engines.server.names import Names
-from lora_grpo.engines.server.replica import Replica, Served
+from lora_grpo.engines.server.replica import InUse, KeptProbe, Replica, Served
 from lora_grpo.engines.server.rotation import FIRST_PAUSE_S, Rotation, scoring, together
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError
 from lora_grpo.types import LogProbs

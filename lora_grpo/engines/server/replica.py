@@ -1,24 +1,34 @@
-"""One server: what it is, what it has loaded, and what it answers."""
+"""One server: what it is, has loaded and answers; and the versions in use, which every server is held to."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from pydantic import TypeAdapter
+
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.delivery.base_reading import BaseReading
-from lora_grpo.engines.server.base_route import BASE, not_read, readings
+from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, CanaryReport, Witness, compare
+from lora_grpo.engines.loaded import LoadedVersions
+from lora_grpo.engines.resolver import BASE_ROUTE
 from lora_grpo.engines.server.client import QUICK_TIMEOUT_S, Client, Refused, Unreachable, reading
 from lora_grpo.engines.server.connect import LOAD, UNLOAD, Facts, connect, models, started
 from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body
-from lora_grpo.errors import DeliveryError, EngineError
+from lora_grpo.errors import ConfigError, DeliveryError, EngineError
 from lora_grpo.types import LogProbs
 
 State: TypeAlias = Literal["serving", "away", "lost"]
 """In rotation; out of it and being brought back; given up until the next load asks for it."""
+
+PROBE_STEP = -1
+"""The step of the version that `run_probe` makes, which compares what it answers itself."""
+
+_READING = TypeAdapter(BaseReading)
 
 
 @dataclass(eq=False)
@@ -108,13 +118,15 @@ class Replica:
         """What each of the server's workers reads of the base's tensors."""
         body = {"tensors": {name: list(shape) for name, shape in shapes.items()}}
         try:
-            answer = await self.client.ask(BASE, body)
+            answer = await self.client.ask(BASE_ROUTE, body)
         except Refused as refusal:
             if refusal.status not in (404, 405):
                 raise
-            return [not_read(self.url, shapes)]
-        with reading(self.url, BASE, answer):
-            return readings(self.url, answer)
+            reason = "the server does not have the lora_grpo plugin's route"
+            return [BaseReading(self.url, {}, dict.fromkeys(shapes, reason))]
+        with reading(self.url, BASE_ROUTE, answer):
+            workers = [{**one, "where": f"{self.url} ({one['where']})"} for one in answer["workers"]]
+            return [_READING.validate_python(one) for one in workers]
 
     async def require_same_base(self) -> None:
         """Raises `DeliveryError` unless the base reads as it did when it was compared with the trainer's."""
@@ -148,3 +160,54 @@ class Replica:
         listed = await models(self.client)
         self.names = {served: name for served, name in self.names.items() if name in listed}
         self.facts = facts
+
+
+@dataclass(frozen=True)
+class KeptProbe:
+    """The probe that replicas were proven with: files that stay, what a trainer computes with them, noise in nats."""
+
+    served: Served
+    witness: Witness
+    noise: float
+
+
+class InUse(LoadedVersions[Served]):
+    """A version is known by its answers to `sequences`, and may be mistaken for any other that is in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe: KeptProbe | None = None
+        self.sequences: list[list[int]] = []
+
+    @contextmanager
+    def using(self, versions: Sequence[AdapterVersion | None]) -> Iterator[list[Served | None]]:
+        """The versions as they are served (None: the base), kept in use meanwhile and made the most recently used."""
+        wanted = [None if version is None else self.find(version) for version in versions]
+        distinct = list(dict.fromkeys(served for served in wanted if served is not None))
+        for served in distinct:
+            self.add(served)
+            served.users += 1
+        try:
+            yield wanted
+        finally:
+            for served in distinct:
+                served.users -= 1
+
+    def require_expected(self, served: Served) -> None:
+        """Raises `ConfigError` where a trainer has shown itself, and nobody says what it computes with this version."""
+        if not served.answers and self.probe is not None and served.version.step != PROBE_STEP:
+            raise ConfigError(
+                f"{served.version} cannot be proven: replicas compared with one another may all be wrong alike. Load "
+                "it by NativeSync (push, rollback), or pass expected= with the trainer's log-probs of the probe's "
+                "sequences"
+            )
+
+    def compare(self, replica: Replica, served: Served, answers: LogProbs) -> CanaryReport:
+        """Raises `DeliveryError` naming the replica when it answers otherwise than expected."""
+        others, noise = [known.answers for known in self.all() if known is not served], MAX_BASE_NOISE_NATS
+        if self.probe is not None:
+            others, noise = [*others, self.probe.witness.base], self.probe.noise
+        try:
+            return compare(answers, served.answers, others, noise)
+        except DeliveryError as error:
+            raise DeliveryError(f"{replica.url} does not serve {served.version}: {error}") from None
