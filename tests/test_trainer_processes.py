@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from lora_grpo.adapters.peft_form.shards import whole
+from lora_grpo.adapters.peft_form.modules import whole
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, EngineError, RewardError
 from lora_grpo.grpo.processes import Processes

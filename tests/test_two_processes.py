@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_grpo.adapters.peft_form.modules import whole
 from lora_grpo.adapters.peft_form.serving import Held, ServingForm
-from lora_grpo.adapters.peft_form.shards import whole
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.fake import FakeEngine

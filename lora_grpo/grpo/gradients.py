@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from lora_grpo.adapters.peft_form.shards import whole
+from lora_grpo.adapters.peft_form.modules import whole
 from lora_grpo.grpo.processes import Processes
 
 

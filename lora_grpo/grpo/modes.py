@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lora_grpo.adapters.peft_form.shards import reshard
+from lora_grpo.adapters.peft_form.modules import reshard
 from lora_grpo.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -147,7 +147,7 @@ class ReplicaCache:
         """
         with reported(f"opening the replica's cache in {parent}"):
             make_private(parent)
-            self.swept = OwnFolder.sweep(parent, _FOLDER)
+            OwnFolder.sweep(parent, _FOLDER)
             own = OwnFolder(parent, _FOLDER)
             half_bytes = shutil.disk_usage(parent).total // 2
         self.folder = own.path

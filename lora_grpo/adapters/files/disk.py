@@ -209,15 +209,8 @@ class Tree:
         except OSError as error:
             raise StoreError(f"cannot look for {folder}: {error.strerror}") from error
 
-    def numbers(self, kind: str) -> list[int]:
-        """Numbers of the folders of one kind, ascending; none where the tree does not exist."""
-        return self._numbered(kind, folders_only=True)
-
-    def last_name(self, kind: str) -> int:
-        """The largest number that names anything of one kind, be it a folder or not; 0 without any."""
-        return max(self._numbered(kind, folders_only=False), default=0)
-
-    def _numbered(self, kind: str, *, folders_only: bool) -> list[int]:
+    def numbers(self, kind: str, *, folders_only: bool = True) -> list[int]:
+        """Numbers that name the folders, or anything, of one kind, ascending; none where the tree does not exist."""
         with reported(f"listing {self.path / kind}"):
             try:
                 with os.scandir(self.path / kind) as entries:

@@ -121,17 +121,14 @@ class Identity:
         def build(values: Mapping[str, Any]) -> Identity:
             if values["format"] != FORMAT:
                 raise StoreError(f"{path} has format {values['format']}; this release reads format {FORMAT}")
-            identity = cls(**{name: values[name] for name in cls.__slots__})
-            if not identity._is_sound():
+            found = cls(**{name: values[name] for name in cls.__slots__})
+            texts = (found.run_id, found.other or "", found.home or "", found.token)
+            if not (
+                all(isinstance(text, str) and "\0" not in text for text in texts)
+                and type(found.own_root) is bool
+                and type(found.generation) is int
+            ):
                 raise ValueError("its fields are not the fields of a store")
-            return identity
+            return found
 
         return disk.read_record(path, build)
-
-    def _is_sound(self) -> bool:
-        texts = (self.run_id, self.other or "", self.home or "", self.token)
-        return (
-            all(isinstance(text, str) and "\0" not in text for text in texts)
-            and type(self.own_root) is bool
-            and type(self.generation) is int
-        )

@@ -13,6 +13,7 @@ import socket
 import tempfile
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -45,7 +46,6 @@ def holder(folder: str | Path) -> str | None:
 
 
 def _named_in(descriptor: int) -> str:
-    """Who wrote its name into a locked file."""
     return os.pread(descriptor, 300, 0).decode("ascii", "backslashreplace") or "a process that has just begun"
 
 
@@ -129,12 +129,11 @@ class OwnFolder:
             self._lock.close()
 
     @staticmethod
-    def sweep(parent: Path, prefix: str) -> list[str]:
-        """Remove the folders that dead processes left in `parent`; their names."""
-        dead = [lock.parent for lock in sorted(parent.glob(f"{prefix}*/LOCK")) if is_free(lock.parent)]
-        for folder in dead:
-            shutil.rmtree(folder, ignore_errors=True)
-        return [folder.name for folder in dead]
+    def sweep(parent: Path, prefix: str) -> None:
+        """Remove the folders that dead processes left in `parent`."""
+        for lock in parent.glob(f"{prefix}*/LOCK"):
+            if is_free(lock.parent):
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def is_free(folder: Path) -> bool:
@@ -152,12 +151,11 @@ class Leases(_Descriptors[int]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts: dict[int, int] = {}
+        self._counts: Counter[int] = Counter()
 
     def acquire(self, number: int, folder: Path) -> None:
         if number not in self.by_key:
             self.by_key[number] = _lock_in_place(number, folder / MANIFEST_FILE)
-            self._counts[number] = 0
         self._counts[number] += 1
 
     def release(self, number: int) -> None:

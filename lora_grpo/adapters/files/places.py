@@ -105,7 +105,7 @@ def _chosen(root: Path | None, run: Path | None, identity: Identity | None) -> P
         return Places(root or _new_root(run), run, root is None)
     original = _original(run, identity, there)
     if root is not None:
-        if original is not None and _is_of(root, identity):
+        if original is not None and (asked := Identity.read(root)) is not None and asked.run_id == identity.run_id:
             raise StoreError(
                 f"{run} is a copy of the run in {original}, which uses the root {root}; give the copy another root "
                 "(or none: then it gets its own)"
@@ -130,11 +130,6 @@ def _original(run: Path, identity: Identity, root: Identity | None) -> Path | No
             if there is not None and there.run_id == identity.run_id and not os.path.samefile(recorded, run):
                 return Path(recorded)
     return None
-
-
-def _is_of(root: Path, run: Identity) -> bool:
-    there = Identity.read(root)
-    return there is not None and there.run_id == run.run_id
 
 
 def _is_current(root: Identity, run: Identity) -> bool:

@@ -120,7 +120,10 @@ def adapter_tensors(
 ) -> tuple[dict[str, torch.Tensor], Weights]:
     """A version's A and B by PEFT's names, in fp32, without the scaling: the trainer's own where its state is kept."""
     exact = _trainer_weights(store, version)
-    return (_serving_weights(store, version, recipe), "rounded") if exact is None else (exact, "exact")
+    if exact is not None:
+        return exact, "exact"
+    rounded = load_tensors(store.readable(version) / WEIGHTS_FILE)
+    return {name: _unscaled(name, tensor.float(), recipe) for name, tensor in rounded.items()}, "rounded"
 
 
 @contextmanager
@@ -178,11 +181,6 @@ def _trainer_weights(store: StoreView, version: AdapterVersion) -> dict[str, tor
     kept = load_tensors(files[STATE_TENSORS_FILE])
     weights = {name.removeprefix("weights/"): kept[name].float() for name in kept if name.startswith("weights/")}
     return {f"{PREFIX}{name[:-2]}.lora_{name[-1]}.weight": tensor for name, tensor in weights.items()}
-
-
-def _serving_weights(store: StoreView, version: AdapterVersion, recipe: Recipe) -> dict[str, torch.Tensor]:
-    tensors = load_tensors(store.readable(version) / WEIGHTS_FILE)
-    return {name: _unscaled(name, tensor.float(), recipe) for name, tensor in tensors.items()}
 
 
 def _unscaled(name: str, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:

@@ -86,7 +86,10 @@ def _layout(header: bytes, config: bytes) -> tuple[Mapping[str, TensorEntry], tu
         return entries, (), "", 0
     paths = _paths(entries)
     _check_config(_mapping(config, CONFIG_FILE), entries, paths)
-    return entries, paths, _one_dtype(entries), _payload_bytes(entries)
+    dtypes = {entry.dtype for entry in entries.values()}
+    if len(dtypes) != 1:
+        raise _Malformed(f"it mixes dtypes {sorted(dtypes)}; publish it with one")
+    return entries, paths, dtypes.pop(), _payload_bytes(entries)
 
 
 def _payload_bytes(entries: Mapping[str, TensorEntry]) -> int:
@@ -152,13 +155,6 @@ def _paths(entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:
         if kinds != {_A, _B}:
             raise _Malformed(f"{path} has {' and '.join(sorted(kinds))} only; A and B come in pairs")
     return tuple(paths)
-
-
-def _one_dtype(entries: Mapping[str, TensorEntry]) -> str:
-    dtypes = {entry.dtype for entry in entries.values()}
-    if len(dtypes) != 1:
-        raise _Malformed(f"it mixes dtypes {sorted(dtypes)}; publish it with one")
-    return dtypes.pop()
 
 
 def _check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], paths: tuple[str, ...]) -> None:

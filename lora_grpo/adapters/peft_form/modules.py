@@ -1,4 +1,7 @@
-"""The modules that an adapter adapts, and the base below them, by the names that a checkpoint has."""
+"""The modules that an adapter adapts, and the base below them, by the names that a checkpoint has.
+
+And what FSDP2 may have sharded of them: read whole, and written to.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_grpo.errors import UnsupportedAdapter
 
@@ -90,3 +95,30 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             if named[leaf] is not None and ".lora_" not in name and leaf not in _LEFT_BEHIND:
                 found[name] = named[leaf]
     return found
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a parameter, gradient or moment that FSDP2 may have sharded (then a collective)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """`full` on the parameter's device, cut as the parameter is; every process holds the same `full`."""
+    full = full.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return full
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def assign(parameter: torch.Tensor, full: torch.Tensor) -> None:
+    """Set a parameter that FSDP2 may have sharded to the values of a full tensor, the same in every process."""
+    parameter.copy_(sharded_like(parameter, full))
+
+
+def reshard(model: nn.Module) -> None:
+    """Back to shards what FSDP2 keeps whole after a forward without a backward: what is written to those copies,
+    or asked of them, never reaches the parameters that the optimizer holds."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

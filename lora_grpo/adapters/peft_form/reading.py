@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_grpo.adapters.peft_form.files import PREFIX
-from lora_grpo.adapters.peft_form.modules import LoraModule
+from lora_grpo.adapters.peft_form.modules import LoraModule, assign
 from lora_grpo.adapters.peft_form.serving import WEIGHTS_FILE
-from lora_grpo.adapters.peft_form.shards import assign
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import StoreCorrupt
 

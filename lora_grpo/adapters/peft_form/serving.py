@@ -19,8 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lora_grpo.adapters.files import layout
 from lora_grpo.adapters.peft_form.files import PREFIX
-from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules, peft_model_of
-from lora_grpo.adapters.peft_form.shards import whole
+from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules, peft_model_of, whole
 from lora_grpo.errors import ConfigError, TrainingError, UnsupportedAdapter
 from lora_grpo.kernels.moving import Cast
 

@@ -116,7 +116,8 @@ class Opening:
         before = self._current_root()
         self._move_journal()
         self.journal.open_for_writing()
-        known = max(self.journal.last, *(tree.last_name(VERSIONS) for tree in self.catalog.trees))
+        names = [number for tree in self.catalog.trees for number in tree.numbers(VERSIONS, folders_only=False)]
+        known = max([self.journal.last, *names])
         numbering = Numbering(root, run, known=known, root_is_new=before is None, sync=self.root.sync)
         self._identify(before)
         return numbering
