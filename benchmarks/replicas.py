@@ -37,7 +37,7 @@ from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.disk import write_file
 from lora_grpo.adapters.peft_form.checks import active_adapter
 from lora_grpo.adapters.peft_form.modules import lora_modules, peft_model_of
-from lora_grpo.adapters.peft_form.reading import assign_rounded, read_rounded
+from lora_grpo.adapters.peft_form.serving import assign_rounded, read_rounded
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.attribution import Rows, judge

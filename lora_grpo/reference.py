@@ -19,7 +19,7 @@ from torch import nn
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.peft_form.checks import active_adapter
 from lora_grpo.adapters.peft_form.modules import lora_modules, peft_model_of, reshard, sharded_like
-from lora_grpo.adapters.peft_form.reading import restored
+from lora_grpo.adapters.peft_form.serving import restored
 from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.state import TrainerState, adapter_weights, check_state, named_weights
 

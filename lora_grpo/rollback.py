@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from lora_grpo.adapters.peft_form.modules import reshard
-from lora_grpo.adapters.peft_form.reading import assign_rounded, read_rounded
+from lora_grpo.adapters.peft_form.serving import assign_rounded, read_rounded
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.engines.base import Engine, is_remote

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from lora_grpo.adapters.files.disk import parse_json
 from lora_grpo.adapters.peft_form.modules import LoraModule, assign, reshard, sharded_like, whole
-from lora_grpo.adapters.peft_form.reading import load_tensors
+from lora_grpo.adapters.peft_form.serving import load_tensors
 from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.grpo.processes import Processes
 

@@ -18,8 +18,7 @@ from lora_grpo.adapters.peft_form.checks import active_adapter, check_rank, chec
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
 from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.peft_form.quantized import keep_trainable
-from lora_grpo.adapters.peft_form.reading import weights_of
-from lora_grpo.adapters.peft_form.serving import Held, ServingForm
+from lora_grpo.adapters.peft_form.serving import Held, ServingForm, weights_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion, as_step
 from lora_grpo.canary import CANARY_NOISE, rows_of, take_canary

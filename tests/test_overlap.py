@@ -18,8 +18,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lora_grpo.adapters.peft_form.reading import weights_of
-from lora_grpo.adapters.peft_form.serving import Held, ServingForm
+from lora_grpo.adapters.peft_form.serving import Held, ServingForm, weights_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig

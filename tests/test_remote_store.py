@@ -29,9 +29,8 @@ from lora_grpo.adapters.upkeep.retention import keep_archived, keep_latest
 from lora_grpo.adapters.version import AdapterVersion, parse_served_name, run_name, served_name
 from lora_grpo.errors import ConfigError, DeliveryError, NoRoom, StoreCorrupt, StoreError, UnknownVersion
 from lora_grpo.remote import server as server_module
-from lora_grpo.remote.client import ReplicaCache, StoreClient
+from lora_grpo.remote.client import ReplicaCache, StoreClient, read_token
 from lora_grpo.remote.server import StoreServer
-from lora_grpo.remote.token import read_token
 from tests.store_files import adapter, content, on_disk
 
 TOKEN = "0123456789abcdef"

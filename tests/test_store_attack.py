@@ -9,7 +9,7 @@ import pytest
 
 from lora_grpo.adapters.peft_form.difference import difference
 from lora_grpo.adapters.peft_form.files import open_adapter
-from lora_grpo.adapters.peft_form.reading import read_rounded
+from lora_grpo.adapters.peft_form.serving import read_rounded
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError, StoreCorrupt
 from tests.crash.attack import SCENARIOS, attack, fuzz

@@ -116,8 +116,8 @@ def store_server(
     The run may still train in another process. Every request needs the token. Token and adapters are sent unencrypted:
     in a network that others can read, put a TLS proxy in front.
     """
+    from lora_grpo.remote.client import read_token
     from lora_grpo.remote.server import StoreServer
-    from lora_grpo.remote.token import read_token
 
     token = read_token(token_file)
     with opened(run) as store, StoreServer(store, token, host=host, port=port) as server:

@@ -39,8 +39,7 @@ from lora_grpo.adapters.version import parse_served_name, served_name
 from lora_grpo.engines import compat
 from lora_grpo.engines.patching import wrap_once
 from lora_grpo.errors import ConfigError, LoraGrpoError
-from lora_grpo.remote.client import MIB, ReplicaCache, StoreClient
-from lora_grpo.remote.token import read_token
+from lora_grpo.remote.client import MIB, ReplicaCache, StoreClient, read_token
 
 PLUGIN = "lora_grpo_store_resolver"
 URL_VARIABLE = "LORA_GRPO_STORE_URL"

@@ -6,6 +6,8 @@ And a replica's own copies of that, on its tmpfs: pulled once, never removed whi
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -23,6 +25,9 @@ from lora_grpo.adapters.version import served_name
 from lora_grpo.errors import ConfigError, NoRoom, StoreCorrupt, StoreError, UnknownVersion
 
 MIB = 1 << 20
+TOKEN_VARIABLE = "LORA_GRPO_STORE_TOKEN"
+TOKEN_FILE_VARIABLE = "LORA_GRPO_STORE_TOKEN_FILE"
+"""The token itself, or the file that holds it: never on a command line, where every user sees it."""
 _FOLDER = "replica-"
 TIMEOUT_S = 30.0
 """Seconds without a byte after which the store counts as out of reach."""
@@ -189,3 +194,27 @@ class ReplicaCache:
                 f"keeps {self.used_bytes / MIB:.1f} MiB of versions that it may have to read again. Give it more with "
                 "LORA_GRPO_STORE_CACHE_MIB (and a tmpfs that holds it), or restart it: that empties its cache"
             )
+
+
+def read_token(file: str | Path | None = None) -> str:
+    """The token in `file`, else in the file that LORA_GRPO_STORE_TOKEN_FILE names, else LORA_GRPO_STORE_TOKEN itself.
+
+    Raises `ConfigError` when there is none, or when it could not travel in a header.
+    """
+    named = file or os.environ.get(TOKEN_FILE_VARIABLE)
+    if named:
+        try:
+            text, where = Path(named).read_text(), str(named)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the token file {named} cannot be read: {error}") from error
+    else:
+        text, where = os.environ.get(TOKEN_VARIABLE, ""), TOKEN_VARIABLE
+    token = text.strip()
+    if not token:
+        raise ConfigError(
+            f"there is no store token in {where}; write a long random one into a file (such as with "
+            f"'openssl rand -hex 32'), owner-only, and name it in {TOKEN_FILE_VARIABLE} on both sides"
+        )
+    if not re.fullmatch("[!-~]+", token):
+        raise ConfigError(f"the store token in {where} must be one word of printable ASCII; make it hex digits")
+    return token

@@ -38,7 +38,7 @@ from lora_grpo.adapters.files.digest import CHUNK_BYTES
 from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import StoreError, UnknownVersion
-from lora_grpo.remote.token import read_token
+from lora_grpo.remote.client import read_token
 
 LOOPBACK = "127.0.0.1"
 MOST = 64

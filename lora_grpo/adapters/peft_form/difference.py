@@ -20,7 +20,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from lora_grpo.adapters.files.layout import ADAPTER_FILE
-from lora_grpo.adapters.peft_form.reading import load_tensors
+from lora_grpo.adapters.peft_form.serving import load_tensors
 from lora_grpo.errors import StoreCorrupt
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"

@@ -20,8 +20,7 @@ from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.peft_form.modules import LoraModule, is_multimodal
-from lora_grpo.adapters.peft_form.reading import load_tensors
-from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
+from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE, load_tensors
 from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError
 

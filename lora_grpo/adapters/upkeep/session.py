@@ -14,10 +14,9 @@ from lora_grpo.adapters.files.digest import Files
 from lora_grpo.adapters.files.layout import STATES, VERSIONS, Manifest
 from lora_grpo.adapters.files.locks import WriterLock, unleased
 from lora_grpo.adapters.files.places import Places, for_writing
-from lora_grpo.adapters.upkeep.archive import Archive
+from lora_grpo.adapters.upkeep.archive import Archive, BackgroundWriter, Job
 from lora_grpo.adapters.upkeep.opening import Opening
 from lora_grpo.adapters.upkeep.retention import Place, Retention, default_retention
-from lora_grpo.adapters.upkeep.writer import BackgroundWriter, Job
 from lora_grpo.errors import StoreError
 
 TRASH = "trash"

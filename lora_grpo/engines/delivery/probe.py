@@ -24,8 +24,7 @@ from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.digest import Files, digest_buffers
 from lora_grpo.adapters.files.room import require_room
 from lora_grpo.adapters.peft_form.modules import LoraModule, assign, peft_model_of
-from lora_grpo.adapters.peft_form.reading import restored
-from lora_grpo.adapters.peft_form.serving import ServingForm
+from lora_grpo.adapters.peft_form.serving import ServingForm, restored
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription, Engine, is_remote
 from lora_grpo.engines.delivery.base_match import BaseMatch, match_base

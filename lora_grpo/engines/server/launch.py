@@ -19,7 +19,7 @@ import httpx
 from lora_grpo.engines import compat
 from lora_grpo.engines.resolver import PLUGIN, URL_VARIABLE
 from lora_grpo.errors import ConfigError, EngineError
-from lora_grpo.remote.token import TOKEN_FILE_VARIABLE, read_token
+from lora_grpo.remote.client import TOKEN_FILE_VARIABLE, read_token
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LOG_LINES = 20
