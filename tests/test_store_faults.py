@@ -163,6 +163,25 @@ def test_a_file_size_limit_while_writing_is_a_store_error(shm_dir: Path) -> None
     assert second == "[1] v3"
 
 
+def test_a_file_size_limit_while_archiving_leaves_no_shorter_copy(shm_dir: Path, tmp_path: Path) -> None:
+    """The kernel writes up to the limit and reports how much that was; only what follows fails."""
+    program = (
+        "import resource, signal, sys\nfrom lora_grpo.adapters.store import AdapterStore\n"
+        "from lora_grpo.errors import StoreError\nfrom tests.store_files import adapter\n"
+        "store = AdapterStore(sys.argv[1]); store.publish(adapter(1, 100_000), step=0); store.close()\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, {resource.RLIM_INFINITY}))\n"
+        "store = AdapterStore(sys.argv[1], sys.argv[2])\n"
+        "try:\n    store.flush()\nexcept StoreError as error:\n    print(error)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({resource.RLIM_INFINITY}, {resource.RLIM_INFINITY}))\n"
+        "store.flush(); store.verify(1); print(sorted(store.where(1)))"
+    )
+    command = [sys.executable, "-c", program, str(shm_dir), str(tmp_path)]
+    first, second = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert first.startswith("archiving version 1 failed: File too large")
+    assert second == "['archive', 'tmpfs']"
+
+
 @pytest.mark.parametrize("file", [*PEFT_FILES, "version.json"])
 @pytest.mark.parametrize("damage", ["truncated", "garbled", "deleted", "emptied"])
 @pytest.mark.parametrize("half", ["tmpfs", "archive"])

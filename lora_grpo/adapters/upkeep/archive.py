@@ -200,11 +200,13 @@ def _copy_checked(source: Path, target: Path, manifest: Manifest, *, sync: bool)
     def copied(name: str) -> Iterator[Buffer]:
         hashed = hashlib.sha256()
         descriptor = os.open(target / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "wb", buffering=0) as stream:
+        # Buffered: a bare write may take less than it was given, where a disk or a quota has just become full.
+        with open(descriptor, "wb") as stream:
             for piece in _chunks(source / name):
                 hashed.update(piece)
                 stream.write(piece)
                 yield piece
+            stream.flush()
             if sync:
                 os.fsync(descriptor)
         sums[name] = hashed.hexdigest()
