@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_grpo import AdapterStore, FakeEngine, NativeSync, Retention, Sampling, keep_latest
-from lora_grpo.adapters.upkeep.retention import Candidate, retention
+from lora_grpo.adapters.upkeep.retention import retention
 from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 from lora_grpo.config import KeepConfig
 from lora_grpo.errors import NoRoom, UnknownVersion
@@ -57,8 +57,7 @@ def test_the_readmes_loop_is_flat_on_tmpfs_and_loses_nothing(shm_dir: Path, tmp_
 def test_what_best_names_keeps_its_trainer_state() -> None:
     """ "best" goes by held-out reward where there is one, so a rollback there has to be exact too."""
     metrics = [{"reward": 0.2, "eval/reward": 0.9}, {"reward": 0.8}, *[{"reward": 0.5, "eval/reward": 0.6}] * 4]
-    candidates = [Candidate(number, known) for number, known in enumerate(metrics, 1)]
-    assert retention(KeepConfig(trainer_states=2)).kept("state", candidates) == {1, 2, 5, 6}
+    assert retention(KeepConfig(trainer_states=2)).kept("state", dict(enumerate(metrics, 1))) == {1, 2, 5, 6}
 
 
 def test_without_an_archive_the_last_64_and_the_best_stay_and_the_first_removal_is_warned_of(shm_dir: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_grpo.adapters.upkeep.retention import (
-    Candidate,
+    Candidates,
     Retention,
     keep_archived,
     keep_best,
@@ -16,8 +16,8 @@ from lora_grpo.adapters.upkeep.retention import (
 from lora_grpo.errors import ConfigError
 
 
-def candidates(**rewards: object) -> list[Candidate]:
-    return [Candidate(int(name[1:]), {} if reward is None else {"reward": reward}) for name, reward in rewards.items()]
+def candidates(**rewards: object) -> Candidates:
+    return {int(name[1:]): {} if reward is None else {"reward": reward} for name, reward in rewards.items()}
 
 
 TEN = candidates(**{f"v{n}": None for n in range(1, 11)})
@@ -36,7 +36,7 @@ TEN = candidates(**{f"v{n}": None for n in range(1, 11)})
 )
 def test_by_number(retention: Retention, kept: set[int]) -> None:
     assert retention.kept("tmpfs", TEN) == kept
-    assert retention.kept("tmpfs", TEN[::-1]) == kept
+    assert retention.kept("tmpfs", dict(reversed(TEN.items()))) == kept
 
 
 def test_best_counts_only_finite_numbers_and_prefers_the_newer() -> None:

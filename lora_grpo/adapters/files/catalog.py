@@ -14,7 +14,7 @@ from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, VERSIONS, Man
 from lora_grpo.adapters.files.locks import Leases
 from lora_grpo.adapters.files.places import Places
 from lora_grpo.adapters.upkeep.archive import Archive, verify_version
-from lora_grpo.adapters.upkeep.retention import Candidate, Place, Retention
+from lora_grpo.adapters.upkeep.retention import Place, Retention
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import StoreCorrupt, UnknownVersion
 
@@ -119,7 +119,7 @@ class Catalog:
 
     def kept(self, retention: Retention, place: Place, numbers: Iterable[int]) -> set[int]:
         """What retention keeps of these in a place; and the pinned ones and `HEAD`, which none removes."""
-        candidates = [Candidate(number, self.journal.metrics_of(number)) for number in numbers]
+        candidates = {number: self.journal.metrics_of(number) for number in numbers}
         head = self.head_number()
         return retention.kept(place, candidates) | self.journal.pins | ({head} if head is not None else set())
 

@@ -18,14 +18,8 @@ if TYPE_CHECKING:
     from lora_grpo.config import KeepConfig
 
 Place: TypeAlias = Literal["tmpfs", "archive", "state"]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """What a rule may look at."""
-
-    number: int
-    metrics: Mapping[str, Any]
+Candidates: TypeAlias = Mapping[int, Mapping[str, Any]]
+"""What a rule may look at: the metrics of versions by number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +27,7 @@ class Rule:
     """`kept` gives those to keep, of candidates in ascending order of number; `metric` is what it ranks by, if any."""
 
     words: str
-    kept: Callable[[Sequence[Candidate]], Sequence[Candidate]]
+    kept: Callable[[Candidates], Sequence[int]]
     metric: str | None = None
 
 
@@ -64,13 +58,13 @@ class Retention:
         """Whether anything is ever removed from `place`."""
         return bool(getattr(self, place))
 
-    def kept(self, place: Place, candidates: Sequence[Candidate]) -> set[int]:
+    def kept(self, place: Place, candidates: Candidates) -> set[int]:
         """The numbers that stay in `place`."""
         rules: tuple[Rule, ...] = getattr(self, place)
         if not rules:
-            return {candidate.number for candidate in candidates}
-        ordered = sorted(candidates, key=lambda candidate: candidate.number)
-        return {candidate.number for rule in rules for candidate in rule.kept(ordered)}
+            return {*candidates}
+        ordered = {number: candidates[number] for number in sorted(candidates)}
+        return {number for rule in rules for number in rule.kept(ordered)}
 
     def words(self, place: Place) -> str:
         """What is kept in `place`, for people."""
@@ -89,7 +83,7 @@ def keep_latest(n: int) -> Retention:
     'the last 8'
     """
     n = _positive("keep_latest", n)
-    return Retention(tmpfs=(Rule(f"the last {n}", lambda candidates: candidates[-n:]),))
+    return Retention(tmpfs=(Rule(f"the last {n}", lambda found: [*found][-n:]),))
 
 
 def keep_best(metric: str, n: int = 1, mode: Literal["max", "min"] = "max") -> Retention:
@@ -102,9 +96,9 @@ def keep_best(metric: str, n: int = 1, mode: Literal["max", "min"] = "max") -> R
         raise ConfigError(f"keep_best mode={mode!r} must be 'max' or 'min'")
     n, sign = _positive("keep_best", n), 1 if mode == "max" else -1
 
-    def best(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        scored = [candidate for candidate in candidates if is_score(candidate.metrics.get(metric))]
-        return sorted(scored, key=lambda candidate: (sign * candidate.metrics[metric], candidate.number))[-n:]
+    def best(found: Candidates) -> list[int]:
+        scored = [number for number in found if is_score(found[number].get(metric))]
+        return sorted(scored, key=lambda number: (sign * found[number][metric], number))[-n:]
 
     words = f"the {n} with the {'highest' if mode == 'max' else 'lowest'} {metric!r}"
     return Retention(tmpfs=(Rule(words, best, metric),))
@@ -117,7 +111,7 @@ def keep_every(k: int) -> Retention:
     'every number that 50 divides'
     """
     k = _positive("keep_every", k)
-    rule = Rule(f"every number that {k} divides", lambda found: [one for one in found if one.number % k == 0])
+    rule = Rule(f"every number that {k} divides", lambda found: [number for number in found if number % k == 0])
     return Retention(tmpfs=(rule,))
 
 

@@ -29,11 +29,11 @@ class Unreachable(EngineError):
 
 
 class Refused(EngineError):
-    """A server that answered with an error; `status` is HTTP's."""
+    """A server that answered with an error."""
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
+
+class Missing(Refused):
+    """One that has no such route, model or adapter."""
 
 
 class Client:
@@ -114,8 +114,8 @@ class Client:
                 raise ConfigError(
                     f"{self.url} refuses the API key ({said}); pass api_key=, or set VLLM_API_KEY to the server's"
                 ) from None
-            message = f"{self.url}{path} answered {status}: {said}"
-            raise (Unreachable(message) if status >= fails_from else Refused(message, status)) from None
+            kind = Unreachable if status >= fails_from else Missing if status in (404, 405) else Refused
+            raise kind(f"{self.url}{path} answered {status}: {said}") from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise Unreachable(f"{self.url} does not answer {path}: {type(cause).__name__}: {cause}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.server.client import Client, Refused, Unreachable, reading
+from lora_grpo.engines.server.client import Client, Missing, Refused, Unreachable, reading
 from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body, to_logprobs
 from lora_grpo.errors import ConfigError, EngineError
 
@@ -131,7 +131,7 @@ async def _max_lora_rank(client: Client, rank_folder: Path | None) -> int | None
         )
     if "not enabled" in said:
         raise ConfigError(f"{client.url} serves without LoRA; start it with --enable-lora")
-    if refused.status in (404, 405):
+    if isinstance(refused, Missing):
         raise ConfigError(
             f"{client.url} has no {LOAD}; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and "
             "with --enable-lora"

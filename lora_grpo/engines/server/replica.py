@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,7 +16,7 @@ from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, CanaryReport, Witness, compare
 from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.resolver import BASE_ROUTE
-from lora_grpo.engines.server.client import QUICK_TIMEOUT_S, Client, Refused, Unreachable, reading
+from lora_grpo.engines.server.client import QUICK_TIMEOUT_S, Client, Missing, Unreachable, reading
 from lora_grpo.engines.server.connect import LOAD, UNLOAD, Facts, connect, models, started
 from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError
@@ -76,10 +76,8 @@ class Replica:
         """One completion. Raises `Unreachable` for a server that cannot answer, or no longer knows the name."""
         try:
             return await self.client.ask(COMPLETIONS, body)
-        except Refused as refusal:
-            if refusal.status == 404:
-                raise Unreachable(str(refusal)) from None
-            raise
+        except Missing as refusal:
+            raise Unreachable(str(refusal)) from None
 
     async def load(self, version: AdapterVersion, name: str) -> None:
         """From its path. An answer that was lost on the way is looked for."""
@@ -93,9 +91,7 @@ class Replica:
         """By the server's resolver: one token is asked of it."""
         try:
             await self.client.ask(COMPLETIONS, scoring_body([1]) | {"model": name, "prompt_logprobs": None})
-        except Refused as refusal:
-            if refusal.status != 404:
-                raise
+        except Missing as refusal:
             raise EngineError(
                 f"{self.url} cannot resolve {name}: {refusal}; the reason is in the server's log (is "
                 "LORA_GRPO_STORE_URL set there, and the store server up?)"
@@ -103,11 +99,8 @@ class Replica:
 
     async def unload(self, name: str) -> None:
         """Have the server forget a name. What it holds in memory stays until newer adapters take its place."""
-        try:
+        with suppress(Missing):
             await self.client.change(UNLOAD, {"lora_name": name}, timeout_s=QUICK_TIMEOUT_S)
-        except Refused as refusal:
-            if refusal.status != 404:
-                raise
 
     async def forget(self, served: Served) -> None:
         name = self.names.pop(served, None)
@@ -119,9 +112,7 @@ class Replica:
         body = {"tensors": {name: list(shape) for name, shape in shapes.items()}}
         try:
             answer = await self.client.ask(BASE_ROUTE, body)
-        except Refused as refusal:
-            if refusal.status not in (404, 405):
-                raise
+        except Missing:
             reason = "the server does not have the lora_grpo plugin's route"
             return [BaseReading(self.url, {}, dict.fromkeys(shapes, reason))]
         with reading(self.url, BASE_ROUTE, answer):
