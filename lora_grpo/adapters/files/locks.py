@@ -115,7 +115,7 @@ class OwnFolder:
 
     def __init__(self, parent: Path, prefix: str) -> None:
         """Make it in `parent`, by a name that begins with `prefix`, which no other kind of folder there may have."""
-        self._process, self._lock = os.getpid(), WriterLock()
+        self._lock = WriterLock()
         # Hidden until it is locked, so that nobody ever takes it for a dead process's.
         hidden = Path(tempfile.mkdtemp(prefix=f".{prefix}", dir=parent))
         self._lock.take(hidden)
@@ -123,8 +123,8 @@ class OwnFolder:
         os.rename(hidden, self.path)
 
     def close(self) -> None:
-        """Remove it; a forked child leaves it alone."""
-        if os.getpid() == self._process:
+        """Remove it; a forked child, which holds no lock, leaves it alone."""
+        if self._lock.held:
             shutil.rmtree(self.path, ignore_errors=True)
             self._lock.close()
 

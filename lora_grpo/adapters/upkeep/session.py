@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from functools import partial
@@ -45,7 +44,6 @@ class Session(Catalog):
         opening = Opening(self)
         self.numbering = opening.prepare()
         self.recovered = opening.recover()
-        self._process = os.getpid()
         self._pruned = False
         for number in self.recovered.unarchived:
             self.archive_version(self.manifest(number))
@@ -115,7 +113,7 @@ class Session(Catalog):
 
     def close(self) -> None:
         """Finish the archive, give numbers back, clear a root of the store's own choosing, unlock."""
-        if not self.lock.held or os.getpid() != self._process:
+        if not self.lock.held:
             return
         try:
             try:
