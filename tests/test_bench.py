@@ -271,6 +271,7 @@ def test_the_merge_that_wins_first_stands_for_the_others() -> None:
     assert breakeven.earliest([never, late, soon, native]) == [soon, native]
     assert breakeven.earliest([never, never]) == [never]
     assert breakeven.earliest([late, always])[1].strategy == "always"
+    assert breakeven.sentence(row("late", 1, 90.0, "merge")).startswith("tiny, 1 row: late wins")
 
 
 def test_break_even_from_rows() -> None:

@@ -267,6 +267,8 @@ def test_training_is_counted_alike_on_both_sides_of_a_step() -> None:
     made = document([], [])
     made.step = [native, merge]
     assert findings(made) == ["- Step, tiny, 8 rows of 8 tokens: native 9,500 ms, merge-fold 9,000 ms (0.947)."]
+    made.step = [native.model_copy(update={"rows": 1})]
+    assert findings(made) == ["- Step, tiny, 1 row of 8 tokens: native 9,500 ms."]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, SyncRow, Winner
 from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.errors import counted
 
 
 def break_even(sync: Sequence[SyncRow], decode: Sequence[DecodeRow], device: str) -> list[BreakEvenRow]:
@@ -86,7 +87,7 @@ def sentence(row: BreakEvenRow) -> str:
     beyond = row.completion_tokens is not None and row.completion_tokens > row.measured_up_to_tokens
     where = f"{row.merging_wins}{' (extrapolated)' if beyond else ''}"
     return (
-        f"{row.shape}, {row.rows} rows: {row.strategy} wins {where}: its sync is "
+        f"{row.shape}, {counted(row.rows, 'row')}: {row.strategy} wins {where}: its sync is "
         f"{_than_native(row.sync_gain_s)}, its prefill {_than_native(-row.prefill_loss_s)}, each token "
         f"{_than_native(-row.decode_loss_s_per_token)} than native's."
     )

@@ -12,7 +12,7 @@ from lora_grpo.bench import breakeven
 from lora_grpo.bench.plots import draw
 from lora_grpo.bench.schema import Document, figure, ms, percent, tables
 from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.errors import ConfigError
+from lora_grpo.errors import ConfigError, counted
 
 REPORT, SUMMARY = "report.md", "summary.json"
 _BLOCK = r"(<!-- {0}:begin -->\n).*?(<!-- {0}:end -->)"
@@ -93,7 +93,7 @@ def findings(document: Document) -> list[str]:
     once = [row for row in document.fidelity if row.updates == fewest]
     last = [row for row in document.drift if row.cycles == most]
     held = [row for row in document.memory if row.copies]
-    sizes = "{0.shape}, {0.rows} rows of {0.completion_tokens} tokens"
+    sizes = "{0.shape}, {rows} of {0.completion_tokens} tokens"
     sentences = (
         *_listed(document.sync, "Sync, {0.shape}, r={0.rank} {0.targets}", _times("median_s", "ratio_to_native")),
         *_listed(document.decode, f"A token, {sizes}", _times("tpot_s", "tpot_ratio_to_native")),
@@ -110,7 +110,8 @@ def _listed(rows: Sequence[Any], about: str, told: Callable[[Any], str]) -> Iter
     """Each strategy's figure, in a sentence for all rows that are about the same."""
     figures: dict[str, list[str]] = {}
     for row in rows:
-        figures.setdefault(about.format(row), []).append(f"{row.strategy} {told(row)}")
+        what = about.format(row, rows=counted(getattr(row, "rows", 0), "row"))
+        figures.setdefault(what, []).append(f"{row.strategy} {told(row)}")
     return (f"{what}: {', '.join(said)}." for what, said in figures.items())
 
 
