@@ -17,7 +17,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat import slots as vllm_slots
-from lora_grpo.engines.local import cpu_with_lora
+from lora_grpo.engines.local import starting
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.kernels.rows import SlotRows
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
@@ -171,7 +171,7 @@ def test_what_stands_in_the_way_of_compiling_is_said(
     """The engine then starts eager, and not at all if it were compiled."""
     if not compat.is_cpu():
         pytest.skip("a device compiles by itself")
-    assert cpu_with_lora.can_compile()
+    assert starting.can_compile()
     (tmp_path / "file").touch()
     envs = importlib.import_module("vllm.envs")
     said = {
@@ -181,16 +181,16 @@ def test_what_stands_in_the_way_of_compiling_is_said(
         "right to write": "vLLM may not write to",
     }[missing]
     if missing == "headers":
-        monkeypatch.setattr(cpu_with_lora.sysconfig, "get_path", lambda name: "/nowhere")
+        monkeypatch.setattr(starting.sysconfig, "get_path", lambda name: "/nowhere")
     elif missing == "compiler":
         inductor = importlib.import_module("torch._inductor.config")
         held.enter_context(inductor.patch({"cpp.cxx": (None, "env LANG=C g++")}))
     elif missing == "cache":
         monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path / "file" / "vllm"), raising=False)
     else:
-        monkeypatch.setattr(cpu_with_lora.os, "access", lambda *_: False)
+        monkeypatch.setattr(starting.os, "access", lambda *_: False)
     with pytest.warns(RuntimeWarning, match=f"not compiled on this CPU, so decoding is slower: {said}"):
-        assert not cpu_with_lora.can_compile()
+        assert not starting.can_compile()
 
 
 def test_without_what_compiling_takes_the_fused_operators_are_used(
@@ -199,8 +199,8 @@ def test_without_what_compiling_takes_the_fused_operators_are_used(
     """vLLM would leave them to the compiler that it does not call."""
     if not compat.is_cpu():
         pytest.skip("a device compiles by itself")
-    assert cpu_with_lora.can_compile()
-    monkeypatch.setattr(cpu_with_lora.sysconfig, "get_path", lambda name: "/nowhere")
+    assert starting.can_compile()
+    monkeypatch.setattr(starting.sysconfig, "get_path", lambda name: "/nowhere")
     with pytest.warns(RuntimeWarning, match="Python's headers are missing"):
         engine = VLLMEngine(llama_dir, max_lora_rank=16, **COMPILED)
     try:

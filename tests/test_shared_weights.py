@@ -22,8 +22,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.local import shared_weights
-from lora_grpo.engines.local.frozen import FrozenParameter
-from lora_grpo.engines.local.shared_weights import SharedBase, check_shareable
+from lora_grpo.engines.local.shared_weights import FrozenParameter, SharedBase, check_shareable
 from lora_grpo.engines.local.targets import linear_leaves
 from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.vllm_local import VLLMEngine

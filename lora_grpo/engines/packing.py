@@ -1,4 +1,5 @@
-"""Weights that vLLM packs for its kernels, or keeps quantized: read just before it does, while their form is known."""
+"""Weights that vLLM packs for its kernels, or keeps quantized: read just before it does, while their form is known; and
+quantized ones that a CPU computes with plainly."""
 
 from __future__ import annotations
 
@@ -140,3 +141,74 @@ def _still(layer: Any, kind: str, tensor: torch.Tensor) -> bool:
     """Whether a layer holds the same values in the same place as before."""
     now = getattr(layer, kind, None)
     return now is not None and (now.data_ptr(), now.shape, now.dtype) == (tensor.data_ptr(), tensor.shape, tensor.dtype)
+
+
+def compute_plain_values() -> None:
+    """From now on, in this process: on a CPU, layers quantized to fp8 in blocks or to packed int4 are computed with the
+    plain values of their weights, in the model's dtype, by the products of unquantized layers.
+
+    So they are the same on every processor. vLLM's own kernels for them ask for AMX or AVX-512, and some quantize the
+    activations too, which a trainer with plain values does not. A second call, or a release that chooses its kernels
+    otherwise, changes nothing.
+    """
+    linear: Any = importlib.import_module("vllm.model_executor.kernels.linear")
+    cpu = importlib.import_module("vllm.platforms").PlatformEnum.CPU
+    blocks = getattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS", {}).get(cpu)
+    if blocks is not None and not any(kernel.__module__ == __name__ for kernel in blocks):
+        blocks.insert(0, _fp8_in_blocks())
+    packed = getattr(linear, "_POSSIBLE_KERNELS", {}).get(cpu)
+    if packed and packed[0].__module__ != __name__:
+        packed.insert(0, _packed_int4())
+
+
+def _take_plain(layer: Any, dtype: torch.dtype) -> None:
+    values = quantized_values(layer)
+    assert values is not None
+    for name in ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_shape"):
+        layer._parameters.pop(name, None)
+    layer.register_parameter("weight", torch.nn.Parameter(values.to(dtype), requires_grad=False))
+    layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
+    layers.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+
+
+def _fp8_in_blocks() -> Any:
+    from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+
+    class PlainFp8(Fp8BlockScaledMMLinearKernel):
+        apply_input_quant = False
+
+        @classmethod
+        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+            return True, None
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            _take_plain(layer, self.config.out_dtype)
+
+        def apply_weights(self, layer: Any, x: Any, bias: Any = None, **_: Any) -> Any:
+            return layer.cpu_linear(x, layer.weight, bias)
+
+        def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> Any:
+            raise NotImplementedError
+
+    return PlainFp8
+
+
+def _packed_int4() -> Any:
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+
+    class PlainInt4(MPLinearKernel):
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return -1
+
+        @classmethod
+        def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+            return str(c.weight_type) == "uint4b8" and not c.zero_points, "packed int4 without zero points alone"
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            _take_plain(layer, self.config.act_type)
+
+        def apply_weights(self, layer: Any, x: Any, bias: Any = None) -> Any:
+            return layer.cpu_linear(x, layer.weight, bias)
+
+    return PlainInt4

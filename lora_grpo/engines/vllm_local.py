@@ -12,7 +12,7 @@ from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, requests
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
-from lora_grpo.engines.boundary import vllm_boundary
+from lora_grpo.engines.compat.ending import vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
 from lora_grpo.engines.delivery.slots import SlotProver

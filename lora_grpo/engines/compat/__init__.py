@@ -20,7 +20,6 @@ from types import ModuleType
 from typing import Any
 
 from lora_grpo.engines.compat import mends
-from lora_grpo.engines.plain_on_cpu import compute_plain_values
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 
 # "run": the test suite passes on it. "read": its source was compared, for everything that the engines rely on, with a
@@ -90,17 +89,19 @@ def mend_server() -> None:
 
 def _mend(release: tuple[int, int], *, computes: bool) -> None:
     """What releases leave to be mended in each of their processes, those that only answer requests included."""
+    from lora_grpo.engines import packing
+
     mends.mend_kernels(release, compute_capability())
     if computes:
         mends.take_whole()
         mends.look_at_models_here()
-        importlib.import_module("lora_grpo.engines.packing").read_quantized()
+        packing.read_quantized()
     if is_cpu():
-        importlib.import_module("lora_grpo.engines.packing").read_before_packing()
+        packing.read_before_packing()
         mends.allow_tiles()
         if computes:
             mends.turn_every_head()
-            compute_plain_values()
+            packing.compute_plain_values()
             mends.keep_seeds()
 
 

@@ -1,12 +1,30 @@
-"""How an in-process engine lets go: of requests that failed, and of the process at its end."""
+"""How an in-process engine fails and ends: the one place where vLLM's exceptions are caught, requests that failed are
+dropped, and the process is let go."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lora_grpo.engines.compat import runner
-from lora_grpo.errors import EngineError
+from lora_grpo.errors import EngineError, LoraGrpoError
+
+
+@contextmanager
+def vllm_boundary(doing: str, clean_up: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """After a failure inside, Ctrl-C included, `clean_up` and raise: our errors as they are, vLLM's as `EngineError`.
+
+    `doing` completes the sentence "vLLM could not ...".
+    """
+    try:
+        yield
+    except BaseException as error:
+        clean_up()
+        if isinstance(error, LoraGrpoError) or not isinstance(error, Exception):
+            raise
+        raise EngineError(f"vLLM could not {doing}: {type(error).__name__}: {error}") from error
 
 
 def abort_everything(llm: Any) -> None:

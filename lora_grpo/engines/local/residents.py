@@ -14,7 +14,6 @@ from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import LoadReceipt
-from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.delivery.slots import SlotProver, require_published
@@ -125,7 +124,7 @@ class Residents(LoadedVersions[Loaded]):
                 self.remove(forget)
                 self._llm.llm_engine.remove_lora(forget.lora_id)
 
-        with vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else _generators_kept():
+        with ending.vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else _generators_kept():
             yield
 
     def _prove_again(self, loaded: Loaded) -> LoadReceipt:

@@ -9,9 +9,10 @@ makes decoding slower.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -20,7 +21,6 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS
 from lora_grpo.engines.delivery.probe import probe_sequences
-from lora_grpo.engines.local.frozen import FrozenParameter
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.local.text_only import model_class
 from lora_grpo.engines.names import NameMap
@@ -192,3 +192,53 @@ def _view(name: str, shape: torch.Size, served: Mapping[str, torch.Tensor], name
     if rows is None or list(rows) != list(range(min(rows), max(rows) + 1)):
         raise _cannot(f"{name} is {tuple(shape)}, {place.name} in vLLM {tuple(whole.shape)}")
     return place.name, whole[first : first + shape[0]]
+
+
+_IN_PLACE = re.compile(
+    r"(?!requires_grad_|rename_)[a-z]\w*_"
+    r"|__i(add|sub|mul|matmul|div|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift)__|__setitem__"
+)
+_REASON = "an engine computes with the same memory"
+
+
+class FrozenParameter(nn.Parameter):
+    """A view of an engine's weights. Reading costs what it costs of any parameter.
+
+    Every in-place method and `.data`, which PEFT's merge and optimizers write through, raise `ConfigError`. Casting or
+    moving it is refused too: that would be a second copy. `copy.deepcopy` gives an ordinary parameter.
+    """
+
+    def __new__(cls, view: torch.Tensor) -> Self:
+        return torch.Tensor._make_subclass(cls, view, False)
+
+    @property
+    def data(self) -> torch.Tensor:
+        raise ConfigError(
+            f"a base parameter's .data cannot be used: {_REASON}; nothing may merge into it or write to it"
+        )
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if value.data_ptr() != self.data_ptr() or value.dtype != self.dtype or value.shape != self.shape:
+            raise ConfigError(
+                f"a base parameter cannot be replaced, moved or cast: {_REASON}; use share_base_weights=False"
+            )
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        if requires_grad:
+            raise ConfigError(f"a base parameter cannot be trained: {_REASON}; train an adapter")
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), requires_grad=False))
+
+
+def _refuse(name: str) -> Any:
+    def method(self: FrozenParameter, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(f"a base parameter cannot be written to ({name}): {_REASON}")
+
+    return method
+
+
+for _name in filter(_IN_PLACE.fullmatch, dir(torch.Tensor)):
+    setattr(FrozenParameter, _name, _refuse(_name))

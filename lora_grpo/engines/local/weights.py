@@ -15,7 +15,6 @@ import torch
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, requests
-from lora_grpo.engines.boundary import vllm_boundary
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local.shared_weights import plain_cpu_weights
@@ -38,7 +37,7 @@ class PlainEngine:
         vllm = compat.import_vllm()
         lora = {} if lora_rank is None else {"enable_lora": True, "max_lora_rank": compat.allowed_rank(lora_rank)}
         plain = plain_cpu_weights(heads=False) if compat.is_cpu() and not prepack else nullcontext()
-        with vllm_boundary(f"start on {model}"), plain:
+        with ending.vllm_boundary(f"start on {model}"), plain:
             self._llm = vllm.LLM(model=str(model), logprobs_mode="processed_logprobs", **lora, **vllm_args)
         self._request: Any = None
         self._requests = 0
