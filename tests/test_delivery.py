@@ -278,7 +278,7 @@ def test_a_load_that_fails_half_way_leaves_nothing(
                 served.copy_(published)
             explode()
 
-        monkeypatch.setattr(llama_engine._residents._loader, "kind", loader)
+        monkeypatch.setattr(llama_engine._residents, "_loader", loader)
         monkeypatch.setattr(type(layer), "set_lora", explode)
         monkeypatch.setattr(SlotView, "write", write_half)
         with pytest.raises(EngineError, match="could not load v2: RuntimeError: out of slots"):

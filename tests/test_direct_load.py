@@ -16,7 +16,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat import slots as vllm_slots
-from lora_grpo.engines.local import loading
+from lora_grpo.engines.local import residents
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError
 from lora_grpo.kernels import moving
@@ -87,7 +87,7 @@ def test_slots_and_registration_are_those_of_vllms_own_loader(
     version, _ = publish(store, llama_dir, **settings)
     left, seen = {}, {}
     for kind in ("stock", "direct"):
-        monkeypatch.setattr(engine._residents._loader, "kind", kind)
+        monkeypatch.setattr(engine._residents, "_loader", kind)
         for other in dirty:
             engine.load(other)
         receipt = engine.load(version)
@@ -211,7 +211,7 @@ def test_a_sync_is_one_cast_one_copy_and_no_layer(
         monkeypatch.setattr(
             one, "run", lambda self, *args, stock=stock, name=one.__name__: ran.append(name) or stock(self, *args)
         )
-    monkeypatch.setattr(loading.LayersOnDemand, "__getitem__", lambda *_: pytest.fail("vLLM asked for a layer"))
+    monkeypatch.setattr(residents.LayersOnDemand, "__getitem__", lambda *_: pytest.fail("vLLM asked for a layer"))
     form = ServingForm(tiny_lora(load_model(llama_dir), r=16), "default", torch.bfloat16)
     for step in range(4):
         engine.load(store.publish(form.files(), step=step), held=form.held)
@@ -271,10 +271,10 @@ def test_nothing_of_an_unloaded_version_stays_mapped(engine: VLLMEngine, store: 
 
 
 def test_a_release_it_was_not_tested_with_loads_the_stock_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loading.choose_loader(True) == "direct"
-    assert loading.choose_loader(False) == "stock"
+    assert residents.choose_loader(True) == "direct"
+    assert residents.choose_loader(False) == "stock"
     monkeypatch.setattr(compat, "vllm_release", lambda: (0, 33))
-    assert loading.choose_loader(True) == "stock"
+    assert residents.choose_loader(True) == "stock"
 
 
 def test_a_long_prompt_in_chunks_and_mixed_with_others(llama_dir: Path, store: AdapterStore) -> None:

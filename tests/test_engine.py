@@ -23,6 +23,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.delivery.slots import SlotProver
+from lora_grpo.engines.local import residents
 from lora_grpo.engines.local.held import engines_alive
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, UnknownVersion
@@ -661,7 +662,7 @@ def test_an_engine_that_cannot_be_proven_is_shut_down(
 
     before, living = greedy(engine, None), engines_alive()
     with monkeypatch.context() as patched:
-        patched.setattr(vllm_local, "SlotProver", unprovable)
+        patched.setattr(residents, "SlotProver", unprovable)
         patched.setattr(ending, "shutdown", noted)
         with pytest.raises(ConfigError, match="lm_head cannot be proven"):
             VLLMEngine(llama_dir, max_loras=1, **ENGINE_ARGS)
@@ -710,4 +711,4 @@ def test_only_the_boundary_catches_broadly() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ExceptHandler) and keeps(node)
     }
-    assert keeping == {"boundary.py"}
+    assert keeping == {"ending.py"}

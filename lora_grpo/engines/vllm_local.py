@@ -15,11 +15,9 @@ from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof
 from lora_grpo.engines.compat.ending import vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
-from lora_grpo.engines.delivery.slots import SlotProver
 from lora_grpo.engines.local.driving import StepDriver, Turn
 from lora_grpo.engines.local.held import engines_alive, hold, let_go
-from lora_grpo.engines.local.loading import AdapterLoader, Loaded, choose_loader
-from lora_grpo.engines.local.residents import Residents
+from lora_grpo.engines.local.residents import Loaded, Residents
 from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
 from lora_grpo.engines.local.sleeping import Asleep, check_base_is_back, check_may_sleep, fall_asleep
 from lora_grpo.engines.local.starting import adapter_room, start_llm
@@ -69,7 +67,6 @@ class VLLMEngine:
         """
         room = {"max_loras": max_loras, "max_cpu_loras": adapter_room(max_loras, max_cpu_loras)}
         self.max_lora_rank = compat.allowed_rank(max_lora_rank)
-        self._trust_remote_code = trust_remote_code
         vllm_args |= {"dtype": dtype, "max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
         vllm_args |= {"max_lora_rank": self.max_lora_rank, "revision": revision, **room}
         llm, self._mixes_base = start_llm(
@@ -83,14 +80,11 @@ class VLLMEngine:
         hold(llm)
         self._open, self._turn = llm, Turn()
         self._asleep: Asleep | None = None
-        with vllm_boundary(f"take adapters on {model}", self.close):
-            self._take_up(llm, AdapterLoader(llm, choose_loader(direct_load)), room)
-
-    def _take_up(self, llm: Any, loader: AdapterLoader, room: dict[str, int]) -> None:
         self._shared: SharedBase | None = None
-        self._driver = StepDriver(llm, self._turn)
-        self._residents = Residents(llm, self._driver, loader, SlotProver(llm), **room)
-        self._tokenizer = llm.get_tokenizer()
+        with vllm_boundary(f"take adapters on {model}", self.close):
+            self._driver = StepDriver(llm, self._turn)
+            self._residents = Residents(llm, self._driver, direct=direct_load, **room)
+            self._tokenizer = llm.get_tokenizer()
 
     @property
     def device(self) -> torch.device:
@@ -184,7 +178,7 @@ class VLLMEngine:
         self._check_awake()
         if self._shared is not None:
             self._shared.check_untouched()
-        shared = SharedBase(self._llm, trust_remote_code=self._trust_remote_code)
+        shared = SharedBase(self._llm)
         check_same_function(self, shared.model)
         shared.keep()
         # The first one's watch stays: it knows the weights as they were loaded.

@@ -57,13 +57,14 @@ def register_adapter(llm: Any, lora_id: int, rank: int, layers: Mapping[str, Any
     manager._registered_adapters[lora_id] = LoRAModel(lora_id, rank, made)
 
 
-def lora_layer(name: str, rank: int, members: Sequence[tuple[Any, Any] | None]) -> Any:
+def lora_layer(name: str, members: Sequence[tuple[Any, Any] | None]) -> Any:
     """vLLM's form of one layer's (A, B) of each slice, None for a slice without LoRA.
 
     Nothing scales them (scaling 1), so vLLM, which multiplies in place, never writes to them.
     """
     from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
 
+    rank = max(pair[0].shape[0] for pair in members if pair is not None)
     if len(members) == 1 and members[0] is not None:
         return LoRALayerWeights(name, rank, rank, *members[0], scaling=1.0)
     a, b = ([None if pair is None else pair[side] for pair in members] for side in (0, 1))

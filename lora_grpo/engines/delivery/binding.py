@@ -34,25 +34,24 @@ class Part:
         whole = self.stacked[slot, 0]
         yield from (pad for pad in (whole[self.rows :], whole[: self.rows, self.columns :]) if pad.numel())
 
-
-@dataclass(frozen=True)
-class Placement:
-    """Where one layer of the engine finds its tensors: the indices of A and B among the file's parts, None where the
-    file has none for a member of a fused layer."""
-
-    rank: int
-    members: tuple[tuple[int, int] | None, ...]
+    def read(self, file: AdapterFile) -> Tensor:
+        """A view of a file's mapping."""
+        dtype = TORCH_DTYPES[file.dtype]
+        start = file.entries[self.name].start + self.first * self.columns * dtype.itemsize
+        flat = torch.frombuffer(file.payload, dtype=dtype, count=self.rows * self.columns, offset=start)
+        return flat.view(self.rows, self.columns)
 
 
 @dataclass(frozen=True)
 class Binding:
     """A file layout bound to an engine's modules: its parts in payload order, further slices that hold the same as one
-    of them (by its index), the buffers it leaves at zero, and what each runtime module gets."""
+    of them (by its index), the buffers it leaves at zero, and each runtime module's A and B by slice, None where the
+    file has none."""
 
     parts: tuple[Part, ...]
     repeated: tuple[tuple[int, Part], ...]
     untouched: tuple[tuple[str, Tensor], ...]
-    modules: dict[str, Placement]
+    modules: dict[str, list[tuple[Part, Part] | None]]
     _slots: dict[int, SlotView] = field(default_factory=dict)
 
     def slot(self, slot: int) -> SlotView:
@@ -73,14 +72,8 @@ class Binding:
         return [whole[part.name][part.first : part.first + part.rows] for part in self.parts]
 
     def tensors(self, file: AdapterFile) -> list[Tensor]:
-        """The parts of a file in payload order, as views of its mapping."""
-        return [self.tensor(file, index) for index in range(len(self.parts))]
-
-    def tensor(self, file: AdapterFile, index: int) -> Tensor:
-        part, dtype = self.parts[index], TORCH_DTYPES[file.dtype]
-        start = file.entries[part.name].start + part.first * part.columns * dtype.itemsize
-        flat = torch.frombuffer(file.payload, dtype=dtype, count=part.rows * part.columns, offset=start)
-        return flat.view(part.rows, part.columns)
+        """The parts of a file, as views of its mapping."""
+        return [part.read(file) for part in self.parts]
 
 
 class SlotView:

@@ -18,7 +18,7 @@ from lora_grpo.adapters.peft_form.serving import all_finite
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat import slots as vllm_slots
-from lora_grpo.engines.delivery.binding import TORCH_DTYPES, Binding, Part, Placement, raw_bytes
+from lora_grpo.engines.delivery.binding import TORCH_DTYPES, Binding, Part, raw_bytes
 from lora_grpo.engines.names import NameMap
 from lora_grpo.errors import DeliveryError
 
@@ -63,7 +63,8 @@ class SlotProver:
 
     def _bind(self, version: AdapterVersion, file: AdapterFile) -> Binding:
         found: dict[str, list[Part]] = {}
-        taken: dict[str, dict[int, tuple[str, int]]] = {}
+        modules: dict[str, list[tuple[Part, Part] | None]] = {}
+        owners: dict[tuple[str, int], str] = {}
         for path in file.paths:
             runtime, slices = self._locate(version, path)
             self._check_extents(version, file, path, runtime, slices)
@@ -71,32 +72,19 @@ class SlotProver:
             a, b = (f"{PREFIX}{path}.lora_{kind}.weight" for kind in "AB")
             found[a] = [Part(a, layer.lora_a_stacked[index], *file.entries[a].shape) for index in slices]
             found[b] = _rows_of(b, [layer.lora_b_stacked[index] for index in slices], file.entries[b].shape[1])
-            others = taken.setdefault(runtime, {})
-            if twice := next((others[index][0] for index in slices if index in others), None):
-                raise DeliveryError(f"{version}: {path} and {twice} fill the same slice of the engine's {runtime}")
-            others.update({index: (path, place) for place, index in enumerate(slices)})
-        starts: dict[str, int] = {}
+            members = modules.setdefault(runtime, [None] * len(layer.lora_a_stacked))
+            for index, part_a, part_b in zip(slices, found[a], found[b], strict=True):
+                if (other := owners.setdefault((runtime, index), path)) != path:
+                    raise DeliveryError(f"{version}: {path} and {other} fill the same slice of the engine's {runtime}")
+                members[index] = part_a, part_b
         parts: list[Part] = []
         repeated: list[tuple[int, Part]] = []
         for name in file.entries:
-            starts[name] = len(parts)
-            if name.endswith(".lora_B.weight"):
-                parts += found[name]
-            else:
-                repeated += [(len(parts), again) for again in found[name][1:]]
-                parts.append(found[name][0])
-        modules = {runtime: self._placement(runtime, slices, starts, parts) for runtime, slices in taken.items()}
-        return Binding(tuple(parts), tuple(repeated), tuple(self._untouched(taken)), modules)
-
-    def _placement(
-        self, runtime: str, taken: dict[int, tuple[str, int]], starts: dict[str, int], parts: list[Part]
-    ) -> Placement:
-        members: list[tuple[int, int] | None] = []
-        for index in range(len(self._modules[runtime].lora_a_stacked)):
-            path, place = taken.get(index, (None, 0))
-            a, b = (starts.get(f"{PREFIX}{path}.lora_{kind}.weight", 0) for kind in "AB")
-            members.append(None if path is None else (a, b + place))
-        return Placement(max(parts[pair[0]].rows for pair in members if pair), tuple(members))
+            # A B is cut into its layer's slices, an A is the same in each.
+            cut = len(found[name]) if name.endswith(".lora_B.weight") else 1
+            repeated += [(len(parts), again) for again in found[name][cut:]]
+            parts += found[name][:cut]
+        return Binding(tuple(parts), tuple(repeated), tuple(self._untouched(modules)), modules)
 
     def _check_extents(
         self, version: AdapterVersion, file: AdapterFile, path: str, runtime: str, slices: Sequence[int]
@@ -129,15 +117,17 @@ class SlotProver:
             "lora_target_modules"
         )
 
-    def _untouched(self, taken: dict[str, dict[int, tuple[str, int]]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _untouched(self, taken: dict[str, list[tuple[Part, Part] | None]]) -> Iterator[tuple[str, torch.Tensor]]:
         for runtime, layer in self._modules.items():
-            for index, stacks in enumerate(zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)):
-                if index not in taken.get(runtime, {}):
-                    yield from ((f"{runtime}[{index}]", stacked) for stacked in stacks)
+            members = taken.get(runtime, [None] * len(layer.lora_a_stacked))
+            stacks = zip(members, layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+            for index, (member, *buffers) in enumerate(stacks):
+                if member is None:
+                    yield from ((f"{runtime}[{index}]", stacked) for stacked in buffers)
 
     def _first_difference(self, binding: Binding, file: AdapterFile, slot: int) -> str:
-        for index, part in enumerate(binding.parts):
-            if raw_bytes(part.view(slot)) != raw_bytes(binding.tensor(file, index)):
+        for part in binding.parts:
+            if raw_bytes(part.view(slot)) != raw_bytes(part.read(file)):
                 return f"{part.name} in slot {slot} differs from the published bytes"
         return f"slot {slot} differs from the published bytes, as the copy in memory does that it was filled from"
 

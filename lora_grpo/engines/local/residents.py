@@ -1,43 +1,65 @@
-"""The versions that an in-process engine holds: loaded, given a slot, proven in it, let go."""
+"""The versions that an in-process engine holds: loaded, given a slot, proven in it, let go.
+
+vLLM's loader reads a file's tensors one by one, parses each name three times, and fills a slot a tensor at a time; a
+sync is made of that. The direct way does what it does to vLLM's state (an adapter is registered, the least recently
+used one makes room, one slot is filled and named) with the copies done in one call. It stands on the same file: vLLM
+itself can activate, evict or remove what was loaded so, or read it again from its path.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-from lora_grpo.adapters.peft_form.files import open_adapter
+from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines import compat
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
+from lora_grpo.engines.delivery.binding import Binding
 from lora_grpo.engines.delivery.slots import SlotProver, require_published
 from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.local.driving import StepDriver
-from lora_grpo.engines.local.loading import AdapterLoader, Loaded
-from lora_grpo.errors import EngineError, LoraGrpoError
+from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError
+
+TESTED = tuple((0, minor) for minor in range(26, 33))
+"""The releases whose bookkeeping the direct way was tested to keep; 0.26 has 0.27's LoRA code, line for line."""
+
+
+def choose_loader(wanted: bool) -> Literal["direct", "stock"]:
+    """ "direct" when it is wanted and was tested with the installed release, else "stock"."""
+    return "direct" if wanted and compat.vllm_release() in TESTED else "stock"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A version that vLLM has: the request that names it, its mapped file, and where its tensors live."""
+
+    version: AdapterVersion
+    request: Any
+    file: AdapterFile
+    binding: Binding
+
+    @property
+    def lora_id(self) -> int:
+        return int(self.request.lora_int_id)
 
 
 class Residents(LoadedVersions[Loaded]):
     """Those that answer `driver`'s requests stay."""
 
-    def __init__(
-        self,
-        llm: Any,
-        driver: StepDriver,
-        loader: AdapterLoader,
-        prover: SlotProver,
-        *,
-        max_loras: int,
-        max_cpu_loras: int,
-    ) -> None:
+    def __init__(self, llm: Any, driver: StepDriver, *, direct: bool, max_loras: int, max_cpu_loras: int) -> None:
         super().__init__()
-        self._llm, self._driver, self._loader, self._prover = llm, driver, loader, prover
+        self._llm, self._driver = llm, driver
+        self._loader, self._prover = choose_loader(direct), SlotProver(llm)
         self._max_loras, self._max_cpu_loras = max_loras, max_cpu_loras
         self._ids = itertools.count(1)
 
@@ -48,7 +70,7 @@ class Residents(LoadedVersions[Loaded]):
             return self._prove_again(known)
         started = time.perf_counter()
         file = open_adapter(version)
-        if self._loader.kind != "direct":
+        if self._loader == "stock":
             held = None
         if held is None:
             require_published(version, file)
@@ -88,7 +110,7 @@ class Residents(LoadedVersions[Loaded]):
         for loaded in distinct.values():
             self.add(loaded)
             if vllm_slots.slot_of(self._llm, loaded.lora_id) is not None:
-                self._loader.place(loaded)
+                vllm_slots.touch_adapter(self._llm, loaded.lora_id)
         for loaded in distinct.values():
             if vllm_slots.slot_of(self._llm, loaded.lora_id) is None:
                 self._prove_again(loaded)
@@ -137,11 +159,29 @@ class Residents(LoadedVersions[Loaded]):
         for lora_id in self._driver.answering:
             # The slot that another takes is the least recently used one.
             vllm_slots.touch_adapter(self._llm, lora_id)
-        self._loader.place(loaded, held)
+        self._give_slot(loaded, held)
         placed = time.perf_counter()
         proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.lora_id)
         seconds = {"check": checked - started, "load": placed - checked, "prove": time.perf_counter() - placed}
-        return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes, self._loader.kind)
+        return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes, self._loader)
+
+    def _give_slot(self, loaded: Loaded, held: Held | None) -> None:
+        """Have vLLM hold it, and in a slot, as the most recently used.
+
+        Its tensors come from where they are `held`, else from the file. Raises `DeliveryError` when vLLM refuses it,
+        or whatever vLLM raises; the adapter is then to be removed.
+        """
+        llm, lora_id, file, binding = self._llm, loaded.lora_id, loaded.file, loaded.binding
+        if vllm_slots.slot_of(llm, lora_id) is not None:
+            vllm_slots.touch_adapter(llm, lora_id)
+        elif self._loader == "direct":
+            rank = max(part.rows for members in binding.modules.values() for part, _ in filter(None, members))
+            vllm_slots.register_adapter(llm, lora_id, rank, LayersOnDemand(binding, file))
+            slot = vllm_slots.free_slot(llm)
+            binding.slot(slot).write(file, binding.tensors(file) if held is None else binding.cut(held))
+            vllm_slots.name_slot(llm, slot, lora_id)
+        elif not llm.llm_engine.add_lora(loaded.request):
+            raise DeliveryError(f"vLLM refused the adapter at {loaded.request.lora_path}")
 
     def _make_room(self) -> None:
         """Unload the least recently used versions until another fits; those that answer requests stay."""
@@ -165,3 +205,24 @@ class Residents(LoadedVersions[Loaded]):
 
 def _generators_kept() -> AbstractContextManager[None]:
     return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
+
+
+class LayersOnDemand(Mapping[str, Any]):
+    """What vLLM keeps of an adapter's layers, views of the file's mapping, made when it asks: a sync needs none."""
+
+    def __init__(self, binding: Binding, file: AdapterFile) -> None:
+        self._binding, self._file = binding, file
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            members = self._binding.modules[name]
+            read = [None if pair is None else (pair[0].read(self._file), pair[1].read(self._file)) for pair in members]
+            self._made[name] = vllm_slots.lora_layer(name, read)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._binding.modules)
+
+    def __len__(self) -> int:
+        return len(self._binding.modules)

@@ -37,11 +37,11 @@ _OWN_COPY = "give the trainer its own copy (share_base_weights=False)"
 class SharedBase:
     """The transformers model on an engine's weights, and a watch over both."""
 
-    def __init__(self, llm: Any, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, llm: Any) -> None:
         """Build the model; `UnsupportedAdapter` says what about the engine or the architecture stands against it."""
         self._llm = llm
         _check_engine(llm)
-        self.model = _skeleton(llm, trust_remote_code)
+        self.model = _skeleton(llm)
         served = dict(compat.base_parameters(llm))
         _fill(self.model, served, NameMap(compat.runner(llm).get_model()))
         self._tensors = {name: p.detach() for name, p in self.model.named_parameters()}
@@ -139,14 +139,15 @@ def _check_engine(llm: Any) -> None:
             raise _cannot(reason)
 
 
-def _skeleton(llm: Any, trust_remote_code: bool) -> Any:
+def _skeleton(llm: Any) -> Any:
     """The checkpoint's transformers model: parameters without memory, buffers (rotary frequencies, scales) computed."""
     from accelerate import init_empty_weights
 
     settings = llm.llm_engine.vllm_config.model_config
-    config = checkpoint_config(settings.model, revision=settings.revision, trust_remote_code=trust_remote_code)
+    trusted = settings.trust_remote_code
+    config = checkpoint_config(settings.model, revision=settings.revision, trust_remote_code=trusted)
     with init_empty_weights(include_buffers=False):
-        model: Any = model_class(config).from_config(config, dtype=settings.dtype, trust_remote_code=trust_remote_code)
+        model: Any = model_class(config).from_config(config, dtype=settings.dtype, trust_remote_code=trusted)
     model.config._name_or_path = settings.model
     persistent = [name for name, _ in model.named_buffers() if name in model.state_dict()]
     if persistent:
