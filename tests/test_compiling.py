@@ -19,7 +19,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local import starting
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.kernels.rows import SlotRows
+from lora_grpo.kernels import SlotRows
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS

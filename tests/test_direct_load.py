@@ -19,7 +19,7 @@ from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local import residents
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError
-from lora_grpo.kernels import moving
+from lora_grpo.kernels import Cast, Copies
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
 from tests.tiny_models import VOCAB, load_model, refill_lora, tiny_lora
@@ -206,7 +206,7 @@ def test_a_sync_is_one_cast_one_copy_and_no_layer(
     if not compat.is_cpu():
         pytest.skip("a device has copies of its own")
     ran: list[str] = []
-    for one in (moving.Cast, moving.Copies):
+    for one in (Cast, Copies):
         stock = one.run
         monkeypatch.setattr(
             one, "run", lambda self, *args, stock=stock, name=one.__name__: ran.append(name) or stock(self, *args)

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_grpo.kernels import building
-from lora_grpo.kernels.moving import Cast, Copies
-from lora_grpo.kernels.rows import FEW_ROWS, MOST_WORK, SlotRows
+from lora_grpo import kernels
+from lora_grpo.kernels import FEW_ROWS, MOST_WORK, Cast, Copies, SlotRows
 
 BF16 = torch.bfloat16
 
@@ -31,8 +30,8 @@ def fresh_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
 
 
 def _forget() -> None:
-    building.library.cache_clear()
-    building.function.cache_clear()
+    kernels.library.cache_clear()
+    kernels.function.cache_clear()
 
 
 def rows_of(a: list[torch.Tensor], b: list[torch.Tensor]) -> SlotRows:
@@ -274,7 +273,7 @@ def test_a_compiler_that_fails_is_a_warning(
 ) -> None:
     script, said = SCRIPTS[name]
     monkeypatch.setenv("CXX", compiler(tmp_path, script))
-    monkeypatch.setattr(building, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(kernels, "PATIENCE_S", 0.3)
     with pytest.warns(RuntimeWarning, match=f"compiler did not compile.*slower.*install g.*said: .*{said}"):
         assert SlotRows.of(*layer(64, (32,), 8)) is None
     assert not Cast(torch.zeros(24, dtype=BF16), [24]).takes(parameters((4, 6)))
@@ -286,12 +285,12 @@ def test_a_compiler_that_fails_is_a_warning(
 def test_without_a_compiler_there_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
     with pytest.warns(RuntimeWarning, match="/nowhere/g.. did not compile the CPU kernels.*No such file"):
-        assert building.library() is None
+        assert kernels.library() is None
 
 
 def test_a_compiler_may_have_arguments(fresh_look: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "env LANG=C g++")
-    assert building.library() is not None
+    assert kernels.library() is not None
     assert len(list(fresh_look.iterdir())) == 1
 
 
@@ -300,22 +299,22 @@ def test_other_machines_and_other_sources_have_a_library_of_their_own(
     changed: str, fresh_look: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The cache may lie in a home that unlike machines share, and outlives this version of the sources."""
-    assert building.library() is not None
+    assert kernels.library() is not None
     (first,) = fresh_look.iterdir()
     if changed == "processor":
-        monkeypatch.setattr(building, "_processor", lambda: "flags : another")
+        monkeypatch.setattr(kernels, "_processor", lambda: "flags : another")
     elif changed == "machine":
-        monkeypatch.setattr(building.platform, "machine", lambda: "another")
+        monkeypatch.setattr(kernels.platform, "machine", lambda: "another")
     elif changed == "flags":
-        monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, "-DANOTHER"))
+        monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-DANOTHER"))
     else:
         for name in ("SOURCES", "HEADERS"):
-            copies = [Path(shutil.copy(file, tmp_path)) for file in getattr(building, name)]
-            monkeypatch.setattr(building, name, copies)
+            copies = [Path(shutil.copy(file, tmp_path)) for file in getattr(kernels, name)]
+            monkeypatch.setattr(kernels, name, copies)
             if name == f"{changed.upper()}S":
                 copies[0].write_text(copies[0].read_text() + "\n")
-    building.library.cache_clear()
-    assert building.library() is not None
+    kernels.library.cache_clear()
+    assert kernels.library() is not None
     assert len(list(fresh_look.iterdir())) == 2
     assert first.exists()
 
@@ -324,18 +323,18 @@ def test_the_processor_is_told_by_its_flags_and_its_kind() -> None:
     """`-march=native` asks the processor for both; a name may stand for several, as of virtual machines."""
     if platform.machine() != "x86_64":
         pytest.skip("an x86-64 processor's /proc/cpuinfo")
-    lines = dict(line.split("\t", 1) for line in building._processor().splitlines())
+    lines = dict(line.split("\t", 1) for line in kernels._processor().splitlines())
     assert {"flags", "vendor_id", "cpu family", "model"} == set(lines)
     assert "sse2" in lines["flags"].split()
 
 
 def test_what_was_compiled_and_does_not_load_is_compiled_again(fresh_look: Path) -> None:
-    assert building.library() is not None
+    assert kernels.library() is not None
     (path,) = fresh_look.iterdir()
     path.unlink()  # the loaded one stays mapped; written over, it would crash the process at its end
     path.write_bytes(b"")
-    building.library.cache_clear()
-    assert building.library() is not None
+    kernels.library.cache_clear()
+    assert kernels.library() is not None
 
 
 def test_no_home_is_no_reason(fresh_look: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -344,12 +343,12 @@ def test_no_home_is_no_reason(fresh_look: Path, monkeypatch: pytest.MonkeyPatch,
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(building, "user_cache", homeless)
-    assert building.library() is not None
+    monkeypatch.setattr(kernels, "user_cache", homeless)
+    assert kernels.library() is not None
     (tmp_path / "file").touch()
-    monkeypatch.setattr(building, "user_cache", lambda: tmp_path / "file" / "cache")
-    building.library.cache_clear()
-    assert building.library() is not None
+    monkeypatch.setattr(kernels, "user_cache", lambda: tmp_path / "file" / "cache")
+    kernels.library.cache_clear()
+    assert kernels.library() is not None
     assert not fresh_look.exists()
 
 
@@ -363,7 +362,7 @@ def test_narrower_vectors_give_the_same(flag: str, fresh_look: Path, monkeypatch
     native, wanted = y.clone(), exact(y, x, a, b)
     rows_of(a, b).add(native, x, 1.0)
     _forget()
-    monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, flag, "-Wno-psabi"))
+    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, flag, "-Wno-psabi"))
     rows_of(a, b).add(y, x, 1.0)
     torch.testing.assert_close(y.double(), wanted, rtol=2**-8, atol=1e-5)
     torch.testing.assert_close(y, native, rtol=2**-7, atol=1e-5)
@@ -373,7 +372,7 @@ def test_narrower_vectors_give_the_same(flag: str, fresh_look: Path, monkeypatch
 def test_it_is_compiled_once_and_shares_torchs_threads(tmp_path: Path) -> None:
     """A second OpenMP beside torch's would have two sets of threads fight for the same cores."""
     program = (
-        "import torch; from lora_grpo.kernels.building import library; assert library() is not None;"
+        "import torch; from lora_grpo.kernels import library; assert library() is not None;"
         "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line}))"
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lora_grpo.engines.local.lora_kernels import LayerSlots, Rows, adjoin, segments_of
-from lora_grpo.kernels.rows import FEW_ROWS
+from lora_grpo.engines.local.lora_kernels import LayerKernels, Rows, adjoin, segments_of
+from lora_grpo.kernels import FEW_ROWS
 
 SLOTS, RANK, IN = 3, 8, 24
 FEW = FEW_ROWS[torch.bfloat16]
@@ -30,6 +31,12 @@ STOCK_BATCHES = {
 """Before 0.33 vLLM gives the rows of the base the last slot's adapter: there is nothing to compare them with."""
 
 
+def layer(a: Any, b: Any, sizes: tuple[int, ...], segments: Any = ()) -> LayerKernels:
+    """As vLLM's layer of these slots has it, with a batch of these segments."""
+    stacked = SimpleNamespace(lora_a_stacked=a, lora_b_stacked=b, output_slices=sizes)
+    return LayerKernels(stacked, SimpleNamespace(lora_segments=segments))
+
+
 def apply_segments(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -41,8 +48,8 @@ def apply_segments(
 ) -> None:
     """Both ways: with the A's of a fused layer apart, and in one buffer as they are in an engine."""
     apart = y.clone()
-    LayerSlots(a, b, sizes).add(apart, x, scale, segments)
-    LayerSlots(adjoin(a), b, sizes).add(y, x, scale, segments)
+    layer(a, b, sizes, segments).add(apart, x, scale)
+    layer(adjoin(a), b, sizes, segments).add(y, x, scale)
     torch.testing.assert_close(y, apart)
 
 
@@ -136,21 +143,21 @@ def test_matrices_that_only_seem_to_follow_each_other_are_read_apart() -> None:
     (first, second), b = ([stack[:1].clone() for stack in stacks_] for stacks_ in stacks((16, 24), torch.float32))
     apart = torch.zeros(2 * second.numel())[second.numel() :].view_as(second).copy_(second)
     assert apart.storage_offset() == first.storage_offset() + first.numel()
-    (slot,) = LayerSlots((first, apart), tuple(b), (16, 24))._slots
+    (slot,) = layer((first, apart), tuple(b), (16, 24))._slots
     assert slot.a_RI is None
-    (slot,) = LayerSlots(adjoin((first, apart)), tuple(b), (16, 24))._slots
+    (slot,) = layer(adjoin((first, apart)), tuple(b), (16, 24))._slots
     assert slot.a_RI is not None
 
 
 @pytest.mark.parametrize("sizes", FUSIONS.values(), ids=FUSIONS)
 def test_few_rows_and_many_give_the_same(sizes: tuple[int, ...]) -> None:
     a, b = stacks(sizes, torch.bfloat16, (1, 4, 8))
-    layer = LayerSlots(adjoin(a), b, sizes)
-    assert all(slot.rows is not None for slot in layer._slots)
+    many, few_rows = (layer(adjoin(a), b, sizes, [(1, slice(0, count))]) for count in (FEW + 1, FEW))
+    assert all(slot.rows is not None for slot in many._slots)
     y, x = batch([1] * (FEW + 1), sum(sizes), torch.bfloat16)
     few, before = y[:FEW].clone(), y.clone()
-    layer.add(y, x, 0.5, [(1, slice(0, FEW + 1))])
-    layer.add(few, x[:FEW], 0.5, [(1, slice(0, FEW))])
+    many.add(y, x, 0.5)
+    few_rows.add(few, x[:FEW], 0.5)
     # Many rows round the product with A to bfloat16, few do not.
     torch.testing.assert_close(few, y[:FEW], rtol=2e-2, atol=2e-2)
     assert (y - before).abs().mean() > 0.1

@@ -26,7 +26,7 @@ from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.peft_form.modules import LoraModule, assign, lora_modules, peft_model_of, whole
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import ConfigError, StoreCorrupt, TrainingError, UnsupportedAdapter
-from lora_grpo.kernels.moving import Cast
+from lora_grpo.kernels import Cast
 
 WEIGHTS_FILE, CONFIG_FILE = layout.ADAPTER_FILE, layout.CONFIG_FILE
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_grpo.adapters.files.digest import Buffer
 from lora_grpo.adapters.peft_form.files import AdapterFile
-from lora_grpo.kernels.moving import Copies
+from lora_grpo.kernels import Copies
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

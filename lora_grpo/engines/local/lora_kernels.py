@@ -4,7 +4,7 @@ The stock path gathers a full copy of A and B for every token, which makes decod
 the base, and before 0.33 it gives base rows of a mixed batch the last slot's adapter. Here the rows of each adapter
 go through two plain products, and base rows through none; few rows (decoding) through both in one call of our own.
 
-Upstream `segments_of` and `LayerSlots` could take the place of the gathering as they are: they need the stacked slots
+Upstream `segments_of` and `LayerKernels` could take the place of the gathering as they are: they need the stacked slots
 and the batch's slot indices, which vLLM's wrapper is given anyway, and PyTorch. The compiled call is an addition.
 """
 
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 
 from lora_grpo.engines import compat
 from lora_grpo.engines.patching import replaced
-from lora_grpo.kernels.rows import SlotRows
+from lora_grpo.kernels import SlotRows
 
 TESTED = ((0, 32),)
 """The releases whose CPU wrapper this was tested to replace."""
@@ -92,10 +91,15 @@ class LayerKernels:
     """What one linear layer calls in place of vLLM's wrapper; only what such a layer calls is here."""
 
     def __init__(self, layer: Any, wrapper: Any) -> None:
-        """`wrapper` knows the batch: which rows are whose."""
-        self._slots = LayerSlots(layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices)
+        """`wrapper` knows the batch: which rows are whose. The layer's stacked slots, and the widths of the output
+        columns that belong to each stack (`output_slices`), are cut up once: they stay for the engine's life."""
+        a, b = layer.lora_a_stacked, layer.lora_b_stacked
+        self._slots = [
+            _Slot([stack[slot, 0] for stack in a], [stack[slot, 0] for stack in b], layer.output_slices)
+            for slot in range(len(a[0]))
+        ]
         self._wrapper = wrapper
-        _layers[layer.lora_a_stacked[0].data_ptr()] = self
+        _layers[a[0].data_ptr()] = self
 
     def add_lora_linear(
         self, y: torch.Tensor, x: torch.Tensor, a_stacked: Stacks, b_stacked: Stacks, scale: float, *_: Any, **__: Any
@@ -107,7 +111,46 @@ class LayerKernels:
             self.add(y, x, scale)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
-        self._slots.add(y, x, scale, self._wrapper.lora_segments)
+        """y += scale * (x A^T) B^T in place, each row with its own slot's A and B; y is (N, out), x is (N, in)."""
+        y_NO = y if y.ndim == 2 else y.view(-1, y.shape[-1])
+        x_NI = x if x.ndim == 2 else x.view(-1, x.shape[-1])
+        for slot, rows in self._wrapper.lora_segments:
+            if isinstance(rows, torch.Tensor):
+                y_nO = y_NO[rows]
+                self._slots[slot].add(y_nO, x_NI[rows], scale)
+                y_NO[rows] = y_nO
+            elif rows.start == 0 and rows.stop == y_NO.shape[0]:
+                self._slots[slot].add(y_NO, x_NI, scale)
+            else:
+                self._slots[slot].add(y_NO[rows], x_NI[rows], scale)
+
+
+class _Slot:
+    """One adapter's matrices in one layer: A (rank, in) and B (out, rank) of each slice."""
+
+    def __init__(self, a: list[torch.Tensor], b: list[torch.Tensor], widths: Sequence[int]) -> None:
+        self.rows = SlotRows.of(a, b)
+        """What computes few rows; None where nothing else than torch does."""
+        self._slices: list[tuple[torch.Tensor, torch.Tensor, slice, slice]] = []
+        """Each A, B transposed, its columns of the product with A and its columns of the output."""
+        inner, outer = 0, 0
+        for a_RI, b_OR, width in zip(a, b, widths, strict=True):
+            rank = a_RI.shape[0]
+            self._slices.append((a_RI, b_OR.t(), slice(inner, inner + rank), slice(outer, outer + width)))
+            inner, outer = inner + rank, outer + width
+        adjoined = all(_follows(before, after) for before, after in itertools.pairwise(a))
+        self.a_RI = a[0].as_strided((inner, a[0].shape[1]), a[0].stride()) if adjoined else None
+        """A of all slices (n * rank, in); None where they are not adjoined."""
+
+    def add(self, y_nO: torch.Tensor, x_nI: torch.Tensor, scale: float) -> None:
+        """B's product is summed onto y before it is rounded."""
+        if self.rows is not None and self.rows.takes(y_nO, x_nI):
+            self.rows.add(y_nO, x_nI, scale)
+            return
+        h = None if self.a_RI is None else F.linear(x_nI, self.a_RI)
+        for a_RI, b_RO, inner, outer in self._slices:
+            h_nR = F.linear(x_nI, a_RI) if h is None else h[:, inner]
+            y_nO[:, outer].addmm_(h_nR, b_RO, alpha=scale)
 
 
 def adjoin(stacks: Stacks) -> Stacks:
@@ -129,64 +172,6 @@ def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
         first, last = int(rows[0]), int(rows[-1])
         segments.append((slot, slice(first, last + 1) if last - first + 1 == len(rows) else rows))
     return segments
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """One slot's matrices: for each slice its A (rank, in), B transposed (rank, out), its columns of the product with A
-    and its columns of the output; A of all slices (n * rank, in), or None where they are not adjoined; and what
-    computes few rows of them, or None where nothing else than torch does."""
-
-    slices: tuple[tuple[torch.Tensor, torch.Tensor, slice, slice], ...]
-    a_RI: torch.Tensor | None
-    rows: SlotRows | None
-
-
-class LayerSlots:
-    """One wrapped layer's slots, cut up once: the buffers stay where they are for the engine's life."""
-
-    def __init__(self, a_stacked: Stacks, b_stacked: Stacks, output_slices: tuple[int, ...]) -> None:
-        """`output_slices[i]` is the width of the output columns that belong to stack i."""
-        self.stacks = a_stacked
-        slots = range(a_stacked[0].shape[0])
-        self._slots = [_cut(slot, a_stacked, b_stacked, output_slices) for slot in slots]
-
-    def add(self, y: torch.Tensor, x: torch.Tensor, scale: float, segments: list[tuple[int, Rows]]) -> None:
-        """y += scale * (x A^T) B^T in place, each row with its own slot's A and B; y is (N, out), x is (N, in)."""
-        y_NO = y if y.ndim == 2 else y.view(-1, y.shape[-1])
-        x_NI = x if x.ndim == 2 else x.view(-1, x.shape[-1])
-        for slot, rows in segments:
-            if isinstance(rows, torch.Tensor):
-                y_nO = y_NO[rows]
-                _add(y_nO, x_NI[rows], scale, self._slots[slot])
-                y_NO[rows] = y_nO
-            elif rows.start == 0 and rows.stop == y_NO.shape[0]:
-                _add(y_NO, x_NI, scale, self._slots[slot])
-            else:
-                _add(y_NO[rows], x_NI[rows], scale, self._slots[slot])
-
-
-def _add(y_nO: torch.Tensor, x_nI: torch.Tensor, scale: float, slot: _Slot) -> None:
-    """One adapter's rows. B's product is summed onto y before it is rounded."""
-    if slot.rows is not None and slot.rows.takes(y_nO, x_nI):
-        slot.rows.add(y_nO, x_nI, scale)
-        return
-    h = None if slot.a_RI is None else F.linear(x_nI, slot.a_RI)
-    for a_RI, b_RO, inner, outer in slot.slices:
-        h_nR = F.linear(x_nI, a_RI) if h is None else h[:, inner]
-        y_nO[:, outer].addmm_(h_nR, b_RO, alpha=scale)
-
-
-def _cut(slot: int, a_stacked: Stacks, b_stacked: Stacks, output_slices: tuple[int, ...]) -> _Slot:
-    a, b = [stack[slot, 0] for stack in a_stacked], [stack[slot, 0] for stack in b_stacked]
-    pieces, inner, outer = [], 0, 0
-    for a_RI, b_OR, width in zip(a, b, output_slices, strict=True):
-        rank = a_RI.shape[0]
-        pieces.append((a_RI, b_OR.t(), slice(inner, inner + rank), slice(outer, outer + width)))
-        inner, outer = inner + rank, outer + width
-    adjoined = all(_follows(before, after) for before, after in itertools.pairwise(a))
-    whole = a[0].as_strided((inner, a[0].shape[1]), a[0].stride()) if adjoined else None
-    return _Slot(tuple(pieces), whole, SlotRows.of(a, b))
 
 
 def _follows(before: torch.Tensor, after: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ from lora_grpo.engines.local.sleeping import check_can_ever_sleep
 from lora_grpo.engines.local.targets import serving_arguments
 from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError
-from lora_grpo.kernels.building import library
+from lora_grpo.kernels import library
 
 
 def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
