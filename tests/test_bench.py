@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_grpo.bench import breakeven, decode, endurance, fidelity, host, room, shapes, sync
-from lora_grpo.bench.compare import compare
+from lora_grpo.bench import breakeven, decode, endurance, fidelity, host, shapes, sync
+from lora_grpo.bench.fidelity import Reference
+from lora_grpo.bench.joining import compare
 from lora_grpo.bench.levels import Levels, level
 from lora_grpo.bench.plan import Cell, Subject, there_and_back
-from lora_grpo.bench.reference import Reference
 from lora_grpo.bench.report import findings, update_readme, write_report
 from lora_grpo.bench.runner import Partial
 from lora_grpo.bench.schema import (
@@ -429,7 +429,7 @@ def test_too_big_a_model_is_refused_by_arithmetic() -> None:
     model = host.measure_model("qwen2.5-7b", None)
     settings = plan_parts("sync", None, {"shape": "qwen2.5-7b"})["sync"]
     with pytest.raises(ConfigError, match=r"needs about \d+\.\d GiB on cpu .* and 22\.0 GiB are free"):
-        room.engine_share("sync", settings, model, {"free": 22 * GIB, "total": 24 * GIB})
+        host.engine_share("sync", settings, model, {"free": 22 * GIB, "total": 24 * GIB})
 
 
 def test_memory_levels_follow_an_allocation() -> None:

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_grpo.bench import decode, fidelity, host, memory, room, runner, shapes, step, sync
-from lora_grpo.bench import reference as references
+from lora_grpo.bench import decode, fidelity, host, memory, runner, shapes, step, sync
 from lora_grpo.bench.breakeven import break_even
 from lora_grpo.bench.plan import Cell, Subject, there_and_back
 from lora_grpo.bench.report import findings
@@ -75,7 +74,7 @@ def test_everything_that_is_alive_at_once_fits(part: str, shape: str, gpu_gib: i
     """
     sizes = {"free": (gpu_gib - 1) * GIB, "total": gpu_gib * GIB}
     settings = settings_of(part, shape, strategies=(NATIVE, "merge-fold"))
-    share = room.engine_share(part, settings, host.measure_model(shape, None), sizes)
+    share = host.engine_share(part, settings, host.measure_model(shape, None), sizes)
     worker = BASE_GIB[shape] + share * gpu_gib + CUDA_GIB + (training_gib(shape) if part == "step" else 0)
     assert worker + PRISTINE_GIB[shape] < gpu_gib - 1
     assert 3 * BASE_GIB[shape] + CUDA_GIB < gpu_gib - 1
@@ -85,19 +84,19 @@ def test_everything_that_is_alive_at_once_fits(part: str, shape: str, gpu_gib: i
 def test_the_pristine_copy_counts_where_it_is_made() -> None:
     model, sizes = host.measure_model("qwen2.5-7b", None), {"free": 45 * GIB, "total": 48 * GIB}
     without = settings_of("rollback", "qwen2.5-7b", strategies=(NATIVE, "merge-trl"), truth=False)
-    assert room.engine_share("rollback", without, model, sizes) > 0
+    assert host.engine_share("rollback", without, model, sizes) > 0
     fold = without.replace(strategies=(NATIVE, "merge-fold"))
     with pytest.raises(ConfigError, match=r"needs about \d+\.\d GiB on cuda:0 .* and 45\.0 GiB are free"):
-        room.engine_share("rollback", fold, model, sizes)
+        host.engine_share("rollback", fold, model, sizes)
 
 
 def test_fidelity_counts_two_workers_and_memory_one() -> None:
     model = host.measure_model("qwen2.5-7b", None)
     cpu = {"shape": "qwen2.5-7b"}
-    of = {part: room.needed_bytes(part, plan_parts(part, None, cpu)[part], model) for part in ("fidelity", "memory")}
+    of = {part: host.needed_bytes(part, plan_parts(part, None, cpu)[part], model) for part in ("fidelity", "memory")}
     alone = plan_parts("fidelity", None, {**cpu, "strategies": (NATIVE,)})["fidelity"]
-    assert of["fidelity"] - room.needed_bytes("fidelity", alone, model) > 4 * model["parameters"]
-    assert of["memory"] < room.needed_bytes("sync", plan_parts("sync", None, cpu)["sync"], model)
+    assert of["fidelity"] - host.needed_bytes("fidelity", alone, model) > 4 * model["parameters"]
+    assert of["memory"] < host.needed_bytes("sync", plan_parts("sync", None, cpu)["sync"], model)
 
 
 def test_a_step_trains_with_checkpoints_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,12 +174,12 @@ def test_no_reference_outlives_what_it_was_for(tiny: Path, monkeypatch: pytest.M
     """It takes as much of a GPU as two bases, and the worker lives on beside the next pair."""
     made: list[weakref.ref[Any]] = []
 
-    class Noted(references.Reference):
+    class Noted(fidelity.Reference):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             made.append(weakref.ref(self._model))
 
-    monkeypatch.setattr(references, "Reference", Noted)
+    monkeypatch.setattr(fidelity, "Reference", Noted)
     strategy: Any = Served(subject(tiny))
     oracle = fidelity.oracle(subject(tiny))
     gc.collect()
@@ -197,13 +196,14 @@ def test_no_reference_outlives_what_it_was_for(tiny: Path, monkeypatch: pytest.M
 
 def test_a_reference_computes_with_new_weights_and_holds_none(tiny: Path) -> None:
     """Halved weights halve what a layer adds; nothing but the layer in hand is there twice, and nothing is copied."""
-    reference = references.Reference(str(tiny), "cpu")
+    reference = fidelity.Reference(str(tiny), "cpu")
     path = "model.layers.1.mlp.down_proj"
     places = {name: p.data_ptr() for name, p in reference._model.named_parameters()}
     tokens = subject(tiny).sequences()
     base = reference.logprobs(tokens)
     assert all(p.dtype == torch.float32 for p in reference._model.parameters())
-    with reference.weights([path], lambda _, weight_OI: weight_OI / 2):
+    module: Any = SimpleNamespace(path=path)
+    with reference.weights([module], lambda _, weight_OI: weight_OI / 2):
         halved = reference.logprobs(tokens)
         assert {name: p.data_ptr() for name, p in reference._model.named_parameters()} == places
     with torch.no_grad():

@@ -75,33 +75,31 @@ def generate_seconds(strategy: Strategy, rows: int, prompt_tokens: int, length: 
 
 def rows(cell: Mapping[str, Any]) -> list[DecodeRow]:
     """All strategies of a cell, by batch size and completion length."""
-    rounds = results(cell)
-    native = next(iter(rounds.values()))
+    medians_s = {
+        strategy: {int(rows): {int(length): median(s) for length, s in of.items()} for rows, of in found.items()}
+        for strategy, found in results(cell).items()
+    }
+    native = next(iter(medians_s.values()))
     return [
-        _row({"strategy": strategy, **cell["labels"]}, found, _medians(native, count), count, length)
-        for count in native[0]
-        for length in sorted(map(int, native[0][count]))[1:]
-        for strategy, found in rounds.items()
+        _row({"strategy": strategy, **cell["labels"]}, own[count], native[count], count, length)
+        for count in native
+        for length in sorted(native[count])[1:]
+        for strategy, own in medians_s.items()
     ]
 
 
-def _medians(found: list[Any], count: str) -> dict[int, float]:
-    """By length; the shortest is 1."""
-    return {int(length): median(s for one in found for s in one[count][length]) for length in found[0][count]}
-
-
-def _row(labels: dict[str, Any], found: list[Any], native: dict[int, float], rows: str, length: int) -> DecodeRow:
-    own, count = _medians(found, rows), int(rows)
+def _row(labels: dict[str, Any], own: dict[int, float], native: dict[int, float], rows: int, length: int) -> DecodeRow:
+    """Of median seconds by completion length, of which the shortest is 1."""
     tpot_s, native_tpot_s = ((times[length] - times[1]) / (length - 1) for times in (own, native))
     return DecodeRow(
         **labels,
-        rows=count,
+        rows=rows,
         completion_tokens=length,
         generate_s=own[length],
         prefill_s=own[1],
         tpot_s=tpot_s,
-        tokens_per_s=count * length / own[length],
-        prefill_tokens_per_s=count * labels["prompt_tokens"] / own[1],
+        tokens_per_s=rows * length / own[length],
+        prefill_tokens_per_s=rows * labels["prompt_tokens"] / own[1],
         tpot_ratio_to_native=tpot_s / native_tpot_s,
         prefill_ratio_to_native=own[1] / native[1],
         generate_ratio_to_native=own[length] / native[length],

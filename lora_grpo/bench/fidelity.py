@@ -3,7 +3,14 @@ leave of the trainer's frozen base?"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
 
 from lora_grpo.bench.levels import collect
 from lora_grpo.bench.plan import Cell, Subject
@@ -13,11 +20,13 @@ from lora_grpo.errors import EngineError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
 if TYPE_CHECKING:
-    from lora_grpo.bench.reference import Reference
+    from lora_grpo.adapters.peft_form.modules import LoraModule
     from lora_grpo.bench.strategies.base import Strategy
     from lora_grpo.bench.strategies.trainer import Trainer
 
 Logprobs: TypeAlias = list[list[float]]
+NewWeight: TypeAlias = Callable[["LoraModule", torch.Tensor], torch.Tensor]
+"""(LoRA module, base weight in fp32) -> the weight to compute with."""
 ORACLE_SEED = 1
 DRIFT_RATE = 1e-4
 
@@ -46,7 +55,6 @@ def oracle(subject: Subject) -> dict[str, Any]:
 
     Nothing stays but what is returned, so that no engine has to leave room for a model in fp32.
     """
-    from lora_grpo.bench.reference import Reference
     from lora_grpo.bench.strategies.trainer import Trainer
     from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
 
@@ -99,31 +107,32 @@ def measure(strategy: Strategy, learning_rates: list[float], updates: list[int])
 
     AdamW moves an entry of B by up to the learning rate a step, and by about its square root of steps over many.
     """
-    from lora_grpo.bench.reference import Reference
-
     strategy.remember_pushed = True
-    reference = Reference(strategy.subject.model, strategy.subject.device)
-    reference.restore_base(strategy.trainer)
-    base = reference.logprobs(strategy.subject.sequences())
+    trainer, tokens, reference = strategy.trainer, strategy.subject.sequences(), _restored(strategy)
+    base = reference.logprobs(tokens)
     found = []
-    for learning_rate in learning_rates:
-        for steps in updates:
-            strategy.trainer.reset(learning_rate * steps**0.5)
-            strategy.sync()
-            found.append({"learning_rate": learning_rate, "updates": steps, **_compare(strategy, reference, base)})
+    for learning_rate, steps in product(learning_rates, updates):
+        trainer.reset(learning_rate * steps**0.5)
+        strategy.sync()
+        with reference.policy(trainer):
+            exact = reference.logprobs(tokens)
+        row = {
+            "learning_rate": learning_rate,
+            "updates": steps,
+            "signal_nats": mean_abs_difference(exact, base),
+            "served_error_nats": mean_abs_difference(strategy.logprobs(tokens), exact),
+            "lost_share": _lost_share(strategy, reference),
+        }
+        found.append(row)
     strategy.remember_pushed = False
     return found
 
 
-def _compare(strategy: Strategy, reference: Reference, base: Logprobs) -> dict[str, float]:
-    tokens = strategy.subject.sequences()
-    with reference.policy(strategy.trainer):
-        exact = reference.logprobs(tokens)
-    return {
-        "signal_nats": mean_abs_difference(exact, base),
-        "served_error_nats": mean_abs_difference(strategy.logprobs(tokens), exact),
-        "lost_share": _lost_share(strategy, reference),
-    }
+def _restored(strategy: Strategy) -> Reference:
+    """The reference, and the trainer's frozen base made what it says, whatever merging has left of it."""
+    reference = Reference(strategy.subject.model, strategy.subject.device)
+    reference.restore_base(strategy.trainer)
+    return reference
 
 
 def _lost_share(strategy: Strategy, reference: Reference) -> float:
@@ -153,33 +162,86 @@ def verdict(row: TruthRow) -> str | None:
 
 def drift(strategy: Strategy, cycles: list[int]) -> list[dict[str, Any]]:
     """Worker: an adapter as after 100 steps at a learning rate of 1e-4, then a step and a sync a cycle."""
-    from lora_grpo.bench.reference import Reference
-
-    trainer = strategy.trainer
-    reference = Reference(strategy.subject.model, strategy.subject.device)
-    reference.restore_base(trainer)
-    trainer.reset(DRIFT_RATE * 10)
-    found, done = [], 0
-    for cycle in cycles:
+    reference = _restored(strategy)
+    strategy.trainer.reset(DRIFT_RATE * 10)
+    found = []
+    for done, cycle in pairwise([0, *cycles]):
         for _ in range(cycle - done):
-            trainer.step(DRIFT_RATE)
+            strategy.trainer.step(DRIFT_RATE)
             strategy.sync()
-        done = cycle
         found.append({"cycles": cycle, **_drift(strategy, reference)})
     return found
 
 
 def _drift(strategy: Strategy, reference: Reference) -> dict[str, float]:
     trainer, tokens = strategy.trainer, strategy.subject.sequences()
-    modules = {module.path: module for module in trainer.modules}
     apart = size = largest = 0.0
-    for path, module in modules.items():
-        base_OI = reference.weight(path)
+    for module in trainer.modules:
+        base_OI = reference.weight(module.path)
         difference_OI = (trainer.base_weight(module).float() - base_OI).abs()
         apart += float(difference_OI.sum())
         size += float(base_OI.abs().sum())
         largest = max(largest, float(difference_OI.max()))
     base = reference.logprobs(tokens)
-    with reference.weights(modules, lambda path, _: trainer.base_weight(modules[path])):
+    with reference.weights(trainer.modules, lambda module, _: trainer.base_weight(module)):
         shift = mean_abs_difference(reference.logprobs(tokens), base)
     return {"mean_relative": apart / size, "max_abs": largest, "logprob_shift_nats": shift}
+
+
+class Reference:
+    """The policy in fp32 on plain weights: an oracle that shares no code with PEFT's forward, vLLM or any merge.
+
+    A checkpoint whose linear weights can be replaced for a while.
+    """
+
+    def __init__(self, model: str, device: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        # The checkpoint's own dtype crosses to the device: half of what fp32 would.
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).float().eval()
+        self._modules = dict(self._model.named_modules())
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Teacher-forced log-probs of tokens 1..T-1."""
+        return teacher_logprobs(self._model, sequences)
+
+    def rounded_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The same of the same weights, computed in bf16 throughout; the reference cannot be used afterwards."""
+        return teacher_logprobs(self._model.to(torch.bfloat16), sequences)
+
+    def weight(self, path: str) -> torch.Tensor:
+        """The base's weight at a checkpoint path, fp32."""
+        weight: torch.Tensor = self._modules[path].weight.detach()
+        return weight
+
+    def restore_base(self, trainer: Trainer) -> None:
+        """Make the trainer's frozen base what the checkpoint says."""
+        for module in trainer.modules:
+            trainer.base_weight(module).copy_(self.weight(module.path))
+
+    @contextmanager
+    def weights(self, modules: Sequence[LoraModule], new: NewWeight) -> Iterator[None]:
+        """Meanwhile, where `modules` are, what `new` makes of the base's weights is computed with, in each forward
+        pass.
+
+        The base stays where it is, and no more than one new weight is there at a time: a GPU holds one model in fp32,
+        and nothing crosses to the host.
+        """
+        replaced = [self._modules[module.path] for module in modules]
+        for module, layer in zip(modules, replaced, strict=True):
+            layer.forward = partial(_linear, layer, partial(new, module))
+        try:
+            yield
+        finally:
+            for layer in replaced:
+                del layer.forward
+
+    @contextmanager
+    def policy(self, trainer: Trainer) -> Iterator[None]:
+        """Meanwhile, the base plus the trainer's adapter as it is now, summed in fp32."""
+        with self.weights(trainer.modules, lambda module, base_OI: base_OI + trainer.update_of(module)):
+            yield
+
+
+def _linear(layer: nn.Linear, new: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, new(layer.weight.detach().float()).to(x), layer.bias)

@@ -6,7 +6,6 @@ import gc
 import importlib
 import traceback
 
-from lora_grpo.bench import process
 from lora_grpo.engines import compat
 from lora_grpo.errors import LoraGrpoError
 
@@ -23,6 +22,5 @@ try:
 except (ImportError, OSError, RuntimeError, AttributeError, LoraGrpoError):
     # The first of those that are forked says why.
     traceback.print_exc()
-process.HAS_IMPORTED = True
 # Nobody has to look through all that again for garbage.
 gc.freeze()

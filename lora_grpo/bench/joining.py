@@ -1,4 +1,5 @@
-"""Rows of a run as one document's tables, and the documents of several runs on one machine as one."""
+"""Rows of a run as one document's tables, the documents of several runs on one machine as one, and a run against an
+earlier one."""
 
 from __future__ import annotations
 
@@ -17,6 +18,16 @@ from lora_grpo.errors import ConfigError
 
 _OF_A_START = ("load_average_1min", "memory_gib", "commit")
 """What may differ on a card between two starts on one machine."""
+RATIOS = (
+    ("sync", "ratio_to_native", "{row.strategy} r{row.rank} {row.targets}"),
+    ("proof", "ratio_to_push", "{row.proof}, {row.rows} rows"),
+    ("memory", "copies", "{row.strategy}, copies of the base"),
+    ("memory", "ratio_to_native", "{row.strategy}"),
+    ("decode", "generate_ratio_to_native", "{row.strategy} {row.rows}x{row.completion_tokens}"),
+    ("step", "ratio_to_native", "{row.strategy}"),
+    ("rollback", "ratio_to_native", "{row.strategy} {row.case}"),
+)
+"""Table, column, and what a ratio is called there."""
 
 
 def finished(found: Mapping[str, list[Any]], device: str) -> dict[str, list[Any]]:
@@ -97,3 +108,27 @@ def _native_once(rows: list[Any]) -> list[Any]:
         if row.strategy == NATIVE:
             kinds.add(kind)
     return kept
+
+
+def compare(now: Document, baseline: Document, tolerance: float) -> list[dict[str, Any]]:
+    """Every ratio between strategies that both runs hold, which a faster or slower machine leaves alone; "outside"
+    where they are not within the tolerance of each other. One that got better by more is not either: either the
+    baseline is out of date, or what native is compared with got slower."""
+    old, new = ratios(baseline), ratios(now)
+    both = [name for name in new if name in old and old[name] > 0 and new[name] > 0]
+    held = {name: 1 / (1 + tolerance) <= new[name] / old[name] <= 1 + tolerance for name in both}
+    return [
+        {"ratio to native": name, "baseline": old[name], "now": new[name], "": "" if held[name] else "outside"}
+        for name in both
+    ]
+
+
+def ratios(document: Document) -> dict[str, float]:
+    """Ratios by name; those to native without native's own, which are 1."""
+    found = {}
+    for table, column, name in RATIOS:
+        for row in getattr(document, table):
+            ratio = getattr(row, column)
+            if ratio is not None and (row.strategy != NATIVE or not column.endswith("to_native")):
+                found[f"{table} {row.shape} {name.format(row=row)}"] = ratio
+    return found

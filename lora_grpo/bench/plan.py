@@ -89,9 +89,17 @@ def there_and_back(subjects: int) -> tuple[int, ...]:
     return (*range(subjects), *reversed(range(subjects)))
 
 
-def results(cell: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What the rounds of each strategy returned, in order; the one that others are compared with comes first."""
-    found: dict[str, list[Any]] = {}
+def results(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What the rounds of each strategy returned, as one; the one that others are compared with comes first."""
+    found: dict[str, Any] = {}
     for done in cell["rounds"]:
-        found.setdefault(done["strategy"], []).append(done["result"])
+        name, result = done["strategy"], done["result"]
+        found[name] = _pooled(found[name], result) if name in found else result
     return found
+
+
+def _pooled(earlier: Any, later: Any) -> Any:
+    """Two rounds as one: lists one after the other, field by field; of what is no list, the later one's."""
+    if isinstance(earlier, dict):
+        return {name: _pooled(value, later[name]) for name, value in earlier.items()}
+    return earlier + later if isinstance(earlier, list) else later

@@ -9,6 +9,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,8 +23,8 @@ from lora_grpo.errors import EngineError, LoraGrpoError
 from lora_grpo.metrics.quiet import capture_output
 
 _GRACE_S = 20.0
-HAS_IMPORTED = False
-"""Set where a program has imported all that a worker needs and has done nothing with it: no thread, no CUDA."""
+_IMPORTED = f"{__package__}.imported"
+"""Where it is imported, all that a worker needs is, and nothing has been done with it: no thread, no CUDA."""
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that a process gets when its parent ends."""
 
@@ -83,12 +84,12 @@ class WorkerProcess:
 
 def _context(log: Path, alone: bool) -> Any:
     """Where workers come from: importing takes as long as loading a small model, so it is done once for all."""
-    if HAS_IMPORTED:
+    if _IMPORTED in sys.modules:
         return multiprocessing.get_context("fork")
     if alone:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.imported"])
+    context.set_forkserver_preload([_IMPORTED])
     with capture_output(log):
         forkserver.ensure_running()
     return context

@@ -24,41 +24,37 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
 
 def measure(strategy: Strategy, repeat: int) -> dict[str, Any]:
     """Worker: by case, seconds, and how far what is served then is from what the version served when it was new."""
-    cases = strategy.rollback_cases()
-    return {case: [_go_back(strategy, between) for _ in range(repeat)] for case, between in cases.items()}
-
-
-def _go_back(strategy: Strategy, between: int) -> dict[str, float]:
     tokens = strategy.subject.sequences()
-    strategy.trainer.randomise(0.2)
-    strategy.sync()
-    mark, then = strategy.mark(), strategy.logprobs(tokens)
-    for _ in range(between):
+
+    def go_back(between: int) -> tuple[float, float]:
         strategy.trainer.randomise(0.2)
         strategy.sync()
-    seconds = strategy.rollback(mark).total_s
-    return {"seconds": seconds, "error_nats": mean_abs_difference(strategy.logprobs(tokens), then)}
+        mark, then = strategy.mark(), strategy.logprobs(tokens)
+        for _ in range(between):
+            strategy.trainer.randomise(0.2)
+            strategy.sync()
+        seconds = strategy.rollback(mark).total_s
+        return seconds, mean_abs_difference(strategy.logprobs(tokens), then)
+
+    return {case: [go_back(between) for _ in range(repeat)] for case, between in strategy.rollback_cases().items()}
 
 
 def rows(cell: Mapping[str, Any]) -> list[RollbackRow]:
     """Every case of both strategies; ratios to native's first case."""
-    rounds = results(cell)
-    native = next(iter(rounds.values()))
-    native_s = median(_values(native, next(iter(native[0])), "seconds"))
-    return [
-        RollbackRow(
-            strategy=strategy,
-            **cell["labels"],
-            case=case,
-            median_s=(middle := median(_values(found, case, "seconds"))),
-            p95_s=percentile_95(_values(found, case, "seconds")),
-            ratio_to_native=middle / native_s,
-            error_nats=max(_values(found, case, "error_nats")),
-        )
-        for strategy, found in rounds.items()
-        for case in found[0]
-    ]
-
-
-def _values(found: list[Any], case: str, name: str) -> list[float]:
-    return [one[name] for result in found for one in result[case]]
+    made: list[RollbackRow] = []
+    for strategy, found in results(cell).items():
+        for case, tries in found.items():
+            seconds, errors = zip(*tries, strict=True)
+            native_s = made[0].median_s if made else median(seconds)
+            made.append(
+                RollbackRow(
+                    strategy=strategy,
+                    **cell["labels"],
+                    case=case,
+                    median_s=median(seconds),
+                    p95_s=percentile_95(seconds),
+                    ratio_to_native=median(seconds) / native_s,
+                    error_nats=max(errors),
+                )
+            )
+    return made

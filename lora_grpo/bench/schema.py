@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from lora_grpo.bench.settings import Settings
 
@@ -259,41 +259,26 @@ class Document(BaseModel):
     failures: list[str]
     notes: list[str] = []
     """What a reader must know of this run besides."""
-    sync: list[SyncRow] = []
-    proof: list[ProofRow] = []
-    truth: list[TruthRow] = []
-    memory: list[MemoryRow] = []
-    decode: list[DecodeRow] = []
-    break_even: list[BreakEvenRow] = []
-    fidelity: list[FidelityRow] = []
-    drift: list[DriftRow] = []
-    step: list[StepRow] = []
-    rollback: list[RollbackRow] = []
-    endurance: list[EnduranceRow] = []
-    slopes: list[SlopeRow] = []
+    sync: list[SyncRow] = Field([], title="Sync: until the engine can sample from the new policy")
+    proof: list[ProofRow] = Field([], title="Proofs that are not part of a push")
+    truth: list[TruthRow] = Field([], title="Truth: log-probs of the served policy against an fp32 reference")
+    memory: list[MemoryRow] = Field([], title="Memory: trainer and engine in one process")
+    decode: list[DecodeRow] = Field([], title="Decode: completions of a served policy")
+    break_even: list[BreakEvenRow] = Field([], title="Break-even: the completion lengths at which merging is faster")
+    fidelity: list[FidelityRow] = Field([], title="Fidelity: what is left of an update")
+    drift: list[DriftRow] = Field([], title="Drift: the trainer's frozen base after many syncs")
+    step: list[StepRow] = Field([], title="Step: generate, train, sync")
+    rollback: list[RollbackRow] = Field([], title="Rollback: back on an earlier version")
+    endurance: list[EnduranceRow] = Field([], title="Endurance: many syncs on one engine, a tenth a line")
+    slopes: list[SlopeRow] = Field([], title="Endurance: change per 1,000 syncs, by lines through the tenths")
 
 
 TABLES = ("sync", "proof", "truth", "memory", "decode", "fidelity", "drift", "step", "rollback", "endurance")
 """What is measured; the other tables of a document follow from these."""
 
-TITLES = {
-    "sync": "Sync: until the engine can sample from the new policy",
-    "proof": "Proofs that are not part of a push",
-    "truth": "Truth: log-probs of the served policy against an fp32 reference",
-    "memory": "Memory: trainer and engine in one process",
-    "decode": "Decode: completions of a served policy",
-    "break_even": "Break-even: the completion lengths at which merging is faster",
-    "fidelity": "Fidelity: what is left of an update",
-    "drift": "Drift: the trainer's frozen base after many syncs",
-    "step": "Step: generate, train, sync",
-    "rollback": "Rollback: back on an earlier version",
-    "endurance": "Endurance: many syncs on one engine, a tenth a line",
-    "slopes": "Endurance: change per 1,000 syncs, by lines through the tenths",
-}
-
 
 def tables(document: Document) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(title, lines) of every table that holds anything."""
-    for name, title in TITLES.items():
-        if rows := getattr(document, name):
-            yield title, [row.for_people() for row in rows]
+    for name, field in Document.model_fields.items():
+        if field.title and (rows := getattr(document, name)):
+            yield field.title, [row.for_people() for row in rows]

@@ -77,10 +77,7 @@ def rows(cell: Mapping[str, Any]) -> list[StepRow]:
     """Both strategies of a pair. Training is the same work whatever syncs: both are given the median of all its rounds,
     so that its noise, which is more than what they differ in, favours neither."""
     train_s = median(s for done in cell["rounds"] for s in done["result"]["train"])
-    parts = {
-        strategy: {phase: median(s for one in found for s in one[phase]) for phase in SERVING}
-        for strategy, found in results(cell).items()
-    }
+    parts = {strategy: {phase: median(found[phase]) for phase in SERVING} for strategy, found in results(cell).items()}
     native_s = sum(next(iter(parts.values())).values())
     return [
         StepRow(

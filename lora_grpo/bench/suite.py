@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_grpo.adapters.files.disk import tmpfs_home
-from lora_grpo.bench import decode, endurance, fidelity, host, memory, rollback, room, shapes, step, sync
+from lora_grpo.bench import decode, endurance, fidelity, host, memory, rollback, shapes, step, sync
 from lora_grpo.bench.joining import finished, read_document
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.process import WorkerProcess
@@ -74,7 +74,7 @@ class Suite:
             for label, (shape, model) in wanted.items()
         }
         self._shares = {
-            settings.label: room.engine_share(part, settings, self._sizes[settings.label], seen["memory_bytes"])
+            settings.label: host.engine_share(part, settings, self._sizes[settings.label], seen["memory_bytes"])
             for part, settings in self._parts.items()
         }
         dumped = {part: settings.model_dump(mode="json") for part, settings in self._parts.items()}

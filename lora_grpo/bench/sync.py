@@ -1,23 +1,39 @@
-"""Seconds until the engine can sample from the new policy, by phase; bytes moved; times the physical floor."""
+"""Seconds until the engine can sample from the new policy, by phase; bytes moved; times the physical floor; and what
+proving costs besides each push.
+
+A push's own proofs (digest, slots) are phases of it. Besides, the same base and the probe are proven once an engine,
+and a canary is taken when it is asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lora_grpo.bench import fidelity, proofs
+import torch
+
+from lora_grpo.adapters.files.disk import STAGING
+from lora_grpo.bench import fidelity
 from lora_grpo.bench.plan import Cell, Subject, beside_native, results
 from lora_grpo.bench.schema import SyncRow
 from lora_grpo.bench.settings import Settings
+from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.timing import floor_seconds, percentile_95
+from lora_grpo.grpo.processes import Processes
+from lora_grpo.types import Sampling
 
 if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy
+    from lora_grpo.bench.strategies.native import Native
 
 WARM = 3
 """Syncs thrown away: caches, allocators and lazily built state of every strategy settle."""
+PROVEN = 3
+"""Times that each proof is measured."""
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
@@ -28,10 +44,16 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
         # In the same process, while it is alive: what was timed serves what it claims to.
         planned += [fidelity.truth_cell("sync", subject.with_strategy(strategy)) for strategy in settings.strategies]
     if settings.canary_rows:
-        planned.append(proofs.cell(settings, subject))
+        planned.append(_proofs(settings, subject))
     swept = [strategy for strategy in settings.sweep_strategies if strategy in settings.strategies]
     elsewhere = [replace(subject, rank=rank, targets=targets) for rank, targets in settings.sweep]
     return planned + [_pair(settings, other, strategy) for other in elsewhere for strategy in swept]
+
+
+def _proofs(settings: Settings, subject: Subject) -> Cell:
+    given = {"canary_rows": list(settings.canary_rows), "prompt_tokens": settings.prompt_tokens}
+    warm = {**given, "canary_rows": [], "times": 1}
+    return Cell("sync/proofs", "proof", prove, (subject.with_strategy(NATIVE),), given, warm=warm)
 
 
 def _pair(settings: Settings, subject: Subject, strategy: str) -> Cell:
@@ -57,37 +79,70 @@ def measure(strategy: Strategy, syncs: int, *, at_once: bool = False) -> dict[st
 
 def rows(cell: Mapping[str, Any]) -> list[SyncRow]:
     """Both strategies of a pair."""
-    rounds = results(cell)
-    strategies = list(rounds)
-    native_s = median(totals(rounds[strategies[0]]))
-    against = ["unpaired"] * len(rounds) if cell.get("unpaired") else reversed(strategies)
+    found = results(cell)
+    native_s = median(_totals(next(iter(found.values()))))
+    against = ["unpaired"] * len(found) if cell.get("unpaired") else reversed(found)
     return [
-        _row(strategy, rounds[strategy], native_s, cell, other)
-        for strategy, other in zip(strategies, against, strict=True)
+        _row(strategy, found[strategy], native_s, cell, other) for strategy, other in zip(found, against, strict=True)
     ]
 
 
-def _row(strategy: str, found: list[Any], native_s: float, cell: Mapping[str, Any], against: str) -> SyncRow:
-    seconds = totals(found)
-    floor_s = floor_seconds(found[-1]["moved_bytes"], cell["bandwidth"])
+def _row(strategy: str, found: dict[str, Any], native_s: float, cell: Mapping[str, Any], against: str) -> SyncRow:
+    seconds = _totals(found)
+    floor_s = floor_seconds(found["moved_bytes"], cell["bandwidth"])
     return SyncRow(
         strategy=strategy,
         **cell["labels"],
         against=against,
         median_s=median(seconds),
         p95_s=percentile_95(seconds),
-        phases_s={phase: median(s for one in found for s in one["phases_s"][phase]) for phase in found[-1]["phases_s"]},
-        afterwards_s=median(s for one in found for s in one["afterwards_s"]),
-        moved_bytes=max(found[-1]["moved_bytes"].values(), default=0),
+        phases_s={phase: median(of) for phase, of in found["phases_s"].items()},
+        afterwards_s=median(found["afterwards_s"]),
+        moved_bytes=max(found["moved_bytes"].values(), default=0),
         floor_s=floor_s,
         times_floor=median(seconds) / floor_s if floor_s else None,
         ratio_to_native=median(seconds) / native_s,
         syncs=len(seconds),
-        loader=found[-1]["loader"],
-        load_calls=found[-1]["load_calls"],
+        loader=found["loader"],
+        load_calls=found["load_calls"],
     )
 
 
-def totals(rounds: list[Any]) -> list[float]:
+def _totals(found: Mapping[str, Any]) -> list[float]:
     """Seconds of each sync, all phases."""
-    return [sum(one) for result in rounds for one in zip(*result["phases_s"].values(), strict=True)]
+    return [sum(one) for one in zip(*found["phases_s"].values(), strict=True)]
+
+
+def prove(strategy: Native, canary_rows: list[int], prompt_tokens: int, times: int = PROVEN) -> list[dict[str, Any]]:
+    """Worker: seconds of each proof, several times, and of as many pushes."""
+    strategy.trainer.step()
+    push_s = median([strategy.sync().total_s for _ in range(4 * times)])
+    found = []
+    for proof, rows, work in _proofs_of(strategy, canary_rows, prompt_tokens):
+        seconds = []
+        for _ in range(times):
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+        row = {"proof": proof, "rows": rows, "tokens": rows and prompt_tokens, "times": times}
+        found.append({**row, "median_s": median(seconds), "ratio_to_push": median(seconds) / push_s})
+    return found
+
+
+def _proofs_of(
+    strategy: Native, canary_rows: list[int], tokens: int
+) -> Iterator[tuple[str, int | None, Callable[[], object]]]:
+    """Each with the completions that it looks at, which are as long as their prompts; making them is no part of it."""
+    from lora_grpo.adapters.peft_form.serving import ServingForm
+    from lora_grpo.bench.strategies.trainer import ADAPTER
+    from lora_grpo.engines.delivery.base_match import match_base
+    from lora_grpo.engines.delivery.probe import run_probe
+
+    engine, model = strategy.engine, strategy.trainer.model
+    dtype, staging = getattr(torch, engine.lora_dtype), strategy.store.root / STAGING
+    yield "same base", None, lambda: match_base(engine, model, Processes(None))
+    yield "probe", None, lambda: run_probe(model, ServingForm(model, ADAPTER, dtype), engine, staging)
+    sampling = Sampling(n=1, max_tokens=tokens, temperature=1.0, seed=strategy.subject.seed, ignore_eos=True)
+    for rows in canary_rows:
+        groups = strategy.generate(strategy.subject.fresh_prompts(rows, tokens), sampling)
+        yield "canary", rows, partial(strategy.pusher.canary, groups)

@@ -125,7 +125,7 @@ def _show(document: Document, out: Path | None) -> None:
 
 
 def _compare(document: Document, baseline: Document, tolerance: float) -> bool:
-    from lora_grpo.bench.compare import compare
+    from lora_grpo.bench.joining import compare
 
     rows = compare(document, baseline, tolerance)
     print_table(rows, f"against the baseline, tolerance {tolerance:.0%}")

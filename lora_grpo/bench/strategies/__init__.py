@@ -5,7 +5,7 @@ A strategy of your own is named as `package.module:Class`.
 
 from __future__ import annotations
 
-import importlib
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from lora_grpo.errors import ConfigError
@@ -24,7 +24,7 @@ _HOMES = {
     "native-disk": "native:NativeDisk",
     "native-shared": "native:NativeShared",
     "native-stock": "native:NativeStock",
-    "by-hand": "by_hand:ByHand",
+    "by-hand": "native:ByHand",
     "merge-trl": "merging:MergeTRL",
     "merge-touched": "merging:MergeTouched",
     "merge-out-of-place": "merging:MergeOutOfPlace",
@@ -44,9 +44,7 @@ def check_name(name: str) -> str:
 
 def load_strategy(name: str) -> type[Strategy]:
     """The class of a strategy."""
-    home = f"{__name__}.{_HOMES[check_name(name)]}" if name in _HOMES else name
-    module, _, attribute = home.partition(":")
-    strategy: type[Strategy] = getattr(importlib.import_module(module), attribute)
+    strategy: type[Strategy] = resolve_name(f"{__name__}.{_HOMES[name]}" if name in _HOMES else check_name(name))
     return strategy
 
 

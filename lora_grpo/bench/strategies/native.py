@@ -1,8 +1,10 @@
-"""This project's path: the adapter alone, on tmpfs, under a fresh id, proof included in the time."""
+"""The adapter alone goes to the engine: this project's path, on tmpfs, under a fresh id, proof included in the time;
+and the way that a user takes without it."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +17,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
 from lora_grpo.bench.strategies.trainer import Trainer, checkpoint_name
 from lora_grpo.bench.timing import Clock, adapter_crossing
-from lora_grpo.engines.local.weights import version_tensors
+from lora_grpo.engines.local.weights import PlainEngine, version_tensors
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.sync import NativeSync
 
@@ -131,3 +133,50 @@ class NativeShared(Native):
         files = sorted(Path(self.subject.model).glob("*.safetensors"))
         pairs = ((own[name], saved) for file in files for name, saved in load_file(file, self.subject.device).items())
         return all(torch.equal(mine, saved) for mine, saved in pairs) if files else None
+
+
+class ByHand(Strategy):
+    """What a user writes without this project: PEFT's `save_pretrained`, vLLM's `add_lora`, nothing proven.
+
+    A fresh directory on tmpfs, id and name each time; old directories are removed after the clock stopped.
+    """
+
+    def start(self) -> None:
+        self.engine = PlainEngine(self.subject.model, lora_rank=self.subject.rank, **engine_arguments(self.subject))
+        self._count = 0
+        self._request: Any = None
+
+    def sync(self) -> Synced:
+        clock = Clock(self.subject.device)
+        self._count += 1
+        path = self.folder / str(self._count)
+        with clock("write"):
+            self.trainer.model.save_pretrained(path)
+        with clock("load"):
+            self._request = self.engine.load_adapter(path)
+        shutil.rmtree(self.folder / str(self._count - KEPT_VERSIONS), ignore_errors=True)
+        # PEFT writes the adapter as it is trained, in fp32; at least that much crosses.
+        return Synced(clock.seconds, adapter_crossing(self.subject.device, 4 * self.trainer.adapter_elements))
+
+    def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
+        a_RI, b_OR = self.engine.lora_tensors(path)
+        return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
+
+    def rollback_cases(self) -> dict[str, int]:
+        return {"evicted": KEPT_VERSIONS - 2}
+
+    def mark(self) -> tuple[Any, list[torch.Tensor]]:
+        return self._request, self.trainer.snapshot()
+
+    def rollback(self, mark: tuple[Any, list[torch.Tensor]]) -> Synced:
+        request, weights = mark
+        clock = Clock(self.subject.device)
+        with clock("load"):
+            self.engine.serve(request)
+        with clock("trainer"):
+            self.trainer.restore(weights)
+        return Synced(clock.seconds, {})
+
+    def close(self) -> None:
+        super().close()
+        shutil.rmtree(self.folder, ignore_errors=True)
