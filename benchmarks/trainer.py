@@ -24,6 +24,7 @@ import importlib.metadata
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +36,6 @@ from unittest.mock import patch
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks import trainer_beside as beside
 from lora_grpo.bench.levels import collect, level
 from lora_grpo.bench.memory import forget_peaks, peak
 from lora_grpo.bench.provenance import asked, provenance, write_result
@@ -117,9 +117,9 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
         "ours": _ours,
         "padded": _padded,
         "canary": _canary,
-        "trl": beside.trl,
-        "backbone": beside.backbone,
-        "packed-backbone": beside.packed_backbone,
+        "trl": _trl,
+        "backbone": _backbone,
+        "packed-backbone": _packed_backbone,
     }
     return _peak_and_time(subjects[options.subject](model, ids_BL, options), options.device)
 
@@ -182,6 +182,77 @@ def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[]
     pairs = [(prompt, Completion("", tuple(row), (-12.0,) * len(row), "length", 1)) for row in rows]
     limits = {"batch_rows": options.rows, "known_noise": 99.0, "most_noise": 99.0}
     return lambda: take_canary(model, FakeEngine(lambda _: ""), pairs, nullcontext(), 1.0, **limits)
+
+
+def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
+    import trl
+    from datasets import Dataset
+
+    from lora_grpo.bench.shapes import byte_tokenizer
+
+    args = trl.GRPOConfig(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=options.rows,
+        num_generations=options.rows,
+        max_completion_length=options.tokens,
+        gradient_checkpointing=options.checkpointing == "on",
+        bf16=options.dtype == "bfloat16",
+        use_cpu=options.device == "cpu",
+        report_to="none",
+    )
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": ["1"] * options.rows}),
+        processing_class=byte_tokenizer(),
+        peft_config=LoraConfig(r=16, target_modules="all-linear"),
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    if args.gradient_checkpointing:  # as its `train` does
+        trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    ids_BL = ids_BL.to(options.device)
+    prompt_BP, completion_BT = ids_BL[:, : options.prompt], ids_BL[:, options.prompt :]
+    inputs = {
+        "prompt_ids": prompt_BP,
+        "prompt_mask": torch.ones_like(prompt_BP),
+        "completion_ids": completion_BT,
+        "completion_mask": torch.ones_like(completion_BT),
+        "advantages": torch.linspace(-1, 1, options.rows, device=options.device),
+        "num_items_in_batch": torch.tensor(completion_BT.numel(), device=options.device),
+    }
+
+    def step() -> None:
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+
+    return step
+
+
+def _backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
+    def step() -> None:
+        output = model.get_base_model().model(input_ids=ids_BL.to(options.device), use_cache=False)
+        output.last_hidden_state.float().mean().backward()
+
+    return step
+
+
+def _packed_backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
+    from lora_grpo.grpo.packing import in_spans, pack
+
+    row = pack(ids_BL.tolist(), [options.prompt] * options.rows)
+    ids_1N, positions_1N = torch.tensor([[row.ids], [row.positions]], device=options.device)
+
+    def step() -> None:
+        with in_spans(model, row.spans):
+            output = model.get_base_model().model(
+                input_ids=ids_1N, attention_mask=torch.ones_like(ids_1N), position_ids=positions_1N, use_cache=False
+            )
+            output.last_hidden_state.float().mean().backward()
+
+    return step
 
 
 def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:

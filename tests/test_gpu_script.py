@@ -33,7 +33,7 @@ from tests.test_parity import ARCHITECTURES
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
-MODULES = ("run", "steps", "keeping", "places", "launching", "card")
+MODULES = ("run", "steps", "keeping", "launching", "card")
 STEPS = ["card", "tiny", "7b", "demo", "7b-compiled", "trainer", "trainer-7b", "population", "families", "experts"]
 STEPS += ["rates", "0.5b", "parity", "invariance", "graphs"]
 REPEATED = ("trainer-7b", "parity", "7b-compiled", "families", "experts", "rates")
@@ -55,7 +55,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 @pytest.fixture
 def run(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
     """The script, with models in a folder of this test."""
-    monkeypatch.setattr(scripts.places, "SHARED", tmp_path / "shm")
+    monkeypatch.setattr(scripts.run, "SHARED", tmp_path / "shm")
     monkeypatch.setattr(scripts.run, "SLOWER", 1)
     module: ModuleType = scripts.run
     with patch.dict(os.environ):
@@ -354,7 +354,7 @@ def test_a_step_that_does_not_end_is_ended(run: ModuleType, tmp_path: Path, monk
 
 def test_where_models_go(scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory; where that has no room in the temporary folder, which is said; where neither has, 7B is refused."""
-    places, free = scripts.places, {"shm": 20 * GIB, "tmp": 30 * GIB}
+    places, free = scripts.run, {"shm": 20 * GIB, "tmp": 30 * GIB}
     monkeypatch.setattr(places, "SHARED", tmp_path / "shm")
     monkeypatch.setattr(places.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     monkeypatch.setattr(places, "_free_bytes", lambda folder: free[folder.parent.name])

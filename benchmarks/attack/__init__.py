@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
-FOLDER = "lora-grpo-attack-"
-"""How temporary folders begin."""
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder on tmpfs."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-attack-") as folder:
+        yield Path(folder)
 
 
 @dataclass

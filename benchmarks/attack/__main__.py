@@ -10,15 +10,49 @@ is a real vLLM on a tiny model, in this process.
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from benchmarks.attack import Outcome
+from benchmarks.attack import Outcome, scratch
 from benchmarks.attack.engine import interrupts, two_threads
 from benchmarks.attack.server import endless_header, idle_connections
-from benchmarks.attack.store import broken_adapters, spoiled_files, stopped_at_calls
 from lora_grpo.bench.provenance import provenance, write_result
+
+KILLS, ERRORS, ADAPTERS = 340, 180, 1835
+
+
+def stopped_at_calls(seed: int) -> Outcome:
+    """SIGKILL, or an error of the disk, at exact system calls; runs copied, moved and out of date among them."""
+    from tests.crash.attack import attack
+
+    with scratch() as folder:
+        return _judged("kills and failing disks at exact calls", attack(folder, seed, KILLS, ERRORS), KILLS + ERRORS)
+
+
+def broken_adapters(seed: int) -> Outcome:
+    """Published and opened as an engine would: refused by name, and the promoted version stays."""
+    from tests.crash.attack import fuzz
+
+    with scratch() as folder:
+        return _judged("broken adapters", fuzz(folder, seed, ADAPTERS), ADAPTERS)
+
+
+def spoiled_files(seed: int) -> Outcome:
+    """Every file of a trained run, spoiled in every way: what each command makes of it."""
+    from tests.crash.damage import KINDS, attack, files, trained
+
+    with scratch() as folder, trained(folder) as run:
+        result = attack(run, seed, [(name, kind) for name in files(run) for kind in KINDS])
+    return _judged("spoiled files of a run, six commands", result, sum(result["table"].values()))
+
+
+def _judged(attack: str, result: Mapping[str, Any], tries: int) -> Outcome:
+    return Outcome(attack, tries, [json.dumps(fault) for fault in result["wrong"]], result["table"])
+
 
 ON_THE_STORE = (stopped_at_calls, broken_adapters, spoiled_files)
 ATTACKS = (idle_connections, endless_header, *ON_THE_STORE, two_threads, interrupts)

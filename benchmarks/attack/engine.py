@@ -10,11 +10,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from timeit import timeit
 from typing import Any, cast
 
-from benchmarks.attack import FOLDER, Outcome
+from benchmarks.attack import Outcome, scratch
 from lora_grpo.errors import EngineError
 
 PROMPT = list(range(100, 112))
@@ -32,8 +33,8 @@ def tiny_engine() -> Iterator[tuple[Any, list[Any]]]:
 
     with ExitStack() as held:
         base = tiny_model("llama", Path(held.enter_context(tempfile.TemporaryDirectory())))
-        root = held.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix=FOLDER))
-        store, model = held.enter_context(AdapterStore(Path(root, "store"))), cast(Any, tiny_lora(load_model(base)))
+        store = held.enter_context(AdapterStore(held.enter_context(scratch()) / "store"))
+        model = cast(Any, tiny_lora(load_model(base)))
         form, versions = ServingForm(model, "default", torch.bfloat16), []
         for seed in range(3):
             refill_lora(model, scale=0.3, seed=seed)
@@ -99,10 +100,7 @@ def interrupts(seed: int, times: int = 200) -> Outcome:
     with tiny_engine() as (engine, versions):
         ask = _asking(engine, versions)
         right = [ask(question) for question in range(4)]
-        started = time.monotonic()
-        for question in range(4):
-            ask(question)
-        usual_s = (time.monotonic() - started) / 4
+        usual_s = timeit(lambda: [ask(question) for question in range(4)], number=1) / 4
         for index in range(times):
             raised += _interrupted(lambda: ask(draw.randrange(4)), draw.random() * usual_s)
             question = draw.randrange(4)
@@ -121,12 +119,11 @@ def _interrupted(call: Callable[[], Any], after_s: float) -> bool:
     """Whether Ctrl-C, that long after the call's start, ended it; it is over when this returns."""
     timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT))
     ended = False
-    try:
+    # What comes a moment late belongs to the call too.
+    with suppress(KeyboardInterrupt):
         timer.start()
         call()
         ended = True
         timer.join()
         time.sleep(0.05)
-    except KeyboardInterrupt:
-        pass
     return not ended

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from benchmarks.attack import FOLDER, Outcome
+from benchmarks.attack import Outcome, scratch
 from lora_grpo.bench.levels import proc_bytes
 from lora_grpo.errors import LoraGrpoError
 from lora_grpo.remote.client import StoreClient
@@ -80,8 +80,8 @@ class Trainer:
 
 @contextmanager
 def trainer(open_files: int = 1024) -> Iterator[Trainer]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix=FOLDER) as root:
-        command = [sys.executable, "-c", TRAINER, root, TOKEN, str(open_files)]
+    with scratch() as root:
+        command = [sys.executable, "-c", TRAINER, str(root), TOKEN, str(open_files)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             url, run = process.stdout.readline().split()
@@ -142,12 +142,10 @@ def endless_header(seed: int, mib: int = 350, patience_s: float = 30.0) -> Outco
 def _pour(connection: socket.socket, text: bytes, mib: int) -> float:
     """MiB that were taken before the other side closed."""
     sent = 0
-    try:
+    with suppress(OSError):
         while sent < mib * MIB:
             sent += connection.send(text)
             text = b"a" * MIB
-    except OSError:
-        pass
     return sent / MIB
 
 

@@ -15,20 +15,16 @@ from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError, counted
 
 REPORT, SUMMARY = "report.md", "summary.json"
+"""The latter is what `benchmarks/gpu/run.py` leaves beside the results: its steps, and where models were."""
 _BLOCK = r"(<!-- {0}:begin -->\n).*?(<!-- {0}:end -->)"
 
 
 def write_report(document: Document, directory: Path) -> Path:
     """Draw the plots and write `report.md` beside them; returns its path."""
-    plots, path = [plot.name for plot in draw(document, directory)], directory / REPORT
-    path.write_text("\n".join(_lines(document, plots, _summary(directory))) + "\n")
+    plots, path, left = draw(document, directory), directory / REPORT, directory / SUMMARY
+    run = json.loads(left.read_text()) if left.exists() else {"steps": [], "notes": []}
+    path.write_text("\n".join(_lines(document, plots, run)) + "\n")
     return path
-
-
-def _summary(directory: Path) -> dict[str, Any]:
-    """What `benchmarks/gpu/run.py` left beside the results: its steps, and where models were."""
-    path = directory / SUMMARY
-    return json.loads(path.read_text()) if path.exists() else {"steps": [], "notes": []}
 
 
 def update_readme(document: Document, readme: Path) -> None:
@@ -45,7 +41,7 @@ def update_readme(document: Document, readme: Path) -> None:
     readme.write_text(changed)
 
 
-def _lines(document: Document, plots: Sequence[str], run: Mapping[str, Any]) -> Iterator[str]:
+def _lines(document: Document, plots: Sequence[Path], run: Mapping[str, Any]) -> Iterator[str]:
     yield "# Benchmark: native hot-swap against merging"
     yield ""
     yield from _provenance(document)
@@ -64,7 +60,7 @@ def _lines(document: Document, plots: Sequence[str], run: Mapping[str, Any]) -> 
         yield from markdown_table(run["steps"])
     yield from _profile(document)
     for plot in plots:
-        yield f"\n![{Path(plot).stem.replace('-', ' ')}]({plot})"
+        yield f"\n![{plot.stem.replace('-', ' ')}]({plot.name})"
     for title, lines in tables(document):
         yield f"\n## {title}\n"
         yield from markdown_table(lines)

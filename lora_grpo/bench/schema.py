@@ -52,14 +52,13 @@ class Row(BaseModel):
 
     def for_people(self) -> dict[str, Any]:
         """A line of a table for people: units in the heads."""
-        line = {head: shown(self) for head, shown in self.besides.items()}
-        columns = [
-            (getattr(self, name), column)
+        line = {
+            column.head: None if (value := getattr(self, name)) is None else column.shown(value)
             for name, field in type(self).model_fields.items()
             for column in field.metadata
             if isinstance(column, Column)
-        ]
-        return {column.head: None if value is None else column.shown(value) for value, column in columns} | line
+        }
+        return line | {head: shown(self) for head, shown in self.besides.items()}
 
 
 class SyncRow(Row):

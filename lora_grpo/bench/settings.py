@@ -115,7 +115,10 @@ def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> 
     """Settings by part, in order; `options` win over the file. Raises `ConfigError` for what cannot be."""
     if part != "all" and part not in PARTS:
         raise ConfigError(f"unknown part {part!r}; {nearest_key(part, (*PARTS, 'all'))}")
-    tables = {} if scenario is None else read_scenario(scenario)
+    tables = {} if scenario is None else read_settings(scenario)
+    for name in tables:
+        if name not in ("all", *PARTS):
+            raise ConfigError(f"{scenario}: unknown table [{name}]; {nearest_key(name, (*PARTS, 'all'))}")
     named = [name for name in PARTS if name in tables] or list(PARTS)
     chosen = named if part == "all" else [part]
     parts = {name: _settings(name, {**tables.get("all", {}), **tables.get(name, {}), **options}) for name in chosen}
@@ -127,18 +130,8 @@ def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> 
     return parts
 
 
-def read_scenario(path: Path) -> dict[str, Any]:
-    """The tables of a scenario file."""
-    tables = read_settings(path)
-    for name in tables:
-        if name != "all" and name not in PARTS:
-            raise ConfigError(f"{path}: unknown table [{name}]; {nearest_key(name, (*PARTS, 'all'))}")
-    return tables
-
-
 def _settings(part: str, values: Mapping[str, Any]) -> Settings:
-    given = {"strategies": DEFAULT_STRATEGIES[part], "repeat": DEFAULT_REPEAT[part], **values}
-    settings = Settings(**given)
+    settings = Settings(**{"strategies": DEFAULT_STRATEGIES[part], "repeat": DEFAULT_REPEAT[part], **values})
     for name in settings.strategies:
         check_name(name)
     if settings.model is None:

@@ -12,7 +12,6 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -110,7 +109,10 @@ def pretrain(recipe: BaseRecipe, progress: Progress | None = None) -> LlamaForCa
 
     model = _new_model(recipe)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    with _threads(2):
+    before = torch.get_num_threads()
+    # More threads only wait for each other on matrices this small.
+    torch.set_num_threads(min(2, before))
+    try:
         for step, (tokens_BT, prompt_length) in enumerate(_batches(recipe)):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(step)
@@ -121,6 +123,8 @@ def pretrain(recipe: BaseRecipe, progress: Progress | None = None) -> LlamaForCa
             optimizer.step()
             if progress is not None:
                 progress(step + 1, recipe.steps, loss.item())
+    finally:
+        torch.set_num_threads(before)
     return model.eval()
 
 
@@ -165,16 +169,3 @@ def _answer_loss(model: LlamaForCausalLM, tokens_BT: torch.Tensor, prompt_length
     logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits[:, prompt_length - 1 :]
     targets_BT = tokens_BT[:, prompt_length:]
     return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
-
-
-@contextmanager
-def _threads(most: int) -> Iterator[None]:
-    """At most so many threads: more only wait for each other on matrices this small."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(most, before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,8 @@ def _base(console: Console) -> Path:
 
 def _free(directory: Path) -> Path:
     """`directory`, or the first of `directory-2`, `directory-3`, ... that is not there."""
-    candidate, number = directory, 1
-    while candidate.exists():
-        number += 1
-        candidate = directory.with_name(f"{directory.name}-{number}")
-    return candidate
+    others = (directory.with_name(f"{directory.name}-{number}") for number in count(2))
+    return next(path for path in chain([directory], others) if not path.exists())
 
 
 def _write(path: Path, rows: Sequence[Any]) -> str:

@@ -52,14 +52,14 @@ class Native(Strategy):
 
     def sync(self) -> Synced:
         clock = Clock(self.subject.device)
-        started = clock.now()
-        self.version = self.pusher.push(step=0)
-        elapsed = clock.now() - started
+        with clock("push"):
+            self.version = self.pusher.push(step=0)
         receipt = self.pusher.last_receipt
         assert receipt is not None
         self.loader = receipt.load.loader
+        device_s = max(0.0, clock.seconds["push"] - receipt.total_s - receipt.keeping_s)
         return Synced(
-            {**receipt.seconds, "device": max(0.0, elapsed - receipt.total_s - receipt.keeping_s)},
+            {**receipt.seconds, "device": device_s},
             adapter_crossing(self.subject.device, self.pusher.adapter_bytes),
             receipt.keeping_s,
         )
@@ -81,9 +81,9 @@ class Native(Strategy):
 
     def rollback(self, mark: int) -> Synced:
         clock = Clock(self.subject.device)
-        started = clock.now()
-        self.version = self.pusher.rollback(to=mark).version
-        return Synced({"rollback": clock.now() - started}, {})
+        with clock("rollback"):
+            self.version = self.pusher.rollback(to=mark).version
+        return Synced(clock.seconds, {})
 
     def close(self) -> None:
         self.pusher.close()
