@@ -51,7 +51,7 @@ from lora_grpo.engines.server.connect import LOAD
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Servers, Serving
 from lora_grpo.errors import ConfigError
-from lora_grpo.scoring import teacher_logprobs
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.build import member_spec
 from lora_grpo.types import Completion, Group, Prompt, Sampling
@@ -170,7 +170,7 @@ def base_noise(model: Any, engine: VLLMServerEngine, rows: Sequence[Row]) -> flo
     with peft_model_of(model).disable_adapter():
         own = own_logprobs(model, chosen)
     return max(
-        statistics.fmean(abs(a - b) for a, b in zip(values[len(prompt) - 1 :], other, strict=True))
+        mean_abs_difference([values[len(prompt) - 1 :]], [other])
         for values, other, (prompt, _) in zip(served, own, chosen, strict=True)
     )
 

@@ -148,7 +148,7 @@ def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], 
     from lora_grpo.grpo.batch import Batch
     from lora_grpo.grpo_config import GRPOConfig
     from lora_grpo.policy import Policy
-    from lora_grpo.types import Completion, Group
+    from lora_grpo.types import Group
 
     config = GRPOConfig(
         num_generations=options.rows,
@@ -158,12 +158,18 @@ def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], 
         gradient_checkpointing=options.checkpointing == "on",
         vllm_importance_sampling_correction=False,  # nobody has sampled these completions
     )
-    prompt, rows = ids_BL[0, : options.prompt].tolist(), ids_BL[:, options.prompt :].tolist()
-    made = tuple(Completion("", tuple(row), (-12.0,) * len(row), "length", 1) for row in rows)
-    batch = Batch.from_groups([Group("", tuple(prompt), made)], torch.linspace(-1, 1, len(rows)))
+    group = Group("", tuple(ids_BL[0, : options.prompt].tolist()), tuple(_completions(ids_BL, options)))
+    batch = Batch.from_groups([group], torch.linspace(-1, 1, options.rows))
     policy = Policy(model, config)
     policy.logprobs(batch.select(torch.arange(2)))  # how a model is given its rows is found out once a run
     return lambda: policy.update(batch)
+
+
+def _completions(ids_BL: Any, options: argparse.Namespace) -> list[Any]:
+    from lora_grpo.types import Completion
+
+    rows = ids_BL[:, options.prompt :].tolist()
+    return [Completion("", tuple(row), (-12.0,) * len(row), "length", 1) for row in rows]
 
 
 def _padded(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
@@ -174,12 +180,10 @@ def _padded(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[]
 def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
     from lora_grpo.canary import take_canary
     from lora_grpo.engines.fake import FakeEngine
-    from lora_grpo.types import Completion
 
     _ours(model, ids_BL, options)  # after it the model is known to take packed rows, as in a run
     prompt = ids_BL[0, : options.prompt].tolist()
-    rows = ids_BL[:, options.prompt :].tolist() * (CANARY_ROWS // options.rows)
-    pairs = [(prompt, Completion("", tuple(row), (-12.0,) * len(row), "length", 1)) for row in rows]
+    pairs = [(prompt, made) for made in _completions(ids_BL, options)] * (CANARY_ROWS // options.rows)
     limits = {"batch_rows": options.rows, "known_noise": 99.0, "most_noise": 99.0}
     return lambda: take_canary(model, FakeEngine(lambda _: ""), pairs, nullcontext(), 1.0, **limits)
 
@@ -232,11 +236,7 @@ def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], A
 
 
 def _backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    def step() -> None:
-        output = model.get_base_model().model(input_ids=ids_BL.to(options.device), use_cache=False)
-        output.last_hidden_state.float().mean().backward()
-
-    return step
+    return lambda: _to_the_last_hidden_state(model, input_ids=ids_BL.to(options.device))
 
 
 def _packed_backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
@@ -244,15 +244,13 @@ def _packed_backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Ca
 
     row = pack(ids_BL.tolist(), [options.prompt] * options.rows)
     ids_1N, positions_1N = torch.tensor([[row.ids], [row.positions]], device=options.device)
+    inputs = {"input_ids": ids_1N, "attention_mask": torch.ones_like(ids_1N), "position_ids": positions_1N}
+    return in_spans(model, row.spans)(lambda: _to_the_last_hidden_state(model, **inputs))
 
-    def step() -> None:
-        with in_spans(model, row.spans):
-            output = model.get_base_model().model(
-                input_ids=ids_1N, attention_mask=torch.ones_like(ids_1N), position_ids=positions_1N, use_cache=False
-            )
-            output.last_hidden_state.float().mean().backward()
 
-    return step
+def _to_the_last_hidden_state(model: Any, **inputs: Any) -> None:
+    output = model.get_base_model().model(**inputs, use_cache=False)
+    output.last_hidden_state.float().mean().backward()
 
 
 def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:

@@ -351,7 +351,8 @@ def test_base_and_stock_kernels_alternate_with_native_in_one_round() -> None:
 @pytest.mark.parametrize(("least_s", "taken"), [(0.0, 2), (1.0, 4), (0.3, 2)])
 def test_short_batches_are_taken_more_often(monkeypatch: pytest.MonkeyPatch, least_s: float, taken: int) -> None:
     monkeypatch.setattr(decode, "generate_seconds", lambda *_: 0.25)
-    seconds = decode.measure(Mock(), [8], 32, [24], repeat=2, least_s=least_s)
+    settings = Settings(rows=(8,), prompt_tokens=32, lengths=(24,), repeat=4, least_s=least_s)
+    seconds = decode.measure(Mock(), settings)
     assert seconds == {"8": {"1": [0.25] * taken, "24": [0.25] * taken}}
 
 

@@ -111,7 +111,7 @@ def test_a_step_trains_with_checkpoints_on_a_gpu_alone(monkeypatch: pytest.Monke
             lambda model, config, device=device: seen.update({device: config.gradient_checkpointing}),
         )
         strategy: Any = SimpleNamespace(trainer=SimpleNamespace(model=None), subject=subject(device=device))
-        step.measure(strategy, rows=8, prompt_tokens=4, length=4, group=4, steps=1)
+        step.measure(strategy, Settings(step_rows=8, prompt_tokens=4, step_tokens=4, group=4, repeat=2))
     assert seen == {"cpu": False, "cuda:0": True}
 
 
@@ -187,8 +187,9 @@ def test_no_reference_outlives_what_it_was_for(tiny: Path, monkeypatch: pytest.M
     (found,) = fidelity.truth(strategy, **oracle)
     assert found["error_nats"] <= TOLERANCE * found["noise_nats"]
     assert found["signal_nats"] > 2 * TOLERANCE * found["noise_nats"]
-    fidelity.measure(strategy, [1e-4], [1])
-    assert fidelity.drift(strategy, [1])[0]["max_abs"] == 0
+    few = Settings(repeat=1, learning_rates=(1e-4,), updates=(1,), cycles=(1,))
+    fidelity.measure(strategy, few)
+    assert fidelity.drift(strategy, few)[0]["max_abs"] == 0
     gc.collect()
     assert len(made) == 3
     assert all(reference() is None for reference in made)

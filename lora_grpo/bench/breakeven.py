@@ -68,12 +68,10 @@ def crossing(gain_s: float, loss_s_per_token: float) -> tuple[float | None, Winn
 def earliest(rows: Sequence[BreakEvenRow]) -> list[BreakEvenRow]:
     """Of each shape and batch size, the merge that wins from the shortest completions on; the first of those that
     never do."""
-    first: dict[tuple[str, int], BreakEvenRow] = {}
+    kinds: dict[tuple[str, int], list[BreakEvenRow]] = {}
     for row in rows:
-        best = first.setdefault((row.shape, row.rows), row)
-        if _wins_from(row) < _wins_from(best):
-            first[row.shape, row.rows] = row
-    return list(first.values())
+        kinds.setdefault((row.shape, row.rows), []).append(row)
+    return [min(alike, key=_wins_from) for alike in kinds.values()]
 
 
 def _wins_from(row: BreakEvenRow) -> float:

@@ -23,10 +23,9 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     what they are measured by alternate. With the truth of what no other part looks at."""
     others = [name for name in settings.others if name != STOCK or settings.device == "cpu"]
     together = [name for name in others if name in (BASE, STOCK)]
-    work = {"rows": list(settings.rows), "prompt_tokens": settings.prompt_tokens, "lengths": sorted(settings.lengths)}
     how: dict[str, Any] = {
-        "arguments": {**work, "repeat": -(-settings.repeat // 2), "least_s": settings.least_s},
-        "warm": {**work, "lengths": [2], "repeat": 1, "least_s": 0.0},
+        "arguments": {"settings": settings},
+        "warm": {"settings": settings.replace(lengths=(2,), repeat=1, least_s=0.0)},
         "labels": {"prompt_tokens": settings.prompt_tokens},
     }
     planned: list[Cell] = []
@@ -37,26 +36,19 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
     return planned
 
 
-def measure(
-    strategy: Strategy, rows: list[int], prompt_tokens: int, lengths: list[int], repeat: int, least_s: float
-) -> dict[str, dict[str, list[float]]]:
+def measure(strategy: Strategy, settings: Settings) -> dict[str, dict[str, list[float]]]:
     """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token), each taken
-    `repeat` times and for `least_s` seconds at least."""
+    as often as is asked for and for `least_s` seconds at least."""
     strategy.renew()
-    return {
-        str(count): {
-            str(length): _taken(strategy, count, prompt_tokens, length, repeat, least_s)
-            for length in sorted({1, *lengths})
-        }
-        for count in rows
-    }
 
+    def taken(rows: int, length: int) -> list[float]:
+        seconds: list[float] = []
+        while len(seconds) < settings.each_way or sum(seconds) < settings.least_s:
+            seconds.append(generate_seconds(strategy, rows, settings.prompt_tokens, length))
+        return seconds
 
-def _taken(strategy: Strategy, count: int, prompt_tokens: int, length: int, repeat: int, least_s: float) -> list[float]:
-    seconds: list[float] = []
-    while len(seconds) < repeat or sum(seconds) < least_s:
-        seconds.append(generate_seconds(strategy, count, prompt_tokens, length))
-    return seconds
+    lengths = sorted({1, *settings.lengths})
+    return {str(rows): {str(length): taken(rows, length) for length in lengths} for rows in settings.rows}
 
 
 def generate_seconds(strategy: Strategy, rows: int, prompt_tokens: int, length: int) -> float:

@@ -64,14 +64,14 @@ def tenths(seconds: Sequence[float], levels: Sequence[Mapping[str, Any]]) -> lis
             "first": first + 1,
             "last": last,
             "median_s": median(seconds[first:last]),
-            **_medians([level for level in levels if first <= level["sync"] < last]),
+            **{name: _median([level[name] for level in levels if first <= level["sync"] < last]) for name in _SIZES},
         }
         for first, last in pairwise(ends)
     ]
 
 
-def _medians(levels: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    return {name: None if levels[0][name] is None else median([level[name] for level in levels]) for name in _SIZES}
+def _median(values: Sequence[Any]) -> float | None:
+    return None if None in values else median(values)
 
 
 def slopes(tenths: Sequence[EnduranceRow]) -> list[SlopeRow]:

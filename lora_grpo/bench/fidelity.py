@@ -33,15 +33,13 @@ DRIFT_RATE = 1e-4
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """For each strategy, in one process: truth, learning rates, drift."""
-    grid = {"learning_rates": list(settings.learning_rates), "updates": list(settings.updates)}
-    cycles = {"cycles": sorted(settings.cycles)}
-    planned: list[Cell] = []
+    asked, planned = {"settings": settings}, list[Cell]()
     for strategy in settings.strategies:
         one = (subject.with_strategy(strategy),)
         planned.append(truth_cell("fidelity", *one))
-        planned.append(Cell(f"fidelity/rates/{strategy}", "fidelity", measure, one, grid))
+        planned.append(Cell(f"fidelity/rates/{strategy}", "fidelity", measure, one, asked))
         if strategy in settings.drift_strategies:
-            planned.append(Cell(f"fidelity/drift/{strategy}", "drift", drift, one, cycles))
+            planned.append(Cell(f"fidelity/drift/{strategy}", "drift", drift, one, asked))
     return planned
 
 
@@ -102,7 +100,7 @@ def _loud_enough(trainer: Trainer, reference: Reference, tokens: list[list[int]]
     )
 
 
-def measure(strategy: Strategy, learning_rates: list[float], updates: list[int]) -> list[dict[str, float]]:
+def measure(strategy: Strategy, settings: Settings) -> list[dict[str, float]]:
     """Worker: for updates of several sizes, what of them is served.
 
     AdamW moves an entry of B by up to the learning rate a step, and by about its square root of steps over many.
@@ -111,7 +109,7 @@ def measure(strategy: Strategy, learning_rates: list[float], updates: list[int])
     trainer, tokens, reference = strategy.trainer, strategy.subject.sequences(), _restored(strategy)
     base = reference.logprobs(tokens)
     found = []
-    for learning_rate, steps in product(learning_rates, updates):
+    for learning_rate, steps in product(settings.learning_rates, settings.updates):
         trainer.reset(learning_rate * steps**0.5)
         strategy.sync()
         with reference.policy(trainer):
@@ -160,12 +158,12 @@ def verdict(row: TruthRow) -> str | None:
     )
 
 
-def drift(strategy: Strategy, cycles: list[int]) -> list[dict[str, Any]]:
+def drift(strategy: Strategy, settings: Settings) -> list[dict[str, Any]]:
     """Worker: an adapter as after 100 steps at a learning rate of 1e-4, then a step and a sync a cycle."""
     reference = _restored(strategy)
     strategy.trainer.reset(DRIFT_RATE * 10)
     found = []
-    for done, cycle in pairwise([0, *cycles]):
+    for done, cycle in pairwise([0, *sorted(settings.cycles)]):
         for _ in range(cycle - done):
             strategy.trainer.step(DRIFT_RATE)
             strategy.sync()
@@ -211,8 +209,7 @@ class Reference:
 
     def weight(self, path: str) -> torch.Tensor:
         """The base's weight at a checkpoint path, fp32."""
-        weight: torch.Tensor = self._modules[path].weight.detach()
-        return weight
+        return self._modules[path].weight.detach()
 
     def restore_base(self, trainer: Trainer) -> None:
         """Make the trainer's frozen base what the checkpoint says."""

@@ -101,10 +101,8 @@ def commit() -> str | None:
 
 def memory(device: str) -> dict[str, int]:
     """Bytes free and in all, where trainer and engine will be."""
-    if device != "cpu":
-        free, total = torch.cuda.mem_get_info(device)
-        return {"free": free, "total": total}
-    free, total = proc_bytes("meminfo", "MemAvailable", "MemTotal")
+    on_cpu = device == "cpu"
+    free, total = proc_bytes("meminfo", "MemAvailable", "MemTotal") if on_cpu else torch.cuda.mem_get_info(device)
     return {"free": free, "total": total}
 
 

@@ -3,7 +3,7 @@ earlier one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,10 @@ def join(documents: Mapping[str, Document]) -> Document:
         seconds=sum(seconds) if len(seconds) == len(made) else None,
         complete=all(one.complete for one in made),
         card=cards | ({"commit": ", ".join(commits)} if commits else {}),
-        bandwidth_bytes_per_s=_fastest([one.bandwidth_bytes_per_s for one in made]),
+        bandwidth_bytes_per_s={
+            channel: max(one.bandwidth_bytes_per_s[channel] for one in made)
+            for channel in made[0].bandwidth_bytes_per_s
+        },
         settings={f"{name}/{part}": kept for name, one in documents.items() for part, kept in one.settings.items()},
         failures=[failure for one in made for failure in one.failures],
         notes=list(dict.fromkeys(note for one in made for note in one.notes)),
@@ -92,22 +95,14 @@ def _identity(document: Document) -> dict[str, Any]:
     return {name: value for name, value in document.card.items() if name not in {*labels, *_OF_A_START}}
 
 
-def _fastest(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {channel: max(one[channel] for one in measured) for channel in measured[0]}
-
-
 def _native_once(rows: list[Any]) -> list[Any]:
     """Native is measured beside every other strategy: its first row of each kind stands for the others."""
-    kinds: set[tuple[Any, ...]] = set()
-    kept = []
-    for row in rows:
-        names = ("shape", "engine", "rank", "targets", "rows", "prompt_tokens", "completion_tokens", "case")
+    names = ("strategy", "shape", "engine", "rank", "targets", "rows", "prompt_tokens", "completion_tokens", "case")
+    kept: dict[Any, Any] = {}
+    for place, row in enumerate(rows):
         kind = tuple(getattr(row, name, None) for name in names)
-        if row.strategy != NATIVE or kind not in kinds:
-            kept.append(row)
-        if row.strategy == NATIVE:
-            kinds.add(kind)
-    return kept
+        kept.setdefault(kind if row.strategy == NATIVE else place, row)
+    return list(kept.values())
 
 
 def compare(now: Document, baseline: Document, tolerance: float) -> list[dict[str, Any]]:

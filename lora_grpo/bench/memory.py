@@ -42,7 +42,7 @@ def measure(strategy: Strategy) -> list[dict[str, Any]]:
     tmpfs = on_tmpfs(strategy.folder)
     # `level` counts mapped version files on the CPU; here they count once, as tmpfs.
     mapped = _mapped(strategy.folder) if device == "cpu" else 0
-    found = {
+    row = {
         "kind": "pss" if device == "cpu" else "cuda",
         "before_bytes": levels.start,
         "trainer_bytes": levels.grown["trainer"],
@@ -54,7 +54,7 @@ def measure(strategy: Strategy) -> list[dict[str, Any]]:
         "copy_bytes": copy_bytes,
         "weights_bytes": _weights(strategy),
     }
-    return [found]
+    return [row]
 
 
 def _weights(strategy: Strategy) -> int:

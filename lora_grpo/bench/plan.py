@@ -52,8 +52,7 @@ class Subject:
 
         vocabulary = AutoConfig.from_pretrained(self.model).get_text_config().vocab_size
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        drawn: list[list[int]] = torch.randint(1, vocabulary, (rows, tokens), generator=generator).tolist()
-        return drawn
+        return torch.randint(1, vocabulary, (rows, tokens), generator=generator).tolist()
 
 
 @dataclass(frozen=True)

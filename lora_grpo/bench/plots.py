@@ -71,7 +71,6 @@ def _where(document: Document) -> str:
 
 def _sync_times(axes: Axes, document: Document) -> None:
     rows = _main(document)
-    axes.set_title(f"Sync, {_named(rows[0])}")
     names, medians = [row.strategy for row in rows], [ms(row.median_s) for row in rows]
     more = [max(0.0, ms(row.p95_s - row.median_s)) for row in rows]
     colours = [BLUE if name == NATIVE else GREY for name in names]
@@ -79,23 +78,24 @@ def _sync_times(axes: Axes, document: Document) -> None:
     axes.bar_label(bars, [f"{figure(median)} ms" for median in medians], padding=4)
     floors = {row.strategy: ms(row.floor_s) for row in rows if row.floor_s}
     axes.plot(list(floors.values()), list(floors), "|", color=ORANGE, markersize=22, markeredgewidth=2)
-    axes.set_xscale("log")
-    axes.set_xlim(min(*floors.values(), *medians) / 2, 4 * max(medians))
+    axes.set(
+        title=f"Sync, {_named(rows[0])}",
+        xlabel="ms until the engine can sample from the new policy (line to p95; orange: floor of bytes moved)",
+        xscale="log",
+        xlim=(min(*floors.values(), *medians) / 2, 4 * max(medians)),
+    )
     _plain(axes.xaxis)
-    axes.set_xlabel("ms until the engine can sample from the new policy (line to p95; orange: floor of bytes moved)")
     axes.grid(axis="x")
 
 
 def _sync_phases(axes: Axes, document: Document) -> None:
     rows = _main(document)
-    axes.set_title(f"Where a sync's time goes, {_named(rows[0])}")
     shares = [{phase: percent(s / sum(row.phases_s.values())) for phase, s in row.phases_s.items()} for row in rows]
     phases = dict.fromkeys(phase for share in reversed(shares) for phase in share)
     parts = {phase: [share.get(phase, 0.0) for share in shares] for phase in phases}
     names = [f"{row.strategy} ({figure(ms(row.median_s))} ms)" for row in rows]
     _stacked(axes, names, {phase: sizes for phase, sizes in parts.items() if max(sizes) >= 1})
-    axes.set_xlabel("% of the sync")
-    axes.set_xlim(0, 100)
+    axes.set(title=f"Where a sync's time goes, {_named(rows[0])}", xlabel="% of the sync", xlim=(0, 100))
     axes.legend(ncols=6, **_BELOW)
 
 
@@ -114,7 +114,6 @@ def _break_even(axes: Axes, document: Document) -> None:
     size = sizes[len(sizes) // 2]
     rows = [row for row in document.break_even if row.rows == size]
     shape, measured = rows[0].shape, max(row.measured_up_to_tokens for row in rows)
-    axes.set_title(f"Sync and generate, merged against native: {shape}, {size} rows")
     native = next(row for row in document.sync if (row.strategy, row.shape) == (NATIVE, shape))
     decodes = [row for row in document.decode if (row.strategy, row.shape, row.rows) == (NATIVE, shape, size)]
     decoded = max(decodes, key=lambda row: row.completion_tokens)
@@ -128,21 +127,22 @@ def _break_even(axes: Axes, document: Document) -> None:
             axes.plot([row.completion_tokens], [1], "o", color=line.get_color())
     axes.axhline(1, color="black", linewidth=1)
     axes.axvspan(measured, reach, color="#f2f2f2", zorder=0)
-    axes.set_xscale("log")
+    axes.set(
+        title=f"Sync and generate, merged against native: {shape}, {size} rows",
+        xlabel="completion tokens (grey: extrapolated; dots: break-even)",
+        ylabel="time, as multiple of native's (above 1 native wins)",
+        xscale="log",
+    )
     _plain(axes.xaxis)
-    axes.set_xlabel("completion tokens (grey: extrapolated; dots: break-even)")
-    axes.set_ylabel("time, as multiple of native's (above 1 native wins)")
     axes.legend()
 
 
 def _drift(axes: Axes, document: Document) -> None:
-    axes.set_title(f"Drift of the trainer's frozen base, {document.drift[0].shape}")
     _by_strategy(axes, document.drift, "cycles", "mean_relative", lambda x, y: f"{figure(y[-1])} % after {x[-1]:,}")
     axes.set_yscale("symlog", linthresh=1e-3)
     _plain(axes.xaxis, axes.yaxis)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("syncs")
-    axes.set_ylabel("mean |W - W0|, % of mean |W0|")
+    title = f"Drift of the trainer's frozen base, {document.drift[0].shape}"
+    axes.set(title=title, xlabel="syncs", ylabel="mean |W - W0|, % of mean |W0|", ylim=(0, None))
 
 
 def _by_strategy(
@@ -161,14 +161,13 @@ def _by_strategy(
 def _memory(axes: Axes, document: Document) -> None:
     rows = document.memory[::-1]
     kind = "proportional set" if rows[0].kind == "pss" else "CUDA allocated"
-    axes.set_title(f"Memory of trainer and engine, {rows[0].shape} ({kind})")
     parts = {"trainer": "trainer", "engine": "engine", "peak during syncs": "sync", "tmpfs": "tmpfs"}
     sizes = {part: [mib(getattr(row, f"{of}_bytes")) for row in rows] for part, of in parts.items()}
     wholes = [sum(of) for of in zip(*sizes.values(), strict=True)]
     bars = _stacked(axes, [row.strategy for row in rows], sizes)
     axes.bar_label(bars, [f"{whole:,.0f}" for whole in wholes], padding=4)
-    axes.set_xlim(0, 1.12 * max(wholes))
-    axes.set_xlabel("MiB")
+    title = f"Memory of trainer and engine, {rows[0].shape} ({kind})"
+    axes.set(title=title, xlabel="MiB", xlim=(0, 1.12 * max(wholes)))
     axes.legend(ncols=4, **_BELOW)
 
 
@@ -176,28 +175,24 @@ def _endurance(axes: Axes, document: Document) -> None:
     """The first strategy's tenths, each relative to the first."""
     first = document.endurance[0]
     rows = [row for row in document.endurance if (row.strategy, row.shape) == (first.strategy, first.shape)]
-    axes.set_title(f"{rows[-1].last:,} syncs on one engine, {first.strategy}, {first.shape}, r={first.rank}")
     lines = ("median_s", "sync", ms, "ms"), ("memory_bytes", "PSS", mib, "MiB"), ("tmpfs_bytes", "tmpfs", mib, "MiB")
     for field, name, scaled, unit in lines:
         values = [scaled(getattr(row, field)) for row in rows]
         label = f"{name}: {figure(values[0])} to {figure(values[-1])} {unit}"
         axes.plot([row.last for row in rows], [percent(value / (values[0] or 1.0)) for value in values], label=label)
-    axes.set_ylim(0, 150)
-    axes.set_xlabel("syncs (a tenth a point)")
-    axes.set_ylabel("% of the first tenth")
+    title = f"{rows[-1].last:,} syncs on one engine, {first.strategy}, {first.shape}, r={first.rank}"
+    axes.set(title=title, xlabel="syncs (a tenth a point)", ylabel="% of the first tenth", ylim=(0, 150))
     axes.legend(loc="lower left")
     axes.grid(axis="y")
 
 
 def _fidelity(axes: Axes, document: Document) -> None:
     first = min(row.updates for row in document.fidelity)
-    axes.set_title(f"Share of the update lost on the way, {document.fidelity[0].shape}, {first} update")
     rows = [row for row in document.fidelity if row.updates == first]
     _by_strategy(axes, rows, "learning_rate", "lost_share", lambda x, y: f"{figure(y[0])} % at {x[0]:g}")
-    axes.set_yscale("log")
+    title = f"Share of the update lost on the way, {rows[0].shape}, {first} update"
+    axes.set(title=title, xlabel="learning rate", ylabel="|served update - update|, % of |update|", yscale="log")
     _plain(axes.yaxis)
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("|served update - update|, % of |update|")
 
 
 _PICTURES: tuple[tuple[str, str, Callable[[Any, Document], None]], ...] = (

@@ -137,12 +137,15 @@ class MemoryRow(Row):
         return None if self.weights_bytes is None or not self.copy_bytes else self.weights_bytes / self.copy_bytes
 
 
-class DecodeRow(Row):
-    """`tpot_s` is time per output token of one row; ratios compare with `native`."""
-
+class BatchRow(Row):
     rows: Annotated[int, Column("rows")]
     prompt_tokens: Annotated[int, Column("prompt tokens")]
     completion_tokens: Annotated[int, Column("new tokens")]
+
+
+class DecodeRow(BatchRow):
+    """`tpot_s` is time per output token of one row; ratios compare with `native`."""
+
     generate_s: float
     tpot_s: Annotated[float, Column("ms a token", ms)]
     tpot_ratio_to_native: Annotated[float, Column("x native (decode)")]
@@ -193,13 +196,10 @@ class DriftRow(Row):
     logprob_shift_nats: Annotated[float, Column("base's log-probs moved, nats")]
 
 
-class StepRow(Row):
+class StepRow(BatchRow):
     """Medians by phase; `train_s` is that of all rounds of a pair, both strategies' alike. `serving_ratio_to_native`
     leaves it out: generate and sync alone."""
 
-    rows: Annotated[int, Column("rows")]
-    prompt_tokens: Annotated[int, Column("prompt tokens")]
-    completion_tokens: Annotated[int, Column("new tokens")]
     generate_s: Annotated[float, Column("generate s")]
     train_s: Annotated[float, Column("train s")]
     sync_s: Annotated[float, Column("sync s")]

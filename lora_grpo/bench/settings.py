@@ -87,6 +87,11 @@ class Settings(Section):
         return self.in_turn or self.device != "cpu"
 
     @property
+    def each_way(self) -> int:
+        """Measurements of each strategy there, and as many back."""
+        return -(-self.repeat // 2)
+
+    @property
     def others(self) -> list[str]:
         """The strategies that native is measured beside."""
         return [name for name in self.strategies if name != NATIVE]

@@ -27,33 +27,34 @@ PHASES = (*SERVING, "train")
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """`native` beside each other strategy."""
-    sizes = {"rows": settings.step_rows, "prompt_tokens": settings.prompt_tokens}
-    size = {**sizes, "length": settings.step_tokens, "group": settings.group}
     how: dict[str, Any] = {
-        "arguments": {**size, "steps": -(-settings.repeat // 2)},
-        "warm": {**size, "steps": 1},
-        "labels": {**sizes, "completion_tokens": settings.step_tokens},
+        "arguments": {"settings": settings},
+        "warm": {"settings": settings.replace(repeat=1)},
+        "labels": {
+            "rows": settings.step_rows,
+            "prompt_tokens": settings.prompt_tokens,
+            "completion_tokens": settings.step_tokens,
+        },
     }
     return [beside_native("step", measure, subject, name, **how) for name in settings.others]
 
 
-def measure(
-    strategy: Strategy, rows: int, prompt_tokens: int, length: int, group: int, steps: int
-) -> dict[str, list[float]]:
-    """Worker: `steps` steps on random prompts, with advantages drawn at random; seconds by phase."""
+def measure(strategy: Strategy, settings: Settings) -> dict[str, list[float]]:
+    """Worker: steps on random prompts, with advantages drawn at random; seconds by phase."""
     from lora_grpo.policy import Policy
 
+    prompts = settings.step_rows // settings.group
     config = GRPOConfig(
-        num_generations=group,
-        per_device_train_batch_size=group,
-        gradient_accumulation_steps=rows // group,
-        max_completion_length=length,
-        total_steps=steps,
+        num_generations=settings.group,
+        per_device_train_batch_size=settings.group,
+        gradient_accumulation_steps=prompts,
+        max_completion_length=settings.step_tokens,
+        total_steps=settings.each_way,
         # Two trainers and two engines share one GPU.
         gradient_checkpointing=strategy.subject.device != "cpu",
     )
     policy = Policy(strategy.trainer.model, config)
-    done = [_step(strategy, policy, rows // group, prompt_tokens) for _ in range(steps)]
+    done = [_step(strategy, policy, prompts, settings.prompt_tokens) for _ in range(settings.each_way)]
     return {phase: [seconds[phase] for seconds in done] for phase in PHASES}
 
 

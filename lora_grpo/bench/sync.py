@@ -44,21 +44,16 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
         # In the same process, while it is alive: what was timed serves what it claims to.
         planned += [fidelity.truth_cell("sync", subject.with_strategy(strategy)) for strategy in settings.strategies]
     if settings.canary_rows:
-        planned.append(_proofs(settings, subject))
+        warm = {"settings": settings.replace(canary_rows=()), "times": 1}
+        native = (subject.with_strategy(NATIVE),)
+        planned.append(Cell("sync/proofs", "proof", prove, native, {"settings": settings}, warm=warm))
     swept = [strategy for strategy in settings.sweep_strategies if strategy in settings.strategies]
     elsewhere = [replace(subject, rank=rank, targets=targets) for rank, targets in settings.sweep]
     return planned + [_pair(settings, other, strategy) for other in elsewhere for strategy in swept]
 
 
-def _proofs(settings: Settings, subject: Subject) -> Cell:
-    given = {"canary_rows": list(settings.canary_rows), "prompt_tokens": settings.prompt_tokens}
-    warm = {**given, "canary_rows": [], "times": 1}
-    return Cell("sync/proofs", "proof", prove, (subject.with_strategy(NATIVE),), given, warm=warm)
-
-
 def _pair(settings: Settings, subject: Subject, strategy: str) -> Cell:
-    labels = {"rank": subject.rank, "targets": subject.targets}
-    syncs = {"syncs": -(-settings.repeat // 2)}
+    labels, syncs = {"rank": subject.rank, "targets": subject.targets}, {"syncs": settings.each_way}
     return beside_native("sync", measure, subject, strategy, arguments=syncs, warm={"syncs": WARM}, labels=labels)
 
 
@@ -113,25 +108,23 @@ def _totals(found: Mapping[str, Any]) -> list[float]:
     return [sum(one) for one in zip(*found["phases_s"].values(), strict=True)]
 
 
-def prove(strategy: Native, canary_rows: list[int], prompt_tokens: int, times: int = PROVEN) -> list[dict[str, Any]]:
+def prove(strategy: Native, settings: Settings, times: int = PROVEN) -> list[dict[str, Any]]:
     """Worker: seconds of each proof, several times, and of as many pushes."""
     strategy.trainer.step()
     push_s = median([strategy.sync().total_s for _ in range(4 * times)])
     found = []
-    for proof, rows, work in _proofs_of(strategy, canary_rows, prompt_tokens):
+    for proof, rows, work in _proofs_of(strategy, settings):
         seconds = []
         for _ in range(times):
             started = time.perf_counter()
             work()
             seconds.append(time.perf_counter() - started)
-        row = {"proof": proof, "rows": rows, "tokens": rows and prompt_tokens, "times": times}
+        row = {"proof": proof, "rows": rows, "tokens": rows and settings.prompt_tokens, "times": times}
         found.append({**row, "median_s": median(seconds), "ratio_to_push": median(seconds) / push_s})
     return found
 
 
-def _proofs_of(
-    strategy: Native, canary_rows: list[int], tokens: int
-) -> Iterator[tuple[str, int | None, Callable[[], object]]]:
+def _proofs_of(strategy: Native, settings: Settings) -> Iterator[tuple[str, int | None, Callable[[], object]]]:
     """Each with the completions that it looks at, which are as long as their prompts; making them is no part of it."""
     from lora_grpo.adapters.peft_form.serving import ServingForm
     from lora_grpo.bench.strategies.trainer import ADAPTER
@@ -142,7 +135,8 @@ def _proofs_of(
     dtype, staging = getattr(torch, engine.lora_dtype), strategy.store.root / STAGING
     yield "same base", None, lambda: match_base(engine, model, Processes(None))
     yield "probe", None, lambda: run_probe(model, ServingForm(model, ADAPTER, dtype), engine, staging)
+    tokens = settings.prompt_tokens
     sampling = Sampling(n=1, max_tokens=tokens, temperature=1.0, seed=strategy.subject.seed, ignore_eos=True)
-    for rows in canary_rows:
+    for rows in settings.canary_rows:
         groups = strategy.generate(strategy.subject.fresh_prompts(rows, tokens), sampling)
         yield "canary", rows, partial(strategy.pusher.canary, groups)

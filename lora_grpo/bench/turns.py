@@ -12,8 +12,8 @@ from lora_grpo.bench.strategies import AGAIN, NATIVE
 AT_ONCE = "merge-trl-batched"
 BESIDE_NATIVE = ("sync", "decode", "step", "rollback")
 """The tables in which strategies are compared with what native does beside them."""
-_ORDER = ("sync", "decode", "rollback", "", "truth", "memory")
-"""Of what is measured on one engine; the empty name stands for all others."""
+_ORDER = ("sync", "decode", "rollback", "proof", "fidelity", "drift", "step", "endurance", "truth", "memory")
+"""Of what is measured on one engine."""
 
 
 def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
@@ -27,10 +27,14 @@ def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
     alones = list(made.values())
     main = next((cell.subjects for cell in alones if cell.subjects[0].strategy == NATIVE), None)
     alones += [_at_once(cell) for cell in alones if cell.key.startswith("sync/merge-trl/")]
-    alones += [_again(cell) for cell in alones if cell.subjects == main and cell.table in (*BESIDE_NATIVE, "memory")]
+    alones += [
+        replace(cell, key=f"{cell.key}/again", subjects=(cell.subjects[0].with_strategy(AGAIN),))
+        for cell in alones
+        if cell.subjects == main and cell.table in (*BESIDE_NATIVE, "memory")
+    ]
     turns = list(dict.fromkeys(cell.subjects for cell in alones))
     turns.sort(key=lambda subjects: subjects[0].strategy != NATIVE)
-    return sorted(alones, key=lambda cell: (turns.index(cell.subjects), _place(cell)))
+    return sorted(alones, key=lambda cell: (turns.index(cell.subjects), _ORDER.index(cell.table)))
 
 
 def _alone(cell: Cell, index: int, subject: Subject) -> Cell:
@@ -38,17 +42,9 @@ def _alone(cell: Cell, index: int, subject: Subject) -> Cell:
     return replace(cell, key=key, subjects=(subject,), order=(0,) * cell.order.count(index), fresh=False)
 
 
-def _again(cell: Cell) -> Cell:
-    return replace(cell, key=f"{cell.key}/again", subjects=(cell.subjects[0].with_strategy(AGAIN),))
-
-
 def _at_once(cell: Cell) -> Cell:
     """The merge that is compared most, its weights handed over in one call, on the same engine."""
     return replace(cell, key=f"{cell.key}/at once", name=AT_ONCE, arguments={**cell.arguments, "at_once": True})
-
-
-def _place(cell: Cell) -> int:
-    return _ORDER.index(cell.table if cell.table in _ORDER else "")
 
 
 def compared(cells: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

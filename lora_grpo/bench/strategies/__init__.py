@@ -44,8 +44,7 @@ def check_name(name: str) -> str:
 
 def load_strategy(name: str) -> type[Strategy]:
     """The class of a strategy."""
-    strategy: type[Strategy] = resolve_name(f"{__name__}.{_HOMES[name]}" if name in _HOMES else check_name(name))
-    return strategy
+    return resolve_name(f"{__name__}.{_HOMES[name]}" if name in _HOMES else check_name(name))
 
 
 def load(subject: Subject) -> Strategy:

@@ -81,13 +81,11 @@ class Strategy(ABC):
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Teacher-forced log-probs of what is served; of the base before the first sync."""
-        scored: list[list[float]] = self.engine.logprobs(sequences, **self.served())
-        return scored
+        return self.engine.logprobs(sequences, **self.served())
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
         """Completions of what is served."""
-        groups: list[Group] = self.engine.generate(prompts, sampling, **self.served())
-        return groups
+        return self.engine.generate(prompts, sampling, **self.served())
 
     def served(self) -> dict[str, Any]:
         """How the engine is told whom to sample from; a stock one serves what it was given last."""
@@ -127,14 +125,13 @@ class Strategy(ABC):
 
 def engine_arguments(subject: Subject) -> dict[str, Any]:
     """What every engine of a comparison is started with."""
-    fixed = {} if subject.kv_cache_bytes is None else {"kv_cache_memory_bytes": subject.kv_cache_bytes}
-    sizes = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
-    return {**fixed, **_graphs(subject), **{name: getattr(subject, name) for name in sizes}}
-
-
-def _graphs(subject: Subject) -> dict[str, Any]:
-    """Nothing captured, vLLM's default (compiled, many sizes), or graphs of whole decode steps of the rows measured."""
+    names = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
+    arguments: dict[str, Any] = {name: getattr(subject, name) for name in names}
+    if subject.kv_cache_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = subject.kv_cache_bytes
     if subject.graphs != "alone" or subject.device == "cpu":
-        return {"enforce_eager": subject.graphs is not True}
+        # Nothing captured, or vLLM's default: compiled, graphs of many sizes.
+        return {**arguments, "enforce_eager": subject.graphs is not True}
+    # Graphs of whole decode steps of the rows that are measured.
     alone = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted({*subject.rows})}
-    return {"enforce_eager": False, "compilation_config": alone}
+    return {**arguments, "enforce_eager": False, "compilation_config": alone}

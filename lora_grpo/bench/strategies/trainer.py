@@ -80,8 +80,7 @@ class Trainer:
 
     def base_weight(self, module: LoraModule) -> torch.Tensor:
         """The frozen weight that a module adapts, as it is now."""
-        weight: torch.Tensor = module.layer.get_base_layer().weight.detach()
-        return weight
+        return module.layer.get_base_layer().weight.detach()
 
     def update_of(self, module: LoraModule) -> torch.Tensor:
         """s B A in fp32: what the adapter adds to the weight."""
