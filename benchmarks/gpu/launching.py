@@ -57,7 +57,9 @@ def become(command: Sequence[str], log: str) -> None:
     with open(log, "a") as output:
         for descriptor in (1, 2):
             os.dup2(output.fileno(), descriptor)
-    if not fork_is_whole():
+    # CUDA cannot be started where the process that this one was forked from has.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda._is_in_bad_fork():
         os.execv(command[0], command)
     _, *words = command
     if words[0] == "-m":
@@ -66,9 +68,3 @@ def become(command: Sequence[str], log: str) -> None:
     else:
         sys.argv, sys.path[0] = words, os.path.dirname(words[0])
         runpy.run_path(words[0], run_name="__main__")
-
-
-def fork_is_whole() -> bool:
-    """Whether CUDA can be started in this process: not where the one that it was forked from has."""
-    torch = sys.modules.get("torch")
-    return torch is None or not torch.cuda._is_in_bad_fork()

@@ -94,7 +94,9 @@ def choose_place(asked: Path | None, device: str) -> Place:
     needed = TINY_BYTES if device == "cpu" else LARGE_BYTES
     folders = [asked] if asked else [SHARED / NAME, Path(tempfile.gettempdir()) / NAME]
     free = {folder: _free_bytes(folder) for folder in folders}
-    chosen = next((folder for folder in folders if _is_made(folder) or free[folder] >= needed), None)
+    # An earlier call may have made the large model there.
+    made = {folder for folder in folders if any(folder.glob(f"qwen2.5-7b-seed*/{FINISHED}"))}
+    chosen = next((folder for folder in folders if folder in made or free[folder] >= needed), None)
     told = ", ".join(f"{size / (1 << 30):.1f} GiB are free for {folder}" for folder, size in free.items())
     if chosen is None:
         largest = max(folders, key=lambda folder: free[folder])
@@ -102,11 +104,6 @@ def choose_place(asked: Path | None, device: str) -> Place:
         return Place(largest.resolve(), [f"Models and caches were in {largest}: {told}."], refusal)
     notes = [] if chosen is folders[0] else [f"Models and caches were in {chosen}, not in memory: {told}."]
     return Place(chosen.resolve(), notes)
-
-
-def _is_made(folder: Path) -> bool:
-    """An earlier call has made the large model there."""
-    return any(folder.glob(f"qwen2.5-7b-seed*/{FINISHED}"))
 
 
 def _free_bytes(folder: Path) -> int:

@@ -76,16 +76,13 @@ def _median(values: Sequence[Any]) -> float | None:
 
 def slopes(tenths: Sequence[EnduranceRow]) -> list[SlopeRow]:
     """A line through each strategy's tenths: one outlier, a busy moment of the machine, moves it little."""
-    return [_slope(list(group)) for _, group in groupby(tenths, key=lambda row: (row.strategy, row.shape, row.rank))]
-
-
-def _slope(rows: Sequence[EnduranceRow]) -> SlopeRow:
-    per_1000: dict[str, Any] = {
-        f"{name}_per_1000": _line(rows, of)
-        for name, of in (("seconds", "median_s"), *((size, size) for size in _SIZES))
-    }
-    first = rows[0]
-    return SlopeRow(strategy=first.strategy, shape=first.shape, rank=first.rank, syncs=rows[-1].last, **per_1000)
+    found = []
+    for (strategy, shape, rank), group in groupby(tenths, key=lambda row: (row.strategy, row.shape, row.rank)):
+        rows = list(group)
+        per_1000: dict[str, Any] = {f"{size}_per_1000": _line(rows, size) for size in _SIZES}
+        per_1000["seconds_per_1000"] = _line(rows, "median_s")
+        found.append(SlopeRow(strategy=strategy, shape=shape, rank=rank, syncs=rows[-1].last, **per_1000))
+    return found
 
 
 def _line(rows: Sequence[EnduranceRow], name: str) -> float | None:

@@ -6,9 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-TARGETS = {"all-linear": "all-linear", "attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
-"""LoRA targets by the name they have in the tables."""
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -38,8 +35,9 @@ class Subject:
     @property
     def target_modules(self) -> Any:
         """What `peft.LoraConfig` takes."""
-        known = TARGETS.get(self.targets, tuple(self.targets.split("+")))
-        return known if isinstance(known, str) else list(known)
+        if self.targets == "all-linear":
+            return self.targets
+        return ("q_proj+k_proj+v_proj+o_proj" if self.targets == "attention" else self.targets).split("+")
 
     def sequences(self) -> list[list[int]]:
         """Fixed random tokens, the same in every process of a model."""

@@ -55,7 +55,9 @@ class WorkerProcess:
             self._channel.send((work, arguments))
             reply = self._channel.recv()
         except (EOFError, OSError):
-            raise EngineError(self._obituary()) from None
+            self._process.join()
+            died = f"a worker died with exit code {self._process.exitcode}"
+            raise EngineError(f"{died}; {self._last_words()}") from None
         if isinstance(reply, LoraGrpoError):
             raise reply
         return reply
@@ -71,10 +73,6 @@ class WorkerProcess:
     def kill(self) -> None:
         self._process.kill()
         self._process.join()
-
-    def _obituary(self) -> str:
-        self._process.join()
-        return f"a worker died with exit code {self._process.exitcode}; {self._last_words()}"
 
     def _last_words(self) -> str:
         with open(self._log, errors="replace") as log:

@@ -26,7 +26,12 @@ def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
             made.setdefault(alone.key, alone)
     alones = list(made.values())
     main = next((cell.subjects for cell in alones if cell.subjects[0].strategy == NATIVE), None)
-    alones += [_at_once(cell) for cell in alones if cell.key.startswith("sync/merge-trl/")]
+    # The merge that is compared most, its weights handed over in one call, on the same engine.
+    alones += [
+        replace(cell, key=f"{cell.key}/at once", name=AT_ONCE, arguments={**cell.arguments, "at_once": True})
+        for cell in alones
+        if cell.key.startswith("sync/merge-trl/")
+    ]
     alones += [
         replace(cell, key=f"{cell.key}/again", subjects=(cell.subjects[0].with_strategy(AGAIN),))
         for cell in alones
@@ -40,11 +45,6 @@ def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
 def _alone(cell: Cell, index: int, subject: Subject) -> Cell:
     key = f"{cell.table}/{subject.strategy}/r{subject.rank}/{subject.targets}/{subject.graphs}"
     return replace(cell, key=key, subjects=(subject,), order=(0,) * cell.order.count(index), fresh=False)
-
-
-def _at_once(cell: Cell) -> Cell:
-    """The merge that is compared most, its weights handed over in one call, on the same engine."""
-    return replace(cell, key=f"{cell.key}/at once", name=AT_ONCE, arguments={**cell.arguments, "at_once": True})
 
 
 def compared(cells: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

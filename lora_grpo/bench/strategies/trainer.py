@@ -22,7 +22,11 @@ class Trainer:
     def __init__(self, subject: Subject, base: Any = None) -> None:
         """On `base`, or on a copy of its own."""
         if base is None:
-            base = _own_base(subject)
+            base = AutoModelForCausalLM.from_pretrained(subject.model, dtype=torch.bfloat16).to(subject.device)
+            for parameter in base.parameters():
+                # On the CPU they are views of the mapped file, whose pages count when they are first touched, whoever
+                # does.
+                parameter.data = parameter.data.clone()
         torch.manual_seed(subject.seed)
         config = LoraConfig(r=subject.rank, lora_alpha=2 * subject.rank, target_modules=subject.target_modules)
         self.model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
@@ -105,14 +109,6 @@ class Trainer:
 
     def _normal(self, like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=self._generator, device=self.device)
-
-
-def _own_base(subject: Subject) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(subject.model, dtype=torch.bfloat16).to(subject.device)
-    for parameter in base.parameters():
-        # On the CPU they are views of the mapped file, whose pages count when they are first touched, whoever does.
-        parameter.data = parameter.data.clone()
-    return base
 
 
 def checkpoint_name(name: str) -> str:
