@@ -28,8 +28,7 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.bench.shapes import write_model
-from lora_grpo.bench.strategies.base import engine_arguments
-from lora_grpo.bench.strategies.trainer import ADAPTER, Trainer
+from lora_grpo.bench.strategies.base import ADAPTER, Trainer, engine_arguments
 
 RANK, PROMPT = 16, 32
 

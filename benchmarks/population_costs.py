@@ -26,7 +26,7 @@ import torch
 from peft import LoraConfig
 
 from lora_grpo import GRPOConfig, GRPOTrainer, MemberSpec, Population
-from lora_grpo.bench.levels import proc_bytes
+from lora_grpo.bench.gauges import proc_bytes
 from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.bench.shapes import write_model
 from lora_grpo.config import EngineConfig, ModelConfig

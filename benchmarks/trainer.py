@@ -36,10 +36,9 @@ from unittest.mock import patch
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lora_grpo.bench.levels import collect, level
+from lora_grpo.bench.gauges import Clock, collect, level
 from lora_grpo.bench.memory import forget_peaks, peak
 from lora_grpo.bench.provenance import asked, provenance, write_result
-from lora_grpo.bench.timing import Clock
 
 VOCABULARY = 151_936
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}

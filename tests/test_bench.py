@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_grpo.bench import breakeven, decode, endurance, fidelity, host, shapes, sync
 from lora_grpo.bench.fidelity import Reference
+from lora_grpo.bench.gauges import Levels, floor_seconds, level, measure_bandwidth, percentile_95
 from lora_grpo.bench.joining import compare
-from lora_grpo.bench.levels import Levels, level
 from lora_grpo.bench.plan import Cell, Subject, there_and_back
 from lora_grpo.bench.report import findings, update_readme, write_report
 from lora_grpo.bench.runner import Partial
@@ -29,10 +29,8 @@ from lora_grpo.bench.schema import (
 )
 from lora_grpo.bench.settings import Settings, plan_parts
 from lora_grpo.bench.strategies import STOCK, STRATEGIES, load_strategy
-from lora_grpo.bench.strategies.base import Strategy
-from lora_grpo.bench.strategies.trainer import Trainer
+from lora_grpo.bench.strategies.base import Strategy, Trainer
 from lora_grpo.bench.suite import by_strategy, rows_of_one
-from lora_grpo.bench.timing import floor_seconds, measure_bandwidth, percentile_95
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 

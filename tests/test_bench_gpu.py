@@ -20,8 +20,7 @@ from lora_grpo.bench.runner import Partial, Runner
 from lora_grpo.bench.schema import TOLERANCE
 from lora_grpo.bench.settings import Settings, plan_parts
 from lora_grpo.bench.strategies import NATIVE, load
-from lora_grpo.bench.strategies.base import Synced
-from lora_grpo.bench.strategies.trainer import Trainer
+from lora_grpo.bench.strategies.base import Synced, Trainer
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import teacher_logprobs
 from tests.test_bench import decode_row, document, subject, sync_row

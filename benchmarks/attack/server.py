@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks.attack import Outcome, scratch
-from lora_grpo.bench.levels import proc_bytes
+from lora_grpo.bench.gauges import proc_bytes
 from lora_grpo.errors import LoraGrpoError
 from lora_grpo.remote.client import StoreClient
 

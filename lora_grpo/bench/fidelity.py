@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
-from lora_grpo.bench.levels import collect
+from lora_grpo.bench.gauges import collect
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.schema import TruthRow
 from lora_grpo.bench.settings import Settings
@@ -21,8 +21,7 @@ from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.peft_form.modules import LoraModule
-    from lora_grpo.bench.strategies.base import Strategy
-    from lora_grpo.bench.strategies.trainer import Trainer
+    from lora_grpo.bench.strategies.base import Strategy, Trainer
 
 Logprobs: TypeAlias = list[list[float]]
 NewWeight: TypeAlias = Callable[["LoraModule", torch.Tensor], torch.Tensor]
@@ -53,7 +52,7 @@ def oracle(subject: Subject) -> dict[str, Any]:
 
     Nothing stays but what is returned, so that no engine has to leave room for a model in fp32.
     """
-    from lora_grpo.bench.strategies.trainer import Trainer
+    from lora_grpo.bench.strategies.base import Trainer
     from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
 
     trainer, reference, tokens = Trainer(subject), Reference(subject.model, subject.device), subject.sequences()

@@ -16,11 +16,10 @@ import torch
 from torch import nn
 
 from lora_grpo.bench import shapes
-from lora_grpo.bench.levels import proc_bytes
+from lora_grpo.bench.gauges import measure_bandwidth, proc_bytes
 from lora_grpo.bench.memory import KV_CACHE_BYTES
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import BASE, NATIVE, STOCK
-from lora_grpo.bench.timing import measure_bandwidth
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import package_versions
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from lora_grpo.bench.levels import TMPFS, collect, level, on_tmpfs, proc_bytes, settled_level
+from lora_grpo.bench.gauges import TMPFS, collect, level, on_tmpfs, proc_bytes, settled_level
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.schema import MemoryRow
 from lora_grpo.bench.settings import Settings

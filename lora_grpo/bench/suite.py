@@ -13,14 +13,13 @@ from typing import Any, get_args
 
 from lora_grpo.adapters.files.disk import tmpfs_home
 from lora_grpo.bench import decode, endurance, fidelity, host, memory, rollback, shapes, step, sync
+from lora_grpo.bench.gauges import adapter_crossing, floor_seconds, weights_crossing
 from lora_grpo.bench.joining import finished, read_document
 from lora_grpo.bench.plan import Cell, Subject
-from lora_grpo.bench.process import WorkerProcess
-from lora_grpo.bench.runner import Partial, Progress, Runner
+from lora_grpo.bench.runner import Partial, Progress, Runner, WorkerProcess
 from lora_grpo.bench.schema import TABLES, Document
 from lora_grpo.bench.settings import PARTS, Settings
 from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.timing import adapter_crossing, floor_seconds, weights_crossing
 from lora_grpo.bench.turns import BESIDE_NATIVE, compared, one_at_a_time
 from lora_grpo.errors import ConfigError
 

@@ -18,11 +18,11 @@ import torch
 
 from lora_grpo.adapters.files.disk import STAGING
 from lora_grpo.bench import fidelity
+from lora_grpo.bench.gauges import floor_seconds, percentile_95
 from lora_grpo.bench.plan import Cell, Subject, beside_native, results
 from lora_grpo.bench.schema import SyncRow
 from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.timing import floor_seconds, percentile_95
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.types import Sampling
 
@@ -127,7 +127,7 @@ def prove(strategy: Native, settings: Settings, times: int = PROVEN) -> list[dic
 def _proofs_of(strategy: Native, settings: Settings) -> Iterator[tuple[str, int | None, Callable[[], object]]]:
     """Each with the completions that it looks at, which are as long as their prompts; making them is no part of it."""
     from lora_grpo.adapters.peft_form.serving import ServingForm
-    from lora_grpo.bench.strategies.trainer import ADAPTER
+    from lora_grpo.bench.strategies.base import ADAPTER
     from lora_grpo.engines.delivery.base_match import match_base
     from lora_grpo.engines.delivery.probe import run_probe
 

@@ -8,9 +8,8 @@ from typing import TypeAlias
 
 import torch
 
-from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
-from lora_grpo.bench.strategies.trainer import checkpoint_name
-from lora_grpo.bench.timing import Clock, weights_crossing
+from lora_grpo.bench.gauges import Clock, weights_crossing
+from lora_grpo.bench.strategies.base import Strategy, Synced, checkpoint_name, engine_arguments
 from lora_grpo.engines.local.weights import PlainEngine
 
 Named: TypeAlias = Iterator[tuple[str, torch.Tensor]]

@@ -14,9 +14,8 @@ import torch
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.bench.strategies.base import Strategy, Synced, engine_arguments
-from lora_grpo.bench.strategies.trainer import Trainer, checkpoint_name
-from lora_grpo.bench.timing import Clock, adapter_crossing
+from lora_grpo.bench.gauges import Clock, adapter_crossing
+from lora_grpo.bench.strategies.base import Strategy, Synced, Trainer, checkpoint_name, engine_arguments
 from lora_grpo.engines.local.weights import PlainEngine, version_tensors
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.sync import NativeSync
