@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
-import torch
 
 TMPFS = "/dev/shm"
 _BYTES = 64 << 20
@@ -25,7 +24,7 @@ class Clock:
     """Adds up seconds by phase."""
 
     def __init__(self, device: str) -> None:
-        self._device = torch.device(device)
+        self._device = device
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -36,7 +35,9 @@ class Clock:
 
     def now(self) -> float:
         """Seconds, after all work queued on the device is done."""
-        if self._device.type == "cuda":
+        if self._device != "cpu":
+            import torch
+
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
@@ -49,10 +50,12 @@ def percentile_95(values: Sequence[float]) -> float:
 def measure_bandwidth(device: str) -> dict[str, float]:
     """Bytes a second by channel, the best of several: `host_copy` in memory; on a GPU also `device_copy` on it, and
     `to_host` and `to_device` over the bus, pinned."""
+    import torch
+
     host = torch.empty(_BYTES, dtype=torch.uint8)
     other = torch.zeros_like(host)
     channels = {"host_copy": _best(device, lambda: other.copy_(host))}
-    if torch.device(device).type == "cuda":
+    if device != "cpu":
         near, near2 = torch.zeros(2, _BYTES, dtype=torch.uint8, device=device)
         pinned = host.pin_memory()
         channels["device_copy"] = _best(device, lambda: near2.copy_(near))
@@ -105,6 +108,8 @@ class Levels:
 def collect(device: str) -> None:
     """Let go of garbage, and on a GPU of what torch's cache holds."""
     if device != "cpu":
+        import torch
+
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -126,6 +131,8 @@ def cuda_level(device: str) -> int | None:
     """Bytes that torch has allocated on a GPU now; None on the CPU."""
     if device == "cpu":
         return None
+    import torch
+
     torch.cuda.synchronize(device)
     return int(torch.cuda.memory_allocated(device))
 

@@ -53,7 +53,7 @@ class Merging(Strategy):
 
 
 class BaseOnly(Merging):
-    """The base on an engine without LoRA: what decoding costs at best. There is no trainer; a sync does nothing."""
+    """The base on an engine without LoRA: what decoding costs at best. There is no trainer, and nothing to push."""
 
     def load(self) -> None:
         self.start()
@@ -61,9 +61,6 @@ class BaseOnly(Merging):
 
     def renew(self) -> Synced:
         return self.sync()
-
-    def sync(self) -> Synced:
-        return Synced({}, {})
 
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
         return base_OI
