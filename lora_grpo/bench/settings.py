@@ -108,13 +108,6 @@ class Settings(Section):
         """The model's name in tables."""
         return self.model or str(self.shape)
 
-    @property
-    def sweep(self) -> tuple[tuple[int, str], ...]:
-        """Further (rank, targets), the main ones left out."""
-        wanted = [(rank, self.targets) for rank in self.sweep_ranks]
-        wanted += [(self.rank, targets) for targets in self.sweep_targets]
-        return tuple(pair for pair in wanted if pair != (self.rank, self.targets))
-
 
 def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> dict[str, Settings]:
     """Settings by part, in order; `options` win over the file. Raises `ConfigError` for what cannot be."""

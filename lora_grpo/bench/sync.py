@@ -48,8 +48,9 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
         native = (subject.with_strategy(NATIVE),)
         planned.append(Cell("sync/proofs", "proof", prove, native, {"settings": settings}, warm=warm))
     swept = [strategy for strategy in settings.sweep_strategies if strategy in settings.strategies]
-    elsewhere = [replace(subject, rank=rank, targets=targets) for rank, targets in settings.sweep]
-    return planned + [_pair(settings, other, strategy) for other in elsewhere for strategy in swept]
+    elsewhere = [replace(subject, rank=rank) for rank in settings.sweep_ranks]
+    elsewhere += [replace(subject, targets=targets) for targets in settings.sweep_targets]
+    return planned + [_pair(settings, one, strategy) for one in elsewhere if one != subject for strategy in swept]
 
 
 def _pair(settings: Settings, subject: Subject, strategy: str) -> Cell:
