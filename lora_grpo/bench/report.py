@@ -42,17 +42,14 @@ def update_readme(document: Document, readme: Path) -> None:
 
 
 def _lines(document: Document, plots: Sequence[Path], run: Mapping[str, Any]) -> Iterator[str]:
-    yield "# Benchmark: native hot-swap against merging"
-    yield ""
+    yield "# Benchmark: native hot-swap against merging\n"
     yield from _provenance(document)
     yield ""
     if not document.complete:
         yield "**Not complete**: the run was cut off, or a part failed."
     yield from (f"**Failed**: {failure}" for failure in document.failures)
-    yield "## What it says"
-    yield ""
-    yield "A figure in brackets says how many times native's it is."
-    yield ""
+    yield "## What it says\n"
+    yield "A figure in brackets says how many times native's it is.\n"
     yield from findings(document)
     yield from (f"- {note}" for note in (*run["notes"], *document.notes))
     if run["steps"]:

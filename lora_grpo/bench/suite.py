@@ -48,8 +48,8 @@ class Suite:
             )
         self._parts, self._command, self._out = parts, command, out
         self._started_at, started = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.monotonic()
-        self._failures: list[str] = []
-        self._finished = False
+        # None while cells are left.
+        self._failures: list[str] | None = None
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as opened:
@@ -113,7 +113,6 @@ class Suite:
             runner.kill()
             raise
         runner.close()
-        self._finished = not self._failures
 
     @property
     def rounds(self) -> int:
@@ -128,11 +127,11 @@ class Suite:
             command=self._command,
             started_at=self._started_at,
             seconds=self._partial.seconds,
-            complete=self._finished,
+            complete=self._failures == [],
             card=self.card,
             bandwidth_bytes_per_s=self._partial.bandwidth,
             settings=dict(self._parts),
-            failures=[*self._failures, *verdicts],
+            failures=[*(self._failures or ()), *verdicts],
             notes=self._partial.notes,
             **tables,
         )
