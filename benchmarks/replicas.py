@@ -37,7 +37,7 @@ from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.disk import write_file
 from lora_grpo.adapters.peft_form.checks import active_adapter
 from lora_grpo.adapters.peft_form.modules import lora_modules, peft_model_of
-from lora_grpo.adapters.peft_form.serving import assign_rounded, read_rounded
+from lora_grpo.adapters.peft_form.serving import weights_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.attribution import Rows, judge
@@ -182,9 +182,8 @@ def by_every_version(model: Any, run: Path, rows: Sequence[Row]) -> tuple[list[i
     with AdapterStore(archive=run, readonly=True) as store:
         numbers = sorted(store.numbers)
         for number in numbers:
-            with store.reading(number) as folder:
-                assign_rounded(read_rounded(replace(store.get(number), path=folder)), modules)
-            logp.append(own_logprobs(model, rows))
+            with store.reading(number) as folder, weights_of(replace(store.get(number), path=folder), modules):
+                logp.append(own_logprobs(model, rows))
     return numbers, logp
 
 
