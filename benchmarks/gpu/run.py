@@ -84,10 +84,6 @@ class Place:
     notes: list[str] = field(default_factory=list)
     refusal: str = ""
 
-    @property
-    def caches(self) -> Path:
-        return self.models / "caches"
-
 
 def choose_place(asked: Path | None, device: str) -> Place:
     """The folder that was asked for, or the first of memory and the temporary folder that has room."""
@@ -121,7 +117,7 @@ def environment(place: Place) -> dict[str, str]:
     return {
         **({"XDG_CACHE_HOME": str(carried)} if (carried / "lora-grpo").is_dir() else {}),
         **({"LORA_GRPO_COMMIT": commit.read_text().strip()} if commit.exists() else {}),
-        **{name: str(place.caches / folder) for name, folder in caches.items()},
+        **{name: str(place.models / "caches" / folder) for name, folder in caches.items()},
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_grpo.bench import endurance, memory
+from lora_grpo.bench import endurance
 from lora_grpo.bench.breakeven import break_even
 from lora_grpo.bench.schema import TABLES, Document
 from lora_grpo.bench.strategies import NATIVE
@@ -33,7 +33,11 @@ RATIOS = (
 def finished(found: Mapping[str, list[Any]], device: str) -> dict[str, list[Any]]:
     """Measured tables, native once in each, with the tables that follow from them."""
     tables = {**found, **{table: _native_once(found[table]) for table in BESIDE_NATIVE}}
-    tables["memory"] = memory.with_ratios(tables["memory"])
+    peaks = {row.shape: row.peak_bytes for row in tables["memory"] if row.strategy == NATIVE}
+    tables["memory"] = [
+        row.model_copy(update={"ratio_to_native": row.peak_bytes / peaks[row.shape]}) if row.shape in peaks else row
+        for row in tables["memory"]
+    ]
     tables["break_even"] = break_even(tables["sync"], tables["decode"], device)
     tables["slopes"] = endurance.slopes(tables["endurance"])
     return tables

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,7 @@ import psutil
 
 from lora_grpo.bench.gauges import TMPFS, collect, level, on_tmpfs, proc_bytes, settled_level
 from lora_grpo.bench.plan import Cell, Subject
-from lora_grpo.bench.schema import MemoryRow
 from lora_grpo.bench.settings import Settings
-from lora_grpo.bench.strategies import NATIVE
 
 if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy
@@ -67,15 +64,6 @@ def _weights(strategy: Strategy) -> int:
 def give_back(strategy: Strategy) -> None:
     """Worker: what garbage and torch's cache still hold of a GPU goes back to it, for whoever measures next there."""
     collect(strategy.subject.device)
-
-
-def with_ratios(made: Sequence[MemoryRow]) -> list[MemoryRow]:
-    """Rows with their peaks compared with native's."""
-    native = {row.shape: row.peak_bytes for row in made if row.strategy == NATIVE}
-    return [
-        row.model_copy(update={"ratio_to_native": row.peak_bytes / native[row.shape]}) if row.shape in native else row
-        for row in made
-    ]
 
 
 def forget_peaks(device: str) -> None:
