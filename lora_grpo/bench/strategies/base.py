@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Trainer:
     def nudge(self, size: float = 1e-5) -> None:
         """Move every entry by the same: a change that takes next to no time."""
         with torch.no_grad():
-            torch._foreach_add_(list(self.tensors()), size)
+            torch._foreach_add_(self.tensors(), size)
 
     def reset(self, b_size: float) -> None:
         """A as PEFT draws it, every entry of B at plus or minus `b_size`."""
@@ -99,11 +99,9 @@ class Trainer:
             for tensor, saved in zip(self.tensors(), snapshot, strict=True):
                 tensor.copy_(saved)
 
-    def tensors(self) -> Iterator[nn.Parameter]:
+    def tensors(self) -> list[torch.Tensor]:
         """A, B, A, B, ... by module."""
-        for module in self.modules:
-            yield module.a_RI
-            yield module.b_OR
+        return [tensor for module in self.modules for tensor in (module.a_RI, module.b_OR)]
 
     @property
     def adapter_elements(self) -> int:
