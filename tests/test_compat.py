@@ -71,53 +71,55 @@ def test_the_packages_of_pyproject_agree_with_the_releases() -> None:
     assert compat.RELEASES[compat.check_release(cpu)] == "run"
 
 
-def expand_module() -> SimpleNamespace:
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What the expand kernel's module holds in 0.26 to 0.32: the kernel, and the choice of its launch settings."""
     chosen = {"block_m": 64, "num_stages": 2}
-    return SimpleNamespace(_lora_expand_kernel=object(), get_lora_op_configs=lambda **kwargs: {**chosen, **kwargs})
+    made = SimpleNamespace(_lora_expand_kernel=object(), get_lora_op_configs=lambda **kwargs: {**chosen, **kwargs})
+    monkeypatch.setitem(sys.modules, mends._KERNEL, made)
+    return made
 
 
 @pytest.mark.parametrize("release", compat.RELEASES)
-def test_on_hopper_the_expand_kernel_runs_with_one_stage_where_two_give_nan(release: tuple[int, int]) -> None:
+def test_on_hopper_the_expand_kernel_runs_with_one_stage_where_two_give_nan(
+    release: tuple[int, int], module: SimpleNamespace
+) -> None:
     for device in (None, AMPERE, BLACKWELL):
-        untouched = expand_module()
-        mend_kernels(release, device, untouched)
-        assert untouched.get_lora_op_configs()["num_stages"] == 2
-    module = expand_module()
-    mend_kernels(release, HOPPER, module)
+        mend_kernels(release, device)
+        assert module.get_lora_op_configs()["num_stages"] == 2
+    mend_kernels(release, HOPPER)
     stages = 2 if release >= (0, 33) else 1
     assert module.get_lora_op_configs(op_type="expand") == {"block_m": 64, "num_stages": stages, "op_type": "expand"}
 
 
-def test_the_kernel_is_mended_once() -> None:
-    module = expand_module()
-    mend_kernels((0, 32), HOPPER, module)
+def test_the_kernel_is_mended_once(module: SimpleNamespace) -> None:
+    mend_kernels((0, 32), HOPPER)
     mended = module.get_lora_op_configs
-    mend_kernels((0, 32), HOPPER, module)
+    mend_kernels((0, 32), HOPPER)
     assert module.get_lora_op_configs is mended
 
 
 @pytest.mark.parametrize("missing", ["get_lora_op_configs", "_lora_expand_kernel"])
-def test_hopper_is_refused_where_the_kernel_cannot_be_mended(missing: str) -> None:
-    module = expand_module()
+def test_hopper_is_refused_where_the_kernel_cannot_be_mended(missing: str, module: SimpleNamespace) -> None:
     delattr(module, missing)
     with pytest.raises(UnsupportedVersion, match=r"Hopper.*vllm>=0\.33"):
-        mend_kernels((0, 31), HOPPER, module)
+        mend_kernels((0, 31), HOPPER)
 
 
 @pytest.mark.vllm
 @pytest.mark.parametrize(("version", "stages"), [("0.32.0", 1), ("0.33.0", 2), ("0.99.0", 2)])
-def test_a_servers_own_process_is_mended(version: str, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_servers_own_process_is_mended(
+    version: str, stages: int, module: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM calls the entry point in each of its processes; a release that is not known here goes on as it is."""
     from lora_grpo.engines.resolver import URL_VARIABLE, register
 
     # vLLM takes its platform from the version that is installed, once.
     compat.import_vllm()
-    module, installed = expand_module(), importlib.metadata.version
+    installed = importlib.metadata.version
     monkeypatch.delenv(URL_VARIABLE, raising=False)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version if "vllm" in name else installed(name))
     monkeypatch.setattr(compat, "compute_capability", lambda: HOPPER)
-    monkeypatch.setitem(sys.modules, mends._KERNEL, module)
     register()
     assert module.get_lora_op_configs()["num_stages"] == stages
 

@@ -57,37 +57,31 @@ def packed_form(layer: Any, kind: str) -> Packed | None:
 def read_before_packing() -> None:
     """From now on, in this process: whatever the CPU backend packs is read first. A second call does nothing."""
 
-    def wrapping(stock: Any) -> Any:
-        def dispatch(layer: Any, remove_weight: bool) -> None:
-            before = dict(_readable(layer)) if remove_weight else {}
-            read = {kind: _before(layer, tensor, tensor.dtype) for kind, tensor in before.items()}
-            stock(layer, remove_weight)
-            packed = {kind: read[kind] for kind, tensor in before.items() if not _still(layer, kind, tensor)}
-            # What was quantized before it was plain is told so.
-            setattr(layer, _PACKED, packed | getattr(layer, _PACKED, {}))
-
-        return dispatch
+    def dispatch(stock: Any, layer: Any, remove_weight: bool) -> None:
+        before = dict(_readable(layer)) if remove_weight else {}
+        read = {kind: _before(layer, tensor, tensor.dtype) for kind, tensor in before.items()}
+        stock(layer, remove_weight)
+        packed = {kind: read[kind] for kind, tensor in before.items() if not _still(layer, kind, tensor)}
+        # What was quantized before it was plain is told so.
+        setattr(layer, _PACKED, packed | getattr(layer, _PACKED, {}))
 
     layers = importlib.import_module("vllm.model_executor.layers.utils")
-    wrap_once(layers, "dispatch_cpu_unquantized_gemm", wrapping)
+    wrap_once(layers, "dispatch_cpu_unquantized_gemm", dispatch)
 
 
 def read_quantized() -> None:
     """From now on, in this process: whatever is quantized when its checkpoint was loaded is read before vLLM brings it
     into its kernels' form. A second call does nothing."""
 
-    def wrapping(stock: Any) -> Any:
-        def process(model: Any, model_config: Any, *others: Any) -> None:
-            for layer in model.modules():
-                values = quantized_values(layer)
-                if values is not None:
-                    setattr(layer, _PACKED, {"weight": _before(layer, values, model_config.dtype, quantized=True)})
-            stock(model, model_config, *others)
-
-        return process
+    def process(stock: Any, model: Any, model_config: Any, *others: Any) -> None:
+        for layer in model.modules():
+            values = quantized_values(layer)
+            if values is not None:
+                setattr(layer, _PACKED, {"weight": _before(layer, values, model_config.dtype, quantized=True)})
+        stock(model, model_config, *others)
 
     loader = importlib.import_module("vllm.model_executor.model_loader.base_loader")
-    wrap_once(loader, "process_weights_after_loading", wrapping)
+    wrap_once(loader, "process_weights_after_loading", process)
 
 
 @torch.no_grad()

@@ -6,18 +6,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_MARK = "lora_grpo_wrapped"
 
-def wrap_once(owner: Any, name: str, wrapping: Callable[[Any], Any]) -> None:
-    """Put what `wrapping` makes of `owner.name` in its place; nothing where that was done, or there is no such name."""
-    stock = getattr(owner, name, None)
+
+def wrap_once(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Have `wrapper` called in place of `owner.name`, which it is given first; nothing where that was done, or there is
+    no such name."""
+    stock: Any = getattr(owner, name, None)
     if stock is not None and not is_wrapped(owner, name):
-        made = wrapping(stock)
-        made.stock = stock
-        setattr(owner, name, made)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(stock, *args, **kwargs)
+
+        setattr(wrapped, _MARK, True)
+        setattr(owner, name, wrapped)
 
 
 def is_wrapped(owner: Any, name: str) -> bool:
-    return hasattr(getattr(owner, name, None), "stock")
+    return hasattr(getattr(owner, name, None), _MARK)
 
 
 @contextmanager

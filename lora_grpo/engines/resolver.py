@@ -84,17 +84,14 @@ def _offer_base_reading() -> None:
     """
     setattr(importlib.import_module("vllm.v1.worker.worker_base").WorkerBase, _READ_BASE, _read_base)
 
-    def wrapping(stock: Any) -> Any:
-        def register(args: Any, api: Any, *rest: Any) -> None:
-            stock(args, api, *rest)
-            from vllm import envs
+    def register_api_routers(stock: Any, args: Any, api: Any, *rest: Any) -> None:
+        stock(args, api, *rest)
+        from vllm import envs
 
-            if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-                api.add_route(BASE_ROUTE, _answer, methods=["POST"])
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            api.add_route(BASE_ROUTE, _answer, methods=["POST"])
 
-        return register
-
-    wrap_once(sys.modules.get("vllm.entrypoints.launchers.app"), "register_api_routers", wrapping)
+    wrap_once(sys.modules.get("vllm.entrypoints.launchers.app"), "register_api_routers", register_api_routers)
 
 
 def _read_base(worker: Any, shapes: str) -> str:

@@ -26,25 +26,22 @@ def kernel_is_mended() -> bool:
     return is_wrapped(importlib.import_module(_KERNEL), "get_lora_op_configs")
 
 
-def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None, kernel: Any = None) -> None:
+def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None) -> None:
     """Have vLLM's LoRA expand kernel run with one pipeline stage where two give NaN; nothing elsewhere.
 
     On Hopper the kernel of layers with one slice (o_proj, down_proj) is miscompiled with more (vllm#48590,
     triton#9433); vLLM 0.33 does the same by itself. The probe at the engine's start would find a NaN that is left.
-    `kernel` is the module that holds the kernel's launcher, vLLM's own by default. Raises `UnsupportedVersion` where
-    that is not what it was read to be.
+    Raises `UnsupportedVersion` where the kernel's module is not what it was read to be.
     """
     if capability != HOPPER or release >= MENDED_IN:
         return
-    kernel = kernel or importlib.import_module(_KERNEL)
+    kernel = importlib.import_module(_KERNEL)
     if not hasattr(kernel, "get_lora_op_configs") or not hasattr(kernel, "_lora_expand_kernel"):
         raise UnsupportedVersion(
             f"vLLM {release[0]}.{release[1]}'s LoRA kernel gives NaN on Hopper GPUs (vllm#48590) and cannot be set to "
             "one pipeline stage here: install 'vllm>=0.33,<0.34'"
         )
-    wrap_once(
-        kernel, "get_lora_op_configs", lambda stock: lambda *args, **kwargs: {**stock(*args, **kwargs), "num_stages": 1}
-    )
+    wrap_once(kernel, "get_lora_op_configs", lambda stock, *args, **kwargs: {**stock(*args, **kwargs), "num_stages": 1})
 
 
 def take_whole() -> None:
@@ -53,13 +50,10 @@ def take_whole() -> None:
     Its loader expects a tensor a slice of these classes, and serves the same layer of others whole (Phi-3, GLM-4V).
     """
 
-    def wrapping(stock: Any) -> Any:
-        def mapping(model: Any, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
-            return {**stock(model, *args, **kwargs), **{name: [name] for name in _WHOLE.get(type(model).__name__, ())}}
+    def mapping(stock: Any, model: Any, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
+        return {**stock(model, *args, **kwargs), **{name: [name] for name in _WHOLE.get(type(model).__name__, ())}}
 
-        return mapping
-
-    wrap_once(importlib.import_module("vllm.lora.model_manager"), "process_packed_modules_mapping", wrapping)
+    wrap_once(importlib.import_module("vllm.lora.model_manager"), "process_packed_modules_mapping", mapping)
 
 
 def look_at_models_here() -> None:
@@ -69,7 +63,7 @@ def look_at_models_here() -> None:
     vLLM's cache folder does not know. Where the engine computes in this process, CUDA starts here anyway.
     """
     registry = importlib.import_module("vllm.model_executor.models.registry")
-    wrap_once(registry, "_run_in_subprocess", lambda _: lambda look: look())
+    wrap_once(registry, "_run_in_subprocess", lambda _, look: look())
 
 
 def turn_every_head() -> None:
@@ -79,15 +73,13 @@ def turn_every_head() -> None:
     token's: LFM2 and MLA models come out wrong, their log-probs by .2 to .5 nats.
     """
 
-    def wrapping(stock: Any) -> Any:
-        def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
-            compute = self.forward_native if (positions.dim(), query.dim()) == (1, 3) else stock.__get__(self)
-            return compute(positions, query, key)
-
-        return forward_cpu
+    def forward_cpu(stock: Any, self: Any, positions: Any, query: Any, key: Any = None) -> Any:
+        if (positions.dim(), query.dim()) == (1, 3):
+            return self.forward_native(positions, query, key)
+        return stock(self, positions, query, key)
 
     layer = importlib.import_module("vllm.model_executor.layers.rotary_embedding.base").RotaryEmbedding
-    wrap_once(layer, "forward_cpu", wrapping)
+    wrap_once(layer, "forward_cpu", forward_cpu)
 
 
 def keep_seeds() -> None:
@@ -98,32 +90,26 @@ def keep_seeds() -> None:
     which a release may have, is left alone.
     """
 
-    def sampling(stock: Any) -> Any:
-        def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-            generators = self.input_batch.generators
-            unfinished = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
-            before = {row: generators[row].get_state() for row in map(int, unfinished) if row in generators}
-            sampled = stock(self, *args, **kwargs)
-            for row, state in before.items():
-                generators[row].set_state(state)
-            return sampled
+    def sample(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators = self.input_batch.generators
+        unfinished = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0]
+        before = {row: generators[row].get_state() for row in map(int, unfinished) if row in generators}
+        sampled = stock(self, *args, **kwargs)
+        for row, state in before.items():
+            generators[row].set_state(state)
+        return sampled
 
-        return sample
-
-    def bookkeeping(stock: Any) -> Any:
-        def without_generators(self: Any, *args: Any, **kwargs: Any) -> Any:
-            batch = self.input_batch
-            generators, batch.generators = batch.generators, {}
-            try:
-                return stock(self, *args, **kwargs)
-            finally:
-                batch.generators = generators
-
-        return without_generators
+    def bookkeeping(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.input_batch
+        generators, batch.generators = batch.generators, {}
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            batch.generators = generators
 
     runner = importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner
     if hasattr(runner, "_sample") and hasattr(runner, "_bookkeeping_sync"):
-        wrap_once(runner, "_sample", sampling)
+        wrap_once(runner, "_sample", sample)
         wrap_once(runner, "_bookkeeping_sync", bookkeeping)
 
 
