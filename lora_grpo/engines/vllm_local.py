@@ -19,7 +19,7 @@ from lora_grpo.engines.local.driving import StepDriver, Turn
 from lora_grpo.engines.local.held import engines_alive, hold, let_go
 from lora_grpo.engines.local.residents import Loaded, Residents
 from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
-from lora_grpo.engines.local.sleeping import Asleep, check_base_is_back, check_may_sleep, fall_asleep
+from lora_grpo.engines.local.sleeping import Asleep, check_base_is_back, check_may_sleep, score_base
 from lora_grpo.engines.local.starting import adapter_room, start_llm
 from lora_grpo.errors import EngineError, UnknownVersion
 from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
@@ -205,7 +205,9 @@ class VLLMEngine:
             self._check_awake()
             check_may_sleep(self._llm, level, self.loaded(), shared=self._shared is not None, alive=engines_alive())
             with vllm_boundary("fall asleep", self.close):
-                self._asleep = fall_asleep(self, self._llm, level)
+                asleep = Asleep(level, score_base(self))
+                self._llm.sleep(level)
+                self._asleep = asleep
 
     def wake_up(self) -> None:
         """Be what the engine was before `sleep`: the base compared, and every loaded version proven again.

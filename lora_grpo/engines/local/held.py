@@ -35,19 +35,12 @@ def engines_alive() -> int:
     return len(_alive)
 
 
-def joins_group() -> bool:
-    """Whether the process group is a trainer's, which engines join and leave as it is; asked before one starts."""
-    global _joined
-    if not _alive:
-        _joined = torch.distributed.is_initialized()
-    return _joined
-
-
 _SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's arguments for the process group that there is.
+    """vLLM's arguments for the process group that there is, asked before an engine starts: a trainer's is joined, and
+    left as it is.
 
     Raises `ConfigError` for an engine over several devices, and where the trainer's process group is still missing.
     """
@@ -62,7 +55,10 @@ def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"this is one of {launched} processes that are not connected yet: build accelerate's Accelerator() first"
         )
-    if not joins_group() or torch.distributed.get_world_size() == 1:
+    global _joined
+    if not _alive:
+        _joined = torch.distributed.is_initialized()
+    if not _joined or torch.distributed.get_world_size() == 1:
         return dict(arguments)
     # Takes the process's own device, where vLLM would take the first one.
     return {"distributed_executor_backend": "external_launcher", **arguments}

@@ -75,16 +75,9 @@ def _check_can_wake_from_level_2(loaded: Sequence[AdapterVersion]) -> None:
         )
 
 
-def fall_asleep(engine: Engine, llm: Any, level: int) -> Asleep:
-    """Have vLLM free its memory; what the base computes is remembered first."""
-    asleep = Asleep(level, _score_base(engine))
-    llm.sleep(level)
-    return asleep
-
-
 def check_base_is_back(engine: Engine, asleep: Asleep) -> None:
     """Raises `DeliveryError` unless the base computes what it did before."""
-    gap = mean_abs_difference(_score_base(engine), asleep.base_logprobs)
+    gap = mean_abs_difference(score_base(engine), asleep.base_logprobs)
     if not gap <= SAME_BASE_NATS:
         raise DeliveryError(
             f"after sleep level {asleep.level} the base is not the same: its log-probs differ by {gap:.3f} nats per "
@@ -92,5 +85,5 @@ def check_base_is_back(engine: Engine, asleep: Asleep) -> None:
         )
 
 
-def _score_base(engine: Engine) -> LogProbs:
+def score_base(engine: Engine) -> LogProbs:
     return engine.logprobs(probe_sequences(engine.describe_base()), adapter=None)
