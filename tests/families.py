@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from lora_grpo.config import ModelConfig
-from lora_grpo.engines.local.text_only import full_class
+from lora_grpo.engines.local.targets import full_class
 from lora_grpo.trainer.models import load_base
 from tests.quantized import BLOCK, to_fp8, to_int4
 from tests.tiny_models import HEAD_SIZE, SPECIAL_TOKENS, VOCAB, tiny_tokenizer

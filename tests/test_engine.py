@@ -22,9 +22,9 @@ from lora_grpo.engines import compat, vllm_local
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
+from lora_grpo.engines.compat.ending import engines_alive
 from lora_grpo.engines.delivery.slots import SlotProver
 from lora_grpo.engines.local import residents
-from lora_grpo.engines.local.held import engines_alive
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, UnknownVersion
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs

@@ -147,12 +147,10 @@ def compute_plain_values() -> None:
     """
     linear: Any = importlib.import_module("vllm.model_executor.kernels.linear")
     cpu = importlib.import_module("vllm.platforms").PlatformEnum.CPU
-    blocks = getattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS", {}).get(cpu)
-    if blocks is not None and not any(kernel.__module__ == __name__ for kernel in blocks):
-        blocks.insert(0, _fp8_in_blocks())
-    packed = getattr(linear, "_POSSIBLE_KERNELS", {}).get(cpu)
-    if packed and packed[0].__module__ != __name__:
-        packed.insert(0, _packed_int4())
+    for registry, made in (("_POSSIBLE_FP8_BLOCK_KERNELS", _fp8_in_blocks), ("_POSSIBLE_KERNELS", _packed_int4)):
+        kernels = getattr(linear, registry, {}).get(cpu)
+        if kernels is not None and not any(kernel.__module__ == __name__ for kernel in kernels):
+            kernels.insert(0, made())
 
 
 def _take_plain(layer: Any, dtype: torch.dtype) -> None:

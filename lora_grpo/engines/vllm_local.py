@@ -12,11 +12,10 @@ from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, requests
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
-from lora_grpo.engines.compat.ending import vllm_boundary
+from lora_grpo.engines.compat.ending import engines_alive, hold, let_go, vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
 from lora_grpo.engines.local.driving import StepDriver, Turn
-from lora_grpo.engines.local.held import engines_alive, hold, let_go
 from lora_grpo.engines.local.residents import Loaded, Residents
 from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
 from lora_grpo.engines.local.sleeping import Asleep, check_base_is_back, check_may_sleep, score_base

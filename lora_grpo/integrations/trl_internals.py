@@ -22,8 +22,7 @@ from transformers import AutoTokenizer
 from transformers.utils.versions import require_version
 
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.local.targets import checkpoint_config
-from lora_grpo.engines.local.text_only import full_class, model_class
+from lora_grpo.engines.local.targets import checkpoint_config, full_class, model_class
 from lora_grpo.engines.requests import one_bos
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 from lora_grpo.integrations.trl_rollouts import NativeRollouts

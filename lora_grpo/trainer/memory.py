@@ -25,7 +25,7 @@ _QUANTIZED_BYTES: dict[Scheme | None, tuple[float | None, float | None]] = {
     "w4a16": (None, 1 / 2 + 2 / 128),
 }
 """A weight's in trainer and engine, scales included; None: the dtype's. vLLM keeps nf4's scales in fp32. On a CPU the
-engine's fp8 and int4 are plain values in its dtype (`engines/plain_on_cpu.py`)."""
+engine's fp8 and int4 are plain values in its dtype (`engines/packing.py`)."""
 
 _SMALLER = {
     "trainer base": "hold it in half precision (model.dtype='bfloat16') or once with the engine (share_base_weights)",

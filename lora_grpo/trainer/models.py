@@ -18,8 +18,7 @@ from lora_grpo.adapters.peft_form.quantized import NF4, Scheme, keep_trainable, 
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.probe import Proofs
-from lora_grpo.engines.local.targets import checkpoint_config, served_scheme, skeleton
-from lora_grpo.engines.local.text_only import model_class
+from lora_grpo.engines.local.targets import checkpoint_config, model_class, served_scheme, skeleton
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.sections import nearest_key
 

@@ -16,8 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lora_grpo.engines.local.targets import checkpoint_config
-from lora_grpo.engines.local.text_only import full_class
+from lora_grpo.engines.local.targets import checkpoint_config, full_class
 from lora_grpo.errors import ConfigError
 
 KEPT_BY_LAYERS = ("A_log", "D", "dt_bias")

@@ -1,15 +1,68 @@
-"""How an in-process engine fails and ends: the one place where vLLM's exceptions are caught, requests that failed are
-dropped, and the process is let go."""
+"""The `vllm.LLM`s in this process: how they share it, fail (the one place where vLLM's exceptions are caught), and end.
+
+vLLM makes its groups out of the process group that it finds: with one engine in every process, built by all at the same
+time, each gets groups of one process and generates on its own. An engine in some of them only waits for the others for
+ever; one that is built before the trainer's group leaves a group of one process behind, which a trainer would take for
+its own, and train alone.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from lora_grpo.engines.compat import runner
-from lora_grpo.errors import EngineError, LoraGrpoError
+from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
+
+_alive: set[int] = set()
+_joined = False
+"""Whether the process group that engines are in is a trainer's, which they leave as it is."""
+_SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's arguments for the process group that there is, asked before an engine starts: a trainer's is joined, and
+    left as it is.
+
+    Raises `ConfigError` for an engine over several devices, and where the trainer's process group is still missing.
+    """
+    for name in _SPLIT:
+        if arguments.get(name, 1) != 1:
+            raise ConfigError(
+                f"{name}={arguments[name]}: an engine in the trainer's process holds one whole model on one device; "
+                "serve larger ones with `vllm serve`, and use VLLMServerEngine"
+            )
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if launched > 1 and not torch.distributed.is_initialized():
+        raise ConfigError(
+            f"this is one of {launched} processes that are not connected yet: build accelerate's Accelerator() first"
+        )
+    global _joined
+    if not _alive:
+        _joined = torch.distributed.is_initialized()
+    if not _joined or torch.distributed.get_world_size() == 1:
+        return dict(arguments)
+    # Takes the process's own device, where vLLM would take the first one.
+    return {"distributed_executor_backend": "external_launcher", **arguments}
+
+
+def hold(llm: Any) -> None:
+    """Count it among the engines of this process, until `let_go`."""
+    _alive.add(id(llm))
+
+
+def let_go(llm: Any) -> None:
+    _alive.discard(id(llm))
+    shutdown(llm, last=not _alive)
+
+
+def engines_alive() -> int:
+    return len(_alive)
 
 
 @contextmanager
@@ -52,22 +105,21 @@ def _forget_rows(llm: Any) -> None:
     llm.llm_engine.engine_core.engine_core.scheduler.finished_req_ids.update(getattr(v1_runner, "requests", ()))
 
 
-def shutdown(llm: Any, *, last: bool, joined: bool = False) -> None:
+def shutdown(llm: Any, *, last: bool) -> None:
     """Stop an in-process engine; with `last`, tear down the process-wide parallel state too.
 
     What vLLM 0.32 does by itself, also when an engine is collected, tears that down always: other engines could
-    not take another step, and a trainer whose process group was `joined` could not either.
+    not take another step, and a trainer whose process group was joined could not either.
     """
     client = llm.llm_engine.engine_core
     if last:
         _forget_addresses()
-    if last and not joined:
-        from torch.distributed import is_initialized
+    if last and not _joined:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         client.shutdown()
         # 0.32 has done it by then, and looking for garbage once more takes longer than all else here.
-        if is_initialized():
+        if torch.distributed.is_initialized():
             cleanup_dist_env_and_memory()
     else:
         if finalizer := getattr(client, "_finalizer", None):

@@ -21,8 +21,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS
 from lora_grpo.engines.delivery.probe import probe_sequences
-from lora_grpo.engines.local.targets import checkpoint_config
-from lora_grpo.engines.local.text_only import model_class
+from lora_grpo.engines.local.targets import checkpoint_config, model_class
 from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter

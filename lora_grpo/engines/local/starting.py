@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.compat.ending import vllm_boundary
+from lora_grpo.engines.compat.ending import join, vllm_boundary
 from lora_grpo.engines.local import lora_kernels
-from lora_grpo.engines.local.held import join
 from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
 from lora_grpo.engines.local.sleeping import check_can_ever_sleep
 from lora_grpo.engines.local.targets import serving_arguments
