@@ -1,4 +1,4 @@
-"""vLLM's own functions in other hands: for the life of the process, or while a block runs."""
+"""Functions of others in our hands: for the life of the process, or while a block runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def is_wrapped(owner: Any, name: str) -> bool:
 
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Meanwhile, a module or class has these values by these names, its own or inherited."""
+    """Meanwhile, a module, class or object has these values by these names, its own or inherited."""
     own = {name: vars(owner)[name] for name in values if name in vars(owner)}
     for name, value in values.items():
         setattr(owner, name, value)

@@ -41,12 +41,15 @@ def read_base(runner: Any, shapes: Mapping[str, Sequence[int]], where: str) -> B
     model = runner.get_model()
     names = NameMap(model)
     tied = runner.model_config.hf_text_config.tie_word_embeddings
+    embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), "")
     read: dict[tuple[Any, ...], TensorReading] = {}
     tensors: dict[str, TensorReading] = {}
     unread: dict[str, str] = {}
     reached = set()
     for name, shape in shapes.items():
-        place = names.tensor(name) or (names.tensor(_embedding(shapes)) if tied and _is_head(name) else None)
+        place = names.tensor(name)
+        if place is None and tied and name.split(".")[-2:] == ["lm_head", "weight"]:
+            place = names.tensor(embedding)
         if place is None:
             unread[name] = "vLLM's model has no tensor for it"
             continue
@@ -91,11 +94,3 @@ def _is_a_scale(names: NameMap, name: str) -> bool:
     module, _, kind = name.rpartition(".")
     weight = packed_form(names.modules[module], "weight")
     return weight is not None and weight.quantized and kind != "bias"
-
-
-def _is_head(name: str) -> bool:
-    return name.split(".")[-2:] == ["lm_head", "weight"]
-
-
-def _embedding(shapes: Mapping[str, Sequence[int]]) -> str:
-    return next((name for name in shapes if name.endswith("embed_tokens.weight")), "")

@@ -29,6 +29,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription, Engine, is_remote
 from lora_grpo.engines.delivery.base_match import BaseMatch, match_base
 from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, Witness, base_noise
+from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
@@ -228,18 +229,12 @@ def _jittered(modules: Iterable[nn.Module]) -> Iterator[set[torch.dtype]]:
 
         return shake
 
-    # No hooks: an output layer that makes no whole logits is called without its own.
-    before = {module: vars(module).get("forward") for module in modules}
-    try:
-        for module in before:
-            module.forward = shaken(module.forward)
-        with torch.compiler.set_stance("force_eager"):
-            yield dtypes
-    finally:
-        for module, own in before.items():
-            del module.forward
-            if own is not None:
-                module.forward = own
+    with ExitStack() as shaking:
+        # No hooks: an output layer that makes no whole logits is called without its own.
+        for module in dict.fromkeys(modules):
+            shaking.enter_context(replaced(module, forward=shaken(module.forward)))
+        shaking.enter_context(torch.compiler.set_stance("force_eager"))
+        yield dtypes
 
 
 def _serve(version: AdapterVersion, engine: Engine, sequences: list[list[int]]) -> list[LogProbs]:
