@@ -18,11 +18,10 @@ from torch.optim import Optimizer
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.forward import Forward
-from lora_grpo.grpo.gradients import Gradients
 from lora_grpo.grpo.losses import Size, Totals
 from lora_grpo.grpo.modes import check_sharding, drops_out, in_mode, without_ddp
 from lora_grpo.grpo.objective import Objective, filled
-from lora_grpo.grpo.optimizer import build_optimizer, build_scheduler, plain_optimizer, trainable_parameters
+from lora_grpo.grpo.optimizer import Gradients, build_optimizer, build_scheduler, plain_optimizer, trainable_parameters
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo.reach import Reach
 from lora_grpo.grpo_config import GRPOConfig

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lora_grpo.grpo.corrections import known_gaps, sampling_ratio
+from lora_grpo.grpo.losses import known_gaps, sampling_ratio
 
 LN2 = math.log(2)
 MASK = torch.tensor([[True, True, True], [True, True, False]])

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_grpo.grpo import head
-from lora_grpo.grpo.head import completion_scores
-from lora_grpo.grpo.logprobs import token_logprobs
+from lora_grpo.grpo.head import completion_scores, token_logprobs
 
 VOCABULARY = 97
 SHAPE = {

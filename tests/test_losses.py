@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lora_grpo.grpo.batch import Batch
-from lora_grpo.grpo.logprobs import token_logprobs
+from lora_grpo.grpo.head import token_logprobs
 from lora_grpo.grpo.losses import (
     LOSSES,
     ClipRange,
@@ -237,7 +237,7 @@ def test_chunks_change_no_logprob_and_no_gradient(chunk: int, monkeypatch: pytes
     torch.manual_seed(0)
     logits, ids = torch.randn(5, 7, 11), torch.randint(11, (5, 7))
     weights = torch.randn(5, 7)
-    monkeypatch.setattr("lora_grpo.grpo.logprobs._CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("lora_grpo.grpo.head._CHUNK_ELEMENTS", chunk)
     chunked = logits.clone().requires_grad_()
     logp, entropy = token_logprobs(chunked, ids, temperature=0.7)
     (logp * weights).sum().backward()

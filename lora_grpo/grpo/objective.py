@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lora_grpo.errors import TrainingError
 from lora_grpo.grpo.batch import Batch
-from lora_grpo.grpo.corrections import known_gaps, sampling_ratio
-from lora_grpo.grpo.losses import LOSSES, ClipRange, Totals, k3_kl, sequence_log_ratio
+from lora_grpo.grpo.losses import LOSSES, ClipRange, Totals, k3_kl, known_gaps, sampling_ratio, sequence_log_ratio
 from lora_grpo.grpo.processes import Observed, Reduction, counted, mean, row_means
 from lora_grpo.grpo_config import GRPOConfig
 
