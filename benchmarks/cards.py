@@ -15,8 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_grpo.bench.shapes import SHAPES
-from lora_grpo.trainer.activations import LargestBatch
-from lora_grpo.trainer.memory import estimate_memory
+from lora_grpo.trainer.memory import LargestBatch, estimate_memory
 
 MODELS = {
     "Qwen2.5 1.5B": SHAPES["qwen2.5-1.5b"],

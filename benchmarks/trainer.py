@@ -255,8 +255,8 @@ def _to_the_last_hidden_state(model: Any, **inputs: Any) -> None:
 def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
     """What the step's activations are said to take, and the time it takes to say so."""
     from lora_grpo.config import EngineConfig
-    from lora_grpo.trainer.activations import LargestBatch
-    from lora_grpo.trainer.memory import estimate
+    from lora_grpo.trainer.memory import LargestBatch
+    from lora_grpo.trainer.room import estimate
 
     engine = EngineConfig(urls=("http://elsewhere",))
     batch = LargestBatch(options.rows, options.prompt, options.tokens, group=options.rows)

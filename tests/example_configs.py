@@ -15,9 +15,8 @@ from transformers import AutoConfig
 
 from lora_grpo.bench.shapes import SHAPES
 from lora_grpo.config import ModelConfig, RunConfig
-from lora_grpo.trainer.activations import largest_batch
 from lora_grpo.trainer.build import lora_config
-from lora_grpo.trainer.memory import MemoryEstimate, estimate_memory, mib
+from lora_grpo.trainer.memory import MemoryEstimate, estimate_memory, largest_batch, mib
 from lora_grpo.trainer.models import lora_rank, without_memory
 from lora_grpo.trainer.proposing import MARKED, as_toml
 

@@ -18,11 +18,10 @@ from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.trainer import room
-from lora_grpo.trainer.activations import LargestBatch, largest_batch
-from lora_grpo.trainer.memory import MemoryEstimate
-from lora_grpo.trainer.memory import estimate as estimate_run
+from lora_grpo.trainer.memory import LargestBatch, MemoryEstimate, largest_batch
 from lora_grpo.trainer.models import expects_one_copy
 from lora_grpo.trainer.room import Room, Wanted, plan_room
+from lora_grpo.trainer.room import estimate as estimate_run
 
 
 @pytest.fixture(scope="module")

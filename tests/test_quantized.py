@@ -28,10 +28,9 @@ from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import GRPOTrainer
-from lora_grpo.trainer.activations import LargestBatch
-from lora_grpo.trainer.memory import estimate, estimate_memory
+from lora_grpo.trainer.memory import LargestBatch, estimate_memory
 from lora_grpo.trainer.models import load_base, without_memory
-from lora_grpo.trainer.room import Wanted, plan_room
+from lora_grpo.trainer.room import Wanted, estimate, plan_room
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS
 from tests.families import build, trainer_model

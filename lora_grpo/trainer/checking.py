@@ -25,14 +25,13 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_reward, reward_names, score
 from lora_grpo.rewards.call import TrainerState
-from lora_grpo.trainer.activations import largest_batch
 from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.build import check_place, effective_grpo, lora_config, spec_of
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
-from lora_grpo.trainer.memory import available_memory, mib
+from lora_grpo.trainer.memory import largest_batch, mib
 from lora_grpo.trainer.models import adapted_modules, default_device, shared_base
 from lora_grpo.trainer.preflight import MemberSpec, Preflight
-from lora_grpo.trainer.room import Room, Wanted, plan_room
+from lora_grpo.trainer.room import Room, Wanted, available_memory, plan_room
 from lora_grpo.types import Completion, Group, Sampling
 
 SWAPS = 3

@@ -1,23 +1,26 @@
-"""What a run takes of memory, from its model's config alone, before anything is allocated."""
+"""What training on a base and serving it take of memory, told by a walk through the model without any."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lora_grpo.adapters.peft_form.quantized import Scheme
-from lora_grpo.config import EngineConfig, ModelConfig
-from lora_grpo.grpo.modes import base_dtype
-from lora_grpo.trainer.activations import LargestBatch, activation_bytes
-from lora_grpo.trainer.models import checkpoint_of, default_device, lora_rank, quantization_of, without_memory
+from lora_grpo.grpo.head import head_bytes
+from lora_grpo.grpo.packing import Span, in_spans, pack, pays, refusal, sizes
+from lora_grpo.grpo_config import GRPOConfig
 
-_ADAM_BYTES = 4 + 4 + 4 + 4
+ADAM_BYTES = 4 + 4 + 4 + 4
 """fp32 weight, gradient and two moments of each adapter parameter."""
 _QUANTIZED_BYTES: dict[Scheme | None, tuple[float | None, float | None]] = {
     "nf4": (1 / 2 + 1 / 64 + 4 / (64 * 256), 1 / 2 + 4 / 64),
@@ -40,6 +43,45 @@ _SMALLER = {
 
 
 @dataclass(frozen=True, slots=True)
+class LargestBatch:
+    """The most that the trainer computes at a time: `rows` of a prompt and a completion each.
+
+    `group` of them have the same prompt, which a model that takes packed rows computes once.
+    """
+
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    group: int = 1
+
+    @property
+    def length(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def sequences(self) -> list[list[int]]:
+        """Token ids, `length` a row. Groups do not begin where batches do: unless one divides the other, one more
+        prompt can be in a batch than its rows would need."""
+        fits = self.rows % self.group == 0 or self.group % self.rows == 0
+        first = 0 if fits else self.group - 1
+        prompts = [(first + row) // self.group for row in range(self.rows)]
+        return [[prompt] * self.prompt_tokens + [0] * self.completion_tokens for prompt in prompts]
+
+
+def largest_batch(config: GRPOConfig, prompt_tokens: int, device: torch.device) -> LargestBatch:
+    """What a run's settings make of prompts of at most so many tokens.
+
+    A budget of tokens counts a shared prompt once, and is filled with rows of other groups then. On a GPU there is
+    one where none is set: what this many rows take that share nothing.
+    """
+    rows, group, completion_tokens = config.per_device_train_batch_size, 1, config.max_completion_length
+    if config.max_tokens_per_micro_batch is not None:
+        rows = max(1, config.max_tokens_per_micro_batch // (prompt_tokens + completion_tokens))
+    elif device.type == "cpu":
+        group = config.num_generations
+    return LargestBatch(rows, prompt_tokens, completion_tokens, group)
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryEstimate:
     """Bytes of the trainer's base, its adapter with optimizer, what a step computes, and the engine's parts."""
 
@@ -49,7 +91,7 @@ class MemoryEstimate:
     """None: the model could not be walked through; see `activation_bytes`."""
     engine_base_bytes: int
     adapter_slots_bytes: int
-    kv_bytes: int
+    kv_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -107,76 +149,11 @@ def estimate_memory(
     activations = activation_bytes(model.to(trainer_dtype), batch, trainer_dtype, checkpointing=checkpointing)
     return MemoryEstimate(
         trainer_base_bytes=0 if shared_base else base_bytes(trainer_dtype, trainer_bytes),
-        adapter_and_optimizer_bytes=trained * _ADAM_BYTES,
+        adapter_and_optimizer_bytes=trained * ADAM_BYTES,
         activations_bytes=activations,
         engine_base_bytes=base_bytes(engine_dtype, engine_bytes),
         adapter_slots_bytes=slot * slots * engine_dtype.itemsize,
-        kv_bytes=0,
     )
-
-
-def available_memory(device: torch.device) -> int:
-    """Free bytes on a CUDA device, or available to the system for the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return 1 << 62
-    rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(rows["MemAvailable"].split()[0]) << 10
-
-
-def estimate(
-    model: ModelConfig | nn.Module,
-    peft_config: Any,
-    config: EngineConfig | None,
-    batch: LargestBatch,
-    shared_base: bool,
-    checkpointing: bool,
-) -> MemoryEstimate:
-    """What a run takes; without a `config`, the engine is there already."""
-    own = EngineConfig() if config is None else config
-    empty = without_memory(model, peft_config)
-    elsewhere = config is None or bool(config.urls)
-    needed = estimate_memory(
-        empty,
-        batch,
-        checkpointing=checkpointing,
-        slots=own.max_loras,
-        max_lora_rank=own.max_lora_rank or lora_rank(model, peft_config),
-        trainer_dtype=_trainer_dtype(model, empty),
-        engine_dtype=engine_dtype(own),
-        shared_base=shared_base or isinstance(model, nn.Module),
-        scheme=None if elsewhere and isinstance(model, nn.Module) else quantization_of(checkpoint_of(model)),
-    )
-    if elsewhere:
-        return replace(needed, engine_base_bytes=0, adapter_slots_bytes=0)
-    return replace(needed, kv_bytes=_kv_bytes(own, needed.engine_base_bytes + needed.adapter_slots_bytes))
-
-
-def version_bytes(needed: MemoryEstimate, config: EngineConfig) -> int:
-    """Of a version's tensors, in the engine's dtype."""
-    return needed.adapter_and_optimizer_bytes // _ADAM_BYTES * engine_dtype(config).itemsize
-
-
-def _kv_bytes(config: EngineConfig, weights_bytes: int) -> int:
-    """On CUDA what vLLM leaves of its share beside its weights, on the CPU what it takes for the KV cache alone."""
-    if default_device().type == "cuda":
-        return max(0, int(torch.cuda.mem_get_info()[1] * config.gpu_memory_utilization) - weights_bytes)
-    return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) << 30
-
-
-def engine_dtype(config: EngineConfig) -> torch.dtype:
-    """ "auto" is a half-precision one whatever the checkpoint has: vLLM serves fp32 checkpoints in one too."""
-    dtype: torch.dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-    return dtype
-
-
-def _trainer_dtype(model: ModelConfig | nn.Module, empty: Any) -> torch.dtype:
-    if isinstance(model, nn.Module):
-        return base_dtype(model)
-    dtype: torch.dtype = getattr(torch, model.dtype, None) or empty.config.dtype or torch.float32
-    return dtype
 
 
 def _linear_elements(model: Any) -> int:
@@ -185,3 +162,105 @@ def _linear_elements(model: Any) -> int:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     base = [module for name, module in layers.items() if module is not head and ".lora_" not in name]
     return sum(module.weight.numel() for module in base)
+
+
+# Activations.
+
+
+def activation_bytes(model: Any, batch: LargestBatch, dtype: torch.dtype, *, checkpointing: bool) -> int | None:
+    """Peak of a forward and backward of `batch` above weights and optimizer; None where no walk is possible.
+
+    `model` is a PEFT model on the meta device, in `dtype`. Attention counts as one that never holds its scores, which
+    torch's is on the CPU and on GPUs. A model whose code reads values from its tensors cannot be walked through.
+    """
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    head = head_bytes(model.get_output_embeddings(), batch.rows * batch.completion_tokens, dtype)
+    for inputs, spans in _ways(model, batch):
+        try:
+            kept_bytes, peak_bytes = _walk(model, inputs, spans)
+        except RuntimeError:
+            continue
+        return max(peak_bytes, kept_bytes + head)
+    return None
+
+
+def _ways(model: Any, batch: LargestBatch) -> Iterator[tuple[dict[str, Any], tuple[Span, ...] | None]]:
+    """What the model is given: one packed row where that pays and it takes one, or padded rows with a mask or none."""
+    sequences, starts = batch.sequences(), [batch.prompt_tokens] * batch.rows
+    if pays(sizes(sequences, starts)) and refusal(model) is None:
+        row = pack(sequences, starts)
+        there_1N = torch.ones((1, len(row.ids)), dtype=torch.long, device="meta")
+        yield {"input_ids": there_1N, "attention_mask": there_1N, "position_ids": there_1N}, row.spans
+    ids_BL = torch.zeros((batch.rows, batch.length), dtype=torch.long, device="meta")
+    mask = torch.ones((batch.rows, 1, batch.length, batch.length), dtype=torch.bool, device="meta")
+    yield {"input_ids": ids_BL, "attention_mask": mask}, None
+    yield {"input_ids": ids_BL, "attention_mask": None}, None
+
+
+def _walk(model: Any, inputs: dict[str, Any], spans: tuple[Span, ...] | None) -> tuple[int, int]:
+    """Bytes that are kept for the backward, and the most at any time."""
+    backbone, there = model.get_base_model().get_decoder(), in_spans(model, spans) if spans else nullcontext()
+    with torch.device("meta"), _attention_without_scores(), there, _Living(model) as living:
+        output = backbone(**inputs, use_cache=False)
+        kept_bytes = living.now_bytes
+        output[0].sum().backward()
+    model.zero_grad()
+    return kept_bytes, living.peak_bytes
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of all tensors that live, the model's own left out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now_bytes = self.peak_bytes = 0
+        self._storages = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._storages:
+            self._storages.add(storage._cdata)
+            self.now_bytes += storage.nbytes()
+            weakref.finalize(storage, partial(self._drop, storage._cdata, storage.nbytes()))
+
+    def _drop(self, storage: int, size_bytes: int) -> None:
+        self._storages.discard(storage)
+        self.now_bytes -= size_bytes
+
+
+class _Attention(torch.autograd.Function):
+    """What attention keeps that never holds its scores: its inputs, its output, and one number a query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def _attention_without_scores() -> Iterator[None]:
+    """Torch has no such attention on the meta device, and would take the one that holds them."""
+    functions = torch.nn.functional
+    own = functions.scaled_dot_product_attention
+    functions.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
+    try:
+        yield
+    finally:
+        functions.scaled_dot_product_attention = own

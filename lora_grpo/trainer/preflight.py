@@ -25,8 +25,8 @@ from lora_grpo.errors import ConfigError, counted
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
-from lora_grpo.trainer.activations import LargestBatch, largest_batch
 from lora_grpo.trainer.guards import Guard
+from lora_grpo.trainer.memory import LargestBatch, largest_batch
 from lora_grpo.trainer.models import checkpoint_of, default_device
 from lora_grpo.trainer.rollouts import RolloutFunc
 from lora_grpo.trainer.room import Wanted

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+import psutil
+import torch
 from peft import LoraConfig
 from torch import nn
 
@@ -15,8 +18,8 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.engines.compat import allowed_rank
 from lora_grpo.engines.local.targets import check_whole, checkpoint_config
 from lora_grpo.errors import ConfigError
-from lora_grpo.trainer.activations import LargestBatch
-from lora_grpo.trainer.memory import MemoryEstimate, available_memory, engine_dtype, estimate, mib, version_bytes
+from lora_grpo.grpo.modes import base_dtype
+from lora_grpo.trainer.memory import ADAM_BYTES, LargestBatch, MemoryEstimate, estimate_memory, mib
 from lora_grpo.trainer.models import (
     Sharing,
     adapted_leaves,
@@ -25,6 +28,7 @@ from lora_grpo.trainer.models import (
     expects_one_copy,
     lora_rank,
     quantization_of,
+    without_memory,
 )
 
 
@@ -122,7 +126,9 @@ def plan_room(
         _check_servable(model, most, config, sharing)
     estimated = _estimates(model, sized if own_engine else None, expects_one_copy(sharing, model, config))
     joint = members[0].peft_config if len(members) == 1 else LoraConfig(r=1, target_modules=leaves or "all-linear")
-    joint_kv_bytes = _kv_bytes(model, members, config, at_once) if isinstance(model, ModelConfig) and at_once > 1 else 0
+    joint_kv_bytes = (
+        _round_bytes(model, members, config, at_once) if isinstance(model, ModelConfig) and at_once > 1 else 0
+    )
 
     def room(*, twice: bool) -> Room:
         engine = estimated(joint, members[0], twice)
@@ -133,7 +139,7 @@ def plan_room(
         fixed_bytes = memory.total_bytes - sum(map(_own_bytes, each[:at_once])) - slot_bytes * at_once
         totals_bytes = accumulate((_own_bytes(one) + slot_bytes for one in each), initial=fixed_bytes)
         fit = sum(total <= available_memory(default_device()) for total in totals_bytes) - 1
-        of_version = version_bytes(each[0], config)
+        of_version = each[0].adapter_and_optimizer_bytes // ADAM_BYTES * engine_dtype(config).itemsize
         return Room(sized, rank, leaves, of_version, at_once, memory, joint_kv_bytes, max(0, fit), twice)
 
     found = room(twice=all(member.checkpointing for member in members))
@@ -179,7 +185,7 @@ def _together(engine: MemoryEstimate, members: Sequence[MemoryEstimate]) -> Memo
     )
 
 
-def _kv_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:
+def _round_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:
     """Keys and values of all rows of a round, none of them sharing a prompt; of plain attention in every layer, or 0
     where a model's config names no heads."""
     text: Any = checkpoint_config(model.name, **model.loading).get_text_config()
@@ -189,3 +195,58 @@ def _kv_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineConfi
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     tokens = sorted((member.rows * member.batch.length for member in members), reverse=True)
     return 2 * text.num_hidden_layers * heads * width * engine_dtype(config).itemsize * sum(tokens[:at_once])
+
+
+def estimate(
+    model: ModelConfig | nn.Module,
+    peft_config: Any,
+    config: EngineConfig | None,
+    batch: LargestBatch,
+    shared_base: bool,
+    checkpointing: bool,
+) -> MemoryEstimate:
+    """What a run takes; without a `config`, the engine is there already."""
+    own = EngineConfig() if config is None else config
+    empty = without_memory(model, peft_config)
+    elsewhere = config is None or bool(config.urls)
+    needed = estimate_memory(
+        empty,
+        batch,
+        checkpointing=checkpointing,
+        slots=own.max_loras,
+        max_lora_rank=own.max_lora_rank or lora_rank(model, peft_config),
+        trainer_dtype=_trainer_dtype(model, empty),
+        engine_dtype=engine_dtype(own),
+        shared_base=shared_base or isinstance(model, nn.Module),
+        scheme=None if elsewhere and isinstance(model, nn.Module) else quantization_of(checkpoint_of(model)),
+    )
+    if elsewhere:
+        return replace(needed, engine_base_bytes=0, adapter_slots_bytes=0)
+    return replace(needed, kv_bytes=_cache_bytes(own, needed.engine_base_bytes + needed.adapter_slots_bytes))
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes on a CUDA device, or available to the system for the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return psutil.virtual_memory().available
+
+
+def _cache_bytes(config: EngineConfig, weights_bytes: int) -> int:
+    """On CUDA what vLLM leaves of its share beside its weights, on the CPU what it takes for the KV cache alone."""
+    if default_device().type == "cuda":
+        return max(0, int(torch.cuda.mem_get_info()[1] * config.gpu_memory_utilization) - weights_bytes)
+    return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) << 30
+
+
+def engine_dtype(config: EngineConfig) -> torch.dtype:
+    """ "auto" is a half-precision one whatever the checkpoint has: vLLM serves fp32 checkpoints in one too."""
+    dtype: torch.dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    return dtype
+
+
+def _trainer_dtype(model: ModelConfig | nn.Module, empty: Any) -> torch.dtype:
+    if isinstance(model, nn.Module):
+        return base_dtype(model)
+    dtype: torch.dtype = getattr(torch, model.dtype, None) or empty.config.dtype or torch.float32
+    return dtype
