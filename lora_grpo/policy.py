@@ -8,18 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
-from lora_grpo.grpo.forward import Forward
+from lora_grpo.grpo.forward import Forward, in_mode
 from lora_grpo.grpo.losses import Size, Totals
-from lora_grpo.grpo.modes import check_sharding, drops_out, in_mode, without_ddp
 from lora_grpo.grpo.objective import Objective, filled
 from lora_grpo.grpo.optimizer import Gradients, build_optimizer, build_scheduler, plain_optimizer, trainable_parameters
 from lora_grpo.grpo.processes import Processes
@@ -53,9 +53,9 @@ class Policy:
         accelerator: Accelerator | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
-        check_sharding(accelerator)
-        self.model = without_ddp(model)
-        self._drops = drops_out(self.model)
+        _check_sharding(accelerator)
+        self.model = _without_ddp(model)
+        self._drops = _drops_out(self.model)
         self.config = config
         self.processes = Processes(accelerator)
         self.objective = Objective(config)
@@ -246,3 +246,24 @@ class Policy:
             for parameter in self.parameters.values():
                 if not isinstance(parameter, DTensor):
                     parameter.copy_(self.processes.from_first(parameter))
+
+
+def _without_ddp(model: PeftModel) -> PeftModel:
+    """The model inside DDP's wrapper, if it has one."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _drops_out(model: nn.Module) -> bool:
+    """Whether anything is dropped out in training, by a layer or by a rate of the configuration."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    rates = [value for name, value in (text.to_dict() if text else {}).items() if "drop" in name]
+    rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _check_sharding(accelerator: Accelerator | None) -> None:
+    """Raises `ConfigError` for a way of sharding that is not DDP or FSDP2."""
+    kind = str(accelerator.distributed_type.value) if accelerator else "NO"
+    if kind in {"DEEPSPEED", "MEGATRON_LM"} or (kind == "FSDP" and accelerator and not accelerator.is_fsdp2):
+        raise ConfigError(f"accelerate's {kind} is not supported: use plain DDP, or FSDP with fsdp_version: 2")

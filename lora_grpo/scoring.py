@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from lora_grpo.grpo.forward import in_mode
 from lora_grpo.grpo.head import completion_scores
-from lora_grpo.grpo.modes import in_mode
 from lora_grpo.grpo.packing import packed_scores, pays, sizes, trusted
 
 

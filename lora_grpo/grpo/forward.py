@@ -1,4 +1,4 @@
-"""A policy's forwards: which rows make a micro-batch, and whether it goes through the model packed or padded.
+"""A policy's forwards: which rows make a micro-batch, whether it goes through the model packed or padded, in what mode.
 
 Letters: B rows, T completion tokens, L tokens of prompt and completion.
 """
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from peft.helpers import disable_input_dtype_casting
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_grpo.adapters.peft_form.modules import reshard
+from lora_grpo.errors import ConfigError
 from lora_grpo.grpo import packing
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.head import completion_scores
-from lora_grpo.grpo.modes import base_dtype, in_mode
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 
@@ -165,3 +166,28 @@ def _listed(rows: Batch) -> tuple[list[list[int]], list[int]]:
     ids_BL, there_BL = rows.input_ids_BL.cpu(), rows.attention_mask_BL.bool().cpu()
     sequences = [ids_L[there_L].tolist() for ids_L, there_L in zip(ids_BL, there_BL, strict=True)]
     return sequences, there_BL[:, : rows.prompt_length].sum(dim=1).tolist()
+
+
+# The model.
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model trains or evaluates meanwhile; a sharded one is given back in shards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        reshard(model)
+        for module, mode in before:
+            module.training = mode
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """The frozen weights' dtype. Raises `ConfigError` for float16."""
+    frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    dtype = next(frozen, torch.float32)
+    if dtype == torch.float16:
+        raise ConfigError("a float16 base loses small gradients without loss scaling: use bfloat16 or float32")
+    return dtype

@@ -21,10 +21,10 @@ from lora_grpo.metrics.reporter import check_folder
 from lora_grpo.rewards import RewardFunction, load_reward
 from lora_grpo.trainer.assembly import refuse_live
 from lora_grpo.trainer.crew import launched
-from lora_grpo.trainer.evaluation import evaluations_until
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import build_guard
 from lora_grpo.trainer.preflight import MemberSpec
+from lora_grpo.trainer.rollouts import evaluations_until
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:

@@ -27,7 +27,7 @@ from lora_grpo.metrics.log import METRICS_FILE, Record, RunLog, history, read_me
 from lora_grpo.reference import REFERENCE_FILE, keep_reference
 from lora_grpo.state import TrainerState, read_state
 from lora_grpo.trainer.build import check_same_adapter
-from lora_grpo.trainer.evaluation import FOLDER
+from lora_grpo.trainer.rollouts import EVALUATIONS
 
 _KEPT = ("step", "evaluation")
 
@@ -198,7 +198,7 @@ def _copy(source: Path, staged: Path, *names: str) -> None:
 
 def _copy_history(source: Path, staged: Path, origin: AdapterVersion, state: TrainerState) -> None:
     """What a resume reads beside the state: the KL's reference, and the run's rollbacks and measurements so far."""
-    _copy(source, staged, REFERENCE_FILE, f"{FOLDER}/{disk.folder_name(origin.number)}.json")
+    _copy(source, staged, REFERENCE_FILE, f"{EVALUATIONS}/{disk.folder_name(origin.number)}.json")
     if of_trainer(state.meta["extra"]):
         lines = (disk.read_small(source / ROLLBACKS_FILE) or b"").splitlines(keepends=True)
         (staged / ROLLBACKS_FILE).write_bytes(b"".join(lines[: state.meta["extra"]["rollbacks"]]))

@@ -27,11 +27,10 @@ from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.assembly import Assembly, untouched_when_stopped
 from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, seed_everything
-from lora_grpo.trainer.evaluation import Evaluation
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Shared, Sharing
 from lora_grpo.trainer.preflight import MemberSpec, Preflight, prompts_of
-from lora_grpo.trainer.rollouts import RolloutFunc
+from lora_grpo.trainer.rollouts import Evaluation, RolloutFunc
 from lora_grpo.trainer.run import (
     Run,
     resume,

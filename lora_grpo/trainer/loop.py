@@ -25,9 +25,8 @@ from lora_grpo.metrics.render import BACKLOG, GAP
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.rewards import RewardFunction, reward_names
 from lora_grpo.trainer.crew import Parts, push
-from lora_grpo.trainer.evaluation import Evaluation, save_evaluation
-from lora_grpo.trainer.evaluation import evaluate as answered
-from lora_grpo.trainer.rollouts import Rewarded, Rollout
+from lora_grpo.trainer.rollouts import Evaluation, Rewarded, Rollout, save_evaluation
+from lora_grpo.trainer.rollouts import evaluate as answered
 from lora_grpo.trainer.run import Run, guarded, roll_back_between_steps, state_for
 from lora_grpo.trainer.steering import apply_requests
 from lora_grpo.types import Group

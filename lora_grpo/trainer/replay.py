@@ -24,8 +24,8 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output
 from lora_grpo.rewards import load_reward
 from lora_grpo.trainer.build import effective_grpo, lora_config
-from lora_grpo.trainer.evaluation import evaluate, saved_evaluations
 from lora_grpo.trainer.models import build_engine, lora_rank
+from lora_grpo.trainer.rollouts import evaluate, saved_evaluations
 from lora_grpo.types import Chat, Message, Prompt, Sampling
 
 Borrow: TypeAlias = Callable[[Target], AdapterVersion]

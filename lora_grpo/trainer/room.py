@@ -18,7 +18,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.engines.compat import allowed_rank
 from lora_grpo.engines.local.targets import check_whole, checkpoint_config
 from lora_grpo.errors import ConfigError
-from lora_grpo.grpo.modes import base_dtype
+from lora_grpo.grpo.forward import base_dtype
 from lora_grpo.trainer.memory import ADAM_BYTES, LargestBatch, MemoryEstimate, estimate_memory, mib
 from lora_grpo.trainer.models import (
     Sharing,

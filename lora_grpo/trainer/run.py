@@ -24,11 +24,10 @@ from lora_grpo.reference import kept_reference
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import crew
 from lora_grpo.trainer.crew import Crew, Parts
-from lora_grpo.trainer.evaluation import Evaluation, evaluations_until
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.overlap import Ahead
 from lora_grpo.trainer.preflight import Preflight
-from lora_grpo.trainer.rollouts import Source
+from lora_grpo.trainer.rollouts import Evaluation, Source, evaluations_until
 
 
 class Run:

@@ -17,11 +17,10 @@ from lora_grpo.metrics.quiet import ENGINE_LOG, quiet_libraries
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.build import keep_settings
-from lora_grpo.trainer.evaluation import Evaluation
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.models import Shared
 from lora_grpo.trainer.preflight import MemberSpec
-from lora_grpo.trainer.rollouts import Rollout
+from lora_grpo.trainer.rollouts import Evaluation, Rollout
 from lora_grpo.trainer.run import roll_back_between_steps
 from lora_grpo.trainer.steering import apply_requests
 
