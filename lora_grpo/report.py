@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.files.disk import reported
+from lora_grpo.adapters.files.disk import replace_file, reported
 from lora_grpo.adapters.files.locks import holder, is_leased
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
@@ -35,14 +34,12 @@ def write_report(run: str | Path, path: Path | None = None, watch: float | None 
 
     run = Path(run)
     path = path or run / REPORT_FILE
-    staged = path.with_name(f"{path.name}.tmp")
     while True:
         live = holder(run) is not None
         page = render_page(run, lineage(run), live=live, refresh_s=watch if live else None)
         with reported(f"writing {path}"):
             # A model may have written half a surrogate pair, which UTF-8 does not hold.
-            staged.write_text(page, encoding="utf-8", errors="backslashreplace")
-            os.replace(staged, path)
+            replace_file(path, page.encode("utf-8", errors="backslashreplace"), sync=False)
         if not (live and watch):
             return path
         time.sleep(watch)

@@ -13,8 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_grpo.errors import ConfigError
-
 ScaleRewards = Literal["group", "batch", "none"]
 
 _EPSILON = 1e-4
@@ -23,11 +21,8 @@ _EPSILON = 1e-4
 
 def weighted_rewards(rewards_BF: Tensor, weights_F: Sequence[float] | None = None) -> Tensor:
     """rewards_B: the weighted sum over the functions that apply to each row; NaN where none does."""
-    columns = rewards_BF.shape[1]
-    if weights_F is not None and len(weights_F) != columns:
-        raise ConfigError(f"reward_weights={tuple(weights_F)} must hold one weight for each of {columns} rewards")
-    weights = rewards_BF.new_tensor([1.0] * columns if weights_F is None else list(weights_F))
-    return (rewards_BF * weights).nansum(dim=1).masked_fill(rewards_BF.isnan().all(dim=1), torch.nan)
+    weighted_BF = rewards_BF if weights_F is None else rewards_BF * rewards_BF.new_tensor(list(weights_F))
+    return weighted_BF.nansum(dim=1).masked_fill(rewards_BF.isnan().all(dim=1), torch.nan)
 
 
 def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: ScaleRewards = "group") -> Tensor:
@@ -88,6 +83,4 @@ def _deviation(rewards_PG: Tensor, scale_rewards: ScaleRewards) -> Tensor:
 
 
 def _grouped(rewards_B: Tensor, num_generations: int) -> Tensor:
-    if rewards_B.numel() % num_generations:
-        raise ConfigError(f"{rewards_B.numel()} rewards are not a multiple of num_generations={num_generations}")
     return rewards_B.double().view(-1, num_generations)

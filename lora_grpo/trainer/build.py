@@ -115,8 +115,7 @@ def _checked(config: RunConfig, *, resume: bool) -> RunConfig:
     micro-batches of as many tokens as before, which its bits depend on."""
     run_dir = Path(config.output_dir)
     check_place(run_dir)
-    holds_run = _holds_run(run_dir)
-    if holds_run and not resume:
+    if (holds_run := _holds_run(run_dir)) and not resume:
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
     if not resume or not (run_dir / RESOLVED_FILE).is_file():
         return config

@@ -29,7 +29,7 @@ from lora_grpo.trainer.assembly import Assembly, untouched_when_stopped
 from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, seed_everything
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Shared, Sharing
-from lora_grpo.trainer.preflight import MemberSpec, Preflight, prompts_of
+from lora_grpo.trainer.preflight import MemberSpec, Preflight
 from lora_grpo.trainer.rollouts import Evaluation, RolloutFunc
 from lora_grpo.trainer.run import (
     Run,
@@ -116,7 +116,7 @@ class GRPOTrainer(Run):
             run_dir,
             reward_funcs,
             config or GRPOConfig(),
-            prompts_of(train_dataset, "train_dataset"),
+            train_dataset,
             eval_dataset=eval_dataset,
             peft_config=peft_config,
             processing_class=processing_class,

@@ -31,6 +31,11 @@ from lora_grpo.trainer.run import Run, guarded, roll_back_between_steps, state_f
 from lora_grpo.trainer.steering import apply_requests
 from lora_grpo.types import Group
 
+CANARY_ROWS = 32
+SHOWN = 4
+"""Completions of a step that are logged to be looked at."""
+_OF_THE_VERSION = {"kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_groups_used", GAP}
+"""Of a step's metrics, those that say something, as rewards do, of the version that made its completions."""
 WARN_EVERY = 10
 """Steps in a row without any signal (every group's rewards equal) after which, and again after as many, a run warns."""
 
@@ -158,7 +163,8 @@ def _record(run: Run, metrics: Mapping[str, Any]) -> None:
     with suppress(UnknownVersion):
         known = run.store.metrics(metrics["version"])
         if "reward" not in known:
-            run.store.record(metrics["version"], **of_the_version(metrics))
+            names = _OF_THE_VERSION | {name for name in metrics if name.startswith("reward")}
+            run.store.record(metrics["version"], **{name: metrics[name] for name in metrics if name in names})
 
 
 def _evaluate_when_due(run: Run, reporter: Reporter) -> None:
@@ -179,10 +185,6 @@ def _warn_without_signal(run: Run, reporter: Reporter, then: str) -> None:
         "or prompts a step (generation_batch_size), a higher temperature, or a reward that gives partial credit; "
         f"{then}"
     )
-
-
-OF_THE_VERSION = {"kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_groups_used", GAP}
-CANARY_ROWS = 32
 
 
 class Clock:
@@ -275,12 +277,7 @@ def step_metrics(rewarded: Rewarded, functions: Sequence[RewardFunction], config
     }
 
 
-def of_the_version(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a step's metrics, those that say something about the version that made its completions."""
-    return {name: value for name, value in metrics.items() if name.startswith("reward") or name in OF_THE_VERSION}
-
-
-def sample_rows(rewarded: Rewarded, count: int = 4) -> list[dict[str, Any]]:
+def sample_rows(rewarded: Rewarded) -> list[dict[str, Any]]:
     """A few completions to look at, spread over the batch, with what reward functions logged beside each."""
     pairs = [(group.prompt, completion) for group in rewarded.groups for completion in group.completions]
     rows = [
@@ -290,4 +287,4 @@ def sample_rows(rewarded: Rewarded, count: int = 4) -> list[dict[str, Any]]:
     for column, values in rewarded.extra.items():
         for row, value in zip(rows, values, strict=True):
             row.setdefault(column, value)
-    return rows[:: max(1, len(rows) // count)][:count]
+    return rows[:: max(1, len(rows) // SHOWN)][:SHOWN]

@@ -68,20 +68,18 @@ class MemberSpec:
         return Path(self.run_dir).name
 
     def loaded(self) -> MemberSpec:
-        """With its data read, whose chats are rendered as its settings say."""
+        """With its data read, whose chats are rendered as its settings say. Raises `ConfigError` for missing ones."""
 
         def read(data: Any, name: str) -> PromptDataset:
-            return replace(prompts_of(data, name), chat_template_kwargs=self.config.chat_template_kwargs)
+            if data is None:
+                raise ConfigError(
+                    f"{name} is missing: pass a datasets.Dataset, a list of dicts with 'prompt', or a file"
+                )
+            found = data if isinstance(data, PromptDataset) else load_prompts(data)
+            return replace(found, chat_template_kwargs=self.config.chat_template_kwargs)
 
         held_out = None if self.eval_dataset is None else read(self.eval_dataset, "eval_dataset")
         return replace(self, train_dataset=read(self.train_dataset, "train_dataset"), eval_dataset=held_out)
-
-
-def prompts_of(data: Any, name: str) -> PromptDataset:
-    """The prompts that a trainer was given. Raises `ConfigError` where they are missing or none."""
-    if data is None:
-        raise ConfigError(f"{name} is missing: pass a datasets.Dataset, a list of dicts with 'prompt', or a file")
-    return data if isinstance(data, PromptDataset) else load_prompts(data)
 
 
 @dataclass

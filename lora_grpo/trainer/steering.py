@@ -49,7 +49,8 @@ def apply_requests(store: AdapterStore, roll_back: RollBack, reporter: Reporter)
             request.answer({"error": f"{type(error).__name__}: {error}", "kind": EngineError.__name__})
             raise
         request.answer(result)
-        said = f"asked from outside: {_words(request)}: {result.get('error') or result['done']}"
+        asked = " ".join([request.verb, *map(str, request.args.values())])
+        said = f"asked from outside: {asked}: {result.get('error') or result['done']}"
         if result.get("left") != result.get("version"):
             reporter.rollback(result["step"], said)
         else:
@@ -77,7 +78,3 @@ def _argument(args: Mapping[str, Any], name: str) -> Any:
     if name not in args:
         raise ConfigError(f"the request names no {name!r}: it holds {dict(args)}")
     return args[name]
-
-
-def _words(request: Request) -> str:
-    return " ".join([request.verb, *map(str, request.args.values())])

@@ -123,7 +123,9 @@ class Sweep:
             for name in self._members.keys() & self._ended.keys():
                 population.stop(self._members[name], "it failed before; a take-over may bring it back")
             for _ in population.rounds(self._begin_round):
-                self._select(population)
+                self._halve(population)
+                self._note_ends()
+                self._evolve(population)
                 show(self.rows())
             self._note_ends()
 
@@ -137,11 +139,6 @@ class Sweep:
             return [member for member in running if began.get(member.name) == stand[member.name]]
         self._log.append("round", began=stand)
         return running
-
-    def _select(self, population: Population) -> None:
-        self._halve(population)
-        self._note_ends()
-        self._evolve(population)
 
     def _note_ends(self) -> None:
         for name, member in self._members.items():
