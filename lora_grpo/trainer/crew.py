@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -105,6 +105,16 @@ class Crew:
             return act()
         finally:
             self._order = None
+
+
+def led(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """A trainer's method that all processes call, and that runs in the first; see `Crew.lead`."""
+
+    @wraps(method)
+    def together(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.crew.lead(lambda: method(self, *args, **kwargs))
+
+    return together
 
 
 class CrewEngine:

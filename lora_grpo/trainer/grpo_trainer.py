@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Self
 
 from torch import nn
 
@@ -26,33 +25,13 @@ from lora_grpo.rewards import RewardFunction
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.assembly import Assembly, untouched_when_stopped
-from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, seed_everything
+from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, led, seed_everything
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Shared, Sharing
 from lora_grpo.trainer.preflight import MemberSpec, Preflight
 from lora_grpo.trainer.rollouts import Evaluation, RolloutFunc
-from lora_grpo.trainer.run import (
-    Run,
-    resume,
-    roll_back,
-    run_info,
-    summary,
-    what_was_found,
-)
+from lora_grpo.trainer.run import Run, resume, roll_back, run_info, summary, what_was_found
 from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def led(method: Callable[Concatenate[GRPOTrainer, P], R]) -> Callable[Concatenate[GRPOTrainer, P], R]:
-    """A method that all processes call, and that runs in the first; see `Crew.lead`."""
-
-    @wraps(method)
-    def together(self: GRPOTrainer, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.crew.lead(lambda: method(self, *args, **kwargs))
-
-    return together
 
 
 class GRPOTrainer(Run):

@@ -142,7 +142,8 @@ class Source:
         """Call the reward functions and compare within groups."""
         config = self.config
         context = RewardContext(TrainerState(rollout.step, config.total_steps))
-        values_BF = score(self.reward_funcs, rollout.groups, rollout.columns, context, patience(config))
+        patience = Patience(config.reward_retries, config.reward_timeout_s)
+        values_BF = score(self.reward_funcs, rollout.groups, rollout.columns, context, patience)
         rewards_BF = torch.tensor(values_BF, dtype=torch.float64)
         rewards_B = weighted_rewards(rewards_BF, config.reward_weights)
         advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
@@ -166,11 +167,6 @@ class Source:
 
     def close(self) -> None:
         """End the threads, where there are any."""
-
-
-def patience(config: GRPOConfig) -> Patience:
-    """How long reward functions are waited for."""
-    return Patience(config.reward_retries, config.reward_timeout_s)
 
 
 # Held-out prompts.
@@ -202,7 +198,8 @@ def evaluate(
     prompts, columns = data.select(range(len(data)))
     greedy = Sampling(n=1, max_tokens=config.max_completion_length, temperature=0.0, seed=config.seed)
     groups = engine.generate(prompts, greedy, adapter=version)
-    rewards_BF = scored(lambda: score(reward_funcs, groups, columns, patience=patience(config)))
+    patience = Patience(config.reward_retries, config.reward_timeout_s)
+    rewards_BF = scored(lambda: score(reward_funcs, groups, columns, patience=patience))
     rewards_B = weighted_rewards(torch.tensor(rewards_BF, dtype=torch.float64), config.reward_weights).tolist()
     names, rows = reward_names(reward_funcs), []
     for p, (group, rewards, reward) in enumerate(zip(groups, rewards_BF, rewards_B, strict=True)):
@@ -229,23 +226,22 @@ def save_evaluation(run_dir: Path, result: Evaluation) -> Path:
 
 def saved_evaluations(run_dir: Path) -> dict[int, Evaluation]:
     """What `save_evaluation` wrote, by version. Raises `StoreError` for damage."""
-    loaded = [_read(path) for path in sorted((run_dir / EVALUATIONS).glob("*.json"))]
-    return {evaluation.version: evaluation for evaluation in loaded}
+    found = {}
+    for path in sorted((run_dir / EVALUATIONS).glob("*.json")):
+        try:
+            evaluation = Evaluation(**parse_json(read_small(path) or b""))
+        except (TypeError, ValueError) as error:
+            raise StoreCorrupt(
+                f"{path} is damaged ({error}): delete it, and its version counts as not evaluated"
+            ) from error
+        found[evaluation.version] = evaluation
+    return found
 
 
 def evaluations_until(run_dir: Path, step: int) -> list[Evaluation]:
     """The held-out evaluations that a run made up to `step`."""
     saved = saved_evaluations(run_dir)
     return [saved[number] for number in sorted(saved) if saved[number].step <= step]
-
-
-def _read(path: Path) -> Evaluation:
-    try:
-        return Evaluation(**parse_json(read_small(path) or b""))
-    except (TypeError, ValueError) as error:
-        raise StoreCorrupt(
-            f"{path} is damaged ({error}): delete it, and its version counts as not evaluated"
-        ) from error
 
 
 def _means(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:

@@ -7,10 +7,10 @@ import json
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -34,19 +34,11 @@ class Trial:
     settings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
-    low: float
-    high: float
-    log: bool
-    whole: bool
+class _Choice(NamedTuple):
+    """What a setting may be: the values that are listed (none: a range), and how one is drawn."""
 
-    def draw(self, random_: random.Random) -> str:
-        if self.log:
-            value = math.exp(random_.uniform(math.log(self.low), math.log(self.high)))
-        else:
-            value = random_.uniform(self.low, self.high)
-        return str(round(value)) if self.whole else f"{value:.4g}"
+    listed: list[str]
+    draw: Callable[[random.Random], str]
 
 
 def trials_of(swept: Sequence[str], *, sample: int | None = None, seed: int = 0) -> list[Trial]:
@@ -55,7 +47,7 @@ def trials_of(swept: Sequence[str], *, sample: int | None = None, seed: int = 0)
     Draws may also come from a range: "key=0.1..0.9", evenly, or "key=log:1e-6..1e-4", evenly in its logarithm; of
     whole numbers where both ends are. Commas within brackets and quotes separate nothing. Raises `ConfigError`.
     """
-    choices = dict(_choices(text) for text in swept)
+    choices = dict(map(_choice, swept))
     if not choices:
         raise ConfigError("a sweep needs a setting with several values, such as grpo.learning_rate=1e-5,3e-5,1e-4")
     if len(choices) < len(swept):
@@ -78,24 +70,29 @@ def is_swept(text: str) -> bool:
     return _RANGE.fullmatch(values) is not None or len(_split(values)) > 1
 
 
-def _choices(text: str) -> tuple[str, list[str] | _Range]:
+def _choice(text: str) -> tuple[str, _Choice]:
     key, equals, values = text.partition("=")
     if not (equals and key and values):
         raise ConfigError(f"{text!r} is not of the form section.key=value,value")
     span = _RANGE.fullmatch(values)
     if span is not None:
-        return key, _range(text, *span.groups())
+        return key, _Choice([], _range(text, *span.groups()))
     listed = _split(values)
     if not all(map(str.strip, listed)) or len(set(listed)) < len(listed):
         raise ConfigError(f"{text!r}: leave out a value that is empty, or there twice; each makes a member")
-    return key, listed
+    return key, _Choice(listed, lambda random_: random_.choice(listed))
 
 
-def _range(text: str, log: str | None, low: str, high: str) -> _Range:
-    span = _Range(float(low), float(high), log is not None, low.isdigit() and high.isdigit())
-    if not (math.isfinite(span.high - span.low) and span.low < span.high and (span.low > 0 or not span.log)):
+def _range(text: str, log: str | None, low: str, high: str) -> Callable[[random.Random], str]:
+    least, most, whole = float(low), float(high), low.isdigit() and high.isdigit()
+    if not (math.isfinite(most - least) and least < most and (least > 0 or not log)):
         raise ConfigError(f"{text!r}: the second number of a range must be larger; with log: both must be above 0")
-    return span
+
+    def draw(random_: random.Random) -> str:
+        value = math.exp(random_.uniform(math.log(least), math.log(most))) if log else random_.uniform(least, most)
+        return str(round(value)) if whole else f"{value:.4g}"
+
+    return draw
 
 
 def _split(values: str) -> list[str]:
@@ -112,28 +109,22 @@ def _split(values: str) -> list[str]:
     return parts
 
 
-def _grid(choices: dict[str, list[str] | _Range]) -> list[tuple[str, ...]]:
-    lists = []
-    for key, values in choices.items():
-        if isinstance(values, _Range):
+def _grid(choices: dict[str, _Choice]) -> list[tuple[str, ...]]:
+    for key, choice in choices.items():
+        if not choice.listed:
             raise ConfigError(f"{key} has a range, but a grid needs single values; add --sample N to draw from it")
-        lists.append(values)
-    return list(itertools.product(*lists))
+    return list(itertools.product(*(choice.listed for choice in choices.values())))
 
 
-def _different(choices: dict[str, list[str] | _Range], sample: int, draw: random.Random) -> list[tuple[str, ...]]:
+def _different(choices: dict[str, _Choice], sample: int, draw: random.Random) -> list[tuple[str, ...]]:
     """So many draws, none of them twice. Raises `ConfigError` where there are not so many."""
     found: dict[tuple[str, ...], None] = {}
     for _ in range(100 * sample):
         if len(found) < sample:
-            found[tuple(_drawn(values, draw) for values in choices.values())] = None
+            found[tuple(choice.draw(draw) for choice in choices.values())] = None
     if len(found) < sample:
         raise ConfigError(f"--sample {sample}: only {len(found)} different members were found; sample fewer")
     return list(found)
-
-
-def _drawn(values: list[str] | _Range, draw: random.Random) -> str:
-    return values.draw(draw) if isinstance(values, _Range) else draw.choice(values)
 
 
 def _trial(number: str, keys: tuple[str, ...], values: tuple[str, ...]) -> Trial:
