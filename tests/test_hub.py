@@ -20,7 +20,7 @@ from lora_grpo.config import DataConfig, ModelConfig
 from lora_grpo.data import load_data
 from lora_grpo.engines.local.targets import check_is_base, check_served, checkpoint_config
 from lora_grpo.errors import ConfigError
-from lora_grpo.trainer.preflight import trainer_tokenizer
+from lora_grpo.trainer.preflight import checkpoint_tokenizer
 from lora_grpo.trainer.random_base import random_base
 
 CLOSED = "http://127.0.0.1:1"
@@ -46,7 +46,7 @@ LOOKS: dict[str, Callable[[], Any]] = {
     "a revision's config": lambda: checkpoint_config(NAME, revision="v2"),
     "adapter": lambda: check_is_base(NAME),
     "vLLM": lambda: check_served(NAME),
-    "tokenizer": lambda: trainer_tokenizer(ModelConfig(name=NAME), None, None),
+    "tokenizer": lambda: checkpoint_tokenizer(ModelConfig(name=NAME)),
     "random weights": lambda: random_base(NAME).__enter__(),
     "data": lambda: load_data(DataConfig(train=NAME)),
 }
@@ -74,7 +74,7 @@ def test_a_cached_model_is_taken_as_it_is(no_network: Path, llama_dir: Path) -> 
     (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
     check_is_base("tiny/llama")
     assert checkpoint_config("tiny/llama").model_type == "llama"
-    assert trainer_tokenizer(ModelConfig(name="tiny/llama"), None, None).encode("fox")
+    assert checkpoint_tokenizer(ModelConfig(name="tiny/llama")).encode("fox")
     with pytest.raises(ConfigError, match="'tiny/llama' is not a directory here"):
         checkpoint_config("tiny/llama", revision="another")
 

@@ -135,14 +135,15 @@ class Processes:
         orders = _Orders(self, follow)
         tried = attempt(lambda: act(orders), self.index)
         if not orders.broken:
-            self.share(_End(tried.value, tried.told))
+            self.share(Attempt(tried.value, tried.told))
         if tried.error is not None:
             raise tried.error
         return tried.value  # type: ignore[return-value]
 
     def _obey(self, follow: Callable[[Any], object]) -> Any:
+        """Until the last word, which is how the leader's own call ended."""
         nothing: Any = None
-        while not isinstance(said := self.share(nothing), _End):
+        while not isinstance(said := self.share(nothing), Attempt):
             try:
                 follow(said)
             except LoraGrpoError:
@@ -216,13 +217,6 @@ def attempt(act: Callable[[], object], process: int) -> Attempt:
         return Attempt(act())
     except BaseException as error:  # noqa: BLE001 - raised again by all processes
         return Attempt(None, error, told(error, process))
-
-
-class _End(NamedTuple):
-    """The last word of a `lead`."""
-
-    value: object
-    error: BaseException | None
 
 
 class _Orders(Generic[Order, Result]):

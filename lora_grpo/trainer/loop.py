@@ -21,13 +21,14 @@ from lora_grpo.grpo.losses import known_gaps
 from lora_grpo.grpo.objective import filled
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
+from lora_grpo.metrics.log import jsonable
 from lora_grpo.metrics.render import BACKLOG, GAP
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.rewards import RewardFunction, reward_names
 from lora_grpo.trainer.crew import Parts, push
 from lora_grpo.trainer.rollouts import Evaluation, Rewarded, Rollout, save_evaluation
 from lora_grpo.trainer.rollouts import evaluate as answered
-from lora_grpo.trainer.run import Run, guarded, roll_back_between_steps, state_for
+from lora_grpo.trainer.run import Run, guarded, roll_back_between_steps
 from lora_grpo.trainer.steering import apply_requests
 from lora_grpo.types import Group
 
@@ -72,7 +73,14 @@ def publish(run: Run, step: int, measured: Mapping[str, Any] | None = None) -> N
     The state has what the step `measured` too (but for times): should the run be killed before that is written down,
     `make_good` does it.
     """
-    run.crew(push, step, state_for(run, step, measured))
+    beside_weights = {
+        "steps_done": step,
+        "rollbacks": run.rollbacks,
+        "without_signal": run.without_signal,
+        "sampler": run.source.position(),
+        "measured": None if measured is None else jsonable(measured),
+    }
+    run.crew(push, step, beside_weights)
 
 
 def make_good(run: Run, reporter: Reporter) -> None:

@@ -163,8 +163,18 @@ class Preflight:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """What prompts are rendered with; None where neither engine nor model has one."""
-        return trainer_tokenizer(self.model, self.spec.processing_class, self.engine)
+        """What prompts are rendered with: `processing_class`, else a given engine's own, or the checkpoint's; may be
+        None. Raises `ConfigError` when it numbers tokens otherwise than the engine's."""
+        served = checkpoint_tokenizer(self.model) if self.engine is None else getattr(self.engine, "tokenizer", None)
+        if self.spec.processing_class is None:
+            return served
+        own = getattr(self.spec.processing_class, "tokenizer", self.spec.processing_class)
+        if not (hasattr(own, "encode") and hasattr(own, "decode")):
+            raise ConfigError(
+                f"processing_class={own!r:.80} is not a tokenizer: pass AutoTokenizer.from_pretrained(NAME)"
+            )
+        check_same_vocabulary(own, served)
+        return own
 
     @property
     def known_room(self) -> int | None:
@@ -248,22 +258,8 @@ def reward_functions(given: Any) -> list[RewardFunction]:
     return functions
 
 
-def trainer_tokenizer(model: ModelConfig | nn.Module, processing_class: Any, engine: Engine | None) -> Any:
-    """What prompts are rendered with: `processing_class`, else a given engine's own tokenizer, or the checkpoint's.
-
-    Raises `ConfigError` when it numbers tokens otherwise than the engine's; None where there is none.
-    """
-    served = getattr(engine, "tokenizer", None) if engine is not None else _checkpoint_tokenizer(model)
-    if processing_class is None:
-        return served
-    own = getattr(processing_class, "tokenizer", processing_class)
-    if not (hasattr(own, "encode") and hasattr(own, "decode")):
-        raise ConfigError(f"processing_class={own!r:.80} is not a tokenizer: pass AutoTokenizer.from_pretrained(NAME)")
-    check_same_vocabulary(own, served)
-    return own
-
-
-def _checkpoint_tokenizer(model: ModelConfig | nn.Module) -> Any:
+def checkpoint_tokenizer(model: ModelConfig | nn.Module) -> Any:
+    """The tokenizer of a model's checkpoint. Raises `ConfigError` where none can be read."""
     checkpoint = checkpoint_of(model)
     checkpoint_config(checkpoint.name, **checkpoint.loading)
     try:

@@ -19,7 +19,7 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import load_reward
 from lora_grpo.rewards.ready import final_number
 from lora_grpo.trainer.checking import Finding
-from lora_grpo.trainer.preflight import MemberSpec, Preflight, trainer_tokenizer
+from lora_grpo.trainer.preflight import MemberSpec, Preflight, checkpoint_tokenizer
 
 PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "messages", "text")
 ANSWERS = ("answer", "final_answer", "solution", "ground_truth", "target", "label", "expected_answer")
@@ -55,7 +55,7 @@ def propose(model: str, data: str, overrides: Sequence[str] = ()) -> tuple[RunCo
     _choose_prompt(values["data"], columns, notes)
     _choose_reward(values["rewards"][0], columns, values["data"]["train"], notes)
     settings = RunConfig(**values)
-    tokenizer = trainer_tokenizer(settings.model, None, None)
+    tokenizer = checkpoint_tokenizer(settings.model)
     texts = all(isinstance(prompt, str) for prompt in columns.get(settings.data.prompt_column, [])[:LOOKED_AT])
     if texts and getattr(tokenizer, "chat_template", None) and "system_prompt" not in values["data"]:
         values["data"]["system_prompt"] = MARKED if settings.rewards[0].name == "numeric" else ""

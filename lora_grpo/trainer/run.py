@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lora_grpo.adapters.upkeep.rollbacks import Rollback, RollbackLog, of_traine
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import PromptSampler
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion, counted
-from lora_grpo.metrics.log import Record, history, jsonable, package_versions, read_metrics
+from lora_grpo.metrics.log import Record, history, package_versions, read_metrics
 from lora_grpo.metrics.render import GAP
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.reference import kept_reference
@@ -184,17 +183,6 @@ def resume(run: Run) -> RollbackReport | None:
     measured = report.extra.get("measured")
     run.owed = None if measured is None else _metrics_of(measured)
     return report
-
-
-def state_for(run: Run, step: int, measured: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What goes into a version's trainer state beside weights, optimizer, schedule and random state."""
-    return {
-        "steps_done": step,
-        "rollbacks": run.rollbacks,
-        "without_signal": run.without_signal,
-        "sampler": run.source.position(),
-        "measured": None if measured is None else jsonable(measured),
-    }
 
 
 def what_was_found(recovered: Recovered) -> list[str]:
