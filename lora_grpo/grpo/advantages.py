@@ -31,7 +31,7 @@ def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: Sca
     The deviation (Bessel-corrected) is the group's (GRPO, arXiv 2402.03300, 4.1.2), the whole batch's (arXiv
     2508.08221), or 1 (Dr. GRPO, arXiv 2503.20783: dividing by it favours questions that are too easy or too hard).
     """
-    rewards_PG = _grouped(rewards_B, num_generations)
+    rewards_PG = rewards_B.double().view(-1, num_generations)
     # Taken from the group's least, equal rewards are 0 to the bit: a mean of them can be off by its rounding.
     above_PG = rewards_PG - rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
     centred_PG = above_PG - above_PG.nanmean(dim=1, keepdim=True)
@@ -53,7 +53,7 @@ def reward_metrics(
     teach nothing.
     """
     rewards_B = weighted_rewards(rewards_BF, weights_F)
-    deviation = _deviation(_grouped(rewards_B, num_generations), scale_rewards)
+    deviation = _deviation(rewards_B.double().view(-1, num_generations), scale_rewards)
     metrics = {
         "reward": rewards_B.nanmean().item(),
         "reward_std": nan_std(rewards_B).item(),
@@ -80,7 +80,3 @@ def nan_std(values: Tensor, dim: int | None = None) -> Tensor:
 def _deviation(rewards_PG: Tensor, scale_rewards: ScaleRewards) -> Tensor:
     """A column a group, or a scalar over the batch."""
     return nan_std(rewards_PG) if scale_rewards == "batch" else nan_std(rewards_PG, dim=1)
-
-
-def _grouped(rewards_B: Tensor, num_generations: int) -> Tensor:
-    return rewards_B.double().view(-1, num_generations)
