@@ -19,7 +19,7 @@ from lora_grpo.config import RunConfig
 from lora_grpo.config_file import config_of_model, load_config, names_a_model, save_config
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, NoRoom
-from lora_grpo.trainer import assembly, build_trainer
+from lora_grpo.trainer import build_trainer, room
 from lora_grpo.trainer.checking import SWAPS, Finding, check_run
 from lora_grpo.trainer.random_base import random_base
 from tests import here
@@ -70,7 +70,7 @@ def wrong(findings: Sequence[Finding]) -> dict[str, str]:
 def test_without_an_engine_all_that_is_known_before_one_starts(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assembly, "build_engine", lambda *arguments, **settings: pytest.fail("an engine starts"))
+    monkeypatch.setattr(room, "build_engine", lambda *arguments, **settings: pytest.fail("an engine starts"))
     before = sorted(tmp_path.rglob("*"))
     findings = list(check_run(config))
     assert wrong(findings) == {}
@@ -183,7 +183,7 @@ def test_where_the_run_goes_is_looked_at(config: RunConfig, tmp_path: Path) -> N
 def test_with_the_engine_base_probe_slots_and_three_swaps(
     config: RunConfig, llama_engine: VLLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assembly, "build_engine", lambda *arguments, **settings: Kept(llama_engine))
+    monkeypatch.setattr(room, "build_engine", lambda *arguments, **settings: Kept(llama_engine))
     for findings in (
         list(check_run(config, engine=True)),
         list(check_run(config_of_model(config.model.name, ["model.dtype=float32"]), engine=True, base_alone=True)),
@@ -210,7 +210,7 @@ def test_another_base_in_the_engine_is_one_finding(
     from tests.tiny_models import tiny_model
 
     other = tiny_model("llama", tmp_path / "other", seed=1)
-    monkeypatch.setattr(assembly, "build_engine", lambda *arguments, **settings: Kept(llama_engine))
+    monkeypatch.setattr(room, "build_engine", lambda *arguments, **settings: Kept(llama_engine))
     found = wrong(list(check_run(changed(config, model={"name": str(other)}), engine=True)))
     assert list(found) == ["engine"]
     assert "differs" in found["engine"]
@@ -283,7 +283,7 @@ def test_a_tmpfs_that_is_too_small_is_told_before_an_engine_starts(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of nine versions only a few fit: the run would have ended at its fourth step."""
-    monkeypatch.setattr(assembly, "build_engine", lambda *arguments, **settings: pytest.fail("an engine starts"))
+    monkeypatch.setattr(room, "build_engine", lambda *arguments, **settings: pytest.fail("an engine starts"))
     found = next(one for one in check_run(config) if one.what == "room for versions")
     size_mib = float(re.search(r"of ([\d.]+) MiB", found.found)[1])  # type: ignore[index]
     stock = shutil.disk_usage

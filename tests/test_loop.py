@@ -157,7 +157,7 @@ def test_what_is_wrong_is_told_before_the_engine_starts(
     fault: str, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not with a traceback after minutes of starting; PEFT leaves out a name that is not there, if another one is."""
-    monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", None)
+    monkeypatch.setattr("lora_grpo.trainer.room.build_engine", None)
     (tmp_path / "file").touch()
     run, targets, config, words = {
         "tracker": ("run", ["q_proj"], FAKE.replace(report_to=("tensorbord",)), "did you mean 'tensorboard'"),

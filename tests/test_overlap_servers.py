@@ -105,8 +105,8 @@ def test_the_settings_reach_the_servers_engine(llama_dir: Path, monkeypatch: pyt
     given: list[dict[str, object]] = []
     monkeypatch.setattr(server_engine, "VLLMServerEngine", lambda urls, **named: given.append(named))
     plain = EngineConfig(urls=("http://127.0.0.1:9",))
-    build_engine(ModelConfig(name=str(llama_dir)), plain, 8)
-    build_engine(ModelConfig(name=str(llama_dir)), plain.replace(concurrency=3, timeout_s=7200.0, patience_s=20.0), 8)
+    build_engine(ModelConfig(name=str(llama_dir)), plain)
+    build_engine(ModelConfig(name=str(llama_dir)), plain.replace(concurrency=3, timeout_s=7200.0, patience_s=20.0))
     limits = [(named["concurrency"], named["timeout_s"], named["patience_s"]) for named in given]
     assert limits == [(256, 600.0, 300.0), (3, 7200.0, 20.0)]
     with pytest.raises(ConfigError, match=r"timeout_s: .*above 0"):

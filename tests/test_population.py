@@ -335,17 +335,17 @@ def test_the_engine_is_sized_for_all_members(
 ) -> None:
     asked = []
 
-    def build(model: Any, config: EngineConfig, rank: int, **settings: Any) -> FakeEngine:
-        asked.append((config.max_loras, config.max_lora_rank, rank, settings["targets"]))
+    def build(model: Any, config: EngineConfig, targets: list[str], **settings: Any) -> FakeEngine:
+        asked.append((config.max_loras, config.max_lora_rank, targets))
         return fake
 
-    monkeypatch.setattr("lora_grpo.trainer.population.population.build_engine", build)
+    monkeypatch.setattr("lora_grpo.trainer.room.build_engine", build)
     given = [
         plain(tmp_path / f"{layer}-{rank}", peft_config=LoraConfig(r=rank, target_modules=[layer]))
         for layer, rank in (("q_proj", 4), ("v_proj", 16), ("q_proj", 8))
     ]
     with Population(base, given) as population:
-        assert asked == [(3, 16, 16, ["q_proj", "v_proj"])]
+        assert asked == [(3, 16, ["q_proj", "v_proj"])]
         with pytest.raises(ConfigError, match="started for q_proj, v_proj; give a member with those layers"):
             population.add(plain(tmp_path / "more", peft_config=LORA))
         assert len(population.members) == 3

@@ -18,7 +18,7 @@ from lora_grpo.data import load_prompts
 from lora_grpo.engines.requests import token_prompts
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import read_metrics
-from lora_grpo.trainer import assembly
+from lora_grpo.trainer import room
 from lora_grpo.types import Chat, Group, Prompt, Sampling
 from tests.tiny_models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
@@ -100,7 +100,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("an engine starts")
 
-    monkeypatch.setattr(assembly, "build_engine", started)
+    monkeypatch.setattr(room, "build_engine", started)
 
 
 def test_prompts_are_rendered_with_processing_class_and_its_end_token_ends_completions(build: Any) -> None:
@@ -251,9 +251,24 @@ def test_what_only_the_engine_knows_is_checked_once_it_has_started(build: Any, m
     """Without `engine.max_model_len` the limit is the engine's to say."""
     engine = Listening(tiny_tokenizer())
     engine.max_model_len = 32  # type: ignore[attr-defined]
-    monkeypatch.setattr(assembly, "build_engine", lambda *arguments, **settings: engine)
+    monkeypatch.setattr(room, "build_engine", lambda *arguments, **settings: engine)
     with pytest.raises(ConfigError, match=r"row 1: the prompt has 30 tokens, and max_model_len=32 less"):
         build([{"prompt": "a"}, {"prompt": "x" * 30}])
+
+
+def test_an_engine_is_started_for_the_adapters_rank_also_where_its_setting_is_smaller(
+    build: Any, monkeypatch: Any
+) -> None:
+    """It was planned so; one of the smaller rank would be refused once it has started."""
+    started: list[EngineConfig] = []
+
+    def start(model: Any, config: EngineConfig, *_: Any, **__: Any) -> Listening:
+        started.append(config)
+        return Listening(tiny_tokenizer())
+
+    monkeypatch.setattr(room, "build_engine", start)
+    trainer = build([{"prompt": "a"}], engine_config=EngineConfig(max_lora_rank=1))
+    assert [config.max_lora_rank for config in started] == [trainer.sync.training.modules[0].a_RI.shape[0]]
 
 
 def test_the_chat_template_gets_settings_and_a_column_of_its_own(build: Any) -> None:

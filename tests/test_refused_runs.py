@@ -190,7 +190,7 @@ def test_train_refuses_in_one_sentence_and_leaves_nothing(
 ) -> None:
     monkeypatch.undo()  # the real trainer
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", None)
+    monkeypatch.setattr("lora_grpo.trainer.room.build_engine", None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the command's own handler, for a process of its own
     (tmp_path / "file").touch()
     config = save_config(settings, tmp_path / "settings")
@@ -222,7 +222,7 @@ def test_ctrl_c_while_the_engine_starts_leaves_nothing(
         assert (run / "store.json").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lora_grpo.trainer.assembly.build_engine", interrupted)
+    monkeypatch.setattr("lora_grpo.trainer.room.build_engine", interrupted)
     monkeypatch.setattr("lora_grpo.adapters.files.disk._SHM", shm_dir)
     with pytest.raises(KeyboardInterrupt):
         build_trainer(settings.replace(store_root=named))

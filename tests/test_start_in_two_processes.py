@@ -20,7 +20,7 @@ from lora_grpo.engines.server.launch import Servers, Serving
 from lora_grpo.errors import ConfigError, EngineError, StoreError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics.log import read_metrics
-from lora_grpo.trainer import assembly, crew, preflight
+from lora_grpo.trainer import assembly, crew, preflight, room
 from lora_grpo.trainer.loop import canary
 from tests.test_server_engine_real import LEAVES, VLLM_ARGS, free_ports
 from tests.test_trainer_processes import PerProcess, assert_near, config, run
@@ -57,8 +57,9 @@ def starts(accelerator: Any, folder: Path) -> dict[str, Any]:
 
     def attempt(name: str, replaced: str, raised: Exception | None, module: Any = assembly, **settings: Any) -> None:
         """With a part of `module` that raises in this process, or a sound engine."""
-        kept = {part: getattr(part_of, part) for part_of, part in ((module, replaced), (assembly, "build_engine"))}
-        assembly.build_engine = lambda *_, **__: engine  # type: ignore[assignment]
+        module = room if replaced == "build_engine" else module
+        kept = {part: getattr(part_of, part) for part_of, part in ((module, replaced), (room, "build_engine"))}
+        room.build_engine = lambda *_, **__: engine  # type: ignore[assignment]
         if raised is not None:
             setattr(module, replaced, lambda *_, **__: _raise(raised))
         started = time.monotonic()
@@ -67,7 +68,7 @@ def starts(accelerator: Any, folder: Path) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001 - what it is, is the question
             found[name] = type(error), str(error), time.monotonic() - started
         for part, function in kept.items():
-            setattr(assembly if part == "build_engine" else module, part, function)
+            setattr(room if part == "build_engine" else module, part, function)
 
     attempt("engine", "build_engine", None if first else EngineError("no memory here"))
     found["closed"] = list(closed)

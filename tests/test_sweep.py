@@ -462,9 +462,9 @@ ON_A_FAKE = """
 import sys
 from pathlib import Path
 from lora_grpo import cli
-from lora_grpo.trainer.population import population
+from lora_grpo.trainer import room
 from tests.tiny_run import fake_engine
-population.build_engine = lambda model, *_, **__: fake_engine(Path(model.name))
+room.build_engine = lambda model, *_, **__: fake_engine(Path(model.name))
 cli.main()
 """
 """The command, whose engine alone is not vLLM's."""

@@ -32,7 +32,6 @@ from lora_grpo.trainer.crew import Crew, CrewEngine, Parts, Unheard, launched
 from lora_grpo.trainer.models import (
     Shared,
     Sharing,
-    build_engine,
     build_policy_model,
     check_same_device,
     default_device,
@@ -147,13 +146,7 @@ class Assembly:
         engine = self.made_of.engine
         if planned is not None and (self.crew.leads or not self.engine_config.urls):
             with self.reporter.capture():
-                engine = build_engine(
-                    self.made_of.model,
-                    self.engine_config,
-                    planned.rank,
-                    targets=planned.leaves,
-                    share_base_weights=self.sharing is True,
-                )
+                engine = planned.start(self.made_of.model, self.sharing)
         if engine is None:
             return None
         if self.made_of.config.max_staleness:

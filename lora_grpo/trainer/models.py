@@ -69,12 +69,11 @@ def checkpoint_of(model: ModelConfig | nn.Module) -> ModelConfig:
 def build_engine(
     model: ModelConfig | nn.Module,
     config: EngineConfig,
-    rank: int,
-    *,
     targets: Sequence[str] | None = None,
+    *,
     share_base_weights: bool = False,
 ) -> Engine:
-    """A `VLLMEngine` on the model's checkpoint, sized for adapters of `rank`, or the servers that `config.urls` names.
+    """A `VLLMEngine` on the model's checkpoint, or the servers that `config.urls` names; `max_lora_rank` is to be set.
 
     `targets` are the last names of the layers to be adapted (None: all linear ones); each wrapped layer costs decoding
     time, whether an adapter uses it or not.
@@ -92,14 +91,13 @@ def build_engine(
         )
     from lora_grpo.engines.vllm_local import VLLMEngine
 
-    sized: EngineConfig = config.replace(max_lora_rank=config.max_lora_rank or rank)
     return VLLMEngine(
         checkpoint.name,
         **checkpoint.loading,
         quantization=checkpoint.quantization,
         target_modules=targets,
         share_base_weights=share_base_weights,
-        **sized.model_dump(exclude={"urls", "store_address", *_OF_SERVERS}),
+        **config.model_dump(exclude={"urls", "store_address", *_OF_SERVERS}),
     )
 
 

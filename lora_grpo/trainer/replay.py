@@ -60,7 +60,8 @@ def replaying(
 
         versions = [borrow(target) for target in targets]  # before an engine starts for nothing
         with capture_output(run / ENGINE_LOG):
-            engine = build_engine(config.model, config.engine, lora_rank(config.model, lora_config(config.lora)))
+            rank = max(config.engine.max_lora_rank or 0, lora_rank(config.model, lora_config(config.lora)))
+            engine = build_engine(config.model, config.engine.replace(max_lora_rank=rank))
         with closing(engine):
             yield engine, versions, borrow
 

@@ -23,6 +23,7 @@ from lora_grpo.trainer.memory import ADAM_BYTES, LargestBatch, MemoryEstimate, e
 from lora_grpo.trainer.models import (
     Sharing,
     adapted_leaves,
+    build_engine,
     checkpoint_of,
     default_device,
     expects_one_copy,
@@ -70,6 +71,10 @@ class Room:
         if self.joint_kv_bytes:
             said += f"; of the KV cache, the rows of a round take {mib(self.joint_kv_bytes)} at most"
         return said + (", activations computed twice" if self.checkpointing else "")
+
+    def start(self, model: ModelConfig | nn.Module, sharing: Sharing) -> Engine:
+        """The engine that was planned."""
+        return build_engine(model, self.engine_config, self.leaves, share_base_weights=sharing is True)
 
     def require(self) -> None:
         """Raises `ConfigError` when memory does not hold the members, with how many it does."""

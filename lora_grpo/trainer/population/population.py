@@ -17,7 +17,7 @@ from lora_grpo.engines.requests import sampling_by_prompt
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer.crew import launched
-from lora_grpo.trainer.models import Shared, Sharing, build_engine, check_same_device, load_base, shared_base
+from lora_grpo.trainer.models import Shared, Sharing, check_same_device, load_base, shared_base
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.preflight import MemberSpec, Preflight
 from lora_grpo.trainer.rollouts import Rollout, Source
@@ -177,13 +177,7 @@ class Population:
         with Reporter(self.members[0].run_dir, 0, view=False) as reporter, reporter.capture():
             reporter.message(f"memory: {room}")
             if engine is None:
-                engine = build_engine(
-                    self._model,
-                    room.engine_config,
-                    room.rank,
-                    targets=room.leaves,
-                    share_base_weights=sharing is True,
-                )
+                engine = room.start(self._model, sharing)
                 self._closing.callback(engine.close)
             base = shared_base(sharing, self._model, engine, reporter.message)
             if base is None:
