@@ -41,7 +41,12 @@ def estimate(model: Path, batch: LargestBatch = BATCH, *, shared_base: bool = Fa
 
 def planned(model: Path, free_bytes: int, batch: LargestBatch = BATCH, **changes: Any) -> Room:
     """A run on a device with so many bytes free."""
-    wanted = Wanted(ADAPTER, batch, changes.get("checkpointing", False))
+    steps = GRPOConfig(
+        max_completion_length=batch.completion_tokens,
+        max_tokens_per_micro_batch=batch.rows * batch.length,
+        gradient_checkpointing=changes.get("checkpointing", False),
+    )
+    wanted = Wanted(ADAPTER, steps, batch.prompt_tokens)
     settings = ModelConfig(name=str(model), dtype="float32")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(room, "available_memory", lambda device: free_bytes)

@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from lora_grpo.adapters.peft_form.serving import Held, ServingForm, weights_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import EngineConfig
+from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.local.driving import StepDriver
@@ -32,11 +33,11 @@ from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
-from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.loop import learn
 from lora_grpo.trainer.overlap import Ahead, lag_behind
 from lora_grpo.trainer.rollouts import Rollout, Source
+from lora_grpo.trainer.room import Wanted, plan_room
 from lora_grpo.types import Completion, Group, Sampling
 from lora_grpo.worker import Worker
 from tests.tiny_models import load_model, refill_lora, tiny_lora
@@ -460,10 +461,14 @@ def test_an_engine_for_many_threads_loads_while_it_generates(llama_dir: Path, tm
     assert workers() == set()
 
 
-def test_slots_are_sized_from_the_staleness() -> None:
-    assert with_room(EngineConfig(max_loras=2), 0).max_loras == 2
-    assert [with_room(EngineConfig(max_loras=2), most).max_loras for most in (1, 2, 4)] == [2, 3, 5]
-    assert with_room(EngineConfig(max_loras=7), 2).max_loras == 7
+def test_slots_are_sized_from_the_staleness(llama_dir: Path) -> None:
+    def slots(max_loras: int, most: int) -> int:
+        wanted = Wanted(LoraConfig(r=2, target_modules=["q_proj"]), GRPOConfig(max_staleness=most), 4)
+        room = plan_room(ModelConfig(name=str(llama_dir)), [wanted], EngineConfig(max_loras=max_loras), False, 1)
+        return room.engine_config.max_loras
+
+    assert [slots(2, most) for most in (0, 1, 2, 4)] == [2, 2, 3, 5]
+    assert slots(7, 2) == 7
 
 
 # What is thrown away is counted, and its prompts come again.

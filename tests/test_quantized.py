@@ -25,6 +25,7 @@ from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.grpo.processes import Processes
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import GRPOTrainer
@@ -219,7 +220,7 @@ def test_a_run_is_refused_before_its_engine_starts(
 ) -> None:
     lora = LoraConfig(r=8, target_modules="all-linear")
     blocks = ModelConfig(name=str(build("llama in fp8 blocks", tmp_path)))
-    wanted = [Wanted(lora, ROW, None)]
+    wanted = [Wanted(lora, GRPOConfig(), 4)]
     with pytest.raises(ConfigError, match="share_base_weights=True: the engine's quantized weights"):
         plan_room(blocks, wanted, EngineConfig(max_model_len=64), True, 1)
     with pytest.raises(ConfigError, match=r"quantization='nf4': .* is fp8 already; leave it out"):

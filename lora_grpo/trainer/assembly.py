@@ -17,7 +17,7 @@ from lora_grpo.adapters.files.room import require_kept
 from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keeps_state, retention
-from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
+from lora_grpo.config import KeepConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.joint import EngineInEach
 from lora_grpo.engines.owned import OwnedEngine, owned
@@ -63,7 +63,6 @@ class Assembly:
     def __post_init__(self) -> None:
         self.sharing = _sharing(self.sharing)
         self.keep = self.made_of.spec.keep or KeepConfig()
-        self.engine_config = with_room(self.made_of.engine_config, self.made_of.config.max_staleness)
 
     def parts(self) -> Parts:
         """Everything is checked first, then the store is there, then the engine, and the model last."""
@@ -98,18 +97,18 @@ class Assembly:
         On CUDA every micro-batch has as many tokens as the largest one, so that shorter rows fill it too.
         """
         made_of, processes, config = self.made_of, self.crew.processes, self.made_of.config
-        batch = processes.first(lambda: made_of.largest_batch)
+        longest = processes.first(lambda: made_of.wanted.prompt_tokens)
         twice, most = config.gradient_checkpointing, config.max_tokens_per_micro_batch
         if twice is None and self.shared is not None:
             twice = self.shared.checkpointing
         given = any(processes.gather(made_of.engine is not None))
-        wanted = Wanted(made_of.spec.peft_config, batch, twice)
+        wanted = Wanted(made_of.spec.peft_config, config.replace(gradient_checkpointing=twice), longest)
         room = processes.each(lambda: self._room(wanted, given))  # what is refused here leaves nothing behind
         if not given:
             self.reporter.message(f"memory: {room}")
             self.reporter.message("starting the engine")
         if most is None and default_device().type == "cuda":
-            most = batch.rows * batch.length
+            most = wanted.batch.rows * wanted.batch.length
         twice = any(processes.gather(twice if room is None else room.checkpointing))
         settled = config.replace(gradient_checkpointing=twice, max_tokens_per_micro_batch=most)
         return None if given else room, settled
@@ -117,10 +116,10 @@ class Assembly:
     def _room(self, wanted: Wanted, given: bool) -> Room | None:
         """None where nothing is open: of a given engine only whether activations are computed twice is to be found."""
         model = self.made_of.model
-        if given and (wanted.checkpointing is not None or not _walkable(model)):
+        if given and (wanted.config.gradient_checkpointing is not None or not _walkable(model)):
             return None
         sharing = self.sharing is True if given else self.sharing
-        room = plan_room(model, [wanted], self.engine_config, sharing, 1, own_engine=not given)
+        room = plan_room(model, [wanted], self.made_of.engine_config, sharing, 1, own_engine=not given)
         room.require()
         return room
 
@@ -128,7 +127,7 @@ class Assembly:
         """The first process's, with the server that it is pulled from, where there is to be one."""
         if not self.crew.leads:
             return None
-        spec, keep, address = self.made_of.spec, self.keep, self.engine_config.store_address
+        spec, keep, address = self.made_of.spec, self.keep, self.made_of.engine_config.store_address
         store = AdapterStore(
             spec.store_root, archive=spec.run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes
         )
@@ -144,7 +143,7 @@ class Assembly:
         thread owns it. All that can be found wrong before was: engines in the trainers' own processes wait for each
         other while they start, and one that never began would keep the others waiting."""
         engine = self.made_of.engine
-        if planned is not None and (self.crew.leads or not self.engine_config.urls):
+        if planned is not None and (self.crew.leads or not self.made_of.engine_config.urls):
             with self.reporter.capture():
                 engine = planned.start(self.made_of.model, self.sharing)
         if engine is None:
@@ -205,14 +204,6 @@ def _distributed(model: nn.Module, config: GRPOConfig, base: Any) -> tuple[Any, 
         raise ConfigError("share_base_weights with FSDP2 would shard the engine's own weights; leave it False")
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
     return model, optimizer
-
-
-def with_room(config: EngineConfig, max_staleness: int) -> EngineConfig:
-    """Slots for the version of a rollout that goes on, and for those that may be published meanwhile."""
-    if not max_staleness:
-        return config
-    roomy: EngineConfig = config.replace(max_loras=max(config.max_loras, max_staleness + 1))
-    return roomy
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lora_grpo.adapters.files.disk import tmpfs_home
 from lora_grpo.adapters.files.places import expected_root
 from lora_grpo.adapters.files.room import require_kept
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
-from lora_grpo.config import EngineConfig, RunConfig
+from lora_grpo.config import RunConfig
 from lora_grpo.data import PromptDataset, load_data, load_prompts
 from lora_grpo.engines.compat import import_vllm
 from lora_grpo.engines.local.targets import check_served
@@ -25,10 +25,9 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import Patience, RewardContext, RewardFunction, load_reward, reward_names, score
 from lora_grpo.rewards.call import TrainerState
-from lora_grpo.trainer.assembly import with_room
 from lora_grpo.trainer.build import check_place, effective_grpo, lora_config, spec_of
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
-from lora_grpo.trainer.memory import largest_batch, mib
+from lora_grpo.trainer.memory import mib
 from lora_grpo.trainer.models import adapted_modules, default_device, shared_base
 from lora_grpo.trainer.preflight import MemberSpec, Preflight
 from lora_grpo.trainer.room import Room, Wanted, available_memory, plan_room
@@ -157,10 +156,9 @@ class _Run:
 
     @cached_property
     def plan(self) -> Room:
-        config: EngineConfig = with_room(self.config.engine, self.grpo.max_staleness)
-        batch = _or_none(lambda: self._preflight.largest_batch) or largest_batch(self.grpo, 0, default_device())
-        wanted = Wanted(lora_config(self.config.lora), batch, self.grpo.gradient_checkpointing)
-        room = plan_room(self.config.model, [wanted], config, False, 1)
+        longest = _or_none(lambda: self._preflight.wanted.prompt_tokens) or 0
+        wanted = Wanted(lora_config(self.config.lora), self.grpo, longest)
+        room = plan_room(self.config.model, [wanted], self.config.engine, False, 1)
         room.require()
         return room
 

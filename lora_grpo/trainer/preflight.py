@@ -26,8 +26,7 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
 from lora_grpo.trainer.guards import Guard
-from lora_grpo.trainer.memory import LargestBatch, largest_batch
-from lora_grpo.trainer.models import checkpoint_of, default_device
+from lora_grpo.trainer.models import checkpoint_of
 from lora_grpo.trainer.rollouts import RolloutFunc
 from lora_grpo.trainer.room import Wanted
 from lora_grpo.trl_names import REWARD_MODEL
@@ -149,17 +148,11 @@ class Preflight:
         return "; ".join(said)
 
     @property
-    def largest_batch(self) -> LargestBatch:
-        """Of the longest prompt that fits, and the longest completion."""
+    def wanted(self) -> Wanted:
+        """What it needs of memory, with the longest prompt that fits, and of its engine."""
         data, lengths = self._lengths["train"]
         longest = max(lengths[row] for row in self._fitting(data, lengths, self.known_room))
-        return largest_batch(self.config, longest, default_device())
-
-    @property
-    def wanted(self) -> Wanted:
-        """What it needs of memory, and of an engine that it shares."""
-        rows = self.config.rows_per_step(self.num_processes)
-        return Wanted(self.spec.peft_config, self.largest_batch, self.config.gradient_checkpointing, rows)
+        return Wanted(self.spec.peft_config, self.config, longest)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -149,7 +149,7 @@ def _longest_prompt(settings: RunConfig, train: PromptDataset) -> int:
     rewards = [load_reward(RewardConfig(name="exact"))]
     free = GRPOConfig(chat_template_kwargs=settings.grpo.chat_template_kwargs)
     spec = MemberSpec(settings.output_dir, rewards, free, train, peft_config=None)
-    return Preflight(settings.model, spec).largest_batch.prompt_tokens
+    return Preflight(settings.model, spec).wanted.prompt_tokens
 
 
 def _choose_sizes(values: dict[str, Any], rows: int, notes: Notes) -> None:

@@ -19,7 +19,8 @@ from lora_grpo.engines.compat import allowed_rank
 from lora_grpo.engines.local.targets import check_whole, checkpoint_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.forward import base_dtype
-from lora_grpo.trainer.memory import ADAM_BYTES, LargestBatch, MemoryEstimate, estimate_memory, mib
+from lora_grpo.grpo_config import GRPOConfig
+from lora_grpo.trainer.memory import ADAM_BYTES, LargestBatch, MemoryEstimate, estimate_memory, largest_batch, mib
 from lora_grpo.trainer.models import (
     Sharing,
     adapted_leaves,
@@ -35,16 +36,18 @@ from lora_grpo.trainer.models import (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one member needs: its adapter, and the largest batch that it learns from at a time.
+    """What one member needs room for: its adapter, and steps on prompts of at most `prompt_tokens`.
 
     A run that is none of a population is a member too, the only one.
     """
 
     peft_config: Any
-    batch: LargestBatch
-    checkpointing: bool | None
-    rows: int = 0
-    """Completions a step, for what the members of a population sample together."""
+    config: GRPOConfig
+    prompt_tokens: int
+
+    @property
+    def batch(self) -> LargestBatch:
+        return largest_batch(self.config, self.prompt_tokens, default_device())
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ def plan_room(
     adapted = [adapted_leaves(model, member.peft_config) for member in members]
     leaves = None if None in adapted else sorted({leaf for own in adapted for leaf in own or ()})
     # Servers hold as many versions as there are slots: the one that is published beside the others needs a place too.
-    slots = max(config.max_loras, at_once + bool(config.urls))
+    # So do those that may be published while a rollout goes on.
+    stale = max(member.config.max_staleness for member in members)
+    slots = max(config.max_loras, at_once + bool(config.urls), stale + 1)
     most = max(rank, config.max_lora_rank or 0)
     sized: EngineConfig = config.replace(max_loras=slots, max_lora_rank=most)
     if own_engine:
@@ -147,9 +152,9 @@ def plan_room(
         of_version = each[0].adapter_and_optimizer_bytes // ADAM_BYTES * engine_dtype(config).itemsize
         return Room(sized, rank, leaves, of_version, at_once, memory, joint_kv_bytes, max(0, fit), twice)
 
-    found = room(twice=all(member.checkpointing for member in members))
-    open_ones = any(member.checkpointing is None for member in members)
-    return room(twice=True) if found.fit < at_once and open_ones else found
+    asked = [member.config.gradient_checkpointing for member in members]
+    found = room(twice=all(asked))
+    return room(twice=True) if found.fit < at_once and None in asked else found
 
 
 def _check_servable(model: ModelConfig | nn.Module, rank: int, config: EngineConfig, sharing: Sharing) -> None:
@@ -167,7 +172,8 @@ def _estimates(
     known: dict[Any, MemoryEstimate] = {}
 
     def of(peft_config: Any, member: Wanted, twice: bool) -> MemoryEstimate:
-        twice = twice if member.checkpointing is None else member.checkpointing
+        own = member.config.gradient_checkpointing
+        twice = twice if own is None else own
         key = (str(peft_config), member.batch, twice)
         if key not in known:
             known[key] = estimate(model, peft_config, config, member.batch, one_copy, twice)
@@ -198,7 +204,7 @@ def _round_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineCo
     if not heads:
         return 0
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    tokens = sorted((member.rows * member.batch.length for member in members), reverse=True)
+    tokens = sorted((member.config.rows_per_step(1) * member.batch.length for member in members), reverse=True)
     return 2 * text.num_hidden_layers * heads * width * engine_dtype(config).itemsize * sum(tokens[:at_once])
 
 
