@@ -10,7 +10,7 @@ from peft import LoraConfig
 from lora_grpo.adapters.files.layout import Identity
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, state_extra
-from lora_grpo.config import LoraSettings, RunConfig
+from lora_grpo.config import LoraSettings, ModelConfig, RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
 from lora_grpo.data import PromptDataset, load_data
 from lora_grpo.errors import ConfigError, counted
@@ -28,14 +28,22 @@ from lora_grpo.trainer.rollouts import evaluations_until
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
-    """The trainer of a run. Its resolved settings are written to the run directory last, once nothing is refused."""
+    """The trainer of a run."""
     processes = Processes(launched(config.grpo.ddp_timeout))
-    settings = processes.first(lambda: _checked(config, resume=resume))
-    trainer = GRPOTrainer(config.model, **_spec(settings).arguments(), engine_config=config.engine, view=view)
+    spec = _spec(processes.first(lambda: _checked(config, resume=resume)))
+    return begin_run(config.model, spec, resume=resume, engine_config=config.engine, view=view)
+
+
+def begin_run(model: ModelConfig, spec: MemberSpec, *, resume: bool, **others: Any) -> GRPOTrainer:
+    """The trainer of `spec`, which with `resume` goes on with what its run directory holds. A run of a file has its
+    resolved settings written there last, once nothing is refused. `others` are further arguments of the trainer."""
+    trainer, settings = GRPOTrainer(model, **spec.arguments(), **others), spec.settings
     try:
         if resume:
             trainer.resume()
-        processes.first(lambda: keep_settings(settings, trainer))
+        if settings is not None:
+            tokens = trainer.policy.config.max_tokens_per_micro_batch
+            trainer.crew.processes.first(lambda: save_config(_cut_alike(settings, tokens), trainer.run_dir))
     except BaseException:
         trainer.close()
         raise
@@ -96,11 +104,6 @@ def spec_of(
         guard=build_guard(config.guard),
         settings=config,
     )
-
-
-def keep_settings(config: RunConfig, trainer: GRPOTrainer) -> None:
-    """Write a run's resolved settings into its directory."""
-    save_config(_cut_alike(config, trainer.policy.config.max_tokens_per_micro_batch), trainer.run_dir)
 
 
 def check_place(run_dir: Path) -> str:

@@ -16,7 +16,7 @@ from lora_grpo.config import ModelConfig
 from lora_grpo.metrics.quiet import ENGINE_LOG, quiet_libraries
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer import loop
-from lora_grpo.trainer.build import keep_settings
+from lora_grpo.trainer.build import begin_run
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.models import Shared
 from lora_grpo.trainer.preflight import MemberSpec
@@ -86,13 +86,8 @@ class Member:
 
     def start(self, model: ModelConfig, shared: Shared, *, resume: bool) -> None:
         """Build its trainer on what is shared, take up what its run directory holds, and publish its first version."""
-        spec = self.spec
         with self._own_random_state(), quiet_libraries(self.run_dir / ENGINE_LOG):
-            self.trainer = GRPOTrainer(model, **spec.arguments(), view=False, shared=shared)
-            if resume:
-                self.trainer.resume()
-            if spec.settings is not None:
-                keep_settings(spec.settings, self.trainer)
+            self.trainer = begin_run(model, self.spec, resume=resume, view=False, shared=shared)
             self.history, self.evaluations = self.trainer.history, self.trainer.evaluations
             self.reporter = self._session.enter_context(self.trainer.running())
         self.state = "running"
