@@ -111,10 +111,12 @@ class MergeTouched(MergeTRL):
 
     def start(self) -> None:
         super().start()
-        self._touched = {member for module in self.trainer.modules for member in self.engine.fused_with(module.path)}
+        layers = {self.engine.layer_of(module.path) for module in self.trainer.modules}
+        names = [name for name, _ in super().weights()]
+        self._touched = {name for name in names if self.engine.layer_of(name.rpartition(".")[0]) in layers}
 
     def weights(self) -> Named:
-        return ((name, tensor) for name, tensor in super().weights() if name.rpartition(".")[0] in self._touched)
+        return ((name, tensor) for name, tensor in super().weights() if name in self._touched)
 
 
 class MergeOutOfPlace(MergeTouched):
@@ -147,8 +149,8 @@ class MergeFold(Merging):
 
     def start(self) -> None:
         super().start()
-        weights = self.engine.linear_weights()
-        self._folds = [(module, weights[module.path]) for module in self.trainer.modules]
+        weight = self.engine.linear_weight
+        self._folds = [(module, weight(module.path, module.layer.weight.shape)) for module in self.trainer.modules]
         self._pristine = [weight.clone() for _, weight in self._folds]
         # Trainer and engine share the device: A and B cross its memory once.
         self.moved_bytes = 2 * self.trainer.adapter_elements

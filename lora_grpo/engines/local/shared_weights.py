@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
@@ -169,7 +169,7 @@ def _fill(model: Any, served: Mapping[str, torch.Tensor], names: NameMap) -> Non
         wanted.pop(f"{head}.weight", None)
     taken = set()
     for name, shape in wanted.items():
-        source, view = _view(name, shape, served, names)
+        source, view = view_of(name, shape, served, names)
         taken.add(source)
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._parameters[leaf] = FrozenParameter(view)
@@ -181,7 +181,9 @@ def _fill(model: Any, served: Mapping[str, torch.Tensor], names: NameMap) -> Non
         raise _cannot(f"{(left or unused)[0]} is in {where}'s {type(model).__name__} only")
 
 
-def _view(name: str, shape: torch.Size, served: Mapping[str, torch.Tensor], names: NameMap) -> tuple[str, torch.Tensor]:
+def view_of(
+    name: str, shape: Sequence[int], served: Mapping[str, torch.Tensor], names: NameMap
+) -> tuple[str, torch.Tensor]:
     """The engine's parameter that holds `name`, and the rows of it that are `name`."""
     place = names.tensor(name)
     if place is None or place.name not in served:

@@ -5,8 +5,7 @@ The product never merges and never pushes base weights; nothing outside the benc
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, requests
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
-from lora_grpo.engines.local.shared_weights import plain_cpu_weights
+from lora_grpo.engines.local.shared_weights import plain_cpu_weights, view_of
 from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import EngineError
@@ -39,6 +38,7 @@ class PlainEngine:
         plain = plain_cpu_weights(heads=False) if compat.is_cpu() and not prepack else nullcontext()
         with ending.vllm_boundary(f"start on {model}"), plain:
             self._llm = vllm.LLM(model=str(model), logprobs_mode="processed_logprobs", **lora, **vllm_args)
+        self._names = NameMap(compat.runner(self._llm).get_model())
         self._request: Any = None
         self._requests = 0
 
@@ -92,20 +92,14 @@ class PlainEngine:
             raise EngineError(f"vLLM refused the adapter at {request.lora_path}")
         self._request = request
 
-    def linear_weights(self) -> dict[str, torch.Tensor]:
-        """The engine's linear weights by checkpoint path, members of fused layers as row slices. Writable views."""
-        linear = importlib.import_module("vllm.model_executor.layers.linear").LinearBase
-        found: dict[str, torch.Tensor] = {}
-        for name, module in compat.runner(self._llm).get_model().named_modules():
-            if isinstance(module, linear):
-                found.update(_members(name, module, self._packed()))
-        return found
+    def linear_weight(self, path: str, shape: Sequence[int]) -> torch.Tensor:
+        """A writable view of the engine's weight for a checkpoint's layer at `path`: of a fused one, its rows."""
+        return view_of(f"{path}.weight", shape, dict(compat.base_parameters(self._llm)), self._names)[1]
 
-    def fused_with(self, path: str) -> tuple[str, ...]:
-        """The checkpoint paths that vLLM fuses with `path` (itself included)."""
-        parent, _, leaf = path.rpartition(".")
-        members = next((members for members in self._packed().values() if leaf in members), [leaf])
-        return tuple(f"{parent}.{member}" for member in members)
+    def layer_of(self, path: str) -> str | None:
+        """The engine's layer that holds what a checkpoint has at `path`, alone or fused with others."""
+        place = self._names.module(path)
+        return None if place is None else place.name
 
     def lora_tensors(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What is computed with: A and B of the layer at a checkpoint's `path` in the served slot, scaling in B."""
@@ -113,11 +107,7 @@ class PlainEngine:
 
     def close(self) -> None:
         ending.shutdown(self._llm, last=True)
-        del self._llm
-
-    def _packed(self) -> Mapping[str, Sequence[str]]:
-        mapping: Mapping[str, Sequence[str]] = compat.runner(self._llm).get_model().packed_modules_mapping
-        return mapping
+        del self._llm, self._names
 
     def _run(self, ids_B: Sequences, params_B: Sequence[Any]) -> list[Any]:
         outputs = self._llm.generate(
@@ -153,13 +143,3 @@ def slot_tensors(llm: Any, lora_id: int, path: str) -> tuple[torch.Tensor, torch
     slices = range(len(layer.lora_a_stacked)) if place.slices is None else place.slices
     b_OR = torch.cat([layer.lora_b_stacked[index][slot, 0] for index in slices])
     return layer.lora_a_stacked[slices[0]][slot, 0], b_OR
-
-
-def _members(name: str, module: Any, packed: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, torch.Tensor]]:
-    parent, _, leaf = name.rpartition(".")
-    if leaf not in packed:
-        yield name, module.weight.data
-        return
-    pieces = module.weight.data.split(list(module.output_partition_sizes))
-    for member, piece in zip(packed[leaf], pieces, strict=True):
-        yield f"{parent}.{member}", piece
