@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
@@ -303,6 +304,28 @@ def test_a_members_turn_is_its_own_random_state(base: ModelConfig, fake: FakeEng
         assert drawn[0] == drawn[1] != random.Random(0).random()  # of one seed, and not of what others drew
 
 
+def test_a_rollback_from_outside_is_in_the_members_turn(base: ModelConfig, fake: FakeEngine, tmp_path: Path) -> None:
+    """Its random state goes back with it, and nobody else's does, whether the caller thought of `turn` or not."""
+    drawn = []
+    for name in ("bare", "in turn"):
+        with Population(base, [plain(tmp_path / name / "a")], engine=fake) as population:
+            rounds = population.rounds()
+            for _ in range(2):
+                next(rounds)
+            [member] = population.members
+            torch.manual_seed(7)
+            outside = torch.get_rng_state()
+            if name == "bare":
+                assert member.runs.rollback(1).random_state == "restored"
+            else:
+                with member.turn():
+                    member.runs.rollback(1)
+            assert torch.equal(torch.get_rng_state(), outside)
+            with member.turn():
+                drawn.append((torch.rand(4).tolist(), random.random()))
+    assert drawn[0] == drawn[1]
+
+
 def test_what_cannot_be_a_member_is_refused_before_anything_starts(
     base: ModelConfig, fake: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,7 +335,9 @@ def test_what_cannot_be_a_member_is_refused_before_anything_starts(
         assert not list(tmp_path.iterdir())
 
     run = tmp_path / "run"
-    refused("give at least one")
+    refused("needs at least one member")
+    for at_once in ("all", "2", 0, 2.5):
+        refused(f"at_once={at_once!r} must be a whole number", plain(run), at_once=at_once)
     refused("max_staleness", plain(run, config=CONFIG.replace(max_staleness=1)))
     refused("is already a member", plain(run), plain(run))
     refused("train_dataset is missing", plain(run, train_dataset=None))

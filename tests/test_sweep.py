@@ -25,7 +25,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.cli import app
 from lora_grpo.config import DataConfig, KeepConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.config_file import load_config, save_config
-from lora_grpo.errors import ConfigError, StoreCorrupt
+from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import RunLog, history, read_metrics
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.population.member import Member
@@ -194,8 +194,12 @@ def test_another_form_of_adapter_is_not_taken_over(llama_dir: Path, tmp_path: Pa
         with GRPOTrainer(model, share_of_low_bytes, config(1), ROWS, **arguments) as loser:
             loser.train()
             before, last = weights(loser), loser.version
-            with pytest.raises(StoreCorrupt, match="in the trainer state but"):
+            with pytest.raises(
+                ConfigError, match="loser cannot take over from .*winner: their adapters differ in rank"
+            ):
                 take_over(loser, winner)
+            with pytest.raises(ConfigError, match="loser cannot take over from itself"):
+                take_over(loser, loser)
             assert same(weights(loser), before)
             assert loser.version == last
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -108,6 +108,8 @@ class GRPOTrainer(Run):
         engine = engine if shared is None else shared.engine
         made_of = Preflight(named, spec, engine, engine_config or EngineConfig(), crew.processes.count)
         self._view, self._shared = view, shared
+        self.at_work: Callable[[], AbstractContextManager[None]] = nullcontext
+        """A population's member has a random state of its own, which is in place inside."""
         self._build(crew, made_of, share_base_weights)
 
     def _build(self, crew: Crew, made_of: Preflight, sharing: Sharing) -> None:
@@ -163,7 +165,8 @@ class GRPOTrainer(Run):
         every sampling seed changes, so the next batches differ from those that led to the bad version. A learning rate
         that a guard has lowered stays low. If any part fails, nothing changes.
         """
-        return roll_back(self, to)
+        with self.at_work():
+            return roll_back(self, to)
 
     @led
     def resume(self) -> RollbackReport | None:

@@ -44,6 +44,7 @@ class Member:
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[Evaluation] = []
         self._random: Any = None
+        self._at_work = False
         self._session = ExitStack()
         self.reporter: Reporter
 
@@ -66,7 +67,8 @@ class Member:
     def turn(self) -> Iterator[None]:
         """While inside, this member is at work: its random state is in place, and libraries write to its log.
 
-        What is done to its trainer from outside the population is done inside. Raises `RuntimeError` without one.
+        What is done to its trainer from outside the population is done inside (`trainer.rollback` sees to it itself).
+        Raises `RuntimeError` without one.
         """
         quiet = quiet_libraries(self.runs.run_dir / ENGINE_LOG, self.reporter.message)
         with self._own_random_state(), quiet:
@@ -75,19 +77,23 @@ class Member:
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
         """While inside, torch, numpy and Python draw for this member alone, as if nobody had drawn in between."""
-        outside = _random_state()
+        if self._at_work:
+            yield
+            return
+        outside, self._at_work = _random_state(), True
         if self._random is not None:
             _set_random_state(self._random)
         try:
             yield
         finally:
-            self._random = _random_state()
+            self._random, self._at_work = _random_state(), False
             _set_random_state(outside)
 
     def start(self, model: ModelConfig, shared: Shared, *, resume: bool) -> None:
         """Build its trainer on what is shared, take up what its run directory holds, and publish its first version."""
         with self._own_random_state(), quiet_libraries(self.run_dir / ENGINE_LOG):
             self.trainer = begin_run(model, self.spec, resume=resume, view=False, shared=shared)
+            self.trainer.at_work = self._own_random_state
             self.history, self.evaluations = self.trainer.history, self.trainer.evaluations
             self.reporter = self._session.enter_context(self.trainer.running())
         self.state = "running"

@@ -63,8 +63,12 @@ class Population:
                 f"store_address={engine_config.store_address!r} serves the versions of one run; a population's servers "
                 "read them from disk: leave store_address out, and use a disk that both can read"
             )
-        if not members or (isinstance(at_once, int) and at_once < 1):
-            raise ConfigError(f"a population of {len(members)} members, at_once={at_once}: give at least one")
+        if not members:
+            raise ConfigError("a population needs at least one member")
+        if at_once not in (None, "fitting") and (not isinstance(at_once, int) or at_once < 1):
+            raise ConfigError(
+                f"at_once={at_once!r} must be a whole number from 1 on, 'fitting', or None for all members"
+            )
         self._model = ModelConfig(name=str(model)) if isinstance(model, str | Path) else model
         self.members: list[Member] = []
         self._engine_config, self._resume = engine_config or EngineConfig(), False
@@ -156,7 +160,8 @@ class Population:
         for member in self.members:
             if spec.name == member.name or Path(spec.run_dir).resolve() == member.run_dir.resolve():
                 raise ConfigError(
-                    f"{spec.run_dir}: {member.run_dir} is already a member; give each member its own directory"
+                    f"member {spec.name} in {spec.run_dir}: {member.run_dir} is already a member; give each member a "
+                    "directory of its own, with a name of its own"
                 )
         try:
             spec = spec.loaded()

@@ -76,8 +76,10 @@ def take_over(loser: Run, winner: Run) -> AdapterVersion:
 
     Its parent is the loser's own last one; the journal holds `from/run`, `from/version` and `from/digest`. Seeds, data
     position and random state stay the loser's. Both are between two steps. One that a kill cut short, after its version
-    was there, is only completed. Raises `StoreCorrupt`, before anything has changed, for an adapter of another form.
+    was there, is only completed. Raises `ConfigError`, before anything has changed, for an adapter of another form.
     """
+    if loser is winner:
+        raise ConfigError(f"{loser.run_dir} cannot take over from itself; give two runs")
     taken = winner.version
     if (loser.version.digest, loser.version.step) != (taken.digest, winner.steps_done):
         _publish_as(loser, winner)
@@ -87,10 +89,14 @@ def take_over(loser: Run, winner: Run) -> AdapterVersion:
 
 
 def _publish_as(loser: Run, winner: Run) -> None:
-    state = capture_state(winner.sync.training, {})
+    state, before = capture_state(winner.sync.training, {}), capture_state(loser.sync.training, {})
+    if _shapes(state) != _shapes(before):
+        raise ConfigError(
+            f"{loser.run_dir} cannot take over from {winner.run_dir}: their adapters differ in rank or layers; give "
+            "both runs the same lora settings"
+        )
     tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("rng/")}
     keep_state = loser.sync.keep_state
-    before = capture_state(loser.sync.training, {})
     try:
         restore_state(TrainerState(tensors, state.meta), loser.sync.training)
         # A resume has to find it, whatever states retention asks for.
@@ -101,3 +107,7 @@ def _publish_as(loser: Run, winner: Run) -> None:
         raise
     finally:
         loser.sync.keep_state = keep_state
+
+
+def _shapes(state: TrainerState) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(each.shape) for name, each in state.tensors.items() if name.startswith("weights/")}
