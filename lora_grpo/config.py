@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -57,6 +58,13 @@ def check_quantization(asked: str | None) -> None:
         )
 
 
+def server_address(url: str) -> str:
+    """A server's address without the `/v1` that it may end in. Raises `ConfigError` for text that is none."""
+    if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):
+        raise ConfigError(f"urls: {url!r} is no server's address; write one such as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")
+
+
 class EngineConfig(Section):
     """The vLLM engine: in this process, or with `urls` the servers there, which have the other settings themselves.
 
@@ -94,6 +102,9 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> EngineConfig:
+        addresses = [server_address(url) for url in self.urls]
+        if len(set(addresses)) < len(addresses):
+            raise ValueError(f"urls={list(self.urls)} must name each server once")
         if self.store_address is None:
             return self
         host, _, port = self.store_address.rpartition(":")

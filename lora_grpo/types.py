@@ -6,6 +6,7 @@ Letters for shapes, here and everywhere: P prompts, G completions a group, B = P
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -23,6 +24,12 @@ Sequences: TypeAlias = Sequence[Sequence[int]]
 """Token ids, a row each."""
 LogProbs: TypeAlias = list[list[float]]
 """Nats, of tokens 1..T-1 of each of `Sequences`."""
+
+
+def text_problem(text: str) -> str | None:
+    """What is wrong with a prompt's text, with the fix; None if nothing is."""
+    found = re.search("[\ud800-\udfff]", text)
+    return found and f"it holds {found[0]!r}, half a surrogate pair, which no tokenizer takes; replace it"
 
 
 class Chat(list[Message]):

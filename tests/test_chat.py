@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from transformers import AutoTokenizer
@@ -85,6 +86,19 @@ def test_versions_answer_in_turn_and_hear_what_was_said(asked: list[tuple[int, s
     for words in ("v2 is loaded and proven. /version best", "v1 is loaded and proven (", "there is no version 9"):
         assert words in done.stderr
     assert "'/verse' is not a command" in done.stderr
+
+
+def test_a_line_that_is_no_text_is_refused_and_the_talk_goes_on(asked: list[tuple[int, str]], tmp_path: Path) -> None:
+    """Bytes of another encoding reach `input` as halves of surrogate pairs."""
+    for settings in (False, True):
+        if settings:
+            keep_settings(tmp_path / "run", 64)
+        typed = b"na\xefve\ntwo\n".decode(errors="surrogateescape")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("builtins.input", Mock(side_effect=[*typed.splitlines(), "/quit"]))
+            done = talk(tmp_path / "run", arguments=("v1",))
+        assert (done.exit_code, done.stdout) == (0, "v1 says: naïveté\n"), done.output
+        assert "half a surrogate pair, which no tokenizer takes" in done.stderr
 
 
 def test_a_programs_run_and_an_answer_that_is_cut(asked: list[tuple[int, str]], tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_missing_directory_and_changed_bytes(
     with pytest.raises(DeliveryError, match="not the ones that were published"):
         llama_engine.load(replace(version, digest="0" * 32))
     shutil.rmtree(version.path)
-    with pytest.raises(DeliveryError, match="cannot be read"):
+    with pytest.raises(UnknownVersion, match=rf"is no longer in .*store.restore\({version.number}\) brings back"):
         llama_engine.load(version)
 
 

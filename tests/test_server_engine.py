@@ -34,6 +34,7 @@ from lora_grpo.engines.server import client, names, replica
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.names import Names
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion, UnsupportedVersion
+from lora_grpo.metrics.quiet import quiet_libraries
 from lora_grpo.types import Sampling
 from tests.fake_vllm import FakeServer, logprob, scores, weights_of
 from tests.store_files import digest_of
@@ -446,16 +447,26 @@ def test_the_other_replica_does_what_one_cannot(
 
 
 def test_a_restarted_replica_answers_only_after_it_is_proven_again(
-    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], shm_dir: Path
+    connect: MakeEngine,
+    pair: Pair,
+    versions: list[AdapterVersion],
+    shm_dir: Path,
+    tmp_path: Path,
 ) -> None:
+    """And whoever watches hears that it went and came."""
+    told: list[str] = []
     engine = probed(connect(), shm_dir)
     engine.load(versions[0], expected=answers(versions[0]))
     pair[0].restart()
     pair[0].asked.clear()
-    for _ in range(3):
-        check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
-        time.sleep(0.3)
+    with quiet_libraries(tmp_path / "engine.log", told.append):
+        for _ in range(3):
+            check_made_by(engine.generate(PROMPTS, SAMPLING, adapter=versions[0]), versions[0])
+            time.sleep(0.3)
     assert set(engine.replicas.values()) == {"serving"}
+    assert [pair[0].url in line for line in told] == [True, True]
+    assert "out of use, waited for up to 3 s" in told[0]
+    assert told[1] == f"warning: {pair[0].url} is back and proven"
     assert list(pair[0].adapters) == [engine.served_names(versions[0])[pair[0].url]]
     assert [body for body in pair[0].completions() if body["model"] in pair[0].adapters]
 
@@ -666,7 +677,7 @@ def test_a_slow_server_that_is_well_is_waited_for(
 
 @pytest.mark.usefixtures("impatient")
 def test_all_that_waits_for_frozen_servers_ends(
-    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]
+    connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A rollout, a load, and in the end `close`; patience_s is 3."""
     engine = connect()
@@ -676,6 +687,7 @@ def test_all_that_waits_for_frozen_servers_ends(
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"no replica is left to answer: .*not back within patience_s=3 s"):
         engine.generate(PROMPTS, SAMPLING, adapter=versions[0])
+    assert caplog.text.count("not back within patience_s=3 s") == 2
     with pytest.raises(EngineError, match="2 of 2 replicas cannot take a version"):
         engine.load(versions[1])
     engine.close()

@@ -70,6 +70,9 @@ def test_an_address_that_cannot_be_listened_on_ends_the_start(
         ({"store_address": "10.0.0.5"}, "must be host:port"),
         ({"store_address": "10.0.0.5:99999"}, "must be host:port"),
         ({"store_address": "10.0.0.5:8731", "urls": ()}, "there are none"),
+        ({"urls": ("10.0.0.11:8000",)}, "urls: '10.0.0.11:8000' is no server's address; write one such as"),
+        ({"urls": ("ftp://10.0.0.11",)}, "is no server's address"),
+        ({"urls": ("http://a:1", "http://a:1/v1")}, "must name each server once"),
     ],
 )
 def test_addresses_are_checked(settings: dict[str, object], words: str) -> None:

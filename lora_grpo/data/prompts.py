@@ -7,7 +7,6 @@ Everything is checked when it is loaded, so that row 5,000 does not end a run af
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from lora_grpo.config import DataConfig
 from lora_grpo.data.reading import Rows, read_rows, short
 from lora_grpo.errors import ConfigError
-from lora_grpo.types import Chat, Prompt, derive_seed
+from lora_grpo.types import Chat, Prompt, derive_seed, text_problem
 
 RESERVED_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 """Names under which reward functions get something else."""
@@ -154,24 +153,19 @@ def _template_problem(value: Any, chat: bool) -> str | None:
 def prompt_problem(value: Any, system_prompt: str | None = None) -> str | None:
     """What is wrong with one prompt, with the fix; None if nothing is."""
     if isinstance(value, str):
-        return _text_problem(value) if value.strip() else "the prompt is empty; remove the row"
+        return text_problem(value) if value.strip() else "the prompt is empty; remove the row"
     if not isinstance(value, list) or not value:
         return f"a prompt is text or a list of chat messages, not {short(value)}"
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return f"a chat message needs 'role' and 'content', but one is {short(message)}"
-        if problem := _text_problem(str(message.get("content"))):
+        if problem := text_problem(str(message.get("content"))):
             return problem
     if value[-1]["role"] == "assistant":
         return "the chat ends with the assistant's message; leave out the answer, so that the model gives one"
     if system_prompt and value[0]["role"] == "system":
         return "the chat already has a system message; leave out data.system_prompt or the message"
     return None
-
-
-def _text_problem(text: str) -> str | None:
-    found = re.search("[\ud800-\udfff]", text)
-    return found and f"it holds {found[0]!r}, half a surrogate pair, which no tokenizer takes; replace it"
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from lora_grpo.adapters.version import AdapterVersion, parse_target
 from lora_grpo.engines.base import Adapters, BaseDescription, Samplings
 from lora_grpo.errors import ConfigError, EngineError
-from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sampling, Sequences, derive_seed
+from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sampling, Sequences, derive_seed, text_problem
 
 ENCODING = threading.Lock()
 """A fast tokenizer raises "Already borrowed" when two threads use it."""
@@ -40,6 +40,7 @@ def render(tokenizer: Any, prompt: Prompt, called: str) -> list[int]:
     ids: Any
     if isinstance(prompt, str):
         require_tokenizer(tokenizer, f"{called} is text")
+        _require_text(prompt, called)
         ids = one_bos(tokenizer, tokenizer.encode(prompt))
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         ids = _render_chat(tokenizer, prompt, called)
@@ -65,6 +66,11 @@ def require_tokenizer(tokenizer: Any, said: str) -> None:
             "tokenizer_config.json; AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER) writes them), or pass "
             "token ids"
         )
+
+
+def _require_text(text: str, called: str) -> None:
+    if problem := text_problem(text):
+        raise ConfigError(f"{called}: {problem}")
 
 
 def _token_ids(prompt: Any, called: str) -> list[int]:
@@ -98,6 +104,8 @@ def _render_chat(tokenizer: Any, chat: Any, called: str) -> Any:
             f"{called} is a chat, but the tokenizer has no chat template; pass text, or a tokenizer with one "
             "(processing_class)"
         )
+    for message in chat:
+        _require_text(str(message.get("content")), called)
     kwargs = getattr(chat, "template_kwargs", {})
     try:
         return tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=False, **kwargs)

@@ -20,7 +20,7 @@ ENGINE_LOG = "engine.log"
 def quiet_libraries(log_path: Path, tell: Callable[[str], None] | None = None) -> Iterator[None]:
     """While inside, the libraries' loggers and warnings write to `log_path`.
 
-    A warning that this package or the user's own code gives goes to `tell`.
+    A warning that this package or the user's own code gives goes to `tell`, as does what this package logs.
     """
     # vLLM sets its loggers up when it is imported, with a handler on stdout, unless this says not to.
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
@@ -29,8 +29,11 @@ def quiet_libraries(log_path: Path, tell: Callable[[str], None] | None = None) -
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     before = [(logger.handlers[:], logger.propagate) for logger in loggers]
+    own, telling = logging.getLogger("lora_grpo"), _Telling(tell)
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
+    if tell is not None:
+        own.addHandler(telling)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _shown_by_origin(tell)
@@ -38,7 +41,18 @@ def quiet_libraries(log_path: Path, tell: Callable[[str], None] | None = None) -
     finally:
         for logger, (handlers, propagate) in zip(loggers, before, strict=True):
             logger.handlers, logger.propagate = handlers, propagate
+        own.removeHandler(telling)
         handler.close()
+
+
+class _Telling(logging.Handler):
+    def __init__(self, tell: Callable[[str], None] | None) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._tell is not None:
+            self._tell(f"warning: {record.getMessage()}")
 
 
 @contextlib.contextmanager

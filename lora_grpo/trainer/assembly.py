@@ -106,7 +106,8 @@ class Assembly:
         room = processes.each(lambda: self._room(wanted, given))  # what is refused here leaves nothing behind
         if not given:
             self.reporter.message(f"memory: {room}")
-            self.reporter.message("starting the engine")
+            urls = ", ".join(made_of.engine_config.urls)
+            self.reporter.message(f"connecting to {urls}" if urls else "starting the engine")
         if most is None and default_device().type == "cuda":
             most = wanted.batch.rows * wanted.batch.length
         twice = any(processes.gather(twice if room is None else room.checkpointing))

@@ -195,5 +195,5 @@ def check_rank(modules: list[LoraModule], max_lora_rank: int) -> None:
         if rank > max_lora_rank:
             raise UnsupportedAdapter(
                 f"{module.path} has rank {rank}, the engine takes at most {max_lora_rank}; build the engine with "
-                f"max_lora_rank={rank}"
+                f"max_lora_rank={rank}, or start its server with --max-lora-rank {rank}"
             )

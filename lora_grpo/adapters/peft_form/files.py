@@ -16,7 +16,7 @@ from lora_grpo.adapters.files.digest import Buffer, digest_pieces
 from lora_grpo.adapters.files.disk import open_regular, parse_json
 from lora_grpo.adapters.files.layout import ADAPTER_FILE, CONFIG_FILE
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.errors import DeliveryError
+from lora_grpo.errors import DeliveryError, UnknownVersion
 
 PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -61,8 +61,14 @@ class _Malformed(ValueError):
 
 
 def open_adapter(version: AdapterVersion) -> AdapterFile:
-    """Map a version's files and check them against each other; raises `DeliveryError` naming the module or value."""
+    """Map a version's files and check them against each other; raises `DeliveryError` naming the module or value, and
+    `UnknownVersion` for one that is gone."""
     weights, config_path = version.path / ADAPTER_FILE, version.path / CONFIG_FILE
+    if not version.path.is_dir():
+        raise UnknownVersion(
+            f"{version} is no longer in {version.path.parent}: it was pruned, or its store closed; "
+            f"store.restore({version.number}) brings back what the archive keeps"
+        )
     try:
         with open(open_regular(config_path), "rb") as stream:
             config = stream.read()

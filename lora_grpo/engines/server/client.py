@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 
 import openai
 
+from lora_grpo.config import server_address
 from lora_grpo.errors import ConfigError, EngineError
 
 RETRIES = 2
@@ -45,9 +45,7 @@ class Client:
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
         """`url` is the server's, with or without `/v1`. `timeout_s` bounds a completion, waiting in line and further
         tries included: the openai client would send what timed out to the same server again."""
-        if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):
-            raise ConfigError(f"{url!r} is no server's address; write one such as http://127.0.0.1:8000")
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = server_address(url)
         self._timeout_s = timeout_s
         key = api_key or "none"
         self._asking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=None, max_retries=RETRIES)
@@ -112,7 +110,7 @@ class Client:
             status, said = error.status_code, _message(error.response.text)
             if status in (401, 403):
                 raise ConfigError(
-                    f"{self.url} refuses the API key ({said}); pass api_key=, or set VLLM_API_KEY to the server's"
+                    f"{self.url} refuses the API key ({said}); set VLLM_API_KEY to the server's, or pass api_key="
                 ) from None
             kind = Unreachable if status >= fails_from else Missing if status in (404, 405) else Refused
             raise kind(f"{self.url}{path} answered {status}: {said}") from None

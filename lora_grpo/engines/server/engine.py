@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.config import server_address
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.delivery.base_match import describe
@@ -97,7 +98,7 @@ class VLLMServerEngine:
         """
         if isinstance(urls, str) or not isinstance(urls, Sequence) or not all(isinstance(url, str) for url in urls):
             raise ConfigError(f'urls={urls!r} must be a list of texts; give ["http://..."], one for each server')
-        if not urls or len(set(urls)) != len(urls):
+        if not urls or len({*map(server_address, urls)}) != len(urls):
             raise ConfigError(f"urls={list(urls)} must name each server once, and one at least")
         if max_loras < 2 or concurrency < 1:
             raise ConfigError(

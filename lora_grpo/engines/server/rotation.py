@@ -4,6 +4,7 @@ of rotation until it is back and proven, or given up in time."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from lora_grpo.engines.server.wire import completion_body, scoring_body, to_comp
 from lora_grpo.errors import EngineError, LoraGrpoError, UnknownVersion
 from lora_grpo.types import Completion, Sampling
 from lora_grpo.worker import sign_of_life
+
+logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -68,6 +71,7 @@ class Rotation(ABC):
     def lost(self, replica: Replica, error: Exception) -> None:
         if replica.state == "serving":
             replica.trouble = str(error)
+            logger.warning("%s; this server is out of use, waited for up to %g s", error, self._patience_s)
             self.bring_back(replica)
 
     def bring_back(self, replica: Replica) -> None:
@@ -88,12 +92,14 @@ class Rotation(ABC):
                     try:
                         if await self.readmit(replica):
                             replica.returning, replica.trouble = None, ""
+                            logger.warning("%s is back and proven", replica.url)
                     except LoraGrpoError as error:
                         replica.trouble = str(error)
                         await asyncio.sleep(pause_s)
                         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         except TimeoutError:
             replica.trouble += f" (not back within patience_s={self._patience_s:g} s)"
+            logger.warning("%s", replica.trouble)
         except Exception as error:
             replica.trouble = f"{replica.url} could not be brought back: {error!r}"
             raise
