@@ -29,7 +29,7 @@ from lora_grpo.engines.delivery.probe import ProbeReport, Proofs, probe_sequence
 from lora_grpo.engines.joint import joint
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.processes import Processes
-from lora_grpo.rollback import RollbackReport, Target, kept_state, roll_back, the_firsts
+from lora_grpo.rollback import RollbackReport, Target, kept_state, require_head, roll_back, the_firsts
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import Training, capture_state, restore_state
 from lora_grpo.types import Group
@@ -246,6 +246,7 @@ class NativeSync:
         self._leased = loaded
 
     def _publish(self, files: Mapping[str, Sequence[Any]], step: int) -> AdapterVersion:
+        require_head(self.store, self._head)
         if self.last_receipt is None and self.store.archive is not None:
             self.recipe.write(self.store.archive / RECIPE_FILE)
             keep_tokenizer(self.tokenizer, self.store.archive)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lora_grpo.adapters.asking.requests import pending, request
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import read_metrics
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.steering import answer_requests
@@ -53,6 +57,36 @@ def test_a_loop_of_ones_own_answers_before_its_next_step(
     assert told[2][1].startswith("asked from outside: rollback parent: rolled back from v2 to v1")
     assert all(text in capfd.readouterr().err for _, text in told[2:3])
     assert not (run / "samples.jsonl").exists()
+
+
+def test_two_loops_do_not_publish_to_one_store(llama_dir: Path, shm_dir: Path) -> None:
+    """One's version would be the parent of the other's, and the best of the one be what the other goes back to."""
+    models = [tiny_lora(load_model(llama_dir), r=8, seed=seed) for seed in (0, 1)]
+    with AdapterStore(shm_dir) as store:
+        first, second = (NativeSync(model, fake_engine(llama_dir), store) for model in models)
+        first.push(step=0)
+        with pytest.raises(ConfigError, match=r"HEAD in .* is v1, but .* left it at nowhere: .* a store of its own"):
+            second.push(step=0)
+        assert [version.number for version in store.list()] == [1]
+        assert first.push(step=1).parent == 1
+
+
+UNCLOSED = """
+from lora_grpo.adapters.store import AdapterStore
+store, files = AdapterStore(), {"adapter_model.safetensors": [b"x"], "adapter_config.json": [b"{}"]}
+for step in range(3):
+    store.acquire(store.publish(files, step=step))
+store.close()
+print(store.root, len([*store.root.joinpath("versions").iterdir()]))
+"""
+
+
+def test_what_an_engine_may_still_read_goes_with_the_process() -> None:
+    """A loop that an exception ended closes its store, but not its sync."""
+    done = subprocess.run([sys.executable, "-c", UNCLOSED], capture_output=True, text=True, check=True)
+    root, count = done.stdout.split()
+    assert (count, Path(root).exists()) == ("3", False)
+    assert "is closed, and its 3 versions removed for good: archive=DIR keeps versions on disk" in done.stderr
 
 
 def _asked_in_two(accelerator: Any, folder: Path) -> Any:

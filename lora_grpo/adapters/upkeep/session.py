@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import shutil
 import warnings
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.digest import Files
+from lora_grpo.adapters.files.disk import Tree
 from lora_grpo.adapters.files.layout import STATES, VERSIONS, Manifest
 from lora_grpo.adapters.files.locks import WriterLock, unleased
 from lora_grpo.adapters.files.places import Places, for_writing
 from lora_grpo.adapters.upkeep.archive import Archive, BackgroundWriter, Job
 from lora_grpo.adapters.upkeep.opening import Opening
 from lora_grpo.adapters.upkeep.retention import Place, Retention, default_retention
-from lora_grpo.errors import StoreError
+from lora_grpo.errors import StoreError, counted
 
 TRASH = "trash"
 """The kind of the archive thread's jobs that delete."""
@@ -133,6 +137,8 @@ class Session(Catalog):
             self.journal.close()
             self.leases.close()
             self.lock.close()
+        if self.archive is None and self.places.temporary and self.root.path.exists():
+            atexit.register(_clear_at_exit, self.root, os.getpid())
 
     def _warn_once(self, number: int) -> None:
         """Of what is removed for good though nobody asked for it."""
@@ -198,7 +204,15 @@ class Session(Catalog):
 
     def _clear_root(self) -> None:
         """Remove a root that only this store knows; what is archived comes back there when the run is opened again."""
-        for number in self.root.numbers(VERSIONS):
+        here, self._unwarned = self.root.numbers(VERSIONS), False
+        if here and self.archive is None:
+            warnings.warn(
+                f"the store in {self.root.path} is closed, and its {counted(len(here), 'version')} removed for good: "
+                "archive=DIR keeps versions on disk, a root= of your own keeps them on tmpfs",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        for number in here:
             self.remove_from_tmpfs(number, survives=self.in_archive(number))
         if not self.root.numbers(VERSIONS) and not self.places.aside:
             shutil.rmtree(self.root.path)
@@ -215,3 +229,18 @@ def open_session(
     except BaseException:
         lock.close()
         raise
+
+
+def _clear_at_exit(root: Tree, process: int) -> None:
+    """Remove what an engine of this process could still read when its store was closed, unless others read it."""
+    lock = WriterLock()
+    with suppress(OSError), closing(lock):
+        if os.getpid() != process:
+            return  # a forked child
+        lock.take(root.path)
+        for number in root.numbers(VERSIONS):
+            with unleased(root.folder(VERSIONS, number)) as free:
+                if free:
+                    root.remove(VERSIONS, number)
+        if not root.numbers(VERSIONS):
+            shutil.rmtree(root.path)

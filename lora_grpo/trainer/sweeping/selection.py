@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.errors import ConfigError
 from lora_grpo.state import TrainerState, capture_state, restore_state
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.forking import taken_from
