@@ -45,12 +45,13 @@ def test_own_loop_learns_and_rolls_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # The program draws its sums and the adapter's first values as they come: how far twelve steps lead depends on that.
+    # How far the steps lead depends on the sums, the adapter's first values and what is sampled.
     random.seed(0)
     torch.manual_seed(0)
     # Sums with a carry alone, which the demo's base gets wrong more often than not.
     sizes = {
-        "30, 1e-4": "12, 4e-3",
+        "30, 1e-4": "16, 5e-3",
+        "max_tokens=4": "max_tokens=4, seed=step",
         "range(16)": "range(32)",
         "range(10, 100)": "range(18, 100, 10)",
         '"auto"': "torch.float32",
@@ -58,9 +59,9 @@ def test_own_loop_learns_and_rolls_back(
     run_here("own_loop.py", {MODEL: str(ensure_base()), **sizes, "max_model_len=64": EAGER.format(64)})
     output = capsys.readouterr().out
     rewards = [float(value) for value in re.findall(r"reward ([0-9.]+);", output)]
-    assert len(rewards) == 12
+    assert len(rewards) == 16
     assert sum(rewards[-4:]) / 4 > 0.85 > sum(rewards[:4]) / 4
-    assert re.search(r"rolled back from v13 to v\d+ .* weights exact, optimizer restored", output)
+    assert re.search(r"rolled back from v17 to v\d+ .* weights exact, optimizer restored", output)
     with AdapterStore(archive="runs/own-loop", readonly=True) as store:
         best = store.get("best:reward")
         assert store.head == best
