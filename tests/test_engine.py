@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import random
 import shutil
 import signal
 import threading
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -223,6 +225,20 @@ def test_the_seed_decides(engine: VLLMEngine) -> None:
     assert not {ids for group in sample(6) for ids in group} & {ids for group in once for ids in group}
     assert len({ids for group in once for ids in group}) == 8, "samples of one group, or of equal prompts, repeat"
     assert sample(None) != sample(None)
+
+
+def drawn_after_seeding(meanwhile: Callable[[], None]) -> tuple[float, float, float]:
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    meanwhile()
+    return random.random(), np.random.random(), torch.rand(()).item()
+
+
+def test_a_program_draws_by_its_own_seed_after_the_start(llama_dir: Path) -> None:
+    """vLLM seeds every generator of the process; two seeds of a program would make one run."""
+    expected = drawn_after_seeding(lambda: None)
+    assert drawn_after_seeding(lambda: VLLMEngine(llama_dir, max_lora_rank=16, **ENGINE_ARGS).close()) == expected
 
 
 @pytest.mark.timeout(120)
