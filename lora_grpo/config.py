@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -58,11 +59,16 @@ def check_quantization(asked: str | None) -> None:
         )
 
 
-def server_address(url: str) -> str:
-    """A server's address without the `/v1` that it may end in. Raises `ConfigError` for text that is none."""
-    if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):
-        raise ConfigError(f"urls: {url!r} is no server's address; write one such as http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1")
+def server_addresses(urls: Sequence[str]) -> list[str]:
+    """Servers' addresses without the `/v1` that one may end in. Raises `ConfigError` for text that is none, and for a
+    server that is there twice."""
+    for url in urls:
+        if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", url):
+            raise ConfigError(f"urls: {url!r} is no server's address; write one such as http://127.0.0.1:8000")
+    addresses = [url.rstrip("/").removesuffix("/v1") for url in urls]
+    if len(set(addresses)) < len(addresses):
+        raise ConfigError(f"urls={list(urls)} must name each server once")
+    return addresses
 
 
 class EngineConfig(Section):
@@ -102,9 +108,7 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> EngineConfig:
-        addresses = [server_address(url) for url in self.urls]
-        if len(set(addresses)) < len(addresses):
-            raise ValueError(f"urls={list(self.urls)} must name each server once")
+        server_addresses(self.urls)
         if self.store_address is None:
             return self
         host, _, port = self.store_address.rpartition(":")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -178,6 +181,34 @@ def _optimizer_entries(state: TrainerState, optimizer: torch.optim.Optimizer) ->
             fits = tensor.dim() and tensor.shape == like.shape
             entries[int(index)][field] = sharded_like(like, tensor.clone()) if fits else tensor.clone()
     return entries
+
+
+GeneratorStates: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, Any, Any]
+
+
+def generator_states() -> GeneratorStates:
+    """Of this process: torch's on the CPU and, where CUDA has started, on the GPU; numpy's and Python's."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+
+
+def set_generator_states(states: GeneratorStates) -> None:
+    cpu, cuda, numbers, plain = states
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+    np.random.set_state(numbers)
+    random.setstate(plain)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Whatever draws or seeds inside, the process goes on drawing as before."""
+    before = generator_states()
+    try:
+        yield
+    finally:
+        set_generator_states(before)
 
 
 def _random_states(processes: Processes) -> dict[str, torch.Tensor]:

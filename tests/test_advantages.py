@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.advantages import group_advantages, nan_std, reward_metrics, weighted_rewards
 
 NAN = torch.nan
@@ -63,6 +64,16 @@ def test_weighted_sum_over_the_rewards_that_apply() -> None:
     got = weighted_rewards(rewards_BF, (2.0, 0.5))
     torch.testing.assert_close(got, torch.tensor([4.0, 3.0, NAN]), equal_nan=True)
     assert weighted_rewards(rewards_BF)[0] == 5.0
+
+
+def test_a_wrong_number_of_weights_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reward_weights=\(1.0,\).*each of 2"):
+        weighted_rewards(torch.zeros(4, 2), (1.0,))
+
+
+def test_rows_that_are_no_whole_groups_are_refused() -> None:
+    with pytest.raises(ConfigError, match="7 rewards are not a multiple of num_generations=4"):
+        group_advantages(torch.zeros(7), 4)
 
 
 rewards_lists = st.lists(st.integers(-20, 20), min_size=8, max_size=8)

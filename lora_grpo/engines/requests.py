@@ -40,8 +40,10 @@ def render(tokenizer: Any, prompt: Prompt, called: str) -> list[int]:
     ids: Any
     if isinstance(prompt, str):
         require_tokenizer(tokenizer, f"{called} is text")
-        _require_text(prompt, called)
-        ids = one_bos(tokenizer, tokenizer.encode(prompt))
+        try:
+            ids = one_bos(tokenizer, tokenizer.encode(prompt))
+        except (TypeError, UnicodeError) as error:
+            raise ConfigError(f"{called}: {text_problem(prompt) or error}") from error
     elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         ids = _render_chat(tokenizer, prompt, called)
     else:
@@ -66,11 +68,6 @@ def require_tokenizer(tokenizer: Any, said: str) -> None:
             "tokenizer_config.json; AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER) writes them), or pass "
             "token ids"
         )
-
-
-def _require_text(text: str, called: str) -> None:
-    if problem := text_problem(text):
-        raise ConfigError(f"{called}: {problem}")
 
 
 def _token_ids(prompt: Any, called: str) -> list[int]:
@@ -104,12 +101,13 @@ def _render_chat(tokenizer: Any, chat: Any, called: str) -> Any:
             f"{called} is a chat, but the tokenizer has no chat template; pass text, or a tokenizer with one "
             "(processing_class)"
         )
-    for message in chat:
-        _require_text(str(message.get("content")), called)
     kwargs = getattr(chat, "template_kwargs", {})
     try:
         return tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=False, **kwargs)
     except (TemplateError, TypeError, ValueError) as error:
+        problems = filter(None, (text_problem(str(message.get("content"))) for message in chat))
+        if problem := next(problems, None):
+            raise ConfigError(f"{called}: {problem}") from error
         raise ConfigError(f"{called} is rejected by the chat template: {error}") from error
 
 

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_grpo.errors import ConfigError
+
 ScaleRewards = Literal["group", "batch", "none"]
 
 _EPSILON = 1e-4
@@ -21,8 +23,11 @@ _EPSILON = 1e-4
 
 def weighted_rewards(rewards_BF: Tensor, weights_F: Sequence[float] | None = None) -> Tensor:
     """rewards_B: the weighted sum over the functions that apply to each row; NaN where none does."""
-    weighted_BF = rewards_BF if weights_F is None else rewards_BF * rewards_BF.new_tensor(list(weights_F))
-    return weighted_BF.nansum(dim=1).masked_fill(rewards_BF.isnan().all(dim=1), torch.nan)
+    columns = rewards_BF.shape[1]
+    if weights_F is not None and len(weights_F) != columns:
+        raise ConfigError(f"reward_weights={tuple(weights_F)} must hold one weight for each of {columns} rewards")
+    weights = rewards_BF.new_tensor([1.0] * columns if weights_F is None else list(weights_F))
+    return (rewards_BF * weights).nansum(dim=1).masked_fill(rewards_BF.isnan().all(dim=1), torch.nan)
 
 
 def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: ScaleRewards = "group") -> Tensor:
@@ -31,7 +36,7 @@ def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: Sca
     The deviation (Bessel-corrected) is the group's (GRPO, arXiv 2402.03300, 4.1.2), the whole batch's (arXiv
     2508.08221), or 1 (Dr. GRPO, arXiv 2503.20783: dividing by it favours questions that are too easy or too hard).
     """
-    rewards_PG = rewards_B.double().view(-1, num_generations)
+    rewards_PG = _grouped(rewards_B, num_generations)
     # Taken from the group's least, equal rewards are 0 to the bit: a mean of them can be off by its rounding.
     above_PG = rewards_PG - rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
     centred_PG = above_PG - above_PG.nanmean(dim=1, keepdim=True)
@@ -53,7 +58,7 @@ def reward_metrics(
     teach nothing.
     """
     rewards_B = weighted_rewards(rewards_BF, weights_F)
-    deviation = _deviation(rewards_B.double().view(-1, num_generations), scale_rewards)
+    deviation = _deviation(_grouped(rewards_B, num_generations), scale_rewards)
     metrics = {
         "reward": rewards_B.nanmean().item(),
         "reward_std": nan_std(rewards_B).item(),
@@ -80,3 +85,9 @@ def nan_std(values: Tensor, dim: int | None = None) -> Tensor:
 def _deviation(rewards_PG: Tensor, scale_rewards: ScaleRewards) -> Tensor:
     """A column a group, or a scalar over the batch."""
     return nan_std(rewards_PG) if scale_rewards == "batch" else nan_std(rewards_PG, dim=1)
+
+
+def _grouped(rewards_B: Tensor, num_generations: int) -> Tensor:
+    if rewards_B.numel() % num_generations:
+        raise ConfigError(f"{rewards_B.numel()} rewards are not a multiple of num_generations={num_generations}")
+    return rewards_B.double().view(-1, num_generations)

@@ -29,10 +29,10 @@ def quiet_libraries(log_path: Path, tell: Callable[[str], None] | None = None) -
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     before = [(logger.handlers[:], logger.propagate) for logger in loggers]
-    own, telling = logging.getLogger("lora_grpo"), _Telling(tell)
+    own, telling = logging.getLogger("lora_grpo"), None if tell is None else _Telling(tell)
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
-    if tell is not None:
+    if telling is not None:
         own.addHandler(telling)
     try:
         with warnings.catch_warnings():
@@ -41,18 +41,18 @@ def quiet_libraries(log_path: Path, tell: Callable[[str], None] | None = None) -
     finally:
         for logger, (handlers, propagate) in zip(loggers, before, strict=True):
             logger.handlers, logger.propagate = handlers, propagate
-        own.removeHandler(telling)
+        if telling is not None:
+            own.removeHandler(telling)
         handler.close()
 
 
 class _Telling(logging.Handler):
-    def __init__(self, tell: Callable[[str], None] | None) -> None:
+    def __init__(self, tell: Callable[[str], None]) -> None:
         super().__init__(logging.WARNING)
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._tell is not None:
-            self._tell(f"warning: {record.getMessage()}")
+        self._tell(f"warning: {record.getMessage()}")
 
 
 @contextlib.contextmanager

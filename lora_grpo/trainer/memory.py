@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_grpo.adapters.peft_form.quantized import Scheme
+from lora_grpo.engines.patching import replaced
 from lora_grpo.grpo.head import head_bytes
 from lora_grpo.grpo.packing import Span, in_spans, pack, pays, refusal, sizes
 from lora_grpo.grpo_config import GRPOConfig
@@ -254,13 +255,9 @@ class _Attention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-@contextmanager
-def _attention_without_scores() -> Iterator[None]:
+def _attention_without_scores() -> AbstractContextManager[None]:
     """Torch has no such attention on the meta device, and would take the one that holds them."""
-    functions = torch.nn.functional
-    own = functions.scaled_dot_product_attention
-    functions.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
-    try:
-        yield
-    finally:
-        functions.scaled_dot_product_attention = own
+    return replaced(
+        torch.nn.functional,
+        scaled_dot_product_attention=lambda query, key, value, *_, **__: _Attention.apply(query, key, value),
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import random
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import numpy as np
 import torch
 
 from lora_grpo.engines import compat
@@ -29,6 +27,7 @@ from lora_grpo.engines.local.targets import serving_arguments
 from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError
 from lora_grpo.kernels import library
+from lora_grpo.state import generators_kept
 
 
 def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
@@ -76,7 +75,8 @@ def start_llm(
     make_expert_group()
     with (
         vllm_boundary(f"start on {model}"),
-        _generators_kept(),
+        # vLLM seeds them all with 0: a program that was seeded before would draw the same with every seed.
+        generators_kept(),
         plain_cpu_weights() if share_base_weights and compat.is_cpu() else nullcontext(),
         lora_kernels.products_by_segment() if kernels else nullcontext(),
         compiled_with_lora() if compiles else nullcontext(),
@@ -86,19 +86,6 @@ def start_llm(
         arguments |= {"enable_lora": True, "logprobs_mode": "processed_logprobs"}
         llm = vllm.LLM(model=model, **code, **arguments)
     return llm, kernels or compat.base_rows_are_safe()
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """vLLM seeds Python's, numpy's and torch's generators with a seed of its own (0): a program that was seeded before
-    would draw the same with every seed."""
-    plain, numbers, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(plain)
-        np.random.set_state(numbers)
-        torch.set_rng_state(torchs)
 
 
 def can_compile() -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 import openai
 
-from lora_grpo.config import server_address
 from lora_grpo.errors import ConfigError, EngineError
 
 RETRIES = 2
@@ -43,9 +42,9 @@ class Client:
     """
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
-        """`url` is the server's, with or without `/v1`. `timeout_s` bounds a completion, waiting in line and further
+        """`url` is one of `server_addresses`. `timeout_s` bounds a completion, waiting in line and further
         tries included: the openai client would send what timed out to the same server again."""
-        self.url = server_address(url)
+        self.url = url
         self._timeout_s = timeout_s
         key = api_key or "none"
         self._asking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=None, max_retries=RETRIES)

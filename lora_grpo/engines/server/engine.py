@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.config import server_address
+from lora_grpo.config import server_addresses
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.delivery.base_match import describe
@@ -98,8 +98,8 @@ class VLLMServerEngine:
         """
         if isinstance(urls, str) or not isinstance(urls, Sequence) or not all(isinstance(url, str) for url in urls):
             raise ConfigError(f'urls={urls!r} must be a list of texts; give ["http://..."], one for each server')
-        if not urls or len({*map(server_address, urls)}) != len(urls):
-            raise ConfigError(f"urls={list(urls)} must name each server once, and one at least")
+        if not (addresses := server_addresses(urls)):
+            raise ConfigError("urls=[] names no server; give one at least")
         if max_loras < 2 or concurrency < 1:
             raise ConfigError(
                 f"max_loras={max_loras} must be at least 2, so that the promoted version is served until a newer one "
@@ -113,7 +113,7 @@ class VLLMServerEngine:
             self._loop = _Loop()
             opened.callback(self._loop.close)
             rank_folder = None if self.pulls else write_rank_probe(self._names.folder / "rank")
-            clients = [Client(url, key, timeout_s) for url in urls]
+            clients = [Client(address, key, timeout_s) for address in addresses]
             replicas = self._loop.run(connected(clients, self._names, rank_folder))
             self._fleet = Fleet(replicas, self._names, rank_folder, max_loras, on_failure, concurrency, patience_s)
             self._describe(model, lora_dtype, trust_remote_code)

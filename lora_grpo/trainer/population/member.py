@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 from lora_grpo.config import ModelConfig
 from lora_grpo.metrics.quiet import ENGINE_LOG, quiet_libraries
 from lora_grpo.metrics.reporter import Reporter
+from lora_grpo.state import generator_states, set_generator_states
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.build import begin_run
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
@@ -80,14 +77,14 @@ class Member:
         if self._at_work:
             yield
             return
-        outside, self._at_work = _random_state(), True
+        outside, self._at_work = generator_states(), True
         if self._random is not None:
-            _set_random_state(self._random)
+            set_generator_states(self._random)
         try:
             yield
         finally:
-            self._random, self._at_work = _random_state(), False
-            _set_random_state(outside)
+            self._random, self._at_work = generator_states(), False
+            set_generator_states(outside)
 
     def start(self, model: ModelConfig, shared: Shared, *, resume: bool) -> None:
         """Build its trainer on what is shared, take up what its run directory holds, and publish its first version."""
@@ -145,17 +142,3 @@ class Member:
 
     def _leave(self, error: BaseException | None) -> None:
         self._session.__exit__(None if error is None else type(error), error, None)
-
-
-def _random_state() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
-
-
-def _set_random_state(states: tuple[Any, ...]) -> None:
-    cpu, cuda, numbers, plain = states
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
-    np.random.set_state(numbers)
-    random.setstate(plain)
