@@ -123,7 +123,7 @@ class EngineConfig(Section):
 
 
 class DataConfig(Section):
-    """Where prompts come from: a hub name, a JSONL, JSON, CSV or Parquet file."""
+    """Where prompts come from: a hub name, a JSONL, JSON, CSV or Parquet file, or a folder of `save_to_disk`."""
 
     train: str = Field(description="hub dataset name, or a .jsonl/.json/.csv/.parquet file")
     train_split: str = Field("train", description="split of `train`, if it is on the hub")

@@ -103,8 +103,8 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
         return TrainerState(tensors, json.loads(json.dumps(meta)))
     except TypeError as error:
         raise ConfigError(
-            f"the state of {type(optimizer).__name__}, {type(scheduler).__name__} or extra= holds more than tensors, "
-            f"numbers and text, and nothing is pickled here: {error}"
+            f"the state of {type(optimizer).__name__}, of the schedule or extra= holds more than numbers, text and one "
+            f"tensor a name, and nothing is pickled here: {error}"
         ) from error
 
 
@@ -124,11 +124,10 @@ def restore_state(state: TrainerState, training: Training) -> None:
     """
     check_state(state, training.modules)
     reshard(training.model)
+    if training.optimizer is not None and state.has_optimizer:
+        _restore_optimizer(state, training.optimizer)
     for name, parameter in named_weights(training.modules):
         assign(parameter, state.tensors[name])
-    if training.optimizer is not None and state.has_optimizer:
-        entries = _optimizer_entries(state, training.optimizer)
-        training.optimizer.load_state_dict({"state": entries, "param_groups": _decoded(state.meta["param_groups"])})
     if training.scheduler is not None and state.has_scheduler:
         training.scheduler.load_state_dict(_decoded(state.meta["scheduler"]))
     own = _random_suffix(training.processes.index)
@@ -141,8 +140,11 @@ def restore_state(state: TrainerState, training: Training) -> None:
 def _coded(value: Any) -> Any:
     """`value` so that it comes back from JSON as it was: a schedule's milestones are a Counter of whole numbers.
 
-    What JSON has no form of is an object of one key: "$tuple", "$Counter", or "$dict" where keys are not plain text.
+    What JSON has no form of is an object of one key: "$tuple", "$Counter", "$tensor" for a learning rate that is one,
+    or "$dict" where keys are not plain text.
     """
+    if torch.is_tensor(value) and not value.dim():
+        return {"$tensor": [value.item(), str(value.dtype).removeprefix("torch.")]}
     if isinstance(value, Mapping):
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
         if plain and not isinstance(value, Counter):
@@ -163,10 +165,24 @@ def _decoded(value: Any) -> Any:
     match next(iter(value), ""):
         case "$tuple":
             return tuple(_decoded(value["$tuple"]))
+        case "$tensor":
+            return torch.tensor(value["$tensor"][0], dtype=getattr(torch, value["$tensor"][1]))
         case "$dict" | "$Counter" as name:
             pairs = {_decoded(key): _decoded(item) for key, item in value[name]}
             return Counter(pairs) if name == "$Counter" else pairs
     return {key: _decoded(item) for key, item in value.items()}
+
+
+def _restore_optimizer(state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `ConfigError`, before anything changes, where it holds other parameters than it did."""
+    groups = _decoded(state.meta["param_groups"])
+    now, then = ([len(group["params"]) for group in found] for found in (optimizer.param_groups, groups))
+    if now != then:
+        raise ConfigError(
+            f"the optimizer has groups of {now} parameters, and of {then} when this state was kept; give NativeSync an "
+            "optimizer of the same groups, or start anew from the version's weights (lora-grpo export)"
+        )
+    optimizer.load_state_dict({"state": _optimizer_entries(state, optimizer), "param_groups": groups})
 
 
 def _optimizer_entries(state: TrainerState, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:

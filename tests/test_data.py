@@ -44,12 +44,28 @@ def test_csv_is_rows_of_text(tmp_path):
         ("prompt,answer\n1+1=,2\n1,000+1=,1001\n", r"line 3: 3 values for 2 columns; put a value that holds a comma"),
         ("prompt,prompt\na,b\n", r"the first line must name each column once; it is \['prompt', 'prompt'\]"),
         ('prompt,answer\n"1+1=,2\n', r"not CSV: unexpected end of data"),
+        ("prompt;answer\n1+1=;2\n", r"its columns lie between ';'; put commas there"),
     ],
 )
 def test_csv_that_cannot_be_read_is_named(tmp_path, text, words):
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(ConfigError, match=rf"bad\.csv.*{words}"):
         load_prompts(tmp_path / "bad.csv")
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    (tmp_path / "long.csv").write_text(f"prompt,answer\n{'9+' * 100_000},4\n")
+    assert len(load_prompts(tmp_path / "long.csv").select([0])[0][0]) == 200_000
+
+
+def test_a_saved_dataset_is_its_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "2+2=", "answer": "4"}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    assert load_prompts(tmp_path / "saved").select([0, 1]) == load_prompts(rows).select([0, 1])
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(ConfigError, match=r"saved is no complete folder of Dataset\.save_to_disk"):
+        load_prompts(tmp_path / "saved")
 
 
 def test_every_source_gives_the_same_prompts(tmp_path, monkeypatch):
@@ -122,6 +138,19 @@ def test_bad_files_name_file_and_line(tmp_path):
     broken.write_text('{"prompt": "a"}\n[1]\n')
     with pytest.raises(ConfigError, match=r"line 2: \[1\] is no JSON object"):
         load_prompts(broken)
+    for text, words in (
+        ("[" * 100_000, ": JSON that Python cannot read: maximum recursion depth"),
+        ('{"prompt": %s}' % ("9" * 5000), "line 1: JSON that Python cannot read: Exceeds the limit"),
+        (json.dumps({"prompt": "a"}, indent=1), "one object a line, or one array of objects"),
+    ):
+        broken.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            load_prompts(broken)
+    (tmp_path / "rows.tsv").write_text("prompt\n1+1=\n")
+    with pytest.raises(
+        ConfigError, match=r"rows\.tsv is a file of a kind that is not read here; for a local file give"
+    ):
+        load_prompts(tmp_path / "rows.tsv")
     with pytest.raises(ConfigError, match=r"no such data file: .*nowhere\.jsonl"):
         load_prompts("nowhere.jsonl")
     (tmp_path / "bad.parquet").write_text("not parquet")

@@ -90,6 +90,8 @@ def test_a_reward_of_ones_own_and_prompts_beyond_the_context(tmp_path: Path, lla
             [{"prompt": "1+1=", "text": 1}, {"prompt": "", "text": 2}],
             r"row 1, column 'prompt': the prompt is empty; .*or name another column, as data\.prompt_column=NAME",
         ),
+        ([*SUMS, {"question": "9", "answer": None}], r"row 40, column 'answer': there is no answer \(None\); remove"),
+        ([*SUMS, {"question": "9", "answer": " "}], r"row 40, column 'answer': there is no answer \(' '\); remove"),
         ([], "has no rows"),
     ],
 )

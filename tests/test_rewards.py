@@ -397,6 +397,8 @@ def test_numeric_tolerance_and_an_answer_without_a_number():
 
 def test_exact_regex_and_format():
     assert exact()([" 075\n", "75"], answer=["075", "075"]) == [1.0, 0.0]
+    assert exact()(["None", "1"], answer=[None, "1"]) == [None, 1.0]
+    assert numeric()(["0", "1"], answer=[None, 1]) == [None, 1.0]
     assert exact(ignore_case=True)(["Paris"], answer=["PARIS "]) == [1.0]
     assert regex(r"\bgood\b")(["all good.", "goods", [{"role": "assistant", "content": "good"}]]) == [1.0, 0.0, 1.0]
     shaped = format()

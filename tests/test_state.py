@@ -104,6 +104,28 @@ def test_no_type_is_changed_on_the_way(tmp_path: Path) -> None:
     assert type(live.optimizer.param_groups[0]["betas"]) is tuple  # type: ignore[union-attr]
 
 
+def test_a_learning_rate_that_is_a_tensor_comes_back_as_one(tmp_path: Path) -> None:
+    """As a compiled optimizer needs it, so that a schedule does not compile it anew."""
+    live = training(lambda optimizer: Odd())
+    group = live.optimizer.param_groups[0]  # type: ignore[union-attr]
+    group["lr"] = torch.tensor(0.3)
+    state = through_files(capture_state(live, {}), tmp_path)
+    group["lr"].fill_(0.1)
+    restore_state(state, live)
+    back = live.optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+    assert (back.dtype, back) == (torch.float32, torch.tensor(0.3))
+
+
+def test_an_optimizer_of_other_groups_takes_no_state() -> None:
+    live = training(lambda optimizer: Odd(value=1))
+    state = capture_state(live, {})
+    live.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})  # type: ignore[union-attr]
+    live.scheduler.values = {"value": 2}
+    with pytest.raises(ConfigError, match=r"has groups of \[1, 1\] parameters, and of \[1\] when this state was kept"):
+        restore_state(state, live)
+    assert live.scheduler.values == {"value": 2}
+
+
 def test_what_was_captured_is_not_the_live_object() -> None:
     values: dict[str, Any] = {"milestones": Counter({3: 1})}
     live = training(lambda optimizer: Odd(**values))
@@ -117,7 +139,7 @@ def test_what_was_captured_is_not_the_live_object() -> None:
 
 def test_what_only_pickle_could_keep_is_refused() -> None:
     live = training(lambda optimizer: Odd(function=lambda: 0))
-    with pytest.raises(ConfigError, match=r"the state of AdamW, Odd .* nothing is pickled here"):
+    with pytest.raises(ConfigError, match=r"the state of AdamW, of the schedule .* nothing is pickled here"):
         capture_state(live, {})
 
 

@@ -489,6 +489,7 @@ REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "structured outputs": ({"vllm_structured_outputs_regex": "[0-9]+"}, "reward function"),
     "continuous batching": ({"use_transformers_continuous_batching": True}, "come from vLLM"),
     "liger": ({"use_liger_kernel": True}, "use_liger_kernel=True: its kernels replace layers when training begins"),
+    "float16": ({"fp16": True}, "fp16=True: float16 needs a loss scale, which no rollback restores"),
     "repetition penalty": ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
     "greedy": ({"temperature": 0.0}, "temperature=0.0: the completions of a group would all be the same"),
     "unknown sampling": ({"generation_kwargs": {"logit_bias": {3: 1.0}}}, "logit_bias"),

@@ -86,7 +86,8 @@ def load_prompts(
     system_prompt: str | None = None,
     limit: int | None = None,
 ) -> PromptDataset:
-    """Prompts from a hub name, a JSONL, JSON, CSV or Parquet file, a `datasets.Dataset` or a list of dicts.
+    """Prompts from a hub name, a JSONL, JSON, CSV or Parquet file, a folder of `Dataset.save_to_disk`, a
+    `datasets.Dataset` or a list of dicts.
 
     `split` and `name` (the hub's configuration) are for hub names; `limit` keeps the first rows.
     `system_prompt` makes chats of text prompts and is put before chats; "" makes chats without a system message.

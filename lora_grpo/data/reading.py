@@ -1,4 +1,4 @@
-"""Rows from where they are: the hub, JSONL, JSON, CSV and Parquet files, datasets, lists of dicts."""
+"""Rows from where they are: the hub, JSONL, JSON, CSV and Parquet files, folders of `save_to_disk`, lists of dicts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,18 @@ if TYPE_CHECKING:
 Rows: TypeAlias = "Sequence[Mapping[str, Any]] | Dataset"
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_KINDS = f"for a local file give a path that ends in {', '.join(FILE_SUFFIXES)}"
 
 
 def read_rows(source: str | Path | Rows, split: str, name: str | None) -> tuple[Rows, str]:
     """The rows, and what to call them in errors."""
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
+        if (path / "state.json").is_file():
+            return _from_folder(path), str(path)
         if path.suffix.lower() not in FILE_SUFFIXES:
+            if path.is_file():
+                raise ConfigError(f"{path} is a file of a kind that is not read here; {_KINDS}")
             return _from_hub(str(source), split, name), f"dataset {str(source)!r} (split {split!r})"
         if not path.is_file():
             raise ConfigError(f"no such data file: {path.absolute()}")
@@ -57,10 +62,17 @@ def _from_hub(name: str, split: str, configuration: str | None) -> Dataset:
     except (OSError, ValueError) as error:
         reason = why or (str(error).splitlines() or [type(error).__name__])[0]
         at = f"split={split!r}" + (f", name={configuration!r}" if configuration else "")
-        raise ConfigError(
-            f"cannot load dataset {name!r} ({at}): {reason}. For a local file give a path that ends in "
-            f"{', '.join(FILE_SUFFIXES)}"
-        ) from error
+        raise ConfigError(f"cannot load dataset {name!r} ({at}): {reason.removesuffix('.')}; {_KINDS}") from error
+
+
+def _from_folder(path: Path) -> Dataset:
+    """What `Dataset.save_to_disk` wrote."""
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} is no complete folder of Dataset.save_to_disk: {error}") from error
 
 
 def _from_parquet(path: Path) -> Dataset:
@@ -95,12 +107,16 @@ def _from_json(path: Path) -> list[dict[str, Any]]:
 
 def _from_csv(path: Path) -> list[dict[str, Any]]:
     """One row a record, the first of them the columns' names; every value is text."""
-    reader = csv.reader(io.StringIO(_text(path)), strict=True)
+    text = _text(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader = csv.reader(io.StringIO(text), strict=True)
     rows: list[dict[str, Any]] = []
     try:
         names = next(reader, [])
         if not all(names) or len({*names}) != len(names):
             raise ConfigError(f"{path}: the first line must name each column once; it is {short(names)}")
+        if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+            raise ConfigError(f"{path}: its columns lie between {other!r}; put commas there")
         for values in filter(None, reader):
             if len(values) != len(names):
                 found = f"{counted(len(values), 'value')} for {counted(len(names), 'column')}"
@@ -125,7 +141,12 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        raise ConfigError(
+            f"{where}: not JSON: {error.msg} at column {error.colno} (a file holds one object a line, or one array of "
+            "objects)"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: JSON that Python cannot read: {error}") from error
 
 
 def short(value: object, width: int = 120) -> str:

@@ -98,6 +98,7 @@ def _refused(args: Any) -> dict[str, tuple[object, str]]:
             not isinstance(args.model_init_kwargs or {}, Mapping),
             "keywords of from_pretrained as a dict, such as {'dtype': 'float32'}",
         ),
+        "fp16": (args.fp16, "float16 needs a loss scale, which no rollback restores; set bf16=True, or fp16=False"),
         "deepspeed": (args.deepspeed, "its optimizer cannot be rolled back; leave it out"),
         "fsdp": (args.fsdp, "one process trains and serves its own engine; leave it out"),
         "vllm_tensor_parallel_size": (

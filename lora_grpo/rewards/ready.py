@@ -42,7 +42,10 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def exact(column: str = "answer", ignore_case: bool = False) -> Reward:
-    """1.0 where the completion is the text in `column`, whitespace around both left out of account."""
+    """1.0 where the completion is the text in `column`, whitespace around both left out of account.
+
+    None, which is "does not apply", for rows without an answer.
+    """
 
     def normal(text: str) -> str:
         return text.strip().casefold() if ignore_case else text.strip()
@@ -50,7 +53,10 @@ def exact(column: str = "answer", ignore_case: bool = False) -> Reward:
     def exact(completions: Sequence[Any], **columns: Any) -> list[float | None]:
         answers = _column(columns, column, "exact")
         pairs = zip(completions, answers, strict=True)
-        return [float(normal(completion_text(done)) == normal(str(answer))) for done, answer in pairs]
+        return [
+            None if answer is None else float(normal(completion_text(done)) == normal(str(answer)))
+            for done, answer in pairs
+        ]
 
     return _needs(exact, column)
 
@@ -59,7 +65,8 @@ def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
     """1.0 where the completion's last number is the answer's, to within `tolerance`.
 
     Where a text has GSM8K's '####', the number that follows the last one counts. Numbers are compared as decimals:
-    1,200 equals 1200.0. An answer without a number is an error, a completion without one scores 0.0.
+    1,200 equals 1200.0. An answer without a number is an error, a completion without one scores 0.0. Rows without an
+    answer get None, which is "does not apply".
     """
     if not tolerance >= 0:
         raise ConfigError(f"numeric: tolerance={tolerance} must be 0 or more")
@@ -68,6 +75,9 @@ def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
     def numeric(completions: Sequence[Any], **columns: Any) -> list[float | None]:
         rewards: list[float | None] = []
         for done, answer in zip(completions, _column(columns, column, "numeric"), strict=True):
+            if answer is None:
+                rewards.append(None)
+                continue
             wanted = final_number(str(answer))
             if wanted is None:
                 raise ValueError(f"column {column!r} holds {answer!r}, which contains no number")

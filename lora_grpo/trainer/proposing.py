@@ -11,7 +11,7 @@ from lora_grpo.config import RewardConfig, RunConfig
 from lora_grpo.config_file import apply_override
 from lora_grpo.data import PromptDataset, load_data
 from lora_grpo.data.prompts import prompt_problem
-from lora_grpo.data.reading import read_rows
+from lora_grpo.data.reading import read_rows, short
 from lora_grpo.engines.delivery import probe
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.errors import ConfigError
@@ -101,7 +101,14 @@ def _choose_reward(reward: dict[str, Any], columns: Mapping[str, list[Any]], sou
     if "name" in reward:
         return
     for column in (name for name in ANSWERS if name in columns):
-        shown = [str(value) for value in columns[column][:LOOKED_AT]]
+        values = columns[column][:LOOKED_AT]
+        shown = ["" if value is None else str(value).strip() for value in values]
+        if "" in shown and any(shown):
+            row = shown.index("")
+            raise ConfigError(
+                f"{source}, row {row}, column {column!r}: there is no answer ({short(values[row])}); remove it, or "
+                "name a reward that needs none, such as rewards.0.name=my_module:my_function"
+            )
         if all(final_number(text) is not None for text in shown):
             reward["name"], why = "numeric", "ends in a number"
         elif all(0 < len(text) <= LONGEST_EXACT for text in shown):

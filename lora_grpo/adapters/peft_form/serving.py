@@ -61,6 +61,8 @@ class ServingForm:
         self._bases: list[Any] = [module.layer.get_base_layer() for module in self.modules]
         self._reshard()
         self._base_dtypes = [_dtype_of(base) for base in self._bases]
+        own = {id(linear.weight) for linear in self._linears}
+        self._others = [(name, p) for name, p in model.named_parameters() if id(p) not in own]
         self.config_bytes = _config_bytes(peft_model_of(model), adapter, self.modules)
         self.names = [f"{PREFIX}{module.path}.lora_{kind}.weight" for kind in "AB" for module in self.modules]
         self.shapes = [tuple(linear.weight.shape) for linear in self._linears]
@@ -138,6 +140,11 @@ class ServingForm:
                 )
             if what is not None:
                 raise TrainingError(f"{module.path} {what}; nothing was published")
+        if trained := [name for name, parameter in self._others if parameter.requires_grad]:
+            raise TrainingError(
+                f"{trained[0]} (and {len(trained) - 1} more) would be trained but never published: freeze it with "
+                "requires_grad_(False), and load the base again if a step has changed it; nothing was published"
+            )
 
     @torch.no_grad()
     def _fill(self) -> bool:
