@@ -14,7 +14,7 @@ from lora_grpo import AdapterStore, FakeEngine, NativeSync, VLLMEngine
 from lora_grpo.cli import app
 from lora_grpo.config import DataConfig, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.config_file import save_config
-from lora_grpo.errors import UnknownVersion
+from lora_grpo.errors import ConfigError, UnknownVersion
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.trainer import replay
 from lora_grpo.trainer.replay import PIECE_TOKENS, conversing
@@ -146,3 +146,24 @@ def test_answers_are_those_of_the_proven_version(
             answers.append("".join(pieces))
             llama_engine.unload(conversation.version)
     assert answers[0] != answers[1]
+
+
+@pytest.mark.vllm
+def test_an_answer_ends_where_the_model_does(
+    llama_dir: Path, llama_engine: VLLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was said grows with each turn, up to where no answer fits; after that one can begin anew."""
+    run_of_two(llama_dir, tmp_path / "run", llama_engine)
+    monkeypatch.setattr(replay, "build_engine", lambda *_, **__: llama_engine)
+    monkeypatch.setattr(llama_engine, "close", lambda: None)
+    with conversing(tmp_path / "run", 1, temperature=0.0) as conversation:
+        assert conversation.has_template
+        said = llama_engine.max_model_len - len(TURN.format("user", "")) - 20
+        assert "".join(conversation.answer("a" * said))
+        assert conversation.cut
+        assert conversation.turns[-1]["role"] == "assistant"
+        with pytest.raises(ConfigError, match=r"max_model_len=128 leaves no room for an answer.*/new"):
+            "".join(conversation.answer("b"))
+        conversation.forget()
+        assert "".join(conversation.answer("b"))
+        llama_engine.unload(conversation.version)

@@ -130,7 +130,7 @@ def _respond(talk: Conversation, line: str) -> None:
             typer.echo(piece, nl=False)
         typer.echo()
         if talk.cut:
-            say("(cut off at the run's max_completion_length)")
+            say("(cut off at the run's max_completion_length or max_model_len)")
 
 
 def export(

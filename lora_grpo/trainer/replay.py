@@ -122,8 +122,14 @@ class Conversation:
         kwargs = self._config.grpo.chat_template_kwargs
         prompt: Prompt = Chat(turns, kwargs) if self.has_template else text
         ids, said, shown, self.cut = render(self._tokenizer, prompt, "the conversation"), list[int](), "", True
-        while self.cut and len(said) < self._sampling.max_tokens:
-            piece = replace(self._sampling, max_tokens=min(PIECE_TOKENS, self._sampling.max_tokens - len(said)))
+        longest = getattr(self._engine, "max_model_len", len(ids) + self._sampling.max_tokens)
+        if (room := min(self._sampling.max_tokens, longest - len(ids))) < 1:
+            raise ConfigError(
+                f"what was said has {len(ids):,} tokens, and max_model_len={longest} leaves no room for an answer: say "
+                "less, or forget what was said before (/new)"
+            )
+        while self.cut and len(said) < room:
+            piece = replace(self._sampling, max_tokens=min(PIECE_TOKENS, room - len(said)))
             [group] = self._engine.generate([[*ids, *said]], piece, adapter=self.version)
             said += group.completions[0].token_ids
             self.cut = group.completions[0].truncated
