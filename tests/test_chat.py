@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lora_grpo import AdapterStore, FakeEngine, NativeSync, VLLMEngine
@@ -108,6 +110,27 @@ def test_a_programs_run_and_an_answer_that_is_cut(asked: list[tuple[int, str]], 
     keep_settings(tmp_path / "run", PIECE_TOKENS + 2)
     done = talk(tmp_path / "run", "one", arguments=("v1",))
     assert (done.stdout, "(cut off at" in done.stderr) == ("v1 says: n\n", True)
+
+
+def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(
+    asked: list[tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, presses = PreTrainedTokenizerFast.decode, [signal.SIGINT]
+
+    def pressed(*arguments: Any, **named: Any) -> Any:
+        if asked and presses:
+            os.kill(os.getpid(), presses.pop())
+        return decode(*arguments, **named)
+
+    keep_settings(tmp_path / "run", 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "decode", pressed)
+        done = talk(tmp_path / "run", "one", "two", arguments=("v1",))
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("(stopped;") == 1
+    assert done.stdout.count("naïveté") == 1
+    assert asked[-1] == (1, TURN.format("system", "Be brief.") + TURN.format("user", "two"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_no_engine_starts_for_a_version_that_is_not_there(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,6 +90,7 @@ def chat(
     """Talk to a version in the terminal. The run may be stopped or live.
 
     The version is loaded and proven first. /version best switches to another, /new forgets what was said, /quit ends.
+    Ctrl-C stops an answer, which is then forgotten; at the prompt it ends the talk.
     If the model has no chat template, it completes what you type as plain text.
     """
     from lora_grpo.trainer.replay import conversing
@@ -126,11 +129,33 @@ def _respond(talk: Conversation, line: str) -> None:
     elif command.startswith("/"):
         raise ConfigError(f"{line!r} is not a command. {COMMANDS}")
     elif line:
-        for piece in talk.answer(line):
-            typer.echo(piece, nl=False)
+        with _stoppable() as stopped:
+            for piece in talk.answer(line):
+                typer.echo(piece, nl=False)
+                if stopped:
+                    break
         typer.echo()
-        if talk.cut:
+        if stopped:
+            say("(stopped; what you said and this answer are forgotten)")
+        elif talk.cut:
             say("(cut off at the run's max_completion_length or max_model_len)")
+
+
+@contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Ctrl-C makes the list true, between two pieces of an answer and not in the middle of a step of vLLM's; a second
+    one ends the command."""
+    stopped: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def export(
