@@ -585,6 +585,10 @@ def test_refused_places_and_settings(
     adapter = LoraConfig(**LORA)
     with pytest.raises(ConfigError, match=r"lora_grpo's GRPOConfig.*pass a trl\.GRPOConfig"):
         native_trainer(str(llama_dir), OwnConfig(), peft_config=adapter)
+    with pytest.raises(
+        ConfigError, match=r"max_num_seqs follows from trl\.GRPOConfig's per_device_train_batch_size \*"
+    ):
+        native_trainer(str(llama_dir), arguments(tmp_path), peft_config=adapter, engine_args={"max_num_seqs": 8})
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file is a file; choose another directory"):
         native_trainer(str(llama_dir), arguments(tmp_path), peft_config=adapter, run_dir=tmp_path / "file")

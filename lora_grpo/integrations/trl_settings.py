@@ -21,6 +21,17 @@ from lora_grpo.types import Sampling
 
 _SAMPLED_WITH = tuple(field.name for field in fields(Sampling) if field.name not in ("n", "first_prompt"))
 """What `generation_kwargs` may override: the fields of `Sampling`, which mean what vLLM's mean."""
+_SAID_BY = {
+    "model": "the trainer's model",
+    "quantization": "the trainer's model",
+    "max_model_len": "trl.GRPOConfig's vllm_max_model_length",
+    "gpu_memory_utilization": "trl.GRPOConfig's vllm_gpu_memory_utilization",
+    "max_num_seqs": "trl.GRPOConfig's per_device_train_batch_size * steps_per_generation",
+    "model_impl": "trl.GRPOConfig's vllm_model_impl",
+    "revision": "trl.GRPOConfig's model_init_kwargs",
+    "trust_remote_code": "trl.GRPOConfig's trust_remote_code",
+}
+"""What the keywords of `VLLMEngine` follow from that the trainer's arguments settle."""
 _OF_VLLM = ("revision", "gpu_memory_utilization", "max_num_seqs", "model_impl", "trust_remote_code")
 
 
@@ -187,7 +198,7 @@ def vllm_args(given: Mapping[str, Any], rank: int, others: Mapping[str, Any]) ->
         **{name: given[name] for name in _OF_VLLM},
     }
     if twice := sorted(said.keys() & others.keys()):
-        raise ConfigError(f"engine_args: {twice[0]} is already set by trl.GRPOConfig; set it there")
+        raise ConfigError(f"engine_args: {twice[0]} follows from {_SAID_BY[twice[0]]} here; set that, and leave it out")
     # vLLM's CPU backend compiles for a minute when not eager, and gains little by it.
     on_cpu = next(model.parameters()).device.type == "cpu"
     return {"max_lora_rank": rank, "max_num_batched_tokens": 4096, "enforce_eager": on_cpu, **said, **others}
