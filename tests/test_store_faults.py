@@ -59,7 +59,9 @@ def test_a_full_tmpfs_is_found_before_writing(small_tmpfs: Path) -> None:
             store.promote(store.publish(adapter(step, 300_000), step=step))
         before = sorted(root.rglob("*"))
         with pytest.raises(
-            NoRoom, match=r"needs 0\.3\d MiB .* has room for 0\.\d\d MiB of 1 MiB.* a larger file system$"
+            NoRoom,
+            match=r"needs 0\.3\d MiB .* has room for 0\.\d\d MiB of 1 MiB, versions taking 0\.86 MiB: .*free what else "
+            ".* a larger file system$",
         ):
             store.publish(adapter(3, 300_000), step=3)
         assert sorted(root.rglob("*")) == before

@@ -26,10 +26,12 @@ def make_room(session: Session, sizes: Mapping[str, int], budget_bytes: int | No
         session.prune()
     lacking = _lacking(session, sizes, budget_bytes)
     if lacking is not None:
+        taken, kept = _used_bytes(session) / MIB, session.retention.words("tmpfs")
         raise NoRoom(
-            f"a version {lacking}: tmpfs keeps {session.retention.words('tmpfs')}, HEAD, pinned and leased versions; "
-            "open the store with a retention that keeps fewer, such as retention=keep_latest(2) (a trainer: "
-            f"keep.on_tmpfs=2), or {_larger(session.root.path)}{'' if budget_bytes is None else ' or budget_bytes'}"
+            f"a version {lacking}, versions taking {taken:.2f} MiB: tmpfs keeps {kept}, HEAD, pinned and leased "
+            "versions; free what else takes room there, or open the store with a retention that keeps fewer, such as "
+            "retention=keep_latest(2) (a trainer: keep.on_tmpfs=2), or "
+            f"{_larger(session.root.path)}{'' if budget_bytes is None else ' or budget_bytes'}"
         )
 
 
@@ -37,14 +39,15 @@ def _lacking(session: Session, sizes: Mapping[str, int], budget_bytes: int | Non
     lacking = _lacking_in(session.root.path, sizes)
     if lacking is not None or budget_bytes is None:
         return lacking
-    here = map(session.manifest, session.root.numbers(VERSIONS))
-    need, used = sum(sizes.values()), sum(manifest.size_bytes for manifest in here)
+    need, used = sum(sizes.values()), _used_bytes(session)
     if used + need <= budget_bytes:
         return None
-    return (
-        f"needs {need / MIB:.2f} MiB and budget_bytes={budget_bytes} has room for "
-        f"{max(0, budget_bytes - used) / MIB:.2f} MiB, versions in {session.root.path} taking {used / MIB:.2f} MiB"
-    )
+    room = max(0, budget_bytes - used) / MIB
+    return f"needs {need / MIB:.2f} MiB and budget_bytes={budget_bytes} has room for {room:.2f} MiB"
+
+
+def _used_bytes(session: Session) -> int:
+    return sum(session.manifest(number).size_bytes for number in session.root.numbers(VERSIONS))
 
 
 def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
