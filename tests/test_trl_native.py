@@ -461,6 +461,8 @@ def test_the_command_line_is_answered_before_the_next_step(llama_dir: Path, tmp_
         assert pinned["pins"] == [1]
         assert result.sampled == [(0, 1, True), (2, 2, True), (3, 1, True), (4, 3, True)]
         assert trainer.native.store.get(3).parent == 1
+        head = trainer.native.store.head
+        assert (head.number, head.parent, holds(trainer, head)) == (4, 3, True), "what was trained last is a version"
         told = [record["event"] for record in read_metrics(trainer.native.store.archive)]
         assert told == ["rollback", "message"]
     finally:

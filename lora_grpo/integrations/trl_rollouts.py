@@ -27,8 +27,8 @@ CANARY_ROWS = 16
 class NativeRollouts(TrainerCallback):
     """What a TRL trainer samples through: each call from the version that holds its weights, and says which.
 
-    As a callback it answers requests before each step, learns when weights move, and makes what was published durable
-    at the end. Raises `UnsupportedAdapter` for layers that the first gradients do not reach.
+    As a callback it answers requests before each step, learns when weights move, and at the end publishes what was
+    trained last and makes all durable. Raises `UnsupportedAdapter` for layers that the first gradients do not reach.
     """
 
     def __init__(self, engine: VLLMEngine, sync: NativeSync, sampling: Sampling, batch_rows: int) -> None:
@@ -79,6 +79,8 @@ class NativeRollouts(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._reach.end()
+        # The last steps' weights were not sampled from, and would be no version.
+        self.publish(state.global_step, self.sync.optimizer, self.sync.scheduler)
         self.store.flush()
 
     def publish(self, step: int, optimizer: Any = None, scheduler: Any = None) -> AdapterVersion:
