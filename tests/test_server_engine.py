@@ -579,6 +579,21 @@ def test_a_dropped_replica_is_out_of_rotation_until_it_has_everything(
     assert pair[0].completions()
 
 
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("how", ["down", "frozen"])
+def test_a_server_that_stays_away_is_told_of_once(
+    how: str, connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each load looks for it again, for up to patience_s; only what is new of it is said."""
+    engine = connect(on_failure="drop")
+    setattr(pair[0], how, True)
+    for version in versions[:3]:
+        engine.load(version)
+        time.sleep(3.5)
+    assert engine.replicas[pair[0].url].count("not back within") == 1
+    assert caplog.text.count("not back within") == 1
+
+
 def test_nothing_hangs_when_all_are_gone(connect: MakeEngine, pair: Pair, versions: list[AdapterVersion]) -> None:
     engine = connect()
     engine.load(versions[0])

@@ -85,7 +85,7 @@ class Rotation(ABC):
             await asyncio.shield(replica.returning)
 
     async def _return(self, replica: Replica) -> None:
-        pause_s = FIRST_PAUSE_S
+        pause_s, before = FIRST_PAUSE_S, replica.trouble
         try:
             async with asyncio.timeout(self._patience_s):
                 while replica.state == "away":
@@ -98,8 +98,10 @@ class Rotation(ABC):
                         await asyncio.sleep(pause_s)
                         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         except TimeoutError:
-            replica.trouble += f" (not back within patience_s={self._patience_s:g} s)"
-            logger.warning("%s", replica.trouble)
+            given_up = f" (not back within patience_s={self._patience_s:g} s)"
+            replica.trouble = replica.trouble.removesuffix(given_up) + given_up
+            if replica.trouble != before:  # each load tries again, perhaps for thousands of steps
+                logger.warning("%s", replica.trouble)
         except Exception as error:
             replica.trouble = f"{replica.url} could not be brought back: {error!r}"
             raise
