@@ -30,8 +30,9 @@ _META = {"param_groups", "optimizer_scalars", "scheduler", "extra"}
 class TrainerState:
     """A trainer at one moment. `tensors` are on the CPU and its own; `meta` is JSON.
 
-    Tensor names: `weights/MODULE.A`, `weights/MODULE.B`, `optimizer/INDEX/NAME`, all of them whole, and the random
-    state of the first process, `rng/cpu`, `rng/cuda`, and of others, `rng/cpu/INDEX`, `rng/cuda/INDEX`.
+    Tensor names: `weights/MODULE.A`, `weights/MODULE.B`, `optimizer/INDEX/NAME` (`NAME/NAME` in a dict inside), all of
+    them whole, and the random state of the first process, `rng/cpu`, `rng/cuda`, and of others, `rng/cpu/INDEX`,
+    `rng/cuda/INDEX`.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -89,10 +90,8 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
         saved = optimizer.state_dict()
         groups = saved["param_groups"]
         for index, values in saved["state"].items():
-            scalars[str(index)] = {name: value for name, value in values.items() if not torch.is_tensor(value)}
-            for name, value in values.items():
-                if torch.is_tensor(value):
-                    tensors[f"optimizer/{index}/{name}"] = _copied(value)
+            moments, scalars[str(index)] = _parted(values)
+            tensors |= {f"optimizer/{index}/{name}": _copied(moment) for name, moment in moments.items()}
     meta = {
         "param_groups": _coded(groups),
         "optimizer_scalars": _coded(scalars),
@@ -102,10 +101,26 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
     try:
         return TrainerState(tensors, json.loads(json.dumps(meta)))
     except TypeError as error:
+        unwrapped = getattr(optimizer, "optimizer", optimizer)
         raise ConfigError(
-            f"the state of {type(optimizer).__name__}, of the schedule or extra= holds more than numbers, text and one "
+            f"the state of {type(unwrapped).__name__}, of the schedule or extra= holds more than numbers, text and one "
             f"tensor a name, and nothing is pickled here: {error}"
         ) from error
+
+
+def _parted(values: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a parameter's state, by NAME or, where dicts lie in it, by NAME/NAME; and the rest as it lies."""
+    tensors: dict[str, torch.Tensor] = {}
+    rest: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            inner, rest[name] = _parted(value)
+            tensors |= {f"{name}/{key}": tensor for key, tensor in inner.items()}
+        elif torch.is_tensor(value):
+            tensors[name] = value
+        else:
+            rest[name] = value
+    return tensors, rest
 
 
 def check_state(state: TrainerState, modules: list[LoraModule]) -> None:
@@ -192,10 +207,12 @@ def _optimizer_entries(state: TrainerState, optimizer: torch.optim.Optimizer) ->
     entries = {int(index): values for index, values in scalars.items()}
     for name, tensor in state.tensors.items():
         if name.startswith("optimizer/"):
-            _, index, field = name.split("/", 2)
-            like = parameters[int(index)]
+            _, index, *path, field = name.split("/")
+            like, entry = parameters[int(index)], entries[int(index)]
+            for part in path:
+                entry = entry[part]
             fits = tensor.dim() and tensor.shape == like.shape
-            entries[int(index)][field] = sharded_like(like, tensor.clone()) if fits else tensor.clone()
+            entry[field] = sharded_like(like, tensor.clone()) if fits else tensor.clone()
     return entries
 
 

@@ -68,6 +68,23 @@ def test_a_saved_dataset_is_its_rows(tmp_path):
         load_prompts(tmp_path / "saved")
 
 
+def test_files_without_rows_say_so(tmp_path, monkeypatch):
+    """And a Parquet file of which only the first group has none is read."""
+    datasets = pytest.importorskip("datasets")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    none = arrow.table({"prompt": arrow.array([], arrow.string())})
+    parquet.write_table(none, tmp_path / "empty.parquet")
+    datasets.Dataset.from_dict({"prompt": []}).save_to_disk(str(tmp_path / "saved"))
+    for name in ("empty.parquet", "saved"):
+        with pytest.raises(ConfigError, match=rf"{name} has no rows$"):
+            load_prompts(tmp_path / name)
+    with parquet.ParquetWriter(tmp_path / "some.parquet", none.schema) as file:
+        file.write_table(none)
+        file.write_table(arrow.table({"prompt": ["1+1="]}))
+    assert load_prompts(tmp_path / "some.parquet").select([0])[0] == ["1+1="]
+
+
 def test_every_source_gives_the_same_prompts(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -6,7 +6,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,6 +128,42 @@ def test_an_optimizer_of_other_groups_takes_no_state() -> None:
     assert live.scheduler.values == {"value": 2}
 
 
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdEMAMix8bit", "Lion"])
+def test_moments_of_bitsandbytes_come_back_to_the_bit(name: str, tmp_path: Path) -> None:
+    """It keeps them in a dict inside each parameter's state; 8-bit ones with the scale of each block."""
+    kind = getattr(pytest.importorskip("bitsandbytes").optim, name)
+
+    def live() -> Training:
+        torch.manual_seed(0)
+        large, small = torch.nn.Parameter(torch.randn(64, 128)), torch.nn.Parameter(torch.randn(3))
+        return Training(torch.nn.Linear(1, 1), [], kind([large, small], lr=0.1), None, Processes(None))
+
+    def stepped(training: Training, times: int) -> list[torch.Tensor]:
+        optimizer: Any = training.optimizer
+        parameters = optimizer.param_groups[0]["params"]
+        for number in range(times):
+            for parameter in parameters:
+                parameter.grad = (parameter.detach() + number).sin()
+            optimizer.step()
+        return [parameter.detach().clone() for parameter in parameters]
+
+    def from_there(training: Training) -> list[torch.Tensor]:
+        optimizer: Any = training.optimizer
+        for parameter, then in zip(optimizer.param_groups[0]["params"], weights, strict=True):
+            parameter.data.copy_(then)
+        return stepped(training, 3)
+
+    first = live()
+    weights = stepped(first, 3)
+    state = capture_state(first, {})
+    expected = stepped(first, 3)
+    restore_state(state, first)
+    assert all(map(torch.equal, from_there(first), expected))
+    other = live()
+    restore_state(through_files(state, tmp_path), other)
+    assert all(map(torch.equal, from_there(other), expected))
+
+
 def test_what_was_captured_is_not_the_live_object() -> None:
     values: dict[str, Any] = {"milestones": Counter({3: 1})}
     live = training(lambda optimizer: Odd(**values))
@@ -139,6 +177,8 @@ def test_what_was_captured_is_not_the_live_object() -> None:
 
 def test_what_only_pickle_could_keep_is_refused() -> None:
     live = training(lambda optimizer: Odd(function=lambda: 0))
+    wrapped: Any = SimpleNamespace(optimizer=live.optimizer, state_dict=live.optimizer.state_dict)  # type: ignore[union-attr]
+    live = replace(live, optimizer=wrapped)  # as accelerate wraps it
     with pytest.raises(ConfigError, match=r"the state of AdamW, of the schedule .* nothing is pickled here"):
         capture_state(live, {})
 

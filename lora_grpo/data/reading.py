@@ -65,22 +65,26 @@ def _from_hub(name: str, split: str, configuration: str | None) -> Dataset:
         raise ConfigError(f"cannot load dataset {name!r} ({at}): {reason.removesuffix('.')}; {_KINDS}") from error
 
 
-def _from_folder(path: Path) -> Dataset:
+def _from_folder(path: Path) -> Rows:
     """What `Dataset.save_to_disk` wrote."""
     from datasets import load_from_disk
 
     try:
         return load_from_disk(str(path))
+    except IndexError:  # it has no files, as one of no rows is written
+        return []
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path} is no complete folder of Dataset.save_to_disk: {error}") from error
 
 
-def _from_parquet(path: Path) -> Dataset:
+def _from_parquet(path: Path) -> Rows:
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
+    from pyarrow.parquet import read_metadata
 
     try:
-        return Dataset.from_parquet(str(path))
+        # By itself it takes batches as large as the first row group, which may have no rows.
+        return Dataset.from_parquet(str(path), batch_size=1000) if read_metadata(path).num_rows else []
     except (DatasetGenerationError, ValueError) as error:
         raise ConfigError(f"{path} is not a readable Parquet file: {error.__cause__ or error}") from error
 
