@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from safetensors.torch import save
+from torch.distributed.tensor import DTensor
 
 from lora_grpo.adapters.files.disk import parse_json
 from lora_grpo.adapters.peft_form.modules import LoraModule, assign, reshard, sharded_like, whole
@@ -23,6 +24,7 @@ from lora_grpo.grpo.processes import Processes
 
 TENSORS_FILE = "state.safetensors"
 META_FILE = "state.json"
+_WITH_PLAIN_STORAGE = (torch.Tensor, torch.nn.Parameter, DTensor)
 _META = {"param_groups", "optimizer_scalars", "scheduler", "extra"}
 
 
@@ -116,7 +118,7 @@ def _parted(values: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[st
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             inner, rest[name] = _parted(value)
             tensors |= {f"{name}/{key}": tensor for key, tensor in inner.items()}
-        elif torch.is_tensor(value):
+        elif type(value) in _WITH_PLAIN_STORAGE:
             tensors[name] = value
         else:
             rest[name] = value

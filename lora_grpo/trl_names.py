@@ -59,7 +59,11 @@ _INSTEAD = {
     "generation_kwargs repetition_penalty vllm_structured_outputs_regex": (
         "completions are sampled only with temperature and max_completion_length, so that the loss fits them"
     ),
-    "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps top_entropy_quantile off_policy_mask_threshold "
+    "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": (
+        "the reference of the KL stays the adapter at the start, and TRL does not move it with adapters either; leave "
+        "it out"
+    ),
+    "top_entropy_quantile off_policy_mask_threshold "
     "multi_objective_aggregation sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
     "vespo_lambda_neg entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "
     "entropy_target router_aux_loss_coef": (

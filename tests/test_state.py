@@ -183,6 +183,18 @@ def test_what_only_pickle_could_keep_is_refused() -> None:
         capture_state(live, {})
 
 
+class Packed(torch.Tensor):
+    """As torchao's 8-bit moments, whose values lie in other tensors."""
+
+
+def test_moments_without_a_storage_of_their_own_are_refused() -> None:
+    live = training(lambda optimizer: Odd())
+    optimizer: Any = live.optimizer
+    optimizer.state[optimizer.param_groups[0]["params"][0]] = {"exp_avg": torch.zeros(2).as_subclass(Packed)}
+    with pytest.raises(ConfigError, match=r"the state of AdamW, .*Object of type Packed is not JSON"):
+        capture_state(live, {})
+
+
 def test_the_callers_own_stays_plain_json() -> None:
     state = capture_state(training(lambda optimizer: Odd()), {"sampler": {"position": 3}, "steps_done": 2})
     files, meta = state.to_files()

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,7 +73,8 @@ class Backend:
         if images is not None and any(images):
             raise ConfigError("images cannot be sampled with an adapter yet; train on text prompts")
         with profiler or nullcontext():
-            made = self._trainer.native.generate(prompts, self._trainer.state.global_step)
+            training = self._trainer.model.training
+            made = self._trainer.native.generate(prompts, self._trainer.state.global_step, training=training)
         return (
             [list(ids) for ids in prompts],
             [list(completion.token_ids) for completion in made],
@@ -126,6 +128,11 @@ class HookedTrainer(grpo_trainer.GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not (Path(resume_from_checkpoint) / "trainer_state.json").is_file():
+            raise ConfigError(
+                f"{resume_from_checkpoint} has no trainer_state.json, which is written last, so its save was "
+                "interrupted; delete it, and resume again"
+            )
         model = self.model if model is None else model
         if "ref" in getattr(model, "peft_config", {}):
             # With an adapter in a sub-folder, transformers loads that one alone, and training would begin anew.

@@ -37,7 +37,7 @@ class NativeRollouts(TrainerCallback):
         self._found = self.store.head
         self._current: AdapterVersion | None = None
         self._moved = False
-        self._calls = (-1, 0)
+        self._calls = (-1, True, 0)
         self._generations = 0
         self._earned: dict[tuple[int, str], tuple[float, int]] = {}
 
@@ -93,13 +93,15 @@ class NativeRollouts(TrainerCallback):
         self._current, self._moved = head, False
         return head
 
-    def generate(self, prompts: Sequence[Sequence[int]], step: int) -> list[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], step: int, *, training: bool = True) -> list[Completion]:
         """One completion a prompt, all by `HEAD`; a prompt near the model's limit gets the tokens that are left.
 
-        Seeds derive from the run's, the step and the call within it, so that a resumed run samples alike.
+        Seeds derive from the run's, the step and the call within it, so that a resumed run samples alike: the calls of
+        an evaluation, which it does not make again, count apart.
         """
         self._current = version = self.sync.head
-        self._calls = (step, self._calls[1] + 1 if self._calls[0] == step else 0)
+        *moment, call = self._calls
+        self._calls = (step, training, call + 1 if moment == [step, training] else 0)
         limits = [min(self._sampling.max_tokens, max(1, self.engine.max_model_len - len(ids))) for ids in prompts]
         made: dict[int, Completion] = {}
         for limit in sorted(set(limits), reverse=True):
@@ -125,7 +127,9 @@ class NativeRollouts(TrainerCallback):
             if count:
                 found[prefix + name] = total / count
         self.store.record(number, **found)
-        timings = self.sync.last_receipt.metrics if self.sync.last_receipt else {}
+        pushed = self.sync.last_receipt
+        # A version that was rolled back to was not pushed last.
+        timings = pushed.metrics if pushed is not None and pushed.version.number == number else {}
         return {"version": float(number), **timings, BACKLOG: float(self.store.archive_backlog_bytes)}
 
     def _canary(self, groups: Sequence[Any]) -> None:

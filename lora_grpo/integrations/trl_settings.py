@@ -32,6 +32,8 @@ _SAID_BY = {
     "trust_remote_code": "trl.GRPOConfig's trust_remote_code",
 }
 """What the keywords of `VLLMEngine` follow from that the trainer's arguments settle."""
+_OPTIMIZERS_NOT_KEPT = ("galore", "apollo", "adalomo", "grokadamw", "adamw_torch_4bit", "adamw_torch_8bit")
+"""Parts of the names of those that keep objects or packed tensors, or what they keep outside of their state."""
 _OF_VLLM = ("revision", "gpu_memory_utilization", "max_num_seqs", "model_impl", "trust_remote_code")
 
 
@@ -50,9 +52,10 @@ def check_arguments(args: Any, peft_config: Any) -> None:
             "server, publish with lora_grpo.integrations.callback)"
         )
     _check_sampling(args)
-    for name, (stands_against, reason) in _refused(args).items():
+    for name, (stands_against, reason) in {**_refused_in_vllm(args), **_refused_in_training(args)}.items():
         if stands_against:
-            raise ConfigError(f"{name}={getattr(args, name)!r}: {reason}")
+            said = getattr(args, name)
+            raise ConfigError(f"{name}={getattr(said, 'value', said)!r}: {reason}")
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
         raise UnsupportedAdapter(
             f"peft_config is a {type(peft_config).__name__}; vLLM swaps only LoRA: use peft.LoraConfig"
@@ -100,9 +103,8 @@ def check_types(given: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}={value!r:.200} must be {needed}")
 
 
-def _refused(args: Any) -> dict[str, tuple[object, str]]:
+def _refused_in_training(args: Any) -> dict[str, tuple[object, str]]:
     """By setting: whether what it says is refused, and why."""
-    another = "the sampled distribution would not be the trained one"
     return {
         "world_size": (args.world_size > 1, "one process trains and serves its own engine; launch it without torchrun"),
         "model_init_kwargs": (
@@ -112,6 +114,30 @@ def _refused(args: Any) -> dict[str, tuple[object, str]]:
         "fp16": (args.fp16, "float16 needs a loss scale, which no rollback restores; set bf16=True, or fp16=False"),
         "deepspeed": (args.deepspeed, "its optimizer cannot be rolled back; leave it out"),
         "fsdp": (args.fsdp, "one process trains and serves its own engine; leave it out"),
+        "use_liger_kernel": (
+            args.use_liger_kernel,
+            "its kernels replace layers when training begins, after the model was compared with vLLM's; leave it out",
+        ),
+        "neftune_noise_alpha": (
+            args.neftune_noise_alpha,
+            "its noise is in the trainer's log-probs and not in the sampler's, which then differ by whole nats; leave "
+            "it out",
+        ),
+        "sync_ref_model": (
+            args.sync_ref_model,
+            "with an adapter the reference of the KL is the base, or the adapter at the start; set it to False",
+        ),
+        "optim": (
+            any(word in args.optim for word in _OPTIMIZERS_NOT_KEPT),
+            "its state cannot be kept and brought back as it was; set it to 'adamw_torch' or 'adamw_8bit'",
+        ),
+    }
+
+
+def _refused_in_vllm(args: Any) -> dict[str, tuple[object, str]]:
+    """The same for what concerns the sampler."""
+    another = "the sampled distribution would not be the trained one"
+    return {
         "vllm_tensor_parallel_size": (
             args.vllm_tensor_parallel_size != 1,
             "the proofs read the adapter slots of one worker; set it to 1",
@@ -124,10 +150,6 @@ def _refused(args: Any) -> dict[str, tuple[object, str]]:
         "vllm_model_impl": (
             args.vllm_model_impl not in ("vllm", "auto"),
             "adapters are proven in vLLM's own model classes; set it to 'vllm'",
-        ),
-        "use_liger_kernel": (
-            args.use_liger_kernel,
-            "its kernels replace layers when training begins, after the model was compared with vLLM's; leave it out",
         ),
         "vllm_structured_outputs_regex": (
             args.vllm_structured_outputs_regex is not None,
