@@ -316,7 +316,7 @@ def test_publishing_twice_makes_one_version(seen: Seen) -> None:
 
 
 def test_checkpoints_and_resuming(seen: Seen, llama_dir: Path) -> None:
-    """TRL's checkpoint holds the adapter; a trainer resumed from it publishes those weights under a new number."""
+    """TRL's checkpoint holds the adapter; a trainer resumed from it goes on from the version of those weights."""
     folder = Path(seen.trainer.args.output_dir)
     saved = load_file(folder / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
     known = [version.number for version in seen.trainer.native.store.list()]
@@ -335,7 +335,10 @@ def test_checkpoints_and_resuming(seen: Seen, llama_dir: Path) -> None:
     try:
         watch(resumed)
         trainer.train(resume_from_checkpoint=True)
-        assert resumed.sampled == [(STEPS, known[-1] + 1, True), (STEPS + 2, known[-1] + 2, True)]
+        assert known[-1] > 5, "later versions than the checkpoint's"
+        assert resumed.sampled == [(STEPS, 5, True), (STEPS + 2, known[-1] + 1, True)]
+        head = trainer.native.store.head
+        assert (head.number, head.parent, holds(trainer, head)) == (known[-1] + 1, 5, True)
         weights = {name.replace(".default", ""): tensor for name, tensor in started[0].items()}
         assert saved.keys() == weights.keys()
         assert all(torch.equal(saved[name], weights[name].cpu()) for name in saved)

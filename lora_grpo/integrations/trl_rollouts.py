@@ -52,12 +52,19 @@ class NativeRollouts(TrainerCallback):
         return (self._current or self.sync.head).number
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
-        """Raises `ConfigError` when training starts from nothing in a directory that holds a run."""
+        """Raises `ConfigError` when training starts from nothing in a directory that holds a run.
+
+        A resumed one goes on from the version that holds its checkpoint's weights, where there is one.
+        """
         if self._found is not None and state.global_step == 0:
             raise ConfigError(
                 f"{self.store.archive} holds a run at {self._found}; go on with train(resume_from_checkpoint=True), "
                 "or name another output_dir"
             )
+        if self._found is not None:
+            # Later versions than the checkpoint's are no parents of what follows.
+            known = (version for version in reversed(self.store.list()) if version.step == state.global_step)
+            any(self.sync.adopt(version) for version in known)
         self._modules = lora_modules(model, self.sync.adapter)
         self._reach = Reach(self._modules, Processes())
         self._reach.begin()
