@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from lora_grpo.adapters.files import disk
+from lora_grpo.adapters.files.locks import OwnFolder
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.ended import SERVING
 from lora_grpo.adapters.upkeep.retention import Retention
 from tests.store_files import adapter, content, on_disk
 
@@ -120,6 +122,18 @@ def test_what_a_closed_store_of_a_live_process_left_its_engine_is_no_killed_ones
     [root] = home.iterdir()
     open_another(tmp_path)
     assert root.exists()
+
+
+def test_what_servers_of_a_killed_process_may_read_stays_until_they_were_told(home: Path, tmp_path: Path) -> None:
+    """A server that has evicted an adapter reads it again from its path, and ends where that is gone."""
+    root, serving = killed(home, tmp_path / "run"), home / f"{SERVING}killed"
+    serving.mkdir()
+    (serving / "LOCK").touch()
+    open_another(tmp_path)
+    assert root.exists()
+    OwnFolder.sweep(home, SERVING)  # as the next engine for servers does, once they have unloaded it
+    open_another(tmp_path)
+    assert not root.exists()
 
 
 def test_a_root_that_its_user_named_stays(home: Path, tmp_path: Path) -> None:

@@ -10,16 +10,22 @@ from pathlib import Path
 
 from lora_grpo.adapters.files.disk import Tree, folder_name, read_number, replace_file
 from lora_grpo.adapters.files.layout import VERSIONS, Identity
-from lora_grpo.adapters.files.locks import WriterLock, is_ended, is_leased
+from lora_grpo.adapters.files.locks import WriterLock, is_ended, is_free, is_leased
 from lora_grpo.adapters.files.places import ASIDE
 from lora_grpo.adapters.upkeep.opening import is_same
+
+SERVING = "lora-grpo-engine-"
+"""Beginning of the name of a folder whose process has servers load versions from their paths."""
 
 
 def clear_ended(home: Path) -> None:
     """Remove the roots in `home` that stores chose, nobody uses, and whose every version their run's archive has.
 
-    Others are named in a warning: what they hold may be nowhere else.
+    Others are named in a warning: what they hold may be nowhere else. Where a killed process had servers load versions,
+    all stay: those read them until the next engine for servers has them forget what it left, and removes its folder.
     """
+    if any(map(is_free, home.glob(f"{SERVING}*"))):
+        return
     kept = [root for root in sorted(home.glob("lora-grpo-*")) if is_ended(root) and not _is_settled(root)]
     if kept:
         mib = sum(file.stat().st_size for root in kept for file in root.rglob("*") if file.is_file()) / (1 << 20)
