@@ -270,13 +270,6 @@ def test_nothing_of_an_unloaded_version_stays_mapped(engine: VLLMEngine, store: 
     assert mapped() == 0
 
 
-def test_a_release_it_was_not_tested_with_loads_the_stock_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert residents.choose_loader(True) == "direct"
-    assert residents.choose_loader(False) == "stock"
-    monkeypatch.setattr(compat, "vllm_release", lambda: (0, 33))
-    assert residents.choose_loader(True) == "stock"
-
-
 def test_a_long_prompt_in_chunks_and_mixed_with_others(llama_dir: Path, store: AdapterStore) -> None:
     """Chunked prefill: one prompt reaches the kernels in several batches, beside other versions and the base."""
     engine = VLLMEngine(

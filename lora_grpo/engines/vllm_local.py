@@ -59,7 +59,7 @@ class VLLMEngine:
         `max_cpu_loras` (default: two more) stay loaded. When there are more, the least recently used is unloaded.
         `target_modules` are the layers wrapped for LoRA, by last name (default: every linear layer but the head).
         `cpu_lora_kernels=False` keeps vLLM's own CPU LoRA code (slower; base rows then get separate batches).
-        `direct_load=False` uses vLLM's own loader; releases that the direct loader was not tested with always do.
+        `direct_load=False` uses vLLM's own loader, which is slower.
         `share_base_weights` keeps the weights in a form that `shared_model` can use. It is needed only on the CPU, and
         makes decoding slower there. Other keywords go to `vllm.LLM`.
         Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.

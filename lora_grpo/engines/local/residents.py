@@ -20,7 +20,6 @@ import torch
 from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines import compat
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
@@ -29,14 +28,6 @@ from lora_grpo.engines.delivery.slots import SlotProver, require_published
 from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.local.driving import StepDriver
 from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError
-
-TESTED = tuple((0, minor) for minor in range(26, 33))
-"""The releases whose bookkeeping the direct way was tested to keep; 0.26 has 0.27's LoRA code, line for line."""
-
-
-def choose_loader(wanted: bool) -> Literal["direct", "stock"]:
-    """ "direct" when it is wanted and was tested with the installed release, else "stock"."""
-    return "direct" if wanted and compat.vllm_release() in TESTED else "stock"
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,8 @@ class Residents(LoadedVersions[Loaded]):
     def __init__(self, llm: Any, driver: StepDriver, *, direct: bool, max_loras: int, max_cpu_loras: int) -> None:
         super().__init__()
         self._llm, self._driver = llm, driver
-        self._loader, self._prover = choose_loader(direct), SlotProver(llm)
+        self._loader: Literal["direct", "stock"] = "direct" if direct else "stock"
+        self._prover = SlotProver(llm)
         self._max_loras, self._max_cpu_loras = max_loras, max_cpu_loras
         self._ids = itertools.count(1)
 
