@@ -176,7 +176,7 @@ def test_what_stands_in_the_way_of_compiling_is_said(
     envs = importlib.import_module("vllm.envs")
     said = {
         "headers": "Python's headers are missing",
-        "compiler": "PyTorch finds no program that is called 'env LANG=C g..'; have CXX name one",
+        "compiler": "PyTorch finds no program that is called 'no-such-g..'; have CXX name one",
         "cache": r"vLLM cannot keep compiled code in .*file/vllm \(Not a directory\); set VLLM_CACHE_ROOT",
         "right to write": "vLLM may not write to",
     }[missing]
@@ -184,7 +184,7 @@ def test_what_stands_in_the_way_of_compiling_is_said(
         monkeypatch.setattr(starting.sysconfig, "get_path", lambda name: "/nowhere")
     elif missing == "compiler":
         inductor = importlib.import_module("torch._inductor.config")
-        held.enter_context(inductor.patch({"cpp.cxx": (None, "env LANG=C g++")}))
+        held.enter_context(inductor.patch({"cpp.cxx": (None, "no-such-g++")}))
     elif missing == "cache":
         monkeypatch.setattr(envs, "VLLM_CACHE_ROOT", str(tmp_path / "file" / "vllm"), raising=False)
     else:

@@ -687,6 +687,34 @@ def test_an_engine_that_cannot_be_proven_is_shut_down(
     assert greedy(engine, None) == before
 
 
+def test_an_executor_that_ends_vllms_groups_leaves_them_to_other_engines(
+    engine: VLLMEngine, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 0.33's does in a trainer's process group."""
+    from vllm.distributed import parallel_state
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    stock = UniProcExecutor.shutdown
+
+    def shutdown(self: Any) -> None:
+        stock(self)
+        parallel_state.destroy_model_parallel()
+
+    before = greedy(engine, None)
+    monkeypatch.setattr(UniProcExecutor, "shutdown", shutdown)
+    VLLMEngine(llama_dir, max_loras=1, **ENGINE_ARGS).close()
+    assert greedy(engine, None) == before
+
+
+def test_an_engine_that_nobody_has_any_more_is_stopped_and_others_go_on(engine: VLLMEngine, llama_dir: Path) -> None:
+    before, living = greedy(engine, None), engines_alive()
+    dropped: list[VLLMEngine] = [VLLMEngine(llama_dir, max_loras=1, **ENGINE_ARGS)]
+    assert engines_alive() == living + 1
+    dropped.clear()
+    assert engines_alive() == living
+    assert greedy(engine, None) == before
+
+
 def test_a_closed_engine_says_so_and_closing_twice_leaves_others_alone(
     long_engine: VLLMEngine, engine: VLLMEngine, shelf: Shelf
 ) -> None:

@@ -105,7 +105,8 @@ def by_vllm_in_two(tensors: dict[str, torch.Tensor], path: str, config: Any) -> 
 
 
 def manager(loaded: dict[str, Any], **others: Any) -> Any:
-    return SimpleNamespace(_is_3d_moe_model=True, _get_lora_layer_weights=lambda _, name: loaded.get(name), **others)
+    own = {"_get_lora_layer_weights": lambda _, name: loaded.get(name), "_pop_lora_weights": lambda *_: None}
+    return SimpleNamespace(_is_3d_moe_model=True, **own, **others)
 
 
 def layers(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, requests
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
-from lora_grpo.engines.compat.ending import engines_alive, hold, let_go, vllm_boundary
+from lora_grpo.engines.compat.ending import engines_alive, hold, vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
 from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
 from lora_grpo.engines.local.driving import StepDriver, Turn
@@ -76,8 +76,7 @@ class VLLMEngine:
             trust_remote_code=trust_remote_code,
             **vllm_args,
         )
-        hold(llm)
-        self._open, self._turn = llm, Turn()
+        self._open, self._turn, self._let_go = llm, Turn(), hold(llm, self)
         self._asleep: Asleep | None = None
         self._shared: SharedBase | None = None
         with vllm_boundary(f"take adapters on {model}", self.close):
@@ -228,7 +227,7 @@ class VLLMEngine:
         with self._turn.take("close", last=True):
             llm, self._open = self._open, None
             if llm is not None:
-                let_go(llm)
+                self._let_go()
             for holder in ("_driver", "_residents", "_shared"):
                 vars(self).pop(holder, None)
 

@@ -27,7 +27,7 @@ from lora_grpo.errors import ConfigError, UnsupportedVersion
 # every handle below, slot shapes, packing, scaling and activation of adapters, add/remove/abort/shutdown, requests and
 # their log-probs, CPU and CUDA LoRA kernels. Reading shows names, shapes and logic; it shows no numbers.
 # 0.27 to 0.31 have besides served probed and proven adapters on the CPU, and passed the tests of the direct loader;
-# 0.26 has passed the parity suite on an H100; 0.33's Python code has passed the test suite on 0.32's CPU kernels.
+# 0.26 has passed the parity suite on an H100; 0.33's Python code has passed the suite on 0.32's CPU kernels.
 RELEASES = {(0, minor): "read" for minor in range(26, 34)} | {(0, 32): "run"}
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for max_lora_rank."""

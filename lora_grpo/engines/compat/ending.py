@@ -8,8 +8,10 @@ its own, and train alone.
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from lora_grpo.engines.compat import runner
+from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 
 _alive: set[int] = set()
@@ -51,9 +54,15 @@ def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {"distributed_executor_backend": "external_launcher", **arguments}
 
 
-def hold(llm: Any) -> None:
-    """Count it among the engines of this process, until `let_go`."""
+def hold(llm: Any, owner: object) -> Callable[[], object]:
+    """Count it among the engines of this process, until what is returned is called, which stops it.
+
+    So does dropping its `owner` without that, as a notebook's cell does that is run again.
+    """
     _alive.add(id(llm))
+    stopping = weakref.finalize(owner, let_go, llm)
+    stopping.atexit = False
+    return stopping
 
 
 def let_go(llm: Any) -> None:
@@ -126,7 +135,9 @@ def shutdown(llm: Any, *, last: bool) -> None:
             finalizer.detach()
         core = client.engine_core
         core.structured_output_manager.clear_backend()
-        core.model_executor.shutdown()
+        # 0.33's executor in a joined group ends vllm's own groups, which other engines may be in.
+        with replaced(importlib.import_module("vllm.distributed.parallel_state"), destroy_model_parallel=lambda: None):
+            core.model_executor.shutdown()
         core.scheduler.shutdown()
         if last:
             _leave_group()

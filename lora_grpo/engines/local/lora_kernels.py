@@ -24,7 +24,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.patching import replaced
 from lora_grpo.kernels import SlotRows
 
-TESTED = ((0, 32),)
+TESTED = ((0, 32), (0, 33))
 """The releases whose CPU wrapper this was tested to replace."""
 
 Rows: TypeAlias = slice | torch.Tensor

@@ -27,7 +27,7 @@ from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
-TESTED_CPU = ((0, 32),)
+TESTED_CPU = ((0, 32), (0, 33))
 """The releases whose CPU backend was tested to compute with plain weights."""
 
 _OWN_COPY = "give the trainer its own copy (share_base_weights=False)"
