@@ -136,6 +136,13 @@ def test_what_servers_of_a_killed_process_may_read_stays_until_they_were_told(ho
     assert not root.exists()
 
 
+def test_a_pipe_in_place_of_a_lock_is_not_waited_for(home: Path, tmp_path: Path) -> None:
+    (home / "lora-grpo-odd").mkdir()
+    os.mkfifo(home / "lora-grpo-odd" / "LOCK")
+    open_another(tmp_path)
+    assert (home / "lora-grpo-odd").is_dir()
+
+
 def test_a_root_that_its_user_named_stays(home: Path, tmp_path: Path) -> None:
     with AdapterStore(home / "lora-grpo-mine", tmp_path / "run") as store:
         store.publish(adapter(1), step=1)

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 import psutil
 
-from lora_grpo.adapters.files.disk import open_regular, reported
+from lora_grpo.adapters.files.disk import open_regular, read_small, reported
 from lora_grpo.adapters.files.layout import MANIFEST_FILE
 from lora_grpo.errors import StoreError, StoreLocked, UnknownVersion
 
@@ -151,7 +151,8 @@ def is_free(folder: Path) -> bool:
 def is_ended(folder: Path) -> bool:
     """Whether the process that held the folder last was one of this machine's, and lives no more."""
     with suppress(OSError, ValueError, OverflowError):  # what is no process's name is not judged
-        [process, _] = (folder / "LOCK").read_text().removeprefix("process ").split(_on_this_host())
+        said = (read_small(folder / "LOCK") or b"").decode()
+        [process, _] = said.removeprefix("process ").split(_on_this_host())
         return is_free(folder) and not psutil.pid_exists(int(process))
     return False
 
