@@ -58,8 +58,9 @@ def _is_settled(root: Path) -> bool:
         if last is None or tree.leftovers() or any(root.glob(f"{ASIDE}*")) or not _has_all(run, tree, numbers, there):
             return False
         if run is not None:
-            # So that numbers go on without a gap, as after a clean end.
-            replace_file(run / "NUMBERS", f"{last}\n".encode(), sync=True)
+            # So that numbers go on without a gap, as after a clean end. Not waited for: who resumes the run meanwhile
+            # has little patience with a lock, and a gap does no harm.
+            replace_file(run / "NUMBERS", f"{last}\n".encode(), sync=False)
         shutil.rmtree(root)
     return True
 
