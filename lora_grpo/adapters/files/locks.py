@@ -20,9 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import psutil
-
-from lora_grpo.adapters.files.disk import open_regular, read_small, reported
+from lora_grpo.adapters.files.disk import open_regular, reported
 from lora_grpo.adapters.files.layout import MANIFEST_FILE
 from lora_grpo.errors import StoreError, StoreLocked, UnknownVersion
 
@@ -95,7 +93,7 @@ class WriterLock(_Descriptors[Path]):
                     )
                 time.sleep(0.005)
             since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-            own_name = f"process {os.getpid()}{_on_this_host()}since {since}"
+            own_name = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, own_name.encode("ascii", "backslashreplace"), 0)
         except BaseException:
@@ -146,19 +144,6 @@ def is_free(folder: Path) -> bool:
         return True
     except (OSError, StoreError):
         return False
-
-
-def is_ended(folder: Path) -> bool:
-    """Whether the process that held the folder last was one of this machine's, and lives no more."""
-    with suppress(OSError, ValueError, OverflowError):  # what is no process's name is not judged
-        said = (read_small(folder / "LOCK") or b"").decode()
-        [process, _] = said.removeprefix("process ").split(_on_this_host())
-        return is_free(folder) and not psutil.pid_exists(int(process))
-    return False
-
-
-def _on_this_host() -> str:
-    return f" on {socket.gethostname()}, "
 
 
 class Leases(_Descriptors[int]):

@@ -136,7 +136,7 @@ class Opening:
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.places.root))
         (aside / VERSIONS).mkdir()
         for number in self.root.numbers(VERSIONS):
-            if is_same(self.root.folder(VERSIONS, number), archive.folder(VERSIONS, number)):
+            if _is_same(self.root.folder(VERSIONS, number), archive.folder(VERSIONS, number)):
                 self.root.remove(VERSIONS, number)
             else:
                 os.rename(self.root.folder(VERSIONS, number), aside / VERSIONS / disk.folder_name(number))
@@ -273,7 +273,7 @@ class Opening:
         return True
 
 
-def is_same(version: Path, archived: Path) -> bool:
+def _is_same(version: Path, archived: Path) -> bool:
     """Whether an archived copy is of the same version; what cannot be read is not."""
     try:
         return read_manifest(version) == read_manifest(archived)

@@ -18,7 +18,6 @@ from lora_grpo.adapters.files.layout import STATES, VERSIONS, Manifest
 from lora_grpo.adapters.files.locks import WriterLock, unleased
 from lora_grpo.adapters.files.places import Places, for_writing
 from lora_grpo.adapters.upkeep.archive import Archive, BackgroundWriter, Job
-from lora_grpo.adapters.upkeep.ended import clear_ended
 from lora_grpo.adapters.upkeep.opening import Opening
 from lora_grpo.adapters.upkeep.retention import Place, Retention, default_retention
 from lora_grpo.errors import StoreError, counted
@@ -226,10 +225,7 @@ def open_session(
     lock = WriterLock()
     try:
         with disk.reported(f"opening the run directory {archive}" if archive else f"opening the store in {root}"):
-            places = for_writing(root, archive, lock)
-            if places.temporary:
-                clear_ended(places.root.parent)
-            return Session(places, lock, retention, backlog_limit_bytes)
+            return Session(for_writing(root, archive, lock), lock, retention, backlog_limit_bytes)
     except BaseException:
         lock.close()
         raise

@@ -17,10 +17,10 @@ from pathlib import Path
 from lora_grpo.adapters.files.disk import read_small, tmpfs_home
 from lora_grpo.adapters.files.layout import Identity
 from lora_grpo.adapters.files.locks import OwnFolder, is_free
-from lora_grpo.adapters.upkeep.ended import SERVING
 from lora_grpo.adapters.version import AdapterVersion, run_name, served_name
 from lora_grpo.errors import ConfigError
 
+_FOLDER = "lora-grpo-engine-"
 _OWNED = re.compile(r"lora-grpo\.([A-Za-z0-9-]+)\.([a-z0-9_]+)\..+")
 
 
@@ -29,10 +29,10 @@ class Names:
 
     def __init__(self) -> None:
         self._parent = tmpfs_home()
-        own = OwnFolder(self._parent, SERVING)
+        own = OwnFolder(self._parent, _FOLDER)
         self.folder, self.close = own.path, own.close
         self._place = _place(self.folder)
-        self._token = self.folder.name.removeprefix(SERVING)
+        self._token = self.folder.name.removeprefix(_FOLDER)
         self._counter = itertools.count(1)
 
     def fresh(self, version: AdapterVersion) -> str:
@@ -42,10 +42,10 @@ class Names:
     def is_leftover(self, name: str) -> bool:
         """Whether a dead process of this place gave out `name`."""
         owner = _OWNED.fullmatch(name)
-        return owner is not None and owner[1] == self._place and is_free(self._parent / f"{SERVING}{owner[2]}")
+        return owner is not None and owner[1] == self._place and is_free(self._parent / f"{_FOLDER}{owner[2]}")
 
     def sweep(self) -> None:
-        OwnFolder.sweep(self._parent, SERVING)
+        OwnFolder.sweep(self._parent, _FOLDER)
 
 
 def _place(folder: Path) -> str:
