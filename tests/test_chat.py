@@ -143,14 +143,22 @@ def test_no_engine_starts_for_a_version_that_is_not_there(
     assert (refused.exit_code, "there is no version 9" in refused.stderr) == (2, True)
 
 
-@pytest.mark.vllm
-def test_answers_are_those_of_the_proven_version(
+@pytest.fixture
+def lent_engine(
     llama_dir: Path, llama_engine: VLLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In pieces as in one go; a text model completes plain text."""
+) -> VLLMEngine:
+    """The shared engine, with a run of two versions in tmp_path; a conversation takes it and leaves it open."""
     run_of_two(llama_dir, tmp_path / "run", llama_engine)
     monkeypatch.setattr(replay, "build_engine", lambda *_, **__: llama_engine)
     monkeypatch.setattr(llama_engine, "close", lambda: None)
+    return llama_engine
+
+
+@pytest.mark.vllm
+def test_answers_are_those_of_the_proven_version(
+    lent_engine: VLLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces as in one go; a text model completes plain text."""
     greedy = Sampling(max_tokens=20, temperature=0.0)
     answers = []
     with conversing(tmp_path / "run", 1, temperature=0.0) as conversation:
@@ -160,28 +168,23 @@ def test_answers_are_those_of_the_proven_version(
             assert (receipt.proof, receipt.proven_bytes > 0) == ("slots", True)
             conversation.forget()
             pieces = list(conversation.answer("hello"))
-            [group] = llama_engine.generate(
+            [group] = lent_engine.generate(
                 [[{"role": "user", "content": "hello"}]], greedy, adapter=conversation.version
             )
             assert len(pieces) > 1
             assert "".join(pieces) == group.completions[0].text
             assert group.completions[0].version == number
             answers.append("".join(pieces))
-            llama_engine.unload(conversation.version)
+            lent_engine.unload(conversation.version)
     assert answers[0] != answers[1]
 
 
 @pytest.mark.vllm
-def test_an_answer_ends_where_the_model_does(
-    llama_dir: Path, llama_engine: VLLMEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_ends_where_the_model_does(lent_engine: VLLMEngine, tmp_path: Path) -> None:
     """What was said grows with each turn, up to where no answer fits; after that one can begin anew."""
-    run_of_two(llama_dir, tmp_path / "run", llama_engine)
-    monkeypatch.setattr(replay, "build_engine", lambda *_, **__: llama_engine)
-    monkeypatch.setattr(llama_engine, "close", lambda: None)
     with conversing(tmp_path / "run", 1, temperature=0.0) as conversation:
         assert conversation.has_template
-        said = llama_engine.max_model_len - len(TURN.format("user", "")) - 20
+        said = lent_engine.max_model_len - len(TURN.format("user", "")) - 20
         assert "".join(conversation.answer("a" * said))
         assert conversation.cut
         assert conversation.turns[-1]["role"] == "assistant"
@@ -189,4 +192,4 @@ def test_an_answer_ends_where_the_model_does(
             "".join(conversation.answer("b"))
         conversation.forget()
         assert "".join(conversation.answer("b"))
-        llama_engine.unload(conversation.version)
+        lent_engine.unload(conversation.version)

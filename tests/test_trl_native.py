@@ -760,6 +760,7 @@ def test_resuming_from_a_trained_adapter_loads_it_and_keeps_its_reference(tmp_pa
                 parameter.zero_()
     with pytest.raises(ConfigError, match=r"checkpoint has no trainer_state\.json, .*delete it, and resume again"):
         trainer._load_from_checkpoint(str(tmp_path / "checkpoint"))
+    assert not any(tensor.any() for name, tensor in trainer.model.named_parameters() if "lora_" in name)
     (tmp_path / "checkpoint" / "trainer_state.json").touch()
     trainer._load_from_checkpoint(str(tmp_path / "checkpoint"))
     found = adapter_weights(trainer.model)

@@ -127,12 +127,12 @@ class HookedTrainer(grpo_trainer.GRPOTrainer):
         return prompt_ids, *others
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not (Path(resume_from_checkpoint) / "trainer_state.json").is_file():
             raise ConfigError(
                 f"{resume_from_checkpoint} has no trainer_state.json, which is written last, so its save was "
                 "interrupted; delete it, and resume again"
             )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
         if "ref" in getattr(model, "peft_config", {}):
             # With an adapter in a sub-folder, transformers loads that one alone, and training would begin anew.
