@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,7 @@ def memory_row(strategy: str, weights_bytes: int | None) -> MemoryRow:
     return MemoryRow(
         strategy=strategy,
         shape="tiny",
-        kind="pss",
+        kind="resident",
         trainer_bytes=1,
         engine_bytes=1,
         sync_bytes=1,
@@ -436,6 +438,18 @@ def test_memory_levels_follow_an_allocation() -> None:
     block = torch.ones(64 << 20, dtype=torch.uint8)
     assert 60 << 20 < level("cpu") - before < 80 << 20
     del block
+
+
+def test_another_process_that_ends_does_not_change_the_level() -> None:
+    """The libraries that both had mapped are this process's alone then: a proportional set grows."""
+    code = "import torch; print(flush=True); input()"
+    arguments: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **arguments) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        before = level("cpu")
+        other.communicate(b"\n")
+    assert abs(level("cpu") - before) < 4 << 20
 
 
 def test_what_grew_is_known_by_part() -> None:

@@ -1,7 +1,7 @@
 """What all measurements read: seconds by phase, with what is queued on the device waited for at both ends; how fast
 bytes can cross at all, on this machine, now, which no sync can beat; and what a process takes now.
 
-That is PSS on the CPU, CUDA allocated on a GPU, blocks of files on tmpfs.
+That is resident memory on the CPU, CUDA allocated on a GPU, blocks of files on tmpfs.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def settled_level(device: str) -> int:
 
 
 def level(device: str) -> int:
-    """Bytes in use now: CUDA allocated, or this process's proportional set."""
+    """Bytes in use now: CUDA allocated, or this process's resident memory."""
     allocated = cuda_level(device)
     return resident() if allocated is None else allocated
 
@@ -138,8 +138,9 @@ def cuda_level(device: str) -> int | None:
 
 
 def resident() -> int:
-    """This process's proportional set now, bytes."""
-    return proc_bytes("self/smaps_rollup", "Pss")[0]
+    """Bytes of this process in memory now."""
+    # Not the proportional set: it grows when another process lets go of a library that both had mapped.
+    return proc_bytes("self/smaps_rollup", "Rss")[0]
 
 
 def proc_bytes(file: str, *names: str) -> list[int]:

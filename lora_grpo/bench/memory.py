@@ -1,4 +1,4 @@
-"""What trainer, engine and a sync take: PSS on the CPU, CUDA allocated and reserved on a GPU, tmpfs on both."""
+"""What trainer, engine and a sync take: resident on the CPU, CUDA allocated and reserved on a GPU, tmpfs on both."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def measure(strategy: Strategy) -> list[dict[str, Any]]:
     # `level` counts mapped version files on the CPU; here they count once, as tmpfs.
     mapped = _mapped(strategy.folder) if device == "cpu" else 0
     row = {
-        "kind": "pss" if device == "cpu" else "cuda",
+        "kind": "resident" if device == "cpu" else "cuda",
         "before_bytes": levels.start,
         "trainer_bytes": levels.grown["trainer"],
         "engine_bytes": levels.grown["engine"],
@@ -85,11 +85,11 @@ def peak(device: str) -> tuple[int, int | None]:
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)), int(torch.cuda.max_memory_reserved(device))
     resident, most = proc_bytes("self/status", "VmRSS", "VmHWM")
-    # The kernel keeps a peak of the resident set only; what is shared of it now was shared then.
+    # Both of these the kernel counts roughly, in the same way; what is in memory now it can count page by page.
     return level(device) + most - resident, None
 
 
 def _mapped(folder: Path) -> int:
     """Bytes of files in a folder on tmpfs that are mapped into this process."""
     maps = psutil.Process().memory_maps() if folder.is_relative_to(TMPFS) else ()
-    return sum(one.pss for one in maps if Path(one.path).is_relative_to(folder))
+    return sum(one.rss for one in maps if Path(one.path).is_relative_to(folder))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from lora_grpo.bench.schema import Document, SyncRow, figure, mib, ms, percent
+from lora_grpo.bench.schema import MEMORY_KINDS, Document, SyncRow, figure, mib, ms, percent
 from lora_grpo.bench.strategies import NATIVE
 
 if TYPE_CHECKING:
@@ -160,13 +160,12 @@ def _by_strategy(
 
 def _memory(axes: Axes, document: Document) -> None:
     rows = document.memory[::-1]
-    kind = "proportional set" if rows[0].kind == "pss" else "CUDA allocated"
     parts = {"trainer": "trainer", "engine": "engine", "peak during syncs": "sync", "tmpfs": "tmpfs"}
     sizes = {part: [mib(getattr(row, f"{of}_bytes")) for row in rows] for part, of in parts.items()}
     wholes = [sum(of) for of in zip(*sizes.values(), strict=True)]
     bars = _stacked(axes, [row.strategy for row in rows], sizes)
     axes.bar_label(bars, [f"{whole:,.0f}" for whole in wholes], padding=4)
-    title = f"Memory of trainer and engine, {rows[0].shape} ({kind})"
+    title = f"Memory of trainer and engine, {rows[0].shape} ({MEMORY_KINDS[rows[0].kind]})"
     axes.set(title=title, xlabel="MiB", xlim=(0, 1.12 * max(wholes)))
     axes.legend(ncols=4, **_BELOW)
 
@@ -175,7 +174,7 @@ def _endurance(axes: Axes, document: Document) -> None:
     """The first strategy's tenths, each relative to the first."""
     first = document.endurance[0]
     rows = [row for row in document.endurance if (row.strategy, row.shape) == (first.strategy, first.shape)]
-    lines = ("median_s", "sync", ms, "ms"), ("memory_bytes", "PSS", mib, "MiB"), ("tmpfs_bytes", "tmpfs", mib, "MiB")
+    lines = ("median_s", "sync", ms, "ms"), ("memory_bytes", "memory", mib, "MiB"), ("tmpfs_bytes", "tmpfs", mib, "MiB")
     for field, name, scaled, unit in lines:
         values = [scaled(getattr(row, field)) for row in rows]
         label = f"{name}: {figure(values[0])} to {figure(values[-1])} {unit}"

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, computed_field
 from lora_grpo.bench.settings import Settings
 
 Winner: TypeAlias = Literal["native", "merge"]
+MEMORY_KINDS = {"resident": "resident", "pss": "proportional set", "cuda": "CUDA allocated"}
 TOLERANCE = 3.0
 """Times the bf16 noise by which a served policy may differ from the reference."""
 
@@ -114,11 +115,11 @@ class ProofRow(Row):
 
 
 class MemoryRow(Row):
-    """`kind`: pss on the CPU, CUDA allocated on a GPU (with `reserved_peak_bytes`), the KV cache included.
-    `weights_bytes` go when trainer and engine let go of the base, of which one copy is `copy_bytes`. `before_bytes`:
-    the level before the trainer was loaded."""
+    """`kind`: resident on the CPU (earlier results: pss), CUDA allocated on a GPU (with `reserved_peak_bytes`), the KV
+    cache included. `weights_bytes` go when trainer and engine let go of the base, of which one copy is `copy_bytes`.
+    `before_bytes`: the level before the trainer was loaded."""
 
-    kind: Annotated[Literal["pss", "cuda"], Column("of", lambda kind: "PSS" if kind == "pss" else "CUDA allocated")]
+    kind: Annotated[Literal["resident", "pss", "cuda"], Column("of", MEMORY_KINDS.__getitem__)]
     before_bytes: Annotated[int | None, Column("before MiB", mib)] = None
     trainer_bytes: Annotated[int, Column("trainer MiB", mib)]
     engine_bytes: Annotated[int, Column("engine MiB", mib)]
@@ -219,14 +220,14 @@ class RollbackRow(Row):
 
 
 class EnduranceRow(Row):
-    """One tenth of many syncs: medians. `memory_bytes` is the process's proportional set, `cuda_bytes` what it has
+    """One tenth of many syncs: medians. `memory_bytes` is what of the process is resident, `cuda_bytes` what it has
     allocated on a GPU."""
 
     rank: Annotated[int, Column("rank")]
     first: Annotated[int, Column("syncs from")]
     last: Annotated[int, Column("to")]
     median_s: Annotated[float, Column("median ms", ms)]
-    memory_bytes: Annotated[float, Column("PSS MiB", mib)]
+    memory_bytes: Annotated[float, Column("memory MiB", mib)]
     cuda_bytes: Annotated[float | None, Column("CUDA allocated MiB", mib)]
     tmpfs_bytes: Annotated[float, Column("tmpfs MiB", mib)]
 
@@ -237,7 +238,7 @@ class SlopeRow(Row):
     rank: Annotated[int, Column("rank")]
     syncs: Annotated[int, Column("syncs")]
     seconds_per_1000: Annotated[float, Column("ms", ms)]
-    memory_bytes_per_1000: Annotated[float, Column("PSS MiB", mib)]
+    memory_bytes_per_1000: Annotated[float, Column("memory MiB", mib)]
     cuda_bytes_per_1000: Annotated[float | None, Column("CUDA allocated MiB", mib)]
     tmpfs_bytes_per_1000: Annotated[float, Column("tmpfs MiB", mib)]
 
