@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,16 @@ def test_publishing_leaves_the_model_as_it_is(llama_dir: Path) -> None:
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     ServingForm(model, "default", torch.bfloat16).files()
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_weights_that_the_model_replaces_are_not_kept(llama_dir: Path) -> None:
+    model = tiny_lora(load_model(llama_dir), r=8)
+    form = ServingForm(model, "default", torch.bfloat16)
+    norm = model.base_model.model.model.norm
+    replaced = weakref.ref(norm.weight)
+    norm.weight = nn.Parameter(norm.weight.detach().clone(), requires_grad=False)
+    assert replaced() is None
+    assert payload(form)
 
 
 # Export

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError
@@ -62,7 +63,9 @@ class ServingForm:
         self._reshard()
         self._base_dtypes = [_dtype_of(base) for base in self._bases]
         own = {id(linear.weight) for linear in self._linears}
-        self._others = [(name, p) for name, p in model.named_parameters() if id(p) not in own]
+        others = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in own}
+        # Weights that the model lets go of, for another device or for shards, go.
+        self._others = WeakValueDictionary(others)
         self.config_bytes = _config_bytes(peft_model_of(model), adapter, self.modules)
         self.names = [f"{PREFIX}{module.path}.lora_{kind}.weight" for kind in "AB" for module in self.modules]
         self.shapes = [tuple(linear.weight.shape) for linear in self._linears]
@@ -140,7 +143,7 @@ class ServingForm:
                 )
             if what is not None:
                 raise TrainingError(f"{module.path} {what}; nothing was published")
-        if trained := [name for name, parameter in self._others if parameter.requires_grad]:
+        if trained := [name for name, parameter in self._others.items() if parameter.requires_grad]:
             raise TrainingError(
                 f"{trained[0]} (and {len(trained) - 1} more) would be trained but never published: freeze it with "
                 "requires_grad_(False), and load the base again if a step has changed it; nothing was published"
