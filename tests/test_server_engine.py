@@ -60,7 +60,7 @@ def connect(pair: Pair) -> Iterator[MakeEngine]:
     with ExitStack() as closing:
 
         def make(*servers: FakeServer, **settings: Any) -> VLLMServerEngine:
-            engine = VLLMServerEngine([server.url for server in servers or pair], patience_s=3.0, **settings)
+            engine = VLLMServerEngine([server.url for server in servers or pair], **{"patience_s": 3.0, **settings})
             closing.callback(engine.close)
             return engine
 
@@ -585,11 +585,11 @@ def test_a_server_that_stays_away_is_told_of_once(
     how: str, connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each load looks for it again, for up to patience_s; only what is new of it is said."""
-    engine = connect(on_failure="drop")
+    engine = connect(on_failure="drop", patience_s=0.5)
     setattr(pair[0], how, True)
     for version in versions[:3]:
         engine.load(version)
-        time.sleep(3.5)
+        time.sleep(1)
     assert engine.replicas[pair[0].url].count("not back within") == 1
     assert caplog.text.count("not back within") == 1
 

@@ -31,6 +31,7 @@ from lora_grpo.adapters.asking.requests import Request, request  # noqa: E402
 from lora_grpo.adapters.files.digest import digest_buffers  # noqa: E402
 from lora_grpo.adapters.peft_form.serving import ServingForm  # noqa: E402
 from lora_grpo.adapters.store import AdapterStore  # noqa: E402
+from lora_grpo.adapters.version import AdapterVersion  # noqa: E402
 from lora_grpo.engines import compat  # noqa: E402
 from lora_grpo.engines.compat import slots as vllm_slots  # noqa: E402
 from lora_grpo.errors import (  # noqa: E402
@@ -303,14 +304,20 @@ def test_the_canary_catches_weights_that_were_not_published(seen: Seen) -> None:
                 parameter.copy_(kept[name])
 
 
+def publish_moved(trainer: Any) -> AdapterVersion:
+    """A version of weights that no optimizer step has made."""
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.requires_grad).add_(0.5)
+    version: AdapterVersion = trainer.publish()
+    return version
+
+
 def test_publishing_twice_makes_one_version(seen: Seen) -> None:
     """Also when the weights moved without an optimizer step, the version published is theirs."""
     trainer = seen.trainer
     first = trainer.publish()
     assert trainer.publish() == first
-    with torch.no_grad():
-        next(p for p in trainer.model.parameters() if p.requires_grad).add_(0.5)
-    moved = trainer.publish()
+    moved = publish_moved(trainer)
     assert moved.number == first.number + 1
     assert holds(trainer, moved)
 
@@ -319,7 +326,8 @@ def test_checkpoints_and_resuming(seen: Seen, llama_dir: Path) -> None:
     """TRL's checkpoint holds the adapter; a trainer resumed from it goes on from the version of those weights."""
     folder = Path(seen.trainer.args.output_dir)
     saved = load_file(folder / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
-    known = [version.number for version in seen.trainer.native.store.list()]
+    later = publish_moved(seen.trainer).number
+    assert later > 5, "the checkpoint's version"
     seen.trainer.close()
     args = arguments(folder, max_steps=STEPS + 2)
     trainer = native_trainer(str(llama_dir), args, peft_config=LoraConfig(**LORA))
@@ -335,10 +343,9 @@ def test_checkpoints_and_resuming(seen: Seen, llama_dir: Path) -> None:
     try:
         watch(resumed)
         trainer.train(resume_from_checkpoint=True)
-        assert known[-1] > 5, "later versions than the checkpoint's"
-        assert resumed.sampled == [(STEPS, 5, True), (STEPS + 2, known[-1] + 1, True)]
+        assert resumed.sampled == [(STEPS, 5, True), (STEPS + 2, later + 1, True)]
         head = trainer.native.store.head
-        assert (head.number, head.parent, holds(trainer, head)) == (known[-1] + 1, 5, True)
+        assert (head.number, head.parent, holds(trainer, head)) == (later + 1, 5, True)
         weights = {name.replace(".default", ""): tensor for name, tensor in started[0].items()}
         assert saved.keys() == weights.keys()
         assert all(torch.equal(saved[name], weights[name].cpu()) for name in saved)
