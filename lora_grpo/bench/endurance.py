@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
-from pathlib import Path
 from statistics import linear_regression, median
 from typing import TYPE_CHECKING, Any
 
@@ -41,19 +40,10 @@ def measure(strategy: Strategy, syncs: int) -> list[dict[str, Any]]:
     for done in range(syncs):
         strategy.trainer.nudge()
         seconds.append(strategy.sync().total_s)
-        if is_looked_at(done, syncs):
-            levels.append({"sync": done, **taken_now(strategy.subject.device, strategy.folder)})
+        if done % max(1, syncs // (TENTHS * SAMPLES)) == 0:
+            sizes = resident(), cuda_level(strategy.subject.device), on_tmpfs(strategy.folder)
+            levels.append({"sync": done, **dict(zip(_SIZES, sizes, strict=True))})
     return tenths(seconds, levels)
-
-
-def is_looked_at(done: int, syncs: int) -> bool:
-    """Whether memory is, after that many of all syncs."""
-    return done % max(1, syncs // (TENTHS * SAMPLES)) == 0
-
-
-def taken_now(device: str, folder: Path) -> dict[str, int | None]:
-    """What is looked at every so often."""
-    return {"memory_bytes": resident(), "cuda_bytes": cuda_level(device), "tmpfs_bytes": on_tmpfs(folder)}
 
 
 def tenths(seconds: Sequence[float], levels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
