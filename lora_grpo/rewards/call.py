@@ -196,9 +196,8 @@ class Call:
     def _checked(self, values: Any) -> list[float]:
         rows = len(self.inputs["prompts"])
         if isinstance(values, str | Mapping) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
-            raise RewardError(
-                f"reward {self.name!r} returned {short(values)}; it must return a list of {counted(rows, 'number')}"
-            )
+            wanted = f"a list of {counted(rows, 'number')}"
+            raise RewardError(f"reward {self.name!r} returned {short(values)}; it must return {wanted}")
         self._require_rows(values, f"returned {counted(len(values), 'value')}")
         return [self._number(value, index) for index, value in enumerate(values)]
 
@@ -214,18 +213,12 @@ class Call:
         if value is None:
             return math.nan
         item = value.item() if hasattr(value, "item") else value
-        if not isinstance(item, int | float):
-            raise RewardError(
-                f"reward {self.name!r} returned {short(value)}, not a number, for {describe_row(self.inputs, index)}"
-            )
-        if not abs(item) <= LARGEST_REWARD:
-            fix = "return None where the reward does not apply"
-            if item == item and abs(item) != math.inf:
-                fix = f"float32 ends at {LARGEST_REWARD:.2g}: scale it down"
-            raise RewardError(
-                f"reward {self.name!r} returned {short(item)} for {describe_row(self.inputs, index)}; {fix}"
-            )
-        return float(item)
+        if isinstance(item, int | float) and abs(item) <= LARGEST_REWARD:
+            return float(item)
+        fix = "return a number, or None where the reward does not apply"
+        if isinstance(item, int | float) and abs(item) < math.inf:
+            fix = f"float32 ends at {LARGEST_REWARD:.2g}: scale it down"
+        raise RewardError(f"reward {self.name!r} returned {short(item)} for {describe_row(self.inputs, index)}; {fix}")
 
 
 def is_unreachable(error: BaseException | None) -> bool:

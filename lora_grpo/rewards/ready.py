@@ -5,7 +5,6 @@ Each factory of a ready-made one returns a function of TRL's signature that give
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -18,6 +17,7 @@ from typing import Any, TypeAlias
 from lora_grpo.config import RewardConfig
 from lora_grpo.errors import ConfigError
 from lora_grpo.rewards.call import RewardFunction
+from lora_grpo.sections import nearest_key
 
 Reward: TypeAlias = Callable[..., list[float | None]]
 
@@ -51,11 +51,9 @@ def exact(column: str = "answer", ignore_case: bool = False) -> Reward:
         return text.strip().casefold() if ignore_case else text.strip()
 
     def exact(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        answers = _column(columns, column, "exact")
-        pairs = zip(completions, answers, strict=True)
         return [
             None if answer is None else float(normal(completion_text(done)) == normal(str(answer)))
-            for done, answer in pairs
+            for done, answer in zip(completions, columns[column], strict=True)
         ]
 
     return _needs(exact, column)
@@ -74,7 +72,7 @@ def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
 
     def numeric(completions: Sequence[Any], **columns: Any) -> list[float | None]:
         rewards: list[float | None] = []
-        for done, answer in zip(completions, _column(columns, column, "numeric"), strict=True):
+        for done, answer in zip(completions, columns[column], strict=True):
             if answer is None:
                 rewards.append(None)
                 continue
@@ -119,10 +117,9 @@ def load_reward(config: RewardConfig) -> RewardFunction:
     """
     if ":" not in config.name:
         if config.name not in READY:
-            hint = _nearest(config.name, list(READY))
             raise ConfigError(
-                f"there is no ready-made reward {config.name!r}{hint}; there are {', '.join(READY)}, and your own "
-                "function is named as 'package.module:function'"
+                f"there is no ready-made reward {config.name!r}; {nearest_key(config.name, READY)} "
+                "(your own function is named as 'package.module:function')"
             )
         factory = READY[config.name]
         _check_options(config, factory)
@@ -138,22 +135,19 @@ def _imported(name: str) -> RewardFunction:
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = str(error.name)
-        if module_name != missing and not module_name.startswith(f"{missing}."):
-            raise ConfigError(f"reward {name!r}: importing {module_name!r} needs the module {missing!r}") from error
-        raise ConfigError(
-            f"reward {name!r}: no module {missing!r}; it must be installed or in the current directory"
-        ) from error
     except Exception as error:
-        last = extract_tb(error.__traceback__)[-1]  # of a syntax error its message tells
-        at = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
-        said = f"{type(error).__name__}: {error}{at}"
+        last = extract_tb(error.__traceback__)[-1]
+        more = f" ({last.filename}, line {last.lineno})"
+        if isinstance(error, ModuleNotFoundError):
+            more = "; it must be installed or in the current directory"
+        elif isinstance(error, SyntaxError):
+            more = ""  # its message tells
+        said = f"{type(error).__name__}: {error}{more}"
         raise ConfigError(f"reward {name!r}: importing {module_name!r} raised {said}") from error
     function = getattr(module, attribute, None)
     if function is None:
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"reward {name!r}: {module_name} has no {attribute!r}{_nearest(attribute, callables)}")
+        raise ConfigError(f"reward {name!r}: {module_name} has no {attribute!r}; {nearest_key(attribute, callables)}")
     if not callable(function):
         raise ConfigError(f"reward {name!r}: {attribute!r} is {function!r}, which is no function")
     return function
@@ -164,18 +158,11 @@ def _check_options(config: RewardConfig, function: Callable[..., Any]) -> None:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for option in config.options:
         if option not in parameters and not open_ended:
-            hint = _nearest(option, list(parameters))
-            raise ConfigError(f"reward {config.name!r} has no option {option!r}{hint}; it takes {list(parameters)}")
+            raise ConfigError(f"reward {config.name!r} has no option {option!r}; {nearest_key(option, parameters)}")
     if config.name in READY:
-        missing = [key for key, value in parameters.items() if value.default is value.empty]
-        for option in missing:
-            if option not in config.options:
+        for option, parameter in parameters.items():
+            if parameter.default is parameter.empty and option not in config.options:
                 raise ConfigError(f"reward {config.name!r} needs the option {option!r}: options.{option} = ...")
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def final_number(text: str) -> Decimal | None:
@@ -190,13 +177,6 @@ def _compiled(pattern: str, reward: str) -> re.Pattern[str]:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ConfigError(f"{reward}: pattern {pattern!r} is not a regular expression: {error}") from error
-
-
-def _column(columns: Mapping[str, Any], name: str, reward: str) -> Sequence[Any]:
-    if name not in columns:
-        raise ConfigError(f"{reward} needs a column {name!r}; the data have {sorted(columns)}")
-    values: Sequence[Any] = columns[name]
-    return values
 
 
 def _needs(reward: Reward, column: str) -> Reward:

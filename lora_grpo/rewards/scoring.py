@@ -12,24 +12,26 @@ import functools
 import inspect
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_grpo.data import RESERVED_COLUMNS
 from lora_grpo.errors import ConfigError, counted
 from lora_grpo.rewards.call import Call, Kwargs, Patience, RewardContext, RewardFunction, describe_row, is_chat
-from lora_grpo.types import Completion, Group, Prompt
+from lora_grpo.types import Group
 
 logger = logging.getLogger(__name__)
 
 
 def reward_names(functions: Sequence[RewardFunction]) -> list[str]:
     """A name a function, each once: a second 'regex' is 'regex_2'."""
-    names: list[str] = []
+    names, met = list[str](), Counter[str]()
     for function in functions:
-        name = _name(function)
-        repeats = sum(_name(other) == name for other in functions[: len(names)])
-        names.append(f"{name}_{repeats + 1}" if repeats else name)
+        inner = function.func if isinstance(function, functools.partial) else function
+        name = str(getattr(inner, "__name__", type(inner).__name__))
+        met[name] += 1
+        names.append(f"{name}_{met[name]}" if met[name] > 1 else name)
     return names
 
 
@@ -40,8 +42,8 @@ def check_columns(functions: Sequence[RewardFunction], column_names: Iterable[st
         for column in _required(function):
             if column not in known | RESERVED_COLUMNS:
                 raise ConfigError(
-                    f"reward {name!r} asks for column {column!r}, but the data do not have it; "
-                    f"their columns are {sorted(known)}: name the right one, or give the parameter a default"
+                    f"reward {name!r} asks for column {column!r}, but the data have {sorted(known)}; "
+                    "name the right one, or give the parameter a default"
                 )
 
 
@@ -78,20 +80,18 @@ def _inputs(groups: Sequence[Group], columns: Mapping[str, Sequence[Any]]) -> Kw
     """The keyword arguments that hold B values each: every prompt's, repeated for its completions."""
     for name, values in columns.items():
         if len(values) != len(groups):
-            raise ConfigError(
-                f"column {name!r} has {counted(len(values), 'value')} for {counted(len(groups), 'prompt')}"
-            )
+            given = f"{counted(len(values), 'value')} for {counted(len(groups), 'prompt')}"
+            raise ConfigError(f"column {name!r} has {given}")
     rows = [(index, group, completion) for index, group in enumerate(groups) for completion in group.completions]
     repeated = {name: [values[index] for index, _, _ in rows] for name, values in columns.items()}
     return repeated | {
         "prompts": [group.prompt for _, group, _ in rows],
-        "completions": [_as_trl(group.prompt, completion) for _, group, completion in rows],
+        "completions": [
+            [{"role": "assistant", "content": completion.text}] if is_chat(group.prompt) else completion.text
+            for _, group, completion in rows
+        ],
         "completion_ids": [list(completion.token_ids) for _, _, completion in rows],
     }
-
-
-def _as_trl(prompt: Prompt, completion: Completion) -> str | list[dict[str, str]]:
-    return [{"role": "assistant", "content": completion.text}] if is_chat(prompt) else completion.text
 
 
 def _required(function: RewardFunction) -> list[str]:
@@ -100,11 +100,6 @@ def _required(function: RewardFunction) -> list[str]:
     parameters = inspect.signature(function).parameters
     without = [p for p in parameters.values() if p.default is p.empty]
     return [*marked, *(p.name for p in without if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))]
-
-
-def _name(function: RewardFunction) -> str:
-    inner = function.func if isinstance(function, functools.partial) else function
-    return str(getattr(inner, "__name__", type(inner).__name__))
 
 
 def _warn_of_unscored(rewards_BF: list[list[float]], inputs: Kwargs) -> None:
