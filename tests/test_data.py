@@ -125,7 +125,7 @@ def test_system_prompt_makes_chats():
     ("rows", "options", "words"),
     [
         ([{"question": "a", "x": 1}], {}, ["'prompt'", "'question', 'x'", "prompt_column"]),
-        ([{"messages": [], "x": 1}], {}, ["prompt_column = 'messages'"]),
+        ([{"messages": [], "x": 1}], {}, ["its columns are 'messages', 'x': name one in prompt_column"]),
         ([{"prompt": "a"}, {"prompt": ""}], {}, ["row 1", "'prompt'", "empty"]),
         ([{"prompt": "a"}, {"prompt": " \t "}], {}, ["row 1", "'prompt'", "empty"]),
         ([{"prompt": "a"}, {"x": 1}], {}, ["row 1", "None", "a prompt is text or a list"]),
@@ -150,14 +150,14 @@ def test_bad_rows_are_refused_with_the_fix(rows, options, words):
 def test_bad_files_name_file_and_line(tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a"}\n\n{"prompt": \n')
-    with pytest.raises(ConfigError, match=r"broken\.jsonl, line 3: not JSON"):
+    with pytest.raises(ConfigError, match=r"broken\.jsonl, line 3: JSON that cannot be read: Expecting value at column 12"):
         load_prompts(broken)
     broken.write_text('{"prompt": "a"}\n[1]\n')
     with pytest.raises(ConfigError, match=r"line 2: \[1\] is no JSON object"):
         load_prompts(broken)
     for text, words in (
-        ("[" * 100_000, ": JSON that Python cannot read: maximum recursion depth"),
-        ('{"prompt": %s}' % ("9" * 5000), "line 1: JSON that Python cannot read: Exceeds the limit"),
+        ("[" * 100_000, ": JSON that cannot be read: maximum recursion depth"),
+        ('{"prompt": %s}' % ("9" * 5000), "line 1: JSON that cannot be read: Exceeds the limit"),
         (json.dumps({"prompt": "a"}, indent=1), "one object a line, or one array of objects"),
     ):
         broken.write_text(text)
@@ -230,5 +230,5 @@ FIXED_ORDER = [7, 3, 4, 6, 5, 2, 1, 0]
 
 def test_sampler_refuses_the_state_of_another_run():
     state = PromptSampler(10, 2, seed=1).state_dict()
-    with pytest.raises(ConfigError, match=r"\(10, 1\), this one has \(11, 1\)"):
+    with pytest.raises(ConfigError, match=r"\(10, 1\), now it is \(11, 1\)"):
         PromptSampler(11, 2, seed=1).load_state_dict(state)

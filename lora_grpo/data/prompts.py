@@ -6,7 +6,6 @@ Everything is checked when it is loaded, so that row 5,000 does not end a run af
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,7 +99,8 @@ def load_prompts(
         raise ConfigError(f"{label} has no rows")
     columns = _column_names(rows)
     if prompt_column not in columns:
-        raise ConfigError(_missing_column(label, prompt_column, columns))
+        names = ", ".join(map(repr, columns))
+        raise ConfigError(f"{label} has no column {prompt_column!r}; its columns are {names}: name one in prompt_column")
     taken = sorted(RESERVED_COLUMNS.intersection(columns) - {prompt_column})
     if taken:
         raise ConfigError(f"{label}: column {taken[0]!r} has the name of another reward argument; rename it")
@@ -117,13 +117,6 @@ def _column_names(rows: Rows) -> tuple[str, ...]:
     if isinstance(rows, list):
         return tuple(dict.fromkeys(str(key) for row in rows for key in row))
     return tuple(rows.column_names)  # type: ignore[union-attr]
-
-
-def _missing_column(label: str, column: str, columns: tuple[str, ...]) -> str:
-    chats = ["messages"] if "messages" in columns else []
-    near = chats or difflib.get_close_matches(column, columns, n=1)
-    hint = f"; prompt_column = {near[0]!r}?" if near else "; name the one that holds the prompts in prompt_column"
-    return f"{label} has no column {column!r}; its columns are {', '.join(map(repr, columns))}{hint}"
 
 
 def _check_prompts(rows: Rows, label: str, column: str, system_prompt: str | None) -> None:
@@ -212,8 +205,7 @@ class PromptSampler:
         saved, here = (state["num_prompts"], state["seed"]), (self.num_prompts, self.seed)
         if saved != here:
             raise ConfigError(
-                f"cannot resume the prompts: the saved run had (num_prompts, seed) = {saved}, this one has {here}; "
-                "resume with the data and seed of the saved run"
+                f"cannot resume: (num_prompts, seed) was {saved}, now it is {here}; take the saved run's data and seed"
             )
         self._move_to(state["epoch"], state["offset"])
 

@@ -35,14 +35,13 @@ def read_rows(source: str | Path | Rows, split: str, name: str | None) -> tuple[
         readers = {".parquet": _from_parquet, ".csv": _from_csv}
         return readers.get(path.suffix.lower(), _from_json)(path), str(path)
     if isinstance(source, Mapping):
-        splits = ", ".join(map(repr, source))
-        raise ConfigError(f"the data is a mapping, not rows; choose one of its splits: {splits}")
+        raise ConfigError(f"the data is a mapping, not rows; choose one of its splits: {', '.join(map(repr, source))}")
     if hasattr(source, "column_names") and hasattr(source, "select"):
         return source, "the dataset"
     if not hasattr(source, "__len__"):
         raise ConfigError(
-            f"the rows of a {type(source).__name__} cannot be counted, but a run must shuffle them and resume "
-            "between them: pass a datasets.Dataset or a list (of a stream, list(itertools.islice(stream, 10_000)))"
+            f"the rows of a {type(source).__name__} cannot be counted, which shuffling and resuming need: pass a "
+            "datasets.Dataset or a list (of a stream, list(itertools.islice(stream, 10_000)))"
         )
     rows = list(source)
     for index, row in enumerate(rows):
@@ -123,11 +122,8 @@ def _from_csv(path: Path) -> list[dict[str, Any]]:
             raise ConfigError(f"{path}: its columns lie between {other!r}; put commas there")
         for values in filter(None, reader):
             if len(values) != len(names):
-                found = f"{counted(len(values), 'value')} for {counted(len(names), 'column')}"
-                raise ConfigError(
-                    f"{path}, line {reader.line_num}: {found}; put a value that holds a comma, a quote or a line break "
-                    "in double quotes"
-                )
+                found = f"line {reader.line_num}: {counted(len(values), 'value')} for {counted(len(names), 'column')}"
+                raise ConfigError(f"{path}, {found}; put a value that holds a comma or a line break in double quotes")
             rows.append(dict(zip(names, values, strict=True)))
     except csv.Error as error:
         raise ConfigError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
@@ -144,13 +140,11 @@ def _text(path: Path) -> str:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{where}: not JSON: {error.msg} at column {error.colno} (a file holds one object a line, or one array of "
-            "objects)"
-        ) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: JSON that Python cannot read: {error}") from error
+        said = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise ConfigError(
+            f"{where}: JSON that cannot be read: {said} (a file holds one object a line, or one array of objects)"
+        ) from error
 
 
 def short(value: object, width: int = 120) -> str:
