@@ -13,8 +13,8 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import UnknownVersion
+from lora_grpo.metrics.page import Lineage, render_page
 from lora_grpo.metrics.render import duration
-from lora_grpo.metrics.tree import Lineage
 
 REPORT_FILE = "report.html"
 MOST_VERSIONS = 60
@@ -30,8 +30,6 @@ def write_report(run: str | Path, path: Path | None = None, watch: float | None 
     >>> print(write_report("runs/mine"))
     runs/mine/report.html
     """
-    from lora_grpo.metrics.page import render_page
-
     run = Path(run)
     path = path or run / REPORT_FILE
     while True:

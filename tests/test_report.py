@@ -17,9 +17,8 @@ import pytest
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
-from lora_grpo.metrics.page import MOST_CHARACTERS, render_page
+from lora_grpo.metrics.page import MOST_CHARACTERS, MOST_DOTS, MOST_LANES, Lineage, render_page, tree
 from lora_grpo.metrics.reporter import Reporter
-from lora_grpo.metrics.tree import MOST_DOTS, MOST_LANES, Lineage, tree
 from lora_grpo.report import lineage, write_report
 from tests.store_files import adapter
 from tests.test_cli import lora_grpo
@@ -172,16 +171,16 @@ def test_a_rollback_to_before_the_first_step_is_marked_at_the_left_edge(tmp_path
 def test_a_branch_that_was_given_up_has_a_lane_below_and_a_way_back() -> None:
     parents: dict[int, int | None] = {1: None, 2: 1, 3: 2, 4: 3, 5: 2, 6: 5, 7: 6, 8: 5}
     drawn = tree(Lineage(parents, head=8, best=4, rollbacks=[(4, 2, "why"), (7, 5, "")]))
-    assert [kind for _, kind in drawn.paths] == ["main", "lost", "lost"]
+    assert [kind for _, kind in drawn["paths"]] == ["main", "lost", "lost"]
     # Versions 6 and 7 leave the line behind version 5, where the lane of 3 and 4 is free again.
-    assert drawn.lanes == 1
-    assert [words for _, words in drawn.back] == ["v4 back to v2 why", "v7 back to v5"]
-    labels = {label for *_, label in drawn.dots}
+    assert drawn["lanes"] == 1
+    assert [words for _, words in drawn["back"]] == ["v4 back to v2 why", "v7 back to v5"]
+    labels = {label for *_, label in drawn["dots"]}
     assert {"v8 HEAD", "v4 best", "v1"} <= labels
     many: dict[int, Any] = {1: None, **dict.fromkeys(range(2, 200), 1)}
     wide = tree(Lineage(many, head=1, rollbacks=[(n, 1, "") for n in range(2, 200)]))
-    assert (wide.lanes, wide.hidden) == (MOST_LANES, 198 - MOST_LANES)
-    assert len(wide.dots) <= MOST_DOTS + 2
+    assert (wide["lanes"], wide["hidden"]) == (MOST_LANES, 198 - MOST_LANES)
+    assert len(wide["dots"]) <= MOST_DOTS + 2
 
 
 def test_a_run_without_a_step_or_a_log_has_a_page_too(tmp_path: Path, shm_dir: Path) -> None:

@@ -6,7 +6,9 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,29 @@ from lora_grpo.metrics.curves import MOST_POINTS, panels, series
 from lora_grpo.metrics.log import METRICS_FILE, Record, history, read_metrics
 from lora_grpo.metrics.render import GAP, duration, number
 from lora_grpo.metrics.reporter import SAMPLES_FILE, flat
-from lora_grpo.metrics.tree import Lineage, tree
 
 MOST_LOGGED, MOST_ROWS, MOST_CHARACTERS, MOST_MESSAGES = 12, 12, 1500, 40
 """What a page holds at most of logged steps, completions of each, characters of a text, and messages."""
+MOST_LANES, MOST_DOTS = 24, 100
+WIDTH, LANE, LABEL = 900, 36, 56
+"""The drawing's width, the height of a lane, and the room that a label needs."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The versions of a run, as its store tells of them."""
+
+    parents: dict[int, int | None]
+    """Of every version that was ever published."""
+    head: int | None = None
+    best: int | None = None
+    pins: frozenset[int] = frozenset()
+    rollbacks: Sequence[tuple[int, int, str]] = ()
+    """From, to, why."""
+    rows: Sequence[Mapping[str, Any]] = ()
+    """The table of versions, the newest first."""
+    left_out: int = 0
+    """Kept versions that the table lacks."""
 
 
 def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: float | None = None) -> str:
@@ -42,7 +63,6 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
     pages.filters |= {
         "number": number,
         "counted": counted,
-        "duration": duration,
         "text": as_text,
         "clock": lambda s: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s)),
     }
@@ -169,3 +189,86 @@ def _answers(run: Path) -> dict[str, Any] | None:
         "worse": worse,
         "asked": len(last["rows"]),
     }
+
+
+def tree(lineage: Lineage) -> dict[str, Any]:
+    """The versions as SVG paths made of numbers alone, from left to right by number. Lane 0 leads to `HEAD`; each branch
+    that was given up has one below. The size grows with the branches, not with the versions."""
+    lane_of, branches = _lanes(lineage)
+    scale = WIDTH / max(1, max(lineage.parents, default=1) - 1)
+
+    def at(version: int) -> tuple[float, int]:
+        return round((version - 1) * scale, 1), lane_of.get(version, 0) * LANE
+
+    main = [version for version, lane in lane_of.items() if lane == 0]
+    paths = [(f"M{at(min(main))[0]} 0 H{at(max(main))[0]} h0", "main")] if main else []
+    drawn = [branch for branch in branches if lane_of[branch[0]] <= MOST_LANES]
+    for first, last in ((branch[0], branch[-1]) for branch in drawn):
+        (px, py), (x, y) = at(lineage.parents[first] or first), at(first)
+        paths.append((f"M{px} {py} C{px} {y} {px} {y} {x} {y} H{at(last)[0]} h0", "lost"))
+    back = []
+    for left, to, why in lineage.rollbacks[-MOST_DOTS:]:
+        if max(lane_of.get(left, 0), lane_of.get(to, 0)) <= MOST_LANES:
+            (x, y), (tx, ty) = at(left), at(to)
+            arc = f"M{x} {y} Q{(x + tx) / 2:.1f} {max(y, ty) + LANE} {tx} {ty}"
+            back.append((arc, f"v{left} back to v{to} {why}".strip()))
+    return {
+        "lanes": max((lane_of[branch[0]] for branch in drawn), default=0),
+        "hidden": len(branches) - len(drawn),
+        "paths": paths,  # with a CSS class each
+        "back": back,  # the path of each rollback, with its words
+        "dots": _dots(lineage, lane_of, at),
+    }
+
+
+def _lanes(lineage: Lineage) -> tuple[dict[int, int], list[list[int]]]:
+    """Each version's lane, and the branches: versions in a row that `HEAD` does not come from."""
+    lane_of: dict[int, int] = {}
+    following = lineage.head
+    while following is not None and following not in lane_of:
+        lane_of[following] = 0
+        following = lineage.parents.get(following)
+    branches: list[list[int]] = []
+    tips: dict[int, list[int]] = {}
+    ends: dict[int, int] = {}
+    for version, parent in sorted(lineage.parents.items()):
+        if version in lane_of:
+            continue
+        branch = tips.pop(parent or 0, [])
+        if branch:
+            lane = lane_of[branch[-1]]
+        else:
+            lane = next(lane for lane in count(1) if ends.get(lane, 0) <= (parent or 0))
+            branches.append(branch)
+        branch.append(version)
+        ends[lane] = version
+        lane_of[version], tips[version] = lane, branch
+    return lane_of, branches
+
+
+def _dots(
+    lineage: Lineage, lane_of: Mapping[int, int], at: Callable[[int], tuple[float, int]]
+) -> list[tuple[float, float, str, str]]:
+    """x, y, CSS class and label of the versions that a reader looks for; a label that would cover another is empty."""
+    kinds: dict[int, str] = {}
+    if lineage.parents:
+        kinds[min(lineage.parents)] = "plain"
+    for left, to, _ in lineage.rollbacks[-MOST_DOTS:]:
+        kinds |= {left: "lost", to: "plain"}
+    kinds |= dict.fromkeys(sorted(lineage.pins)[-MOST_DOTS:], "pin")
+    kinds |= {
+        version: kind for version, kind in ((lineage.best, "best"), (lineage.head, "head")) if version is not None
+    }
+    dots, labelled = list[tuple[float, float, str, str]](), dict[float, float]()
+    for version, kind in sorted(kinds.items(), reverse=True):
+        x, y = at(version)
+        if lane_of.get(version, 0) > MOST_LANES:
+            continue
+        fits = kind in ("head", "best") or labelled.get(y, x + LABEL) - x >= LABEL
+        words = {"head": " HEAD", "best": " best"}.get(kind, "")
+        if version == lineage.best == lineage.head:
+            words = " HEAD, best"
+        if fits:
+            labelled[y] = x
+        dots.append((x, y, kind, f"v{version}{words}" if fits else ""))
+    return dots
