@@ -150,7 +150,9 @@ def test_bad_rows_are_refused_with_the_fix(rows, options, words):
 def test_bad_files_name_file_and_line(tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a"}\n\n{"prompt": \n')
-    with pytest.raises(ConfigError, match=r"broken\.jsonl, line 3: JSON that cannot be read: Expecting value at column 12"):
+    with pytest.raises(
+        ConfigError, match=r"broken\.jsonl, line 3: JSON that cannot be read: Expecting value at column 12"
+    ):
         load_prompts(broken)
     broken.write_text('{"prompt": "a"}\n[1]\n')
     with pytest.raises(ConfigError, match=r"line 2: \[1\] is no JSON object"):

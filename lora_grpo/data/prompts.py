@@ -100,7 +100,9 @@ def load_prompts(
     columns = _column_names(rows)
     if prompt_column not in columns:
         names = ", ".join(map(repr, columns))
-        raise ConfigError(f"{label} has no column {prompt_column!r}; its columns are {names}: name one in prompt_column")
+        raise ConfigError(
+            f"{label} has no column {prompt_column!r}; its columns are {names}: name one in prompt_column"
+        )
     taken = sorted(RESERVED_COLUMNS.intersection(columns) - {prompt_column})
     if taken:
         raise ConfigError(f"{label}: column {taken[0]!r} has the name of another reward argument; rename it")

@@ -192,8 +192,8 @@ def _answers(run: Path) -> dict[str, Any] | None:
 
 
 def tree(lineage: Lineage) -> dict[str, Any]:
-    """The versions as SVG paths made of numbers alone, from left to right by number. Lane 0 leads to `HEAD`; each branch
-    that was given up has one below. The size grows with the branches, not with the versions."""
+    """The versions as SVG paths made of numbers alone, from left to right. Lane 0 leads to `HEAD`; each branch that was
+    given up has one below. The size grows with the branches, not with the versions."""
     lane_of, branches = _lanes(lineage)
     scale = WIDTH / max(1, max(lineage.parents, default=1) - 1)
 
