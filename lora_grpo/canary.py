@@ -24,7 +24,7 @@ Row: TypeAlias = tuple[Sequence[int], Completion]
 
 
 def rows_of(groups: Sequence[Group], version: AdapterVersion) -> list[Row]:
-    """All completions. Raises `ConfigError` for one that is stamped with another version."""
+    """Raises `ConfigError` for a completion that is stamped with another version."""
     rows: list[Row] = [(group.prompt_token_ids, completion) for group in groups for completion in group.completions]
     if stale := {completion.version for _, completion in rows} - {version.number}:
         raise ConfigError(f"completions of versions {stale} cannot be checked against {version}; pass its own")
@@ -42,9 +42,8 @@ def take_canary(
     known_noise: float,
     most_noise: float,
 ) -> CanaryReport:
-    """Measure gap, signal and noise on these completions, and judge them.
+    """Inside `weights` the model is the policy that `rows` are stamped with; it computes `batch_rows` at a time.
 
-    Inside `weights` the model is the policy that `rows` are stamped with; it computes `batch_rows` of them at a time.
     `known_noise` (nats, at `temperature`) stands in where the completions are too short to measure it. Noise counts up
     to `most_noise` (nats, at temperature 1): a base that is another one must not widen its own limit. Raises
     `ConfigError` when no token of them was sampled, or greedily.
@@ -69,11 +68,8 @@ def take_canary(
 
 
 def _base_noise(engine: Engine, sequences: Sequence[Sequence[int]], own: Sequence[Sequence[float]]) -> float | None:
-    """Mean |engine - trainer| log-prob of the base on these completions: what they differ by with nothing to tell.
-
-    `own` are the trainer's, of each sequence's completion. The last token stays out, since the engine needs room for
-    one more.
-    """
+    """Mean |engine - trainer| log-prob of the base, of which the trainer's `own` are those of each completion. The last
+    token stays out, since the engine needs room for one more."""
     own = [row[:-1] for row in own]
     served = engine.logprobs([ids[:-1] for ids in sequences], adapter=None)
     served = [row[len(row) - len(mine) :] for row, mine in zip(served, own, strict=True)]

@@ -21,10 +21,8 @@ def teacher_logprobs(
     temperature: float = 1.0,
     rows: int = 8,
 ) -> list[list[float]]:
-    """log p(token | prefix) of each sequence's tokens from its `starts` on (default: 1), fp32, nats, at `temperature`.
-
-    `rows` sequences at a time. A model that FSDP2 sharded is to be asked by every process, for as many sequences.
-    """
+    """log p(token | prefix) of each sequence's tokens from its `starts` on (default: 1), fp32, nats; `rows` sequences
+    at a time. A model that FSDP2 sharded is to be asked by every process, for as many sequences."""
     starts = [1] * len(sequences) if starts is None else starts
     result: list[list[float]] = []
     with in_mode(model, training=False):

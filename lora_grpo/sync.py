@@ -26,7 +26,7 @@ from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
 from lora_grpo.engines.delivery.base_match import BaseMatch
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.delivery.probe import ProbeReport, Proofs, probe_sequences, prove
-from lora_grpo.engines.joint import joint
+from lora_grpo.engines.wrapped import joint
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.rollback import RollbackReport, Target, kept_state, require_head, roll_back, the_firsts

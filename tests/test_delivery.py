@@ -24,9 +24,9 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.delivery import probe
-from lora_grpo.engines.delivery.binding import SlotView
 from lora_grpo.engines.delivery.canary import Witness
 from lora_grpo.engines.delivery.probe import run_probe
+from lora_grpo.engines.delivery.slots import SlotView
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, NoRoom, UnknownVersion, UnsupportedAdapter
@@ -140,7 +140,10 @@ DEFECTS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "A of another width": (with_tensor(Q0.format("A"), lambda a: a[:, :32]), "lora_A of size 32"),
     "NaN": (with_tensor(Q0.format("B"), poisoned(float("nan"))), "q_proj.lora_B.weight holds non-finite"),
     "Inf": (with_tensor(Q0.format("A"), poisoned(float("inf"))), "q_proj.lora_A.weight holds non-finite"),
-    "fp32": (lambda t, c: ({n: v.float() for n, v in t.items()}, c), "is F32, the engine keeps adapters in BF16"),
+    "fp32": (
+        lambda t, c: ({n: v.float() for n, v in t.items()}, c),
+        "keeps adapters in bfloat16",
+    ),
     "mixed dtypes": (with_tensor(Q0.format("A"), lambda a: a.float()), "mixes dtypes"),
     "empty file": (lambda t, c: (b"", c), "cannot be read"),
     "no tensors": (lambda t, c: ({}, c), "truncated or empty"),

@@ -26,8 +26,8 @@ from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.local.driving import StepDriver
-from lora_grpo.engines.owned import OwnedEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
+from lora_grpo.engines.wrapped import OwnedEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, RewardError, TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo_config import GRPOConfig

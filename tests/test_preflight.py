@@ -117,7 +117,7 @@ def test_prompts_are_rendered_with_processing_class_and_its_end_token_ends_compl
 
 
 def test_end_tokens_of_the_generation_config_end_completions_too(llama_dir: Path) -> None:
-    from lora_grpo.engines.rendering import end_tokens, rendering
+    from lora_grpo.engines.wrapped import end_tokens, rendering
 
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 7]))
     own = tokenizer_with(CHAT_TEMPLATE, eos_token="<|im_end|>")

@@ -16,8 +16,7 @@ from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
 from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.delivery.binding import Binding
-from lora_grpo.engines.delivery.slots import SlotProver
+from lora_grpo.engines.delivery.slots import Binding, SlotProver
 from lora_grpo.errors import DeliveryError
 from tests.test_names import STACKED, Mapper, model, wrapped
 
@@ -131,5 +130,5 @@ def test_two_tensors_for_one_slice_are_refused(shm_dir: Path) -> None:
     )
     with AdapterStore(shm_dir / "store") as store:
         version = store.publish(form.files(), step=0)
-        with pytest.raises(DeliveryError, match=r"in_proj and model\.layer\.in_z fill the same slice"):
+        with pytest.raises(DeliveryError, match=r"in_proj.* and .*in_z.* fill the same slice"):
             SlotProver(engine()[0]).bind(version, open_adapter(version))

@@ -27,11 +27,9 @@ Samplings: TypeAlias = Sampling | Sequence[Sampling]
 
 @dataclass(frozen=True, slots=True)
 class LoadReceipt:
-    """What `Engine.load` did and how it was proven; seconds by phase, bytes of adapter compared.
-
-    `loader` says how it got there: "direct", from memory or the mapped file, or through the engine's own ("stock").
-    `verdict` is a proof by behaviour's: whether log-probs could tell the version from every other ("ok") or not.
-    """
+    """How `Engine.load` proved a version; seconds by phase, bytes of adapter compared. Its `loader` was "direct", from
+    memory or the mapped file, or the engine's own ("stock"). `verdict` is a proof by behaviour's: whether log-probs
+    could tell the version from every other ("ok") or not."""
 
     proof: Proof
     seconds: dict[str, float]
@@ -43,7 +41,7 @@ class LoadReceipt:
 
 @dataclass(frozen=True, slots=True)
 class BaseDescription:
-    """What an engine's base model is by its config: `shapes` holds fields of it; `dtype` is a torch dtype's name
+    """What an engine's base model is by its config, of which `shapes` are fields; `dtype` is a torch dtype's name
     without the prefix. `placeholders` are tokens of the vocabulary that stand for images, videos or sounds."""
 
     dtype: str

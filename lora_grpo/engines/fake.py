@@ -23,7 +23,7 @@ Reply: TypeAlias = Callable[[Prompt, AdapterVersion | None, int], str]
 
 
 class _Bytes:
-    """A tokenizer for when the caller brings none: one id a UTF-8 byte."""
+    """A tokenizer: one id a UTF-8 byte."""
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode(errors="backslashreplace"))
@@ -51,18 +51,10 @@ class FakeEngine:
     lora_dtype = "float32"
     max_lora_rank = 512
 
-    def __init__(
-        self,
-        reply: Reply,
-        *,
-        tokenizer: Any = None,
-        max_cpu_loras: int = 4,
-        logprob: float = -1.0,
-    ) -> None:
+    def __init__(self, reply: Reply, *, tokenizer: Any = None, max_cpu_loras: int = 4, logprob: float = -1.0) -> None:
         """`reply(prompt, version, seed)` returns the text of one completion: `prompt` as it was passed to `generate`,
         `version` an `AdapterVersion` (None: the base), `seed` the request's own. Without a `tokenizer`, a byte is a
-        token. `max_cpu_loras` versions stay loaded.
-        """
+        token. `max_cpu_loras` versions stay loaded."""
         self._reply, self._logprob = reply, logprob
         self.tokenizer = tokenizer or _Bytes()
         self._max_cpu_loras = max_cpu_loras

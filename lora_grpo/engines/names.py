@@ -7,7 +7,7 @@ several of a checkpoint's tensors below each other, its slices; a tensor may fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,15 @@ class Place:
 
 
 class NameMap:
-    """Of one vLLM model, with or without LoRA around its layers."""
-
     def __init__(self, model: Any) -> None:
         self._model = model
         self._packed_members: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-        self.modules: dict[str, Any] = dict(_plain_modules(model))
+        self.modules: dict[str, Any] = {
+            ".".join(part for part in name.split(".") if part != _WRAPPED): module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if _WRAPPED not in module._modules
+        }
+        """By their names without LoRA wrappers, what is wrapped in place of its wrapper."""
         self._reordered = _REORDERED if compat.reorders_queries(model) else ()
 
     def tensor(self, name: str) -> Place | None:
@@ -41,14 +44,12 @@ class NameMap:
         if found is None:
             return None
         runtime, shard = found
-        if isinstance(shard, list):  # the same values in several slices
-            return None
-        if shard is not None:
-            return self._known(runtime, _slices(shard))
-        return self._known(runtime, None) or self._packed(runtime)
+        if shard is None:
+            return self._known(runtime, None) or self._packed(runtime)
+        # A list: the same values in several slices.
+        return None if isinstance(shard, list) else self._known(runtime, _slices(shard))
 
     def module(self, path: str) -> Place | None:
-        """Where the layer lies that PEFT adapts as `path`."""
         place = self.tensor(f"{path}.weight")
         return None if place is None else Place(place.name.removesuffix(".weight"), place.slices)
 
@@ -99,19 +100,11 @@ class NameMap:
         return {index: (sum(sizes[:index]), sizes[index]) for index in wanted}
 
     def _sizes(self, name: str) -> list[int]:
-        """Rows of all slices of a tensor's layer; empty where it has none."""
         module = self.modules[name.rpartition(".")[0]]
         return [] if self._is_vocabulary(name) else list(getattr(module, "output_partition_sizes", None) or ())
 
     def _is_vocabulary(self, name: str) -> bool:
         return hasattr(self.modules[name.rpartition(".")[0]], "org_vocab_size")
-
-
-def _plain_modules(model: Any) -> Iterator[tuple[str, Any]]:
-    """Modules by their names without LoRA wrappers, what is wrapped in place of its wrapper."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if _WRAPPED not in module._modules:
-            yield ".".join(part for part in name.split(".") if part != _WRAPPED), module
 
 
 def _slices(shard: Any) -> tuple[int, ...]:

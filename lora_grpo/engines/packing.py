@@ -50,12 +50,11 @@ class Packed:
 
 def packed_form(layer: Any, kind: str) -> Packed | None:
     """What was read of a layer's "weight" or "bias" before it was packed; None where it has its plain form still."""
-    found: Packed | None = getattr(layer, _PACKED, {}).get(kind)
-    return found
+    return getattr(layer, _PACKED, {}).get(kind)
 
 
 def read_before_packing() -> None:
-    """From now on, in this process: whatever the CPU backend packs is read first. A second call does nothing."""
+    """From now on, in this process: whatever the CPU backend packs is read first."""
 
     def dispatch(stock: Any, layer: Any, remove_weight: bool) -> None:
         before = dict(_readable(layer)) if remove_weight else {}
@@ -70,8 +69,7 @@ def read_before_packing() -> None:
 
 
 def read_quantized() -> None:
-    """From now on, in this process: whatever is quantized when its checkpoint was loaded is read before vLLM brings it
-    into its kernels' form. A second call does nothing."""
+    """From now on, in this process: what is quantized is read before vLLM brings it into its kernels' form."""
 
     def process(stock: Any, model: Any, model_config: Any, *others: Any) -> None:
         for layer in model.modules():
@@ -105,7 +103,6 @@ def quantized_values(layer: Any) -> torch.Tensor | None:
 
 
 def _spread(scale: torch.Tensor, block: Any, shape: Any) -> torch.Tensor:
-    """A block's scale at each of its places."""
     return scale.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
@@ -132,7 +129,6 @@ def _before(layer: Any, tensor: torch.Tensor, dtype: torch.dtype, *, quantized: 
 
 
 def _still(layer: Any, kind: str, tensor: torch.Tensor) -> bool:
-    """Whether a layer holds the same values in the same place as before."""
     now = getattr(layer, kind, None)
     return now is not None and (now.data_ptr(), now.shape, now.dtype) == (tensor.data_ptr(), tensor.shape, tensor.dtype)
 

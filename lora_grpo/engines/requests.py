@@ -6,7 +6,7 @@ import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from numbers import Integral
 from typing import Any
 
@@ -22,10 +22,7 @@ _NEVER = -100.0
 
 
 def token_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of each prompt: text is encoded, chat messages go through the tokenizer's chat template.
-
-    Raises `ConfigError` for what is no list of prompts.
-    """
+    """Token ids of each prompt. Raises `ConfigError` for what is no list of prompts, and as `render` does."""
     if isinstance(prompts, str | bytes | Mapping):
         raise ConfigError(f"prompts={prompts!r:.80} is one prompt, not a list of them; pass [prompt]")
     with ENCODING:
@@ -33,11 +30,8 @@ def token_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def render(tokenizer: Any, prompt: Prompt, called: str) -> list[int]:
-    """A prompt's token ids. Raises `ConfigError` for a chat without a template, or one that the template rejects.
-
-    `called` is what errors call the prompt.
-    """
-    ids: Any
+    """A prompt's token ids. Raises `ConfigError`, which calls it `called`, for what cannot be rendered."""
+    ids: Sequence[int]
     if isinstance(prompt, str):
         require_tokenizer(tokenizer, f"{called} is text")
         try:
@@ -54,19 +48,14 @@ def render(tokenizer: Any, prompt: Prompt, called: str) -> list[int]:
 
 
 def require_tokenizer(tokenizer: Any, said: str) -> None:
-    """Raises `ConfigError` where text cannot be encoded.
-
-    Of a folder without a tokenizer, transformers makes up one that knows special tokens alone, and turns all text into
-    nothing or "unknown".
-    """
-    if tokenizer is None or (
-        hasattr(tokenizer, "all_special_ids") and len(tokenizer) <= len(tokenizer.all_special_ids)
-    ):
+    """Raises `ConfigError` where text cannot be encoded. Of a folder without a tokenizer, transformers makes up one
+    that knows special tokens alone, and turns all text into nothing or "unknown"."""
+    special = getattr(tokenizer, "all_special_ids", None)
+    if tokenizer is None or (special is not None and len(tokenizer) <= len(special)):
         folder = getattr(tokenizer, "name_or_path", None) or "the model's folder"
         raise ConfigError(
-            f"{said}, but {folder} has no tokenizer: put the tokenizer's files there (tokenizer.json, "
-            "tokenizer_config.json; AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER) writes them), or pass "
-            "token ids"
+            f"{said}, but {folder} has no tokenizer: put its tokenizer.json and tokenizer_config.json there "
+            "(AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER) writes them), or pass token ids"
         )
 
 
@@ -74,20 +63,14 @@ def _token_ids(prompt: Any, called: str) -> list[int]:
     if isinstance(prompt, Mapping | Integral):
         kind = "a message" if isinstance(prompt, Mapping) else "a token"
         raise ConfigError(f"{called} ({prompt!r:.80}) is {kind}, but a prompt is a list of them; pass [prompt]")
-    if (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, bytes)
-        and all(isinstance(token, Integral) for token in prompt)
-    ):
+    listed = isinstance(prompt, Sequence) and not isinstance(prompt, bytes)
+    if listed and all(isinstance(token, Integral) for token in prompt):
         return list(prompt)
     raise ConfigError(f"{called} ({prompt!r:.80}) must be text, a list of token ids, or a list of chat messages")
 
 
 def one_bos(tokenizer: Any, ids: Sequence[int]) -> Sequence[int]:
-    """A text's token ids with one begin token, which the tokenizer has put before a text that began with it.
-
-    Models are trained on one.
-    """
+    """A text's token ids with one begin token, as models are trained on, where the text began with its own."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return ids[1:] if bos is not None and list(ids[:2]) == [bos, bos] else ids
 
@@ -98,8 +81,7 @@ def _render_chat(tokenizer: Any, chat: Any, called: str) -> Any:
     require_tokenizer(tokenizer, f"{called} is a chat")
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f"{called} is a chat, but the tokenizer has no chat template; pass text, or a tokenizer with one "
-            "(processing_class)"
+            f"{called} is a chat, but the tokenizer has no chat template; pass text, or a processing_class with one"
         )
     kwargs = getattr(chat, "template_kwargs", {})
     try:
@@ -130,8 +112,7 @@ def check_fits(ids_P: Sequences, max_tokens_P: Sequence[int], max_model_len: int
 def asked(
     tokenizer: Any, prompts: Sequence[Prompt], sampling: Samplings, max_model_len: int, base: BaseDescription
 ) -> tuple[list[list[int]], list[Sampling]]:
-    """Each prompt's token ids and settings. Raises `ConfigError` for what cannot be asked of this model, such as a
-    token that stands for an image, a video or a sound."""
+    """Each prompt's token ids and settings. Raises `ConfigError` for what cannot be asked of this model."""
     ids_P, sampling_P = token_prompts(tokenizer, prompts), sampling_by_prompt(sampling, len(prompts))
     check_fits(ids_P, [one.max_tokens for one in sampling_P], max_model_len, base.vocabulary)
     for index, ids in enumerate(ids_P):
@@ -145,7 +126,6 @@ def asked(
 
 
 def adapters_by_prompt(adapter: Adapters, prompts: int) -> list[AdapterVersion | None]:
-    """One version a prompt; raises `ConfigError` when a list of them has another length, or holds anything else."""
     if adapter is None or not isinstance(adapter, list | tuple):
         return [None if adapter is None else require_version(adapter)] * prompts
     if len(adapter) != prompts:
@@ -154,10 +134,7 @@ def adapters_by_prompt(adapter: Adapters, prompts: int) -> list[AdapterVersion |
 
 
 def require_version(given: object) -> AdapterVersion:
-    """`given`, if it is a version: an engine may serve those of several stores, so it looks no number up.
-
-    Raises `ConfigError` that says what to pass instead.
-    """
+    """`given`; raises `ConfigError` for a number: an engine may serve versions of several stores."""
     if isinstance(given, AdapterVersion):
         return given
     named = parse_target(given)
@@ -173,12 +150,9 @@ def mixed_batches(adapter_B: Sequence[AdapterVersion | None], slots: int, mixes_
     for row, adapter in enumerate(adapter_B):
         rows_of.setdefault(adapter, []).append(row)
     base = rows_of.pop(None, [])
-    versions = list(rows_of)
-    batches = [
-        [row for version in versions[start : start + slots] for row in rows_of[version]]
-        for start in range(0, len(versions), slots)
-    ]
-    if base and mixes_base and batches:
+    of_versions = list(rows_of.values())
+    batches = [[*chain(*of_versions[start : start + slots])] for start in range(0, len(of_versions), slots)]
+    if batches and mixes_base:
         batches[0] += base
     elif base:
         batches.append(base)
@@ -186,11 +160,10 @@ def mixed_batches(adapter_B: Sequence[AdapterVersion | None], slots: int, mixes_
 
 
 def sampling_by_prompt(sampling: Samplings, prompts: int) -> list[Sampling]:
-    """One a prompt, each with a seed; raises `ConfigError` for a list of another length."""
+    """One a prompt, each with a seed."""
     if isinstance(sampling, Sampling):
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        first = sampling.first_prompt
-        return [replace(sampling, seed=seed, first_prompt=first + p) for p in range(prompts)]
+        return [replace(sampling, seed=seed, first_prompt=sampling.first_prompt + p) for p in range(prompts)]
     if len(sampling) != prompts:
         raise ConfigError(f"sampling names {len(sampling)} settings for {prompts} prompts; give one, or one for each")
     return [one if one.seed is not None else replace(one, seed=secrets.randbits(63)) for one in sampling]
@@ -204,17 +177,10 @@ def request_seeds(sampling_P: Sequence[Sampling]) -> list[list[int]]:
 def sampling_fields(sampling: Sampling, seed: int, placeholders: Sequence[int] = ()) -> dict[str, Any]:
     """One sample of one prompt in vLLM's words, with the log-prob of each sampled token; none of `placeholders` is
     sampled."""
+    alike = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "ignore_eos")
     return {
-        "n": 1,
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "stop": list(sampling.stop),
-        "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": sampling.ignore_eos,
-        "seed": seed,
+        **{name: getattr(sampling, name) for name in alike},
+        **{"n": 1, "seed": seed, "stop": list(sampling.stop), "stop_token_ids": list(sampling.stop_token_ids)},
         "logit_bias": dict.fromkeys(placeholders, _NEVER) or None,
         "logprobs": 0,
     }

@@ -52,11 +52,8 @@ _READ_BASE = "lora_grpo_read_base"
 
 
 def register() -> None:
-    """The entry point; vLLM calls it in each of its processes. Only the one that answers requests will pull.
-
-    In each, what vLLM has wrong is mended (see `compat.mend_server`), and a trainer may ask what the base is. Raises
-    `ConfigError` for settings that cannot work, which stops the server's start.
-    """
+    """The entry point; vLLM calls it in each of its processes. Only the one that answers requests will pull. Raises
+    `ConfigError` for settings that cannot work, which stops the server's start."""
     compat.mend_server()
     _offer_base_reading()
     resolver = StoreResolver.from_environment()
@@ -78,10 +75,8 @@ def register() -> None:
 
 
 def _offer_base_reading() -> None:
-    """For each of a server's processes: its workers can read their base, and its API has the route.
-
-    Releases whose server is built otherwise than 0.32's get no route.
-    """
+    """Workers can read their base, and the API has the route, but in releases whose server is built otherwise than
+    0.32's."""
     setattr(importlib.import_module("vllm.v1.worker.worker_base").WorkerBase, _READ_BASE, _read_base)
 
     def register_api_routers(stock: Any, args: Any, api: Any, *rest: Any) -> None:
@@ -95,7 +90,6 @@ def _offer_base_reading() -> None:
 
 
 def _read_base(worker: Any, shapes: str) -> str:
-    """In a worker: what it reads, as JSON."""
     from lora_grpo.engines.delivery.base_reading import read_base
 
     return json.dumps(asdict(read_base(worker.model_runner, json.loads(shapes), f"worker {worker.rank}")))
@@ -113,7 +107,7 @@ class StoreResolver:
     """vLLM's resolver protocol over a store server. Versions asked for at once are pulled once, one after the other."""
 
     def __init__(self, url: str, token: str, cache: Path, budget_bytes: int | None = None) -> None:
-        """`cache` is where to keep what was pulled, `budget_bytes` how much of it; half of its file system if None."""
+        """`budget_bytes` of what was pulled are kept in `cache`; half of its file system if None."""
         self._client = StoreClient(url, token)
         self._cache: ReplicaCache | None = None
         self._cache_place = cache, budget_bytes
@@ -162,7 +156,7 @@ class StoreResolver:
 
 
 def _log() -> Any:
-    """A logger below vLLM's, whose level and format are the server's."""
+    """Its level and format are the server's."""
     from vllm.logger import init_logger
 
     return init_logger(f"vllm.plugins.{__name__}")

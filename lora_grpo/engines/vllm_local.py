@@ -105,7 +105,7 @@ class VLLMEngine:
 
     @property
     def between_steps(self) -> Callable[[], None] | None:
-        """A function that runs before each step of vLLM; it may use this engine, and then the rollout goes on."""
+        """Called before each step of vLLM; it may use this engine, and then the rollout goes on."""
         return self._driver.between_steps
 
     @between_steps.setter
@@ -149,22 +149,20 @@ class VLLMEngine:
         ids_P, sampling_P = requests.asked(self._tokenizer, prompts, sampling, self.max_model_len, base)
         adapter_P = requests.adapters_by_prompt(adapter, len(prompts))
         seeds_PG = requests.request_seeds(sampling_P)
-        rows = [(p, g) for p, seeds in enumerate(seeds_PG) for g in range(len(seeds))]
-        outputs = self._run(
-            [ids_P[p] for p, _ in rows],
-            [requests.sampling_params(sampling_P[p], seeds_PG[p][g], placeholders=base.placeholders) for p, g in rows],
-            [adapter_P[p] for p, _ in rows],
-        )
-        made = zip(rows, outputs, strict=True)
-        completions = [requests.to_completion(output, adapter_P[p]) for (p, _), output in made]
+        rows = [
+            (ids, requests.sampling_params(one, seed, placeholders=base.placeholders), version)
+            for ids, one, version, seeds in zip(ids_P, sampling_P, adapter_P, seeds_PG, strict=True)
+            for seed in seeds
+        ]
+        made = zip(self._run(rows), rows, strict=True)
+        completions = [requests.to_completion(output, version) for output, (_, _, version) in made]
         return requests.to_groups(prompts, ids_P, sampling_P, completions)
 
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         """Log-probs (nats, temperature 1) of tokens 1..T-1 of each sequence of token ids. Raises as `generate` does."""
         requests.check_fits(sequences, [1] * len(sequences), self.max_model_len, self.describe_base().vocabulary)
         params = requests.sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
-        outputs = self._run(sequences, [params] * len(sequences), [adapter] * len(sequences))
-        return requests.scored_tokens(outputs, sequences)
+        return requests.scored_tokens(self._run([(ids, params, adapter) for ids in sequences]), sequences)
 
     def shared_model(self) -> Any:
         """A transformers model whose parameters are this engine's own weights: one copy of the base for both.
@@ -238,25 +236,24 @@ class VLLMEngine:
         return self._open
 
     def _check_awake(self) -> None:
-        """Raises `EngineError` when it is closed or asleep."""
         if self._llm is not None and self._asleep is not None:
             raise EngineError("the engine sleeps; call wake_up() first")
 
-    def _run(self, ids_B: Sequences, params_B: Sequence[Any], adapter_B: Sequence[AdapterVersion | None]) -> list[Any]:
-        """vLLM's outputs in row order, in as few engine batches as slots and kernels allow."""
-        outputs: list[Any] = [None] * len(ids_B)
+    def _run(self, asked: Sequence[tuple[Sequence[int], Any, AdapterVersion | None]]) -> list[Any]:
+        """vLLM's outputs for (token ids, parameters, version), in as few engine batches as slots and kernels allow."""
+        outputs: list[Any] = [None] * len(asked)
         with self._turn.take("generate or logprobs"):
             self._check_awake()
-            loaded_B = [None if adapter is None else self._find(adapter) for adapter in adapter_B]
+            loaded_B = [None if version is None else self._find(version) for _, _, version in asked]
             if self._driver.answering and not self._mixes_base:
                 self._driver.drain()
-            slots = self._residents.slots_for([loaded for loaded in loaded_B if loaded is not None])
-            for rows in requests.mixed_batches(adapter_B, slots, self._mixes_base):
-                self._residents.place([loaded for row in rows if (loaded := loaded_B[row]) is not None])
+            slots = self._residents.slots_for(loaded_B)
+            for rows in requests.mixed_batches([version for *_, version in asked], slots, self._mixes_base):
+                self._residents.place([loaded_B[row] for row in rows])
                 with self._residents.boundary("generate", stepping=True):
                     made = self._driver.run(
-                        [{"prompt_token_ids": list(ids_B[row])} for row in rows],
-                        [params_B[row] for row in rows],
+                        [{"prompt_token_ids": list(asked[row][0])} for row in rows],
+                        [asked[row][1] for row in rows],
                         [loaded.request if (loaded := loaded_B[row]) else None for row in rows],
                     )
                 for row, output in zip(rows, made, strict=True):

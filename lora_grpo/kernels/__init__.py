@@ -58,14 +58,11 @@ class SlotRows:
     def of(cls, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> SlotRows | None:
         """Of slices `a[i]` (rank, in) and `b[i]` (out, rank), which stay where they are; None where only torch can
         compute them: in another dtype than bfloat16 or fp32, not dense, of several ranks, or without a compiler."""
-        shapes_fit = all(
-            one.shape == a[0].shape and other.shape[1] == one.shape[0] for one, other in zip(a, b, strict=True)
-        )
-        fits = shapes_fit and all(
-            one.dtype == a[0].dtype and one.device.type == "cpu" and one.is_contiguous() for one in (*a, *b)
-        )
-        known = fits and a[0].dtype in FEW_ROWS
-        call = function(f"lora_rows_{a[0].dtype}".replace("torch.", ""), *_ROWS_ARGUMENTS) if known else None
+        dtype, shape = a[0].dtype, a[0].shape
+        dense = all(one.dtype == dtype and one.is_cpu and one.is_contiguous() for one in (*a, *b))
+        one_rank = all(one.shape == shape for one in a) and all(one.shape[1] == shape[0] for one in b)
+        fits = dtype in FEW_ROWS and dense and one_rank
+        call = function(f"lora_rows_{dtype}".replace("torch.", ""), *_ROWS_ARGUMENTS) if fits else None
         return call and cls(call, a, b)
 
     def takes(self, y: torch.Tensor, x: torch.Tensor) -> bool:
@@ -95,11 +92,10 @@ class Cast:
     def __init__(self, flat: torch.Tensor, sizes: Sequence[int]) -> None:
         """`sizes` are the elements of each parameter; they lie end to end in `flat`, which stays where it is."""
         self._flat, self._sizes = flat, list(sizes)
-        starts = [sum(self._sizes[:k]) for k in range(len(self._sizes))]
-        self._arrays = _counts(starts), _counts(self._sizes)
+        self._arrays = _counts([sum(sizes[:k]) for k in range(len(sizes))]), _counts(sizes)
 
     def takes(self, parameters: Sequence[torch.Tensor | None]) -> bool:
-        """Whether `run` can do it; ask each time, since parameters may be replaced."""
+        """Ask each time, since parameters may be replaced."""
         fits = self._flat.dtype == torch.bfloat16 and self._flat.is_cpu and _cast_all() is not None
         return fits and all(
             type(one) is torch.nn.Parameter
@@ -112,16 +108,9 @@ class Cast:
 
     def run(self, parameters: Sequence[torch.Tensor], scales: Sequence[float]) -> bool:
         """Fill the buffer, scaled in fp32 and rounded once; returns whether everything in it is finite."""
-        return bool(
-            _cast_all()(
-                len(parameters),
-                _addresses(parameters),
-                *self._arrays,
-                (ctypes.c_float * len(scales))(*scales),
-                self._flat.data_ptr(),
-                torch.get_num_threads(),
-            )
-        )
+        factors = (ctypes.c_float * len(scales))(*scales)
+        arrays = _addresses(parameters), *self._arrays, factors, self._flat.data_ptr()
+        return bool(_cast_all()(len(parameters), *arrays, torch.get_num_threads()))
 
 
 class Copies:
@@ -133,7 +122,6 @@ class Copies:
         self._to, self._bytes = _addresses(targets), _counts(self._sizes_bytes)
 
     def takes(self, sources: Sequence[torch.Tensor]) -> bool:
-        """Whether `run` can do it: everything is dense, in host memory and of its target's dtype and size."""
         dtype = self._targets[0].dtype
         fits = self._dense and _copy_all() is not None
         return fits and all(
@@ -213,16 +201,9 @@ def _built(compiler: list[str], folder: Path) -> Path:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(
-        command,
-        check=True,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=PATIENCE_S,
-        stdin=subprocess.DEVNULL,
-    )
-    return done.stdout
+    return subprocess.run(
+        command, check=True, capture_output=True, errors="replace", timeout=PATIENCE_S, stdin=subprocess.DEVNULL
+    ).stdout
 
 
 def _processor() -> str:

@@ -19,9 +19,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keeps_state, retention
 from lora_grpo.config import KeepConfig, ModelConfig
 from lora_grpo.engines.base import Engine
-from lora_grpo.engines.joint import EngineInEach
-from lora_grpo.engines.owned import OwnedEngine, owned
-from lora_grpo.engines.rendering import rendering
+from lora_grpo.engines.wrapped import EngineInEach, OwnedEngine, owned, rendering
 from lora_grpo.errors import ConfigError, StoreLocked
 from lora_grpo.grpo.optimizer import build_optimizer
 from lora_grpo.grpo_config import GRPOConfig

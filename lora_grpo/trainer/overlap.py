@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.owned import OwnedEngine
+from lora_grpo.engines.wrapped import OwnedEngine
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError, counted
 from lora_grpo.trainer.rollouts import Rewarded, Rollout, Source, T
 from lora_grpo.worker import Job, Worker

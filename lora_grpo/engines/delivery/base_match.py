@@ -19,19 +19,9 @@ from lora_grpo.engines.packing import PLAIN, digest
 from lora_grpo.errors import UnsupportedAdapter
 from lora_grpo.grpo.processes import Processes
 
-_SHAPES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "norm_eps",
-)
-_KINDS = ("image", "video", "audio")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+_HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
 _NAMED = 3
 
 
@@ -40,9 +30,8 @@ class BaseMatch:
     """What was found equal: `compared` of the trainer's `tensors`, which hold `share` of its base's values. Of those,
     `quantized` are in fewer bits on a side or on both, and equal in the values that they stand for.
 
-    `unread` says of each process that could not read something why, by tensor; it was not compared and nothing is known
-    of it but what the probe shows. `read_s` is what the slowest of the engine's processes took to read its base,
-    `seconds` all of the comparison, reading included.
+    `unread` says of each process why it could not read a tensor, of which nothing is known but what the probe shows.
+    `read_s` is what the slowest process took to read its base, `seconds` all of the comparison, reading included.
     """
 
     tensors: int
@@ -67,14 +56,13 @@ class BaseMatch:
 
 def describe(config: Any, dtype: str) -> BaseDescription:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    shapes = {name: value for name in _SHAPES if (value := getattr(text, name, None)) is not None}
+    values = {name: getattr(text, name, None) for name in (*_SIZES, *_HEADS, *_EPSILONS)}
+    shapes = {name: value for name, value in values.items() if value is not None}
     vocabulary = int(shapes["vocab_size"])
-    return BaseDescription(dtype, shapes, vocabulary, _placeholders(config, vocabulary))
-
-
-def _placeholders(config: Any, vocabulary: int) -> tuple[int, ...]:
-    found = {getattr(config, f"{kind}_token_{field}", None) for kind in _KINDS for field in ("id", "index")}
-    return tuple(sorted(token for token in found if isinstance(token, int) and 0 <= token < vocabulary))
+    kinds, fields = ("image", "video", "audio"), ("id", "index")
+    tokens = {getattr(config, f"{kind}_token_{field}", None) for kind in kinds for field in fields}
+    placeholders = sorted(token for token in tokens if isinstance(token, int) and 0 <= token < vocabulary)
+    return BaseDescription(dtype, shapes, vocabulary, tuple(placeholders))
 
 
 def match_base(engine: Engine, model: nn.Module, processes: Processes) -> BaseMatch:
@@ -90,7 +78,7 @@ def match_base(engine: Engine, model: nn.Module, processes: Processes) -> BaseMa
     for name, tensor in own.items():
         comparison.add(name, tensor)
     processes.each(comparison.require_same)
-    return comparison.result(len(own), time.perf_counter() - started)
+    return comparison.result(time.perf_counter() - started)
 
 
 def _check_same_shapes(engine: BaseDescription, trainer: BaseDescription) -> None:
@@ -103,10 +91,8 @@ def _check_same_shapes(engine: BaseDescription, trainer: BaseDescription) -> Non
 
 
 class _Comparison:
-    """The trainer's tensors, one after the other, against every reading.
-
-    It raises at its end alone: to gather a sharded tensor takes all processes, whatever one of them has found.
-    """
+    """The trainer's tensors, one after the other, against every reading. It raises at its end alone: to gather a
+    sharded tensor takes all processes, whatever one of them has found."""
 
     def __init__(self, readings: Sequence[BaseReading]) -> None:
         self._readings = readings
@@ -115,7 +101,8 @@ class _Comparison:
             self._unread[reading.where] |= dict.fromkeys(reading.unasked, "the trainer's base has no tensor for it")
         self._seen: dict[tuple[int, str, tuple[int, ...]], list[str]] = {}
         self._different: str | None = None
-        self._compared, self._values, self._compared_values, self._quantized = 0, 0, 0, 0
+        self._found: list[tuple[int, bool, bool]] = []
+        """Of each tensor: its values, whether all have it, and whether any keeps it quantized."""
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else plain_values(tensor)
@@ -129,11 +116,8 @@ class _Comparison:
                 everywhere = False
             elif self._digests(tensor, whole, found) != [one for _, one in found.slices]:
                 self._different = self._different or _said(name, tensor, whole, found, reading.where)
-        self._values += whole.numel()
-        self._compared += everywhere
-        self._compared_values += whole.numel() if everywhere else 0
-        there = any(reading.tensors[name].quantized for reading in self._readings) if everywhere else False
-        self._quantized += everywhere and (there or whole is not tensor)
+        there = everywhere and any(reading.tensors[name].quantized for reading in self._readings)
+        self._found.append((whole.numel(), everywhere, there or whole is not tensor))
 
     def _digests(self, tensor: torch.Tensor, whole: torch.Tensor, found: TensorReading) -> list[str]:
         """Of its rows, cut as the engine's slices are. What has two names is read once."""
@@ -148,11 +132,13 @@ class _Comparison:
         if self._different is not None:
             raise UnsupportedAdapter(self._different)
 
-    def result(self, tensors: int, seconds: float) -> BaseMatch:
+    def result(self, seconds: float) -> BaseMatch:
         unread = {where: reasons for where, reasons in self._unread.items() if reasons}
         read_s = max((reading.seconds for reading in self._readings), default=0.0)
-        share = self._compared_values / max(1, self._values)
-        return BaseMatch(tensors, self._compared, share, unread, read_s, seconds, self._quantized)
+        compared = [(values, quantized) for values, everywhere, quantized in self._found if everywhere]
+        share = sum(values for values, _ in compared) / max(1, sum(values for values, *_ in self._found))
+        quantized = sum(quantized for _, quantized in compared)
+        return BaseMatch(len(self._found), len(compared), share, unread, read_s, seconds, quantized)
 
 
 def _said(name: str, tensor: torch.Tensor, whole: torch.Tensor, found: TensorReading, where: str) -> str:

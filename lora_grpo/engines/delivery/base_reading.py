@@ -24,9 +24,7 @@ class TensorReading:
 @dataclass(frozen=True, slots=True)
 class BaseReading:
     """What one engine's process (`where`) read of its base in `seconds`, by checkpoint name, and why not the rest.
-
-    `unasked` are parameters of the engine that no asked name leads to.
-    """
+    `unasked` are parameters of the engine that no asked name leads to."""
 
     where: str
     tensors: dict[str, TensorReading]
@@ -42,7 +40,7 @@ def read_base(runner: Any, shapes: Mapping[str, Sequence[int]], where: str) -> B
     names = NameMap(model)
     tied = runner.model_config.hf_text_config.tie_word_embeddings
     embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), "")
-    read: dict[tuple[Any, ...], TensorReading] = {}
+    read: dict[tuple[Any, ...], TensorReading | str] = {}
     tensors: dict[str, TensorReading] = {}
     unread: dict[str, str] = {}
     reached = set()
@@ -56,13 +54,11 @@ def read_base(runner: Any, shapes: Mapping[str, Sequence[int]], where: str) -> B
         reached.add(place.name)
         module, _, kind = place.name.rpartition(".")
         key = (id(names.modules[module]), kind, place.slices, *shape)
-        if key not in read:
-            found = _read(names, place, tuple(shape) or (1,))
-            if isinstance(found, str):
-                unread[name] = found
-                continue
-            read[key] = found
-        tensors[name] = read[key]
+        found = read[key] = read.get(key) or _read(names, place, tuple(shape) or (1,))
+        if isinstance(found, str):
+            unread[name] = found
+        else:
+            tensors[name] = found
     own = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
     unasked = sorted(name for name in own - reached if not _is_a_scale(names, name))
     return BaseReading(where, tensors, unread, tuple(unasked), time.perf_counter() - started)

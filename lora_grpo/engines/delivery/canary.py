@@ -47,23 +47,17 @@ class CanaryReport:
 
 
 def judge(gap: float, signal: float, noise: float) -> Verdict:
-    """The verdict on a gap.
-
-    A sampler that ignores the adapter has gap = signal. So the gap fails when it is above the noise and as large as
+    """A sampler that ignores the adapter has gap = signal. So the gap fails when it is above the noise and as large as
     half the signal; it passes when the signal is large enough to have shown that. Anything else is inconclusive, NaN
-    fails.
-    """
+    fails."""
     if math.isnan(gap + signal + noise) or gap > max(RESOLUTION * noise, 0.5 * signal):
         return "failed"
     return "ok" if signal > RESOLUTION * noise and gap <= 0.5 * signal else "inconclusive"
 
 
 def compare(served: LogProbs, expected: LogProbs, others: Sequence[LogProbs], noise: float) -> CanaryReport:
-    """Whether log-probs `served` are the `expected` ones and none of the `others`; raises `DeliveryError` when not.
-
-    The signal is the distance to the nearest of the others: "ok" has told the version from each of them. `noise` is
-    in nats per token, as everywhere.
-    """
+    """Whether log-probs `served` are the `expected` ones and none of the `others`; raises `DeliveryError` when not. The
+    signal is the distance to the nearest of the others: "ok" has told the version from each of them."""
     gap = mean_abs_difference(served, expected)
     signal = min((mean_abs_difference(expected, other) for other in others), default=0.0)
     report = CanaryReport(judge(gap, signal, noise), gap, signal, noise, sum(map(len, served)))

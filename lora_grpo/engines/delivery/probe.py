@@ -75,10 +75,7 @@ def prove(
     publish: Callable[[Files], AdapterVersion],
 ) -> tuple[BaseMatch, ProbeReport]:
     """The proofs for this form of adapter, made and added to `proofs` where they are missing; called by all processes.
-
-    The probe is written under `scratch`, or goes through `publish` where servers pull. Raises `UnsupportedAdapter` for
-    another base, `DeliveryError` when the probe does not arrive, `NoRoom` when it does not fit.
-    """
+    Raises as `match_base` and `run_probe`."""
     key = tuple((module.path, module.a_RI.shape[0]) for module in form.modules)
     if key not in proofs:
         matched = next(iter(proofs.values()))[0] if proofs else match_base(engine, model, processes)
@@ -92,7 +89,6 @@ def prove(
 
 
 def check_has_room(max_model_len: int | None) -> None:
-    """Raises `ConfigError` for an engine whose context the probe does not fit."""
     if max_model_len is not None and max_model_len <= TOKENS:
         raise ConfigError(
             f"max_model_len={max_model_len} has no room for the probe of the engine, which scores {TOKENS} tokens: "
@@ -110,9 +106,9 @@ def run_probe(
 ) -> ProbeReport:
     """Prove that `engine` computes what `model` computes, with the base and with a loud adapter; leaves no trace.
 
-    `scratch` is a directory to write the probe under, best one that is swept after a kill; an engine that can only
-    pull from a store gets it by `publish`. Raises `UnsupportedAdapter` when the bases disagree, `DeliveryError` when
-    the adapter does not arrive, `NoRoom` when it does not fit `scratch`.
+    The probe is written under `scratch`, best a directory that is swept after a kill, or goes through `publish` where
+    servers pull. Raises `UnsupportedAdapter` when the bases disagree, `DeliveryError` when the adapter does not arrive,
+    `NoRoom` when it does not fit.
     """
     started = time.perf_counter()
     check_has_room(getattr(engine, "max_model_len", None))
@@ -133,7 +129,11 @@ def run_probe(
     ):
         growth = _growth(model, form.modules, sequences, trainer_base, trainer_probe)
         witness = Witness(sequences, trainer_base, trainer_probe, signal, growth, most_noise)
-        error = max(witness.error(served, noise) for served in _serve(version, engine, sequences))
+        engine.load(version)
+        try:
+            error = max(witness.error(served, noise) for served in _answers(engine, sequences, version))
+        finally:
+            engine.unload(version)
         if is_remote(engine):
             engine.keep_probe(version, witness, noise)
     seconds = time.perf_counter() - started
@@ -154,10 +154,8 @@ def probe_sequences(base: BaseDescription) -> list[list[int]]:
 def loud(
     modules: list[LoraModule], model: nn.Module, sequences: Sequences, base: LogProbs, needed: float
 ) -> Iterator[tuple[LogProbs, float]]:
-    """The model with random A and B, grown until they move its log-probs by `needed` nats; restored to the bit.
-
-    Yields the trainer's log-probs with them, and the movement.
-    """
+    """The model with random A and B, grown until they move its log-probs by `needed` nats; restored to the bit. Yields
+    the trainer's log-probs with them, and the movement."""
     with restored([parameter for module in modules for parameter in (module.a_RI, module.b_OR)]):
         for doubling in range(12):
             _randomise(modules, 0.02 * 2.0**doubling)
@@ -169,9 +167,8 @@ def loud(
             said = f"a large random adapter moves log-probs by {signal:.2g} nats per token, but {needed:.2g} are needed"
             if signal >= MIN_SIGNAL_NATS:
                 raise UnsupportedAdapter(
-                    f"the bases of engine and trainer differ by {needed / SEPARATION:.2g} nats per token, "
-                    f"so nobody can see whether an adapter arrives ({said}): load both from the same "
-                    "checkpoint, with the same attention, scaling and dtype"
+                    f"the bases of engine and trainer differ by {needed / SEPARATION:.2g} nats per token, which hides "
+                    f"adapters ({said}): load both from one checkpoint, with the same attention, scaling and dtype"
                 )
             raise DeliveryError(
                 f"{said}: the model's forward does not compute the adapted layers (is it replaced, or "
@@ -237,16 +234,8 @@ def _jittered(modules: Iterable[nn.Module]) -> Iterator[set[torch.dtype]]:
         yield dtypes
 
 
-def _serve(version: AdapterVersion, engine: Engine, sequences: list[list[int]]) -> list[LogProbs]:
-    engine.load(version)
-    try:
-        return _answers(engine, sequences, version)
-    finally:
-        engine.unload(version)
-
-
 def _answers(engine: Engine, sequences: list[list[int]], adapter: AdapterVersion | None) -> list[LogProbs]:
-    """The log-probs that an engine gives, or each of those that it stands for."""
+    """Of the engine, or of each of those that it stands for."""
     of_each = getattr(engine, "logprobs_of_each", None)
     return of_each(sequences, adapter=adapter) if of_each else [engine.logprobs(sequences, adapter=adapter)]
 

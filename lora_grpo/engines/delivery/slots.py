@@ -8,21 +8,169 @@ stale adapter from a fresh one; the checksum does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
+from lora_grpo.adapters.files.digest import Buffer
 from lora_grpo.adapters.peft_form.files import PREFIX, AdapterFile
-from lora_grpo.adapters.peft_form.serving import all_finite
+from lora_grpo.adapters.peft_form.serving import Held, all_finite
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat import slots as vllm_slots
-from lora_grpo.engines.delivery.binding import TORCH_DTYPES, Binding, Part, raw_bytes
 from lora_grpo.engines.names import NameMap
 from lora_grpo.errors import DeliveryError
+from lora_grpo.kernels import Copies
 
-_FILE_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a file tensor lives in vLLM, or its rows from `first` on where it fills several slices of a layer: a
+    stacked buffer (slots, 1, rows, columns) and its extent there."""
+
+    name: str
+    stacked: Tensor
+    rows: int
+    columns: int
+    first: int = 0
+
+    def view(self, slot: int) -> Tensor:
+        return self.stacked[slot, 0, : self.rows, : self.columns]
+
+    def padding(self, slot: int) -> Iterator[tuple[str, Tensor]]:
+        whole = self.stacked[slot, 0]
+        yield from ((self.name, pad) for pad in (whole[self.rows :], whole[: self.rows, self.columns :]) if pad.numel())
+
+    def read(self, file: AdapterFile) -> Tensor:
+        """A view of a file's mapping."""
+        dtype = _TORCH_DTYPES[file.dtype]
+        start = file.entries[self.name].start + self.first * self.columns * dtype.itemsize
+        flat = torch.frombuffer(file.payload, dtype=dtype, count=self.rows * self.columns, offset=start)
+        return flat.view(self.rows, self.columns)
+
+
+Members: TypeAlias = dict[str, list[tuple[Part, Part] | None]]
+"""A runtime module's A and B by slice, None where a file has none."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A file layout bound to an engine's modules: its parts in payload order, further slices that repeat one of them,
+    and the buffers it leaves at zero."""
+
+    parts: list[Part]
+    repeated: list[tuple[Part, Part]]
+    untouched: list[tuple[str, Tensor]]
+    modules: Members
+    _slots: dict[int, SlotView] = field(default_factory=dict)
+
+    def slot(self, slot: int) -> SlotView:
+        """The buffers of one slot. vLLM never rebinds them, so the views are made once."""
+        if slot not in self._slots:
+            zeros = [(name, stacked[slot]) for name, stacked in self.untouched]
+            for part in (*self.parts, *(again for _, again in self.repeated)):
+                zeros += part.padding(slot)
+            repeats = [(again.name, part.view(slot), again.view(slot)) for part, again in self.repeated]
+            self._slots[slot] = SlotView([part.view(slot) for part in self.parts], zeros, repeats)
+        return self._slots[slot]
+
+    def cut(self, held: Held) -> list[Tensor]:
+        """A file's tensors, each whole and in its order, as the parts are."""
+        if len(held) == len(self.parts):
+            return held
+        whole = dict(zip(dict.fromkeys(part.name for part in self.parts), held, strict=True))
+        return [whole[part.name][part.first : part.first + part.rows] for part in self.parts]
+
+    def tensors(self, file: AdapterFile) -> list[Tensor]:
+        return [part.read(file) for part in self.parts]
+
+
+class SlotView:
+    """One slot's tensors in payload order, what must be zero beside them, and what must repeat one of them."""
+
+    def __init__(
+        self, tensors: list[Tensor], zeros: list[tuple[str, Tensor]], repeats: list[tuple[str, Tensor, Tensor]]
+    ) -> None:
+        self.tensors, self.zeros, self._repeats = tensors, zeros, repeats
+        self._in_place = all(view.device.type == "cpu" for view in tensors)
+        self._buffers = list(self._in_order()) if self._in_place else []
+        self._copies = Copies(tensors)
+
+    @cached_property
+    def _gathered(self) -> tuple[Tensor, list[Tensor]]:
+        """One flat buffer beside the tensors, and its pieces in their shapes."""
+        like = self.tensors[0]
+        flat = torch.empty(sum(t.numel() for t in self.tensors), dtype=like.dtype, device=like.device)
+        pieces = flat.split([tensor.numel() for tensor in self.tensors])
+        return flat, [piece.view(t.shape) for piece, t in zip(pieces, self.tensors, strict=True)]
+
+    @cached_property
+    def _host(self) -> Tensor:
+        return torch.empty(self._gathered[0].numel(), dtype=self.tensors[0].dtype, pin_memory=True)
+
+    @torch.no_grad()
+    def write(self, file: AdapterFile, tensors: list[Tensor]) -> None:
+        """Copy a file's tensors in, wherever they are, and zeros beside them."""
+        if self.tensors[0].device != tensors[0].device:
+            flat, tensors = self._gathered
+            flat.copy_(torch.frombuffer(file.payload, dtype=flat.dtype))
+        if self._copies.takes(tensors):
+            self._copies.run(tensors)
+        else:
+            torch._foreach_copy_(self.tensors, tensors)
+        if self._repeats:
+            torch._foreach_copy_([again for *_, again in self._repeats], [first for _, first, _ in self._repeats])
+        if self.zeros:
+            torch._foreach_zero_([tensor for _, tensor in self.zeros])
+
+    def payload(self) -> Iterator[Buffer]:
+        """The bytes of the slot's tensors, end to end; each piece is good until the next.
+
+        Where they are not plain host memory they are gathered into one flat buffer first, which crosses in one copy.
+        """
+        if self._in_place:
+            for view, copy, buffer in self._buffers:
+                if copy is not None:
+                    copy.copy_(view)
+                yield buffer
+            return
+        flat, pieces = self._gathered
+        torch._foreach_copy_(pieces, self.tensors)
+        yield _raw_bytes(self._host.copy_(flat))
+
+    def _in_order(self) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
+        """Each tensor, a copy to take of it where its bytes do not lie in a row, and the buffer to hash.
+
+        The copies share one room that stays in the processor's cache.
+        """
+        strided = [view for view in self.tensors if not view.is_contiguous()]
+        room = self.tensors[0].new_empty(max((view.numel() for view in strided), default=0))
+        for view in self.tensors:
+            copy = None if view.is_contiguous() else room[: view.numel()].view(view.shape)
+            yield view, copy, _raw_bytes(view if copy is None else copy)
+
+    def stray(self) -> str | None:
+        """The name of the first buffer that holds other values than its file's tensor, or that should be zero."""
+        odd = [(name, tensor.any()) for name, tensor in self.zeros]
+        odd += [(name, (_bits(again) != _bits(first)).any()) for name, first, again in self._repeats]
+        if odd and torch.stack([found for _, found in odd]).any():
+            return next(name for name, found in odd if found)
+        return None
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)
+
+
+def _raw_bytes(tensor: Tensor) -> Any:
+    """The bytes of a tensor, wherever it lives, as a flat buffer (a copy only when it is not contiguous here)."""
+    return tensor.contiguous().cpu().view(torch.uint8).numpy().data.cast("B")
 
 
 class SlotProver:
@@ -36,9 +184,9 @@ class SlotProver:
 
     def bind(self, version: AdapterVersion, file: AdapterFile) -> Binding:
         """Where each tensor of `file` must go; raises `DeliveryError` naming the first that has no place."""
-        expected = _FILE_DTYPES[compat.lora_dtype(self._llm)]
-        if file.dtype != expected:
-            raise DeliveryError(f"{version} is {file.dtype}, the engine keeps adapters in {expected}; publish it so")
+        dtype, expected = str(_TORCH_DTYPES[file.dtype]).removeprefix("torch."), compat.lora_dtype(self._llm)
+        if dtype != expected:
+            raise DeliveryError(f"{version} is {dtype}, the engine keeps adapters in {expected}; publish it so")
         if file.header not in self._bindings:
             self._bindings[file.header] = self._bind(version, file)
         return self._bindings[file.header]
@@ -56,52 +204,38 @@ class SlotProver:
             raise DeliveryError(f"{version} (adapter id {lora_id}) is in no slot of the engine")
         served = binding.slot(slot)
         if file.digest_with(served.payload()) != version.digest:
-            raise DeliveryError(f"{version}: {self._first_difference(binding, file, slot)}")
+            odd_parts = (part for part in binding.parts if _raw_bytes(part.view(slot)) != _raw_bytes(part.read(file)))
+            differing = next((part.name for part in odd_parts), "the copy in memory that was written")
+            raise DeliveryError(f"{version}: {differing} in slot {slot} differs from the published bytes")
         if stray := served.stray():
             raise DeliveryError(f"{version}: {stray} holds values in slot {slot} that the file does not have")
         return len(file.payload)
 
     def _bind(self, version: AdapterVersion, file: AdapterFile) -> Binding:
-        found: dict[str, list[Part]] = {}
-        modules: dict[str, list[tuple[Part, Part] | None]] = {}
-        owners: dict[tuple[str, int], str] = {}
+        found: dict[str, list[Part]] = {name: [] for name in file.entries}
+        modules: Members = {}
         for path in file.paths:
             runtime, slices = self._locate(version, path)
-            self._check_extents(version, file, path, runtime, slices)
             layer = self._modules[runtime]
             a, b = (f"{PREFIX}{path}.lora_{kind}.weight" for kind in "AB")
-            found[a] = [Part(a, layer.lora_a_stacked[index], *file.entries[a].shape) for index in slices]
-            found[b] = _rows_of(b, [layer.lora_b_stacked[index] for index in slices], file.entries[b].shape[1])
+            (rank, inputs), (outputs, _) = file.entries[a].shape, file.entries[b].shape
+            _check_extents(f"{version}: {path}", layer, slices, rank, inputs, outputs)
             members = modules.setdefault(runtime, [None] * len(layer.lora_a_stacked))
-            for index, part_a, part_b in zip(slices, found[a], found[b], strict=True):
-                if (other := owners.setdefault((runtime, index), path)) != path:
-                    raise DeliveryError(f"{version}: {path} and {other} fill the same slice of the engine's {runtime}")
-                members[index] = part_a, part_b
+            for index in slices:
+                if (other := members[index]) is not None:
+                    raise DeliveryError(f"{version}: {a} and {other[0].name} fill the same slice of {runtime}")
+                stacked, above = layer.lora_b_stacked[index], sum(part.rows for part in found[b])
+                found[a].append(Part(a, layer.lora_a_stacked[index], rank, inputs))
+                found[b].append(Part(b, stacked, stacked.shape[2], rank, above))
+                members[index] = found[a][-1], found[b][-1]
         parts: list[Part] = []
-        repeated: list[tuple[int, Part]] = []
-        for name in file.entries:
+        repeated: list[tuple[Part, Part]] = []
+        for name, filled in found.items():
             # A B is cut into its layer's slices, an A is the same in each.
-            cut = len(found[name]) if name.endswith(".lora_B.weight") else 1
-            repeated += [(len(parts), again) for again in found[name][cut:]]
-            parts += found[name][:cut]
-        return Binding(tuple(parts), tuple(repeated), tuple(self._untouched(modules)), modules)
-
-    def _check_extents(
-        self, version: AdapterVersion, file: AdapterFile, path: str, runtime: str, slices: Sequence[int]
-    ) -> None:
-        """A must fill the layer's input and B its output; only the rank may be smaller than the slot's."""
-        layer = self._modules[runtime]
-        most, columns = layer.lora_a_stacked[slices[0]].shape[2:]
-        rows = sum(layer.lora_b_stacked[index].shape[2] for index in slices)
-        (rank, inputs), (outputs, _) = (file.entries[f"{PREFIX}{path}.lora_{kind}.weight"].shape for kind in "AB")
-        for kind, size, room in (("A", inputs, columns), ("B", outputs, rows)):
-            if size != room:
-                raise DeliveryError(
-                    f"{version}: {path} has lora_{kind} of size {size} where the engine's layer has {room}; the "
-                    "adapter belongs to another model"
-                )
-        if rank > most:
-            raise DeliveryError(f"{version}: {path} has rank {rank}, the engine takes at most {most}")
+            cut = len(filled) if name.endswith(".lora_B.weight") else 1
+            parts += filled[:cut]
+            repeated += [(filled[0], again) for again in filled[cut:]]
+        return Binding(parts, repeated, list(self._untouched(modules)), modules)
 
     def _locate(self, version: AdapterVersion, path: str) -> tuple[str, Sequence[int]]:
         """The layer's name, and the indices of the slices of it that `path` fills."""
@@ -113,11 +247,10 @@ class SlotProver:
         nearest = next(iter(get_close_matches(path, self._modules, 1, cutoff=0)), "none")
         raise DeliveryError(
             f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without an error. "
-            f"The nearest name is {nearest}: check the prefix, the layer index, the architecture and "
-            "lora_target_modules"
+            f"The nearest name is {nearest}: check prefix, layer index, architecture and lora_target_modules"
         )
 
-    def _untouched(self, taken: dict[str, list[tuple[Part, Part] | None]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _untouched(self, taken: Members) -> Iterator[tuple[str, Tensor]]:
         for runtime, layer in self._modules.items():
             members = taken.get(runtime, [None] * len(layer.lora_a_stacked))
             stacks = zip(members, layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
@@ -125,11 +258,19 @@ class SlotProver:
                 if member is None:
                     yield from ((f"{runtime}[{index}]", stacked) for stacked in buffers)
 
-    def _first_difference(self, binding: Binding, file: AdapterFile, slot: int) -> str:
-        for part in binding.parts:
-            if raw_bytes(part.view(slot)) != raw_bytes(part.read(file)):
-                return f"{part.name} in slot {slot} differs from the published bytes"
-        return f"slot {slot} differs from the published bytes, as the copy in memory does that it was filled from"
+
+def _check_extents(said: str, layer: Any, slices: Sequence[int], rank: int, inputs: int, outputs: int) -> None:
+    """A must fill the layer's input and B its output; only the rank may be smaller than the slot's."""
+    most, columns = layer.lora_a_stacked[slices[0]].shape[2:]
+    rows = sum(layer.lora_b_stacked[index].shape[2] for index in slices)
+    for kind, size, room in (("A", inputs, columns), ("B", outputs, rows)):
+        if size != room:
+            raise DeliveryError(
+                f"{said} has lora_{kind} of size {size} where the engine's layer has {room}; the adapter belongs to "
+                "another model"
+            )
+    if rank > most:
+        raise DeliveryError(f"{said} has rank {rank}, the engine takes at most {most}")
 
 
 def require_published(version: AdapterVersion, file: AdapterFile) -> None:
@@ -137,17 +278,9 @@ def require_published(version: AdapterVersion, file: AdapterFile) -> None:
     freed KV-cache blocks and poison every later request."""
     if file.digest_with([file.payload]) != version.digest:
         raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
-    dtype = TORCH_DTYPES[file.dtype]
+    dtype = _TORCH_DTYPES[file.dtype]
     if all_finite(torch.frombuffer(file.payload, dtype=dtype)):
         return
     for name, entry in file.entries.items():
         if not torch.frombuffer(file.payload[entry.start : entry.end], dtype=dtype).isfinite().all():
             raise DeliveryError(f"{version}: {name} holds non-finite values")
-
-
-def _rows_of(name: str, stacks: Sequence[torch.Tensor], rank: int) -> list[Part]:
-    """A B's rows, cut as its slices are, one below the other."""
-    parts: list[Part] = []
-    for stacked in stacks:
-        parts.append(Part(name, stacked, stacked.shape[2], rank, sum(part.rows for part in parts)))
-    return parts

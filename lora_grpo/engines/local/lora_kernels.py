@@ -53,7 +53,6 @@ torch.library.register_fake("lora_grpo::add_cpu_lora", lambda *_: None, lib=_lib
 
 
 def applies() -> bool:
-    """Whether these kernels replace vLLM's: on its CPU backend, in a release that they were tested with."""
     return compat.is_cpu() and compat.vllm_release() in TESTED
 
 
@@ -104,7 +103,7 @@ class LayerKernels:
     def add_lora_linear(
         self, y: torch.Tensor, x: torch.Tensor, a_stacked: Stacks, b_stacked: Stacks, scale: float, *_: Any, **__: Any
     ) -> None:
-        """y += scale * the LoRA of x, in place; the stacked slots are those that the layer was given with."""
+        """The stacked slots are those that the layer was given with."""
         if torch.compiler.is_compiling():
             torch.ops.lora_grpo.add_cpu_lora(y, x, a_stacked[0], scale)
         else:

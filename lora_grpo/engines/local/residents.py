@@ -23,8 +23,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import LoadReceipt
 from lora_grpo.engines.compat import ending
 from lora_grpo.engines.compat import slots as vllm_slots
-from lora_grpo.engines.delivery.binding import Binding
-from lora_grpo.engines.delivery.slots import SlotProver, require_published
+from lora_grpo.engines.delivery.slots import Binding, SlotProver, require_published
 from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.local.driving import StepDriver
 from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError
@@ -56,6 +55,8 @@ class Residents(LoadedVersions[Loaded]):
         self._ids = itertools.count(1)
 
     def load(self, version: AdapterVersion, held: Held | None = None) -> LoadReceipt:
+        from vllm.lora.request import LoRARequest
+
         known = self.known(version)
         if known is not None:
             self.add(known)
@@ -69,7 +70,9 @@ class Residents(LoadedVersions[Loaded]):
         binding = self._prover.bind(version, file)
         checked = time.perf_counter()
         self._make_room()
-        loaded = Loaded(version, self._request(version), file, binding)
+        lora_id = next(self._ids)
+        name = f"{version.path.parent.parent.name}-v{version.number}-{lora_id}"
+        loaded = Loaded(version, LoRARequest(name, lora_id, str(version.path)), file, binding)
         with self.boundary(f"load {version}", forget=loaded):
             receipt = self._place_and_prove(loaded, started, checked, held)
             self.add(loaded)
@@ -84,11 +87,11 @@ class Residents(LoadedVersions[Loaded]):
             self._llm.llm_engine.remove_lora(loaded.lora_id)
             self.remove(loaded)
 
-    def slots_for(self, wanted: Sequence[Loaded]) -> int:
+    def slots_for(self, wanted: Sequence[Loaded | None]) -> int:
         """How many versions may share a batch now; raises `EngineError` when those in a rollout hold every slot."""
         answering = self._driver.answering
         free = self._max_loras - len(answering)
-        new = [str(loaded.version) for loaded in wanted if loaded.lora_id not in answering]
+        new = [loaded.version for loaded in wanted if loaded is not None and loaded.lora_id not in answering]
         if new and free < 1:
             raise EngineError(
                 f"{new[0]} cannot be sampled from now: the {len(answering)} versions of a rollout that is not done "
@@ -96,22 +99,20 @@ class Residents(LoadedVersions[Loaded]):
             )
         return free if new else self._max_loras
 
-    def place(self, wanted: Sequence[Loaded]) -> None:
+    def place(self, wanted: Sequence[Loaded | None]) -> None:
         """See to it that every wanted version holds a slot, proving again those that vLLM copies into one."""
-        distinct = {loaded.version.path: loaded for loaded in wanted}
-        for loaded in distinct.values():
+        distinct = {loaded.lora_id: loaded for loaded in wanted if loaded is not None}
+        for lora_id, loaded in distinct.items():
             self.add(loaded)
-            if vllm_slots.slot_of(self._llm, loaded.lora_id) is not None:
-                vllm_slots.touch_adapter(self._llm, loaded.lora_id)
-        for loaded in distinct.values():
-            if vllm_slots.slot_of(self._llm, loaded.lora_id) is None:
+            if vllm_slots.slot_of(self._llm, lora_id) is not None:
+                vllm_slots.touch_adapter(self._llm, lora_id)
+        for lora_id, loaded in distinct.items():
+            if vllm_slots.slot_of(self._llm, lora_id) is None:
                 self._prove_again(loaded)
 
     def prove_all_again(self) -> None:
-        """Every loaded version, none of which can be found until it is proven.
-
-        One that cannot be proven is unloaded; the first such failure is raised when the others are.
-        """
+        """Every loaded version, none of which can be found until it is proven. One that cannot be is unloaded; the
+        first such failure is raised when the others are proven."""
         unproven, self._by_path, failures = self.all(), {}, []
         for loaded in unproven:
             try:
@@ -142,7 +143,7 @@ class Residents(LoadedVersions[Loaded]):
             yield
 
     def _prove_again(self, loaded: Loaded) -> LoadReceipt:
-        """Have a loaded version hold a slot and prove it; a failure unloads it."""
+        """A failure unloads it."""
         started = time.perf_counter()
         with self.boundary(f"activate {loaded.version}", forget=loaded):
             return self._place_and_prove(loaded, started, started)
@@ -158,11 +159,8 @@ class Residents(LoadedVersions[Loaded]):
         return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes, self._loader)
 
     def _give_slot(self, loaded: Loaded, held: Held | None) -> None:
-        """Have vLLM hold it, and in a slot, as the most recently used.
-
-        Its tensors come from where they are `held`, else from the file. Raises `DeliveryError` when vLLM refuses it,
-        or whatever vLLM raises; the adapter is then to be removed.
-        """
+        """Have vLLM hold it, and in a slot, as the most recently used; its tensors come from where they are `held`,
+        else from the file. Raises whatever vLLM raises; the adapter is then to be removed."""
         llm, lora_id, file, binding = self._llm, loaded.lora_id, loaded.file, loaded.binding
         if vllm_slots.slot_of(llm, lora_id) is not None:
             vllm_slots.touch_adapter(llm, lora_id)
@@ -187,12 +185,6 @@ class Residents(LoadedVersions[Loaded]):
             )
         for version in idle[:excess]:
             self.unload(version)
-
-    def _request(self, version: AdapterVersion) -> Any:
-        from vllm.lora.request import LoRARequest
-
-        lora_id = next(self._ids)
-        return LoRARequest(f"{version.path.parent.parent.name}-v{version.number}-{lora_id}", lora_id, str(version.path))
 
 
 def _generators_kept() -> AbstractContextManager[None]:

@@ -65,7 +65,7 @@ class SharedBase:
         for name, parameter in compat.base_parameters(self._llm):
             if parameter.data_ptr() != self._places[name]:
                 raise DeliveryError(
-                    f"the engine has replaced {name}, which it shared with the trainer; build both again"
+                    f"the engine has replaced {name}, which it shared with the trainer; build both anew"
                 )
 
 
@@ -90,15 +90,10 @@ def plain_cpu_weights(*, heads: bool = True) -> AbstractContextManager[None]:
 def check_shareable(arguments: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for arguments of an engine whose weights could not be shared, before it starts."""
     if arguments.get("enable_sleep_mode"):
-        raise ConfigError(
-            "enable_sleep_mode=True with share_base_weights: a sleeping engine frees its weights; leave it out, or "
-            + _OWN_COPY
-        )
+        raise ConfigError(f"enable_sleep_mode=True with share_base_weights: it frees them; leave it out, or {_OWN_COPY}")
     if compat.is_cpu() and compat.vllm_release() not in TESTED_CPU:
-        raise ConfigError(
-            f"share_base_weights on the CPU was not tested with vLLM {'.'.join(map(str, compat.vllm_release()))}; "
-            f"{_OWN_COPY}"
-        )
+        release = ".".join(map(str, compat.vllm_release()))
+        raise ConfigError(f"share_base_weights on the CPU was not tested with vLLM {release}; {_OWN_COPY}")
 
 
 def check_same_function(engine: Engine, model: nn.Module) -> None:
@@ -106,9 +101,7 @@ def check_same_function(engine: Engine, model: nn.Module) -> None:
     sequences = probe_sequences(engine.describe_base())
     gap = mean_abs_difference(engine.logprobs(sequences, adapter=None), teacher_logprobs(model, sequences))
     if not gap <= MAX_BASE_NOISE_NATS:
-        raise _cannot(
-            f"the transformers model on them differs by {gap:.3f} nats per token (at most {MAX_BASE_NOISE_NATS})"
-        )
+        raise _cannot(f"transformers' model on them is {gap:.3f} nats per token off (at most {MAX_BASE_NOISE_NATS})")
 
 
 def _cannot(reason: str) -> UnsupportedAdapter:
@@ -117,8 +110,7 @@ def _cannot(reason: str) -> UnsupportedAdapter:
 
 def _refuse_update(*_: Any, **__: Any) -> None:
     raise ConfigError(
-        "vLLM was asked to load or update weights, but the trainer shares them and would change too. Close "
-        "both and start again with the new checkpoint, or " + _OWN_COPY
+        f"vLLM was asked to change weights that the trainer shares: start both on the new checkpoint, or {_OWN_COPY}"
     )
 
 
@@ -151,8 +143,7 @@ def _skeleton(llm: Any) -> Any:
     persistent = [name for name, _ in model.named_buffers() if name in model.state_dict()]
     if persistent:
         raise _cannot(
-            f"{type(model).__name__} has buffers in its checkpoint ({persistent[0]}), which vLLM keeps in a form of "
-            "its own"
+            f"{type(model).__name__} has buffers in its checkpoint ({persistent[0]}), which vLLM keeps in its own form"
         )
     device = next(iter(compat.base_parameters(llm)))[1].device
     for module in model.modules():
@@ -215,16 +206,12 @@ class FrozenParameter(nn.Parameter):
 
     @property
     def data(self) -> torch.Tensor:
-        raise ConfigError(
-            f"a base parameter's .data cannot be used: {_REASON}; nothing may merge into it or write to it"
-        )
+        raise ConfigError(f"a base parameter's .data cannot be used: {_REASON}; nothing may merge or write into it")
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         if value.data_ptr() != self.data_ptr() or value.dtype != self.dtype or value.shape != self.shape:
-            raise ConfigError(
-                f"a base parameter cannot be replaced, moved or cast: {_REASON}; use share_base_weights=False"
-            )
+            raise ConfigError(f"a base parameter cannot be replaced, moved or cast: {_REASON}; {_OWN_COPY}")
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         if requires_grad:

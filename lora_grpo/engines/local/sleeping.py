@@ -38,10 +38,8 @@ def check_can_ever_sleep(arguments: Mapping[str, Any]) -> None:
 
 
 def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, shared: bool, alive: int) -> None:
-    """Raises `ConfigError` with what stands against putting an engine to sleep.
-
-    `shared`: a trainer's base is a view of its weights; `alive` engines are in this process.
-    """
+    """Raises `ConfigError` with what stands against it. `shared`: a trainer's base is a view of its weights; `alive`
+    engines are in this process."""
     if level not in (1, 2):
         raise ConfigError(f"there is no sleep level {level}: use 1 (weights go to host memory) or 2 (read again)")
     if shared:

@@ -31,7 +31,7 @@ from lora_grpo.state import generators_kept
 
 
 def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
-    """How many versions stay loaded: two more than slots by default. Raises `ConfigError` for what cannot work."""
+    """How many versions stay loaded: two more than slots by default."""
     room = max_loras + 2 if max_cpu_loras is None else max_cpu_loras
     if not 1 <= max_loras <= room:
         raise ConfigError(f"max_loras={max_loras} must be between 1 and max_cpu_loras={room}")
@@ -50,11 +50,7 @@ def start_llm(
     trust_remote_code: bool,
     **arguments: Any,
 ) -> tuple[Any, bool]:
-    """A `vllm.LLM`, and whether its LoRA kernels leave base rows alone in a batch with adapter rows.
-
-    Raises `UnsupportedVersion`, `ConfigError` for a model without LoRA in vLLM, weights that could not be shared or a
-    sleep mode that there is not, or `EngineError`.
-    """
+    """A `vllm.LLM`, and whether its LoRA kernels leave base rows alone in a batch with adapter rows."""
     vllm = compat.import_vllm()
     code: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     arguments = join(serving_arguments(model, arguments.pop("quantization", None), target_modules, **code) | arguments)
@@ -138,11 +134,8 @@ def compiled_with_lora() -> AbstractContextManager[None]:
 
 
 def experts_without_lora() -> AbstractContextManager[None]:
-    """Models that are built within compute their experts as an engine without LoRA does.
-
-    With LoRA on, vLLM picks kernels that could add it to the experts, also where none is wrapped; there are none for
-    the CPU.
-    """
+    """Models that are built within compute their experts as an engine without LoRA does. With LoRA on, vLLM picks
+    kernels that could add it to the experts, also where none is wrapped; there are none for the CPU."""
     layer = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
     stock = layer.FusedMoEConfig
     return replaced(layer, FusedMoEConfig=lambda **settings: stock(**{**settings, "is_lora_enabled": False}))

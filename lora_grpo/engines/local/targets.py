@@ -33,11 +33,9 @@ EXPERTS = "experts"
 
 
 def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> list[str]:
-    """The last names (`q_proj`, ...) of a checkpoint's linear layers, its head left out; reads its config only.
-
-    Of a multimodal one, those of its language model. A wrapped layer costs a kernel at every token whether or not an
-    adapter uses it, and vLLM's wrapped heads drop their LoRA from prompt log-probs.
-    """
+    """The last names (`q_proj`, ...) of a checkpoint's linear layers, its head left out, from its config. A wrapped
+    layer costs a kernel at every token whether or not an adapter uses it, and vLLM's wrapped heads drop their LoRA from
+    prompt log-probs."""
     built = skeleton(model, revision=revision, trust_remote_code=trust_remote_code)
     head = built.get_output_embeddings()
     leaves = {
@@ -51,10 +49,7 @@ def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remot
 
 
 def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """A checkpoint's transformers model without memory, from its config; of a multimodal one its language model alone.
-
-    Raises `ConfigError` where there is none.
-    """
+    """A checkpoint's transformers model without memory, from its config. Raises `ConfigError` where there is none."""
     check_is_base(model, revision=revision)
     config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
     try:
@@ -68,11 +63,8 @@ def serving_arguments(
     model: str | Path, quantization: str | None, target_modules: Sequence[str] | None = None, **code: Any
 ) -> dict[str, Any]:
     """What vLLM is told of a checkpoint: the layers that get LoRA (default: every linear one but the head), to load of
-    a multimodal one the language model alone, and to quantize it if so asked.
-
-    `code` is its revision, and whether its own code is trusted. Raises `ConfigError` where vLLM serves no LoRA on it,
-    as `served_scheme` does, and for layers whose adapter cannot be proven.
-    """
+    a multimodal one the language model alone, and to quantize it if so asked. `code` is its revision, and whether its
+    own code is trusted. Raises `ConfigError` where vLLM serves no LoRA on it, and as `served_scheme` does."""
     check_served(model, **code)
     if EXPERTS in (target_modules or ()):
         raise ConfigError(
@@ -96,9 +88,13 @@ def check_served(model: str | Path, *, revision: str | None = None, trust_remote
         try:
             serves, generates = compat.serves_lora(architecture), compat.generates_text(architecture)
         except (ImportError, RuntimeError) as error:
+            cause: BaseException = error
+            # What it failed of first; transformers says only which of its own modules cannot be imported then.
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
             raise ConfigError(
-                f"vLLM's {architecture} cannot be imported: {_cause(error)}; install what is missing, as built "
-                f"for torch {torch.__version__} (pip, from the index that torch came from: PyPI's builds are for CUDA)"
+                f"vLLM's {architecture} cannot be imported: {cause}; install what is missing, as built for torch "
+                f"{torch.__version__} (pip, from the index that torch came from: PyPI's builds are for CUDA)"
             ) from error
         if not generates:
             raise ConfigError(
@@ -111,15 +107,8 @@ def check_served(model: str | Path, *, revision: str | None = None, trust_remote
     return f"serves {', '.join(config.architectures or ()) or type(config).__name__} with LoRA{alone}"
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What an import failed of first; transformers says only which of its own modules cannot be imported then."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def checkpoint_config(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """A checkpoint's config. Raises `ConfigError` where there is none."""
+    """Raises `ConfigError` where there is none."""
     check_there(model, revision)
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -171,17 +160,12 @@ def check_is_base(model: str | Path, *, revision: str | None = None) -> None:
 _PACKAGES = {"nf4": ("bitsandbytes", "vllm_bnb_plugin"), "w4a16": ("compressed_tensors",)}
 
 
-def served_scheme(
-    model: str | Path, asked: str | None, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Scheme | None:
+def served_scheme(model: str | Path, asked: str | None, **code: Any) -> Scheme | None:
     """How a checkpoint's weights are served: as it has them, or as `asked` ("nf4", vLLM's name for which is
-    "bitsandbytes"); None for plain ones.
-
-    Raises `ConfigError` for a scheme that is not proven to be what the trainer computes, and for missing packages.
-    """
-    config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    "bitsandbytes"); None for plain ones. `code` is as in `serving_arguments`. Raises `ConfigError` for a scheme that is
+    not proven to be what the trainer computes, and for missing packages."""
     try:
-        own = scheme_of(config)
+        own = scheme_of(checkpoint_config(model, **code))
     except UnsupportedAdapter as error:
         raise ConfigError(f"{model}: {error}") from error
     wanted = "nf4" if asked == "bitsandbytes" else asked
@@ -196,7 +180,7 @@ def served_scheme(
             f"{model} is in nf4 already, and vLLM's loader rounds the offset of its scales, so it would compute with "
             "other values than the trainer: name the unquantized checkpoint, with quantization='nf4'"
         )
-    if scheme == "nf4" and _has_experts(model, revision, trust_remote_code):
+    if scheme == "nf4" and any(EXPERTS in name.split(".") for name, _ in skeleton(model, **code).named_modules()):
         raise ConfigError(
             f"quantization='nf4': vLLM quantizes the experts of {model} too, and transformers does not; leave it out, "
             "or choose a base without experts"
@@ -208,11 +192,6 @@ def served_scheme(
             f"pip install --no-deps {' '.join(missing)}, as the plugin would bring the CUDA build"
         )
     return scheme
-
-
-def _has_experts(model: str | Path, revision: str | None, trust_remote_code: bool) -> bool:
-    built = skeleton(model, revision=revision, trust_remote_code=trust_remote_code)
-    return any(EXPERTS in name.split(".") for name, _ in built.named_modules())
 
 
 def full_class(config: Any) -> Any | None:

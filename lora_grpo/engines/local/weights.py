@@ -32,7 +32,6 @@ class PlainEngine:
     """
 
     def __init__(self, model: str | Path, *, lora_rank: int | None = None, prepack: bool = True, **vllm_args: Any):
-        """Other keywords go to `vllm.LLM`. Raises `UnsupportedVersion`, or `EngineError` when vLLM does not start."""
         vllm = compat.import_vllm()
         lora = {} if lora_rank is None else {"enable_lora": True, "max_lora_rank": compat.allowed_rank(lora_rank)}
         plain = plain_cpu_weights(heads=False) if compat.is_cpu() and not prepack else nullcontext()
@@ -43,7 +42,6 @@ class PlainEngine:
         self._requests = 0
 
     def generate(self, prompts: Sequences, sampling: Sampling) -> list[Group]:
-        """One group a prompt, as `Engine.generate`; stamped with no version."""
         model = self._llm.llm_engine.vllm_config.model_config
         requests.check_fits(prompts, [sampling.max_tokens] * len(prompts), model.max_model_len, model.get_vocab_size())
         sampling_P = requests.sampling_by_prompt(sampling, len(prompts))
@@ -54,16 +52,12 @@ class PlainEngine:
         return requests.to_groups([list(ids) for ids in prompts], prompts, sampling_P, completions)
 
     def logprobs(self, sequences: Sequences) -> LogProbs:
-        """Teacher-forced log-probs at temperature 1 of tokens 1..T-1 of each sequence."""
         params = requests.sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
         return requests.scored_tokens(self._run(sequences, [params] * len(sequences)), sequences)
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], *, at_once: bool = False) -> int:
-        """Put checkpoint tensors in place of the engine's: one at a time as they come, or `at_once`, and where weights
-        are prepacked (CPU) all through `reload_weights`. Every member of a fused layer must be among them.
-
-        Returns how many calls of vLLM's it took.
-        """
+        """Put checkpoint tensors in place of the engine's, every member of a fused layer among them; returns how many
+        calls of vLLM's it took: one a tensor, one `at_once`, or where weights are prepacked (CPU) `reload_weights`."""
         if compat.is_cpu():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named)})
             return 1
@@ -75,12 +69,11 @@ class PlainEngine:
         return calls
 
     def reset_prefix_cache(self) -> None:
-        """Forget the keys and values that earlier weights made. Raises `EngineError` when vLLM refuses."""
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM did not reset its prefix cache; are there unfinished requests?")
 
     def load_adapter(self, path: Path) -> Any:
-        """Give vLLM a PEFT directory under a fresh id and name, and serve it from now on; returns the request."""
+        """Give vLLM a PEFT directory under a fresh id and name, and serve it from now on."""
         from vllm.lora.request import LoRARequest
 
         self._requests += 1
@@ -93,11 +86,10 @@ class PlainEngine:
         self._request = request
 
     def linear_weight(self, path: str, shape: Sequence[int]) -> torch.Tensor:
-        """A writable view of the engine's weight for a checkpoint's layer at `path`: of a fused one, its rows."""
+        """A writable view: of a fused layer, its rows."""
         return view_of(f"{path}.weight", shape, dict(compat.base_parameters(self._llm)), self._names)[1]
 
     def layer_of(self, path: str) -> str | None:
-        """The engine's layer that holds what a checkpoint has at `path`, alone or fused with others."""
         place = self._names.module(path)
         return None if place is None else place.name
 
@@ -110,12 +102,8 @@ class PlainEngine:
         del self._llm, self._names
 
     def _run(self, ids_B: Sequences, params_B: Sequence[Any]) -> list[Any]:
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": list(ids)} for ids in ids_B],
-            list(params_B),
-            lora_request=self._request,
-            use_tqdm=False,
-        )
+        prompts = [{"prompt_token_ids": list(ids)} for ids in ids_B]
+        outputs = self._llm.generate(prompts, list(params_B), lora_request=self._request, use_tqdm=False)
         if len(outputs) != len(ids_B):
             raise EngineError(f"vLLM answered {len(outputs)} of {len(ids_B)} requests")
         return list(outputs)
@@ -131,7 +119,6 @@ def drop_weights(engine: Any) -> None:
 
 
 def version_tensors(engine: VLLMEngine, version: AdapterVersion, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `PlainEngine.lora_tensors`, of a version that our engine has loaded."""
     return slot_tensors(engine._llm, engine._find(version).request.lora_int_id, path)
 
 

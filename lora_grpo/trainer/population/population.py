@@ -12,8 +12,8 @@ from typing import Literal, Self
 
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
-from lora_grpo.engines.rendering import RenderingEngine
 from lora_grpo.engines.requests import sampling_by_prompt
+from lora_grpo.engines.wrapped import RenderingEngine
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer.crew import launched
