@@ -43,11 +43,9 @@ def take_canary(
     most_noise: float,
 ) -> CanaryReport:
     """Inside `weights` the model is the policy that `rows` are stamped with; it computes `batch_rows` at a time.
-
     `known_noise` (nats, at `temperature`) stands in where the completions are too short to measure it. Noise counts up
     to `most_noise` (nats, at temperature 1): a base that is another one must not widen its own limit. Raises
-    `ConfigError` when no token of them was sampled, or greedily.
-    """
+    `ConfigError` when no token of them was sampled, or greedily."""
     if not temperature > 0:
         raise ConfigError(f"temperature={temperature}: greedy completions carry log-probs at 1; pass temperature=1")
     sampler = _sampled((completion.logprobs for _, completion in rows), rows)

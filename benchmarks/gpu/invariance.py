@@ -32,6 +32,8 @@ def measure(model: Path, device: str) -> dict[str, Any]:
     from lora_grpo.engines import compat
 
     compat.import_vllm()
+    from vllm import envs
+
     rows, length = SIZES[device.partition(":")[0]]
     with tempfile.TemporaryDirectory() as folder:
         limits = {"max_model_len": 256, "max_num_seqs": rows, "gpu_memory_utilization": 0.2}
@@ -42,7 +44,7 @@ def measure(model: Path, device: str) -> dict[str, Any]:
         strategy.sync()
         shares = {"with_adapter": equal_share(strategy, rows, length), "without_adapter": without}
         strategy.close()
-    asked = os.environ.get("VLLM_BATCH_INVARIANT") == "1" and compat.reads_variable("VLLM_BATCH_INVARIANT")
+    asked = os.environ.get("VLLM_BATCH_INVARIANT") == "1" and "VLLM_BATCH_INVARIANT" in envs.environment_variables
     return {"batch_invariant": asked, **shares, "tokens": rows * length, "model": model.name}
 
 

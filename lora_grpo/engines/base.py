@@ -119,8 +119,7 @@ class RemoteEngine(Engine, Protocol):
         """`logprobs` of each server in use."""
 
     def keep_probe(self, version: AdapterVersion, witness: Witness, noise: float) -> None:
-        """Prove with this probe every server that restarts; `noise` is the servers' on the base, nats. Its files are
-        copied."""
+        """Prove every server that restarts with a copy of this probe; `noise` is the servers' on the base, nats."""
 
 
 def is_remote(engine: Engine) -> TypeGuard[RemoteEngine]:

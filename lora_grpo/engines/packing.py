@@ -39,8 +39,7 @@ def digest(rows: torch.Tensor, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A tensor as it was before a layer packed it: digests of the layer's slices, in `dtype`. Of a quantized one they
-    are of the values that it stands for."""
+    """A tensor before it was packed: digests of its layer's slices in `dtype`, of the values that it stands for."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -10,8 +10,7 @@ _MARK = "lora_grpo_wrapped"
 
 
 def wrap_once(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Have `wrapper` called in place of `owner.name`, which it is given first; nothing where that was done, or there is
-    no such name."""
+    """Have `wrapper` called in place of `owner.name`, which it is given first, if there is such a name; done once."""
     stock: Any = getattr(owner, name, None)
     if stock is not None and not is_wrapped(owner, name):
 

@@ -175,8 +175,7 @@ def request_seeds(sampling_P: Sequence[Sampling]) -> list[list[int]]:
 
 
 def sampling_fields(sampling: Sampling, seed: int, placeholders: Sequence[int] = ()) -> dict[str, Any]:
-    """One sample of one prompt in vLLM's words, with the log-prob of each sampled token; none of `placeholders` is
-    sampled."""
+    """One sample of one prompt in vLLM's words, with its tokens' log-probs; none of `placeholders` is sampled."""
     alike = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "ignore_eos")
     return {
         **{name: getattr(sampling, name) for name in alike},

@@ -75,8 +75,7 @@ def register() -> None:
 
 
 def _offer_base_reading() -> None:
-    """Workers can read their base, and the API has the route, but in releases whose server is built otherwise than
-    0.32's."""
+    """For workers and for the API, which has no route in releases whose server is built otherwise than 0.32's."""
     setattr(importlib.import_module("vllm.v1.worker.worker_base").WorkerBase, _READ_BASE, _read_base)
 
     def register_api_routers(stock: Any, args: Any, api: Any, *rest: Any) -> None:

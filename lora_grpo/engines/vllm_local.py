@@ -18,7 +18,7 @@ from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
 from lora_grpo.engines.local.driving import StepDriver, Turn
 from lora_grpo.engines.local.residents import Loaded, Residents
 from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
-from lora_grpo.engines.local.sleeping import Asleep, check_base_is_back, check_may_sleep, score_base
+from lora_grpo.engines.local.sleeping import check_base_is_back, check_may_sleep, score_base
 from lora_grpo.engines.local.starting import adapter_room, start_llm
 from lora_grpo.errors import EngineError, UnknownVersion
 from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
@@ -58,10 +58,9 @@ class VLLMEngine:
         `max_lora_rank` is rounded up to a value that vLLM takes. `max_loras` versions can share a batch, and
         `max_cpu_loras` (default: two more) stay loaded. When there are more, the least recently used is unloaded.
         `target_modules` are the layers wrapped for LoRA, by last name (default: every linear layer but the head).
-        `cpu_lora_kernels=False` keeps vLLM's own CPU LoRA code (slower; base rows then get separate batches).
-        `direct_load=False` uses vLLM's own loader, which is slower.
-        `share_base_weights` keeps the weights in a form that `shared_model` can use. It is needed only on the CPU, and
-        makes decoding slower there. Other keywords go to `vllm.LLM`.
+        `cpu_lora_kernels=False` and `direct_load=False` use vLLM's own CPU LoRA code (base rows then get separate
+        batches) and loader, which are slower. `share_base_weights` keeps the weights as `shared_model` can use them; it
+        is needed on the CPU alone, where it slows decoding. Other keywords go to `vllm.LLM`.
         Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.
         """
         room = {"max_loras": max_loras, "max_cpu_loras": adapter_room(max_loras, max_cpu_loras)}
@@ -77,7 +76,8 @@ class VLLMEngine:
             **vllm_args,
         )
         self._open, self._turn, self._let_go = llm, Turn(), hold(llm, self)
-        self._asleep: Asleep | None = None
+        self._asleep: tuple[int, LogProbs] | None = None
+        """The level that it sleeps at, and the base's log-probs before it did."""
         self._shared: SharedBase | None = None
         with vllm_boundary(f"take adapters on {model}", self.close):
             self._driver = StepDriver(llm, self._turn)
@@ -138,10 +138,8 @@ class VLLMEngine:
         """Sample `sampling.n` completions of each prompt: P groups in the prompts' order, of G completions each.
 
         A prompt is text, a list of token ids, or a list of chat messages. `adapter` is the version to sample from, or
-        a list of P versions; None is the base model. Each completion holds its text, token ids, log-probs (nats, of
-        the distribution that was sampled from) and the number of the version that made it.
-
-        `sampling` may also be a list of P settings, for prompts that are sampled differently in one batch.
+        a list of P; None is the base model. `sampling` may be a list of P too. Each completion holds its text, token
+        ids, log-probs (nats, of the distribution that was sampled from) and the number of the version that made it.
         Raises `ConfigError` for a prompt that is empty or, with `sampling.max_tokens`, longer than `max_model_len`,
         `UnknownVersion` for a version that is not loaded, `EngineError` when vLLM fails (its requests are aborted).
         """
@@ -201,9 +199,9 @@ class VLLMEngine:
             self._check_awake()
             check_may_sleep(self._llm, level, self.loaded(), shared=self._shared is not None, alive=engines_alive())
             with vllm_boundary("fall asleep", self.close):
-                asleep = Asleep(level, score_base(self))
+                before = score_base(self)
                 self._llm.sleep(level)
-                self._asleep = asleep
+                self._asleep = level, before
 
     def wake_up(self) -> None:
         """Be what the engine was before `sleep`: the base compared, and every loaded version proven again.
@@ -216,8 +214,8 @@ class VLLMEngine:
             if asleep is None:
                 return
             with vllm_boundary("wake up", self.close):
-                compat.wake_up(llm, asleep.level)
-                check_base_is_back(self, asleep)
+                compat.wake_up(llm, asleep[0])
+                check_base_is_back(self, *asleep)
             self._residents.prove_all_again()
 
     def close(self) -> None:

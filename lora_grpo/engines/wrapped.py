@@ -43,12 +43,10 @@ def _done(name: str) -> Any:
 
 
 class OwnedEngine:
-    """An engine that steps, for use from any thread. `worker` owns it: rollouts are its jobs, all else its calls.
-
-    Only one thread may use such an engine, which calls `between_steps` before each of its steps; its other methods may
-    be called from inside. So a load waits for one engine step at most, not for the rollout. After a step that never
-    ended, the engine holds nothing that anyone could ask for, and is left as it is until the process ends.
-    """
+    """An engine that steps, for use from any thread. `worker` owns it: rollouts are its jobs, all else its calls. Only
+    one thread may use such an engine, which calls `between_steps` before each of its steps; its other methods may be
+    called from inside. So a load waits for one engine step at most, not for the rollout. After a step that never ended,
+    the engine holds nothing that anyone could ask for, and is left as it is until the process ends."""
 
     def __init__(self, engine: Any, worker: Worker) -> None:
         self.worker, self._engine = worker, engine

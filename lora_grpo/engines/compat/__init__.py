@@ -115,13 +115,6 @@ def default_environment(release: tuple[int, int]) -> dict[str, str]:
     return switches
 
 
-def reads_variable(name: str) -> bool:
-    """Whether the installed vLLM knows an environment variable of its own."""
-    from vllm import envs
-
-    return name in envs.environment_variables
-
-
 def compute_capability() -> tuple[int, int] | None:
     """The CUDA device's compute capability; None on other platforms."""
     from vllm.platforms import current_platform
@@ -137,10 +130,8 @@ def is_cpu() -> bool:
 
 
 def serves_lora(architecture: str) -> bool:
-    """Whether vLLM's class for an architecture takes LoRA, as it may where vLLM has none of its own.
-
-    Raises `ImportError` where that class needs a package that there is not.
-    """
+    """Whether vLLM's class for an architecture takes LoRA, as it may where vLLM has none of its own. Raises
+    `ImportError` where that class needs a package that there is not."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.interfaces import supports_lora
 
@@ -150,9 +141,7 @@ def serves_lora(architecture: str) -> bool:
 
 def generates_text(architecture: str) -> bool:
     """Whether vLLM samples from an architecture, by its class, or by the name's ending where vLLM has none of its own.
-
-    Raises as `serves_lora`.
-    """
+    Raises as `serves_lora`."""
     from vllm import ModelRegistry
     from vllm.config.model import try_match_architecture_defaults
     from vllm.model_executor.models.interfaces_base import is_pooling_model, is_text_generation_model
@@ -174,10 +163,8 @@ def allowed_rank(rank: int) -> int:
 
 
 def base_rows_are_safe() -> bool:
-    """Whether stock kernels leave base rows alone in a batch with adapter rows.
-
-    vLLM's CPU kernels before 0.33 index the last slot with the base's -1 and give its adapter to base rows.
-    """
+    """Whether stock kernels leave base rows alone in a batch with adapter rows. vLLM's CPU kernels before 0.33 index
+    the last slot with the base's -1 and give its adapter to base rows."""
     return not is_cpu() or vllm_release() >= (0, 33)
 
 
@@ -210,19 +197,15 @@ def sleep_mode(llm: Any) -> bool:
 
 
 def slots_outlive_level_2() -> bool:
-    """Whether adapter slots keep their values in a sleep at level 2.
-
-    Up to 0.32 they lie in the weights' memory pool, which that level discards, and count as active afterwards. From
-    0.33 they have a pool of their own, which every level keeps.
-    """
+    """Whether adapter slots keep their values in a sleep at level 2. Up to 0.32 they lie in the weights' memory pool,
+    which that level discards, and count as active afterwards. From 0.33 they have a pool of their own, which every
+    level keeps."""
     return vllm_release() >= (0, 33)
 
 
 def reads_base_again() -> bool:
-    """Whether an engine with LoRA can read its base from its files again, which waking from level 2 takes.
-
-    Up to 0.27 `reload_weights` meets the wrapped layers, whose weights have other names than the files', and raises.
-    """
+    """Whether an engine with LoRA can read its base from its files again, which waking from level 2 takes. Up to 0.27
+    `reload_weights` meets the wrapped layers, whose weights have other names than the files', and raises."""
     return vllm_release() >= (0, 28)
 
 

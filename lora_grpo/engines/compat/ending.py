@@ -30,10 +30,8 @@ _SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"
 
 def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's arguments for the process group that there is, asked before an engine starts: a trainer's is joined, and
-    left as it is.
-
-    Raises `ConfigError` for an engine over several devices, and where the trainer's process group is still missing.
-    """
+    left as it is. Raises `ConfigError` for an engine over several devices, and where the trainer's process group is
+    still missing."""
     for name in _SPLIT:
         if arguments.get(name, 1) != 1:
             raise ConfigError(
@@ -55,10 +53,8 @@ def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hold(llm: Any, owner: object) -> Callable[[], object]:
-    """Count it among the engines of this process, until what is returned is called, which stops it.
-
-    So does dropping its `owner` without that, as a notebook's cell does that is run again.
-    """
+    """Count it among the engines of this process, until what is returned is called, which stops it. So does dropping
+    its `owner` without that, as a notebook's cell does that is run again."""
     _alive.add(id(llm))
     stopping = weakref.finalize(owner, let_go, llm)
     stopping.atexit = False
@@ -77,9 +73,7 @@ def engines_alive() -> int:
 @contextmanager
 def vllm_boundary(doing: str, clean_up: Callable[[], object] = lambda: None) -> Iterator[None]:
     """After a failure inside, Ctrl-C included, `clean_up` and raise: our errors as they are, vLLM's as `EngineError`.
-
-    `doing` completes the sentence "vLLM could not ...".
-    """
+    `doing` completes the sentence "vLLM could not ..."."""
     try:
         yield
     except BaseException as error:
@@ -90,12 +84,10 @@ def vllm_boundary(doing: str, clean_up: Callable[[], object] = lambda: None) -> 
 
 
 def abort_everything(llm: Any) -> None:
-    """Drop every unfinished request, and the prefix cache with what they put into it.
-
-    After an exception in a step vLLM keeps the requests scheduled, and its next `generate` would spin on them forever.
-    It enters a prompt's blocks into the prefix cache when it schedules them, before their keys and values are computed
-    (vllm#50283): the same prompt would then be answered from memory that nothing was written to.
-    """
+    """Drop every unfinished request, and the prefix cache with what they put into it. After an exception in a step vLLM
+    keeps the requests scheduled, and its next `generate` would spin on them forever. It enters a prompt's blocks into
+    the prefix cache when it schedules them, before their keys and values are computed (vllm#50283): the same prompt
+    would then be answered from memory that nothing was written to."""
     engine = llm.llm_engine
     leftovers = list(engine.output_processor.request_states)
     if leftovers:
@@ -115,11 +107,9 @@ def _forget_rows(llm: Any) -> None:
 
 
 def shutdown(llm: Any, *, last: bool) -> None:
-    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too.
-
-    What vLLM 0.32 does by itself, also when an engine is collected, tears that down always: other engines could
-    not take another step, and a trainer whose process group was joined could not either.
-    """
+    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too. What vLLM 0.32 does by
+    itself, also when an engine is collected, tears that down always: other engines could not take another step, and a
+    trainer whose process group was joined could not either."""
     client = llm.llm_engine.engine_core
     if last:
         _forget_addresses()

@@ -27,12 +27,10 @@ def kernel_is_mended() -> bool:
 
 
 def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None) -> None:
-    """Have vLLM's LoRA expand kernel run with one pipeline stage where two give NaN; nothing elsewhere.
-
-    On Hopper the kernel of layers with one slice (o_proj, down_proj) is miscompiled with more (vllm#48590,
-    triton#9433); vLLM 0.33 does the same by itself. The probe at the engine's start would find a NaN that is left.
-    Raises `UnsupportedVersion` where the kernel's module is not what it was read to be.
-    """
+    """Have vLLM's LoRA expand kernel run with one pipeline stage where two give NaN; nothing elsewhere. On Hopper the
+    kernel of layers with one slice (o_proj, down_proj) is miscompiled with more (vllm#48590, triton#9433); vLLM 0.33
+    does the same by itself. The probe at the engine's start would find a NaN that is left. Raises `UnsupportedVersion`
+    where the kernel's module is not what it was read to be."""
     if capability != HOPPER or release >= MENDED_IN:
         return
     kernel = importlib.import_module(_KERNEL)
@@ -45,10 +43,8 @@ def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None) -
 
 
 def take_whole() -> None:
-    """vLLM takes adapters of layers that a checkpoint holds as one tensor in the only form that PEFT writes.
-
-    Its loader expects a tensor a slice of these classes, and serves the same layer of others whole (Phi-3, GLM-4V).
-    """
+    """vLLM takes adapters of layers that a checkpoint holds as one tensor in the only form that PEFT writes. Its loader
+    expects a tensor a slice of these classes, and serves the same layer of others whole (Phi-3, GLM-4V)."""
 
     def mapping(stock: Any, model: Any, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
         return {**stock(model, *args, **kwargs), **{name: [name] for name in _WHOLE.get(type(model).__name__, ())}}
@@ -57,21 +53,17 @@ def take_whole() -> None:
 
 
 def look_at_models_here() -> None:
-    """vLLM looks at a model's class in this process.
-
-    It has another process do that, lest CUDA start here, and that one imports vLLM anew: about 10 s for each class that
-    vLLM's cache folder does not know. Where the engine computes in this process, CUDA starts here anyway.
-    """
+    """vLLM looks at a model's class in this process. It has another process do that, lest CUDA start here, and that one
+    imports vLLM anew: about 10 s for each class that vLLM's cache folder does not know. Where the engine computes in
+    this process, CUDA starts here anyway."""
     registry = importlib.import_module("vllm.model_executor.models.registry")
     wrap_once(registry, "_run_in_subprocess", lambda _, look: look())
 
 
 def turn_every_head() -> None:
-    """Queries whose heads have a dimension of their own take the plain form of rotary embeddings.
-
-    Of such a query (tokens, heads, head size) vLLM's CPU kernel turns every head but the first as if it were another
-    token's: LFM2 and MLA models come out wrong, their log-probs by .2 to .5 nats.
-    """
+    """Queries whose heads have a dimension of their own take the plain form of rotary embeddings. Of such a query
+    (tokens, heads, head size) vLLM's CPU kernel turns every head but the first as if it were another token's: LFM2 and
+    MLA models come out wrong, their log-probs by .2 to .5 nats."""
 
     def forward_cpu(stock: Any, self: Any, positions: Any, query: Any, key: Any = None) -> Any:
         if (positions.dim(), query.dim()) == (1, 3):
@@ -83,12 +75,10 @@ def turn_every_head() -> None:
 
 
 def keep_seeds() -> None:
-    """On vLLM's V1 CPU runner a seed gives the same tokens however its prompt was cut into steps.
-
-    Each such step draws a token that is thrown away, and the runner then sets the request's generator back by CUDA's
-    `set_offset`, which a CPU generator does not have. Here it is set to the state it had. A runner with other methods,
-    which a release may have, is left alone.
-    """
+    """On vLLM's V1 CPU runner a seed gives the same tokens however its prompt was cut into steps. Each such step draws
+    a token that is thrown away, and the runner then sets the request's generator back by CUDA's `set_offset`, which a
+    CPU generator does not have. Here it is set to the state it had. A runner with other methods, which a release may
+    have, is left alone."""
 
     def sample(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         generators = self.input_batch.generators

@@ -14,12 +14,9 @@ def lora_manager(llm: Any) -> Any:
 
 
 def wrapped_modules(llm: Any) -> dict[str, Any]:
-    """vLLM's LoRA-wrapped layers by runtime name (fused ones under their fused name).
-
-    Each has tuples `lora_a_stacked` and `lora_b_stacked` with a tensor (slots, 1, rank, in) or (slots, 1, out, rank) a
-    slice; an unfused layer has one slice. Raises `ConfigError` for heads, embeddings and experts, whose buffers are
-    laid out otherwise.
-    """
+    """vLLM's LoRA-wrapped layers by runtime name (fused ones under their fused name). Each has tuples `lora_a_stacked`
+    and `lora_b_stacked` with a tensor (slots, 1, rank, in) or (slots, 1, out, rank) a slice; an unfused layer has one
+    slice. Raises `ConfigError` for heads, embeddings and experts, whose buffers are laid out otherwise."""
     modules = dict(lora_manager(llm).modules)
     for name, layer in modules.items():
         if not isinstance(layer.lora_a_stacked, tuple):
@@ -42,9 +39,7 @@ def slot_of(llm: Any, lora_id: int) -> int | None:
 
 def register_adapter(llm: Any, lora_id: int, rank: int, layers: Mapping[str, Any]) -> None:
     """Enter an adapter among vLLM's loaded ones as its own loader leaves it, the least recently used making room.
-
-    `layers` are by runtime name, each as `lora_layer` makes it; `rank` is the largest among them.
-    """
+    `layers` are by runtime name, each as `lora_layer` makes it; `rank` is the largest among them."""
     from vllm.lora.lora_model import LoRAModel
 
     manager = lora_manager(llm)
@@ -58,10 +53,8 @@ def register_adapter(llm: Any, lora_id: int, rank: int, layers: Mapping[str, Any
 
 
 def lora_layer(name: str, members: Sequence[tuple[Any, Any] | None]) -> Any:
-    """vLLM's form of one layer's (A, B) of each slice, None for a slice without LoRA.
-
-    Nothing scales them (scaling 1), so vLLM, which multiplies in place, never writes to them.
-    """
+    """vLLM's form of one layer's (A, B) of each slice, None for a slice without LoRA. Nothing scales them (scaling 1),
+    so vLLM, which multiplies in place, never writes to them."""
     from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
 
     rank = max(pair[0].shape[0] for pair in members if pair is not None)

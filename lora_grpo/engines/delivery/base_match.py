@@ -28,11 +28,9 @@ _NAMED = 3
 @dataclass(frozen=True, slots=True)
 class BaseMatch:
     """What was found equal: `compared` of the trainer's `tensors`, which hold `share` of its base's values. Of those,
-    `quantized` are in fewer bits on a side or on both, and equal in the values that they stand for.
-
-    `unread` says of each process why it could not read a tensor, of which nothing is known but what the probe shows.
-    `read_s` is what the slowest process took to read its base, `seconds` all of the comparison, reading included.
-    """
+    `quantized` are in fewer bits on a side or on both, and equal in the values that they stand for. `unread` says of
+    each process why it could not read a tensor, of which nothing is known but what the probe shows. `read_s` is what
+    the slowest process took to read its base, `seconds` all of the comparison, reading included."""
 
     tensors: int
     compared: int
@@ -66,10 +64,8 @@ def describe(config: Any, dtype: str) -> BaseDescription:
 
 
 def match_base(engine: Engine, model: nn.Module, processes: Processes) -> BaseMatch:
-    """Compare the base of a PEFT `model` with what each of the engine's processes reads of its own.
-
-    Called by all of `processes` together. Raises `UnsupportedAdapter` naming the first thing that differs.
-    """
+    """Compare the base of a PEFT `model` with what each of the engine's processes reads of its own. Called by all of
+    `processes` together. Raises `UnsupportedAdapter` naming the first thing that differs."""
     started = time.perf_counter()
     served, config = engine.describe_base(), peft_model_of(model).base_model.model.config
     processes.each(lambda: _check_same_shapes(served, describe(config, served.dtype)))

@@ -104,12 +104,10 @@ def run_probe(
     *,
     publish: Callable[[Files], AdapterVersion] | None = None,
 ) -> ProbeReport:
-    """Prove that `engine` computes what `model` computes, with the base and with a loud adapter; leaves no trace.
-
-    The probe is written under `scratch`, best a directory that is swept after a kill, or goes through `publish` where
+    """Prove that `engine` computes what `model` computes, with the base and with a loud adapter; leaves no trace. The
+    probe is written under `scratch`, best a directory that is swept after a kill, or goes through `publish` where
     servers pull. Raises `UnsupportedAdapter` when the bases disagree, `DeliveryError` when the adapter does not arrive,
-    `NoRoom` when it does not fit.
-    """
+    `NoRoom` when it does not fit."""
     started = time.perf_counter()
     check_has_room(getattr(engine, "max_model_len", None))
     sequences = probe_sequences(engine.describe_base())

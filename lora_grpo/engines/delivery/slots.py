@@ -130,10 +130,8 @@ class SlotView:
             torch._foreach_zero_([tensor for _, tensor in self.zeros])
 
     def payload(self) -> Iterator[Buffer]:
-        """The bytes of the slot's tensors, end to end; each piece is good until the next.
-
-        Where they are not plain host memory they are gathered into one flat buffer first, which crosses in one copy.
-        """
+        """The bytes of the slot's tensors, end to end; each piece is good until the next. Where they are not plain host
+        memory they are gathered into one flat buffer first, which crosses in one copy."""
         if self._in_place:
             for view, copy, buffer in self._buffers:
                 if copy is not None:
@@ -145,10 +143,8 @@ class SlotView:
         yield _raw_bytes(self._host.copy_(flat))
 
     def _in_order(self) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
-        """Each tensor, a copy to take of it where its bytes do not lie in a row, and the buffer to hash.
-
-        The copies share one room that stays in the processor's cache.
-        """
+        """Each tensor, a copy to take of it where its bytes do not lie in a row, and the buffer to hash. The copies
+        share one room that stays in the processor's cache."""
         strided = [view for view in self.tensors if not view.is_contiguous()]
         room = self.tensors[0].new_empty(max((view.numel() for view in strided), default=0))
         for view in self.tensors:

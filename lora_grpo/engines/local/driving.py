@@ -15,12 +15,10 @@ _WAITING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Turn:
-    """Every call of an engine takes it. A call from inside another, between two steps, is part of that one's.
-
-    vLLM that is left in the middle of a step does not find out of it again. So a signal whose handler is Python's, as
-    Ctrl-C's is, is handled between two steps; a second one while the first still waits is handled at once, and the
-    engine then has to be started again.
-    """
+    """Every call of an engine takes it. A call from inside another, between two steps, is part of that one's. vLLM that
+    is left in the middle of a step does not find out of it again. So a signal whose handler is Python's, as Ctrl-C's
+    is, is handled between two steps; a second one while the first still waits is handled at once, and the engine then
+    has to be started again."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -96,10 +94,8 @@ class StepDriver:
         """Called before each step of vLLM; whatever it asks of the engine is done before the rollout goes on."""
 
     def run(self, prompts: Sequence[Any], params: Sequence[Any], lora_requests: Sequence[Any]) -> list[Any]:
-        """vLLM's outputs in the order of the prompts.
-
-        Raises what vLLM or `between_steps` raises, and `EngineError` for lost requests; the caller aborts what is left.
-        """
+        """vLLM's outputs in the order of the prompts. Raises what vLLM or `between_steps` raises, and `EngineError` for
+        lost requests; the caller aborts what is left."""
         named = Counter({request.lora_int_id for request in lora_requests if request is not None})
         self.answering += named
         try:

@@ -42,9 +42,7 @@ _library.define("add_cpu_lora(Tensor(a!) y, Tensor x, Tensor a_stacked, float sc
 
 def _add_cpu_lora(y: torch.Tensor, x: torch.Tensor, a_stacked: torch.Tensor, scale: float) -> None:
     """`LayerKernels.add` of the layer whose first stacked A this is: one operator, which a compiler does not look into.
-
-    Compiled code is given the tensor anew at each call, so it holds for another engine, and in another process.
-    """
+    Compiled code is given the tensor anew at each call, so it holds for another engine, and in another process."""
     _layers[a_stacked.data_ptr()].add(y, x, scale)
 
 
@@ -114,14 +112,10 @@ class LayerKernels:
         y_NO = y if y.ndim == 2 else y.view(-1, y.shape[-1])
         x_NI = x if x.ndim == 2 else x.view(-1, x.shape[-1])
         for slot, rows in self._wrapper.lora_segments:
+            y_nO = y_NO[rows]
+            self._slots[slot].add(y_nO, x_NI[rows], scale)
             if isinstance(rows, torch.Tensor):
-                y_nO = y_NO[rows]
-                self._slots[slot].add(y_nO, x_NI[rows], scale)
                 y_NO[rows] = y_nO
-            elif rows.start == 0 and rows.stop == y_NO.shape[0]:
-                self._slots[slot].add(y_NO, x_NI, scale)
-            else:
-                self._slots[slot].add(y_NO[rows], x_NI[rows], scale)
 
 
 class _Slot:
@@ -153,10 +147,8 @@ class _Slot:
 
 
 def adjoin(stacks: Stacks) -> Stacks:
-    """The stacked A's of a fused layer again, now one above the other in one buffer (slots, 1, slices * rank, in).
-
-    They are written to as before; a slot's, read as one matrix, take one product instead of one a slice.
-    """
+    """The stacked A's of a fused layer again, now one above the other in one buffer (slots, 1, slices * rank, in). They
+    are written to as before; a slot's, read as one matrix, take one product instead of one a slice."""
     ranks = [stack.shape[2] for stack in stacks]
     return torch.cat(stacks, dim=2).split(ranks, dim=2)
 

@@ -125,11 +125,9 @@ class Residents(LoadedVersions[Loaded]):
 
     @contextmanager
     def boundary(self, doing: str, *, forget: Loaded | None = None, stepping: bool = False) -> Iterator[None]:
-        """A failure inside leaves nothing scheduled that was, and nothing of the version to `forget`.
-
-        vLLM draws from torch's global generators; a trainer in this process finds them as it left them, unless it goes
-        on in another thread: what it draws meanwhile would come again.
-        """
+        """A failure inside leaves nothing scheduled that was, and nothing of the version to `forget`. vLLM draws from
+        torch's global generators; a trainer in this process finds them as it left them, unless it goes on in another
+        thread: what it draws meanwhile would come again."""
 
         def clean_up() -> None:
             if stepping or (forget is not None and forget.lora_id in self._driver.answering):

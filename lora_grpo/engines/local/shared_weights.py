@@ -53,9 +53,7 @@ class SharedBase:
 
     def check_untouched(self) -> None:
         """Raises `DeliveryError` when the shared weights were written to, or the engine has put others in their place.
-
-        Sees what autograd's version counters see: in-place writes through any view that is not `.data`.
-        """
+        Sees what autograd's version counters see: in-place writes through any view that is not `.data`."""
         for name, tensor in self._tensors.items():
             if tensor._version != self._writes[name]:
                 raise DeliveryError(
@@ -70,11 +68,9 @@ class SharedBase:
 
 
 def plain_cpu_weights(*, heads: bool = True) -> AbstractContextManager[None]:
-    """Meanwhile, vLLM's CPU backend keeps the linear weights that it loads as they are and computes with `F.linear`.
-
-    By itself it prepacks them into buffers that nothing else can read; no switch of its own prevents that in 0.26 to
-    0.33. `heads=False` leaves it the output layer, of which it packs a second copy.
-    """
+    """Meanwhile, vLLM's CPU backend keeps the linear weights that it loads as they are and computes with `F.linear`. By
+    itself it prepacks them into buffers that nothing else can read; no switch of its own prevents that in 0.26 to 0.33.
+    `heads=False` leaves it the output layer, of which it packs a second copy."""
     layers = importlib.import_module("vllm.model_executor.layers.utils")
     stock = layers.dispatch_cpu_unquantized_gemm
 
@@ -197,11 +193,9 @@ _REASON = "an engine computes with the same memory"
 
 
 class FrozenParameter(nn.Parameter):
-    """A view of an engine's weights. Reading costs what it costs of any parameter.
-
-    Every in-place method and `.data`, which PEFT's merge and optimizers write through, raise `ConfigError`. Casting or
-    moving it is refused too: that would be a second copy. `copy.deepcopy` gives an ordinary parameter.
-    """
+    """A view of an engine's weights. Reading costs what it costs of any parameter. Every in-place method and `.data`,
+    which PEFT's merge and optimizers write through, raise `ConfigError`. Casting or moving it is refused too: that
+    would be a second copy. `copy.deepcopy` gives an ordinary parameter."""
 
     def __new__(cls, view: torch.Tensor) -> Self:
         return torch.Tensor._make_subclass(cls, view, False)

@@ -8,7 +8,6 @@ process.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lora_grpo.adapters.version import AdapterVersion
@@ -21,14 +20,6 @@ from lora_grpo.types import LogProbs
 
 SAME_BASE_NATS = 0.02
 """What two scorings of the same tokens on the same weights may differ by, mean a token."""
-
-
-@dataclass(frozen=True)
-class Asleep:
-    """The level that an engine sleeps at, and the base's log-probs of `probe_sequences` before it did."""
-
-    level: int
-    base_logprobs: LogProbs
 
 
 def check_can_ever_sleep(arguments: Mapping[str, Any]) -> None:
@@ -73,12 +64,12 @@ def _check_can_wake_from_level_2(loaded: Sequence[AdapterVersion]) -> None:
         )
 
 
-def check_base_is_back(engine: Engine, asleep: Asleep) -> None:
-    """Raises `DeliveryError` unless the base computes what it did before."""
-    gap = mean_abs_difference(score_base(engine), asleep.base_logprobs)
+def check_base_is_back(engine: Engine, level: int, before: LogProbs) -> None:
+    """Raises `DeliveryError` unless the base scores as it did `before`."""
+    gap = mean_abs_difference(score_base(engine), before)
     if not gap <= SAME_BASE_NATS:
         raise DeliveryError(
-            f"after sleep level {asleep.level} the base is not the same: its log-probs differ by {gap:.3f} nats per "
+            f"after sleep level {level} the base is not the same: its log-probs differ by {gap:.3f} nats per "
             f"token (at most {SAME_BASE_NATS}); the engine is closed, start another"
         )
 

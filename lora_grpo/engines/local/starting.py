@@ -153,11 +153,9 @@ def make_expert_group() -> None:
 
 @contextmanager
 def classes_kept() -> Iterator[None]:
-    """Engines that start within compile a class of their own, and leave transformers' classes as they are.
-
-    A model that vLLM has no class for is served through transformers' class, and vLLM puts its compiler into that class
-    itself: a trainer's model of the same class could neither be built nor called any more, whichever came first.
-    """
+    """Engines that start within compile a class of their own, and leave transformers' classes as they are. A model that
+    vLLM has no class for is served through transformers' class, and vLLM puts its compiler into that class itself: a
+    trainer's model of the same class could neither be built nor called any more, whichever came first."""
     backend = importlib.import_module("vllm.model_executor.models.transformers.base").Base
     decorate, build = backend._decorate_cls_for_torch_compile, backend.__init__
     wanted: dict[int, list[tuple[type, dict[str, Any]]]] = {}

@@ -24,12 +24,10 @@ from lora_grpo.types import Group, LogProbs, Sampling, Sequences
 
 
 class PlainEngine:
-    """A stock in-process vLLM engine.
-
-    Without LoRA by default, which is what merged weights are served best from; `lora_rank` has it take adapters with
-    vLLM's own loader and kernels. `prepack=False` keeps the CPU backend's linear weights as plain tensors that can be
-    written to (its prepacked ones cannot, and are what it computes faster with).
-    """
+    """A stock in-process vLLM engine. Without LoRA by default, which is what merged weights are served best from;
+    `lora_rank` has it take adapters with vLLM's own loader and kernels. `prepack=False` keeps the CPU backend's linear
+    weights as plain tensors that can be written to (its prepacked ones cannot, and are what it computes faster
+    with)."""
 
     def __init__(self, model: str | Path, *, lora_rank: int | None = None, prepack: bool = True, **vllm_args: Any):
         vllm = compat.import_vllm()
@@ -62,11 +60,8 @@ class PlainEngine:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named)})
             return 1
         model = compat.runner(self._llm).get_model()
-        calls = 0
-        for batch in (named,) if at_once else ([one] for one in named):
-            model.load_weights(batch)
-            calls += 1
-        return calls
+        batches = [named] if at_once else ([one] for one in named)
+        return len([model.load_weights(batch) for batch in batches])
 
     def reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
