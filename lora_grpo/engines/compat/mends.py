@@ -124,9 +124,8 @@ def allow_tiles() -> None:
     torch.cpu._is_amx_tile_supported = bool
     why = "a thread's alternative signal stack is too small for them" if refused == errno.ENOSPC else "arch_prctl"
     warnings.warn(
-        f"this processor has AMX tiles, but the kernel refuses them to this process ({why}: {os.strerror(refused)}): "
-        "vLLM computes without them, more slowly; a Linux from 5.16 on, whose sandbox lets arch_prctl through, gives "
-        "them",
+        f"this processor has AMX tiles, but the kernel refuses them ({why}: {os.strerror(refused)}): vLLM computes "
+        "without them, more slowly; a Linux from 5.16 on, whose sandbox lets arch_prctl through, gives them",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -20,9 +20,7 @@ def wrapped_modules(llm: Any) -> dict[str, Any]:
     modules = dict(lora_manager(llm).modules)
     for name, layer in modules.items():
         if not isinstance(layer.lora_a_stacked, tuple):
-            raise ConfigError(
-                f"an adapter of {name} ({type(layer).__name__}) cannot be proven; leave it out of target_modules"
-            )
+            raise ConfigError(f"{name} ({type(layer).__name__}) cannot be proven; leave it out of target_modules")
     return modules
 
 

@@ -79,11 +79,9 @@ def match_base(engine: Engine, model: nn.Module, processes: Processes) -> BaseMa
 
 def _check_same_shapes(engine: BaseDescription, trainer: BaseDescription) -> None:
     for field, size in engine.shapes.items():
-        if trainer.shapes.get(field, size) != size:
-            raise UnsupportedAdapter(
-                f"the engine's base has {field}={size}, the trainer's {trainer.shapes[field]}; load both from the "
-                "same checkpoint"
-            )
+        own = trainer.shapes.get(field, size)
+        if own != size:
+            raise UnsupportedAdapter(f"the engine's base has {field}={size}, the trainer's {own}: load one checkpoint")
 
 
 class _Comparison:
@@ -140,11 +138,10 @@ class _Comparison:
 def _said(name: str, tensor: torch.Tensor, whole: torch.Tensor, found: TensorReading, where: str) -> str:
     dtypes = f" ({found.dtype} there, {_short(whole.dtype)} here)" if found.dtype != _short(whole.dtype) else ""
     if found.quantized or whole is not tensor:
-        here = "quantized" if whole is not tensor else "plain"
+        there, here = ("quantized" if is_so else "plain" for is_so in (found.quantized, whole is not tensor))
         return (
-            f"{name} stands for other values in {where} ({'quantized' if found.quantized else 'plain'}) than in the "
-            f"trainer ({here}): load both from one checkpoint in one scheme, such as [model] quantization = 'nf4', "
-            "which sets both sides (servers: `lora-grpo serve --quantization nf4`), and merge nothing into it"
+            f"{name} stands for other values in {where} ({there}) than in the trainer ({here}): load both from one "
+            "checkpoint in one scheme ([model] quantization, `lora-grpo serve --quantization`) with nothing merged in"
         )
     return (
         f"{name} differs between {where} and the trainer{dtypes}; load both from the same checkpoint and revision, and "

@@ -97,8 +97,7 @@ class Witness:
         if not error <= most:
             raise DeliveryError(
                 f"the engine does not apply the adapter as the trainer does: log-probs differ by {error:.3g} nats "
-                f"where the adapter moves them by {self.signal:.3g} (at most {most:.3g}; base noise {noise:.3g}); the "
-                "path into vLLM is broken"
+                f"where the adapter moves them by {self.signal:.3g} (at most {most:.3g}; base noise {noise:.3g})"
             )
         return error
 
@@ -108,7 +107,6 @@ def base_noise(served: LogProbs, trainer: LogProbs, most: float) -> float:
     if not noise <= most:
         raise UnsupportedAdapter(
             f"the bases of engine and trainer differ by {noise:.3g} nats per token, but rounding explains {most:.3g} "
-            "at most: load both from the same checkpoint, in dtypes that the model supports, and make sure that "
-            "nothing changes what the trainer's modules compute (a hook, attention's scaling)"
+            "at most: load both from one checkpoint, in a dtype that it supports, without hooks or another attention"
         )
     return noise

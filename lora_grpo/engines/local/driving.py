@@ -41,10 +41,7 @@ class Turn:
                 yield
             else:
                 if self._torn and not last:
-                    raise EngineError(
-                        "this engine was interrupted twice, the second time in the middle of a step, so its state "
-                        "is unknown: close it and start another"
-                    )
+                    raise EngineError("interrupted twice, so in the middle of a step: close this engine, start another")
                 self._holder = f"thread {threading.current_thread().name!r} is in {doing}"
                 with self._interrupts_waiting():
                     yield

@@ -43,8 +43,7 @@ class SharedBase:
         self.model = _skeleton(llm)
         served = dict(compat.base_parameters(llm))
         _fill(self.model, served, NameMap(compat.runner(llm).get_model()))
-        self._tensors = {name: p.detach() for name, p in self.model.named_parameters()}
-        self._writes = {name: tensor._version for name, tensor in self._tensors.items()}
+        self._tensors = [(name, p.detach(), p._version) for name, p in self.model.named_parameters()]
         self._places = {name: parameter.data_ptr() for name, parameter in served.items()}
 
     def keep(self) -> None:
@@ -54,17 +53,12 @@ class SharedBase:
     def check_untouched(self) -> None:
         """Raises `DeliveryError` when the shared weights were written to, or the engine has put others in their place.
         Sees what autograd's version counters see: in-place writes through any view that is not `.data`."""
-        for name, tensor in self._tensors.items():
-            if tensor._version != self._writes[name]:
-                raise DeliveryError(
-                    f"{name}, which trainer and engine share, was changed: neither has the checkpoint's base any "
-                    "more; start both again"
-                )
+        for name, tensor, version in self._tensors:
+            if tensor._version != version:
+                raise DeliveryError(f"{name}, which trainer and engine share, was changed; start both again")
         for name, parameter in compat.base_parameters(self._llm):
             if parameter.data_ptr() != self._places[name]:
-                raise DeliveryError(
-                    f"the engine has replaced {name}, which it shared with the trainer; build both anew"
-                )
+                raise DeliveryError(f"the engine replaced {name}, which it shared with the trainer; start both again")
 
 
 def plain_cpu_weights(*, heads: bool = True) -> AbstractContextManager[None]:
@@ -107,9 +101,7 @@ def _cannot(reason: str) -> UnsupportedAdapter:
 
 
 def _refuse_update(*_: Any, **__: Any) -> None:
-    raise ConfigError(
-        f"vLLM was asked to change weights that the trainer shares: start both on the new checkpoint, or {_OWN_COPY}"
-    )
+    raise ConfigError(f"vLLM may not change weights that a trainer shares: start both on the new ones, or {_OWN_COPY}")
 
 
 def _check_engine(llm: Any) -> None:
@@ -123,9 +115,8 @@ def _check_engine(llm: Any) -> None:
         "it has prepacked its weights (build it with share_base_weights=True)": packed,
         "its weights are inference tensors, which autograd cannot go through": inference,
     }
-    for reason, stands_against in found.items():
-        if stands_against:
-            raise _cannot(reason)
+    if reasons := [reason for reason, stands_against in found.items() if stands_against]:
+        raise _cannot(reasons[0])
 
 
 def _skeleton(llm: Any) -> Any:
@@ -140,9 +131,7 @@ def _skeleton(llm: Any) -> Any:
     model.config._name_or_path = settings.model
     persistent = [name for name, _ in model.named_buffers() if name in model.state_dict()]
     if persistent:
-        raise _cannot(
-            f"{type(model).__name__} has buffers in its checkpoint ({persistent[0]}), which vLLM keeps in its own form"
-        )
+        raise _cannot(f"its checkpoint has buffers ({persistent[0]}), which vLLM keeps in a form of its own")
     device = next(iter(compat.base_parameters(llm)))[1].device
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -34,17 +34,14 @@ def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, s
     if level not in (1, 2):
         raise ConfigError(f"there is no sleep level {level}: use 1 (weights go to host memory) or 2 (read again)")
     if shared:
-        raise ConfigError(
-            "the trainer shares this engine's weights, and sleep would free them; do not sleep, or give the "
-            "trainer its own copy (share_base_weights=False)"
-        )
+        raise ConfigError("sleep would free the weights that the trainer shares; start with share_base_weights=False")
     if not compat.sleep_mode(llm):
         raise ConfigError("the engine was not started with enable_sleep_mode=True (GPUs only), so it cannot sleep")
     if llm.llm_engine.has_unfinished_requests():
         raise ConfigError("the engine is answering requests, and sleep would abort them; sleep when they are done")
     if alive > 1:
         raise ConfigError(
-            f"{alive} engines are alive in this process, and vLLM would unmap the memory of all; close the others first"
+            f"{alive} engines are alive in this process, and vLLM would unmap all; close the others first"
         )
     if level == 2:
         _check_can_wake_from_level_2(loaded)

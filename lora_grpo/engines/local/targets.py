@@ -67,9 +67,7 @@ def serving_arguments(
     own code is trusted. Raises `ConfigError` where vLLM serves no LoRA on it, and as `served_scheme` does."""
     check_served(model, **code)
     if EXPERTS in (target_modules or ()):
-        raise ConfigError(
-            f"target_modules names {EXPERTS!r}: an adapter on experts of a mixture cannot be proven; leave it out"
-        )
+        raise ConfigError(f"target_modules names {EXPERTS!r}, whose adapter cannot be proven; leave it out")
     told: dict[str, Any] = {"lora_target_modules": list(target_modules or linear_leaves(model, **code))}
     if full_class(checkpoint_config(model, **code)) is not None:
         told["language_model_only"] = True
@@ -126,9 +124,8 @@ def check_there(model: str | Path, revision: str | None = None) -> None:
     why = out_of_reach()
     if why and not is_cached(str(model), revision):
         raise ConfigError(
-            f"model {str(model)!r} is not a directory here, the hub's cache ({constants.HF_HUB_CACHE}) does not have "
-            f"it, and {why}: name its directory, connect to the network (HTTPS_PROXY and HF_ENDPOINT work), or copy "
-            "the cache from a machine with a network (hf download)"
+            f"model {str(model)!r} is no directory here, the hub's cache ({constants.HF_HUB_CACHE}) does not have it, "
+            f"and {why}: name its directory, connect (HTTPS_PROXY and HF_ENDPOINT work), or copy a cache (hf download)"
         )
 
 
@@ -171,9 +168,7 @@ def served_scheme(model: str | Path, asked: str | None, **code: Any) -> Scheme |
     wanted = "nf4" if asked == "bitsandbytes" else asked
     check_quantization(asked)
     if wanted and own not in (None, wanted):
-        raise ConfigError(
-            f"quantization={asked!r}: {model} is {own} already; leave it out, or name an unquantized checkpoint"
-        )
+        raise ConfigError(f"quantization={asked!r}: {model} is {own} already; leave it out, or name a plain checkpoint")
     scheme: Scheme | None = own if wanted is None else "nf4"
     if own == "nf4":
         raise ConfigError(
