@@ -18,7 +18,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines import packing
 from lora_grpo.engines.base import BaseDescription
 from lora_grpo.engines.delivery.base_match import describe, match_base
-from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
+from lora_grpo.engines.names import BaseReading, read_base
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError, UnsupportedAdapter
 from lora_grpo.grpo.processes import Processes

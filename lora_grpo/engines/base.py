@@ -13,8 +13,8 @@ from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.peft_form.serving import Held
-    from lora_grpo.engines.delivery.base_reading import BaseReading
     from lora_grpo.engines.delivery.canary import Witness
+    from lora_grpo.engines.names import BaseReading
 
 Proof: TypeAlias = Literal["slots", "behaviour", "none"]
 """What a load was proven by: the slot contents, log-probs over a wire, or nothing (a fake)."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from lora_grpo.adapters.peft_form.serving import Held
-    from lora_grpo.engines.delivery.base_reading import BaseReading
+    from lora_grpo.engines.names import BaseReading
 
 Reply: TypeAlias = Callable[[Prompt, AdapterVersion | None, int], str]
 """(prompt, version or None for the base, the request's seed) -> the completion's text."""

@@ -89,7 +89,7 @@ def _offer_base_reading() -> None:
 
 
 def _read_base(worker: Any, shapes: str) -> str:
-    from lora_grpo.engines.delivery.base_reading import read_base
+    from lora_grpo.engines.names import read_base
 
     return json.dumps(asdict(read_base(worker.model_runner, json.loads(shapes), f"worker {worker.rank}")))
 

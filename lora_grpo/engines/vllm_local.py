@@ -14,12 +14,12 @@ from lora_grpo.engines import compat, requests
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.compat.ending import engines_alive, hold, vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
-from lora_grpo.engines.delivery.base_reading import BaseReading, read_base
 from lora_grpo.engines.local.driving import StepDriver, Turn
 from lora_grpo.engines.local.residents import Loaded, Residents
 from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
 from lora_grpo.engines.local.sleeping import check_base_is_back, check_may_sleep, score_base
 from lora_grpo.engines.local.starting import adapter_room, start_llm
+from lora_grpo.engines.names import BaseReading, read_base
 from lora_grpo.errors import EngineError, UnknownVersion
 from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 

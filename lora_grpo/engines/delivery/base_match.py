@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from lora_grpo.adapters.peft_form.modules import base_tensors, peft_model_of
 from lora_grpo.adapters.peft_form.quantized import plain_values, shape_of
 from lora_grpo.engines.base import BaseDescription, Engine
-from lora_grpo.engines.delivery.base_reading import BaseReading, TensorReading
+from lora_grpo.engines.names import BaseReading, TensorReading
 from lora_grpo.engines.packing import PLAIN, digest
 from lora_grpo.errors import UnsupportedAdapter
 from lora_grpo.grpo.processes import Processes

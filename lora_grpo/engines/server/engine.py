@@ -24,11 +24,11 @@ from lora_grpo.config import server_addresses
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.delivery.base_match import describe
-from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import Witness
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.delivery.slots import require_published
 from lora_grpo.engines.local.targets import checkpoint_config
+from lora_grpo.engines.names import BaseReading
 from lora_grpo.engines.requests import adapters_by_prompt, asked, check_fits, request_seeds, to_groups
 from lora_grpo.engines.server.client import Client
 from lora_grpo.engines.server.connect import slots_of, write_rank_probe

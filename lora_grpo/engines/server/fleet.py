@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from lora_grpo.engines.delivery.base_reading import BaseReading
 from lora_grpo.engines.delivery.canary import CanaryReport
+from lora_grpo.engines.names import BaseReading
 from lora_grpo.engines.server.client import Client, Unreachable
 from lora_grpo.engines.server.connect import connect, models
 from lora_grpo.engines.server.names import Names
