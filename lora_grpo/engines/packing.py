@@ -4,7 +4,6 @@ quantized ones that a CPU computes with plainly."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +55,8 @@ def read_before_packing() -> None:
     """From now on, in this process: whatever the CPU backend packs is read first."""
 
     def dispatch(stock: Any, layer: Any, remove_weight: bool) -> None:
-        before = dict(_readable(layer)) if remove_weight else {}
+        found = {kind: getattr(layer, kind, None) for kind in ("weight", "bias")} if remove_weight else {}
+        before = {kind: one.data for kind, one in found.items() if one is not None and _is_readable(one)}
         read = {kind: _before(layer, tensor, tensor.dtype) for kind, tensor in before.items()}
         stock(layer, remove_weight)
         packed = {kind: read[kind] for kind, tensor in before.items() if not _still(layer, kind, tensor)}
@@ -112,11 +112,8 @@ def _int4_values(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return columns * scale.float().repeat_interleave(columns.shape[1] // scale.shape[1], 1)
 
 
-def _readable(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for kind in ("weight", "bias"):
-        tensor = getattr(layer, kind, None)
-        if tensor is not None and not tensor.is_meta and tensor.numel() and tensor.dtype in PLAIN:
-            yield kind, tensor.data
+def _is_readable(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and tensor.numel() > 0 and tensor.dtype in PLAIN
 
 
 def _before(layer: Any, tensor: torch.Tensor, dtype: torch.dtype, *, quantized: bool = False) -> Packed:

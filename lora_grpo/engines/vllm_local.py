@@ -25,7 +25,8 @@ from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 
 
 class VLLMEngine:
-    """An in-process vLLM engine that serves immutable adapter versions and proves each one it loads.
+    """An in-process vLLM engine that serves immutable adapter versions and proves each one it loads. A prompt with its
+    completion has at most `max_model_len` tokens.
 
     >>> engine = VLLMEngine(base, max_lora_rank=16)
     >>> [group] = engine.generate(["2+2="], Sampling(n=4, max_tokens=8), adapter=None)  # None: the base
@@ -34,6 +35,9 @@ class VLLMEngine:
     """
 
     proof: Proof = "slots"
+    max_lora_rank: int
+    max_model_len: int
+    tokenizer: Any
 
     def __init__(
         self,
@@ -82,7 +86,8 @@ class VLLMEngine:
         with vllm_boundary(f"take adapters on {model}", self.close):
             self._driver = StepDriver(llm, self._turn)
             self._residents = Residents(llm, self._driver, direct=direct_load, **room)
-            self._tokenizer = llm.get_tokenizer()
+            self.tokenizer = llm.get_tokenizer()
+            self.max_model_len = int(llm.llm_engine.vllm_config.model_config.max_model_len)
 
     @property
     def device(self) -> torch.device:
@@ -92,16 +97,6 @@ class VLLMEngine:
     @property
     def lora_dtype(self) -> str:
         return compat.lora_dtype(self._llm)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer that text and chat prompts are encoded with."""
-        return self._tokenizer
-
-    @property
-    def max_model_len(self) -> int:
-        """The most tokens of a prompt with its completion."""
-        return int(self._llm.llm_engine.vllm_config.model_config.max_model_len)
 
     @property
     def between_steps(self) -> Callable[[], None] | None:
@@ -144,7 +139,7 @@ class VLLMEngine:
         `UnknownVersion` for a version that is not loaded, `EngineError` when vLLM fails (its requests are aborted).
         """
         base = self.describe_base()
-        ids_P, sampling_P = requests.asked(self._tokenizer, prompts, sampling, self.max_model_len, base)
+        ids_P, sampling_P = requests.asked(self.tokenizer, prompts, sampling, self.max_model_len, base)
         adapter_P = requests.adapters_by_prompt(adapter, len(prompts))
         seeds_PG = requests.request_seeds(sampling_P)
         rows = [
