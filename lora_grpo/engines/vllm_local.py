@@ -70,15 +70,10 @@ class VLLMEngine:
         room = {"max_loras": max_loras, "max_cpu_loras": adapter_room(max_loras, max_cpu_loras)}
         self.max_lora_rank = compat.allowed_rank(max_lora_rank)
         vllm_args |= {"dtype": dtype, "max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
-        vllm_args |= {"max_lora_rank": self.max_lora_rank, "revision": revision, **room}
-        llm, self._mixes_base = start_llm(
-            str(model),
-            target_modules=target_modules,
-            cpu_lora_kernels=cpu_lora_kernels,
-            share_base_weights=share_base_weights,
-            trust_remote_code=trust_remote_code,
-            **vllm_args,
-        )
+        vllm_args |= {"max_lora_rank": self.max_lora_rank, **room}
+        code = {"revision": revision, "trust_remote_code": trust_remote_code}
+        how = {"kernels": cpu_lora_kernels, "share": share_base_weights}
+        llm, self._mixes_base = start_llm(str(model), code, target_modules, vllm_args, **how)
         self._open, self._turn, self._let_go = llm, Turn(), hold(llm, self)
         self._asleep: tuple[int, LogProbs] | None = None
         """The level that it sleeps at, and the base's log-probs before it did."""

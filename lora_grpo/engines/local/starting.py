@@ -41,26 +41,19 @@ def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
 
 
 def start_llm(
-    model: str,
-    *,
-    target_modules: Sequence[str] | None,
-    cpu_lora_kernels: bool,
-    share_base_weights: bool,
-    revision: str | None,
-    trust_remote_code: bool,
-    **arguments: Any,
+    model: str, code: dict[str, Any], layers: Sequence[str] | None, asked: dict[str, Any], *, kernels: bool, share: bool
 ) -> tuple[Any, bool]:
-    """A `vllm.LLM`, and whether its LoRA kernels leave base rows alone in a batch with adapter rows."""
+    """A `vllm.LLM` with LoRA on `layers`, and whether its kernels leave base rows alone in a batch with adapter rows;
+    `code` is as in `serving_arguments`."""
     vllm = compat.import_vllm()
-    code: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    arguments = join(serving_arguments(model, arguments.pop("quantization", None), target_modules, **code) | arguments)
+    arguments = join(serving_arguments(model, asked.pop("quantization", None), layers, **code) | asked)
     check_can_ever_sleep(arguments)
-    if share_base_weights:
+    if share:
         check_shareable(arguments)
     # Ours need slots and activations of one dtype; vLLM's own convert.
     one_dtype = arguments.get("lora_dtype") in (None, "auto", arguments.get("dtype"))
-    kernels = cpu_lora_kernels and lora_kernels.applies() and one_dtype
-    compiles = kernels and not share_base_weights and not arguments.get("enforce_eager") and can_compile()
+    kernels = kernels and lora_kernels.applies() and one_dtype
+    compiles = kernels and not share and not arguments.get("enforce_eager") and can_compile()
     if compiles:
         # Part of the key of vLLM's compile cache, which looks a model up by its config before it traces anything, and
         # would find one with other kernels.
@@ -73,7 +66,7 @@ def start_llm(
         vllm_boundary(f"start on {model}"),
         # vLLM seeds them all with 0: a program that was seeded before would draw the same with every seed.
         generators_kept(),
-        plain_cpu_weights() if share_base_weights and compat.is_cpu() else nullcontext(),
+        plain_cpu_weights() if share and compat.is_cpu() else nullcontext(),
         lora_kernels.products_by_segment() if kernels else nullcontext(),
         compiled_with_lora() if compiles else nullcontext(),
         experts_without_lora() if compat.is_cpu() else nullcontext(),
