@@ -14,7 +14,7 @@ from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.canary import CanaryReport, judge
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
-from lora_grpo.types import Completion, Group
+from lora_grpo.types import Completion, Group, LogProbs, Sequences
 
 CANARY_NOISE = 2.0
 """How many times the probe's noise a canary may find on its completions."""
@@ -65,7 +65,7 @@ def take_canary(
     return CanaryReport(judge(gap, signal, noise), gap, signal, noise, sum(map(len, sampler)))
 
 
-def _base_noise(engine: Engine, sequences: Sequence[Sequence[int]], own: Sequence[Sequence[float]]) -> float | None:
+def _base_noise(engine: Engine, sequences: Sequences, own: LogProbs) -> float | None:
     """Mean |engine - trainer| log-prob of the base, of which the trainer's `own` are those of each completion. The last
     token stays out, since the engine needs room for one more."""
     own = [row[:-1] for row in own]

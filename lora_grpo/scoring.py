@@ -10,21 +10,17 @@ from torch import nn
 from lora_grpo.grpo.forward import in_mode
 from lora_grpo.grpo.head import completion_scores
 from lora_grpo.grpo.packing import packed_scores, pays, sizes, trusted
+from lora_grpo.types import LogProbs, Sequences
 
 
 @torch.no_grad()
 def teacher_logprobs(
-    model: nn.Module,
-    sequences: Sequence[Sequence[int]],
-    *,
-    starts: Sequence[int] | None = None,
-    temperature: float = 1.0,
-    rows: int = 8,
-) -> list[list[float]]:
+    model: nn.Module, sequences: Sequences, *, starts: Sequence[int] = (), temperature: float = 1.0, rows: int = 8
+) -> LogProbs:
     """log p(token | prefix) of each sequence's tokens from its `starts` on (default: 1), fp32, nats; `rows` sequences
     at a time. A model that FSDP2 sharded is to be asked by every process, for as many sequences."""
-    starts = [1] * len(sequences) if starts is None else starts
-    result: list[list[float]] = []
+    starts = starts or [1] * len(sequences)
+    result: LogProbs = []
     with in_mode(model, training=False):
         for first in range(0, len(sequences), rows):
             here = slice(first, first + rows)
@@ -32,9 +28,7 @@ def teacher_logprobs(
     return result
 
 
-def _score(
-    model: nn.Module, sequences: Sequence[Sequence[int]], starts: Sequence[int], temperature: float
-) -> list[list[float]]:
+def _score(model: nn.Module, sequences: Sequences, starts: Sequence[int], temperature: float) -> LogProbs:
     if trusted(model) and pays(sizes(sequences, starts)):
         logp_M, _ = packed_scores(model, sequences, starts, temperature)
         lengths = [len(ids) - start for ids, start in zip(sequences, starts, strict=True)]

@@ -61,6 +61,7 @@ class ProbeReport:
     most_error: float
 
 
+Publish: TypeAlias = Callable[[Files], AdapterVersion]
 Proofs: TypeAlias = dict[tuple[tuple[str, int], ...], tuple[BaseMatch, ProbeReport]]
 """What was proven of one engine and one base, by the adapter's form: its modules' paths and ranks."""
 
@@ -72,7 +73,7 @@ def prove(
     engine: Engine,
     processes: Processes,
     scratch: Path,
-    publish: Callable[[Files], AdapterVersion],
+    publish: Publish,
 ) -> tuple[BaseMatch, ProbeReport]:
     """The proofs for this form of adapter, made and added to `proofs` where they are missing; called by all processes.
     Raises as `match_base` and `run_probe`."""
@@ -97,12 +98,7 @@ def check_has_room(max_model_len: int | None) -> None:
 
 
 def run_probe(
-    model: nn.Module,
-    form: ServingForm,
-    engine: Engine,
-    scratch: Path,
-    *,
-    publish: Callable[[Files], AdapterVersion] | None = None,
+    model: nn.Module, form: ServingForm, engine: Engine, scratch: Path, *, publish: Publish | None = None
 ) -> ProbeReport:
     """Prove that `engine` computes what `model` computes, with the base and with a loud adapter; leaves no trace. The
     probe is written under `scratch`, best a directory that is swept after a kill, or goes through `publish` where
