@@ -59,23 +59,18 @@ class SlotRows:
         """Of slices `a[i]` (rank, in) and `b[i]` (out, rank), which stay where they are; None where only torch can
         compute them: in another dtype than bfloat16 or fp32, not dense, of several ranks, or without a compiler."""
         dtype, shape = a[0].dtype, a[0].shape
-        dense = all(one.dtype == dtype and one.is_cpu and one.is_contiguous() for one in (*a, *b))
         one_rank = all(one.shape == shape for one in a) and all(one.shape[1] == shape[0] for one in b)
-        fits = dtype in FEW_ROWS and dense and one_rank
+        fits = dtype in FEW_ROWS and one_rank and all(_dense(one, dtype) for one in (*a, *b))
         call = function(f"lora_rows_{dtype}".replace("torch.", ""), *_ROWS_ARGUMENTS) if fits else None
         return call and cls(call, a, b)
 
     def takes(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether these are few rows of this layer; they may lie apart, their elements may not."""
         rows = y.shape[0]
-        return (
-            rows <= FEW_ROWS[self._dtype]
-            and rows * self._work_per_row <= MOST_WORK
-            and y.dtype == x.dtype == self._dtype
-            and y.stride(1) == x.stride(1) == 1
-            and x.shape == (rows, self._inputs)
-            and y.shape[1] == self._width
-        )
+        if rows > FEW_ROWS[self._dtype] or rows * self._work_per_row > MOST_WORK:
+            return False
+        dense = y.dtype == x.dtype == self._dtype and y.stride(1) == x.stride(1) == 1
+        return dense and x.shape == (rows, self._inputs) and y.shape[1] == self._width
 
     def add(self, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
         """y (N, out) += scale * (x A^T) B^T, x (N, in), of rows that it `takes`."""
@@ -98,11 +93,7 @@ class Cast:
         """Ask each time, since parameters may be replaced."""
         fits = self._flat.dtype == torch.bfloat16 and self._flat.is_cpu and _cast_all() is not None
         return fits and all(
-            type(one) is torch.nn.Parameter
-            and one.dtype == torch.float32
-            and one.is_cpu
-            and one.is_contiguous()
-            and one.numel() == size
+            type(one) is torch.nn.Parameter and _dense(one, torch.float32) and one.numel() == size
             for one, size in zip(parameters, self._sizes, strict=True)
         )
 
@@ -117,20 +108,23 @@ class Copies:
     """Copies into tensors that stay where they are, all of one dtype."""
 
     def __init__(self, targets: Sequence[torch.Tensor]) -> None:
-        self._dense = all(one.is_cpu and one.is_contiguous() for one in targets)
+        self._fit = all(_dense(one, targets[0].dtype) for one in targets)
         self._targets, self._sizes_bytes = list(targets), [one.nbytes for one in targets]
         self._to, self._bytes = _addresses(targets), _counts(self._sizes_bytes)
 
     def takes(self, sources: Sequence[torch.Tensor]) -> bool:
         dtype = self._targets[0].dtype
-        fits = self._dense and _copy_all() is not None
-        return fits and all(
-            one.dtype == dtype and one.is_cpu and one.is_contiguous() and one.nbytes == size_bytes
-            for one, size_bytes in zip(sources, self._sizes_bytes, strict=True)
-        )
+        pairs = zip(sources, self._sizes_bytes, strict=True)
+        fits = self._fit and _copy_all() is not None
+        return fits and all(_dense(one, dtype) and one.nbytes == size_bytes for one, size_bytes in pairs)
 
     def run(self, sources: Sequence[torch.Tensor]) -> None:
         _copy_all()(len(sources), _addresses(sources), self._to, self._bytes, torch.get_num_threads())
+
+
+def _dense(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """In host memory, without gaps."""
+    return tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _cast_all() -> Any:

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from lora_grpo.errors import EngineError
@@ -37,14 +37,11 @@ class Turn:
             )
         outer = self._holder
         try:
-            if outer:
+            if self._torn and not outer and not last:
+                raise EngineError("interrupted twice, so in the middle of a step: close this engine, start another")
+            self._holder = outer or f"thread {threading.current_thread().name!r} is in {doing}"
+            with nullcontext() if outer else self._interrupts_waiting():
                 yield
-            else:
-                if self._torn and not last:
-                    raise EngineError("interrupted twice, so in the middle of a step: close this engine, start another")
-                self._holder = f"thread {threading.current_thread().name!r} is in {doing}"
-                with self._interrupts_waiting():
-                    yield
         finally:
             self._holder = outer
             self._lock.release()

@@ -167,9 +167,6 @@ def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
 
 def _follows(before: torch.Tensor, after: torch.Tensor) -> bool:
     """Whether two matrices lie in one buffer, the second right behind the first."""
-    return (
-        before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
-        and before.is_contiguous()
-        and after.is_contiguous()
-        and before.storage_offset() + before.numel() == after.storage_offset()
-    )
+    one_buffer = before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
+    dense = before.is_contiguous() and after.is_contiguous()
+    return one_buffer and dense and before.storage_offset() + before.numel() == after.storage_offset()

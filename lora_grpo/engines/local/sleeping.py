@@ -43,18 +43,13 @@ def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, s
         raise ConfigError(
             f"{alive} engines are alive in this process, and vLLM would unmap all; close the others first"
         )
-    if level == 2:
-        _check_can_wake_from_level_2(loaded)
-
-
-def _check_can_wake_from_level_2(loaded: Sequence[AdapterVersion]) -> None:
     release = ".".join(map(str, compat.vllm_release()))
-    if not compat.reads_base_again():
+    if level == 2 and not compat.reads_base_again():
         raise ConfigError(
             f"sleep level 2 on vLLM {release} has no way back: it cannot read the base of an engine with LoRA again; "
             "use level 1, or vLLM 0.28 or newer"
         )
-    if loaded and not compat.slots_outlive_level_2():
+    if level == 2 and loaded and not compat.slots_outlive_level_2():
         raise ConfigError(
             f"sleep level 2 on vLLM {release} discards the adapter slots ({', '.join(map(str, loaded))} loaded); use "
             "level 1, or unload every version first"

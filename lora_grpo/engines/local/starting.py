@@ -83,11 +83,8 @@ def can_compile() -> bool:
         return False  # and said why
     obstacle = _obstacle()
     if obstacle is not None:
-        warnings.warn(
-            f"models with LoRA are not compiled on this CPU, so decoding is slower: {obstacle}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        said = f"models with LoRA are not compiled on this CPU, so decoding is slower: {obstacle}"
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
     return obstacle is None
 
 
