@@ -118,10 +118,7 @@ def asked(
     for index, ids in enumerate(ids_P):
         found = next((token for token in ids if token in base.placeholders), None)
         if found is not None:
-            raise ConfigError(
-                f"prompt {index} has token {found}, which stands for an image, a video or a sound: this model is "
-                "trained on text only; remove the token from the prompt"
-            )
+            raise ConfigError(f"prompt {index} has token {found}, which stands for an image, video or sound: remove it")
     return ids_P, sampling_P
 
 

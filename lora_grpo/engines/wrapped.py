@@ -66,6 +66,7 @@ class OwnedEngine:
     describe_base, read_base = _done("describe_base"), _done("read_base")
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
+        # As after the last call that ended, without waiting for the thread.
         return () if self.worker.hangs else self._loaded
 
     def release(self) -> bool:

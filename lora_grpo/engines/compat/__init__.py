@@ -105,7 +105,6 @@ def default_environment(release: tuple[int, int]) -> dict[str, str]:
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """The CUDA device's compute capability; None on other platforms."""
     from vllm.platforms import current_platform
 
     capability = current_platform.get_device_capability() if current_platform.is_cuda() else None

@@ -90,18 +90,14 @@ def abort_everything(llm: Any) -> None:
     leftovers = list(engine.output_processor.request_states)
     if leftovers:
         engine.abort_request(leftovers, internal=True)
-    _forget_rows(llm)
-    if engine.reset_prefix_cache() is False:
-        raise EngineError("vLLM keeps cache blocks of failed requests; close this engine and start another")
-
-
-def _forget_rows(llm: Any) -> None:
-    """Have the V1 runner begin anew: a step that failed between its two halves, or before it took note of the requests
-    that were done, leaves a state that the next one refuses, and rows of adapters that nobody asks for any more."""
+    # Have the V1 runner begin anew: a step that failed between its two halves, or before it took note of the requests
+    # that were done, leaves a state that the next one refuses, and rows of adapters that nobody asks for any more.
     v1_runner = runner(llm)
     if hasattr(v1_runner, "execute_model_state"):
         v1_runner.execute_model_state = None
-    llm.llm_engine.engine_core.engine_core.scheduler.finished_req_ids.update(getattr(v1_runner, "requests", ()))
+    engine.engine_core.engine_core.scheduler.finished_req_ids.update(getattr(v1_runner, "requests", ()))
+    if engine.reset_prefix_cache() is False:
+        raise EngineError("vLLM keeps cache blocks of failed requests; close this engine and start another")
 
 
 def shutdown(llm: Any, *, last: bool) -> None:
@@ -124,11 +120,16 @@ def shutdown(llm: Any, *, last: bool) -> None:
         core = client.engine_core
         core.structured_output_manager.clear_backend()
         # 0.33's executor in a joined group ends vllm's own groups, which other engines may be in.
-        with replaced(importlib.import_module("vllm.distributed.parallel_state"), destroy_model_parallel=lambda: None):
+        state: Any = importlib.import_module("vllm.distributed.parallel_state")
+        with replaced(state, destroy_model_parallel=lambda: None):
             core.model_executor.shutdown()
         core.scheduler.shutdown()
         if last:
-            _leave_group()
+            # vLLM's own groups go, and the process group that they were made of stays.
+            state.destroy_model_parallel()
+            if state._WORLD is not None:
+                state._WORLD.destroy()
+            state._WORLD = state._NODE_COUNT = None
 
 
 def _forget_addresses() -> None:
@@ -137,13 +138,3 @@ def _forget_addresses() -> None:
     kernels = sys.modules.get("vllm.lora.ops.triton_ops.utils")
     for name in ("_LORA_A_PTR_DICT", "_LORA_B_PTR_DICT"):
         getattr(kernels, name, {}).clear()
-
-
-def _leave_group() -> None:
-    """vLLM's own groups go, and the process group that they were made of stays."""
-    from vllm.distributed import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:
-        parallel_state._WORLD.destroy()
-    parallel_state._WORLD = parallel_state._NODE_COUNT = None

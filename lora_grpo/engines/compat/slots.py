@@ -25,7 +25,6 @@ def wrapped_modules(llm: Any) -> dict[str, Any]:
 
 
 def registered_modules(llm: Any, lora_id: int) -> set[str]:
-    """The runtime names that vLLM bound a loaded adapter to; empty when it is not registered."""
     adapter = lora_manager(llm).get_adapter(lora_id)
     return set() if adapter is None else set(adapter.loras)
 

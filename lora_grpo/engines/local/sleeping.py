@@ -7,7 +7,7 @@ process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lora_grpo.adapters.version import AdapterVersion
@@ -20,12 +20,6 @@ from lora_grpo.types import LogProbs
 
 SAME_BASE_NATS = 0.02
 """What two scorings of the same tokens on the same weights may differ by, mean a token."""
-
-
-def check_can_ever_sleep(arguments: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for an engine that is to be started with a sleep mode that its platform does not have."""
-    if arguments.get("enable_sleep_mode") and compat.is_cpu():
-        raise ConfigError("enable_sleep_mode=True: vLLM sleeps on GPUs only, but here it runs on the CPU; leave it out")
 
 
 def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, shared: bool, alive: int) -> None:

@@ -22,7 +22,6 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.compat.ending import join, vllm_boundary
 from lora_grpo.engines.local import lora_kernels
 from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
-from lora_grpo.engines.local.sleeping import check_can_ever_sleep
 from lora_grpo.engines.local.targets import serving_arguments
 from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError
@@ -47,7 +46,8 @@ def start_llm(
     `code` is as in `serving_arguments`."""
     vllm = compat.import_vllm()
     arguments = join(serving_arguments(model, asked.pop("quantization", None), layers, **code) | asked)
-    check_can_ever_sleep(arguments)
+    if arguments.get("enable_sleep_mode") and compat.is_cpu():
+        raise ConfigError("enable_sleep_mode=True: vLLM sleeps on GPUs only, but here it runs on the CPU; leave it out")
     if share:
         check_shareable(arguments)
     # Ours need slots and activations of one dtype; vLLM's own convert.
