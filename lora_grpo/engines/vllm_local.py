@@ -103,11 +103,9 @@ class VLLMEngine:
         self._driver.between_steps = called
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        """Put `version` into a slot and prove that the slot holds its bytes. The receipt has the seconds of each phase.
-
-        `NativeSync.push` calls it for new versions; call it yourself to sample from an older one. If it raises
-        `DeliveryError` or `EngineError`, earlier versions are still loaded, and nothing of `version`.
-        """
+        """Put `version` into a slot and prove that the slot holds its bytes. `NativeSync.push` calls it for new versions;
+        call it yourself to sample from an older one. The receipt has the seconds of each phase. If it raises
+        `DeliveryError` or `EngineError`, earlier versions are still loaded, and nothing of `version`."""
         with self._turn.take("load"):
             self._check_awake()
             if self._shared is not None:
@@ -153,12 +151,10 @@ class VLLMEngine:
         return requests.scored_tokens(self._run([(ids, params, adapter) for ids in sequences]), sequences)
 
     def shared_model(self) -> Any:
-        """A transformers model whose parameters are this engine's own weights: one copy of the base for both.
-
-        It has the engine's dtype and is frozen: merging into it or writing to it raises an error. Each call builds a
-        new model on the same weights, and every load checks that they are unchanged. Raises `UnsupportedAdapter` for an
-        engine or architecture that cannot be shared (quantized, prepacked, unknown).
-        """
+        """A transformers model whose parameters are this engine's own weights: one copy of the base for both. It has the
+        engine's dtype and is frozen: merging into it or writing to it raises an error. Each call builds a new model on
+        the same weights, and every load checks that they are unchanged. Raises `UnsupportedAdapter` for an engine or
+        architecture that cannot be shared (quantized, prepacked, unknown)."""
         self._check_awake()
         if self._shared is not None:
             self._shared.check_untouched()
@@ -179,12 +175,10 @@ class VLLMEngine:
         return [read_base(compat.runner(self._llm), shapes, "the engine")]
 
     def sleep(self, level: int = 1) -> None:
-        """Free the GPU memory of weights and KV cache until `wake_up`; needs `enable_sleep_mode=True`.
-
-        At level 1 the weights move to host memory and loaded versions stay loaded; at level 2 nothing is kept. While
-        it sleeps, you can only wake it, close it or unload versions. If sleep would lose something, it raises
-        `ConfigError` and changes nothing. If vLLM fails, it raises `EngineError` and the engine is closed.
-        """
+        """Free the GPU memory of weights and KV cache until `wake_up`; needs `enable_sleep_mode=True`. At level 1 the
+        weights move to host memory and loaded versions stay loaded; at level 2 nothing is kept. While it sleeps, you
+        can only wake it, close it or unload versions. If sleep would lose something, it raises `ConfigError` and
+        changes nothing. If vLLM fails, it raises `EngineError` and the engine is closed."""
         with self._turn.take("sleep"):
             self._check_awake()
             check_may_sleep(self._llm, level, self.loaded(), shared=self._shared is not None, alive=engines_alive())
@@ -194,11 +188,9 @@ class VLLMEngine:
                 self._asleep = level, before
 
     def wake_up(self) -> None:
-        """Be what the engine was before `sleep`: the base compared, and every loaded version proven again.
-
-        A version that cannot be proven is unloaded, and its `DeliveryError` or `EngineError` raised when the others
-        are; without its base the engine is closed.
-        """
+        """Be what the engine was before `sleep`: the base compared, and every loaded version proven again. One that
+        cannot be proven is unloaded, and its `DeliveryError` or `EngineError` raised when the others are; without its
+        base the engine is closed."""
         with self._turn.take("wake_up"):
             llm, asleep, self._asleep = self._llm, self._asleep, None
             if asleep is None:
