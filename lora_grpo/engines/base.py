@@ -69,7 +69,7 @@ class Engine(Protocol):
         """The dtype it keeps adapters in, as a torch dtype's name without the prefix."""
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        """Load and prove `version`, again if it is loaded already. If that fails, with `DeliveryError` or `EngineError`,
+        """Load and prove `version`, again if it is loaded already. If that raises `DeliveryError` or `EngineError`,
         earlier versions are still served, and nothing of `version`. `held` are its tensors, if the caller has them in
         memory, so that they need not be read from disk."""
 

@@ -103,8 +103,8 @@ class VLLMEngine:
         self._driver.between_steps = called
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        """Put `version` into a slot and prove that the slot holds its bytes. `NativeSync.push` calls it for new versions;
-        call it yourself to sample from an older one. The receipt has the seconds of each phase. If it raises
+        """Put `version` into a slot and prove that the slot holds its bytes; the receipt has the seconds of each phase.
+        `NativeSync.push` calls it for new versions; call it yourself to sample from an older one. If it raises
         `DeliveryError` or `EngineError`, earlier versions are still loaded, and nothing of `version`."""
         with self._turn.take("load"):
             self._check_awake()
@@ -151,9 +151,9 @@ class VLLMEngine:
         return requests.scored_tokens(self._run([(ids, params, adapter) for ids in sequences]), sequences)
 
     def shared_model(self) -> Any:
-        """A transformers model whose parameters are this engine's own weights: one copy of the base for both. It has the
-        engine's dtype and is frozen: merging into it or writing to it raises an error. Each call builds a new model on
-        the same weights, and every load checks that they are unchanged. Raises `UnsupportedAdapter` for an engine or
+        """A transformers model whose parameters are this engine's own weights: one copy of the base for both. It has
+        the engine's dtype and is frozen: merging into it or writing to it raises an error. Each call builds a new model
+        on the same weights, and every load checks that they are unchanged. Raises `UnsupportedAdapter` for an engine or
         architecture that cannot be shared (quantized, prepacked, unknown)."""
         self._check_awake()
         if self._shared is not None:

@@ -191,7 +191,7 @@ class FrozenParameter(nn.Parameter):
 
     @property
     def data(self) -> torch.Tensor:
-        raise ConfigError(f"a base parameter's .data cannot be used: {_REASON}; nothing may merge or write into it")
+        raise ConfigError(f"a base parameter's .data cannot be used: {_REASON}; nothing may merge into it")
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
