@@ -114,7 +114,8 @@ class FakeEngine:
             raise EngineError("this engine is closed; start another")
 
     def _complete(self, prompt: Prompt, version: AdapterVersion | None, seed: int, sampling: Sampling) -> Completion:
-        text = _until(self._reply(getattr(prompt, "prompt", prompt), version, seed), sampling.stop)
+        text = self._reply(getattr(prompt, "prompt", prompt), version, seed)
+        text = text[: min([len(text), *(found for stop in sampling.stop if (found := text.find(stop)) >= 0)])]
         ids = self.tokenizer.encode(text)
         ids = ids[: 1 + next((place for place, token in enumerate(ids) if token in sampling.stop_token_ids), len(ids))]
         reason = "length" if len(ids) > sampling.max_tokens else "stop"
@@ -125,7 +126,3 @@ class FakeEngine:
     def _find(self, version: AdapterVersion) -> AdapterVersion:
         self._loaded.add(self._loaded.find(version))
         return version
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    return text[: min([len(text), *(found for string in stop if (found := text.find(string)) >= 0)])]

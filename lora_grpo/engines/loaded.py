@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.requests import require_version
 from lora_grpo.errors import DeliveryError, UnknownVersion
 
 
-class _HasVersion(Protocol):
-    @property
-    def version(self) -> AdapterVersion: ...
-
-
-_Loaded = TypeVar("_Loaded", bound=_HasVersion)
+_Loaded = TypeVar("_Loaded", bound=Any)
 
 
 class LoadedVersions(Generic[_Loaded]):
-    """What an engine has of each version, by path, least recently used first."""
+    """What an engine has of each version (its `version`), by path, least recently used first."""
 
     def __init__(self) -> None:
         # Replaced and never changed: who reads it in another thread has one state of it, and misses no version.
