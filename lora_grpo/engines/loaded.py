@@ -9,7 +9,6 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.requests import require_version
 from lora_grpo.errors import DeliveryError, UnknownVersion
 
-
 _Loaded = TypeVar("_Loaded", bound=Any)
 
 
