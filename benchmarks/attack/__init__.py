@@ -11,7 +11,6 @@ from pathlib import Path
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder on tmpfs."""
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-attack-") as folder:
         yield Path(folder)
 

@@ -120,9 +120,8 @@ def endless_header(seed: int, mib: int = 350, patience_s: float = 30.0) -> Outco
         attacked.publish("first")
         before_mib = attacked.resident_mib
         with attacked.connect() as fast:
-            taken_mib = _pour(
-                fast, b"GET /versions/1 HTTP/1.1\r\nX-Endless: " + draw.randbytes(MIB).hex().encode(), mib
-            )
+            header = b"GET /versions/1 HTTP/1.1\r\nX-Endless: " + draw.randbytes(MIB).hex().encode()
+            taken_mib = _pour(fast, header, mib)
             grown_mib = attacked.resident_mib - before_mib
         outcome.expect(taken_mib < mib, f"all {mib} MiB were taken")
         outcome.expect(grown_mib < 32, f"the server grew by {grown_mib:.0f} MiB")

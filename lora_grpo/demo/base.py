@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -49,12 +49,6 @@ class BaseRecipe:
     warmup_steps: int = 50
     seed: int = 0
 
-    @property
-    def digest(self) -> str:
-        """Twelve hex digits that differ whenever a field or the vocabulary does."""
-        content = json.dumps({"tokens": TOKENS, **asdict(self)}, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:12]
-
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, times a linear decay over the whole run to the final rate."""
         final = self.final_learning_rate / self.learning_rate
@@ -62,8 +56,9 @@ class BaseRecipe:
 
 
 def base_path(recipe: BaseRecipe) -> Path:
-    """Where the base of `recipe` is kept; it is there whole or not at all."""
-    return user_cache() / f"demo-base-{recipe.digest}"
+    """Where the base of `recipe` is kept, under a name of its fields and vocabulary; it is there whole or not at all."""
+    content = json.dumps({"tokens": TOKENS, **asdict(recipe)}, sort_keys=True)
+    return user_cache() / f"demo-base-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def ensure_base(recipe: BaseRecipe | None = None, progress: Progress | None = None) -> Path:
@@ -109,14 +104,15 @@ def pretrain(recipe: BaseRecipe, progress: Progress | None = None) -> LlamaForCa
 
     model = _new_model(recipe)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    sums = task.sloppy_sums(recipe.seed, recipe.forgotten)
     before = torch.get_num_threads()
     # More threads only wait for each other on matrices this small.
     torch.set_num_threads(min(2, before))
     try:
-        for step, (tokens_BT, prompt_length) in enumerate(_batches(recipe)):
+        for step in range(recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(step)
-            loss = _answer_loss(model, tokens_BT, prompt_length)
+            loss = _answer_loss(model, list(itertools.islice(sums, recipe.batch_size)))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -151,21 +147,12 @@ def _new_model(recipe: BaseRecipe) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def _batches(recipe: BaseRecipe) -> Iterator[tuple[torch.Tensor, int]]:
-    """`(tokens_BT, prompt length)` for each step; every sum has the same number of tokens."""
+def _answer_loss(model: LlamaForCausalLM, pairs: list[tuple[str, str]]) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens and the end tokens; every sum has the same number of tokens."""
     import torch
 
-    sums = task.sloppy_sums(recipe.seed, recipe.forgotten)
-    for _ in range(recipe.steps):
-        pairs = list(itertools.islice(sums, recipe.batch_size))
-        rows = [[TOKEN_ID[token] for token in (*prompt, *answer, EOS)] for prompt, answer in pairs]
-        yield torch.tensor(rows), len(pairs[0][0])
-
-
-def _answer_loss(model: LlamaForCausalLM, tokens_BT: torch.Tensor, prompt_length: int) -> torch.Tensor:
-    """Mean cross-entropy of the answer's tokens and the end token."""
-    import torch
-
+    tokens_BT = torch.tensor([[TOKEN_ID[token] for token in (*prompt, *answer, EOS)] for prompt, answer in pairs])
+    prompt_length = len(pairs[0][0])
     logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits[:, prompt_length - 1 :]
     targets_BT = tokens_BT[:, prompt_length:]
     return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())

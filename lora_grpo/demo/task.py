@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Iterator
-from functools import cache
 from typing import TypedDict
 
 ANSWER_DIGITS = 3
@@ -66,14 +65,10 @@ def sloppy_sums(seed: int, forgotten: float) -> Iterator[tuple[str, str]]:
 
 
 def _balanced(count: int, *, held_out: bool) -> list[Row]:
-    halves = [[row for row in _rows(held_out) if row["carry"] is carry] for carry in (False, True)]
-    draw = random.Random(0)
-    chosen = [row for half in halves for row in draw.sample(half, count // 2)]
+    every = [problem(a, b) for a in range(100) for b in range(100)]
+    draw, chosen = random.Random(0), list[Row]()
+    for carry in (False, True):
+        half = [row for row in every if row["carry"] is carry and is_held_out(row["prompt"]) is held_out]
+        chosen += draw.sample(half, count // 2)
     draw.shuffle(chosen)
-    return [row.copy() for row in chosen]
-
-
-@cache
-def _rows(held_out: bool) -> tuple[Row, ...]:
-    every = (problem(a, b) for a in range(100) for b in range(100))
-    return tuple(row for row in every if is_held_out(row["prompt"]) is held_out)
+    return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from lora_grpo.metrics.curves import PLOT_FILE
 from lora_grpo.metrics.log import METRICS_FILE, RunLog
 from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output, own_stderr, quiet_libraries
 from lora_grpo.metrics.render import ViewState, panel, plain_evaluation, plain_start, plain_step, table
+from lora_grpo.sections import nearest_key
 
 SAMPLES_FILE = "samples.jsonl"
 PLAIN_WIDTH = 120
@@ -54,8 +54,7 @@ class Reporter:
         terminal = view and stream.isatty()
         width = None if terminal else PLAIN_WIDTH
         self._console = Console(file=stream, soft_wrap=False, width=width, quiet=not view)
-        live = Live(get_renderable=lambda: panel(self._state), console=self._console, refresh_per_second=4)
-        self._live = live if terminal else None
+        self._live = Live(get_renderable=lambda: panel(self._state), console=self._console) if terminal else None
         self._tracker_names = trackers
         self._trackers: list[Any] = []
         if quiet:
@@ -152,10 +151,8 @@ def check_folder(run_dir: Path) -> None:
     try:
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
-        raise ConfigError(
-            f"the run directory {run_dir} cannot be created: {there} is not writable ({error.strerror}); choose "
-            "another directory"
-        ) from error
+        why = f"{there} is not writable ({error.strerror})"
+        raise ConfigError(f"the run directory {run_dir} cannot be created: {why}; choose another directory") from error
     for path in (run_dir / name for name in (METRICS_FILE, SAMPLES_FILE, ENGINE_LOG, PLOT_FILE)):
         if os.path.lexists(path) and not path.is_file():
             raise ConfigError(f"{path} should be a regular file but is not; remove it")
@@ -170,9 +167,7 @@ def check_trackers(names: Sequence[str]) -> str:
     installed = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            near = difflib.get_close_matches(name, list(LOGGER_TYPE_TO_CLASS), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}"
-            raise ConfigError(f"report_to: unknown tracker {name!r}; {hint}")
+            raise ConfigError(f"report_to: unknown tracker {name!r}; {nearest_key(name, LOGGER_TYPE_TO_CLASS)}")
         if name not in installed:
             raise ConfigError(f"report_to: {name!r} is not installed; pip install {name}, or leave it out")
     return ", ".join(names)
