@@ -56,7 +56,7 @@ class BaseRecipe:
 
 
 def base_path(recipe: BaseRecipe) -> Path:
-    """Where the base of `recipe` is kept, under a name of its fields and vocabulary; it is there whole or not at all."""
+    """Where the base of `recipe` is kept, by all its fields and the vocabulary; it is there whole or not at all."""
     content = json.dumps({"tokens": TOKENS, **asdict(recipe)}, sort_keys=True)
     return user_cache() / f"demo-base-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
