@@ -137,9 +137,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
     before = kept(run)
     if "output_dir" in change:
         change = {"grpo": STEPS.replace(seed=4)}
-        monkeypatch.setattr(
-            "lora_grpo.trainer.grpo_trainer.resume", lambda _: (_ for _ in ()).throw(ConfigError(words))
-        )
+        monkeypatch.setattr("lora_grpo.trainer.GRPOTrainer.resume", lambda _: (_ for _ in ()).throw(ConfigError(words)))
     with pytest.raises(ConfigError, match=words):
         build_trainer(settings.replace(**change), resume=True)
     assert kept(run) == before

@@ -76,9 +76,7 @@ def starts(accelerator: Any, folder: Path) -> dict[str, Any]:
     attempt("model", "build_policy_model", None if first else ConfigError("no such checkpoint"))
     there = EngineConfig(urls=("http://127.0.0.1:9",), store_address=ELSEWHERE)
     os.environ["LORA_GRPO_STORE_TOKEN"] = "a" * 32
-    attempt("store_server", "store_server", None, engine_config=there) if first else attempt(
-        "store_server", "build_engine", None, engine_config=there
-    )
+    attempt("store_server", "build_engine", None, engine_config=there)
     spoiled = ConfigError("other tokens") if first else None
     attempt("vocabulary", "check_same_vocabulary", spoiled, preflight, processing_class=engine.tokenizer)
     return found

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,19 +27,9 @@ from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.crew import Crew, CrewEngine, Parts, Unheard, launched
-from lora_grpo.trainer.models import (
-    Shared,
-    Sharing,
-    build_policy_model,
-    check_same_device,
-    default_device,
-    shared_base,
-)
+from lora_grpo.trainer.models import Shared, Sharing, build_policy_model, check_same_device, default_device, shared_base
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.room import Room, Wanted, plan_room
-
-if TYPE_CHECKING:
-    from lora_grpo.remote.server import StoreServer
 
 
 @dataclass
@@ -59,8 +49,9 @@ class Assembly:
     shared: Shared | None = None
 
     def __post_init__(self) -> None:
-        self.sharing = _sharing(self.sharing)
-        self.keep = self.made_of.spec.keep or KeepConfig()
+        self.keep, accelerator = self.made_of.spec.keep or KeepConfig(), launched()
+        if self.sharing == "auto" and accelerator is not None and accelerator.is_fsdp2:
+            self.sharing = False  # it would shard the engine's own weights
 
     def parts(self) -> Parts:
         """Everything is checked first, then the store is there, then the engine, and the model last."""
@@ -86,7 +77,9 @@ class Assembly:
             proofs=None if self.shared is None else self.shared.proofs,
         )
         self.closing.callback(sync.close)
-        asked = _led(self.crew, sync, engine)
+        asked = engine if self.crew.leads and engine is not None else sync.engine
+        if self.crew.leads and isinstance(sync.engine, EngineInEach):
+            asked = cast(Engine, CrewEngine(self.crew, asked))
         return Parts(asked, rendering(asked, tokenizer, model), model, policy, sync)
 
     def _planned(self) -> tuple[Room | None, GRPOConfig]:
@@ -123,7 +116,6 @@ class Assembly:
         return room
 
     def _store(self, planned: Room | None) -> AdapterStore | None:
-        """The first process's, with the server that it is pulled from, where there is to be one."""
         if not self.crew.leads:
             return None
         spec, keep, address = self.made_of.spec, self.keep, self.made_of.engine_config.store_address
@@ -134,7 +126,11 @@ class Assembly:
         if planned is not None:
             require_kept(store.root, keep.on_tmpfs, planned.version_bytes)
         if address is not None:
-            self.closing.enter_context(store_server(store, address))
+            from lora_grpo.remote.server import StoreServer
+
+            # What servers that share no disk with the trainer pull versions from; the token is the environment's.
+            host, _, port = address.rpartition(":")
+            self.closing.enter_context(StoreServer(store, host=host, port=int(port)))
         return store
 
     def _engine(self, planned: Room | None) -> Engine | None:
@@ -171,27 +167,6 @@ class Assembly:
 def _walkable(model: ModelConfig | nn.Module) -> bool:
     """Whether what a step takes of memory can be told: of a checkpoint, or a module that is one of transformers."""
     return isinstance(model, ModelConfig) or isinstance(peft_model_of(model).get_base_model(), PreTrainedModel)
-
-
-def _sharing(asked: Sharing) -> Sharing:
-    """As asked, but for "auto" with FSDP2, which would shard the engine's own weights."""
-    accelerator = launched()
-    return False if asked == "auto" and accelerator is not None and accelerator.is_fsdp2 else asked
-
-
-def store_server(store: AdapterStore, address: str) -> StoreServer:
-    """What servers that share no disk with the trainer pull versions from; the token is the environment's."""
-    from lora_grpo.remote.server import StoreServer
-
-    host, _, port = address.rpartition(":")
-    return StoreServer(store, host=host, port=int(port))
-
-
-def _led(crew: Crew, sync: NativeSync, engine: Engine | None) -> Engine:
-    """The engine that the trainer asks: its own, unless there is one in every process."""
-    if engine is None or not crew.leads:
-        return sync.engine
-    return cast(Engine, CrewEngine(crew, engine)) if isinstance(sync.engine, EngineInEach) else engine
 
 
 def _distributed(model: nn.Module, config: GRPOConfig, base: Any) -> tuple[Any, Any]:

@@ -30,7 +30,7 @@ from lora_grpo.trainer.rollouts import evaluations_until
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
     """The trainer of a run."""
     processes = Processes(launched(config.grpo.ddp_timeout))
-    spec = _spec(processes.first(lambda: _checked(config, resume=resume)))
+    spec = spec_of(processes.first(lambda: _checked(config, resume=resume)))
     return begin_run(config.model, spec, resume=resume, engine_config=config.engine, view=view)
 
 
@@ -79,22 +79,19 @@ def nothing_left(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
 
 
 def member_spec(config: RunConfig, *, resume: bool = False) -> MemberSpec:
-    """A run of a file as a member of a population, which has the file's model and engine."""
-    return _spec(_checked(config, resume=resume))
-
-
-def _spec(config: RunConfig) -> MemberSpec:
-    return spec_of(config, [load_reward(reward) for reward in config.rewards], load_data(config.data))
+    return spec_of(_checked(config, resume=resume))
 
 
 def spec_of(
-    config: RunConfig, rewards: list[RewardFunction], data: tuple[PromptDataset, PromptDataset | None]
+    config: RunConfig,
+    rewards: list[RewardFunction] | None = None,
+    data: tuple[PromptDataset, PromptDataset | None] | None = None,
 ) -> MemberSpec:
-    """A run of a file, whose rewards and data are loaded."""
-    train, held_out = data
+    """A run of a file; `rewards` and `data` where they are loaded already."""
+    train, held_out = data or load_data(config.data)
     return MemberSpec(
         config.output_dir,
-        rewards,
+        rewards or [load_reward(reward) for reward in config.rewards],
         effective_grpo(config),
         train,
         eval_dataset=held_out,
@@ -142,21 +139,16 @@ def _holds_run(run_dir: Path) -> bool:
 
 
 def check_same_adapter(before: LoraSettings, now: LoraSettings, run_dir: Path) -> None:
-    """Raises `ConfigError` for an adapter of another form than that of the run's versions."""
     for name in type(now).model_fields:
         old, new = getattr(before, name), getattr(now, name)
         if old != new and name != "lora_dropout":
-            raise ConfigError(
-                f"lora.{name}={new!r}: the versions of {run_dir} were trained with {old!r}, and a run keeps its "
-                "adapter's form; leave the setting as it was, or begin another run"
-            )
+            told = f"lora.{name}={new!r}: the versions of {run_dir} were trained with {old!r}"
+            raise ConfigError(f"{told}; leave it as it was, or begin another run")
 
 
 def effective_grpo(config: RunConfig) -> GRPOConfig:
-    """The algorithm's settings with the rewards' own weights."""
     return config.grpo.replace(reward_weights=tuple(reward.weight for reward in config.rewards))
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig:
-    """`peft.LoraConfig` of a run's settings."""
     return LoraConfig(**settings.model_dump(mode="json"), task_type="CAUSAL_LM")

@@ -29,8 +29,8 @@ from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, led, se
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Shared, Sharing
 from lora_grpo.trainer.preflight import MemberSpec, Preflight
-from lora_grpo.trainer.rollouts import Evaluation, RolloutFunc
-from lora_grpo.trainer.run import Run, resume, roll_back, run_info, summary, what_was_found
+from lora_grpo.trainer.rollouts import RolloutFunc
+from lora_grpo.trainer.run import Run, roll_back, run_info, summary, what_was_found
 from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
 
 
@@ -41,22 +41,20 @@ class GRPOTrainer(Run):
     that many versions old. Timing then decides which version: such a run can resume, but not repeat bit by bit.
 
     It builds what you do not give: the engine on `model`, the PEFT model, the store. With `accelerate launch` or
-    `torchrun`, every process builds and calls the same. The first one runs the trainer and writes the run; each has
-    its own engine (or all share the first one's server). The steps equal those of one process with the same number
-    of rows in an update.
+    `torchrun`, every process builds and calls the same; the first one runs the trainer and writes the run. Each has its
+    own engine (or all share the first one's server). The steps equal those of one process with as many rows an update.
 
     `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`, a `peft.LoraConfig`), or a PeftModel
     on one of them. `reward_funcs` have TRL's signature, `f(prompts, completions, **columns) -> list[float]`.
     `train_dataset` and `eval_dataset` (held out) are a `datasets.Dataset`, a list of dicts with "prompt" or a file.
-    `engine_config` is for the engine that it starts, `keep` says which versions stay, `run_dir` is the durable
-    directory and `store_root` the folder on tmpfs (default: a new one). `rollout_func(prompts, engine, version)`
-    replaces the engine's `generate`. `view=False` shows nothing on the terminal.
-    `processing_class` is the tokenizer that renders prompts (default: the checkpoint's); its end token, and those
-    of the model's generation config, end completions. An `engine` that you give stays open when the trainer closes.
-    `shared` is what the trainers of a `Population` share instead of an engine. `guard` rolls back automatically when
-    training goes wrong. With `share_base_weights`, trainer and engine use one copy of the base, in the engine's
-    dtype: "auto" shares it if that costs nothing (CUDA, unquantized, same dtype), True also on the CPU, where
-    decoding is then slower.
+    `engine_config` is for the engine that it starts; an `engine` that you give stays open when the trainer closes.
+    `keep` says which versions stay, `run_dir` is the durable directory, `store_root` the folder on tmpfs (default: a
+    new one). `rollout_func(prompts, engine, version)` replaces the engine's `generate`. `processing_class` is the
+    tokenizer that renders prompts (default: the checkpoint's); its end token, and those of the model's generation
+    config, end completions. `guard` rolls back automatically when training goes wrong. `view=False` shows nothing on
+    the terminal. `shared` is what the trainers of a `Population` share instead of an engine. With `share_base_weights`,
+    trainer and engine use one copy of the base, in the engine's dtype: "auto" shares it if that costs nothing (CUDA,
+    unquantized, same dtype), True also on the CPU, where decoding is then slower.
 
     Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` with the process that has the run
     open, before anything is trained.
@@ -114,8 +112,7 @@ class GRPOTrainer(Run):
 
     def _build(self, crew: Crew, made_of: Preflight, sharing: Sharing) -> None:
         """Everything, closed again when a part of it fails; nothing costly starts before all is checked."""
-        self._closing, self._taken_up = ExitStack(), False
-        self.result: dict[str, Any] = {}
+        self._closing, self.result = ExitStack(), dict[str, Any]()
         self.config, self.run_dir = made_of.config, Path(made_of.spec.run_dir)
         with (
             untouched_when_stopped(self.run_dir, made_of.spec.store_root) if crew.leads else nullcontext(),
@@ -169,25 +166,6 @@ class GRPOTrainer(Run):
             return roll_back(self, to)
 
     @led
-    def resume(self) -> RollbackReport | None:
-        """Go on with the run in `run_dir`: weights, optimizer, schedule, random state, step, prompts and `HEAD`.
-
-        It starts from `HEAD`, or from its nearest ancestor whose trainer state reached the archive; None if nothing was
-        published. A rollback made while the run was stopped is completed. Raises `ConfigError` if no state was kept.
-        """
-        report = resume(self)
-        self._taken_up = report is not None
-        return report
-
-    @led
-    def evaluate(self) -> Evaluation:
-        """Answer the held-out prompts greedily with the current version, and record the result in the run directory.
-
-        Raises `ConfigError` if there are no held-out prompts.
-        """
-        return loop.evaluate(self)
-
-    @led
     def save_model(self, directory: str | Path, which: Target = "last") -> AdapterVersion:
         """Write a version as a plain PEFT folder that `PeftModel.from_pretrained` and vLLM load.
 
@@ -219,21 +197,19 @@ class GRPOTrainer(Run):
             self.crew(seed_everything, self.config.seed)
             keep_reference(self.run_dir, self.crew(adapter_now))
             loop.publish(self, 0)
-        elif not self._taken_up:
+        elif not self.taken_up:
             raise ConfigError(f"{self.run_dir} holds a run at {self.version}; resume it, or choose another run_dir")
         loop.make_good(self, reporter)
-        self._taken_up = True
+        self.taken_up = True
         if not self.evaluations and self.steps_done == 0:
             loop.held_out(self, reporter)
 
     def _reporting(self, *, quiet: bool = True) -> Reporter:
-        """Told by the first process alone."""
         steps, trackers = self.config.total_steps, self.config.report_to
         return Reporter(self.run_dir, steps, view=self._view, trackers=trackers, quiet=quiet)
 
 
 def _refuse_unknown(arguments: dict[str, Any], config: Any) -> None:
-    """Raises `ConfigError` for arguments that are TRL's, `TypeError` for others."""
     for name in arguments:
         if name not in TRL_ARGUMENTS:
             raise TypeError(f"GRPOTrainer has no argument {name!r}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lora_grpo.engines.delivery.canary import RESOLUTION, CanaryReport
-from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion
+from lora_grpo.errors import TrainingError, UnknownVersion
 from lora_grpo.grpo.advantages import reward_metrics
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.losses import known_gaps
@@ -26,8 +26,7 @@ from lora_grpo.metrics.render import BACKLOG, GAP
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.rewards import RewardFunction, reward_names
 from lora_grpo.trainer.crew import Parts, push
-from lora_grpo.trainer.rollouts import Evaluation, Rewarded, Rollout, save_evaluation
-from lora_grpo.trainer.rollouts import evaluate as answered
+from lora_grpo.trainer.rollouts import Rewarded, Rollout
 from lora_grpo.trainer.run import Run, guarded, roll_back_between_steps
 from lora_grpo.trainer.steering import apply_requests
 from lora_grpo.types import Group
@@ -95,41 +94,24 @@ def make_good(run: Run, reporter: Reporter) -> None:
         _evaluate_when_due(run, reporter)
 
 
-def evaluate(run: Run) -> Evaluation:
-    """See `GRPOTrainer.evaluate`."""
-    if run.eval_data is None:
-        raise ConfigError("there are no held-out prompts; pass eval_dataset")
-    source = run.source
-    engine, functions = run.parts.rendering, source.reward_funcs
-    result = answered(engine, run.version, run.eval_data, functions, run.config, source.score)
-    save_evaluation(run.run_dir, result)
-    run.store.record(run.version, **{f"eval/{name}": value for name, value in result.metrics.items()})
-    run.evaluations.append(result)
-    return result
-
-
 def held_out(run: Run, reporter: Reporter) -> None:
-    """Evaluate and report, where there are held-out prompts."""
     if run.eval_data is not None:
-        result = evaluate(run)
+        result = run.evaluate()
         reporter.evaluation(run.steps_done, result.version, result.metrics)
 
 
 def _guarded_step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> bool:
     """The rest of a step; False when the guard went back instead. Raises what it is not set to catch."""
-    if run.guard is None:
-        _step(run, reporter, clock, rollout)
-        return True
     error: TrainingError | None = None
     try:
         _step(run, reporter, clock, rollout)
     except TrainingError as caught:
         error = caught
-    reason = run.guard.why(run.history, error)
-    if reason is None and error is not None:
-        raise error
-    if reason is not None:
+    reason = None if run.guard is None else run.guard.why(run.history, error)
+    if run.guard is not None and reason is not None:
         guarded(run, run.guard, reason, reporter)
+    elif error is not None:
+        raise error
     return reason is None
 
 
@@ -188,10 +170,9 @@ def _gives_up(run: Run) -> bool:
 
 def _warn_without_signal(run: Run, reporter: Reporter, then: str) -> None:
     reporter.message(
-        f"warning: in the last {run.without_signal} steps every group's rewards were equal, "
-        "so nothing was learned. Use prompts that are neither hopeless nor solved, more completions (num_generations) "
-        "or prompts a step (generation_batch_size), a higher temperature, or a reward that gives partial credit; "
-        f"{then}"
+        f"warning: in the last {run.without_signal} steps every group's rewards were equal, so nothing was learned. "
+        "Use prompts that are neither hopeless nor solved, more completions (num_generations, generation_batch_size), "
+        f"a higher temperature, or a reward that gives partial credit; {then}"
     )
 
 

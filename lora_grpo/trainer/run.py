@@ -22,11 +22,11 @@ from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.reference import kept_reference
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.trainer import crew
-from lora_grpo.trainer.crew import Crew, Parts
+from lora_grpo.trainer.crew import Crew, Parts, led
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.overlap import Ahead
 from lora_grpo.trainer.preflight import Preflight
-from lora_grpo.trainer.rollouts import Evaluation, Source, evaluations_until
+from lora_grpo.trainer.rollouts import Evaluation, Source, evaluate, evaluations_until, save_evaluation
 
 
 class Run:
@@ -48,7 +48,7 @@ class Run:
             made_of.reward_funcs,
             spec.rollout_func,
         )
-        self.steps_done, self.without_signal = 0, 0
+        self.steps_done, self.without_signal, self.taken_up = 0, 0, False
         self.history: list[dict[str, Any]] = []
         self.owed: dict[str, Any] | None = None
         self.evaluations: list[Evaluation] = []
@@ -68,6 +68,54 @@ class Run:
         """How often the run was rolled back; every sampling seed depends on it."""
         return len(self.rollback_log)
 
+    @led
+    def resume(self) -> RollbackReport | None:
+        """Go on with the run in `run_dir`: weights, optimizer, schedule, random state, step, prompts and `HEAD`.
+
+        It starts from `HEAD`, or from its nearest ancestor whose trainer state reached the archive; None if nothing was
+        published. A rollback made while the run was stopped is completed. Raises `ConfigError` if no state was kept.
+        """
+        head, log = self.store.head, self.rollback_log
+        # Read before anything is moved: a damaged log is told of while nothing has changed.
+        records = history(read_metrics(self.run_dir))
+        if head is None:
+            return None
+        reference = kept_reference(self.run_dir) if self.config.beta else None
+        log.settle(head.number)
+        waiting = log.waits_at(head.number)
+        report = _put_back(self, head, waiting=waiting)
+        if self.config.beta:
+            self.crew(crew.set_reference, reference)
+        extra = of_trainer(report.extra)
+        position = log.data_position(extra)
+        if position is not None:
+            self.source.sampler.load_state_dict(position)
+        self.crew(crew.apply_optimizer_settings, log.learning_rate_scale)
+        idle = 0 if waiting or extra is None else int(extra["without_signal"])
+        # What the steps measured, as the run wrote it down: a guard's baseline is what they say.
+        self.history = [_metrics_of(record) for record in records if record["event"] == "step"]
+        self.take_up(report.version.step, without_signal=idle)
+        self.evaluations = evaluations_until(self.run_dir, self.steps_done)
+        measured = report.extra.get("measured")
+        self.owed = None if measured is None else _metrics_of(measured)
+        self.taken_up = True
+        return report
+
+    @led
+    def evaluate(self) -> Evaluation:
+        """Answer the held-out prompts greedily with the current version, and record the result in the run directory.
+
+        Raises `ConfigError` if there are no held-out prompts.
+        """
+        if self.eval_data is None:
+            raise ConfigError("there are no held-out prompts; pass eval_dataset")
+        engine, source = self.parts.rendering, self.source
+        result = evaluate(engine, self.version, self.eval_data, source.reward_funcs, self.config, source.score)
+        save_evaluation(self.run_dir, result)
+        self.store.record(self.version, **{f"eval/{name}": value for name, value in result.metrics.items()})
+        self.evaluations.append(result)
+        return result
+
     def take_up(self, step: int, *, without_signal: int) -> None:
         """Count on from `step`; what came after it in the history did not happen."""
         self.steps_done, self.without_signal = step, without_signal
@@ -75,7 +123,6 @@ class Run:
 
 
 def run_info(run: Run) -> dict[str, Any]:
-    """What it runs with."""
     probe, match = run.sync.probe, run.sync.base_match
     return {
         "model": getattr(peft_model_of(run.model).base_model.model.config, "_name_or_path", ""),
@@ -152,39 +199,6 @@ def guarded(run: Run, guard: Guard, reason: str, reporter: Reporter) -> None:
     reporter.rollback(report.version.step, f"guard: {reason}: {report}; learning rate at {scale:g} times its setting")
 
 
-def resume(run: Run) -> RollbackReport | None:
-    """Go on with the run in `run_dir` from `HEAD`, or from its nearest ancestor whose trainer state was kept.
-
-    Where a rollback moved `HEAD` and nothing was published since, that rollback is completed: its data position, new
-    seeds, and rounded weights if that version's state was not kept. A run that was killed before its first state was
-    written has nothing to restore: it begins again from its first version, seeded as at its start.
-    """
-    head, log = run.store.head, run.rollback_log
-    # Read before anything is moved: a damaged log is told of while nothing has changed.
-    records = history(read_metrics(run.run_dir))
-    if head is None:
-        return None
-    reference = kept_reference(run.run_dir) if run.config.beta else None
-    log.settle(head.number)
-    waiting = log.waits_at(head.number)
-    report = _put_back(run, head, waiting=waiting)
-    if run.config.beta:
-        run.crew(crew.set_reference, reference)
-    extra = of_trainer(report.extra)
-    position = log.data_position(extra)
-    if position is not None:
-        run.source.sampler.load_state_dict(position)
-    run.crew(crew.apply_optimizer_settings, log.learning_rate_scale)
-    idle = 0 if waiting or extra is None else int(extra["without_signal"])
-    # What the steps measured, as the run wrote it down: a guard's baseline is what they say.
-    run.history = [_metrics_of(record) for record in records if record["event"] == "step"]
-    run.take_up(report.version.step, without_signal=idle)
-    run.evaluations = evaluations_until(run.run_dir, run.steps_done)
-    measured = report.extra.get("measured")
-    run.owed = None if measured is None else _metrics_of(measured)
-    return report
-
-
 def what_was_found(recovered: Recovered) -> list[str]:
     """Sentences for what a dead process left, and what was lost with it."""
     said = {
@@ -208,52 +222,40 @@ def what_was_found(recovered: Recovered) -> list[str]:
 
 
 def _put_back(run: Run, head: AdapterVersion, *, waiting: bool) -> RollbackReport:
-    """Engine and trainer at the version to go on from; `waiting`: a rollback to `head` is to be completed."""
+    """Engine and trainer at the version to go on from; `waiting`: a rollback to `head` is to be completed.
+
+    A run that was killed before its first state was written begins again, seeded as at its start.
+    """
     if "state" not in run.store.where(head.number):
         if head.step == 0 and run.crew(crew.adopt, head):
             run.crew(crew.seed_everything, run.config.seed)
             return RollbackReport(head, head, "exact", "kept", "kept", "reset", {})
         if waiting:
-            restored = _restore_schedule_of(run, run.rollback_log.entries[-1].left)
+            # A rounded rollback keeps schedule and random state where they were: with the version that was left.
+            left = _nearest_state(run.store, run.rollback_log.entries[-1].left)
+            if left is not None:
+                run.crew(crew.restore_trainer, run.store.get(left))
             report = run.crew(crew.roll_back, head.number)
-            return report if restored else replace(report, scheduler="reset", random_state="reset")
-    return run.crew(crew.roll_back, _with_state(run, head))
-
-
-def _with_state(run: Run, head: AdapterVersion) -> int:
+            return report if left is not None else replace(report, scheduler="reset", random_state="reset")
     number = _nearest_state(run.store, head.number)
     if number is None:
         raise ConfigError(
             f"{run.run_dir} kept no trainer state of {head} or its ancestors, so it cannot be resumed exactly; "
             f"`lora-grpo rollback {run.run_dir} --to {head.number}` and resume go on from its rounded weights"
         )
-    return number
+    return run.crew(crew.roll_back, number)
 
 
 def _nearest_state(store: AdapterStore, number: int) -> int | None:
     """The version, or the nearest of its ancestors, whose trainer state is kept; those between may be gone."""
-    following, kept = number, {*store.states} & {*store.numbers}
-    while following not in kept:
-        parent = store.parent_of(following)
-        if parent is None:
-            return None
-        following = parent
-    return following
-
-
-def _restore_schedule_of(run: Run, left: int) -> bool:
-    """A rounded rollback keeps schedule and random state where they were: with the version that was left.
-
-    False where no state tells where that was.
-    """
-    number = _nearest_state(run.store, left)
-    if number is not None:
-        run.crew(crew.restore_trainer, run.store.get(number))
-    return number is not None
+    kept = {*store.states} & {*store.numbers}
+    nearest: int | None = number
+    while nearest is not None and nearest not in kept:
+        nearest = store.parent_of(nearest)
+    return nearest
 
 
 def _metrics_of(record: Record) -> dict[str, Any]:
     """A logged step's metrics; the log holds what is not finite as null."""
-    return {
-        name: math.nan if value is None else value for name, value in record.items() if name not in ("event", "time")
-    }
+    measured = {name: value for name, value in record.items() if name not in ("event", "time")}
+    return {name: math.nan if value is None else value for name, value in measured.items()}
