@@ -20,7 +20,7 @@ from lora_grpo.config_file import save_config
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, UnknownVersion
-from lora_grpo.trainer import compare, replay
+from lora_grpo.trainer import replay
 from lora_grpo.trainer.guards import Guard, NonFinite
 from lora_grpo.types import Sampling
 from tests.store_files import adapter
@@ -162,7 +162,7 @@ def test_replays_of_a_run_take_every_way_to_name_a_version(
     monkeypatch.setattr(replay, "build_engine", lambda *_, **__: fake_engine(llama_dir))
     rows_of = replay.evaluate_run(run, versions=["best", "v1", "head", 1])
     assert [row["version"] for row in rows_of] == [2, 1, 3]
-    found = compare.compare_run(run, "parent", "best:-eval/reward", rows)
+    found = replay.compare_run(run, "parent", "best:-eval/reward", rows)
     assert (found.first, found.second) == (2, 1)
     with pytest.raises(ConfigError, match="'bestest' names no version"):
         replay.evaluate_run(run, versions=["bestest"])
@@ -176,9 +176,9 @@ def test_replays_of_a_run_take_every_way_to_name_a_version(
 def test_answers_that_no_function_scores_are_left_out_of_a_comparison() -> None:
     """Three prompts of one answer each; of the second one version's has no reward."""
     rewards = [0.0, None, 0.5, 1.0, 0.25, 0.5]
-    answers = [compare.Answer("p", 1, "", reward, 2, -1.0, -1.0) for reward in rewards]
+    answers = [replay.Answer("p", 1, "", reward, 2, -1.0, -1.0) for reward in rewards]
     versions: Any = [SimpleNamespace(number=1), SimpleNamespace(number=2)]
-    found = compare._comparison(*versions, tuple(answers), samples=1).reward
-    assert found == compare.Difference(0.25, 0.75, 0.5, 0.5)
+    found = replay._comparison(*versions, tuple(answers), samples=1).reward
+    assert found == replay.Difference(0.25, 0.75, 0.5, 0.5)
     unscored = tuple(replace(answer, reward=None) for answer in answers)
-    assert compare._comparison(*versions, unscored, samples=1).reward is None
+    assert replay._comparison(*versions, unscored, samples=1).reward is None

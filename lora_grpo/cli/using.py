@@ -61,7 +61,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Let two versions answer the same prompts in one batch, and compare rewards, lengths and log-probs."""
-    from lora_grpo.trainer.compare import compare_run
+    from lora_grpo.trainer.replay import compare_run
 
     result = compare_run(run, a, b, prompts, samples=samples, temperature=temperature, seed=seed)
     first, second = f"v{result.first}", f"v{result.second}"

@@ -204,9 +204,9 @@ class RenderingEngine:
         groups = self._engine.generate(self._encoded(prompts), asked, adapter=adapter)
         return [replace(group, prompt=prompt) for group, prompt in zip(groups, prompts, strict=False)]
 
-    def rendered(self, prompts: Sequence[Prompt], sampling: Samplings) -> tuple[list[Rendered], list[Sampling]]:
+    def rendered(self, prompts: Sequence[Prompt], sampling: list[Sampling]) -> tuple[list[Rendered], list[Sampling]]:
         """What the engine itself is asked: the prompts' token ids, and how each is sampled."""
-        return self._encoded(prompts), [self._ended(one) for one in sampling_by_prompt(sampling, len(prompts))]
+        return self._encoded(prompts), list(map(self._ended, sampling))
 
     def _encoded(self, prompts: Sequence[Prompt]) -> list[Rendered]:
         ids_P = token_prompts(self.tokenizer, prompts)

@@ -1,14 +1,17 @@
-"""Stored versions of a run in a fresh engine, whoever holds the run: evaluated again, or talked to."""
+"""Stored versions of a run in a fresh engine, whoever holds the run: evaluated again, compared, or talked to."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import torch
 
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.layout import PEFT_FILES
@@ -17,16 +20,17 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.config import LoraSettings, RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, config_of_model, load_config
-from lora_grpo.data import load_data
+from lora_grpo.data import load_data, load_prompts
 from lora_grpo.engines.base import Engine, LoadReceipt
 from lora_grpo.engines.requests import render
 from lora_grpo.errors import ConfigError
+from lora_grpo.grpo.advantages import weighted_rewards
 from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output
-from lora_grpo.rewards import load_reward
+from lora_grpo.rewards import check_columns, load_reward, score
 from lora_grpo.trainer.build import effective_grpo, lora_config
 from lora_grpo.trainer.models import build_engine, lora_rank
 from lora_grpo.trainer.rollouts import evaluate, saved_evaluations
-from lora_grpo.types import Chat, Message, Prompt, Sampling
+from lora_grpo.types import Chat, Group, Message, Prompt, Sampling
 
 Borrow: TypeAlias = Callable[[Target], AdapterVersion]
 PIECE_TOKENS = 8
@@ -69,8 +73,7 @@ def replaying(
 def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) -> list[dict[str, Any]]:
     """Held-out metrics of stored versions, sampled again from their bytes; one row a version.
 
-    Default: the first and the last version that the run evaluated. `recorded` is what the run itself measured (None
-    where it did not). Raises `ConfigError` or `UnknownVersion`.
+    Default: the first and the last that the run evaluated. `recorded` is what the run itself measured, if it did.
     """
     run = Path(run_dir)
     config, saved = load_config(run), saved_evaluations(run)
@@ -90,6 +93,134 @@ def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) 
             about = {"version": result.version, "step": result.step, "prompts": len(result.rows)}
             rows.append({**about, **result.metrics, "recorded": recorded})
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One completion: its reward (None without reward functions), its tokens, and the sum of its tokens' log-probs
+    under both versions, nats at temperature 1."""
+
+    prompt: Prompt
+    version: int | None
+    text: str
+    reward: float | None
+    tokens: int
+    logp_first: float
+    logp_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Means over all answers of each version, and their difference (second - first) with its standard error over
+    prompts, which are paired (None for one prompt)."""
+
+    first: float
+    second: float
+    difference: float
+    standard_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Of versions number `first` and `second`: `reward` and `tokens` of the answers; `logp_first_answers`: how the
+    versions score, in nats per token, what the first one said, `logp_second_answers` what the second one said. Their
+    differences estimate -KL(first | second) and KL(second | first) a token.
+    """
+
+    first: int
+    second: int
+    reward: Difference | None
+    tokens: Difference
+    logp_first_answers: Difference
+    logp_second_answers: Difference
+    answers: tuple[Answer, ...]
+
+
+def compare_run(
+    run_dir: str | Path,
+    first: Target,
+    second: Target,
+    prompts: str | Path,
+    *,
+    samples: int = 1,
+    temperature: float | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """Sample `samples` answers a prompt from two versions of a stored run, stopped or live, and score all under both.
+
+    The engine is its own, and has two slots, so that both versions' rows share its batches; each is proven first.
+    `prompts` is a file. Where it lacks the columns that the run's reward functions need, `reward` is None.
+    """
+    run = Path(run_dir)
+    config = load_config(run)
+    with AdapterStore(archive=run, readonly=True) as store:
+        pair = [store.get(first), store.get(second)]
+    if pair[0] == pair[1]:
+        raise ConfigError(f"{pair[0]} is compared with itself; name two versions")
+    grpo, functions = effective_grpo(config), [load_reward(reward) for reward in config.rewards]
+    data = load_prompts(prompts, prompt_column=config.data.prompt_column, system_prompt=config.data.system_prompt)
+    try:
+        check_columns(functions, data.column_names)
+    except ConfigError:
+        functions = []
+    texts, columns = replace(data, chat_template_kwargs=grpo.chat_template_kwargs).select(range(len(data)))
+    sampling = replace(_sampling(config, temperature), n=samples, seed=seed)
+    slots = config.engine.replace(max_loras=max(2, config.engine.max_loras))
+    with replaying(run, config.replace(engine=slots), pair) as (engine, pair, _):
+        for version in pair:
+            engine.load(version)
+        groups = engine.generate([*texts, *texts], sampling, adapter=[version for version in pair for _ in texts])
+        scored = [_scores(engine, groups, version) for version in pair]
+    completions = [(group.prompt, completion) for group in groups for completion in group.completions]
+    rewards: list[float | None] = [None] * len(completions)
+    if functions:
+        doubled = {name: [*values, *values] for name, values in columns.items()}
+        rewards_BF = torch.tensor(score(functions, groups, doubled), dtype=torch.float64)
+        weighted = weighted_rewards(rewards_BF, grpo.reward_weights).tolist()
+        rewards = [None if math.isnan(reward) else reward for reward in weighted]
+    answers = tuple(
+        Answer(prompt, done.version, done.text, reward, len(done.token_ids), one, two)
+        for (prompt, done), reward, one, two in zip(completions, rewards, *scored, strict=True)
+    )
+    return _comparison(pair[0], pair[1], answers, samples)
+
+
+def _comparison(first: AdapterVersion, second: AdapterVersion, answers: tuple[Answer, ...], samples: int) -> Comparison:
+    def values(found: Iterable[float | None]) -> torch.Tensor:
+        """By version, prompt and sample; NaN where there is none."""
+        known = [math.nan if value is None else value for value in found]
+        return torch.tensor(known, dtype=torch.float64).view(2, -1, samples)
+
+    rewards = values(answer.reward for answer in answers)
+    # Per token, so that long answers do not outweigh the others by their length alone.
+    by_first = values(answer.logp_first / max(1, answer.tokens) for answer in answers)
+    by_second = values(answer.logp_second / max(1, answer.tokens) for answer in answers)
+    return Comparison(
+        first.number,
+        second.number,
+        None if rewards.sum(0).isnan().all() else _difference(*rewards),
+        _difference(*values(answer.tokens for answer in answers)),
+        _difference(by_first[0], by_second[0]),
+        _difference(by_first[1], by_second[1]),
+        answers,
+    )
+
+
+def _difference(first_PS: torch.Tensor, second_PS: torch.Tensor) -> Difference:
+    """Of pairs that have both values: an answer that no function scores has none."""
+    apart_PS = second_PS - first_PS
+    by_prompt = apart_PS.nanmean(1)
+    by_prompt = by_prompt[~by_prompt.isnan()]
+    error = float(by_prompt.std()) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else None
+    one, other = (float(values_PS[~apart_PS.isnan()].mean()) for values_PS in (first_PS, second_PS))
+    return Difference(one, other, other - one, error)
+
+
+def _scores(engine: Engine, groups: Sequence[Group], version: AdapterVersion) -> list[float]:
+    """Sum of the completion tokens' log-probs under `version`, nats at temperature 1; one engine call."""
+    rows = [(group.prompt_token_ids, completion.token_ids) for group in groups for completion in group.completions]
+    logp = engine.logprobs([[*prompt, *tokens] for prompt, tokens in rows], adapter=version)
+    return [math.fsum(row[len(prompt) - 1 :]) for row, (prompt, _) in zip(logp, rows, strict=True)]
 
 
 class Conversation:
@@ -112,7 +243,6 @@ class Conversation:
         return receipt
 
     def forget(self) -> None:
-        """Begin anew."""
         system = self._config.data.system_prompt
         self.turns: list[Message] = [{"role": "system", "content": system}] if system else []
 
@@ -124,10 +254,8 @@ class Conversation:
         ids, said, shown, self.cut = render(self._tokenizer, prompt, "the conversation"), list[int](), "", True
         longest = getattr(self._engine, "max_model_len", len(ids) + self._sampling.max_tokens)
         if (room := min(self._sampling.max_tokens, longest - len(ids))) < 1:
-            raise ConfigError(
-                f"what was said has {len(ids):,} tokens, and max_model_len={longest} leaves no room for an answer: say "
-                "less, or forget what was said before (/new)"
-            )
+            told = f"what was said has {len(ids):,} tokens, and max_model_len={longest} leaves no room for an answer"
+            raise ConfigError(f"{told}: say less, or forget what was said before (/new)")
         while self.cut and len(said) < room:
             piece = replace(self._sampling, max_tokens=min(PIECE_TOKENS, room - len(said)))
             [group] = self._engine.generate([[*ids, *said]], piece, adapter=self.version)
@@ -149,14 +277,15 @@ def conversing(run: Path, first: Target, temperature: float | None = None) -> It
     It samples as the run does, or at `temperature`. Raises `UnknownVersion`, or what the engine or a proof meets.
     """
     config = _settings(run)
-    grpo = config.grpo
-    sampling = Sampling(
-        max_tokens=grpo.max_completion_length, temperature=grpo.temperature if temperature is None else temperature
-    )
     with replaying(run, config, [first]) as (engine, [version], borrow):
-        conversation = Conversation(engine, borrow, config, sampling)
+        conversation = Conversation(engine, borrow, config, _sampling(config, temperature))
         conversation.switch(version)
         yield conversation
+
+
+def _sampling(config: RunConfig, temperature: float | None) -> Sampling:
+    temperature = config.grpo.temperature if temperature is None else temperature
+    return Sampling(max_tokens=config.grpo.max_completion_length, temperature=temperature)
 
 
 def _settings(run: Path) -> RunConfig:

@@ -97,7 +97,6 @@ class Member:
         self.settle()
 
     def draw(self) -> None:
-        """Do what was asked from outside, and take the prompts of the next step."""
         trainer = self.runs
         apply_requests(trainer.store, partial(roll_back_between_steps, trainer), self.reporter)
         self.rollout: Rollout = trainer.source.draw(trainer.steps_done + 1)

@@ -20,7 +20,7 @@ from lora_grpo.trainer.crew import launched
 from lora_grpo.trainer.models import Shared, Sharing, check_same_device, load_base, shared_base
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.preflight import MemberSpec, Preflight
-from lora_grpo.trainer.rollouts import Rollout, Source
+from lora_grpo.trainer.rollouts import Rollout
 from lora_grpo.trainer.room import Room, Wanted, plan_room
 from lora_grpo.trainer.run import Run
 from lora_grpo.types import Prompt, Sampling
@@ -51,24 +51,19 @@ class Population:
     ) -> None:
         """Check every member, then start the engine with slots for `at_once` of them (default: all), and load the base.
 
-        If there are more members than `at_once`, the others start when some have ended; with "fitting", as many run at
-        once as memory can hold. An `engine` that you give stays open. `share_base_weights` is as in `GRPOTrainer`.
-        Raises `ConfigError` for a member that cannot work, or if memory is too small for `at_once` members; then it
-        says how many fit.
+        Members beyond `at_once` start when some have ended; with "fitting", as many run at once as memory can hold. An
+        `engine` that you give stays open. `share_base_weights` is as in `GRPOTrainer`. Raises `ConfigError` for a
+        member that cannot work, or if memory is too small for `at_once` members, with how many fit.
         """
         if launched() is not None:
             raise ConfigError("a population is one process: start it without accelerate launch or torchrun")
         if engine_config is not None and engine_config.store_address is not None:
-            raise ConfigError(
-                f"store_address={engine_config.store_address!r} serves the versions of one run; a population's servers "
-                "read them from disk: leave store_address out, and use a disk that both can read"
-            )
+            told = f"store_address={engine_config.store_address!r} serves the versions of one run"
+            raise ConfigError(f"{told}: leave it out for a population, and use a disk that its servers can read")
         if not members:
             raise ConfigError("a population needs at least one member")
         if at_once not in (None, "fitting") and (not isinstance(at_once, int) or at_once < 1):
-            raise ConfigError(
-                f"at_once={at_once!r} must be a whole number from 1 on, 'fitting', or None for all members"
-            )
+            raise ConfigError(f"at_once={at_once!r} must be a whole number from 1 on, 'fitting', or None (all members)")
         self._model = ModelConfig(name=str(model)) if isinstance(model, str | Path) else model
         self.members: list[Member] = []
         self._engine_config, self._resume = engine_config or EngineConfig(), False
@@ -104,7 +99,10 @@ class Population:
         """
         number = 0
         while self.start_waiting():
-            self._round(begin(self.running))
+            members = begin(self.running)
+            self._each(members, Member.draw)
+            self._sample([member for member in members if member.state == "running"])
+            self._each(members, Member.learn)
             number += 1
             yield number
 
@@ -159,17 +157,13 @@ class Population:
         """Have a new member wait, checked as far as its own settings go; what it needs."""
         for member in self.members:
             if spec.name == member.name or Path(spec.run_dir).resolve() == member.run_dir.resolve():
-                raise ConfigError(
-                    f"member {spec.name} in {spec.run_dir}: {member.run_dir} is already a member; give each member a "
-                    "directory of its own, with a name of its own"
-                )
+                told = f"member {spec.name} in {spec.run_dir}: {member.run_dir} is already a member"
+                raise ConfigError(f"{told}; give each member a directory of its own, with a name of its own")
         try:
             spec = spec.loaded()
             if spec.config.max_staleness:
-                raise ConfigError(
-                    f"max_staleness={spec.config.max_staleness} samples ahead, but a population samples for "
-                    "all its members at once; set max_staleness=0"
-                )
+                told = f"max_staleness={spec.config.max_staleness} samples ahead"
+                raise ConfigError(f"{told}, but a population samples for all members at once; set max_staleness=0")
             before = Preflight(self._model, spec, engine_config=self._engine_config)
             before.check()
         except ConfigError as error:
@@ -198,11 +192,6 @@ class Population:
                 member.close()
                 return
 
-    def _round(self, members: Sequence[Member]) -> None:
-        self._each(members, Member.draw)
-        self._sample([member for member in members if member.state == "running"])
-        self._each(members, Member.learn)
-
     def _each(self, members: Sequence[Member], do: Callable[[Member], None]) -> None:
         for member in members:
             if member.state == "running":
@@ -210,10 +199,8 @@ class Population:
                     do(member)
 
     def _sample(self, members: Sequence[Member]) -> None:
-        """All members that do not sample by a function of their own, together.
-
-        Where that fails, each is sampled by itself, so that it ends those alone whose rows it was.
-        """
+        """All without a `rollout_func` together; where that fails, each by itself, so that it ends those alone whose
+        rows it was."""
         joint = [member for member in members if member.spec.rollout_func is None]
         together = len(joint) > 1 and self._sampled_together(joint)
         for member in members:
@@ -221,12 +208,9 @@ class Population:
                 if together and member in joint:
                     member.runs.source.check(member.rollout)
                 else:
-                    self._sample_alone(member)
-
-    def _sample_alone(self, member: Member) -> None:
-        hold(self.engine, [member.runs])
-        with member.clock("generate"):
-            member.runs.source.sample(member.rollout, member.runs.version)
+                    hold(self.engine, [member.runs])
+                    with member.clock("generate"):
+                        member.runs.source.sample(member.rollout, member.runs.version)
 
     def _sampled_together(self, members: Sequence[Member]) -> bool:
         with ExitStack() as clocks:
@@ -242,7 +226,6 @@ class Population:
 
     @contextmanager
     def _ending(self, member: Member) -> Iterator[None]:
-        """What is raised inside ends `member`, and nobody else."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - whatever a member's functions raise is its own end
@@ -257,9 +240,12 @@ def sample_together(engine: Engine, waiting: Sequence[tuple[Run, Rollout]]) -> N
     prompts: list[Prompt] = []
     sampling: list[Sampling] = []
     for run, rollout in waiting:
-        rollout.version = run.version
-        asked, sampled_as = _asked(run.source, rollout)
-        prompts += asked
+        rollout.version, asked = run.version, run.parts.rendering
+        own: Sequence[Prompt] = rollout.prompts
+        sampled_as = sampling_by_prompt(run.source.sampling(rollout), len(own))
+        if isinstance(asked, RenderingEngine):
+            own, sampled_as = asked.rendered(own, sampled_as)
+        prompts += own
         sampling += sampled_as
     hold(engine, [run for run, _ in waiting])
     versions = [rollout.version for _, rollout in waiting for _ in rollout.prompts]
@@ -279,12 +265,3 @@ def hold(engine: Engine, runs: Sequence[Run]) -> None:
             return
         missing[0].sync.serve()
     raise EngineError(f"the engine holds {len(engine.loaded())} versions at a time, and {len(runs)} members need one")
-
-
-def _asked(source: Source, rollout: Rollout) -> tuple[Sequence[Prompt], list[Sampling]]:
-    """What the engine is asked for a rollout, as the trainer's own tokenizer renders it."""
-    sampling = source.sampling(rollout)
-    engine = source.parts.rendering
-    if isinstance(engine, RenderingEngine):
-        return engine.rendered(rollout.prompts, sampling)
-    return rollout.prompts, sampling_by_prompt(sampling, len(rollout.prompts))

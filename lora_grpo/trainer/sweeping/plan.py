@@ -128,14 +128,10 @@ def _different(choices: dict[str, _Choice], sample: int, draw: random.Random) ->
 
 
 def _trial(number: str, keys: tuple[str, ...], values: tuple[str, ...]) -> Trial:
-    label = "_".join(f"{key.rpartition('.')[2]}={_plain(value)}" for key, value in zip(keys, values, strict=True))
-    settings = tuple(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-    return Trial(f"{number}_{label}"[:80], settings)
-
-
-def _plain(value: str) -> str:
-    """A value as a directory's name can hold it."""
-    return re.sub(r"[^\w.+-]+", "-", json.dumps(value)[1:-1]).strip("-")
+    # A value as a directory's name can hold it.
+    plain = [re.sub(r"[^\w.+-]+", "-", json.dumps(value)[1:-1]).strip("-") for value in values]
+    label = "_".join(f"{key.rpartition('.')[2]}={value}" for key, value in zip(keys, plain, strict=True))
+    return Trial(f"{number}_{label}"[:80], tuple(map("=".join, zip(keys, values, strict=True))))
 
 
 SWEEP_FILE = "sweep.json"
@@ -174,7 +170,6 @@ class SweepPlan(Section):
 
     @model_validator(mode="after")
     def _check(self) -> SweepPlan:
-        """Raises `ConfigError` for what cannot be run, before anything is written or started."""
         if placed := self._swept() & {"output_dir", "store_root"}:
             raise ConfigError(f"{' and '.join(placed)}: each member gets a place of its own; sweep other settings")
         configs = [self.config(trial) for trial in self.trials]
@@ -185,26 +180,20 @@ class SweepPlan(Section):
         shortest = min(config.grpo.total_steps for config in configs)
         for rung in self.rungs:
             if not 1 <= rung < shortest:
-                raise ConfigError(
-                    f"a rung at step {rung} must lie between 1 and {shortest - 1}, below grpo.total_steps"
-                )
+                raise ConfigError(f"a rung at step {rung} must be from 1 to {shortest - 1}, below grpo.total_steps")
         if self.keep != type(self).model_fields["keep"].default and not self.rungs:
             raise ConfigError(f"--keep {self.keep:g} is the share that goes on at rungs; give --rungs STEPS too")
         if self.evolve_every is not None:
             self._check_evolution(configs)
         elif self.perturb:
-            raise ConfigError(
-                f"--perturb {' '.join(self.perturb)} works only with take-overs; give --evolve-every STEPS too"
-            )
+            raise ConfigError(f"--perturb {' '.join(self.perturb)} is for take-overs; give --evolve-every STEPS too")
         return self
 
     def _check_evolution(self, configs: Sequence[RunConfig]) -> None:
         if len(configs) < 2 or self.rungs:
             raise ConfigError("population-based training needs two members, and no rungs")
         if self.at_once is not None and self.at_once < len(configs):
-            raise ConfigError(
-                f"--at-once {self.at_once}: population-based training compares all {len(configs)} at once"
-            )
+            raise ConfigError(f"--at-once {self.at_once}: take-overs compare all {len(configs)} members at once")
         if len({config.lora.model_dump_json() for config in configs}) > 1:
             raise ConfigError("members that take over each other's adapters need the same lora settings")
         for key in self.perturb:

@@ -92,10 +92,8 @@ def take_over(loser: Run, winner: Run) -> AdapterVersion:
 def _publish_as(loser: Run, winner: Run) -> None:
     state, before = capture_state(winner.sync.training, {}), capture_state(loser.sync.training, {})
     if _shapes(state) != _shapes(before):
-        raise ConfigError(
-            f"{loser.run_dir} cannot take over from {winner.run_dir}: their adapters differ in rank or layers; give "
-            "both runs the same lora settings"
-        )
+        told = f"{loser.run_dir} cannot take over from {winner.run_dir}: their adapters differ in rank or layers"
+        raise ConfigError(f"{told}; give both runs the same lora settings")
     tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("rng/")}
     keep_state = loser.sync.keep_state
     try:

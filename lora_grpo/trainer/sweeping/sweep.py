@@ -87,7 +87,6 @@ class Sweep:
                 directory.rmdir()
 
     def _go_over(self, record: dict[str, Any]) -> None:
-        """Take note of what an earlier session decided."""
         match record["event"]:
             case "ended":
                 self._ended[record["name"]] = record
@@ -210,7 +209,6 @@ class Sweep:
         population.start_waiting()
 
     def _settings(self, name: str) -> RunConfig:
-        """A member's settings as they are by now."""
         member = self._members.get(name)
         trial = next(trial for trial in self.plan.trials if trial.name == name)
         return self.plan.config(trial) if member is None or member.spec.settings is None else member.spec.settings
