@@ -508,7 +508,7 @@ def test_ctrl_c_stops_a_sweep_which_goes_on_as_if_it_had_not(llama_dir: Path, tm
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rungs": (6,)}, "a rung at step 6 must lie between 1 and 5"),
+        ({"rungs": (6,)}, "a rung at step 6 must be from 1 to 5"),
         ({"keep": 1.0}, r"keep: must be a number, above 0, below 1 \(got 1.0\)"),
         ({"keep": 0.3}, "give --rungs"),
         ({"trials": trials_of(["output_dir=a,b"])}, "a place of its own"),
@@ -535,7 +535,7 @@ def test_the_command_refuses_in_a_sentence_and_writes_nothing(llama_dir: Path, t
     file.write_text(settings_of(llama_dir, directory).model_dump_json())
     for arguments, words in (
         ([str(file), "grpo.seed=1"], "needs a setting with several values"),
-        ([str(file), "grpo.seed=1,2", "--rungs", "9"], "a rung at step 9 must lie between 1 and 5"),
+        ([str(file), "grpo.seed=1,2", "--rungs", "9"], "a rung at step 9 must be from 1 to 5"),
         ([str(file), "grpo.seed=1,2", "grpo.total_steps=0"], "grpo.total_steps"),
         ([str(tmp_path), "--resume"], "is not a sweep"),
     ):

@@ -35,11 +35,9 @@ from lora_grpo.trainer.room import Room, Wanted, plan_room
 @dataclass
 class Assembly:
     """Builds what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
-
     With several processes, each builds its own; only the store, the tokenizer, and an engine that is servers, are the
     first one's. What fails in one of them fails in all. Of what is `shared`, the engine is given, and the base is not
-    loaded again.
-    """
+    loaded again."""
 
     closing: ExitStack
     reporter: Reporter | Unheard
@@ -83,10 +81,8 @@ class Assembly:
         return Parts(asked, rendering(asked, tokenizer, model), model, policy, sync)
 
     def _planned(self) -> tuple[Room | None, GRPOConfig]:
-        """What an engine is started for (None: it is given), and the settings with what they left open.
-
-        On CUDA every micro-batch has as many tokens as the largest one, so that shorter rows fill it too.
-        """
+        """What an engine is started for (None: it is given), and the settings with what they left open. On CUDA every
+        micro-batch has as many tokens as the largest one, so that shorter rows fill it too."""
         made_of, processes, config = self.made_of, self.crew.processes, self.made_of.config
         longest = processes.first(lambda: made_of.wanted.prompt_tokens)
         twice, most = config.gradient_checkpointing, config.max_tokens_per_micro_batch
@@ -182,10 +178,8 @@ def _distributed(model: nn.Module, config: GRPOConfig, base: Any) -> tuple[Any, 
 
 @contextmanager
 def untouched_when_stopped(*folders: str | Path | None) -> Iterator[None]:
-    """Ctrl-C while the parts are built leaves no folder that was not there, or was empty, before.
-
-    After an error they stay, with what the libraries said of it.
-    """
+    """Ctrl-C while the parts are built leaves no folder that was not there, or was empty, before. After an error they
+    stay, with what the libraries said of it."""
     paths = [Path(folder) for folder in folders if folder is not None]
     new = [path for path in paths if not path.exists() or (path.is_dir() and not any(path.iterdir()))]
     try:

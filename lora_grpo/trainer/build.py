@@ -52,9 +52,7 @@ def begin_run(model: ModelConfig, spec: MemberSpec, *, resume: bool, **others: A
 
 def nothing_left(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
     """Why the run in `output_dir` has no step left, and the result that it ended with; None where there is any work.
-
-    There is, too, where the end was not reached, a rollback is to be taken up, or an evaluation is missing.
-    """
+    There is, too, where the end was not reached, a rollback is to be taken up, or an evaluation is missing."""
     run_dir, most = Path(config.output_dir), config.grpo.max_steps_without_signal
     check_place(run_dir)
     last = (run_history(run_dir) or [{}])[-1]

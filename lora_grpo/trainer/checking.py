@@ -52,12 +52,10 @@ class Finding:
 def check_run(
     config: RunConfig, *, engine: bool = False, rewards: bool = False, base_alone: bool = False
 ) -> Iterator[Finding]:
-    """What can be known of a run without training it, told as it is found; nothing of the run is written.
-
-    `engine` starts the run's own, if all else is well: base match, probe, slots, and three swaps of adapters that
-    differ. `rewards` calls each reward function once, on two rows with a stand-in completion: errors and types count,
-    values do not. `base_alone` leaves data and rewards out, for a model that has none yet.
-    """
+    """What can be known of a run without training it, told as it is found; nothing of the run is written. `engine`
+    starts the run's own, if all else is well: base match, probe, slots, and three swaps of adapters that differ.
+    `rewards` calls each reward function once, on two rows with a stand-in completion: errors and types count, values do
+    not. `base_alone` leaves data and rewards out, for a model that has none yet."""
     run = _Run(config, base_alone)
     well = True
     for finding in _findings([*run.parts(), *(run.reward_calls() if rewards else ())]):

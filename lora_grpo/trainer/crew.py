@@ -35,11 +35,9 @@ R = TypeVar("R")
 
 
 def launched(timeout_s: float | None = None) -> Accelerator | None:
-    """accelerate's own view of what `accelerate launch` or `torchrun` started; None for a single process.
-
-    The first call joins the processes, unless the caller has: from then on they wait for each other `timeout_s` at
-    most (None: accelerate's default), and later calls give the same.
-    """
+    """accelerate's own view of what `accelerate launch` or `torchrun` started; None for a single process. The first
+    call joins the processes, unless the caller has: from then on they wait for each other `timeout_s` at most (None:
+    accelerate's default), and later calls give the same."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     if not _joined:
@@ -57,9 +55,7 @@ _joined: list[Accelerator] = []
 @dataclass(frozen=True)
 class Parts:
     """What one process trains with. With several processes, the first one's `engine` stands for all of theirs.
-
-    `rendering` is that engine, asked in prompts as the trainer's tokenizer renders them.
-    """
+    `rendering` is that engine, asked in prompts as the trainer's tokenizer renders them."""
 
     engine: Engine
     rendering: Engine

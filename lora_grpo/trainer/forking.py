@@ -102,19 +102,15 @@ def _config(source: Path, target: Path, settings: Sequence[str]) -> RunConfig | 
             raise ConfigError(f"{text}: the fork's directory is its argument NEW, here {target}; leave output_dir out")
     if not (source / RESOLVED_FILE).is_file():
         if settings:
-            raise ConfigError(
-                f"{source} has no {RESOLVED_FILE}, so {' '.join(settings)} cannot be set here; fork it as it is, and "
-                "give these settings to the GRPOTrainer that resumes the fork"
-            )
+            told = f"{source} has no {RESOLVED_FILE}, so {' '.join(settings)} cannot be set here"
+            raise ConfigError(f"{told}; fork it as it is, and give them to the GRPOTrainer that resumes the fork")
         return None
     before = load_config(source)
     config = with_settings(before.replace(store_root=None, output_dir=str(target)), settings, str(source))
     check_same_adapter(before.lora, config.lora, source)
     if before.model.name != config.model.name:
-        raise ConfigError(
-            f"model.name={config.model.name!r}: the versions of {source} are adapters of {before.model.name!r}; leave "
-            "the setting as it was, or begin another run"
-        )
+        told = f"model.name={config.model.name!r}: the versions of {source} are adapters of {before.model.name!r}"
+        raise ConfigError(f"{told}; leave it as it was, or begin another run")
     return config
 
 
@@ -182,12 +178,10 @@ def _publish(staged: Path, store: AdapterStore, made: Fork, state: TrainerState)
 
 
 def taken_from(source: Path, origin: AdapterVersion) -> dict[str, str | int]:
-    """What the journal says of a version that was taken from another run."""
     return {"from/run": str(source), "from/version": origin.number, "from/digest": origin.digest}
 
 
 def _copy(source: Path, staged: Path, *names: str) -> None:
-    """Files and folders of a run directory, where it has them."""
     for name in names:
         if (source / name).is_dir():
             shutil.copytree(source / name, staged / name)

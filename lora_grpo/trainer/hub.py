@@ -51,10 +51,8 @@ def _upload(files: Path, repo: str, private: bool, message: str) -> str:
         added = [CommitOperationAdd(path.name, path) for path in sorted(files.iterdir())]
         return str(hub.create_commit(repo, added, commit_message=message).commit_url)
     except (OSError, ValueError, httpx.HTTPError) as error:
-        raise ConfigError(
-            f"{repo!r} on {hub.endpoint} did not accept the upload: {error}; log in with `hf auth login` or set "
-            "HF_TOKEN, and name a repository that you may write to, as you/name"
-        ) from error
+        fix = "log in with `hf auth login` or set HF_TOKEN, and name a repository that you may write to, as you/name"
+        raise ConfigError(f"{repo!r} on {hub.endpoint} did not accept the upload: {error}; {fix}") from error
 
 
 def _card(

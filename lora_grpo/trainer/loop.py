@@ -67,11 +67,9 @@ def finish_step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) ->
 
 
 def publish(run: Run, step: int, measured: Mapping[str, Any] | None = None) -> None:
-    """The weights after `step` become a version, which is proven, promoted, and kept with the trainer's state.
-
-    The state has what the step `measured` too (but for times): should the run be killed before that is written down,
-    `make_good` does it.
-    """
+    """The weights after `step` become a version, which is proven, promoted, and kept with the trainer's state. The
+    state has what the step `measured` too (but for times): should the run be killed before that is written down,
+    `make_good` does it."""
     beside_weights = {
         "steps_done": step,
         "rollbacks": run.rollbacks,
@@ -193,9 +191,7 @@ class Clock:
 
 def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> dict[str, Any]:
     """Check the completions' log-probs against the policy's, then update it. Raises `DeliveryError` before updating.
-
-    Called by every process with all completions; each learns from its part of the rows.
-    """
+    Called by every process with all completions; each learns from its part of the rows."""
     processes = parts.policy.processes
     rows = Batch.from_groups(
         rewarded.groups, rewarded.advantages_B, mask_truncated_completions=config.mask_truncated_completions
@@ -213,11 +209,9 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
 
 
 def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, step: int) -> CanaryReport | None:
-    """At the first step, at its cadence, and at once when the batch's own gap is above the noise.
-
-    A batch of an earlier version than the trainer's is compared with that one's weights; its own gap says nothing.
-    Raises `DeliveryError` when it fails.
-    """
+    """At the first step, at its cadence, and at once when the batch's own gap is above the noise. A batch of an earlier
+    version than the trainer's is compared with that one's weights; its own gap says nothing. Raises `DeliveryError`
+    when it fails."""
     number = groups[0].completions[0].version
     late = number is not None and number != parts.sync.head.number
     due = (step - 1) % config.canary_every == 0 or not (late or gap <= RESOLUTION * parts.sync.noise)

@@ -45,10 +45,8 @@ _SMALLER = {
 
 @dataclass(frozen=True, slots=True)
 class LargestBatch:
-    """The most that the trainer computes at a time: `rows` of a prompt and a completion each.
-
-    `group` of them have the same prompt, which a model that takes packed rows computes once.
-    """
+    """The most that the trainer computes at a time: `rows` of a prompt and a completion each. `group` of them have the
+    same prompt, which a model that takes packed rows computes once."""
 
     rows: int
     prompt_tokens: int
@@ -69,11 +67,9 @@ class LargestBatch:
 
 
 def largest_batch(config: GRPOConfig, prompt_tokens: int, device: torch.device) -> LargestBatch:
-    """What a run's settings make of prompts of at most so many tokens.
-
-    A budget of tokens counts a shared prompt once, and is filled with rows of other groups then. On a GPU there is
-    one where none is set: what this many rows take that share nothing.
-    """
+    """What a run's settings make of prompts of at most so many tokens. A budget of tokens counts a shared prompt once,
+    and is filled with rows of other groups then. On a GPU there is one where none is set: what this many rows take that
+    share nothing."""
     rows, group, completion_tokens = config.per_device_train_batch_size, 1, config.max_completion_length
     if config.max_tokens_per_micro_batch is not None:
         rows = max(1, config.max_tokens_per_micro_batch // (prompt_tokens + completion_tokens))
@@ -134,9 +130,7 @@ def estimate_memory(
     scheme: Scheme | None = None,
 ) -> MemoryEstimate:
     """The estimate for a PEFT model on the meta device that learns from `batch` at a time; its KV cache is left out.
-
-    With `shared_base` the trainer's base is the engine's. `scheme` is how linear layers are quantized.
-    """
+    With `shared_base` the trainer's base is the engine's. `scheme` is how linear layers are quantized."""
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     slot = sum(max_lora_rank * (module.in_features + module.out_features) for module in adapted)
@@ -169,11 +163,9 @@ def _linear_elements(model: Any) -> int:
 
 
 def activation_bytes(model: Any, batch: LargestBatch, dtype: torch.dtype, *, checkpointing: bool) -> int | None:
-    """Peak of a forward and backward of `batch` above weights and optimizer; None where no walk is possible.
-
-    `model` is a PEFT model on the meta device, in `dtype`. Attention counts as one that never holds its scores, which
-    torch's is on the CPU and on GPUs. A model whose code reads values from its tensors cannot be walked through.
-    """
+    """Peak of a forward and backward of `batch` above weights and optimizer; None where no walk is possible. `model` is
+    a PEFT model on the meta device, in `dtype`. Attention counts as one that never holds its scores, which torch's is
+    on the CPU and on GPUs. A model whose code reads values from its tensors cannot be walked through."""
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -39,11 +39,8 @@ class Shared:
     proofs: Proofs = field(default_factory=dict)
 
     def own_modules(self) -> Any:
-        """A model like the base, whose parameters and buffers are the base's own tensors.
-
-        PEFT puts a trainer's adapter into its modules, so that nothing of one trainer is seen by another: no active
-        adapter, no dropout, no mode.
-        """
+        """A model like the base, whose parameters and buffers are the base's own tensors. PEFT puts a trainer's adapter
+        into its modules, so that nothing of one trainer is seen by another: no active adapter, no dropout, no mode."""
         tensors = [*self.base.parameters(), *self.base.buffers()]
         # bitsandbytes keeps a weight's scales beside it.
         states = [getattr(tensor, "quant_state", None) for tensor in tensors]
@@ -74,10 +71,8 @@ def build_engine(
     share_base_weights: bool = False,
 ) -> Engine:
     """A `VLLMEngine` on the model's checkpoint, or the servers that `config.urls` names; `max_lora_rank` is to be set.
-
     `targets` are the last names of the layers to be adapted (None: all linear ones); each wrapped layer costs decoding
-    time, whether an adapter uses it or not.
-    """
+    time, whether an adapter uses it or not."""
     checkpoint = checkpoint_of(model)
     if config.urls:
         from lora_grpo.engines.server.engine import VLLMServerEngine
@@ -125,9 +120,7 @@ def load_base(model: ModelConfig, device: torch.device | None = None) -> Any:
 
 def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: int, base: Any = None) -> nn.Module:
     """The PEFT model to train, its adapter in fp32 and drawn from `seed`, on `base` or else the checkpoint's own copy.
-
-    A model that is given is used as it is. A copy goes to the default device.
-    """
+    A model that is given is used as it is. A copy goes to the default device."""
     if isinstance(model, nn.Module):
         if peft_config is not None:
             raise ConfigError("model is a PeftModel already: leave peft_config out, or pass the checkpoint's name")
@@ -157,12 +150,9 @@ def expects_one_copy(choice: Sharing, model: ModelConfig | nn.Module, config: En
 def shared_base(
     choice: Sharing, model: ModelConfig | nn.Module, engine: Engine, tell: Callable[[str], None]
 ) -> Any | None:
-    """The engine's weights as the trainer's base, or None for a copy of its own.
-
-    "auto" takes them on CUDA, where that costs nothing, if they are in the dtype that the trainer's base would have;
-    else it goes on with a copy and tells why, unless the engine is servers. True raises `ConfigError` or
-    `UnsupportedAdapter` with the reason.
-    """
+    """The engine's weights as the trainer's base, or None for a copy of its own. "auto" takes them on CUDA, where that
+    costs nothing, if they are in the dtype that the trainer's base would have; else it goes on with a copy and tells
+    why, unless the engine is servers. True raises `ConfigError` or `UnsupportedAdapter` with the reason."""
     if not (choice is True or (_may_share(choice, model) and hasattr(engine, "shared_model"))):
         return None
     try:
@@ -181,9 +171,7 @@ def _may_share(choice: Sharing, model: ModelConfig | nn.Module) -> bool:
 def _shared_base(model: ModelConfig | nn.Module, engine: Engine) -> Any:
     share = getattr(engine, "shared_model", None)
     if not isinstance(model, ModelConfig):
-        raise ConfigError(
-            "share_base_weights=True builds the trainer's model: pass the checkpoint's name, not a PeftModel"
-        )
+        raise ConfigError("share_base_weights=True builds the model itself: pass the checkpoint's name, no PeftModel")
     if share is None:
         raise ConfigError(f"share_base_weights=True needs a VLLMEngine, not a {type(engine).__name__}")
     served = engine.describe_base().dtype
@@ -205,10 +193,8 @@ def adapted_leaves(model: ModelConfig | nn.Module, peft_config: Any) -> list[str
 
 
 def adapted_modules(model: ModelConfig | nn.Module, peft_config: Any) -> list[LoraModule]:
-    """The layers to be adapted; of a checkpoint's name, as its config alone has them.
-
-    Raises `ConfigError` or `UnsupportedAdapter` for an adapter that no engine would serve.
-    """
+    """The layers to be adapted; of a checkpoint's name, as its config alone has them. Raises `ConfigError` or
+    `UnsupportedAdapter` for an adapter that no engine would serve."""
     if isinstance(model, nn.Module):
         return lora_modules(model, active_adapter(model))
     named = _lora_config(model, peft_config).target_modules
@@ -258,10 +244,8 @@ def check_same_device(model: nn.Module, engine: Engine) -> None:
     """Raises `ConfigError` unless trainer and in-process engine share a device."""
     trainer, served = next(model.parameters()).device, engine.device
     if served is not None and (trainer.type, trainer.index or 0) != (served.type, served.index or 0):
-        raise ConfigError(
-            f"the trainer is on {trainer} but the engine on {served}; move the model with model.to('{served}'), or "
-            "serve on that device with `vllm serve` and use VLLMServerEngine"
-        )
+        told = f"the trainer is on {trainer} but the engine on {served}; move the model with model.to('{served}')"
+        raise ConfigError(f"{told}, or serve there with `vllm serve` and use VLLMServerEngine")
 
 
 def _lora_config(model: ModelConfig | nn.Module, peft_config: Any) -> LoraConfig:

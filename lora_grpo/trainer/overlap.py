@@ -32,11 +32,9 @@ class Flight:
 
 @dataclass
 class Ahead(Source):
-    """Batches sampled up to `max_staleness` steps ahead, by two threads: `generator` samples, `reward` scores.
-
-    Versions stay on tmpfs from the start of their rollout to the end of the step that trains on it. What fails in a
-    thread is raised by `take` or `reward` in the trainer's.
-    """
+    """Batches sampled up to `max_staleness` steps ahead, by two threads: `generator` samples, `reward` scores. Versions
+    stay on tmpfs from the start of their rollout to the end of the step that trains on it. What fails in a thread is
+    raised by `take` or `reward` in the trainer's."""
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` where the trainer has several processes."""

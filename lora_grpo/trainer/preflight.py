@@ -71,9 +71,7 @@ class MemberSpec:
 
         def read(data: Any, name: str) -> PromptDataset:
             if data is None:
-                raise ConfigError(
-                    f"{name} is missing: pass a datasets.Dataset, a list of dicts with 'prompt', or a file"
-                )
+                raise ConfigError(f"{name} is missing: pass a Dataset, a list of dicts with 'prompt', or a file")
             found = data if isinstance(data, PromptDataset) else load_prompts(data)
             return replace(found, chat_template_kwargs=self.config.chat_template_kwargs)
 
@@ -84,9 +82,7 @@ class MemberSpec:
 @dataclass
 class Preflight:
     """What a run would train with what. Each part is worked out once, and says in a sentence what it found.
-
-    `max_model_len` is the engine's, where it is known; without it only `max_prompt_length` bounds the prompts.
-    """
+    `max_model_len` is the engine's, where it is known; without it only `max_prompt_length` bounds the prompts."""
 
     model: ModelConfig | nn.Module
     spec: MemberSpec
@@ -111,10 +107,8 @@ class Preflight:
         """Weights and columns fit the functions."""
         names, weights = reward_names(self.reward_funcs), self.config.reward_weights
         if weights is not None and len(weights) != len(names):
-            raise ConfigError(
-                f"reward_weights={list(weights)} has {len(weights)} weights for the {len(names)} reward functions "
-                f"({', '.join(names)}); give one for each"
-            )
+            of = f"the {len(names)} reward functions ({', '.join(names)})"
+            raise ConfigError(f"reward_weights={list(weights)} has {len(weights)} weights for {of}; give one for each")
         for data in filter(None, (self.train, self.held_out)):
             check_columns(self.reward_funcs, data.column_names)
         return ", ".join(f"{w:g} x {name}" for name, w in zip(names, weights or [1.0] * len(names), strict=True))
@@ -131,19 +125,14 @@ class Preflight:
 
     def check_prompts(self, max_model_len: int | None) -> str:
         """Every row can be rendered, and fits an engine of `max_model_len`; longer ones go where they may be dropped.
-
-        `train` and `held_out` are afterwards those rows alone.
-        """
+        `train` and `held_out` are afterwards those rows alone."""
         said = []
         for name, (data, lengths) in self._lengths.items():
             fitting = self._fitting(data, lengths, max_model_len)
-            setattr(self, name, data if len(fitting) == len(data) else data.only(fitting))
-            dropped = len(data) - len(fitting)
-            longest = max(lengths[row] for row in fitting)
-            said.append(
-                f"{data.label}: {counted(len(fitting), 'prompt')} of at most {counted(longest, 'token')}"
-                + (f", {dropped:,} longer ones dropped" if dropped else "")
-            )
+            dropped, longest = len(data) - len(fitting), max(lengths[row] for row in fitting)
+            setattr(self, name, data.only(fitting) if dropped else data)
+            said.append(f"{data.label}: {counted(len(fitting), 'prompt')} of at most {counted(longest, 'token')}")
+            said[-1] += f", {dropped:,} longer ones dropped" if dropped else ""
         check_has_room(None if self.engine else max_model_len)
         return "; ".join(said)
 
@@ -163,9 +152,7 @@ class Preflight:
             return served
         own = getattr(self.spec.processing_class, "tokenizer", self.spec.processing_class)
         if not (hasattr(own, "encode") and hasattr(own, "decode")):
-            raise ConfigError(
-                f"processing_class={own!r:.80} is not a tokenizer: pass AutoTokenizer.from_pretrained(NAME)"
-            )
+            raise ConfigError(f"processing_class={own!r:.80} is no tokenizer: pass AutoTokenizer.from_pretrained(NAME)")
         check_same_vocabulary(own, served)
         return own
 
@@ -196,7 +183,6 @@ class Preflight:
         return lengths
 
     def _fitting(self, data: PromptDataset, lengths: list[int], max_model_len: int | None) -> list[int]:
-        """The rows that fit. Raises `ConfigError` for those that do not, or when none is left."""
         longest, most, completion = max(lengths), self.config.max_prompt_length, self.config.max_completion_length
         limits = [] if most is None else [(most, f"max_prompt_length={most}", [f"raise that to {longest}"])]
         if max_model_len is not None:
@@ -210,11 +196,10 @@ class Preflight:
         if over and (self.config.overlong_prompts == "error" or len(over) == len(data)):
             fixes += ["shorten the prompts"]
             fixes += ["leave them out with overlong_prompts='drop'"] if len(over) < len(data) else []
-            raise ConfigError(
-                f"{data.label}, row {over[0]}: the prompt has {counted(lengths[over[0]], 'token')}, and {name} allows "
-                f"{max(0, limit):,} ({len(over):,} of {len(data):,} rows are longer, up to {longest:,}): "
-                + ", or ".join(fixes)
-            )
+            first = f"{data.label}, row {over[0]}: the prompt has {counted(lengths[over[0]], 'token')}"
+            allowed = f"{name} allows {max(0, limit):,}"
+            rest = f"({len(over):,} of {len(data):,} rows are longer, up to {longest:,})"
+            raise ConfigError(f"{first}, and {allowed} {rest}: {', or '.join(fixes)}")
         return [row for row, length in enumerate(lengths) if length <= limit]
 
 
@@ -231,16 +216,13 @@ def _template_names(tokenizer: Any) -> set[str] | None:
 
 
 def _check_template_kwargs(chat: Chat, known: set[str] | None, called: str) -> None:
-    """Raises `ConfigError` for what the template would ignore without a word."""
-    for name in chat.template_kwargs:
-        if known is not None and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-            raise ConfigError(f"{called} has chat_template_kwargs {name!r}, which the chat template ignores; {hint}")
+    for name in () if known is None else chat.template_kwargs.keys() - known:
+        near = difflib.get_close_matches(name, known or (), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+        raise ConfigError(f"{called} has chat_template_kwargs {name!r}, which the chat template ignores; {hint}")
 
 
 def reward_functions(given: Any) -> list[RewardFunction]:
-    """The reward functions that a trainer was given. Raises `ConfigError` for a reward model or its name."""
     functions = list(given) if isinstance(given, list | tuple) else [given]
     for function in functions:
         if isinstance(function, str | nn.Module) or not callable(function):
@@ -258,9 +240,7 @@ def checkpoint_tokenizer(model: ModelConfig | nn.Module) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.loading)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"{checkpoint.name} has no tokenizer that can be read: is tokenizer.json there? {error}"
-        ) from error
+        raise ConfigError(f"{checkpoint.name} has no readable tokenizer: is tokenizer.json there? {error}") from error
     require_tokenizer(tokenizer, "prompts are text")
     return tokenizer
 
@@ -272,7 +252,5 @@ def check_same_vocabulary(trainer: Any, engine: Any) -> None:
     own, served = trainer.get_vocab(), engine.get_vocab()
     odd = next((token for token in own.keys() | served.keys() if own.get(token) != served.get(token)), None)
     if odd is not None:
-        raise ConfigError(
-            f"token {odd!r} is {own.get(odd)} in processing_class and {served.get(odd)} in the engine's tokenizer; "
-            "load both from the same checkpoint, or leave processing_class out"
-        )
+        told = f"token {odd!r} is {own.get(odd)} in processing_class and {served.get(odd)} in the engine's tokenizer"
+        raise ConfigError(f"{told}; load both from the same checkpoint, or leave processing_class out")

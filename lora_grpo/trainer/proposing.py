@@ -42,10 +42,8 @@ Notes = dict[str, str]
 
 
 def propose(model: str, data: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:
-    """The settings and their TOML text; `overrides` go before what would be proposed.
-
-    Raises `ConfigError` where no column can be the prompt, or no reward can be told from the columns.
-    """
+    """The settings and their TOML text; `overrides` go before what would be proposed. Raises `ConfigError` where no
+    column can be the prompt, or no reward can be told from the columns."""
     values: dict[str, Any] = {"output_dir": f"runs/{Path(data).stem}", "model": {"name": model}, "lora": {}}
     values |= {"data": {"train": data}, "rewards": [{}], "engine": {}, "grpo": {}}
     for override in overrides:

@@ -41,11 +41,9 @@ PIECE_TOKENS = 8
 def replaying(
     run: Path, config: RunConfig, targets: Sequence[Target]
 ) -> Iterator[tuple[Engine, list[AdapterVersion], Borrow]]:
-    """An engine for a stored run, closed at the end, the versions that `targets` name, and what others come by.
-
-    They are copies in a folder of their own on tmpfs, so that it does not matter what becomes of the run's. What the
-    engine says while it starts is in `RUN/engine.log`.
-    """
+    """An engine for a stored run, closed at the end, the versions that `targets` name, and what others come by. They
+    are copies in a folder of their own on tmpfs, so that it does not matter what becomes of the run's. What the engine
+    says while it starts is in `RUN/engine.log`."""
     with (
         AdapterStore(archive=run, readonly=True) as store,
         tempfile.TemporaryDirectory(prefix="lora-grpo-replay-", dir=disk.tmpfs_home()) as place,
@@ -71,10 +69,8 @@ def replaying(
 
 
 def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) -> list[dict[str, Any]]:
-    """Held-out metrics of stored versions, sampled again from their bytes; one row a version.
-
-    Default: the first and the last that the run evaluated. `recorded` is what the run itself measured, if it did.
-    """
+    """Held-out metrics of stored versions, sampled again from their bytes; one row a version. Default: the first and
+    the last that the run evaluated. `recorded` is what the run itself measured, if it did."""
     run = Path(run_dir)
     config, saved = load_config(run), saved_evaluations(run)
     _, held_out = load_data(config.data)
@@ -124,8 +120,7 @@ class Difference:
 class Comparison:
     """Of versions number `first` and `second`: `reward` and `tokens` of the answers; `logp_first_answers`: how the
     versions score, in nats per token, what the first one said, `logp_second_answers` what the second one said. Their
-    differences estimate -KL(first | second) and KL(second | first) a token.
-    """
+    differences estimate -KL(first | second) and KL(second | first) a token."""
 
     first: int
     second: int
@@ -147,10 +142,8 @@ def compare_run(
     seed: int = 0,
 ) -> Comparison:
     """Sample `samples` answers a prompt from two versions of a stored run, stopped or live, and score all under both.
-
     The engine is its own, and has two slots, so that both versions' rows share its batches; each is proven first.
-    `prompts` is a file. Where it lacks the columns that the run's reward functions need, `reward` is None.
-    """
+    `prompts` is a file. Where it lacks the columns that the run's reward functions need, `reward` is None."""
     run = Path(run_dir)
     config = load_config(run)
     with AdapterStore(archive=run, readonly=True) as store:
@@ -272,10 +265,8 @@ class Conversation:
 
 @contextmanager
 def conversing(run: Path, first: Target, temperature: float | None = None) -> Iterator[Conversation]:
-    """A conversation with a stopped or a live run, in an engine of its own; `first` is loaded and proven.
-
-    It samples as the run does, or at `temperature`. Raises `UnknownVersion`, or what the engine or a proof meets.
-    """
+    """A conversation with a stopped or a live run, in an engine of its own; `first` is loaded and proven. It samples as
+    the run does, or at `temperature`. Raises `UnknownVersion`, or what the engine or a proof meets."""
     config = _settings(run)
     with replaying(run, config, [first]) as (engine, [version], borrow):
         conversation = Conversation(engine, borrow, config, _sampling(config, temperature))

@@ -70,11 +70,9 @@ class Rewarded:
 
 @dataclass
 class Source:
-    """Where batches come from: prompts and their order, the engine that completes them, the functions that score.
-
-    Each is sampled when its step begins, from the version published before. `rollout_func` samples in place of the
-    engine's `generate`.
-    """
+    """Where batches come from: prompts and their order, the engine that completes them, the functions that score. Each
+    is sampled when its step begins, from the version published before. `rollout_func` samples in place of the engine's
+    `generate`."""
 
     config: GRPOConfig
     parts: Parts
@@ -124,17 +122,13 @@ class Source:
         groups, prompts, version = rollout.groups, len(rollout.prompts), rollout.version
         sizes = {len(group.completions) for group in groups}
         if len(groups) != prompts or sizes != {self.config.num_generations}:
-            raise ConfigError(
-                f"the rollout gave {len(groups)} groups of sizes {sorted(sizes)}; it must give {prompts} groups of "
-                f"num_generations={self.config.num_generations}"
-            )
+            wanted = f"{prompts} groups of num_generations={self.config.num_generations}"
+            raise ConfigError(f"the rollout gave {len(groups)} groups of sizes {sorted(sizes)}; it must give {wanted}")
         for index, group in enumerate(groups):
             strangers = {completion.version for completion in group.completions} - {version.number}
             if strangers:
-                raise DeliveryError(
-                    f"prompt {index} was completed by version {sorted(map(str, strangers))}, not by {version}; pass "
-                    "adapter=version to engine.generate"
-                )
+                told = f"prompt {index} was completed by version {sorted(map(str, strangers))}, not by {version}"
+                raise DeliveryError(f"{told}; pass adapter=version to engine.generate")
             if any(not completion.token_ids for completion in group.completions):
                 raise DeliveryError(f"prompt {index} has a completion without tokens")
 
@@ -190,11 +184,9 @@ def evaluate(
     config: GRPOConfig,
     scored: Callable[[Callable[[], Rewards]], Rewards] = lambda scoring: scoring(),
 ) -> Evaluation:
-    """Mean of each reward over all held-out prompts, answered greedily; `reward` is their weighted sum.
-
-    As in training, an answer that no function scores has no reward, and no part in the mean. `scored` calls what calls
-    the reward functions. Columns that hold booleans split the reward: `reward/COLUMN=true`, `reward/COLUMN=false`.
-    """
+    """Mean of each reward over all held-out prompts, answered greedily; `reward` is their weighted sum. As in training,
+    an answer that no function scores has no reward, and no part in the mean. `scored` calls what calls the reward
+    functions. Columns that hold booleans split the reward: `reward/COLUMN=true`, `reward/COLUMN=false`."""
     prompts, columns = data.select(range(len(data)))
     greedy = Sampling(n=1, max_tokens=config.max_completion_length, temperature=0.0, seed=config.seed)
     groups = engine.generate(prompts, greedy, adapter=version)
@@ -231,9 +223,8 @@ def saved_evaluations(run_dir: Path) -> dict[int, Evaluation]:
         try:
             evaluation = Evaluation(**parse_json(read_small(path) or b""))
         except (TypeError, ValueError) as error:
-            raise StoreCorrupt(
-                f"{path} is damaged ({error}): delete it, and its version counts as not evaluated"
-            ) from error
+            fix = "delete it, and its version counts as not evaluated"
+            raise StoreCorrupt(f"{path} is damaged ({error}): {fix}") from error
         found[evaluation.version] = evaluation
     return found
 

@@ -36,10 +36,8 @@ from lora_grpo.trainer.models import (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one member needs room for: its adapter, and steps on prompts of at most `prompt_tokens`.
-
-    A run that is none of a population is a member too, the only one.
-    """
+    """What one member needs room for: its adapter, and steps on prompts of at most `prompt_tokens`. A run that is none
+    of a population is a member too, the only one."""
 
     peft_config: Any
     config: GRPOConfig
@@ -76,11 +74,9 @@ class Room:
         return said + (", activations computed twice" if self.checkpointing else "")
 
     def start(self, model: ModelConfig | nn.Module, sharing: Sharing) -> Engine:
-        """The engine that was planned."""
         return build_engine(model, self.engine_config, self.leaves, share_base_weights=sharing is True)
 
     def require(self) -> None:
-        """Raises `ConfigError` when memory does not hold the members, with how many it does."""
         if self.fit < self.members:
             device = default_device()
             free = f"{device} has {mib(available_memory(device))} free"
@@ -88,24 +84,18 @@ class Room:
                 fix = self.memory.what_helps()
                 raise ConfigError(f"the run needs {self.memory}, and {free}: {fix}, or use a smaller model")
             others = f"pass at_once={self.fit}, so that the others wait" if self.fit else "use a smaller model"
-            raise ConfigError(
-                f"{self}, and {free}, which holds {self.fit} of them: {others}, or give them smaller adapters or "
-                "micro-batches"
-            )
+            fixes = f"{others}, or give them smaller adapters or micro-batches"
+            raise ConfigError(f"{self}, and {free}, which holds {self.fit} of them: {fixes}")
 
     def check(self, model: ModelConfig, peft_config: Any, engine: Engine) -> None:
         """Raises `ConfigError` for an adapter that the engine was not started for."""
         rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
-        if rank > engine.max_lora_rank:
-            raise ConfigError(
-                f"an adapter of rank {rank}: the population's engine was started for ranks up to "
-                f"{engine.max_lora_rank}; give a member of that rank at the start"
-            )
+        told = "the population's engine was started for"
+        if rank > (most := engine.max_lora_rank):
+            raise ConfigError(f"rank {rank}: {told} ranks up to {most}; give a member of that rank at the start")
         if self.leaves is not None and (leaves is None or not {*leaves} <= {*self.leaves}):
-            raise ConfigError(
-                f"target_modules={peft_config.target_modules!r}: the population's engine was started for "
-                f"{', '.join(self.leaves)}; give a member with those layers at the start"
-            )
+            named = f"target_modules={peft_config.target_modules!r}: {told} {', '.join(self.leaves)}"
+            raise ConfigError(f"{named}; give a member with those layers at the start")
 
 
 def plan_room(
@@ -117,10 +107,8 @@ def plan_room(
     *,
     own_engine: bool = True,
 ) -> Room:
-    """The room for `at_once` of the members, whichever they are; an engine that is not its own is there already.
-
-    Raises `ConfigError` for a base or an adapter that cannot be.
-    """
+    """The room for `at_once` of the members, whichever they are; an engine that is not its own is there already. Raises
+    `ConfigError` for a base or an adapter that cannot be."""
     if own_engine or isinstance(model, ModelConfig):
         check_whole(checkpoint_of(model).name)
     rank = max(lora_rank(model, member.peft_config) for member in members)

@@ -138,9 +138,7 @@ def run_info(run: Run) -> dict[str, Any]:
 
 def summary(run: Run, seconds: float) -> dict[str, Any]:
     """What became of it, over the whole run but for `seconds` and the rollouts' counts, which are this process's.
-
-    `reward_*` are the first and the last held-out reward.
-    """
+    `reward_*` are the first and the last held-out reward."""
     evaluations, history = run.evaluations, run.history
     gaps = [metrics[GAP] for metrics in history if math.isfinite(metrics[GAP])]
     syncs = [sum(v for name, v in metrics.items() if name.startswith("sync/")) for metrics in history]
@@ -222,10 +220,8 @@ def what_was_found(recovered: Recovered) -> list[str]:
 
 
 def _put_back(run: Run, head: AdapterVersion, *, waiting: bool) -> RollbackReport:
-    """Engine and trainer at the version to go on from; `waiting`: a rollback to `head` is to be completed.
-
-    A run that was killed before its first state was written begins again, seeded as at its start.
-    """
+    """Engine and trainer at the version to go on from; `waiting`: a rollback to `head` is to be completed. A run that
+    was killed before its first state was written begins again, seeded as at its start."""
     if "state" not in run.store.where(head.number):
         if head.step == 0 and run.crew(crew.adopt, head):
             run.crew(crew.seed_everything, run.config.seed)

@@ -25,11 +25,9 @@ State = Literal["waiting", "running", "finished", "stopped", "failed"]
 
 
 class Member:
-    """`trainer` is there while the member runs, and after it has finished until it is closed.
-
-    `history` and `evaluations` are the steps' metrics and the held-out results so far. `why` says what ended a member
-    that did not finish, `error` is what it raised; `result` is the summary of one that did.
-    """
+    """`trainer` is there while the member runs, and after it has finished until it is closed. `history` and
+    `evaluations` are the steps' metrics and the held-out results so far. `why` says what ended a member that did not
+    finish, `error` is what it raised; `result` is the summary of one that did."""
 
     def __init__(self, spec: MemberSpec) -> None:
         self.spec = spec
@@ -62,11 +60,9 @@ class Member:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """While inside, this member is at work: its random state is in place, and libraries write to its log.
-
-        What is done to its trainer from outside the population is done inside (`trainer.rollback` sees to it itself).
-        Raises `RuntimeError` without one.
-        """
+        """While inside, this member is at work: its random state is in place, and libraries write to its log. What is
+        done to its trainer from outside the population is done inside (`trainer.rollback` sees to it itself). Raises
+        `RuntimeError` without one."""
         quiet = quiet_libraries(self.runs.run_dir / ENGINE_LOG, self.reporter.message)
         with self._own_random_state(), quiet:
             yield

@@ -234,9 +234,7 @@ class Population:
 
 def sample_together(engine: Engine, waiting: Sequence[tuple[Run, Rollout]]) -> None:
     """Complete the prompts of each rollout as its trainer alone would have: same seeds, same settings, same version.
-
-    Raises what the engine raises, for whichever row; what came is for each trainer to check.
-    """
+    Raises what the engine raises, for whichever row; what came is for each trainer to check."""
     prompts: list[Prompt] = []
     sampling: list[Sampling] = []
     for run, rollout in waiting:

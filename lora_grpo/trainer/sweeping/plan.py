@@ -43,10 +43,8 @@ class _Choice(NamedTuple):
 
 def trials_of(swept: Sequence[str], *, sample: int | None = None, seed: int = 0) -> list[Trial]:
     """The trials of "key=1e-5,3e-5" and "key=0,1": every combination, or `sample` draws, the same for each `seed`.
-
-    Draws may also come from a range: "key=0.1..0.9", evenly, or "key=log:1e-6..1e-4", evenly in its logarithm; of
-    whole numbers where both ends are. Commas within brackets and quotes separate nothing. Raises `ConfigError`.
-    """
+    Draws may also come from a range: "key=0.1..0.9", evenly, or "key=log:1e-6..1e-4", evenly in its logarithm; of whole
+    numbers where both ends are. Commas within brackets and quotes separate nothing. Raises `ConfigError`."""
     choices = dict(map(_choice, swept))
     if not choices:
         raise ConfigError("a sweep needs a setting with several values, such as grpo.learning_rate=1e-5,3e-5,1e-4")
@@ -138,12 +136,10 @@ SWEEP_FILE = "sweep.json"
 
 
 class SweepPlan(Section):
-    """`settings` are a run's, whose `output_dir` is the sweep's directory; each trial is a run in a folder of it.
-
-    At each of `rungs` (steps), the best `keep` of the members that came to it go on. Every `evolve_every` steps, the
-    worst `share` of the members take over from the best `share` and have the numbers in `perturb` changed. `at_once`
-    members run at the same time (None: as many as fit). `seed` decides on draws.
-    """
+    """`settings` are a run's, whose `output_dir` is the sweep's directory; each trial is a run in a folder of it. At
+    each of `rungs` (steps), the best `keep` of the members that came to it go on. Every `evolve_every` steps, the worst
+    `share` of the members take over from the best `share` and have the numbers in `perturb` changed. `at_once` members
+    run at the same time (None: as many as fit). `seed` decides on draws."""
 
     settings: RunConfig
     trials: tuple[Trial, ...]

@@ -32,11 +32,9 @@ Steps = Sequence[dict[str, Any]]
 
 
 class Sweep:
-    """Runs what a plan says, in its directory, and goes on where it was stopped.
-
-    `SWEEP/sweep.jsonl` has where each round began, what was decided (rung, take-over) and how each member ended;
-    `SWEEP/summary.json`, `curves.png` and `best-adapter/` come last. Each member's folder is a run like any other.
-    """
+    """Runs what a plan says, in its directory, and goes on where it was stopped. `SWEEP/sweep.jsonl` has where each
+    round began, what was decided (rung, take-over) and how each member ended; `SWEEP/summary.json`, `curves.png` and
+    `best-adapter/` come last. Each member's folder is a run like any other."""
 
     def __init__(self, plan: SweepPlan, *, engine: Engine | None = None, resume: bool = False) -> None:
         """Raises `ConfigError` for a directory that holds something else. An `engine` that is given stays open."""
@@ -54,11 +52,9 @@ class Sweep:
         self._past: dict[str, tuple[Steps, list[float]]] = {}
 
     def run(self, show: Callable[[list[dict[str, Any]]], None] = lambda rows: None) -> dict[str, Any]:
-        """To the end; `show` is given the members' rows, now and after each round. Returns the summary.
-
-        Ctrl-C leaves every member's run as it stands, to be gone on with. Raises what a population raises; refused
-        before any member began, it leaves the directory as it was.
-        """
+        """To the end; `show` is given the members' rows, now and after each round. Returns the summary. Ctrl-C leaves
+        every member's run as it stands, to be gone on with. Raises what a population raises; refused before any member
+        began, it leaves the directory as it was."""
         waiting = [trial for trial in self.plan.trials if self._may_run(trial.name)]
         try:
             show(self.rows())
@@ -162,10 +158,8 @@ class Sweep:
                     population.stop(member, f"rung at step {rung}: reward {value:.3f} is not among {kept}")
 
     def _evolve(self, population: Population) -> None:
-        """The worst, and those that failed, go on from the best.
-
-        `evolved` is written last. Without it all is decided again, to the same end, and what was done before is kept.
-        """
+        """The worst, and those that failed, go on from the best. `evolved` is written last. Without it all is decided
+        again, to the same end, and what was done before is kept."""
         running = {member.name: member for member in population.running}
         step = min(map(_step, running.values()), default=0)
         if self.plan.evolve_every is None or not step or step % self.plan.evolve_every or step in self._evolved:
