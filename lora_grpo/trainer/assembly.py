@@ -27,7 +27,15 @@ from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.crew import Crew, CrewEngine, Parts, Unheard, launched
-from lora_grpo.trainer.models import Shared, Sharing, build_policy_model, check_same_device, default_device, shared_base
+from lora_grpo.trainer.models import (
+    Model,
+    Shared,
+    Sharing,
+    build_policy_model,
+    check_same_device,
+    default_device,
+    shared_base,
+)
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.room import Room, Wanted, plan_room
 
@@ -107,7 +115,7 @@ class Assembly:
         if given and (wanted.config.gradient_checkpointing is not None or not _walkable(model)):
             return None
         sharing = self.sharing is True if given else self.sharing
-        room = plan_room(model, [wanted], self.made_of.engine_config, sharing, 1, own_engine=not given)
+        room = plan_room(model, [wanted], self.made_of.engine_config, sharing, 1, starts=not given)
         room.require()
         return room
 
@@ -115,9 +123,8 @@ class Assembly:
         if not self.crew.leads:
             return None
         spec, keep, address = self.made_of.spec, self.keep, self.made_of.engine_config.store_address
-        store = AdapterStore(
-            spec.store_root, archive=spec.run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes
-        )
+        rules, most = retention(keep), keep.budget_bytes
+        store = AdapterStore(spec.store_root, archive=spec.run_dir, retention=rules, budget_bytes=most)
         self.closing.callback(store.close)
         if planned is not None:
             require_kept(store.root, keep.on_tmpfs, planned.version_bytes)
@@ -160,7 +167,7 @@ class Assembly:
         return built, base
 
 
-def _walkable(model: ModelConfig | nn.Module) -> bool:
+def _walkable(model: Model) -> bool:
     """Whether what a step takes of memory can be told: of a checkpoint, or a module that is one of transformers."""
     return isinstance(model, ModelConfig) or isinstance(peft_model_of(model).get_base_model(), PreTrainedModel)
 

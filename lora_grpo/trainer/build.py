@@ -63,9 +63,8 @@ def nothing_left(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
         idle = 0 if head is None else (state_extra(store, head.number) or {}).get("without_signal", 0)
     if head is None or RollbackLog(run_dir).waits_at(head.number):
         return None
-    if config.data.eval is not None and all(
-        one.version != head.number for one in evaluations_until(run_dir, head.step)
-    ):
+    evaluated = {one.version for one in evaluations_until(run_dir, head.step)}
+    if config.data.eval is not None and head.number not in evaluated:
         return None
     if head.step >= config.grpo.total_steps:
         why = f"it has done its {counted(config.grpo.total_steps, 'step')}; raise grpo.total_steps to go on"
@@ -124,8 +123,7 @@ def _checked(config: RunConfig, *, resume: bool) -> RunConfig:
 
 
 def _cut_alike(config: RunConfig, tokens: int | None) -> RunConfig:
-    cut: RunConfig = config.replace(grpo=config.grpo.replace(max_tokens_per_micro_batch=tokens))
-    return cut
+    return config.replace(grpo=config.grpo.replace(max_tokens_per_micro_batch=tokens))
 
 
 def _holds_run(run_dir: Path) -> bool:

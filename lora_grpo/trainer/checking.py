@@ -222,9 +222,8 @@ class _Run:
         assert receipt is not None
         data = trainer.source.data
         prompts, _ = data.select(range(min(2, len(data))))
-        sampling = Sampling(
-            max_tokens=min(SWAP_TOKENS, self.grpo.max_completion_length), temperature=temperature, seed=number
-        )
+        most = min(SWAP_TOKENS, self.grpo.max_completion_length)
+        sampling = Sampling(max_tokens=most, temperature=temperature, seed=number)
         groups = trainer.parts.rendering.generate(prompts, sampling, adapter=version)
         said = f"{receipt.load.proof}: {receipt.load.modules} modules, {receipt.load.proven_bytes:,} bytes compared"
         if trainer.sync.probe is not None:

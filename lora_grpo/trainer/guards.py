@@ -68,13 +68,11 @@ class RewardCollapse(Policy):
         if any(self.metric not in metrics for metrics in before):
             return None  # the run was begun with other rewards
         values = [float(metrics[self.metric]) for metrics in (*before, last)]
-        baseline, latest = statistics.fmean(values[: self.window]), values[self.window :]
-        if not all(value <= baseline - self.drop for value in latest):
+        mean, latest = statistics.fmean(values[: self.window]), values[self.window :]
+        if not all(value <= mean - self.drop for value in latest):
             return None
         shown = ", ".join(f"{value:.4g}" for value in latest)
-        return (
-            f"{self.metric} fell to {shown}, {self.drop:g} or more below its mean of {baseline:.4g} in the steps before"
-        )
+        return f"{self.metric} fell to {shown}, {self.drop:g} or more below its mean of {mean:.4g} in the steps before"
 
 
 @dataclass(frozen=True, slots=True)

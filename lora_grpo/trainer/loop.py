@@ -121,13 +121,8 @@ def _step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
         learned = run.crew(learn, config, rewarded, step)
     run.steps_done = step
     run.without_signal = 0 if rewarded.used_groups(config.num_generations) else run.without_signal + 1
-    metrics = {
-        **step_metrics(rewarded, source.reward_funcs, config),
-        **learned,
-        **source.metrics(),
-        "step": step,
-        "version": rollout.version.number,
-    }
+    metrics = {**step_metrics(rewarded, source.reward_funcs, config), **learned, **source.metrics()}
+    metrics |= {"step": step, "version": rollout.version.number}
     # Before the next version is published: retention then looks at rewards, and keeps what the best one needs.
     _record(run, metrics)
     with clock("publish"):
@@ -193,9 +188,8 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
     """Check the completions' log-probs against the policy's, then update it. Raises `DeliveryError` before updating.
     Called by every process with all completions; each learns from its part of the rows."""
     processes = parts.policy.processes
-    rows = Batch.from_groups(
-        rewarded.groups, rewarded.advantages_B, mask_truncated_completions=config.mask_truncated_completions
-    )
+    masked = config.mask_truncated_completions
+    rows = Batch.from_groups(rewarded.groups, rewarded.advantages_B, mask_truncated_completions=masked)
     checked: dict[str, Any] = {}
 
     def judge(prepared: Batch) -> None:
@@ -219,12 +213,8 @@ def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, st
     if parts.sync.probe is None or not parts.policy.processes.share(due):
         return None
     version = parts.sync.store.get(number) if late and number is not None else None
-    return parts.sync.canary(
-        spread(groups, CANARY_ROWS),
-        version=version,
-        temperature=config.temperature,
-        batch_rows=config.per_device_train_batch_size,
-    )
+    chosen, rows = spread(groups, CANARY_ROWS), config.per_device_train_batch_size
+    return parts.sync.canary(chosen, version=version, temperature=config.temperature, batch_rows=rows)
 
 
 def spread(groups: list[Group], rows: int) -> list[Group]:

@@ -101,9 +101,7 @@ class MemoryEstimate:
 
     def parts(self) -> dict[str, int]:
         """The bytes of each part that is known, by a name for people."""
-        values = {
-            field.name.removesuffix("_bytes").replace("_", " "): getattr(self, field.name) for field in fields(self)
-        }
+        values = {one.name.removesuffix("_bytes").replace("_", " "): getattr(self, one.name) for one in fields(self)}
         return {name: size_bytes for name, size_bytes in values.items() if size_bytes is not None}
 
     def what_helps(self) -> str:

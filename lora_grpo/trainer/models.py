@@ -23,6 +23,8 @@ from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.sections import nearest_key
 
 ALL_LINEAR = "target_modules='all-linear' is every linear layer of the language model"
+Model: TypeAlias = ModelConfig | nn.Module
+"""A checkpoint, or a PeftModel on one."""
 Sharing: TypeAlias = Literal["auto"] | bool
 """Whether trainer and engine hold one copy of the base."""
 _OF_SERVERS = ("on_failure", "concurrency", "timeout_s", "patience_s")
@@ -52,7 +54,7 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def checkpoint_of(model: ModelConfig | nn.Module) -> ModelConfig:
+def checkpoint_of(model: Model) -> ModelConfig:
     """The checkpoint that a model came from. Raises `ConfigError` when it does not say."""
     if isinstance(model, ModelConfig):
         return model
@@ -64,11 +66,7 @@ def checkpoint_of(model: ModelConfig | nn.Module) -> ModelConfig:
 
 
 def build_engine(
-    model: ModelConfig | nn.Module,
-    config: EngineConfig,
-    targets: Sequence[str] | None = None,
-    *,
-    share_base_weights: bool = False,
+    model: Model, config: EngineConfig, targets: Sequence[str] | None = None, *, share_base_weights: bool = False
 ) -> Engine:
     """A `VLLMEngine` on the model's checkpoint, or the servers that `config.urls` names; `max_lora_rank` is to be set.
     `targets` are the last names of the layers to be adapted (None: all linear ones); each wrapped layer costs decoding
@@ -118,7 +116,7 @@ def load_base(model: ModelConfig, device: torch.device | None = None) -> Any:
     return base.to(device or default_device())
 
 
-def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: int, base: Any = None) -> nn.Module:
+def build_policy_model(model: Model, peft_config: Any, seed: int, base: Any = None) -> nn.Module:
     """The PEFT model to train, its adapter in fp32 and drawn from `seed`, on `base` or else the checkpoint's own copy.
     A model that is given is used as it is. A copy goes to the default device."""
     if isinstance(model, nn.Module):
@@ -134,22 +132,20 @@ def build_policy_model(model: ModelConfig | nn.Module, peft_config: Any, seed: i
     return policy
 
 
-def lora_rank(model: ModelConfig | nn.Module, peft_config: Any) -> int:
+def lora_rank(model: Model, peft_config: Any) -> int:
     """The largest rank of the adapter to be trained."""
     config = _lora_config(model, peft_config)
     return max([config.r, *config.rank_pattern.values()])
 
 
-def expects_one_copy(choice: Sharing, model: ModelConfig | nn.Module, config: EngineConfig) -> bool:
+def expects_one_copy(choice: Sharing, model: Model, config: EngineConfig) -> bool:
     """Whether memory is planned for one copy of the base: "auto" hopes for it where nothing known stands against it."""
     same_dtype = isinstance(model, ModelConfig) and model.dtype == config.dtype
     may_share = _may_share(choice, model) and quantization_of(checkpoint_of(model)) is None
     return choice is True or (may_share and same_dtype and not config.urls)
 
 
-def shared_base(
-    choice: Sharing, model: ModelConfig | nn.Module, engine: Engine, tell: Callable[[str], None]
-) -> Any | None:
+def shared_base(choice: Sharing, model: Model, engine: Engine, tell: Callable[[str], None]) -> Any | None:
     """The engine's weights as the trainer's base, or None for a copy of its own. "auto" takes them on CUDA, where that
     costs nothing, if they are in the dtype that the trainer's base would have; else it goes on with a copy and tells
     why, unless the engine is servers. True raises `ConfigError` or `UnsupportedAdapter` with the reason."""
@@ -164,11 +160,11 @@ def shared_base(
         return None
 
 
-def _may_share(choice: Sharing, model: ModelConfig | nn.Module) -> bool:
+def _may_share(choice: Sharing, model: Model) -> bool:
     return choice == "auto" and isinstance(model, ModelConfig) and torch.cuda.is_available()
 
 
-def _shared_base(model: ModelConfig | nn.Module, engine: Engine) -> Any:
+def _shared_base(model: Model, engine: Engine) -> Any:
     share = getattr(engine, "shared_model", None)
     if not isinstance(model, ModelConfig):
         raise ConfigError("share_base_weights=True builds the model itself: pass the checkpoint's name, no PeftModel")
@@ -184,7 +180,7 @@ def _shared_base(model: ModelConfig | nn.Module, engine: Engine) -> Any:
     return share()
 
 
-def adapted_leaves(model: ModelConfig | nn.Module, peft_config: Any) -> list[str] | None:
+def adapted_leaves(model: Model, peft_config: Any) -> list[str] | None:
     """Last names of the layers to be adapted; None for all linear ones, which is the engine's own default."""
     modules = adapted_modules(model, peft_config)
     if isinstance(model, ModelConfig) and peft_config.target_modules == "all-linear":
@@ -192,7 +188,7 @@ def adapted_leaves(model: ModelConfig | nn.Module, peft_config: Any) -> list[str
     return sorted({module.path.rsplit(".", 1)[-1] for module in modules})
 
 
-def adapted_modules(model: ModelConfig | nn.Module, peft_config: Any) -> list[LoraModule]:
+def adapted_modules(model: Model, peft_config: Any) -> list[LoraModule]:
     """The layers to be adapted; of a checkpoint's name, as its config alone has them. Raises `ConfigError` or
     `UnsupportedAdapter` for an adapter that no engine would serve."""
     if isinstance(model, nn.Module):
@@ -203,7 +199,7 @@ def adapted_modules(model: ModelConfig | nn.Module, peft_config: Any) -> list[Lo
     return check_servable(without_memory(model, peft_config), "default")
 
 
-def without_memory(model: ModelConfig | nn.Module, peft_config: Any) -> PeftModel:
+def without_memory(model: Model, peft_config: Any) -> PeftModel:
     """The PEFT model that is trained, on the meta device."""
     if isinstance(model, ModelConfig):
         empty = skeleton(model.name, **model.loading)
@@ -248,7 +244,7 @@ def check_same_device(model: nn.Module, engine: Engine) -> None:
         raise ConfigError(f"{told}, or serve there with `vllm serve` and use VLLMServerEngine")
 
 
-def _lora_config(model: ModelConfig | nn.Module, peft_config: Any) -> LoraConfig:
+def _lora_config(model: Model, peft_config: Any) -> LoraConfig:
     if isinstance(model, nn.Module):
         return peft_model_of(model).peft_config[active_adapter(model)]
     if peft_config is None:

@@ -41,13 +41,10 @@ class Ahead(Source):
         self._sync = self.parts.sync
         if self._sync.processes.count > 1:
             raise ConfigError("max_staleness > 0 is for one trainer process; set max_staleness=0")
-        patience_s, engine = self.config.stall_timeout_s, self.parts.engine
-        self._most = self.config.max_staleness
+        wait_s, engine, self._most = self.config.stall_timeout_s, self.parts.engine, self.config.max_staleness
         self._own_generator = not isinstance(engine, OwnedEngine)
-        self._generator = (
-            engine.worker if isinstance(engine, OwnedEngine) else Worker("generator", patience_s=patience_s)
-        )
-        self._rewarder = Worker("reward", patience_s=patience_s, failure=RewardError)
+        self._generator = engine.worker if isinstance(engine, OwnedEngine) else Worker("generator", patience_s=wait_s)
+        self._rewarder = Worker("reward", patience_s=wait_s, failure=RewardError)
         self._ahead: deque[Flight] = deque()
         self._taken: Flight | None = None
         self._lag = 0

@@ -26,7 +26,7 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
 from lora_grpo.trainer.guards import Guard
-from lora_grpo.trainer.models import checkpoint_of
+from lora_grpo.trainer.models import Model, checkpoint_of
 from lora_grpo.trainer.rollouts import RolloutFunc
 from lora_grpo.trainer.room import Wanted
 from lora_grpo.trl_names import REWARD_MODEL
@@ -84,7 +84,7 @@ class Preflight:
     """What a run would train with what. Each part is worked out once, and says in a sentence what it found.
     `max_model_len` is the engine's, where it is known; without it only `max_prompt_length` bounds the prompts."""
 
-    model: ModelConfig | nn.Module
+    model: Model
     spec: MemberSpec
     engine: Engine | None = None
     engine_config: EngineConfig = field(default_factory=EngineConfig)
@@ -233,7 +233,7 @@ def reward_functions(given: Any) -> list[RewardFunction]:
     return functions
 
 
-def checkpoint_tokenizer(model: ModelConfig | nn.Module) -> Any:
+def checkpoint_tokenizer(model: Model) -> Any:
     """The tokenizer of a model's checkpoint. Raises `ConfigError` where none can be read."""
     checkpoint = checkpoint_of(model)
     checkpoint_config(checkpoint.name, **checkpoint.loading)

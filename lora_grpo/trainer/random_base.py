@@ -51,9 +51,8 @@ def _fill(model: Any) -> None:
 
 
 def _copy_tokenizer(model: Path, folder: Path) -> None:
-    names = [
-        path for pattern in ("token*", "vocab*", "merges*", "*.model", "chat_template*") for path in model.glob(pattern)
-    ]
+    patterns = ("token*", "vocab*", "merges*", "*.model", "chat_template*")
+    names = [path for pattern in patterns for path in model.glob(pattern)]
     for path in names:
         shutil.copy(path, folder)
     if not names:

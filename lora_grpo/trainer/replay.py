@@ -286,5 +286,4 @@ def _settings(run: Path) -> RunConfig:
     adapter = Recipe.read(run).config
     config = config_of_model(adapter["base_model_name_or_path"])
     lora = LoraSettings(r=adapter["r"], rank_pattern=adapter.get("rank_pattern") or {})
-    found: RunConfig = config.replace(lora=lora, model=config.model.replace(revision=adapter.get("revision")))
-    return found
+    return config.replace(lora=lora, model=config.model.replace(revision=adapter.get("revision")))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any
 
 import psutil
@@ -20,18 +21,9 @@ from lora_grpo.engines.local.targets import check_whole, checkpoint_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.forward import base_dtype
 from lora_grpo.grpo_config import GRPOConfig
+from lora_grpo.trainer import models
 from lora_grpo.trainer.memory import ADAM_BYTES, LargestBatch, MemoryEstimate, estimate_memory, largest_batch, mib
-from lora_grpo.trainer.models import (
-    Sharing,
-    adapted_leaves,
-    build_engine,
-    checkpoint_of,
-    default_device,
-    expects_one_copy,
-    lora_rank,
-    quantization_of,
-    without_memory,
-)
+from lora_grpo.trainer.models import Model, Sharing, build_engine, checkpoint_of, default_device, lora_rank
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,7 @@ class Room:
             said += f"; of the KV cache, the rows of a round take {mib(self.joint_kv_bytes)} at most"
         return said + (", activations computed twice" if self.checkpointing else "")
 
-    def start(self, model: ModelConfig | nn.Module, sharing: Sharing) -> Engine:
+    def start(self, model: Model, sharing: Sharing) -> Engine:
         return build_engine(model, self.engine_config, self.leaves, share_base_weights=sharing is True)
 
     def require(self) -> None:
@@ -89,7 +81,7 @@ class Room:
 
     def check(self, model: ModelConfig, peft_config: Any, engine: Engine) -> None:
         """Raises `ConfigError` for an adapter that the engine was not started for."""
-        rank, leaves = lora_rank(model, peft_config), adapted_leaves(model, peft_config)
+        rank, leaves = lora_rank(model, peft_config), models.adapted_leaves(model, peft_config)
         told = "the population's engine was started for"
         if rank > (most := engine.max_lora_rank):
             raise ConfigError(f"rank {rank}: {told} ranks up to {most}; give a member of that rank at the start")
@@ -99,20 +91,14 @@ class Room:
 
 
 def plan_room(
-    model: ModelConfig | nn.Module,
-    members: Sequence[Wanted],
-    config: EngineConfig,
-    sharing: Sharing,
-    at_once: int,
-    *,
-    own_engine: bool = True,
+    model: Model, members: list[Wanted], config: EngineConfig, sharing: Sharing, at_once: int, *, starts: bool = True
 ) -> Room:
-    """The room for `at_once` of the members, whichever they are; an engine that is not its own is there already. Raises
+    """The room for `at_once` of the members, whichever they are; unless it `starts` one, an engine is there. Raises
     `ConfigError` for a base or an adapter that cannot be."""
-    if own_engine or isinstance(model, ModelConfig):
+    if starts or isinstance(model, ModelConfig):
         check_whole(checkpoint_of(model).name)
     rank = max(lora_rank(model, member.peft_config) for member in members)
-    adapted = [adapted_leaves(model, member.peft_config) for member in members]
+    adapted = [models.adapted_leaves(model, member.peft_config) for member in members]
     leaves = None if None in adapted else sorted({leaf for own in adapted for leaf in own or ()})
     # Servers hold as many versions as there are slots: the one that is published beside the others needs a place too.
     # So do those that may be published while a rollout goes on.
@@ -120,22 +106,24 @@ def plan_room(
     slots = max(config.max_loras, at_once + bool(config.urls), stale + 1)
     most = max(rank, config.max_lora_rank or 0)
     sized: EngineConfig = config.replace(max_loras=slots, max_lora_rank=most)
-    if own_engine:
-        _check_servable(model, most, config, sharing)
-    estimated = _estimates(model, sized if own_engine else None, expects_one_copy(sharing, model, config))
+    if starts:  # what an engine would refuse
+        if not config.urls:
+            allowed_rank(most)
+        if models.quantization_of(checkpoint_of(model)) is not None and sharing is True:
+            raise ConfigError("share_base_weights=True: quantized weights cannot be the trainer's too; leave it out")
+    estimated = _estimates(model, sized if starts else None, models.expects_one_copy(sharing, model, config))
     joint = members[0].peft_config if len(members) == 1 else LoraConfig(r=1, target_modules=leaves or "all-linear")
-    joint_kv_bytes = (
-        _round_bytes(model, members, config, at_once) if isinstance(model, ModelConfig) and at_once > 1 else 0
-    )
+    joint_kv_bytes = _round_bytes(model, members, config, at_once)
 
     def room(*, twice: bool) -> Room:
         engine = estimated(joint, members[0], twice)
         each = [estimated(member.peft_config, member, twice) for member in members]
-        each.sort(key=_own_bytes, reverse=True)
+        each.sort(key=attrgetter("adapter_and_optimizer_bytes"), reverse=True)
         memory = _together(engine, each[:at_once])
         slot_bytes = engine.adapter_slots_bytes // slots
-        fixed_bytes = memory.total_bytes - sum(map(_own_bytes, each[:at_once])) - slot_bytes * at_once
-        totals_bytes = accumulate((_own_bytes(one) + slot_bytes for one in each), initial=fixed_bytes)
+        fixed_bytes = memory.total_bytes - memory.adapter_and_optimizer_bytes - slot_bytes * at_once
+        own_bytes = (one.adapter_and_optimizer_bytes + slot_bytes for one in each)
+        totals_bytes = accumulate(own_bytes, initial=fixed_bytes)
         fit = sum(total <= available_memory(default_device()) for total in totals_bytes) - 1
         of_version = each[0].adapter_and_optimizer_bytes // ADAM_BYTES * engine_dtype(config).itemsize
         return Room(sized, rank, leaves, of_version, at_once, memory, joint_kv_bytes, max(0, fit), twice)
@@ -145,17 +133,7 @@ def plan_room(
     return room(twice=True) if found.fit < at_once and None in asked else found
 
 
-def _check_servable(model: ModelConfig | nn.Module, rank: int, config: EngineConfig, sharing: Sharing) -> None:
-    """Raises `ConfigError` for what an engine that is yet to start would refuse."""
-    if not config.urls:
-        allowed_rank(rank)
-    if quantization_of(checkpoint_of(model)) is not None and sharing is True:
-        raise ConfigError("share_base_weights=True: the engine's quantized weights are not the trainer's; leave it out")
-
-
-def _estimates(
-    model: ModelConfig | nn.Module, config: EngineConfig | None, one_copy: bool
-) -> Callable[[Any, Wanted, bool], MemoryEstimate]:
+def _estimates(model: Model, config: EngineConfig | None, one_copy: bool) -> Callable[..., MemoryEstimate]:
     """Of an adapter and the member that trains it, `twice` where it leaves that open; each worked out once."""
     known: dict[Any, MemoryEstimate] = {}
 
@@ -170,23 +148,21 @@ def _estimates(
     return of
 
 
-def _own_bytes(member: MemoryEstimate) -> int:
-    return member.adapter_and_optimizer_bytes
-
-
 def _together(engine: MemoryEstimate, members: Sequence[MemoryEstimate]) -> MemoryEstimate:
     """The base once, every adapter with its optimizer, and the activations of the one that is at work."""
     activations = [member.activations_bytes for member in members]
     return replace(
         engine,
-        adapter_and_optimizer_bytes=sum(map(_own_bytes, members)),
+        adapter_and_optimizer_bytes=sum(member.adapter_and_optimizer_bytes for member in members),
         activations_bytes=None if None in activations else max(size or 0 for size in activations),
     )
 
 
-def _round_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:
+def _round_bytes(model: Model, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:
     """Keys and values of all rows of a round, none of them sharing a prompt; of plain attention in every layer, or 0
     where a model's config names no heads."""
+    if at_once == 1 or not isinstance(model, ModelConfig):
+        return 0
     text: Any = checkpoint_config(model.name, **model.loading).get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
     if not heads:
@@ -197,27 +173,22 @@ def _round_bytes(model: ModelConfig, members: Sequence[Wanted], config: EngineCo
 
 
 def estimate(
-    model: ModelConfig | nn.Module,
-    peft_config: Any,
-    config: EngineConfig | None,
-    batch: LargestBatch,
-    shared_base: bool,
-    checkpointing: bool,
+    model: Model, peft_config: Any, config: EngineConfig | None, batch: LargestBatch, one_copy: bool, twice: bool
 ) -> MemoryEstimate:
     """What a run takes; without a `config`, the engine is there already."""
     own = EngineConfig() if config is None else config
-    empty = without_memory(model, peft_config)
+    empty = models.without_memory(model, peft_config)
     elsewhere = config is None or bool(config.urls)
     needed = estimate_memory(
         empty,
         batch,
-        checkpointing=checkpointing,
+        checkpointing=twice,
         slots=own.max_loras,
         max_lora_rank=own.max_lora_rank or lora_rank(model, peft_config),
         trainer_dtype=_trainer_dtype(model, empty),
         engine_dtype=engine_dtype(own),
-        shared_base=shared_base or isinstance(model, nn.Module),
-        scheme=None if elsewhere and isinstance(model, nn.Module) else quantization_of(checkpoint_of(model)),
+        shared_base=one_copy or isinstance(model, nn.Module),
+        scheme=None if elsewhere and isinstance(model, nn.Module) else models.quantization_of(checkpoint_of(model)),
     )
     if elsewhere:
         return replace(needed, engine_base_bytes=0, adapter_slots_bytes=0)
@@ -240,12 +211,10 @@ def _cache_bytes(config: EngineConfig, weights_bytes: int) -> int:
 
 def engine_dtype(config: EngineConfig) -> torch.dtype:
     """ "auto" is a half-precision one whatever the checkpoint has: vLLM serves fp32 checkpoints in one too."""
-    dtype: torch.dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-    return dtype
+    return torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
-def _trainer_dtype(model: ModelConfig | nn.Module, empty: Any) -> torch.dtype:
+def _trainer_dtype(model: Model, empty: Any) -> torch.dtype:
     if isinstance(model, nn.Module):
         return base_dtype(model)
-    dtype: torch.dtype = getattr(torch, model.dtype, None) or empty.config.dtype or torch.float32
-    return dtype
+    return getattr(torch, model.dtype, None) or empty.config.dtype or torch.float32

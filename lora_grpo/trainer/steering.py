@@ -61,10 +61,8 @@ def _apply(store: AdapterStore, roll_back: RollBack, request: Request) -> dict[s
     match request.verb:
         case "rollback":
             report = roll_back(_argument(request.args, "to"))
-            return {"done": str(report), "version": report.version.number, "step": report.version.step} | {
-                "left": report.left.number,
-                "weights": report.weights,
-            }
+            found = {"version": report.version.number, "step": report.version.step, "left": report.left.number}
+            return {"done": str(report), **found, "weights": report.weights}
         case "pin" | "unpin" as verb:
             getattr(store, verb)(_argument(request.args, "version"))
             return {"done": f"{verb}ned", "pins": sorted(store.pins)}

@@ -66,12 +66,11 @@ class Population:
             raise ConfigError(f"at_once={at_once!r} must be a whole number from 1 on, 'fitting', or None (all members)")
         self._model = ModelConfig(name=str(model)) if isinstance(model, str | Path) else model
         self.members: list[Member] = []
-        self._engine_config, self._resume = engine_config or EngineConfig(), False
+        self._engine_config = config = engine_config or EngineConfig()
+        self._resume = False
         self._closing = ExitStack()
         wanted = [self._admit(spec) for spec in members]
-        planned = partial(
-            plan_room, self._model, wanted, self._engine_config, share_base_weights, own_engine=engine is None
-        )
+        planned = partial(plan_room, self._model, wanted, config, share_base_weights, starts=engine is None)
         self.at_once = min(len(members), at_once) if isinstance(at_once, int) else len(members)
         if at_once == "fitting":
             self.at_once = max(1, planned(self.at_once).fit)
