@@ -110,7 +110,9 @@ class _Run:
         yield "memory", self._memory
         if not self.base_alone:
             if planned:
-                yield "room for versions", lambda: self._room(planned.version_bytes)
+                root = partial(expected_root, self.config.store_root, Path(self.config.output_dir))
+                kept = self.config.keep.on_tmpfs, planned.version_bytes
+                yield "room for versions", lambda: require_kept(root(), *kept)
             if self.grpo.report_to:
                 yield "trackers", lambda: check_trackers(self.grpo.report_to)
             yield "steps", lambda: self._preflight.check_steps()
@@ -154,8 +156,7 @@ class _Run:
 
     @cached_property
     def plan(self) -> Room:
-        longest = _or_none(lambda: self._preflight.wanted.prompt_tokens) or 0
-        wanted = Wanted(lora_config(self.config.lora), self.grpo, longest)
+        wanted = _or_none(lambda: self._preflight.wanted) or Wanted(lora_config(self.config.lora), self.grpo, 0)
         room = plan_room(self.config.model, [wanted], self.config.engine, False, 1)
         room.require()
         return room
@@ -208,10 +209,6 @@ class _Run:
         device = default_device()
         free = f"{mib(available_memory(device))} free on {device}"
         return f"{mib(planned.memory.total_bytes)}{unknown} of {free}{twice}"
-
-    def _room(self, version_bytes: int) -> str:
-        root = expected_root(self.config.store_root, Path(self.config.output_dir))
-        return require_kept(root, self.config.keep.on_tmpfs, version_bytes)
 
     def _swap(self, number: int) -> str:
         """Another adapter is published, proven, sampled from, and its completions are compared with the trainer's."""

@@ -56,12 +56,7 @@ def _upload(files: Path, repo: str, private: bool, message: str) -> str:
 
 
 def _card(
-    run: Path,
-    version: AdapterVersion,
-    adapter: Mapping[str, Any],
-    weights: str,
-    repo: str,
-    recorded: Sequence[Mapping[str, Any]],
+    run: Path, version: AdapterVersion, adapter: Any, weights: str, repo: str, recorded: list[dict[str, Any]]
 ) -> str:
     records = run_history(run)
     info: dict[str, Any] = {}
@@ -86,7 +81,7 @@ def _card(
     )
 
 
-def _rows(records: Sequence[Record], recorded: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+def _rows(records: Sequence[Record], recorded: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """The table's rows: of the log's steps, or else of what was recorded with kept versions."""
     held_out = {record["version"]: record.get("reward") for record in records if record["event"] == "evaluation"}
     steps: list[Mapping[str, Any]] = [record for record in records if record["event"] == "step"]

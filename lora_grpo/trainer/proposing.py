@@ -64,7 +64,6 @@ def propose(model: str, data: str, overrides: Sequence[str] = ()) -> tuple[RunCo
 
 
 def _columns(data: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The values of every column."""
     rows, label = read_rows(data["train"], data.get("train_split", "train"), data.get("name"))
     if not len(rows):
         raise ConfigError(f"{label} has no rows")
@@ -81,15 +80,11 @@ def _choose_prompt(data: dict[str, Any], columns: Mapping[str, list[Any]], notes
     if not fitting and known:
         nearest = min(known, key=lambda name: sum(map(bool, wrong[name])))
         row, problem = next((row, problem) for row, problem in enumerate(wrong[nearest]) if problem)
-        raise ConfigError(
-            f"{data['train']}, row {row}, column {nearest!r}: {problem}; or name another column, as "
-            "data.prompt_column=NAME"
-        )
+        fix = "or name another column, as data.prompt_column=NAME"
+        raise ConfigError(f"{data['train']}, row {row}, column {nearest!r}: {problem}; {fix}")
     if not fitting:
-        raise ConfigError(
-            f"none of the columns of {data['train']} is known as a column of prompts ({', '.join(columns)}): name it "
-            "with data.prompt_column=NAME"
-        )
+        told = f"none of the columns of {data['train']} is known as a column of prompts ({', '.join(columns)})"
+        raise ConfigError(f"{told}: name it with data.prompt_column=NAME")
     data["prompt_column"] = fitting[0]
     notes["data.prompt_column"] = f"the columns are {', '.join(columns)}"
 
@@ -103,9 +98,9 @@ def _choose_reward(reward: dict[str, Any], columns: Mapping[str, list[Any]], sou
         shown = ["" if value is None else str(value).strip() for value in values]
         if "" in shown and any(shown):
             row = shown.index("")
+            fix = "remove it, or name a reward that needs none, such as rewards.0.name=my_module:my_function"
             raise ConfigError(
-                f"{source}, row {row}, column {column!r}: there is no answer ({short(values[row])}); remove it, or "
-                "name a reward that needs none, such as rewards.0.name=my_module:my_function"
+                f"{source}, row {row}, column {column!r}: there is no answer ({short(values[row])}); {fix}"
             )
         if all(final_number(text) is not None for text in shown):
             reward["name"], why = "numeric", "ends in a number"
@@ -117,11 +112,9 @@ def _choose_reward(reward: dict[str, Any], columns: Mapping[str, list[Any]], sou
             reward["options"] = {"column": column}
         notes["rewards.name"] = f"every {column!r} {why}; your own function is named as 'my_module:my_function'"
         return
-    raise ConfigError(
-        f"none of the columns of {source} is known as a column of answers for a ready-made reward "
-        f"({', '.join(columns)}): name a reward, such as rewards.0.name=my_module:my_function, or "
-        "rewards.0.name=numeric with 'rewards.0.options={column=\"NAME\"}'"
-    )
+    told = f"none of the columns of {source} is known as a column of answers ({', '.join(columns)})"
+    own, ready = "rewards.0.name=my_module:my_function", "rewards.0.name=numeric 'rewards.0.options={column=\"NAME\"}'"
+    raise ConfigError(f"{told}: name a reward, such as {own}, or {ready}")
 
 
 def _choose_lengths(values: dict[str, Any], tokenizer: Any, columns: Mapping[str, list[Any]], notes: Notes) -> None:
@@ -158,7 +151,6 @@ def _longest_prompt(settings: RunConfig, train: PromptDataset) -> int:
 
 
 def _choose_sizes(values: dict[str, Any], rows: int, notes: Notes) -> None:
-    """What no override has set."""
     for key, (value, why) in SIZES.items():
         section, _, name = key.partition(".")
         if name not in values[section]:
@@ -179,7 +171,6 @@ def memory_lines(findings: Sequence[Finding]) -> list[str]:
 
 
 def as_toml(values: Mapping[str, Any], notes: Notes) -> str:
-    """A config file, each value with its note beside it."""
     lines = [f"{name} = {_value(value)}" for name, value in values.items() if not isinstance(value, dict | list)]
     for section, content in values.items():
         if isinstance(content, dict | list):

@@ -195,16 +195,10 @@ def evaluate(
     rewards_B = weighted_rewards(torch.tensor(rewards_BF, dtype=torch.float64), config.reward_weights).tolist()
     names, rows = reward_names(reward_funcs), []
     for p, (group, rewards, reward) in enumerate(zip(groups, rewards_BF, rewards_B, strict=True)):
-        rows.append(
-            {
-                "prompt": group.prompt,
-                "completion": group.completions[0].text,
-                "version": group.completions[0].version,
-                "reward": reward,
-                **{f"rewards/{name}": own for name, own in zip(names, rewards, strict=True)},
-                "columns": {name: values[p] for name, values in columns.items()},
-            }
-        )
+        done = group.completions[0]
+        row = {"prompt": group.prompt, "completion": done.text, "version": done.version, "reward": reward}
+        row |= {f"rewards/{name}": own for name, own in zip(names, rewards, strict=True)}
+        rows.append({**row, "columns": {name: values[p] for name, values in columns.items()}})
     return Evaluation(version.number, version.step, _means(rows, names), rows)
 
 

@@ -39,8 +39,7 @@ class Member:
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[Evaluation] = []
         self._random: Any = None
-        self._at_work = False
-        self._session = ExitStack()
+        self._at_work, self._session = False, ExitStack()
         self.reporter: Reporter
 
     @property
