@@ -183,7 +183,6 @@ class _Run:
         return f"{self.config.model.name}: rank {self.plan.rank} on {on}, {values:,} values"
 
     def _served(self) -> str:
-        """By its class alone."""
         model = self.config.model
         if self.config.engine.urls:
             return "its servers are asked when the run starts"
@@ -240,7 +239,6 @@ def call_once(function: RewardFunction, data: PromptDataset, config: GRPOConfig)
 
 @torch.no_grad()
 def _fill(model: Any, seed: int) -> None:
-    """Give every B new values, as steps of training would."""
     generator = torch.Generator().manual_seed(seed)
     for module in check_servable(model, active_adapter(model)):
         b = module.b_OR

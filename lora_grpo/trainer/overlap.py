@@ -37,7 +37,6 @@ class Ahead(Source):
     raised by `take` or `reward` in the trainer's."""
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` where the trainer has several processes."""
         self._sync = self.parts.sync
         if self._sync.processes.count > 1:
             raise ConfigError("max_staleness > 0 is for one trainer process; set max_staleness=0")
@@ -73,10 +72,9 @@ class Ahead(Source):
                 self._generator.wait(flight.groups)
             lag = lag_behind(self._sync.store, self._sync.head, flight.rollout.version, self._most)
             if lag is not None:
-                break
+                self._lag, self._taken = lag, self._ahead.popleft()
+                return flight.rollout
             self.drop("stale")
-        self._lag, self._taken = lag, self._ahead.popleft()
-        return flight.rollout
 
     def reward(self, rollout: Rollout) -> Rewarded:
         if self._taken is None or self._taken.rollout is not rollout or self._taken.rewards is None:
