@@ -27,15 +27,7 @@ from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.crew import Crew, CrewEngine, Parts, Unheard, launched
-from lora_grpo.trainer.models import (
-    Model,
-    Shared,
-    Sharing,
-    build_policy_model,
-    check_same_device,
-    default_device,
-    shared_base,
-)
+from lora_grpo.trainer.models import Shared, Sharing, build_policy_model, check_same_device, default_device, shared_base
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.room import Room, Wanted, plan_room
 
@@ -112,7 +104,9 @@ class Assembly:
     def _room(self, wanted: Wanted, given: bool) -> Room | None:
         """None where nothing is open: of a given engine only whether activations are computed twice is to be found."""
         model = self.made_of.model
-        if given and (wanted.config.gradient_checkpointing is not None or not _walkable(model)):
+        # Of a checkpoint, or a module that is one of transformers, it can be told what a step takes of memory.
+        told = isinstance(model, ModelConfig) or isinstance(peft_model_of(model).get_base_model(), PreTrainedModel)
+        if given and (wanted.config.gradient_checkpointing is not None or not told):
             return None
         sharing = self.sharing is True if given else self.sharing
         room = plan_room(model, [wanted], self.made_of.engine_config, sharing, 1, starts=not given)
@@ -167,11 +161,6 @@ class Assembly:
         return built, base
 
 
-def _walkable(model: Model) -> bool:
-    """Whether what a step takes of memory can be told: of a checkpoint, or a module that is one of transformers."""
-    return isinstance(model, ModelConfig) or isinstance(peft_model_of(model).get_base_model(), PreTrainedModel)
-
-
 def _distributed(model: nn.Module, config: GRPOConfig, base: Any) -> tuple[Any, Any]:
     """The model with its optimizer as accelerate's FSDP2 shards them, if it is set to; else the model, and None."""
     accelerator = launched()
@@ -198,7 +187,6 @@ def untouched_when_stopped(*folders: str | Path | None) -> Iterator[None]:
 
 
 def refuse_live(run_dir: Path) -> None:
-    """Raises `StoreLocked` naming the process that has the run open, before anything expensive is started."""
     who = holder(run_dir)
     if who is not None:
         raise StoreLocked(f"{run_dir} is open in {who}; stop that process first, or choose another run directory")

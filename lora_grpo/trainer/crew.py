@@ -48,8 +48,7 @@ def launched(timeout_s: float | None = None) -> Accelerator | None:
     return _joined[0]
 
 
-_joined: list[Accelerator] = []
-"""This process's accelerator, once there is one."""
+_joined: list[Accelerator] = []  # this process's accelerator, once there is one
 
 
 @dataclass(frozen=True)

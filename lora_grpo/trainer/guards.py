@@ -16,13 +16,10 @@ from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.render import GAP
 
-Steps = Sequence[Mapping[str, Any]]
-"""Each step's metrics in order, those that a rollback undid left out."""
+Steps = Sequence[Mapping[str, Any]]  # each step's metrics in order, those that a rollback undid left out
 
 
 class Policy(Protocol):
-    """One reason to go back."""
-
     def why(self, steps: Steps, error: TrainingError | None) -> str | None:
         """A sentence, or None. `error` is what ended the step, which then has no metrics in `steps`."""
 
@@ -77,8 +74,6 @@ class RewardCollapse(Policy):
 
 @dataclass(frozen=True, slots=True)
 class _Limit(Policy):
-    """A metric of the last step is above `limit`, nats per token."""
-
     limit: float
     metric: ClassVar[str]
     words: ClassVar[str]
@@ -155,7 +150,6 @@ class Guard:
 
 
 def build_guard(config: GuardConfig) -> Guard | None:
-    """The guard of a run's settings; None where no policy is set."""
     policies: list[Policy] = [NonFinite()] if config.non_finite else []
     if config.reward_drop is not None:
         policies.append(RewardCollapse(config.reward_drop, config.reward_window, config.reward_patience))

@@ -17,10 +17,8 @@ from lora_grpo.metrics.log import Record, package_versions, run_history
 from lora_grpo.metrics.page import settings_of
 from lora_grpo.metrics.render import number
 
-MOST_ROWS = 20
-"""Of the card's table of rewards."""
-_PRIVATE = ("output_dir", "store_root", "engine.", "keep.")
-"""Settings that say where a run was, not how it was trained."""
+MOST_ROWS = 20  # of the card's table of rewards
+_PRIVATE = ("output_dir", "store_root", "engine.", "keep.")  # settings that say where a run was, not how it was trained
 
 
 def push_to_hub(run: str | Path, version: Target, repo: str, *, private: bool = False) -> str:

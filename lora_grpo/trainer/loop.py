@@ -32,8 +32,7 @@ from lora_grpo.trainer.steering import apply_requests
 from lora_grpo.types import Group
 
 CANARY_ROWS = 32
-SHOWN = 4
-"""Completions of a step that are logged to be looked at."""
+SHOWN = 4  # completions of a step that are logged to be looked at
 _OF_THE_VERSION = {"kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_groups_used", GAP}
 """Of a step's metrics, those that say something, as rewards do, of the version that made its completions."""
 WARN_EVERY = 10

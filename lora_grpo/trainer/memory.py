@@ -21,8 +21,7 @@ from lora_grpo.grpo.head import head_bytes
 from lora_grpo.grpo.packing import Span, in_spans, pack, pays, refusal, sizes
 from lora_grpo.grpo_config import GRPOConfig
 
-ADAM_BYTES = 4 + 4 + 4 + 4
-"""fp32 weight, gradient and two moments of each adapter parameter."""
+ADAM_BYTES = 4 + 4 + 4 + 4  # fp32 weight, gradient and two moments of each adapter parameter
 _QUANTIZED_BYTES: dict[Scheme | None, tuple[float | None, float | None]] = {
     "nf4": (1 / 2 + 1 / 64 + 4 / (64 * 256), 1 / 2 + 4 / 64),
     "fp8": (None, 1 + 4 / (128 * 128)),
@@ -31,6 +30,7 @@ _QUANTIZED_BYTES: dict[Scheme | None, tuple[float | None, float | None]] = {
 """A weight's in trainer and engine, scales included; None: the dtype's. vLLM keeps nf4's scales in fp32. On a CPU the
 engine's fp8 and int4 are plain values in its dtype (`engines/packing.py`)."""
 
+# What makes each part smaller.
 _SMALLER = {
     "trainer base": "hold it in half precision (model.dtype='bfloat16') or once with the engine (share_base_weights)",
     "adapter and optimizer": "lower the adapter's rank",
@@ -40,7 +40,6 @@ _SMALLER = {
     "adapter slots": "lower max_lora_rank or max_loras",
     "kv": "lower gpu_memory_utilization on a GPU, VLLM_CPU_KVCACHE_SPACE on a CPU",
 }
-"""What makes each part smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +83,7 @@ class MemoryEstimate:
 
     trainer_base_bytes: int
     adapter_and_optimizer_bytes: int
-    activations_bytes: int | None
-    """None: the model could not be walked through; see `activation_bytes`."""
+    activations_bytes: int | None  # None: the model could not be walked through; see `activation_bytes`
     engine_base_bytes: int
     adapter_slots_bytes: int
     kv_bytes: int = 0
@@ -105,13 +103,11 @@ class MemoryEstimate:
         return {name: size_bytes for name, size_bytes in values.items() if size_bytes is not None}
 
     def what_helps(self) -> str:
-        """What makes the largest part smaller."""
         parts = self.parts()
         return _SMALLER[max(parts, key=parts.__getitem__)]
 
 
 def mib(size_bytes: int) -> str:
-    """For people: "1,234.5 MiB"."""
     return f"{size_bytes / (1 << 20):,.1f} MiB"
 
 

@@ -23,10 +23,8 @@ from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.sections import nearest_key
 
 ALL_LINEAR = "target_modules='all-linear' is every linear layer of the language model"
-Model: TypeAlias = ModelConfig | nn.Module
-"""A checkpoint, or a PeftModel on one."""
-Sharing: TypeAlias = Literal["auto"] | bool
-"""Whether trainer and engine hold one copy of the base."""
+Model: TypeAlias = ModelConfig | nn.Module  # a checkpoint, or a PeftModel on one
+Sharing: TypeAlias = Literal["auto"] | bool  # whether trainer and engine hold one copy of the base
 _OF_SERVERS = ("on_failure", "concurrency", "timeout_s", "patience_s")
 
 
@@ -36,8 +34,7 @@ class Shared:
 
     engine: Engine
     base: Any
-    checkpointing: bool = False
-    """Whether activations are computed twice, for trainers whose settings leave it open."""
+    checkpointing: bool = False  # whether activations are computed twice, for trainers whose settings leave it open
     proofs: Proofs = field(default_factory=dict)
 
     def own_modules(self) -> Any:
@@ -55,7 +52,6 @@ def default_device() -> torch.device:
 
 
 def checkpoint_of(model: Model) -> ModelConfig:
-    """The checkpoint that a model came from. Raises `ConfigError` when it does not say."""
     if isinstance(model, ModelConfig):
         return model
     config = peft_model_of(model).base_model.model.config
@@ -237,7 +233,6 @@ def _linear(model: nn.Module) -> set[str]:
 
 
 def check_same_device(model: nn.Module, engine: Engine) -> None:
-    """Raises `ConfigError` unless trainer and in-process engine share a device."""
     trainer, served = next(model.parameters()).device, engine.device
     if served is not None and (trainer.type, trainer.index or 0) != (served.type, served.index or 0):
         told = f"the trainer is on {trainer} but the engine on {served}; move the model with model.to('{served}')"

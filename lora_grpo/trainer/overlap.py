@@ -107,7 +107,6 @@ class Ahead(Source):
             self._generator.join()
 
     def _fill(self, step: int) -> None:
-        """Begin what `step`, the next to be trained, leaves room for."""
         last = min(step + self._most, self.config.total_steps)
         for following in range(step + len(self._ahead), last + 1):
             self._begin(self.draw(following))

@@ -104,7 +104,6 @@ class Preflight:
         self.check_prompts(self.known_room)
 
     def check_rewards(self) -> str:
-        """Weights and columns fit the functions."""
         names, weights = reward_names(self.reward_funcs), self.config.reward_weights
         if weights is not None and len(weights) != len(names):
             of = f"the {len(names)} reward functions ({', '.join(names)})"
@@ -234,7 +233,6 @@ def reward_functions(given: Any) -> list[RewardFunction]:
 
 
 def checkpoint_tokenizer(model: Model) -> Any:
-    """The tokenizer of a model's checkpoint. Raises `ConfigError` where none can be read."""
     checkpoint = checkpoint_of(model)
     checkpoint_config(checkpoint.name, **checkpoint.loading)
     try:
@@ -246,7 +244,6 @@ def checkpoint_tokenizer(model: Model) -> Any:
 
 
 def check_same_vocabulary(trainer: Any, engine: Any) -> None:
-    """Raises `ConfigError` naming a token that the trainer's tokenizer and the engine's number differently."""
     if not (hasattr(trainer, "get_vocab") and hasattr(engine, "get_vocab")):
         return
     own, served = trainer.get_vocab(), engine.get_vocab()

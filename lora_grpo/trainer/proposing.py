@@ -24,10 +24,8 @@ from lora_grpo.trainer.preflight import MemberSpec, Preflight, checkpoint_tokeni
 PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "messages", "text")
 ANSWERS = ("answer", "final_answer", "solution", "ground_truth", "target", "label", "expected_answer")
 """Names that such columns go by, the likeliest first."""
-LOOKED_AT = 1000
-"""Rows that a column's kind is judged by."""
-LONGEST_EXACT = 40
-"""Characters of an answer that a model can be expected to give letter by letter."""
+LOOKED_AT = 1000  # rows that a column's kind is judged by
+LONGEST_EXACT = 40  # characters of an answer that a model can be expected to give letter by letter
 SIZES = {
     "lora.r": (16, "rank"),
     "lora.lora_alpha": (32, "the adapter's update is scaled by lora_alpha / r"),
@@ -118,7 +116,6 @@ def _choose_reward(reward: dict[str, Any], columns: Mapping[str, list[Any]], sou
 
 
 def _choose_lengths(values: dict[str, Any], tokenizer: Any, columns: Mapping[str, list[Any]], notes: Notes) -> None:
-    """Room for the longest prompt and for a completion, within the model's context."""
     engine, grpo = values["engine"], values["grpo"]
     settings = RunConfig(**values)
     train, _ = load_data(settings.data)

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from lora_grpo.engines.local.targets import checkpoint_config, full_class
 from lora_grpo.errors import ConfigError
 
-KEPT_BY_LAYERS = ("A_log", "D", "dt_bias")
-"""What state-space layers start from; other values would not be stable."""
+KEPT_BY_LAYERS = ("A_log", "D", "dt_bias")  # what state-space layers start from; other values would not be stable
 
 
 @contextmanager

@@ -224,8 +224,7 @@ class Conversation:
         self._tokenizer: Any = getattr(engine, "tokenizer", None)
         self.has_template = bool(getattr(self._tokenizer, "chat_template", None))
         self.version: AdapterVersion | None = None
-        self.cut = False
-        """Whether the last answer reached the most tokens that an answer may have."""
+        self.cut = False  # whether the last answer reached the most tokens that an answer may have
         self.forget()
 
     def switch(self, to: Target) -> LoadReceipt:

@@ -31,8 +31,7 @@ RolloutFunc: TypeAlias = Callable[[Sequence[Prompt], Engine, AdapterVersion], li
 
 The engine renders text and chats as the trainer does; `prompt + [message]` keeps a chat's `chat_template_kwargs`."""
 
-EVALUATIONS = "evaluations"
-"""Of a run directory."""
+EVALUATIONS = "evaluations"  # of a run directory
 Rewards: TypeAlias = list[list[float]]
 T = TypeVar("T")
 
@@ -45,10 +44,8 @@ class Rollout:
     position: dict[str, int]
     prompts: list[Prompt]
     columns: dict[str, list[Any]]
-    version: AdapterVersion = field(init=False)
-    """Set when it begins."""
-    groups: list[Group] = field(init=False)
-    """Set when it ends."""
+    version: AdapterVersion = field(init=False)  # set when it begins
+    groups: list[Group] = field(init=False)  # set when it ends
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,7 @@ class Rewarded:
     rewards_B: torch.Tensor
     advantages_B: torch.Tensor
     logged: Mapping[str, float]
-    extra: Mapping[str, list[Any]]
-    """Columns that reward functions logged, a value a completion, as JSON has them."""
+    extra: Mapping[str, list[Any]]  # columns that reward functions logged, a value a completion, as JSON has them
 
     def used_groups(self, num_generations: int) -> float:
         """Share of groups whose rewards differ, the only ones that carry signal."""
@@ -81,8 +77,7 @@ class Source:
     rollback_log: RollbackLog
     reward_funcs: Sequence[RewardFunction]
     rollout_func: RolloutFunc | None = None
-    dropped: dict[str, int] = field(init=False, default_factory=dict)
-    """Rollouts dropped so far, by reason."""
+    dropped: dict[str, int] = field(init=False, default_factory=dict)  # rollouts dropped so far, by reason
 
     def running(self) -> AbstractContextManager[None]:
         """Around a call of `train`: outside nothing is sampled."""
@@ -95,7 +90,6 @@ class Source:
         return rollout
 
     def draw(self, step: int) -> Rollout:
-        """The next prompts, for `step`."""
         position = self.sampler.state_dict()
         return Rollout(step, position, *self.data.select(next(self.sampler)))
 
@@ -133,7 +127,6 @@ class Source:
                 raise DeliveryError(f"prompt {index} has a completion without tokens")
 
     def reward(self, rollout: Rollout) -> Rewarded:
-        """Call the reward functions and compare within groups."""
         config = self.config
         context = RewardContext(TrainerState(rollout.step, config.total_steps))
         patience = Patience(config.reward_retries, config.reward_timeout_s)
@@ -224,7 +217,6 @@ def saved_evaluations(run_dir: Path) -> dict[int, Evaluation]:
 
 
 def evaluations_until(run_dir: Path, step: int) -> list[Evaluation]:
-    """The held-out evaluations that a run made up to `step`."""
     saved = saved_evaluations(run_dir)
     return [saved[number] for number in sorted(saved) if saved[number].step <= step]
 

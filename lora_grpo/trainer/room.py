@@ -48,16 +48,12 @@ class Room:
     engine_config: EngineConfig
     rank: int
     leaves: list[str] | None
-    version_bytes: int
-    """Of the tensors of a version, the largest member's."""
+    version_bytes: int  # of the tensors of a version, the largest member's
     members: int
     memory: MemoryEstimate
-    joint_kv_bytes: int
-    """What the rows of one round of several members take of the KV cache at most."""
-    fit: int
-    """How many members memory holds, the largest first."""
-    checkpointing: bool
-    """Whether activations are computed twice, for members that leave it open."""
+    joint_kv_bytes: int  # what the rows of one round of several members take of the KV cache at most
+    fit: int  # how many members memory holds, the largest first
+    checkpointing: bool  # whether activations are computed twice, for members that leave it open
 
     def __str__(self) -> str:
         said = str(self.memory) if self.members == 1 else f"{self.members} members take {self.memory}"
@@ -196,7 +192,6 @@ def estimate(
 
 
 def available_memory(device: torch.device) -> int:
-    """Free bytes on a CUDA device, or available to the system for the CPU."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return psutil.virtual_memory().available

@@ -98,7 +98,6 @@ class Member:
         self.clock = loop.Clock(self.reporter)
 
     def learn(self) -> None:
-        """The rest of a step whose completions are there."""
         loop.finish_step(self.runs, self.reporter, self.clock, self.rollout)
         self.settle()
 

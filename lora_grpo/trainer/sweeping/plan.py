@@ -22,8 +22,7 @@ from lora_grpo.sections import Section
 
 _NUMBER = r"([-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)"
 _RANGE = re.compile(rf"(log:)?{_NUMBER}\.\.{_NUMBER}")
-MAX_TRIALS = 1000
-"""More is a typing error rather than a sweep."""
+MAX_TRIALS = 1000  # more is a typing error rather than a sweep
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,7 @@ from lora_grpo.trainer import loop
 from lora_grpo.trainer.forking import taken_from
 from lora_grpo.trainer.run import Run
 
-WINDOW = 3
-"""Steps whose mean reward is a score."""
+WINDOW = 3  # steps whose mean reward is a score
 FACTORS = (0.8, 1.25)
 """What population-based training multiplies a setting by (Jaderberg et al., 2017, https://arxiv.org/abs/1711.09846)."""
 

@@ -197,7 +197,6 @@ class Sweep:
         self._ended.pop(name, None)
 
     def _begin_again(self, population: Population, name: str, config: RunConfig) -> None:
-        """Another member for a run that ended, from where it stands."""
         population.members.remove(self._members[name])
         self._members[name] = population.add(member_spec(config, resume=True))
         population.start_waiting()
