@@ -116,10 +116,8 @@ def _kept_state(store: AdapterStore, origin: AdapterVersion, source: Path, confi
     if files is None:
         nearest = min(store.states, key=lambda number: abs(number - origin.number), default=None)
         there = "nor of any other version" if nearest is None else f"the nearest version that has one is v{nearest}"
-        raise ConfigError(
-            f"{source} kept no trainer state of {origin}, so a fork cannot be exact; {there}; "
-            f"--weights-only (weights_only=True) begins a new run from the weights of {origin}"
-        )
+        told = f"{source} kept no trainer state of {origin}, so a fork cannot be exact; {there}"
+        raise ConfigError(f"{told}; --weights-only (weights_only=True) begins a new run from the weights of {origin}")
     state = read_state(files)
     if config is not None and of_trainer(state.meta["extra"]):
         before = load_config(source)

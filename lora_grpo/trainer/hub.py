@@ -57,9 +57,8 @@ def _card(
     run: Path, version: AdapterVersion, adapter: Any, weights: str, repo: str, recorded: list[dict[str, Any]]
 ) -> str:
     records = run_history(run)
-    info: dict[str, Any] = {}
-    for record in records:
-        info |= record["info"] if record["event"] == "start" else {}
+    starts = [record["info"] for record in records if record["event"] == "start"]
+    info = {name: value for told in starts for name, value in told.items()}
     base = str(adapter["base_model_name_or_path"])
     # The hub refuses a card whose base is no hub name; a folder's place is nobody's business.
     folder = base.count("/") > 1 or Path(base).is_dir()

@@ -235,11 +235,9 @@ def step_metrics(rewarded: Rewarded, functions: Sequence[RewardFunction], config
     """What a step says of its rewards and completions, under TRL's names where it has them."""
     completions = [completion for group in rewarded.groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
-    names = reward_names(functions)
+    n, names = config.num_generations, reward_names(functions)
     return {
-        **reward_metrics(
-            rewarded.rewards_BF, names, config.num_generations, config.reward_weights, config.scale_rewards
-        ),
+        **reward_metrics(rewarded.rewards_BF, names, n, config.reward_weights, config.scale_rewards),
         **rewarded.logged,
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": float(min(lengths)),

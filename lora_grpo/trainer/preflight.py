@@ -91,10 +91,10 @@ class Preflight:
     num_processes: int = 1
 
     def __post_init__(self) -> None:
-        self.config, loaded = self.spec.config, self.spec.loaded()
+        self.spec, self.config = self.spec.loaded(), self.spec.config
         self.reward_funcs = reward_functions(self.spec.reward_funcs)
-        self.train: PromptDataset = loaded.train_dataset  # type: ignore[assignment]
-        self.held_out: PromptDataset | None = loaded.eval_dataset  # type: ignore[assignment]
+        self.train: PromptDataset = self.spec.train_dataset  # type: ignore[assignment]
+        self.held_out: PromptDataset | None = self.spec.eval_dataset  # type: ignore[assignment]
 
     def check(self) -> None:
         """Everything. Each check raises a `LoraGrpoError`, or tells what it found."""

@@ -188,15 +188,10 @@ def _comparison(first: AdapterVersion, second: AdapterVersion, answers: tuple[An
     # Per token, so that long answers do not outweigh the others by their length alone.
     by_first = values(answer.logp_first / max(1, answer.tokens) for answer in answers)
     by_second = values(answer.logp_second / max(1, answer.tokens) for answer in answers)
-    return Comparison(
-        first.number,
-        second.number,
-        None if rewards.sum(0).isnan().all() else _difference(*rewards),
-        _difference(*values(answer.tokens for answer in answers)),
-        _difference(by_first[0], by_second[0]),
-        _difference(by_first[1], by_second[1]),
-        answers,
-    )
+    reward = None if rewards.sum(0).isnan().all() else _difference(*rewards)
+    tokens = _difference(*values(answer.tokens for answer in answers))
+    of_first, of_second = _difference(by_first[0], by_second[0]), _difference(by_first[1], by_second[1])
+    return Comparison(first.number, second.number, reward, tokens, of_first, of_second, answers)
 
 
 def _difference(first_PS: torch.Tensor, second_PS: torch.Tensor) -> Difference:

@@ -104,12 +104,9 @@ class Source:
 
     def sampling(self, rollout: Rollout) -> Sampling:
         """How its prompts are sampled. Seeds depend on how often the run was rolled back: no collapse is replayed."""
-        return Sampling(
-            n=self.config.num_generations,
-            max_tokens=self.config.max_completion_length,
-            temperature=self.config.temperature,
-            seed=derive_seed(self.config.seed, rollout.step, len(self.rollback_log)),
-        )
+        config, seed = self.config, derive_seed(self.config.seed, rollout.step, len(self.rollback_log))
+        n, most, temperature = config.num_generations, config.max_completion_length, config.temperature
+        return Sampling(n=n, max_tokens=most, temperature=temperature, seed=seed)
 
     def check(self, rollout: Rollout) -> None:
         """Raises for a missing group, an odd size, or completions of another version."""

@@ -39,15 +39,8 @@ class Run:
         self.engine, self.model, self.policy, self.sync = parts.engine, parts.model, parts.policy, parts.sync
         self.eval_data, self.rollback_log = made_of.held_out, RollbackLog(self.run_dir)
         data, prompts = made_of.train, config.rows_per_step(crew.processes.count) // config.num_generations
-        self.source = (Ahead if config.max_staleness else Source)(
-            config,
-            parts,
-            data,
-            PromptSampler(len(data), prompts, config.seed),
-            self.rollback_log,
-            made_of.reward_funcs,
-            spec.rollout_func,
-        )
+        sampler, kind = PromptSampler(len(data), prompts, config.seed), Ahead if config.max_staleness else Source
+        self.source = kind(config, parts, data, sampler, self.rollback_log, made_of.reward_funcs, spec.rollout_func)
         self.steps_done, self.without_signal, self.taken_up = 0, 0, False
         self.history: list[dict[str, Any]] = []
         self.owed: dict[str, Any] | None = None
@@ -235,10 +228,9 @@ def _put_back(run: Run, head: AdapterVersion, *, waiting: bool) -> RollbackRepor
             return report if left is not None else replace(report, scheduler="reset", random_state="reset")
     number = _nearest_state(run.store, head.number)
     if number is None:
-        raise ConfigError(
-            f"{run.run_dir} kept no trainer state of {head} or its ancestors, so it cannot be resumed exactly; "
-            f"`lora-grpo rollback {run.run_dir} --to {head.number}` and resume go on from its rounded weights"
-        )
+        told = f"{run.run_dir} kept no trainer state of {head} or its ancestors, so it cannot be resumed exactly"
+        fix = f"`lora-grpo rollback {run.run_dir} --to {head.number}` and resume go on from its rounded weights"
+        raise ConfigError(f"{told}; {fix}")
     return run.crew(crew.roll_back, number)
 
 

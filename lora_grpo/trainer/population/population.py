@@ -159,7 +159,6 @@ class Population:
                 told = f"member {spec.name} in {spec.run_dir}: {member.run_dir} is already a member"
                 raise ConfigError(f"{told}; give each member a directory of its own, with a name of its own")
         try:
-            spec = spec.loaded()
             if spec.config.max_staleness:
                 told = f"max_staleness={spec.config.max_staleness} samples ahead"
                 raise ConfigError(f"{told}, but a population samples for all members at once; set max_staleness=0")
@@ -167,7 +166,7 @@ class Population:
             before.check()
         except ConfigError as error:
             raise ConfigError(f"member {spec.name}: {error}") from error
-        self.members.append(Member(spec))
+        self.members.append(Member(before.spec))
         return before.wanted
 
     def _start(self, engine: Engine | None, room: Room, sharing: Sharing) -> Shared:

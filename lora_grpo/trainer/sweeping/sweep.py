@@ -8,7 +8,6 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.files import disk
@@ -55,7 +54,10 @@ class Sweep:
         """To the end; `show` is given the members' rows, now and after each round. Returns the summary. Ctrl-C leaves
         every member's run as it stands, to be gone on with. Raises what a population raises; refused before any member
         began, it leaves the directory as it was."""
-        waiting = [trial for trial in self.plan.trials if self._may_run(trial.name)]
+        evolves = self.plan.evolve_every is not None  # what failed may be brought back by a take-over
+        waiting = [
+            one for one in self.plan.trials if one.name not in self._ended or (evolves and self._failed(one.name))
+        ]
         try:
             show(self.rows())
             if any(trial.name not in self._ended for trial in waiting):
@@ -96,10 +98,6 @@ class Sweep:
                 self._evolved.add(record["step"])
                 for name in [name for name, step in self._taken if step == record["step"]]:
                     self._ended.pop(name, None)
-
-    def _may_run(self, name: str) -> bool:
-        """Whether a member has not ended, or may be taken back by a take-over."""
-        return name not in self._ended or (self.plan.evolve_every is not None and self._failed(name))
 
     def _failed(self, name: str) -> bool:
         return self._ended.get(name, {}).get("state") == "failed"
@@ -190,10 +188,9 @@ class Sweep:
         population.stop(loser, f"takes over {taken} of {winner.name}, {' '.join(changed) or 'settings as they were'}")
         self._begin_again(population, name, config)
         if (name, version.step) not in self._taken:
-            self._log.append(
-                "take-over", name=name, step=version.step, version=version.number, settings=changed,
-                **{"from": {"run": winner.name, "version": taken.number, "digest": taken.digest}},
-            )  # fmt: skip
+            origin = {"run": winner.name, "version": taken.number, "digest": taken.digest}
+            found = {"version": version.number, "settings": changed, "from": origin}
+            self._log.append("take-over", name=name, step=version.step, **found)
         self._ended.pop(name, None)
 
     def _begin_again(self, population: Population, name: str, config: RunConfig) -> None:
@@ -244,21 +241,22 @@ class Sweep:
         rows, directory = self.rows(), self.plan.directory
         curves = {row["member"]: self._known(row["member"])[0] for row in rows}
         best = best_row(rows)
-        summary: dict[str, Any] = {
-            "best": best and best["member"],
-            "reward": best and best["reward"],
-            "held_out": best and best["held_out"],
-            "steps": sum(map(len, curves.values())),
-            "members": rows,
-            "adapter": None,
-        }
+        told = best or {}
+        summary = {"best": told.get("member"), "reward": told.get("reward"), "held_out": told.get("held_out")}
+        summary |= {"steps": sum(map(len, curves.values())), "members": rows, "adapter": None}
         if best is not None:
-            shown = {name: steps for name, steps in curves.items() if steps}
-            plot_curves(shown, directory / CURVES_FILE, best["member"])
+            plot_curves(
+                {name: steps for name, steps in curves.items() if steps}, directory / CURVES_FILE, best["member"]
+            )
             # The rewards of one run's versions cannot be compared where its weights were changed on the way.
             which = "head" if any(key.startswith("rewards.") for key in self.plan.perturb) else "best"
-            exported = _export(directory / best["member"], which, directory / BEST)
-            summary |= {"adapter": str(directory / BEST), **exported}
+            run, adapter = directory / best["member"], directory / BEST
+            shutil.rmtree(adapter, ignore_errors=True)  # what an earlier session wrote there
+            with AdapterStore(archive=run, readonly=True) as store:
+                version = store.get(which)
+                weights = export_adapter(store, version, Recipe.read(run), adapter)
+            exported = {"version": version.number, "digest": version.digest, "weights": weights}
+            summary |= {"adapter": str(adapter), **exported}
         disk.replace_file(directory / SUMMARY_FILE, json.dumps(summary, indent=1).encode(), sync=True)
         return summary
 
@@ -270,15 +268,6 @@ def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     finished = [row for row in stepped if row["state"] == "finished"] or stepped
     measured = "held_out" if all(row["held_out"] is not None for row in finished) else "reward"
     return max(finished, key=lambda row: row[measured] if math.isfinite(row[measured]) else -math.inf, default=None)
-
-
-def _export(run: Path, which: str, directory: Path) -> dict[str, Any]:
-    """A version of a run as a plain PEFT folder, in place of what an earlier session wrote there."""
-    shutil.rmtree(directory, ignore_errors=True)
-    with AdapterStore(archive=run, readonly=True) as store:
-        version = store.get(which)
-        weights = export_adapter(store, version, Recipe.read(run), directory)
-    return {"version": version.number, "digest": version.digest, "weights": weights}
 
 
 def _step(member: Member) -> int:
