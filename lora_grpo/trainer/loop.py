@@ -59,10 +59,20 @@ def goes_on(run: Run, reporter: Reporter) -> bool:
 
 def finish_step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
     """Learn from a sampled batch and publish, then evaluate where that is due; or go back as the guard says."""
-    if _guarded_step(run, reporter, clock, rollout):
-        if run.without_signal and run.without_signal % WARN_EVERY == 0:
-            _warn_without_signal(run, reporter, "max_steps_without_signal would end such a run")
-        _evaluate_when_due(run, reporter)
+    error: TrainingError | None = None
+    try:
+        _step(run, reporter, clock, rollout)
+    except TrainingError as caught:
+        error = caught
+    reason = None if run.guard is None else run.guard.why(run.history, error)
+    if run.guard is not None and reason is not None:
+        guarded(run, run.guard, reason, reporter)
+        return
+    if error is not None:
+        raise error
+    if run.without_signal and run.without_signal % WARN_EVERY == 0:
+        _warn_without_signal(run, reporter, "max_steps_without_signal would end such a run")
+    _evaluate_when_due(run, reporter)
 
 
 def publish(run: Run, step: int, measured: Mapping[str, Any] | None = None) -> None:
@@ -95,21 +105,6 @@ def held_out(run: Run, reporter: Reporter) -> None:
     if run.eval_data is not None:
         result = run.evaluate()
         reporter.evaluation(run.steps_done, result.version, result.metrics)
-
-
-def _guarded_step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> bool:
-    """The rest of a step; False when the guard went back instead. Raises what it is not set to catch."""
-    error: TrainingError | None = None
-    try:
-        _step(run, reporter, clock, rollout)
-    except TrainingError as caught:
-        error = caught
-    reason = None if run.guard is None else run.guard.why(run.history, error)
-    if run.guard is not None and reason is not None:
-        guarded(run, run.guard, reason, reporter)
-    elif error is not None:
-        raise error
-    return reason is None
 
 
 def _step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
