@@ -238,7 +238,7 @@ def checkpoint_tokenizer(model: Model) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.loading)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"{checkpoint.name} has no readable tokenizer: is tokenizer.json there? {error}") from error
+        raise ConfigError(f"{checkpoint.name} has no tokenizer to read: is tokenizer.json there? {error}") from error
     require_tokenizer(tokenizer, "prompts are text")
     return tokenizer
 

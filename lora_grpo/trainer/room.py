@@ -175,13 +175,14 @@ def estimate(
     own = EngineConfig() if config is None else config
     empty = models.without_memory(model, peft_config)
     elsewhere = config is None or bool(config.urls)
+    dtype = base_dtype(model) if isinstance(model, nn.Module) else getattr(torch, model.dtype, None)
     needed = estimate_memory(
         empty,
         batch,
         checkpointing=twice,
         slots=own.max_loras,
         max_lora_rank=own.max_lora_rank or lora_rank(model, peft_config),
-        trainer_dtype=_trainer_dtype(model, empty),
+        trainer_dtype=dtype or empty.config.dtype or torch.float32,
         engine_dtype=engine_dtype(own),
         shared_base=one_copy or isinstance(model, nn.Module),
         scheme=None if elsewhere and isinstance(model, nn.Module) else models.quantization_of(checkpoint_of(model)),
@@ -207,9 +208,3 @@ def _cache_bytes(config: EngineConfig, weights_bytes: int) -> int:
 def engine_dtype(config: EngineConfig) -> torch.dtype:
     """ "auto" is a half-precision one whatever the checkpoint has: vLLM serves fp32 checkpoints in one too."""
     return torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-
-
-def _trainer_dtype(model: Model, empty: Any) -> torch.dtype:
-    if isinstance(model, nn.Module):
-        return base_dtype(model)
-    return getattr(torch, model.dtype, None) or empty.config.dtype or torch.float32

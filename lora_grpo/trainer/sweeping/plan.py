@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -33,11 +33,7 @@ class Trial:
     settings: tuple[str, ...]
 
 
-class _Choice(NamedTuple):
-    """What a setting may be: the values that are listed (none: a range), and how one is drawn."""
-
-    listed: list[str]
-    draw: Callable[[random.Random], str]
+Choice: TypeAlias = list[str] | Callable[[random.Random], str]  # what a setting may be: these, or what is drawn
 
 
 def trials_of(swept: Sequence[str], *, sample: int | None = None, seed: int = 0) -> list[Trial]:
@@ -67,17 +63,17 @@ def is_swept(text: str) -> bool:
     return _RANGE.fullmatch(values) is not None or len(_split(values)) > 1
 
 
-def _choice(text: str) -> tuple[str, _Choice]:
+def _choice(text: str) -> tuple[str, Choice]:
     key, equals, values = text.partition("=")
     if not (equals and key and values):
         raise ConfigError(f"{text!r} is not of the form section.key=value,value")
     span = _RANGE.fullmatch(values)
     if span is not None:
-        return key, _Choice([], _range(text, *span.groups()))
+        return key, _range(text, *span.groups())
     listed = _split(values)
     if not all(map(str.strip, listed)) or len(set(listed)) < len(listed):
         raise ConfigError(f"{text!r}: leave out a value that is empty, or there twice; each makes a member")
-    return key, _Choice(listed, lambda random_: random_.choice(listed))
+    return key, listed
 
 
 def _range(text: str, log: str | None, low: str, high: str) -> Callable[[random.Random], str]:
@@ -106,19 +102,20 @@ def _split(values: str) -> list[str]:
     return parts
 
 
-def _grid(choices: dict[str, _Choice]) -> list[tuple[str, ...]]:
-    for key, choice in choices.items():
-        if not choice.listed:
-            raise ConfigError(f"{key} has a range, but a grid needs single values; add --sample N to draw from it")
-    return list(itertools.product(*(choice.listed for choice in choices.values())))
+def _grid(choices: dict[str, Choice]) -> list[tuple[str, ...]]:
+    listed = {key: choice for key, choice in choices.items() if isinstance(choice, list)}
+    for key in choices.keys() - listed.keys():
+        raise ConfigError(f"{key} has a range, but a grid needs single values; add --sample N to draw from it")
+    return list(itertools.product(*listed.values()))
 
 
-def _different(choices: dict[str, _Choice], sample: int, draw: random.Random) -> list[tuple[str, ...]]:
+def _different(choices: dict[str, Choice], sample: int, draw: random.Random) -> list[tuple[str, ...]]:
     """So many draws, none of them twice. Raises `ConfigError` where there are not so many."""
     found: dict[tuple[str, ...], None] = {}
     for _ in range(100 * sample):
         if len(found) < sample:
-            found[tuple(choice.draw(draw) for choice in choices.values())] = None
+            drawn = (draw.choice(one) if isinstance(one, list) else one(draw) for one in choices.values())
+            found[tuple(drawn)] = None
     if len(found) < sample:
         raise ConfigError(f"--sample {sample}: only {len(found)} different members were found; sample fewer")
     return list(found)
