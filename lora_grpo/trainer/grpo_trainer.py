@@ -112,21 +112,20 @@ class GRPOTrainer(Run):
 
     def _build(self, crew: Crew, made_of: Preflight, sharing: Sharing) -> None:
         """Everything, closed again when a part of it fails; nothing costly starts before all is checked."""
-        self._closing, self.result = ExitStack(), dict[str, Any]()
+        self.result: dict[str, Any] = {}
         self.config, self.run_dir = made_of.config, Path(made_of.spec.run_dir)
         with (
             untouched_when_stopped(self.run_dir, made_of.spec.store_root) if crew.leads else nullcontext(),
             self._reporting() if crew.leads else nullcontext(Unheard()) as reporter,
-            ExitStack() as on_failure,
+            ExitStack() as self._closing,
         ):
-            on_failure.callback(self._closing.close)
             crew.processes.first(made_of.check)
             crew.parts = Assembly(self._closing, reporter, crew, made_of, sharing, self._shared).parts()
             room = getattr(crew.parts.engine, "max_model_len", None)
             reporter.message(crew.processes.first(lambda: made_of.check_prompts(room)))
             super().__init__(crew, crew.parts, made_of)
             self._closing.callback(self.source.close)
-            on_failure.pop_all()
+            self._closing = self._closing.pop_all()
 
     @led
     def train(self) -> dict[str, Any]:

@@ -68,7 +68,6 @@ class Population:
         self.members: list[Member] = []
         self._engine_config = config = engine_config or EngineConfig()
         self._resume = False
-        self._closing = ExitStack()
         wanted = [self._admit(spec) for spec in members]
         planned = partial(plan_room, self._model, wanted, config, share_base_weights, starts=engine is None)
         self.at_once = min(len(members), at_once) if isinstance(at_once, int) else len(members)
@@ -76,10 +75,9 @@ class Population:
             self.at_once = max(1, planned(self.at_once).fit)
         self.room = planned(self.at_once)
         self.room.require()
-        with ExitStack() as on_failure:
-            on_failure.callback(self._closing.close)
+        with ExitStack() as self._closing:  # closes what is open already when a part fails
             self._shared = self._start(engine, self.room, share_base_weights)
-            on_failure.pop_all()
+            self._closing = self._closing.pop_all()
 
     def train(self) -> list[Member]:
         """Train every member to its end. Raises a member's error only if all members failed; see `Member.error`."""
