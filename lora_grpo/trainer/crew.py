@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from lora_grpo.adapters.peft_form.serving import Held
@@ -27,9 +28,6 @@ from lora_grpo.rollback import RollbackReport
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Group, Prompt, derive_seed
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -41,8 +39,6 @@ def launched(timeout_s: float | None = None) -> Accelerator | None:
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     if not _joined:
-        from accelerate import Accelerator, InitProcessGroupKwargs
-
         waiting = [] if timeout_s is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s))]
         _joined.append(Accelerator(kwargs_handlers=list(waiting)))
     return _joined[0]
