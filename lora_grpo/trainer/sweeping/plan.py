@@ -185,7 +185,7 @@ class SweepPlan(Section):
         if len(configs) < 2 or self.rungs:
             raise ConfigError("population-based training needs two members, and no rungs")
         if self.at_once is not None and self.at_once < len(configs):
-            raise ConfigError(f"--at-once {self.at_once}: take-overs compare all {len(configs)} members at once")
+            raise ConfigError(f"--at-once {self.at_once}: a take-over compares all {len(configs)} at once")
         if len({config.lora.model_dump_json() for config in configs}) > 1:
             raise ConfigError("members that take over each other's adapters need the same lora settings")
         for key in self.perturb:
