@@ -1,7 +1,6 @@
 """The command line: parsing, printing and exit codes; the work is done by the rooms below.
 
-A command is a function in the file of its subject, and is named in `GROUPS`. Commands import what they run inside the
-function, so that `lora-grpo --help` loads neither torch nor vllm.
+A command is a function that `GROUPS` names, and imports what it runs: `lora-grpo --help` loads neither torch nor vllm.
 
 Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of
 usage, 130 stopped by Ctrl-C or SIGTERM.
@@ -32,23 +31,10 @@ from lora_grpo.cli.using import chat, compare, diff, export, fork
 from lora_grpo.cli.versions import report, show, verify, versions
 from lora_grpo.errors import LoraGrpoError
 
+_OF_RUNS = (versions, show, report, rollback, fork, diff, compare, chat, export, pin, unpin, prune, verify)
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Train": (init, check, train, sweep, evaluate, demo),
-    "Versions of a run": (
-        versions,
-        show,
-        report,
-        rollback,
-        fork,
-        diff,
-        compare,
-        chat,
-        export,
-        pin,
-        unpin,
-        prune,
-        verify,
-    ),
+    "Versions of a run": _OF_RUNS,
     "Serve and measure": (serve, store_server, bench),
 }
 _CALLED = {evaluate: "eval", store_server: "store-server"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from lora_grpo.cli.options import print_json, print_table, say, say_error, whole_numbers
 from lora_grpo.errors import ConfigError
@@ -19,30 +20,24 @@ if TYPE_CHECKING:
     from lora_grpo.bench.schema import Document
     from lora_grpo.bench.settings import Settings
 
-Part = Annotated[
-    str,
-    typer.Argument(metavar="PART", help="sync, memory, decode, fidelity, step, rollback, endurance, all, or report."),
-]
-Shape = Annotated[
-    str | None,
-    typer.Option(help="A model of this shape with random weights: tiny, qwen2.5-0.5b, -1.5b, -7b, llama-3.1-8b."),
-]
+_PARTS = "sync, memory, decode, fidelity, step, rollback, endurance, all, or report."
+_SHAPES = "A model of this shape with random weights: tiny, qwen2.5-0.5b, -1.5b, -7b, llama-3.1-8b."
 
 
 def bench(
-    part: Part,
-    shape: Shape = None,
-    model: Annotated[str | None, typer.Option(help="A hub name or directory, in place of a shape.")] = None,
-    scenario: Annotated[Path | None, typer.Option(help="A TOML file with settings for each part.")] = None,
-    ranks: Annotated[str | None, typer.Option(help="LoRA ranks, such as 16,8,64; the first is the main one.")] = None,
-    strategies: Annotated[str | None, typer.Option(help="What to compare, such as native,merge-trl.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda:0.")] = None,
-    repeat: Annotated[int | None, typer.Option(min=1, help="How often each strategy is measured.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for JSON, report, plots; goes on if cut off.")] = None,
-    models: Annotated[Path | None, typer.Option(help="Keep --shape models here; default: not kept.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="An older results.json; exit 1 if a ratio moved.")] = None,
-    tolerance: Annotated[float, typer.Option(min=0.0, help="How far a ratio may move (--compare).")] = 0.3,
-    readme: Annotated[Path | None, typer.Option(help="With report: put the figures into this file.")] = None,
+    part: Annotated[str, Argument(metavar="PART", help=_PARTS)],
+    shape: Annotated[str | None, Option(help=_SHAPES)] = None,
+    model: Annotated[str | None, Option(help="A hub name or directory, in place of a shape.")] = None,
+    scenario: Annotated[Path | None, Option(help="A TOML file with settings for each part.")] = None,
+    ranks: Annotated[str | None, Option(help="LoRA ranks, such as 16,8,64; the first is the main one.")] = None,
+    strategies: Annotated[str | None, Option(help="What to compare, such as native,merge-trl.")] = None,
+    device: Annotated[str | None, Option(help="cpu or cuda:0.")] = None,
+    repeat: Annotated[int | None, Option(min=1, help="How often each strategy is measured.")] = None,
+    out: Annotated[Path | None, Option(help="Directory for JSON, report, plots; goes on if cut off.")] = None,
+    models: Annotated[Path | None, Option(help="Keep --shape models here; default: not kept.")] = None,
+    compare: Annotated[Path | None, Option(help="An older results.json; exit 1 if a ratio moved.")] = None,
+    tolerance: Annotated[float, Option(min=0.0, help="How far a ratio may move (--compare).")] = 0.3,
+    readme: Annotated[Path | None, Option(help="With report: put the figures into this file.")] = None,
 ) -> None:
     """Compare loading the adapter alone (native) with merging: speed, memory, rounding errors.
 
@@ -121,7 +116,7 @@ def _show(document: Document, out: Path | None) -> None:
     if out is not None:
         say(f"report and plots: {write_report(document, out)}")
     for failure in document.failures:
-        say_error(RuntimeError(failure))
+        say_error(failure)
 
 
 def _compare(document: Document, baseline: Document, tolerance: float) -> bool:
@@ -130,7 +125,7 @@ def _compare(document: Document, baseline: Document, tolerance: float) -> bool:
     rows = compare(document, baseline, tolerance)
     print_table(rows, f"against the baseline, tolerance {tolerance:.0%}")
     if not rows:
-        say_error(RuntimeError("the baseline shares no ratio with this run: same parts, shape and strategies?"))
+        say_error("the baseline shares no ratio with this run: same parts, shape and strategies?")
     return bool(rows) and all(row[""] == "" for row in rows)
 
 

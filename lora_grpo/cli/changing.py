@@ -1,5 +1,4 @@
-"""`lora-grpo pin`, `unpin`, `rollback` and `prune`: what changes a run, at once when it is stopped, and through the
-process that holds it when it is live."""
+"""`lora-grpo pin`, `unpin`, `rollback` and `prune`: what changes a run; through its process, where that lives."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from lora_grpo import errors
 from lora_grpo.adapters.version import parse_target
@@ -22,9 +21,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 600.0
 POLL_S = 0.05
-Timeout = Annotated[
-    float, typer.Option("--timeout", min=0, help="Seconds to wait for a live run, which acts before its next step.")
-]
+Timeout = Annotated[float, Option(min=0, help="Seconds to wait for a live run, which acts before its next step.")]
 _TAKEN_BACK = "the request was withdrawn, and nothing has changed"
 
 
@@ -52,7 +49,7 @@ def _pin(verb: str, run: Path, version: str, timeout_s: float, as_json: bool) ->
 
 def rollback(
     run: Run,
-    to: Annotated[str, typer.Option("--to", metavar="VERSION", help=VERSION_HELP)],
+    to: Annotated[str, Option(metavar="VERSION", help=VERSION_HELP)],
     timeout: Timeout = TIMEOUT_S,
     as_json: Json = False,
 ) -> None:
@@ -70,14 +67,10 @@ def rollback(
         version = store.get(done.to)
         exact = "state" in store.where(done.to)
         moved = f"HEAD moved from v{done.left} to v{done.to}" if done.left != done.to else f"v{done.to} is HEAD already"
-        return {
-            "done": f"{moved} (step {version.step}); resume goes on from there, "
-            + ("exactly" if exact else "from its rounded weights: its trainer state was not kept"),
-            "version": done.to,
-            "step": version.step,
-            "left": done.left,
-            "weights": "exact" if exact else "rounded",
-        }
+        how = "exactly" if exact else "from its rounded weights: its trainer state was not kept"
+        said = f"{moved} (step {version.step}); resume goes on from there, {how}"
+        result = {"done": said, "version": done.to, "step": version.step, "left": done.left}
+        return result | {"weights": "exact" if exact else "rounded"}
 
     result = change(run, "rollback", act, timeout_s=timeout, to=to)
     tell(result, as_json, result["done"])
@@ -87,17 +80,13 @@ def _keys(begun: str) -> list[str]:
     return [key for key in keys_begun(begun) if key.startswith("keep.")]
 
 
+_KEPT = "Settings that replace the run's: keep.archived=50 keep.trainer_states=2"
+
+
 def prune(
     run: Run,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Settings that replace the run's: keep.archived=50 keep.trainer_states=2",
-            autocompletion=_keys,
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
+    overrides: Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help=_KEPT, autocompletion=_keys)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
     timeout: Timeout = TIMEOUT_S,
     as_json: Json = False,
 ) -> None:
@@ -143,9 +132,7 @@ def _kept(run: Path, overrides: list[str]) -> Retention:
     if (run / RESOLVED_FILE).is_file():
         return retention(load_config(run, overrides).keep)
     if not {"keep.archived", "keep.trainer_states"} <= {text.partition("=")[0].strip() for text in overrides}:
-        raise ConfigError(
-            f"{run} has no {RESOLVED_FILE} that says what to keep; give both keep.archived=N and keep.trainer_states=N"
-        )
+        raise ConfigError(f"{run} has no {RESOLVED_FILE}: give both keep.archived=N and keep.trainer_states=N")
     return retention(config_of_model(str(run), overrides).keep)
 
 
@@ -158,11 +145,8 @@ def change(
     retention: Callable[[], Retention] | None = None,
     **args: Any,
 ) -> dict[str, Any]:
-    """What became of it: `act` on the store of a stopped run, the holder's answer for a live one.
-
-    `retention` says what a stopped run keeps. Raises the error that either met, and `StoreError` when a live run has
-    not begun with it after `timeout_s`.
-    """
+    """What became of it: `act` on the store of a stopped run, which keeps `retention`; the holder's answer for a live
+    one. Raises the error that either met, and `StoreError` when a live run has not begun with it after `timeout_s`."""
     from lora_grpo.adapters.asking.requests import request
     from lora_grpo.adapters.files.locks import holder
     from lora_grpo.adapters.store import AdapterStore
@@ -187,10 +171,8 @@ def change(
 
 
 def _wait(request: Request, deadline: float) -> dict[str, Any] | None:
-    """The holder's answer; None when nobody did what was asked, nor ever will: the holder ended before.
-
-    Once it is begun there is no taking it back, so that the deadline is for the beginning.
-    """
+    """The holder's answer; None when nobody did what was asked, nor ever will: the holder ended before. The deadline
+    is for the beginning, since there is no taking back what is begun."""
     from lora_grpo.adapters.files.locks import holder
 
     who = holder(request.run)
@@ -199,10 +181,8 @@ def _wait(request: Request, deadline: float) -> dict[str, Any] | None:
         while (answer := request.answered()) is None and not request.is_gone():
             live = holder(request.run) is not None
             if (not live or time.monotonic() > deadline) and request.withdraw() and live:
-                raise StoreError(
-                    f"{who} holds {request.run} and has not answered; {_TAKEN_BACK}. Its step may take long: wait "
-                    "longer with --timeout, or stop it and try again"
-                )
+                said = f"{who} holds {request.run} and has not answered; {_TAKEN_BACK}"
+                raise StoreError(f"{said}. Its step may take long: wait longer with --timeout, or stop it first")
             if not live and request.is_begun():
                 raise StoreError(request.cut_short)
             time.sleep(POLL_S)

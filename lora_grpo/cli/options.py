@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from lora_grpo.metrics.log import jsonable
 from lora_grpo.metrics.render import table
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 160
 
-VERSION_HELP = "12 or v12, head, parent, best, best:METRIC (the highest) or best:-METRIC (the lowest)."
-Version = Annotated[str, typer.Argument(metavar="VERSION", help=VERSION_HELP)]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-
 
 def keys_begun(begun: str) -> list[str]:
     """What a shell completes of a setting that was begun."""
@@ -35,15 +31,13 @@ def keys_begun(begun: str) -> list[str]:
     return [f"{setting.key}=" for setting in describe_settings() if setting.key.startswith(begun)]
 
 
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Settings that replace those of the file: grpo.beta=0.1 rewards.0.weight=2",
-        autocompletion=keys_begun,
-    ),
-]
-Temperature = Annotated[float | None, typer.Option("--temperature", min=0, help="0 is greedy; default: the run's.")]
+VERSION_HELP = "12 or v12, head, parent, best, best:METRIC (the highest) or best:-METRIC (the lowest)."
+Version = Annotated[str, Argument(metavar="VERSION", help=VERSION_HELP)]
+Run = Annotated[Path, Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
+Temperature = Annotated[float | None, Option(min=0, help="0 is greedy; default: the run's.")]
+_REPLACED = "Settings that replace those of the file: grpo.beta=0.1 rewards.0.weight=2"
+Overrides = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help=_REPLACED, autocompletion=keys_begun)]
 
 
 def opened(run: Path) -> AdapterStore:
@@ -86,9 +80,8 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def say_error(error: Exception) -> None:
-    """One sentence on stderr, with the notes that were added on the way."""
+def say_error(error: Exception | str) -> None:
+    """One sentence on stderr, with the notes that were added to an error on the way."""
     typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-    typer.echo(str(error), err=True)
-    for note in getattr(error, "__notes__", ()):
-        typer.echo(f"       {note}", err=True)
+    for line in (str(error), *(f"       {note}" for note in getattr(error, "__notes__", ()))):
+        say(line)

@@ -9,65 +9,49 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from lora_grpo.cli.options import Json, Run, opened, say, tell
 
 if TYPE_CHECKING:
     from lora_grpo.engines.server.launch import Serving
 
-PORT = 8731
-
 
 def serve(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or directory of the base model.")],
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[-- VLLM_ARGS]...", help="More arguments, after --, passed on to vLLM unchanged."),
-    ] = None,
-    replicas: Annotated[int, typer.Option(min=1, help="Number of servers; they share the GPUs.")] = 1,
-    host: Annotated[str, typer.Option(help="Address to listen on; if not loopback, set an API key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The first server's; the next gets port + 1.")] = 8000,
-    max_lora_rank: Annotated[int, typer.Option(min=1, help="The adapters' rank.")] = 16,
-    max_loras: Annotated[int, typer.Option(min=2, help="Adapter slots: versions in use at the same time.")] = 2,
-    max_cpu_loras: Annotated[int | None, typer.Option(min=1, help="Adapters in memory; default: slots + 2.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="nf4: quantize the base while loading, for QLoRA.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="VLLM_API_KEY", help="Safer in the environment: others cannot see it there.")
-    ] = None,
-    store_url: Annotated[str | None, typer.Option(help="Pull versions from the store server at this URL.")] = None,
-    store_token_file: Annotated[str | None, typer.Option(help="A file with the store server's token.")] = None,
-    start_timeout_s: Annotated[
-        float, typer.Option("--start-timeout", min=1, help="Seconds until all servers must answer, with downloads.")
-    ] = 1800.0,
-    log_dir: Annotated[Path | None, typer.Option(help="Folder for logs; default: a new temporary one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the URLs as one line of JSON, when ready.")] = False,
+    model: Annotated[str, Argument(metavar="MODEL", help="Hub name or directory of the base model.")],
+    arguments: Annotated[list[str] | None, Argument(metavar="[-- VLLM_ARGS]...", help="Passed on to vLLM.")] = None,
+    replicas: Annotated[int, Option(min=1, help="Number of servers; they share the GPUs.")] = 1,
+    host: Annotated[str, Option(help="Address to listen on; if not loopback, set an API key.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535, help="The first server's; the next gets port + 1.")] = 8000,
+    max_lora_rank: Annotated[int, Option(min=1, help="The adapters' rank.")] = 16,
+    max_loras: Annotated[int, Option(min=2, help="Adapter slots: versions in use at the same time.")] = 2,
+    max_cpu_loras: Annotated[int | None, Option(min=1, help="Adapters in memory; default: slots + 2.")] = None,
+    quantization: Annotated[str | None, Option(help="nf4: quantize the base while loading, for QLoRA.")] = None,
+    api_key: Annotated[str | None, Option(envvar="VLLM_API_KEY", help="Safer in the environment.")] = None,
+    store_url: Annotated[str | None, Option(help="Pull versions from the store server at this URL.")] = None,
+    store_token_file: Annotated[str | None, Option(help="A file with the store server's token.")] = None,
+    start_timeout: Annotated[float, Option(min=1, help="Seconds until all must answer, downloads included.")] = 1800.0,
+    log_dir: Annotated[Path | None, Option(help="Folder for logs; default: a new temporary one.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the URLs as one line of JSON, when ready.")] = False,
 ) -> None:
     """Start vLLM servers that `VLLMServerEngine` can load adapters into. They run until Ctrl-C.
 
     When one server ends, all end; the last lines of its log say why.
     """
     from lora_grpo.config import check_quantization
-    from lora_grpo.engines.server.launch import Serving
+    from lora_grpo.engines.server.launch import Servers, Serving
 
     check_quantization(quantization)
-    serving = Serving(
-        model,
-        replicas,
-        host,
-        port,
-        max_lora_rank,
-        max_loras,
-        max_cpu_loras,
-        (),
-        api_key,
-        store_url,
-        store_token_file,
-        tuple(arguments or ()),
-        start_timeout_s,
-    )
+    others: dict[str, Any] = {"api_key": api_key, "store_url": store_url, "store_token_file": store_token_file}
+    others |= {"arguments": tuple(arguments or ()), "start_timeout_s": start_timeout}
+    serving = Serving(model, replicas, host, port, max_lora_rank, max_loras, max_cpu_loras, **others)
     serving = _of_base(serving, quantization)
-    _until_interrupted(serving, log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-")), as_json)
+    logs = log_dir or Path(tempfile.mkdtemp(prefix="lora-grpo-serve-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    say(f"starting {replicas} of {model}; logs in {logs}")
+    with Servers(serving, logs).running() as servers:
+        tell({"urls": servers.urls, "logs": str(logs)}, as_json, "\n".join(servers.urls))
+        servers.watch()
 
 
 def _of_base(serving: Serving, quantization: str | None) -> Serving:
@@ -89,25 +73,12 @@ def _of_checkpoint(arguments: list[str]) -> dict[str, Any]:
     return vars(known.parse_known_args(arguments)[0])
 
 
-def _until_interrupted(serving: Serving, logs: Path, as_json: bool) -> None:
-    from lora_grpo.engines.server.launch import Servers
-
-    logs.mkdir(parents=True, exist_ok=True)
-    say(f"starting {serving.replicas} of {serving.model}; logs in {logs}")
-    with Servers(serving, logs).running() as servers:
-        tell({"urls": servers.urls, "logs": str(logs)}, as_json, "\n".join(servers.urls))
-        servers.watch()
-
-
 def store_server(
     run: Run,
-    host: Annotated[
-        str, typer.Option(help="The address to listen on; others can reach any address but loopback.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = PORT,
+    host: Annotated[str, Option(help="Address to listen on; others can reach any but loopback.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: any free port.")] = 8731,
     token_file: Annotated[
-        Path | None,
-        typer.Option(help="A file with the token; default: the file that LORA_GRPO_STORE_TOKEN_FILE names."),
+        Path | None, Option(help="A file with the token; default: LORA_GRPO_STORE_TOKEN_FILE's.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.live import Live
+from typer import Argument, Option
 
 from lora_grpo.cli.options import print_json, say, whole_numbers
 from lora_grpo.metrics.quiet import own_stderr
@@ -20,27 +21,20 @@ if TYPE_CHECKING:
     from lora_grpo.trainer.sweeping.plan import SweepPlan
 
 Row = dict[str, Any]
+_SWEPT = "grpo.learning_rate=1e-5,3e-5 grpo.seed=0,1; with --sample also log:1e-6..1e-4 or 0.0..0.1"
 
 
 def sweep(
-    config: Annotated[
-        Path, typer.Argument(metavar="CONFIG|SWEEP", help="A run's TOML file; with --resume a sweep's directory.")
-    ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE,VALUE]...",
-            help="grpo.learning_rate=1e-5,3e-5 grpo.seed=0,1; with --sample also log:1e-6..1e-4 or 0.0..0.1",
-        ),
-    ] = None,
-    sample: Annotated[int | None, typer.Option(help="Draw this many members at random; no grid.")] = None,
-    at_once: Annotated[int | None, typer.Option(min=1, help="Most members at once; default: all that fit.")] = None,
-    rungs: Annotated[str | None, typer.Option(help="Stop the worst at these steps (halving): 5,10,20.")] = None,
-    keep: Annotated[float, typer.Option(help="Share of the members that goes on at each rung.")] = 0.5,
-    evolve_every: Annotated[int | None, typer.Option(help="Every N steps the worst copy the best (PBT).")] = None,
-    perturb: Annotated[list[str] | None, typer.Option(help="A setting to change in each copy; repeatable.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all random choices of the sweep.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in this directory.")] = False,
+    config: Annotated[Path, Argument(metavar="CONFIG|SWEEP", help="A TOML file; with --resume a sweep's directory.")],
+    settings: Annotated[list[str] | None, Argument(metavar="[KEY=VALUE,VALUE]...", help=_SWEPT)] = None,
+    sample: Annotated[int | None, Option(help="Draw this many members at random; no grid.")] = None,
+    at_once: Annotated[int | None, Option(min=1, help="Most members at once; default: all that fit.")] = None,
+    rungs: Annotated[str | None, Option(help="Stop the worst at these steps (halving): 5,10,20.")] = None,
+    keep: Annotated[float, Option(help="Share of the members that goes on at each rung.")] = 0.5,
+    evolve_every: Annotated[int | None, Option(help="Every N steps the worst copy the best (PBT).")] = None,
+    perturb: Annotated[list[str] | None, Option(help="A setting to change in each copy; repeatable.")] = None,
+    seed: Annotated[int, Option(min=0, help="Seed of all random choices of the sweep.")] = 0,
+    resume: Annotated[bool, Option("--resume", help="Go on with the sweep in this directory.")] = False,
 ) -> None:
     """Train one run with many settings at the same time, on one engine and one base model.
 
@@ -56,11 +50,9 @@ def sweep(
             raise typer.BadParameter("--resume goes on with the sweep's own settings; remove the settings given here")
         plan = SweepPlan.read(config)
     else:
-        steps = tuple(sorted(whole_numbers(rungs, "--rungs")))
-        plan = _plan(
-            config, settings or (), sample, at_once=at_once, rungs=steps, keep=keep, seed=seed,
-            evolve_every=evolve_every, perturb=tuple(perturb or ()),
-        )  # fmt: skip
+        halving = {"rungs": tuple(sorted(whole_numbers(rungs, "--rungs"))), "keep": keep}
+        evolving = {"evolve_every": evolve_every, "perturb": tuple(perturb or ())}
+        plan = _plan(config, settings or (), sample, at_once=at_once, seed=seed, **halving, **evolving)
     try:
         with _shown() as show:
             summary = Sweep(plan, resume=resume).run(show)

@@ -7,26 +7,21 @@ import shlex
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from lora_grpo.cli.options import VERSION_HELP, Json, Overrides, Run, opened, print_json, print_table, say, tell
 from lora_grpo.errors import ConfigError
 
-if TYPE_CHECKING:
-    from lora_grpo.config import RunConfig
-
 
 def init(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A base model's hub name or directory.")],
+    model: Annotated[str, Argument(metavar="MODEL", help="A base model's hub name or directory.")],
     overrides: Overrides = None,
-    data: Annotated[
-        str, typer.Option("--data", "-d", help="The prompts: a .jsonl, .json, .csv or .parquet file, or a hub name.")
-    ] = ...,  # type: ignore[assignment]
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; it must not exist yet.")] = Path(
-        "run.toml"
-    ),
+    *,
+    data: Annotated[str, Option("--data", "-d", help="Prompts: a .jsonl, .json, .csv or .parquet file or a hub name.")],
+    out: Annotated[Path, Option("--out", "-o", help="The file to write; it must not exist yet.")] = Path("run.toml"),
 ) -> None:
     """Write a config file for a model and a data set, with a reason beside each setting, and check it.
 
@@ -51,20 +46,11 @@ def init(
 
 
 def check(
-    target: Annotated[
-        str,
-        typer.Argument(metavar="CONFIG|MODEL", help="A TOML file, a run's directory, or a model's name or directory."),
-    ],
+    target: Annotated[str, Argument(metavar="CONFIG|MODEL", help="A TOML file, a run's directory, or a base model.")],
     overrides: Overrides = None,
-    engine: Annotated[
-        bool, typer.Option("--engine", help="Start the engine too: compare the bases, load and prove adapters.")
-    ] = False,
-    rewards: Annotated[
-        bool, typer.Option("--rewards", help="Call each reward function once, on two rows with a made-up completion.")
-    ] = False,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Use random weights; only the MODEL's config is needed.")
-    ] = False,
+    engine: Annotated[bool, Option("--engine", help="Start the engine too: compare bases, prove adapters.")] = False,
+    rewards: Annotated[bool, Option("--rewards", help="Call each reward function once, on two rows.")] = False,
+    random_weights: Annotated[bool, Option("--random-weights", help="Random weights; needs the config alone.")] = False,
     as_json: Json = False,
 ) -> None:
     """Find what would stop a run, before it trains: settings, data, adapter, memory. Exit code 2 if there is anything.
@@ -89,23 +75,23 @@ def check(
         raise typer.Exit(2)
 
 
+def _help_config(asked: bool) -> None:
+    from lora_grpo.config_file import describe_settings
+
+    if asked:
+        rows = [setting._asdict() for setting in describe_settings()]
+        print_table(rows, "settings of a run; in TOML 'grpo.beta' is 'beta' under [grpo]")
+        raise typer.Exit
+
+
+_SETTINGS = "Explain every setting with its type and default, then exit."
+
+
 def train(
-    config: Annotated[
-        Path, typer.Argument(metavar="CONFIG|RUN", help="A TOML file, or a run's directory to go on with.")
-    ],
+    config: Annotated[Path, Argument(metavar="CONFIG|RUN", help="A TOML file, or a run's directory to go on with.")],
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on exactly where the run in output_dir stopped.")
-    ] = False,
-    help_config: Annotated[
-        bool,
-        typer.Option(
-            "--help-config",
-            is_eager=True,
-            callback=lambda asked: _help_config() if asked else None,
-            help="Explain every setting with its type and default, then exit.",
-        ),
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on exactly where the run in output_dir stopped.")] = False,
+    help_config: Annotated[bool, Option("--help-config", is_eager=True, callback=_help_config, help=_SETTINGS)] = False,
 ) -> None:
     """Train a LoRA adapter with GRPO.
 
@@ -116,8 +102,12 @@ def train(
 
     run_config = load_config(config, overrides or ())
     from lora_grpo.trainer import build_trainer
+    from lora_grpo.trainer.build import nothing_left
 
-    if resume and _told_as_ended(run_config):
+    if resume and (ended := nothing_left(run_config)) is not None:
+        if os.environ.get("RANK", "0") == "0":
+            say(ended[0])
+            print_json(ended[1])
         return
     began = resume
     try:
@@ -128,44 +118,19 @@ def train(
             result = trainer.train()
     except KeyboardInterrupt:
         again = shlex.join(["lora-grpo", "train", str(config), *(overrides or ()), *(["--resume"] if began else [])])
-        say(
-            f"stopped; go on with: {again}"
-            if began
-            else f"stopped before the training began; start again with: {again}"
-        )
+        where = "stopped; go on" if began else "stopped before the training began; start again"
+        say(f"{where} with: {again}")
         raise
     if leads:
         print_json(result)
 
 
-def _told_as_ended(config: RunConfig) -> bool:
-    from lora_grpo.trainer.build import nothing_left
-
-    ended = nothing_left(config)
-    if ended is not None and os.environ.get("RANK", "0") == "0":
-        say(ended[0])
-        print_json(ended[1])
-    return ended is not None
-
-
-def _help_config() -> None:
-    from lora_grpo.config_file import describe_settings
-
-    rows = [setting._asdict() for setting in describe_settings()]
-    print_table(rows, "settings of a run; in TOML 'grpo.beta' is 'beta' under [grpo]")
-    raise typer.Exit
+_EVALUATED = f"Evaluate this version; repeatable: {VERSION_HELP} Default: the first and last evaluated."
 
 
 def evaluate(
     run: Run,
-    version: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--version",
-            "-v",
-            help=f"Evaluate this version; repeatable: {VERSION_HELP} Default: the first and last evaluated.",
-        ),
-    ] = None,
+    version: Annotated[list[str] | None, Option("--version", "-v", help=_EVALUATED)] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate stored versions on the run's held-out prompts. vLLM makes the completions."""
@@ -177,9 +142,9 @@ def evaluate(
 
 
 def demo(
-    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The run directory.")] = Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="GRPO steps; default: the demo's.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    output_dir: Annotated[Path, Option("--output-dir", "-o", help="The run directory.")] = Path("runs/demo"),
+    steps: Annotated[int | None, Option(min=1, help="GRPO steps; default: the demo's.")] = None,
+    seed: Annotated[int, Option(min=0, help="Seed of the run.")] = 0,
 ) -> None:
     """Watch a tiny model learn to add. Its adapter goes to vLLM at every step.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from lora_grpo.cli.options import VERSION_HELP, Json, Overrides, Run, Temperature, Version, opened, say, say_error, tell
 from lora_grpo.errors import ConfigError, DeliveryError, StoreError, UnknownVersion, counted
@@ -18,8 +19,8 @@ from lora_grpo.errors import ConfigError, DeliveryError, StoreError, UnknownVers
 if TYPE_CHECKING:
     from lora_grpo.trainer.replay import Conversation
 
-A = Annotated[str, typer.Argument(metavar="A", help=f"A version: {VERSION_HELP}")]
-B = Annotated[str, typer.Argument(metavar="B", help="Another version.")]
+A = Annotated[str, Argument(metavar="A", help=f"A version: {VERSION_HELP}")]
+B = Annotated[str, Argument(metavar="B", help="Another version.")]
 COMMANDS = "/version best: switch to another version; /new: forget what was said; /quit: end"
 
 
@@ -51,13 +52,10 @@ def compare(
     run: Run,
     a: A,
     b: B,
-    prompts: Annotated[
-        Path,
-        typer.Option("--prompts", "-p", help="A .jsonl, .json, .csv or .parquet file of prompts, like the run's data."),
-    ],
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Answers of each version per prompt.")] = 1,
+    prompts: Annotated[Path, Option("--prompts", "-p", help="Prompts: a .jsonl, .json, .csv or .parquet file.")],
+    samples: Annotated[int, Option("--samples", "-n", min=1, help="Answers of each version per prompt.")] = 1,
     temperature: Temperature = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of the sampling.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Let two versions answer the same prompts in one batch, and compare rewards, lengths and log-probs."""
@@ -84,7 +82,7 @@ def compare(
 
 def chat(
     run: Run,
-    version: Annotated[str, typer.Argument(metavar="[VERSION]", help=VERSION_HELP)] = "head",
+    version: Annotated[str, Argument(metavar="[VERSION]", help=VERSION_HELP)] = "head",
     temperature: Temperature = None,
 ) -> None:
     """Talk to a version in the terminal. The run may be stopped or live.
@@ -161,13 +159,11 @@ def _stoppable() -> Iterator[list[int]]:
 def export(
     run: Run,
     version: Version,
-    directory: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="A new or empty directory; not needed with --push-to-hub.")
-    ] = None,
+    directory: Annotated[Path | None, Argument(metavar="[DIR]", help="New or empty; or give --push-to-hub.")] = None,
     push_to_hub: Annotated[
-        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload it to the Hugging Face Hub: you/name.")
+        str | None, Option(metavar="REPO", help="Upload it to the Hugging Face Hub: you/it.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="If REPO is new, make it private.")] = False,
+    private: Annotated[bool, Option("--private", help="If REPO is new, make it private.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a version as a plain PEFT folder, for PeftModel.from_pretrained, vLLM, or further training.
@@ -198,11 +194,9 @@ def export(
 def fork(
     run: Run,
     version: Version,
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="The new run's directory.")],
+    new: Annotated[Path, Argument(metavar="NEW", help="The new run's directory.")],
     overrides: Overrides = None,
-    weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Begin at step 0 from the version's weights, with a new optimizer.")
-    ] = False,
+    weights_only: Annotated[bool, Option("--weights-only", help="Begin at step 0, with a new optimizer.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a new run that starts from any version of another. Then `lora-grpo train NEW --resume` trains it.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from lora_grpo.cli.options import Json, Run, Version, opened, say, tell
 from lora_grpo.errors import StoreError, UnknownVersion, counted
@@ -50,10 +51,8 @@ def show(run: Run, version: Version, as_json: Json = False) -> None:
 
 def report(
     run: Run,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; default: RUN/report.html.")] = None,
-    watch: Annotated[
-        float | None, typer.Option("--watch", min=1, help="Write it again every N seconds until the run ends.")
-    ] = None,
+    out: Annotated[Path | None, Option("--out", "-o", help="The page; default: RUN/report.html.")] = None,
+    watch: Annotated[float | None, Option(min=1, help="Write it again every N seconds until the run ends.")] = None,
 ) -> None:
     """Write one HTML page about a run: curves, versions, completions, proofs, times, settings.
 
