@@ -43,8 +43,7 @@ from lora_grpo.errors import (  # noqa: E402
     UnsupportedVersion,
 )
 from lora_grpo.grpo_config import GRPOConfig as OwnConfig  # noqa: E402
-from lora_grpo.integrations.trl import NativeGRPOTrainer  # noqa: E402
-from lora_grpo.integrations.trl_internals import Backend, HookedTrainer, check_release  # noqa: E402
+from lora_grpo.integrations.trl import Backend, NativeGRPOTrainer, check_release  # noqa: E402
 from lora_grpo.integrations.trl_rollouts import CANARY_EVERY, NativeRollouts  # noqa: E402
 from lora_grpo.metrics.log import read_metrics  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
@@ -584,7 +583,7 @@ def test_refused_adapters(name: str, llama_dir: Path, tmp_path: Path, monkeypatc
 
 def test_arguments_of_the_wrong_type(llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before TRL loads the base."""
-    monkeypatch.setattr("lora_grpo.integrations.trl_internals.HookedTrainer.__init__", None)
+    monkeypatch.setattr("trl.GRPOTrainer.__init__", None)
     adapter, args = LoraConfig(**LORA), arguments(tmp_path)
     wrong: dict[str, tuple[dict[str, Any], str]] = {
         "keep": ({"keep": "all"}, r"keep='all' must be a KeepConfig, such as KeepConfig\(on_tmpfs=8\)"),
@@ -744,10 +743,14 @@ def test_a_reference_that_trl_cannot_take_is_refused(
         native_trainer(model, arguments(tmp_path), processing_class=tiny_tokenizer())
 
 
+class WithoutEngine(NativeGRPOTrainer):
+    __init__ = trl.GRPOTrainer.__init__
+
+
 def test_resuming_from_a_trained_adapter_loads_it_and_keeps_its_reference(tmp_path: Path) -> None:
     """transformers loads the "ref" beside it only, so that the trained weights would be those of the start."""
     args = arguments(tmp_path, use_vllm=False, beta=0.1, eval_strategy="no", model_init_kwargs=None, use_cpu=True)
-    trainer = HookedTrainer(
+    trainer = WithoutEngine(
         model=peft_model(),
         reward_funcs=even,
         args=args,

@@ -160,9 +160,7 @@ def export(
     run: Run,
     version: Version,
     directory: Annotated[Path | None, Argument(metavar="[DIR]", help="New or empty; or give --push-to-hub.")] = None,
-    push_to_hub: Annotated[
-        str | None, Option(metavar="REPO", help="Upload it to the Hugging Face Hub: you/it.")
-    ] = None,
+    push_to_hub: Annotated[str | None, Option(metavar="REPO", help="Upload to the Hugging Face Hub: you/name.")] = None,
     private: Annotated[bool, Option("--private", help="If REPO is new, make it private.")] = False,
     as_json: Json = False,
 ) -> None:

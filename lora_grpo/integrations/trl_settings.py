@@ -34,32 +34,66 @@ _SAID_BY = {
 """What the keywords of `VLLMEngine` follow from that the trainer's arguments settle."""
 _OPTIMIZERS_NOT_KEPT = ("galore", "apollo", "adalomo", "grokadamw", "adamw_torch_4bit", "adamw_torch_8bit")
 """Parts of the names of those that keep objects or packed tensors, or what they keep outside of their state."""
+_ANOTHER = "the sampled distribution would not be the trained one"
+_REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "vllm_tensor_parallel_size": (lambda size: size != 1, "the proofs read the slots of one worker; set it to 1"),
+    "vllm_enable_sleep_mode": (
+        bool,
+        "TRL sleeps at level 2, which discards the base and all adapters; set it to False and lower "
+        "vllm_gpu_memory_utilization",
+    ),
+    "vllm_model_impl": (
+        lambda name: name not in ("vllm", "auto"),
+        "only vLLM's own classes are proven; set it to 'vllm'",
+    ),
+    "vllm_structured_outputs_regex": (
+        lambda pattern: pattern is not None,
+        f"{_ANOTHER}; check the format in a reward function",
+    ),
+    "use_transformers_continuous_batching": (bool, "completions come from vLLM here; leave it out"),
+    "use_transformers_paged": (bool, "completions come from vLLM here; leave it out"),
+    "temperature": (lambda value: value <= 0, "the completions of a group would all be the same; set it above 0"),
+    "repetition_penalty": (lambda value: value != 1.0, f"{_ANOTHER}; set it to 1.0"),
+    "world_size": (lambda count: count > 1, "one process trains and serves its own engine; launch it without torchrun"),
+    "model_init_kwargs": (
+        lambda given: not isinstance(given or {}, Mapping),
+        "keywords of from_pretrained as a dict, such as {'dtype': 'float32'}",
+    ),
+    "fp16": (bool, "float16 needs a loss scale, which no rollback restores; set bf16=True, or fp16=False"),
+    "deepspeed": (bool, "its optimizer cannot be rolled back; leave it out"),
+    "fsdp": (bool, "one process trains and serves its own engine; leave it out"),
+    "use_liger_kernel": (bool, "its kernels replace layers when training begins, after all was compared; leave it out"),
+    "neftune_noise_alpha": (bool, "its noise is in the trainer's log-probs alone, off by whole nats; leave it out"),
+    "sync_ref_model": (bool, "with an adapter, the KL's reference is the base or the start's adapter; set it to False"),
+    "optim": (
+        lambda name: any(word in name for word in _OPTIMIZERS_NOT_KEPT),
+        "its state cannot be kept and brought back as it was; set it to 'adamw_torch' or 'adamw_8bit'",
+    ),
+}
+"""By setting: what of it is refused, and why."""
 _OF_VLLM = ("revision", "gpu_memory_utilization", "max_num_seqs", "model_impl", "trust_remote_code")
 
 
 def check_arguments(args: Any, peft_config: Any) -> None:
     """Raises `ConfigError` or `UnsupportedAdapter` for a `trl.GRPOConfig` that cannot work without merging."""
     if isinstance(args, GRPOConfig):
-        raise ConfigError(
-            "args is lora_grpo's GRPOConfig, which is for lora_grpo.GRPOTrainer; pass a trl.GRPOConfig here"
-        )
+        raise ConfigError("args is lora_grpo's GRPOConfig, of lora_grpo.GRPOTrainer; pass a trl.GRPOConfig here")
     if not isinstance(args, TrainingArguments | None):
         raise ConfigError(f"args={args!r} must be a trl.GRPOConfig")
     if args is None or not args.use_vllm or args.vllm_mode != "colocate":
         found = "args=None" if args is None else f"use_vllm={args.use_vllm}, vllm_mode={args.vllm_mode!r}"
         raise ConfigError(
-            f"{found}: versions are served by a vLLM in this process; set use_vllm=True, vllm_mode='colocate' (for a "
-            "server, publish with lora_grpo.integrations.callback)"
+            f"{found}: a vLLM in this process serves versions; set use_vllm=True, vllm_mode='colocate' (for a server, "
+            "publish with lora_grpo.integrations.callback)"
         )
     _check_sampling(args)
-    for name, (stands_against, reason) in {**_refused_in_vllm(args), **_refused_in_training(args)}.items():
-        if stands_against:
-            said = getattr(args, name)
+    for name, (is_refused, reason) in _REFUSED.items():
+        said = getattr(args, name)
+        if is_refused(said):
             raise ConfigError(f"{name}={getattr(said, 'value', said)!r}: {reason}")
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
-        raise UnsupportedAdapter(
-            f"peft_config is a {type(peft_config).__name__}; vLLM swaps only LoRA: use peft.LoraConfig"
-        )
+        kind = type(peft_config).__name__
+        raise UnsupportedAdapter(f"peft_config is a {kind}; vLLM swaps only LoRA: use peft.LoraConfig")
 
 
 def check_reference(model: Any, args: Any) -> None:
@@ -67,29 +101,22 @@ def check_reference(model: Any, args: Any) -> None:
     names = list(getattr(model, "peft_config", {}))
     if not (names and args.beta):
         return
+    copied = f"with beta={args.beta} TRL copies the adapter 'default' to 'ref', the reference of its KL"
     if "default" not in names:
-        raise ConfigError(
-            f"the model's adapters are {names}, and with beta={args.beta} TRL copies the one named 'default'; load it "
-            "with PeftModel.from_pretrained(base, path, is_trainable=True), which names it so"
-        )
+        raise ConfigError(f"{copied}, and the adapters are {names}: PeftModel.from_pretrained(base, path) names it so")
     if "ref" in names:
-        raise ConfigError(
-            f"the model has an adapter 'ref', and with beta={args.beta} TRL gives this name to its copy of 'default', "
-            "the reference of the KL; call model.delete_adapter('ref'), or set beta=0.0"
-        )
+        raise ConfigError(f"{copied}, which the model has already: call model.delete_adapter('ref'), or set beta=0.0")
 
 
 def check_types(given: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for an argument of the wrong type: TRL ends in a traceback, some of ours after the base is
     loaded."""
     place = (str | Path | None, "a directory")
+    rows = Dataset | IterableDataset | torch.utils.data.Dataset | None
     rules: dict[str, tuple[Any, str]] = {
         "model": (str | Path | nn.Module, "a name, a directory or a model"),
         "reward_funcs": (list | str | Callable | None, "a function, a reward model, its name, or a list of these"),
-        "train_dataset": (
-            Dataset | IterableDataset | torch.utils.data.Dataset | None,
-            "a datasets.Dataset, such as Dataset.from_list(rows)",
-        ),
+        "train_dataset": (rows, "a datasets.Dataset, such as Dataset.from_list(rows)"),
         "keep": (KeepConfig | None, "a KeepConfig, such as KeepConfig(on_tmpfs=8)"),
         "engine_args": (Mapping | None, "a dict of VLLMEngine's keywords, such as {'max_loras': 2}"),
         "run_dir": place,
@@ -101,71 +128,6 @@ def check_types(given: Mapping[str, Any]) -> None:
         items = value if isinstance(value, list | Mapping) else ()
         if not (isinstance(value, kind) and all(isinstance(item, inside[name]) for item in items)):
             raise ConfigError(f"{name}={value!r:.200} must be {needed}")
-
-
-def _refused_in_training(args: Any) -> dict[str, tuple[object, str]]:
-    """By setting: whether what it says is refused, and why."""
-    return {
-        "world_size": (args.world_size > 1, "one process trains and serves its own engine; launch it without torchrun"),
-        "model_init_kwargs": (
-            not isinstance(args.model_init_kwargs or {}, Mapping),
-            "keywords of from_pretrained as a dict, such as {'dtype': 'float32'}",
-        ),
-        "fp16": (args.fp16, "float16 needs a loss scale, which no rollback restores; set bf16=True, or fp16=False"),
-        "deepspeed": (args.deepspeed, "its optimizer cannot be rolled back; leave it out"),
-        "fsdp": (args.fsdp, "one process trains and serves its own engine; leave it out"),
-        "use_liger_kernel": (
-            args.use_liger_kernel,
-            "its kernels replace layers when training begins, after the model was compared with vLLM's; leave it out",
-        ),
-        "neftune_noise_alpha": (
-            args.neftune_noise_alpha,
-            "its noise is in the trainer's log-probs and not in the sampler's, which then differ by whole nats; leave "
-            "it out",
-        ),
-        "sync_ref_model": (
-            args.sync_ref_model,
-            "with an adapter the reference of the KL is the base, or the adapter at the start; set it to False",
-        ),
-        "optim": (
-            any(word in args.optim for word in _OPTIMIZERS_NOT_KEPT),
-            "its state cannot be kept and brought back as it was; set it to 'adamw_torch' or 'adamw_8bit'",
-        ),
-    }
-
-
-def _refused_in_vllm(args: Any) -> dict[str, tuple[object, str]]:
-    """The same for what concerns the sampler."""
-    another = "the sampled distribution would not be the trained one"
-    return {
-        "vllm_tensor_parallel_size": (
-            args.vllm_tensor_parallel_size != 1,
-            "the proofs read the adapter slots of one worker; set it to 1",
-        ),
-        "vllm_enable_sleep_mode": (
-            args.vllm_enable_sleep_mode,
-            "TRL sleeps at level 2, which discards the base and every adapter slot with it; set it to False and lower "
-            "vllm_gpu_memory_utilization",
-        ),
-        "vllm_model_impl": (
-            args.vllm_model_impl not in ("vllm", "auto"),
-            "adapters are proven in vLLM's own model classes; set it to 'vllm'",
-        ),
-        "vllm_structured_outputs_regex": (
-            args.vllm_structured_outputs_regex is not None,
-            f"{another}; check the format in a reward function",
-        ),
-        "use_transformers_continuous_batching": (
-            args.use_transformers_continuous_batching,
-            "completions come from vLLM here; set it to False",
-        ),
-        "use_transformers_paged": (args.use_transformers_paged, "completions come from vLLM here; leave it out"),
-        "temperature": (
-            args.temperature <= 0,
-            "the completions of a group would all be the same, and nothing be learned; set it above 0",
-        ),
-        "repetition_penalty": (args.repetition_penalty != 1.0, f"{another}; set it to 1.0"),
-    }
 
 
 def _check_sampling(args: Any) -> None:
@@ -181,11 +143,8 @@ def _check_sampling(args: Any) -> None:
 
 
 def sampling_of(given: Mapping[str, Any], seed: int, end_tokens: Sequence[int]) -> Sampling:
-    """How every completion is sampled, but for the seed of the call; `given` is what TRL gives its own vLLM.
-
-    `end_tokens` are the ids at which TRL takes a completion to have ended: its tokenizer's, and those of the model's
-    generation config.
-    """
+    """How every completion is sampled, but for the seed of the call; `given` is what TRL gives its own vLLM, and
+    `end_tokens` the ids at which it takes a completion to have ended."""
     fields = {
         "max_tokens": given["max_completion_length"],
         "temperature": given["temperature"],
@@ -200,9 +159,8 @@ def sampling_of(given: Mapping[str, Any], seed: int, end_tokens: Sequence[int]) 
         value = fields[name]
         fields[name] = (value,) if isinstance(value, str) else () if value is None else value
     sampling = Sampling(**fields)
-    return (
-        sampling if sampling.ignore_eos else replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *end_tokens))
-    )
+    ends = sampling.stop_token_ids if sampling.ignore_eos else (*sampling.stop_token_ids, *end_tokens)
+    return replace(sampling, stop_token_ids=ends)
 
 
 def vllm_args(given: Mapping[str, Any], rank: int, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,9 +168,7 @@ def vllm_args(given: Mapping[str, Any], rank: int, others: Mapping[str, Any]) ->
     model = given["model"]
     checkpoint = getattr(model, "name_or_path", "")
     if not checkpoint:
-        raise ConfigError(
-            "the model does not know its checkpoint, which vLLM loads too; pass the trainer its name or directory"
-        )
+        raise ConfigError("the model knows no checkpoint, which vLLM loads too; pass the trainer its name or directory")
     said = {
         "model": checkpoint,
         "max_model_len": given["max_model_length"],
