@@ -5,8 +5,7 @@ _INSTEAD = {
     "num_train_epochs": "set total_steps, which counts generations",
     "output_dir": "the run's directory is run_dir= of GRPOTrainer, and output_dir at the top of a config file",
     "save_steps save_strategy save_total_limit save_only_model": (
-        "every version is published and archived; [keep] (KeepConfig) says how many stay, trainer_state_every how "
-        "often with the exact trainer state"
+        "every version is published and archived; [keep] (KeepConfig) says how many stay, and their trainer states"
     ),
     "resume_from_checkpoint": "call trainer.resume(), or `lora-grpo train --resume`",
     "logging_steps logging_strategy logging_first_step": "every step is logged; leave it out",
@@ -14,8 +13,7 @@ _INSTEAD = {
     "eval_steps eval_strategy": "set eval_every, the steps between held-out evaluations",
     "eval_on_start": "held-out prompts are answered at the start and at the end anyway; leave it out",
     "optim optim_args": "the optimizer is AdamW (learning_rate, weight_decay, adam_beta1 ...); leave it out",
-    "shuffle_dataset": "prompts are shuffled again in every epoch, by seed; leave it out",
-    "data_seed": "prompts are shuffled by seed; leave it out",
+    "shuffle_dataset data_seed": "prompts are shuffled again in every epoch, by seed; leave it out",
     "steps_per_generation": "set generation_batch_size, the completions of one generation",
     "warmup_ratio": "set warmup_steps, in optimizer updates",
     "lr_scheduler_kwargs": "schedules are those of lr_scheduler_type alone; leave it out",
@@ -48,20 +46,15 @@ _INSTEAD = {
     ),
     "vllm_gpu_memory_utilization": "set engine.gpu_memory_utilization (EngineConfig)",
     "vllm_max_model_length": "set engine.max_model_len (EngineConfig)",
-    "vllm_server_base_url vllm_server_host vllm_server_port vllm_group_port": (
-        "name the servers in engine.urls (EngineConfig)"
-    ),
+    "vllm_server_base_url vllm_server_host vllm_server_port vllm_group_port": "list them in engine.urls (EngineConfig)",
     "vllm_server_timeout": "set engine.timeout_s and engine.patience_s (EngineConfig)",
-    "bf16 fp16 bf16_full_eval fp16_full_eval": (
-        "dtypes are model.dtype (ModelConfig) and engine.dtype (EngineConfig); leave it out"
-    ),
+    "bf16 fp16 bf16_full_eval fp16_full_eval": "set model.dtype (ModelConfig) and engine.dtype (EngineConfig)",
     "model_init_kwargs": "pass the model as ModelConfig(name, dtype=, revision=, trust_remote_code=)",
     "generation_kwargs repetition_penalty vllm_structured_outputs_regex": (
         "completions are sampled only with temperature and max_completion_length, so that the loss fits them"
     ),
     "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": (
-        "the reference of the KL stays the adapter at the start, and TRL does not move it with adapters either; leave "
-        "it out"
+        "the KL's reference stays the adapter at the start, and TRL does not move it with adapters either; leave it out"
     ),
     "top_entropy_quantile off_policy_mask_threshold "
     "multi_objective_aggregation sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
@@ -90,10 +83,7 @@ TRL_SETTINGS = {
 }
 """By TRL's setting."""
 
-CONFIG = (
-    "pass config=lora_grpo.GRPOConfig(...), whose fields have TRL's names where they mean the same; a trl.GRPOConfig "
-    "goes to NativeGRPOTrainer (lora_grpo.integrations.trl)"
-)
+CONFIG = "pass config=lora_grpo.GRPOConfig(...), or a trl.GRPOConfig to NativeGRPOTrainer (lora_grpo.integrations.trl)"
 REWARD_MODEL = (
     "reward functions have the signature f(prompts, completions, **columns) -> list[float]: call the model in one, or "
     "train with NativeGRPOTrainer (lora_grpo.integrations.trl), which takes reward models"

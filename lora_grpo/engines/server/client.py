@@ -106,11 +106,10 @@ class Client:
         try:
             return str(await request())
         except openai.APIStatusError as error:
-            status, said = error.status_code, _message(error.response.text)
+            status, body = error.status_code, error.body
+            said = (isinstance(body, dict) and body.get("message")) or error.response.text.strip()[:500]
             if status in (401, 403):
-                raise ConfigError(
-                    f"{self.url} refuses the API key ({said}); set VLLM_API_KEY to the server's, or pass api_key="
-                ) from None
+                raise ConfigError(f"{self.url} refuses the API key ({said}); set VLLM_API_KEY, or api_key=") from None
             kind = Unreachable if status >= fails_from else Missing if status in (404, 405) else Refused
             raise kind(f"{self.url}{path} answered {status}: {said}") from None
         except openai.APIConnectionError as error:
@@ -125,12 +124,3 @@ def reading(url: str, path: str, answer: object) -> Iterator[None]:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise EngineError(f"{url}{path} answered {str(answer)[:200]!r} ({error!r}); is it a vLLM server?") from None
-
-
-def _message(text: str) -> str:
-    """The sentence in an error's body, or the body."""
-    try:
-        answer = json.loads(text)
-        return str(answer["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text.strip()[:500]

@@ -33,13 +33,15 @@ class Facts:
     max_lora_rank: int | None
     started: str | None
 
+    @property
+    def model(self) -> str:
+        return f"{self.root} with max_model_len={self.max_model_len}"
+
 
 async def connect(client: Client, rank_folder: Path | None) -> Facts:
-    """Check a server and describe it.
-
-    `rank_folder` is what `write_rank_probe` wrote, which the server must be able to read; None where no disk is
-    shared. Raises `ConfigError` naming the flag to start the server with, `UnsupportedVersion`, or `EngineError`.
-    """
+    """Check a server and describe it. `rank_folder` is what `write_rank_probe` wrote, which the server must be able to
+    read; None where no disk is shared. Raises `ConfigError` naming the flag to start the server with,
+    `UnsupportedVersion`, or `EngineError`."""
     try:
         await client.look("/health")
     except Unreachable as error:
@@ -48,15 +50,17 @@ async def connect(client: Client, rank_folder: Path | None) -> Facts:
     base = next((card for card in cards if card.get("max_model_len")), None)
     if base is None:
         raise EngineError(f"{client.url}{MODELS} lists no base model with a max_model_len; is it a vLLM server?")
-    release = await _release(client)
+    said = await client.look("/version")
+    with reading(client.url, "/version", said):
+        release = compat.check_release(str(json.loads(said)["version"]))
     rank = await _max_lora_rank(client, rank_folder)
     await _check_logprobs(client, base["id"])
     await _check_scoring(client, base["id"])
     life = await started(client)
     if life is None and rank_folder is None:
         raise ConfigError(
-            f"{client.url} has no /metrics that say when its process started. A server that pulls answers for a "
-            "version as soon as it is up, so that a restart would pass unnoticed: let /metrics through"
+            f"{client.url} has no /metrics that say when its process started, so that the restart of a server that "
+            "pulls versions would pass unnoticed: let /metrics through"
         )
     return Facts(base["id"], base.get("root") or base["id"], base["max_model_len"], release, rank, life)
 
@@ -68,13 +72,6 @@ async def models(client: Client) -> dict[str, dict[str, Any]]:
         return {card["id"]: dict(card) for card in json.loads(answer)["data"]}
 
 
-async def _release(client: Client) -> tuple[int, int]:
-    answer = await client.look("/version")
-    with reading(client.url, "/version", answer):
-        version = str(json.loads(answer)["version"])
-        return compat.check_release(version)
-
-
 async def started(client: Client) -> str | None:
     """When the server's process started, as it says; None where it has no metrics.
 
@@ -84,8 +81,7 @@ async def started(client: Client) -> str | None:
     found = _STARTED.search(metrics)
     if metrics and found is None:
         raise ConfigError(
-            f"{client.url} has several API server processes, of which an adapter reaches one: start it with "
-            "--api-server-count 1"
+            f"{client.url} has several API servers, and a load reaches one: start it with --api-server-count 1"
         )
     return found and found[1]
 
@@ -126,42 +122,31 @@ async def _max_lora_rank(client: Client, rank_folder: Path | None) -> int | None
         if rank_folder is None:
             return None
         raise ConfigError(
-            f"{client.url} cannot read {rank_folder}: it shares no tmpfs with this process, or runs as another user. "
-            "Start it on this host as this user, or use adapters='resolver'"
+            f"{client.url} cannot read {rank_folder}: start it on this host as this user, or use adapters='resolver'"
         )
     if "not enabled" in said:
         raise ConfigError(f"{client.url} serves without LoRA; start it with --enable-lora")
     if isinstance(refused, Missing):
         raise ConfigError(
-            f"{client.url} has no {LOAD}; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, and "
-            "with --enable-lora"
+            f"{client.url} has no {LOAD}; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
         )
     raise EngineError(f"{client.url} refuses to load adapters: {said}")
-
-
-async def _first_answer(client: Client, body: dict[str, Any]) -> dict[str, Any]:
-    """Of a server that is up: its engine may end at the first thing that it computes."""
-    try:
-        return await client.ask(COMPLETIONS, body)
-    except Unreachable as error:
-        raise Unreachable(
-            f'{client.url} was up and failed at the first request ({error}); its log says why. "exit code: -4" there '
-            "means that nobody asked the kernel for the AMX tiles of an Intel processor: start it with `lora-grpo "
-            "serve`, or with lora-grpo installed beside vLLM and named in VLLM_PLUGINS where that is set, or with "
-            "--dtype float32, which needs none"
-        ) from None
 
 
 async def _check_logprobs(client: Client, base: str) -> None:
     """Halving the temperature doubles the distance between two log-probs of the distribution that is sampled from."""
     body = {"model": base, "prompt": [1, 2, 3], "max_tokens": 1, "seed": 0, "logprobs": 2, "top_p": 1.0, "top_k": 0}
     body |= {"min_p": 0.0, "repetition_penalty": 1.0, "return_tokens_as_token_ids": True}
-    top: list[dict[str, float]] = []
-    for temperature in (1.0, 0.5):
-        answer = await _first_answer(client, body | {"temperature": temperature})
-        with reading(client.url, COMPLETIONS, answer):
-            top.append(answer["choices"][0]["logprobs"]["top_logprobs"][0])
-    with reading(client.url, COMPLETIONS, top):
+    try:
+        answers = [await client.ask(COMPLETIONS, body | {"temperature": temperature}) for temperature in (1.0, 0.5)]
+    except Unreachable as error:
+        raise Unreachable(
+            f'{client.url} was up and failed at the first request ({error}); its log says why. "exit code: -4" there: '
+            "nobody asked the kernel for an Intel processor's AMX tiles. Start it with `lora-grpo serve`, with "
+            "lora-grpo beside vLLM (named in VLLM_PLUGINS where that is set), or with --dtype float32"
+        ) from None
+    with reading(client.url, COMPLETIONS, answers):
+        top = [answer["choices"][0]["logprobs"]["top_logprobs"][0] for answer in answers]
         shared = sorted(top[0].keys() & top[1].keys(), key=lambda token: top[0][token])
         apart, twice = (values[shared[-1]] - values[shared[0]] for values in top)
     if twice < 1.5 * apart:
@@ -178,9 +163,8 @@ async def _check_scoring(client: Client, base: str) -> None:
     for body, answer in zip(bodies, answers, strict=True):
         if isinstance(answer, Unreachable):
             raise ConfigError(
-                f"{client.url} failed to score several prompts at once ({answer}). On a CPU, vLLM ends so where the "
-                "output layer is wrapped for LoRA: start it with --lora-target-modules and the names of the other "
-                "linear layers, such as q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+                f"{client.url} failed to score several prompts at once ({answer}), as vLLM does on a CPU where the "
+                "output layer is wrapped for LoRA: give --lora-target-modules the other linear layers (q_proj ...)"
             )
         if isinstance(answer, BaseException):
             raise answer

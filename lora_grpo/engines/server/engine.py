@@ -32,7 +32,7 @@ from lora_grpo.engines.names import BaseReading
 from lora_grpo.engines.requests import adapters_by_prompt, asked, check_fits, request_seeds, to_groups
 from lora_grpo.engines.server.client import Client
 from lora_grpo.engines.server.connect import slots_of, write_rank_probe
-from lora_grpo.engines.server.fleet import Fleet, OnFailure, connected
+from lora_grpo.engines.server.fleet import Fleet, connected
 from lora_grpo.engines.server.names import Names, resolver_name
 from lora_grpo.engines.server.replica import KeptProbe, Replica, Served
 from lora_grpo.engines.server.rotation import completing, scoring
@@ -77,7 +77,7 @@ class VLLMServerEngine:
         api_key: str | None = None,
         max_loras: int = 2,
         adapters: Literal["path", "resolver"] = "path",
-        on_failure: OnFailure = "raise",
+        on_failure: Literal["raise", "drop"] = "raise",
         concurrency: int = 256,
         timeout_s: float = 600.0,
         patience_s: float = 300.0,
@@ -115,7 +115,8 @@ class VLLMServerEngine:
             rank_folder = None if self.pulls else write_rank_probe(self._names.folder / "rank")
             clients = [Client(address, key, timeout_s) for address in addresses]
             replicas = self._loop.run(connected(clients, self._names, rank_folder))
-            self._fleet = Fleet(replicas, self._names, rank_folder, max_loras, on_failure, concurrency, patience_s)
+            drops = on_failure == "drop"
+            self._fleet = Fleet(replicas, concurrency, patience_s, self._names, rank_folder, max_loras, drops)
             self._describe(model, lora_dtype, trust_remote_code)
             opened.callback(lambda: self._loop.run(self._fleet.close()))
             self._opened = opened.pop_all()

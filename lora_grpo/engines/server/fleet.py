@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 from lora_grpo.engines.delivery.canary import CanaryReport
 from lora_grpo.engines.names import BaseReading
@@ -17,9 +17,6 @@ from lora_grpo.engines.server.rotation import FIRST_PAUSE_S, Rotation, scoring, 
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError
 from lora_grpo.types import LogProbs
 
-OnFailure: TypeAlias = Literal["raise", "drop"]
-"""What becomes of a load that one replica fails: it fails on all of them, or that replica leaves the rotation."""
-
 _LOAD_ATTEMPTS = 3
 
 
@@ -28,11 +25,9 @@ async def connected(clients: Sequence[Client], names: Names, rank_folder: Path |
     facts = await asyncio.gather(*(connect(client, rank_folder) for client in clients))
     replicas = [Replica(*pair) for pair in zip(clients, facts, strict=True)]
     for replica in replicas:
-        if (replica.facts.root, replica.facts.max_model_len) != (facts[0].root, facts[0].max_model_len):
-            raise ConfigError(
-                f"{replica.url} serves {replica.facts.root} with max_model_len={replica.facts.max_model_len}, "
-                f"{clients[0].url} {facts[0].root} with {facts[0].max_model_len}; start all replicas alike"
-            )
+        if replica.facts.model != facts[0].model:
+            said = f"{replica.url} serves {replica.facts.model}, {clients[0].url} {facts[0].model}"
+            raise ConfigError(f"{said}; start all replicas alike")
     for replica in replicas:
         for name in filter(names.is_leftover, await models(replica.client)):
             await replica.unload(name)
@@ -40,23 +35,17 @@ async def connected(clients: Sequence[Client], names: Names, rank_folder: Path |
     return replicas
 
 
+@dataclass(eq=False)
 class Fleet(Rotation):
-    def __init__(
-        self,
-        replicas: list[Replica],
-        names: Names,
-        rank_folder: Path | None,
-        max_loras: int,
-        on_failure: OnFailure,
-        concurrency: int,
-        patience_s: float,
-    ) -> None:
-        """`rank_folder` is as in `connect`, what follows as in `VLLMServerEngine`."""
-        super().__init__(replicas, concurrency, patience_s)
-        self.names, self.rank_folder = names, rank_folder
-        self.max_loras, self._all_or_none = max_loras, on_failure == "raise"
-        self.in_use = InUse()
-        self._changing = asyncio.Lock()
+    """`rank_folder` is as in `connect`; where it `drops`, a replica that fails a load leaves the rotation, and others
+    serve the version."""
+
+    names: Names
+    rank_folder: Path | None
+    max_loras: int
+    drops: bool
+    in_use: InUse = field(default_factory=InUse, init=False)
+    _changing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
     async def load(self, served: Served) -> CanaryReport | None:
         """Put a version into use on every replica, proven, or on none; one that is in use is proven again, and no
@@ -110,15 +99,13 @@ class Fleet(Rotation):
         for replica in self.replicas:
             if replica.state == "lost":
                 self.bring_back(replica)
-        if self._all_or_none:
+        if not self.drops:
             await asyncio.gather(*(self.returned(replica) for replica in self.replicas))
         present = self.serving
         absent = [replica for replica in self.replicas if replica.state != "serving"]
-        if absent and (self._all_or_none or not present):
-            raise EngineError(
-                f"{len(absent)} of {len(self.replicas)} replicas cannot take a version: "
-                + "; ".join(replica.trouble for replica in absent)
-            )
+        if absent and (not self.drops or not present):
+            reasons = "; ".join(replica.trouble for replica in absent)
+            raise EngineError(f"{len(absent)} of {len(self.replicas)} replicas cannot take a version: {reasons}")
         return present
 
     async def _look(self, replica: Replica) -> None:
@@ -132,7 +119,7 @@ class Fleet(Rotation):
         outcomes = await together([self._take(replica, served) for replica in replicas])
         failed = {r: o for r, o in zip(replicas, outcomes, strict=True) if isinstance(o, LoraGrpoError)}
         proven = {r: o for r, o in zip(replicas, outcomes, strict=True) if not isinstance(o, LoraGrpoError)}
-        if failed and (self._all_or_none or not proven):
+        if failed and (not self.drops or not proven):
             kind = DeliveryError if any(isinstance(o, DeliveryError) for o in failed.values()) else EngineError
             listed = "; ".join(f"{replica.url}: {error}" for replica, error in failed.items())
             raise kind(f"{served.version} failed on {len(failed)} of {len(replicas)} replicas: {listed}")
@@ -162,7 +149,7 @@ class Fleet(Rotation):
             except LoraGrpoError as error:
                 if isinstance(error, Unreachable):
                     self.lost(replica, error)
-                dropped = replica.state != "serving" and not self._all_or_none
+                dropped = replica.state != "serving" and self.drops
                 attempts -= 1
                 if not attempts or dropped or (known and isinstance(error, DeliveryError)):
                     return error

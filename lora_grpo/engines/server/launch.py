@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, Popen, TimeoutExpired
 from typing import Self
 
 import httpx
@@ -23,7 +23,6 @@ from lora_grpo.remote.client import TOKEN_FILE_VARIABLE, read_token
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LOG_LINES = 20
-START_TIMEOUT_S = 1800.0
 OWN_OPTIONS = ("--host", "--port", "--uds", "--api-key")
 """vLLM's options that decide who gets in; they are set here, where an open address is refused without a key."""
 
@@ -56,13 +55,13 @@ class Serving:
     store_url: str | None = None
     store_token_file: str | None = None
     arguments: tuple[str, ...] = ()
-    start_timeout_s: float = START_TIMEOUT_S
+    start_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
         if self.host not in LOOPBACK and not self.api_key:
             raise ConfigError(
-                f"host={self.host} lets other machines in, and whoever may load adapters may read files: set an API "
-                "key in VLLM_API_KEY, or serve on 127.0.0.1"
+                f"host={self.host} lets other machines in, and who loads adapters can read files: set VLLM_API_KEY, "
+                "or serve on 127.0.0.1"
             )
         if self.store_token_file and not self.store_url:
             raise ConfigError("a store token file is of no use without the store's address (store_url)")
@@ -70,22 +69,19 @@ class Serving:
             read_token(self.store_token_file)
         if taken := [argument for argument in self.arguments if _is_own(argument)]:
             raise ConfigError(
-                f"{', '.join(taken)} cannot be handed on to vLLM, which would open an address unseen: use lora-grpo's "
-                "own --host and --port, and VLLM_API_KEY"
+                f"{', '.join(taken)} cannot be handed on to vLLM, which would open an address unseen: use --host and "
+                "--port of lora-grpo, and VLLM_API_KEY"
             )
 
     def command(self, port: int) -> list[str]:
         # The `vllm` command asks for a distribution of that name, which the CPU builds do not have.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
-        command += ["--host", self.host, "--port", str(port), "--enable-lora"]
-        command += ["--max-lora-rank", str(compat.allowed_rank(self.max_lora_rank))]
+        command += ["--host", self.host, "--port", str(port), "--enable-lora", "--logprobs-mode", "processed_logprobs"]
         # A server never lets go of an adapter in memory, so there is room for two more than slots.
-        in_memory = self.max_cpu_loras or self.max_loras + 2
-        command += ["--max-loras", str(self.max_loras), "--max-cpu-loras", str(in_memory)]
-        command += ["--logprobs-mode", "processed_logprobs"]
-        if self.target_modules:
-            command += ["--lora-target-modules", *self.target_modules]
-        return [*command, *self.arguments]
+        in_memory, rank = self.max_cpu_loras or self.max_loras + 2, compat.allowed_rank(self.max_lora_rank)
+        command += ["--max-lora-rank", f"{rank}", "--max-loras", f"{self.max_loras}", "--max-cpu-loras", f"{in_memory}"]
+        layers = ["--lora-target-modules", *self.target_modules] if self.target_modules else []
+        return [*command, *layers, *self.arguments]
 
     def environment(self, replica: int, devices: int) -> dict[str, str]:
         """Of one replica's process, on a host with that many GPUs; what the user has set wins but for the devices."""
@@ -123,20 +119,15 @@ def _end_of(exit_code: int) -> str:
 class Server:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> None:
         self.command, self.environment, self.url, self.log = list(command), dict(environment), url, log
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Popen[bytes] | None = None
         self._log_from = 0
 
     def start(self) -> None:
         """Start the process; its log goes on where it was. It gets no Ctrl-C of a terminal: `stop` is its end."""
         with open(self.log, "ab") as log:
             self._log_from = log.tell()
-            self._process = subprocess.Popen(
-                self.command,
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
+            self._process = Popen(
+                self.command, env=self.environment, stdout=log, stderr=log, stdin=DEVNULL, start_new_session=True
             )
 
     @property
@@ -153,10 +144,8 @@ class Server:
     def require_alive(self) -> None:
         """Raises `EngineError` with what ended it, or its worker, and the end of the log when the process ended."""
         if self.exit_code is not None:
-            raise EngineError(
-                f"the server at {self.url} {_end_of(self.exit_code)}{self._worker_s_end()}; the end of {self.log}:\n"
-                f"{self.tail()}"
-            )
+            said = f"the server at {self.url} {_end_of(self.exit_code)}{self._worker_s_end()}"
+            raise EngineError(f"{said}; {self.tail()}")
 
     def _worker_s_end(self) -> str:
         """Which of vLLM's workers took the server with it, since `start`; it says a signal's number and no more."""
@@ -167,7 +156,8 @@ class Server:
         return f" after its worker {died[1]} {_end_of(int(died[2]))}{hint}"
 
     def tail(self) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return "\n".join([f"the end of {self.log}:", *lines])
 
     def signal(self, number: int) -> None:
         """Send a signal to the process and all that it started."""
@@ -178,7 +168,7 @@ class Server:
     def wait(self, timeout_s: float) -> bool:
         """Whether the process ended in time."""
         if self._process is not None:
-            with suppress(subprocess.TimeoutExpired):
+            with suppress(TimeoutExpired):
                 self._process.wait(timeout_s)
         return self.exit_code is not None
 
@@ -189,15 +179,11 @@ class Servers:
         if 0 < devices < serving.replicas:
             raise ConfigError(f"replicas={serving.replicas} need a GPU each, and there are {devices}")
         self._start_timeout_s = serving.start_timeout_s
-        self.all = [
-            Server(
-                serving.command(serving.port + index),
-                serving.environment(index, devices),
-                serving.url(serving.port + index),
-                log_dir / f"replica-{index}.log",
-            )
-            for index in range(serving.replicas)
-        ]
+        self.all: list[Server] = []
+        for index in range(serving.replicas):
+            port, environment = serving.port + index, serving.environment(index, devices)
+            log = log_dir / f"replica-{index}.log"
+            self.all.append(Server(serving.command(port), environment, serving.url(port), log))
 
     @property
     def urls(self) -> list[str]:
@@ -213,10 +199,9 @@ class Servers:
         while waiting := [server for server in self.all if not server.healthy]:
             self.require_alive()
             if time.monotonic() > deadline:
-                late = waiting[0]
                 raise EngineError(
-                    f"the server at {late.url} does not answer after start_timeout_s={self._start_timeout_s:g} s "
-                    f"(--start-timeout); the end of {late.log}:\n{late.tail()}"
+                    f"the server at {waiting[0].url} does not answer after start_timeout_s={self._start_timeout_s:g} s "
+                    f"(--start-timeout); {waiting[0].tail()}"
                 )
             time.sleep(_POLL_S)
 

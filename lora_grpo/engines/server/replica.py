@@ -66,12 +66,6 @@ class Replica:
             return "serving"
         return "lost" if self.returning.done() else "away"
 
-    @property
-    def mixes_base(self) -> bool:
-        """Whether base and adapter requests may share a batch: vLLM's CPU kernels mix them up before 0.33, and no
-        server says that it computes on a CPU."""
-        return self.facts.release >= (0, 33)
-
     async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """One completion. Raises `Unreachable` for a server that cannot answer, or no longer knows the name."""
         try:
@@ -92,10 +86,8 @@ class Replica:
         try:
             await self.client.ask(COMPLETIONS, scoring_body([1]) | {"model": name, "prompt_logprobs": None})
         except Missing as refusal:
-            raise EngineError(
-                f"{self.url} cannot resolve {name}: {refusal}; the reason is in the server's log (is "
-                "LORA_GRPO_STORE_URL set there, and the store server up?)"
-            ) from None
+            why = "its log says why (is LORA_GRPO_STORE_URL set there, and the store server up?)"
+            raise EngineError(f"{self.url} cannot resolve {name}: {refusal}; {why}") from None
 
     async def unload(self, name: str) -> None:
         """Have the server forget a name. What it holds in memory stays until newer adapters take its place."""
@@ -143,11 +135,8 @@ class Replica:
     async def reconnect(self, rank_folder: Path | None) -> None:
         """After an absence: check the server as a new one, and take note of which names it still has."""
         facts = await connect(self.client, rank_folder)
-        if (facts.root, facts.max_model_len) != (self.facts.root, self.facts.max_model_len):
-            raise DeliveryError(
-                f"{self.url} came back with {facts.root} (max_model_len={facts.max_model_len}) where it had "
-                f"{self.facts.root} ({self.facts.max_model_len})"
-            )
+        if facts.model != self.facts.model:
+            raise DeliveryError(f"{self.url} came back with {facts.model} where it had {self.facts.model}")
         listed = await models(self.client)
         self.names = {served: name for served, name in self.names.items() if name in listed}
         self.facts = facts
@@ -189,8 +178,7 @@ class InUse(LoadedVersions[Served]):
         if not served.answers and self.probe is not None and served.version.step != PROBE_STEP:
             raise ConfigError(
                 f"{served.version} cannot be proven: replicas compared with one another may all be wrong alike. Load "
-                "it by NativeSync (push, rollback), or pass expected= with the trainer's log-probs of the probe's "
-                "sequences"
+                "it by NativeSync, or pass expected= (the trainer's log-probs of the probe's sequences)"
             )
 
     def compare(self, replica: Replica, served: Served, answers: LogProbs) -> CanaryReport:

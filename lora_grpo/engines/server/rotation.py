@@ -7,7 +7,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -49,13 +49,17 @@ def scoring(served: Served | None, ids: Sequence[int]) -> Ask[list[float]]:
     return Ask(served, scoring_body(ids), to_logprobs)
 
 
+@dataclass(eq=False)
 class Rotation(ABC):
-    """The replicas of one engine, in rotation or on their way back. Every method runs in the engine's loop."""
+    """The replicas of one engine, in rotation or on their way back. Every method runs in the engine's loop.
 
-    def __init__(self, replicas: list[Replica], limit: int, patience_s: float) -> None:
-        """`limit` bounds the requests on each replica, `patience_s` the time that one is waited for."""
-        self.replicas, self._limit, self._patience_s = replicas, limit, patience_s
-        self._changed = asyncio.Event()
+    `concurrency` bounds the requests on each replica, `patience_s` the time that one is waited for.
+    """
+
+    replicas: list[Replica]
+    concurrency: int
+    patience_s: float
+    _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     @abstractmethod
     async def readmit(self, replica: Replica) -> bool:
@@ -71,7 +75,7 @@ class Rotation(ABC):
     def lost(self, replica: Replica, error: Exception) -> None:
         if replica.state == "serving":
             replica.trouble = str(error)
-            logger.warning("%s; this server is out of use, waited for up to %g s", error, self._patience_s)
+            logger.warning("%s; this server is out of use, waited for up to %g s", error, self.patience_s)
             self.bring_back(replica)
 
     def bring_back(self, replica: Replica) -> None:
@@ -87,7 +91,7 @@ class Rotation(ABC):
     async def _return(self, replica: Replica) -> None:
         pause_s, before = FIRST_PAUSE_S, replica.trouble
         try:
-            async with asyncio.timeout(self._patience_s):
+            async with asyncio.timeout(self.patience_s):
                 while replica.state == "away":
                     try:
                         if await self.readmit(replica):
@@ -98,7 +102,7 @@ class Rotation(ABC):
                         await asyncio.sleep(pause_s)
                         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         except TimeoutError:
-            given_up = f" (not back within patience_s={self._patience_s:g} s)"
+            given_up = f" (not back within patience_s={self.patience_s:g} s)"
             replica.trouble = replica.trouble.removesuffix(given_up) + given_up
             if replica.trouble != before:  # each load tries again, perhaps for thousands of steps
                 logger.warning("%s", replica.trouble)
@@ -116,7 +120,7 @@ class Rotation(ABC):
     async def run(self, groups: Sequence[Sequence[Ask[_Result]]], *, only: Replica | None = None) -> list[_Result]:
         """The answers to all requests, in order; those of a group, which are for one version, are asked of one replica.
         What is asked of one replica `only` is a proof, and may be what brings it back."""
-        parts = [group[i : i + self._limit] for group in groups for i in range(0, len(group), self._limit)]
+        parts = [group[i : i + self.concurrency] for group in groups for i in range(0, len(group), self.concurrency)]
         made = await together([self._finish(part, only) for part in parts])
         return [answer for answers in made for answer in answers]
 
@@ -156,7 +160,7 @@ class Rotation(ABC):
         What is asked of one replica `only` is a proof: few requests, which do not wait until a rollout has ended. One
         that is away has room, since nothing that it answers counts until it is proven.
         """
-        limit = self._limit if only is None else 2 * self._limit
+        limit = self.concurrency if only is None else 2 * self.concurrency
         while True:
             free = [r for r in ([only] if only else self.serving) if _has_room(r, count, base, limit)]
             if free:
@@ -166,8 +170,7 @@ class Rotation(ABC):
                 chosen.in_flight += count
                 return chosen
             if all(replica.state == "lost" for replica in self.replicas):
-                reasons = "; ".join(replica.trouble for replica in self.replicas)
-                raise EngineError(f"no replica is left to answer: {reasons}")
+                raise EngineError(f"no replica is left to answer: {'; '.join(one.trouble for one in self.replicas)}")
             await self._changed.wait()
 
 
@@ -185,4 +188,6 @@ async def together(coroutines: Sequence[Coroutine[Any, Any, _Result]]) -> list[_
 def _has_room(replica: Replica, count: int, base: bool, limit: int) -> bool:
     if replica.in_flight == 0 or replica.state != "serving":
         return True
-    return replica.in_flight + count <= limit and (replica.mixes_base or replica.serves_base == base)
+    # vLLM's CPU kernels mix base and adapter rows of a batch up before 0.33, and no server says that it is on a CPU.
+    mixes = replica.facts.release >= (0, 33) or replica.serves_base == base
+    return mixes and replica.in_flight + count <= limit

@@ -42,8 +42,8 @@ def to_completion(answer: dict[str, Any], body: dict[str, Any], version: int | N
         raise EngineError(f"a completion by {body['model']} ended as {reason!r}, not by stopping")
     if reason == "length" and len(token_ids) < body["max_tokens"]:
         raise EngineError(
-            f"the server cut a completion at {len(token_ids)} of max_tokens={body['max_tokens']}; start it without "
-            "--override-generation-config and --generation-config"
+            f"the server cut a completion at {len(token_ids)} of max_tokens={body['max_tokens']}: start it without "
+            "--generation-config and --override-generation-config"
         )
     logprobs = tuple((choice["logprobs"] or {}).get("token_logprobs") or ())
     if len(logprobs) != len(token_ids) or not all(_is_finite(value) for value in logprobs):
@@ -71,10 +71,8 @@ def _choice(answer: dict[str, Any], body: dict[str, Any]) -> Any:
             "VLLM_SKIP_MODEL_NAME_VALIDATION set on the server?"
         )
     choices = answer.get("choices") or [{}]
-    missing = {"text", "token_ids", "logprobs", "finish_reason", "prompt_token_ids", "prompt_logprobs"} - set(
-        choices[0]
-    )
-    if missing:
+    needed = {"text", "token_ids", "logprobs", "finish_reason", "prompt_token_ids", "prompt_logprobs"}
+    if missing := needed - set(choices[0]):
         raise EngineError(f"an answer by {body['model']} lacks {', '.join(sorted(missing))}; is it a vLLM server?")
     if choices[0]["prompt_token_ids"] != body["prompt"]:
         raise DeliveryError(f"{body['model']} completed another prompt than the one it was sent")
