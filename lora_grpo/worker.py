@@ -50,11 +50,9 @@ class Job(Generic[T]):
         if not self.result.set_running_or_notify_cancel():
             return
         try:
-            value = self.function()
+            self.result.set_result(self.function())
         except BaseException as error:  # noqa: BLE001 - it is raised where the result is waited for
             self.result.set_exception(error)
-        else:
-            self.result.set_result(value)
 
 
 class Worker:
@@ -77,7 +75,6 @@ class Worker:
         self._thread.start()
 
     def submit(self, function: Callable[[], T]) -> Job[T]:
-        """Have `function` run after the jobs before it."""
         return self._enter(self._jobs, function)
 
     def call(self, function: Callable[[], T]) -> T:

@@ -25,8 +25,7 @@ from lora_grpo.cli.bench import bench
 from lora_grpo.cli.changing import pin, prune, rollback, unpin
 from lora_grpo.cli.options import say_error
 from lora_grpo.cli.serve import serve, store_server
-from lora_grpo.cli.sweep import sweep
-from lora_grpo.cli.train import check, demo, evaluate, init, train
+from lora_grpo.cli.train import check, demo, evaluate, init, sweep, train
 from lora_grpo.cli.using import chat, compare, diff, export, fork
 from lora_grpo.cli.versions import report, show, verify, versions
 from lora_grpo.errors import LoraGrpoError

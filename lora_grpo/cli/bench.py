@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lora_grpo.cli.options import print_json, print_table, say, say_error, whole_numbers
+from lora_grpo.cli.options import integers, print_json, print_table, say, say_error
 from lora_grpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -145,13 +145,12 @@ def _report(out: Path | None, readme: Path | None) -> None:
 
 
 def _options(**given: Any) -> dict[str, Any]:
-    """Settings from options that were given."""
     options = {name: value for name, value in given.items() if value is not None}
     if options.get("shape") and options.get("model"):
         raise typer.BadParameter("give --shape or --model, not both")
     if "strategies" in options:
         options["strategies"] = tuple(options["strategies"].split(","))
     if "ranks" in options:
-        first, *others = whole_numbers(options.pop("ranks"), "--ranks")
+        first, *others = integers(options.pop("ranks"), "--ranks")
         options |= {"rank": first, "sweep_ranks": tuple(others)}
     return options

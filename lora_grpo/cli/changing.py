@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from lora_grpo import errors
 from lora_grpo.adapters.version import parse_target
-from lora_grpo.cli.options import VERSION_HELP, Json, Run, Version, keys_begun, opened, say, tell
+from lora_grpo.cli.options import A_VERSION, Json, Run, Version, keys_begun, opened, say, tell
 from lora_grpo.errors import ConfigError, StoreError, StoreLocked, counted
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _pin(verb: str, run: Path, version: str, timeout_s: float, as_json: bool) ->
 
 def rollback(
     run: Run,
-    to: Annotated[str, Option(metavar="VERSION", help=VERSION_HELP)],
+    to: Annotated[str, Option(metavar="VERSION", help=A_VERSION)],
     timeout: Timeout = TIMEOUT_S,
     as_json: Json = False,
 ) -> None:

@@ -31,8 +31,8 @@ def keys_begun(begun: str) -> list[str]:
     return [f"{setting.key}=" for setting in describe_settings() if setting.key.startswith(begun)]
 
 
-VERSION_HELP = "12 or v12, head, parent, best, best:METRIC (the highest) or best:-METRIC (the lowest)."
-Version = Annotated[str, Argument(metavar="VERSION", help=VERSION_HELP)]
+A_VERSION = "12 or v12, head, parent, best, best:METRIC (the highest) or best:-METRIC (the lowest)."
+Version = Annotated[str, Argument(metavar="VERSION", help=A_VERSION)]
 Run = Annotated[Path, Argument(metavar="RUN", help="A run directory, such as runs/gsm8k.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
 Temperature = Annotated[float | None, Option(min=0, help="0 is greedy; default: the run's.")]
@@ -47,7 +47,7 @@ def opened(run: Path) -> AdapterStore:
     return AdapterStore(archive=run, readonly=True)
 
 
-def whole_numbers(text: str | None, option: str) -> list[int]:
+def integers(text: str | None, option: str) -> list[int]:
     """What an option such as "8,16,64" lists; none where it is not given."""
     parts = [] if text is None else text.split(",")
     if not all(part.strip().isdigit() for part in parts):
@@ -61,7 +61,6 @@ def print_json(document: Any) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Rows as a table, in every column that a row has."""
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table(rows, title))
 
 
@@ -76,7 +75,6 @@ def tell(document: Any, as_json: bool, said: str | Sequence[Mapping[str, Any]], 
 
 
 def say(text: str) -> None:
-    """A line for the person, on stderr."""
     typer.echo(text, err=True)
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from lora_grpo.cli.options import VERSION_HELP, Json, Overrides, Run, Temperature, Version, opened, say, say_error, tell
+from lora_grpo.cli.options import A_VERSION, Json, Overrides, Run, Temperature, Version, opened, say, say_error, tell
 from lora_grpo.errors import ConfigError, DeliveryError, StoreError, UnknownVersion, counted
 
 if TYPE_CHECKING:
     from lora_grpo.trainer.replay import Conversation
 
-A = Annotated[str, Argument(metavar="A", help=f"A version: {VERSION_HELP}")]
+A = Annotated[str, Argument(metavar="A", help=f"A version: {A_VERSION}")]
 B = Annotated[str, Argument(metavar="B", help="Another version.")]
 COMMANDS = "/version best: switch to another version; /new: forget what was said; /quit: end"
 
@@ -82,7 +82,7 @@ def compare(
 
 def chat(
     run: Run,
-    version: Annotated[str, Argument(metavar="[VERSION]", help=VERSION_HELP)] = "head",
+    version: Annotated[str, Argument(metavar="[VERSION]", help=A_VERSION)] = "head",
     temperature: Temperature = None,
 ) -> None:
     """Talk to a version in the terminal. The run may be stopped or live.

@@ -166,7 +166,6 @@ class Server:
                 os.killpg(self._process.pid, number)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether the process ended in time."""
         if self._process is not None:
             with suppress(TimeoutExpired):
                 self._process.wait(timeout_s)
@@ -228,7 +227,6 @@ class Servers:
 
     @contextmanager
     def running(self) -> Iterator[Self]:
-        """Up while the block runs; where one fails to start, all end."""
         try:
             self.start()
             yield self

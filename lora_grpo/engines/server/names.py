@@ -31,7 +31,10 @@ class Names:
         self._parent = tmpfs_home()
         own = OwnFolder(self._parent, _FOLDER)
         self.folder, self.close = own.path, own.close
-        self._place = _place(self.folder)
+        host = re.sub("[^A-Za-z0-9-]+", "-", socket.gethostname())
+        boot = read_small(Path("/proc/sys/kernel/random/boot_id")) or b""
+        system = hashlib.blake2b(boot + str(self.folder.stat().st_dev).encode(), digest_size=4)
+        self._place = f"{host}-{system.hexdigest()}"
         self._token = self.folder.name.removeprefix(_FOLDER)
         self._counter = itertools.count(1)
 
@@ -46,13 +49,6 @@ class Names:
 
     def sweep(self) -> None:
         OwnFolder.sweep(self._parent, _FOLDER)
-
-
-def _place(folder: Path) -> str:
-    """The host's name, for people, and what tells the folder's file system from every other one."""
-    host = re.sub("[^A-Za-z0-9-]+", "-", socket.gethostname())
-    boot = read_small(Path("/proc/sys/kernel/random/boot_id")) or b""
-    return f"{host}-{hashlib.blake2b(boot + str(folder.stat().st_dev).encode(), digest_size=4).hexdigest()}"
 
 
 def resolver_name(version: AdapterVersion) -> str:
