@@ -92,10 +92,8 @@ def verify(run: Run, as_json: Json = False) -> None:
         nothing = f"{run} holds no versions, so nothing was compared"
         say(f"as they were published: {whole} of {counted(len(rows), 'version')}" if rows else nothing)
         if lines:
-            say(
-                f"these lines of {run / 'journal.jsonl'} are damaged: {', '.join(map(str, lines))}; their metrics, "
-                "pins or promotions are lost (delete the lines when you have dealt with that)"
-            )
+            damaged = f"these lines of {run / 'journal.jsonl'} are damaged: {', '.join(map(str, lines))}"
+            say(f"{damaged}; their metrics, pins or promotions are lost (delete the lines when that is dealt with)")
     if not ok:
         raise typer.Exit(1)
 

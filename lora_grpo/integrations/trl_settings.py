@@ -37,28 +37,15 @@ _OPTIMIZERS_NOT_KEPT = ("galore", "apollo", "adalomo", "grokadamw", "adamw_torch
 _ANOTHER = "the sampled distribution would not be the trained one"
 _REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "vllm_tensor_parallel_size": (lambda size: size != 1, "the proofs read the slots of one worker; set it to 1"),
-    "vllm_enable_sleep_mode": (
-        bool,
-        "TRL sleeps at level 2, which discards the base and all adapters; set it to False and lower "
-        "vllm_gpu_memory_utilization",
-    ),
-    "vllm_model_impl": (
-        lambda name: name not in ("vllm", "auto"),
-        "only vLLM's own classes are proven; set it to 'vllm'",
-    ),
-    "vllm_structured_outputs_regex": (
-        lambda pattern: pattern is not None,
-        f"{_ANOTHER}; check the format in a reward function",
-    ),
+    "vllm_enable_sleep_mode": (bool, "level 2 discards base and adapters; lower vllm_gpu_memory_utilization instead"),
+    "vllm_model_impl": (lambda name: name not in ("vllm", "auto"), "only vLLM's classes are proven; set it to 'vllm'"),
+    "vllm_structured_outputs_regex": (lambda regex: regex is not None, f"{_ANOTHER}; check it in a reward function"),
     "use_transformers_continuous_batching": (bool, "completions come from vLLM here; leave it out"),
     "use_transformers_paged": (bool, "completions come from vLLM here; leave it out"),
     "temperature": (lambda value: value <= 0, "the completions of a group would all be the same; set it above 0"),
     "repetition_penalty": (lambda value: value != 1.0, f"{_ANOTHER}; set it to 1.0"),
     "world_size": (lambda count: count > 1, "one process trains and serves its own engine; launch it without torchrun"),
-    "model_init_kwargs": (
-        lambda given: not isinstance(given or {}, Mapping),
-        "keywords of from_pretrained as a dict, such as {'dtype': 'float32'}",
-    ),
+    "model_init_kwargs": (lambda given: not isinstance(given or {}, Mapping), "pass a dict: {'dtype': 'float32'}"),
     "fp16": (bool, "float16 needs a loss scale, which no rollback restores; set bf16=True, or fp16=False"),
     "deepspeed": (bool, "its optimizer cannot be rolled back; leave it out"),
     "fsdp": (bool, "one process trains and serves its own engine; leave it out"),

@@ -101,10 +101,8 @@ class VLLMServerEngine:
         if not (addresses := server_addresses(urls)):
             raise ConfigError("urls=[] names no server; give one at least")
         if max_loras < 2 or concurrency < 1:
-            raise ConfigError(
-                f"max_loras={max_loras} must be at least 2, so that the promoted version is served until a newer one "
-                f"takes its place, and concurrency={concurrency} at least 1"
-            )
+            needed = "at least 2 (the promoted version and its successor)"
+            raise ConfigError(f"max_loras={max_loras} must be {needed}, and concurrency={concurrency} at least 1")
         self.pulls = adapters == "resolver"
         key = api_key or os.environ.get(API_KEY_VARIABLE)
         with ExitStack() as opened:
@@ -128,10 +126,8 @@ class VLLMServerEngine:
             config = checkpoint_config(root, trust_remote_code=trust_remote_code)
             self.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"the servers' checkpoint cannot be read here as {root}: {error}; pass model= with its path or name "
-                "on this host"
-            ) from error
+            said = f"the servers' checkpoint cannot be read here as {root}: {error}"
+            raise ConfigError(f"{said}; pass model= with its path or name on this host") from error
         self._base = describe(config, lora_dtype or str(config.dtype or "float32").removeprefix("torch."))
         self._fleet.in_use.sequences = probe_sequences(self._base)
         ranks = [own.max_lora_rank for own in facts if own.max_lora_rank is not None]
@@ -218,11 +214,8 @@ class VLLMServerEngine:
             slots = self._loop.run(slots_of(replica.client))
             if slots is not None and slots < most:
                 fewer = f", or pass max_loras={slots}" if slots > 1 else ""
-                warnings.warn(
-                    f"{replica.url} has {slots} adapter slots for the {most} versions that stay in use, and would swap "
-                    f"them in and out: start it with --max-loras {most}{fewer}",
-                    stacklevel=2,
-                )
+                said = f"{replica.url} has {slots} adapter slots, and would swap the {most} versions in use"
+                warnings.warn(f"{said}: start it with --max-loras {most}{fewer}", stacklevel=2)
 
     def describe_base(self) -> BaseDescription:
         return self._base

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -21,9 +21,6 @@ from lora_grpo.engines.server.connect import LOAD, UNLOAD, Facts, connect, model
 from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError
 from lora_grpo.types import LogProbs
-
-State: TypeAlias = Literal["serving", "away", "lost"]
-"""In rotation; out of it and being brought back; given up until the next load asks for it."""
 
 PROBE_STEP = -1
 """The step of the version that `run_probe` makes, which compares what it answers itself."""
@@ -61,7 +58,8 @@ class Replica:
         return self.client.url
 
     @property
-    def state(self) -> State:
+    def state(self) -> Literal["serving", "away", "lost"]:
+        """In rotation; out of it and being brought back; given up until the next load asks for it."""
         if self.returning is None:
             return "serving"
         return "lost" if self.returning.done() else "away"

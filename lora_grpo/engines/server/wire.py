@@ -18,14 +18,8 @@ def completion_body(
 ) -> dict[str, Any]:
     """One sample of one prompt, without `placeholders`, of a `model` that is yet to be named. Every setting is said,
     since a server fills in its model's own defaults."""
-    return {
-        **sampling_fields(sampling, seed, placeholders),
-        "prompt": list(ids),
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "return_token_ids": True,
-    }
+    body = sampling_fields(sampling, seed, placeholders) | {"prompt": list(ids), "return_token_ids": True}
+    return body | {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 def scoring_body(ids: Sequence[int]) -> dict[str, Any]:
