@@ -15,17 +15,13 @@ from lora_grpo.errors import EngineError, LoraGrpoError
 
 T = TypeVar("T")
 
-_working: ContextVar[Worker | None] = ContextVar("working", default=None)
-
-
-def working() -> Worker | None:
-    """The worker whose job this is called in: in its thread, or in a task that the job has begun elsewhere."""
-    return _working.get()
+working: ContextVar[Worker | None] = ContextVar("working", default=None)
+"""The worker whose job this is asked in: in its thread, or in a task that the job has begun elsewhere."""
 
 
 def sign_of_life() -> None:
     """To be called where a part of what a worker's job waits for is there."""
-    if (worker := working()) is not None:
+    if (worker := working.get()) is not None:
         worker.lives()
 
 
@@ -148,7 +144,7 @@ class Worker:
         return job
 
     def _work(self) -> None:
-        _working.set(self)
+        working.set(self)
         while True:
             with self._wake:
                 self._current = None

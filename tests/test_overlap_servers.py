@@ -92,9 +92,9 @@ def test_each_answer_is_a_sign_of_life(
 def test_only_a_workers_own_thread_is_its() -> None:
     generator = Worker("generator", patience_s=10.0)
     assert generator.wait(generator.submit(working)) is generator
-    assert working() is None
+    assert working.get() is None
     seen: list[Worker | None] = []
-    other = threading.Thread(target=lambda: seen.append(working()))
+    other = threading.Thread(target=lambda: seen.append(working.get()))
     other.start()
     other.join()
     assert seen == [None]

@@ -55,7 +55,6 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="Train LoRA adapters with GRPO on vLLM, without merging them into the base model.",
     epilog="A first run that needs no GPU: lora-grpo demo. For your own: lora-grpo init MODEL --data FILE writes "
     "run.toml; then lora-grpo check run.toml and lora-grpo train run.toml.",
     no_args_is_help=True,
@@ -76,7 +75,7 @@ def _root(
         bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    """Train LoRA adapters with GRPO on vLLM, without merging them into the base model."""
 
 
 for _name, _command in COMMANDS.items():

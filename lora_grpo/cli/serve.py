@@ -58,19 +58,16 @@ def _of_base(serving: Serving, quantization: str | None) -> Serving:
     """With what vLLM is told of the base. What it needs takes long to import: all else was checked before."""
     from lora_grpo.engines.local.targets import serving_arguments
 
-    told = serving_arguments(serving.model, quantization, **_of_checkpoint([*serving.arguments]))
+    # What the arguments for vLLM say of the checkpoint, which is read before a server starts.
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--revision")
+    known.add_argument("--trust-remote-code", action="store_true")
+    code = vars(known.parse_known_args(serving.arguments)[0])
+    told = serving_arguments(serving.model, quantization, **code)
     options = ["--language-model-only"] if "language_model_only" in told else []
     options += ["--quantization", told["quantization"]] if "quantization" in told else []
     layers = tuple(told["lora_target_modules"])
     return replace(serving, target_modules=layers, arguments=(*options, *serving.arguments))
-
-
-def _of_checkpoint(arguments: list[str]) -> dict[str, Any]:
-    """What further arguments for vLLM say of the checkpoint, which is read before a server starts."""
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--revision")
-    known.add_argument("--trust-remote-code", action="store_true")
-    return vars(known.parse_known_args(arguments)[0])
 
 
 def store_server(

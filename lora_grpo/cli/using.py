@@ -63,16 +63,16 @@ def compare(
 
     result = compare_run(run, a, b, prompts, samples=samples, temperature=temperature, seed=seed)
     first, second = f"v{result.first}", f"v{result.second}"
-    names = {
-        "reward": "reward",
-        "tokens": "length, tokens",
-        "logp_first_answers": f"log-prob of {first}'s answers, nats per token",
-        "logp_second_answers": f"log-prob of {second}'s answers, nats per token",
+    compared = {
+        "reward": result.reward,
+        "length, tokens": result.tokens,
+        f"log-prob of {first}'s answers, nats per token": result.logp_first_answers,
+        f"log-prob of {second}'s answers, nats per token": result.logp_second_answers,
     }
     rows = [
         {"": words, first: one.first, second: one.second, "difference": one.difference, "± (s.e.)": one.standard_error}
-        for name, words in names.items()
-        if (one := getattr(result, name)) is not None
+        for words, one in compared.items()
+        if one is not None
     ]
     answers = f"{counted(len(result.answers) // 2, 'answer')} each"
     tell(asdict(result), as_json, rows, f"{first} and {second} of {run}, {answers}")

@@ -244,7 +244,7 @@ class _Loop:
     def run(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
         """The coroutine's result. Ctrl-C in the caller cancels it, and with it the requests that are under way; so
         does the end of the job of a worker that waits here, whose `working` the coroutine sees."""
-        worker, future = working(), asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        worker, future = working.get(), asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             while worker is not None and not wait([future], timeout=_LOOK_S).done:
                 worker.look()

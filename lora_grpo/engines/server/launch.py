@@ -38,10 +38,8 @@ _POLL_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What to serve, and how. Ports count on from `port`, one a replica; `arguments` go to vLLM as they are.
-
-    `start_timeout_s` is how long a server may take until it answers, its download and compilation included.
-    """
+    """What to serve, and how. Ports count on from `port`, one a replica; `arguments` go to vLLM as they are. A server
+    may take `start_timeout_s` until it answers, its download and compilation included."""
 
     model: str
     replicas: int = 1

@@ -118,8 +118,7 @@ class Rotation(ABC):
     # Requests
 
     async def run(self, groups: Sequence[Sequence[Ask[_Result]]], *, only: Replica | None = None) -> list[_Result]:
-        """The answers to all requests, in order; those of a group, which are for one version, are asked of one replica.
-        What is asked of one replica `only` is a proof, and may be what brings it back."""
+        """The answers to all, in order; the requests of a group, which are for one version, are asked of one replica."""
         parts = [group[i : i + self.concurrency] for group in groups for i in range(0, len(group), self.concurrency)]
         made = await together([self._finish(part, only) for part in parts])
         return [answer for answers in made for answer in answers]
@@ -158,7 +157,7 @@ class Rotation(ABC):
         """A replica with room for `count` requests, which are entered there; raises `EngineError` when none is left.
 
         What is asked of one replica `only` is a proof: few requests, which do not wait until a rollout has ended. One
-        that is away has room, since nothing that it answers counts until it is proven.
+        that is away has room: nothing that it answers counts until it is proven, and this may be what brings it back.
         """
         limit = self.concurrency if only is None else 2 * self.concurrency
         while True:
