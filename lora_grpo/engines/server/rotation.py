@@ -118,7 +118,7 @@ class Rotation(ABC):
     # Requests
 
     async def run(self, groups: Sequence[Sequence[Ask[_Result]]], *, only: Replica | None = None) -> list[_Result]:
-        """The answers to all, in order; the requests of a group, which are for one version, are asked of one replica."""
+        """All answers, in order; the requests of a group, which are for one version, are asked of one replica."""
         parts = [group[i : i + self.concurrency] for group in groups for i in range(0, len(group), self.concurrency)]
         made = await together([self._finish(part, only) for part in parts])
         return [answer for answers in made for answer in answers]
