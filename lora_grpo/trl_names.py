@@ -1,8 +1,7 @@
 """What TRL's users write that is called something else here, or is not there: what to do instead."""
 
 _INSTEAD = {
-    "max_steps": "set total_steps: it counts generations, where TRL's max_steps counts optimizer steps",
-    "num_train_epochs": "set total_steps, which counts generations",
+    "max_steps num_train_epochs": "set total_steps: it counts generations, where max_steps counts optimizer steps",
     "output_dir": "the run's directory is run_dir= of GRPOTrainer, and output_dir at the top of a config file",
     "save_steps save_strategy save_total_limit save_only_model": (
         "every version is published and archived; [keep] (KeepConfig) says how many stay, and their trainer states"

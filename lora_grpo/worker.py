@@ -87,10 +87,8 @@ class Worker:
                 if job.result.done():
                     return job.result.result()
                 if self.hangs:
-                    raise self._failure(
-                        f"the {self.name} has shown no progress for {self._patience_s:g} s (stall_timeout_s), so "
-                        "the run stops waiting for it; HEAD is unchanged"
-                    ) from None
+                    said = f"the {self.name} has shown no progress for {self._patience_s:g} s (stall_timeout_s)"
+                    raise self._failure(f"{said}, so the run stops waiting for it; HEAD is unchanged") from None
 
     def poll(self) -> None:
         """For a job, wherever it can be interrupted: run the calls that came. Raises `Stopped` when it is to end."""

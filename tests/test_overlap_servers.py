@@ -91,7 +91,7 @@ def test_each_answer_is_a_sign_of_life(
 
 def test_only_a_workers_own_thread_is_its() -> None:
     generator = Worker("generator", patience_s=10.0)
-    assert generator.wait(generator.submit(working)) is generator
+    assert generator.wait(generator.submit(working.get)) is generator
     assert working.get() is None
     seen: list[Worker | None] = []
     other = threading.Thread(target=lambda: seen.append(working.get()))

@@ -53,10 +53,9 @@ def check_release() -> None:
     try:
         require_version(REQUIREMENT)
     except ImportError as error:
-        raise UnsupportedVersion(
-            f"no other TRL than {REQUIREMENT} was run with or read against ({error}): install lora-grpo[trl], or train "
-            "with lora_grpo.GRPOTrainer, which needs no TRL"
-        ) from error
+        said = f"no other TRL than {REQUIREMENT} was run with or read against ({error})"
+        instead = "install lora-grpo[trl], or train with lora_grpo.GRPOTrainer, which needs no TRL"
+        raise UnsupportedVersion(f"{said}: {instead}") from error
 
 
 check_release()
@@ -153,10 +152,8 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not (Path(resume_from_checkpoint) / "trainer_state.json").is_file():
-            raise ConfigError(
-                f"{resume_from_checkpoint} has no trainer_state.json, which is written last, so its save was "
-                "interrupted; delete it, and resume again"
-            )
+            said = f"{resume_from_checkpoint} has no trainer_state.json, which is written last"
+            raise ConfigError(f"{said}, so its save was interrupted; delete it, and resume again")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
         if "ref" in getattr(model, "peft_config", {}):
@@ -234,9 +231,7 @@ def _assemble(
     """Engine and sync of a trainer; what cannot be served is refused before the engine starts."""
     model = given["model"]
     if not hasattr(model, "peft_config"):
-        raise ConfigError(
-            "full fine-tuning has no adapter to swap: pass peft_config=LoraConfig(...), or use trl.GRPOTrainer"
-        )
+        raise ConfigError("full fine-tuning has no adapter: pass peft_config=LoraConfig(...), or use trl.GRPOTrainer")
     check_servable(model, active_adapter(model))
     # Each wrapped layer costs decoding time, whether an adapter uses it or not.
     adapted = {"target_modules": adapted_leaves(model, None)}

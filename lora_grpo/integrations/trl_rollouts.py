@@ -57,10 +57,8 @@ class NativeRollouts(TrainerCallback):
         A resumed one goes on from the version that holds its checkpoint's weights, where there is one.
         """
         if self._found is not None and state.global_step == 0:
-            raise ConfigError(
-                f"{self.store.archive} holds a run at {self._found}; go on with train(resume_from_checkpoint=True), "
-                "or name another output_dir"
-            )
+            instead = "go on with train(resume_from_checkpoint=True), or name another output_dir"
+            raise ConfigError(f"{self.store.archive} holds a run at {self._found}; {instead}")
         if self._found is not None:
             # Later versions than the checkpoint's are no parents of what follows.
             known = (version for version in reversed(self.store.list()) if version.step == state.global_step)
@@ -69,9 +67,7 @@ class NativeRollouts(TrainerCallback):
         self._reach = Reach(self._modules, Processes())
         self._reach.begin()
 
-    def on_step_begin(
-        self, args: Any, state: Any, control: Any, *, optimizer: Any, lr_scheduler: Any, **_: Any
-    ) -> None:
+    def on_step_begin(self, *_: Any, optimizer: Any, lr_scheduler: Any, **__: Any) -> None:
         self.sync.optimizer, self.sync.scheduler = optimizer, lr_scheduler
         answer_requests(self.sync)
 

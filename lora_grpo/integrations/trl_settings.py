@@ -69,10 +69,8 @@ def check_arguments(args: Any, peft_config: Any) -> None:
         raise ConfigError(f"args={args!r} must be a trl.GRPOConfig")
     if args is None or not args.use_vllm or args.vllm_mode != "colocate":
         found = "args=None" if args is None else f"use_vllm={args.use_vllm}, vllm_mode={args.vllm_mode!r}"
-        raise ConfigError(
-            f"{found}: a vLLM in this process serves versions; set use_vllm=True, vllm_mode='colocate' (for a server, "
-            "publish with lora_grpo.integrations.callback)"
-        )
+        instead = "set use_vllm=True, vllm_mode='colocate' (for a server: lora_grpo.integrations.callback)"
+        raise ConfigError(f"{found}: a vLLM in this process serves versions; {instead}")
     _check_sampling(args)
     for name, (is_refused, reason) in _REFUSED.items():
         said = getattr(args, name)

@@ -58,10 +58,8 @@ async def connect(client: Client, rank_folder: Path | None) -> Facts:
     await _check_scoring(client, base["id"])
     life = await started(client)
     if life is None and rank_folder is None:
-        raise ConfigError(
-            f"{client.url} has no /metrics that say when its process started, so that the restart of a server that "
-            "pulls versions would pass unnoticed: let /metrics through"
-        )
+        why = "so that the restart of a server that pulls versions would pass unnoticed: let /metrics through"
+        raise ConfigError(f"{client.url} has no /metrics that say when its process started, {why}")
     return Facts(base["id"], base.get("root") or base["id"], base["max_model_len"], release, rank, life)
 
 
@@ -150,10 +148,8 @@ async def _check_logprobs(client: Client, base: str) -> None:
         shared = sorted(top[0].keys() & top[1].keys(), key=lambda token: top[0][token])
         apart, twice = (values[shared[-1]] - values[shared[0]] for values in top)
     if twice < 1.5 * apart:
-        raise ConfigError(
-            f"{client.url} gives log-probs of another distribution than it samples from; start it with "
-            "--logprobs-mode processed_logprobs"
-        )
+        said = f"{client.url} gives log-probs of another distribution than it samples from"
+        raise ConfigError(f"{said}; start it with --logprobs-mode processed_logprobs")
 
 
 async def _check_scoring(client: Client, base: str) -> None:

@@ -57,19 +57,15 @@ class Serving:
 
     def __post_init__(self) -> None:
         if self.host not in LOOPBACK and not self.api_key:
-            raise ConfigError(
-                f"host={self.host} lets other machines in, and who loads adapters can read files: set VLLM_API_KEY, "
-                "or serve on 127.0.0.1"
-            )
+            why = "whoever may load adapters may read files: set an API key in VLLM_API_KEY, or serve on 127.0.0.1"
+            raise ConfigError(f"host={self.host} lets other machines in, and {why}")
         if self.store_token_file and not self.store_url:
             raise ConfigError("a store token file is of no use without the store's address (store_url)")
         if self.store_token_file:
             read_token(self.store_token_file)
         if taken := [argument for argument in self.arguments if _is_own(argument)]:
-            raise ConfigError(
-                f"{', '.join(taken)} cannot be handed on to vLLM, which would open an address unseen: use --host and "
-                "--port of lora-grpo, and VLLM_API_KEY"
-            )
+            said = f"{', '.join(taken)} cannot be handed on to vLLM, which would open an address unseen"
+            raise ConfigError(f"{said}: use lora-grpo's own --host and --port, and VLLM_API_KEY")
 
     def command(self, port: int) -> list[str]:
         # The `vllm` command asks for a distribution of that name, which the CPU builds do not have.

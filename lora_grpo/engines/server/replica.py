@@ -174,10 +174,9 @@ class InUse(LoadedVersions[Served]):
     def require_expected(self, served: Served) -> None:
         """Raises `ConfigError` where a trainer has shown itself, and nobody says what it computes with this version."""
         if not served.answers and self.probe is not None and served.version.step != PROBE_STEP:
-            raise ConfigError(
-                f"{served.version} cannot be proven: replicas compared with one another may all be wrong alike. Load "
-                "it by NativeSync, or pass expected= (the trainer's log-probs of the probe's sequences)"
-            )
+            said = f"{served.version} cannot be proven: replicas compared with one another may all be wrong alike"
+            how = "load it by NativeSync, or pass expected= (the trainer's log-probs of the probe's sequences)"
+            raise ConfigError(f"{said}; {how}")
 
     def compare(self, replica: Replica, served: Served, answers: LogProbs) -> CanaryReport:
         """Raises `DeliveryError` naming the replica when it answers otherwise than expected."""

@@ -35,10 +35,8 @@ def to_completion(answer: dict[str, Any], body: dict[str, Any], version: int | N
     if reason not in ("stop", "length"):
         raise EngineError(f"a completion by {body['model']} ended as {reason!r}, not by stopping")
     if reason == "length" and len(token_ids) < body["max_tokens"]:
-        raise EngineError(
-            f"the server cut a completion at {len(token_ids)} of max_tokens={body['max_tokens']}: start it without "
-            "--generation-config and --override-generation-config"
-        )
+        said = f"the server cut a completion at {len(token_ids)} of max_tokens={body['max_tokens']}"
+        raise EngineError(f"{said}; start it without --override-generation-config and --generation-config")
     logprobs = tuple((choice["logprobs"] or {}).get("token_logprobs") or ())
     if len(logprobs) != len(token_ids) or not all(_is_finite(value) for value in logprobs):
         raise EngineError(f"a completion by {body['model']} has {len(token_ids)} tokens with log-probs {logprobs}")
@@ -60,10 +58,8 @@ def to_logprobs(answer: dict[str, Any], body: dict[str, Any]) -> list[float]:
 
 def _choice(answer: dict[str, Any], body: dict[str, Any]) -> Any:
     if answer.get("model") != body["model"]:
-        raise DeliveryError(
-            f"{body['model']} was asked and {answer.get('model')!r} answered; is a proxy in between, or "
-            "VLLM_SKIP_MODEL_NAME_VALIDATION set on the server?"
-        )
+        said = f"{body['model']} was asked and {answer.get('model')!r} answered"
+        raise DeliveryError(f"{said}; is a proxy in between, or VLLM_SKIP_MODEL_NAME_VALIDATION set on the server?")
     choices = answer.get("choices") or [{}]
     needed = {"text", "token_ids", "logprobs", "finish_reason", "prompt_token_ids", "prompt_logprobs"}
     if missing := needed - set(choices[0]):
