@@ -214,7 +214,7 @@ class VLLMServerEngine:
             slots = self._loop.run(slots_of(replica.client))
             if slots is not None and slots < most:
                 fewer = f", or pass max_loras={slots}" if slots > 1 else ""
-                said = f"{replica.url} has {slots} adapter slots, and would swap the {most} versions in use"
+                said = f"{replica.url} has {slots} adapter slots for the {most} versions in use, and would swap them"
                 warnings.warn(f"{said}: start it with --max-loras {most}{fewer}", stacklevel=2)
 
     def describe_base(self) -> BaseDescription:
