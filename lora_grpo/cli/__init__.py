@@ -84,7 +84,6 @@ for _name, _command in COMMANDS.items():
 
 
 def main() -> None:
-    """The entry point of `lora-grpo`."""
     # Reward functions are named as modules, and a program installed as a script does not look where it is started.
     sys.path.append(os.getcwd())
     # As Ctrl-C: what is open is closed.

@@ -162,7 +162,6 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
             model.set_adapter("default")
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
-        """Rewards go to the version that earned them."""
         rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         names, weights = self.reward_func_names, self.reward_weights
         metrics = self.native.record(rewards_BF, names, weights, training=self.model.training)

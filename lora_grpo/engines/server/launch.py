@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
-from typing import Self
+from typing import NoReturn, Self
 
 import httpx
 
@@ -154,7 +154,6 @@ class Server:
         return "\n".join([f"the end of {self.log}:", *lines])
 
     def signal(self, number: int) -> None:
-        """Send a signal to the process and all that it started."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
@@ -202,8 +201,7 @@ class Servers:
         for server in self.all:
             server.require_alive()
 
-    def watch(self) -> None:
-        """Return never; raises `EngineError` for the first that ends."""
+    def watch(self) -> NoReturn:
         while True:
             self.require_alive()
             time.sleep(_POLL_S)
@@ -235,7 +233,6 @@ def _device_count() -> int:
 
 
 def _gpus(replica: int, replicas: int, devices: int) -> dict[str, str]:
-    """An equal share of the GPUs that this process sees."""
     if not devices:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
