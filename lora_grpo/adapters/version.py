@@ -83,11 +83,9 @@ _FOLDER_LENGTH = 64
 
 
 def run_name(folder: Path, run_id: str) -> str:
-    """A run's name: its folder's, for people, and the start of its id, so that no two runs share a name.
-
-    A server remembers the names that it has served for life: a run started again in a folder of the same name must
-    not be answered from the weights of the one before it.
-    """
+    """A run's name: its folder's, for people, and the start of its id, so that no two runs share a name. A server
+    remembers the names that it has served for life: a run started again in a folder of the same name must not be
+    answered from the weights of the one before it."""
     legible = re.sub("[^A-Za-z0-9._-]+", "-", folder.name).strip("-._")[:_FOLDER_LENGTH] or "run"
     return f"{legible}-{run_id[:8]}"
 
@@ -97,6 +95,5 @@ def served_name(run: str, number: int) -> str:
 
 
 def parse_served_name(name: str) -> tuple[str, int] | None:
-    """The run and number that a name stands for; None for any other name."""
     match = _SERVED.fullmatch(name)
     return None if match is None else (match[1], int(match[2]))

@@ -49,10 +49,8 @@ class StoreClient:
         )
 
     def manifest(self, run: str, number: int) -> Manifest:
-        """What was published as a version of `run`: digest and sizes.
-
-        Raises `UnknownVersion` when the store has no such version or is another run's.
-        """
+        """What was published as a version of `run`: digest and sizes. Raises `UnknownVersion` when the store has no
+        such version or is another run's."""
         with self._asking(f"/versions/{number}") as response:
             text = response.read().decode(errors="replace")
         try:
@@ -70,10 +68,8 @@ class StoreClient:
         return manifest
 
     def pull(self, run: str, manifest: Manifest, folder: Path) -> None:
-        """Write a version's files and manifest into the empty `folder`, and compare them with the digest.
-
-        Raises `StoreCorrupt` when they are not what was published, `NoRoom` for a full disk.
-        """
+        """Write a version's files and manifest into the empty `folder`, and compare them with the digest. Raises
+        `StoreCorrupt` when they are not what was published, `NoRoom` for a full disk."""
         name = served_name(run, manifest.number)
         with reported(f"writing {name}"):
             for file, size_bytes in sorted(manifest.sizes.items()):
@@ -138,18 +134,14 @@ def _checked(url: str) -> str:
 
 
 class ReplicaCache:
-    """Versions below a folder of this process's own; the folder goes when the process ends.
-
-    A server may evict an adapter from memory and read its path again at any later request that names it, and it never
-    says when it will not: so nothing is removed before the process ends. What would exceed the budget is refused.
-    One thread at a time pulls.
-    """
+    """Versions below a folder of this process's own; the folder goes when the process ends. A server may evict an
+    adapter from memory and read its path again at any later request that names it, and it never says when it will not:
+    so nothing is removed before the process ends. What would exceed the budget is refused. One thread at a time
+    pulls."""
 
     def __init__(self, parent: Path, budget_bytes: int | None = None) -> None:
-        """Take a new folder in `parent`, and remove what dead processes left there.
-
-        `budget_bytes` bounds what this process keeps; None is half of the file system.
-        """
+        """Take a new folder in `parent`, and remove what dead processes left there. `budget_bytes` bounds what this
+        process keeps; None is half of the file system."""
         with reported(f"opening the replica's cache in {parent}"):
             make_private(parent)
             OwnFolder.sweep(parent, _FOLDER)
@@ -168,10 +160,8 @@ class ReplicaCache:
 
     def pull(self, client: StoreClient, run: str, number: int) -> Path:
         """The path of a version that is not here yet; it appears whole, after its digest and layout were checked.
-
         Raises `NoRoom` before anything is transferred, and whatever `StoreClient` and `open_adapter` raise; then
-        nothing of it is left.
-        """
+        nothing of it is left."""
         manifest = client.manifest(run, number)
         self._require_room(served_name(run, number), manifest)
         tree = self._tree(run)
@@ -198,9 +188,7 @@ class ReplicaCache:
 
 def read_token(file: str | Path | None = None) -> str:
     """The token in `file`, else in the file that LORA_GRPO_STORE_TOKEN_FILE names, else LORA_GRPO_STORE_TOKEN itself.
-
-    Raises `ConfigError` when there is none, or when it could not travel in a header.
-    """
+    Raises `ConfigError` when there is none, or when it could not travel in a header."""
     named = file or os.environ.get(TOKEN_FILE_VARIABLE)
     if named:
         try:

@@ -55,18 +55,14 @@ _NUMBER = re.compile("[1-9][0-9]{0,8}")
 
 
 class StoreServer:
-    """Serves a store from a thread of this process, from the start of a `with` block to its end.
-
-    It looks at the store through a reader of its own, as another process would: it takes no lock of the writer's and
-    goes on while the writer is busy or closed. Nothing can be changed through it. Connections are few and short-lived
-    (see `BoundedProtocol`), so that nobody can use up what this process may open or hold.
-    """
+    """Serves a store from a thread of this process, from the start of a `with` block to its end. It looks at the store
+    through a reader of its own, as another process would: it takes no lock of the writer's and goes on while the writer
+    is busy or closed. Nothing can be changed through it. Connections are few and short-lived (see `BoundedProtocol`),
+    so that nobody can use up what this process may open or hold."""
 
     def __init__(self, store: StoreView, token: str | None = None, *, host: str = LOOPBACK, port: int = 0) -> None:
-        """Open `store` for reading and listen; `port=0` takes a free one. Without `token`, see `read_token`.
-
-        Raises `ConfigError` without a token and `StoreError` for an address that cannot be listened on.
-        """
+        """Open `store` for reading and listen; `port=0` takes a free one. Without `token`, see `read_token`. Raises
+        `ConfigError` without a token and `StoreError` for an address that cannot be listened on."""
         checked = token or read_token()
         self._view = AdapterStore(store.root, store.archive, readonly=True)
         self.run = self._view.run
@@ -228,17 +224,14 @@ async def _said(status: int, _: Request, error: Exception) -> Response:
 
 
 def most_connections() -> int:
-    """By the process's limit of open files as it is now."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST if soft == resource.RLIM_INFINITY else max(4, min(MOST, soft // 8))
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's, with a limit on connections and on the time that one waits for its request.
-
-    Where there are too many, the one that has waited longest is closed; one that is being answered never is, and a new
-    one that finds only such is closed itself.
-    """
+    """uvicorn's, with a limit on connections and on the time that one waits for its request. Where there are too many,
+    the one that has waited longest is closed; one that is being answered never is, and a new one that finds only such
+    is closed itself."""
 
     _limit: asyncio.TimerHandle | None = None
     """Ends its wait, while it waits for a request."""

@@ -63,7 +63,6 @@ class Request:
 
     @property
     def cut_short(self) -> str:
-        """Why nobody knows what became of it."""
         return (
             "the process that held the run ended while it was doing this; "
             f"`lora-grpo versions {self.run}` shows whether it was done"
@@ -90,10 +89,8 @@ class Request:
 
 
 def request(run: str | Path, verb: str, **args: Any) -> Request:
-    """Leave a request for the process that holds `run`; it looks before its next step.
-
-    Raises `StoreError` when no process holds the run: open the store and do it yourself.
-    """
+    """Leave a request for the process that holds `run`; it looks before its next step. Raises `StoreError` when no
+    process holds the run: open the store and do it yourself."""
     if holder(run) is None:
         raise StoreError(f"no process has {run} open; open the store yourself and make the change there")
     asked = Request(Path(run), f"{time.time_ns():020d}-{secrets.token_hex(8)}", verb, args)
@@ -105,10 +102,8 @@ def request(run: str | Path, verb: str, **args: Any) -> Request:
 
 
 def sweep(run: Path) -> None:
-    """Settle what was asked of a process that is gone: nobody else does it.
-
-    Who asked is told of what was begun; what was not begun is gone. Answers that nobody came for are removed.
-    """
+    """Settle what was asked of a process that is gone: nobody else does it. Who asked is told of what was begun; what
+    was not begun is gone. Answers that nobody came for are removed."""
     for path in _files(run, _DOING):
         if path.with_suffix(_ANSWER).exists():
             path.unlink()

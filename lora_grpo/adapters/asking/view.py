@@ -236,10 +236,8 @@ class StoreView:
 
 
 def best_metric(store: StoreView) -> str:
-    """What "best" goes by: the held-out reward where two kept versions have one, else the reward.
-
-    One alone, as of the version that training began with, is nothing to choose from.
-    """
+    """What "best" goes by: the held-out reward where two kept versions have one, else the reward. One alone, as of the
+    version that training began with, is nothing to choose from."""
     held_out = "eval/reward"
     measured = [is_score(store.metrics(version.number).get(held_out)) for version in store.list()]
     return held_out if sum(measured) > 1 else "reward"

@@ -32,14 +32,12 @@ class Catalog:
         self.trees: list[Tree] = [self.root] if self.archive is None else [self.root, self.archive]
 
     def has(self, number: int) -> bool:
-        """Whether a version has a copy somewhere."""
         return any(tree.has(VERSIONS, number) for tree in self.trees)
 
     def on_tmpfs(self, number: int) -> bool:
         return self.root.has(VERSIONS, number)
 
     def folder(self, number: int) -> Path:
-        """A version's folder, on tmpfs or else in the archive."""
         holding = (tree for tree in self.trees if tree.has(VERSIONS, number))
         return next(holding, self.root).folder(VERSIONS, number)
 
@@ -54,7 +52,6 @@ class Catalog:
         return self.archive is not None and self.archive.has(STATES, number)
 
     def numbers(self) -> list[int]:
-        """Every version with a copy somewhere, ascending."""
         return sorted({number for tree in self.trees for number in tree.numbers(VERSIONS)})
 
     def states(self) -> list[int]:
@@ -125,10 +122,8 @@ class Catalog:
 
 
 def link_head(root: Tree, number: int) -> None:
-    """Point `HEAD` at a version, atomically.
-
-    A short symbolic link takes no page, so a full tmpfs does not refuse it.
-    """
+    """Point `HEAD` at a version, atomically. A short symbolic link takes no page, so a full tmpfs does not refuse
+    it."""
     temporary = root.path / ".HEAD.new"
     temporary.unlink(missing_ok=True)
     os.symlink(f"{VERSIONS}/{disk.folder_name(number)}", temporary)

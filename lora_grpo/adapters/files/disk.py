@@ -54,7 +54,6 @@ def shm_size(path: str | Path | None) -> str:
 
 
 def write_file(path: Path, buffers: Sequence[Buffer], *, sync: bool) -> None:
-    """Create `path` (owner-only) with the buffers' bytes."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         for buffer in buffers:
@@ -91,9 +90,7 @@ def replace_file(path: Path, content: bytes, *, sync: bool) -> None:
 
 def open_regular(path: Path) -> int:
     """A descriptor to read a regular file; anything else (a pipe that somebody left there) is refused, not waited for.
-
-    Raises `FileNotFoundError` or `NotADirectoryError` where there is nothing.
-    """
+    Raises `FileNotFoundError` or `NotADirectoryError` where there is nothing."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -102,7 +99,6 @@ def open_regular(path: Path) -> int:
 
 
 def read_small(path: Path) -> bytes | None:
-    """A small file's bytes, or None where there is none."""
     with reported(f"reading {path}"):
         try:
             descriptor = open_regular(path)
@@ -113,7 +109,6 @@ def read_small(path: Path) -> bytes | None:
 
 
 def parse_json(content: bytes) -> Any:
-    """What a JSON document says; `ValueError` for what is none, however it is broken."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -121,7 +116,6 @@ def parse_json(content: bytes) -> Any:
 
 
 def read_record(path: Path, build: Callable[[Any], _Record]) -> _Record | None:
-    """What `build` makes of a JSON file, None where there is none. Raises `StoreCorrupt` where it refuses."""
     content = read_small(path)
     try:
         return None if content is None else build(parse_json(content))
@@ -130,19 +124,16 @@ def read_record(path: Path, build: Callable[[Any], _Record]) -> _Record | None:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value`, read from a file, can be a version's number."""
     return type(value) is int and 0 < value <= MAX_NUMBER
 
 
 def number_in(name: str) -> int | None:
-    """The number that a folder's name stands for; None for a name that is not of ours."""
     if not (name.isascii() and name.isdigit() and len(name) <= len(str(MAX_NUMBER))):
         return None
     return int(name) if int(name) and folder_name(int(name)) == name else None
 
 
 def read_number(path: Path) -> int | None:
-    """The whole number that a file holds, None where there is no file; `StoreCorrupt` for anything else."""
     content = read_small(path)
     if content is None:
         return None
@@ -164,7 +155,6 @@ def file_system(path: Path) -> str:
 
 
 def tmpfs_home() -> Path:
-    """Where folders on tmpfs are made; where there is no /dev/shm, temporary ones."""
     return _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
 
 
@@ -183,10 +173,8 @@ def folder_name(number: int) -> str:
 
 
 class Tree:
-    """Numbered folders of some kinds ("versions", "states") below one path, each there whole or not at all.
-
-    `sync` makes every change durable before the next one; on tmpfs there is nothing to make durable.
-    """
+    """Numbered folders of some kinds ("versions", "states") below one path, each there whole or not at all. `sync`
+    makes every change durable before the next one; on tmpfs there is nothing to make durable."""
 
     def __init__(self, path: Path, kinds: tuple[str, ...], *, sync: bool) -> None:
         self.path = path
@@ -260,7 +248,6 @@ class Tree:
                 shutil.rmtree(trash)
 
     def leftovers(self) -> list[str]:
-        """What a dead process left half-written or half-removed."""
         return [f"{place.name}/{name}" for place in (self._staging, self._trash) for name in sorted(os.listdir(place))]
 
     def sweep(self) -> None:

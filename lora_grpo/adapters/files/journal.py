@@ -68,7 +68,6 @@ class Journal:
 
     @property
     def last(self) -> int:
-        """The largest number ever published, 0 before."""
         return max(self._parents, default=0)
 
     def knows(self, number: int) -> bool:
@@ -79,7 +78,6 @@ class Journal:
         return number in self._parents and number not in self.published
 
     def parent_of(self, number: int) -> int | None:
-        """The version that a version was made from, kept or not; None for a first one, or where no line tells."""
         return self._parents.get(number)
 
     def metrics_of(self, number: int) -> dict[str, Any]:
@@ -97,7 +95,6 @@ class Journal:
         return next((fields.get("why") for fields in reversed([*self._lines_of("forget", number)])), None)
 
     def _lines_of(self, event: str, number: int) -> Iterator[dict[str, Any]]:
-        """The events of one kind about a version, read from the file again."""
         wanted = b'{"event":"%s","number":%d,' % (event.encode(), number)
         for line in self._read_from(0)[: self._end].split(b"\n")[:-1]:
             # Parsing every line would take seconds in a long run, for each version that is asked for.
@@ -203,11 +200,9 @@ def _parsed(line: bytes) -> tuple[str, int, dict[str, Any]]:
 
 
 def as_metrics(values: Mapping[str, object], ranked: Set[str]) -> dict[str, Any]:
-    """Metrics as the journal holds them: whole and floating numbers, text, truth values, None.
-
-    Rewards, and what else is `ranked`, are numbers: text would be passed over by every rule that asks for the best.
-    Rewards are as large as float32 at most, as in training.
-    """
+    """Metrics as the journal holds them: whole and floating numbers, text, truth values, None. Rewards, and what else
+    is `ranked`, are numbers: text would be passed over by every rule that asks for the best. Rewards are as large as
+    float32 at most, as in training."""
     rewards = {name for name in values if name.rpartition("/")[2] == "reward"}
     found = {name: _as_metric(name, value, name in rewards or name in ranked) for name, value in values.items()}
     for name in rewards:

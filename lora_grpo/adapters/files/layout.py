@@ -92,11 +92,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What `store.json` says: which run this is, and where its other half lies (None: there is none).
-
-    `own_root`: the store chose the root itself, and clears it when it is closed. `home`: where the run directory lay
-    when this was written (None: this is the root's). `generation` and `token`: which opening wrote it (0 and "": none).
-    """
+    """What `store.json` says: which run this is, and where its other half lies (None: there is none). `own_root`: the
+    store chose the root itself, and clears it when it is closed. `home`: where the run directory lay when this was
+    written (None: this is the root's). `generation` and `token`: which opening wrote it (0 and "": none)."""
 
     run_id: str
     other: str | None

@@ -30,10 +30,8 @@ PATIENCE_S = 0.2
 
 
 def holder(folder: str | Path) -> str | None:
-    """The process that has the store in `folder` (a root or a run directory) open for writing, and since when.
-
-    None where nobody has. Raises `StoreError` where that cannot be told.
-    """
+    """The process that has the store in `folder` (a root or a run directory) open for writing, and since when. None
+    where nobody has. Raises `StoreError` where that cannot be told."""
     with reported(f"looking who holds {folder}"):
         try:
             descriptor = open_regular(Path(folder) / "LOCK")
@@ -81,7 +79,6 @@ class WriterLock(_Descriptors[Path]):
         return bool(self.by_key)
 
     def take(self, folder: Path) -> None:
-        """Lock one more folder; `StoreLocked` names the process that has it."""
         descriptor = os.open(folder / "LOCK", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
         try:
             deadline = time.monotonic() + PATIENCE_S
@@ -130,7 +127,6 @@ class OwnFolder:
 
     @staticmethod
     def sweep(parent: Path, prefix: str) -> None:
-        """Remove the folders that dead processes left in `parent`."""
         for lock in parent.glob(f"{prefix}*/LOCK"):
             if is_free(lock.parent):
                 shutil.rmtree(lock.parent, ignore_errors=True)

@@ -29,9 +29,7 @@ _NOT_OPENED = "not-opened"
 @dataclass(frozen=True, slots=True)
 class Places:
     """The two halves of a store. `temporary`: the root was chosen by the store, nobody else knows it by name.
-
-    `copied_from`: the run directory that this one was copied from, until it was opened for writing.
-    """
+    `copied_from`: the run directory that this one was copied from, until it was opened for writing."""
 
     root: Path
     run: Path | None

@@ -59,8 +59,7 @@ def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
 
 def require_kept(root: Path, versions: int, size_bytes: int) -> str:
     """What it is that fits a store's `root`, which need not be there yet: `versions` of `size_bytes` each, and one that
-    is being written; those that it holds already take nothing more. Raises `NoRoom` where they do not fit.
-    """
+    is being written; those that it holds already take nothing more. Raises `NoRoom` where they do not fit."""
     folder = next(one for one in (root, *root.parents) if one.is_dir())
     more = max(1, versions + 1 - len(list(root.glob("versions/*"))))
     what = f"keeping {versions} versions (keep.on_tmpfs, and one more that is being written)"

@@ -24,45 +24,38 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 _NO_HEADS = "vLLM drops or rejects LoRA on heads and embeddings; leave it out of target_modules"
 HEADS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "output_layer", "score")
-_NO_EXPERTS = (
-    "LoRA on a mixture's experts cannot be proven yet (vLLM keeps it in slots of another form); name "
-    "layers beside them, such as"
-)
+_NO_EXPERTS = "LoRA on a mixture's experts cannot be proven yet; name layers beside them, such as"
 _FOLDED = "kv_b_proj"
 
 
 def active_adapter(model: nn.Module) -> str:
-    """The name of the one active adapter; raises `UnsupportedAdapter` when there are several or none."""
-    peft_model = peft_model_of(model)
-    active = list(peft_model.active_adapters)
+    active = list(peft_model_of(model).active_adapters)
     if len(active) != 1:
-        raise UnsupportedAdapter(
-            f"active adapters {active}: only one can be published; choose it with model.set_adapter(name)"
-        )
+        raise UnsupportedAdapter(f"active adapters {active}: only one is published; choose it: model.set_adapter(name)")
     return str(active[0])
 
 
 def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
     """The adapter's modules; `UnsupportedAdapter` says what stands against serving it faithfully, and the fix."""
     peft_model = peft_model_of(model)
-    _check_config(peft_model.peft_config[adapter], adapter)
-    check_trainable(peft_model.base_model.model)
-    _check_no_embedding(peft_model, adapter)
-    modules = lora_modules(model, adapter)
-    _check_no_experts(peft_model.peft_config[adapter], peft_model.base_model.model, modules)
-    _check_language_alone(peft_model.base_model.model, modules)
-    _check_order(peft_model.base_model.model.config, modules)
+    config, base, modules = peft_model.peft_config[adapter], peft_model.base_model.model, lora_modules(model, adapter)
+    _check_config(config, adapter)
+    check_trainable(base)
+    _check_no_embedding(base, adapter)
+    _check_no_experts(config, base, modules)
+    _check_language_alone(base, modules)
+    _check_order(base.config, modules)
     for module in modules:
-        _check_module(module)
-    _check_nothing_else_trains(peft_model, adapter)
+        if objection := _objection(module):
+            raise UnsupportedAdapter(f"{module.path}{objection}")
+    _check_nothing_else_trains(peft_model, modules)
     return modules
 
 
 def check_same_dtype(model: nn.Module, engine_dtype: str) -> None:
     """Raises `UnsupportedAdapter` where trainer and engine keep one base in two dtypes, neither of which holds the
     other's values; float32 holds both."""
-    peft_model = peft_model_of(model)
-    embedding = peft_model.base_model.model.get_input_embeddings().weight
+    embedding = peft_model_of(model).base_model.model.get_input_embeddings().weight
     dtype = str(embedding.dtype).removeprefix("torch.")
     if {dtype, engine_dtype} == {"float16", "bfloat16"}:
         raise UnsupportedAdapter(
@@ -73,27 +66,25 @@ def check_same_dtype(model: nn.Module, engine_dtype: str) -> None:
 
 def _check_config(config: Any, adapter: str) -> None:
     if not isinstance(config, LoraConfig):
-        raise UnsupportedAdapter(
-            f"adapter {adapter!r} is a {type(config).__name__}; vLLM swaps only LoRA: use peft.LoraConfig"
-        )
-    activated = getattr(config, "alora_invocation_tokens", None)
+        kind = type(config).__name__
+        raise UnsupportedAdapter(f"adapter {adapter!r} is a {kind}; vLLM swaps only LoRA: use peft.LoraConfig")
     refused = {
-        "use_dora": (config.use_dora, "vLLM has no DoRA; set use_dora=False"),
-        "lora_bias": (config.lora_bias, "vLLM serves no LoRA bias; set lora_bias=False"),
-        "bias": (config.bias != "none", "vLLM serves no trained bias; set bias='none'"),
-        "modules_to_save": (config.modules_to_save, "whole modules cannot be hot-swapped; leave it None"),
-        "layer_replication": (config.layer_replication, "vLLM does not replicate layers; leave it None"),
-        "trainable_token_indices": (config.trainable_token_indices, "vLLM serves no token deltas; leave it None"),
-        "alora_invocation_tokens": (activated, "vLLM has no activated LoRA; leave it None"),
+        "use_dora": "vLLM has no DoRA; set use_dora=False",
+        "lora_bias": "vLLM serves no LoRA bias; set lora_bias=False",
+        "bias": "vLLM serves no trained bias; set bias='none'",
+        "modules_to_save": "whole modules cannot be hot-swapped; leave it None",
+        "layer_replication": "vLLM does not replicate layers; leave it None",
+        "trainable_token_indices": "vLLM serves no token deltas; leave it None",
+        "alora_invocation_tokens": "vLLM has no activated LoRA; leave it None",
     }
-    for field, (found, reason) in refused.items():
-        if found:
-            raise UnsupportedAdapter(f"LoraConfig.{field}={getattr(config, field)!r}: {reason}")
+    for field, reason in refused.items():
+        found = getattr(config, field, None)
+        if found and found != "none":
+            raise UnsupportedAdapter(f"LoraConfig.{field}={found!r}: {reason}")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
         raise UnsupportedAdapter(
-            f"LoraConfig.init_lora_weights={init!r} changes the trainer's base weights, but not the engine's; "
-            f"use True or one of {PLAIN_INITS}"
+            f"LoraConfig.init_lora_weights={init!r} changes the trainer's base weights only; use True or {PLAIN_INITS}"
         )
 
 
@@ -118,14 +109,14 @@ def _check_language_alone(base: Any, modules: list[LoraModule]) -> None:
         leaves = {module.path.rpartition(".")[2] for module in modules if module.path not in beside}
         pattern = rf"{re.escape(language)}\..*\.({'|'.join(sorted(leaves) or ATTENTION)})"
         raise UnsupportedAdapter(
-            f"{beside[0]} (and {len(beside) - 1} more) is outside the language model, and only text is trained; "
-            f"name only layers inside it: target_modules=r'{pattern}'"
+            f"{beside[0]} (and {len(beside) - 1} more) is outside the language model, which alone is trained; name "
+            f"only layers inside it: target_modules=r'{pattern}'"
         )
 
 
-def _check_no_embedding(peft_model: Any, adapter: str) -> None:
+def _check_no_embedding(base: nn.Module, adapter: str) -> None:
     """PEFT keeps the A and B of an embedding apart from those of other layers."""
-    for name, layer in peft_model.base_model.model.named_modules():
+    for name, layer in base.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.lora_embedding_A:
             raise UnsupportedAdapter(f"{clean_name(name)}: {_NO_HEADS}")
 
@@ -139,47 +130,34 @@ def _check_order(config: Any, modules: list[LoraModule]) -> None:
         )
 
 
-def _check_module(module: LoraModule) -> None:
+def _objection(module: LoraModule) -> str | None:
+    """What stands against serving it, and the fix; goes on from its name."""
     leaf = module.path.rsplit(".", 1)[-1]
     layer: Any = module.layer
-    if leaf in HEADS:
-        raise UnsupportedAdapter(f"{module.path}: {_NO_HEADS}")
-    if leaf == _FOLDED:
-        raise UnsupportedAdapter(
-            f"{module.path}: vLLM folds this latent-attention layer into others when it loads the base, then decodes "
-            "without its LoRA; leave it out of target_modules"
-        )
-    if module.adapter in layer.lora_variant:
-        raise UnsupportedAdapter(
-            f"{module.path} computes {type(layer.lora_variant[module.adapter]).__name__}, vLLM only plain LoRA; build "
-            "its LoraConfig without the option that asks for it"
-        )
     base_layer = layer.get_base_layer()
+    if leaf in HEADS:
+        return f": {_NO_HEADS}"
+    if leaf == _FOLDED:
+        return ": vLLM folds it into others on loading, then decodes without its LoRA; leave it out of target_modules"
+    if module.adapter in layer.lora_variant:
+        variant = type(layer.lora_variant[module.adapter]).__name__
+        return f" computes {variant}, vLLM only plain LoRA; leave the option that asks for it out of its LoraConfig"
     if not isinstance(base_layer, nn.Linear):
-        raise UnsupportedAdapter(
-            f"{module.path} is a {type(base_layer).__name__}; only torch.nn.Linear is served faithfully: leave it "
-            "out of target_modules"
-        )
-    if layer.disable_adapters:
-        raise UnsupportedAdapter(
-            f"{module.path}'s adapter is disabled, so training would not change it; call "
-            "model.base_model.enable_adapter_layers() first"
-        )
-    if layer.merged:
-        raise UnsupportedAdapter(f"{module.path} is merged into the base; call model.unmerge_adapter() first")
+        kind = type(base_layer).__name__
+        return f" is a {kind}; only torch.nn.Linear is served faithfully: leave it out of target_modules"
+    if module.idle is not None:
+        return f" {module.idle}"
     rank = layer.r[module.adapter]
     found = (tuple(module.a_RI.shape), tuple(module.b_OR.shape))
     expected = ((rank, base_layer.in_features), (base_layer.out_features, rank))
     if found != expected:
-        raise UnsupportedAdapter(
-            f"{module.path}: A and B have shapes {found} where rank {rank} of its config needs {expected}; rebuild "
-            "the adapter with peft.get_peft_model"
-        )
+        return f": A and B have shapes {found} where rank {rank} of its config needs {expected}; make the adapter anew"
+    return None
 
 
-def _check_nothing_else_trains(peft_model: Any, adapter: str) -> None:
+def _check_nothing_else_trains(peft_model: Any, modules: list[LoraModule]) -> None:
     """Anything trainable beside the adapter would drift away from the engine's base unseen."""
-    own = {id(parameter) for module in lora_modules(peft_model, adapter) for parameter in (module.a_RI, module.b_OR)}
+    own = {id(parameter) for module in modules for parameter in (module.a_RI, module.b_OR)}
     others = [name for name, p in peft_model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
         raise UnsupportedAdapter(
@@ -189,11 +167,10 @@ def _check_nothing_else_trains(peft_model: Any, adapter: str) -> None:
 
 
 def check_rank(modules: list[LoraModule], max_lora_rank: int) -> None:
-    """Raises `UnsupportedAdapter` when a module's rank exceeds the engine's."""
     for module in modules:
         rank = module.a_RI.shape[0]
         if rank > max_lora_rank:
             raise UnsupportedAdapter(
-                f"{module.path} has rank {rank}, the engine takes at most {max_lora_rank}; build the engine with "
-                f"max_lora_rank={rank}, or start its server with --max-lora-rank {rank}"
+                f"{module.path} has rank {rank}, the engine takes at most {max_lora_rank}: max_lora_rank={rank}, or "
+                f"--max-lora-rank {rank} of its server, allows it"
             )

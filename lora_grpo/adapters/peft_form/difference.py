@@ -19,8 +19,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from lora_grpo.adapters.files.layout import ADAPTER_FILE
-from lora_grpo.adapters.peft_form.serving import load_tensors
+from lora_grpo.adapters.peft_form.serving import WEIGHTS_FILE, load_tensors
 from lora_grpo.errors import StoreCorrupt
 
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -42,11 +41,9 @@ _Inner: TypeAlias = tuple[float, float, float]
 
 
 def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]:
-    """Over all modules ("all"), and of each; of two folders in serving form, their scaling folded into B.
-
-    Raises `StoreCorrupt` when they do not adapt the same modules.
-    """
-    inner = dict(_inner_products(load_tensors(first / ADAPTER_FILE), load_tensors(second / ADAPTER_FILE)))
+    """Over all modules ("all"), and of each; of two folders in serving form, their scaling folded into B. Raises
+    `StoreCorrupt` when they do not adapt the same modules."""
+    inner = dict(_inner_products(load_tensors(first / WEIGHTS_FILE), load_tensors(second / WEIGHTS_FILE)))
     total = [math.fsum(one[index] for one in inner.values()) for index in range(3)]
     return _difference("all", *total), [_difference(module, *one) for module, one in inner.items()]
 

@@ -62,10 +62,10 @@ class Recipe:
             return
         before = Recipe.read(run).scalings
         if before != self.scalings:
-            odd = sorted(path for path in {*before, *self.scalings} if before.get(path) != self.scalings.get(path))[0]
+            odd = min(path for path in {*before, *self.scalings} if before.get(path) != self.scalings.get(path))
             raise ConfigError(
                 f"{odd} is scaled by {self.scalings.get(odd)}, in the versions of {run} by {before.get(odd)} (None: "
-                "not adapted); use the same rank, alpha and target modules as before, or begin another run"
+                "not adapted); use the rank, alpha and target modules of before, or begin another run"
             )
 
     def write(self, path: Path) -> None:
@@ -77,30 +77,24 @@ class Recipe:
 
     @classmethod
     def read(cls, run: Path) -> Recipe:
-        """Raises `StoreError` for a run directory without one, `StoreCorrupt` for a damaged one."""
         path = run / RECIPE_FILE
-        recipe = disk.read_record(path, lambda values: cls(**values)._checked())
+        recipe = disk.read_record(path, lambda values: cls(**values))
         if recipe is None:
             raise StoreError(f"{run} has no {RECIPE_FILE}: only runs of NativeSync or GRPOTrainer can be exported")
         return recipe
 
-    def _checked(self) -> Recipe:
+    def __post_init__(self) -> None:
         if not isinstance(self.config, dict) or not all(scale + 0.0 for scale in self.scalings.values()):
             raise ValueError("it has no config with scalings")
-        return self
 
 
 def export_adapter(
     store: StoreView, version: Target, recipe: Recipe, directory: Path, tokenizer: Any = None
 ) -> Weights:
-    """Write `version` to `directory` as PEFT would save it, in fp32, with its own alpha.
-
-    The `tokenizer`, or else the one that the run directory keeps, goes with it.
-
-    Training on from it keeps the effective learning rate. The weights are the trainer's own where its state is kept;
-    else they carry the serving dtype's rounding. Raises `StoreError` when the directory already holds an adapter, and
-    `StoreCorrupt` when what is stored is not what was published.
-    """
+    """Write `version` to `directory` as PEFT would save it, in fp32, with its own alpha. The `tokenizer`, or else the
+    one that the run directory keeps, goes with it. Training on from it keeps the effective learning rate. The weights
+    are the trainer's own where its state is kept; else they carry the serving dtype's rounding. Raises `StoreError`
+    when the directory already holds an adapter, and `StoreCorrupt` when what is stored is not what was published."""
     version = store.get(version)
     if (directory / WEIGHTS_FILE).exists() or (directory / CONFIG_FILE).exists():
         raise StoreError(f"{directory} already holds an adapter; name an empty or new directory")
@@ -145,7 +139,6 @@ def _staged(directory: Path) -> Iterator[Path]:
 
 
 def keep_tokenizer(tokenizer: Any, run: Path) -> None:
-    """Keep a tokenizer in the run directory, for exports from there."""
     staged = run / f".{TOKENIZER}.new"
     with disk.reported(f"writing {run / TOKENIZER}"):
         shutil.rmtree(staged, ignore_errors=True)
@@ -187,14 +180,10 @@ def _unscaled(name: str, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     if kind != "B.weight":
         return tensor
     if path not in recipe.scalings:
-        raise StoreCorrupt(
-            f"{RECIPE_FILE} has no scaling for {path}, which the version adapts: the file is from another run"
-        )
+        raise StoreCorrupt(f"{RECIPE_FILE} has no scaling for {path}, which the version adapts: it is another run's")
     return tensor / recipe.scalings[path]
 
 
 def _plain(value: Any) -> Any:
     """A PEFT config value as JSON holds it."""
-    if isinstance(value, set | frozenset | tuple):
-        return sorted(value) if isinstance(value, set | frozenset) else list(value)
-    return getattr(value, "value", value)
+    return sorted(value) if isinstance(value, set | frozenset) else getattr(value, "value", value)

@@ -25,7 +25,7 @@ _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a safetensors file: dtype name as in the file, shape, byte range in the payload."""
+    """One tensor of a safetensors file; its bytes are counted in the payload."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,10 +35,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A published adapter: tensor entries by name in payload order, the mapped payload, and its ranks by module.
-
-    Every name is `base_model.model.PATH.lora_A.weight` or its B, every A has its B, and the scale is 1 throughout.
-    """
+    """A published adapter: tensor entries by name in payload order, the mapped payload, and its ranks by module. Every
+    name is `base_model.model.PATH.lora_A.weight` or its B, every A has its B, and the scale is 1 throughout."""
 
     header: bytes
     entries: Mapping[str, TensorEntry]
@@ -65,10 +63,8 @@ def open_adapter(version: AdapterVersion) -> AdapterFile:
     `UnknownVersion` for one that is gone."""
     weights, config_path = version.path / ADAPTER_FILE, version.path / CONFIG_FILE
     if not version.path.is_dir():
-        raise UnknownVersion(
-            f"{version} is no longer in {version.path.parent}: it was pruned, or its store closed; "
-            f"store.restore({version.number}) brings back what the archive keeps"
-        )
+        back = f"store.restore({version.number}) brings back what the archive keeps"
+        raise UnknownVersion(f"{version} is no longer in {version.path.parent}: pruned, or its store closed; {back}")
     try:
         with open(open_regular(config_path), "rb") as stream:
             config = stream.read()
@@ -76,10 +72,10 @@ def open_adapter(version: AdapterVersion) -> AdapterFile:
         entries, paths, dtype, payload_bytes = _layout(header, config)
     except _Malformed as error:
         raise DeliveryError(f"{version}: {error}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise DeliveryError(f"{version} at {version.path} cannot be read: {error}") from error
     payload = mapped[8 + len(header) :]
-    if not entries or payload_bytes != len(payload):
+    if payload_bytes != len(payload):
         raise DeliveryError(f"{version}: {weights} is truncated or empty ({len(payload)} bytes of tensors)")
     return AdapterFile(header, entries, payload, paths, dtype, mapped, config)
 
@@ -89,7 +85,7 @@ def _layout(header: bytes, config: bytes) -> tuple[Mapping[str, TensorEntry], tu
     """Entries, paths, dtype and bytes: checked once for all versions of a run, which differ in their payload only."""
     entries = _entries(header)
     if not entries:
-        return entries, (), "", 0
+        raise _Malformed(f"{ADAPTER_FILE} is empty")
     paths = _paths(entries)
     _check_config(_mapping(config, CONFIG_FILE), entries, paths)
     dtypes = {entry.dtype for entry in entries.values()}
@@ -104,10 +100,8 @@ def _payload_bytes(entries: Mapping[str, TensorEntry]) -> int:
     for name, entry in entries.items():
         length = math.prod(entry.shape) * _ITEM_BYTES.get(entry.dtype, 0)
         if (entry.start, entry.end) != (end, end + length):
-            raise _Malformed(
-                f"tensor {name!r} ({entry.dtype}, shape {entry.shape}) lies at bytes {entry.start} to {entry.end}, "
-                f"where {end} to {end + length} is its place"
-            )
+            place = f"bytes {entry.start} to {entry.end}, where {end} to {end + length} is its place"
+            raise _Malformed(f"tensor {name!r} ({entry.dtype}, shape {entry.shape}) lies at {place}")
         end = entry.end
     return end
 
@@ -170,30 +164,23 @@ def _check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry],
         raise _Malformed(f"its config names the modules as {ascii(named)[:80]}; they are listed one by one")
     if not all(isinstance(pattern, dict | None) for pattern in patterns):
         raise _Malformed(f"its config has rank and alpha patterns {ascii(patterns)[:80]}; they are tables")
-    targets = set(named)
-    if targets != set(paths):
-        odd = sorted(targets ^ set(paths))[0]
-        where = "named by the config but missing from the file" if odd in targets else "not named by the config"
-        raise _Malformed(f"module {odd} is {where}")
+    if odd := sorted({*named} ^ {*paths}):
+        where = "named by the config but missing from the file" if odd[0] in named else "not named by the config"
+        raise _Malformed(f"module {odd[0]} is {where}")
     if config.get("use_rslora") or config.get("use_dora") or config.get("bias", "none") != "none":
         raise _Malformed("its config asks for rsLoRA, DoRA or bias; the serving form has none of them")
-    ranks = {path: entries[f"{PREFIX}{path}{_A}"].shape[0] for path in paths}
-    for path, rank in ranks.items():
-        _check_rank(config, path, rank, entries[f"{PREFIX}{path}{_B}"].shape)
-
-
-def _check_rank(config: Mapping[str, Any], path: str, rank: int, b_shape: tuple[int, ...]) -> None:
-    key = re.escape(path)
-    stated = (config.get("rank_pattern") or {}).get(key, config.get("r"))
-    alpha = (config.get("alpha_pattern") or {}).get(key, config.get("lora_alpha"))
-    if type(stated) is not int or not (rank == stated == b_shape[1]):
-        raise _Malformed(f"{path} has A of rank {rank} and B of rank {b_shape[1]}; its config says {_said(stated)}")
-    if not isinstance(alpha, int | float) or alpha is True or not abs(alpha - rank) <= 1e-9 * rank:
-        raise _Malformed(f"{path} has alpha {_said(alpha)} at rank {rank}; the serving form's scale is 1")
+    for path in paths:
+        key, rank = re.escape(path), entries[f"{PREFIX}{path}{_A}"].shape[0]
+        stated = (config.get("rank_pattern") or {}).get(key, config.get("r"))
+        alpha = (config.get("alpha_pattern") or {}).get(key, config.get("lora_alpha"))
+        rank_b = entries[f"{PREFIX}{path}{_B}"].shape[1]
+        if type(stated) is not int or not (rank == stated == rank_b):
+            raise _Malformed(f"{path} has A of rank {rank} and B of rank {rank_b}; its config says {_said(stated)}")
+        if not isinstance(alpha, int | float) or alpha is True or not abs(alpha - rank) <= 1e-9 * rank:
+            raise _Malformed(f"{path} has alpha {_said(alpha)} at rank {rank}; the serving form's scale is 1")
 
 
 def _said(value: Any) -> str:
-    """A config's value, cut where it is long."""
     if isinstance(value, int):
         return hex(value)[:20] if abs(value) > 10**9 else str(value)
     return ascii(value)[:80]

@@ -24,7 +24,8 @@ _LEFT_BEHIND = ("weight_scale", "weight_shape")
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One adapted linear layer: `path` is its name in the base model (no wrapper, no PEFT prefix)."""
+    """One adapted linear layer: `path` is its name in the base model (no wrapper, no PEFT prefix). A is (rank, in), B
+    is (out, rank)."""
 
     path: str
     layer: LoraLayer
@@ -32,17 +33,22 @@ class LoraModule:
 
     @property
     def a_RI(self) -> nn.Parameter:
-        """A, shape (rank, in)."""
         return self.layer.lora_A[self.adapter].weight
 
     @property
     def b_OR(self) -> nn.Parameter:
-        """B, shape (out, rank)."""
         return self.layer.lora_B[self.adapter].weight
 
     @property
     def scaling(self) -> float:
         return float(self.layer.scaling[self.adapter])
+
+    @property
+    def idle(self) -> str | None:
+        """Why the model does not compute with its A and B as they are, and the fix."""
+        if self.layer.disable_adapters:
+            return "has its adapter disabled: call model.base_model.enable_adapter_layers()"
+        return "is merged into the base: call model.unmerge_adapter()" if self.layer.merged else None
 
 
 def clean_name(name: str) -> str:
@@ -54,12 +60,12 @@ def peft_model_of(model: nn.Module) -> Any:
     """The PeftModel inside whatever wraps it (DDP, torch.compile); raises `UnsupportedAdapter` when there is none."""
     inner: Any = model
     while not hasattr(inner, "peft_config"):
-        following = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if following is None:
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            kind = type(model).__name__
             raise UnsupportedAdapter(
-                f"{type(model).__name__} holds no PEFT adapter; wrap it with peft.get_peft_model(model, LoraConfig())"
+                f"{kind} holds no PEFT adapter; wrap it with peft.get_peft_model(model, LoraConfig())"
             )
-        inner = following
     return inner
 
 
@@ -79,14 +85,12 @@ def is_multimodal(base: Any) -> bool:
 
 
 def language_model_path(base: Any) -> str:
-    """Where a transformers model keeps the layers of its language model."""
     decoder = base.get_decoder()
     return clean_name(next(name for name, module in base.named_modules() if module is decoder))
 
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A PEFT model's base by its checkpoint's names: parameters, one that is tied under each of its names, and the
-    buffers that a checkpoint holds."""
+    """A PEFT model's base by its checkpoint's names: parameters, tied ones under each name, and saved buffers."""
     found = {}
     for prefix, module in peft_model_of(model).base_model.model.named_modules(remove_duplicate=False):
         named = {**module._parameters, **module._buffers}

@@ -34,13 +34,13 @@ def scheme_of(config: Any) -> Scheme | None:
         return None
     settings: Mapping[str, Any] = found if isinstance(found, Mapping) else found.to_dict()
     method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
-    known: dict[str, tuple[Scheme, str | None]] = {
+    known: dict[str, tuple[Scheme | None, str | None]] = {
         "bitsandbytes": ("nf4", _other_than(NF4, settings)),
         "fp8": ("fp8", _other_than(_FP8, {**_FP8_DEFAULTS, **settings})),
         "compressed-tensors": ("w4a16", _against_compressed(settings)),
     }
     scheme, reason = known.get(method, (None, "trainer and engine are proven to match only for nf4, fp8 and W4A16"))
-    if scheme is None or reason is not None:
+    if reason is not None:
         raise UnsupportedAdapter(f"the base is quantized by {method}: {reason}; {_FIX}")
     return scheme
 
@@ -51,22 +51,19 @@ def check_trainable(base: Any) -> None:
     if scheme is None and getattr(base, "is_quantized", False):
         raise UnsupportedAdapter(f"the trainer's base is quantized, but its config does not say how; {_FIX}")
     if scheme not in (None, "nf4"):
-        loader = {"fp8": "FineGrainedFP8Config", "w4a16": "CompressedTensorsConfig"}[str(scheme)]
-        raise UnsupportedAdapter(
-            f"the trainer's base is in {scheme}, and gradients through that are not proven: load it with "
-            f"quantization_config=transformers.{loader}(dequantize=True)"
-        )
+        loader = "FineGrainedFP8Config" if scheme == "fp8" else "CompressedTensorsConfig"
+        fix = f"load it with quantization_config=transformers.{loader}(dequantize=True)"
+        raise UnsupportedAdapter(f"the trainer's base is in {scheme}, whose gradients are not proven: {fix}")
     for name, layer in base.named_modules():
         if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
             raise UnsupportedAdapter(
-                f"{name}: bitsandbytes has packed it for inference, which rounds its scales and loses gradients; load "
-                "the base again, and do not use it in eval mode before you give it to the trainer"
+                f"{name}: bitsandbytes has packed it for inference, which loses gradients; load the base again, and do "
+                "not use it in eval mode before the trainer has it"
             )
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Have bitsandbytes leave the layers of `model` as they are on a CPU, which it packs in eval mode where there are
-    bf16 products: that rounds their scales and cuts gradients, for good."""
+    """Keep bitsandbytes from packing layers on a CPU in eval mode: it rounds scales and cuts gradients, for good."""
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
@@ -91,8 +88,7 @@ def nf4_values(packed: torch.Tensor, state: Any) -> torch.Tensor:
 
     exact = copy(state)
     exact.dtype = torch.float32
-    values: torch.Tensor = dequantize_4bit(packed.reshape(-1, 1), exact)
-    return values
+    return dequantize_4bit(packed.reshape(-1, 1), exact)
 
 
 def _other_than(proven: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

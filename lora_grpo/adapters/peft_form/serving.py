@@ -33,21 +33,17 @@ WEIGHTS_FILE, CONFIG_FILE = layout.ADAPTER_FILE, layout.CONFIG_FILE
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-
 Held: TypeAlias = list[torch.Tensor]
-"""The tensors of an adapter's file as they still lie in the trainer's memory, finite, in the file's order; theirs until
-the next `ServingForm.files()`."""
+"""An adapter's tensors, finite, in the file's order, in the trainer's memory until the next `ServingForm.files()`."""
 
 
 class ServingForm:
-    """Turns one adapter's live parameters into the bytes of its PEFT directory, step after step.
-
-    Built once for a model: names, shapes and the file header are fixed then. The tensors share one flat buffer that
-    every `files()` call fills anew, so what it returned before must have been written by then.
-    """
+    """Turns one adapter's live parameters into the bytes of its PEFT directory, step after step. Built once for a
+    model: names, shapes and the file header are fixed then. The tensors share one flat buffer that every `files()` call
+    fills anew, so what it returned before must have been written by then."""
 
     def __init__(self, model: nn.Module, adapter: str, dtype: torch.dtype) -> None:
-        """`dtype` is the engine's LoRA dtype. Raises `UnsupportedAdapter` when there is nothing to serve."""
+        """`dtype` is the engine's LoRA dtype."""
         if dtype not in _DTYPE_NAMES:
             raise UnsupportedAdapter(f"dtype {dtype} has no serving form; use one of {sorted(map(str, _DTYPE_NAMES))}")
         self.dtype = dtype
@@ -61,11 +57,11 @@ class ServingForm:
         self._linears = [home[adapter] for home in self._homes]
         self._bases: list[Any] = [module.layer.get_base_layer() for module in self.modules]
         self._reshard()
-        self._base_dtypes = [_dtype_of(base) for base in self._bases]
+        # Past nn.Module's own look-up, as in `_fill`; of a weight in fewer bits it is that of its packed form.
+        self._base_dtypes = [base._parameters["weight"].dtype for base in self._bases]
         own = {id(linear.weight) for linear in self._linears}
-        others = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in own}
         # Weights that the model lets go of, for another device or for shards, go.
-        self._others = WeakValueDictionary(others)
+        self._others = WeakValueDictionary({name: one for name, one in model.named_parameters() if id(one) not in own})
         self.config_bytes = _config_bytes(peft_model_of(model), adapter, self.modules)
         self.names = [f"{PREFIX}{module.path}.lora_{kind}.weight" for kind in "AB" for module in self.modules]
         self.shapes = [tuple(linear.weight.shape) for linear in self._linears]
@@ -82,8 +78,7 @@ class ServingForm:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the adapter's tensors in the serving dtype."""
-        return self._flat.numel() * self._flat.element_size()
+        return self._flat.nbytes
 
     def close(self) -> None:
         """From now on there is nothing to publish: `require_open` and `files` raise."""
@@ -94,12 +89,9 @@ class ServingForm:
             raise ConfigError("this NativeSync is closed; build a new one on the model, the engine and the store")
 
     def files(self) -> Mapping[str, tuple[bytes | memoryview, ...]]:
-        """The two PEFT files of the adapter as it is now, by name, as buffers.
-
-        Of parameters that FSDP2 sharded, the adapter's are gathered (a collective: call it in every process). Raises
-        `TrainingError` naming the first tensor that is not finite in the serving dtype (nothing non-finite ever leaves
-        the trainer), or for an adapter that is no longer what the model computes with, on the base that it had.
-        """
+        """The two PEFT files of the adapter as it is now, by name, as buffers. Gathers what FSDP2 sharded of it (a
+        collective: call it in every process). Raises `TrainingError` for a tensor that is not finite in the serving
+        dtype, and for an adapter that the model does not compute with any more."""
         self.require_open()
         self._check_same_adapter()
         self._reshard()
@@ -115,8 +107,8 @@ class ServingForm:
         for home, linear in zip(self._homes, self._linears, strict=True):
             if home.get(self._adapter) is not linear:
                 raise TrainingError(
-                    f"adapter {self._adapter!r} was deleted or made anew since this was built: what it had been would "
-                    "be published; build a new NativeSync (or trainer) on the model as it is now"
+                    f"adapter {self._adapter!r} was deleted or made anew since this was built; build a new NativeSync "
+                    "(or trainer) on the model as it is now"
                 )
 
     def _reshard(self) -> None:
@@ -126,21 +118,14 @@ class ServingForm:
     def _check_as_built(self) -> None:
         """What `check_servable` found when this was built can be undone since; it is looked at where it shows."""
         for module, base, dtype in zip(self.modules, self._bases, self._base_dtypes, strict=True):
-            layer, now, what = module.layer, _dtype_of(base), None
-            if layer.active_adapters != [self._adapter]:
+            active, now, what = module.layer.active_adapters, base._parameters["weight"].dtype, module.idle
+            if active != [self._adapter]:
                 what = (
-                    f"computes with {layer.active_adapters}, and {self._adapter!r} would be published: call "
+                    f"computes with {active}, and {self._adapter!r} would be published: call "
                     f"model.set_adapter({self._adapter!r}), or build a new NativeSync for another adapter"
                 )
-            elif layer.merged:
-                what = "is merged into the base: call model.unmerge_adapter()"
-            elif layer.disable_adapters:
-                what = "has its adapter disabled: call model.base_model.enable_adapter_layers()"
             elif now != dtype:
-                what = (
-                    f"is in {now} and was in {dtype} when this was built, so that its base is not the engine's any "
-                    f"more: load the model again in {dtype}"
-                )
+                what = f"is in {now} and was in {dtype} as the engine's base is: load the model again in {dtype}"
             if what is not None:
                 raise TrainingError(f"{module.path} {what}; nothing was published")
         if trained := [name for name, parameter in self._others.items() if parameter.requires_grad]:
@@ -171,32 +156,19 @@ class ServingForm:
     def _raise_not_finite(self) -> None:
         for name, view in zip(self.names, self.held, strict=True):
             if not torch.isfinite(view).all():
-                raise TrainingError(
-                    f"{name} holds non-finite values in {self.dtype}; it was not published. Lower the learning rate, "
-                    "or roll back to an earlier version"
-                )
-
-
-def _dtype_of(layer: Any) -> torch.dtype:
-    """Past nn.Module's own look-up, as in `_fill`; of a weight in fewer bits that of its packed form."""
-    dtype: torch.dtype = layer._parameters["weight"].dtype
-    return dtype
+                what = f"{name} holds non-finite values in {self.dtype}; it was not published"
+                raise TrainingError(f"{what}. Lower the learning rate, or roll back to an earlier version")
 
 
 def all_finite(flat: torch.Tensor) -> bool:
-    """Whether every element is finite, from the two extremes: NaN is always one of them, and nothing is allocated.
-
-    A quarter of `isfinite`'s time on half dtypes; on a device there is one value to wait for.
-    """
+    """From the two extremes, of which NaN is always one: a quarter of `isfinite`'s time on half dtypes, nothing
+    allocated, and on a device one value to wait for."""
     return bool(torch.isfinite(torch.stack(torch.aminmax(flat))).all())
 
 
 def _scales_after_rounding(scaling: float, dtype: torch.dtype) -> bool:
-    """Whether rounding to `dtype` and then scaling gives what scaling in fp32 and then rounding does.
-
-    A power of two moves nothing but the exponent, which bfloat16 has as large as fp32; float16 would lose bits of
-    small values.
-    """
+    """A power of two moves nothing but the exponent, which bfloat16 has as large as fp32; in float16, small values
+    would lose bits."""
     return scaling == 1.0 or dtype == torch.float32 or (dtype == torch.bfloat16 and abs(math.frexp(scaling)[0]) == 0.5)
 
 
@@ -248,22 +220,19 @@ def read_rounded(version: AdapterVersion) -> dict[str, torch.Tensor]:
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file by name. Raises `StoreCorrupt` for a file that is none."""
     try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
-        return tensors
+        return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise StoreCorrupt(f"{path} cannot be read: {error}") from error
 
 
 def assign_rounded(tensors: Mapping[str, torch.Tensor], modules: list[LoraModule]) -> None:
-    """Set A and B to what `read_rounded` gave, scaling taken out of B again.
-
-    Raises `StoreCorrupt`, before any is set, unless they have these modules' names and shapes.
-    """
+    """Set A and B to what `read_rounded` gave, scaling taken out of B again. Raises `StoreCorrupt`, before any is set,
+    unless they have these modules' names and shapes."""
     for module in modules:
         for kind, parameter in (("A", module.a_RI), ("B", module.b_OR)):
             name = f"{PREFIX}{module.path}.lora_{kind}.weight"
-            if name not in tensors or tensors[name].shape != parameter.shape:
-                found = tuple(tensors[name].shape) if name in tensors else None
+            found = tuple(tensors[name].shape) if name in tensors else None
+            if found != tuple(parameter.shape):
                 raise StoreCorrupt(f"{name} is {found} in the version but {tuple(parameter.shape)} in the model")
     for module in modules:
         assign(module.a_RI, tensors[f"{PREFIX}{module.path}.lora_A.weight"])

@@ -68,11 +68,9 @@ class Job:
 
 
 class BackgroundWriter:
-    """Runs jobs in order, one at a time.
-
-    A job that fails stays first in the queue: its error is raised by the next call on the store, and only then is the
-    job tried again. Nothing is dropped but a job whose source is damaged (`StoreCorrupt`), which no retry can mend.
-    """
+    """Runs jobs in order, one at a time. A job that fails stays first in the queue: its error is raised by the next
+    call on the store, and only then is the job tried again. Nothing is dropped but a job whose source is damaged
+    (`StoreCorrupt`), which no retry can mend."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -85,7 +83,6 @@ class BackgroundWriter:
 
     @property
     def backlog_bytes(self) -> int:
-        """Bytes not yet durable."""
         with self._changed:
             return sum(job.size_bytes for job in self._jobs)
 
@@ -100,11 +97,9 @@ class BackgroundWriter:
             return held_bytes == 0 or held == 0 or held + held_bytes <= self._limit_bytes
 
     def submit(self, job: Job) -> None:
-        """Queue a job; waits while the memory held by the queue is above the limit.
-
-        What failed meanwhile is raised by the next call on the store, since this one was done. Only where the disk
-        takes nothing and the queue is full is it raised here, and the job is not queued.
-        """
+        """Queue a job; waits while the memory held by the queue is above the limit. What failed meanwhile is raised by
+        the next call on the store, since this one was done. Only where the disk takes nothing and the queue is full is
+        it raised here, and the job is not queued."""
         with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="lora-grpo-archive", daemon=True)
@@ -129,7 +124,6 @@ class BackgroundWriter:
         self._wait(lambda: all((job.kind, job.number) != (kind, number) for job in self._jobs))
 
     def flush(self) -> None:
-        """Return when everything is durable; raises what failed."""
         self._wait(lambda: not self._jobs)
 
     def raise_failure(self) -> None:
@@ -141,7 +135,6 @@ class BackgroundWriter:
                 raise failure
 
     def close(self) -> None:
-        """Write what is queued and end the thread."""
         try:
             self.flush()
         finally:

@@ -48,12 +48,10 @@ class Recovered:
 
 
 class Numbering:
-    """Gives out numbers that never come back.
-
-    The root's `NUMBERS` holds the last number given out, updated at every publish. The run directory's holds a bound
-    that was made durable before any number up to it was given out; after a reboot numbering goes on above that bound.
-    Without a run directory, they are remembered for the life of the tmpfs only.
-    """
+    """Gives out numbers that never come back. The root's `NUMBERS` holds the last number given out, updated at every
+    publish. The run directory's holds a bound that was made durable before any number up to it was given out; after a
+    reboot numbering goes on above that bound. Without a run directory, they are remembered for the life of the tmpfs
+    only."""
 
     def __init__(self, root: Path, run: Path | None, *, known: int, root_is_new: bool, sync: bool) -> None:
         """`known` is the largest number seen anywhere; a new root has no count of its own to go on from."""
@@ -109,7 +107,6 @@ class Opening:
         self._damaged: set[int] = set()
 
     def prepare(self) -> Numbering:
-        """Create what is missing, and find the number to go on from."""
         root, run = self.places.root, self.places.run
         for tree in self.catalog.trees:
             tree.create()
@@ -155,9 +152,7 @@ class Opening:
 
     def _identify(self, root_before: Identity | None) -> None:
         """Mark both halves with this opening. The root first: a kill in between leaves it the newer one, not the older.
-
-        A run directory that is new, or a copy, says first of all which root it has.
-        """
+        A run directory that is new, or a copy, says first of all which root it has."""
         root, run = self.places.root, self.places.run
         run_before = None if run is None or self.places.copied_from else Identity.read(run)
         known = run_before or root_before

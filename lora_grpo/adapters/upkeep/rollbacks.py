@@ -24,11 +24,9 @@ ROLLBACKS_FILE = "rollbacks.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """One rollback: from version `left` to version `to`.
-
-    `sampler` is the data position to go on from (None: unknown, the target's own); `learning_rate_scale` the factor on
-    the configured learning rate from then on; `reason` is a guard's (None: asked for).
-    """
+    """One rollback: from version `left` to version `to`. `sampler` is the data position to go on from (None: unknown,
+    the target's own); `learning_rate_scale` the factor on the configured learning rate from then on; `reason` is a
+    guard's (None: asked for)."""
 
     left: int
     to: int
@@ -52,12 +50,10 @@ class RollbackLog:
 
     @property
     def learning_rate_scale(self) -> float:
-        """The factor on the configured learning rate by now."""
         return self.entries[-1].learning_rate_scale if self.entries else 1.0
 
     @property
     def reasons(self) -> list[str]:
-        """Why a guard rolled back, each time that it did."""
         return [entry.reason for entry in self.entries if entry.reason is not None]
 
     def add(self, entry: Rollback) -> None:
@@ -77,10 +73,8 @@ class RollbackLog:
         return bool(self.entries) and self.entries[-1].to == head
 
     def data_position(self, extra: Mapping[str, Any] | None) -> dict[str, int] | None:
-        """Where the prompts go on, `extra` being what the trainer state to go on from says (None: not kept).
-
-        None where nothing tells, or where a fork with another seed or other data begins them anew.
-        """
+        """Where the prompts go on, `extra` being what the trainer state to go on from says (None: not kept). None where
+        nothing tells, or where a fork with another seed or other data begins them anew."""
         rolled_back = self.entries and (extra is None or int(extra["rollbacks"]) < len(self.entries))
         if rolled_back and self.entries[-1].sampler:
             return self.entries[-1].sampler
@@ -95,11 +89,9 @@ class RollbackLog:
 
 
 def roll_back_stopped(store: AdapterStore, to: Target) -> Rollback:
-    """Roll back a run that no trainer holds: `HEAD` moves at once, the trainer follows when the run is resumed.
-
-    The version's bytes are checked against their digest first. Where it is `HEAD` already nothing changes, but that
-    without its trainer state, resume goes on from its rounded weights then. Raises `UnknownVersion` or `StoreCorrupt`.
-    """
+    """Roll back a run that no trainer holds: `HEAD` moves at once, the trainer follows when the run is resumed. The
+    version's bytes are checked against their digest first. Where it is `HEAD` already nothing changes, but that without
+    its trainer state, resume goes on from its rounded weights then. Raises `UnknownVersion` or `StoreCorrupt`."""
     left, run = store.head, store.archive
     if left is None or run is None:
         raise UnknownVersion("no version was promoted yet, so there is none to roll back to")

@@ -64,7 +64,6 @@ class Session(Catalog):
         return self.archive
 
     def archive_version(self, manifest: Manifest) -> None:
-        """Queue the durable copy of a version."""
         archive, source = self.archive, self.root.folder(VERSIONS, manifest.number)
         if archive is None:
             return
@@ -78,10 +77,8 @@ class Session(Catalog):
         self.writer.submit(Job(VERSIONS, manifest.number, manifest.size_bytes, 0, copy))
 
     def archive_state(self, number: int, contents: Files) -> None:
-        """Queue a trainer state, after its version if the archive has not got that.
-
-        When the queue is full, states that retention would drop anyway leave it first.
-        """
+        """Queue a trainer state, after its version if the archive has not got that. When the queue is full, states that
+        retention would drop anyway leave it first."""
         archive = self.required_archive()
         # In this order: a copy that is finished in between is seen by the second look.
         if number not in self.writer.pending(VERSIONS) and not archive.has(VERSIONS, number):
@@ -93,7 +90,6 @@ class Session(Catalog):
         self.journal.append("state", number)
 
     def prune(self) -> list[int]:
-        """Apply retention to tmpfs, archive and trainer states; the numbers whose tmpfs copy went."""
         self._pruned = True
         # States first: a kill in between leaves an adapter without its state, never a state without its adapter.
         if self.archive is not None and self.retention.limits("state"):
