@@ -119,7 +119,7 @@ class AdapterStore(StoreView):
 
     def _parent(self, parent: Target | None) -> int | None:
         number = None if parent is None else self._number(parent)
-        if number is not None and not self._catalog.journal.knows(number):
+        if number is not None and number not in self._catalog.journal.parents:
             raise UnknownVersion(f"parent={number}: this store never published such a version")
         return number
 
@@ -149,7 +149,7 @@ class AdapterStore(StoreView):
         number = self._number(version)
         with self._writing(f"recording metrics of version {number}") as session:
             values = as_metrics(metrics, session.retention.ranked)
-            if not session.journal.knows(number):
+            if number not in session.journal.parents:
                 raise UnknownVersion(f"cannot record {', '.join(metrics)}: there is no version {number}")
             session.journal.append("record", number, metrics=values)
 

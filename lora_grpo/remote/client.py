@@ -56,13 +56,11 @@ class StoreClient:
         try:
             fields = json.loads(text)
             manifest, serves = Manifest.from_mapping(fields), str(fields["run"])
-            sound = manifest.number == number
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise StoreError(
-                f"the store at {self.url} describes version {number} as {text[:500]}; is it a store server?"
-            )
+            if manifest.number != number:
+                raise ValueError("it is another version's")
+        except (KeyError, TypeError, ValueError) as error:
+            said = f"describes version {number} as {text[:500]}; is it a store server?"
+            raise StoreError(f"the store at {self.url} {said}") from error
         if serves != run:
             raise UnknownVersion(f"the store at {self.url} holds the run {serves}, not {run}; ask for {serves}@NUMBER")
         return manifest
@@ -78,10 +76,8 @@ class StoreClient:
         try:
             verify_version(folder, manifest)
         except StoreCorrupt as error:
-            raise StoreCorrupt(
-                f"what the store at {self.url} sent as {name} is not what was published: {error}. Run "
-                "'lora-grpo verify' on the run; store.restore(number) there replaces a damaged copy"
-            ) from error
+            fix = "Run 'lora-grpo verify' on the run; store.restore(number) there replaces a damaged copy"
+            raise StoreCorrupt(f"what {self.url} sent as {name} is not what was published: {error}. {fix}") from error
 
     def _pull_file(self, number: int, file: str, size_bytes: int, path: Path) -> None:
         with self._asking(f"/versions/{number}/{file}") as response, open(path, "xb") as stream:
@@ -89,9 +85,7 @@ class StoreClient:
             for chunk in response.iter_bytes():
                 received += len(chunk)
                 if received > size_bytes:
-                    raise StoreCorrupt(
-                        f"{self.url} sends more than the {size_bytes} bytes of version {number}'s {file}"
-                    )
+                    raise StoreCorrupt(f"{self.url} sends more than the {size_bytes} bytes of v{number}'s {file}")
                 stream.write(chunk)
 
     def close(self) -> None:
@@ -105,10 +99,9 @@ class StoreClient:
                     self._refuse(response, path)
                 yield response
         except httpx.HTTPError as error:
-            raise StoreError(
-                f"the store at {self.url} cannot be reached ({type(error).__name__}: {error}); is the trainer, or "
-                "lora-grpo store-server, running there, and is LORA_GRPO_STORE_URL its address?"
-            ) from error
+            why = f"{type(error).__name__}: {error}"
+            ask = "is the trainer, or lora-grpo store-server, running there, and LORA_GRPO_STORE_URL its address?"
+            raise StoreError(f"the store at {self.url} cannot be reached ({why}); {ask}") from error
 
     def _refuse(self, response: httpx.Response, path: str) -> None:
         response.read()
@@ -180,9 +173,8 @@ class ReplicaCache:
         left = min(self.budget_bytes - self.used_bytes, shutil.disk_usage(self.folder).free)
         if manifest.size_bytes > left:
             raise NoRoom(
-                f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but this replica has room for {left / MIB:.1f}: it "
-                f"keeps {self.used_bytes / MIB:.1f} MiB of versions that it may have to read again. Give it more with "
-                "LORA_GRPO_STORE_CACHE_MIB (and a tmpfs that holds it), or restart it: that empties its cache"
+                f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but this replica has room for {left / MIB:.1f}: "
+                "raise LORA_GRPO_STORE_CACHE_MIB (on a tmpfs that holds it), or restart it, which empties its cache"
             )
 
 
@@ -190,18 +182,15 @@ def read_token(file: str | Path | None = None) -> str:
     """The token in `file`, else in the file that LORA_GRPO_STORE_TOKEN_FILE names, else LORA_GRPO_STORE_TOKEN itself.
     Raises `ConfigError` when there is none, or when it could not travel in a header."""
     named = file or os.environ.get(TOKEN_FILE_VARIABLE)
-    if named:
-        try:
-            text, where = Path(named).read_text(), str(named)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the token file {named} cannot be read: {error}") from error
-    else:
-        text, where = os.environ.get(TOKEN_VARIABLE, ""), TOKEN_VARIABLE
-    token = text.strip()
+    try:
+        token = (Path(named).read_text() if named else os.environ.get(TOKEN_VARIABLE, "")).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the token file {named} cannot be read: {error}") from error
+    where = named or TOKEN_VARIABLE
     if not token:
         raise ConfigError(
-            f"there is no store token in {where}; write a long random one into a file (such as with "
-            f"'openssl rand -hex 32'), owner-only, and name it in {TOKEN_FILE_VARIABLE} on both sides"
+            f"there is no store token in {where}; write a long random one ('openssl rand -hex 32') into an owner-only "
+            f"file, and name it in {TOKEN_FILE_VARIABLE} on both sides"
         )
     if not re.fullmatch("[!-~]+", token):
         raise ConfigError(f"the store token in {where} must be one word of printable ASCII; make it hex digits")

@@ -63,12 +63,12 @@ class StoreServer:
     def __init__(self, store: StoreView, token: str | None = None, *, host: str = LOOPBACK, port: int = 0) -> None:
         """Open `store` for reading and listen; `port=0` takes a free one. Without `token`, see `read_token`. Raises
         `ConfigError` without a token and `StoreError` for an address that cannot be listened on."""
-        checked = token or read_token()
+        token = token or read_token()
         self._view = AdapterStore(store.root, store.archive, readonly=True)
         self.run = self._view.run
         self._socket = _listen(host, port)
         config = uvicorn.Config(
-            store_app(self._view, checked),
+            store_app(self._view, token),
             http=BoundedProtocol,
             h11_max_incomplete_event_size=HEADER_BYTES,
             loop="asyncio",
@@ -83,16 +83,14 @@ class StoreServer:
             timeout_graceful_shutdown=_STOP_TIMEOUT_S,
         )
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=self._server.run, args=([self._socket],), name="lora-grpo store server", daemon=True
-        )
+        serve, name = partial(self._server.run, [self._socket]), "lora-grpo store server"
+        self._thread = threading.Thread(target=serve, name=name, daemon=True)
 
     @property
     def url(self) -> str:
         """Where to reach it; by this machine's name when it listens on every address."""
         host, port = self._socket.getsockname()[:2]
-        if host in ("0.0.0.0", "::"):
-            host = socket.gethostname()
+        host = socket.gethostname() if host in ("0.0.0.0", "::") else host
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def wait(self) -> NoReturn:
@@ -105,15 +103,12 @@ class StoreServer:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > deadline:
-                self._stop()
+                self.__exit__()
                 raise StoreError(f"the store server on {self.url} did not start; its log says why")
             time.sleep(0.005)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(2 * _STOP_TIMEOUT_S)
         self._socket.close()
@@ -129,12 +124,14 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def store_app(view: StoreView, token: str) -> ASGIApp:
-    """The ASGI application of the endpoints above, over a view that follows the store."""
-    endpoints = _Endpoints(view)
+    """The ASGI application of the endpoints above, over a view that follows the store.
+
+    Starlette calls them in worker threads, since they read from disk; the view stands several.
+    """
     app = Starlette(
         routes=[
-            Route("/versions/{number}", endpoints.manifest),
-            Route("/versions/{number}/{file}", endpoints.file),
+            Route("/versions/{number}", partial(_manifest, view)),
+            Route("/versions/{number}/{file}", partial(_file, view)),
         ],
         exception_handlers={
             HTTPException: _refused,
@@ -143,50 +140,39 @@ def store_app(view: StoreView, token: str) -> ASGIApp:
         },
     )
     app.router.redirect_slashes = False
-    return _Guard(app, token)
 
-
-class _Guard:
-    """Lets nothing through without the token, not even the question of what there is."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app = app
-        self._token = token.encode("latin-1")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets nothing through without the token, not even the question of what there is."""
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        if not hmac.compare_digest(given.encode("latin-1"), self._token) or scheme.lower() != "bearer":
+        if hmac.compare_digest(given.encode("latin-1"), token.encode("latin-1")) and scheme.lower() == "bearer":
+            await app(scope, receive, send)
+        else:
             sentence = "this store needs its bearer token; give both sides the same one in LORA_GRPO_STORE_TOKEN_FILE"
             refusal = JSONResponse({"error": sentence}, 401, {"WWW-Authenticate": "Bearer"})
             await refusal(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+
+    return guarded
 
 
-class _Endpoints:
-    """Starlette calls them in worker threads, since they read from disk; the view stands several."""
+def _manifest(view: StoreView, request: Request) -> Response:
+    return JSONResponse({"run": view.run, **view.manifest(_number(request)).fields()})
 
-    def __init__(self, view: StoreView) -> None:
-        self._view = view
 
-    def manifest(self, request: Request) -> Response:
-        return JSONResponse({"run": self._view.run, **self._view.manifest(_number(request)).fields()})
-
-    def file(self, request: Request) -> Response:
-        name = request.path_params["file"]
-        if name not in PEFT_FILES:
-            raise HTTPException(404, f"a version has the files {' and '.join(PEFT_FILES)}; there is no {name!r}")
-        with ExitStack() as held:
-            path = held.enter_context(self._view.reading(_number(request))) / name
-            try:
-                stream = held.enter_context(open(path, "rb", buffering=0))
-            except OSError as error:
-                raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
-            return _FileResponse(stream, held.pop_all())
+def _file(view: StoreView, request: Request) -> Response:
+    name = request.path_params["file"]
+    if name not in PEFT_FILES:
+        raise HTTPException(404, f"a version has the files {' and '.join(PEFT_FILES)}; there is no {name!r}")
+    with ExitStack() as held:
+        path = held.enter_context(view.reading(_number(request))) / name
+        try:
+            stream = held.enter_context(open(path, "rb", buffering=0))
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+        return _FileResponse(stream, held.pop_all())
 
 
 class _FileResponse(StreamingResponse):
-    """An open file of a version, the version held until the last byte is gone, or the client is or takes no more."""
+    """Holds the version until the last byte is gone, or the client is or takes no more."""
 
     def __init__(self, stream: BinaryIO, held: ExitStack) -> None:
         size_bytes, chunks = os.fstat(stream.fileno()).st_size, iter(partial(stream.read, CHUNK_BYTES), b"")
@@ -211,12 +197,11 @@ def _number(request: Request) -> int:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    sentence = error.detail
     if error.status_code == 405:
-        sentence = "this store is read-only: it answers GET"
+        error.detail = "this store is read-only: it answers GET"
     elif "number" not in request.path_params:
-        sentence = f"there is no {request.url.path}; there are /versions/NUMBER and /versions/NUMBER/FILE"
-    return JSONResponse({"error": sentence}, error.status_code, error.headers)
+        error.detail = f"there is no {request.url.path}; there are /versions/NUMBER and /versions/NUMBER/FILE"
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
 
 async def _said(status: int, _: Request, error: Exception) -> Response:

@@ -67,8 +67,8 @@ class StoreView:
         None for a first one, for a number that was never given out, and where the run's history is damaged.
         """
         catalog, number = self._looking(), self._number(version)
-        if catalog.journal.knows(number):
-            return catalog.journal.parent_of(number)
+        if number in catalog.journal.parents:
+            return catalog.journal.parents[number]
         with suppress(UnknownVersion, StoreCorrupt):
             return catalog.manifest(number).parent
         return None

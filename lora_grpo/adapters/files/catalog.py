@@ -62,14 +62,11 @@ class Catalog:
 
     def manifest(self, number: int) -> Manifest:
         """What was published as `number`; `UnknownVersion` says why there is none."""
-        if not self.has(number):
-            raise UnknownVersion(self.why_missing(number))
-        return self.journal.published.get(number) or self._read_manifest(number)
-
-    def _read_manifest(self, number: int) -> Manifest:
-        """Of the copy on tmpfs, or else of the archived one. Either may be removed while it is looked at."""
+        if number in self.journal.published and self.has(number):
+            return self.journal.published[number]
         damage: StoreCorrupt | None = None
         for tree in self.trees:
+            # Either copy may be removed while it is looked at.
             try:
                 return read_manifest(tree.folder(VERSIONS, number))
             except StoreCorrupt as error:

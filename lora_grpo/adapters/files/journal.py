@@ -30,11 +30,10 @@ _CHECKED = re.compile(rb'(.*),"crc":"([0-9a-f]{8})"}', re.DOTALL)
 class Journal:
     """The events of a run, and what they add up to.
 
-    `published` maps the numbers of versions that should have a copy to their manifests, `metrics` what was
-    recorded of those; `promoted` are the ones that were promoted, in the order of their last promotion, and the last
-    one even if it is gone; `states` are the trainer states written or on their way; `damaged_lines` are the lines,
-    counted from 1, that could not be read, so that what they told is not in the rest. Of a version that is gone its
-    number and its parent's stay in memory, all else in the file alone.
+    `published` has the manifests of the versions that should have a copy, `metrics` what was recorded of those;
+    `parents` every version ever published, which of one that is gone is all that stays in memory; `promoted` the ones
+    that were promoted, in the order of their last promotion, and the last one even if it is gone; `states` the trainer
+    states written or on their way; `damaged_lines` those, counted from 1, that could not be read.
     """
 
     def __init__(self, path: Path, *, sync: bool) -> None:
@@ -46,7 +45,7 @@ class Journal:
         self.metrics: dict[int, dict[str, Any]] = {}
         self.damaged_lines: list[int] = []
         self._lines = 0
-        self._parents: dict[int, int | None] = {}
+        self.parents: dict[int, int | None] = {}
         self._sync = sync
         self._descriptor: int | None = None
         self._end = 0
@@ -66,19 +65,9 @@ class Journal:
             self.refresh()
             os.ftruncate(self._descriptor, self._end)
 
-    @property
-    def last(self) -> int:
-        return max(self._parents, default=0)
-
-    def knows(self, number: int) -> bool:
-        return number in self._parents
-
     def has_forgotten(self, number: int) -> bool:
         """Whether a version's last copy was removed on purpose, or its loss reported."""
-        return number in self._parents and number not in self.published
-
-    def parent_of(self, number: int) -> int | None:
-        return self._parents.get(number)
+        return number in self.parents and number not in self.published
 
     def metrics_of(self, number: int) -> dict[str, Any]:
         """What was recorded of a version; read from the file again where the version is gone."""
@@ -92,7 +81,8 @@ class Journal:
 
     def why_forgotten(self, number: int) -> str | None:
         """What was kept in its stead when a version was last removed; None where it was lost, or nothing tells."""
-        return next((fields.get("why") for fields in reversed([*self._lines_of("forget", number)])), None)
+        why = [fields.get("why") for fields in self._lines_of("forget", number)]
+        return why[-1] if why else None
 
     def _lines_of(self, event: str, number: int) -> Iterator[dict[str, Any]]:
         wanted = b'{"event":"%s","number":%d,' % (event.encode(), number)
@@ -171,7 +161,7 @@ class Journal:
         if self.has_forgotten(number):
             self.metrics[number] = self.metrics_of(number)
         self.published[number] = manifest
-        self._parents[number] = manifest.parent
+        self.parents[number] = manifest.parent
 
     def _promote(self, number: int) -> None:
         before = next(reversed(self.promoted), None)
@@ -181,7 +171,7 @@ class Journal:
         self.promoted[number] = None
 
     def _forget(self, number: int) -> None:
-        self._parents.setdefault(number, None)
+        self.parents.setdefault(number, None)
         self.published.pop(number, None)
         self.metrics.pop(number, None)
         if next(reversed(self.promoted), None) != number:

@@ -27,11 +27,10 @@ def make_room(session: Session, sizes: Mapping[str, int], budget_bytes: int | No
     lacking = _lacking(session, sizes, budget_bytes)
     if lacking is not None:
         taken, kept = _used_bytes(session) / MIB, session.retention.words("tmpfs")
+        larger = f"{_larger(session.root.path)}{'' if budget_bytes is None else ' or budget_bytes'}"
         raise NoRoom(
-            f"a version {lacking}, versions taking {taken:.2f} MiB: tmpfs keeps {kept}, HEAD, pinned and leased "
-            "versions; free what else takes room there, or open the store with a retention that keeps fewer, such as "
-            "retention=keep_latest(2) (a trainer: keep.on_tmpfs=2), or "
-            f"{_larger(session.root.path)}{'' if budget_bytes is None else ' or budget_bytes'}"
+            f"a version {lacking}, versions taking {taken:.2f} MiB: tmpfs keeps {kept}, HEAD, pinned and leased ones; "
+            f"free what else is there, or use retention=keep_latest(2) (a trainer: keep.on_tmpfs=2), or {larger}"
         )
 
 

@@ -58,13 +58,16 @@ class Archive(Tree):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One folder to write. `held_bytes` is the memory that stays taken until it is written (0: it reads from tmpfs)."""
+    """`held_bytes` is the memory that stays taken until it is written (0: it reads from tmpfs)."""
 
     kind: str
     number: int
     size_bytes: int
     held_bytes: int
     run: Callable[[], None]
+
+    def is_of(self, kind: str, number: int) -> bool:
+        return (self.kind, self.number) == (kind, number)
 
 
 class BackgroundWriter:
@@ -113,15 +116,14 @@ class BackgroundWriter:
     def cancel(self, kind: str, number: int) -> bool:
         """Take jobs out of the queue; False when one of them is being written right now."""
         with self._changed:
-            running = self._running
-            if running is not None and (running.kind, running.number) == (kind, number):
+            if self._running is not None and self._running.is_of(kind, number):
                 return False
-            self._jobs = deque(job for job in self._jobs if (job.kind, job.number) != (kind, number))
+            self._jobs = deque(job for job in self._jobs if not job.is_of(kind, number))
             self._changed.notify_all()
             return True
 
     def wait_for(self, kind: str, number: int) -> None:
-        self._wait(lambda: all((job.kind, job.number) != (kind, number) for job in self._jobs))
+        self._wait(lambda: not any(job.is_of(kind, number) for job in self._jobs))
 
     def flush(self) -> None:
         self._wait(lambda: not self._jobs)
@@ -177,17 +179,13 @@ def verify_version(folder: Path, expected: Manifest) -> None:
     with reported(f"reading {folder}"):
         manifest = disk.read_small(folder / MANIFEST_FILE)
         if manifest != expected.to_bytes():
-            raise StoreCorrupt(
-                f"{folder / MANIFEST_FILE} {'is gone' if manifest is None else 'differs from what was published'}"
-            )
-        _check_sizes(folder, expected)
-        sizes = sorted(expected.sizes.items())
-        _check_digest(folder, expected, digest_pieces((name, size, _chunks(folder / name)) for name, size in sizes))
+            what = "is gone" if manifest is None else "differs from what was published"
+            raise StoreCorrupt(f"{folder / MANIFEST_FILE} {what}")
+        _check(folder, expected, lambda name: _chunks(folder / name))
 
 
 def _copy_checked(source: Path, target: Path, manifest: Manifest, *, sync: bool) -> dict[str, str]:
     """Copy a version's files; their sha256 by name. What is copied is what was published, or `StoreCorrupt`."""
-    _check_sizes(source, manifest)
     sums = {MANIFEST_FILE: _sha256([manifest.to_bytes()])}
 
     def copied(name: str) -> Iterator[Buffer]:
@@ -204,8 +202,7 @@ def _copy_checked(source: Path, target: Path, manifest: Manifest, *, sync: bool)
                 os.fsync(descriptor)
         sums[name] = hashed.hexdigest()
 
-    sizes = sorted(manifest.sizes.items())
-    _check_digest(source, manifest, digest_pieces((name, size, copied(name)) for name, size in sizes))
+    _check(source, manifest, copied)
     disk.write_file(target / MANIFEST_FILE, [manifest.to_bytes()], sync=sync)
     return sums
 
@@ -218,21 +215,19 @@ def _chunks(path: Path) -> Iterator[memoryview]:
             yield chunk[:count]
 
 
-def _check_sizes(folder: Path, manifest: Manifest) -> None:
-    for name, size in manifest.sizes.items():
+def _check(folder: Path, manifest: Manifest, read: Callable[[str], Iterable[Buffer]]) -> None:
+    """Compare sizes, then the digest of what `read` gives of each file."""
+    sizes = sorted(manifest.sizes.items())
+    for name, size in sizes:
         try:
             found = os.stat(folder / name).st_size
         except FileNotFoundError:
             raise StoreCorrupt(f"{folder / name} is gone; did another program remove it?") from None
         if found != size:
             raise StoreCorrupt(f"{folder / name} has {found} bytes; {size} were published")
-
-
-def _check_digest(folder: Path, manifest: Manifest, found: str) -> None:
-    if found != manifest.digest:
-        raise StoreCorrupt(
-            f"{folder} has digest {found}; version {manifest.number} was published with {manifest.digest}"
-        )
+    digest = digest_pieces((name, size, read(name)) for name, size in sizes)
+    if digest != manifest.digest:
+        raise StoreCorrupt(f"{folder} has digest {digest}; v{manifest.number} was published with {manifest.digest}")
 
 
 def _sha256(buffers: Iterable[Buffer]) -> str:

@@ -12,7 +12,7 @@ from lora_grpo.adapters.asking import requests
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import Catalog, link_head
 from lora_grpo.adapters.files.layout import VERSIONS, Identity, read_manifest
-from lora_grpo.adapters.files.places import ASIDE
+from lora_grpo.adapters.files.places import ASIDE, Places
 from lora_grpo.adapters.upkeep.archive import Archive
 from lora_grpo.errors import StoreCorrupt
 
@@ -53,17 +53,18 @@ class Numbering:
     reboot numbering goes on above that bound. Without a run directory, they are remembered for the life of the tmpfs
     only."""
 
-    def __init__(self, root: Path, run: Path | None, *, known: int, root_is_new: bool, sync: bool) -> None:
+    def __init__(self, places: Places, *, known: int, root_is_new: bool, sync: bool) -> None:
         """`known` is the largest number seen anywhere; a new root has no count of its own to go on from."""
-        self._run_file = None if run is None else run / "NUMBERS"
+        root_file = places.root / "NUMBERS"
+        self._run_file = None if places.run is None else places.run / "NUMBERS"
         self._bound = 0 if self._run_file is None else disk.read_number(self._run_file) or 0
-        counted = disk.read_number(root / "NUMBERS")
+        counted = disk.read_number(root_file)
         trusted = counted is not None and not root_is_new
         self.last = max(counted or 0, known, 0 if trusted else self._bound)
         self._sync = sync
         if counted is None:
-            disk.replace_file(root / "NUMBERS", self._text(), sync=sync)
-        self._descriptor = os.open(root / "NUMBERS", os.O_WRONLY)
+            disk.replace_file(root_file, self._text(), sync=sync)
+        self._descriptor = os.open(root_file, os.O_WRONLY)
         self._write_last()
 
     def next(self) -> int:
@@ -107,15 +108,14 @@ class Opening:
         self._damaged: set[int] = set()
 
     def prepare(self) -> Numbering:
-        root, run = self.places.root, self.places.run
         for tree in self.catalog.trees:
             tree.create()
         before = self._current_root()
         self._move_journal()
         self.journal.open_for_writing()
         names = [number for tree in self.catalog.trees for number in tree.numbers(VERSIONS, folders_only=False)]
-        known = max([self.journal.last, *names])
-        numbering = Numbering(root, run, known=known, root_is_new=before is None, sync=self.root.sync)
+        known = max([0, *self.journal.parents, *names])
+        numbering = Numbering(self.places, known=known, root_is_new=before is None, sync=self.root.sync)
         self._identify(before)
         return numbering
 
@@ -180,11 +180,10 @@ class Opening:
             tree.sweep()
             for name in _TEMPORARIES:
                 (tree.path / name).unlink(missing_ok=True)
-        head_moved = self._settle_head()
-        unarchived: list[int] = []
+        head_moved, unarchived = self._settle_head(), []
         if self.archive is not None:
             here = self.root.numbers(VERSIONS)
-            unarchived += [n for n in here if not self.archive.has(VERSIONS, n) and self._is_sound(n)]
+            unarchived = [n for n in here if not self.archive.has(VERSIONS, n) and self._is_sound(n)]
             requests.sweep(self.archive.path)
         return Recovered(
             lost=tuple(lost),
@@ -214,17 +213,15 @@ class Opening:
         return [n for n in missing if f"staging/{VERSIONS}-{disk.folder_name(n)}" not in unborn]
 
     def _settle_states(self) -> list[int]:
-        present = set(self.catalog.states())
-        for number in sorted(present - self.journal.states):
+        present, told = set(self.catalog.states()), set(self.journal.states)
+        for number in sorted(present - told):
             self.journal.append("state", number)
-        missing = sorted(self.journal.states - present)
-        for number in missing:
+        for number in sorted(told - present):
             self.journal.append("forget_state", number)
-        return missing
+        return sorted(told - present)
 
     def _settle_head(self) -> tuple[int, int | None] | None:
         """Leave `HEAD` on the version promoted last; where that is lost, on the last one before it that is not."""
-        link = self.root.path / "HEAD"
         linked = self._linked()
         promoted = [*self.journal.promoted, *([] if linked is None else [linked])]
         for number in dict.fromkeys(reversed(promoted)):
@@ -235,7 +232,7 @@ class Opening:
             if next(reversed(self.journal.promoted), None) != number:
                 self.journal.append("promote", number)
             return None if number == promoted[-1] else (promoted[-1], number)
-        link.unlink(missing_ok=True)
+        (self.root.path / "HEAD").unlink(missing_ok=True)
         return (promoted[-1], None) if promoted else None
 
     def _linked(self) -> int | None:

@@ -130,12 +130,10 @@ def state_extra(store: AdapterStore, number: int) -> dict[str, Any] | None:
 def _parse(line: bytes, path: Path) -> Rollback:
     try:
         entry = Rollback(**disk.parse_json(line))
-        if not (
-            disk.is_number(entry.left) and disk.is_number(entry.to) and entry.learning_rate_scale + entry.time >= 0
-        ):
-            raise ValueError("its version numbers are not numbers")
-        if not isinstance(entry.sampler, dict | None):
-            raise ValueError("its data position is not a number")
+        if not (disk.is_number(entry.left) and disk.is_number(entry.to) and isinstance(entry.sampler, dict | None)):
+            raise ValueError("its versions or its data position are none")
+        if not entry.learning_rate_scale + entry.time >= 0:
+            raise ValueError("its learning rate or its time is no number")
         return entry
     except (ValueError, TypeError) as error:
         raise StoreCorrupt(f"{path} holds a line that is not a rollback ({line[:60]!r}): {error}; remove it") from error

@@ -33,13 +33,9 @@ class Session(Catalog):
         kind = disk.file_system(places.root)
         on_tmpfs = kind in ("tmpfs", "ramfs")
         if not on_tmpfs:
-            warnings.warn(
-                f"the store's root {places.root} is on {kind}, not on tmpfs: every publish and load must wait for the "
-                "disk (each version is written with fsync), while tmpfs takes milliseconds; use a folder under "
-                "/dev/shm",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            cost = "every publish and load must wait for the disk; use a folder under /dev/shm"
+            told = f"the store's root {places.root} is on {kind}, not on tmpfs: {cost}"
+            warnings.warn(told, RuntimeWarning, stacklevel=4)
         super().__init__(places, root_is_tmpfs=on_tmpfs)
         self.lock = lock
         self.retention = retention or default_retention(archived=self.archive is not None)
@@ -93,8 +89,7 @@ class Session(Catalog):
         self._pruned = True
         # States first: a kill in between leaves an adapter without its state, never a state without its adapter.
         if self.archive is not None and self.retention.limits("state"):
-            queued = self.writer.pending(STATES)
-            self._prune_states({*queued, *self.states()})
+            self._prune_states(self.writer.pending(STATES).union(self.states()))
         archived = self._archive_keeps()
         removed = self._prune_tmpfs(archived)
         if self.archive is not None and self.retention.limits("archive"):
@@ -140,13 +135,9 @@ class Session(Catalog):
         """Of what is removed for good though nobody asked for it."""
         if self._unwarned:
             self._unwarned = False
-            warnings.warn(
-                f"the store in {self.root.path} has no archive, and removes version {number} for good: it keeps "
-                f"{self.retention.words('tmpfs')}; archive=DIR keeps every version, retention=Retention() keeps them "
-                "all on tmpfs",
-                RuntimeWarning,
-                stacklevel=6,
-            )
+            kept = f"it keeps {self.retention.words('tmpfs')}; archive=DIR or retention=Retention() keeps every version"
+            told = f"the store in {self.root.path} has no archive, and removes version {number} for good: {kept}"
+            warnings.warn(told, RuntimeWarning, stacklevel=6)
 
     def _archive_keeps(self) -> set[int]:
         """What is to be in the archive: what its rules keep, and the adapter of every trainer state."""
@@ -165,9 +156,8 @@ class Session(Catalog):
 
     def _prune_tmpfs(self, durable: set[int]) -> list[int]:
         here = self.root.numbers(VERSIONS)
-        keep = self.kept(self.retention, "tmpfs", here)
         removed, pending = [], self.writer.pending(VERSIONS)
-        for number in (n for n in here if n not in keep):
+        for number in sorted({*here} - self.kept(self.retention, "tmpfs", here)):
             archived = number not in pending and self.in_archive(number)
             # What the archive wants and does not have yet stays; what it does not want need not be written.
             going = archived if number in durable else self.writer.cancel(VERSIONS, number)
@@ -202,12 +192,9 @@ class Session(Catalog):
         """Remove a root that only this store knows; what is archived comes back there when the run is opened again."""
         here, self._unwarned = self.root.numbers(VERSIONS), False
         if here and self.archive is None:
-            warnings.warn(
-                f"the store in {self.root.path} is closed, and its {counted(len(here), 'version')} removed for good: "
-                "archive=DIR keeps versions on disk, a root= of your own keeps them on tmpfs",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            fix = "archive=DIR keeps versions on disk, a root= of your own on tmpfs"
+            gone = f"its {counted(len(here), 'version')} removed for good: {fix}"
+            warnings.warn(f"the store in {self.root.path} is closed, and {gone}", RuntimeWarning, stacklevel=4)
         for number in here:
             self.remove_from_tmpfs(number, survives=self.in_archive(number))
         if not self.root.numbers(VERSIONS) and not self.places.aside:
