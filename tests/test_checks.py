@@ -182,8 +182,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "fast PiSSA": (lambda: adapted(init_lora_weights="pissa_niter_2"), "init_lora_weights='pissa_niter_2'"),
     "OLoRA": (lambda: adapted(init_lora_weights="olora"), "init_lora_weights='olora' changes .* base weights"),
     "several active": (several_active, r"active adapters \['default', 'second'\]: only one.*set_adapter"),
-    "merged": (merged, r"q_proj is merged into the base; call model\.unmerge_adapter"),
-    "disabled": (disabled, r"q_proj's adapter is disabled, .*enable_adapter_layers\(\)"),
+    "merged": (merged, r"q_proj is merged into the base: call model\.unmerge_adapter"),
+    "disabled": (disabled, r"q_proj has its adapter disabled: .*enable_adapter_layers\(\)"),
     "a norm trains": (norm_trains, r"model\.norm\.weight \(and 0 more\) would be trained .*freeze it"),
     "another adapter trains": (second_adapter_trains, r"lora_A\.second\.weight \(and 3 more\) would be trained"),
     "convolution": (convolution, r"model\.convolution is a Conv1d; only torch\.nn\.Linear.*leave it out"),
@@ -195,13 +195,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "experts": (
         experts,
-        r"model\.layers\.0\.mlp\.experts\.0: LoRA on a mixture's experts cannot be proven yet .*name layers beside",
+        r"model\.layers\.0\.mlp\.experts\.0: LoRA on a mixture's experts cannot be proven yet; name layers beside",
     ),
     "latent attention": (latent_attention, r"layers\.0\.self_attn\.kv_b_proj: vLLM folds .*decodes without its LoRA"),
     "reordered rows": (reordered, r"self_attn\.k_proj: vLLM reorders the rows .*leave both out of target_modules"),
     "a mixture's all-linear": (
         lambda: adapted(mixture("mixtral"), target_modules="all-linear"),
-        r"target_parameters=.*LoRA on a mixture's experts cannot be proven yet .*target_modules=\['k_proj', 'o_proj',",
+        r"target_parameters=.*LoRA on a mixture's experts cannot be proven yet; .*target_modules=\['k_proj', 'o_proj',",
     ),
     "other rank": (
         other_rank_than_configured,
@@ -248,7 +248,7 @@ def test_rank_above_the_engines() -> None:
     check_rank(modules, 32)
     with pytest.raises(
         UnsupportedAdapter,
-        match=r"model\.layers\.1\.mlp\.down_proj has rank 24, the engine takes at most 16; .*max_lora_rank=24",
+        match=r"model\.layers\.1\.mlp\.down_proj has rank 24, the engine takes at most 16: max_lora_rank=24",
     ):
         check_rank(modules, 16)
 

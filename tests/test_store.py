@@ -181,6 +181,17 @@ def test_a_lease_on_a_version_that_is_just_being_removed_leaves_nothing_open(
         assert len(os.listdir("/proc/self/fd")) == len(opened)
 
 
+def test_a_lease_on_head_ends_where_head_was(shm_dir: Path) -> None:
+    with AdapterStore(shm_dir) as store:
+        first, second = (store.publish(adapter(step), step=step) for step in range(2))
+        store.promote(first)
+        with store.lease("head") as held:
+            store.promote(second)
+            assert held == first
+            assert store._catalog.leases.by_key.keys() == {1}
+        assert not store._catalog.leases.by_key
+
+
 def test_a_lease_ends_with_its_process(shm_dir: Path) -> None:
     """A lease file of a dead process would keep its version for ever."""
     with AdapterStore(shm_dir, retention=keep_latest(1)) as store:

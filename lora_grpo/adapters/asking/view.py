@@ -54,18 +54,14 @@ class StoreView:
         return None if number is None else catalog.version(number)
 
     def get(self, version: Target) -> AdapterVersion:
-        """A version with a copy on tmpfs or in the archive; `UnknownVersion` says what became of another.
+        """A version with a copy on tmpfs or in the archive; `restore` makes sure that its `path` is there.
 
         Every method takes a version as `Target` says: 12, "v12", "head", "parent", "best", "best:METRIC", or itself.
-        `restore` makes sure that its `path` is there.
         """
         return self._looking().version(self._number(version))
 
     def parent_of(self, version: Target) -> int | None:
-        """The version that a version was made from, be they kept or not.
-
-        None for a first one, for a number that was never given out, and where the run's history is damaged.
-        """
+        """The version that a version was made from, kept or not; None for a first one, and where nothing tells."""
         catalog, number = self._looking(), self._number(version)
         if number in catalog.journal.parents:
             return catalog.journal.parents[number]
@@ -118,10 +114,10 @@ class StoreView:
             try:
                 folder = held.enter_context(self.lease(number)).path
             except UnknownVersion:
-                catalog = self._looking()
-                if catalog.archive is None or not catalog.in_archive(number):
+                archive = self._looking().archive
+                if archive is None or not archive.has(VERSIONS, number):
                     raise
-                folder = catalog.archive.folder(VERSIONS, number)
+                folder = archive.folder(VERSIONS, number)
             yield folder
 
     @property
@@ -172,13 +168,10 @@ class StoreView:
         try:
             yield held
         finally:
-            self.release(version)
+            self.release(held.number)
 
     def acquire(self, version: Target) -> AdapterVersion:
-        """Keep a version on tmpfs until `release`, counted; readers may too. A process that dies holds nothing.
-
-        Raises `UnknownVersion` for a version that is not on tmpfs.
-        """
+        """Keep a version that is on tmpfs there until `release`, counted. A process that dies holds nothing."""
         number = self._number(version)
         with self._mutex:
             catalog = self._looking()
@@ -193,9 +186,9 @@ class StoreView:
             self._catalog.leases.release(self._number(version))
 
     def load_state(self, version: Target) -> dict[str, Path] | None:
-        """The files of a version's trainer state by name (`state.json` holds its meta), or None when not kept.
+        """The files of a version's trainer state by name (`state.json` holds its meta), verified; None when not kept.
 
-        The writer waits for one that is on its way. Raises `StoreCorrupt` when a file is not what was written.
+        The writer waits for one that is on its way.
         """
         archive, number = self._catalog.archive, self._number(version)
         if archive is None or not archive.has(STATES, number):

@@ -139,10 +139,8 @@ def read_number(path: Path) -> int | None:
         return None
     digits = content.strip()
     if not digits.isdigit() or len(digits) > 20 or int(digits) > MAX_NUMBER:
-        raise StoreCorrupt(
-            f"{path} should hold a number but holds {content[:40]!r}; write into it a number that is at least as "
-            "large as every version number that this run has used"
-        )
+        fix = "write into it a number that is at least as large as every version number that this run has used"
+        raise StoreCorrupt(f"{path} should hold a number but holds {content[:40]!r}; {fix}")
     return int(content)
 
 

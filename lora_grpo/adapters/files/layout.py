@@ -65,13 +65,11 @@ class Manifest:
         """Raises `KeyError`, `TypeError` or `ValueError` for what is no manifest."""
         manifest = cls(**{name: values[name] for name in cls.__slots__})
         sizes = manifest.sizes
+        numbers = [manifest.number] if manifest.parent is None else [manifest.number, manifest.parent]
         if not (
-            disk.is_number(manifest.number)
-            and (manifest.parent is None or disk.is_number(manifest.parent))
-            and isinstance(manifest.digest, str)
-            and type(manifest.step) is int
+            all(disk.is_number(number) for number in numbers)
+            and (type(manifest.digest), type(manifest.step), type(sizes)) == (str, int, dict)
             and abs(manifest.created_at) < _END_OF_TIME_S
-            and isinstance(sizes, dict)
             and sizes.keys() == set(PEFT_FILES)
             and all(type(size) is int and size >= 0 for size in sizes.values())
         ):
@@ -121,11 +119,8 @@ class Identity:
                 raise StoreError(f"{path} has format {values['format']}; this release reads format {FORMAT}")
             found = cls(**{name: values[name] for name in cls.__slots__})
             texts = (found.run_id, found.other or "", found.home or "", found.token)
-            if not (
-                all(isinstance(text, str) and "\0" not in text for text in texts)
-                and type(found.own_root) is bool
-                and type(found.generation) is int
-            ):
+            plain = all(isinstance(text, str) and "\0" not in text for text in texts)
+            if not plain or (type(found.own_root), type(found.generation)) != (bool, int):
                 raise ValueError("its fields are not the fields of a store")
             return found
 

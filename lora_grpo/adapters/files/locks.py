@@ -18,13 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
 from lora_grpo.adapters.files.disk import open_regular, reported
 from lora_grpo.adapters.files.layout import MANIFEST_FILE
 from lora_grpo.errors import StoreError, StoreLocked, UnknownVersion
 
-_Key = TypeVar("_Key")
 PATIENCE_S = 0.2
 """How long a writer waits for a lock: another process that only asks who holds it takes it for microseconds."""
 
@@ -47,11 +45,11 @@ def _named_in(descriptor: int) -> str:
     return os.pread(descriptor, 300, 0).decode("ascii", "backslashreplace") or "a process that has just begun"
 
 
-class _Descriptors(Generic[_Key]):
+class _Descriptors:
     """Open locked files by key; emptied in a forked child."""
 
     def __init__(self) -> None:
-        self.by_key: dict[_Key, int] = {}
+        self.by_key: dict[Path | int, int] = {}
         _ALL.add(self)
 
     def close(self) -> None:
@@ -60,7 +58,7 @@ class _Descriptors(Generic[_Key]):
         self.by_key.clear()
 
 
-_ALL: weakref.WeakSet[_Descriptors[Any]] = weakref.WeakSet()
+_ALL: weakref.WeakSet[_Descriptors] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
@@ -71,7 +69,7 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-class WriterLock(_Descriptors[Path]):
+class WriterLock(_Descriptors):
     """The right to write below some folders; taken whole or not at all."""
 
     @property
@@ -84,10 +82,8 @@ class WriterLock(_Descriptors[Path]):
             deadline = time.monotonic() + PATIENCE_S
             while not _try_lock(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() > deadline:
-                    raise StoreLocked(
-                        f"{folder} is open for writing in {_named_in(descriptor)}; stop that process, or open the "
-                        "store with readonly=True"
-                    )
+                    who, fix = _named_in(descriptor), "stop that process, or open the store with readonly=True"
+                    raise StoreLocked(f"{folder} is open for writing in {who}; {fix}")
                 time.sleep(0.005)
             since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
             own_name = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
@@ -142,7 +138,7 @@ def is_free(folder: Path) -> bool:
         return False
 
 
-class Leases(_Descriptors[int]):
+class Leases(_Descriptors):
     """Versions that this process needs on tmpfs: a shared lock on each one's manifest, counted."""
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ _NOT_OPENED = "not-opened"
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """The two halves of a store. `temporary`: the root was chosen by the store, nobody else knows it by name.
+    """The two halves of a store. `temporary`: the store chose the root, nobody else knows it by name.
     `copied_from`: the run directory that this one was copied from, until it was opened for writing."""
 
     root: Path
@@ -104,11 +104,9 @@ def _chosen(root: Path | None, run: Path | None, identity: Identity | None) -> P
     original = _original(run, identity, there)
     if root is not None:
         if original is not None and (asked := Identity.read(root)) is not None and asked.run_id == identity.run_id:
-            raise StoreError(
-                f"{run} is a copy of the run in {original}, which uses the root {root}; give the copy another root "
-                "(or none: then it gets its own)"
-            )
-        if original is None and before not in (None, root) and there is not None and _is_current(there, identity):
+            fix = "give the copy another root (or none: then it gets its own)"
+            raise StoreError(f"{run} is a copy of the run in {original}, which uses the root {root}; {fix}")
+        if original is None and before not in (None, root) and _is_current(there, identity):
             raise StoreError(f"the versions of {run} are in {before}: open it with that root, or without root=")
         return Places(root, run, False, original)
     if before is None or original is not None or not _is_ours(before):
@@ -130,8 +128,8 @@ def _original(run: Path, identity: Identity, root: Identity | None) -> Path | No
     return None
 
 
-def _is_current(root: Identity, run: Identity) -> bool:
-    return root.run_id == run.run_id and not root.is_older_than(run)
+def _is_current(root: Identity | None, run: Identity) -> bool:
+    return root is not None and root.run_id == run.run_id and not root.is_older_than(run)
 
 
 def _is_ours(root: Path) -> bool:
@@ -162,7 +160,6 @@ def _refuse_other_run(places: Places, identity: Identity | None) -> None:
         raise StoreError(f"{root} belongs to the run in {there.other}: open it with archive={there.other!r}")
     adopted = identity is None and there.other is None and places.copied_from is None
     if run is not None and not adopted and (identity is None or identity.run_id != there.run_id):
-        raise StoreError(
-            f"{root} holds versions of another run ({there.other or 'one without an archive'}), not of {run}; "
-            "choose another root, or remove that folder if its versions are no longer needed"
-        )
+        other = there.other or "one without an archive"
+        fix = "choose another root, or remove that folder if its versions are no longer needed"
+        raise StoreError(f"{root} holds versions of another run ({other}), not of {run}; {fix}")
