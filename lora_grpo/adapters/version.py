@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -68,13 +69,10 @@ def parse_target(to: object) -> Target:
 
 def as_step(step: Any) -> int:
     """A caller's training step. Raises `ConfigError` for what is no whole number, or is below 0."""
-    try:
-        whole = operator.index(step)
-    except TypeError:
-        whole = -1
-    if whole < 0:
-        raise ConfigError(f"step={step!r} must be a whole number, 0 or more")
-    return whole
+    with suppress(TypeError):
+        if (whole := operator.index(step)) >= 0:
+            return whole
+    raise ConfigError(f"step={step!r} must be a whole number, 0 or more")
 
 
 _RUN = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"

@@ -32,21 +32,15 @@ _FOLDER = "replica-"
 TIMEOUT_S = 30.0
 """Seconds without a byte after which the store counts as out of reach."""
 
-_CONNECT_TIMEOUT_S = 5.0
-_CONNECT_RETRIES = 2
-
 
 class StoreClient:
     """Asks one store server. Usable from several threads; raises `ConfigError` for what is no http(s) address."""
 
     def __init__(self, url: str, token: str) -> None:
         self.url = _checked(url)
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"},
-            timeout=httpx.Timeout(TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
-            transport=httpx.HTTPTransport(retries=_CONNECT_RETRIES),
-        )
+        headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"}
+        timeout, transport = httpx.Timeout(TIMEOUT_S, connect=5.0), httpx.HTTPTransport(retries=2)
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, transport=transport)
 
     def manifest(self, run: str, number: int) -> Manifest:
         """What was published as a version of `run`: digest and sizes. Raises `UnknownVersion` when the store has no
@@ -172,10 +166,9 @@ class ReplicaCache:
     def _require_room(self, name: str, manifest: Manifest) -> None:
         left = min(self.budget_bytes - self.used_bytes, shutil.disk_usage(self.folder).free)
         if manifest.size_bytes > left:
-            raise NoRoom(
-                f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but this replica has room for {left / MIB:.1f}: "
-                "raise LORA_GRPO_STORE_CACHE_MIB (on a tmpfs that holds it), or restart it, which empties its cache"
-            )
+            taken = f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but this replica has room for {left / MIB:.1f}"
+            fix = "raise LORA_GRPO_STORE_CACHE_MIB (on a tmpfs that holds it), or restart it, which empties its cache"
+            raise NoRoom(f"{taken}: {fix}")
 
 
 def read_token(file: str | Path | None = None) -> str:
@@ -188,10 +181,10 @@ def read_token(file: str | Path | None = None) -> str:
         raise ConfigError(f"the token file {named} cannot be read: {error}") from error
     where = named or TOKEN_VARIABLE
     if not token:
-        raise ConfigError(
-            f"there is no store token in {where}; write a long random one ('openssl rand -hex 32') into an owner-only "
-            f"file, and name it in {TOKEN_FILE_VARIABLE} on both sides"
+        fix = (
+            f"write one ('openssl rand -hex 32') into an owner-only file, named in {TOKEN_FILE_VARIABLE} on both sides"
         )
+        raise ConfigError(f"there is no store token in {where}; {fix}")
     if not re.fullmatch("[!-~]+", token):
         raise ConfigError(f"the store token in {where} must be one word of printable ASCII; make it hex digits")
     return token

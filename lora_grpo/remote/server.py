@@ -29,7 +29,6 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -52,6 +51,7 @@ _STOP_TIMEOUT_S = 5
 _STALL_S = 60.0
 _BACKLOG = 16
 _NUMBER = re.compile("[1-9][0-9]{0,8}")
+_QUIET: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False, "server_header": False}
 
 
 class StoreServer:
@@ -74,13 +74,10 @@ class StoreServer:
             loop="asyncio",
             # It also bounds how many connections asyncio accepts before it looks at the first.
             backlog=_BACKLOG,
+            timeout_graceful_shutdown=_STOP_TIMEOUT_S,
             lifespan="off",
             ws="none",
-            log_config=None,
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_STOP_TIMEOUT_S,
+            **_QUIET,
         )
         self._server = uvicorn.Server(config)
         serve, name = partial(self._server.run, [self._socket]), "lora-grpo store server"
@@ -128,17 +125,14 @@ def store_app(view: StoreView, token: str) -> ASGIApp:
 
     Starlette calls them in worker threads, since they read from disk; the view stands several.
     """
-    app = Starlette(
-        routes=[
-            Route("/versions/{number}", partial(_manifest, view)),
-            Route("/versions/{number}/{file}", partial(_file, view)),
-        ],
-        exception_handlers={
-            HTTPException: _refused,
-            UnknownVersion: partial(_said, 404),
-            StoreError: partial(_said, 500),
-        },
-    )
+    said: dict[Any, Any] = {
+        HTTPException: _refused,
+        UnknownVersion: partial(_said, 404),
+        StoreError: partial(_said, 500),
+    }
+    app = Starlette(exception_handlers=said)
+    app.add_route("/versions/{number}", partial(_manifest, view))
+    app.add_route("/versions/{number}/{file}", partial(_file, view))
     app.router.redirect_slashes = False
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:

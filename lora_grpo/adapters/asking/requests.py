@@ -37,8 +37,7 @@ class Request:
     def answered(self) -> dict[str, Any] | None:
         """The holder's answer, taken away by reading it; None while there is none. See `is_gone`."""
         path = self._file(_ANSWER)
-        content = disk.read_small(path)
-        if content is None:
+        if (content := disk.read_small(path)) is None:
             return None
         path.unlink(missing_ok=True)
         answer: dict[str, Any] = disk.parse_json(content)
@@ -63,10 +62,8 @@ class Request:
 
     @property
     def cut_short(self) -> str:
-        return (
-            "the process that held the run ended while it was doing this; "
-            f"`lora-grpo versions {self.run}` shows whether it was done"
-        )
+        ended = "the process that held the run ended while it was doing this"
+        return f"{ended}; `lora-grpo versions {self.run}` shows whether it was done"
 
     def claim(self) -> bool:
         """Begin with it: from here on it cannot be taken back. False when it was."""

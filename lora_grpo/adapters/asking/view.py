@@ -41,8 +41,7 @@ class StoreView:
     def run(self) -> str:
         """The run's name beyond this store: letters, digits, '.', '_' and '-', and no other run's."""
         folder = self.archive or self.root
-        identity = Identity.read(folder)
-        if identity is None:
+        if (identity := Identity.read(folder)) is None:
             raise StoreError(f"{folder / 'store.json'} is gone; did another program delete it?")
         return run_name(folder, identity.run_id)
 
@@ -237,14 +236,12 @@ def best_metric(store: StoreView) -> str:
 
 
 def _in_line(store: StoreView, word: str) -> int:
-    head = store.head
-    if head is None:
+    if (head := store.head) is None:
         raise UnknownVersion(f"no version was promoted yet, so there is no {word!r}")
-    if word == "head":
-        return head.number
-    if head.parent is None:
+    number = head.number if word == "head" else head.parent
+    if number is None:
         raise UnknownVersion(f"{head} is the first version and has no parent; name a version by its number")
-    return head.parent
+    return number
 
 
 def _best(store: StoreView, metric: str) -> int:

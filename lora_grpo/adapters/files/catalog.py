@@ -75,8 +75,7 @@ class Catalog:
 
     def why_missing(self, number: int) -> str:
         if self.journal.has_forgotten(number):
-            why = self.journal.why_forgotten(number)
-            if why is not None:
+            if (why := self.journal.why_forgotten(number)) is not None:
                 return f"version {number} was removed by retention: {why}, and HEAD, pinned and leased versions"
             return f"version {number} was lost with the tmpfs before it was archived, or deleted by another program"
         if number in self.journal.published:
@@ -103,8 +102,7 @@ class Catalog:
                 if error.errno != errno.EINVAL:
                     raise
                 raise StoreCorrupt(f"{link} should be a symbolic link but is not") from None
-        number = disk.number_in(name)
-        if number is None:
+        if (number := disk.number_in(name)) is None:
             raise StoreCorrupt(f"{link} points to {name!r}, which is not a version")
         return number
 

@@ -134,8 +134,7 @@ def number_in(name: str) -> int | None:
 
 
 def read_number(path: Path) -> int | None:
-    content = read_small(path)
-    if content is None:
+    if (content := read_small(path)) is None:
         return None
     digits = content.strip()
     if not digits.isdigit() or len(digits) > 20 or int(digits) > MAX_NUMBER:

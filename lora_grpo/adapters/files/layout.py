@@ -80,8 +80,7 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a version's folder; `StoreCorrupt` for a damaged one, and where there is none."""
     path = folder / MANIFEST_FILE
-    manifest = disk.read_record(path, Manifest.from_mapping)
-    if manifest is None:
+    if (manifest := disk.read_record(path, Manifest.from_mapping)) is None:
         raise StoreCorrupt(f"{path} is gone; did another program delete it?")
     if disk.folder_name(manifest.number) != folder.name:
         raise StoreCorrupt(f"{path} says it is version {manifest.number}, but its folder is {folder.name}")

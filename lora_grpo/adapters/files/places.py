@@ -90,7 +90,9 @@ def for_writing(root: str | Path | None, archive: str | Path | None, lock: Write
     identity = None if run is None else Identity.read(run)
     places = _chosen(None if root is None else Path(root).resolve(), run, identity)
     disk.make_private(places.root)
-    _refuse_foreign(places.root)
+    names = {name for name in os.listdir(places.root) if not name.startswith(ASIDE)}
+    if Identity.read(places.root) is None and (foreign := names - _OWN_NAMES):
+        raise StoreError(f"{places.root} holds {sorted(foreign)[:3]} but no store; give the store its own folder")
     lock.take(places.root)
     _refuse_other_run(places, None if places.copied_from else identity)
     return places
@@ -109,7 +111,8 @@ def _chosen(root: Path | None, run: Path | None, identity: Identity | None) -> P
         if original is None and before not in (None, root) and _is_current(there, identity):
             raise StoreError(f"the versions of {run} are in {before}: open it with that root, or without root=")
         return Places(root, run, False, original)
-    if before is None or original is not None or not _is_ours(before):
+    # Somebody else may have taken the place of a root meanwhile.
+    if before is None or original is not None or (before.exists() and before.stat().st_uid != os.geteuid()):
         return Places(_new_root(run), run, True, original)
     return Places(before, run, identity.own_root)
 
@@ -132,23 +135,9 @@ def _is_current(root: Identity | None, run: Identity) -> bool:
     return root is not None and root.run_id == run.run_id and not root.is_older_than(run)
 
 
-def _is_ours(root: Path) -> bool:
-    """Whether nobody else took the place of a root meanwhile."""
-    try:
-        return os.stat(root).st_uid == os.geteuid()
-    except FileNotFoundError:
-        return True
-
-
 def _new_root(run: Path | None) -> Path:
     label = "" if run is None else f"{run.name}-"
     return Path(tempfile.mkdtemp(prefix=f"lora-grpo-{label}", dir=disk.tmpfs_home()))
-
-
-def _refuse_foreign(root: Path) -> None:
-    names = {name for name in os.listdir(root) if not name.startswith(ASIDE)}
-    if Identity.read(root) is None and (foreign := names - _OWN_NAMES):
-        raise StoreError(f"{root} holds {sorted(foreign)[:3]} but no store; give the store its own folder")
 
 
 def _refuse_other_run(places: Places, identity: Identity | None) -> None:

@@ -18,14 +18,13 @@ _MANIFEST_PAGES = 3
 
 def make_room(session: Session, sizes: Mapping[str, int], budget_bytes: int | None) -> None:
     """Return when files of `sizes` bytes fit the root and the budget, pruning if they do not; else raise `NoRoom`."""
-    if _lacking(session, sizes, budget_bytes) is None:
+    if not _lacking(session, sizes, budget_bytes):
         return
     session.prune()
-    if _lacking(session, sizes, budget_bytes) is not None and session.writer.backlog_bytes:
+    if _lacking(session, sizes, budget_bytes) and session.writer.backlog_bytes:
         session.writer.flush()
         session.prune()
-    lacking = _lacking(session, sizes, budget_bytes)
-    if lacking is not None:
+    if lacking := _lacking(session, sizes, budget_bytes):
         taken, kept = _used_bytes(session) / MIB, session.retention.words("tmpfs")
         larger = f"{_larger(session.root.path)}{'' if budget_bytes is None else ' or budget_bytes'}"
         raise NoRoom(
@@ -51,8 +50,7 @@ def _used_bytes(session: Session) -> int:
 
 def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
     """Raise `NoRoom` when files of `sizes` bytes, which `what` names, do not fit the file system of `folder`."""
-    lacking = _lacking_in(folder, sizes)
-    if lacking is not None:
+    if lacking := _lacking_in(folder, sizes):
         raise NoRoom(f"{what} {lacking}: free some of it, or use {_larger(folder)}")
 
 

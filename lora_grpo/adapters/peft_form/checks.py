@@ -12,7 +12,6 @@ from torch import nn
 from lora_grpo.adapters.peft_form.modules import (
     LoraModule,
     clean_name,
-    is_multimodal,
     language_model_path,
     lora_modules,
     peft_model_of,
@@ -58,9 +57,9 @@ def check_same_dtype(model: nn.Module, engine_dtype: str) -> None:
     embedding = peft_model_of(model).base_model.model.get_input_embeddings().weight
     dtype = str(embedding.dtype).removeprefix("torch.")
     if {dtype, engine_dtype} == {"float16", "bfloat16"}:
+        fix = f"load the trainer in {engine_dtype} or float32, or start the engine with dtype={dtype!r}"
         raise UnsupportedAdapter(
-            f"the trainer's base is {dtype} and the engine's {engine_dtype}, which rounds the same checkpoint "
-            f"otherwise: load the trainer in {engine_dtype} or float32, or start the engine with dtype={dtype!r}"
+            f"the trainer's base is {dtype} and the engine's {engine_dtype}, rounded otherwise: {fix}"
         )
 
 
@@ -83,9 +82,8 @@ def _check_config(config: Any, adapter: str) -> None:
             raise UnsupportedAdapter(f"LoraConfig.{field}={found!r}: {reason}")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
-        raise UnsupportedAdapter(
-            f"LoraConfig.init_lora_weights={init!r} changes the trainer's base weights only; use True or {PLAIN_INITS}"
-        )
+        fix = f"changes the trainer's base weights, but not the engine's; use True or one of {PLAIN_INITS}"
+        raise UnsupportedAdapter(f"LoraConfig.init_lora_weights={init!r} {fix}")
 
 
 def _check_no_experts(config: LoraConfig, base: nn.Module, modules: list[LoraModule]) -> None:
@@ -101,17 +99,12 @@ def _check_no_experts(config: LoraConfig, base: nn.Module, modules: list[LoraMod
 
 def _check_language_alone(base: Any, modules: list[LoraModule]) -> None:
     """Of a multimodal model, its language model is what is sampled from; PEFT's names mean layers of its towers too."""
-    if not is_multimodal(base):
-        return
     language = language_model_path(base)
-    beside = [module.path for module in modules if not module.path.startswith(f"{language}.")]
-    if beside:
+    if beside := [module.path for module in modules if not module.path.startswith(language)]:
         leaves = {module.path.rpartition(".")[2] for module in modules if module.path not in beside}
-        pattern = rf"{re.escape(language)}\..*\.({'|'.join(sorted(leaves) or ATTENTION)})"
-        raise UnsupportedAdapter(
-            f"{beside[0]} (and {len(beside) - 1} more) is outside the language model, which alone is trained; name "
-            f"only layers inside it: target_modules=r'{pattern}'"
-        )
+        pattern = rf"{re.escape(language)}.*\.({'|'.join(sorted(leaves) or ATTENTION)})"
+        what = f"{beside[0]} (and {len(beside) - 1} more) is outside the language model, which alone is trained"
+        raise UnsupportedAdapter(f"{what}; name only layers inside it: target_modules=r'{pattern}'")
 
 
 def _check_no_embedding(base: nn.Module, adapter: str) -> None:
@@ -124,10 +117,8 @@ def _check_no_embedding(base: nn.Module, adapter: str) -> None:
 def _check_order(config: Any, modules: list[LoraModule]) -> None:
     reordered = [module.path for module in modules if module.path.endswith((".q_proj", ".k_proj"))]
     if reordered and config.get_text_config().model_type == "llama4_text":
-        raise UnsupportedAdapter(
-            f"{reordered[0]}: vLLM reorders the rows of Llama 4's q_proj and k_proj when it loads the base, but not "
-            "those of an adapter; leave both out of target_modules"
-        )
+        why = "vLLM reorders the rows of Llama 4's q_proj and k_proj in the base, but not in an adapter"
+        raise UnsupportedAdapter(f"{reordered[0]}: {why}; leave both out of target_modules")
 
 
 def _objection(module: LoraModule) -> str | None:
@@ -158,19 +149,13 @@ def _objection(module: LoraModule) -> str | None:
 def _check_nothing_else_trains(peft_model: Any, modules: list[LoraModule]) -> None:
     """Anything trainable beside the adapter would drift away from the engine's base unseen."""
     own = {id(parameter) for module in modules for parameter in (module.a_RI, module.b_OR)}
-    others = [name for name, p in peft_model.named_parameters() if p.requires_grad and id(p) not in own]
-    if others:
-        raise UnsupportedAdapter(
-            f"{others[0]} (and {len(others) - 1} more) would be trained but never published; freeze it with "
-            "requires_grad_(False), or make it part of the adapter"
-        )
+    if others := [name for name, p in peft_model.named_parameters() if p.requires_grad and id(p) not in own]:
+        what = f"{others[0]} (and {len(others) - 1} more) would be trained but never published"
+        raise UnsupportedAdapter(f"{what}; freeze it with requires_grad_(False), or make it part of the adapter")
 
 
 def check_rank(modules: list[LoraModule], max_lora_rank: int) -> None:
     for module in modules:
-        rank = module.a_RI.shape[0]
-        if rank > max_lora_rank:
-            raise UnsupportedAdapter(
-                f"{module.path} has rank {rank}, the engine takes at most {max_lora_rank}: max_lora_rank={rank}, or "
-                f"--max-lora-rank {rank} of its server, allows it"
-            )
+        if (rank := module.a_RI.shape[0]) > max_lora_rank:
+            fix = f"build it with max_lora_rank={rank}, or start its server with --max-lora-rank {rank}"
+            raise UnsupportedAdapter(f"{module.path} has rank {rank}, the engine takes at most {max_lora_rank}; {fix}")

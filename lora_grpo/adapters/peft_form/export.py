@@ -63,10 +63,9 @@ class Recipe:
         before = Recipe.read(run).scalings
         if before != self.scalings:
             odd = min(path for path in {*before, *self.scalings} if before.get(path) != self.scalings.get(path))
-            raise ConfigError(
-                f"{odd} is scaled by {self.scalings.get(odd)}, in the versions of {run} by {before.get(odd)} (None: "
-                "not adapted); use the rank, alpha and target modules of before, or begin another run"
-            )
+            now = f"{odd} is scaled by {self.scalings.get(odd)}, in the versions of {run} by {before.get(odd)}"
+            fix = "use the rank, alpha and target modules of before, or begin another run"
+            raise ConfigError(f"{now} (None: not adapted); {fix}")
 
     def write(self, path: Path) -> None:
         """Keep it in the run directory; written once, since a run's adapter never changes its config."""
@@ -78,8 +77,7 @@ class Recipe:
     @classmethod
     def read(cls, run: Path) -> Recipe:
         path = run / RECIPE_FILE
-        recipe = disk.read_record(path, lambda values: cls(**values))
-        if recipe is None:
+        if (recipe := disk.read_record(path, lambda values: cls(**values))) is None:
             raise StoreError(f"{run} has no {RECIPE_FILE}: only runs of NativeSync or GRPOTrainer can be exported")
         return recipe
 
@@ -112,8 +110,7 @@ def adapter_tensors(
     store: StoreView, version: AdapterVersion, recipe: Recipe
 ) -> tuple[dict[str, torch.Tensor], Weights]:
     """A version's A and B by PEFT's names, in fp32, without the scaling: the trainer's own where its state is kept."""
-    exact = _trainer_weights(store, version)
-    if exact is not None:
+    if (exact := _trainer_weights(store, version)) is not None:
         return exact, "exact"
     rounded = load_tensors(store.readable(version) / WEIGHTS_FILE)
     return {name: _unscaled(name, tensor.float(), recipe) for name, tensor in rounded.items()}, "rounded"

@@ -62,20 +62,16 @@ def peft_model_of(model: nn.Module) -> Any:
     while not hasattr(inner, "peft_config"):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if inner is None:
-            kind = type(model).__name__
-            raise UnsupportedAdapter(
-                f"{kind} holds no PEFT adapter; wrap it with peft.get_peft_model(model, LoraConfig())"
-            )
+            fix = "wrap it with peft.get_peft_model(model, LoraConfig())"
+            raise UnsupportedAdapter(f"{type(model).__name__} holds no PEFT adapter; {fix}")
     return inner
 
 
 def lora_modules(model: nn.Module, adapter: str) -> list[LoraModule]:
     """The modules that `adapter` adapts, in the model's own order."""
-    return [
-        LoraModule(clean_name(name), layer, adapter)
-        for name, layer in peft_model_of(model).base_model.model.named_modules()
-        if isinstance(layer, LoraLayer) and adapter in layer.lora_A
-    ]
+    named = peft_model_of(model).base_model.model.named_modules()
+    adapted = ((name, layer) for name, layer in named if isinstance(layer, LoraLayer) and adapter in layer.lora_A)
+    return [LoraModule(clean_name(name), layer, adapter) for name, layer in adapted]
 
 
 def is_multimodal(base: Any) -> bool:
@@ -85,8 +81,11 @@ def is_multimodal(base: Any) -> bool:
 
 
 def language_model_path(base: Any) -> str:
+    """What the names of its layers begin with in a multimodal model; in another one, nothing."""
+    if not is_multimodal(base):
+        return ""
     decoder = base.get_decoder()
-    return clean_name(next(name for name, module in base.named_modules() if module is decoder))
+    return next(f"{clean_name(name)}." for name, module in base.named_modules() if module is decoder)
 
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -56,10 +56,8 @@ def check_trainable(base: Any) -> None:
         raise UnsupportedAdapter(f"the trainer's base is in {scheme}, whose gradients are not proven: {fix}")
     for name, layer in base.named_modules():
         if getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
-            raise UnsupportedAdapter(
-                f"{name}: bitsandbytes has packed it for inference, which loses gradients; load the base again, and do "
-                "not use it in eval mode before the trainer has it"
-            )
+            fix = "load the base again, and do not use it in eval mode before the trainer has it"
+            raise UnsupportedAdapter(f"{name}: bitsandbytes has packed it for inference, which loses gradients; {fix}")
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -106,10 +106,8 @@ class ServingForm:
     def _check_same_adapter(self) -> None:
         for home, linear in zip(self._homes, self._linears, strict=True):
             if home.get(self._adapter) is not linear:
-                raise TrainingError(
-                    f"adapter {self._adapter!r} was deleted or made anew since this was built; build a new NativeSync "
-                    "(or trainer) on the model as it is now"
-                )
+                fix = "build a new NativeSync (or trainer) on the model as it is now"
+                raise TrainingError(f"adapter {self._adapter!r} was deleted or made anew since this was built; {fix}")
 
     def _reshard(self) -> None:
         for module in self._sharded:
@@ -120,19 +118,16 @@ class ServingForm:
         for module, base, dtype in zip(self.modules, self._bases, self._base_dtypes, strict=True):
             active, now, what = module.layer.active_adapters, base._parameters["weight"].dtype, module.idle
             if active != [self._adapter]:
-                what = (
-                    f"computes with {active}, and {self._adapter!r} would be published: call "
-                    f"model.set_adapter({self._adapter!r}), or build a new NativeSync for another adapter"
-                )
+                fix = f"call model.set_adapter({self._adapter!r}), or build a new NativeSync for another adapter"
+                what = f"computes with {active}, and {self._adapter!r} would be published: {fix}"
             elif now != dtype:
                 what = f"is in {now} and was in {dtype} as the engine's base is: load the model again in {dtype}"
             if what is not None:
                 raise TrainingError(f"{module.path} {what}; nothing was published")
         if trained := [name for name, parameter in self._others.items() if parameter.requires_grad]:
-            raise TrainingError(
-                f"{trained[0]} (and {len(trained) - 1} more) would be trained but never published: freeze it with "
-                "requires_grad_(False), and load the base again if a step has changed it; nothing was published"
-            )
+            what = f"{trained[0]} (and {len(trained) - 1} more) would be trained but never published: freeze it with"
+            fix = "requires_grad_(False), and load the base again if a step has changed it"
+            raise TrainingError(f"{what} {fix}; nothing was published")
 
     @torch.no_grad()
     def _fill(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,17 +69,16 @@ class Numbering:
         self._write_last()
 
     def next(self) -> int:
-        """The next number. Given out once, whatever becomes of it."""
-        number = self.last + 1
-        if self._run_file is not None and number > self._bound:
-            self._reserve(number + _BLOCK - 1)
-        self.last = number
+        """Given out once, whatever becomes of it."""
+        if self.last >= self._bound:
+            self._reserve(self.last + _BLOCK)
+        self.last += 1
         self._write_last()
-        return number
+        return self.last
 
     def give_back(self) -> None:
         """Return what was reserved and not given out, so that a clean stop leaves no gap."""
-        if self._run_file is not None and self._bound > self.last:
+        if self._bound > self.last:
             self._reserve(self.last)
 
     def close(self) -> None:
@@ -88,9 +88,9 @@ class Numbering:
         return f"{self.last:0{_WIDTH}d}\n".encode()
 
     def _reserve(self, bound: int) -> None:
-        assert self._run_file is not None
-        disk.replace_file(self._run_file, f"{bound}\n".encode(), sync=True)
-        self._bound = bound
+        if self._run_file is not None:
+            disk.replace_file(self._run_file, f"{bound}\n".encode(), sync=True)
+            self._bound = bound
 
     def _write_last(self) -> None:
         # In place and of fixed width: one page that is already there, so a full tmpfs cannot refuse it.
@@ -144,11 +144,10 @@ class Opening:
     def _move_journal(self) -> None:
         """A root that lived without a run directory brings its history with it."""
         old = self.places.root / "journal.jsonl"
-        if self.places.run is None or not old.exists():
-            return
-        if not self.places.journal.exists():
-            disk.replace_file(self.places.journal, old.read_bytes(), sync=True)
-        old.unlink()
+        if self.places.run is not None and old.exists():
+            if not self.places.journal.exists():
+                disk.replace_file(self.places.journal, old.read_bytes(), sync=True)
+            old.unlink()
 
     def _identify(self, root_before: Identity | None) -> None:
         """Mark both halves with this opening. The root first: a kill in between leaves it the newer one, not the older.
@@ -222,7 +221,9 @@ class Opening:
 
     def _settle_head(self) -> tuple[int, int | None] | None:
         """Leave `HEAD` on the version promoted last; where that is lost, on the last one before it that is not."""
-        linked = self._linked()
+        link, linked = self.root.path / "HEAD", None
+        with suppress(StoreCorrupt):
+            linked = self.catalog.head_number() if link.is_symlink() else None
         promoted = [*self.journal.promoted, *([] if linked is None else [linked])]
         for number in dict.fromkeys(reversed(promoted)):
             if not self._bring_to_tmpfs(number):
@@ -232,21 +233,16 @@ class Opening:
             if next(reversed(self.journal.promoted), None) != number:
                 self.journal.append("promote", number)
             return None if number == promoted[-1] else (promoted[-1], number)
-        (self.root.path / "HEAD").unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
         return (promoted[-1], None) if promoted else None
 
-    def _linked(self) -> int | None:
-        try:
-            return self.catalog.head_number() if (self.root.path / "HEAD").is_symlink() else None
-        except StoreCorrupt:
-            return None
-
     def _bring_to_tmpfs(self, number: int) -> bool:
-        if self.catalog.on_tmpfs(number) and self._is_sound(number):
+        here = self.catalog.on_tmpfs(number)
+        if here and self._is_sound(number):
             return True
         if self.archive is None or not self.archive.has(VERSIONS, number):
             return False
-        if self.catalog.on_tmpfs(number):
+        if here:
             self.root.remove(VERSIONS, number)
         try:
             self.archive.bring_back(self.catalog.manifest(number), self.root)

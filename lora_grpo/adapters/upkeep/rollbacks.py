@@ -120,8 +120,7 @@ def state_extra(store: AdapterStore, number: int) -> dict[str, Any] | None:
     """What `GRPOTrainer` wrote beside the state of version `number`, or else of its nearest ancestor that has one."""
     following: int | None = number
     while following is not None:
-        files = store.load_state(following)
-        if files is not None:
+        if (files := store.load_state(following)) is not None:
             return of_trainer(disk.parse_json(disk.read_small(files[STATE_FILE]) or b"{}").get("extra"))
         following = store.parent_of(following)
     return None
