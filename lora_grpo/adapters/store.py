@@ -67,8 +67,7 @@ class AdapterStore(StoreView):
         "eval/reward", and warns before the first removal.
 
         Raises `StoreLocked` with the name of the process that has it open for writing, and `StoreCorrupt` if it is
-        damaged. Warns if `root` is not on tmpfs. `recovered` says what a dead process left and what was lost.
-        """
+        damaged. Warns if `root` is not on tmpfs. `recovered` says what a dead process left and what was lost."""
         if readonly:
             self._session: Session | None = None
             with disk.reported("opening a store for reading"):
@@ -90,8 +89,7 @@ class AdapterStore(StoreView):
         """Write a new version: the two PEFT files, each as buffers to be laid end to end. `HEAD` does not move.
 
         The parent "head" means the promoted version, if any. The version appears complete, by one rename. Raises
-        `NoRoom`, before anything is written, when it does not fit tmpfs or the budget even after `prune()`.
-        """
+        `NoRoom`, before anything is written, when it does not fit tmpfs or the budget even after `prune()`."""
         if set(files) != set(PEFT_FILES):
             raise ConfigError(f"a version holds {', '.join(PEFT_FILES)}; got {', '.join(sorted(files)) or 'no files'}")
         with self._writing("publishing a version") as session:
@@ -142,8 +140,7 @@ class AdapterStore(StoreView):
     def record(self, version: Target, **metrics: float | int | str | bool | None) -> None:
         """Record metrics of a version, even if it is no longer kept; a metric of the same name is overwritten.
 
-        Non-finite numbers become None. A reward, or a metric that retention ranks by, must be a number.
-        """
+        Non-finite numbers become None. A reward, or a metric that retention ranks by, must be a number."""
         number = self._number(version)
         with self._writing(f"recording metrics of version {number}") as session:
             values = as_metrics(metrics, session.retention.ranked)
@@ -172,16 +169,14 @@ class AdapterStore(StoreView):
         """Remove what retention no longer keeps; returns the numbers whose tmpfs copy was removed.
 
         Versions that are leased (by any process), pinned, `HEAD` or still to be archived stay. The archive and trainer
-        states have their own rules. No copy on disk is removed for one that still waits for the disk.
-        """
+        states have their own rules. No copy on disk is removed for one that still waits for the disk."""
         with self._writing("pruning") as session:
             return session.prune()
 
     def restore(self, version: Target) -> AdapterVersion:
         """Put the version's files back at its path from the archive, their digest checked first, unless they are sound.
 
-        Raises `UnknownVersion` if no copy is left, and `StoreCorrupt` if all copies are damaged.
-        """
+        Raises `UnknownVersion` if no copy is left, and `StoreCorrupt` if all copies are damaged."""
         number = self._number(version)
         with self._writing(f"restoring version {number}") as session:
             manifest = self._catalog.manifest(number)
@@ -207,8 +202,7 @@ class AdapterStore(StoreView):
         """Queue a version's trainer state for the archive; `meta` becomes `state.json`. Leave the buffers as they are.
 
         It waits only if more than `backlog_limit_bytes` are queued and retention would keep all queued states. If the
-        disk has failed in the meantime, it raises that error and does not queue the state.
-        """
+        disk has failed in the meantime, it raises that error and does not queue the state."""
         number = self._number(version)
         if clash := {STATE_FILE, SUMS_FILE} & set(files):
             raise ConfigError(f"{clash.pop()} is a file that the store writes; give the trainer's file another name")
@@ -242,8 +236,7 @@ class AdapterStore(StoreView):
         """Finish the archive, prune once more where `prune` was called, and tmpfs of what is archived, and unlock.
 
         Raises the error if something was not written; the lock is released anyway. Close the engine first: it may still
-        read versions, and a root that the store chose itself is removed now.
-        """
+        read versions, and a root that the store chose itself is removed now."""
         if self._session is None:
             self._catalog.leases.close()
             return

@@ -1,8 +1,7 @@
 """`AdapterVersion`: the one noun, and what it is called.
 
 In its store, by one grammar for the command line and everything that takes a version (`Target`); beyond that as
-`RUN@NUMBER`, as requests over HTTP have it.
-"""
+`RUN@NUMBER`, as requests over HTTP have it."""
 
 from __future__ import annotations
 
@@ -81,9 +80,8 @@ _FOLDER_LENGTH = 64
 
 
 def run_name(folder: Path, run_id: str) -> str:
-    """A run's name: its folder's, for people, and the start of its id, so that no two runs share a name. A server
-    remembers the names that it has served for life: a run started again in a folder of the same name must not be
-    answered from the weights of the one before it."""
+    """Its folder's name, for people, and the start of its id: a server remembers names for life, and a run begun again
+    in a folder of the same name must not be answered from the weights of the one before it."""
     legible = re.sub("[^A-Za-z0-9._-]+", "-", folder.name).strip("-._")[:_FOLDER_LENGTH] or "run"
     return f"{legible}-{run_id[:8]}"
 

@@ -1,7 +1,6 @@
 """The client of a store server: what it takes from there is what was published, or an error that says why not.
 
-And a replica's own copies of that, on its tmpfs: pulled once, never removed while its engine may read them again.
-"""
+And a replica's own copies of that, on its tmpfs: pulled once, never removed while its engine may read them again."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class StoreClient:
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, transport=transport)
 
     def manifest(self, run: str, number: int) -> Manifest:
-        """What was published as a version of `run`: digest and sizes. Raises `UnknownVersion` when the store has no
-        such version or is another run's."""
+        """What was published; `UnknownVersion` when the store has no such version or is another run's."""
         with self._asking(f"/versions/{number}") as response:
             text = response.read().decode(errors="replace")
         try:
@@ -60,8 +58,7 @@ class StoreClient:
         return manifest
 
     def pull(self, run: str, manifest: Manifest, folder: Path) -> None:
-        """Write a version's files and manifest into the empty `folder`, and compare them with the digest. Raises
-        `StoreCorrupt` when they are not what was published, `NoRoom` for a full disk."""
+        """Write a version's files into the empty `folder`; `StoreCorrupt` when they are not what was published."""
         name = served_name(run, manifest.number)
         with reported(f"writing {name}"):
             for file, size_bytes in sorted(manifest.sizes.items()):
@@ -121,14 +118,12 @@ def _checked(url: str) -> str:
 
 
 class ReplicaCache:
-    """Versions below a folder of this process's own; the folder goes when the process ends. A server may evict an
-    adapter from memory and read its path again at any later request that names it, and it never says when it will not:
-    so nothing is removed before the process ends. What would exceed the budget is refused. One thread at a time
-    pulls."""
+    """Versions in a folder that goes with this process. A server may evict an adapter and read its path again at any
+    later request, and never says when it will not: nothing is removed before, and what would exceed the budget is
+    refused. One thread at a time pulls."""
 
     def __init__(self, parent: Path, budget_bytes: int | None = None) -> None:
-        """Take a new folder in `parent`, and remove what dead processes left there. `budget_bytes` bounds what this
-        process keeps; None is half of the file system."""
+        """Take a new folder, and remove those of dead processes; by default, keep at most half of the file system."""
         with reported(f"opening the replica's cache in {parent}"):
             make_private(parent)
             OwnFolder.sweep(parent, _FOLDER)
@@ -146,9 +141,8 @@ class ReplicaCache:
         return tree.folder(VERSIONS, number) if tree.has(VERSIONS, number) else None
 
     def pull(self, client: StoreClient, run: str, number: int) -> Path:
-        """The path of a version that is not here yet; it appears whole, after its digest and layout were checked.
-        Raises `NoRoom` before anything is transferred, and whatever `StoreClient` and `open_adapter` raise; then
-        nothing of it is left."""
+        """The path of a version that is not here yet; it appears whole, digest and layout checked, or nothing of it is
+        left. Raises `NoRoom` before anything is transferred."""
         manifest = client.manifest(run, number)
         self._require_room(served_name(run, number), manifest)
         tree = self._tree(run)
@@ -172,8 +166,8 @@ class ReplicaCache:
 
 
 def read_token(file: str | Path | None = None) -> str:
-    """The token in `file`, else in the file that LORA_GRPO_STORE_TOKEN_FILE names, else LORA_GRPO_STORE_TOKEN itself.
-    Raises `ConfigError` when there is none, or when it could not travel in a header."""
+    """The token in `file`, else in the file that LORA_GRPO_STORE_TOKEN_FILE names, else LORA_GRPO_STORE_TOKEN
+    itself."""
     named = file or os.environ.get(TOKEN_FILE_VARIABLE)
     try:
         token = (Path(named).read_text() if named else os.environ.get(TOKEN_VARIABLE, "")).strip()

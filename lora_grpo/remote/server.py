@@ -5,8 +5,7 @@
 
 Every request needs `Authorization: Bearer TOKEN`. Errors are `{"error": SENTENCE}`: 401 for the token, 404 for a
 version or file that there is not, 500 for a damaged store. The token and the adapters travel as they are: across a
-network that others can read, put a TLS proxy in front and give the replicas its https address.
-"""
+network that others can read, put a TLS proxy in front and give the replicas its https address."""
 
 from __future__ import annotations
 
@@ -55,14 +54,12 @@ _QUIET: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log"
 
 
 class StoreServer:
-    """Serves a store from a thread of this process, from the start of a `with` block to its end. It looks at the store
-    through a reader of its own, as another process would: it takes no lock of the writer's and goes on while the writer
-    is busy or closed. Nothing can be changed through it. Connections are few and short-lived (see `BoundedProtocol`),
-    so that nobody can use up what this process may open or hold."""
+    """Serves a store from a thread, within a `with` block, through a reader of its own: it takes no lock of the
+    writer's, goes on while the writer is busy or closed, and changes nothing. Connections are few and short-lived (see
+    `BoundedProtocol`), so that nobody can use up what this process may open or hold."""
 
     def __init__(self, store: StoreView, token: str | None = None, *, host: str = LOOPBACK, port: int = 0) -> None:
-        """Open `store` for reading and listen; `port=0` takes a free one. Without `token`, see `read_token`. Raises
-        `ConfigError` without a token and `StoreError` for an address that cannot be listened on."""
+        """Open `store` for reading and listen; `port=0` takes a free one. Without `token`, see `read_token`."""
         token = token or read_token()
         self._view = AdapterStore(store.root, store.archive, readonly=True)
         self.run = self._view.run
@@ -121,10 +118,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def store_app(view: StoreView, token: str) -> ASGIApp:
-    """The ASGI application of the endpoints above, over a view that follows the store.
-
-    Starlette calls them in worker threads, since they read from disk; the view stands several.
-    """
+    """Starlette calls its endpoints in worker threads, since they read from disk; the view stands several."""
     said: dict[Any, Any] = {
         HTTPException: _refused,
         UnknownVersion: partial(_said, 404),
@@ -208,9 +202,8 @@ def most_connections() -> int:
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's, with a limit on connections and on the time that one waits for its request. Where there are too many,
-    the one that has waited longest is closed; one that is being answered never is, and a new one that finds only such
-    is closed itself."""
+    """uvicorn's, with a limit on connections and on the wait for a request. Where there are too many, the one that has
+    waited longest is closed (none that is being answered), else the new one."""
 
     _limit: asyncio.TimerHandle | None = None
     """Ends its wait, while it waits for a request."""

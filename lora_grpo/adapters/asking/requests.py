@@ -2,8 +2,7 @@
 
 `NAME.json` is asked, and its client may take it back; `NAME.doing` is being done; `NAME.answer` is done. Each step is
 one rename or unlink, so that client and holder never both believe that a request was theirs to end. No name is used
-twice, and sorted they are in the order of asking.
-"""
+twice, and sorted they are in the order of asking."""
 
 from __future__ import annotations
 
@@ -35,13 +34,12 @@ class Request:
     args: dict[str, Any] = field(default_factory=dict)
 
     def answered(self) -> dict[str, Any] | None:
-        """The holder's answer, taken away by reading it; None while there is none. See `is_gone`."""
+        """The holder's answer, taken away by reading it; None while there is none."""
         path = self._file(_ANSWER)
         if (content := disk.read_small(path)) is None:
             return None
         path.unlink(missing_ok=True)
-        answer: dict[str, Any] = disk.parse_json(content)
-        return answer
+        return dict(disk.parse_json(content))
 
     def withdraw(self) -> bool:
         """Take it back, so that it is never done; False when it was begun, answered or withdrawn already."""
@@ -86,8 +84,7 @@ class Request:
 
 
 def request(run: str | Path, verb: str, **args: Any) -> Request:
-    """Leave a request for the process that holds `run`; it looks before its next step. Raises `StoreError` when no
-    process holds the run: open the store and do it yourself."""
+    """Ask the process that holds `run`, which looks before its next step; `StoreError` when none holds it."""
     if holder(run) is None:
         raise StoreError(f"no process has {run} open; open the store yourself and make the change there")
     asked = Request(Path(run), f"{time.time_ns():020d}-{secrets.token_hex(8)}", verb, args)
@@ -99,8 +96,8 @@ def request(run: str | Path, verb: str, **args: Any) -> Request:
 
 
 def sweep(run: Path) -> None:
-    """Settle what was asked of a process that is gone: nobody else does it. Who asked is told of what was begun; what
-    was not begun is gone. Answers that nobody came for are removed."""
+    """Settle what was asked of a process that is gone: who asked is told of what was begun; the rest of it is
+    removed."""
     for path in _files(run, _DOING):
         if path.with_suffix(_ANSWER).exists():
             path.unlink()

@@ -55,8 +55,7 @@ class StoreView:
     def get(self, version: Target) -> AdapterVersion:
         """A version with a copy on tmpfs or in the archive; `restore` makes sure that its `path` is there.
 
-        Every method takes a version as `Target` says: 12, "v12", "head", "parent", "best", "best:METRIC", or itself.
-        """
+        Every method takes a version as `Target` says: 12, "v12", "head", "parent", "best", "best:METRIC", or itself."""
         return self._looking().version(self._number(version))
 
     def parent_of(self, version: Target) -> int | None:
@@ -106,8 +105,7 @@ class StoreView:
     def reading(self, version: Target) -> Iterator[Path]:
         """A folder that holds a version's two PEFT files: on tmpfs, leased while the block runs, or in the archive.
 
-        Nothing is verified. Retention may remove the archived folder meanwhile; files that are open then stay whole.
-        """
+        Nothing is verified. Retention may remove the archived folder meanwhile; files that are open then stay whole."""
         number = self._number(version)
         with ExitStack() as held:
             try:
@@ -187,8 +185,7 @@ class StoreView:
     def load_state(self, version: Target) -> dict[str, Path] | None:
         """The files of a version's trainer state by name (`state.json` holds its meta), verified; None when not kept.
 
-        The writer waits for one that is on its way.
-        """
+        The writer waits for one that is on its way."""
         archive, number = self._catalog.archive, self._number(version)
         if archive is None or not archive.has(STATES, number):
             return None
@@ -228,8 +225,7 @@ class StoreView:
 
 
 def best_metric(store: StoreView) -> str:
-    """What "best" goes by: the held-out reward where two kept versions have one, else the reward. One alone, as of the
-    version that training began with, is nothing to choose from."""
+    """What "best" goes by: the held-out reward where two kept versions have one (one is no choice), else the reward."""
     held_out = "eval/reward"
     measured = [is_score(store.metrics(version.number).get(held_out)) for version in store.list()]
     return held_out if sum(measured) > 1 else "reward"

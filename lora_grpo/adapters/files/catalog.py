@@ -117,8 +117,7 @@ class Catalog:
 
 
 def link_head(root: Tree, number: int) -> None:
-    """Point `HEAD` at a version, atomically. A short symbolic link takes no page, so a full tmpfs does not refuse
-    it."""
+    """Atomically. A short symbolic link takes no page, so a full tmpfs does not refuse it."""
     temporary = root.path / ".HEAD.new"
     temporary.unlink(missing_ok=True)
     os.symlink(f"{VERSIONS}/{disk.folder_name(number)}", temporary)

@@ -1,8 +1,7 @@
 """One digest for an adapter: xxh3_128 over its files' sorted names, lengths and contents.
 
 It is fast enough to be taken at every step and again wherever bytes cross a boundary. It guards against damage and
-mix-ups, not against an attacker; the archive adds sha256 beside it.
-"""
+mix-ups, not against an attacker; the archive adds sha256 beside it."""
 
 from __future__ import annotations
 

@@ -89,8 +89,7 @@ def replace_file(path: Path, content: bytes, *, sync: bool) -> None:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor to read a regular file; anything else (a pipe that somebody left there) is refused, not waited for.
-    Raises `FileNotFoundError` or `NotADirectoryError` where there is nothing."""
+    """To read; anything but a regular file (a pipe that somebody left there) is refused, not waited for."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -127,6 +126,10 @@ def is_number(value: object) -> bool:
     return type(value) is int and 0 < value <= MAX_NUMBER
 
 
+def folder_name(number: int) -> str:
+    return f"{number:06d}"
+
+
 def number_in(name: str) -> int | None:
     if not (name.isascii() and name.isdigit() and len(name) <= len(str(MAX_NUMBER))):
         return None
@@ -158,20 +161,14 @@ def tmpfs_home() -> Path:
 def make_private(path: Path) -> None:
     """Create a folder that only its owner may enter, or make an own one such; refuse somebody else's."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = os.stat(path)
-    if status.st_uid != os.geteuid():
+    if (status := os.stat(path)).st_uid != os.geteuid():
         raise StoreError(f"{path} belongs to user id {status.st_uid}; choose a folder that you own")
     if stat.S_IMODE(status.st_mode) != 0o700:
         os.chmod(path, 0o700)
 
 
-def folder_name(number: int) -> str:
-    return f"{number:06d}"
-
-
 class Tree:
-    """Numbered folders of some kinds ("versions", "states") below one path, each there whole or not at all. `sync`
-    makes every change durable before the next one; on tmpfs there is nothing to make durable."""
+    """Numbered folders of some kinds ("versions", "states"), whole or not there; `sync` makes every change durable."""
 
     def __init__(self, path: Path, kinds: tuple[str, ...], *, sync: bool) -> None:
         self.path = path
@@ -188,11 +185,8 @@ class Tree:
         return self.path / kind / folder_name(number)
 
     def has(self, kind: str, number: int) -> bool:
-        folder = self.folder(kind, number)
-        try:
-            return folder.is_dir()
-        except OSError as error:
-            raise StoreError(f"cannot look for {folder}: {error.strerror}") from error
+        with reported(f"looking in {self.path / kind}"):
+            return self.folder(kind, number).is_dir()
 
     def numbers(self, kind: str, *, folders_only: bool = True) -> list[int]:
         """Numbers that name the folders, or anything, of one kind, ascending; none where the tree does not exist."""
@@ -249,8 +243,7 @@ class Tree:
 
     def sweep(self) -> None:
         """Delete the leftovers. Only whoever holds the lock may: a live writer's work looks the same."""
-        for name in self.leftovers():
-            path = self.path / name
+        for path in (self.path / name for name in self.leftovers()):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

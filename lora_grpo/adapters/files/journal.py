@@ -1,8 +1,7 @@
 """The journal: one JSON event a line, appended in one system call each.
 
 A kill can tear only the last line; a reader leaves a torn tail alone, the next writer cuts it off. Each line ends with
-the CRC-32 of what precedes it.
-"""
+the CRC-32 of what precedes it."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ class Journal:
     `published` has the manifests of the versions that should have a copy, `metrics` what was recorded of those;
     `parents` every version ever published, which of one that is gone is all that stays in memory; `promoted` the ones
     that were promoted, in the order of their last promotion, and the last one even if it is gone; `states` the trainer
-    states written or on their way; `damaged_lines` those, counted from 1, that could not be read.
-    """
+    states written or on their way; `damaged_lines` those, counted from 1, that could not be read."""
 
     def __init__(self, path: Path, *, sync: bool) -> None:
         self.path = path
@@ -190,9 +188,8 @@ def _parsed(line: bytes) -> tuple[str, int, dict[str, Any]]:
 
 
 def as_metrics(values: Mapping[str, object], ranked: Set[str]) -> dict[str, Any]:
-    """Metrics as the journal holds them: whole and floating numbers, text, truth values, None. Rewards, and what else
-    is `ranked`, are numbers: text would be passed over by every rule that asks for the best. Rewards are as large as
-    float32 at most, as in training."""
+    """Metrics as the journal holds them. Rewards, and what else is `ranked`, are numbers (text would be passed over by
+    every rule that asks for the best), and rewards as large as float32 at most, as in training."""
     rewards = {name for name in values if name.rpartition("/")[2] == "reward"}
     found = {name: _as_metric(name, value, name in rewards or name in ranked) for name, value in values.items()}
     for name in rewards:

@@ -8,8 +8,7 @@
 
 Each line of the journal has a checksum. It is the truth for metrics, pins and past promotions, and lies in the root
 where there is no run directory; for which versions exist the folders are. Where the tmpfs is gone, the journal's last
-promotion of a version that was archived takes the place of `HEAD`.
-"""
+promotion of a version that was archived takes the place of `HEAD`."""
 
 from __future__ import annotations
 
@@ -89,9 +88,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What `store.json` says: which run this is, and where its other half lies (None: there is none). `own_root`: the
-    store chose the root itself, and clears it when it is closed. `home`: where the run directory lay when this was
-    written (None: this is the root's). `generation` and `token`: which opening wrote it (0 and "": none)."""
+    """What `store.json` says. `other`: the other half. `own_root`: the store chose the root itself, and clears it on
+    closing. `home`: where the run directory lay then (None: this is the root's). `generation` and `token`: which
+    opening wrote it (0 and "": none)."""
 
     run_id: str
     other: str | None

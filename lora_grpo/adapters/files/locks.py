@@ -1,8 +1,7 @@
 """Who may write, and what may not be removed: both are kernel locks, so a dead process holds neither.
 
 A forked child inherits descriptors and with them `flock` locks; ours are closed in the child, so that an engine
-worker that outlives its parent does not keep the run locked.
-"""
+worker that outlives its parent does not keep the run locked."""
 
 from __future__ import annotations
 
@@ -28,8 +27,8 @@ PATIENCE_S = 0.2
 
 
 def holder(folder: str | Path) -> str | None:
-    """The process that has the store in `folder` (a root or a run directory) open for writing, and since when. None
-    where nobody has. Raises `StoreError` where that cannot be told."""
+    """Who has the store in `folder` (a root or a run directory) open for writing, and since when; `StoreError` if
+    unclear."""
     with reported(f"looking who holds {folder}"):
         try:
             descriptor = open_regular(Path(folder) / "LOCK")

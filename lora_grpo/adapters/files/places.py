@@ -2,8 +2,7 @@
 
 A run directory may be moved or copied, and opened on another machine. So each opening writes into both halves where
 the run directory lies and which opening it was. A run directory whose recorded place still holds the same run is a
-copy: it gets a root of its own. A root that was not there when the run was last opened is out of date.
-"""
+copy: it gets a root of its own. A root that was not there when the run was last opened is out of date."""
 
 from __future__ import annotations
 

@@ -52,8 +52,7 @@ def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
 
 
 def check_same_dtype(model: nn.Module, engine_dtype: str) -> None:
-    """Raises `UnsupportedAdapter` where trainer and engine keep one base in two dtypes, neither of which holds the
-    other's values; float32 holds both."""
+    """Refuses one base in two dtypes, neither of which holds the other's values; float32 holds both."""
     embedding = peft_model_of(model).base_model.model.get_input_embeddings().weight
     dtype = str(embedding.dtype).removeprefix("torch.")
     if {dtype, engine_dtype} == {"float16", "bfloat16"}:

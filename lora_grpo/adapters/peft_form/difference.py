@@ -6,8 +6,7 @@ For W1 = B1 A1 and W2 = B2 A2 of ranks r1 and r2, the Frobenius inner product ne
 
 from which |W2 - W1|^2 = |W1|^2 + |W2|^2 - 2 <W1, W2>, the relative change is |W2 - W1| / |W1|, and the cosine is
 <W1, W2> / (|W1| |W2|). Over all modules, inner products add up. Sums are in fp64, so that changes down to about 1e-7 of
-the update are told from none.
-"""
+the update are told from none."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ _Inner: TypeAlias = tuple[float, float, float]
 
 
 def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]:
-    """Over all modules ("all"), and of each; of two folders in serving form, their scaling folded into B. Raises
-    `StoreCorrupt` when they do not adapt the same modules."""
+    """Over all modules ("all"), and of each, of two folders in serving form that adapt the same modules."""
     inner = dict(_inner_products(load_tensors(first / WEIGHTS_FILE), load_tensors(second / WEIGHTS_FILE)))
     total = [math.fsum(one[index] for one in inner.values()) for index in range(3)]
     return _difference("all", *total), [_difference(module, *one) for module, one in inner.items()]

@@ -89,10 +89,9 @@ class Recipe:
 def export_adapter(
     store: StoreView, version: Target, recipe: Recipe, directory: Path, tokenizer: Any = None
 ) -> Weights:
-    """Write `version` to `directory` as PEFT would save it, in fp32, with its own alpha. The `tokenizer`, or else the
-    one that the run directory keeps, goes with it. Training on from it keeps the effective learning rate. The weights
-    are the trainer's own where its state is kept; else they carry the serving dtype's rounding. Raises `StoreError`
-    when the directory already holds an adapter, and `StoreCorrupt` when what is stored is not what was published."""
+    """Write `version` to `directory` as PEFT would save it, in fp32, with its own alpha, and the `tokenizer`, or else
+    the run directory's. The weights are the trainer's own where its state is kept; else they carry the serving dtype's
+    rounding."""
     version = store.get(version)
     if (directory / WEIGHTS_FILE).exists() or (directory / CONFIG_FILE).exists():
         raise StoreError(f"{directory} already holds an adapter; name an empty or new directory")

@@ -59,8 +59,7 @@ class _Malformed(ValueError):
 
 
 def open_adapter(version: AdapterVersion) -> AdapterFile:
-    """Map a version's files and check them against each other; raises `DeliveryError` naming the module or value, and
-    `UnknownVersion` for one that is gone."""
+    """Map a version's files and check them against each other; `DeliveryError` names the module or value."""
     weights, config_path = version.path / ADAPTER_FILE, version.path / CONFIG_FILE
     if not version.path.is_dir():
         back = f"store.restore({version.number}) brings back what the archive keeps"

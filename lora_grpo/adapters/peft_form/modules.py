@@ -1,7 +1,6 @@
 """The modules that an adapter adapts, and the base below them, by the names that a checkpoint has.
 
-And what FSDP2 may have sharded of them: read whole, and written to.
-"""
+And what FSDP2 may have sharded of them: read whole, and written to."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ _LEFT_BEHIND = ("weight_scale", "weight_shape")
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One adapted linear layer: `path` is its name in the base model (no wrapper, no PEFT prefix). A is (rank, in), B
-    is (out, rank)."""
+    """An adapted linear layer. `path`: its name in the base, no wrapper or prefix. A is (rank, in), B (out, rank)."""
 
     path: str
     layer: LoraLayer

@@ -2,8 +2,7 @@
 
 vLLM multiplies B by alpha/r in its own dtype when it loads an adapter. Folding the scaling in fp32 before the cast
 and writing alpha = r for every module leaves vLLM nothing to multiply: one rounding fewer, rsLoRA and per-module
-ranks and alphas included, on every vLLM release whatever it makes of those fields.
-"""
+ranks and alphas included, on every vLLM release whatever it makes of those fields."""
 
 from __future__ import annotations
 
@@ -38,9 +37,8 @@ Held: TypeAlias = list[torch.Tensor]
 
 
 class ServingForm:
-    """Turns one adapter's live parameters into the bytes of its PEFT directory, step after step. Built once for a
-    model: names, shapes and the file header are fixed then. The tensors share one flat buffer that every `files()` call
-    fills anew, so what it returned before must have been written by then."""
+    """Turns one adapter's live parameters into the bytes of its PEFT directory. Names, shapes and header are fixed when
+    it is built. The tensors share one buffer that every `files()` fills anew: write what it returned before then."""
 
     def __init__(self, model: nn.Module, adapter: str, dtype: torch.dtype) -> None:
         """`dtype` is the engine's LoRA dtype."""
@@ -162,8 +160,8 @@ def all_finite(flat: torch.Tensor) -> bool:
 
 
 def _scales_after_rounding(scaling: float, dtype: torch.dtype) -> bool:
-    """A power of two moves nothing but the exponent, which bfloat16 has as large as fp32; in float16, small values
-    would lose bits."""
+    """A power of two moves only the exponent, which bfloat16 has as large as fp32; in float16, small values lose
+    bits."""
     return scaling == 1.0 or dtype == torch.float32 or (dtype == torch.bfloat16 and abs(math.frexp(scaling)[0]) == 0.5)
 
 
@@ -221,8 +219,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assign_rounded(tensors: Mapping[str, torch.Tensor], modules: list[LoraModule]) -> None:
-    """Set A and B to what `read_rounded` gave, scaling taken out of B again. Raises `StoreCorrupt`, before any is set,
-    unless they have these modules' names and shapes."""
+    """Set A and B to what `read_rounded` gave, scaling taken out of B; all of them, or `StoreCorrupt` before any is
+    set."""
     for module in modules:
         for kind, parameter in (("A", module.a_RI), ("B", module.b_OR)):
             name = f"{PREFIX}{module.path}.lora_{kind}.weight"

@@ -1,7 +1,6 @@
 """The durable half of a store: copies of versions and trainer states, each with its `SHA256SUMS`.
 
-One background thread writes them, so that a step does not wait for a disk.
-"""
+One background thread writes them, so that a step does not wait for a disk."""
 
 from __future__ import annotations
 
@@ -71,9 +70,8 @@ class Job:
 
 
 class BackgroundWriter:
-    """Runs jobs in order, one at a time. A job that fails stays first in the queue: its error is raised by the next
-    call on the store, and only then is the job tried again. Nothing is dropped but a job whose source is damaged
-    (`StoreCorrupt`), which no retry can mend."""
+    """Runs jobs in order. One that fails stays first: the next call on the store raises its error, and only then is it
+    tried again. None is dropped but one whose source is damaged (`StoreCorrupt`), which no retry can mend."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -100,9 +98,8 @@ class BackgroundWriter:
             return held_bytes == 0 or held == 0 or held + held_bytes <= self._limit_bytes
 
     def submit(self, job: Job) -> None:
-        """Queue a job; waits while the memory held by the queue is above the limit. What failed meanwhile is raised by
-        the next call on the store, since this one was done. Only where the disk takes nothing and the queue is full is
-        it raised here, and the job is not queued."""
+        """Queue a job; waits while the queue holds more memory than the limit. What failed meanwhile is raised by the
+        next call on the store; here only where the queue is full, and then the job is not queued."""
         with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="lora-grpo-archive", daemon=True)

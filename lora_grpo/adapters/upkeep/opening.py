@@ -34,8 +34,7 @@ class Recovered:
     half-removed folders that were deleted; `unarchived`: versions now queued for the archive; `head_moved`:
     (promoted before, `HEAD` now) where the promoted version was lost or damaged; `copied_from`: the run directory that
     this one is a copy of, and no longer shares a root with; `set_aside`: folders with what the archive has not got of a
-    root that was out of date, since the run was opened with another one meanwhile (yours to remove).
-    """
+    root that was out of date, since the run was opened with another one meanwhile (yours to remove)."""
 
     lost: tuple[int, ...] = ()
     lost_states: tuple[int, ...] = ()
@@ -49,10 +48,9 @@ class Recovered:
 
 
 class Numbering:
-    """Gives out numbers that never come back. The root's `NUMBERS` holds the last number given out, updated at every
-    publish. The run directory's holds a bound that was made durable before any number up to it was given out; after a
-    reboot numbering goes on above that bound. Without a run directory, they are remembered for the life of the tmpfs
-    only."""
+    """Gives out numbers that never come back. The root's `NUMBERS` holds the last one given out, the run directory's a
+    bound made durable before any number up to it was; after a reboot numbering goes on above that bound. Without a run
+    directory, they are remembered for the life of the tmpfs."""
 
     def __init__(self, places: Places, *, known: int, root_is_new: bool, sync: bool) -> None:
         """`known` is the largest number seen anywhere; a new root has no count of its own to go on from."""

@@ -1,8 +1,7 @@
 """Which versions stay, as small objects joined with `|`; pins, `HEAD` and leases are the store's to respect.
 
 A version stays in a place where any rule for that place keeps it: tmpfs (plain rules), the archive (`keep_archived`)
-and trainer states (`keep_trainer_state`).
-"""
+and trainer states (`keep_trainer_state`)."""
 
 from __future__ import annotations
 

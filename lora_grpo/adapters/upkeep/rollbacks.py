@@ -1,8 +1,7 @@
 """A run's rollbacks, one JSON line each in `RUN/rollbacks.jsonl`: what a resume must know and no version can say.
 
 A version's trainer state holds the data position and the learning rate of the time when it was published. A rollback
-does not rewind the first and a guard may have lowered the second, so both are written down when it happens.
-"""
+does not rewind the first and a guard may have lowered the second, so both are written down when it happens."""
 
 from __future__ import annotations
 
@@ -73,13 +72,12 @@ class RollbackLog:
         return bool(self.entries) and self.entries[-1].to == head
 
     def data_position(self, extra: Mapping[str, Any] | None) -> dict[str, int] | None:
-        """Where the prompts go on, `extra` being what the trainer state to go on from says (None: not kept). None where
-        nothing tells, or where a fork with another seed or other data begins them anew."""
+        """Where the prompts go on, `extra` being what the trainer state says (None: not kept). None where nothing
+        tells, or where a fork with another seed or other data begins them anew."""
         rolled_back = self.entries and (extra is None or int(extra["rollbacks"]) < len(self.entries))
         if rolled_back and self.entries[-1].sampler:
             return self.entries[-1].sampler
-        position = None if extra is None else extra["sampler"]
-        return None if position is None else dict(position)
+        return None if extra is None or extra["sampler"] is None else dict(extra["sampler"])
 
     def _write(self, entries: list[Rollback]) -> None:
         text = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
@@ -89,9 +87,8 @@ class RollbackLog:
 
 
 def roll_back_stopped(store: AdapterStore, to: Target) -> Rollback:
-    """Roll back a run that no trainer holds: `HEAD` moves at once, the trainer follows when the run is resumed. The
-    version's bytes are checked against their digest first. Where it is `HEAD` already nothing changes, but that without
-    its trainer state, resume goes on from its rounded weights then. Raises `UnknownVersion` or `StoreCorrupt`."""
+    """Roll back a run that no trainer holds: `HEAD` moves at once, the trainer follows on resume. Where it is `HEAD`
+    already nothing changes, but that without its trainer state, resume goes on from its rounded weights."""
     left, run = store.head, store.archive
     if left is None or run is None:
         raise UnknownVersion("no version was promoted yet, so there is none to roll back to")

@@ -22,9 +22,6 @@ from lora_grpo.adapters.upkeep.opening import Opening
 from lora_grpo.adapters.upkeep.retention import Place, Retention, default_retention
 from lora_grpo.errors import StoreError, counted
 
-TRASH = "trash"
-"""The kind of the archive thread's jobs that delete."""
-
 
 class Session(Catalog):
     """A store open for writing, from lock to unlock."""
@@ -73,8 +70,8 @@ class Session(Catalog):
         self.writer.submit(Job(VERSIONS, manifest.number, manifest.size_bytes, 0, copy))
 
     def archive_state(self, number: int, contents: Files) -> None:
-        """Queue a trainer state, after its version if the archive has not got that. When the queue is full, states that
-        retention would drop anyway leave it first."""
+        """Queue a trainer state behind its version; when the queue is full, states that retention drops anyway leave it
+        first."""
         archive = self.required_archive()
         # In this order: a copy that is finished in between is seen by the second look.
         if number not in self.writer.pending(VERSIONS) and not archive.has(VERSIONS, number):
@@ -93,7 +90,10 @@ class Session(Catalog):
         archived = self._archive_keeps()
         removed = self._prune_tmpfs(archived)
         if self.archive is not None and self.retention.limits("archive"):
-            self._prune_archive(self.archive, archived)
+            for number in sorted({*self.archive.numbers(VERSIONS)} - archived):
+                if not self.on_tmpfs(number):
+                    self.journal.append("forget", number, why=f"the archive keeps {self.retention.words('archive')}")
+                self._remove(self.archive, VERSIONS, number)
         return removed
 
     def remove_from_tmpfs(self, number: int, *, survives: bool) -> bool:
@@ -161,15 +161,9 @@ class Session(Catalog):
             archived = number not in pending and self.in_archive(number)
             # What the archive wants and does not have yet stays; what it does not want need not be written.
             going = archived if number in durable else self.writer.cancel(VERSIONS, number)
-            if (going or self.archive is None) and self.remove_from_tmpfs(number, survives=archived):
+            if going and self.remove_from_tmpfs(number, survives=archived):
                 removed.append(number)
         return removed
-
-    def _prune_archive(self, archive: Archive, kept: set[int]) -> None:
-        for number in sorted({*archive.numbers(VERSIONS)} - kept):
-            if not self.on_tmpfs(number):
-                self.journal.append("forget", number, why=f"the archive keeps {self.retention.words('archive')}")
-            self._remove(archive, VERSIONS, number)
 
     def _prune_states(self, numbers: set[int], *, coming: int | None = None) -> None:
         archive = self.required_archive()
@@ -177,16 +171,15 @@ class Session(Catalog):
         durable = {*archive.numbers(STATES)} - queued
         kept = self._kept("state", queued | durable, durable)
         for number in sorted(numbers - kept):
-            if not self.writer.cancel(STATES, number):
-                continue
-            self.journal.append("forget_state", number)
-            if archive.has(STATES, number):
-                self._remove(archive, STATES, number)
+            if self.writer.cancel(STATES, number):
+                self.journal.append("forget_state", number)
+                if archive.has(STATES, number):
+                    self._remove(archive, STATES, number)
 
     def _remove(self, archive: Archive, kind: str, number: int) -> None:
         """Take an archived folder away at once; waiting for the disk is left to the archive thread."""
         trash = archive.take_out(kind, number)
-        self.writer.submit(Job(TRASH, number, 0, 0, partial(archive.delete, kind, trash)))
+        self.writer.submit(Job("trash", number, 0, 0, partial(archive.delete, kind, trash)))
 
     def _clear_root(self) -> None:
         """Remove a root that only this store knows; what is archived comes back there when the run is opened again."""
