@@ -1,7 +1,6 @@
 """`AdapterVersion`: the one noun, and what it is called.
 
-In its store, by one grammar for the command line and everything that takes a version (`Target`); beyond that as
-`RUN@NUMBER`, as requests over HTTP have it."""
+In its store a `Target`, for the command line and all else; beyond that `RUN@NUMBER`, as requests over HTTP have it."""
 
 from __future__ import annotations
 
@@ -47,7 +46,6 @@ reward where it was measured, else by reward), or "best:METRIC" ("best:-METRIC" 
 
 WAYS = "a number (12 or v12), 'head', 'parent', 'best', 'best:METRIC' or 'best:-METRIC' (the lowest)"
 _NUMBER = re.compile("[vV]?([0-9]{1,18})")
-_WORDS = ("head", "parent", "best")
 
 
 def parse_target(to: object) -> Target:
@@ -59,7 +57,7 @@ def parse_target(to: object) -> Target:
     if isinstance(to, str):
         if number := _NUMBER.fullmatch(to):
             return int(number[1])
-        if to.lower() in _WORDS:
+        if to.lower() in ("head", "parent", "best"):
             return to.lower()
         if to[:5].lower() == "best:" and to[5:].removeprefix("-"):
             return f"best:{to[5:]}"
@@ -67,22 +65,19 @@ def parse_target(to: object) -> Target:
 
 
 def as_step(step: Any) -> int:
-    """A caller's training step. Raises `ConfigError` for what is no whole number, or is below 0."""
     with suppress(TypeError):
         if (whole := operator.index(step)) >= 0:
             return whole
     raise ConfigError(f"step={step!r} must be a whole number, 0 or more")
 
 
-_RUN = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-_SERVED = re.compile(rf"({_RUN})@([1-9][0-9]{{0,8}})")
-_FOLDER_LENGTH = 64
+_SERVED = re.compile("([A-Za-z0-9][A-Za-z0-9._-]{0,127})@([1-9][0-9]{0,8})")
 
 
 def run_name(folder: Path, run_id: str) -> str:
     """Its folder's name, for people, and the start of its id: a server remembers names for life, and a run begun again
     in a folder of the same name must not be answered from the weights of the one before it."""
-    legible = re.sub("[^A-Za-z0-9._-]+", "-", folder.name).strip("-._")[:_FOLDER_LENGTH] or "run"
+    legible = re.sub("[^A-Za-z0-9._-]+", "-", folder.name).strip("-._")[:64] or "run"
     return f"{legible}-{run_id[:8]}"
 
 
@@ -91,5 +86,4 @@ def served_name(run: str, number: int) -> str:
 
 
 def parse_served_name(name: str) -> tuple[str, int] | None:
-    match = _SERVED.fullmatch(name)
-    return None if match is None else (match[1], int(match[2]))
+    return (match[1], int(match[2])) if (match := _SERVED.fullmatch(name)) else None

@@ -166,8 +166,7 @@ class ReplicaCache:
 
 
 def read_token(file: str | Path | None = None) -> str:
-    """The token in `file`, else in the file that LORA_GRPO_STORE_TOKEN_FILE names, else LORA_GRPO_STORE_TOKEN
-    itself."""
+    """The token in `file`, else in what LORA_GRPO_STORE_TOKEN_FILE names, else LORA_GRPO_STORE_TOKEN itself."""
     named = file or os.environ.get(TOKEN_FILE_VARIABLE)
     try:
         token = (Path(named).read_text() if named else os.environ.get(TOKEN_VARIABLE, "")).strip()
@@ -175,9 +174,7 @@ def read_token(file: str | Path | None = None) -> str:
         raise ConfigError(f"the token file {named} cannot be read: {error}") from error
     where = named or TOKEN_VARIABLE
     if not token:
-        fix = (
-            f"write one ('openssl rand -hex 32') into an owner-only file, named in {TOKEN_FILE_VARIABLE} on both sides"
-        )
+        fix = f"write one ('openssl rand -hex 32') into a private file, named in {TOKEN_FILE_VARIABLE} on both sides"
         raise ConfigError(f"there is no store token in {where}; {fix}")
     if not re.fullmatch("[!-~]+", token):
         raise ConfigError(f"the store token in {where} must be one word of printable ASCII; make it hex digits")

@@ -45,10 +45,8 @@ descriptors, and the trainer's own are in the same process."""
 HEADER_BYTES = 16 << 10
 REQUEST_S = 10.0
 """From a connection's start, or the end of its last answer, to the end of a request's header."""
-_START_TIMEOUT_S = 30.0
 _STOP_TIMEOUT_S = 5
 _STALL_S = 60.0
-_BACKLOG = 16
 _NUMBER = re.compile("[1-9][0-9]{0,8}")
 _QUIET: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False, "server_header": False}
 
@@ -70,7 +68,7 @@ class StoreServer:
             h11_max_incomplete_event_size=HEADER_BYTES,
             loop="asyncio",
             # It also bounds how many connections asyncio accepts before it looks at the first.
-            backlog=_BACKLOG,
+            backlog=16,
             timeout_graceful_shutdown=_STOP_TIMEOUT_S,
             lifespan="off",
             ws="none",
@@ -94,7 +92,7 @@ class StoreServer:
 
     def __enter__(self) -> StoreServer:
         self._thread.start()
-        deadline = time.monotonic() + _START_TIMEOUT_S
+        deadline = time.monotonic() + 30
         while not self._server.started:
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 self.__exit__()
@@ -119,12 +117,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def store_app(view: StoreView, token: str) -> ASGIApp:
     """Starlette calls its endpoints in worker threads, since they read from disk; the view stands several."""
-    said: dict[Any, Any] = {
-        HTTPException: _refused,
-        UnknownVersion: partial(_said, 404),
-        StoreError: partial(_said, 500),
-    }
-    app = Starlette(exception_handlers=said)
+    app = Starlette()
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(UnknownVersion, partial(_said, 404))
+    app.add_exception_handler(StoreError, partial(_said, 500))
     app.add_route("/versions/{number}", partial(_manifest, view))
     app.add_route("/versions/{number}/{file}", partial(_file, view))
     app.router.redirect_slashes = False

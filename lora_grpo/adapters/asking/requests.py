@@ -96,8 +96,7 @@ def request(run: str | Path, verb: str, **args: Any) -> Request:
 
 
 def sweep(run: Path) -> None:
-    """Settle what was asked of a process that is gone: who asked is told of what was begun; the rest of it is
-    removed."""
+    """Settle what was asked of a process that is gone: of what was begun, who asked is told; the rest is removed."""
     for path in _files(run, _DOING):
         if path.with_suffix(_ANSWER).exists():
             path.unlink()

@@ -31,8 +31,6 @@ STATE_FILE = "state.json"
 SUMS_FILE = "SHA256SUMS"
 VERSIONS = "versions"
 STATES = "states"
-_END_OF_TIME_S = 1e11
-"""Later than any clock; what is not finite is not below it either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ class Manifest:
         if not (
             all(disk.is_number(number) for number in numbers)
             and (type(manifest.digest), type(manifest.step), type(sizes)) == (str, int, dict)
-            and abs(manifest.created_at) < _END_OF_TIME_S
+            and abs(manifest.created_at) < 1e11  # what is not finite is not below it either
             and sizes.keys() == set(PEFT_FILES)
             and all(type(size) is int and size >= 0 for size in sizes.values())
         ):

@@ -27,8 +27,7 @@ PATIENCE_S = 0.2
 
 
 def holder(folder: str | Path) -> str | None:
-    """Who has the store in `folder` (a root or a run directory) open for writing, and since when; `StoreError` if
-    unclear."""
+    """Who has the store in `folder` (a root or a run directory) open for writing, and since when."""
     with reported(f"looking who holds {folder}"):
         try:
             descriptor = open_regular(Path(folder) / "LOCK")

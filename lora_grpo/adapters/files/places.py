@@ -22,7 +22,6 @@ _OWN_NAMES = {
     "store.json", ".store.json.new", "LOCK", "NUMBERS", ".NUMBERS.new", "HEAD", ".HEAD.new", "journal.jsonl",
     "versions", "staging", "trash",
 }  # fmt: skip
-_NOT_OPENED = "not-opened"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
         there = Identity.read(own)
         strange = there is not None and not _is_current(there, identity)
         if strange or _original(run, identity, there) is not None:
-            own = run / _NOT_OPENED
+            own = run / "not-opened"
         return Places(own, run, False)
     found = Path(root).resolve()
     identity = Identity.read(found)

@@ -12,8 +12,6 @@ from lora_grpo.adapters.upkeep.session import Session
 from lora_grpo.errors import NoRoom
 
 MIB = 1 << 20
-_MANIFEST_PAGES = 3
-"""Pages beyond the files' own: the manifest, and the folder's bookkeeping."""
 
 
 def make_room(session: Session, sizes: Mapping[str, int], budget_bytes: int | None) -> None:
@@ -27,10 +25,9 @@ def make_room(session: Session, sizes: Mapping[str, int], budget_bytes: int | No
     if lacking := _lacking(session, sizes, budget_bytes):
         taken, kept = _used_bytes(session) / MIB, session.retention.words("tmpfs")
         larger = f"{_larger(session.root.path)}{'' if budget_bytes is None else ' or budget_bytes'}"
-        raise NoRoom(
-            f"a version {lacking}, versions taking {taken:.2f} MiB: tmpfs keeps {kept}, HEAD, pinned and leased ones; "
-            f"free what else is there, or use retention=keep_latest(2) (a trainer: keep.on_tmpfs=2), or {larger}"
-        )
+        stay = f"versions taking {taken:.2f} MiB: tmpfs keeps {kept}, HEAD, pinned and leased ones"
+        fix = f"free what else is there, or use retention=keep_latest(2) (a trainer: keep.on_tmpfs=2), or {larger}"
+        raise NoRoom(f"a version {lacking}, {stay}; {fix}")
 
 
 def _lacking(session: Session, sizes: Mapping[str, int], budget_bytes: int | None) -> str | None:
@@ -73,7 +70,8 @@ def _larger(folder: Path) -> str:
 
 
 def _lacking_in(folder: Path, sizes: Mapping[str, int]) -> str | None:
-    pages = _MANIFEST_PAGES + sum(-(-size // PAGE_BYTES) for size in sizes.values())
+    # Beyond the files' own, for the manifest and the folder's bookkeeping: 3.
+    pages = 3 + sum(-(-size // PAGE_BYTES) for size in sizes.values())
     need, there = pages * PAGE_BYTES, shutil.disk_usage(folder)
     if need <= there.free:
         return None

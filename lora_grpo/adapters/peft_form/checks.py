@@ -9,13 +9,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lora_grpo.adapters.peft_form.modules import (
-    LoraModule,
-    clean_name,
-    language_model_path,
-    lora_modules,
-    peft_model_of,
-)
+from lora_grpo.adapters.peft_form.modules import LoraModule, clean_name, language_path, lora_modules, peft_model_of
 from lora_grpo.adapters.peft_form.quantized import check_trainable
 from lora_grpo.errors import UnsupportedAdapter
 
@@ -57,9 +51,7 @@ def check_same_dtype(model: nn.Module, engine_dtype: str) -> None:
     dtype = str(embedding.dtype).removeprefix("torch.")
     if {dtype, engine_dtype} == {"float16", "bfloat16"}:
         fix = f"load the trainer in {engine_dtype} or float32, or start the engine with dtype={dtype!r}"
-        raise UnsupportedAdapter(
-            f"the trainer's base is {dtype} and the engine's {engine_dtype}, rounded otherwise: {fix}"
-        )
+        raise UnsupportedAdapter(f"the trainer's base is {dtype} and the engine's {engine_dtype}; {fix}")
 
 
 def _check_config(config: Any, adapter: str) -> None:
@@ -98,7 +90,7 @@ def _check_no_experts(config: LoraConfig, base: nn.Module, modules: list[LoraMod
 
 def _check_language_alone(base: Any, modules: list[LoraModule]) -> None:
     """Of a multimodal model, its language model is what is sampled from; PEFT's names mean layers of its towers too."""
-    language = language_model_path(base)
+    language = language_path(base)
     if beside := [module.path for module in modules if not module.path.startswith(language)]:
         leaves = {module.path.rpartition(".")[2] for module in modules if module.path not in beside}
         pattern = rf"{re.escape(language)}.*\.({'|'.join(sorted(leaves) or ATTENTION)})"

@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from torch import Tensor
 
@@ -35,10 +34,6 @@ class Difference:
     cosine: float | None
 
 
-_Inner: TypeAlias = tuple[float, float, float]
-"""<W1, W1>, <W2, W2>, <W1, W2>."""
-
-
 def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]:
     """Over all modules ("all"), and of each, of two folders in serving form that adapt the same modules."""
     inner = dict(_inner_products(load_tensors(first / WEIGHTS_FILE), load_tensors(second / WEIGHTS_FILE)))
@@ -46,7 +41,8 @@ def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]
     return _difference("all", *total), [_difference(module, *one) for module, one in inner.items()]
 
 
-def _inner_products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Iterator[tuple[str, _Inner]]:
+def _inner_products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Iterator[tuple[str, list[float]]]:
+    """Of each module <W1, W1>, <W2, W2> and <W1, W2>."""
     if first.keys() != second.keys():
         odd = sorted(first.keys() ^ second.keys())[0]
         raise StoreCorrupt(f"the two versions adapt different modules: only one of them has {odd}")
@@ -58,7 +54,7 @@ def _inner_products(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -
             one, two = ((tensors[other].double(), tensors[name].double()) for tensors in (first, second))
             if (one[0].shape[0], one[1].shape[1]) != (two[0].shape[0], two[1].shape[1]):
                 raise StoreCorrupt(f"the two versions adapt different modules: {name} has different sizes")
-            yield name.removeprefix(_PREFIX).removesuffix(_A), (_dot(one, one), _dot(two, two), _dot(one, two))
+            yield name.removeprefix(_PREFIX).removesuffix(_A), [_dot(one, one), _dot(two, two), _dot(one, two)]
 
 
 def _is_pair(b_OR: Tensor | None, a_RI: Tensor) -> bool:

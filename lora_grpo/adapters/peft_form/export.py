@@ -90,8 +90,7 @@ def export_adapter(
     store: StoreView, version: Target, recipe: Recipe, directory: Path, tokenizer: Any = None
 ) -> Weights:
     """Write `version` to `directory` as PEFT would save it, in fp32, with its own alpha, and the `tokenizer`, or else
-    the run directory's. The weights are the trainer's own where its state is kept; else they carry the serving dtype's
-    rounding."""
+    the run directory's. The weights are the trainer's own where its state is kept; else of the serving dtype."""
     version = store.get(version)
     if (directory / WEIGHTS_FILE).exists() or (directory / CONFIG_FILE).exists():
         raise StoreError(f"{directory} already holds an adapter; name an empty or new directory")

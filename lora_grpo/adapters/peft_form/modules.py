@@ -78,7 +78,7 @@ def is_multimodal(base: Any) -> bool:
     return config.get_text_config() is not config
 
 
-def language_model_path(base: Any) -> str:
+def language_path(base: Any) -> str:
     """What the names of its layers begin with in a multimodal model; in another one, nothing."""
     if not is_multimodal(base):
         return ""

@@ -69,8 +69,7 @@ def keep_trainable(model: nn.Module) -> None:
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """Of what a trainer's tensor stands for."""
-    state = getattr(tensor, "quant_state", None)
-    return tuple(tensor.shape if state is None else state.shape)
+    return tuple((getattr(tensor, "quant_state", None) or tensor).shape)
 
 
 def plain_values(tensor: torch.Tensor) -> torch.Tensor:

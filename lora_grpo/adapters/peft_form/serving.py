@@ -160,8 +160,7 @@ def all_finite(flat: torch.Tensor) -> bool:
 
 
 def _scales_after_rounding(scaling: float, dtype: torch.dtype) -> bool:
-    """A power of two moves only the exponent, which bfloat16 has as large as fp32; in float16, small values lose
-    bits."""
+    """A power of two moves the exponent alone, as large in bfloat16 as in fp32; in float16, small values lose bits."""
     return scaling == 1.0 or dtype == torch.float32 or (dtype == torch.bfloat16 and abs(math.frexp(scaling)[0]) == 0.5)
 
 
@@ -219,8 +218,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assign_rounded(tensors: Mapping[str, torch.Tensor], modules: list[LoraModule]) -> None:
-    """Set A and B to what `read_rounded` gave, scaling taken out of B; all of them, or `StoreCorrupt` before any is
-    set."""
+    """Set A and B to what `read_rounded` gave, scaling taken out of B; all of them, or none for `StoreCorrupt`."""
     for module in modules:
         for kind, parameter in (("A", module.a_RI), ("B", module.b_OR)):
             name = f"{PREFIX}{module.path}.lora_{kind}.weight"

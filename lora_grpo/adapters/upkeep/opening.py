@@ -19,7 +19,6 @@ from lora_grpo.errors import StoreCorrupt
 
 _BLOCK = 64
 """Numbers that are reserved at a time."""
-_WIDTH = 20
 _TEMPORARIES = [f".{name}.new" for name in ("HEAD", "store.json", "NUMBERS", "journal.jsonl", "rollbacks.jsonl")]
 
 
@@ -83,7 +82,7 @@ class Numbering:
         os.close(self._descriptor)
 
     def _text(self) -> bytes:
-        return f"{self.last:0{_WIDTH}d}\n".encode()
+        return f"{self.last:020d}\n".encode()
 
     def _reserve(self, bound: int) -> None:
         if self._run_file is not None:

@@ -24,8 +24,7 @@ ROLLBACKS_FILE = "rollbacks.jsonl"
 @dataclass(frozen=True, slots=True)
 class Rollback:
     """One rollback: from version `left` to version `to`. `sampler` is the data position to go on from (None: unknown,
-    the target's own); `learning_rate_scale` the factor on the configured learning rate from then on; `reason` is a
-    guard's (None: asked for)."""
+    the target's own); `learning_rate_scale` the factor on the configured one from then on; `reason` a guard's."""
 
     left: int
     to: int

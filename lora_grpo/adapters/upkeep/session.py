@@ -70,8 +70,7 @@ class Session(Catalog):
         self.writer.submit(Job(VERSIONS, manifest.number, manifest.size_bytes, 0, copy))
 
     def archive_state(self, number: int, contents: Files) -> None:
-        """Queue a trainer state behind its version; when the queue is full, states that retention drops anyway leave it
-        first."""
+        """Queue a trainer state behind its version; in a full queue, states that retention drops anyway make room."""
         archive = self.required_archive()
         # In this order: a copy that is finished in between is seen by the second look.
         if number not in self.writer.pending(VERSIONS) and not archive.has(VERSIONS, number):
