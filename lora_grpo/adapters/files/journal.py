@@ -1,6 +1,6 @@
 """The journal: one JSON event a line, appended in one system call each.
 
-A kill can tear only the last line, which a reader leaves alone and the next writer cuts off. Each ends with a CRC-32."""
+A kill can tear only the last line: a reader leaves it alone, the next writer cuts it off. Each ends with a CRC-32."""
 
 from __future__ import annotations
 
