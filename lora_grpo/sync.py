@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_grpo.adapters.files.digest import digest_buffers
-from lora_grpo.adapters.files.disk import STAGING
+from lora_grpo.adapters.files.disk import STAGING, digest_buffers
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_rank, check_same_dtype, check_servable
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
 from lora_grpo.adapters.peft_form.modules import peft_model_of

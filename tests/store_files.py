@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from lora_grpo.adapters.files.digest import digest_buffers
+from lora_grpo.adapters.files.disk import digest_buffers
 
 
 def adapter(seed: int, size_bytes: int = 3000) -> dict[str, list[bytes | memoryview]]:

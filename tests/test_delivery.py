@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, save
 
 from lora_grpo.adapters.files import disk, room
-from lora_grpo.adapters.files.digest import digest_buffers
+from lora_grpo.adapters.files.disk import digest_buffers
 from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE, ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from lora_grpo.adapters.files.catalog import link_head
-from lora_grpo.adapters.files.digest import digest_buffers
-from lora_grpo.adapters.files.disk import Tree
+from lora_grpo.adapters.files.disk import Tree, digest_buffers
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.errors import ConfigError, StoreError, UnknownVersion

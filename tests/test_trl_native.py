@@ -28,7 +28,7 @@ from tokenizers.processors import TemplateProcessing  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from lora_grpo.adapters.asking.requests import Request, request  # noqa: E402
-from lora_grpo.adapters.files.digest import digest_buffers  # noqa: E402
+from lora_grpo.adapters.files.disk import digest_buffers  # noqa: E402
 from lora_grpo.adapters.peft_form.serving import ServingForm  # noqa: E402
 from lora_grpo.adapters.store import AdapterStore  # noqa: E402
 from lora_grpo.adapters.version import AdapterVersion  # noqa: E402

@@ -13,7 +13,7 @@ from typing import Any
 from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import Catalog, link_head
-from lora_grpo.adapters.files.digest import Files, digest_buffers
+from lora_grpo.adapters.files.disk import Files, digest_buffers
 from lora_grpo.adapters.files.journal import as_metrics
 from lora_grpo.adapters.files.layout import MANIFEST_FILE, PEFT_FILES, STATE_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
 from lora_grpo.adapters.files.places import for_reading

@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_grpo.adapters.asking.view import StoreView
-from lora_grpo.adapters.files.digest import CHUNK_BYTES
+from lora_grpo.adapters.files.disk import CHUNK_BYTES
 from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import StoreError, UnknownVersion

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.digest import digest_buffers
+from lora_grpo.adapters.files.disk import digest_buffers
 from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, TOKENIZER, Recipe, Weights, adapter_tensors
 from lora_grpo.adapters.peft_form.files import PREFIX

@@ -12,8 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.files.digest import Buffer, digest_pieces
-from lora_grpo.adapters.files.disk import open_regular, parse_json
+from lora_grpo.adapters.files.disk import Buffer, digest_pieces, open_regular, parse_json
 from lora_grpo.adapters.files.layout import ADAPTER_FILE, CONFIG_FILE
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import DeliveryError, UnknownVersion

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.digest import CHUNK_BYTES, Buffer, Files, digest_pieces
-from lora_grpo.adapters.files.disk import Tree, reported
+from lora_grpo.adapters.files.disk import CHUNK_BYTES, Buffer, Files, Tree, digest_pieces, reported
 from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
 from lora_grpo.errors import StoreCorrupt, StoreError
 

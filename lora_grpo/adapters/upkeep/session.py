@@ -12,8 +12,7 @@ from pathlib import Path
 
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import Catalog
-from lora_grpo.adapters.files.digest import Files
-from lora_grpo.adapters.files.disk import Tree
+from lora_grpo.adapters.files.disk import Files, Tree
 from lora_grpo.adapters.files.layout import STATES, VERSIONS, Manifest
 from lora_grpo.adapters.files.locks import WriterLock, unleased
 from lora_grpo.adapters.files.places import Places, for_writing

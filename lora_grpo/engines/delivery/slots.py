@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lora_grpo.adapters.files.digest import Buffer
+from lora_grpo.adapters.files.disk import Buffer
 from lora_grpo.adapters.peft_form.files import PREFIX, AdapterFile
 from lora_grpo.adapters.peft_form.serving import Held, all_finite
 from lora_grpo.adapters.version import AdapterVersion
