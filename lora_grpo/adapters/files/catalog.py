@@ -62,8 +62,8 @@ class Catalog:
 
     def manifest(self, number: int) -> Manifest:
         """What was published as `number`; `UnknownVersion` says why there is none."""
-        if number in self.journal.published and self.has(number):
-            return self.journal.published[number]
+        if (published := self.journal.published.get(number)) is not None and self.has(number):
+            return published
         damage: StoreCorrupt | None = None
         for tree in self.trees:
             # Either copy may be removed while it is looked at.
