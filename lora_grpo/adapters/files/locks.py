@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lora_grpo.adapters.files.disk import open_regular, reported
 from lora_grpo.adapters.files.layout import MANIFEST_FILE
-from lora_grpo.errors import StoreError, StoreLocked, UnknownVersion
+from lora_grpo.errors import StoreLocked, UnknownVersion
 
 PATIENCE_S = 0.2
 """How long a writer waits for a lock: another process that only asks who holds it takes it for microseconds."""
@@ -33,10 +33,8 @@ def holder(folder: str | Path) -> str | None:
             descriptor = open_regular(Path(folder) / "LOCK")
         except FileNotFoundError:
             return None
-        try:
+        with open(descriptor, "rb"):
             return None if _try_lock(descriptor, fcntl.LOCK_SH) else _named_in(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _named_in(descriptor: int) -> str:
@@ -132,7 +130,7 @@ def is_free(folder: Path) -> bool:
         return folder.lstat().st_uid == os.geteuid() and holder(folder) is None
     except FileNotFoundError:
         return True
-    except (OSError, StoreError):
+    except OSError:
         return False
 
 
@@ -190,7 +188,5 @@ def unleased(folder: Path) -> Iterator[bool]:
     except (FileNotFoundError, NotADirectoryError):
         yield True
         return
-    try:
+    with open(descriptor, "rb"):
         yield _try_lock(descriptor, fcntl.LOCK_EX)
-    finally:
-        os.close(descriptor)
