@@ -200,8 +200,8 @@ class Opening:
                 manifest = self.catalog.manifest(number)
             except StoreCorrupt:
                 self._damaged.add(number)
-                continue
-            self.journal.append("publish", **manifest.fields())
+            else:
+                self.journal.append("publish", **manifest.fields())
         missing = sorted(self.journal.published.keys() - present)
         for number in missing:
             self.journal.append("forget", number)
