@@ -246,11 +246,8 @@ def _best(store: StoreView, metric: str) -> int:
     metrics = {version.number: store.metrics(version.number) for version in store.list()}
     scores = {number: sign * values[name] for number, values in metrics.items() if is_score(values.get(name))}
     if not scores:
-        known = sorted({key for values in metrics.values() for key, value in values.items() if is_score(value)})
-        fix = (
-            f"record it with store.record(version, **{{{name!r}: 0.5}}), or name another as 'best:METRIC', or a number"
-        )
-        raise UnknownVersion(
-            f"no kept version has a recorded {name!r}; recorded are: {', '.join(known) or 'none'}: {fix}"
-        )
+        recorded = sorted({key for values in metrics.values() for key, value in values.items() if is_score(value)})
+        known = f"no kept version has a recorded {name!r}; recorded are: {', '.join(recorded) or 'none'}"
+        fix = f"record it with store.record(version, **{{{name!r}: 0.5}}), name another as 'best:METRIC'"
+        raise UnknownVersion(f"{known}: {fix}, or a version by its number")
     return max(scores, key=lambda number: (scores[number], number))
