@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -19,17 +21,12 @@ from torch.optim import Optimizer
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.forward import Forward, in_mode
-from lora_grpo.grpo.losses import Size, Totals
-from lora_grpo.grpo.objective import Objective, filled
+from lora_grpo.grpo.losses import Objective, Size, Totals, filled
 from lora_grpo.grpo.optimizer import Gradients, build_optimizer, build_scheduler, plain_optimizer, trainable_parameters
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo.reach import Reach
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.reference import Reference
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from peft import PeftModel
 
 
 class Policy:
@@ -54,16 +51,18 @@ class Policy:
         optimizer: Optimizer | None = None,
     ) -> None:
         _check_sharding(accelerator)
-        self.model = _without_ddp(model)
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self._drops = _drops_out(self.model)
         self.config = config
         self.processes = Processes(accelerator)
         self.objective = Objective(config)
         self.parameters = trainable_parameters(self.model)
-        self._share_initial_weights()
+        for parameter in self.parameters.values():
+            if not isinstance(parameter, DTensor):
+                parameter.detach().copy_(self.processes.from_first(parameter.detach()))
         self.reference = Reference(self.model, wanted=config.beta > 0)
         self.gradients = Gradients(self.model, self.parameters.values(), self.processes)
-        self.forward = Forward(self.model, config, self.processes, sharded=self.gradients.sharded)
+        self.forward = Forward(self.model, config, self.processes, sharded=bool(self.gradients.sharded))
         self.reach = Reach(self.reference.modules, self.processes)
         self.optimizer = plain_optimizer(optimizer, self.parameters) or build_optimizer(self.model, config)
         updates = config.total_steps * config.updates_per_step(self.processes.count)
@@ -119,7 +118,9 @@ class Policy:
         """
         self._check_rows(len(batch))
         batch = batch.to(self.device)
-        at_once = batch.old_logp_BT is None and self._is_one_update(batch)
+        one_update = self.config.num_iterations == 1 and len(batch) == self.config.rows_per_update(1)
+        # Then the policy that learns from the batch is the one that it is compared with.
+        at_once = batch.old_logp_BT is None and one_update and not self._drops
         if at_once:
             batch = replace(batch, ref_logp_BT=self.reference_logprobs(batch) if self.config.beta else None)
         else:
@@ -133,10 +134,6 @@ class Policy:
                 metrics.append(step)
         means = {name: sum(one[name] for one in metrics) / len(metrics) for name in metrics[0]}
         return means | self.processes.metrics(self.objective.observe_sampling(seen if at_once else batch))
-
-    def _is_one_update(self, batch: Batch) -> bool:
-        """Whether all of `batch` is learned from at once, by the policy that it is compared with."""
-        return self.config.num_iterations == 1 and len(batch) == self.config.rows_per_update(1) and not self._drops
 
     def _step(
         self, rows: Batch, rollout: Size, judge: Callable[[Batch], None] | None
@@ -240,17 +237,6 @@ class Policy:
                 f"{rows} rows are not a multiple of one optimizer batch, per_device_train_batch_size * "
                 f"gradient_accumulation_steps = {local_rows} rows per process"
             )
-
-    def _share_initial_weights(self) -> None:
-        with torch.no_grad():
-            for parameter in self.parameters.values():
-                if not isinstance(parameter, DTensor):
-                    parameter.copy_(self.processes.from_first(parameter))
-
-
-def _without_ddp(model: PeftModel) -> PeftModel:
-    """The model inside DDP's wrapper, if it has one."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _drops_out(model: nn.Module) -> bool:

@@ -203,7 +203,7 @@ def test_a_token_that_cannot_come_has_no_part_in_the_entropy() -> None:
 def test_a_model_compiled_in_place_gives_whole_logits() -> None:
     model = peft_model("plain")
     model.get_base_model().compile(backend="eager")
-    assert head._output_layer(model) is None
+    assert head._fused(model, {}) is None
 
 
 def test_a_layer_that_computes_otherwise_is_told_and_called_as_it_stands() -> None:

@@ -17,6 +17,7 @@ from lora_grpo.grpo.head import token_logprobs
 from lora_grpo.grpo.losses import (
     LOSSES,
     ClipRange,
+    Objective,
     Size,
     Totals,
     cispo_surrogate,
@@ -25,7 +26,6 @@ from lora_grpo.grpo.losses import (
     k3_kl,
     sequence_log_ratio,
 )
-from lora_grpo.grpo.objective import Objective
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 

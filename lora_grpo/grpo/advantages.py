@@ -36,7 +36,7 @@ def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: Sca
     The deviation (Bessel-corrected) is the group's (GRPO, arXiv 2402.03300, 4.1.2), the whole batch's (arXiv
     2508.08221), or 1 (Dr. GRPO, arXiv 2503.20783: dividing by it favours questions that are too easy or too hard).
     """
-    rewards_PG = _grouped(rewards_B, num_generations)
+    rewards_PG = rewards_B.double().view(-1, num_generations)
     # Taken from the group's least, equal rewards are 0 to the bit: a mean of them can be off by its rounding.
     above_PG = rewards_PG - rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)
     centred_PG = above_PG - above_PG.nanmean(dim=1, keepdim=True)
@@ -58,7 +58,7 @@ def reward_metrics(
     teach nothing.
     """
     rewards_B = weighted_rewards(rewards_BF, weights_F)
-    deviation = _deviation(_grouped(rewards_B, num_generations), scale_rewards)
+    deviation = _deviation(rewards_B.double().view(-1, num_generations), scale_rewards)
     metrics = {
         "reward": rewards_B.nanmean().item(),
         "reward_std": nan_std(rewards_B).item(),
@@ -70,24 +70,13 @@ def reward_metrics(
     return metrics
 
 
-def nan_std(values: Tensor, dim: int | None = None) -> Tensor:
-    """Bessel-corrected standard deviation of the values that are not NaN; NaN where fewer than two are.
-
-    Keeps `dim` as an axis of 1; without `dim` the result is a scalar.
-    """
-    if dim is None:
-        return nan_std(values.flatten(), dim=0).squeeze()
+def nan_std(values: Tensor, dim: int = 0) -> Tensor:
+    """Bessel-corrected standard deviation of the values that are not NaN; NaN where fewer than two are. Keeps `dim`."""
     count = (~values.isnan()).sum(dim=dim, keepdim=True)
     squares = (values - values.nanmean(dim=dim, keepdim=True)).square().nansum(dim=dim, keepdim=True)
     return torch.where(count > 1, squares / (count - 1), torch.nan).sqrt()
 
 
 def _deviation(rewards_PG: Tensor, scale_rewards: ScaleRewards) -> Tensor:
-    """A column a group, or a scalar over the batch."""
-    return nan_std(rewards_PG) if scale_rewards == "batch" else nan_std(rewards_PG, dim=1)
-
-
-def _grouped(rewards_B: Tensor, num_generations: int) -> Tensor:
-    if rewards_B.numel() % num_generations:
-        raise ConfigError(f"{rewards_B.numel()} rewards are not a multiple of num_generations={num_generations}")
-    return rewards_B.double().view(-1, num_generations)
+    """A column a group, or one over the batch."""
+    return nan_std(rewards_PG.flatten()) if scale_rewards == "batch" else nan_std(rewards_PG, dim=1)

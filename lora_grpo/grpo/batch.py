@@ -7,7 +7,7 @@ last T+1 positions are those that predict completions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -56,7 +56,7 @@ class Batch:
         logprobs = [torch.tensor(row.logprobs, dtype=torch.float32) for _, row in pairs]
         return cls(
             input_ids_BL=_join(prompts, completions),
-            attention_mask_BL=_join(_ones(prompts), _ones(completions)),
+            attention_mask_BL=_join(*([torch.ones_like(ids) for ids in part] for part in (prompts, completions))),
             mask_BT=pad_sequence(masks, batch_first=True),
             sampler_logp_BT=pad_sequence(logprobs, batch_first=True),
             advantages_B=advantages_B.float(),
@@ -90,36 +90,27 @@ class Batch:
         return (self.attention_mask_BL.cumsum(dim=1) - 1).clamp(min=0)
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._map(lambda tensor: tensor.to(device))
+        return self._map(lambda _, tensor: tensor.to(device))
 
     def select(self, rows: Tensor) -> Batch:
         """The rows at these indices, without the columns that only other rows needed."""
-        return self._map(lambda tensor: tensor[rows])._trimmed()
+        used_L = self.attention_mask_BL[rows].any(dim=0)
+        first = self.prompt_length - int(used_L[: self.prompt_length].sum())
+        length = max(int(used_L[self.prompt_length :].sum()), 1)
+        columns = {"BL": slice(first, self.prompt_length + length), "BT": slice(length)}
+        return self._map(lambda axes, tensor: tensor[rows][:, columns[axes]] if axes in columns else tensor[rows])
 
     def idle(self) -> Batch:
         """A row of two tokens, none of which counts: the loss on it and its gradient are 0."""
         shapes = {"BL": (1, 2), "BT": (1, 1), "B": (1,)}
-        zeros = replace(self, **{name: t.new_zeros(shapes[name.rsplit("_", 1)[1]]) for name, t in self._tensors()})
+        zeros = self._map(lambda axes, tensor: tensor.new_zeros(shapes[axes]))
         return replace(zeros, attention_mask_BL=torch.ones_like(zeros.attention_mask_BL))
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The fields that are there."""
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            if tensor is not None:
-                yield field.name, tensor
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(self, **{name: change(tensor) for name, tensor in self._tensors()})
-
-    def _trimmed(self) -> Batch:
-        used_L = self.attention_mask_BL.any(dim=0)
-        first = self.prompt_length - int(used_L[: self.prompt_length].sum())
-        length = max(int(used_L[self.prompt_length :].sum()), 1)
-        columns = {"_BL": slice(first, self.prompt_length + length), "_BT": slice(length)}
-        return replace(
-            self, **{name: tensor[:, columns[name[-3:]]] for name, tensor in self._tensors() if name[-3:] in columns}
-        )
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Batch:
+        """`change` gets each tensor that is there, and its axes, such as "BT"."""
+        there = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: change(name.rpartition("_")[2], t) for name, t in there.items() if t is not None}
+        return replace(self, **changed)
 
 
 def _check(pairs: Sequence[tuple[Sequence[int], Completion]], advantages_B: Tensor) -> None:
@@ -142,15 +133,10 @@ def _check(pairs: Sequence[tuple[Sequence[int], Completion]], advantages_B: Tens
 
 
 def _loss_mask(completion: Completion, mask_truncated_completions: bool) -> Tensor:
-    if mask_truncated_completions and completion.truncated:
-        return torch.zeros(len(completion.token_ids), dtype=torch.bool)
-    return torch.tensor(completion.token_mask or [True] * len(completion.token_ids), dtype=torch.bool)
+    mask_T = torch.tensor(completion.token_mask or [True] * len(completion.token_ids), dtype=torch.bool)
+    return mask_T & (not (mask_truncated_completions and completion.truncated))
 
 
 def _join(prompts: list[Tensor], completions: list[Tensor]) -> Tensor:
     left = pad_sequence(prompts, batch_first=True, padding_side="left")
     return torch.cat([left, pad_sequence(completions, batch_first=True)], dim=1)
-
-
-def _ones(rows: list[Tensor]) -> list[Tensor]:
-    return [torch.ones_like(row) for row in rows]

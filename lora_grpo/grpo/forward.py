@@ -9,9 +9,10 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 
@@ -22,9 +23,6 @@ from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.head import completion_scores
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 _FIRST = 4
 """Tokens of a completion where what leaks from the row's other sequences shows most."""
@@ -68,7 +66,7 @@ class Forward:
         of_rows = packing.sizes(*_listed(rows.select(wanted))) if len(wanted) else []
         parts = self._cut(of_rows, packed=True)
         better = any(packing.pays([of_rows[row] for row in part]) for part in parts)
-        if self._packs is None and (self._most(float(better)) if self._sharded else better):
+        if self._packs is None and self._most(float(better)):
             self._packs = self._settle(rows.select(wanted[[0, -1]]) if len(wanted) else rows.idle())
         packed = better and bool(self._packs)
         cut = []
@@ -135,17 +133,19 @@ class Forward:
         """Whether the model can be given packed rows, and then says of these what it says of padded ones."""
         reason = packing.refusal(self._model)
         if reason is None:
-            gap = self._gap(rows)
-            gap = self._most(gap) if self._sharded else gap
+            gap = self._most(self._gap(rows))
             if not gap <= math.sqrt(torch.finfo(self._dtype).eps):
                 reason = f"its log-probs are then {gap:.3g} nats off"
-        if reason is not None and self._processes.index == 0:
-            warnings.warn(f"rows are padded, and prompts computed once per completion: {reason}", stacklevel=2)
         if reason is None:
             packing.trust(self._model)
+        elif self._processes.index == 0:
+            warnings.warn(f"rows are padded, and prompts computed once per completion: {reason}", stacklevel=2)
         return reason is None
 
     def _most(self, value: float) -> float:
+        """The greatest of what the processes that share the model's shards have."""
+        if not self._sharded:
+            return value
         return self._processes.max(torch.tensor(value, device=next(self._model.parameters()).device)).item()
 
     @torch.no_grad()

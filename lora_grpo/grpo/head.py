@@ -6,6 +6,7 @@ Letters: B rows, T scored tokens, N tokens of all rows that are wanted, H hidden
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-_BLOCK = {"cpu": (256, 4096), "cuda": (2048, 8192)}
-"""Tokens and entries of the vocabulary at a time: on a CPU what its cache holds, 64 MiB of fp32 on a GPU."""
+_BLOCK = defaultdict(lambda: (2048, 8192), cpu=(256, 4096))
+"""Tokens and entries of the vocabulary at a time, by device: on a CPU what its cache holds, else 64 MiB of fp32."""
 
 _CHUNK_ELEMENTS = 1 << 24
 """Logits handled in fp32 at a time: 64 MiB, the peak beside the model's own logits and their gradient."""
@@ -67,13 +68,12 @@ def completion_scores(
     is kept: (N, H) in place of (N, V). A layer that is trained or compiled, or whose logits the model finishes in an
     unknown way, gives whole logits instead, with a warning.
     """
-    layer = _output_layer(model)
-    finish = _finish(model, layer, inputs) if layer is not None else None
-    if layer is None or finish is None:
+    fused = _fused(model, inputs)
+    if fused is None:
         logits_BTV = model(**inputs).logits[:, -ids_BT.shape[1] - 1 : -1]
         logp_BT, entropy_BT = token_logprobs(logits_BTV, ids_BT, temperature)
         return logp_BT.where(wanted_BT, 0.0), entropy_BT.where(wanted_BT, 0.0)
-    with _scoring(layer, finish, ids_BT, wanted_BT, temperature) as found:
+    with _scoring(*fused, ids_BT, wanted_BT, temperature) as found:
         output = model(**inputs)
     logp_BT, entropy_BT = found
     if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -122,7 +122,7 @@ class _Head:
         largest_N = torch.full(ids_N.shape, lowest, device=hidden_NH.device)
         total_N, mean_N, chosen_N = torch.zeros((3, *ids_N.shape), device=hidden_NH.device)
         expected_NH = torch.zeros(hidden_NH.shape, device=hidden_NH.device) if gradient else None
-        for start in range(0, self.finish.vocabulary, self.block(hidden_NH.device.type)[1]):
+        for start in range(0, self.finish.vocabulary, _BLOCK[hidden_NH.device.type][1]):
             weight_CH, logits_NC = self._logits(hidden_NH, start)
             slope_NC = self.finish.slope(logits_NC)
             if self.temperature != 1:
@@ -143,28 +143,20 @@ class _Head:
         logp_N, entropy_N = chosen_N - largest_N - total_N.log(), total_N.log() - mean_N / total_N
         if expected_NH is None:
             return logp_N, entropy_N, None
-        own_NH = self.weight_VH[ids_N].float() * self._slope_at(chosen_N)
+        own_NH = self.weight_VH[ids_N].float() * self.finish.slope(chosen_N.unsqueeze(1) * self.temperature)
         return logp_N, entropy_N, own_NH.sub_(expected_NH.div_(total_N.unsqueeze(1))).div_(self.temperature)
-
-    @staticmethod
-    def block(device: str) -> tuple[int, int]:
-        return _BLOCK.get(device, _BLOCK["cuda"])
 
     def _logits(self, hidden_NH: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """The weights of a part of the vocabulary, and the model's logits of it, in fp32.
 
         A CPU without bf16 products takes up to a hundred times as long for them as for fp32.
         """
-        stop = min(start + self.block(hidden_NH.device.type)[1], self.finish.vocabulary)
+        stop = min(start + _BLOCK[hidden_NH.device.type][1], self.finish.vocabulary)
         weight_CH, bias_C = self.weight_VH[start:stop], None if self.bias_V is None else self.bias_V[start:stop]
         if not (weight_CH.is_cuda or _CPU_HAS_BF16):
             weight_CH, bias_C = weight_CH.float(), None if bias_C is None else bias_C.float()
         raw_NC = nn.functional.linear(hidden_NH.to(weight_CH.dtype), weight_CH, bias_C)
         return weight_CH, self.finish(raw_NC.float())
-
-    def _slope_at(self, logits_N: Tensor) -> Tensor | float:
-        slope = self.finish.slope(logits_N * self.temperature)
-        return slope.unsqueeze(1) if isinstance(slope, Tensor) else slope
 
 
 class _Scores(torch.autograd.Function):
@@ -173,7 +165,7 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, ids_N: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
         gradient = bool(ctx.needs_input_grad[0])
-        tokens, _ = head.block(hidden_NH.device.type)
+        tokens, _ = _BLOCK[hidden_NH.device.type]
         logp_N, entropy_N = torch.empty((2, len(ids_N)), device=hidden_NH.device)
         slope_NH = torch.empty_like(hidden_NH) if gradient else None
         # Autocast would make products of fp32 ones of bf16.
@@ -197,7 +189,7 @@ class _Scores(torch.autograd.Function):
 def head_bytes(layer: Any, tokens: int, dtype: torch.dtype) -> int:
     """What scoring `tokens` with an output layer takes at most, its gradient by the hidden states included."""
     vocabulary, hidden = layer.weight.shape
-    rows, entries = _Head.block("cuda" if torch.cuda.is_available() else "cpu")
+    rows, entries = _BLOCK["cuda" if torch.cuda.is_available() else "cpu"]
     rows, entries = min(rows, tokens), min(entries, vocabulary)
     return tokens * hidden * dtype.itemsize + 4 * (4 * rows * entries + 3 * rows * hidden + entries * hidden)
 
@@ -232,8 +224,9 @@ def _logprobs(logits_NV: Tensor, ids_N: Tensor, temperature: float) -> tuple[Ten
 # What can be fused.
 
 
-def _output_layer(model: nn.Module) -> nn.Linear | None:
-    """The model's output layer, if it is a plain one, frozen, and called as it stands; else a warning says why not."""
+def _fused(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Linear, Finish] | None:
+    """The model's output layer, and what the model makes of its result, if the layer is a plain one, frozen, and called
+    as it stands, and the rest is known; else a warning says why not."""
     embeddings: Any = getattr(model, "get_output_embeddings", None)
     layer = embeddings() if embeddings else None
     if not isinstance(layer, nn.Module):
@@ -245,21 +238,13 @@ def _output_layer(model: nn.Module) -> nn.Linear | None:
     elif hasattr(model, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in model.modules()):
         reason = "the model is compiled"
     else:
-        return layer
-    _whole(layer, reason)
+        if layer not in _FINISHES:
+            _FINISHES[layer] = _measured(model, layer, inputs["input_ids"][:1, -2:])
+        if (finish := _FINISHES[layer]) is not None:
+            return layer, finish
+        reason = f"how {type(model).__name__} goes on from it could not be told"
+    warnings.warn(f"{type(layer).__name__} makes all logits at once, which needs memory: {reason}", stacklevel=3)
     return None
-
-
-def _whole(layer: nn.Module, reason: str) -> None:
-    warnings.warn(f"{type(layer).__name__} makes all logits at once, which needs memory: {reason}", stacklevel=4)
-
-
-def _finish(model: nn.Module, layer: nn.Module, inputs: Mapping[str, Any]) -> Finish | None:
-    if layer not in _FINISHES:
-        _FINISHES[layer] = _measured(model, layer, inputs["input_ids"][:1, -2:])
-        if _FINISHES[layer] is None:
-            _whole(layer, f"how {type(model).__name__} goes on from it could not be told")
-    return _FINISHES[layer]
 
 
 def _measured(model: nn.Module, layer: nn.Module, ids_BL: Tensor) -> Finish | None:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
 
 from lora_grpo.adapters.peft_form.modules import whole
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
-
-if TYPE_CHECKING:
-    from torch.nn import Parameter
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
@@ -64,8 +64,6 @@ def apply_settings(optimizer: Optimizer, scheduler: Any, config: GRPOConfig, lea
 
 def build_scheduler(optimizer: Optimizer, config: GRPOConfig, num_updates: int) -> LRScheduler:
     """The schedule `config.lr_scheduler_type` over `num_updates` optimizer updates, one step an update."""
-    from transformers import get_scheduler
-
     scheduler: LRScheduler = get_scheduler(
         config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=num_updates
     )
@@ -76,8 +74,6 @@ def plain_optimizer(optimizer: Optimizer | None, parameters: Mapping[str, Parame
     """torch's own optimizer, also of an accelerate wrapper; refuses one that would leave `parameters` as they are."""
     if optimizer is None:
         return None
-    from accelerate.optimizer import AcceleratedOptimizer
-
     plain: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     held = {id(parameter) for group in plain.param_groups for parameter in group["params"]}
     for name, parameter in parameters.items():
@@ -97,16 +93,12 @@ class Gradients:
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], processes: Processes) -> None:
         self._parameters = list(parameters)
         self._processes = processes
-        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in self._sharded:
+        self.sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        """What FSDP2 holds of the model: if anything, each forward and backward is one of all processes."""
+        for module in self.sharded:
             module.set_gradient_divide_factor(1.0)
             # Without it, a factor of 1 is a reduction that gloo does not have.
             module.set_force_sum_reduction_for_comms(True)
-
-    @property
-    def sharded(self) -> bool:
-        """Whether FSDP2 holds the model: each forward and backward is then one of all processes."""
-        return bool(self._sharded)
 
     def zero(self) -> None:
         """Zeros, not None: a step in which no row moves the policy is still one for Adam's moments, everywhere."""
@@ -115,7 +107,7 @@ class Gradients:
 
     def add_up_with(self, last: bool) -> None:
         """FSDP2 adds over the processes once an update, with its `last` backward."""
-        for module in self._sharded:
+        for module in self.sharded:
             module.set_requires_gradient_sync(last, recurse=False)
 
     def add_up(self) -> float:

@@ -44,14 +44,14 @@ class Span(NamedTuple):
 class _Seen:
     """Stands for the mask in a packed forward: the spans, each with its mask, (1, 1, queries, keys)."""
 
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
     masks: tuple[Tensor | None, ...]
 
 
 _EAGER = "eager_attention_forward"
 """Each of transformers' model files has its own."""
 
-_SPANS: ContextVar[tuple[Span, ...] | None] = ContextVar("spans", default=None)
+_SPANS: ContextVar[Sequence[Span] | None] = ContextVar("spans", default=None)
 """Of the row that is on its way through a model."""
 
 
@@ -64,7 +64,7 @@ class Packed(NamedTuple):
     ids: list[int]
     positions: list[int]
     """Each sequence's tokens count from 0, its prompt's included."""
-    spans: tuple[Span, ...]
+    spans: list[Span]
     predicting: list[int]
     """(M,) where in the row each scored token is predicted."""
     scored: list[int]
@@ -73,8 +73,7 @@ class Packed(NamedTuple):
 
 def pack(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Packed:
     """`sequences` are scored from their `starts` on; those that are the same up to there share their tokens."""
-    row = Packed([], [], (), [], [])
-    spans: list[Span] = []
+    row = Packed([], [], [], [], [])
     places: dict[tuple[int, ...], int] = {}
     for ids, start in zip(sequences, starts, strict=True):
         here, prompt = len(row.ids), tuple(ids[:start])
@@ -83,11 +82,11 @@ def pack(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Packed:
         row.ids.extend(ids[first:])
         row.positions.extend(range(first, len(ids)))
         if len(ids) > first:
-            spans.append(Span(here, len(row.ids), there, first))
+            row.spans.append(Span(here, len(row.ids), there, first))
         if len(ids) > start:
             row.predicting.extend([there + start - 1, *range(len(row.ids) - len(ids) + start, len(row.ids) - 1)])
             row.scored.extend(ids[start:])
-    return row._replace(spans=tuple(spans))
+    return row
 
 
 def packed_scores(
@@ -117,7 +116,7 @@ def packed_scores(
 
 
 @contextmanager
-def in_spans(model: nn.Module, spans: tuple[Span, ...] | None = None) -> Iterator[None]:
+def in_spans(model: nn.Module, spans: Sequence[Span] | None = None) -> Iterator[None]:
     """The model takes a packed row of these spans meanwhile; rows of another length go through it as ever."""
     configs: dict[int, Any] = {
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")

@@ -6,15 +6,14 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
 from torch import Tensor
 
 from lora_grpo.errors import ConfigError, LoraGrpoError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Reduction = Literal["mean", "min", "max"]
 T = TypeVar("T")
@@ -86,8 +85,6 @@ class Processes:
         """The first process's value, pickled; what the others give is not looked at."""
         if self.count == 1:
             return value
-        from accelerate.utils import broadcast_object_list
-
         shared: T = broadcast_object_list([value])[0]
         return shared
 
@@ -95,8 +92,6 @@ class Processes:
         """Every process's value, in their order, everywhere."""
         if self.count == 1:
             return [value]
-        from accelerate.utils import gather_object
-
         gathered: list[T] = gather_object([value])
         return gathered
 
@@ -132,9 +127,23 @@ class Processes:
             return act(follow)
         if self.index:
             return self._obey(follow)
-        orders = _Orders(self, follow)
-        tried = attempt(lambda: act(orders), self.index)
-        if not orders.broken:
+        one_at_a_time, broken = threading.Lock(), False
+
+        def order(what: Order) -> Result:
+            nonlocal broken
+            with one_at_a_time:  # whatever thread it is from
+                broken = True
+                try:
+                    self.share(what)
+                    result = follow(what)
+                except LoraGrpoError:
+                    broken = False
+                    raise
+                broken = False
+                return result
+
+        tried = attempt(lambda: act(order), self.index)
+        if not broken:
             self.share(Attempt(tried.value, tried.told))
         if tried.error is not None:
             raise tried.error
@@ -171,8 +180,6 @@ class Processes:
         """The first process's tensor; of one shape everywhere."""
         if self.count == 1:
             return tensor
-        from accelerate.utils import broadcast
-
         received: Tensor = broadcast(tensor.clone(), from_process=0)
         return received
 
@@ -192,8 +199,6 @@ class Processes:
     def _reduce(self, tensor: Tensor, how: str) -> Tensor:
         if self._accelerator is None or self.count == 1:
             return tensor
-        from accelerate.utils import reduce
-
         reduced: Tensor = reduce(tensor, reduction=how)
         return reduced
 
@@ -217,24 +222,3 @@ def attempt(act: Callable[[], object], process: int) -> Attempt:
         return Attempt(act())
     except BaseException as error:  # noqa: BLE001 - raised again by all processes
         return Attempt(None, error, told(error, process))
-
-
-class _Orders(Generic[Order, Result]):
-    """Gives orders, one at a time from whatever thread."""
-
-    def __init__(self, processes: Processes, follow: Callable[[Order], Result]) -> None:
-        self._processes, self._follow = processes, follow
-        self._one_at_a_time = threading.Lock()
-        self.broken = False
-
-    def __call__(self, order: Order) -> Result:
-        with self._one_at_a_time:
-            self.broken = True
-            try:
-                self._processes.share(order)
-                result = self._follow(order)
-            except LoraGrpoError:
-                self.broken = False
-                raise
-            self.broken = False
-            return result

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Reach:
         self.end()
         if self.watching:
             self._called, self._signal = [False] * len(self._modules), False
-            self._hooks = [m.layer.register_forward_hook(self._noting(i)) for i, m in enumerate(self._modules)]
+            self._hooks = [m.layer.register_forward_hook(partial(self._note, i)) for i, m in enumerate(self._modules)]
 
     def end(self) -> None:
         for hook in self._hooks:
@@ -106,12 +107,8 @@ class Reach:
                 stacklevel=2,
             )
 
-    def _noting(self, index: int) -> Callable[..., None]:
-        def note(*_: object) -> None:
-            if torch.is_grad_enabled():
-                self._called[index] = True
-
-        return note
+    def _note(self, index: int, *_: object) -> None:
+        self._called[index] |= torch.is_grad_enabled()
 
 
 def _got(parameter: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ def activation_bytes(model: Any, batch: LargestBatch, dtype: torch.dtype, *, che
     return None
 
 
-def _ways(model: Any, batch: LargestBatch) -> Iterator[tuple[dict[str, Any], tuple[Span, ...] | None]]:
+def _ways(model: Any, batch: LargestBatch) -> Iterator[tuple[dict[str, Any], Sequence[Span] | None]]:
     """What the model is given: one packed row where that pays and it takes one, or padded rows with a mask or none."""
     sequences, starts = batch.sequences(), [batch.prompt_tokens] * batch.rows
     if pays(sizes(sequences, starts)) and refusal(model) is None:
@@ -187,7 +187,7 @@ def _ways(model: Any, batch: LargestBatch) -> Iterator[tuple[dict[str, Any], tup
     yield {"input_ids": ids_BL, "attention_mask": None}, None
 
 
-def _walk(model: Any, inputs: dict[str, Any], spans: tuple[Span, ...] | None) -> tuple[int, int]:
+def _walk(model: Any, inputs: dict[str, Any], spans: Sequence[Span] | None) -> tuple[int, int]:
     """Bytes that are kept for the backward, and the most at any time."""
     backbone, there = model.get_base_model().get_decoder(), in_spans(model, spans) if spans else nullcontext()
     with torch.device("meta"), _attention_without_scores(), there, _Living(model) as living:
