@@ -24,9 +24,7 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="the trainer's base dtype")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    quantization: Literal["nf4"] | None = Field(
-        None, description="'nf4' (QLoRA): quantize an unquantized base, in trainer and engine"
-    )
+    quantization: Literal["nf4"] | None = Field(None, description="'nf4' (QLoRA): quantize it, in trainer and engine")
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -39,15 +37,11 @@ class LoraSettings(Section):
 
     r: int = Field(16, ge=1, description="rank")
     lora_alpha: float = Field(32, gt=0, description="the adapter's output is scaled by lora_alpha / r")
-    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
-        "all-linear", description="names of the linear layers that get an adapter"
-    )
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field("all-linear", description="linear layers to adapt")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input, in training only")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead (rsLoRA)")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="ranks of single modules, by name or regex")
-    alpha_pattern: dict[str, float] = Field(
-        default_factory=dict, description="alphas of single modules, by name or regex"
-    )
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="alphas of single modules, likewise")
 
 
 def check_quantization(asked: str | None) -> None:
@@ -78,31 +72,19 @@ class EngineConfig(Section):
     256
     """
 
-    urls: tuple[str, ...] = Field(
-        (), description="vLLM servers (lora-grpo serve) to generate with, instead of an engine in this process"
-    )
-    on_failure: Literal["raise", "drop"] = Field(
-        "raise", description="when one server fails to load a version: end the run, or go on without that server"
-    )
-    store_address: str | None = Field(
-        None, description="host:port where the trainer serves versions, for `urls` that cannot read its disk"
-    )
+    urls: tuple[str, ...] = Field((), description="vLLM servers (lora-grpo serve) to use instead of an engine here")
+    on_failure: Literal["raise", "drop"] = Field("raise", description="a server cannot load: end, or go on without it")
+    store_address: str | None = Field(None, description="host:port to serve versions at, to `urls` without this disk")
     concurrency: int = Field(256, ge=1, description="most requests at the same time on each of `urls`; others wait")
-    timeout_s: float = Field(
-        600.0, gt=0, description="most seconds for one request to `urls`, with its wait in the server's queue"
-    )
+    timeout_s: float = Field(600.0, gt=0, description="most seconds for a request to `urls`, with its wait there")
     patience_s: float = Field(300.0, gt=0, description="seconds to wait for one of `urls` that went away")
     max_lora_rank: int | None = Field(None, ge=1, description="default: the adapter's rank, rounded up for vLLM")
     max_loras: int = Field(2, ge=1, description="adapter slots: versions that one batch can mix")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the engine's weights and adapters"
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of its weights and adapters")
     max_model_len: int | None = Field(None, ge=8, description="most tokens, prompt + completion; default: the model's")
     gpu_memory_utilization: float = Field(0.35, gt=0, le=1, description="vLLM's share of the GPU, beside the trainer")
     max_num_seqs: int = Field(256, ge=1, description="most completions sampled at the same time")
-    max_num_batched_tokens: int | None = Field(
-        None, ge=64, description="most tokens in one engine step; default: vLLM's"
-    )
+    max_num_batched_tokens: int | None = Field(None, ge=64, description="most tokens in a step; default: vLLM's")
     enforce_eager: bool = Field(False, description="no compiled model, no CUDA graphs")
     enable_prefix_caching: bool = Field(True, description="prompts with the same beginning share its KV cache")
 
@@ -115,10 +97,7 @@ class EngineConfig(Section):
         if not (host and port.isdigit() and int(port) < 65536):
             raise ValueError(f"store_address={self.store_address!r} must be host:port, such as '10.0.0.5:8731'")
         if not self.urls:
-            raise ValueError(
-                f"store_address={self.store_address!r} serves versions to the servers in urls, but there are none; "
-                "name them, or leave store_address out"
-            )
+            raise ValueError(f"store_address={self.store_address!r} is for servers: name them in urls, or leave it out")
         return self
 
 
@@ -132,9 +111,7 @@ class DataConfig(Section):
     eval_split: str = Field("test", description="split of `eval`, if it is on the hub")
     eval_limit: int | None = Field(None, ge=1, description="most held-out prompts used")
     prompt_column: str = Field("prompt", description="column of prompts: text or chat messages")
-    system_prompt: str | None = Field(
-        None, description="turns text prompts into chats with this system message (none if empty)"
-    )
+    system_prompt: str | None = Field(None, description="turns text prompts into chats with this (none if empty)")
 
 
 class RewardConfig(Section):
@@ -155,15 +132,9 @@ class KeepConfig(Section):
     lora_grpo.errors.ConfigError: on_tmpfs: must be an integer, at least 1 (got 0)
     """
 
-    on_tmpfs: int = Field(
-        8, ge=1, description="how many of the latest versions stay on tmpfs; HEAD, pinned and loaded ones stay too"
-    )
-    archived: int | None = Field(
-        None, ge=1, description="how many of the latest and of the best adapters stay on disk; default: all"
-    )
-    trainer_states: int = Field(
-        5, ge=1, description="how many of the latest trainer states stay; those of the best versions stay too"
-    )
+    on_tmpfs: int = Field(8, ge=1, description="so many latest versions stay on tmpfs; HEAD, pinned, loaded ones too")
+    archived: int | None = Field(None, ge=1, description="so many latest and best adapters stay on disk; default: all")
+    trainer_states: int = Field(5, ge=1, description="so many latest trainer states stay, and the best versions'")
     trainer_state_every: int = Field(1, ge=1, description="steps between kept trainer states")
     budget_bytes: int | None = Field(None, ge=1, description="most bytes that versions may take on tmpfs")
 
@@ -177,13 +148,9 @@ class GuardConfig(Section):
     reward_patience: int = Field(2, ge=1, description="steps in a row that must be that far below")
     logprob_gap: float | None = Field(None, gt=0, description="go back above this trainer/sampler gap, nats per token")
     kl: float | None = Field(None, gt=0, description="go back above this KL, nats per token (beta > 0)")
-    to: int | str = Field(
-        "best:reward", description="version to go back to: a number, 'parent', 'best' or 'best:METRIC'"
-    )
+    to: int | str = Field("best:reward", description="where to: a version's number, 'parent', 'best' or 'best:METRIC'")
     max_rollbacks: int = Field(3, ge=1, description="after this many rollbacks, the next reason ends the run")
-    learning_rate_factor: float = Field(
-        1.0, gt=0, le=1, description="the learning rate is multiplied by this at each rollback"
-    )
+    learning_rate_factor: float = Field(1.0, gt=0, le=1, description="a rollback multiplies the learning rate by this")
 
 
 class RunConfig(Section):
@@ -209,8 +176,5 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.grpo.reward_weights is not None:
-            raise ValueError(
-                f"grpo.reward_weights={list(self.grpo.reward_weights)}: each of [[rewards]] has its own weight here; "
-                "set rewards.N.weight"
-            )
+            raise ValueError(f"grpo.reward_weights={list(self.grpo.reward_weights)}: set rewards.N.weight instead")
         return self

@@ -47,9 +47,7 @@ class GRPOConfig(Section):
     max_staleness: int = Field(
         0, ge=0, description="how many versions old a batch may be; above 0, sampling goes on during training"
     )
-    stall_timeout_s: float = Field(
-        1800.0, gt=0, description="with max_staleness: end the run after so many seconds without progress"
-    )
+    stall_timeout_s: float = Field(1800.0, gt=0, description="with max_staleness: end after so long without progress")
 
     ddp_timeout: float = Field(1800.0, gt=0, description="most seconds that processes wait for each other")
 
@@ -70,9 +68,7 @@ class GRPOConfig(Section):
     min_p: float = Field(0.0, description="must be 0: the loss cannot correct for filtered sampling")
 
     loss_type: LossType = Field("dapo", description="how token losses are formed and averaged")
-    importance_sampling_level: Literal["token", "sequence"] = Field(
-        "token", description="'sequence' is GSPO's length-normalised ratio"
-    )
+    importance_sampling_level: Literal["token", "sequence"] = Field("token", description="'sequence' is GSPO's ratio")
     epsilon: float = Field(0.2, ge=0, description="lower clip of the ratio (1 - epsilon)")
     epsilon_high: float | None = Field(
         None, ge=0, description="upper clip (1 + epsilon_high); default: epsilon. For cispo the limit itself, e.g. 5"
@@ -84,12 +80,8 @@ class GRPOConfig(Section):
         "group", description="divide advantages by the deviation of rewards in the group, in the batch, or not at all"
     )
     reward_weights: tuple[float, ...] | None = Field(None, description="one weight for each reward function; default 1")
-    reward_retries: int = Field(
-        1, ge=0, description="how often a reward function is called again after a timeout or a failed connection"
-    )
-    reward_timeout_s: float | None = Field(
-        None, gt=0, description="seconds that one call of a reward function may take; default: no limit"
-    )
+    reward_retries: int = Field(1, ge=0, description="further calls of a reward after a timeout or a failed connection")
+    reward_timeout_s: float | None = Field(None, gt=0, description="most seconds for one call of a reward function")
     mask_truncated_completions: bool = Field(False, description="leave completions cut at the limit out of the loss")
     vllm_importance_sampling_correction: bool = Field(True, description="correct differences of trainer and sampler")
     vllm_importance_sampling_mode: CorrectionMode = Field("sequence_mask", description="how it is corrected")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +14,6 @@ from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.engines.base import Engine, is_remote
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.errors import ConfigError, UnknownVersion
-from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import TrainerState, Training, capture_state, check_state, read_state, restore_state
 
@@ -64,18 +62,21 @@ def roll_back(store: AdapterStore | None, engine: Engine, training: Training, to
         version = processes.first(lambda: the_firsts(store).restore(version))
     state = kept_state(store, version, training)
     before = capture_state(training, {})
-    with _leased(store, version, processes):
+    processes.first(lambda: the_firsts(store).acquire(version))
+    try:
+        _load(engine, version, training)
+        report = _restore(state, version, left, training)
+        processes.first(lambda: the_firsts(store).promote(version))
+        return report
+    except BaseException:
         try:
-            _load(engine, version, training)
-            report = _restore(state, version, left, training)
-            processes.first(lambda: the_firsts(store).promote(version))
-        except BaseException:
-            try:
-                _serve_again(engine, served, training)
-            finally:
-                restore_state(before, training)
-            raise
-    return report
+            _serve_again(engine, served, training)
+        finally:
+            restore_state(before, training)
+        raise
+    finally:
+        if store is not None:
+            store.release(version)
 
 
 def kept_state(store: AdapterStore | None, version: AdapterVersion, training: Training) -> TrainerState | None:
@@ -118,16 +119,6 @@ def _ends(store: AdapterStore, to: Target) -> tuple[AdapterVersion, AdapterVersi
     return left, version
 
 
-@contextmanager
-def _leased(store: AdapterStore | None, version: AdapterVersion, processes: Processes) -> Iterator[None]:
-    processes.first(lambda: the_firsts(store).acquire(version))
-    try:
-        yield
-    finally:
-        if store is not None:
-            store.release(version)
-
-
 def _load(engine: Engine, version: AdapterVersion, training: Training) -> None:
     """Have the engine prove a version. For servers, which are told what to answer, the model takes on its weights:
     whoever calls this puts the trainer in order afterwards."""
@@ -162,7 +153,9 @@ def _restore(
     else:
         training.processes.each(lambda: restore_state(state, training))
     optimizer, scheduler = training.optimizer, training.scheduler
-    has_optimizer, has_scheduler = (state.has_optimizer, state.has_scheduler) if state else (False, False)
+    has_optimizer, has_scheduler = (
+        state is not None and state.meta[part] is not None for part in ("param_groups", "scheduler")
+    )
     if optimizer is not None and not has_optimizer:
         optimizer.state = defaultdict(dict)
     return RollbackReport(

@@ -40,14 +40,6 @@ class TrainerState:
     tensors: Mapping[str, torch.Tensor]
     meta: Mapping[str, Any]
 
-    @property
-    def has_optimizer(self) -> bool:
-        return self.meta["param_groups"] is not None
-
-    @property
-    def has_scheduler(self) -> bool:
-        return self.meta["scheduler"] is not None
-
     def to_files(self) -> tuple[dict[str, tuple[bytes, ...]], dict[str, Any]]:
         """The files of the archive and its metadata."""
         return {TENSORS_FILE: (save(dict(self.tensors)),)}, dict(self.meta)
@@ -72,9 +64,7 @@ def read_state(files: Mapping[str, Path]) -> TrainerState:
             raise ValueError(f"{META_FILE} lacks {sorted(missing)}")
         return state
     except (KeyError, ValueError, AttributeError, OSError) as error:
-        raise StoreCorrupt(
-            f"the trainer state in {[str(path) for path in files.values()]} is unreadable: {error}"
-        ) from error
+        raise StoreCorrupt(f"the trainer state in {[*map(str, files.values())]} is unreadable: {error}") from error
 
 
 def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
@@ -84,18 +74,14 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
     """
     reshard(training.model)
     optimizer, scheduler = training.optimizer, training.scheduler
-    tensors = adapter_weights(training.modules)
-    tensors |= _random_states(training.processes)
+    tensors = adapter_weights(training.modules) | _random_states(training.processes)
+    saved = {"state": {}, "param_groups": None} if optimizer is None else optimizer.state_dict()
     scalars: dict[str, dict[str, Any]] = {}
-    groups = None
-    if optimizer is not None:
-        saved = optimizer.state_dict()
-        groups = saved["param_groups"]
-        for index, values in saved["state"].items():
-            moments, scalars[str(index)] = _parted(values)
-            tensors |= {f"optimizer/{index}/{name}": _copied(moment) for name, moment in moments.items()}
+    for index, values in saved["state"].items():
+        moments, scalars[str(index)] = _parted(values)
+        tensors |= {f"optimizer/{index}/{name}": _copied(moment) for name, moment in moments.items()}
     meta = {
-        "param_groups": _coded(groups),
+        "param_groups": _coded(saved["param_groups"]),
         "optimizer_scalars": _coded(scalars),
         "scheduler": None if scheduler is None else _coded(scheduler.state_dict()),
         "extra": dict(extra),
@@ -141,11 +127,11 @@ def restore_state(state: TrainerState, training: Training) -> None:
     """
     check_state(state, training.modules)
     reshard(training.model)
-    if training.optimizer is not None and state.has_optimizer:
+    if training.optimizer is not None and state.meta["param_groups"] is not None:
         _restore_optimizer(state, training.optimizer)
     for name, parameter in named_weights(training.modules):
         assign(parameter, state.tensors[name])
-    if training.scheduler is not None and state.has_scheduler:
+    if training.scheduler is not None and state.meta["scheduler"] is not None:
         training.scheduler.load_state_dict(_decoded(state.meta["scheduler"]))
     own = _random_suffix(training.processes.index)
     if f"rng/cpu{own}" in state.tensors:
@@ -205,8 +191,7 @@ def _restore_optimizer(state: TrainerState, optimizer: torch.optim.Optimizer) ->
 def _optimizer_entries(state: TrainerState, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """A moment is cut as its parameter is; what has no such shape (a step count) is whole everywhere."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scalars: dict[str, dict[str, Any]] = _decoded(state.meta["optimizer_scalars"])
-    entries = {int(index): values for index, values in scalars.items()}
+    entries = {int(index): values for index, values in _decoded(state.meta["optimizer_scalars"]).items()}
     for name, tensor in state.tensors.items():
         if name.startswith("optimizer/"):
             _, index, *path, field = name.split("/")
