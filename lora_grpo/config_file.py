@@ -96,8 +96,6 @@ def save_config(config: RunConfig, run_dir: str | Path) -> Path:
 
 
 class Setting(NamedTuple):
-    """One key of the config file, for people."""
-
     key: str
     type: str
     default: str
@@ -120,8 +118,7 @@ def _of_run(run: Path) -> dict[str, Any]:
     if not (run / RESOLVED_FILE).is_file():
         raise ConfigError(
             told_as_sweep(run)
-            or f"{run} has no {RESOLVED_FILE}: it is not a run of `lora-grpo train`, or it stopped before its first "
-            "version; name its TOML file"
+            or f"{run} has no {RESOLVED_FILE}: it is no run, or stopped before its first version; name its TOML file"
         )
     if names_a_model(str(run)):
         raise ConfigError(f"{run} is a model, not a run; lora-grpo init {run} --data FILE writes a config file for it")
@@ -168,7 +165,6 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _check_path(parts: list[str], override: str) -> None:
-    """Follows the keys through the sections, as far as these go."""
     section: type[BaseModel] | None = RunConfig
     for part in parts:
         if section is None:
@@ -183,10 +179,8 @@ def _check_path(parts: list[str], override: str) -> None:
 def _index(target: list[Any], part: str, override: str) -> int:
     """Of an entry that is there, or of a new one at the end."""
     if not part.isdigit() or int(part) > len(target):
-        raise ConfigError(
-            f"override {override!r}: {part!r} is not an index of a list of {len(target)}; indexes count from 0, and "
-            f"{len(target)} adds one"
-        )
+        known = f"indexes of this list count from 0, and {len(target)} adds one"
+        raise ConfigError(f"override {override!r}: {part!r} is not an index; {known}")
     if int(part) == len(target):
         target.append({})
     return int(part)
@@ -200,9 +194,7 @@ def _value(text: str, override: str) -> Any:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError as error:
         if text[0] in "[{\"'":
-            raise ConfigError(
-                f"override {override!r}: the value is not valid TOML ({error}); text in it needs quotes, and the "
-                """whole quotes for the shell: 'key=["a", "b"]'"""
-            ) from error
+            fix = """text needs quotes, and the whole too, for the shell: 'key=["a", "b"]'"""
+            raise ConfigError(f"override {override!r} is not valid TOML ({error}); {fix}") from error
         return text
     return parsed["value"] if len(parsed) == 1 else text

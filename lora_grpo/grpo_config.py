@@ -126,20 +126,15 @@ class GRPOConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> GRPOConfig:
         if (self.top_p, self.top_k, self.min_p) != (1.0, 0, 0.0):
+            given = f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}"
+            raise ValueError(f"{given}: what is filtered is not what is trained; set top_p=1, top_k=0, min_p=0")
+        if (rows := self.generation_batch_size) and rows % self.num_generations:
             raise ValueError(
-                f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}: filtered sampling changes the "
-                "distribution, so it is not the trained one; train with top_p=1, top_k=0, min_p=0"
-            )
-        if self.generation_batch_size is not None and self.generation_batch_size % self.num_generations:
-            raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} must be a multiple of "
-                f"num_generations={self.num_generations}"
+                f"generation_batch_size={rows} must be a multiple of num_generations={self.num_generations}"
             )
         if self.max_staleness and not self.vllm_importance_sampling_correction:
-            raise ValueError(
-                f"max_staleness={self.max_staleness} trains on completions of earlier versions, and only the "
-                "correction makes up for that; set vllm_importance_sampling_correction=True"
-            )
+            older = f"max_staleness={self.max_staleness} trains on completions of earlier versions"
+            raise ValueError(f"{older}: set vllm_importance_sampling_correction=True, which makes up for that")
         return self
 
     def rows_per_update(self, num_processes: int) -> int:
@@ -152,10 +147,8 @@ class GRPOConfig(Section):
         rows = self.generation_batch_size or update
         for name, unit in (("num_generations", self.num_generations), ("one optimizer batch", update)):
             if rows % unit:
-                raise ConfigError(
-                    f"a step of {rows} completions is not a multiple of {name} ({unit}); set generation_batch_size "
-                    "(or per_device_train_batch_size and gradient_accumulation_steps) so that it is"
-                )
+                wrong = f"a step of {rows} completions is not a multiple of {name} ({unit})"
+                raise ConfigError(f"{wrong}; change generation_batch_size or gradient_accumulation_steps")
         return rows
 
     def updates_per_step(self, num_processes: int) -> int:

@@ -22,9 +22,8 @@ from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.forward import Forward, in_mode
 from lora_grpo.grpo.losses import Objective, Size, Totals, filled
-from lora_grpo.grpo.optimizer import Gradients, build_optimizer, build_scheduler, plain_optimizer, trainable_parameters
+from lora_grpo.grpo.optimizer import Gradients, Reach, build_scheduler, plain_optimizer, trainable_parameters
 from lora_grpo.grpo.processes import Processes
-from lora_grpo.grpo.reach import Reach
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.reference import Reference
 
@@ -64,7 +63,7 @@ class Policy:
         self.gradients = Gradients(self.model, self.parameters.values(), self.processes)
         self.forward = Forward(self.model, config, self.processes, sharded=bool(self.gradients.sharded))
         self.reach = Reach(self.reference.modules, self.processes)
-        self.optimizer = plain_optimizer(optimizer, self.parameters) or build_optimizer(self.model, config)
+        self.optimizer = plain_optimizer(optimizer, self.parameters, config)
         updates = config.total_steps * config.updates_per_step(self.processes.count)
         self.scheduler = build_scheduler(self.optimizer, config, updates)
         if config.gradient_checkpointing:
@@ -150,10 +149,8 @@ class Policy:
                 judge(rows)
             loss, grad_norm = self.processes.sum(local_loss).item(), self.gradients.add_up()
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise TrainingError(
-                    f"loss {loss}, gradient norm {grad_norm}: the step was not taken; lower learning_rate, or look for "
-                    "non-finite log-probs in the batch"
-                )
+                said = f"loss {loss}, gradient norm {grad_norm}: the step was not taken"
+                raise TrainingError(f"{said}; lower learning_rate, or look for non-finite log-probs in the batch")
             self.reach.check()
         except BaseException:
             self.optimizer.zero_grad()
@@ -233,10 +230,8 @@ class Policy:
             raise ConfigError(f"processes have between {least} and {most} rows: give each the same number")
         local_rows = self.config.rows_per_update(1)
         if rows == 0 or rows % local_rows:
-            raise ConfigError(
-                f"{rows} rows are not a multiple of one optimizer batch, per_device_train_batch_size * "
-                f"gradient_accumulation_steps = {local_rows} rows per process"
-            )
+            factors = "per_device_train_batch_size * gradient_accumulation_steps"
+            raise ConfigError(f"{rows} rows are not a multiple of one optimizer batch, {factors} = {local_rows} rows")
 
 
 def _drops_out(model: nn.Module) -> bool:

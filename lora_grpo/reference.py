@@ -38,10 +38,8 @@ class Reference:
         if not wanted:
             return
         if "ref" in set(peft_model_of(model).peft_config) - {adapter}:
-            raise ConfigError(
-                f"the model has an adapter 'ref', and with beta > 0 the KL is to a copy of {adapter!r} as it is now, "
-                "as in TRL; call model.delete_adapter('ref'), or set beta=0"
-            )
+            meant = f"with beta > 0 the KL is to a copy of {adapter!r} as it is now"
+            raise ConfigError(f"the model has an adapter 'ref', but {meant}: call model.delete_adapter('ref')")
         self.set(self.weights_now())
 
     def weights_now(self) -> dict[str, torch.Tensor] | None:

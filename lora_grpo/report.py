@@ -78,7 +78,6 @@ def described(store: AdapterStore, versions: list[AdapterVersion]) -> list[dict[
 
 
 def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
-    """One version as JSON."""
     head = None
     with suppress(UnknownVersion):
         head = store.head
@@ -100,7 +99,6 @@ def describe(store: AdapterStore, version: AdapterVersion) -> dict[str, Any]:
 
 
 def for_people(row: dict[str, Any]) -> dict[str, Any]:
-    """A described version as a row of a table."""
     said = [word for word, key in (("HEAD", "head"), ("pinned", "pinned"), ("served", "served")) if row[key]]
     if "from/run" in row["metrics"]:
         said.append(f"fork of {Path(row['metrics']['from/run']).name} v{row['metrics']['from/version']}")

@@ -106,10 +106,8 @@ def the_firsts(store: AdapterStore | None) -> AdapterStore:
 def require_head(store: AdapterStore, left_at: AdapterVersion | None) -> None:
     """Raises `ConfigError` when `HEAD` is no longer where its sync left it: another one publishes to this store."""
     if (head := store.head) != left_at:
-        raise ConfigError(
-            f"HEAD in {store.root} is {head or 'nowhere'}, but this NativeSync left it at {left_at or 'nowhere'}: "
-            "something else moves it; give each model a store of its own, and go back with sync.rollback"
-        )
+        moved = f"HEAD in {store.root} is {head or 'nowhere'}, but this NativeSync left it at {left_at or 'nowhere'}"
+        raise ConfigError(f"{moved}: give each model a store of its own, and go back with sync.rollback")
 
 
 def _ends(store: AdapterStore, to: Target) -> tuple[AdapterVersion, AdapterVersion]:

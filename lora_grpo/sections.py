@@ -95,7 +95,6 @@ def _problems(section: type[BaseModel], error: ValidationError, given: dict[str,
 
 
 def _sentence(section: type[BaseModel], problem: Any, given: dict[str, Any]) -> str:
-    """What is wrong with one key, the value it has, and for an unknown key the nearest name."""
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     key = str(problem["loc"][0])
@@ -109,7 +108,6 @@ def _sentence(section: type[BaseModel], problem: Any, given: dict[str, Any]) -> 
 
 
 def _wanted(key: str, field: FieldInfo) -> str:
-    """The type and the limits of a setting's value."""
     inner, repeated = section_of(field.annotation)
     name = type_name(field.annotation) if inner is None else f"[[{key}]] tables" if repeated else f"a [{key}] table"
     article = {"integer": "an ", "number": "a ", "list": "a ", "table": "a "}.get(name.split()[0], "")

@@ -41,7 +41,6 @@ class TrainerState:
     meta: Mapping[str, Any]
 
     def to_files(self) -> tuple[dict[str, tuple[bytes, ...]], dict[str, Any]]:
-        """The files of the archive and its metadata."""
         return {TENSORS_FILE: (save(dict(self.tensors)),)}, dict(self.meta)
 
 
@@ -89,10 +88,9 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
     try:
         return TrainerState(tensors, json.loads(json.dumps(meta)))
     except TypeError as error:
-        unwrapped = getattr(optimizer, "optimizer", optimizer)
+        states = f"the state of {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, of the schedule or extra="
         raise ConfigError(
-            f"the state of {type(unwrapped).__name__}, of the schedule or extra= holds more than numbers, text and one "
-            f"tensor a name, and nothing is pickled here: {error}"
+            f"{states} is more than numbers, text and tensors, and nothing is pickled: {error}"
         ) from error
 
 
@@ -181,10 +179,8 @@ def _restore_optimizer(state: TrainerState, optimizer: torch.optim.Optimizer) ->
     groups = _decoded(state.meta["param_groups"])
     now, then = ([len(group["params"]) for group in found] for found in (optimizer.param_groups, groups))
     if now != then:
-        raise ConfigError(
-            f"the optimizer has groups of {now} parameters, and of {then} when this state was kept; give NativeSync an "
-            "optimizer of the same groups, or start anew from the version's weights (lora-grpo export)"
-        )
+        found = f"the optimizer has groups of {now} parameters, and of {then} when this state was kept"
+        raise ConfigError(f"{found}; pass one of the same groups, or start anew from the version (lora-grpo export)")
     optimizer.load_state_dict({"state": _optimizer_entries(state, optimizer), "param_groups": groups})
 
 

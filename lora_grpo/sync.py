@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from lora_grpo.adapters.files.disk import STAGING, digest_buffers
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_rank, check_same_dtype, check_servable
@@ -32,9 +33,6 @@ from lora_grpo.rollback import RollbackReport, Target, kept_state, require_head,
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import Training, capture_state, restore_state
 from lora_grpo.types import Group
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +208,6 @@ class NativeSync:
 
     @property
     def store(self) -> AdapterStore:
-        """Raises `ConfigError` in a process that has none."""
         return the_firsts(self._store)
 
     @property

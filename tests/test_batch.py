@@ -103,9 +103,9 @@ def test_moving_takes_every_tensor_along() -> None:
         (
             [Group("", (1,), (Completion("", (1, 2), (-1.0,), "stop", 1),))],
             torch.zeros(1),
-            "2 token_ids, 1 logprobs and no token_mask",
+            r"differ in length: \[2, 1, 2\]",
         ),
-        ([Group("", (1,), (completion((1, 2), mask=(True,)),))], torch.zeros(1), "2 logprobs and 1 token_mask"),
+        ([Group("", (1,), (completion((1, 2), mask=(True,)),))], torch.zeros(1), r"differ in length: \[2, 2, 1\]"),
     ],
 )
 def test_what_cannot_be_a_batch_is_refused(groups: list[Group], advantages: torch.Tensor, message: str) -> None:

@@ -160,7 +160,7 @@ def test_a_run_directory_stands_for_its_settings(config_path, tmp_path):
     moved = run.rename(tmp_path / "moved")
     assert load_config(moved, ["grpo.beta=0.5"]).output_dir == str(moved)
     assert load_config(moved, ["grpo.beta=0.5"]).grpo.beta == 0.5
-    with pytest.raises(ConfigError, match=r"has no config\.json: it is not a run of `lora-grpo train`, or it"):
+    with pytest.raises(ConfigError, match=r"has no config\.json: it is no run, or stopped"):
         load_config(tmp_path)
 
 

@@ -115,21 +115,19 @@ class Batch:
 
 def _check(pairs: Sequence[tuple[Sequence[int], Completion]], advantages_B: Tensor) -> None:
     if not pairs or advantages_B.shape != (len(pairs),):
+        shape = tuple(advantages_B.shape)
         raise ConfigError(
-            f"advantages of shape {tuple(advantages_B.shape)} for {len(pairs)} completions: "
-            "give at least one completion, and one advantage for each"
+            f"advantages of shape {shape} for {len(pairs)} completions: give one or more, and one for each"
         )
     if not any(completion.token_ids for _, completion in pairs):
         raise ConfigError(f"none of {len(pairs)} completions has a token: there is nothing to learn from")
     for row, (prompt, completion) in enumerate(pairs):
         if not prompt:
             raise ConfigError(f"row {row} has an empty prompt, so its first token cannot be scored")
-        tokens, mask = len(completion.token_ids), completion.token_mask
-        if len(completion.logprobs) != tokens or (mask is not None and len(mask) != tokens):
-            raise ConfigError(
-                f"row {row} has {tokens} token_ids, {len(completion.logprobs)} logprobs and "
-                f"{'no' if mask is None else len(mask)} token_mask: they must have the same length"
-            )
+        mask = completion.token_ids if completion.token_mask is None else completion.token_mask
+        lengths = [len(completion.token_ids), len(completion.logprobs), len(mask)]
+        if len(set(lengths)) > 1:
+            raise ConfigError(f"row {row}: token_ids, logprobs and token_mask differ in length: {lengths}")
 
 
 def _loss_mask(completion: Completion, mask_truncated_completions: bool) -> Tensor:

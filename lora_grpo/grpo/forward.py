@@ -88,7 +88,6 @@ class Forward:
         return parts
 
     def _fits(self, rows: Sequence[packing.Size], *, packed: bool) -> bool:
-        """In one micro-batch."""
         most = self._config.max_tokens_per_micro_batch
         if most is None:
             return len(rows) <= self._config.per_device_train_batch_size

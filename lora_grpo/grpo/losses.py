@@ -168,8 +168,6 @@ def known_gaps(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor) ->
 
 
 class Loss(NamedTuple):
-    """What tells one loss from another."""
-
     surrogate: Callable[[Tensor, Tensor, Tensor, ClipRange], Tensor]
     weights: Callable[[Tensor, Totals], Tensor]
     events: Callable[[Tensor, Tensor, ClipRange], dict[str, Tensor]]

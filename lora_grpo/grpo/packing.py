@@ -59,8 +59,6 @@ _SPANS: ContextVar[Sequence[Span] | None] = ContextVar("spans", default=None)
 
 
 class Packed(NamedTuple):
-    """One row of several sequences."""
-
     ids: list[int]
     positions: list[int]
     """Each sequence's tokens count from 0, its prompt's included."""

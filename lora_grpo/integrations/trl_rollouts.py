@@ -12,8 +12,8 @@ from lora_grpo.adapters.peft_form.modules import lora_modules
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
+from lora_grpo.grpo.optimizer import Reach
 from lora_grpo.grpo.processes import Processes
-from lora_grpo.grpo.reach import Reach
 from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.steering import answer_requests
