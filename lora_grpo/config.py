@@ -40,8 +40,8 @@ class LoraSettings(Section):
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field("all-linear", description="linear layers to adapt")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input, in training only")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead (rsLoRA)")
-    rank_pattern: dict[str, int] = Field(default_factory=dict, description="ranks of single modules, by name or regex")
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="alphas of single modules, likewise")
+    rank_pattern: dict[str, int] = Field({}, description="ranks of single modules, by name or regex")
+    alpha_pattern: dict[str, float] = Field({}, description="alphas of single modules, by name or regex")
 
 
 def check_quantization(asked: str | None) -> None:
@@ -116,9 +116,7 @@ class RewardConfig(Section):
 
     name: str = Field(description="exact, numeric, regex, format, or your own 'package.module:function'")
     weight: float = Field(1.0, description="weight in the sum of rewards")
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="a ready-made reward's options, or keyword arguments for your function"
-    )
+    options: dict[str, Any] = Field({}, description="a ready-made reward's options, or keyword arguments of your own")
 
 
 class KeepConfig(Section):

@@ -179,8 +179,8 @@ def _check_path(parts: list[str], override: str) -> None:
 def _index(target: list[Any], part: str, override: str) -> int:
     """Of an entry that is there, or of a new one at the end."""
     if not part.isdigit() or int(part) > len(target):
-        known = f"indexes of this list count from 0, and {len(target)} adds one"
-        raise ConfigError(f"override {override!r}: {part!r} is not an index; {known}")
+        known = f"a list of {len(target)}: indexes count from 0, and {len(target)} adds one"
+        raise ConfigError(f"override {override!r}: {part!r} is not an index of {known}")
     if int(part) == len(target):
         target.append({})
     return int(part)

@@ -36,10 +36,7 @@ class GRPOConfig(Section):
     )
     per_device_train_batch_size: int = Field(8, ge=1, description="completions in a micro-batch, on each process")
     max_tokens_per_micro_batch: int | None = Field(
-        None,
-        ge=1,
-        description="most tokens in a micro-batch, instead of per_device_train_batch_size completions; default on "
-        "CUDA: enough for that many of the longest ones, found at the run's first start",
+        None, ge=1, description="most tokens instead of rows; default on CUDA: enough for that many of the longest rows"
     )
     gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches in one optimizer update")
     num_iterations: int = Field(1, ge=1, description="passes over each rollout batch")
@@ -58,8 +55,7 @@ class GRPOConfig(Section):
         "error", description="a longer prompt is an error before the start, or is left out and counted"
     )
     chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description="more arguments for the chat template, such as enable_thinking; a column of this name wins",
+        {}, description="more arguments for the chat template, such as enable_thinking; a column of this name wins"
     )
     max_completion_length: int = Field(256, ge=1, description="most tokens in a completion")
     temperature: float = Field(1.0, gt=0, description="temperature of the sampler and of the trainer's log-probs")
@@ -99,9 +95,7 @@ class GRPOConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0, description="added to AdamW's denominator")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 turns it off")
     gradient_checkpointing: bool | None = Field(
-        None,
-        description="compute activations twice to save memory; default: only if they would not fit (False in a "
-        "Policy of your own)",
+        None, description="compute activations twice to save memory; default: if they would not fit (own Policy: False)"
     )
 
     canary_every: int = Field(10, ge=1, description="steps between full canaries (one extra forward of a few rows)")

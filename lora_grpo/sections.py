@@ -25,7 +25,10 @@ class Section(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _failure(_problems(type(self), error, values)) from None
+            problems = _problems(type(self), error, values)
+            failure = ConfigError("; ".join(f"{path}: {text}" if path else text for path, text in problems))
+            failure.problems = problems  # type: ignore[attr-defined]  # for a section around this one
+            raise failure from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise ConfigError(f"{name}: settings cannot be changed; make new ones with replace({name}={value!r})")
@@ -33,13 +36,6 @@ class Section(BaseModel):
     def replace(self, **changes: Any) -> Any:
         """A copy with `changes`, checked like a new one."""
         return type(self)(**{**self.model_dump(), **changes})
-
-
-def _failure(problems: list[tuple[str, str]]) -> ConfigError:
-    """The error that says what is wrong with each (path of keys), kept apart for a section around this one."""
-    failure = ConfigError("; ".join(f"{path}: {text}" if path else text for path, text in problems))
-    failure.problems = problems  # type: ignore[attr-defined]
-    return failure
 
 
 def nearest_key(key: str, known: Collection[str]) -> str:

@@ -138,7 +138,7 @@ def test_bad_overrides_name_key_value_and_fix(config_path, override, words):
         (lambda text: "learning_rate = 1\n" + text, ["learning_rate: unknown key; did you mean 'grpo.learning_rate'?"]),
         (lambda text: text.replace("2e-5", "2e-5 x"), ["not valid TOML", "line"]),
         (lambda text: text + "generation_batch_size = 30", ["grpo: ", "generation_batch_size=30", "num_generations=8"]),
-        (lambda text: text + "top_p = 0.9", ["top_p=0.9", "train with top_p=1"]),
+        (lambda text: text + "top_p = 0.9", ["top_p=0.9", "set top_p=1"]),
     ],
 )
 def test_bad_files_name_file_key_and_fix(config_path, edit, words):

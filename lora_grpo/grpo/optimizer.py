@@ -67,9 +67,7 @@ def apply_settings(optimizer: Optimizer, scheduler: Any, config: GRPOConfig, lea
 
 def build_scheduler(optimizer: Optimizer, config: GRPOConfig, num_updates: int) -> LRScheduler:
     """The schedule `config.lr_scheduler_type` over `num_updates` optimizer updates, one step an update."""
-    scheduler: LRScheduler = get_scheduler(
-        config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=num_updates
-    )
+    scheduler: LRScheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, num_updates)
     return scheduler
 
 

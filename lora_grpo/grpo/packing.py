@@ -135,12 +135,11 @@ def in_spans(model: nn.Module, spans: Sequence[Span] | None = None) -> Iterator[
 def _attend(
     name: str, module: nn.Module, query_1HND: Tensor, key_1HND: Tensor, value_1HND: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get(name) or getattr(
+    attend: Callable[..., tuple[Tensor, None]] = ALL_ATTENTION_FUNCTIONS.get(name) or getattr(
         sys.modules[type(module).__module__], _EAGER
     )
     if not isinstance(mask, _Seen):
-        result: tuple[Tensor, None] = attend(module, query_1HND, key_1HND, value_1HND, mask, **kwargs)
-        return result
+        return attend(module, query_1HND, key_1HND, value_1HND, mask, **kwargs)
     # Cut in one go: the gradient of each slice would be a whole tensor, zero but for it.
     lengths = [span.stop - span.start for span in mask.spans]
     cut = [tensor.split(lengths, dim=2) for tensor in (query_1HND, key_1HND, value_1HND)]

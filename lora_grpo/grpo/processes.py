@@ -6,7 +6,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -85,15 +85,13 @@ class Processes:
         """The first process's value, pickled; what the others give is not looked at."""
         if self.count == 1:
             return value
-        shared: T = broadcast_object_list([value])[0]
-        return shared
+        return cast("T", broadcast_object_list([value])[0])
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in their order, everywhere."""
         if self.count == 1:
             return [value]
-        gathered: list[T] = gather_object([value])
-        return gathered
+        return cast("list[T]", gather_object([value]))
 
     def first(self, act: Callable[[], T]) -> T:
         """What `act` gives in the first process, everywhere; it runs nowhere else. What it raises, all raise."""
@@ -180,8 +178,7 @@ class Processes:
         """The first process's tensor; of one shape everywhere."""
         if self.count == 1:
             return tensor
-        received: Tensor = broadcast(tensor.clone(), from_process=0)
-        return received
+        return cast("Tensor", broadcast(tensor.clone(), from_process=0))
 
     def metrics(self, observed: Mapping[str, Observed]) -> dict[str, float]:
         """One number a metric, the same in every process: all have to ask for the same ones. 0 without any value."""
@@ -199,8 +196,7 @@ class Processes:
     def _reduce(self, tensor: Tensor, how: str) -> Tensor:
         if self._accelerator is None or self.count == 1:
             return tensor
-        reduced: Tensor = reduce(tensor, reduction=how)
-        return reduced
+        return cast("Tensor", reduce(tensor, reduction=how))
 
 
 def _greatest(values_N: Tensor) -> Tensor:
