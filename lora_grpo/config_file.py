@@ -116,10 +116,8 @@ def describe_settings(section: type[BaseModel] = RunConfig, prefix: str = "") ->
 
 def _of_run(run: Path) -> dict[str, Any]:
     if not (run / RESOLVED_FILE).is_file():
-        raise ConfigError(
-            told_as_sweep(run)
-            or f"{run} has no {RESOLVED_FILE}: it is no run, or stopped before its first version; name its TOML file"
-        )
+        not_yet = f"{run} has no {RESOLVED_FILE}: it is no run, or stopped before its first version; name its TOML file"
+        raise ConfigError(told_as_sweep(run) or not_yet)
     if names_a_model(str(run)):
         raise ConfigError(f"{run} is a model, not a run; lora-grpo init {run} --data FILE writes a config file for it")
     return {**read_settings(run / RESOLVED_FILE), "output_dir": str(run)}

@@ -32,13 +32,11 @@ class Policy:
     """A PEFT model, its optimizer and the GRPO objective.
 
     Without an optimizer, AdamW over the adapter is built; the schedule is `config`'s over `total_steps` rollout steps.
-    `policy.optimizer` is torch's own, also when accelerate's wrapper was given. With `config.beta`, the adapter as it
-    is now is the reference of the KL.
+    With `config.beta`, the adapter as it is now is the reference of the KL.
 
     With an accelerator of several processes, each holds its own rows, as many as any other, and the whole model (DDP)
-    or a shard of it (FSDP2). `prepare` and `update` are called by all, and the gradient of each update is the one that
-    a single process would compute on all rows, the first process's first. Adapters held whole start from the first
-    process's weights.
+    or a shard of it (FSDP2). `prepare` and `update` are called by all, and each gradient is the one that one process
+    would compute on all rows, the first process's first. Adapters held whole start from the first process's weights.
     """
 
     def __init__(
@@ -103,17 +101,16 @@ class Policy:
     def update(self, batch: Batch, *, judge: Callable[[Batch], None] | None = None) -> dict[str, float]:
         """`num_iterations` passes over `batch`, an optimizer and a schedule step every optimizer batch of rows.
 
-        A batch that `prepare` has not seen is prepared first. Where it is one update and nothing is dropped out, its
-        old log-probs are those of the update's own forward. `judge` is called with the prepared batch before the first
-        optimizer step: what it raises leaves the policy as it was. Where a pass holds several updates, the rows of all
-        processes are shuffled first (the first one's global CPU generator), so that an update sees many prompts.
-        Returns the batch's `sampling/*` and, as means over the updates, `loss`, `grad_norm` (before clipping),
-        `learning_rate` (as used) and TRL's `entropy`, `kl` and clip metrics. Rows that cannot move the policy are not
-        computed; their entropy is `prepare`'s.
+        A batch that `prepare` has not seen is prepared first; where it is one update, and nothing is dropped out, its
+        old log-probs are its own forward's. `judge` gets the prepared batch before the first optimizer step: what it
+        raises leaves the policy as it was. Where a pass holds several updates, the rows of all processes are
+        shuffled first (the first one's global CPU generator). Returns the batch's `sampling/*` and, as means over the
+        updates, `loss`, `grad_norm` (before clipping), `learning_rate` (as used) and TRL's `entropy`, `kl` and clip
+        metrics. Rows that cannot move the policy are not computed; their entropy is `prepare`'s.
 
-        Raises `ConfigError` when the rows are no multiple of an optimizer batch, or not equally many everywhere, and
-        `TrainingError` when a loss or gradient is not finite, `UnsupportedAdapter` when none reaches a layer (see
-        `Reach`): that step is not taken, weights, optimizer and schedule stay as the last good one left them.
+        Raises `ConfigError` for rows that are no multiple of an optimizer batch, or not equally many everywhere, and
+        where a loss or gradient is not finite `TrainingError`, where none reaches a layer `UnsupportedAdapter`:
+        weights, optimizer and schedule then stay as the last good step left them.
         """
         self._check_rows(len(batch))
         batch = batch.to(self.device)

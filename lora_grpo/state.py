@@ -89,9 +89,7 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
         return TrainerState(tensors, json.loads(json.dumps(meta)))
     except TypeError as error:
         states = f"the state of {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, of the schedule or extra="
-        raise ConfigError(
-            f"{states} is more than numbers, text and tensors, and nothing is pickled: {error}"
-        ) from error
+        raise ConfigError(f"{states} is more than numbers, text and tensors: nothing is pickled: {error}") from error
 
 
 def _parted(values: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

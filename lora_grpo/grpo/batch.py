@@ -117,7 +117,7 @@ def _check(pairs: Sequence[tuple[Sequence[int], Completion]], advantages_B: Tens
     if not pairs or advantages_B.shape != (len(pairs),):
         shape = tuple(advantages_B.shape)
         raise ConfigError(
-            f"advantages of shape {shape} for {len(pairs)} completions: give one or more, and one for each"
+            f"advantages of shape {shape} for {len(pairs)} completions: give one for each of at least one"
         )
     if not any(completion.token_ids for _, completion in pairs):
         raise ConfigError(f"none of {len(pairs)} completions has a token: there is nothing to learn from")

@@ -48,7 +48,10 @@ class Forward:
 
     def __call__(self, rows: Batch, *, packed: bool) -> tuple[Tensor, Tensor]:
         """logp_BT and entropy_BT of completion tokens at the sampling temperature, fp32, nats; 0 where padded."""
-        return self._packed(rows) if packed else self._padded(rows)
+        device = next(self._model.parameters()).device.type
+        autocast = nullcontext() if self._dtype == torch.float32 else torch.autocast(device, dtype=self._dtype)
+        with self._uncast(), autocast:
+            return self._packed(rows) if packed else self._padded(rows)
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -97,8 +100,7 @@ class Forward:
 
     def _packed(self, rows: Batch) -> tuple[Tensor, Tensor]:
         there_BT = rows.completion_mask_BT
-        with self._autocast():
-            logp_M, entropy_M = packing.packed_scores(self._model, *_listed(rows), self._config.temperature)
+        logp_M, entropy_M = packing.packed_scores(self._model, *_listed(rows), self._config.temperature)
         nothing_BT = torch.zeros(there_BT.shape, device=there_BT.device)
         return nothing_BT.masked_scatter(there_BT, logp_M), nothing_BT.masked_scatter(there_BT, entropy_M)
 
@@ -111,17 +113,7 @@ class Forward:
             "use_cache": False,
         }
         ids_BT, there_BT = rows.completion_ids_BT, rows.completion_mask_BT
-        with self._autocast():
-            return completion_scores(self._model, inputs, ids_BT, there_BT, self._config.temperature)
-
-    @contextmanager
-    def _autocast(self) -> Iterator[None]:
-        """In a half-precision base's dtype."""
-        if self._dtype == torch.float32:
-            yield
-            return
-        with self._uncast(), torch.autocast(next(self._model.parameters()).device.type, dtype=self._dtype):
-            yield
+        return completion_scores(self._model, inputs, ids_BT, there_BT, self._config.temperature)
 
     def _uncast(self) -> AbstractContextManager[None]:
         """PEFT would make an fp32 copy of each layer's input, of which autocast makes a half-precision one to keep."""
@@ -156,7 +148,7 @@ class Forward:
         twice = torch.tensor([0, *range(len(rows))])
         packed, there_BT = rows.select(twice), rows.completion_mask_BT[twice]
         with in_mode(self._model, training=False):
-            gap_BT = (self._padded(rows)[0][twice] - self._packed(packed)[0]).abs()
+            gap_BT = (self(rows, packed=False)[0][twice] - self(packed, packed=True)[0]).abs()
         return max(gap_BT[:, part][there_BT[:, part]].mean().item() for part in (slice(None), slice(_FIRST)))
 
 

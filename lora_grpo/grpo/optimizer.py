@@ -86,9 +86,8 @@ def plain_optimizer(optimizer: Optimizer | None, parameters: Mapping[str, Parame
 class Gradients:
     """Of one model's trainable parameters: their sum over all processes, its norm, and clipping.
 
-    The losses' normalisers have divided by all rows already, so gradients are added, never averaged. Those of adapters
-    held whole are added by hand and not by DDP, so that processes may differ in how many rows they compute; FSDP2 adds
-    those that it sharded.
+    The losses' normalisers have divided by all rows, so gradients are added, never averaged: those of adapters held
+    whole by hand and not by DDP, so that processes may compute different numbers of rows; sharded ones by FSDP2.
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], processes: Processes) -> None:
