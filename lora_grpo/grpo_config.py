@@ -48,12 +48,8 @@ class GRPOConfig(Section):
 
     ddp_timeout: float = Field(1800.0, gt=0, description="most seconds that processes wait for each other")
 
-    max_prompt_length: int | None = Field(
-        None, ge=1, description="most tokens in a prompt; default: max_model_len - max_completion_length"
-    )
-    overlong_prompts: Literal["error", "drop"] = Field(
-        "error", description="a longer prompt is an error before the start, or is left out and counted"
-    )
+    max_prompt_length: int | None = Field(None, ge=1, description="default: max_model_len - max_completion_length")
+    overlong_prompts: Literal["error", "drop"] = Field("error", description="error at start, or left out and counted")
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="more arguments for the chat template, such as enable_thinking; a column of this name wins"
     )

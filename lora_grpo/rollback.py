@@ -151,9 +151,8 @@ def _restore(
     else:
         training.processes.each(lambda: restore_state(state, training))
     optimizer, scheduler = training.optimizer, training.scheduler
-    has_optimizer, has_scheduler = (
-        state is not None and state.meta[part] is not None for part in ("param_groups", "scheduler")
-    )
+    meta = {} if state is None else state.meta
+    has_optimizer, has_scheduler = meta.get("param_groups") is not None, meta.get("scheduler") is not None
     if optimizer is not None and not has_optimizer:
         optimizer.state = defaultdict(dict)
     return RollbackReport(
@@ -163,5 +162,5 @@ def _restore(
         "none" if optimizer is None else "restored" if has_optimizer else "reset",
         "none" if scheduler is None else "restored" if has_scheduler else "kept",
         "restored" if state else "kept",
-        dict(state.meta["extra"]) if state else {},
+        dict(meta.get("extra", {})),
     )

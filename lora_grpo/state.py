@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -197,16 +197,13 @@ def _optimizer_entries(state: TrainerState, optimizer: torch.optim.Optimizer) ->
     return entries
 
 
-GeneratorStates: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, Any, Any]
-
-
-def generator_states() -> GeneratorStates:
+def generator_states() -> tuple[Any, ...]:
     """Of this process: torch's on the CPU and, where CUDA has started, on the GPU; numpy's and Python's."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 
 
-def set_generator_states(states: GeneratorStates) -> None:
+def set_generator_states(states: tuple[Any, ...]) -> None:
     cpu, cuda, numbers, plain = states
     torch.set_rng_state(cpu)
     if cuda is not None:

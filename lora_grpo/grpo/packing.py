@@ -166,15 +166,11 @@ def _masks(name: str, *, q_length: int, kv_length: int, q_offset: int, attention
         size = (span.stop - span.start, span.seen)
         if size not in made:
             mask = make(q_length=size[0], kv_length=sum(size), q_offset=size[1], attention_mask=None, **kwargs)
-            made[size] = _added(mask, kwargs["dtype"])
+            if mask is not None and mask.dtype == torch.bool:
+                # Else attention would make such a one in each layer, and keep it for the way back.
+                mask = mask.new_zeros(mask.shape, dtype=kwargs["dtype"]).masked_fill_(~mask, -torch.inf)
+            made[size] = mask
     return _Seen(spans, tuple(made[span.stop - span.start, span.seen] for span in spans))
-
-
-def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Made once, where attention would make it of a boolean mask in each layer, and keep it for the way back."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 for _name, _packed_name in _PACKED.items():

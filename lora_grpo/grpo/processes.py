@@ -70,7 +70,6 @@ class Processes:
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         """Raises `ConfigError` for an accelerator that is not joined with all the processes that were launched."""
-        self._accelerator = accelerator
         self.count: int = accelerator.num_processes if accelerator else 1
         self.index: int = accelerator.process_index if accelerator else 0
 
@@ -194,7 +193,7 @@ class Processes:
         return {name: row[columns[how]] for (name, (_, how)), row in zip(observed.items(), found, strict=True)}
 
     def _reduce(self, tensor: Tensor, how: str) -> Tensor:
-        if self._accelerator is None or self.count == 1:
+        if self.count == 1:
             return tensor
         return cast("Tensor", reduce(tensor, reduction=how))
 
