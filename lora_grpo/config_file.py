@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,8 +90,7 @@ def save_config(config: RunConfig, run_dir: str | Path) -> Path:
     staged = path.with_suffix(".tmp")
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
     staged.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(staged, path)
-    return path
+    return staged.replace(path)
 
 
 class Setting(NamedTuple):

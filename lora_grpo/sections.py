@@ -108,10 +108,5 @@ def _wanted(key: str, field: FieldInfo) -> str:
     name = type_name(field.annotation) if inner is None else f"[[{key}]] tables" if repeated else f"a [{key}] table"
     article = {"integer": "an ", "number": "a ", "list": "a ", "table": "a "}.get(name.split()[0], "")
     bounds = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}", "min_length": "{} or more"}
-    limits = [
-        words.format(getattr(limit, bound))
-        for limit in field.metadata
-        for bound, words in bounds.items()
-        if hasattr(limit, bound)
-    ]
-    return ", ".join([article + name, *limits])
+    limits = [(getattr(limit, bound, None), words) for limit in field.metadata for bound, words in bounds.items()]
+    return ", ".join([article + name, *(words.format(value) for value, words in limits if value is not None)])

@@ -241,11 +241,7 @@ def adapter_weights(modules: list[LoraModule]) -> dict[str, torch.Tensor]:
 
 def named_weights(modules: list[LoraModule]) -> list[tuple[str, torch.nn.Parameter]]:
     """A and B of each module, by the names of a state."""
-    return [
-        (f"weights/{module.path}.{kind}", parameter)
-        for module in modules
-        for kind, parameter in (("A", module.a_RI), ("B", module.b_OR))
-    ]
+    return [(f"weights/{one.path}.{name}", ab) for one in modules for name, ab in (("A", one.a_RI), ("B", one.b_OR))]
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -116,9 +116,7 @@ class Batch:
 def _check(pairs: Sequence[tuple[Sequence[int], Completion]], advantages_B: Tensor) -> None:
     if not pairs or advantages_B.shape != (len(pairs),):
         shape = tuple(advantages_B.shape)
-        raise ConfigError(
-            f"advantages of shape {shape} for {len(pairs)} completions: give one for each of at least one"
-        )
+        raise ConfigError(f"advantages of shape {shape} for {len(pairs)} completions: give one for each, at least one")
     if not any(completion.token_ids for _, completion in pairs):
         raise ConfigError(f"none of {len(pairs)} completions has a token: there is nothing to learn from")
     for row, (prompt, completion) in enumerate(pairs):

@@ -98,11 +98,8 @@ def _scoring(
             found.append(empty_BT.masked_scatter(wanted_BT, values_N))
         return (arguments[0][:, -1:], *arguments[1:])
 
-    handle = layer.register_forward_pre_hook(score)
-    try:
+    with layer.register_forward_pre_hook(score):
         yield found
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -250,19 +247,15 @@ def _fused(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Linear, Fini
 def _measured(model: nn.Module, layer: nn.Module, ids_BL: Tensor) -> Finish | None:
     """How the model's logits come from its layer's output, seen on two tokens and true for all of them."""
     seen: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda _, __, raw: seen.append(raw))
+    watched = layer.register_forward_hook(lambda _, __, raw: seen.append(raw))
     devices = [ids_BL.device] if ids_BL.device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            final_BLV = model(input_ids=ids_BL, use_cache=False).logits
-    finally:
-        handle.remove()
+    with watched, torch.no_grad(), torch.random.fork_rng(devices):
+        final_BLV = model(input_ids=ids_BL, use_cache=False).logits
     if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].dim() != 3:
         return None
     raw_BLV = seen[0][..., : final_BLV.shape[-1]].float()
-    return next(
-        (finish for finish in _candidates(model, final_BLV.shape[-1]) if _explains(finish, raw_BLV, final_BLV)), None
-    )
+    finishes = _candidates(model, final_BLV.shape[-1])
+    return next((finish for finish in finishes if _explains(finish, raw_BLV, final_BLV)), None)
 
 
 def _candidates(model: nn.Module, vocabulary: int) -> Iterator[Finish]:

@@ -116,9 +116,7 @@ def packed_scores(
 @contextmanager
 def in_spans(model: nn.Module, spans: Sequence[Span] | None = None) -> Iterator[None]:
     """The model takes a packed row of these spans meanwhile; rows of another length go through it as ever."""
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }
+    configs: dict[int, Any] = {id(one.config): one.config for one in model.modules() if hasattr(one, "config")}
     named = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
     changed = [(config, name) for config, name in named if name in _PACKED]
     for config, name in changed:
@@ -135,9 +133,8 @@ def in_spans(model: nn.Module, spans: Sequence[Span] | None = None) -> Iterator[
 def _attend(
     name: str, module: nn.Module, query_1HND: Tensor, key_1HND: Tensor, value_1HND: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    attend: Callable[..., tuple[Tensor, None]] = ALL_ATTENTION_FUNCTIONS.get(name) or getattr(
-        sys.modules[type(module).__module__], _EAGER
-    )
+    own_file = sys.modules[type(module).__module__]
+    attend: Callable[..., tuple[Tensor, None]] = ALL_ATTENTION_FUNCTIONS.get(name) or getattr(own_file, _EAGER)
     if not isinstance(mask, _Seen):
         return attend(module, query_1HND, key_1HND, value_1HND, mask, **kwargs)
     # Cut in one go: the gradient of each slice would be a whole tensor, zero but for it.

@@ -75,10 +75,8 @@ class Processes:
 
         launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else self.count
         if accelerator is not None and launched != self.count:
-            said = (
-                f"this is one of {launched} processes, but its process group has {self.count}, so it would train alone"
-            )
-            raise ConfigError(f"{said}: build accelerate's Accelerator() before any engine")
+            said = f"one of {launched} processes, but its process group has {self.count}, so it would train alone"
+            raise ConfigError(f"this is {said}: build accelerate's Accelerator() before any engine")
 
     def share(self, value: T) -> T:
         """The first process's value, pickled; what the others give is not looked at."""
