@@ -210,7 +210,7 @@ class Reach:
     def _warn_of(self, called: list[bool]) -> None:
         names = [module.path for module, was in zip(self._modules, called, strict=True) if not was]
         if names and self._processes.index == 0:
-            found = f"{len(names)} of {len(self._modules)} adapted layers are not called, so not trained"
+            found = f"{len(names)} of {len(self._modules)} adapted layers are not called and not trained"
             warnings.warn(f"{found}: {', '.join(names)}; leave them out of target_modules", stacklevel=2)
 
     def _note(self, index: int, *_: object) -> None:
