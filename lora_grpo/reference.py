@@ -35,12 +35,10 @@ class Reference:
         adapter = active_adapter(model)
         self.modules = lora_modules(model, adapter)
         self._weights: list[torch.Tensor] | None = None
-        if not wanted:
-            return
-        if "ref" in set(peft_model_of(model).peft_config) - {adapter}:
+        if wanted and "ref" in set(peft_model_of(model).peft_config) - {adapter}:
             meant = f"with beta > 0 the KL is to a copy of {adapter!r} as it is now"
             raise ConfigError(f"the model has an adapter 'ref', but {meant}: call model.delete_adapter('ref')")
-        self.set(self.weights_now())
+        self.set(self.weights_now() if wanted else None)
 
     def weights_now(self) -> dict[str, torch.Tensor] | None:
         """A and B as they are now, by `weights/MODULE.A` and `.B`, whole and on the CPU; None where every B is 0."""
