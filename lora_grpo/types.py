@@ -62,7 +62,7 @@ class Sampling:
 
     `seed` is the seed of the call (`None`: a new one): each request's own is made from it and the indexes of prompt and
     sample. `top_k=0` and `min_p=0.0` mean off, `temperature=0` greedy. `stop_token_ids` end a completion like the
-    model's own end tokens; `ignore_eos` ignores those, for timings. `first_prompt` is its index if you split a call.
+    model's own end tokens; `ignore_eos` ignores those. `first_prompt` is the first prompt's index in a split call.
 
     >>> Sampling(n=8, max_tokens=256).temperature
     1.0
