@@ -17,7 +17,7 @@ from lora_grpo.bench import breakeven, decode, endurance, fidelity, host, shapes
 from lora_grpo.bench.fidelity import Reference
 from lora_grpo.bench.gauges import Levels, floor_seconds, level, measure_bandwidth, percentile_95
 from lora_grpo.bench.joining import compare
-from lora_grpo.bench.plan import Cell, Subject, there_and_back
+from lora_grpo.bench.plan import Cell, Subject, by_strategy, there_and_back
 from lora_grpo.bench.report import findings, update_readme, write_report
 from lora_grpo.bench.runner import Partial
 from lora_grpo.bench.schema import (
@@ -32,7 +32,7 @@ from lora_grpo.bench.schema import (
 from lora_grpo.bench.settings import Settings, plan_parts
 from lora_grpo.bench.strategies import STOCK, STRATEGIES, load_strategy
 from lora_grpo.bench.strategies.base import Strategy, Trainer
-from lora_grpo.bench.suite import by_strategy, rows_of_one
+from lora_grpo.bench.suite import rows_of_one
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 

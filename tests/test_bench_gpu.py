@@ -16,10 +16,10 @@ from lora_grpo.bench import decode, fidelity, host, memory, runner, shapes, step
 from lora_grpo.bench.breakeven import break_even
 from lora_grpo.bench.plan import Cell, Subject, there_and_back
 from lora_grpo.bench.report import findings
-from lora_grpo.bench.runner import Partial, Runner
+from lora_grpo.bench.runner import Partial, Runner, load
 from lora_grpo.bench.schema import TOLERANCE
 from lora_grpo.bench.settings import Settings, plan_parts
-from lora_grpo.bench.strategies import NATIVE, load
+from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.strategies.base import Synced, Trainer
 from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import teacher_logprobs

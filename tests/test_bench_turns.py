@@ -13,13 +13,12 @@ import torch
 from typer.testing import CliRunner
 
 from lora_grpo.bench import runner, suite, sync
-from lora_grpo.bench.plan import Cell
+from lora_grpo.bench.plan import AT_ONCE, Cell, compared, one_at_a_time
 from lora_grpo.bench.report import findings, write_report
-from lora_grpo.bench.runner import Partial, Runner
+from lora_grpo.bench.runner import Partial, Runner, load
 from lora_grpo.bench.settings import plan_parts
-from lora_grpo.bench.strategies import AGAIN, load
+from lora_grpo.bench.strategies import AGAIN
 from lora_grpo.bench.strategies.base import engine_arguments
-from lora_grpo.bench.turns import AT_ONCE, compared, one_at_a_time
 from lora_grpo.cli import app
 from lora_grpo.engines import compat
 from lora_grpo.engines.local.weights import PlainEngine

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from lora_grpo.bench import endurance
 from lora_grpo.bench.breakeven import break_even
+from lora_grpo.bench.plan import BESIDE_NATIVE
 from lora_grpo.bench.schema import TABLES, Document
 from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.turns import BESIDE_NATIVE
 from lora_grpo.errors import ConfigError
 
 _OF_A_START = ("load_average_1min", "memory_gib", "commit")

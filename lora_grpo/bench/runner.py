@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 from lora_grpo.adapters.files.disk import replace_file
 from lora_grpo.bench.memory import give_back
 from lora_grpo.bench.plan import Cell, Subject
-from lora_grpo.bench.strategies import load
+from lora_grpo.bench.strategies import load_strategy
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 from lora_grpo.metrics.quiet import capture_output
 
@@ -161,6 +161,14 @@ def serve(requests: Connection, log: str) -> None:
                 requests.send(error)
     for strategy in loaded:
         strategy.close()
+
+
+def load(subject: Subject) -> Any:
+    """Worker: trainer and engine of a subject."""
+    from lora_grpo.engines import compat
+
+    compat.import_vllm()
+    return load_strategy(subject.strategy)(subject)
 
 
 class Runner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,11 @@ from lora_grpo.adapters.files.disk import tmpfs_home
 from lora_grpo.bench import decode, endurance, fidelity, host, memory, rollback, shapes, step, sync
 from lora_grpo.bench.gauges import adapter_crossing, floor_seconds, weights_crossing
 from lora_grpo.bench.joining import finished, read_document
-from lora_grpo.bench.plan import Cell, Subject
+from lora_grpo.bench.plan import BESIDE_NATIVE, Cell, Subject, by_strategy, compared, one_at_a_time
 from lora_grpo.bench.runner import Partial, Progress, Runner, WorkerProcess
 from lora_grpo.bench.schema import TABLES, Document
 from lora_grpo.bench.settings import PARTS, Settings
 from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.turns import BESIDE_NATIVE, compared, one_at_a_time
 from lora_grpo.errors import ConfigError
 
 ROOMS: dict[str, Any] = dict(zip(PARTS, (sync, memory, decode, fidelity, step, rollback, endurance), strict=True))
@@ -228,14 +227,6 @@ def _own_folder(opened: ExitStack, prefix: str, parent: Path) -> Path:
 def _fastest_folder() -> Path:
     home = tmpfs_home()
     return home if shutil.disk_usage(home).free >= LEAST_TMPFS else Path(tempfile.gettempdir())
-
-
-def by_strategy(cells: Sequence[Cell]) -> list[Cell]:
-    """All parts of one strategy after another, so that it starts once; what needs fresh processes comes last."""
-    first: dict[Subject, int] = {}
-    for place, cell in enumerate(cells):
-        first.setdefault(cell.subjects[-1], place)
-    return sorted(cells, key=lambda cell: (cell.fresh, first[cell.subjects[-1]]))
 
 
 def rows_of_one(cell: Mapping[str, Any]) -> list[Any]:

@@ -6,14 +6,10 @@ A strategy of your own is named as `package.module:Class`.
 from __future__ import annotations
 
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lora_grpo.errors import ConfigError
 from lora_grpo.sections import nearest_key
-
-if TYPE_CHECKING:
-    from lora_grpo.bench.plan import Subject
-    from lora_grpo.bench.strategies.base import Strategy
 
 NATIVE, SHARED, STOCK, BASE = "native", "native-shared", "native-stock", "base"
 AGAIN = "native again"
@@ -35,21 +31,12 @@ STRATEGIES = ("native", "native-disk", "by-hand", "merge-trl", "merge-touched", 
 """What is compared; the others differ from one of these in what they hold or compute with, not in their syncs."""
 
 
-def check_name(name: str) -> str:
+def check_name(name: str) -> None:
     """Raises `ConfigError` with the nearest name for a strategy that there is not."""
     if name not in _HOMES and ":" not in name:
         raise ConfigError(f"unknown strategy {name!r}; {nearest_key(name, _HOMES)}")
-    return name
 
 
-def load_strategy(name: str) -> type[Strategy]:
+def load_strategy(name: str) -> Any:
     """The class of a strategy."""
-    return resolve_name(f"{__name__}.{_HOMES[name]}" if name in _HOMES else check_name(name))
-
-
-def load(subject: Subject) -> Strategy:
-    """Worker: trainer and engine of a subject."""
-    from lora_grpo.engines import compat
-
-    compat.import_vllm()
-    return load_strategy(subject.strategy)(subject)
+    return resolve_name(f"{__name__}.{_HOMES[name]}" if name in _HOMES else name)
