@@ -8,12 +8,13 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from lora_grpo.bench import decode, fidelity, host, memory, runner, shapes, step, sync
-from lora_grpo.bench.breakeven import break_even
+from lora_grpo.bench.joining import break_even
 from lora_grpo.bench.plan import Cell, Subject, there_and_back
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner, load
@@ -85,7 +86,7 @@ def test_the_pristine_copy_counts_where_it_is_made() -> None:
     without = settings_of("rollback", "qwen2.5-7b", strategies=(NATIVE, "merge-trl"), truth=False)
     assert host.engine_share("rollback", without, model, sizes) > 0
     fold = without.replace(strategies=(NATIVE, "merge-fold"))
-    with pytest.raises(ConfigError, match=r"needs about \d+\.\d GiB on cuda:0 .* and 45\.0 GiB are free"):
+    with pytest.raises(ConfigError, match=r"needs about \d+\.\d GiB on cuda:0, where 45\.0 are free"):
         host.engine_share("rollback", fold, model, sizes)
 
 
@@ -219,9 +220,9 @@ def test_mapped_files_are_no_part_of_what_cuda_has_allocated(monkeypatch: pytest
     monkeypatch.setattr(memory, "_mapped", lambda folders: 70)
     monkeypatch.setattr(memory, "forget_peaks", lambda device: None)
     monkeypatch.setattr(memory, "peak", lambda device: (1100, None))
-    monkeypatch.setattr(memory, "_weights", lambda strategy: 1)
+    monkeypatch.setattr(memory, "settled_level", lambda device: 1)
     levels = SimpleNamespace(start=0, last=1000, grown={"trainer": 400, "engine": 600})
-    what = {"trainer": SimpleNamespace(base_bytes=1), "renew": lambda: None, "folder": Path("nowhere")}
+    what = {"trainer": SimpleNamespace(base_bytes=1), "renew": Mock(), "drop_base": Mock(), "folder": Path("nowhere")}
     found = {}
     for device in ("cpu", "cuda:0"):
         strategy: Any = SimpleNamespace(**what, subject=subject(device=device), levels=levels)

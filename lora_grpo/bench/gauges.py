@@ -43,7 +43,6 @@ class Clock:
 
 
 def percentile_95(values: Sequence[float]) -> float:
-    """Linear between the two nearest values."""
     return float(numpy.percentile(values, 95))
 
 
@@ -80,18 +79,18 @@ def floor_seconds(moved_bytes: Mapping[str, int], bandwidth: Mapping[str, float]
 
 
 def _best(device: str, copy: Callable[[], object]) -> float:
-    clock = Clock(device)
     copy()
     fastest = float("inf")
     for _ in range(_REPEATS):
-        started = clock.now()
-        copy()
-        fastest = min(fastest, clock.now() - started)
+        clock = Clock(device)
+        with clock("copy"):
+            copy()
+        fastest = min(fastest, clock.seconds["copy"])
     return _BYTES / fastest
 
 
 class Levels:
-    """What a process grew by, step by step."""
+    """What a process grew by, part by part."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -99,7 +98,7 @@ class Levels:
         self.grown: dict[str, int] = {}
 
     def seen(self, part: str) -> None:
-        """Whatever was taken since the last call belongs to `part`."""
+        """What was taken since the last call belongs to `part`."""
         now = level(self._device)
         self.grown[part] = self.grown.get(part, 0) + now - self.last
         self.last = now

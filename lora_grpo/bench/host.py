@@ -101,8 +101,8 @@ def commit() -> str | None:
 def memory(device: str) -> dict[str, int]:
     """Bytes free and in all, where trainer and engine will be."""
     on_cpu = device == "cpu"
-    free, total = proc_bytes("meminfo", "MemAvailable", "MemTotal") if on_cpu else torch.cuda.mem_get_info(device)
-    return {"free": free, "total": total}
+    sizes = proc_bytes("meminfo", "MemAvailable", "MemTotal") if on_cpu else torch.cuda.mem_get_info(device)
+    return dict(zip(("free", "total"), sizes, strict=True))
 
 
 def measure_model(shape: str | None, model: str | None) -> dict[str, int]:
@@ -131,14 +131,10 @@ def engine_share(part: str, settings: Settings, model: Mapping[str, int], memory
     on_cpu = settings.device == "cpu"
     needed = needed_bytes(part, settings, model)
     if needed > memory["free"] * (1.0 if on_cpu else 0.95):
-        what, instead = (
-            ("trainer, engine and what is compared with them", "fewer --strategies")
-            if on_cpu
-            else ("a trainer and an engine, one strategy at a time", "free the GPU")
-        )
         raise ConfigError(
-            f"bench {part} with {settings.label} needs about {needed / _GIB:.1f} GiB on {settings.device} ({what}), "
-            f"and {memory['free'] / _GIB:.1f} GiB are free; use a smaller --shape or {instead}"
+            f"bench {part} with {settings.label} needs about {needed / _GIB:.1f} GiB on {settings.device}, where "
+            f"{memory['free'] / _GIB:.1f} are free; use a smaller --shape or "
+            f"{'fewer --strategies' if on_cpu else 'free the GPU'}"
         )
     return _CPU_SHARE if on_cpu else round(_engine(model) / memory["total"], 3)
 
@@ -158,7 +154,6 @@ def needed_bytes(part: str, settings: Settings, model: Mapping[str, int]) -> int
 
 
 def _engine(model: Mapping[str, int]) -> int:
-    """Bytes of an engine on a GPU."""
     return 2 * model["parameters"] + _ENGINE + KV_CACHE_BYTES
 
 

@@ -1,18 +1,17 @@
-"""Rows of a run as one document's tables, the documents of several runs on one machine as one, and a run against an
-earlier one."""
+"""What follows from measured rows: from how many tokens on a merge is faster, one document of several runs on one
+machine, and a run against an earlier one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from lora_grpo.bench import endurance
-from lora_grpo.bench.breakeven import break_even
 from lora_grpo.bench.plan import BESIDE_NATIVE
-from lora_grpo.bench.schema import TABLES, Document
+from lora_grpo.bench.schema import TABLES, BreakEvenRow, DecodeRow, Document, SyncRow, Winner
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError
 
@@ -43,6 +42,56 @@ def finished(found: Mapping[str, list[Any]], device: str) -> dict[str, list[Any]
     return tables
 
 
+def break_even(sync: Sequence[SyncRow], decode: Sequence[DecodeRow], device: str) -> list[BreakEvenRow]:
+    """A row for each merge of the sync table (sweeps left out) and each batch size that its engine was decoded with."""
+    rows: list[BreakEvenRow] = []
+    first = {(row.strategy, row.shape): row for row in reversed(sync) if not row.strategy.startswith(NATIVE)}
+    for pair in reversed(first.values()):
+        curves = sorted(_curves(pair, decode, device), key=lambda row: row.completion_tokens)
+        longest = {row.rows: row for row in curves}
+        rows += [_row(pair, longest[count]) for count in sorted(longest)]
+    return rows
+
+
+def _curves(pair: SyncRow, decode: Sequence[DecodeRow], device: str) -> list[DecodeRow]:
+    """The merge's own decode figures, or merge-trl's: merged weights are merged weights, but for those of merge-fold on
+    a CPU, which are not prepacked."""
+    of_shape = [row for row in decode if row.shape == pair.shape]
+    found = [row for row in of_shape if row.strategy == pair.strategy]
+    if not found and pair.strategy.startswith("merge") and (device != "cpu" or pair.strategy != "merge-fold"):
+        found = [row for row in of_shape if row.strategy == "merge-trl"]
+    # Of engines that run otherwise, the first ones measured.
+    return [row for row in found if row.engine == found[0].engine]
+
+
+def _row(pair: SyncRow, decoded: DecodeRow) -> BreakEvenRow:
+    gain_s = pair.median_s - pair.median_s / pair.ratio_to_native
+    loss_s = decoded.tpot_s / decoded.tpot_ratio_to_native - decoded.tpot_s
+    prefill_s = decoded.prefill_s / decoded.prefill_ratio_to_native - decoded.prefill_s
+    tokens, beyond = crossing(gain_s - prefill_s, loss_s)
+    return BreakEvenRow(
+        strategy=pair.strategy,
+        shape=pair.shape,
+        rows=decoded.rows,
+        sync_gain_s=gain_s,
+        decode_loss_s_per_token=loss_s,
+        prefill_loss_s=prefill_s,
+        completion_tokens=tokens,
+        beyond=beyond,
+        measured_up_to_tokens=decoded.completion_tokens,
+    )
+
+
+def crossing(gain_s: float, loss_s_per_token: float) -> tuple[float | None, Winner]:
+    """The completion length at which native's constant gain meets its loss at each token after the first (None: they
+    never meet), and who is faster on longer ones."""
+    if gain_s >= 0 and loss_s_per_token <= 0:
+        return None, "native"
+    if gain_s <= 0 and loss_s_per_token >= 0:
+        return None, "merge"
+    return 1.0 + gain_s / loss_s_per_token, "merge" if loss_s_per_token > 0 else "native"
+
+
 def read_document(path: Path) -> Document:
     """What a run has left. Raises `ConfigError` when there is nothing or it is no document."""
     try:
@@ -62,9 +111,7 @@ def join(documents: Mapping[str, Document]) -> Document:
     made = list(documents.values())
     _check_one_machine(documents)
     commits = dict.fromkeys(str(one.card["commit"]) for one in made if "commit" in one.card)
-    cards: dict[str, Any] = {}
-    for one in reversed(made):
-        cards |= one.card
+    cards = {name: value for one in reversed(made) for name, value in one.card.items()}
     seconds = [one.seconds for one in made if one.seconds is not None]
     return Document(
         command="; ".join(one.command for one in made),
@@ -88,10 +135,8 @@ def _check_one_machine(documents: Mapping[str, Document]) -> None:
     for name, theirs in others:
         if mine != theirs:
             one, other = (dict(a.items() - b.items()) for a, b in ((mine, theirs), (theirs, mine)))
-            raise ConfigError(
-                f"{first} and {name} are not from one machine with the same versions: {one} in the first, {other} in "
-                "the other; join them separately"
-            )
+            differ = f"{one} in the first, {other} in the other"
+            raise ConfigError(f"{first} and {name} are not of one machine and versions: {differ}; join them separately")
 
 
 def _identity(document: Document) -> dict[str, Any]:
@@ -124,10 +169,10 @@ def compare(now: Document, baseline: Document, tolerance: float) -> list[dict[st
 
 def ratios(document: Document) -> dict[str, float]:
     """Ratios by name; those to native without native's own, which are 1."""
-    found = {}
-    for table, column, name in RATIOS:
-        for row in getattr(document, table):
-            ratio = getattr(row, column)
-            if ratio is not None and (row.strategy != NATIVE or not column.endswith("to_native")):
-                found[f"{table} {row.shape} {name.format(row=row)}"] = ratio
-    return found
+    return {
+        f"{table} {row.shape} {name.format(row=row)}": ratio
+        for table, column, name in RATIOS
+        for row in getattr(document, table)
+        if (ratio := getattr(row, column)) is not None
+        if row.strategy != NATIVE or not column.endswith("to_native")
+    }

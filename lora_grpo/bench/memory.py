@@ -39,6 +39,8 @@ def measure(strategy: Strategy) -> list[dict[str, Any]]:
     tmpfs = on_tmpfs(strategy.folder)
     # `level` counts mapped version files on the CPU; here they count once, as tmpfs.
     mapped = _mapped(strategy.folder) if device == "cpu" else 0
+    before = settled_level(device)
+    strategy.drop_base()
     row = {
         "kind": "resident" if device == "cpu" else "cuda",
         "before_bytes": levels.start,
@@ -49,16 +51,9 @@ def measure(strategy: Strategy) -> list[dict[str, Any]]:
         "peak_bytes": most - levels.start - mapped + tmpfs,
         "reserved_peak_bytes": reserved,
         "copy_bytes": copy_bytes,
-        "weights_bytes": _weights(strategy),
+        "weights_bytes": before - settled_level(device),
     }
     return [row]
-
-
-def _weights(strategy: Strategy) -> int:
-    """Bytes that go when trainer and engine let go of the base."""
-    before = settled_level(strategy.subject.device)
-    strategy.drop_base()
-    return before - settled_level(strategy.subject.device)
 
 
 def give_back(strategy: Strategy) -> None:

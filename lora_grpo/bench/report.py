@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.bench import breakeven
 from lora_grpo.bench.plots import draw
-from lora_grpo.bench.schema import Document, figure, ms, percent, tables
+from lora_grpo.bench.schema import BreakEvenRow, Document, figure, ms, percent, tables
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError, counted
 
@@ -21,9 +21,9 @@ _BLOCK = r"(<!-- {0}:begin -->\n).*?(<!-- {0}:end -->)"
 
 def write_report(document: Document, directory: Path) -> Path:
     """Draw the plots and write `report.md` beside them; returns its path."""
-    plots, path, left = draw(document, directory), directory / REPORT, directory / SUMMARY
+    path, left = directory / REPORT, directory / SUMMARY
     run = json.loads(left.read_text()) if left.exists() else {"steps": [], "notes": []}
-    path.write_text("\n".join(_lines(document, plots, run)) + "\n")
+    path.write_text("\n".join(_lines(document, draw(document, directory), run)) + "\n")
     return path
 
 
@@ -32,7 +32,7 @@ def update_readme(document: Document, readme: Path) -> None:
     `gpu:end`. Raises `ConfigError` without those."""
     name = "bench" if document.card.get("device") == "cpu" else "gpu"
     text = readme.read_text()
-    short = document.model_copy(update={"break_even": breakeven.earliest(document.break_even)})
+    short = document.model_copy(update={"break_even": earliest(document.break_even)})
     block = "\n".join([*findings(short), "", *_provenance(document)])
     pattern = re.compile(_BLOCK.format(name), re.DOTALL)
     changed, count = pattern.subn(lambda found: f"{found[1]}{block}\n{found[2]}", text)
@@ -90,13 +90,43 @@ def findings(document: Document) -> list[str]:
     sentences = (
         *_listed(document.sync, "Sync, {0.shape}, r={0.rank} {0.targets}", _times("median_s", "ratio_to_native")),
         *_listed(document.decode, f"A token, {sizes}", _times("tpot_s", "tpot_ratio_to_native")),
-        *map(breakeven.sentence, document.break_even),
+        *map(sentence, document.break_even),
         *_listed(once, "Lost of an update, {0.shape}, learning rate {0.learning_rate:g}", _share("lost_share")),
         *_listed(last, "Drift of the trainer's base, {0.shape}, {0.cycles:,} syncs", _share("mean_relative")),
         *_listed(document.step, f"Step, {sizes}", _times("step_s", "ratio_to_native")),
         *_listed(held, "Copies of the base, {0.shape}", lambda row: f"{row.copies:.2f}"),
     )
-    return [f"- {sentence}" for sentence in sentences]
+    return [f"- {said}" for said in sentences]
+
+
+def earliest(rows: Sequence[BreakEvenRow]) -> list[BreakEvenRow]:
+    """Of each shape and batch size, the merge that wins from the shortest completions on; the first of those that
+    never do."""
+    kinds: dict[tuple[str, int], list[BreakEvenRow]] = {}
+    for row in rows:
+        kinds.setdefault((row.shape, row.rows), []).append(row)
+    return [min(alike, key=_wins_from) for alike in kinds.values()]
+
+
+def _wins_from(row: BreakEvenRow) -> float:
+    if row.completion_tokens is None:
+        return 0.0 if row.beyond == "merge" else math.inf
+    return row.completion_tokens if row.beyond == "merge" else 0.0
+
+
+def sentence(row: BreakEvenRow) -> str:
+    """What a row says."""
+    beyond = row.completion_tokens is not None and row.completion_tokens > row.measured_up_to_tokens
+    where = f"{row.merging_wins}{' (extrapolated)' if beyond else ''}"
+    return (
+        f"{row.shape}, {counted(row.rows, 'row')}: {row.strategy} wins {where}: its sync is "
+        f"{_than_native(row.sync_gain_s)}, its prefill {_than_native(-row.prefill_loss_s)}, each token "
+        f"{_than_native(-row.decode_loss_s_per_token)} than native's."
+    )
+
+
+def _than_native(seconds: float) -> str:
+    return f"{1e3 * abs(seconds):,.2f} ms {'slower' if seconds >= 0 else 'faster'}"
 
 
 def _listed(rows: Sequence[Any], about: str, told: Callable[[Any], str]) -> Iterator[str]:

@@ -46,13 +46,11 @@ class Row(BaseModel):
     strategy: Annotated[str, Column("strategy")]
     shape: Annotated[str, Column("shape")]
     engine: Annotated[str | None, Column("engine")] = None
-    """`Settings.engine`."""
 
     besides: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
     """What people are shown that is no field, by its head."""
 
     def for_people(self) -> dict[str, Any]:
-        """A line of a table for people: units in the heads."""
         line = {
             column.head: None if (value := getattr(self, name)) is None else column.shown(value)
             for name, field in type(self).model_fields.items()
@@ -134,7 +132,6 @@ class MemoryRow(Row):
 
     @property
     def copies(self) -> float | None:
-        """Copies of the base that are resident."""
         return None if self.weights_bytes is None or not self.copy_bytes else self.weights_bytes / self.copy_bytes
 
 
@@ -172,7 +169,6 @@ class BreakEvenRow(Row):
 
     @property
     def merging_wins(self) -> str:
-        """Where merging wins."""
         if self.completion_tokens is None:
             return "always" if self.beyond == "merge" else "never"
         return f"{'from' if self.beyond == 'merge' else 'up to'} {self.completion_tokens:,.0f} tokens"

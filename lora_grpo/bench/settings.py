@@ -14,23 +14,19 @@ from lora_grpo.config_file import read_settings
 from lora_grpo.errors import ConfigError
 from lora_grpo.sections import Section, nearest_key
 
-PARTS = ("sync", "memory", "decode", "fidelity", "step", "rollback", "endurance")
-"""The measurements, in the order in which `all` makes them."""
+_DEFAULTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "sync": (20, STRATEGIES),
+    "memory": (1, (*STRATEGIES, "native-shared")),
+    "decode": (2, ("base", "native", "native-stock", "native-shared", "merge-trl", "merge-fold")),
+    "fidelity": (1, ("native", "by-hand", "merge-trl", "merge-out-of-place", "merge-fold")),
+    "step": (2, ("native", "merge-trl", "merge-fold")),
+    "rollback": (6, ("native", "by-hand", "merge-trl", "merge-fold")),
+    "endurance": (1, ("native",)),
+}
+"""Of each part, in the order in which `all` makes them: `repeat` and `strategies`."""
+PARTS = tuple(_DEFAULTS)
 _PAIRED = ("decode", "step", "rollback")
 """Those that measure nothing of native alone."""
-
-DEFAULT_STRATEGIES: dict[str, tuple[str, ...]] = {
-    "sync": STRATEGIES,
-    "memory": (*STRATEGIES, "native-shared"),
-    "decode": ("base", "native", "native-stock", "native-shared", "merge-trl", "merge-fold"),
-    "fidelity": ("native", "by-hand", "merge-trl", "merge-out-of-place", "merge-fold"),
-    "step": ("native", "merge-trl", "merge-fold"),
-    "rollback": ("native", "by-hand", "merge-trl", "merge-fold"),
-    "endurance": ("native",),
-}
-
-DEFAULT_REPEAT = {"sync": 20, "memory": 1, "decode": 2, "fidelity": 1, "step": 2, "rollback": 6, "endurance": 1}
-"""Measurements of each strategy, by part."""
 
 
 class Settings(Section):
@@ -44,10 +40,7 @@ class Settings(Section):
     targets: str = Field("all-linear", description="LoRA targets: all-linear, attention or names joined with +")
     repeat: int = Field(ge=1, description="measurements of each strategy")
     seed: int = Field(0, ge=0, description="of weights, adapters and prompts")
-    graphs: bool | Literal["alone"] = Field(
-        False,
-        description="vLLM's default: CUDA graphs and compilation (slow to start); alone: not compiled",
-    )
+    graphs: bool | Literal["alone"] = Field(False, description="CUDA graphs, compiled (slow); alone: not compiled")
     in_turn: bool = Field(False, description="one strategy alive at a time, native first and last; always so on a GPU")
     max_model_len: int = Field(512, ge=16, description="tokens of prompt and completion at most")
     max_num_seqs: int = Field(64, ge=1, description="rows that an engine takes at once")
@@ -105,7 +98,6 @@ class Settings(Section):
 
     @property
     def label(self) -> str:
-        """The model's name in tables."""
         return self.model or str(self.shape)
 
 
@@ -118,20 +110,14 @@ def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> 
         if name not in ("all", *PARTS):
             raise ConfigError(f"{scenario}: unknown table [{name}]; {nearest_key(name, (*PARTS, 'all'))}")
     named = [name for name in PARTS if name in tables] or list(PARTS)
-    chosen = named if part == "all" else [part]
-    parts = {name: _settings(name, {**tables.get("all", {}), **tables.get(name, {}), **options}) for name in chosen}
+    parts = {}
+    for name in named if part == "all" else [part]:
+        usual = dict(zip(("repeat", "strategies"), _DEFAULTS[name], strict=True))
+        parts[name] = Settings(**{**usual, **tables.get("all", {}), **tables.get(name, {}), **options})
+        for strategy in parts[name].strategies:
+            check_name(strategy)
+        if parts[name].model is None:
+            shape_config(str(parts[name].shape))
     if part in _PAIRED and not parts[part].others:
-        raise ConfigError(
-            f"{part} measures strategies beside {NATIVE}, and {NATIVE} is the only one; name another, such as "
-            f"--strategies {NATIVE},merge-trl"
-        )
+        raise ConfigError(f"{part} measures strategies beside {NATIVE}: name another, such as --strategies merge-trl")
     return parts
-
-
-def _settings(part: str, values: Mapping[str, Any]) -> Settings:
-    settings = Settings(**{"strategies": DEFAULT_STRATEGIES[part], "repeat": DEFAULT_REPEAT[part], **values})
-    for name in settings.strategies:
-        check_name(name)
-    if settings.model is None:
-        shape_config(str(settings.shape))
-    return settings
