@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -207,14 +208,15 @@ def test_a_step_moves_every_entry_by_the_learning_rate(tiny: Path) -> None:
     assert all(torch.equal(tensor, was) for tensor, was in zip(trainer.tensors(), before, strict=True))
 
 
-def test_restore_base_undoes_what_merging_left(tiny: Path) -> None:
+def test_the_base_is_made_what_it_was_whatever_merging_left(tiny: Path) -> None:
     trainer, reference = Trainer(subject(tiny)), Reference(str(tiny), "cpu")
     trainer.randomise(1.0)
     trainer.model.merge_adapter()
     trainer.model.unmerge_adapter()
     module = trainer.modules[0]
     assert not torch.equal(trainer.base_weight(module).float(), reference.weight(module.path))
-    reference.restore_base(trainer)
+    strategy: Any = SimpleNamespace(subject=subject(tiny), trainer=trainer)
+    fidelity.restored(strategy)
     assert torch.equal(trainer.base_weight(module).float(), reference.weight(module.path))
 
 

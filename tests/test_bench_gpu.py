@@ -177,7 +177,7 @@ def test_no_reference_outlives_what_it_was_for(tiny: Path, monkeypatch: pytest.M
     class Noted(fidelity.Reference):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            made.append(weakref.ref(self._model))
+            made.append(weakref.ref(self.model))
 
     monkeypatch.setattr(fidelity, "Reference", Noted)
     strategy: Any = Served(subject(tiny))
@@ -199,14 +199,14 @@ def test_a_reference_computes_with_new_weights_and_holds_none(tiny: Path) -> Non
     """Halved weights halve what a layer adds; nothing but the layer in hand is there twice, and nothing is copied."""
     reference = fidelity.Reference(str(tiny), "cpu")
     path = "model.layers.1.mlp.down_proj"
-    places = {name: p.data_ptr() for name, p in reference._model.named_parameters()}
+    places = {name: p.data_ptr() for name, p in reference.model.named_parameters()}
     tokens = subject(tiny).sequences()
     base = reference.logprobs(tokens)
-    assert all(p.dtype == torch.float32 for p in reference._model.parameters())
+    assert all(p.dtype == torch.float32 for p in reference.model.parameters())
     module: Any = SimpleNamespace(path=path)
     with reference.weights([module], lambda _, weight_OI: weight_OI / 2):
         halved = reference.logprobs(tokens)
-        assert {name: p.data_ptr() for name, p in reference._model.named_parameters()} == places
+        assert {name: p.data_ptr() for name, p in reference.model.named_parameters()} == places
     with torch.no_grad():
         reference.weight(path).div_(2)
     assert reference.logprobs(tokens) == halved != base

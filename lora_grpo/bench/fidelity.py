@@ -49,9 +49,7 @@ def truth_cell(part: str, subject: Subject) -> Cell:
 
 def oracle(subject: Subject) -> dict[str, Any]:
     """Worker without a strategy: an adapter that is loud enough to tell, and what the fp32 reference says of it.
-
-    Nothing stays but what is returned, so that no engine has to leave room for a model in fp32.
-    """
+    Nothing stays but what is returned, so that no engine has to leave room for a model in fp32."""
     from lora_grpo.bench.strategies.base import Trainer
     from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
 
@@ -62,7 +60,8 @@ def oracle(subject: Subject) -> dict[str, Any]:
     size, signal = _loud_enough(trainer, reference, tokens, max(MIN_SIGNAL_NATS, SEPARATION * noise))
     with reference.policy(trainer):
         exact = reference.logprobs(tokens)
-        noise = max(noise, mean_abs_difference(reference.rounded_logprobs(tokens), exact))
+        # The same weights, computed in bf16 throughout.
+        noise = max(noise, mean_abs_difference(teacher_logprobs(reference.model.to(torch.bfloat16), tokens), exact))
     del trainer, reference
     collect(subject.device)
     return {"size": size, "base": base, "exact": exact, "noise_nats": noise, "signal_nats": signal}
@@ -105,7 +104,7 @@ def measure(strategy: Strategy, settings: Settings) -> list[dict[str, float]]:
     AdamW moves an entry of B by up to the learning rate a step, and by about its square root of steps over many.
     """
     strategy.remember_pushed = True
-    trainer, tokens, reference = strategy.trainer, strategy.subject.sequences(), _restored(strategy)
+    trainer, tokens, reference = strategy.trainer, strategy.subject.sequences(), restored(strategy)
     base = reference.logprobs(tokens)
     found = []
     for learning_rate, steps in product(settings.learning_rates, settings.updates):
@@ -125,10 +124,11 @@ def measure(strategy: Strategy, settings: Settings) -> list[dict[str, float]]:
     return found
 
 
-def _restored(strategy: Strategy) -> Reference:
+def restored(strategy: Strategy) -> Reference:
     """The reference, and the trainer's frozen base made what it says, whatever merging has left of it."""
     reference = Reference(strategy.subject.model, strategy.subject.device)
-    reference.restore_base(strategy.trainer)
+    for module in strategy.trainer.modules:
+        strategy.trainer.base_weight(module).copy_(reference.weight(module.path))
     return reference
 
 
@@ -159,7 +159,7 @@ def verdict(row: TruthRow) -> str | None:
 
 def drift(strategy: Strategy, settings: Settings) -> list[dict[str, Any]]:
     """Worker: an adapter as after 100 steps at a learning rate of 1e-4, then a step and a sync a cycle."""
-    reference = _restored(strategy)
+    reference = restored(strategy)
     strategy.trainer.reset(DRIFT_RATE * 10)
     found = []
     for done, cycle in pairwise([0, *sorted(settings.cycles)]):
@@ -186,43 +186,27 @@ def _drift(strategy: Strategy, reference: Reference) -> dict[str, float]:
 
 
 class Reference:
-    """The policy in fp32 on plain weights: an oracle that shares no code with PEFT's forward, vLLM or any merge.
-
-    A checkpoint whose linear weights can be replaced for a while.
-    """
+    """The policy in fp32 on plain weights, a checkpoint whose linear weights can be replaced for a while: an oracle
+    that shares no code with PEFT's forward, vLLM or any merge."""
 
     def __init__(self, model: str, device: str) -> None:
         from transformers import AutoModelForCausalLM
 
         # The checkpoint's own dtype crosses to the device: half of what fp32 would.
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).float().eval()
-        self._modules = dict(self._model.named_modules())
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).float().eval()
+        self._modules = dict(self.model.named_modules())
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Teacher-forced log-probs of tokens 1..T-1."""
-        return teacher_logprobs(self._model, sequences)
-
-    def rounded_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The same of the same weights, computed in bf16 throughout; the reference cannot be used afterwards."""
-        return teacher_logprobs(self._model.to(torch.bfloat16), sequences)
+        return teacher_logprobs(self.model, sequences)
 
     def weight(self, path: str) -> torch.Tensor:
         """The base's weight at a checkpoint path, fp32."""
         return self._modules[path].weight.detach()
 
-    def restore_base(self, trainer: Trainer) -> None:
-        """Make the trainer's frozen base what the checkpoint says."""
-        for module in trainer.modules:
-            trainer.base_weight(module).copy_(self.weight(module.path))
-
     @contextmanager
     def weights(self, modules: Sequence[LoraModule], new: NewWeight) -> Iterator[None]:
-        """Meanwhile, where `modules` are, what `new` makes of the base's weights is computed with, in each forward
-        pass.
-
-        The base stays where it is, and no more than one new weight is there at a time: a GPU holds one model in fp32,
-        and nothing crosses to the host.
-        """
+        """Meanwhile, where `modules` are, each forward pass computes with what `new` makes of the base's weights. No
+        more than one new weight is there at a time: a GPU holds one model in fp32, and nothing crosses to the host."""
         replaced = [self._modules[module.path] for module in modules]
         for module, layer in zip(modules, replaced, strict=True):
             layer.forward = partial(_linear, layer, partial(new, module))

@@ -25,11 +25,8 @@ ADAPTER = "default"
 
 @dataclass(frozen=True, slots=True)
 class Synced:
-    """One sync: seconds by phase until the engine can sample from the new policy, what had to cross, and what was left
-    to do afterwards.
-
-    `moved_bytes` is by channel of `measure_bandwidth`.
-    """
+    """One sync: seconds by phase until the engine can sample from the new policy; what had to cross, by channel of
+    `measure_bandwidth`; and what was left to do afterwards."""
 
     seconds: dict[str, float]
     moved_bytes: dict[str, int]
@@ -41,18 +38,14 @@ class Synced:
 
 
 class Trainer:
-    """The trainer's side, the same for every strategy: a frozen bf16 base and an fp32 adapter with alpha = 2r.
-
-    What training would do to the adapter is done to it by random signs.
-    """
+    """The trainer's side, the same for every strategy: a frozen bf16 base (its own copy unless one is given) and
+    an fp32 adapter with alpha = 2r. What training would do to the adapter is done to it by random signs."""
 
     def __init__(self, subject: Subject, base: Any = None) -> None:
-        """On `base`, or on a copy of its own."""
         if base is None:
             base = AutoModelForCausalLM.from_pretrained(subject.model, dtype=torch.bfloat16).to(subject.device)
             for parameter in base.parameters():
-                # On the CPU they are views of the mapped file, whose pages count when they are first touched, whoever
-                # does.
+                # On the CPU they are views of the mapped file, whose pages count when they are first touched.
                 parameter.data = parameter.data.clone()
         torch.manual_seed(subject.seed)
         config = LoraConfig(r=subject.rank, lora_alpha=2 * subject.rank, target_modules=subject.target_modules)
@@ -91,7 +84,6 @@ class Trainer:
                 b.copy_(self._normal(b) * size / (module.scaling * b.shape[1] ** 0.5))
 
     def snapshot(self) -> list[torch.Tensor]:
-        """Copies of all A and B."""
         return [tensor.detach().clone() for tensor in self.tensors()]
 
     def restore(self, snapshot: list[torch.Tensor]) -> None:
@@ -108,13 +100,11 @@ class Trainer:
         return sum(tensor.numel() for tensor in self.tensors())
 
     def base_weight(self, module: LoraModule) -> torch.Tensor:
-        """The frozen weight that a module adapts, as it is now."""
         return module.layer.get_base_layer().weight.detach()
 
     def update_of(self, module: LoraModule) -> torch.Tensor:
         """s B A in fp32: what the adapter adds to the weight."""
-        a_RI, b_OR = module.a_RI.detach().float(), module.b_OR.detach().float()
-        return module.scaling * (b_OR @ a_RI)
+        return module.scaling * (module.b_OR.detach().float() @ module.a_RI.detach().float())
 
     @property
     def base_bytes(self) -> int:
@@ -157,7 +147,7 @@ class Strategy(ABC):
         self.base_logprobs = self.logprobs(subject.sequences())
 
     def load(self) -> None:
-        """Load the trainer, then the engine; `levels` sees what each takes."""
+        """Trainer, then engine; `levels` sees what each takes."""
         self.trainer = Trainer(self.subject)
         self.levels.seen("trainer")
         self.start()
@@ -185,7 +175,6 @@ class Strategy(ABC):
         return self.engine.logprobs(sequences, **self.served())
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Group]:
-        """Completions of what is served."""
         return self.engine.generate(prompts, sampling, **self.served())
 
     def served(self) -> dict[str, Any]:
@@ -198,7 +187,6 @@ class Strategy(ABC):
         `remember_pushed`."""
 
     def close(self) -> None:
-        """Stop the engine and remove files."""
         self.engine.close()
 
     def drop_base(self) -> None:

@@ -17,13 +17,11 @@ Phases: TypeAlias = dict[str, Callable[[], object]]
 
 
 class Merging(Strategy):
-    """The engine runs with `enable_lora=False`, its real best for merged weights.
-
-    `moved_bytes` of weights crossed in the last sync.
-    """
+    """The engine runs with `enable_lora=False`, its real best for merged weights."""
 
     prepack = True
     moved_bytes = 0
+    """Of weights, in the last sync."""
 
     def start(self) -> None:
         self.engine = PlainEngine(self.subject.model, prepack=self.prepack, **engine_arguments(self.subject))
@@ -67,11 +65,9 @@ class BaseOnly(Merging):
 
 
 class MergeTRL(Merging):
-    """What TRL's GRPOTrainer does: merge in place, push every weight under its checkpoint name, unmerge.
-
-    One tensor at a time into vLLM's `load_weights`, or all `at_once`; on the CPU, whose prepacked weights refuse that,
-    all through `reload_weights`.
-    """
+    """What TRL's GRPOTrainer does: merge in place, push every weight under its checkpoint name, unmerge. One tensor at
+    a time, or all `at_once`; on the CPU, whose prepacked weights refuse `load_weights`, all through
+    `reload_weights`."""
 
     def start(self) -> None:
         super().start()
@@ -104,10 +100,8 @@ class MergeTRL(Merging):
 
 
 class MergeTouched(MergeTRL):
-    """As TRL merges, but only what LoRA touches is pushed.
-
-    Every member of a touched fused layer goes along, biases too: a part of it would silently corrupt the rest.
-    """
+    """As TRL merges, but only what LoRA touches is pushed, with every member of a touched fused layer, biases too: a
+    part of it would silently corrupt the rest."""
 
     def start(self) -> None:
         super().start()
@@ -120,8 +114,7 @@ class MergeTouched(MergeTRL):
 
 
 class MergeOutOfPlace(MergeTouched):
-    """W + s B A made tensor by tensor while streaming, in fp32 and rounded once; the trainer's base is never written
-    to."""
+    """W + s B A made tensor by tensor while streaming, in fp32, rounded once; the trainer's base is not written to."""
 
     def start(self) -> None:
         super().start()
@@ -139,11 +132,8 @@ class MergeOutOfPlace(MergeTouched):
 
 class MergeFold(Merging):
     """The strongest merge there can be: A and B alone travel, and W0 + s B A, from a pristine W0, goes straight into
-    the (fused) weights that the engine computes with.
-
-    No renaming, no unmerging, no drift; but a second copy of the base in the engine, and the bf16 grid. On the CPU the
-    engine's weights can only be written to unprepacked, which it computes slower with.
-    """
+    the (fused) weights that the engine computes with. No renaming, no unmerging, no drift; but a second copy of the
+    base, and the bf16 grid. On the CPU weights can only be written to unprepacked, which it computes slower with."""
 
     prepack = False
 

@@ -13,7 +13,6 @@ import torch
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_latest
-from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.gauges import Clock, adapter_crossing
 from lora_grpo.bench.strategies.base import Strategy, Synced, Trainer, checkpoint_name, engine_arguments
 from lora_grpo.engines.local.weights import PlainEngine, version_tensors
@@ -47,7 +46,7 @@ class Native(Strategy):
         """Prove the path from the trainer to the engine."""
         self.store = AdapterStore(self.folder, retention=keep_latest(KEPT_VERSIONS))
         self.pusher = NativeSync(self.trainer.model, self.engine, self.store)
-        self.version: AdapterVersion | None = None
+        self.version: Any = None
 
     def sync(self) -> Synced:
         clock = Clock(self.subject.device)
@@ -67,7 +66,6 @@ class Native(Strategy):
         return {"adapter": self.version}
 
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
-        assert self.version is not None
         a_RI, b_OR = version_tensors(self.engine, self.version, path)
         return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
 
@@ -75,7 +73,6 @@ class Native(Strategy):
         return {"still loaded": 1, "evicted": KEPT_VERSIONS - 2}
 
     def mark(self) -> int:
-        assert self.version is not None
         return self.version.number
 
     def rollback(self, mark: int) -> Synced:
@@ -110,10 +107,8 @@ class NativeStock(Native):
 
 
 class NativeShared(Native):
-    """As `Native`, with one copy of the base: the trainer's model is made of views into the engine's weights.
-
-    On the CPU the engine computes with weights that are not prepacked.
-    """
+    """As `Native`, with one copy of the base: the trainer's model is made of views into the engine's weights, which on
+    the CPU are not prepacked."""
 
     engine_options: ClassVar[dict[str, Any]] = {"share_base_weights": True}
 
@@ -135,10 +130,8 @@ class NativeShared(Native):
 
 
 class ByHand(Strategy):
-    """What a user writes without this project: PEFT's `save_pretrained`, vLLM's `add_lora`, nothing proven.
-
-    A fresh directory on tmpfs, id and name each time; old directories are removed after the clock stopped.
-    """
+    """What a user writes without this project: PEFT's `save_pretrained`, vLLM's `add_lora`, nothing proven. A fresh
+    directory on tmpfs, id and name each time; old directories are removed after the clock stopped."""
 
     def start(self) -> None:
         self.engine = PlainEngine(self.subject.model, lora_rank=self.subject.rank, **engine_arguments(self.subject))
