@@ -47,7 +47,7 @@ class LoraSettings(Section):
 def check_quantization(asked: str | None) -> None:
     """Raises `ConfigError` for what no trainer is proven to compute alike, whatever vLLM would make of it."""
     if asked not in (None, "nf4", "bitsandbytes"):
-        raise ConfigError(f"quantization={asked!r} is not proven: set 'nf4', or leave it out to follow the checkpoint")
+        raise ConfigError(f"quantization={asked!r} is not proven to match: set 'nf4', or leave it to the checkpoint")
 
 
 def server_addresses(urls: Sequence[str]) -> list[str]:
