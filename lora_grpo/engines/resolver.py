@@ -68,9 +68,7 @@ def register() -> None:
             "be answered by the base model; unset it"
         )
     if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-        _log().warning(
-            "%s is set, but VLLM_ALLOW_RUNTIME_LORA_UPDATING=True is not: no version is pulled", URL_VARIABLE
-        )
+        _log().warning("no version is pulled: %s takes VLLM_ALLOW_RUNTIME_LORA_UPDATING=True besides", URL_VARIABLE)
     LoRAResolverRegistry.register_resolver("lora_grpo store", resolver)
 
 

@@ -117,37 +117,27 @@ def is_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def serves_lora(architecture: str) -> bool:
-    """Whether vLLM's class for an architecture takes LoRA, as it may where vLLM has none of its own. Raises
-    `ImportError` where that class needs a package that there is not."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.interfaces import supports_lora
-
-    known = ModelRegistry.models.get(architecture)
-    return known is None or supports_lora(known.load_model_cls())
-
-
-def generates_text(architecture: str) -> bool:
-    """Whether vLLM samples from an architecture, by its class, or by the name's ending where vLLM has none of its own.
-    Raises as `serves_lora`."""
+def abilities(architecture: str) -> tuple[bool, bool]:
+    """Whether vLLM's class for an architecture takes LoRA, and whether it is sampled from. Where vLLM has none of its
+    own it may take LoRA, and the name's ending says the other. Raises `ImportError` where a package is missing."""
     from vllm import ModelRegistry
     from vllm.config.model import try_match_architecture_defaults
+    from vllm.model_executor.models.interfaces import supports_lora
     from vllm.model_executor.models.interfaces_base import is_pooling_model, is_text_generation_model
 
     known = ModelRegistry.models.get(architecture)
     if known is None:
         _, (runner, _) = try_match_architecture_defaults(architecture) or ("", ("generate", "none"))
-        return bool(runner == "generate")
+        return True, runner == "generate"
     model = known.load_model_cls()
-    return is_text_generation_model(model) and not is_pooling_model(model)
+    return bool(supports_lora(model)), is_text_generation_model(model) and not is_pooling_model(model)
 
 
 def allowed_rank(rank: int) -> int:
     """The smallest max_lora_rank that vLLM takes for adapters of `rank`."""
-    for allowed in LORA_RANKS:
-        if allowed >= rank:
-            return allowed
-    raise ConfigError(f"rank {rank} is above vLLM's largest max_lora_rank, {LORA_RANKS[-1]}; use a smaller LoRA rank")
+    if rank > LORA_RANKS[-1]:
+        raise ConfigError(f"rank {rank} is above vLLM's largest max_lora_rank, {LORA_RANKS[-1]}; use a smaller one")
+    return next(allowed for allowed in LORA_RANKS if allowed >= rank)
 
 
 def base_rows_are_safe() -> bool:

@@ -9,7 +9,7 @@ import os
 import warnings
 from typing import Any
 
-from lora_grpo.engines.patching import is_wrapped, wrap_once
+from lora_grpo.engines.patching import is_wrapped, replaced, wrap_once
 from lora_grpo.errors import UnsupportedVersion
 
 HOPPER = (9, 0)
@@ -90,12 +90,8 @@ def keep_seeds() -> None:
         return sampled
 
     def bookkeeping(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-        batch = self.input_batch
-        generators, batch.generators = batch.generators, {}
-        try:
+        with replaced(self.input_batch, generators={}):
             return stock(self, *args, **kwargs)
-        finally:
-            batch.generators = generators
 
     runner = importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner
     if hasattr(runner, "_sample") and hasattr(runner, "_bookkeeping_sync"):

@@ -114,11 +114,8 @@ def compiled_with_lora() -> AbstractContextManager[None]:
     stock = platform.check_and_update_config.__func__
 
     def check_and_update_config(cls: Any, config: Any) -> None:
-        lora, config.lora_config = config.lora_config, None
-        try:
+        with replaced(config, lora_config=None):
             stock(cls, config)
-        finally:
-            config.lora_config = lora
 
     return replaced(platform, check_and_update_config=classmethod(check_and_update_config))
 

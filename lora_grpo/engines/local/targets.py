@@ -84,7 +84,7 @@ def check_served(model: str | Path, *, revision: str | None = None, trust_remote
     config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
     for architecture in config.architectures or ():
         try:
-            serves, generates = compat.serves_lora(architecture), compat.generates_text(architecture)
+            serves, generates = compat.abilities(architecture)
         except (ImportError, RuntimeError) as error:
             cause: BaseException = error
             # What it failed of first; transformers says only which of its own modules cannot be imported then.
