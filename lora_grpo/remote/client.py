@@ -143,10 +143,14 @@ class ReplicaCache:
     def pull(self, client: StoreClient, run: str, number: int) -> Path:
         """The path of a version that is not here yet; it appears whole, digest and layout checked, or nothing of it is
         left. Raises `NoRoom` before anything is transferred."""
-        manifest = client.manifest(run, number)
-        self._require_room(served_name(run, number), manifest)
+        manifest, name = client.manifest(run, number), served_name(run, number)
+        left = min(self.budget_bytes - self.used_bytes, shutil.disk_usage(self.folder).free)
+        if manifest.size_bytes > left:
+            taken = f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but this replica has room for {left / MIB:.1f}"
+            fix = "raise LORA_GRPO_STORE_CACHE_MIB (on a tmpfs that holds it), or restart it, which empties its cache"
+            raise NoRoom(f"{taken}: {fix}")
         tree = self._tree(run)
-        with reported(f"pulling {served_name(run, number)}"):
+        with reported(f"pulling {name}"):
             tree.create()
             with tree.staged(VERSIONS, number) as folder:
                 client.pull(run, manifest, folder)
@@ -156,13 +160,6 @@ class ReplicaCache:
 
     def _tree(self, run: str) -> Tree:
         return Tree(self.folder / run, (VERSIONS,), sync=False)
-
-    def _require_room(self, name: str, manifest: Manifest) -> None:
-        left = min(self.budget_bytes - self.used_bytes, shutil.disk_usage(self.folder).free)
-        if manifest.size_bytes > left:
-            taken = f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but this replica has room for {left / MIB:.1f}"
-            fix = "raise LORA_GRPO_STORE_CACHE_MIB (on a tmpfs that holds it), or restart it, which empties its cache"
-            raise NoRoom(f"{taken}: {fix}")
 
 
 def read_token(file: str | Path | None = None) -> str:

@@ -77,13 +77,14 @@ class Recipe:
     @classmethod
     def read(cls, run: Path) -> Recipe:
         path = run / RECIPE_FILE
-        if (recipe := disk.read_record(path, lambda values: cls(**values))) is None:
+        if (recipe := disk.read_record(path, lambda values: cls(**values)._checked())) is None:
             raise StoreError(f"{run} has no {RECIPE_FILE}: only runs of NativeSync or GRPOTrainer can be exported")
         return recipe
 
-    def __post_init__(self) -> None:
+    def _checked(self) -> Recipe:
         if not isinstance(self.config, dict) or not all(scale + 0.0 for scale in self.scalings.values()):
             raise ValueError("it has no config with scalings")
+        return self
 
 
 def export_adapter(

@@ -239,7 +239,7 @@ def _sums_text(sums: Mapping[str, str]) -> bytes:
 
 def _read_sums(path: Path) -> dict[str, str]:
     content = disk.read_small(path)
-    lines = [] if content is None else content.decode(errors="replace").splitlines()
-    if not lines or any(len(line.split("  ", 1)) != 2 for line in lines):
+    pairs = [line.split("  ", 1) for line in (content or b"").decode(errors="replace").splitlines()]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
         raise StoreCorrupt(f"{path} is {'missing' if content is None else 'damaged'}")
-    return {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
+    return {name: sha256 for sha256, name in pairs}
