@@ -28,7 +28,6 @@ from lora_grpo.trainer.rollouts import evaluations_until
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
-    """The trainer of a run."""
     processes = Processes(launched(config.grpo.ddp_timeout))
     spec = spec_of(processes.first(lambda: _checked(config, resume=resume)))
     return begin_run(config.model, spec, resume=resume, engine_config=config.engine, view=view)

@@ -90,8 +90,6 @@ def _or_none(look: Callable[[], T]) -> T | None:
 
 
 class _Run:
-    """A run as its settings describe it; each thing is made when it is first asked for."""
-
     trainer: GRPOTrainer
 
     def __init__(self, config: RunConfig, base_alone: bool) -> None:
@@ -138,9 +136,12 @@ class _Run:
         return f"{type(engine).__name__}, max_lora_rank {engine.max_lora_rank}, adapters in {engine.lora_dtype}"
 
     def engine_parts(self) -> Iterator[Part]:
-        probe = self.trainer.sync.probe
+        sync, probe = self.trainer.sync, self.trainer.sync.probe
         if probe is not None:
-            yield "base match", self._base_match
+            yield (
+                "base match",
+                lambda: f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats per token",
+            )
             yield "probe", lambda: f"a loud adapter moves {probe.signal:.3g} nats per token, {probe.error:.2g} apart"
         for number in range(1, SWAPS + 1):
             yield f"swap {number}", partial(self._swap, number)
@@ -188,10 +189,6 @@ class _Run:
             return "its servers are asked when the run starts"
         import_vllm()
         return check_served(model.name, **model.loading)
-
-    def _base_match(self) -> str:
-        sync = self.trainer.sync
-        return f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats per token"
 
     def _one_copy(self) -> str:
         """Whether `share_base_weights` would do; no fault where it would not."""

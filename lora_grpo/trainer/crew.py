@@ -60,8 +60,6 @@ class Parts:
 
 
 class Crew:
-    """This process's place among those that train together, and what it trains with."""
-
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.parts: Parts

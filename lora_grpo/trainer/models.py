@@ -129,7 +129,6 @@ def build_policy_model(model: Model, peft_config: Any, seed: int, base: Any = No
 
 
 def lora_rank(model: Model, peft_config: Any) -> int:
-    """The largest rank of the adapter to be trained."""
     config = _lora_config(model, peft_config)
     return max([config.r, *config.rank_pattern.values()])
 

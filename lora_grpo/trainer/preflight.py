@@ -113,7 +113,6 @@ class Preflight:
         return ", ".join(f"{w:g} x {name}" for name, w in zip(names, weights or [1.0] * len(names), strict=True))
 
     def check_steps(self) -> str:
-        """Sizes of a step fit together, and every guard can fire."""
         if isinstance(self.model, ModelConfig):
             check_is_base(self.model.name, revision=self.model.revision)
         if self.spec.guard is not None:

@@ -109,7 +109,6 @@ class Source:
         return Sampling(n=n, max_tokens=most, temperature=temperature, seed=seed)
 
     def check(self, rollout: Rollout) -> None:
-        """Raises for a missing group, an odd size, or completions of another version."""
         groups, prompts, version = rollout.groups, len(rollout.prompts), rollout.version
         sizes = {len(group.completions) for group in groups}
         if len(groups) != prompts or sizes != {self.config.num_generations}:

@@ -110,7 +110,6 @@ def _grid(choices: dict[str, Choice]) -> list[tuple[str, ...]]:
 
 
 def _different(choices: dict[str, Choice], sample: int, draw: random.Random) -> list[tuple[str, ...]]:
-    """So many draws, none of them twice. Raises `ConfigError` where there are not so many."""
     found: dict[tuple[str, ...], None] = {}
     for _ in range(100 * sample):
         if len(found) < sample:

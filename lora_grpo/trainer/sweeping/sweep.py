@@ -173,7 +173,6 @@ class Sweep:
         self._log.append("evolved", step=step)
 
     def _take_over(self, population: Population, name: str, winner: Member, draw: random.Random) -> None:
-        """The loser's run goes on from the winner's version, with the winner's settings, perturbed."""
         before, followed = self._settings(name), self._settings(winner.name)
         changed = [f"{key}={perturbed(setting(followed, key), draw)}" for key in self.plan.perturb]
         config = with_settings(before, changed, f"member {name}")
