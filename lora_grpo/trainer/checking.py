@@ -136,12 +136,10 @@ class _Run:
         return f"{type(engine).__name__}, max_lora_rank {engine.max_lora_rank}, adapters in {engine.lora_dtype}"
 
     def engine_parts(self) -> Iterator[Part]:
-        sync, probe = self.trainer.sync, self.trainer.sync.probe
+        sync = self.trainer.sync
+        probe, match, noise = sync.probe, sync.base_match, sync.noise
         if probe is not None:
-            yield (
-                "base match",
-                lambda: f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats per token",
-            )
+            yield "base match", lambda: f"{match}; engine and trainer agree to {noise:.4f} nats per token"
             yield "probe", lambda: f"a loud adapter moves {probe.signal:.3g} nats per token, {probe.error:.2g} apart"
         for number in range(1, SWAPS + 1):
             yield f"swap {number}", partial(self._swap, number)
