@@ -147,14 +147,12 @@ def _staged(target: Path) -> Iterator[Path]:
     """A folder to fill, which is `target` afterwards, or nothing."""
     with disk.reported(f"making {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        around = Path(tempfile.mkdtemp(prefix=".fork-", dir=target.parent))
-        try:
-            staged = around / target.name
+        around = tempfile.TemporaryDirectory(prefix=".fork-", dir=target.parent, ignore_cleanup_errors=True)
+        with around as folder:
+            staged = Path(folder) / target.name
             staged.mkdir()
             yield staged
             os.rename(staged, target)
-        finally:
-            shutil.rmtree(around, ignore_errors=True)
 
 
 def _publish(staged: Path, store: AdapterStore, made: Fork, state: TrainerState) -> None:

@@ -218,15 +218,14 @@ def evaluations_until(run_dir: Path, step: int) -> list[Evaluation]:
 
 
 def _means(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
-    metrics = {"reward": _mean([row["reward"] for row in rows])}
-    metrics |= {f"rewards/{name}": _mean([row[f"rewards/{name}"] for row in rows]) for name in names}
+    named = ["reward", *(f"rewards/{name}" for name in names)]
+    groups = {name: [row[name] for row in rows] for name in named}
     flags = sorted({key for row in rows for key, value in row["columns"].items() if isinstance(value, bool)})
     for flag in flags:
         for value in (True, False):
             part = [row["reward"] for row in rows if row["columns"].get(flag) is value]
-            if part:
-                metrics[f"reward/{flag}={str(value).lower()}"] = _mean(part)
-    return metrics
+            groups |= {f"reward/{flag}={str(value).lower()}": part} if part else {}
+    return {name: _mean(values) for name, values in groups.items()}
 
 
 def _mean(values: list[float]) -> float:
