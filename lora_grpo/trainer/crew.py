@@ -62,13 +62,9 @@ class Parts:
 class Crew:
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
+        self.leads = processes.index == 0  # whether the run is this process's: its files, its terminal, its decisions
         self.parts: Parts
         self._order: Callable[[partial[Any]], Any] | None = None
-
-    @property
-    def leads(self) -> bool:
-        """Whether the run is this process's: its files, its terminal, its decisions."""
-        return self.processes.index == 0
 
     def lead(self, act: Callable[[], R]) -> R:
         """`act` runs in the first process, and gives or raises the same in all; the others follow its orders."""

@@ -30,7 +30,7 @@ class Member:
     finish, `error` is what it raised; `result` is the summary of one that did."""
 
     def __init__(self, spec: MemberSpec) -> None:
-        self.spec = spec
+        self.spec, self.name, self.run_dir = spec, spec.name, Path(spec.run_dir)
         self.state: State = "waiting"
         self.why: str | None = None
         self.error: Exception | None = None
@@ -41,14 +41,6 @@ class Member:
         self._random: Any = None
         self._at_work, self._session = False, ExitStack()
         self.reporter: Reporter
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.spec.run_dir)
 
     @property
     def runs(self) -> GRPOTrainer:
