@@ -99,19 +99,23 @@ def spec_of(
     )
 
 
-def check_place(run_dir: Path) -> str:
-    """Whether a run can be in `run_dir`, and whether one is; raises a `LoraGrpoError` for a file or a live run."""
+def check_place(run_dir: Path) -> bool:
+    """Whether a run is in `run_dir`; raises a `LoraGrpoError` where none can be: for a file or a live run. A start that
+    failed leaves a store without versions, which is none."""
     check_folder(run_dir)
     refuse_live(run_dir)
-    return f"{run_dir} holds a run, which goes on with --resume" if _holds_run(run_dir) else f"{run_dir} holds no run"
+    if Identity.read(run_dir) is None:
+        return (run_dir / RESOLVED_FILE).exists()
+    with AdapterStore(archive=run_dir, readonly=True) as store:
+        return bool(store.numbers)
 
 
 def _checked(config: RunConfig, *, resume: bool) -> RunConfig:
     """What the run directory rules out is refused, and nothing changed there. A run that goes on cuts its batches into
     micro-batches of as many tokens as before, which its bits depend on."""
     run_dir = Path(config.output_dir)
-    check_place(run_dir)
-    if (holds_run := _holds_run(run_dir)) and not resume:
+    holds_run = check_place(run_dir)
+    if holds_run and not resume:
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
     if not resume or not (run_dir / RESOLVED_FILE).is_file():
         return config
@@ -123,14 +127,6 @@ def _checked(config: RunConfig, *, resume: bool) -> RunConfig:
 
 def _cut_alike(config: RunConfig, tokens: int | None) -> RunConfig:
     return config.replace(grpo=config.grpo.replace(max_tokens_per_micro_batch=tokens))
-
-
-def _holds_run(run_dir: Path) -> bool:
-    """Whether anything was published there; a start that failed before leaves a store without versions."""
-    if Identity.read(run_dir) is None:
-        return (run_dir / RESOLVED_FILE).exists()
-    with AdapterStore(archive=run_dir, readonly=True) as store:
-        return bool(store.numbers)
 
 
 def check_same_adapter(before: LoraSettings, now: LoraSettings, run_dir: Path) -> None:

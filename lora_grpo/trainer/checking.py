@@ -97,7 +97,8 @@ class _Run:
 
     def parts(self) -> Iterator[Part]:
         if not self.base_alone:
-            yield "run directory", lambda: check_place(Path(self.config.output_dir))
+            run, goes_on = Path(self.config.output_dir), "a run, which goes on with --resume"
+            yield "run directory", lambda: f"{run} holds {goes_on if check_place(run) else 'no run'}"
             yield "reward functions", lambda: ", ".join(reward_names(self.functions))
             yield "data", lambda: "; ".join(map(_columns, filter(None, self.data)))
         yield "base and adapter", self._adapter
@@ -108,9 +109,8 @@ class _Run:
         yield "memory", self._memory
         if not self.base_alone:
             if planned:
-                root = partial(expected_root, self.config.store_root, Path(self.config.output_dir))
-                kept = self.config.keep.on_tmpfs, planned.version_bytes
-                yield "room for versions", lambda: require_kept(root(), *kept)
+                root, kept = self.config.store_root, self.config.keep.on_tmpfs
+                yield "room for versions", lambda: require_kept(expected_root(root, run), kept, planned.version_bytes)
             if self.grpo.report_to:
                 yield "trackers", lambda: check_trackers(self.grpo.report_to)
             yield "steps", lambda: self._preflight.check_steps()
