@@ -191,12 +191,11 @@ def evaluate(
     return Evaluation(version.number, version.step, _means(rows, names), rows)
 
 
-def save_evaluation(run_dir: Path, result: Evaluation) -> Path:
+def save_evaluation(run_dir: Path, result: Evaluation) -> None:
     """Write every row to RUN/evaluations/NUMBER.json, atomically."""
     path = run_dir / EVALUATIONS / f"{folder_name(result.version)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(asdict(result), indent=1, default=str).encode(), sync=False)
-    return path
 
 
 def saved_evaluations(run_dir: Path) -> dict[int, Evaluation]:
