@@ -106,8 +106,7 @@ class GRPOTrainer(Run):
         engine = engine if shared is None else shared.engine
         made_of = Preflight(named, spec, engine, engine_config or EngineConfig(), crew.processes.count)
         self._view, self._shared = view, shared
-        self.at_work: Callable[[], AbstractContextManager[None]] = nullcontext
-        """A population's member has a random state of its own, which is in place inside."""
+        self.at_work: Callable[[], AbstractContextManager[None]] = nullcontext  # a member's own random state
         self._build(crew, made_of, share_base_weights)
 
     def _build(self, crew: Crew, made_of: Preflight, sharing: Sharing) -> None:

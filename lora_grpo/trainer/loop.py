@@ -34,8 +34,7 @@ CANARY_ROWS = 32
 SHOWN = 4  # completions of a step that are logged to be looked at
 _OF_THE_VERSION = {"kl", "entropy", "completions/mean_length", "completions/clipped_ratio", "frac_groups_used", GAP}
 """Of a step's metrics, those that say something, as rewards do, of the version that made its completions."""
-WARN_EVERY = 10
-"""Steps in a row without any signal (every group's rewards equal) after which, and again after as many, a run warns."""
+WARN_EVERY = 10  # steps in a row in which every group's rewards were equal: a run warns after so many, and again
 
 
 def train(run: Run, reporter: Reporter) -> None:

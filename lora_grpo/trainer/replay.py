@@ -33,8 +33,7 @@ from lora_grpo.trainer.rollouts import evaluate, saved_evaluations
 from lora_grpo.types import Chat, Group, Message, Prompt, Sampling
 
 Borrow: TypeAlias = Callable[[Target], AdapterVersion]
-PIECE_TOKENS = 8
-"""An answer is asked for and shown so many tokens at a time; prefix caching keeps what was computed before."""
+PIECE_TOKENS = 8  # an answer is made and shown so many at a time; prefix caching keeps what was computed before
 
 
 @contextmanager
