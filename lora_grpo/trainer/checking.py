@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -83,10 +83,9 @@ def _findings(parts: Iterable[Part]) -> Iterator[Finding]:
 
 def _or_none(look: Callable[[], T]) -> T | None:
     """What there is; what is wrong with it is told by its own part."""
-    try:
+    with suppress(LoraGrpoError):
         return look()
-    except LoraGrpoError:
-        return None
+    return None
 
 
 class _Run:
@@ -197,10 +196,9 @@ class _Run:
         return f"{len(list(shared.parameters()))} tensors of the trainer's can be the engine's own (share_base_weights)"
 
     def _memory(self) -> str:
-        planned = self.plan
+        planned, device = self.plan, default_device()
         twice = "; activations are computed twice (gradient_checkpointing)" if planned.checkpointing else ""
         unknown = " without activations, which cannot be estimated," if planned.memory.activations_bytes is None else ""
-        device = default_device()
         free = f"{mib(available_memory(device))} free on {device}"
         return f"{mib(planned.memory.total_bytes)}{unknown} of {free}{twice}"
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -190,7 +190,8 @@ def _ways(model: Any, batch: LargestBatch) -> Iterator[tuple[dict[str, Any], Seq
 def _walk(model: Any, inputs: dict[str, Any], spans: Sequence[Span] | None) -> tuple[int, int]:
     """Bytes that are kept for the backward, and the most at any time."""
     backbone, there = model.get_base_model().get_decoder(), in_spans(model, spans) if spans else nullcontext()
-    with torch.device("meta"), _attention_without_scores(), there, _Living(model) as living:
+    attention = replaced(nn.functional, scaled_dot_product_attention=_attend)
+    with torch.device("meta"), attention, there, _Living(model) as living:
         output = backbone(**inputs, use_cache=False)
         kept_bytes = living.now_bytes
         output[0].sum().backward()
@@ -206,9 +207,7 @@ class _Living(TorchDispatchMode):
         self.now_bytes = self.peak_bytes = 0
         self._storages = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -241,9 +240,6 @@ class _Attention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _attention_without_scores() -> AbstractContextManager[None]:
-    """Torch has no such attention on the meta device, and would take the one that holds them."""
-    return replaced(
-        torch.nn.functional,
-        scaled_dot_product_attention=lambda query, key, value, *_, **__: _Attention.apply(query, key, value),
-    )
+def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    """Torch has no such attention on the meta device, and would take the one that holds its scores."""
+    return _Attention.apply(query, key, value)

@@ -97,9 +97,8 @@ def _choose_reward(reward: dict[str, Any], columns: Mapping[str, list[Any]], sou
         if "" in shown and any(shown):
             row = shown.index("")
             fix = "remove it, or name a reward that needs none, such as rewards.0.name=my_module:my_function"
-            raise ConfigError(
-                f"{source}, row {row}, column {column!r}: there is no answer ({short(values[row])}); {fix}"
-            )
+            where = f"{source}, row {row}, column {column!r}"
+            raise ConfigError(f"{where}: there is no answer ({short(values[row])}); {fix}")
         if all(final_number(text) is not None for text in shown):
             reward["name"], why = "numeric", "ends in a number"
         elif all(0 < len(text) <= LONGEST_EXACT for text in shown):
