@@ -128,7 +128,7 @@ def test_rewards_are_called_once_on_two_rows_and_their_values_do_not_count(confi
     assert calls == [["1", "2"]]
     assert list(found) == ["reward fails", "reward says_words"]
     assert "KeyError: 'tariff'" in found["reward fails"]
-    assert "not a number" in found["reward says_words"]
+    assert "return a number" in found["reward says_words"]
 
 
 @pytest.mark.parametrize(

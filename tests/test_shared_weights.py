@@ -408,10 +408,12 @@ def test_the_trainers_choice(engine: VLLMEngine, llama_dir: Path, monkeypatch: p
 
 
 def test_a_base_that_is_to_be_sharded_is_no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert assembly._sharing("auto") == "auto"
+    made_of: Any = SimpleNamespace(spec=SimpleNamespace(keep=None))
+    closing, reporter, crew = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
+    assert assembly.Assembly(closing, reporter, crew, made_of, "auto").sharing == "auto"
     monkeypatch.setattr(assembly, "launched", lambda: SimpleNamespace(is_fsdp2=True))
-    assert assembly._sharing("auto") is False
-    assert assembly._sharing(True) is True
+    assert assembly.Assembly(closing, reporter, crew, made_of, "auto").sharing is False
+    assert assembly.Assembly(closing, reporter, crew, made_of, True).sharing is True
 
 
 def test_a_policy_on_the_shared_base_has_a_trainable_adapter_only(engine: VLLMEngine, llama_dir: Path) -> None:

@@ -162,7 +162,7 @@ def _may_share(choice: Sharing, model: Model) -> bool:
 def _shared_base(model: Model, engine: Engine) -> Any:
     share = getattr(engine, "shared_model", None)
     if not isinstance(model, ModelConfig):
-        raise ConfigError("share_base_weights=True builds the model itself: pass the checkpoint's name, no PeftModel")
+        raise ConfigError("share_base_weights=True builds its model: pass the checkpoint's name, not a PeftModel")
     if share is None:
         raise ConfigError(f"share_base_weights=True needs a VLLMEngine, not a {type(engine).__name__}")
     served = engine.describe_base().dtype
