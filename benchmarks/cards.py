@@ -54,13 +54,9 @@ def main() -> None:
     print("|---|---|---:|---:|---:|" + "---|" * len(CARDS_GB))
     for name, way in product(MODELS, WAYS):
         needs = [_needed_bytes(name, way, *one) for one in TRIES]
-        cells = [f"{need / 2**30:.1f}" for need in needs] + [_fits(needs, gb) for gb in CARDS_GB]
-        print(f"| {name} | {way} | " + " | ".join(cells) + " |")
-
-
-def _fits(needs: list[int], card_gb: int) -> str:
-    answers = ("yes", "checkpointing", "1 row")
-    return next((answer for answer, need in zip(answers, needs, strict=True) if need <= card_gb * 1e9), "no")
+        answers = list(zip(("yes", "checkpointing", "1 row"), needs, strict=True))
+        fits = [next((answer for answer, need in answers if need <= gb * 1e9), "no") for gb in CARDS_GB]
+        print(f"| {name} | {way} | " + " | ".join([*(f"{need / 2**30:.1f}" for need in needs), *fits]) + " |")
 
 
 def _needed_bytes(name: str, way: str, batch: LargestBatch, checkpointing: bool) -> int:

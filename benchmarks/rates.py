@@ -76,12 +76,10 @@ def main() -> None:
 
 def train(directory: Path, rates: str, steps: int, device: str) -> None:
     """One rate as a run, several as a population."""
-    if "," in rates:
-        Sweep(
-            SweepPlan(settings=settings(directory, steps, device), trials=trials_of([f"grpo.learning_rate={rates}"]))
-        ).run()
-        return
     config = settings(directory, steps, device)
+    if "," in rates:
+        Sweep(SweepPlan(settings=config, trials=trials_of([f"grpo.learning_rate={rates}"]))).run()
+        return
     with build_trainer(config.replace(grpo=config.grpo.replace(learning_rate=float(rates)))) as trainer:
         trainer.train()
 
@@ -111,7 +109,6 @@ def processes(rates: Sequence[str], folder: Path, steps: int, device: str) -> di
 
 
 def _held_bytes(pid: int | None) -> int:
-    """PSS of a process and those that it started."""
     try:
         first = psutil.Process(pid)
         return sum(int(one.memory_full_info().pss) for one in (first, *first.children(recursive=True)))

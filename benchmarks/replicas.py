@@ -56,12 +56,10 @@ from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.build import member_spec
 from lora_grpo.types import Completion, Group, Prompt, Sampling
 
-LIMITS = ("--max-model-len", "64", "--max-num-seqs", "256", "--gpu-memory-utilization", "0.1")
-VLLM_ARGS = (*LIMITS, "--enforce-eager", "--dtype", "float32")
+VLLM_ARGS = "--max-model-len 64 --max-num-seqs 256 --gpu-memory-utilization 0.1 --enforce-eager --dtype float32"
 PORT = 8461
 MIN_STEPS = 6
 NOISE_ROWS = 1024
-RESULTS = Path(__file__).parent / "results"
 
 Row = tuple[tuple[int, ...], Completion]
 
@@ -78,7 +76,7 @@ class Witnessed(VLLMServerEngine):
         self._slow_loads = range(2 + 2 * steps // 3, 5 + 2 * steps // 3)
         self._answered: dict[Any, list[int]] = defaultdict(list)
         for index, replica in enumerate(self._fleet.replicas):
-            replica.client.ask = self._noting(index, replica.client.ask)  # type: ignore[method-assign]
+            replica.client.ask = self._noting(index, replica.client.ask)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, adapter: Adapters) -> list[Group]:
         self.calls += 1
@@ -100,7 +98,6 @@ class Witnessed(VLLMServerEngine):
         return [self._answered[prompt, made.token_ids, made.logprobs].pop() for prompt, made in rows]
 
     def write_slowly(self, *given: Any, **named: Any) -> None:
-        """A file of the store's."""
         if self.loads in self._slow_loads:
             self.slow_waits += 1
             time.sleep(0.3)
@@ -128,7 +125,6 @@ class Witnessed(VLLMServerEngine):
         return noted
 
     def _kill(self) -> None:
-        """Kill the first server and start it again at once."""
         killed = self._servers.all[0]
         self.in_flight_at_kill = self._fleet.replicas[0].in_flight
         killed.signal(signal.SIGKILL)
@@ -198,7 +194,7 @@ def check(trainer: GRPOTrainer, engine: Witnessed, of_the_base: list[Row], noise
         sampler = [made.logprobs for _, made in part]
         return Rows.of([values[here] for values in logp], sampler, stamped, engine.servers_of(part))
 
-    own = rows_with(rows, [numbers.index(made.version) for _, made in rows], slice(0, len(rows)))  # type: ignore[arg-type]
+    own = rows_with(rows, [numbers.index(made.version) for _, made in rows], slice(0, len(rows)))
     base = rows_with(of_the_base, claims, slice(len(rows), None))
     controls = {"claiming_the_next_version": judge(own.next_stamped(), noise), "made_by_the_base": judge(base, noise)}
     return {
@@ -217,7 +213,9 @@ def run(steps: int, most: int, folder: Path) -> dict[str, Any]:
     base = ensure_base()
     config = demo_config(base, folder / "run", steps=steps, seed=0)
     slots, leaves = max(2, most + 1), tuple(linear_leaves(str(base)))
-    serving = Serving(str(base), replicas=2, port=PORT, max_loras=slots, target_modules=leaves, arguments=VLLM_ARGS)
+    serving = Serving(
+        str(base), replicas=2, port=PORT, max_loras=slots, target_modules=leaves, arguments=tuple(VLLM_ARGS.split())
+    )
     with Servers(serving, folder).running() as servers:
         engine = Witnessed(servers, steps, max_loras=slots)
         started = time.perf_counter()
@@ -254,8 +252,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lora-grpo-replicas-") as folder:
         result = about | run(arguments.steps, arguments.max_staleness, Path(folder))
     kind = f"-staleness-{arguments.max_staleness}" if arguments.max_staleness else ""
-    output = arguments.output or RESULTS / f"replicas{kind}-cpu-{len(os.sched_getaffinity(0))}-cores"
-    write_result(output / "results.json", result)
+    place = Path(__file__).parent / "results" / f"replicas{kind}-cpu-{len(os.sched_getaffinity(0))}-cores"
+    write_result((arguments.output or place) / "results.json", result)
     print(json.dumps(result))
 
 

@@ -35,10 +35,22 @@ from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_grpo.bench.gauges import Clock, collect, level
 from lora_grpo.bench.memory import forget_peaks, peak
 from lora_grpo.bench.provenance import asked, provenance, write_result
+from lora_grpo.bench.shapes import byte_tokenizer, shape_config
+from lora_grpo.canary import take_canary
+from lora_grpo.config import EngineConfig
+from lora_grpo.engines.fake import FakeEngine
+from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.packing import in_spans, pack
+from lora_grpo.grpo_config import GRPOConfig
+from lora_grpo.policy import Policy
+from lora_grpo.trainer.memory import LargestBatch
+from lora_grpo.trainer.room import estimate
+from lora_grpo.types import Completion, Group
 
 VOCABULARY = 151_936
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -49,7 +61,6 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "7b": ("qwen2.5-7b", {}),
 }
 """A released model's shape, and what is changed of it."""
-SUBJECTS = ("ours", "estimate", "canary", "trl", "backbone")
 CANARY_ROWS = 32
 SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "HF_HUB_OFFLINE": "1"}
 """Of the processes in which a CPU is measured, where the environment says nothing else."""
@@ -66,7 +77,7 @@ def main() -> None:
         device="cpu",
         repeat=1,
         checkpointing=("off", "on"),
-        subjects=",".join(SUBJECTS),
+        subjects="ours,estimate,canary,trl,backbone",
         out=None,
     )
     os.environ.update({**SETTINGS, **os.environ})
@@ -125,10 +136,6 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
 
 def _model(options: argparse.Namespace) -> Any:
     """The same weights for every subject."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lora_grpo.bench.shapes import shape_config
-
     name, changed = SHAPES[options.shape]
     torch.manual_seed(0)
     config = AutoConfig.for_model(**{**shape_config(name), **changed})
@@ -144,11 +151,6 @@ def _model(options: argparse.Namespace) -> Any:
 
 
 def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    from lora_grpo.grpo.batch import Batch
-    from lora_grpo.grpo_config import GRPOConfig
-    from lora_grpo.policy import Policy
-    from lora_grpo.types import Group
-
     config = GRPOConfig(
         num_generations=options.rows,
         per_device_train_batch_size=options.rows,
@@ -165,8 +167,6 @@ def _ours(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], 
 
 
 def _completions(ids_BL: Any, options: argparse.Namespace) -> list[Any]:
-    from lora_grpo.types import Completion
-
     rows = ids_BL[:, options.prompt :].tolist()
     return [Completion("", tuple(row), (-12.0,) * len(row), "length", 1) for row in rows]
 
@@ -177,9 +177,6 @@ def _padded(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[]
 
 
 def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    from lora_grpo.canary import take_canary
-    from lora_grpo.engines.fake import FakeEngine
-
     _ours(model, ids_BL, options)  # after it the model is known to take packed rows, as in a run
     prompt = ids_BL[0, : options.prompt].tolist()
     pairs = [(prompt, made) for made in _completions(ids_BL, options)] * (CANARY_ROWS // options.rows)
@@ -190,8 +187,6 @@ def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[]
 def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
     import trl
     from datasets import Dataset
-
-    from lora_grpo.bench.shapes import byte_tokenizer
 
     args = trl.GRPOConfig(
         tempfile.mkdtemp(),
@@ -239,8 +234,6 @@ def _backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[
 
 
 def _packed_backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    from lora_grpo.grpo.packing import in_spans, pack
-
     row = pack(ids_BL.tolist(), [options.prompt] * options.rows)
     ids_1N, positions_1N = torch.tensor([[row.ids], [row.positions]], device=options.device)
     inputs = {"input_ids": ids_1N, "attention_mask": torch.ones_like(ids_1N), "position_ids": positions_1N}
@@ -254,10 +247,6 @@ def _to_the_last_hidden_state(model: Any, **inputs: Any) -> None:
 
 def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
     """What the step's activations are said to take, and the time it takes to say so."""
-    from lora_grpo.config import EngineConfig
-    from lora_grpo.trainer.memory import LargestBatch
-    from lora_grpo.trainer.room import estimate
-
     engine = EngineConfig(urls=("http://elsewhere",))
     batch = LargestBatch(options.rows, options.prompt, options.tokens, group=options.rows)
     started = time.process_time()

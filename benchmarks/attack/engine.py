@@ -23,7 +23,6 @@ PROMPT = list(range(100, 112))
 
 @contextmanager
 def tiny_engine() -> Iterator[tuple[Any, list[Any]]]:
-    """A real engine with two slots, and three versions."""
     import torch
 
     from lora_grpo.adapters.peft_form.serving import ServingForm
