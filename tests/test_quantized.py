@@ -221,7 +221,7 @@ def test_a_run_is_refused_before_its_engine_starts(
     lora = LoraConfig(r=8, target_modules="all-linear")
     blocks = ModelConfig(name=str(build("llama in fp8 blocks", tmp_path)))
     wanted = [Wanted(lora, GRPOConfig(), 4)]
-    with pytest.raises(ConfigError, match="share_base_weights=True: the engine's quantized weights"):
+    with pytest.raises(ConfigError, match="share_base_weights=True: quantized weights cannot be"):
         plan_room(blocks, wanted, EngineConfig(max_model_len=64), True, 1)
     with pytest.raises(ConfigError, match=r"quantization='nf4': .* is fp8 already; leave it out"):
         plan_room(blocks.replace(quantization="nf4"), wanted, EngineConfig(max_model_len=64), False, 1)

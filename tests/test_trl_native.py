@@ -653,7 +653,7 @@ def test_several_adapters_are_refused(llama_dir: Path, tmp_path: Path) -> None:
     model = get_peft_model(load_model(llama_dir), LoraConfig(**LORA))
     model.add_adapter("second", LoraConfig(**LORA))
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(UnsupportedAdapter, match="only one can be published"):
+    with pytest.raises(UnsupportedAdapter, match="only one is published"):
         native_trainer(model, arguments(tmp_path, beta=0.0))
 
 
