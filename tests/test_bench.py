@@ -18,7 +18,7 @@ from lora_grpo.bench import decode, endurance, fidelity, host, shapes, sync
 from lora_grpo.bench.fidelity import Reference
 from lora_grpo.bench.gauges import Levels, floor_seconds, level, measure_bandwidth, percentile_95
 from lora_grpo.bench.joining import break_even, compare, crossing
-from lora_grpo.bench.plan import Cell, Subject, by_strategy, there_and_back
+from lora_grpo.bench.plan import Cell, Settings, Subject, by_strategy, plan_parts, there_and_back
 from lora_grpo.bench.report import earliest, findings, sentence, update_readme, write_report
 from lora_grpo.bench.runner import Partial
 from lora_grpo.bench.schema import (
@@ -30,7 +30,6 @@ from lora_grpo.bench.schema import (
     MemoryRow,
     SyncRow,
 )
-from lora_grpo.bench.settings import Settings, plan_parts
 from lora_grpo.bench.strategies import STOCK, STRATEGIES, load_strategy
 from lora_grpo.bench.strategies.base import Strategy, Trainer
 from lora_grpo.bench.suite import rows_of_one

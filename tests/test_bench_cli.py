@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_grpo.bench import host, rollback, shapes, suite
+from lora_grpo.bench.plan import PARTS
 from lora_grpo.bench.schema import Document
-from lora_grpo.bench.settings import PARTS
 from lora_grpo.cli import app
 
 pytestmark = pytest.mark.vllm

@@ -15,11 +15,10 @@ import torch
 
 from lora_grpo.bench import decode, fidelity, host, memory, runner, shapes, step, sync
 from lora_grpo.bench.joining import break_even
-from lora_grpo.bench.plan import Cell, Subject, there_and_back
+from lora_grpo.bench.plan import Cell, Settings, Subject, plan_parts, there_and_back
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner, load
 from lora_grpo.bench.schema import TOLERANCE
-from lora_grpo.bench.settings import Settings, plan_parts
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.strategies.base import Synced, Trainer
 from lora_grpo.errors import ConfigError

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_grpo.bench.joining import join
+from lora_grpo.bench.plan import Settings
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.schema import Document
-from lora_grpo.bench.settings import Settings
 from lora_grpo.cli import app
 from lora_grpo.errors import ConfigError
 from tests.test_bench import decode_row, document, memory_row, sync_row, tenth

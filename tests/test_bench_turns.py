@@ -13,10 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 from lora_grpo.bench import runner, suite, sync
-from lora_grpo.bench.plan import AT_ONCE, Cell, compared, one_at_a_time
+from lora_grpo.bench.plan import AT_ONCE, Cell, compared, one_at_a_time, plan_parts
 from lora_grpo.bench.report import findings, write_report
 from lora_grpo.bench.runner import Partial, Runner, load
-from lora_grpo.bench.settings import plan_parts
 from lora_grpo.bench.strategies import AGAIN
 from lora_grpo.bench.strategies.base import engine_arguments
 from lora_grpo.cli import app

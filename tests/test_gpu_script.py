@@ -25,8 +25,8 @@ from unittest.mock import patch
 import pytest
 
 from lora_grpo.bench import host
+from lora_grpo.bench.plan import plan_parts
 from lora_grpo.bench.schema import Document
-from lora_grpo.bench.settings import plan_parts
 from lora_grpo.engines import compat
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 from tests.test_parity import ARCHITECTURES

@@ -21,11 +21,9 @@ MIN_BUCKET = 10
 
 @dataclass(frozen=True)
 class Rows:
-    """B completions of up to T tokens, and what each of V versions makes of them.
-
-    logp_VBT are the trainer's log-probs, sampler_BT those that came with them, mask_BT says which tokens there are.
-    stamped_B is the index of the version that each claims, server_B that of the server that made it.
-    """
+    """B completions of up to T tokens, and what each of V versions makes of them. logp_VBT are the trainer's log-probs,
+    sampler_BT those that came with them, mask_BT says which tokens there are. stamped_B is the index of the version
+    that each claims, server_B that of the server that made it."""
 
     logp_VBT: Tensor
     sampler_BT: Tensor
@@ -81,12 +79,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Counts of completions, then of the buckets of those that are `inconclusive` by themselves.
-
-    `undecided` are the completions whose bucket is inconclusive too. `bucket_gap_share` is the greatest gap of a
-    decided bucket, as a share of the distance to the nearest other version: about the share of its completions that
-    could be another's unseen.
-    """
+    """Counts of completions, then of the buckets of those that are `inconclusive` by themselves. `undecided` are the
+    completions whose bucket is inconclusive too. `bucket_gap_share` is the greatest gap of a decided bucket, as a share
+    of the distance to the nearest other version: about the share of its completions that could be another's unseen."""
 
     checked: int
     told_apart: int

@@ -8,9 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench import fidelity
-from lora_grpo.bench.plan import Cell, Subject, beside_native, results
+from lora_grpo.bench.plan import Cell, Settings, Subject, beside_native, results
 from lora_grpo.bench.schema import DecodeRow
-from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import BASE, SHARED, STOCK
 from lora_grpo.types import Sampling
 
@@ -52,11 +51,9 @@ def measure(strategy: Strategy, settings: Settings) -> dict[str, dict[str, list[
 
 
 def generate_seconds(strategy: Strategy, rows: int, prompt_tokens: int, length: int) -> float:
-    """Seconds to complete `rows` prompts that no cache has seen by exactly `length` tokens each.
-
-    Drawn at temperature 1, but on a GPU greedily: requests that have a seed are drawn there one after the other, which
-    takes as long as the model does at many rows and hides what strategies differ in.
-    """
+    """Seconds to complete `rows` prompts that no cache has seen by exactly `length` tokens each. Drawn at temperature
+    1, but on a GPU greedily: requests that have a seed are drawn there one after the other, which takes as long as the
+    model does at many rows and hides what strategies differ in."""
     prompts = strategy.subject.fresh_prompts(rows, prompt_tokens)
     temperature = 1.0 if strategy.subject.device == "cpu" else 0.0
     sampling = Sampling(n=1, max_tokens=length, temperature=temperature, seed=strategy.subject.seed, ignore_eos=True)

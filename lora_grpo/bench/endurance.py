@@ -8,9 +8,8 @@ from statistics import linear_regression, median
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench.gauges import cuda_level, on_tmpfs, resident
-from lora_grpo.bench.plan import Cell, Subject
+from lora_grpo.bench.plan import Cell, Settings, Subject
 from lora_grpo.bench.schema import EnduranceRow, SlopeRow
-from lora_grpo.bench.settings import Settings
 
 if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from lora_grpo.bench.gauges import collect
-from lora_grpo.bench.plan import Cell, Subject
+from lora_grpo.bench.plan import Cell, Settings, Subject
 from lora_grpo.bench.schema import TruthRow
-from lora_grpo.bench.settings import Settings
 from lora_grpo.errors import EngineError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
@@ -99,10 +98,8 @@ def _loud_enough(trainer: Trainer, reference: Reference, tokens: list[list[int]]
 
 
 def measure(strategy: Strategy, settings: Settings) -> list[dict[str, float]]:
-    """Worker: for updates of several sizes, what of them is served.
-
-    AdamW moves an entry of B by up to the learning rate a step, and by about its square root of steps over many.
-    """
+    """Worker: for updates of several sizes, what of them is served. AdamW moves an entry of B by up to the learning
+    rate a step, and by about its square root of steps over many."""
     strategy.remember_pushed = True
     trainer, tokens, reference = strategy.trainer, strategy.subject.sequences(), restored(strategy)
     base = reference.logprobs(tokens)

@@ -18,7 +18,7 @@ from torch import nn
 from lora_grpo.bench import shapes
 from lora_grpo.bench.gauges import measure_bandwidth, proc_bytes
 from lora_grpo.bench.memory import KV_CACHE_BYTES
-from lora_grpo.bench.settings import Settings
+from lora_grpo.bench.plan import Settings
 from lora_grpo.bench.strategies import BASE, NATIVE, STOCK
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import package_versions
@@ -124,10 +124,8 @@ def measure_model(shape: str | None, model: str | None) -> dict[str, int]:
 
 
 def engine_share(part: str, settings: Settings, model: Mapping[str, int], memory: Mapping[str, int]) -> float:
-    """`gpu_memory_utilization` of an engine; on a GPU one strategy is alive at a time, beside its trainer.
-
-    vLLM only checks that so much is free: the KV cache has a size of its own. Raises `ConfigError` when there is less.
-    """
+    """`gpu_memory_utilization` of an engine; on a GPU one strategy is alive at a time, beside its trainer. vLLM only
+    checks that so much is free: the KV cache has a size of its own. Raises `ConfigError` when there is less."""
     on_cpu = settings.device == "cpu"
     needed = needed_bytes(part, settings, model)
     if needed > memory["free"] * (1.0 if on_cpu else 0.95):

@@ -104,10 +104,8 @@ def read_document(path: Path) -> Document:
 
 
 def join(documents: Mapping[str, Document]) -> Document:
-    """One document of several by name, so that what one run measured meets what another did.
-
-    Raises `ConfigError` when they are not of one machine with one set of versions. Commits may differ: all are named.
-    """
+    """One document of several by name, so that what one run measured meets what another did. Raises `ConfigError` when
+    they are not of one machine with one set of versions. Commits may differ: all are named."""
     made = list(documents.values())
     _check_one_machine(documents)
     commits = dict.fromkeys(str(one.card["commit"]) for one in made if "commit" in one.card)

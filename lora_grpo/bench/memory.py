@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from lora_grpo.bench.gauges import TMPFS, collect, level, on_tmpfs, proc_bytes, settled_level
-from lora_grpo.bench.plan import Cell, Subject
-from lora_grpo.bench.settings import Settings
+from lora_grpo.bench.plan import Cell, Settings, Subject
 
 if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy

@@ -7,9 +7,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench.gauges import percentile_95
-from lora_grpo.bench.plan import Cell, Subject, beside_native, results
+from lora_grpo.bench.plan import Cell, Settings, Subject, beside_native, results
 from lora_grpo.bench.schema import RollbackRow
-from lora_grpo.bench.settings import Settings
 from lora_grpo.scoring import mean_abs_difference
 
 if TYPE_CHECKING:

@@ -42,10 +42,8 @@ class Partial:
 
     def __init__(self, path: Path, fingerprint: dict[str, Any], bandwidth: dict[str, float], started: float) -> None:
         """`bandwidth` is of this start, which began at `started` on the monotonic clock; a run that is gone on with
-        keeps the bandwidth of its first.
-
-        Raises `ConfigError` when the file is of a run with other settings or on another machine.
-        """
+        keeps the bandwidth of its first. Raises `ConfigError` when the file is of a run with other settings or on
+        another machine."""
         self.path, self._fingerprint, self.bandwidth = path, fingerprint, bandwidth
         self._started, self._earlier_s = started, 0.0
         self.cells: dict[str, Any] = {}
@@ -76,11 +74,9 @@ class Partial:
 
 
 class WorkerProcess:
-    """A worker in a process of its own; what it prints goes to `log`.
-
-    `alone`: it imports by itself, what it needs and when, and shares no memory with others: for one whose memory is
-    measured, and for CUDA, which a fork cannot start where importing has.
-    """
+    """A worker in a process of its own; what it prints goes to `log`. `alone`: it imports by itself, what it needs and
+    when, and shares no memory with others: for one whose memory is measured, and for CUDA, which a fork cannot start
+    where importing has."""
 
     def __init__(self, log: Path, *, alone: bool = False) -> None:
         self._log = log
@@ -93,10 +89,8 @@ class WorkerProcess:
         theirs.close()
 
     def do(self, work: Callable[..., Any], **arguments: Any) -> Any:
-        """Have a function of a module called; returns its result. Raises `EngineError` when it failed.
-
-        A strategy stays there: all later work is given it first.
-        """
+        """Have a function of a module called; returns its result. Raises `EngineError` when it failed. A strategy stays
+        there: all later work is given it first."""
         try:
             self._channel.send((work, arguments))
             reply = self._channel.recv()

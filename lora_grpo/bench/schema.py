@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
-from lora_grpo.bench.settings import Settings
+from lora_grpo.bench.plan import Settings
 
 Winner: TypeAlias = Literal["native", "merge"]
 MEMORY_KINDS = {"resident": "resident", "pss": "proportional set", "cuda": "CUDA allocated"}
@@ -99,9 +99,8 @@ class TruthRow(Row):
 
 
 class ProofRow(Row):
-    """What is proven besides each push: seconds of it, and as a multiple of a push measured in the same process.
-
-    `rows` completions of `tokens` tokens each were looked at (None: none)."""
+    """What is proven besides each push: seconds of it, and as a multiple of a push measured in the same process. `rows`
+    completions of `tokens` tokens each were looked at (None: none)."""
 
     proof: Annotated[str, Column("proof")]
     rows: Annotated[int | None, Column("rows")]

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_grpo.bench.gauges import Clock
-from lora_grpo.bench.plan import Cell, Subject, beside_native, results
+from lora_grpo.bench.plan import Cell, Settings, Subject, beside_native, results
 from lora_grpo.bench.schema import StepRow
-from lora_grpo.bench.settings import Settings
 from lora_grpo.grpo.advantages import group_advantages
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo_config import GRPOConfig

@@ -15,10 +15,9 @@ from lora_grpo.adapters.files.disk import tmpfs_home
 from lora_grpo.bench import decode, endurance, fidelity, host, memory, rollback, shapes, step, sync
 from lora_grpo.bench.gauges import adapter_crossing, floor_seconds, weights_crossing
 from lora_grpo.bench.joining import finished, read_document
-from lora_grpo.bench.plan import BESIDE_NATIVE, Cell, Subject, by_strategy, compared, one_at_a_time
+from lora_grpo.bench.plan import BESIDE_NATIVE, PARTS, Cell, Settings, Subject, by_strategy, compared, one_at_a_time
 from lora_grpo.bench.runner import Partial, Progress, Runner, WorkerProcess
 from lora_grpo.bench.schema import TABLES, Document
-from lora_grpo.bench.settings import PARTS, Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError
 
@@ -35,11 +34,9 @@ class Suite:
     def __init__(
         self, parts: Mapping[str, Settings], *, command: str, out: Path | None = None, models: Path | None = None
     ) -> None:
-        """`out` keeps results for a cut-off run to go on from, `models` keeps the models that are made.
-
-        Raises `ConfigError` for a device, model or size that cannot be, and for an `out` that holds the finished
-        result of another run, before anything is measured.
-        """
+        """`out` keeps results for a cut-off run to go on from, `models` keeps the models that are made. Raises
+        `ConfigError` for a device, model or size that cannot be, and for an `out` that holds the finished result of
+        another run, before anything is measured."""
         if out is not None and (holds := finished_command(out, other_than=parts)):
             raise ConfigError(
                 f"{out} holds the finished result of another run ({holds}); use another --out "
@@ -136,10 +133,8 @@ class Suite:
         )
 
     def finish(self, document: Document) -> Path | None:
-        """Write the results; a finished run leaves nothing to go on from.
-
-        Returns where they are: None without `out`, and where a cut-off run would replace a finished one.
-        """
+        """Write the results; a finished run leaves nothing to go on from. Returns where they are: None without `out`,
+        and where a cut-off run would replace a finished one."""
         if self._out is None:
             return None
         if document.complete:

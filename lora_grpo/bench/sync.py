@@ -19,9 +19,8 @@ import torch
 from lora_grpo.adapters.files.disk import STAGING
 from lora_grpo.bench import fidelity
 from lora_grpo.bench.gauges import floor_seconds, percentile_95
-from lora_grpo.bench.plan import Cell, Subject, beside_native, results
+from lora_grpo.bench.plan import Cell, Settings, Subject, beside_native, results
 from lora_grpo.bench.schema import SyncRow
-from lora_grpo.bench.settings import Settings
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.types import Sampling

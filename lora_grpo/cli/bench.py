@@ -16,9 +16,9 @@ from lora_grpo.cli.options import integers, print_json, print_table, say, say_er
 from lora_grpo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lora_grpo.bench.plan import Settings
     from lora_grpo.bench.runner import Progress
     from lora_grpo.bench.schema import Document
-    from lora_grpo.bench.settings import Settings
 
 _PARTS = "sync, memory, decode, fidelity, step, rollback, endurance, all, or report."
 _SHAPES = "A model of this shape with random weights: tiny, qwen2.5-0.5b, -1.5b, -7b, llama-3.1-8b."
@@ -50,7 +50,7 @@ def bench(
         return
     options = _options(shape=shape, model=model, ranks=ranks, strategies=strategies, device=device, repeat=repeat)
     from lora_grpo.bench.joining import read_document
-    from lora_grpo.bench.settings import plan_parts
+    from lora_grpo.bench.plan import plan_parts
 
     parts = plan_parts(part, scenario, options)
     baseline = None if compare is None else read_document(compare)
