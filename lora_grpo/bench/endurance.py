@@ -8,7 +8,7 @@ from statistics import linear_regression, median
 from typing import TYPE_CHECKING, Any
 
 from lora_grpo.bench.gauges import cuda_level, on_tmpfs, resident
-from lora_grpo.bench.plan import Cell, Settings, Subject
+from lora_grpo.bench.plan import Cell, Settings, Subject, alone
 from lora_grpo.bench.schema import EnduranceRow, SlopeRow
 
 if TYPE_CHECKING:
@@ -24,12 +24,9 @@ _SIZES = ("memory_bytes", "cuda_bytes", "tmpfs_bytes")
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """Each strategy alone: nothing is compared but the first syncs with the last."""
-    how: dict[str, Any] = {"arguments": {"syncs": settings.endurance_syncs}, "warm": {"syncs": WARM}}
-    how["labels"] = {"rank": settings.rank}
-    return [
-        Cell(f"endurance/{name}", "endurance", measure, (subject.with_strategy(name),), **how)
-        for name in settings.strategies
-    ]
+    syncs, rank = settings.endurance_syncs, {"rank": settings.rank}
+    how: dict[str, Any] = {"arguments": {"syncs": syncs}, "warm": {"syncs": WARM}, "labels": rank}
+    return [alone("endurance", measure, subject.with_strategy(name), **how) for name in settings.strategies]
 
 
 def measure(strategy: Strategy, syncs: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from lora_grpo.bench.gauges import TMPFS, collect, level, on_tmpfs, proc_bytes, settled_level
-from lora_grpo.bench.plan import Cell, Settings, Subject
+from lora_grpo.bench.plan import Cell, Settings, Subject, alone
 
 if TYPE_CHECKING:
     from lora_grpo.bench.strategies.base import Strategy
@@ -20,10 +20,7 @@ KV_CACHE_BYTES = 3 << 30
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     """One fresh process a strategy."""
-    return [
-        Cell(f"memory/{name}", "memory", measure, (subject.with_strategy(name),), fresh=True)
-        for name in settings.strategies
-    ]
+    return [alone("memory", measure, subject.with_strategy(name), fresh=True) for name in settings.strategies]
 
 
 def measure(strategy: Strategy) -> list[dict[str, Any]]:

@@ -200,6 +200,11 @@ def beside_native(part: str, work: Callable[..., Any], subject: Subject, *others
     return Cell(key, part, work, subjects, order=there_and_back(len(subjects)), **cell)
 
 
+def alone(part: str, work: Callable[..., Any], subject: Subject, **cell: Any) -> Cell:
+    """What `part` measures of one strategy by itself."""
+    return Cell(f"{part}/{subject.strategy}", part, work, (subject,), **cell)
+
+
 def there_and_back(subjects: int) -> tuple[int, ...]:
     """0, 1, 1, 0 for two."""
     return (*range(subjects), *reversed(range(subjects)))
@@ -219,8 +224,9 @@ def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
     made: dict[str, Cell] = {}
     for cell in cells:
         for index, subject in enumerate(cell.subjects):
-            alone = _alone(cell, index, subject)
-            made.setdefault(alone.key, alone)
+            key = f"{cell.table}/{subject.strategy}/r{subject.rank}/{subject.targets}/{subject.graphs}"
+            order = (0,) * cell.order.count(index)
+            made.setdefault(key, replace(cell, key=key, subjects=(subject,), order=order, fresh=False))
     alones = list(made.values())
     main = next((cell.subjects for cell in alones if cell.subjects[0].strategy == NATIVE), None)
     # The merge that is compared most, its weights handed over in one call, on the same engine.
@@ -237,11 +243,6 @@ def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
     turns = list(dict.fromkeys(cell.subjects for cell in alones))
     turns.sort(key=lambda subjects: subjects[0].strategy != NATIVE)
     return sorted(alones, key=lambda cell: (turns.index(cell.subjects), _ORDER.index(cell.table)))
-
-
-def _alone(cell: Cell, index: int, subject: Subject) -> Cell:
-    key = f"{cell.table}/{subject.strategy}/r{subject.rank}/{subject.targets}/{subject.graphs}"
-    return replace(cell, key=key, subjects=(subject,), order=(0,) * cell.order.count(index), fresh=False)
 
 
 def compared(cells: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -44,16 +44,14 @@ def rows(cell: Mapping[str, Any]) -> list[RollbackRow]:
     for strategy, found in results(cell).items():
         for case, tries in found.items():
             seconds, errors = zip(*tries, strict=True)
-            native_s = made[0].median_s if made else median(seconds)
-            made.append(
-                RollbackRow(
-                    strategy=strategy,
-                    **cell["labels"],
-                    case=case,
-                    median_s=median(seconds),
-                    p95_s=percentile_95(seconds),
-                    ratio_to_native=median(seconds) / native_s,
-                    error_nats=max(errors),
-                )
+            row = RollbackRow(
+                strategy=strategy,
+                **cell["labels"],
+                case=case,
+                median_s=median(seconds),
+                p95_s=percentile_95(seconds),
+                ratio_to_native=median(seconds) / (made[0].median_s if made else median(seconds)),
+                error_nats=max(errors),
             )
+            made.append(row)
     return made

@@ -44,24 +44,21 @@ class Partial:
         """`bandwidth` is of this start, which began at `started` on the monotonic clock; a run that is gone on with
         keeps the bandwidth of its first. Raises `ConfigError` when the file is of a run with other settings or on
         another machine."""
-        self.path, self._fingerprint, self.bandwidth = path, fingerprint, bandwidth
-        self._started, self._earlier_s = started, 0.0
+        self.path, self._fingerprint, self.bandwidth, self._started = path, fingerprint, bandwidth, started
         self.cells: dict[str, Any] = {}
         self.notes: list[str] = []
         if path.exists():
             stored = json.loads(path.read_text())
             if stored["fingerprint"] != fingerprint:
-                raise ConfigError(
-                    f"{path} holds an unfinished run with other settings or versions, or of another machine; use "
-                    "another --out, or remove the file"
-                )
+                unlike = "holds an unfinished run with other settings or versions, or of another machine"
+                raise ConfigError(f"{path} {unlike}; use another --out, or remove the file")
             self.cells, self.bandwidth, self.notes = stored["cells"], stored["bandwidth"], stored["notes"]
-            self._earlier_s = stored.get("seconds", 0.0)
+            self._started -= stored.get("seconds", 0.0)
 
     @property
     def seconds(self) -> float:
         """How long the run has taken so far, all its starts together (of one that was killed, up to what it saved)."""
-        return self._earlier_s + time.monotonic() - self._started
+        return time.monotonic() - self._started
 
     def keep(self, key: str, result: dict[str, Any]) -> None:
         self.cells[key] = result
@@ -103,7 +100,7 @@ class WorkerProcess:
         return reply
 
     def close(self) -> None:
-        """Let it close its engine and end; kill it when it takes long."""
+        """Let it close its engine and end; when it takes long, kill it."""
         with suppress(OSError):
             self._channel.send(None)
         self._process.join(_GRACE_S)
@@ -205,9 +202,9 @@ class Runner:
         rounds = []
         for index in cell.order:
             strategy = cell.name or cell.subjects[index].strategy
-            self._progress(f"{cell.key}: {strategy}", 0)
+            self._progress(doing := f"{cell.key}: {strategy}", 0)
             rounds.append({"strategy": strategy, "result": workers[index].do(cell.work, **cell.arguments)})
-            self._progress(f"{cell.key}: {strategy}", 1)
+            self._progress(doing, 1)
         if cell.fresh:
             self._stop(cell.subjects)
         else:

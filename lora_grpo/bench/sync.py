@@ -7,7 +7,7 @@ and a canary is taken when it is asked for.
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -74,38 +74,29 @@ def measure(strategy: Strategy, syncs: int, *, at_once: bool = False) -> dict[st
 
 def rows(cell: Mapping[str, Any]) -> list[SyncRow]:
     """Both strategies of a pair."""
-    found = results(cell)
-    native_s = median(_totals(next(iter(found.values()))))
+    found, made = results(cell), list[SyncRow]()
     against = ["unpaired"] * len(found) if cell.get("unpaired") else reversed(found)
-    return [
-        _row(strategy, found[strategy], native_s, cell, other) for strategy, other in zip(found, against, strict=True)
-    ]
-
-
-def _row(strategy: str, found: dict[str, Any], native_s: float, cell: Mapping[str, Any], against: str) -> SyncRow:
-    seconds = _totals(found)
-    floor_s = floor_seconds(found["moved_bytes"], cell["bandwidth"])
-    return SyncRow(
-        strategy=strategy,
-        **cell["labels"],
-        against=against,
-        median_s=median(seconds),
-        p95_s=percentile_95(seconds),
-        phases_s={phase: median(of) for phase, of in found["phases_s"].items()},
-        afterwards_s=median(found["afterwards_s"]),
-        moved_bytes=max(found["moved_bytes"].values(), default=0),
-        floor_s=floor_s,
-        times_floor=median(seconds) / floor_s if floor_s else None,
-        ratio_to_native=median(seconds) / native_s,
-        syncs=len(seconds),
-        loader=found["loader"],
-        load_calls=found["load_calls"],
-    )
-
-
-def _totals(found: Mapping[str, Any]) -> list[float]:
-    """Seconds of each sync, all phases."""
-    return [sum(one) for one in zip(*found["phases_s"].values(), strict=True)]
+    for (strategy, of), other in zip(found.items(), against, strict=True):
+        seconds = [sum(phases) for phases in zip(*of["phases_s"].values(), strict=True)]
+        floor_s = floor_seconds(of["moved_bytes"], cell["bandwidth"])
+        row = SyncRow(
+            strategy=strategy,
+            **cell["labels"],
+            against=other,
+            median_s=median(seconds),
+            p95_s=percentile_95(seconds),
+            phases_s={phase: median(each) for phase, each in of["phases_s"].items()},
+            afterwards_s=median(of["afterwards_s"]),
+            moved_bytes=max(of["moved_bytes"].values(), default=0),
+            floor_s=floor_s,
+            times_floor=median(seconds) / floor_s if floor_s else None,
+            ratio_to_native=median(seconds) / (made[0].median_s if made else median(seconds)),
+            syncs=len(seconds),
+            loader=of["loader"],
+            load_calls=of["load_calls"],
+        )
+        made.append(row)
+    return made
 
 
 def prove(strategy: Native, settings: Settings, times: int = PROVEN) -> list[dict[str, Any]]:
@@ -114,13 +105,9 @@ def prove(strategy: Native, settings: Settings, times: int = PROVEN) -> list[dic
     push_s = median([strategy.sync().total_s for _ in range(4 * times)])
     found = []
     for proof, rows, work in _proofs_of(strategy, settings):
-        seconds = []
-        for _ in range(times):
-            started = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - started)
+        median_s = median(timeit.repeat(work, number=1, repeat=times))
         row = {"proof": proof, "rows": rows, "tokens": rows and settings.prompt_tokens, "times": times}
-        found.append({**row, "median_s": median(seconds), "ratio_to_push": median(seconds) / push_s})
+        found.append({**row, "median_s": median_s, "ratio_to_push": median_s / push_s})
     return found
 
 
