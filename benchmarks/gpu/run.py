@@ -27,9 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keeping import Record
 from launching import Process, send, start, wait
-from steps import REPOSITORY, Step, plan
+from steps import REPOSITORY, Record, Step, plan
 
 LARGE_BYTES = 16 << 30
 """What the large model's files take, the small one's and the caches with them."""
