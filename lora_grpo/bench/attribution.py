@@ -103,16 +103,15 @@ def judge(rows: Rows, noise: float) -> Verdicts:
     """What can be said of each; `noise` is the most that server and trainer differ by on a completion of the base,
     nats per token."""
     gap_VB, distance_VB = rows._gap(), rows._distance()
-    told_B, wrong_B = _verdict(gap_VB, distance_VB, rows.stamped_B)
-    wrong_B &= rows.own_gap() > noise
+    told_B, wrong_B, own_B = _verdict(gap_VB, distance_VB, rows.stamped_B)
+    wrong_B &= own_B > noise
     left_B = ~(told_B | wrong_B)
     keys_N2, bucket_L = torch.stack([rows.stamped_B, rows.server_B], 1)[left_B].unique(dim=0, return_inverse=True)
     size_N = bucket_L.bincount(minlength=len(keys_N2))
     gap_VN, distance_VN = (_bucket_means(values[:, left_B], bucket_L, size_N) for values in (gap_VB, distance_VB))
-    told_N, wrong_N = _verdict(gap_VN, distance_VN, keys_N2[:, 0])
+    told_N, wrong_N, own_N = _verdict(gap_VN, distance_VN, keys_N2[:, 0])
     wrong_N &= size_N >= MIN_BUCKET
     unknown_N = ~(told_N | wrong_N)
-    own_N = gap_VN.gather(0, keys_N2[:, 0][None])[0]
     share_N = own_N / _others(distance_VN, keys_N2[:, 0]).amin(0)
     return Verdicts(
         checked=len(left_B),
@@ -127,11 +126,11 @@ def judge(rows: Rows, noise: float) -> Verdicts:
     )
 
 
-def _verdict(gap_VN: Tensor, distance_VN: Tensor, claimed_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(told apart, nearer to another) of each."""
+def _verdict(gap_VN: Tensor, distance_VN: Tensor, claimed_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(told apart, nearer to another, gap to its own) of each."""
     own_N = gap_VN.gather(0, claimed_N[None])[0]
     told_N = (own_N < 0.5 * _others(distance_VN, claimed_N)).all(0)
-    return told_N, (_others(gap_VN, claimed_N) < 0.5 * distance_VN).any(0)
+    return told_N, (_others(gap_VN, claimed_N) < 0.5 * distance_VN).any(0), own_N
 
 
 def _others(values_VN: Tensor, claimed_N: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from lora_grpo.bench import shapes
-from lora_grpo.bench.gauges import measure_bandwidth, proc_bytes
+from lora_grpo.bench.gauges import measure_bandwidth
 from lora_grpo.bench.memory import KV_CACHE_BYTES
 from lora_grpo.bench.plan import Settings
 from lora_grpo.bench.strategies import BASE, NATIVE, STOCK
@@ -66,7 +67,7 @@ def card(device: str) -> dict[str, Any]:
         "processor": next(named, "") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1),
+        "memory_gib": round(psutil.virtual_memory().total / _GIB, 1),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **package_versions(),
@@ -100,9 +101,9 @@ def commit() -> str | None:
 
 def memory(device: str) -> dict[str, int]:
     """Bytes free and in all, where trainer and engine will be."""
-    on_cpu = device == "cpu"
-    sizes = proc_bytes("meminfo", "MemAvailable", "MemTotal") if on_cpu else torch.cuda.mem_get_info(device)
-    return dict(zip(("free", "total"), sizes, strict=True))
+    if device == "cpu":
+        return {"free": psutil.virtual_memory().available, "total": psutil.virtual_memory().total}
+    return dict(zip(("free", "total"), torch.cuda.mem_get_info(device), strict=True))
 
 
 def measure_model(shape: str | None, model: str | None) -> dict[str, int]:

@@ -55,7 +55,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Fields of the released models' configs."""
 
 LOGIT_STD = 2.0
-_BYTES = 256
 
 
 def shape_config(name: str) -> dict[str, Any]:
@@ -93,13 +92,12 @@ def byte_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = ("<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    end = "<|endoftext|>"
+    tokens = (end, *sorted(pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=end, eos_token=end, unk_token=end)
 
 
 def _values(name: str, shape: torch.Size, hidden: int, generator: torch.Generator) -> torch.Tensor:
