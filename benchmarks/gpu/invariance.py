@@ -49,7 +49,6 @@ def measure(model: Path, device: str) -> dict[str, Any]:
 
 
 def equal_share(strategy: Any, rows: int, length: int) -> float:
-    """Of what the strategy serves now."""
     import torch
 
     from lora_grpo.types import Sampling

@@ -46,7 +46,6 @@ def wait(process: Process, timeout_s: float | None = None) -> int | None:
 
 
 def send(process: Process, signum: int) -> None:
-    """To it and all of its session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid or 0, signum)
 

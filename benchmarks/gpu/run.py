@@ -162,7 +162,6 @@ def is_repeated(step: Step, record: Record) -> bool:
 
 
 def run_step(step: Step, log: Path, limit_s: float, warm: bool) -> dict[str, Any]:
-    """Run a step until it ends or has used up its time; what is to be known about it."""
     started, state = time.monotonic(), ""
     process = start(step.command, log, warm=warm)
     try:

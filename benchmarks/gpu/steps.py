@@ -107,7 +107,6 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
 
 
 def scenario(name: str, device: str) -> Path:
-    """What of figures a step takes; in a dry run as little as there can be."""
     return HERE / ("dry" if device == "cpu" else "") / f"{name}.toml"
 
 
@@ -155,7 +154,6 @@ class Record:
         return self.done.get(name, {}).get("result")
 
     def keep(self, step: Step, done: dict[str, Any]) -> None:
-        """Write down what a step came to, with everything that there is of the others."""
         self.done[step.name] = {"step": step.name, "expected_s": step.expected_s, "limit_s": step.limit_s, **done}
         write(self._path(step), self.done[step.name])
         why = f": {done['why']}" if done.get("why") else ""
@@ -175,7 +173,6 @@ class Record:
         os.replace(staged, self.out / ARCHIVE)
 
     def table(self) -> str:
-        """The schedule, with what it took."""
         rows = [self._row(step) for step in self.steps]
         lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -95,7 +95,6 @@ class Verdicts:
 
     @property
     def detected(self) -> float:
-        """Share of the completions that are seen to be wrong, by themselves."""
         return self.wrong / self.checked
 
 

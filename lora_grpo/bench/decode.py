@@ -63,7 +63,6 @@ def generate_seconds(strategy: Strategy, rows: int, prompt_tokens: int, length: 
 
 
 def rows(cell: Mapping[str, Any]) -> list[DecodeRow]:
-    """All strategies of a cell, by batch size and completion length."""
     medians_s = {
         strategy: {int(rows): {int(length): median(s) for length, s in of.items()} for rows, of in found.items()}
         for strategy, found in results(cell).items()

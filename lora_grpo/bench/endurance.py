@@ -43,7 +43,6 @@ def measure(strategy: Strategy, syncs: int) -> list[dict[str, Any]]:
 
 
 def tenths(seconds: Sequence[float], levels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row a tenth: medians."""
     ends = [len(seconds) * tenth // TENTHS for tenth in range(TENTHS + 1)]
     return [
         {
@@ -72,7 +71,6 @@ def slopes(tenths: Sequence[EnduranceRow]) -> list[SlopeRow]:
 
 
 def _line(rows: Sequence[EnduranceRow], name: str) -> float | None:
-    """The slope of a column over sync numbers, per 1,000."""
     values = [getattr(row, name) for row in rows]
     if None in values:
         return None

@@ -30,7 +30,6 @@ DRIFT_RATE = 1e-4
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """For each strategy, in one process: truth, learning rates, drift."""
     asked, planned = {"settings": settings}, list[Cell]()
     for strategy in settings.strategies:
         one = (subject.with_strategy(strategy),)

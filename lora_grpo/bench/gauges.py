@@ -21,8 +21,6 @@ _REPEATS = 20
 
 
 class Clock:
-    """Adds up seconds by phase."""
-
     def __init__(self, device: str) -> None:
         self._device = device
         self.seconds: dict[str, float] = {}
@@ -34,7 +32,6 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - started
 
     def now(self) -> float:
-        """Seconds, after all work queued on the device is done."""
         if self._device != "cpu":
             import torch
 
@@ -74,7 +71,6 @@ def weights_crossing(device: str, nbytes: int) -> dict[str, int]:
 
 
 def floor_seconds(moved_bytes: Mapping[str, int], bandwidth: Mapping[str, float]) -> float:
-    """The least time that bytes by channel can take."""
     return sum(nbytes / bandwidth[channel] for channel, nbytes in moved_bytes.items())
 
 
@@ -137,7 +133,6 @@ def cuda_level(device: str) -> int | None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory now."""
     # Not the proportional set: it grows when another process lets go of a library that both had mapped.
     return proc_bytes("self/smaps_rollup", "Rss")[0]
 

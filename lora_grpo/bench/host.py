@@ -100,7 +100,6 @@ def commit() -> str | None:
 
 
 def memory(device: str) -> dict[str, int]:
-    """Bytes free and in all, where trainer and engine will be."""
     if device == "cpu":
         return {"free": psutil.virtual_memory().available, "total": psutil.virtual_memory().total}
     return dict(zip(("free", "total"), torch.cuda.mem_get_info(device), strict=True))

@@ -19,7 +19,6 @@ KV_CACHE_BYTES = 3 << 30
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """One fresh process a strategy."""
     return [alone("memory", measure, subject.with_strategy(name), fresh=True) for name in settings.strategies]
 
 
@@ -81,6 +80,5 @@ def peak(device: str) -> tuple[int, int | None]:
 
 
 def _mapped(folder: Path) -> int:
-    """Bytes of files in a folder on tmpfs that are mapped into this process."""
     maps = psutil.Process().memory_maps() if folder.is_relative_to(TMPFS) else ()
     return sum(one.rss for one in maps if Path(one.path).is_relative_to(folder))

@@ -201,7 +201,6 @@ def beside_native(part: str, work: Callable[..., Any], subject: Subject, *others
 
 
 def alone(part: str, work: Callable[..., Any], subject: Subject, **cell: Any) -> Cell:
-    """What `part` measures of one strategy by itself."""
     return Cell(f"{part}/{subject.strategy}", part, work, (subject,), **cell)
 
 

@@ -148,7 +148,6 @@ def _drift(axes: Axes, document: Document) -> None:
 def _by_strategy(
     axes: Axes, rows: Sequence[Any], across: str, share: str, said: Callable[[list[Any], list[float]], str]
 ) -> None:
-    """A line for each strategy: a share in % across something of many sizes."""
     axes.set_xscale("log")
     for strategy in dict.fromkeys(row.strategy for row in rows):
         own = [row for row in rows if row.strategy == strategy]

@@ -115,7 +115,6 @@ def _wins_from(row: BreakEvenRow) -> float:
 
 
 def sentence(row: BreakEvenRow) -> str:
-    """What a row says."""
     beyond = row.completion_tokens is not None and row.completion_tokens > row.measured_up_to_tokens
     where = f"{row.merging_wins}{' (extrapolated)' if beyond else ''}"
     return (

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """`native` beside each other strategy."""
     how = {"arguments": {"repeat": settings.each_way}, "warm": {"repeat": 1}}
     return [beside_native("rollback", measure, subject, name, **how) for name in settings.others]
 

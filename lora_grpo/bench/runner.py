@@ -33,8 +33,6 @@ Progress: TypeAlias = Callable[[str, int], None]
 _GRACE_S = 20.0
 _IMPORTED = f"{__package__}.imported"
 """Where it is imported, all that a worker needs is, and nothing has been done with it: no thread, no CUDA."""
-PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal that a process gets when its parent ends."""
 
 
 class Partial:
@@ -100,7 +98,6 @@ class WorkerProcess:
         return reply
 
     def close(self) -> None:
-        """Let it close its engine and end; when it takes long, kill it."""
         with suppress(OSError):
             self._channel.send(None)
         self._process.join(_GRACE_S)
@@ -137,8 +134,8 @@ def serve(requests: Connection, log: str) -> None:
     with open(log, "ab") as output:
         for descriptor in (1, 2):
             os.dup2(output.fileno(), descriptor)
-    # In the middle of a long piece of work, too, it does not outlive whoever asked for it.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # PR_SET_PDEATHSIG: in the middle of a long piece of work, too, it does not outlive whoever asked for it.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     loaded: list[Any] = []
     with suppress(EOFError):
         while (request := requests.recv()) is not None:
@@ -155,7 +152,6 @@ def serve(requests: Connection, log: str) -> None:
 
 
 def load(subject: Subject) -> Any:
-    """Worker: trainer and engine of a subject."""
     from lora_grpo.engines import compat
 
     compat.import_vllm()
@@ -163,8 +159,6 @@ def load(subject: Subject) -> Any:
 
 
 class Runner:
-    """Workers that are alive, by subject."""
-
     def __init__(self, log: Path, progress: Progress, *, alive_at_once: int) -> None:
         self._log, self._progress, self._alive_at_once = log, progress, alive_at_once
         self._alive: dict[Subject, WorkerProcess] = {}

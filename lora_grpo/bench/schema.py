@@ -16,8 +16,6 @@ TOLERANCE = 3.0
 
 
 class Column(NamedTuple):
-    """How people are shown a field: under which head, and as what."""
-
     head: str
     shown: Callable[[Any], Any] = lambda value: value
 
@@ -273,7 +271,6 @@ TABLES = ("sync", "proof", "truth", "memory", "decode", "fidelity", "drift", "st
 
 
 def tables(document: Document) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(title, lines) of every table that holds anything."""
     for name, field in Document.model_fields.items():
         if field.title and (rows := getattr(document, name)):
             yield field.title, [row.for_people() for row in rows]

@@ -25,7 +25,6 @@ PHASES = (*SERVING, "train")
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """`native` beside each other strategy."""
     how: dict[str, Any] = {
         "arguments": {"settings": settings},
         "warm": {"settings": settings.replace(repeat=1)},

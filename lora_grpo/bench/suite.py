@@ -31,17 +31,12 @@ class Suite:
     """Build it (which checks everything that can be checked), then `run` it; `document` says what was measured, also
     after Ctrl-C; `close` it, and what it put on tmpfs goes."""
 
-    def __init__(
-        self, parts: Mapping[str, Settings], *, command: str, out: Path | None = None, models: Path | None = None
-    ) -> None:
+    def __init__(self, parts: Mapping[str, Settings], command: str, out: Path | None, models: Path | None) -> None:
         """`out` keeps results for a cut-off run to go on from, `models` keeps the models that are made. Raises
         `ConfigError` for a device, model or size that cannot be, and for an `out` that holds the finished result of
         another run, before anything is measured."""
         if out is not None and (holds := finished_command(out, other_than=parts)):
-            raise ConfigError(
-                f"{out} holds the finished result of another run ({holds}); use another --out "
-                "(`bench report --out C` makes one report of runs in C/bench/A and C/bench/B), or remove that one"
-            )
+            raise ConfigError(f"{out} holds the finished result of another run ({holds}); use another --out")
         self._parts, self._command, self._out = parts, command, out
         self._started_at, started = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.monotonic()
         # None while cells are left.
@@ -63,15 +58,13 @@ class Suite:
         self._oracles: dict[Any, dict[str, Any]] = {}
         (device,) = {settings.device for settings in self._parts.values()}
         seen = self._host.do(host.look, device=device)
-        wanted = {settings.label: (settings.shape, settings.model) for settings in self._parts.values()}
-        self._sizes: dict[str, dict[str, int]] = {
-            label: self._host.do(host.measure_model, shape=shape, model=model)
-            for label, (shape, model) in wanted.items()
-        }
-        self._shares = {
-            settings.label: host.engine_share(part, settings, self._sizes[settings.label], seen["memory_bytes"])
-            for part, settings in self._parts.items()
-        }
+        self._sizes: dict[str, dict[str, int]] = {}
+        self._shares: dict[str, float] = {}
+        for part, asked in self._parts.items():
+            if asked.label not in self._sizes:
+                model = self._host.do(host.measure_model, shape=asked.shape, model=asked.model)
+                self._sizes[asked.label] = model
+            self._shares[asked.label] = host.engine_share(part, asked, self._sizes[asked.label], seen["memory_bytes"])
         dumped = {part: settings.model_dump(mode="json") for part, settings in self._parts.items()}
         machine = {name: value for name, value in seen["card"].items() if name != "load_average_1min"}
         fingerprint = {"settings": dumped, "machine": machine}
@@ -86,8 +79,7 @@ class Suite:
         lines: dict[str, Any] = {}
         for settings in self._parts.values():
             model = self._sizes[settings.label]
-            adapter = 2 * settings.rank * model["linear_inputs_and_outputs"]
-            whole = 2 * model["parameters"]
+            adapter, whole = 2 * settings.rank * model["linear_inputs_and_outputs"], 2 * model["parameters"]
             adapter_s = floor_seconds(adapter_crossing(device, adapter), self._partial.bandwidth)
             whole_s = floor_seconds(weights_crossing(device, whole), self._partial.bandwidth)
             weights = f"{model['parameters'] / 1e6:.0f} M parameters, {whole / 1e6:.0f} MB in bf16"
@@ -112,11 +104,9 @@ class Suite:
 
     @property
     def rounds(self) -> int:
-        """How many rounds a whole run has."""
         return sum(len(cell.order) for cell in self._cells(dict.fromkeys(self._parts, "")))
 
     def document(self) -> Document:
-        """The figures so far."""
         tables = finished(rows(self._partial), self.card["device"])
         verdicts = [text for row in tables["truth"] if (text := fidelity.verdict(row))]
         return Document(
@@ -225,6 +215,5 @@ def _fastest_folder() -> Path:
 
 
 def rows_of_one(cell: Mapping[str, Any]) -> list[Any]:
-    """A row for each thing that the one strategy of a cell has found."""
     (done,), (row,) = cell["rounds"], get_args(Document.model_fields[cell["table"]].annotation)
     return [row(strategy=done["strategy"], **cell["labels"], **found) for found in done["result"]]

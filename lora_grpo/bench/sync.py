@@ -73,7 +73,6 @@ def measure(strategy: Strategy, syncs: int, *, at_once: bool = False) -> dict[st
 
 
 def rows(cell: Mapping[str, Any]) -> list[SyncRow]:
-    """Both strategies of a pair."""
     found, made = results(cell), list[SyncRow]()
     against = ["unpaired"] * len(found) if cell.get("unpaired") else reversed(found)
     for (strategy, of), other in zip(found.items(), against, strict=True):

@@ -38,5 +38,4 @@ def check_name(name: str) -> None:
 
 
 def load_strategy(name: str) -> Any:
-    """The class of a strategy."""
     return resolve_name(f"{__name__}.{_HOMES[name]}" if name in _HOMES else name)

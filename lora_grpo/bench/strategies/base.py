@@ -162,7 +162,6 @@ class Strategy(ABC):
         """Have the engine serve the trainer's policy as it is now."""
 
     def renew(self) -> Synced:
-        """A sync after a step of the trainer."""
         self.trainer.step()
         return self.sync()
 
