@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launching import Process, send, start, wait
+from launching import send, start, wait
 from steps import REPOSITORY, Record, Step, plan
 
 LARGE_BYTES = 16 << 30
@@ -170,7 +170,11 @@ def run_step(step: Step, log: Path, limit_s: float, warm: bool) -> dict[str, Any
     except KeyboardInterrupt:
         state = "interrupted"
     if state:
-        code = stop(process)
+        # Asked to end, a benchmark keeps what it has measured; then the step ends, and all that it started.
+        send(process, signal.SIGTERM)
+        wait(process, GRACE_S)
+        send(process, signal.SIGKILL)
+        code = wait(process)
     tail = log.read_text(errors="replace").splitlines()[-TAIL:]
     why = next((line.removeprefix("error: ") for line in reversed(tail) if line.startswith("error: ")), "")
     if not state:
@@ -194,14 +198,6 @@ def last_json(lines: Sequence[str]) -> Any:
             with suppress(ValueError):
                 return json.loads(line)
     return None
-
-
-def stop(process: Process) -> int | None:
-    """Ask the step to end, which keeps what a benchmark has measured; then end it, and all that it started."""
-    send(process, signal.SIGTERM)
-    wait(process, GRACE_S)
-    send(process, signal.SIGKILL)
-    return wait(process)
 
 
 def finish(record: Record, place: Place) -> int:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+Ragged: TypeAlias = Sequence[Sequence[float]]
 MIN_BUCKET = 10
 """Completions of a bucket that may be called wrong: fewer could lie near another version by chance."""
 
@@ -32,13 +34,7 @@ class Rows:
     server_B: Tensor
 
     @classmethod
-    def of(
-        cls,
-        logp: Sequence[Sequence[Sequence[float]]],
-        sampler: Sequence[Sequence[float]],
-        stamped: Sequence[int],
-        server: Sequence[int],
-    ) -> Rows:
+    def of(cls, logp: Sequence[Ragged], sampler: Ragged, stamped: Sequence[int], server: Sequence[int]) -> Rows:
         """From ragged rows of log-probs; `logp` has such rows for each version."""
         mask_BT = _padded([[1.0] * len(row) for row in sampler]).bool()
         logp_VBT = torch.stack([_padded(rows) for rows in logp])
@@ -142,6 +138,6 @@ def _bucket_means(values_VL: Tensor, bucket_L: Tensor, size_N: Tensor) -> Tensor
     return sums_VN.index_add(1, bucket_L, values_VL) / size_N
 
 
-def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
+def _padded(rows: Ragged) -> Tensor:
     """(B, T) float64, zeros after each row's end."""
     return nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)

@@ -78,17 +78,15 @@ def rows(cell: Mapping[str, Any]) -> list[DecodeRow]:
 
 def _row(labels: dict[str, Any], own: dict[int, float], native: dict[int, float], rows: int, length: int) -> DecodeRow:
     """Of median seconds by completion length, of which the shortest is 1."""
-    tpot_s, native_tpot_s = ((times[length] - times[1]) / (length - 1) for times in (own, native))
+    own_s, native_s = (
+        {"generate": s[length], "prefill": s[1], "tpot": (s[length] - s[1]) / (length - 1)} for s in (own, native)
+    )
     return DecodeRow(
         **labels,
         rows=rows,
         completion_tokens=length,
-        generate_s=own[length],
-        prefill_s=own[1],
-        tpot_s=tpot_s,
         tokens_per_s=rows * length / own[length],
         prefill_tokens_per_s=rows * labels["prompt_tokens"] / own[1],
-        tpot_ratio_to_native=tpot_s / native_tpot_s,
-        prefill_ratio_to_native=own[1] / native[1],
-        generate_ratio_to_native=own[length] / native[length],
+        **{f"{phase}_s": seconds for phase, seconds in own_s.items()},
+        **{f"{phase}_ratio_to_native": seconds / native_s[phase] for phase, seconds in own_s.items()},
     )

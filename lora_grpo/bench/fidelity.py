@@ -92,7 +92,7 @@ def _loud_enough(trainer: Trainer, reference: Reference, tokens: list[list[int]]
         if signal >= needed:
             return size, signal
     raise EngineError(
-        f"no adapter moves the log-probs by {needed:.2g} nats ({signal:.2g} at most); nothing can be told"
+        f"no adapter moves the log-probs by the {needed:.2g} nats that can be told ({signal:.2g} at most)"
     )
 
 
@@ -146,11 +146,9 @@ def verdict(row: TruthRow) -> str | None:
         return None
     if row.same_bits is False:
         return f"{row.strategy} gives the trainer another base than the checkpoint's on {row.shape}: some bits differ"
-    return (
-        f"{row.strategy} serves another policy than it claims on {row.shape}: log-probs differ from the fp32 "
-        f"reference by {row.error_nats:.4f} nats per token, where bf16 alone makes {row.noise_nats:.4f} and the "
-        f"adapter {row.signal_nats:.3f}"
-    )
+    about = f"bf16 alone makes {row.noise_nats:.4f}, the adapter {row.signal_nats:.3f}"
+    off = f"its log-probs are {row.error_nats:.4f} nats a token off the fp32 reference ({about})"
+    return f"{row.strategy} serves another policy than it claims on {row.shape}: {off}"
 
 
 def drift(strategy: Strategy, settings: Settings) -> list[dict[str, Any]]:
