@@ -91,9 +91,7 @@ def _loud_enough(trainer: Trainer, reference: Reference, tokens: list[list[int]]
             signal = mean_abs_difference(reference.logprobs(tokens), base)
         if signal >= needed:
             return size, signal
-    raise EngineError(
-        f"no adapter moves the log-probs by the {needed:.2g} nats that can be told ({signal:.2g} at most)"
-    )
+    raise EngineError(f"no adapter moves the log-probs by {needed:.2g} nats, to be told ({signal:.2g} at most)")
 
 
 def measure(strategy: Strategy, settings: Settings) -> list[dict[str, float]]:
