@@ -111,16 +111,14 @@ def join(documents: Mapping[str, Document]) -> Document:
     commits = dict.fromkeys(str(one.card["commit"]) for one in made if "commit" in one.card)
     cards = {name: value for one in reversed(made) for name, value in one.card.items()}
     seconds = [one.seconds for one in made if one.seconds is not None]
+    bandwidths = [one.bandwidth_bytes_per_s for one in made]
     return Document(
         command="; ".join(one.command for one in made),
         started_at=min(one.started_at for one in made),
         seconds=sum(seconds) if len(seconds) == len(made) else None,
         complete=all(one.complete for one in made),
         card=cards | ({"commit": ", ".join(commits)} if commits else {}),
-        bandwidth_bytes_per_s={
-            channel: max(one.bandwidth_bytes_per_s[channel] for one in made)
-            for channel in made[0].bandwidth_bytes_per_s
-        },
+        bandwidth_bytes_per_s={channel: max(one[channel] for one in bandwidths) for channel in bandwidths[0]},
         settings={f"{name}/{part}": kept for name, one in documents.items() for part, kept in one.settings.items()},
         failures=[failure for one in made for failure in one.failures],
         notes=list(dict.fromkeys(note for one in made for note in one.notes)),
@@ -153,9 +151,8 @@ def _native_once(rows: list[Any]) -> list[Any]:
 
 
 def compare(now: Document, baseline: Document, tolerance: float) -> list[dict[str, Any]]:
-    """Every ratio between strategies that both runs hold, which a faster or slower machine leaves alone; "outside"
-    where they are not within the tolerance of each other. One that got better by more is not either: either the
-    baseline is out of date, or what native is compared with got slower."""
+    """Every ratio that both runs hold, which a faster or slower machine leaves alone; "outside" beyond the tolerance. So
+    is one that got better: the baseline is out of date, or what native is compared with got slower."""
     old, new = ratios(baseline), ratios(now)
     both = [name for name in new if name in old and old[name] > 0 and new[name] > 0]
     held = {name: 1 / (1 + tolerance) <= new[name] / old[name] <= 1 + tolerance for name in both}

@@ -23,8 +23,7 @@ def cells(settings: Settings, subject: Subject) -> list[Cell]:
 
 
 def measure(strategy: Strategy) -> list[dict[str, Any]]:
-    """Worker: the levels on the way here, the peak over some syncs, and what the base's weights took; the last thing
-    that can be done with them."""
+    """Worker: the levels on the way here, the peak over some syncs, and what the weights took, which are gone then."""
     device, levels = strategy.subject.device, strategy.levels
     forget_peaks(device)
     for _ in range(SYNCS):

@@ -218,8 +218,7 @@ def by_strategy(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
-    """The same measurements with one strategy alive at a time, on one engine each; native first, and what others are
-    compared with once more when all are done."""
+    """The same with one strategy alive at a time, on one engine each; native first, and once more when all are done."""
     made: dict[str, Cell] = {}
     for cell in cells:
         for index, subject in enumerate(cell.subjects):

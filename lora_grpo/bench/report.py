@@ -100,8 +100,7 @@ def findings(document: Document) -> list[str]:
 
 
 def earliest(rows: Sequence[BreakEvenRow]) -> list[BreakEvenRow]:
-    """Of each shape and batch size, the merge that wins from the shortest completions on; the first of those that
-    never do."""
+    """Of each shape and batch size, the merge that wins from the shortest completions on; the first where none does."""
     kinds: dict[tuple[str, int], list[BreakEvenRow]] = {}
     for row in rows:
         kinds.setdefault((row.shape, row.rows), []).append(row)

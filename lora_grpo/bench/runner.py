@@ -39,9 +39,8 @@ class Partial:
     """Results of finished cells in a file, for a cut-off run to go on from."""
 
     def __init__(self, path: Path, fingerprint: dict[str, Any], bandwidth: dict[str, float], started: float) -> None:
-        """`bandwidth` is of this start, which began at `started` on the monotonic clock; a run that is gone on with
-        keeps the bandwidth of its first. Raises `ConfigError` when the file is of a run with other settings or on
-        another machine."""
+        """`bandwidth` is of this start, begun at `started` (monotonic); a run that is gone on with keeps its first
+        start's. Raises `ConfigError` when the file is of a run with other settings or on another machine."""
         self.path, self._fingerprint, self.bandwidth, self._started = path, fingerprint, bandwidth, started
         self.cells: dict[str, Any] = {}
         self.notes: list[str] = []

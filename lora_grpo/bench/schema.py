@@ -60,8 +60,7 @@ class Row(BaseModel):
 
 class SyncRow(Row):
     """`ratio_to_native` compares with syncs of `native`: those that alternated with these, or where `against` is
-    "unpaired" those of its first turn. `loader` is how our engine took the adapter (`LoadReceipt`); `load_calls` a
-    merge's calls of `load_weights`."""
+    "unpaired" those of its first turn. `loader` is how our engine took the adapter (`LoadReceipt`)."""
 
     rank: Annotated[int, Column("rank")]
     targets: Annotated[str, Column("targets")]
@@ -191,8 +190,8 @@ class DriftRow(Row):
 
 
 class StepRow(BatchRow):
-    """Medians by phase; `train_s` is that of all rounds of a pair, both strategies' alike. `serving_ratio_to_native`
-    leaves it out: generate and sync alone."""
+    """Medians; `train_s` is of all rounds of a pair, both strategies' alike, and no part of
+    `serving_ratio_to_native`."""
 
     generate_s: Annotated[float, Column("generate s")]
     train_s: Annotated[float, Column("train s")]
@@ -213,8 +212,7 @@ class RollbackRow(Row):
 
 
 class EnduranceRow(Row):
-    """One tenth of many syncs: medians. `memory_bytes` is what of the process is resident, `cuda_bytes` what it has
-    allocated on a GPU."""
+    """One tenth of many syncs: medians. `memory_bytes` is what of the process is resident."""
 
     rank: Annotated[int, Column("rank")]
     first: Annotated[int, Column("syncs from")]

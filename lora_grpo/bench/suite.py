@@ -32,9 +32,8 @@ class Suite:
     after Ctrl-C; `close` it, and what it put on tmpfs goes."""
 
     def __init__(self, parts: Mapping[str, Settings], command: str, out: Path | None, models: Path | None) -> None:
-        """`out` keeps results for a cut-off run to go on from, `models` keeps the models that are made. Raises
-        `ConfigError` for a device, model or size that cannot be, and for an `out` that holds the finished result of
-        another run, before anything is measured."""
+        """`out` keeps results for a cut-off run to go on from, `models` the models that are made. Raises `ConfigError`,
+        before anything is measured, for a device, model or size that cannot be, or another run's result in `out`."""
         if out is not None and (holds := finished_command(out, other_than=parts)):
             raise ConfigError(f"{out} holds the finished result of another run ({holds}); use another --out")
         self._parts, self._command, self._out = parts, command, out
@@ -153,8 +152,7 @@ class Suite:
         return one_at_a_time(cells) if self._takes_turns else by_strategy(cells)
 
     def _told(self, cell: Cell, progress: Progress) -> Cell:
-        """A cell that asks for the truth is told what the fp32 reference says, which is computed before any strategy
-        starts."""
+        """A cell that asks for the truth is told what the fp32 reference says, computed before any strategy starts."""
         if cell.table != "truth" or cell.key in self._partial.cells:
             return cell
         subject = cell.subjects[0]

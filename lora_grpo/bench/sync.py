@@ -36,8 +36,7 @@ PROVEN = 3
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """Each strategy beside `native` at the first rank, with its truth; what proofs cost besides; the sweeps of ranks
-    and targets."""
+    """Each strategy beside `native`, with its truth; what proofs cost besides; the sweeps of ranks and targets."""
     planned = [_pair(settings, subject, strategy) for strategy in settings.others]
     if settings.truth:
         # In the same process, while it is alive: what was timed serves what it claims to.
@@ -58,8 +57,7 @@ def _pair(settings: Settings, subject: Subject, strategy: str) -> Cell:
 
 
 def measure(strategy: Strategy, syncs: int, *, at_once: bool = False) -> dict[str, Any]:
-    """Worker: syncs, each after a step of the trainer that is not timed; of a merge also with all weights in one
-    call."""
+    """Worker: syncs, each after a step that is not timed; `at_once` has a merge hand its weights over in one call."""
     strategy.at_once = at_once
     done = [strategy.renew() for _ in range(syncs)]
     strategy.at_once = False

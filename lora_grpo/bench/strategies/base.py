@@ -182,8 +182,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
-        """The weight that the engine computes with at `path`, fp32, given the base's; after `sync` with
-        `remember_pushed`."""
+        """The weight, fp32, that is computed with at `path`, given the base's; after a sync with `remember_pushed`."""
 
     def close(self) -> None:
         self.engine.close()

@@ -66,8 +66,7 @@ class BaseOnly(Merging):
 
 class MergeTRL(Merging):
     """What TRL's GRPOTrainer does: merge in place, push every weight under its checkpoint name, unmerge. One tensor at
-    a time, or all `at_once`; on the CPU, whose prepacked weights refuse `load_weights`, all through
-    `reload_weights`."""
+    a time, or all `at_once`; on the CPU, whose prepacked weights want it so, all through `reload_weights`."""
 
     def start(self) -> None:
         super().start()

@@ -107,8 +107,7 @@ class NativeStock(Native):
 
 
 class NativeShared(Native):
-    """As `Native`, with one copy of the base: the trainer's model is made of views into the engine's weights, which on
-    the CPU are not prepacked."""
+    """As `Native`, on one copy of the base: views into the engine's weights, which on the CPU are not prepacked."""
 
     engine_options: ClassVar[dict[str, Any]] = {"share_base_weights": True}
 
