@@ -151,8 +151,8 @@ def _native_once(rows: list[Any]) -> list[Any]:
 
 
 def compare(now: Document, baseline: Document, tolerance: float) -> list[dict[str, Any]]:
-    """Every ratio that both runs hold, which a faster or slower machine leaves alone; "outside" beyond the tolerance. So
-    is one that got better: the baseline is out of date, or what native is compared with got slower."""
+    """Every ratio that both runs hold, which a faster or slower machine leaves alone; "outside" beyond the tolerance.
+    So is one that got better: the baseline is out of date, or what native is compared with got slower."""
     old, new = ratios(baseline), ratios(now)
     both = [name for name in new if name in old and old[name] > 0 and new[name] > 0]
     held = {name: 1 / (1 + tolerance) <= new[name] / old[name] <= 1 + tolerance for name in both}
