@@ -120,11 +120,11 @@ def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> 
     parts = {}
     for name in named if part == "all" else [part]:
         usual = dict(zip(("repeat", "strategies"), _DEFAULTS[name], strict=True))
-        parts[name] = Settings(**{**usual, **tables.get("all", {}), **tables.get(name, {}), **options})
-        for strategy in parts[name].strategies:
+        parts[name] = made = Settings(**{**usual, **tables.get("all", {}), **tables.get(name, {}), **options})
+        for strategy in made.strategies:
             check_name(strategy)
-        if parts[name].model is None:
-            shape_config(str(parts[name].shape))
+        if made.model is None:
+            shape_config(str(made.shape))
     if part in _PAIRED and not parts[part].others:
         raise ConfigError(f"{part} measures strategies beside {NATIVE}: name another, such as --strategies merge-trl")
     return parts
