@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lora_grpo.bench.shapes import byte_tokenizer
 from lora_grpo.engines.local.targets import checkpoint_config, full_class
 from lora_grpo.errors import ConfigError
 
@@ -53,4 +55,7 @@ def _copy_tokenizer(model: Path, folder: Path) -> None:
     for path in names:
         shutil.copy(path, folder)
     if not names:
-        byte_tokenizer().save_pretrained(folder)
+        tokens = ["<eos>", *sorted(ByteLevel.alphabet())]
+        of_bytes = Tokenizer(BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+        of_bytes.pre_tokenizer, of_bytes.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token="<eos>").save_pretrained(folder)
