@@ -53,7 +53,6 @@ class PromptDataset:
         return map(self._as_prompt, _narrow(self.rows, self.prompt_column))
 
     def only(self, indices: Sequence[int]) -> PromptDataset:
-        """The same with these rows alone."""
         return replace(self, rows=_taken(self.rows, indices))
 
     def _as_prompt(self, row: Mapping[str, Any]) -> Prompt:
@@ -199,7 +198,6 @@ class PromptSampler:
         return indices
 
     def state_dict(self) -> dict[str, int]:
-        """Where it stands, as plain numbers."""
         return {"epoch": self.epoch, "offset": self.offset, "num_prompts": self.num_prompts, "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

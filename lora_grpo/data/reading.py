@@ -65,7 +65,6 @@ def _from_hub(name: str, split: str, configuration: str | None) -> Dataset:
 
 
 def _from_folder(path: Path) -> Rows:
-    """What `Dataset.save_to_disk` wrote."""
     from datasets import load_from_disk
 
     try:

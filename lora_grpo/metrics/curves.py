@@ -48,7 +48,6 @@ class Panel:
 
     @cached_property
     def ends(self) -> tuple[float, float]:
-        """The first step and the last."""
         steps = [step for steps, _ in self.lines.values() for step in steps]
         return min(steps), max(steps)
 
@@ -162,19 +161,16 @@ def plot_run(run_dir: str | Path) -> Path:
     for index, panel in enumerate(shown, 1):
         axes = figure.add_subplot(-(-len(shown) // 2), 2, index)
         for name, (steps, values) in panel.lines.items():
-            label = f"{name} {number(values[-1])}"
-            axes.plot(
-                steps, values, "." if len(steps) == 1 else "-", label=label, **(FAINT if name == "each step" else {})
-            )
+            style = {"label": f"{name} {number(values[-1])}", **(FAINT if name == "each step" else {})}
+            axes.plot(steps, values, "." if len(steps) == 1 else "-", **style)
         for place, (step, _) in enumerate(panel.marks):
             axes.axvline(step, color="#c0392b", linewidth=1, label=None if place else "rollback or failed canary")
         low, high = panel.limits
         axes.set_ylim(low, high + (0.05 * (high - low) or 1))
         _style(axes, panel.title)
         axes.legend(frameon=False, fontsize=8)
-    models = [record.get("info", {}).get("model") for record in records if record["event"] == "start"]
-    title = f"{run_dir.name}   {models[-1] or ''}" if models else run_dir.name
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color="#333333")
+    models = ["", *(record["info"].get("model") for record in records if record["event"] == "start")]
+    figure.suptitle(f"{run_dir.name}   {models[-1] or ''}", x=0.01, ha="left", fontsize=11, color="#333333")
     path = run_dir / PLOT_FILE
     figure.savefig(path)
     return path

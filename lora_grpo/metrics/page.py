@@ -100,16 +100,14 @@ def as_text(value: Any) -> str:
 def _facts(
     info: Mapping[str, Any], steps: Sequence[Record], given_up: Sequence[Record], lineage: Lineage
 ) -> dict[str, str]:
-    """What a reader asks first."""
     spent = sum(record.get("step_time") or 0.0 for record in [*steps, *given_up])
     before, after = info.get("reward_before"), info.get("reward_after")
+    lost = f"{counted(len(given_up), 'step')} that a rollback or a resume went back before"
     facts = {
         "model": info.get("model"),
         "device": info.get("device"),
         "steps": f"{steps[-1]['step']}, {duration(spent)}" if steps else None,
-        "given up": f"{counted(len(given_up), 'step')} that a rollback or a resume went back before"
-        if given_up
-        else None,
+        "given up": lost if given_up else None,
         "held-out reward": None if before is None else f"{number(before)} before, {number(after)} after",
         "HEAD": None if lineage.head is None else f"v{lineage.head}",
         "best version": None if lineage.best is None else f"v{lineage.best}",
@@ -148,12 +146,9 @@ def _proofs(info: Mapping[str, Any], steps: Sequence[Record]) -> dict[str, str]:
 
 def _timings(steps: Sequence[Record]) -> Iterator[tuple[str, float, float, float]]:
     """Name, median, largest and total of everything that is timed in a step, seconds."""
-    names = dict.fromkeys(
-        name for record in steps for name in record if name.startswith(("time/", "sync/", "step_time"))
-    )
-    for name in names:
-        values = series(steps, name)[1]
-        if values:
+    timed = ("time/", "sync/", "step_time")
+    for name in dict.fromkeys(name for record in steps for name in record if name.startswith(timed)):
+        if values := series(steps, name)[1]:
             yield name.removesuffix("_s"), statistics.median(values), max(values), sum(values)
 
 
@@ -181,14 +176,8 @@ def _answers(run: Path) -> dict[str, Any] | None:
     half = MOST_ROWS // 2
     shown = pairs if len(pairs) <= MOST_ROWS else [*pairs[:half], *pairs[-half:]]
     worse = sum(a["reward"] > b["reward"] for a, b in pairs)
-    return {
-        "first": first["version"],
-        "last": last["version"],
-        "rows": shown,
-        "changed": len(pairs),
-        "worse": worse,
-        "asked": len(last["rows"]),
-    }
+    counts = {"changed": len(pairs), "worse": worse, "asked": len(last["rows"])}
+    return {"first": first["version"], "last": last["version"], "rows": shown, **counts}
 
 
 def tree(lineage: Lineage) -> dict[str, Any]:
@@ -256,9 +245,8 @@ def _dots(
     for left, to, _ in lineage.rollbacks[-MOST_DOTS:]:
         kinds |= {left: "lost", to: "plain"}
     kinds |= dict.fromkeys(sorted(lineage.pins)[-MOST_DOTS:], "pin")
-    kinds |= {
-        version: kind for version, kind in ((lineage.best, "best"), (lineage.head, "head")) if version is not None
-    }
+    notable = ((lineage.best, "best"), (lineage.head, "head"))
+    kinds |= {version: kind for version, kind in notable if version is not None}
     dots, labelled = list[tuple[float, float, str, str]](), dict[float, float]()
     for version, kind in sorted(kinds.items(), reverse=True):
         x, y = at(version)

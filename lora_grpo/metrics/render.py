@@ -60,7 +60,6 @@ class ViewState:
 
 
 def panel(state: ViewState) -> RenderableType:
-    """The live panel."""
     facts = Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2))
     for name, value in _facts(state):
         facts.add_row(name, value)
@@ -83,7 +82,6 @@ def plain_start(state: ViewState) -> str:
 
 
 def plain_step(state: ViewState) -> str:
-    """One line a step, for files and pipes."""
     metrics = state.metrics
     parts = [f"step {state.step}/{state.total_steps}"]
     if metrics.get("version") is not None:
@@ -118,7 +116,6 @@ def table(rows: Sequence[Mapping[str, Any]], title: str, long: Sequence[str] = (
 
 
 def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each phase of a step."""
     found = {phase: metrics.get(f"time/{phase}_s") for phase in PHASES}
     return {phase: float(seconds) for phase, seconds in found.items() if seconds is not None}
 

@@ -98,12 +98,10 @@ class Reporter:
             self._say(plain_evaluation(step, version, metrics))
 
     def message(self, text: str) -> None:
-        """Something that a person should know."""
         self._log.append("message", text=text)
         self._say(text)
 
     def rollback(self, step: int, text: str) -> None:
-        """The run went back to where it was after `step`; `text` says why and how."""
         self._log.append("rollback", step=step, text=text)
         self._state.step = step
         self._say(text)
@@ -113,7 +111,6 @@ class Reporter:
         return capture_output(self.run_dir / ENGINE_LOG)
 
     def end(self, result: Mapping[str, Any]) -> None:
-        """The run came to its end with `result`."""
         self._log.append("end", info=result)
 
     def close(self) -> None:

@@ -76,8 +76,6 @@ class Patience:
 
 @dataclass
 class Call:
-    """One function's call on one batch."""
-
     name: str
     function: RewardFunction
     inputs: Kwargs
@@ -170,8 +168,7 @@ class Call:
         if is_unreachable(error):
             return f"in each of {self.patience.retries + 1} calls of the whole batch (reward_retries, reward_timeout_s)"
         rows = len(self.inputs["prompts"])
-        index = self._failing_row(error, rows)
-        if index is not None:
+        if (index := self._failing_row(error, rows)) is not None:
             return f"for {describe_row(self.inputs, index)}"
         first = describe_row(self.inputs, 0)
         return f"for all {rows} rows together, not for the parts of them that were tried; the first is {first}"
@@ -242,7 +239,6 @@ def is_chat(prompt: Any) -> bool:
 
 
 def describe_row(inputs: Kwargs, index: int) -> str:
-    """Which row it is, with its prompt and completion."""
     prompt = inputs["prompts"][index]
     shown = prompt[-1].get("content") if is_chat(prompt) else prompt
     return f"row {index}: prompt {short(shown)}, completion {short(inputs['completions'][index])}"
