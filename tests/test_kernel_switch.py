@@ -82,7 +82,8 @@ def logprobs(
 ) -> list[list[float]]:
     """Of every token of `rows`, each under its own version, as they come in the engine's own batches."""
     params: Any = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
-    return scored_tokens(engine._run(rows, [params] * len(rows), list(adapters)), rows)
+    asked = [(ids, params, version) for ids, version in zip(rows, adapters, strict=True)]
+    return scored_tokens(engine._run(asked), rows)
 
 
 def test_each_engine_has_the_kernels_that_it_was_started_with(engines: tuple[VLLMEngine, VLLMEngine]) -> None:

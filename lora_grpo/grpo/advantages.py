@@ -36,6 +36,8 @@ def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: Sca
     The deviation (Bessel-corrected) is the group's (GRPO, arXiv 2402.03300, 4.1.2), the whole batch's (arXiv
     2508.08221), or 1 (Dr. GRPO, arXiv 2503.20783: dividing by it favours questions that are too easy or too hard).
     """
+    if rewards_B.numel() % num_generations:
+        raise ConfigError(f"{rewards_B.numel()} rewards are not a multiple of num_generations={num_generations}")
     rewards_PG = rewards_B.double().view(-1, num_generations)
     # Taken from the group's least, equal rewards are 0 to the bit: a mean of them can be off by its rounding.
     above_PG = rewards_PG - rewards_PG.nan_to_num(nan=torch.inf).amin(dim=1, keepdim=True)

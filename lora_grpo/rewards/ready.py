@@ -53,7 +53,7 @@ def exact(column: str = "answer", ignore_case: bool = False) -> Reward:
     def exact(completions: Sequence[Any], **columns: Any) -> list[float | None]:
         return [
             None if answer is None else float(normal(completion_text(done)) == normal(str(answer)))
-            for done, answer in zip(completions, columns[column], strict=True)
+            for done, answer in zip(completions, _column(columns, column, "exact"), strict=True)
         ]
 
     return _needs(exact, column)
@@ -72,7 +72,7 @@ def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
 
     def numeric(completions: Sequence[Any], **columns: Any) -> list[float | None]:
         rewards: list[float | None] = []
-        for done, answer in zip(completions, columns[column], strict=True):
+        for done, answer in zip(completions, _column(columns, column, "numeric"), strict=True):
             if answer is None:
                 rewards.append(None)
                 continue
@@ -177,6 +177,12 @@ def _compiled(pattern: str, reward: str) -> re.Pattern[str]:
         return re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ConfigError(f"{reward}: pattern {pattern!r} is not a regular expression: {error}") from error
+
+
+def _column(columns: Mapping[str, Any], name: str, reward: str) -> Any:
+    if name not in columns:  # a run looks before it starts; TRL's trainer does not
+        raise ConfigError(f"{reward} needs a column {name!r}; the data have {sorted(columns)}")
+    return columns[name]
 
 
 def _needs(reward: Reward, column: str) -> Reward:
