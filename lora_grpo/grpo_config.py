@@ -36,7 +36,10 @@ class GRPOConfig(Section):
     )
     per_device_train_batch_size: int = Field(8, ge=1, description="completions in a micro-batch, on each process")
     max_tokens_per_micro_batch: int | None = Field(
-        None, ge=1, description="most tokens instead of rows; default on CUDA: enough for that many of the longest rows"
+        None,
+        ge=1,
+        description="most tokens in a micro-batch, instead of per_device_train_batch_size completions; default on "
+        "CUDA: enough for that many of the longest",
     )
     gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches in one optimizer update")
     num_iterations: int = Field(1, ge=1, description="passes over each rollout batch")
@@ -44,12 +47,18 @@ class GRPOConfig(Section):
     max_staleness: int = Field(
         0, ge=0, description="how many versions old a batch may be; above 0, sampling goes on during training"
     )
-    stall_timeout_s: float = Field(1800.0, gt=0, description="with max_staleness: end after so long without progress")
+    stall_timeout_s: float = Field(
+        1800.0, gt=0, description="with max_staleness: end the run after so many seconds without progress"
+    )
 
     ddp_timeout: float = Field(1800.0, gt=0, description="most seconds that processes wait for each other")
 
-    max_prompt_length: int | None = Field(None, ge=1, description="default: max_model_len - max_completion_length")
-    overlong_prompts: Literal["error", "drop"] = Field("error", description="error at start, or left out and counted")
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="most tokens in a prompt; default: max_model_len - max_completion_length"
+    )
+    overlong_prompts: Literal["error", "drop"] = Field(
+        "error", description="a longer prompt is an error before the start, or is left out and counted"
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="more arguments for the chat template, such as enable_thinking; a column of this name wins"
     )
@@ -72,8 +81,12 @@ class GRPOConfig(Section):
         "group", description="divide advantages by the deviation of rewards in the group, in the batch, or not at all"
     )
     reward_weights: tuple[float, ...] | None = Field(None, description="one weight for each reward function; default 1")
-    reward_retries: int = Field(1, ge=0, description="further calls of a reward after a timeout or a failed connection")
-    reward_timeout_s: float | None = Field(None, gt=0, description="most seconds for one call of a reward function")
+    reward_retries: int = Field(
+        1, ge=0, description="how often a reward function is called again after a timeout or a failed connection"
+    )
+    reward_timeout_s: float | None = Field(
+        None, gt=0, description="most seconds for one call of a reward function; default: no limit"
+    )
     mask_truncated_completions: bool = Field(False, description="leave completions cut at the limit out of the loss")
     vllm_importance_sampling_correction: bool = Field(True, description="correct differences of trainer and sampler")
     vllm_importance_sampling_mode: CorrectionMode = Field("sequence_mask", description="how it is corrected")

@@ -228,7 +228,9 @@ class Policy:
         local_rows = self.config.rows_per_update(1)
         if rows == 0 or rows % local_rows:
             factors = "per_device_train_batch_size * gradient_accumulation_steps"
-            raise ConfigError(f"{rows} rows are not a multiple of one optimizer batch, {factors} = {local_rows} rows")
+            raise ConfigError(
+                f"{rows} rows are not a multiple of one optimizer batch, {factors} = {local_rows} rows per process"
+            )
 
 
 def _drops_out(model: nn.Module) -> bool:

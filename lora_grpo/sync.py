@@ -59,8 +59,9 @@ class NativeSync:
     """Publishes a PEFT model's adapter after each step and makes an engine serve it.
 
     The model may be wrapped (DDP, FSDP2, torch.compile). It is never merged, and its base is never changed. With an
-    accelerator of several processes, all call every method in the same order, except `close`, `export` and properties,
-    and the first one has the store and publishes. If something fails in one, all raise the same error, which names it.
+    accelerator of several processes, all of them must call every method in the same order, except `close`, `export`
+    and properties. The first process has the store and publishes. Of a sharded model only the adapter is gathered.
+    If something fails in one process, all raise the same error, which names that process.
 
     >>> sync = NativeSync(model, engine, AdapterStore(archive="runs/own"), optimizer=optimizer)
     >>> first = sync.push(step=0)
@@ -207,6 +208,7 @@ class NativeSync:
 
     @property
     def store(self) -> AdapterStore:
+        """Raises `ConfigError` in a process that has none."""
         return the_firsts(self._store)
 
     @property

@@ -60,9 +60,10 @@ class Rendered(tuple[int, ...]):
 class Sampling:
     """How to sample the completions of one call.
 
-    `seed` is the seed of the call (`None`: a new one): each request's own is made from it and the indexes of prompt and
-    sample. `top_k=0` and `min_p=0.0` mean off, `temperature=0` greedy. `stop_token_ids` end a completion like the
-    model's own end tokens; `ignore_eos` ignores those. `first_prompt` is the first prompt's index in a split call.
+    `seed` is the seed of the call. Every request gets its own seed, made from it and the indexes of prompt and sample;
+    `None` draws a new one. `top_k=0` and `min_p=0.0` mean off. `temperature=0` is greedy.
+    `stop_token_ids` end a completion, as the model's own end tokens do. `ignore_eos` ignores those and goes on to
+    `max_tokens`, for timings. `first_prompt` is the index of the first prompt, if you split a call into parts.
 
     >>> Sampling(n=8, max_tokens=256).temperature
     1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -138,6 +139,8 @@ def test_no_engine_starts_for_a_version_that_is_not_there(
 ) -> None:
     monkeypatch.setattr(replay, "build_engine", lambda *_, **__: pytest.fail("an engine was started"))
     with pytest.raises(UnknownVersion), conversing(tmp_path / "run", 9):
+        pass
+    with pytest.raises(ConfigError, match="temperature=nan"), conversing(tmp_path / "run", 1, temperature=math.nan):
         pass
     refused = talk(tmp_path / "run", arguments=("9",))
     assert (refused.exit_code, "there is no version 9" in refused.stderr) == (2, True)

@@ -114,7 +114,10 @@ def other_rank_than_configured() -> PeftModel:
 
 
 def prompt_tuning() -> PeftModel:
-    return get_peft_model(base(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    """Of a model that has no `.model`, as the inside of a LoRA model has."""
+    config = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    model = AutoModelForCausalLM.from_config(config)
+    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
 def mixture(model_type: str) -> PreTrainedModel:

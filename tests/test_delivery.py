@@ -100,6 +100,8 @@ def poisoned(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return apply
 
 
+OVERLAPPING = ("", ".lora_B.weight")
+"""Together the two tensors of a module that is called as one of them."""
 DEFECTS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "backbone prefix": (renamed(lambda n: n.replace("model.model.", "model.", 1)), "no LoRA module for layers.0"),
     "multimodal prefix": (
@@ -132,6 +134,10 @@ DEFECTS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "DoRA": (configured(use_dora=True), "DoRA"),
     "bias": (configured(bias="all"), "bias"),
     "DoRA vectors": (extra("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"), "magnitude"),
+    "names that overlap": (
+        lambda t, c: ({f"base_model.model.lora_A.weight{rest}": t[Q0.format("A")].clone() for rest in OVERLAPPING}, c),
+        "cannot be read: 'base_model.model.lora_A.weight.lora_A.weight'",
+    ),
     "norm": (extra("base_model.model.model.norm.weight"), "norm.weight"),
     "B with too few rows": (
         with_tensor(Q0.format("B"), lambda b: b[:32]),

@@ -206,6 +206,7 @@ def test_a_rollout_function_asks_an_engine_that_renders_alike(build: Any) -> Non
             {"template": THINKING, "chat_template_kwargs": {"enable_thinkin": True}},
             ["row 0", "'enable_thinkin'", "did you mean 'enable_thinking'?"],
         ),
+        ([chat("a")], {"chat_template_kwargs": {"reasoning_effort": "low"}}, ["'reasoning_effort'", "leave it out"]),
         (["a"], {"reward_weights": (1.0, 0.5)}, ["reward_weights=[1.0, 0.5]", "2 weights for the 1 reward functions"]),
         (["a"], {"num_generations": 3}, ["a step of 4 completions", "num_generations"]),
         (["a"], {"reward_funcs": "org/reward-model"}, ["'org/reward-model' is not a function", "NativeGRPOTrainer"]),

@@ -59,6 +59,8 @@ ATTACKS = {attack.__name__: attack for attack in ALL}
 
 def main() -> int:
     options, outcomes = asked(__doc__, seed=0, only=",".join(ATTACKS), out=None), []
+    if unknown := set(options.only.split(",")) - set(ATTACKS):
+        raise SystemExit(f"--only: no attack {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}")
     for name in options.only.split(","):
         started = time.monotonic()
         outcome = ATTACKS[name](options.seed)

@@ -28,12 +28,13 @@ from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError, UnknownVersi
 class AdapterStore(StoreView):
     """Keeps the versions of one adapter: publishes, promotes, prunes and restores them.
 
-    It stores bytes and knows nothing of tensors or engines. One process writes, any number can read (`readonly=True`).
-    If the file system refuses something, the method raises `StoreError`; nothing is lost, and nothing half-written is
-    visible. If the archive thread could not write, the next call raises the error and tries again.
+    It stores bytes and knows nothing of tensors or engines. One process writes, any number can read
+    (`readonly=True`). If the file system refuses something, the method raises `StoreError`; nothing is lost, and
+    nothing half-written is visible. If the archive thread could not write, the next call raises the error and tries
+    again.
 
-    A number is never used twice: with `archive` not even after a reboot (numbering then goes on above a block that was
-    reserved on disk), without one as long as the tmpfs exists.
+    A number is never used twice. With `archive` numbers are reserved on disk, so this is true even after a reboot
+    (numbering then goes on above the reserved block). Without one, it is true only while the tmpfs exists.
 
     >>> files = {"adapter_model.safetensors": [b"bytes"], "adapter_config.json": [b"{}"]}  # as `NativeSync` makes them
     >>> with AdapterStore() as store:
@@ -60,14 +61,15 @@ class AdapterStore(StoreView):
         root is removed when the store is closed, after everything is in the archive (without an archive, for good).
         A root that you name stays.
 
-        `budget_bytes` limits the size of all versions on tmpfs, `backlog_limit_bytes` the memory of trainer states that
-        wait for the archive. `retention` says what `prune()` keeps (`NativeSync` calls it after each push), such as
-        `keep_latest(8) | keep_best("reward")`, or `Retention()` for all. By default the archive keeps all versions and
-        tmpfs the last 8; without an archive, tmpfs keeps the last 64 and those with the best "reward" and
-        "eval/reward", and warns before the first removal.
+        `budget_bytes` limits the size of all versions on tmpfs. `retention` says what `prune()` keeps; `NativeSync`
+        calls it after each push. Examples: `keep_latest(8) | keep_best("reward")`, or `Retention()` for all. By
+        default the archive keeps all versions and tmpfs the last 8. Without an archive, tmpfs keeps the last 64 and
+        those with the best "reward" and "eval/reward", and warns before the first removal.
+        `backlog_limit_bytes` limits the memory of trainer states that wait for the archive.
 
         Raises `StoreLocked` with the name of the process that has it open for writing, and `StoreCorrupt` if it is
-        damaged. Warns if `root` is not on tmpfs. `recovered` says what a dead process left and what was lost."""
+        damaged. Warns if `root` is not on tmpfs. `recovered` says what a dead process left and what was lost.
+        """
         if readonly:
             self._session: Session | None = None
             with disk.reported("opening a store for reading"):
@@ -88,8 +90,10 @@ class AdapterStore(StoreView):
     def publish(self, files: Files, *, step: int, parent: Target | None = "head") -> AdapterVersion:
         """Write a new version: the two PEFT files, each as buffers to be laid end to end. `HEAD` does not move.
 
-        The parent "head" means the promoted version, if any. The version appears complete, by one rename. Raises
-        `NoRoom`, before anything is written, when it does not fit tmpfs or the budget even after `prune()`."""
+        The parent "head" means the promoted version, or None if there is none.
+        The version appears complete, by one rename. Raises `NoRoom`, before anything is written, when it does not fit
+        tmpfs or the budget even after `prune()`; `ConfigError` for other files than a PEFT directory's.
+        """
         if set(files) != set(PEFT_FILES):
             raise ConfigError(f"a version holds {', '.join(PEFT_FILES)}; got {', '.join(sorted(files)) or 'no files'}")
         with self._writing("publishing a version") as session:
@@ -140,7 +144,8 @@ class AdapterStore(StoreView):
     def record(self, version: Target, **metrics: float | int | str | bool | None) -> None:
         """Record metrics of a version, even if it is no longer kept; a metric of the same name is overwritten.
 
-        Non-finite numbers become None. A reward, or a metric that retention ranks by, must be a number."""
+        Non-finite numbers become None. A reward, or a metric that retention ranks by, must be a number.
+        """
         number = self._number(version)
         with self._writing(f"recording metrics of version {number}") as session:
             values = as_metrics(metrics, session.retention.ranked)
@@ -168,15 +173,19 @@ class AdapterStore(StoreView):
     def prune(self) -> list[int]:
         """Remove what retention no longer keeps; returns the numbers whose tmpfs copy was removed.
 
-        Versions that are leased (by any process), pinned, `HEAD` or still to be archived stay. The archive and trainer
-        states have their own rules. No copy on disk is removed for one that still waits for the disk."""
+        Versions that are leased (by any process), pinned or `HEAD` stay. With an archive, versions that still wait to
+        be archived stay too. The archive and trainer states have their own rules. No copy on disk is removed for one
+        that still waits for the disk.
+        """
         with self._writing("pruning") as session:
             return session.prune()
 
     def restore(self, version: Target) -> AdapterVersion:
-        """Put the version's files back at its path from the archive, their digest checked first, unless they are sound.
+        """Put the version's files back at its path: identical bytes, whose digest is checked first.
 
-        Raises `UnknownVersion` if no copy is left, and `StoreCorrupt` if all copies are damaged."""
+        A damaged copy on tmpfs is replaced from the archive. Raises `UnknownVersion` if no copy is left, and
+        `StoreCorrupt` if all copies are damaged.
+        """
         number = self._number(version)
         with self._writing(f"restoring version {number}") as session:
             manifest = self._catalog.manifest(number)
@@ -199,10 +208,12 @@ class AdapterStore(StoreView):
     # The archive
 
     def archive_state(self, version: Target, files: Files, meta: Mapping[str, Any]) -> None:
-        """Queue a version's trainer state for the archive; `meta` becomes `state.json`. Leave the buffers as they are.
+        """Queue a version's trainer state for the archive; `meta` becomes `state.json`.
 
-        It waits only if more than `backlog_limit_bytes` are queued and retention would keep all queued states. If the
-        disk has failed in the meantime, it raises that error and does not queue the state."""
+        Do not change the buffers after this call. It waits only if more than `backlog_limit_bytes` are queued and
+        retention would keep all queued states. If the disk has failed in the meantime, it raises that error and does
+        not queue the state.
+        """
         number = self._number(version)
         if clash := {STATE_FILE, SUMS_FILE} & set(files):
             raise ConfigError(f"{clash.pop()} is a file that the store writes; give the trainer's file another name")
@@ -235,8 +246,9 @@ class AdapterStore(StoreView):
     def close(self) -> None:
         """Finish the archive, prune once more where `prune` was called, and tmpfs of what is archived, and unlock.
 
-        Raises the error if something was not written; the lock is released anyway. Close the engine first: it may still
-        read versions, and a root that the store chose itself is removed now."""
+        Raises the error if something was not written; the lock is released anyway. Close the engine first, because
+        it may still read versions, and a root that the store chose itself is removed now.
+        """
         if self._session is None:
             self._catalog.leases.close()
             return

@@ -47,8 +47,8 @@ def break_even(sync: Sequence[SyncRow], decode: Sequence[DecodeRow], device: str
     rows: list[BreakEvenRow] = []
     first = {(row.strategy, row.shape): row for row in reversed(sync) if not row.strategy.startswith(NATIVE)}
     for pair in reversed(first.values()):
-        curves = sorted(_curves(pair, decode, device), key=lambda row: row.completion_tokens)
-        longest = {row.rows: row for row in curves}
+        curves = sorted(_curves(pair, decode, device), key=lambda row: row.completion_tokens, reverse=True)
+        longest = {row.rows: row for row in reversed(curves)}
         rows += [_row(pair, longest[count]) for count in sorted(longest)]
     return rows
 

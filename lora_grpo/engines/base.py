@@ -69,9 +69,11 @@ class Engine(Protocol):
         """The dtype it keeps adapters in, as a torch dtype's name without the prefix."""
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        """Load and prove `version`, again if it is loaded already. If that raises `DeliveryError` or `EngineError`,
-        earlier versions are still served, and nothing of `version`. `held` are its tensors, if the caller has them in
-        memory, so that they need not be read from disk."""
+        """Load and prove `version`. If that fails, earlier versions are still served, and nothing of `version`.
+
+        `held` are its tensors, if the caller has them in memory, so that they need not be read from disk. If it is
+        loaded already, it is proven again. Raises `DeliveryError` or `EngineError`.
+        """
 
     def unload(self, version: AdapterVersion) -> None:
         """Forget `version`. Raises `UnknownVersion` when it is not loaded."""
@@ -80,10 +82,12 @@ class Engine(Protocol):
         """The versions that can be sampled from, least recently used first."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
-        """One group for each prompt, in order; each completion has the number of the version that made it. `adapter` is
-        the version for all prompts, or a list with one for each; None is the base. `sampling` is also one for all, or
-        one for each. The result for a prompt does not depend on the other prompts. Raises `UnknownVersion` for a
-        version that is not loaded, and `EngineError` after cleaning up."""
+        """One group for each prompt, in order; each completion has the number of the version that made it.
+
+        `adapter` is the version for all prompts, or a list with one for each; None is the base. `sampling` is also one
+        for all, or one for each. The result for a prompt does not depend on the other prompts. Raises `UnknownVersion`
+        for a version that is not loaded, and `EngineError` after cleaning up.
+        """
 
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         """Teacher-forced log-probs at temperature 1 of tokens 1..T-1 of each sequence."""

@@ -54,7 +54,8 @@ class FakeEngine:
     def __init__(self, reply: Reply, *, tokenizer: Any = None, max_cpu_loras: int = 4, logprob: float = -1.0) -> None:
         """`reply(prompt, version, seed)` returns the text of one completion: `prompt` as it was passed to `generate`,
         `version` an `AdapterVersion` (None: the base), `seed` the request's own. Without a `tokenizer`, a byte is a
-        token. `max_cpu_loras` versions stay loaded."""
+        token. `max_cpu_loras` versions stay loaded.
+        """
         self._reply, self._logprob = reply, logprob
         self.tokenizer = tokenizer or _Bytes()
         self._max_cpu_loras = max_cpu_loras

@@ -25,8 +25,7 @@ from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 
 
 class VLLMEngine:
-    """An in-process vLLM engine that serves immutable adapter versions and proves each one it loads. A prompt with its
-    completion has at most `max_model_len` tokens.
+    """An in-process vLLM engine that serves immutable adapter versions and proves each one it loads.
 
     >>> engine = VLLMEngine(base, max_lora_rank=16)
     >>> [group] = engine.generate(["2+2="], Sampling(n=4, max_tokens=8), adapter=None)  # None: the base
@@ -36,7 +35,6 @@ class VLLMEngine:
 
     proof: Proof = "slots"
     max_lora_rank: int
-    max_model_len: int
     tokenizer: Any
 
     def __init__(
@@ -62,9 +60,10 @@ class VLLMEngine:
         `max_lora_rank` is rounded up to a value that vLLM takes. `max_loras` versions can share a batch, and
         `max_cpu_loras` (default: two more) stay loaded. When there are more, the least recently used is unloaded.
         `target_modules` are the layers wrapped for LoRA, by last name (default: every linear layer but the head).
-        `cpu_lora_kernels=False` and `direct_load=False` use vLLM's own CPU LoRA code (base rows then get separate
-        batches) and loader, which are slower. `share_base_weights` keeps the weights as `shared_model` can use them; it
-        is needed on the CPU alone, where it slows decoding. Other keywords go to `vllm.LLM`.
+        `cpu_lora_kernels=False` keeps vLLM's own CPU LoRA code (slower; base rows then get separate batches).
+        `direct_load=False` uses vLLM's own loader, which is slower.
+        `share_base_weights` keeps the weights in a form that `shared_model` can use. It is needed only on the CPU, and
+        makes decoding slower there. Other keywords go to `vllm.LLM`.
         Raises `UnsupportedVersion`, `ConfigError` or `EngineError`.
         """
         room = {"max_loras": max_loras, "max_cpu_loras": adapter_room(max_loras, max_cpu_loras)}
@@ -82,7 +81,6 @@ class VLLMEngine:
             self._driver = StepDriver(llm, self._turn)
             self._residents = Residents(llm, self._driver, direct=direct_load, **room)
             self.tokenizer = llm.get_tokenizer()
-            self.max_model_len = int(llm.llm_engine.vllm_config.model_config.max_model_len)
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +92,11 @@ class VLLMEngine:
         return compat.lora_dtype(self._llm)
 
     @property
+    def max_model_len(self) -> int:
+        """The most tokens of a prompt with its completion."""
+        return int(self._llm.llm_engine.vllm_config.model_config.max_model_len)
+
+    @property
     def between_steps(self) -> Callable[[], None] | None:
         """Called before each step of vLLM; it may use this engine, and then the rollout goes on."""
         return self._driver.between_steps
@@ -103,9 +106,11 @@ class VLLMEngine:
         self._driver.between_steps = called
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        """Put `version` into a slot and prove that the slot holds its bytes; the receipt has the seconds of each phase.
+        """Put `version` into a slot and prove that the slot holds its bytes. The receipt has the seconds of each phase.
+
         `NativeSync.push` calls it for new versions; call it yourself to sample from an older one. If it raises
-        `DeliveryError` or `EngineError`, earlier versions are still loaded, and nothing of `version`."""
+        `DeliveryError` or `EngineError`, earlier versions are still loaded, and nothing of `version`.
+        """
         with self._turn.take("load"):
             self._check_awake()
             if self._shared is not None:
@@ -126,8 +131,10 @@ class VLLMEngine:
         """Sample `sampling.n` completions of each prompt: P groups in the prompts' order, of G completions each.
 
         A prompt is text, a list of token ids, or a list of chat messages. `adapter` is the version to sample from, or
-        a list of P; None is the base model. `sampling` may be a list of P too. Each completion holds its text, token
-        ids, log-probs (nats, of the distribution that was sampled from) and the number of the version that made it.
+        a list of P versions; None is the base model. Each completion holds its text, token ids, log-probs (nats, of
+        the distribution that was sampled from) and the number of the version that made it.
+
+        `sampling` may also be a list of P settings, for prompts that are sampled differently in one batch.
         Raises `ConfigError` for a prompt that is empty or, with `sampling.max_tokens`, longer than `max_model_len`,
         `UnknownVersion` for a version that is not loaded, `EngineError` when vLLM fails (its requests are aborted).
         """
@@ -151,10 +158,12 @@ class VLLMEngine:
         return requests.scored_tokens(self._run([(ids, params, adapter) for ids in sequences]), sequences)
 
     def shared_model(self) -> Any:
-        """A transformers model whose parameters are this engine's own weights: one copy of the base for both. It has
-        the engine's dtype and is frozen: merging into it or writing to it raises an error. Each call builds a new model
-        on the same weights, and every load checks that they are unchanged. Raises `UnsupportedAdapter` for an engine or
-        architecture that cannot be shared (quantized, prepacked, unknown)."""
+        """A transformers model whose parameters are this engine's own weights: one copy of the base for both.
+
+        It has the engine's dtype and is frozen: merging into it or writing to it raises an error. Each call builds a
+        new model on the same weights, and every load checks that they are unchanged. Raises `UnsupportedAdapter` for an
+        engine or architecture that cannot be shared (quantized, prepacked, unknown).
+        """
         self._check_awake()
         if self._shared is not None:
             self._shared.check_untouched()
@@ -175,10 +184,12 @@ class VLLMEngine:
         return [read_base(compat.runner(self._llm), shapes, "the engine")]
 
     def sleep(self, level: int = 1) -> None:
-        """Free the GPU memory of weights and KV cache until `wake_up`; needs `enable_sleep_mode=True`. At level 1 the
-        weights move to host memory and loaded versions stay loaded; at level 2 nothing is kept. While it sleeps, you
-        can only wake it, close it or unload versions. If sleep would lose something, it raises `ConfigError` and
-        changes nothing. If vLLM fails, it raises `EngineError` and the engine is closed."""
+        """Free the GPU memory of weights and KV cache until `wake_up`; needs `enable_sleep_mode=True`.
+
+        At level 1 the weights move to host memory and loaded versions stay loaded; at level 2 nothing is kept. While
+        it sleeps, you can only wake it, close it or unload versions. If sleep would lose something, it raises
+        `ConfigError` and changes nothing. If vLLM fails, it raises `EngineError` and the engine is closed.
+        """
         with self._turn.take("sleep"):
             self._check_awake()
             check_may_sleep(self._llm, level, self.loaded(), shared=self._shared is not None, alive=engines_alive())
@@ -188,9 +199,11 @@ class VLLMEngine:
                 self._asleep = level, before
 
     def wake_up(self) -> None:
-        """Be what the engine was before `sleep`: the base compared, and every loaded version proven again. One that
-        cannot be proven is unloaded, and its `DeliveryError` or `EngineError` raised when the others are; without its
-        base the engine is closed."""
+        """Be what the engine was before `sleep`: the base compared, and every loaded version proven again.
+
+        A version that cannot be proven is unloaded, and its `DeliveryError` or `EngineError` raised when the others
+        are; without its base the engine is closed.
+        """
         with self._turn.take("wake_up"):
             llm, asleep, self._asleep = self._llm, self._asleep, None
             if asleep is None:

@@ -37,7 +37,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, Parameter]:
         if "lora_" not in name:
             raise UnsupportedAdapter(f"{name} is trainable but not a LoRA weight: only adapters are trained; freeze it")
         if parameter.dtype != torch.float32:
-            raise ConfigError(f"{name} is {parameter.dtype}: small updates would round to nothing; call .float() on it")
+            fix = "keep autocast_adapter_dtype=True in get_peft_model"
+            raise ConfigError(f"{name} is {parameter.dtype}: small updates would round to nothing; {fix}")
     return trainable
 
 

@@ -88,7 +88,8 @@ def check_reference(model: Any, args: Any) -> None:
         return
     copied = f"with beta={args.beta} TRL copies the adapter 'default' to 'ref', the reference of its KL"
     if "default" not in names:
-        raise ConfigError(f"{copied}, and the adapters are {names}: PeftModel.from_pretrained(base, path) names it so")
+        fix = "load it with PeftModel.from_pretrained(base, path, is_trainable=True), which names it so"
+        raise ConfigError(f"{copied}, and the adapters are {names}; {fix}")
     if "ref" in names:
         raise ConfigError(f"{copied}, which the model has already: call model.delete_adapter('ref'), or set beta=0.0")
 

@@ -147,6 +147,7 @@ class ReplicaCache:
         left = min(self.budget_bytes - self.used_bytes, shutil.disk_usage(self.folder).free)
         if manifest.size_bytes > left:
             taken = f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but this replica has room for {left / MIB:.1f}"
+            taken += f" beside the {self.used_bytes / MIB:.1f} that it keeps"
             fix = "raise LORA_GRPO_STORE_CACHE_MIB (on a tmpfs that holds it), or restart it, which empties its cache"
             raise NoRoom(f"{taken}: {fix}")
         tree = self._tree(run)

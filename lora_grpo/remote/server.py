@@ -124,11 +124,12 @@ def store_app(view: StoreView, token: str) -> ASGIApp:
     app.add_route("/versions/{number}", partial(_manifest, view))
     app.add_route("/versions/{number}/{file}", partial(_file, view))
     app.router.redirect_slashes = False
+    expected = token.encode("latin-1")
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         """Lets nothing through without the token, not even the question of what there is."""
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        if hmac.compare_digest(given.encode("latin-1"), token.encode("latin-1")) and scheme.lower() == "bearer":
+        if hmac.compare_digest(given.encode("latin-1"), expected) and scheme.lower() == "bearer":
             await app(scope, receive, send)
         else:
             sentence = "this store needs its bearer token; give both sides the same one in LORA_GRPO_STORE_TOKEN_FILE"

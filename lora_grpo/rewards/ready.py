@@ -147,7 +147,8 @@ def _imported(name: str) -> RewardFunction:
     function = getattr(module, attribute, None)
     if function is None:
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"reward {name!r}: {module_name} has no {attribute!r}; {nearest_key(attribute, callables)}")
+        known = nearest_key(attribute, callables) if callables else "it defines no function"
+        raise ConfigError(f"reward {name!r}: {module_name} has no {attribute!r}; {known}")
     if not callable(function):
         raise ConfigError(f"reward {name!r}: {attribute!r} is {function!r}, which is no function")
     return function
@@ -158,7 +159,7 @@ def _check_options(config: RewardConfig, function: Callable[..., Any]) -> None:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for option in config.options:
         if option not in parameters and not open_ended:
-            raise ConfigError(f"reward {config.name!r} has no option {option!r}; {nearest_key(option, parameters)}")
+            raise ConfigError(f"reward {config.name!r} has no option {option!r}; it takes {[*parameters]}")
     if config.name in READY:
         for option, parameter in parameters.items():
             if parameter.default is parameter.empty and option not in config.options:

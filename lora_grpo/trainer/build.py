@@ -84,10 +84,11 @@ def spec_of(
     data: tuple[PromptDataset, PromptDataset | None] | None = None,
 ) -> MemberSpec:
     """A run of a file; `rewards` and `data` where they are loaded already."""
+    functions = rewards or [load_reward(reward) for reward in config.rewards]  # before the data, which may be far away
     train, held_out = data or load_data(config.data)
     return MemberSpec(
         config.output_dir,
-        rewards or [load_reward(reward) for reward in config.rewards],
+        functions,
         effective_grpo(config),
         train,
         eval_dataset=held_out,

@@ -55,13 +55,15 @@ def fork(
 ) -> Fork:
     """Make the run directory `new` from a version of `run`, which may be live and stays as it is.
 
-    When you resume it, it goes on as `run` did (bit for bit if `run` repeats so): weights, optimizer, schedule, random
-    state, seeds, data position and metrics are the same. `settings` such as "grpo.learning_rate=3e-5" apply from then
-    on; with another `grpo.seed` or other `data` the prompts start from the beginning. Earlier versions are not copied,
-    so the new run cannot roll back beyond its first one. `weights_only` starts at step 0 from the version's weights,
-    with a new optimizer, schedule and order of prompts. Without it, a version without a kept trainer state is refused;
-    the error names the nearest one that has a state. Raises `ConfigError`, `UnknownVersion` or `StoreError`; then
-    nothing is left at `new`.
+    When you resume it, it goes on as `run` did (bit for bit if `run` repeats so): weights, optimizer, schedule,
+    random state, seeds, data position and metrics are the same. `settings` such as "grpo.learning_rate=3e-5" apply from
+    then on; with another `grpo.seed` or other `data` the prompts start from the beginning. Earlier versions are not
+    copied, so the new run cannot roll back beyond its first one.
+
+    `weights_only` starts at step 0 from the version's weights, with a new optimizer, schedule and order of prompts.
+    Without it, a version without a kept trainer state is refused; the error names the nearest one that has a state.
+
+    Raises `ConfigError`, `UnknownVersion` or `StoreError`; then nothing is left at `new`.
 
     >>> print(fork("runs/mine", "best", "runs/other"))
     runs/other starts from v2 of runs/mine, after step 1, weights exact

@@ -41,20 +41,22 @@ class GRPOTrainer(Run):
     that many versions old. Timing then decides which version: such a run can resume, but not repeat bit by bit.
 
     It builds what you do not give: the engine on `model`, the PEFT model, the store. With `accelerate launch` or
-    `torchrun`, every process builds and calls the same; the first one runs the trainer and writes the run. Each has its
-    own engine (or all share the first one's server). The steps equal those of one process with as many rows an update.
+    `torchrun`, every process builds and calls the same. The first one runs the trainer and writes the run; each has
+    its own engine (or all share the first one's server). The steps equal those of one process with the same number
+    of rows in an update.
 
     `model` is a hub name, a directory or a `ModelConfig` (with `peft_config`, a `peft.LoraConfig`), or a PeftModel
     on one of them. `reward_funcs` have TRL's signature, `f(prompts, completions, **columns) -> list[float]`.
     `train_dataset` and `eval_dataset` (held out) are a `datasets.Dataset`, a list of dicts with "prompt" or a file.
-    `engine_config` is for the engine that it starts; an `engine` that you give stays open when the trainer closes.
-    `keep` says which versions stay, `run_dir` is the durable directory, `store_root` the folder on tmpfs (default: a
-    new one). `rollout_func(prompts, engine, version)` replaces the engine's `generate`. `processing_class` is the
-    tokenizer that renders prompts (default: the checkpoint's); its end token, and those of the model's generation
-    config, end completions. `guard` rolls back automatically when training goes wrong. `view=False` shows nothing on
-    the terminal. `shared` is what the trainers of a `Population` share instead of an engine. With `share_base_weights`,
-    trainer and engine use one copy of the base, in the engine's dtype: "auto" shares it if that costs nothing (CUDA,
-    unquantized, same dtype), True also on the CPU, where decoding is then slower.
+    `engine_config` is for the engine that it starts, `keep` says which versions stay, `run_dir` is the durable
+    directory and `store_root` the folder on tmpfs (default: a new one). `rollout_func(prompts, engine, version)`
+    replaces the engine's `generate`. `view=False` shows nothing on the terminal.
+    `processing_class` is the tokenizer that renders prompts (default: the checkpoint's); its end token, and those
+    of the model's generation config, end completions. An `engine` that you give stays open when the trainer closes.
+    `shared` is what the trainers of a `Population` share instead of an engine. `guard` rolls back automatically when
+    training goes wrong. With `share_base_weights`, trainer and engine use one copy of the base, in the engine's
+    dtype: "auto" shares it if that costs nothing (CUDA, unquantized, same dtype), True also on the CPU, where
+    decoding is then slower.
 
     Raises `ConfigError`, `UnsupportedAdapter`, `DeliveryError`, or `StoreLocked` with the process that has the run
     open, before anything is trained.

@@ -261,8 +261,9 @@ def conversing(run: Path, first: Target, temperature: float | None = None) -> It
     """A conversation with a stopped or a live run, in an engine of its own; `first` is loaded and proven. It samples as
     the run does, or at `temperature`. Raises `UnknownVersion`, or what the engine or a proof meets."""
     config = _settings(run)
+    sampling = _sampling(config, temperature)  # refused before an engine starts
     with replaying(run, config, [first]) as (engine, [version], borrow):
-        conversation = Conversation(engine, borrow, config, _sampling(config, temperature))
+        conversation = Conversation(engine, borrow, config, sampling)
         conversation.switch(version)
         yield conversation
 

@@ -31,8 +31,9 @@ def active_adapter(model: nn.Module) -> str:
 def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
     """The adapter's modules; `UnsupportedAdapter` says what stands against serving it faithfully, and the fix."""
     peft_model = peft_model_of(model)
-    config, base, modules = peft_model.peft_config[adapter], peft_model.base_model.model, lora_modules(model, adapter)
-    _check_config(config, adapter)
+    config = peft_model.peft_config[adapter]
+    _check_config(config, adapter)  # first: under prompt learning, base_model is the model itself
+    base, modules = peft_model.base_model.model, lora_modules(model, adapter)
     check_trainable(base)
     _check_no_embedding(base, adapter)
     _check_no_experts(config, base, modules)

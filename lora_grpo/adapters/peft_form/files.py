@@ -70,7 +70,7 @@ def open_adapter(version: AdapterVersion) -> AdapterFile:
         entries, paths, dtype, payload_bytes = _layout(header, config)
     except _Malformed as error:
         raise DeliveryError(f"{version}: {error}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise DeliveryError(f"{version} at {version.path} cannot be read: {error}") from error
     payload = mapped[8 + len(header) :]
     if payload_bytes != len(payload):
@@ -83,7 +83,7 @@ def _layout(header: bytes, config: bytes) -> tuple[Mapping[str, TensorEntry], tu
     """Entries, paths, dtype and bytes: checked once for all versions of a run, which differ in their payload only."""
     entries = _entries(header)
     if not entries:
-        raise _Malformed(f"{ADAPTER_FILE} is empty")
+        raise _Malformed(f"{ADAPTER_FILE} is truncated or empty: it has no tensor")
     paths = _paths(entries)
     _check_config(_mapping(config, CONFIG_FILE), entries, paths)
     dtypes = {entry.dtype for entry in entries.values()}

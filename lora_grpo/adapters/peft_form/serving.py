@@ -119,7 +119,7 @@ class ServingForm:
                 fix = f"call model.set_adapter({self._adapter!r}), or build a new NativeSync for another adapter"
                 what = f"computes with {active}, and {self._adapter!r} would be published: {fix}"
             elif now != dtype:
-                what = f"is in {now} and was in {dtype} as the engine's base is: load the model again in {dtype}"
+                what = f"is in {now} and was in {dtype} when this was built: load the model again in {dtype}"
             if what is not None:
                 raise TrainingError(f"{module.path} {what}; nothing was published")
         if trained := [name for name, parameter in self._others.items() if parameter.requires_grad]:

@@ -112,8 +112,10 @@ class LayerKernels:
         y_NO = y if y.ndim == 2 else y.view(-1, y.shape[-1])
         x_NI = x if x.ndim == 2 else x.view(-1, x.shape[-1])
         for slot, rows in self._wrapper.lora_segments:
-            y_nO = y_NO[rows]
-            self._slots[slot].add(y_nO, x_NI[rows], scale)
+            # A slice costs microseconds at each layer of each token, also where one adapter has all rows.
+            whole = isinstance(rows, slice) and rows.start == 0 and rows.stop == y_NO.shape[0]
+            y_nO, x_nI = (y_NO, x_NI) if whole else (y_NO[rows], x_NI[rows])
+            self._slots[slot].add(y_nO, x_nI, scale)
             if isinstance(rows, torch.Tensor):
                 y_NO[rows] = y_nO
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -137,9 +137,7 @@ class Residents(LoadedVersions[Loaded]):
                 self.remove(forget)
                 self._llm.llm_engine.remove_lora(forget.lora_id)
 
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        kept = nullcontext() if self._driver.between_steps else torch.random.fork_rng(devices)
-        with ending.vllm_boundary(doing, clean_up), kept:
+        with ending.vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else _generators_kept():
             yield
 
     def _prove_again(self, loaded: Loaded) -> LoadReceipt:
@@ -185,6 +183,10 @@ class Residents(LoadedVersions[Loaded]):
             )
         for version in idle[:excess]:
             self.unload(version)
+
+
+def _generators_kept() -> AbstractContextManager[None]:
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
 
 
 class LayersOnDemand(Mapping[str, Any]):

@@ -51,9 +51,10 @@ class Population:
     ) -> None:
         """Check every member, then start the engine with slots for `at_once` of them (default: all), and load the base.
 
-        Members beyond `at_once` start when some have ended; with "fitting", as many run at once as memory can hold. An
-        `engine` that you give stays open. `share_base_weights` is as in `GRPOTrainer`. Raises `ConfigError` for a
-        member that cannot work, or if memory is too small for `at_once` members, with how many fit.
+        If there are more members than `at_once`, the others start when some have ended; with "fitting", as many run at
+        once as memory can hold. An `engine` that you give stays open. `share_base_weights` is as in `GRPOTrainer`.
+        Raises `ConfigError` for a member that cannot work, or if memory is too small for `at_once` members; then it
+        says how many fit.
         """
         if launched() is not None:
             raise ConfigError("a population is one process: start it without accelerate launch or torchrun")

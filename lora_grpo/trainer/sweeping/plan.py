@@ -104,7 +104,7 @@ def _split(values: str) -> list[str]:
 
 def _grid(choices: dict[str, Choice]) -> list[tuple[str, ...]]:
     listed = {key: choice for key, choice in choices.items() if isinstance(choice, list)}
-    for key in choices.keys() - listed.keys():
+    for key in [key for key in choices if key not in listed]:
         raise ConfigError(f"{key} has a range, but a grid needs single values; add --sample N to draw from it")
     return list(itertools.product(*listed.values()))
 
