@@ -141,6 +141,13 @@ def test_what_is_no_list_of_urls_is_told(urls: Any) -> None:
         VLLMServerEngine(urls)
 
 
+@pytest.mark.parametrize("wrong", [{"on_failure": "dropp"}, {"adapters": "pull"}])
+def test_a_word_that_is_no_choice_is_told(wrong: dict[str, Any]) -> None:
+    ((name, given),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"{name}='{given}' must be one of"):
+        VLLMServerEngine(["http://127.0.0.1:9"], **wrong)
+
+
 def test_no_server_at_all(connect: MakeEngine) -> None:
     with pytest.raises(EngineError, match="lora-grpo serve"):
         VLLMServerEngine(["http://127.0.0.1:9"])

@@ -103,6 +103,12 @@ class VLLMServerEngine:
         if max_loras < 2 or concurrency < 1:
             needed = "at least 2 (the promoted version and its successor)"
             raise ConfigError(f"max_loras={max_loras} must be {needed}, and concurrency={concurrency} at least 1")
+        for name, given, known in (
+            ("adapters", adapters, ("path", "resolver")),
+            ("on_failure", on_failure, ("raise", "drop")),
+        ):
+            if given not in known:
+                raise ConfigError(f"{name}={given!r} must be one of {known}")
         self.pulls = adapters == "resolver"
         key = api_key or os.environ.get(API_KEY_VARIABLE)
         with ExitStack() as opened:
