@@ -110,7 +110,8 @@ class EngineConfig(Section):
         if not (host and port.isdigit() and int(port) < 65536):
             raise ValueError(f"store_address={self.store_address!r} must be host:port, such as '10.0.0.5:8731'")
         if not self.urls:
-            raise ValueError(f"store_address={self.store_address!r} is for servers: name them in urls, or leave it out")
+            fix = "set urls, or leave it out"
+            raise ValueError(f"store_address={self.store_address!r} is for servers, and there are none: {fix}")
         return self
 
 
