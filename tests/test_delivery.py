@@ -135,7 +135,10 @@ DEFECTS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
     "bias": (configured(bias="all"), "bias"),
     "DoRA vectors": (extra("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"), "magnitude"),
     "names that overlap": (
-        lambda t, c: ({f"base_model.model.lora_A.weight{rest}": t[Q0.format("A")].clone() for rest in OVERLAPPING}, c),
+        lambda t, c: (
+            {f"base_model.model.lora_A.weight{rest}": t[Q0.format("A")].clone() for rest in OVERLAPPING},
+            {**c, "target_modules": ["lora_A.weight"]},
+        ),
         "cannot be read: 'base_model.model.lora_A.weight.lora_A.weight'",
     ),
     "norm": (extra("base_model.model.model.norm.weight"), "norm.weight"),
