@@ -103,12 +103,8 @@ class VLLMServerEngine:
         if max_loras < 2 or concurrency < 1:
             needed = "at least 2 (the promoted version and its successor)"
             raise ConfigError(f"max_loras={max_loras} must be {needed}, and concurrency={concurrency} at least 1")
-        for name, given, known in (
-            ("adapters", adapters, ("path", "resolver")),
-            ("on_failure", on_failure, ("raise", "drop")),
-        ):
-            if given not in known:
-                raise ConfigError(f"{name}={given!r} must be one of {known}")
+        _check_choice("adapters", adapters, "path", "resolver")
+        _check_choice("on_failure", on_failure, "raise", "drop")
         self.pulls = adapters == "resolver"
         key = api_key or os.environ.get(API_KEY_VARIABLE)
         with ExitStack() as opened:
@@ -263,3 +259,8 @@ class _Loop:
         """Cancel what still runs, and end the thread."""
         self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()
+
+
+def _check_choice(name: str, given: str, *known: str) -> None:
+    if given not in known:
+        raise ConfigError(f"{name}={given!r} must be one of {known}")
