@@ -96,10 +96,7 @@ class VLLMServerEngine:
         `lora_dtype` is what the servers keep adapters in, where it is not the checkpoint's dtype.
         Raises `ConfigError` naming the flag that a server lacks, `UnsupportedVersion`, or `EngineError`.
         """
-        if isinstance(urls, str) or not isinstance(urls, Sequence) or not all(isinstance(url, str) for url in urls):
-            raise ConfigError(f'urls={urls!r} must be a list of texts; give ["http://..."], one for each server')
-        if not (addresses := server_addresses(urls)):
-            raise ConfigError("urls=[] names no server; give one at least")
+        addresses = _addresses(urls)
         if max_loras < 2 or concurrency < 1:
             needed = "at least 2 (the promoted version and its successor)"
             raise ConfigError(f"max_loras={max_loras} must be {needed}, and concurrency={concurrency} at least 1")
@@ -259,6 +256,14 @@ class _Loop:
         """Cancel what still runs, and end the thread."""
         self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()
+
+
+def _addresses(urls: Sequence[str]) -> list[str]:
+    if isinstance(urls, str) or not isinstance(urls, Sequence) or not all(isinstance(url, str) for url in urls):
+        raise ConfigError(f'urls={urls!r} must be a list of texts; give ["http://..."], one for each server')
+    if not (addresses := server_addresses(urls)):
+        raise ConfigError("urls=[] names no server; give one at least")
+    return list(addresses)
 
 
 def _check_choice(name: str, given: str, *known: str) -> None:
