@@ -132,7 +132,9 @@ class GRPOConfig(Section):
             given = f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}"
             raise ValueError(f"{given}: what is filtered is not what is trained; set top_p=1, top_k=0, min_p=0")
         if (rows := self.generation_batch_size) and rows % self.num_generations:
-            raise ValueError(f"generation_batch_size={rows} is no multiple of num_generations={self.num_generations}")
+            raise ValueError(
+                f"generation_batch_size={rows} is not a multiple of num_generations={self.num_generations}"
+            )
         if self.max_staleness and not self.vllm_importance_sampling_correction:
             older = f"max_staleness={self.max_staleness} trains on completions of earlier versions"
             raise ValueError(f"{older}: set vllm_importance_sampling_correction=True, which makes up for that")

@@ -75,7 +75,7 @@ def test_a_cached_model_is_taken_as_it_is(no_network: Path, llama_dir: Path) -> 
     check_is_base("tiny/llama")
     assert checkpoint_config("tiny/llama").model_type == "llama"
     assert checkpoint_tokenizer(ModelConfig(name="tiny/llama")).encode("fox")
-    with pytest.raises(ConfigError, match="'tiny/llama' is no directory here"):
+    with pytest.raises(ConfigError, match="'tiny/llama' is not a directory here"):
         checkpoint_config("tiny/llama", revision="another")
 
 

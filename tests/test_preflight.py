@@ -354,7 +354,7 @@ def test_an_adapter_is_no_base(build: Any, llama_dir: Path, tmp_path: Path) -> N
 
 def test_arguments_of_trls_trainer_are_answered(build: Any) -> None:
     for wrong in ("org/model", 3):
-        with pytest.raises(ConfigError, match=f"processing_class={wrong!r} is no tokenizer: pass AutoTokenizer"):
+        with pytest.raises(ConfigError, match=f"processing_class={wrong!r} is not a tokenizer: pass AutoTokenizer"):
             build([{"prompt": "a"}], processing_class=wrong)
     with pytest.raises(ConfigError, match=r"no argument 'args': pass config=lora_grpo\.GRPOConfig"):
         build([{"prompt": "a"}], args=CONFIG)

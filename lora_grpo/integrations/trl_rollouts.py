@@ -62,7 +62,9 @@ class NativeRollouts(TrainerCallback):
         if self._found is not None:
             # Later versions than the checkpoint's are no parents of what follows.
             known = (version for version in reversed(self.store.list()) if version.step == state.global_step)
-            next(filter(self.sync.adopt, known), None)
+            for version in known:
+                if self.sync.adopt(version):
+                    break
         self._modules = lora_modules(model, self.sync.adapter)
         self._reach = Reach(self._modules, Processes())
         self._reach.begin()

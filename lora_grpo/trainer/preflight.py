@@ -150,7 +150,9 @@ class Preflight:
             return served
         own = getattr(self.spec.processing_class, "tokenizer", self.spec.processing_class)
         if not (hasattr(own, "encode") and hasattr(own, "decode")):
-            raise ConfigError(f"processing_class={own!r:.80} is no tokenizer: pass AutoTokenizer.from_pretrained(NAME)")
+            raise ConfigError(
+                f"processing_class={own!r:.80} is not a tokenizer: pass AutoTokenizer.from_pretrained(NAME)"
+            )
         check_same_vocabulary(own, served)
         return own
 

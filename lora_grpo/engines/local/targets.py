@@ -124,7 +124,7 @@ def check_there(model: str | Path, revision: str | None = None) -> None:
     why = out_of_reach()
     if why and not is_cached(str(model), revision):
         raise ConfigError(
-            f"model {str(model)!r} is no directory here, the hub's cache ({constants.HF_HUB_CACHE}) does not have it, "
+            f"model {str(model)!r} is not a directory here, the hub's cache ({constants.HF_HUB_CACHE}) lacks it, "
             f"and {why}: name its directory, connect (HTTPS_PROXY and HF_ENDPOINT work), or copy a cache (hf download)"
         )
 
