@@ -4,8 +4,6 @@ The arithmetic is that of `lora-grpo check`: weights, adapter with optimizer, ac
 beside them with a KV cache for one batch of completions. No GPU takes part.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 from typing import Any

@@ -10,8 +10,6 @@ The tokens are compared too. On a GPU, decoding is captured in CUDA graphs; a CP
 this shape takes longer than all that is measured.
 """
 
-from __future__ import annotations
-
 import json
 import operator
 import statistics

@@ -10,8 +10,6 @@ fewer lone runs than rates, these are the first rates', and no processes run at 
 the base's dtype, and a row is not the same to the bit in every batch.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

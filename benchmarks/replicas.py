@@ -15,8 +15,6 @@ each claiming its neighbour's number, and on completions that the base made, eac
 benchmarks/results, by kind of run) and prints it as a line.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

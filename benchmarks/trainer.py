@@ -17,8 +17,6 @@ On a GPU (`--device cuda:0`) subjects take turns in one process: seconds of the 
 up, and the peak of what torch has allocated. What does not fit the card has no figures.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import os

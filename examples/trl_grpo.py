@@ -9,8 +9,6 @@ It trains the demo task (two-digit sums, for a model that forgets the carry) on 
 The last line on stdout is one JSON object with the results.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import resource

@@ -3,8 +3,6 @@
 Names resolve when they are first used: importing the package loads neither torch nor vllm. `__init__.pyi` lists them.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the canary compares: completions' log-probs by the sampler, by the trainer's policy and by its base."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias

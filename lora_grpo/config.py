@@ -1,7 +1,5 @@
 """Every setting of a run, those of the algorithm apart. Nothing here imports torch."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -102,7 +100,7 @@ class EngineConfig(Section):
     enable_prefix_caching: bool = Field(True, description="prompts with the same beginning share its KV cache")
 
     @model_validator(mode="after")
-    def _check(self) -> EngineConfig:
+    def _check(self) -> "EngineConfig":
         server_addresses(self.urls)
         if self.store_address is None:
             return self
@@ -196,7 +194,7 @@ class RunConfig(Section):
     store_root: str | None = Field(None, description="tmpfs directory of the versions; default: under /dev/shm")
 
     @model_validator(mode="after")
-    def _check(self) -> RunConfig:
+    def _check(self) -> "RunConfig":
         if self.grpo.reward_weights is not None:
             raise ValueError(f"grpo.reward_weights={list(self.grpo.reward_weights)}: set rewards.N.weight instead")
         return self

@@ -1,7 +1,5 @@
 """Run settings in files: TOML to read, JSON for the resolved ones that a run keeps."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import tomllib

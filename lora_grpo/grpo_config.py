@@ -3,8 +3,6 @@
 Fields carry TRL's names wherever the meaning is TRL's. Nothing here imports torch.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -127,7 +125,7 @@ class GRPOConfig(Section):
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _check(self) -> GRPOConfig:
+    def _check(self) -> "GRPOConfig":
         if (self.top_p, self.top_k, self.min_p) != (1.0, 0, 0.0):
             given = f"top_p={self.top_p}, top_k={self.top_k}, min_p={self.min_p}"
             raise ValueError(f"{given}: what is filtered is not what is trained; set top_p=1, top_k=0, min_p=0")

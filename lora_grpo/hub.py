@@ -1,7 +1,5 @@
 """Whether the Hugging Face hub can be reached: libraries that ask it in vain try again for minutes, for each file."""
 
-from __future__ import annotations
-
 import math
 import os
 import time

@@ -3,8 +3,6 @@
 Letters: B rows of a batch, T completion tokens, L tokens of prompt and completion, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace

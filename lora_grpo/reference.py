@@ -5,8 +5,6 @@ which is lent its weights for a forward pass. An adapter that changes nothing ye
 switched off instead, and no copy is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

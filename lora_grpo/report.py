@@ -1,7 +1,5 @@
 """A run for people: its versions as rows, and all of it as one HTML page."""
 
-from __future__ import annotations
-
 import time
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Back to an earlier version: the engine first, then the trainer, then `HEAD`; or nothing at all."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

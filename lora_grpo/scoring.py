@@ -1,7 +1,5 @@
 """Teacher-forced log-probs of a trainer's model, for proofs: no gradients, no dropout, nothing left changed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

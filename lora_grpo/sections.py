@@ -1,7 +1,5 @@
 """Groups of settings: small frozen models, checked once when built; an unknown key is refused with the nearest name."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import types

@@ -1,7 +1,5 @@
 """Trainer state: exact weights, optimizer, scheduler and random state, as tensors and JSON, never pickle."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

@@ -1,7 +1,5 @@
 """`NativeSync`: from a live PEFT model to a proven version in the engine, and nothing merged on the way."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence

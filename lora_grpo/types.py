@@ -3,8 +3,6 @@
 Letters for shapes, here and everywhere: P prompts, G completions a group, B = P*G rows, T tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +37,7 @@ class Chat(list[Message]):
         super().__init__(messages)
         self.template_kwargs = dict(template_kwargs or {})
 
-    def __add__(self, messages: list[Any]) -> Chat:  # type: ignore[override]
+    def __add__(self, messages: list[Any]) -> "Chat":  # type: ignore[override]
         """A longer chat goes through the same template."""
         return Chat([*self, *messages], self.template_kwargs)
 
@@ -50,7 +48,7 @@ class Rendered(tuple[int, ...]):
     prompt: Prompt
 
     @classmethod
-    def of(cls, ids: Iterable[int], prompt: Prompt) -> Rendered:
+    def of(cls, ids: Iterable[int], prompt: Prompt) -> "Rendered":
         rendered = cls(ids)
         rendered.prompt = prompt
         return rendered

@@ -1,7 +1,5 @@
 """A thread that does one job at a time, short calls in between, and shows signs of life."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque
@@ -15,7 +13,7 @@ from lora_grpo.errors import EngineError, LoraGrpoError
 
 T = TypeVar("T")
 
-working: ContextVar[Worker | None] = ContextVar("working", default=None)
+working: "ContextVar[Worker | None]" = ContextVar("working", default=None)
 """The worker whose job this is asked in: in its thread, or in a task that the job has begun elsewhere."""
 
 

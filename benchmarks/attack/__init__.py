@@ -1,7 +1,5 @@
 """Attacks on what a run leaves open: `python -m benchmarks.attack`."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager

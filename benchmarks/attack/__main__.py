@@ -7,8 +7,6 @@ The store server's trainer runs in a process of its own, with the 1,024 open fil
 is a real vLLM on a tiny model, in this process.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Attacks on a real vLLM on a tiny model, in this process."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

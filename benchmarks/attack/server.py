@@ -1,7 +1,5 @@
 """Attacks on the store server, from connections that hold no token."""
 
-from __future__ import annotations
-
 import os
 import random
 import socket

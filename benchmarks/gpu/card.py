@@ -3,8 +3,6 @@
 Fails in one sentence, before anything is allocated, where the device is not there or vLLM is not one that is known.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from typing import Any

@@ -5,8 +5,6 @@
 With an adapter and without, on a GPU under VLLM_BATCH_INVARIANT=1 for the whole process. The last line is JSON.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

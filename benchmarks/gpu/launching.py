@@ -1,7 +1,5 @@
 """A step as a process in a session of its own: a fork of one that has imported vLLM once, or a fresh Python."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -10,8 +10,6 @@ fresh Python. The models stay until all steps have passed.
 with tiny models.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

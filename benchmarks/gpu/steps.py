@@ -1,8 +1,6 @@
 """What is run on a GPU, most valuable first, each step a process with its limit; and what came of it: a JSON file each,
 a summary, and one archive of everything."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

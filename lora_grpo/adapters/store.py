@@ -1,7 +1,5 @@
 """`AdapterStore`: immutable versions on tmpfs, the pointer to the promoted one, and their durable archive."""
 
-from __future__ import annotations
-
 import json
 import time
 import weakref
@@ -256,7 +254,7 @@ class AdapterStore(StoreView):
         with disk.reported("closing the store"):
             self._session.close()
 
-    def __enter__(self) -> AdapterStore:
+    def __enter__(self) -> "AdapterStore":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,8 +2,6 @@
 
 In its store a `Target`, for the command line and all else; beyond that `RUN@NUMBER`, as requests over HTTP have it."""
 
-from __future__ import annotations
-
 import operator
 import re
 from contextlib import suppress

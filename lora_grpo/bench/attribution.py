@@ -7,8 +7,6 @@ completion is both. What is neither is judged again with those of the same versi
 has no direction, so on average it leaves them as far from another version as that one is from theirs at least.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -34,17 +32,17 @@ class Rows:
     server_B: Tensor
 
     @classmethod
-    def of(cls, logp: Sequence[Ragged], sampler: Ragged, stamped: Sequence[int], server: Sequence[int]) -> Rows:
+    def of(cls, logp: Sequence[Ragged], sampler: Ragged, stamped: Sequence[int], server: Sequence[int]) -> "Rows":
         """From ragged rows of log-probs; `logp` has such rows for each version."""
         mask_BT = _padded([[1.0] * len(row) for row in sampler]).bool()
         logp_VBT = torch.stack([_padded(rows) for rows in logp])
         return cls(logp_VBT, _padded(sampler), mask_BT, torch.tensor(stamped), torch.tensor(server))
 
-    def stamp(self, stamped_B: Tensor) -> Rows:
+    def stamp(self, stamped_B: Tensor) -> "Rows":
         """The same completions, each claiming another version."""
         return replace(self, stamped_B=stamped_B)
 
-    def next_stamped(self) -> Rows:
+    def next_stamped(self) -> "Rows":
         """Each claims the version after the one that made it, those of the last the one before."""
         last = len(self.logp_VBT) - 1
         return self.stamp(torch.where(self.stamped_B < last, self.stamped_B + 1, self.stamped_B - 1))

@@ -4,8 +4,6 @@ bytes can cross at all, on this machine, now, which no sync can beat; and what a
 That is resident memory on the CPU, CUDA allocated on a GPU, blocks of files on tmpfs.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import time

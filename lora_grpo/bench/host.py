@@ -3,8 +3,6 @@
 A worker looks: the parent stays light.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """Importing this imports all that measuring on an engine needs: for a process that others are forked from."""
 
-from __future__ import annotations
-
 import gc
 import importlib
 import traceback

@@ -1,8 +1,6 @@
 """What follows from measured rows: from how many tokens on a merge is faster, one document of several runs on one
 machine, and a run against an earlier one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

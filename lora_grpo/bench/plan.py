@@ -1,8 +1,6 @@
 """What is asked of the suite, from options or a TOML file with `[all]` and a table a part; and what is measured where,
 in which order: a subject is a strategy alive in a process, a cell one piece of measuring."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,7 +71,7 @@ class Settings(Section):
     endurance_syncs: int = Field(1000, ge=20, description="endurance: syncs of one engine")
 
     @model_validator(mode="after")
-    def _check(self) -> Settings:
+    def _check(self) -> "Settings":
         if self.step_rows % self.group:
             raise ValueError(f"step_rows={self.step_rows} must be a multiple of group={self.group}")
         longest = self.prompt_tokens + max(*self.lengths, self.step_tokens)
@@ -150,7 +148,7 @@ class Subject:
     kv_cache_bytes: int | None = None
     seed: int = 0
 
-    def with_strategy(self, name: str) -> Subject:
+    def with_strategy(self, name: str) -> "Subject":
         return replace(self, strategy=name)
 
     @property

@@ -1,7 +1,5 @@
 """What programs whose results are committed have in common: options, where a result comes from, and its file."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

@@ -1,7 +1,5 @@
 """A run as Markdown: the card, what the figures say in words, the plots, the tables."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

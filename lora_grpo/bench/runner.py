@@ -4,8 +4,6 @@ A worker is a process with one strategy alive in it, told what to do request by 
 other ends the process, and its log, which the parent quotes, has the traceback.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """The JSON that comes of the suite, a document of rows, and how people are shown it. Units are in names and heads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 

@@ -1,7 +1,5 @@
 """One run of the suite: look at the machine, make the models, measure every part, and put the figures together."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import time

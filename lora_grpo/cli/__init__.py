@@ -6,8 +6,6 @@ Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 
 usage, 130 stopped by Ctrl-C or SIGTERM.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import os

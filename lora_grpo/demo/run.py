@@ -1,7 +1,5 @@
 """The demo from end to end: make the base, train through vLLM, show what it gained and what that cost."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Sequence

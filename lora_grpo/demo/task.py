@@ -4,8 +4,6 @@ The easy half of the task has no carry out of the ones column, the hard half has
 text, so no generator of training data can reach one by a seed or a count.
 """
 
-from __future__ import annotations
-
 import random
 import zlib
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The versions that an engine has loaded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 

@@ -6,8 +6,6 @@ several of a checkpoint's tensors below each other, its slices; a tensor may fil
 engine's process reads of its base is a digest of each slice of each tensor, in the engine's dtype.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

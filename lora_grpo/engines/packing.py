@@ -1,8 +1,6 @@
 """Weights that vLLM packs for its kernels, or keeps quantized: read just before it does, while their form is known; and
 quantized ones that a CPU computes with plainly."""
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import dataclass
 from typing import Any

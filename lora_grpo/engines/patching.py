@@ -1,7 +1,5 @@
 """Functions of others in our hands: for the life of the process, or while a block runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """From our prompts and settings to vLLM's requests, and from its outputs to completions."""
 
-from __future__ import annotations
-
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence

@@ -22,8 +22,6 @@ time, and gives every resolved adapter an id of its own counter, so the name and
 and both are never used twice.
 """
 
-from __future__ import annotations
-
 import asyncio
 import importlib
 import json
@@ -111,7 +109,7 @@ class StoreResolver:
         self._pulling = threading.Lock()
 
     @classmethod
-    def from_environment(cls) -> StoreResolver | None:
+    def from_environment(cls) -> "StoreResolver | None":
         """None where LORA_GRPO_STORE_URL is not set; raises `ConfigError` for what cannot work."""
         url = os.environ.get(URL_VARIABLE)
         if not url:

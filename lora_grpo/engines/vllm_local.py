@@ -1,7 +1,5 @@
 """vLLM in this process: adapters loaded as fresh `LoRARequest`s, each load proven by its slots."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

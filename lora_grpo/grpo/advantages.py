@@ -5,8 +5,6 @@ part in its group's mean and deviation, and gets advantage 0. Over several proce
 Computed in float64: in float32 the squares of rewards above 1e19 are infinite, and every advantage would be 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -5,8 +5,6 @@ completions on the right, so that column `prompt_length` of every row is its fir
 last T+1 positions are those that predict completions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -42,7 +40,7 @@ class Batch:
     @classmethod
     def from_groups(
         cls, groups: Sequence[Group], advantages_B: Tensor, *, mask_truncated_completions: bool = False
-    ) -> Batch:
+    ) -> "Batch":
         """A row a completion, in the groups' order.
 
         Completions hold their end token. `Completion.token_mask` takes tokens out of the loss that the policy did not
@@ -89,10 +87,10 @@ class Batch:
         """A row's first token has position 0, however wide its padding; as an unpadded engine counts."""
         return (self.attention_mask_BL.cumsum(dim=1) - 1).clamp(min=0)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> "Batch":
         return self._map(lambda _, tensor: tensor.to(device))
 
-    def select(self, rows: Tensor) -> Batch:
+    def select(self, rows: Tensor) -> "Batch":
         """The rows at these indices, without the columns that only other rows needed."""
         used_L = self.attention_mask_BL[rows].any(dim=0)
         first = self.prompt_length - int(used_L[: self.prompt_length].sum())
@@ -100,13 +98,13 @@ class Batch:
         columns = {"BL": slice(first, self.prompt_length + length), "BT": slice(length)}
         return self._map(lambda axes, tensor: tensor[rows][:, columns[axes]] if axes in columns else tensor[rows])
 
-    def idle(self) -> Batch:
+    def idle(self) -> "Batch":
         """A row of two tokens, none of which counts: the loss on it and its gradient are 0."""
         shapes = {"BL": (1, 2), "BT": (1, 1), "B": (1,)}
         zeros = self._map(lambda axes, tensor: tensor.new_zeros(shapes[axes]))
         return replace(zeros, attention_mask_BL=torch.ones_like(zeros.attention_mask_BL))
 
-    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Batch:
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> "Batch":
         """`change` gets each tensor that is there, and its axes, such as "BT"."""
         there = {field.name: getattr(self, field.name) for field in fields(self)}
         changed = {name: change(name.rpartition("_")[2], t) for name, t in there.items() if t is not None}

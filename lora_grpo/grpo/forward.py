@@ -3,8 +3,6 @@
 Letters: B rows, T completion tokens, L tokens of prompt and completion.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterator, Sequence

@@ -3,8 +3,6 @@
 Letters: B rows, T scored tokens, N tokens of all rows that are wanted, H hidden size, V vocabulary, C a part of it.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping

@@ -7,8 +7,6 @@ A loss is a sum over tokens, sum_bt weight_bt * loss_bt. The weights hold the no
 optimizer batch (or rollout) and all processes, so a batch cut into micro-batches or processes gives the same gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

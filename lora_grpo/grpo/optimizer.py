@@ -1,7 +1,5 @@
 """What an update takes: gradients over all processes, whether they reach every layer, optimizer and schedule."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial

@@ -8,8 +8,6 @@ ever seen or computed.
 Letters: N tokens of the row, M scored tokens, H heads, D their size.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """All training processes: sums and metrics over them, what one tells the others, and errors that all of them get."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import threading

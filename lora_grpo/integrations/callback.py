@@ -1,7 +1,5 @@
 """Versions of a LoRA adapter out of any `transformers.Trainer`: for serving, and for going back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -13,8 +13,6 @@ before the first generation after every optimizer step; `_calculate_rewards` get
 rewards by function; `_buffered_inputs` set to None makes the next step generate anew.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Callable, Mapping

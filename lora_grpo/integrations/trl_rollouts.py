@@ -1,7 +1,5 @@
 """What stands behind TRL's generation: versions are published, sampled from, and told what they earned."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

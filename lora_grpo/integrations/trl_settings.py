@@ -1,7 +1,5 @@
 """From TRL's arguments to ours: what is passed on, and what is refused with the reason and the way out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path

@@ -12,8 +12,6 @@ Records of `metrics.jsonl`, told apart by `event`:
 Each has `time`, seconds since the epoch. A number that is not finite is written as null.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

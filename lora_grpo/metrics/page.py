@@ -1,7 +1,5 @@
 """A run as one HTML page that opens from disk: no network, no script, every text of users and models escaped."""
 
-from __future__ import annotations
-
 import json
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Keeps what libraries say out of the terminal, and in a file."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

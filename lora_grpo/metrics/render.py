@@ -3,8 +3,6 @@
 Pure functions make rich renderables and plain lines of the state.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence

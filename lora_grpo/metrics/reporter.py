@@ -1,7 +1,5 @@
 """One object that a trainer tells what happened, and that tells the log, the terminal and accelerate's trackers."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence

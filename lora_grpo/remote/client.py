@@ -2,8 +2,6 @@
 
 And a replica's own copies of that, on its tmpfs: pulled once, never removed while its engine may read them again."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -7,8 +7,6 @@ Every request needs `Authorization: Bearer TOKEN`. Errors are `{"error": SENTENC
 version or file that there is not, 500 for a damaged store. The token and the adapters travel as they are: across a
 network that others can read, put a TLS proxy in front and give the replicas its https address."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import os
@@ -90,7 +88,7 @@ class StoreServer:
         self._thread.join()
         raise StoreError(f"the store server at {self.url} ended unexpectedly; its log says why")
 
-    def __enter__(self) -> StoreServer:
+    def __enter__(self) -> "StoreServer":
         self._thread.start()
         deadline = time.monotonic() + 30
         while not self._server.started:

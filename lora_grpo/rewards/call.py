@@ -1,7 +1,5 @@
 """One reward function's call on one batch: repeated where a connection failed, searched for a failing row, checked."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import inspect
@@ -54,7 +52,7 @@ class RewardContext:
     def log_metric(self, name: str, value: float) -> None:
         self.logged.setdefault(name, []).append(float(value))
 
-    def take(self, other: RewardContext) -> None:
+    def take(self, other: "RewardContext") -> None:
         """What was logged there, too."""
         self.extra |= other.extra
         for name, values in other.logged.items():

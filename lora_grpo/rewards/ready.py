@@ -3,8 +3,6 @@
 Each factory of a ready-made one returns a function of TRL's signature that gives 1.0 or 0.0.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

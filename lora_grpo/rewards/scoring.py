@@ -6,8 +6,6 @@ rows; None says that it does not apply to the row. For text prompts the completi
 `log_metric`; one that takes no `**kwargs` gets what it names.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging

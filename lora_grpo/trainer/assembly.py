@@ -1,7 +1,5 @@
 """Puts a trainer's parts together: engine, PEFT model, store, sync, policy, prompts."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """From a run's settings to its trainer, and back from a run directory to its engine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`lora-grpo check`: what a run would end with, found without training it, and what it would train with."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress

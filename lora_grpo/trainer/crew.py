@@ -4,8 +4,6 @@ So the order of the prompts, rewards, metrics, decisions and files are those of 
 together: sample (each a part of the prompts, where each has an engine), update, publish, go back.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """`fork`: a new run that starts from any version of another."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -3,8 +3,6 @@
 Guard(NonFinite(), RewardCollapse(drop=0.3), ReferenceKL(limit=0.5), to="best:reward", learning_rate_factor=0.5)
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

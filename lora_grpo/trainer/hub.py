@@ -1,7 +1,5 @@
 """A version on the Hugging Face Hub: the adapter as PEFT saves it, the tokenizer, and a card of how it was trained."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run's loop: step after step, hearing before each what is asked from outside, and after each the guard."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time
@@ -55,7 +53,7 @@ def goes_on(run: Run, reporter: Reporter) -> bool:
     return run.steps_done < run.config.total_steps
 
 
-def finish_step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
+def finish_step(run: Run, reporter: Reporter, clock: "Clock", rollout: Rollout) -> None:
     """Learn from a sampled batch and publish, then evaluate where that is due; or go back as the guard says."""
     error: TrainingError | None = None
     try:
@@ -105,7 +103,7 @@ def held_out(run: Run, reporter: Reporter) -> None:
         reporter.evaluation(run.steps_done, result.version, result.metrics)
 
 
-def _step(run: Run, reporter: Reporter, clock: Clock, rollout: Rollout) -> None:
+def _step(run: Run, reporter: Reporter, clock: "Clock", rollout: Rollout) -> None:
     config, source, step = run.config, run.source, run.steps_done + 1
     with clock("reward"):
         rewarded = source.reward(rollout)

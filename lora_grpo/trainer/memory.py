@@ -1,7 +1,5 @@
 """What training on a base and serving it take of memory, told by a walk through the model without any."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The holders of a base model: the vLLM engine, and on the same device a trainer's PEFT model, or several trainers'."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ then, and ends on it; so when its turn comes it lags by `max_staleness` versions
 in the ordinary course is ever thrown away. Timing decides on the versions, so such a run does not repeat bit by bit.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """`lora-grpo init`: settings for a model and a data set, from what is in them, as a TOML file with its reasons."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

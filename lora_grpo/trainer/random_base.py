@@ -1,7 +1,5 @@
 """A base with random weights, for a model of which only the configuration is there."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import tempfile

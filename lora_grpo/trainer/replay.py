@@ -1,7 +1,5 @@
 """Stored versions of a run in a fresh engine, whoever holds the run: evaluated again, compared, or talked to."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import tempfile

@@ -1,7 +1,5 @@
 """Prompts completed by one named version, and scored: a step's batch in its order, or all that are held out."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What an engine is started for, of one run or of a population, and how many of its members memory holds."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

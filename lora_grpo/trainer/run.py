@@ -1,7 +1,5 @@
 """A run as it stands between two steps, and taken up again at a version: after a stop, or because it went astray."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

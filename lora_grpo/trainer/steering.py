@@ -1,7 +1,5 @@
 """What other processes ask of a run that is going on, our trainer's or another loop's: done before its next step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 

@@ -4,8 +4,6 @@
 one rename or unlink, so that client and holder never both believe that a request was theirs to end. No name is used
 twice, and sorted they are in the order of asking."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """What every process may do with a store: look, verify, and keep a version from being removed."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress

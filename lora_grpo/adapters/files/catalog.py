@@ -1,7 +1,5 @@
 """Reading a store: which versions there are, where they live, and whether they are what was published."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Iterable

@@ -4,8 +4,6 @@
 `trash/` and deleting it there. A kill at any moment leaves either the whole folder or a leftover that `sweep` clears.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

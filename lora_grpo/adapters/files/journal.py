@@ -2,8 +2,6 @@
 
 A kill can tear only the last line: a reader leaves it alone, the next writer cuts it off. Each ends with a CRC-32."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

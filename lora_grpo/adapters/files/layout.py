@@ -10,8 +10,6 @@ Each line of the journal has a checksum. It is the truth for metrics, pins and p
 where there is no run directory; for which versions exist the folders are. Where the tmpfs is gone, the journal's last
 promotion of a version that was archived takes the place of `HEAD`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -58,7 +56,7 @@ class Manifest:
         return AdapterVersion(self.number, self.parent, path, self.digest, self.step, self.created_at)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Manifest:
+    def from_mapping(cls, values: Mapping[str, Any]) -> "Manifest":
         """Raises `KeyError`, `TypeError` or `ValueError` for what is no manifest."""
         manifest = cls(**{name: values[name] for name in cls.__slots__})
         sizes = manifest.sizes
@@ -101,13 +99,13 @@ class Identity:
         content = {"format": FORMAT, **asdict(self)}
         disk.replace_file(folder / "store.json", json.dumps(content).encode() + b"\n", sync=sync)
 
-    def is_older_than(self, other: Identity) -> bool:
+    def is_older_than(self, other: "Identity") -> bool:
         """Whether this half was not there when the other was last opened; of two equally old ones that differ, yes."""
         tokens_differ = self.generation == other.generation and self.token != other.token
         return self.generation < other.generation or tokens_differ
 
     @classmethod
-    def read(cls, folder: Path) -> Identity | None:
+    def read(cls, folder: Path) -> "Identity | None":
         path = folder / "store.json"
 
         def build(values: Mapping[str, Any]) -> Identity:

@@ -3,8 +3,6 @@
 A forked child inherits descriptors and with them `flock` locks; ours are closed in the child, so that an engine
 worker that outlives its parent does not keep the run locked."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -4,8 +4,6 @@ A run directory may be moved or copied, and opened on another machine. So each o
 the run directory lies and which opening it was. A run directory whose recorded place still holds the same run is a
 copy: it gets a root of its own. A root that was not there when the run was last opened is out of date."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Whether a version fits, found out before a byte is written."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

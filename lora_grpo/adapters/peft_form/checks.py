@@ -1,7 +1,5 @@
 """Refuses, before anything is trained, what vLLM would not serve as the trainer computes it."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

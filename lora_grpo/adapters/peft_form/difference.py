@@ -8,8 +8,6 @@ from which |W2 - W1|^2 = |W1|^2 + |W2|^2 - 2 <W1, W2>, the relative change is |W
 <W1, W2> / (|W1| |W2|). Over all modules, inner products add up. Sums are in fp64, so that changes down to about 1e-7 of
 the update are told from none."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """From a version back to a plain PEFT folder: its own scaling, exact weights where the trainer's were kept."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
@@ -39,7 +37,7 @@ class Recipe:
     scalings: Mapping[str, float]
 
     @classmethod
-    def of(cls, model: Any, adapter: str, modules: list[LoraModule]) -> Recipe:
+    def of(cls, model: Any, adapter: str, modules: list[LoraModule]) -> "Recipe":
         """What `PeftModel.save_pretrained` would write, and the revision of the base where it is known."""
         config, base = model.peft_config[adapter], model.get_base_model()
         fields = {name: _plain(value) for name, value in config.to_dict().items()}
@@ -75,13 +73,13 @@ class Recipe:
                 disk.replace_file(path, content, sync=True)
 
     @classmethod
-    def read(cls, run: Path) -> Recipe:
+    def read(cls, run: Path) -> "Recipe":
         path = run / RECIPE_FILE
         if (recipe := disk.read_record(path, lambda values: cls(**values)._checked())) is None:
             raise StoreError(f"{run} has no {RECIPE_FILE}: only runs of NativeSync or GRPOTrainer can be exported")
         return recipe
 
-    def _checked(self) -> Recipe:
+    def _checked(self) -> "Recipe":
         if not isinstance(self.config, dict) or not all(scale + 0.0 for scale in self.scalings.values()):
             raise ValueError("it has no config with scalings")
         return self

@@ -1,7 +1,5 @@
 """Reads a published PEFT directory back: what the engine is about to be given, checked before it gets it."""
 
-from __future__ import annotations
-
 import math
 import mmap
 import re

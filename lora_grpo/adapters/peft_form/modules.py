@@ -2,8 +2,6 @@
 
 And what FSDP2 may have sharded of them: read whole, and written to."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Bases in fewer bits: which of them trainer and engine are proven to compute alike, and the values they stand for."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import copy
 from typing import Any, Literal, TypeAlias

@@ -4,8 +4,6 @@ vLLM multiplies B by alpha/r in its own dtype when it loads an adapter. Folding 
 and writing alpha = r for every module leaves vLLM nothing to multiply: one rounding fewer, rsLoRA and per-module
 ranks and alphas included, on every vLLM release whatever it makes of those fields."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

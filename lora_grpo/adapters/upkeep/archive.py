@@ -2,8 +2,6 @@
 
 One background thread writes them, so that a step does not wait for a disk."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import threading

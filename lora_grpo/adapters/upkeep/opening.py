@@ -1,7 +1,5 @@
 """Opening a store: find its two halves, take the locks, sweep what a dead process left, and say what was lost."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import uuid

@@ -3,8 +3,6 @@
 A version's trainer state holds the data position and the learning rate of the time when it was published. A rollback
 does not rewind the first and a guard may have lowered the second, so both are written down when it happens."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping

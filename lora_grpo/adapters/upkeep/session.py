@@ -1,7 +1,5 @@
 """Everything that a writer keeps open, and the work that needs several of its parts: archiving and pruning."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import shutil

@@ -3,8 +3,6 @@
 A strategy of your own is named as `package.module:Class`.
 """
 
-from __future__ import annotations
-
 from pkgutil import resolve_name
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The seam: what a strategy, with its trainer, is to the measurements."""
 
-from __future__ import annotations
-
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

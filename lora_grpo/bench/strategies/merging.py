@@ -1,7 +1,5 @@
 """The ways to serve merged weights: pushed through vLLM's loaders, or folded into the engine's own; and the base."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TypeAlias

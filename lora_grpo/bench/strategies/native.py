@@ -1,8 +1,6 @@
 """The adapter alone goes to the engine: this project's path, on tmpfs, under a fresh id, proof included in the time;
 and the way that a user takes without it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import warnings

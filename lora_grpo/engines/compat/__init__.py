@@ -9,8 +9,6 @@ Differences that code elsewhere is built to stand, so that it needs no case for 
 - `LoRARequest` has other fields after the third up to 0.31: only name, id and path are given.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import multiprocessing

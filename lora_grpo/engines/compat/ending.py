@@ -6,8 +6,6 @@ ever; one that is built before the trainer's group leaves a group of one process
 its own, and train alone.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

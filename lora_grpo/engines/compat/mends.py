@@ -1,7 +1,5 @@
 """What vLLM's releases have wrong, mended in each process for good; a second call changes nothing."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import importlib

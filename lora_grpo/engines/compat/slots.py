@@ -1,7 +1,5 @@
 """vLLM's own books of the adapters that it holds, and of the slots that requests are computed with."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

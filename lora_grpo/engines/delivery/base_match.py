@@ -1,7 +1,5 @@
 """Whether an engine's base is the trainer's: its config, and every tensor by its digest in the engine's dtype."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

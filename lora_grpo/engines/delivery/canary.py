@@ -1,7 +1,5 @@
 """Do log-probs fit the version they are said to be of: a batch's, a load's, and the probe's at the start."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

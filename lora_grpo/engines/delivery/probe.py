@@ -5,8 +5,6 @@ and kernels are right. The probe does, an adapter with large random A and B: it 
 log-prob, once per engine start.
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 import time

@@ -5,8 +5,6 @@ the slot tensors, so those are read back and hashed, at every load. At a learnin
 stale adapter from a fresh one; the checksum does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -68,9 +66,9 @@ class Binding:
     repeated: list[tuple[Part, Part]]
     untouched: list[tuple[str, Tensor]]
     modules: Members
-    _slots: dict[int, SlotView] = field(default_factory=dict)
+    _slots: "dict[int, SlotView]" = field(default_factory=dict)
 
-    def slot(self, slot: int) -> SlotView:
+    def slot(self, slot: int) -> "SlotView":
         """The buffers of one slot. vLLM never rebinds them, so the views are made once."""
         if slot not in self._slots:
             zeros = [(name, stacked[slot]) for name, stacked in self.untouched]

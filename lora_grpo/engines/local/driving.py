@@ -1,7 +1,5 @@
 """Drives an in-process vLLM a step at a time, in one thread; interrupts and other calls come between two steps."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections import Counter

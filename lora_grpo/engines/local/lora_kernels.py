@@ -8,8 +8,6 @@ Upstream `segments_of` and `LayerKernels` could take the place of the gathering 
 and the batch's slot indices, which vLLM's wrapper is given anyway, and PyTorch. The compiled call is an addition.
 """
 
-from __future__ import annotations
-
 import importlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -33,7 +31,7 @@ Rows: TypeAlias = slice | torch.Tensor
 Stacks: TypeAlias = tuple[torch.Tensor, ...]
 """One tensor a slice of a fused layer: A (slots, 1, rank, in), or B (slots, 1, out, rank)."""
 
-_layers: WeakValueDictionary[int, LayerKernels] = WeakValueDictionary()
+_layers: "WeakValueDictionary[int, LayerKernels]" = WeakValueDictionary()
 """Layers by the address of their first stacked A, which is theirs as long as they live."""
 
 _library = torch.library.Library("lora_grpo", "FRAGMENT")

@@ -6,8 +6,6 @@ used one makes room, one slot is filled and named) with the copies done in one c
 itself can activate, evict or remove what was loaded so, or read it again from its path.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence

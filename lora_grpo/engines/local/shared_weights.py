@@ -6,8 +6,6 @@ tensors. The trainer's base then has the engine's dtype. On the CPU vLLM must be
 makes decoding slower.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ level 2 it keeps none, and the base is read from its files again (from vLLM 0.28
 process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ On the CPU vLLM compiles a model, and computes a mixture's experts, but not with
 traced. Ours is one operator to the compiler.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sysconfig

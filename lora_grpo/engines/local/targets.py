@@ -3,8 +3,6 @@
 Of a multimodal one it is the language model alone, under the checkpoint's names.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

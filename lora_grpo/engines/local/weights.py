@@ -3,8 +3,6 @@
 The product never merges and never pushes base weights; nothing outside the benchmark uses this file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One server's HTTP interface, through the openai client: its connections and retries, our deadlines and errors."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Coroutine, Iterator

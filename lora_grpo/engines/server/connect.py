@@ -1,7 +1,5 @@
 """What a server must be to take adapters from us, found out by asking; what is missing is named by its flag."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -1,7 +1,5 @@
 """`VLLMServerEngine`: the engine protocol over one or many `vllm serve` processes."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil

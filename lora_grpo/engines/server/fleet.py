@@ -1,7 +1,5 @@
 """Versions on all replicas or on none."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

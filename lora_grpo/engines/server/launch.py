@@ -1,7 +1,5 @@
 """Starts `vllm serve` replicas on this host with the flags that `VLLMServerEngine` needs, and ends them together."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -6,8 +6,6 @@ free, the process is dead and what it left on servers can go. The place is the f
 this boot of the kernel numbers it: containers of one host name each have their own, and see no lock in another's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import re

@@ -1,7 +1,5 @@
 """One server: what it is, has loaded and answers; and the versions in use, which every server is held to."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress

@@ -1,8 +1,6 @@
 """The replicas in rotation: requests go to the least loaded, what one cannot do another does, and one that fails is out
 of rotation until it is back and proven, or given up in time."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """From our prompts and settings to completion requests, and from their answers to completions and log-probs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

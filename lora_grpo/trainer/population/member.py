@@ -1,7 +1,5 @@
 """A member of a population: a run of its own, driven a step at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial

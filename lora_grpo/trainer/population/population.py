@@ -1,7 +1,5 @@
 """`Population`: many runs on one engine and one base, a step of each at a time, all completions in one batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace

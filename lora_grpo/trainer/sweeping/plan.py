@@ -1,7 +1,5 @@
 """What a sweep tries, a grid of values or draws from values and ranges, and does, as `SWEEP/sweep.json` keeps it."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -160,7 +158,7 @@ class SweepPlan(Section):
         return {text.partition("=")[0].strip() for trial in self.trials for text in trial.settings}
 
     @model_validator(mode="after")
-    def _check(self) -> SweepPlan:
+    def _check(self) -> "SweepPlan":
         if placed := self._swept() & {"output_dir", "store_root"}:
             raise ConfigError(f"{' and '.join(placed)}: each member gets a place of its own; sweep other settings")
         configs = [self.config(trial) for trial in self.trials]
@@ -212,7 +210,7 @@ class SweepPlan(Section):
             disk.replace_file(self.directory / SWEEP_FILE, self.model_dump_json(indent=1).encode(), sync=True)
 
     @classmethod
-    def read(cls, directory: Path) -> SweepPlan:
+    def read(cls, directory: Path) -> "SweepPlan":
         """What `write` wrote, wherever the directory lies by now. Raises `ConfigError`."""
         content = disk.read_small(directory / SWEEP_FILE)
         if content is None:

@@ -1,7 +1,5 @@
 """Selection among members, as small functions: who is given up at a rung, who takes over from whom, and how."""
 
-from __future__ import annotations
-
 import math
 import random
 import statistics

@@ -1,7 +1,5 @@
 """`Sweep`: the trials of a plan as a population, selection after each round, and what came of it."""
 
-from __future__ import annotations
-
 import json
 import math
 import random
