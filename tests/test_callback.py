@@ -172,6 +172,9 @@ def test_what_cannot_be_served_is_refused_before_a_step(llama_dir: Path, shm_dir
             fit(dora, tmp_path, PublishAdapter(store))
         with pytest.raises(UnsupportedAdapter, match="no PEFT adapter"):
             fit(load_model(llama_dir), tmp_path, PublishAdapter(store))
+        begin: Any = TrainingArguments(optim="galore_adamw", output_dir=str(tmp_path))
+        with pytest.raises(ConfigError, match=r"optim='galore_adamw'.*adamw_torch"):
+            PublishAdapter(store).on_train_begin(begin, None, None, model=None, optimizer=None, lr_scheduler=None)
         assert store.list() == []
 
 

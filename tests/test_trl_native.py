@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -366,6 +367,9 @@ def test_a_resumed_run_ends_as_the_one_that_was_not_stopped(llama_dir: Path, tmp
     whole = trained(tmp_path / "whole", None)
     resumed = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    (tmp_path / "whole" / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.warns(RuntimeWarning, match="checkpoint-4 has no optimizer.pt: .* start anew.*save_only_model=False"):
+        trained(tmp_path / "anew", str(tmp_path / "whole" / "checkpoint-4"))
 
 
 def test_a_rollout_function_on_trls_own_defaults(llama_dir: Path, tmp_path: Path) -> None:
@@ -728,6 +732,49 @@ def test_a_gradient_that_is_cut_is_told_before_the_optimizer_steps() -> None:
     gradients(1.0)
     with pytest.raises(UnsupportedAdapter, match="no gradient reaches B of 7 of 14 adapted layers"):
         steps.on_pre_optimizer_step(None, state, None)
+
+
+def version(number: int, parent: int | None, step: int) -> AdapterVersion:
+    return AdapterVersion(number, parent, Path(f"/v/{number}"), "", step, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("parents", "head", "told"),
+    [
+        ({3: 2}, 3, None),
+        ({3: 2, 4: 3, 5: 4}, 5, None),
+        ({3: 2}, 2, "v2 .* rollback after this checkpoint, .* of v3.*to=2"),
+        ({3: 2, 4: 1, 5: 4}, 5, "v5 .* rollback after this checkpoint, .* of v3.*to=1"),
+        ({3: 2, 5: 4}, 5, None),
+    ],
+)
+def test_a_rollback_that_a_resume_undoes_is_told(
+    parents: dict[int, int], head: int, told: str | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The checkpoint, of version 3, is older than the rollback; where pruning hides the way back, nothing is said."""
+    versions = [version(1, None, 0), version(2, 1, 2), *(version(n, parent, n + 1) for n, parent in parents.items())]
+    found = next(made for made in versions if made.number == head)
+    store = SimpleNamespace(head=found, list=lambda: versions)
+    adopted: list[AdapterVersion] = []
+    sync: Any = SimpleNamespace(adapter="default", store=store, adopt=lambda made: adopted.append(made) or True)
+    steps = NativeRollouts(Any, sync, Any, 1)
+    steps.on_train_begin(None, SimpleNamespace(global_step=4), None, model=peft_model(new=True))
+    assert [made.number for made in adopted] == [3]
+    assert [re.search(told or "never", str(warned.message)) is not None for warned in recwarn] == (
+        [True] if told else []
+    )
+
+
+def test_a_used_folder_without_a_checkpoint_is_not_to_be_resumed(tmp_path: Path) -> None:
+    store = SimpleNamespace(head=version(1, None, 0), archive=tmp_path / "native")
+    sync: Any = SimpleNamespace(adapter="default", store=store)
+    steps, state = NativeRollouts(Any, sync, Any, 1), SimpleNamespace(global_step=0)
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"holds a run at v1.* has no checkpoint yet: name another"):
+        steps.on_train_begin(args, state, None, model=None)
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint=True\), or name another"):
+        steps.on_train_begin(args, state, None, model=None)
 
 
 @pytest.mark.parametrize("names", [("default", "ref"), ("mine",)])

@@ -11,6 +11,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Engine, LoadReceipt
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError
+from lora_grpo.integrations.trl_settings import check_optimizer
 from lora_grpo.rollback import RollbackReport, Target
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.steering import answer_requests
@@ -56,6 +57,7 @@ class PublishAdapter(TrainerCallback):
         """Check that the adapter can be served and publish it as it is. Raises `ConfigError`, `UnsupportedAdapter`."""
         if args.world_size > 1 or args.deepspeed or args.fsdp:
             raise ConfigError("one process publishes its own weights; train without torchrun, DeepSpeed and FSDP")
+        check_optimizer(args)
         self.sync = NativeSync(model, self.engine, self.store, optimizer=optimizer, scheduler=lr_scheduler)
         self._publish(state.global_step)
 

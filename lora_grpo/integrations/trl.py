@@ -14,6 +14,7 @@ rewards by function; `_buffered_inputs` set to None makes the next step generate
 """
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
@@ -152,6 +153,9 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
         if not (Path(resume_from_checkpoint) / "trainer_state.json").is_file():
             said = f"{resume_from_checkpoint} has no trainer_state.json, which is written last"
             raise ConfigError(f"{said}, so its save was interrupted; delete it, and resume again")
+        if not (Path(resume_from_checkpoint) / "optimizer.pt").is_file():
+            lost = f"{resume_from_checkpoint} has no optimizer.pt: optimizer and schedule start anew"
+            warnings.warn(f"{lost}; to resume exactly, save with save_only_model=False", RuntimeWarning, stacklevel=2)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
         if "ref" in getattr(model, "peft_config", {}):

@@ -1,10 +1,12 @@
 """What stands behind TRL's generation: versions are published, sampled from, and told what they earned."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from lora_grpo.adapters.peft_form.modules import lora_modules
 from lora_grpo.adapters.version import AdapterVersion
@@ -55,17 +57,30 @@ class NativeRollouts(TrainerCallback):
         A resumed one goes on from the version that holds its checkpoint's weights, where there is one.
         """
         if self._found is not None and state.global_step == 0:
-            instead = "go on with train(resume_from_checkpoint=True), or name another output_dir"
-            raise ConfigError(f"{self.store.archive} holds a run at {self._found}; {instead}")
+            saved = get_last_checkpoint(args.output_dir) is not None
+            resume = "go on with train(resume_from_checkpoint=True), or " if saved else "it has no checkpoint yet: "
+            raise ConfigError(f"{self.store.archive} holds a run at {self._found}; {resume}name another output_dir")
         if self._found is not None:
-            # Later versions than the checkpoint's are no parents of what follows.
-            known = (version for version in reversed(self.store.list()) if version.step == state.global_step)
-            for version in known:
-                if self.sync.adopt(version):
-                    break
+            self._adopt(self._found, state.global_step)
         self._modules = lora_modules(model, self.sync.adapter)
         self._reach = Reach(self._modules, Processes())
         self._reach.begin()
+
+    def _adopt(self, found: AdapterVersion, step: int) -> None:
+        """Go on from the version of the checkpoint's weights; later ones are no parents of what follows."""
+        versions = self.store.list()
+        for version in reversed([version for version in versions if version.step == step]):
+            if self.sync.adopt(version):
+                break
+        else:
+            return
+        parents, number = {version.number: version.parent for version in versions}, found.number
+        while number > version.number and number in parents:
+            number = parents[number] or 0
+        if number < version.number:
+            undone = f"{found} comes from a rollback after this checkpoint, which holds the weights of {version}"
+            again = f"training goes on from those; to go back again, call rollback(to={number or found.number}) in a callback"
+            warnings.warn(f"{undone}: {again}", RuntimeWarning, stacklevel=2)
 
     def on_step_begin(self, *_: Any, optimizer: Any, lr_scheduler: Any, **__: Any) -> None:
         self.sync.optimizer, self.sync.scheduler = optimizer, lr_scheduler

@@ -50,10 +50,6 @@ _REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "use_liger_kernel": (bool, "its kernels replace layers when training begins, after all was compared; leave it out"),
     "neftune_noise_alpha": (bool, "its noise is in the trainer's log-probs alone, off by whole nats; leave it out"),
     "sync_ref_model": (bool, "with an adapter, the KL's reference is the base or the start's adapter; set it to False"),
-    "optim": (
-        lambda name: any(word in name for word in _OPTIMIZERS_NOT_KEPT),
-        "its state cannot be kept and brought back as it was; set it to 'adamw_torch' or 'adamw_8bit'",
-    ),
 }
 """By setting: what of it is refused, and why."""
 _OF_VLLM = ("revision", "gpu_memory_utilization", "max_num_seqs", "model_impl", "trust_remote_code")
@@ -74,9 +70,17 @@ def check_arguments(args: Any, peft_config: Any) -> None:
         said = getattr(args, name)
         if is_refused(said):
             raise ConfigError(f"{name}={getattr(said, 'value', said)!r}: {reason}")
+    check_optimizer(args)
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
         kind = type(peft_config).__name__
         raise UnsupportedAdapter(f"peft_config is a {kind}; vLLM swaps only LoRA: use peft.LoraConfig")
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Raises `ConfigError` for an optimizer that a rollback cannot restore."""
+    if any(word in args.optim for word in _OPTIMIZERS_NOT_KEPT):
+        cannot = "its state cannot be kept and brought back as it was; set it to 'adamw_torch' or 'adamw_8bit'"
+        raise ConfigError(f"optim={str(args.optim.value)!r}: {cannot}")
 
 
 def check_reference(model: Any, args: Any) -> None:
