@@ -743,8 +743,8 @@ def version(number: int, parent: int | None, step: int) -> AdapterVersion:
     [
         ({3: 2}, 3, None),
         ({3: 2, 4: 3, 5: 4}, 5, None),
-        ({3: 2}, 2, "v2 .* rollback after this checkpoint, .* of v3.*to=2"),
-        ({3: 2, 4: 1, 5: 4}, 5, "v5 .* rollback after this checkpoint, .* of v3.*to=1"),
+        ({3: 2}, 2, "v2 .* rollback after this checkpoint; .* of v3.*to=2"),
+        ({3: 2, 4: 1, 5: 4}, 5, "v5 .* rollback after this checkpoint; .* of v3.*to=1"),
         ({3: 2, 5: 4}, 5, None),
     ],
 )

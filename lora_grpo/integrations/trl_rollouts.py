@@ -78,9 +78,11 @@ class NativeRollouts(TrainerCallback):
         while number > version.number and number in parents:
             number = parents[number] or 0
         if number < version.number:
-            undone = f"{found} comes from a rollback after this checkpoint, which holds the weights of {version}"
-            again = f"training goes on from those; to go back again, call rollback(to={number or found.number}) in a callback"
-            warnings.warn(f"{undone}: {again}", RuntimeWarning, stacklevel=2)
+            undone = (
+                f"{found} comes from a rollback after this checkpoint; training goes on from the weights of {version}"
+            )
+            again = f"to go back again, call rollback(to={number or found.number}) in a callback"
+            warnings.warn(f"{undone}, which the checkpoint holds; {again}", RuntimeWarning, stacklevel=2)
 
     def on_step_begin(self, *_: Any, optimizer: Any, lr_scheduler: Any, **__: Any) -> None:
         self.sync.optimizer, self.sync.scheduler = optimizer, lr_scheduler
