@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from lora_grpo.adapters.files.disk import STAGING, digest_buffers
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_rank, check_same_dtype, check_servable
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
-from lora_grpo.adapters.peft_form.modules import peft_model_of
-from lora_grpo.adapters.peft_form.quantized import keep_trainable
+from lora_grpo.adapters.peft_form.modules import keep_trainable, peft_model_of
 from lora_grpo.adapters.peft_form.serving import Held, ServingForm, weights_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion, as_step

@@ -19,9 +19,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, save
 
-from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE, AdapterVersion
 from lora_grpo.config_file import config_of_model
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.vllm_local import VLLMEngine

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lora_grpo.adapters.files.room import require_kept
+from lora_grpo.adapters.files.places import require_kept
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import config_of_model, load_config, names_a_model, save_config

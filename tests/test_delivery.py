@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from lora_grpo.adapters.files import disk, room
+from lora_grpo.adapters.files import disk, places
 from lora_grpo.adapters.files.disk import digest_buffers
-from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE, ServingForm
+from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE, AdapterVersion
 from lora_grpo.engines.base import BaseDescription
 from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.delivery import probe
@@ -383,7 +383,7 @@ def test_a_probe_cut_short_is_swept_by_the_next_start(
 def test_a_probe_that_does_not_fit_says_so_before_it_is_written(
     llama_engine: VLLMEngine, llama_dir: Path, shm_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000, total=20_000))
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000, total=20_000))
     with AdapterStore(shm_dir / "store") as store:
         with pytest.raises(NoRoom, match=r"the probe of the engine needs 0\.\d\d MiB .*/staging has room .*--shm-size"):
             NativeSync(tiny_lora(load_model(llama_dir), r=8), llama_engine, store)

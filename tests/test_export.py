@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_grpo import AdapterStore, FakeEngine, GRPOTrainer, ModelConfig, NativeSync, push_to_hub
 from lora_grpo.adapters.peft_form.export import Recipe, _unscaled, export_adapter
-from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE
+from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, StoreCorrupt, UnknownVersion
 from lora_grpo.metrics.render import number

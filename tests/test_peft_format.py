@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, export_adapter
 from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.peft_form.modules import lora_modules, peft_model_of
-from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE, ServingForm
+from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE, AdapterVersion
 from lora_grpo.errors import DeliveryError, StoreError, TrainingError, UnsupportedAdapter
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync

@@ -14,7 +14,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_grpo.adapters.peft_form.quantized import NF4, check_trainable, plain_values, scheme_of
+from lora_grpo.adapters.peft_form.checks import NF4, check_trainable, scheme_of
+from lora_grpo.adapters.peft_form.modules import plain_values
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines import packing

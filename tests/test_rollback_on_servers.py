@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from lora_grpo.adapters.peft_form.checks import active_adapter
 from lora_grpo.adapters.peft_form.modules import lora_modules
-from lora_grpo.adapters.peft_form.serving import WEIGHTS_FILE, assign_rounded
+from lora_grpo.adapters.peft_form.serving import assign_rounded
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.version import WEIGHTS_FILE
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.errors import DeliveryError, StoreError
 from lora_grpo.scoring import teacher_logprobs

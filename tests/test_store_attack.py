@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_grpo.adapters.peft_form.difference import difference
+from lora_grpo.adapters.peft_form.export import difference
 from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.peft_form.serving import read_rounded
 from lora_grpo.adapters.version import AdapterVersion

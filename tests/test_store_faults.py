@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from lora_grpo.adapters.files import disk, room
-from lora_grpo.adapters.files.layout import PEFT_FILES
+from lora_grpo.adapters.files import disk, places
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep import archive
 from lora_grpo.adapters.upkeep.retention import keep_latest
+from lora_grpo.adapters.version import PEFT_FILES
 from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError, UnknownVersion
 from tests.store_files import adapter, content, on_disk
 
@@ -121,9 +121,9 @@ def test_docker_s_shm_is_named_where_it_is_what_is_full(
 
     for folder, says in ((shm_dir, r"a larger tmpfs \(.*--shm-size=8g\)$"), (tmp_path, "a larger file system$")):
         with monkeypatch.context() as patched:
-            patched.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000, total=20_000))
+            patched.setattr(places.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000, total=20_000))
             with pytest.raises(NoRoom, match=says):
-                room.require_room(folder, {"probe": 50_000}, "the probe")
+                places.require_room(folder, {"probe": 50_000}, "the probe")
             with AdapterStore(folder / "store") as store, pytest.raises(NoRoom, match=says):
                 store.publish(adapter(1), step=0)
         with monkeypatch.context() as patched:

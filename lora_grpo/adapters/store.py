@@ -11,15 +11,14 @@ from typing import Any
 from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import Catalog, link_head
-from lora_grpo.adapters.files.disk import Files, digest_buffers
+from lora_grpo.adapters.files.disk import STATES, VERSIONS, Files, digest_buffers
 from lora_grpo.adapters.files.journal import as_metrics
-from lora_grpo.adapters.files.layout import MANIFEST_FILE, PEFT_FILES, STATE_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
 from lora_grpo.adapters.files.places import for_reading
-from lora_grpo.adapters.files.room import make_room
+from lora_grpo.adapters.upkeep.archive import SUMS_FILE
 from lora_grpo.adapters.upkeep.opening import Recovered
 from lora_grpo.adapters.upkeep.retention import Retention
 from lora_grpo.adapters.upkeep.session import Session, open_session
-from lora_grpo.adapters.version import AdapterVersion, Target
+from lora_grpo.adapters.version import MANIFEST_FILE, PEFT_FILES, STATE_FILE, AdapterVersion, Manifest, Target
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError, UnknownVersion
 
 
@@ -96,7 +95,7 @@ class AdapterStore(StoreView):
             raise ConfigError(f"a version holds {', '.join(PEFT_FILES)}; got {', '.join(sorted(files)) or 'no files'}")
         with self._writing("publishing a version") as session:
             sizes = {name: sum(memoryview(part).nbytes for part in files[name]) for name in sorted(files)}
-            make_room(session, sizes, self._budget_bytes)
+            session.make_room(sizes, self._budget_bytes)
             ancestor = self._catalog.head_number() if parent == "head" else self._parent(parent)
             number = session.numbering.next()
             manifest = Manifest(number, ancestor, digest_buffers(files), int(step), time.time(), sizes)
@@ -188,7 +187,7 @@ class AdapterStore(StoreView):
         with self._writing(f"restoring version {number}") as session:
             manifest = self._catalog.manifest(number)
             if not self._sound_on_tmpfs(session, number):
-                make_room(session, manifest.sizes, self._budget_bytes)
+                session.make_room(manifest.sizes, self._budget_bytes)
                 session.required_archive().bring_back(manifest, session.root)
             return self._catalog.version(number)
 

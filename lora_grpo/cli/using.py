@@ -29,7 +29,7 @@ def diff(run: Run, a: A, b: B, as_json: Json = False) -> None:
 
     change is |W_b - W_a| / |W_a| in the Frobenius norm, cosine <W_a, W_b> / (|W_a| |W_b|); 'all' is all modules.
     """
-    from lora_grpo.adapters.peft_form.difference import difference
+    from lora_grpo.adapters.peft_form.export import difference
 
     with opened(run) as store:
         first, second = store.get(a).number, store.get(b).number

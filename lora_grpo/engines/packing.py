@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import xxhash
 
-from lora_grpo.adapters.peft_form.quantized import nf4_values
+from lora_grpo.adapters.peft_form.modules import nf4_values
 from lora_grpo.engines.patching import wrap_once
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import TrainingArguments
 
-from lora_grpo.adapters.peft_form.quantized import scheme_of
+from lora_grpo.adapters.peft_form.checks import scheme_of
 from lora_grpo.config import KeepConfig
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.grpo_config import GRPOConfig

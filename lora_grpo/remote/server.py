@@ -31,8 +31,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files.disk import CHUNK_BYTES
-from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.version import PEFT_FILES
 from lora_grpo.errors import StoreError, UnknownVersion
 from lora_grpo.remote.client import read_token
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_grpo.adapters.files.locks import holder
-from lora_grpo.adapters.files.room import require_kept
+from lora_grpo.adapters.files.places import require_kept
 from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keeps_state, retention

@@ -5,7 +5,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from lora_grpo.adapters.files.layout import Identity
+from lora_grpo.adapters.files.places import Identity
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, state_extra
 from lora_grpo.config import LoraSettings, ModelConfig, RunConfig

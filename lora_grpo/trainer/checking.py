@@ -11,8 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from lora_grpo.adapters.files.disk import tmpfs_home
-from lora_grpo.adapters.files.places import expected_root
-from lora_grpo.adapters.files.room import require_kept
+from lora_grpo.adapters.files.places import expected_root, require_kept
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
 from lora_grpo.config import RunConfig
 from lora_grpo.data import PromptDataset, load_data, load_prompts

@@ -12,12 +12,11 @@ import torch
 
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.disk import digest_buffers
-from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, TOKENIZER, Recipe, Weights, adapter_tensors
 from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import ROLLBACKS_FILE, of_trainer
-from lora_grpo.adapters.version import AdapterVersion, Target
+from lora_grpo.adapters.version import PEFT_FILES, AdapterVersion, Target
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config, with_settings
 from lora_grpo.errors import ConfigError, StoreCorrupt

@@ -10,9 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, set_seed
 
-from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
-from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules, peft_model_of
-from lora_grpo.adapters.peft_form.quantized import NF4, Scheme, keep_trainable, scheme_of
+from lora_grpo.adapters.peft_form.checks import NF4, Scheme, active_adapter, check_servable, scheme_of
+from lora_grpo.adapters.peft_form.modules import LoraModule, keep_trainable, lora_modules, peft_model_of
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.delivery.probe import Proofs

@@ -12,10 +12,9 @@ from typing import Any, TypeAlias
 import torch
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.layout import PEFT_FILES
 from lora_grpo.adapters.peft_form.export import Recipe
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion, Target
+from lora_grpo.adapters.version import PEFT_FILES, AdapterVersion, Target
 from lora_grpo.config import LoraSettings, RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, config_of_model, load_config
 from lora_grpo.data import load_data, load_prompts

@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.disk import Tree
+from lora_grpo.adapters.files.disk import STATES, VERSIONS, Tree
 from lora_grpo.adapters.files.journal import Journal
-from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, VERSIONS, Manifest, read_manifest
 from lora_grpo.adapters.files.locks import Leases
 from lora_grpo.adapters.files.places import Places
 from lora_grpo.adapters.upkeep.archive import Archive, verify_version
 from lora_grpo.adapters.upkeep.retention import Place, Retention
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import MANIFEST_FILE, AdapterVersion, Manifest, read_manifest
 from lora_grpo.errors import StoreCorrupt, UnknownVersion
 
 

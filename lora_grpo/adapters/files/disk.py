@@ -25,9 +25,10 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 Files: TypeAlias = Mapping[str, Sequence[Buffer]]
 """Files by name, each as buffers that lie end to end."""
 CHUNK_BYTES = 1 << 20
-PAGE_BYTES = 4096
 _Record = TypeVar("_Record")
 _SHM = Path("/dev/shm")
+VERSIONS, STATES = "versions", "states"
+"""The kinds of a tree's folders."""
 STAGING = "staging"
 """The folder of a tree for what is not whole yet; whatever is there when the tree is next opened is deleted."""
 MAX_NUMBER = 10**9 - 1
@@ -189,7 +190,7 @@ def digest_buffers(files: Files) -> str:
 
 
 class Tree:
-    """Numbered folders of some kinds ("versions", "states"), whole or not there; `sync` makes every change durable."""
+    """Numbered folders of some kinds, whole or not there; `sync` makes every change durable."""
 
     def __init__(self, path: Path, kinds: tuple[str, ...], *, sync: bool) -> None:
         self.path = path

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.files.disk import is_number, open_regular, parse_json, reported
-from lora_grpo.adapters.files.layout import Manifest
+from lora_grpo.adapters.version import Manifest
 from lora_grpo.errors import ConfigError
 from lora_grpo.types import LARGEST_REWARD
 

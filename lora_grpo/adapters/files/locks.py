@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lora_grpo.adapters.files.disk import open_regular, reported
-from lora_grpo.adapters.files.layout import MANIFEST_FILE
+from lora_grpo.adapters.version import MANIFEST_FILE
 from lora_grpo.errors import StoreLocked, UnknownVersion
 
 PATIENCE_S = 0.2

@@ -1,25 +1,81 @@
-"""Where the two halves of a store lie, and whether they belong together.
+"""Where the two halves of a store lie, whether they belong together, and whether versions fit.
 
-A run directory may be moved or copied, and opened on another machine. So each opening writes into both halves where
-the run directory lies and which opening it was. A run directory whose recorded place still holds the same run is a
-copy: it gets a root of its own. A root that was not there when the run was last opened is out of date."""
+Beside what "Files" in examples/docs/versions.md names, there are in both halves:
 
+- `store.json`, which says whose half it is (`Identity`). A run directory may be moved or copied, and opened on another
+  machine. So each opening writes into both where the run directory lies and which opening it was: a generation that
+  counts openings and a random token. A run directory whose recorded place still holds the same run is a copy: it gets
+  a root of its own. A root of a lower generation, which was not there when the run was last opened, is out of date.
+- `LOCK`: the one writer's kernel lock (`flock`; it goes when the process goes), and who that is.
+- `staging/` and `trash/`: folders on their way in or out; whatever the next writer finds there, it deletes.
+
+The journal is the truth for metrics, pins and past promotions, and lies in the root where there is no run directory;
+for which versions exist the folders are. Where the tmpfs is gone, the journal's last promotion of a version that was
+archived takes the place of `HEAD`."""
+
+import json
 import os
+import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.layout import Identity
 from lora_grpo.adapters.files.locks import WriterLock
-from lora_grpo.errors import StoreError
+from lora_grpo.errors import NoRoom, StoreError
 
+FORMAT = 1
+MIB = 1 << 20
+PAGE_BYTES = 4096
 ASIDE = "aside-"
 _OWN_NAMES = {
     "store.json", ".store.json.new", "LOCK", "NUMBERS", ".NUMBERS.new", "HEAD", ".HEAD.new", "journal.jsonl",
     "versions", "staging", "trash",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What `store.json` says. `other`: the other half. `own_root`: the store chose the root itself, and clears it on
+    closing. `home`: where the run directory lay then (None: this is the root's). `generation` and `token`: which
+    opening wrote it (0 and "": none)."""
+
+    run_id: str
+    other: str | None
+    own_root: bool
+    home: str | None
+    generation: int
+    token: str
+
+    def write(self, folder: Path, *, sync: bool) -> None:
+        content = {"format": FORMAT, **asdict(self)}
+        disk.replace_file(folder / "store.json", json.dumps(content).encode() + b"\n", sync=sync)
+
+    def is_older_than(self, other: "Identity") -> bool:
+        """Whether this half was not there when the other was last opened; of two equally old ones that differ, yes."""
+        tokens_differ = self.generation == other.generation and self.token != other.token
+        return self.generation < other.generation or tokens_differ
+
+    @classmethod
+    def read(cls, folder: Path | None) -> "Identity | None":
+        if folder is None:
+            return None
+        path = folder / "store.json"
+
+        def build(values: Mapping[str, Any]) -> Identity:
+            if values["format"] != FORMAT:
+                raise StoreError(f"{path} has format {values['format']}; this release reads format {FORMAT}")
+            found = cls(**{name: values[name] for name in cls.__slots__})
+            texts = (found.run_id, found.other or "", found.home or "", found.token)
+            plain = all(isinstance(text, str) and "\0" not in text for text in texts)
+            if not plain or (type(found.own_root), type(found.generation)) != (bool, int):
+                raise ValueError("its fields are not the fields of a store")
+            return found
+
+        return disk.read_record(path, build)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +85,7 @@ class Places:
 
     root: Path
     run: Path | None
-    temporary: bool
+    temporary: bool = False
     copied_from: Path | None = None
 
     @property
@@ -42,6 +98,10 @@ class Places:
         return sorted(self.root.glob(f"{ASIDE}*"))
 
 
+def _resolved(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path).resolve()
+
+
 def _no_store(directory: Path) -> str:
     from lora_grpo.config_file import told_as_sweep  # takes as long to import as all of the store
 
@@ -50,41 +110,35 @@ def _no_store(directory: Path) -> str:
 
 def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
     """Find an existing store, by either half. Of a run directory whose root is not its own, the archive is all."""
-    run = None if archive is None else Path(archive).resolve()
-    identity = None if run is None else Identity.read(run)
-    if root is None:
-        if run is None or identity is None or identity.other is None:
-            raise StoreError(_no_store(run) if run else "give the store's root= or its run directory (archive=)")
-        own = Path(identity.other)
-        there = Identity.read(own)
-        strange = there is not None and not _is_current(there, identity)
-        if strange or _original(run, identity, there) is not None:
-            own = run / "not-opened"
-        return Places(own, run, False)
-    found = Path(root).resolve()
-    identity = Identity.read(found)
-    if identity is None and run is None:
-        raise StoreError(_no_store(found))
-    if run is None and identity is not None and identity.other is not None:
-        run = Path(identity.other)
-    return Places(found, run, False)
+    found, run = _resolved(root), _resolved(archive)
+    identity, there = Identity.read(run), Identity.read(found)
+    if found is not None:
+        if run is None and there is None:
+            raise StoreError(_no_store(found))
+        return Places(found, run or (Path(there.other) if there is not None and there.other is not None else None))
+    if run is None or identity is None or identity.other is None:
+        raise StoreError(_no_store(run) if run else "give the store's root= or its run directory (archive=)")
+    own = Path(identity.other)
+    there = Identity.read(own)
+    foreign = there is not None and not _is_current(there, identity)
+    is_copy = _original(run, identity, there) is not None
+    return Places(run / "not-opened" if foreign or is_copy else own, run)
 
 
 def expected_root(root: str | Path | None, run: Path) -> Path:
     """Where a run's versions will be: the root asked for, the one it has, else the folder that it will be made in."""
     identity = Identity.read(run)
-    own = None if identity is None else identity.other
-    return Path(root or own or disk.tmpfs_home()).resolve()
+    return Path(root or (identity and identity.other) or disk.tmpfs_home()).resolve()
 
 
 def for_writing(root: str | Path | None, archive: str | Path | None, lock: WriterLock) -> Places:
     """Find or create both halves, each locked before anything in it is believed or changed."""
-    run = None if archive is None else Path(archive).resolve()
+    run = _resolved(archive)
     if run is not None:
         run.mkdir(parents=True, exist_ok=True)
         lock.take(run)
-    identity = None if run is None else Identity.read(run)
-    places = _chosen(None if root is None else Path(root).resolve(), run, identity)
+    identity = Identity.read(run)
+    places = _chosen(_resolved(root), run, identity)
     disk.make_private(places.root)
     names = {name for name in os.listdir(places.root) if not name.startswith(ASIDE)}
     if Identity.read(places.root) is None and (foreign := names - _OWN_NAMES):
@@ -96,7 +150,7 @@ def for_writing(root: str | Path | None, archive: str | Path | None, lock: Write
 
 def _chosen(root: Path | None, run: Path | None, identity: Identity | None) -> Places:
     before = None if identity is None or identity.other is None else Path(identity.other)
-    there = None if before is None else Identity.read(before)
+    there = Identity.read(before)
     if run is None or identity is None:
         return Places(root or _new_root(run), run, root is None)
     original = _original(run, identity, there)
@@ -148,3 +202,37 @@ def _refuse_other_run(places: Places, identity: Identity | None) -> None:
         other = there.other or "one without an archive"
         fix = "choose another root, or remove that folder if its versions are no longer needed"
         raise StoreError(f"{root} holds versions of another run ({other}), not of {run}; {fix}")
+
+
+def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
+    """Raise `NoRoom` when files of `sizes` bytes, which `what` names, do not fit the file system of `folder`."""
+    if wanting := lacking(folder, sizes):
+        raise NoRoom(f"{what} {wanting}: free some of it, or use {larger(folder)}")
+
+
+def require_kept(root: Path, versions: int, size_bytes: int) -> str:
+    """What it is that fits a store's `root`, which need not be there yet: `versions` of `size_bytes` each, and one that
+    is being written; those that it holds already take nothing more. Raises `NoRoom` where they do not fit."""
+    folder = next(one for one in (root, *root.parents) if one.is_dir())
+    more = max(1, versions + 1 - len(list(root.glob("versions/*"))))
+    what = f"keeping {versions} versions (keep.on_tmpfs, and one more that is being written)"
+    try:
+        require_room(folder, dict.fromkeys(map(str, range(more)), size_bytes), what)
+    except NoRoom as error:
+        raise NoRoom(f"{error}, or lower keep.on_tmpfs") from None
+    free = shutil.disk_usage(folder).free / MIB
+    return f"{versions} + 1 versions of {size_bytes / MIB:,.2f} MiB; {free:,.0f} MiB are free in {folder}"
+
+
+def larger(folder: Path) -> str:
+    return f"a larger tmpfs{size}" if (size := disk.shm_size(folder)) else "a larger file system"
+
+
+def lacking(folder: Path, sizes: Mapping[str, int]) -> str | None:
+    # Beyond the files' own, for the manifest and the folder's bookkeeping: 3.
+    pages = 3 + sum(-(-size // PAGE_BYTES) for size in sizes.values())
+    need, there = pages * PAGE_BYTES, shutil.disk_usage(folder)
+    if need <= there.free:
+        return None
+    room, size = there.free / MIB, there.total / MIB
+    return f"needs {need / MIB:.2f} MiB and {folder} has room for {room:.2f} MiB of {size:.0f} MiB"

@@ -1,7 +1,8 @@
-"""From a version back to a plain PEFT folder: its own scaling, exact weights where the trainer's were kept."""
+"""Versions outside of their run: back in a plain PEFT folder, with their own scaling; and how far two are apart."""
 
 import copy
 import json
+import math
 import os
 import shutil
 import sys
@@ -18,13 +19,13 @@ from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.peft_form.modules import LoraModule, is_multimodal
-from lora_grpo.adapters.peft_form.serving import CONFIG_FILE, WEIGHTS_FILE, load_tensors
-from lora_grpo.adapters.version import AdapterVersion, Target
+from lora_grpo.adapters.peft_form.serving import load_tensors
+from lora_grpo.adapters.version import CONFIG_FILE, STATE_TENSORS_FILE, WEIGHTS_FILE, AdapterVersion, Target
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError
 
 RECIPE_FILE = "adapter.json"
 TOKENIZER = "tokenizer"
-STATE_TENSORS_FILE = "state.safetensors"
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 Weights: TypeAlias = Literal["exact", "rounded"]
 
@@ -181,3 +182,63 @@ def _unscaled(name: str, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 def _plain(value: Any) -> Any:
     """A PEFT config value as JSON holds it."""
     return sorted(value) if isinstance(value, set | frozenset) else getattr(value, "value", value)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """`first` and `second` are |W1| and |W2|; `change` is |W2 - W1| / |W1| (None from zero), `cosine` of the two."""
+
+    module: str
+    first: float
+    second: float
+    change: float | None
+    cosine: float | None
+
+
+def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]:
+    """How far apart two folders in serving form are, over all modules ("all") and of each, in what they do to the base:
+    W = B A. For W1 = B1 A1 and W2 = B2 A2 of ranks r1 and r2, the Frobenius inner product needs no out x in matrix:
+
+        <W1, W2> = tr(A1' B1' B2 A2) = sum over (r1, r2) of (B1' B2) * (A1 A2')
+
+    from which |W2 - W1|^2 = |W1|^2 + |W2|^2 - 2 <W1, W2>, and the cosine is <W1, W2> / (|W1| |W2|). Over all modules,
+    inner products add up. Sums are in fp64, so that changes down to about 1e-7 of the update are told from none."""
+    inner = dict(_inner_products(load_tensors(first / WEIGHTS_FILE), load_tensors(second / WEIGHTS_FILE)))
+    total = [math.fsum(one[index] for one in inner.values()) for index in range(3)]
+    return _difference("all", *total), [_difference(module, *one) for module, one in inner.items()]
+
+
+def _inner_products(
+    first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, list[float]]]:
+    """Of each module <W1, W1>, <W2, W2> and <W1, W2>."""
+    if first.keys() != second.keys():
+        odd = sorted(first.keys() ^ second.keys())[0]
+        raise StoreCorrupt(f"the two versions adapt different modules: only one of them has {odd}")
+    for name in sorted(first):
+        if name.endswith(_A):
+            other = name.removesuffix(_A) + _B
+            if not all(_is_pair(tensors.get(other), tensors[name]) for tensors in (first, second)):
+                raise StoreCorrupt(f"{name} has no matching B")
+            one, two = ((tensors[other].double(), tensors[name].double()) for tensors in (first, second))
+            if (one[0].shape[0], one[1].shape[1]) != (two[0].shape[0], two[1].shape[1]):
+                raise StoreCorrupt(f"the two versions adapt different modules: {name} has different sizes")
+            yield name.removeprefix(PREFIX).removesuffix(_A), [_dot(one, one), _dot(two, two), _dot(one, two)]
+
+
+def _is_pair(b_OR: torch.Tensor | None, a_RI: torch.Tensor) -> bool:
+    return b_OR is not None and b_OR.dim() == a_RI.dim() == 2 and b_OR.shape[1] == a_RI.shape[0]
+
+
+def _dot(one: tuple[torch.Tensor, torch.Tensor], two: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """<B1 A1, B2 A2> by (r1, r2) products."""
+    (b1_OR, a1_RI), (b2_OR, a2_RI) = one, two
+    return float(((b1_OR.T @ b2_OR) * (a1_RI @ a2_RI.T)).sum())
+
+
+def _difference(module: str, inner_1: float, inner_2: float, both: float) -> Difference:
+    first, second = math.sqrt(max(0.0, inner_1)), math.sqrt(max(0.0, inner_2))
+    apart = math.sqrt(max(0.0, inner_1 + inner_2 - 2 * both))
+    product = first * second
+    cosine = max(-1.0, min(1.0, both / product)) if product else None
+    return Difference(module, first, second, apart / first if first else None, cosine)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.files.disk import Buffer, digest_pieces, open_regular, parse_json
-from lora_grpo.adapters.files.layout import ADAPTER_FILE, CONFIG_FILE
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE, AdapterVersion
 from lora_grpo.errors import DeliveryError, UnknownVersion
 
 PREFIX = "base_model.model."
@@ -47,7 +46,7 @@ class AdapterFile:
     def digest_with(self, payload: Iterable[Buffer]) -> str:
         """The version's digest, were `payload`, in pieces, what its tensors file holds after the header."""
         tensors = chain([self.mapped[: len(self.mapped) - len(self.payload)]], payload)
-        files = (CONFIG_FILE, len(self.config), [self.config]), (ADAPTER_FILE, len(self.mapped), tensors)
+        files = (CONFIG_FILE, len(self.config), [self.config]), (WEIGHTS_FILE, len(self.mapped), tensors)
         return digest_pieces(files)
 
 
@@ -57,7 +56,7 @@ class _Malformed(ValueError):
 
 def open_adapter(version: AdapterVersion) -> AdapterFile:
     """Map a version's files and check them against each other; `DeliveryError` names the module or value."""
-    weights, config_path = version.path / ADAPTER_FILE, version.path / CONFIG_FILE
+    weights, config_path = version.path / WEIGHTS_FILE, version.path / CONFIG_FILE
     if not version.path.is_dir():
         back = f"store.restore({version.number}) brings back what the archive keeps"
         raise UnknownVersion(f"{version} is no longer in {version.path.parent}: pruned, or its store closed; {back}")
@@ -81,7 +80,7 @@ def _layout(header: bytes, config: bytes) -> tuple[Mapping[str, TensorEntry], tu
     """Entries, paths, dtype and bytes: checked once for all versions of a run, which differ in their payload only."""
     entries = _entries(header)
     if not entries:
-        raise _Malformed(f"{ADAPTER_FILE} is truncated or empty: it has no tensor")
+        raise _Malformed(f"{WEIGHTS_FILE} is truncated or empty: it has no tensor")
     paths = _paths(entries)
     _check_config(_mapping(config, CONFIG_FILE), entries, paths)
     dtypes = {entry.dtype for entry in entries.values()}

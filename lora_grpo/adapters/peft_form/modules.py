@@ -1,8 +1,9 @@
 """The modules that an adapter adapts, and the base below them, by the names that a checkpoint has.
 
-And what FSDP2 may have sharded of them: read whole, and written to."""
+What FSDP2 may have sharded of them is read whole, and written to; weights in fewer bits by what they stand for."""
 
 import re
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,3 +122,31 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing layers on a CPU in eval mode: it rounds scales and cuts gradients, for good."""
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Of what a trainer's tensor stands for."""
+    return tuple((getattr(tensor, "quant_state", None) or tensor).shape)
+
+
+def plain_values(tensor: torch.Tensor) -> torch.Tensor:
+    """What a trainer's tensor stands for: fp32 (rows, columns) of one in nf4, any other as it is."""
+    state = getattr(tensor, "quant_state", None)
+    return tensor if state is None else nf4_values(tensor.data, state)
+
+
+@torch.no_grad()
+def nf4_values(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """fp32 (rows, columns) of bitsandbytes' 4 bits with their scales."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    exact = copy(state)
+    exact.dtype = torch.float32
+    return dequantize_4bit(packed.reshape(-1, 1), exact)

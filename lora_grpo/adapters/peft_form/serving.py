@@ -19,14 +19,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lora_grpo.adapters.files import layout
 from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.peft_form.modules import LoraModule, assign, lora_modules, peft_model_of, whole
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE, AdapterVersion
 from lora_grpo.errors import ConfigError, StoreCorrupt, TrainingError, UnsupportedAdapter
 from lora_grpo.kernels import Cast
-
-WEIGHTS_FILE, CONFIG_FILE = layout.ADAPTER_FILE, layout.CONFIG_FILE
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

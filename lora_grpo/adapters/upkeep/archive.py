@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.disk import CHUNK_BYTES, Buffer, Files, Tree, digest_pieces, reported
-from lora_grpo.adapters.files.layout import MANIFEST_FILE, STATES, SUMS_FILE, VERSIONS, Manifest
+from lora_grpo.adapters.files.disk import CHUNK_BYTES, STATES, VERSIONS, Buffer, Files, Tree, digest_pieces, reported
+from lora_grpo.adapters.version import MANIFEST_FILE, Manifest
 from lora_grpo.errors import StoreCorrupt, StoreError
+
+SUMS_FILE = "SHA256SUMS"
 
 
 class Archive(Tree):

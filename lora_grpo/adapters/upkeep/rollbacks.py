@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.layout import STATE_FILE
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import Target
+from lora_grpo.adapters.version import STATE_FILE, Target
 from lora_grpo.errors import StoreCorrupt, UnknownVersion
 
 ROLLBACKS_FILE = "rollbacks.jsonl"

@@ -1,23 +1,24 @@
-"""Everything that a writer keeps open, and the work that needs several of its parts: archiving and pruning."""
+"""Everything that a writer keeps open, and the work that needs several of its parts: archiving, pruning, room."""
 
 import atexit
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import Catalog
-from lora_grpo.adapters.files.disk import Files, Tree
-from lora_grpo.adapters.files.layout import STATES, VERSIONS, Manifest
+from lora_grpo.adapters.files.disk import STATES, VERSIONS, Files, Tree
 from lora_grpo.adapters.files.locks import WriterLock, unleased
-from lora_grpo.adapters.files.places import Places, for_writing
+from lora_grpo.adapters.files.places import MIB, Places, for_writing, lacking, larger
 from lora_grpo.adapters.upkeep.archive import Archive, BackgroundWriter, Job
 from lora_grpo.adapters.upkeep.opening import Opening
 from lora_grpo.adapters.upkeep.retention import Place, Retention, default_retention
-from lora_grpo.errors import StoreError, counted
+from lora_grpo.adapters.version import Manifest
+from lora_grpo.errors import NoRoom, StoreError, counted
 
 
 class Session(Catalog):
@@ -52,6 +53,33 @@ class Session(Catalog):
         if self.archive is None:
             raise StoreError(f"the store in {self.places.root} has no run directory; open it with archive=")
         return self.archive
+
+    def make_room(self, sizes: Mapping[str, int], budget_bytes: int | None) -> None:
+        """Return when files of `sizes` bytes fit root and budget, pruning if they do not; else raise `NoRoom`."""
+        if not self._lacking(sizes, budget_bytes):
+            return
+        self.prune()
+        if self._lacking(sizes, budget_bytes) and self.writer.backlog_bytes:
+            self.writer.flush()
+            self.prune()
+        if wanting := self._lacking(sizes, budget_bytes):
+            taken, kept = self._used_bytes() / MIB, self.retention.words("tmpfs")
+            instead = f"{larger(self.root.path)}{'' if budget_bytes is None else ' or budget_bytes'}"
+            stay = f"versions taking {taken:.2f} MiB: tmpfs keeps {kept}, HEAD, pinned and leased ones"
+            fix = f"free what else is there, or use retention=keep_latest(2) (a trainer: keep.on_tmpfs=2), or {instead}"
+            raise NoRoom(f"a version {wanting}, {stay}; {fix}")
+
+    def _lacking(self, sizes: Mapping[str, int], budget_bytes: int | None) -> str | None:
+        wanting = lacking(self.root.path, sizes)
+        if wanting is not None or budget_bytes is None:
+            return wanting
+        need, room = sum(sizes.values()), max(0, budget_bytes - self._used_bytes())
+        if need <= room:
+            return None
+        return f"needs {need / MIB:.2f} MiB and budget_bytes={budget_bytes} has room for {room / MIB:.2f} MiB"
+
+    def _used_bytes(self) -> int:
+        return sum(self.manifest(number).size_bytes for number in self.root.numbers(VERSIONS))
 
     def archive_version(self, manifest: Manifest) -> None:
         archive, source = self.archive, self.root.folder(VERSIONS, manifest.number)

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lora_grpo.adapters.peft_form.modules import base_tensors, peft_model_of
-from lora_grpo.adapters.peft_form.quantized import plain_values, shape_of
+from lora_grpo.adapters.peft_form.modules import base_tensors, peft_model_of, plain_values, shape_of
 from lora_grpo.engines.base import BaseDescription, Engine
 from lora_grpo.engines.names import BaseReading, TensorReading
 from lora_grpo.engines.packing import PLAIN, digest

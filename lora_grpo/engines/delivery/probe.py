@@ -20,7 +20,7 @@ from torch import nn
 
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.disk import Files, digest_buffers
-from lora_grpo.adapters.files.room import require_room
+from lora_grpo.adapters.files.places import require_room
 from lora_grpo.adapters.peft_form.modules import LoraModule, assign, peft_model_of
 from lora_grpo.adapters.peft_form.serving import ServingForm, restored
 from lora_grpo.adapters.version import AdapterVersion

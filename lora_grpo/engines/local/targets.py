@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from lora_grpo.adapters.peft_form.checks import Scheme, scheme_of
 from lora_grpo.adapters.peft_form.modules import is_multimodal
-from lora_grpo.adapters.peft_form.quantized import Scheme, scheme_of
 from lora_grpo.config import check_quantization
 from lora_grpo.engines import compat
 from lora_grpo.errors import ConfigError, UnsupportedAdapter

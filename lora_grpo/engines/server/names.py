@@ -13,8 +13,8 @@ import socket
 from pathlib import Path
 
 from lora_grpo.adapters.files.disk import read_small, tmpfs_home
-from lora_grpo.adapters.files.layout import Identity
 from lora_grpo.adapters.files.locks import OwnFolder, is_free
+from lora_grpo.adapters.files.places import Identity
 from lora_grpo.adapters.version import AdapterVersion, run_name, served_name
 from lora_grpo.errors import ConfigError
 
