@@ -22,9 +22,8 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="hub revision")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="the trainer's base dtype")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    quantization: Literal["nf4"] | None = Field(
-        None, description="'nf4' (QLoRA): quantize an unquantized base, in trainer and engine"
-    )
+    quantization: Literal["nf4"] | None = None
+    """'nf4' (QLoRA): quantize an unquantized base, in trainer and engine"""
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -37,9 +36,8 @@ class LoraSettings(Section):
 
     r: int = Field(16, ge=1, description="rank")
     lora_alpha: float = Field(32, gt=0, description="the adapter's output is scaled by lora_alpha / r")
-    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
-        "all-linear", description="names of the linear layers that get an adapter"
-    )
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """names of the linear layers that get an adapter"""
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input, in training only")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead (rsLoRA)")
     rank_pattern: dict[str, int] = Field({}, description="ranks of single modules, by name or regex")
@@ -71,31 +69,25 @@ class EngineConfig(Section):
     256
     """
 
-    urls: tuple[str, ...] = Field(
-        (), description="vLLM servers (lora-grpo serve) to generate with, instead of an engine in this process"
-    )
-    on_failure: Literal["raise", "drop"] = Field(
-        "raise", description="when one server fails to load a version: end the run, or go on without that server"
-    )
-    store_address: str | None = Field(
-        None, description="host:port where the trainer serves versions, for `urls` that cannot read its disk"
-    )
+    urls: tuple[str, ...] = ()
+    """vLLM servers (lora-grpo serve) to generate with, instead of an engine in this process"""
+    on_failure: Literal["raise", "drop"] = "raise"
+    """when one server fails to load a version: end the run, or go on without that server"""
+    store_address: str | None = None
+    """host:port where the trainer serves versions, for `urls` that cannot read its disk"""
     concurrency: int = Field(256, ge=1, description="most requests at the same time on each of `urls`; others wait")
-    timeout_s: float = Field(
-        600.0, gt=0, description="most seconds for one request to `urls`, with its wait in the server's queue"
-    )
+    timeout_s: float = Field(600.0, gt=0)
+    """most seconds for one request to `urls`, with its wait in the server's queue"""
     patience_s: float = Field(300.0, gt=0, description="seconds to wait for one of `urls` that went away")
     max_lora_rank: int | None = Field(None, ge=1, description="default: the adapter's rank, rounded up for vLLM")
     max_loras: int = Field(2, ge=1, description="adapter slots: versions that one batch can mix")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the engine's weights and adapters"
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """dtype of the engine's weights and adapters"""
     max_model_len: int | None = Field(None, ge=8, description="most tokens, prompt + completion; default: the model's")
     gpu_memory_utilization: float = Field(0.35, gt=0, le=1, description="vLLM's share of the GPU, beside the trainer")
     max_num_seqs: int = Field(256, ge=1, description="most completions sampled at the same time")
-    max_num_batched_tokens: int | None = Field(
-        None, ge=64, description="most tokens in one engine step; default: vLLM's"
-    )
+    max_num_batched_tokens: int | None = Field(None, ge=64)
+    """most tokens in one engine step; default: vLLM's"""
     enforce_eager: bool = Field(False, description="no compiled model, no CUDA graphs")
     enable_prefix_caching: bool = Field(True, description="prompts with the same beginning share its KV cache")
 
@@ -123,9 +115,8 @@ class DataConfig(Section):
     eval_split: str = Field("test", description="split of `eval`, if it is on the hub")
     eval_limit: int | None = Field(None, ge=1, description="most held-out prompts used")
     prompt_column: str = Field("prompt", description="column of prompts: text or chat messages")
-    system_prompt: str | None = Field(
-        None, description="turns text prompts into chats with this system message (none if empty)"
-    )
+    system_prompt: str | None = None
+    """turns text prompts into chats with this system message (none if empty)"""
 
 
 class RewardConfig(Section):
@@ -133,9 +124,8 @@ class RewardConfig(Section):
 
     name: str = Field(description="exact, numeric, regex, format, or your own 'package.module:function'")
     weight: float = Field(1.0, description="weight in the sum of rewards")
-    options: dict[str, Any] = Field(
-        {}, description="a ready-made reward's options, or keyword arguments for your function"
-    )
+    options: dict[str, Any] = Field({})
+    """a ready-made reward's options, or keyword arguments for your function"""
 
 
 class KeepConfig(Section):
@@ -146,15 +136,12 @@ class KeepConfig(Section):
     lora_grpo.errors.ConfigError: on_tmpfs: must be an integer, at least 1 (got 0)
     """
 
-    on_tmpfs: int = Field(
-        8, ge=1, description="how many of the latest versions stay on tmpfs; HEAD, pinned and loaded ones stay too"
-    )
-    archived: int | None = Field(
-        None, ge=1, description="how many of the latest and of the best adapters stay on disk; default: all"
-    )
-    trainer_states: int = Field(
-        5, ge=1, description="how many of the latest trainer states stay; those of the best versions stay too"
-    )
+    on_tmpfs: int = Field(8, ge=1)
+    """how many of the latest versions stay on tmpfs; HEAD, pinned and loaded ones stay too"""
+    archived: int | None = Field(None, ge=1)
+    """how many of the latest and of the best adapters stay on disk; default: all"""
+    trainer_states: int = Field(5, ge=1)
+    """how many of the latest trainer states stay; those of the best versions stay too"""
     trainer_state_every: int = Field(1, ge=1, description="steps between kept trainer states")
     budget_bytes: int | None = Field(None, ge=1, description="most bytes that versions may take on tmpfs")
 

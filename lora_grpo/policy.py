@@ -129,11 +129,9 @@ class Policy:
         means = {name: sum(one[name] for one in metrics) / len(metrics) for name in metrics[0]}
         return means | self.processes.metrics(self.objective.observe_sampling(seen if at_once else batch))
 
-    def _step(
-        self, rows: Batch, rollout: Size, judge: Callable[[Batch], None] | None
-    ) -> tuple[dict[str, float], Batch]:
+    def _step(self, rows: Batch, whole: Size, judge: Callable[[Batch], None] | None) -> tuple[dict[str, float], Batch]:
         self.gradients.zero()
-        totals = Totals(self._size(rows), rollout, self.config.max_completion_length)
+        totals = Totals(self._size(rows), whole, self.config.max_completion_length)
         self.reach.begin()
         local_loss, logp_BT, entropy_BT = self._accumulate(rows, totals)
         self.reach.end()
@@ -225,10 +223,8 @@ class Policy:
             raise ConfigError(f"processes have between {least} and {most} rows: give each the same number")
         local_rows = self.config.rows_per_update(1)
         if rows == 0 or rows % local_rows:
-            factors = "per_device_train_batch_size * gradient_accumulation_steps"
-            raise ConfigError(
-                f"{rows} rows are not a multiple of one optimizer batch, {factors} = {local_rows} rows per process"
-            )
+            batch = f"per_device_train_batch_size * gradient_accumulation_steps = {local_rows} rows per process"
+            raise ConfigError(f"{rows} rows are not a multiple of one optimizer batch, {batch}")
 
 
 def _drops_out(model: nn.Module) -> bool:

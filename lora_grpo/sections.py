@@ -17,7 +17,7 @@ from lora_grpo.trl_names import TRL_SETTINGS
 class Section(BaseModel):
     """A frozen group of settings; building one with a bad value raises `ConfigError`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def __init__(self, **values: Any) -> None:
         try:

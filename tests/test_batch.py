@@ -63,7 +63,7 @@ def test_tokens_that_the_policy_did_not_sample_are_no_loss() -> None:
 
 def test_truncated_rows_leave_the_loss_only_when_asked() -> None:
     assert batch().mask_BT[1].tolist() == [True, False, False, False]
-    got = batch(mask_truncated_completions=True)
+    got = batch(mask_truncated=True)
     assert got.mask_BT[1].tolist() == [False] * 4
     assert got.mask_BT[0].tolist() == [True, True, True, False]
     assert len(got) == 4

@@ -33,7 +33,7 @@ def whole_batch(case: dict[str, Any]) -> Batch:
     """Prepared by a policy of this process, with drift that depends on no process."""
     groups = rollout(prompt_lengths=(3, 5, 2, 9), truncated=3)
     masked = bool(case.get("mask_truncated_completions"))
-    batch = Batch.from_groups(groups, ADVANTAGES, mask_truncated_completions=masked)
+    batch = Batch.from_groups(groups, ADVANTAGES, mask_truncated=masked)
     policy = Policy(peft_model(), config(4))
     return drifted(policy.prepare(batch), policy.logprobs(batch))
 

@@ -205,7 +205,7 @@ def our_batch(policy: Policy, rows: list[Group]) -> tuple[Batch, dict[str, float
         rewards_BF, ["first", "second"], settings.num_generations, settings.reward_weights, settings.scale_rewards
     )
     advantages_B = group_advantages(totals_B, settings.num_generations, settings.scale_rewards)
-    batch = Batch.from_groups(rows, advantages_B, mask_truncated_completions=settings.mask_truncated_completions)
+    batch = Batch.from_groups(rows, advantages_B, mask_truncated=settings.mask_truncated_completions)
     return policy.prepare(batch), metrics
 
 

@@ -98,10 +98,8 @@ def load_prompts(
         raise ConfigError(f"{label} has no rows")
     columns = _column_names(rows)
     if prompt_column not in columns:
-        names = ", ".join(map(repr, columns))
-        raise ConfigError(
-            f"{label} has no column {prompt_column!r}; its columns are {names}: name one in prompt_column"
-        )
+        names = f"its columns are {', '.join(map(repr, columns))}"
+        raise ConfigError(f"{label} has no column {prompt_column!r}; {names}: name one in prompt_column")
     taken = sorted(RESERVED_COLUMNS.intersection(columns) - {prompt_column})
     if taken:
         raise ConfigError(f"{label}: column {taken[0]!r} has the name of another reward argument; rename it")
@@ -176,11 +174,8 @@ class PromptSampler:
     """
 
     def __init__(self, num_prompts: int, prompts_per_step: int, seed: int) -> None:
-        self.num_prompts = num_prompts
-        self.prompts_per_step = prompts_per_step
-        self.seed = seed
-        self.epoch = 0
-        self.offset = 0
+        self.num_prompts, self.prompts_per_step, self.seed = num_prompts, prompts_per_step, seed
+        self.epoch, self.offset = 0, 0
         self._order = self._shuffled(0)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -205,7 +200,7 @@ class PromptSampler:
         saved, here = (state["num_prompts"], state["seed"]), (self.num_prompts, self.seed)
         if saved != here:
             raise ConfigError(
-                f"cannot resume: (num_prompts, seed) was {saved}, now it is {here}; take the saved run's data and seed"
+                f"cannot resume: (num_prompts, seed) was {saved}, now it is {here}; take that data and seed"
             )
         self._move_to(state["epoch"], state["offset"])
 
@@ -217,5 +212,4 @@ class PromptSampler:
     def _shuffled(self, epoch: int) -> list[int]:
         # Raw words of a bit generator are fixed by NumPy's compatibility policy; `Generator.permutation` is not.
         keys = np.random.PCG64(derive_seed(self.seed, epoch)).random_raw(self.num_prompts)
-        order: list[int] = np.argsort(keys, kind="stable").tolist()
-        return order
+        return np.argsort(keys, kind="stable").tolist()

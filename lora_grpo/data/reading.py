@@ -95,16 +95,14 @@ def _from_json(path: Path) -> list[dict[str, Any]]:
     """
     text = _text(path)
     if text.lstrip().startswith("["):
-        rows: list[dict[str, Any]] = _json(text, str(path))
-        where = [f"{path}, row {index}" for index in range(len(rows))]
+        found = [(f"{path}, row {index}", row) for index, row in enumerate(_json(text, str(path)))]
     else:
-        numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        where = [f"{path}, line {number}" for number, _ in numbered]
-        rows = [_json(line, at) for at, (_, line) in zip(where, numbered, strict=True)]
-    for at, row in zip(where, rows, strict=True):
+        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        found = [(at, _json(line, at)) for at, line in lines]
+    for at, row in found:
         if not isinstance(row, dict):
             raise ConfigError(f"{at}: {short(row)} is no JSON object with columns as keys")
-    return rows
+    return [row for _, row in found]
 
 
 def _from_csv(path: Path) -> list[dict[str, Any]]:
@@ -141,9 +139,8 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         said = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise ConfigError(
-            f"{where}: JSON that cannot be read: {said} (a file holds one object a line, or one array of objects)"
-        ) from error
+        wanted = "a file holds one object a line, or one array of objects"
+        raise ConfigError(f"{where}: JSON that cannot be read: {said} ({wanted})") from error
 
 
 def short(value: object, width: int = 120) -> str:

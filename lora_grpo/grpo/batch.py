@@ -38,24 +38,23 @@ class Batch:
     """fp32, nats; of what the KL is measured to. None as long as no KL is asked for."""
 
     @classmethod
-    def from_groups(
-        cls, groups: Sequence[Group], advantages_B: Tensor, *, mask_truncated_completions: bool = False
-    ) -> "Batch":
+    def from_groups(cls, groups: Sequence[Group], advantages_B: Tensor, *, mask_truncated: bool = False) -> "Batch":
         """A row a completion, in the groups' order.
 
         Completions hold their end token. `Completion.token_mask` takes tokens out of the loss that the policy did not
-        sample, `mask_truncated_completions` whole rows that were cut at the limit (DAPO, arXiv 2503.14476, 3.4).
+        sample, `mask_truncated` whole rows that were cut at the limit (DAPO, arXiv 2503.14476, 3.4).
         """
         pairs = [(group.prompt_token_ids, row) for group in groups for row in group.completions]
         _check(pairs, advantages_B)
         prompts = [torch.tensor(ids, dtype=torch.long) for ids, _ in pairs]
         completions = [torch.tensor(row.token_ids, dtype=torch.long) for _, row in pairs]
-        masks = [_loss_mask(row, mask_truncated_completions) for _, row in pairs]
+        masks = [torch.tensor(row.token_mask or [True] * len(row.token_ids), dtype=torch.bool) for _, row in pairs]
+        left_out_B = torch.tensor([mask_truncated and row.truncated for _, row in pairs])
         logprobs = [torch.tensor(row.logprobs, dtype=torch.float32) for _, row in pairs]
         return cls(
             input_ids_BL=_join(prompts, completions),
             attention_mask_BL=_join(*([torch.ones_like(ids) for ids in part] for part in (prompts, completions))),
-            mask_BT=pad_sequence(masks, batch_first=True),
+            mask_BT=pad_sequence(masks, batch_first=True) & ~left_out_B.unsqueeze(1),
             sampler_logp_BT=pad_sequence(logprobs, batch_first=True),
             advantages_B=advantages_B.float(),
         )
@@ -65,12 +64,10 @@ class Batch:
 
     @property
     def completion_length(self) -> int:
-        """T."""
         return self.mask_BT.shape[1]
 
     @property
     def prompt_length(self) -> int:
-        """L - T."""
         return self.input_ids_BL.shape[1] - self.completion_length
 
     @property
@@ -124,11 +121,6 @@ def _check(pairs: Sequence[tuple[Sequence[int], Completion]], advantages_B: Tens
         lengths = [len(completion.token_ids), len(completion.logprobs), len(mask)]
         if len(set(lengths)) > 1:
             raise ConfigError(f"row {row}: token_ids, logprobs and token_mask differ in length: {lengths}")
-
-
-def _loss_mask(completion: Completion, mask_truncated_completions: bool) -> Tensor:
-    mask_T = torch.tensor(completion.token_mask or [True] * len(completion.token_ids), dtype=torch.bool)
-    return mask_T & (not (mask_truncated_completions and completion.truncated))
 
 
 def _join(prompts: list[Tensor], completions: list[Tensor]) -> Tensor:

@@ -38,8 +38,7 @@ class Forward:
     """Of one model. All processes that hold a shard of it call `micro_batches`, and then one forward for each."""
 
     def __init__(self, model: PeftModel, config: GRPOConfig, processes: Processes, *, sharded: bool) -> None:
-        self._model, self._config = model, config
-        self._processes, self._sharded = processes, sharded
+        self._model, self._config, self._processes, self._sharded = model, config, processes, sharded
         self._dtype = base_dtype(model)
         self._packs: bool | None = None
         """None until a micro-batch is better packed."""
@@ -115,8 +114,7 @@ class Forward:
 
     def _uncast(self) -> AbstractContextManager[None]:
         """PEFT would make an fp32 copy of each layer's input, of which autocast makes a half-precision one to keep."""
-        casts: AbstractContextManager[None] = disable_input_dtype_casting(self._model, self._dtype != torch.float32)
-        return casts
+        return disable_input_dtype_casting(self._model, self._dtype != torch.float32)
 
     def _settle(self, rows: Batch) -> bool:
         """Whether the model can be given packed rows, and then says of these what it says of padded ones."""

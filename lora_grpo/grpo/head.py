@@ -233,13 +233,10 @@ def _fused(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Linear, Fini
     elif hasattr(model, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) for one in model.modules()):
         reason = "the model is compiled"
     else:
-        known = layer in _FINISHES
-        if not known:
+        if layer not in _FINISHES:
             _FINISHES[layer] = _measured(model, layer, inputs["input_ids"][:1, -2:])
         if (finish := _FINISHES[layer]) is not None:
             return layer, finish
-        if known:
-            return None
         reason = f"how {type(model).__name__} goes on from it could not be told"
     warnings.warn(f"{type(layer).__name__} makes all logits at once, which needs memory: {reason}", stacklevel=3)
     return None

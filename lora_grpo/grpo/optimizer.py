@@ -45,12 +45,8 @@ def build_optimizer(model: nn.Module, config: GRPOConfig) -> AdamW:
 
 
 def _settings(config: GRPOConfig) -> dict[str, Any]:
-    return {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "weight_decay": config.weight_decay,
-    }
+    betas = (config.adam_beta1, config.adam_beta2)
+    return {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon, "weight_decay": config.weight_decay}
 
 
 def apply_settings(optimizer: Optimizer, scheduler: Any, config: GRPOConfig, learning_rate_scale: float) -> None:
@@ -65,9 +61,7 @@ def apply_settings(optimizer: Optimizer, scheduler: Any, config: GRPOConfig, lea
 
 
 def build_scheduler(optimizer: Optimizer, config: GRPOConfig, num_updates: int) -> LRScheduler:
-    """The schedule `config.lr_scheduler_type` over `num_updates` optimizer updates, one step an update."""
-    scheduler: LRScheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, num_updates)
-    return scheduler
+    return get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, num_updates)
 
 
 def plain_optimizer(optimizer: Optimizer | None, parameters: Mapping[str, Parameter], config: GRPOConfig) -> Optimizer:
@@ -90,8 +84,7 @@ class Gradients:
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], processes: Processes) -> None:
-        self._parameters = list(parameters)
-        self._processes = processes
+        self._parameters, self._processes = list(parameters), processes
         self.sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         """What FSDP2 holds of the model: if anything, each forward and backward is one of all processes."""
         for module in self.sharded:
@@ -218,9 +211,9 @@ class Reach:
 
 def _got(parameter: Tensor) -> Tensor:
     """Whether it has a gradient; one that is frozen needs none."""
-    if not parameter.requires_grad:
-        return torch.tensor(True, device=parameter.device)
-    return torch.tensor(False, device=parameter.device) if parameter.grad is None else _some(parameter.grad)
+    if parameter.grad is None or not parameter.requires_grad:
+        return torch.tensor(not parameter.requires_grad, device=parameter.device)
+    return _some(parameter.grad)
 
 
 def _some(tensor: Tensor) -> Tensor:

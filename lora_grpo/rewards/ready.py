@@ -48,13 +48,7 @@ def exact(column: str = "answer", ignore_case: bool = False) -> Reward:
     def normal(text: str) -> str:
         return text.strip().casefold() if ignore_case else text.strip()
 
-    def exact(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        return [
-            None if answer is None else float(normal(completion_text(done)) == normal(str(answer)))
-            for done, answer in zip(completions, _column(columns, column, "exact"), strict=True)
-        ]
-
-    return _needs(exact, column)
+    return _answered("exact", column, lambda text, answer: normal(text) == normal(str(answer)))
 
 
 def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
@@ -68,40 +62,51 @@ def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
         raise ConfigError(f"numeric: tolerance={tolerance} must be 0 or more")
     allowed = Decimal(str(tolerance))
 
-    def numeric(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        rewards: list[float | None] = []
-        for done, answer in zip(completions, _column(columns, column, "numeric"), strict=True):
-            if answer is None:
-                rewards.append(None)
-                continue
-            wanted = final_number(str(answer))
-            if wanted is None:
-                raise ValueError(f"column {column!r} holds {answer!r}, which contains no number")
-            found = final_number(completion_text(done))
-            rewards.append(float(found is not None and abs(found - wanted) <= allowed))
-        return rewards
+    def right(text: str, answer: Any) -> bool:
+        wanted, found = final_number(str(answer)), final_number(text)
+        if wanted is None:
+            raise ValueError(f"column {column!r} holds {answer!r}, which contains no number")
+        return found is not None and abs(found - wanted) <= allowed
 
-    return _needs(numeric, column)
+    return _answered("numeric", column, right)
 
 
 def regex(pattern: str) -> Reward:
     """1.0 where `pattern` is found anywhere in the completion ('.' also matches a newline)."""
-    compiled = _compiled(pattern, "regex")
-
-    def regex(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        return [float(compiled.search(completion_text(done)) is not None) for done in completions]
-
-    return regex
+    return _matching("regex", pattern, whole=False)
 
 
 def format(pattern: str = r"<think>.*?</think>\s*<answer>.*?</answer>") -> Reward:
     """1.0 where the whole completion, whitespace around it aside, has the form of `pattern` ('.' matches newlines)."""
-    compiled = _compiled(pattern, "format")
+    return _matching("format", pattern, whole=True)
 
-    def format(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        return [float(compiled.fullmatch(completion_text(done).strip()) is not None) for done in completions]
 
-    return format
+def _matching(name: str, pattern: str, *, whole: bool) -> Reward:
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ConfigError(f"{name}: pattern {pattern!r} is not a regular expression: {error}") from error
+
+    def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        texts = map(completion_text, completions)
+        return [float(bool(compiled.fullmatch(text.strip()) if whole else compiled.search(text))) for text in texts]
+
+    reward.__name__ = name
+    return reward
+
+
+def _answered(name: str, column: str, right: Callable[[str, Any], bool]) -> Reward:
+    """A reward by the completion's text and the answer in `column`; None where there is no answer."""
+
+    def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        if column not in columns:  # a run looks before it starts; TRL's trainer does not
+            raise ConfigError(f"{name} needs a column {column!r}; the data have {sorted(columns)}")
+        pairs = zip(map(completion_text, completions), columns[column], strict=True)
+        return [None if answer is None else float(right(text, answer)) for text, answer in pairs]
+
+    reward.__name__ = name
+    reward.columns = (column,)  # type: ignore[attr-defined]  # a run without it is refused before its first step
+    return reward
 
 
 READY: dict[str, Callable[..., Reward]] = {"exact": exact, "numeric": numeric, "regex": regex, "format": format}
@@ -113,20 +118,16 @@ def load_reward(config: RewardConfig) -> RewardFunction:
     'package.module:function' is imported and gets the options as keyword arguments; any other name is a ready-made
     reward's, whose factory gets them. Raises `ConfigError` naming what is not there and the nearest that is.
     """
-    if ":" not in config.name:
-        if config.name not in READY:
-            raise ConfigError(
-                f"there is no ready-made reward {config.name!r}; {nearest_key(config.name, READY)} "
-                "(your own function is named as 'package.module:function')"
-            )
-        factory = READY[config.name]
-        _check_options(config, factory)
-        return factory(**config.options)
-    function = _imported(config.name)
-    if not config.options:
+    ready = READY.get(config.name)
+    if ready is None and ":" not in config.name:
+        near = nearest_key(config.name, READY)
+        own = "your own function is named as 'package.module:function'"
+        raise ConfigError(f"there is no ready-made reward {config.name!r}; {near} ({own})")
+    function = ready or _imported(config.name)
+    if not (ready or config.options):
         return function
     _check_options(config, function)
-    return functools.partial(function, **config.options)
+    return function(**config.options) if ready else functools.partial(function, **config.options)
 
 
 def _imported(name: str) -> RewardFunction:
@@ -169,22 +170,3 @@ def final_number(text: str) -> Decimal | None:
     _, marked, tail = text.rpartition("####")
     found = _NUMBER.findall(tail)
     return Decimal(found[0 if marked else -1].translate(_PLAIN)) if found else None
-
-
-def _compiled(pattern: str, reward: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ConfigError(f"{reward}: pattern {pattern!r} is not a regular expression: {error}") from error
-
-
-def _column(columns: Mapping[str, Any], name: str, reward: str) -> Any:
-    if name not in columns:  # a run looks before it starts; TRL's trainer does not
-        raise ConfigError(f"{reward} needs a column {name!r}; the data have {sorted(columns)}")
-    return columns[name]
-
-
-def _needs(reward: Reward, column: str) -> Reward:
-    """Marks the column that `reward` reads, so that a run without it is refused before its first step."""
-    reward.columns = (column,)  # type: ignore[attr-defined]
-    return reward

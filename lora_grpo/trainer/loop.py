@@ -179,7 +179,7 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
     Called by every process with all completions; each learns from its part of the rows."""
     processes = parts.policy.processes
     masked = config.mask_truncated_completions
-    rows = Batch.from_groups(rewarded.groups, rewarded.advantages_B, mask_truncated_completions=masked)
+    rows = Batch.from_groups(rewarded.groups, rewarded.advantages_B, mask_truncated=masked)
     checked: dict[str, Any] = {}
 
     def judge(prepared: Batch) -> None:
