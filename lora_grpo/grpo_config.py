@@ -1,7 +1,6 @@
 """The settings of the algorithm.
 
-Fields carry TRL's names wherever the meaning is TRL's. Nothing here imports torch.
-"""
+Fields carry TRL's names wherever the meaning is TRL's. Nothing here imports torch."""
 
 from typing import Any, Literal
 

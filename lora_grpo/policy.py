@@ -1,7 +1,6 @@
 """The policy that is trained: log-probs of a PEFT model, and optimizer updates that do not depend on how they are cut.
 
-Letters: B rows of a batch, T completion tokens, L tokens of prompt and completion, V vocabulary.
-"""
+Letters: B rows of a batch, T completion tokens, L tokens of prompt and completion, V vocabulary."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -34,8 +33,7 @@ class Policy:
 
     With an accelerator of several processes, each holds its own rows, as many as any other, and the whole model (DDP)
     or a shard of it (FSDP2). `prepare` and `update` are called by all, and each gradient is the one that one process
-    would compute on all rows, the first process's first. Adapters held whole start from the first process's weights.
-    """
+    would compute on all rows, the first process's first. Adapters held whole start from the first process's weights."""
 
     def __init__(
         self,
@@ -75,8 +73,7 @@ class Policy:
     def logprobs(self, batch: Batch) -> Tensor:
         """logp_BT of the completions under the policy, fp32, nats, at the sampling temperature; 0 where padded.
 
-        No gradient, no dropout, a micro-batch at a time.
-        """
+        No gradient, no dropout, a micro-batch at a time."""
         return self._scores(batch)[0]
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
@@ -87,8 +84,7 @@ class Policy:
     def prepare(self, batch: Batch) -> Batch:
         """`batch` on this device with the old log-probs and entropies; with a KL, with the reference's log-probs too.
 
-        To be called before the first update on the batch: the ratios of all updates are taken against these.
-        """
+        To be called before the first update on the batch: the ratios of all updates are taken against these."""
         batch = batch.to(self.device)
         logp_BT, entropy_BT = self._scores(batch)
         ref_logp_BT = self.reference_logprobs(batch) if self.config.beta else None
@@ -108,8 +104,7 @@ class Policy:
 
         Raises `ConfigError` for rows that are no multiple of an optimizer batch, or not equally many everywhere, and
         where a loss or gradient is not finite `TrainingError`, where none reaches a layer `UnsupportedAdapter`:
-        weights, optimizer and schedule then stay as the last good step left them.
-        """
+        weights, optimizer and schedule then stay as the last good step left them."""
         self._check_rows(len(batch))
         batch = batch.to(self.device)
         one_update = self.config.num_iterations == 1 and len(batch) == self.config.rows_per_update(1)

@@ -2,8 +2,7 @@
 
 TRL copies the adapter of a PeftModel that it is given to a frozen one named "ref". Here the copy lies beside the model,
 which is lent its weights for a forward pass. An adapter that changes nothing yet (every B is 0) is the base: it is
-switched off instead, and no copy is kept.
-"""
+switched off instead, and no copy is kept."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,6 @@
 """What flows between the rooms: sampling settings, completions, groups.
 
-Letters for shapes, here and everywhere: P prompts, G completions a group, B = P*G rows, T tokens, V vocabulary.
-"""
+Letters for shapes, here and everywhere: P prompts, G completions a group, B = P*G rows, T tokens, V vocabulary."""
 
 import hashlib
 import re

@@ -52,8 +52,7 @@ class Job(Generic[T]):
 class Worker:
     """Runs jobs in the order of `submit`, in a thread of its own that ends with the process.
 
-    A job that calls `poll` lets others `call` in between, and can be stopped there.
-    """
+    A job that calls `poll` lets others `call` in between, and can be stopped there."""
 
     def __init__(self, name: str, *, patience_s: float, failure: type[LoraGrpoError] = EngineError) -> None:
         """`wait` and `call` raise `failure` with the name when there was no sign of life for `patience_s`."""

@@ -1,8 +1,7 @@
 """Rows as checked prompts with their columns, and the order in which a run uses them.
 
 A prompt is text or a list of chat messages; every other column of its row is handed to the reward functions.
-Everything is checked when it is loaded, so that row 5,000 does not end a run after hours.
-"""
+Everything is checked when it is loaded, so that row 5,000 does not end a run after hours."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ class PromptDataset:
     """Checked prompts with their other columns; `rows` stays where it is (memory-mapped for `datasets`).
 
     `label` is what errors call it. `chat_template_kwargs` go to the chat template of every chat; those in a row's
-    column of that name go before them.
-    """
+    column of that name go before them."""
 
     rows: Rows
     prompt_column: str
@@ -89,8 +87,7 @@ def load_prompts(
 
     `split` and `name` (the hub's configuration) are for hub names; `limit` keeps the first rows.
     `system_prompt` makes chats of text prompts and is put before chats; "" makes chats without a system message.
-    Raises `ConfigError` naming file, row and column.
-    """
+    Raises `ConfigError` naming file, row and column."""
     rows, label = read_rows(source, split, name)
     if limit is not None and limit < len(rows):
         rows = _taken(rows, range(limit))
@@ -170,8 +167,7 @@ class PromptSampler:
     """Indices of P prompts a step, in epochs that are shuffled anew and hold every prompt exactly once.
 
     The order depends on `seed` and the epoch alone, on every machine, and the whole state is `(epoch, offset)`, so a
-    resumed run draws what the uninterrupted one would have. A step that reaches an epoch's end goes on in the next.
-    """
+    resumed run draws what the uninterrupted one would have. A step that reaches an epoch's end goes on in the next."""
 
     def __init__(self, num_prompts: int, prompts_per_step: int, seed: int) -> None:
         self.num_prompts, self.prompts_per_step, self.seed = num_prompts, prompts_per_step, seed

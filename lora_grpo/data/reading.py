@@ -91,8 +91,7 @@ def _from_json(path: Path) -> list[dict[str, Any]]:
     """One object a line, or one array of objects.
 
     Read here and not through Arrow, which gives a column one type: it refuses answers that are now text, now numbers,
-    and fills nested messages with keys that other rows have.
-    """
+    and fills nested messages with keys that other rows have."""
     text = _text(path)
     if text.lstrip().startswith("["):
         found = [(f"{path}, row {index}", row) for index, row in enumerate(_json(text, str(path)))]

@@ -2,8 +2,7 @@
 
 A NaN reward says that the function does not apply to the row; a row to which none applies has no reward, takes no
 part in its group's mean and deviation, and gets advantage 0. Over several processes, rewards are gathered first.
-Computed in float64: in float32 the squares of rewards above 1e19 are infinite, and every advantage would be 0.
-"""
+Computed in float64: in float32 the squares of rewards above 1e19 are infinite, and every advantage would be 0."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -32,8 +31,7 @@ def group_advantages(rewards_B: Tensor, num_generations: int, scale_rewards: Sca
     """advantages_B, fp32, = (r - mean of its group) / (deviation + 1e-4); rows of a group are adjacent.
 
     The deviation (Bessel-corrected) is the group's (GRPO, arXiv 2402.03300, 4.1.2), the whole batch's (arXiv
-    2508.08221), or 1 (Dr. GRPO, arXiv 2503.20783: dividing by it favours questions that are too easy or too hard).
-    """
+    2508.08221), or 1 (Dr. GRPO, arXiv 2503.20783: dividing by it favours questions that are too easy or too hard)."""
     if rewards_B.numel() % num_generations:
         raise ConfigError(f"{rewards_B.numel()} rewards are not a multiple of num_generations={num_generations}")
     rewards_PG = rewards_B.double().view(-1, num_generations)
@@ -55,8 +53,7 @@ def reward_metrics(
     """TRL's reward metrics: `reward`, `reward_std`, `frac_reward_zero_std`, and `rewards/NAME/mean|std` a function.
 
     `frac_reward_zero_std` is the share of rows in groups (with "batch": in batches) whose rewards are all equal: they
-    teach nothing.
-    """
+    teach nothing."""
     rewards_B = weighted_rewards(rewards_BF, weights_F)
     deviation = _deviation(rewards_B.double().view(-1, num_generations), scale_rewards)
     metrics = {

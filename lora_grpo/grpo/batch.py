@@ -2,8 +2,7 @@
 
 B rows, T completion tokens (the longest), L tokens of prompt and completion. Prompts are padded on the left and
 completions on the right, so that column `prompt_length` of every row is its first completion token and a model's
-last T+1 positions are those that predict completions.
-"""
+last T+1 positions are those that predict completions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -42,8 +41,7 @@ class Batch:
         """A row a completion, in the groups' order.
 
         Completions hold their end token. `Completion.token_mask` takes tokens out of the loss that the policy did not
-        sample, `mask_truncated` whole rows that were cut at the limit (DAPO, arXiv 2503.14476, 3.4).
-        """
+        sample, `mask_truncated` whole rows that were cut at the limit (DAPO, arXiv 2503.14476, 3.4)."""
         pairs = [(group.prompt_token_ids, row) for group in groups for row in group.completions]
         _check(pairs, advantages_B)
         prompts = [torch.tensor(ids, dtype=torch.long) for ids, _ in pairs]

@@ -1,7 +1,6 @@
 """A policy's forwards: which rows make a micro-batch, whether it goes through the model packed or padded, in what mode.
 
-Letters: B rows, T completion tokens, L tokens of prompt and completion.
-"""
+Letters: B rows, T completion tokens, L tokens of prompt and completion."""
 
 import math
 import warnings
@@ -60,8 +59,7 @@ class Forward:
         """The wanted rows, as many at a time as the config says: packed by prompt, or padded and of like length.
 
         Packed where a micro-batch is better so and the model can do it, whatever came before. A sharded model takes
-        its forwards in all processes at once: one that has fewer goes on with an idle batch.
-        """
+        its forwards in all processes at once: one that has fewer goes on with an idle batch."""
         wanted = wanted_B.nonzero().squeeze(1)
         of_rows = packing.sizes(*_listed(rows.select(wanted))) if len(wanted) else []
         parts = self._cut(of_rows, packed=True)
@@ -139,8 +137,7 @@ class Forward:
     def _gap(self, rows: Batch) -> float:
         """Mean |packed - padded| log-prob, nats: of all completion tokens or of the first ones, where it is larger.
 
-        The first row is packed twice, so that a prompt is shared.
-        """
+        The first row is packed twice, so that a prompt is shared."""
         twice = torch.tensor([0, *range(len(rows))])
         packed, there_BT = rows.select(twice), rows.completion_mask_BT[twice]
         with in_mode(self._model, training=False):

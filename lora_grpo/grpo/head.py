@@ -1,7 +1,6 @@
 """A model's output layer, a block at a time: log-probs, entropies and gradient without whole logits.
 
-Letters: B rows, T scored tokens, N tokens of all rows that are wanted, H hidden size, V vocabulary, C a part of it.
-"""
+Letters: B rows, T scored tokens, N tokens of all rows that are wanted, H hidden size, V vocabulary, C a part of it."""
 
 import warnings
 from collections import defaultdict
@@ -64,8 +63,7 @@ def completion_scores(
 
     The output layer is frozen, so the gradient of each log-prob by the hidden state is formed with it, and only that
     is kept: (N, H) in place of (N, V). A layer that is trained or compiled, or whose logits the model finishes in an
-    unknown way, gives whole logits instead, with a warning.
-    """
+    unknown way, gives whole logits instead, with a warning."""
     fused = _fused(model, inputs)
     if fused is None:
         logits_BTV = model(**inputs).logits[:, -ids_BT.shape[1] - 1 : -1]
@@ -111,8 +109,7 @@ class _Head:
         """logp_N, entropy_N and, if asked for, d logp / d hidden, (N, H), in fp32.
 
         One pass over the vocabulary, as FlashAttention goes over keys (https://arxiv.org/abs/2205.14135): sums are kept
-        relative to the largest logit so far, and shrink when a larger one comes.
-        """
+        relative to the largest logit so far, and shrink when a larger one comes."""
         lowest = torch.finfo(torch.float32).min
         largest_N = torch.full(ids_N.shape, lowest, device=hidden_NH.device)
         total_N, mean_N, chosen_N = torch.zeros((3, *ids_N.shape), device=hidden_NH.device)
@@ -144,8 +141,7 @@ class _Head:
     def _logits(self, hidden_NH: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """The weights of a part of the vocabulary, and the model's logits of it, in fp32.
 
-        A CPU without bf16 products takes up to a hundred times as long for them as for fp32.
-        """
+        A CPU without bf16 products takes up to a hundred times as long for them as for fp32."""
         stop = min(start + _BLOCK[hidden_NH.device.type][1], self.finish.vocabulary)
         weight_CH, bias_C = self.weight_VH[start:stop], None if self.bias_V is None else self.bias_V[start:stop]
         if not (weight_CH.is_cuda or _CPU_HAS_BF16):
@@ -195,8 +191,7 @@ def head_bytes(layer: Any, tokens: int, dtype: torch.dtype) -> int:
 def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log p(ids) and the entropy of softmax(logits / temperature), both (B, T), fp32, nats.
 
-    The entropy carries no gradient. Logits that do not fit in one chunk are recomputed in fp32 in the backward pass.
-    """
+    The entropy carries no gradient. Logits that do not fit in one chunk are recomputed in fp32 in the backward pass."""
     score: Callable[..., tuple[Tensor, Tensor]] = _logprobs
     if logits_BTV.numel() > _CHUNK_ELEMENTS and torch.is_grad_enabled():
         score = partial(checkpoint, _logprobs, use_reentrant=False, preserve_rng_state=False)

@@ -58,8 +58,7 @@ def k3_kl(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
     """(B, T): the k3 estimate of KL(pi || pi_ref) from pi's samples, exp(d) - d - 1 >= 0 with d = log pi_ref - log pi.
 
     See http://joschu.net/blog/kl-approx.html and arXiv 2402.03300, eq. 4. Multiplied by the ratio, its gradient is
-    the unbiased one of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556).
-    """
+    the unbiased one of the reverse KL (DeepSeek-V3.2, arXiv 2512.02556)."""
     difference_BT = ref_logp_BT - logp_BT
     return difference_BT.exp() - difference_BT - 1
 
@@ -76,8 +75,7 @@ def clipped_surrogate(ratio: Tensor, logp_BT: Tensor, advantages_B1: Tensor, cli
 def cispo_surrogate(ratio: Tensor, logp_BT: Tensor, advantages_B1: Tensor, clip: ClipRange) -> Tensor:
     """-sg(min(r, high)) A log pi: no token loses its gradient (MiniMax-M1, arXiv 2506.13585).
 
-    `high` bounds the ratio itself, not its distance from 1 (arXiv 2510.13786 recommends 5).
-    """
+    `high` bounds the ratio itself, not its distance from 1 (arXiv 2510.13786 recommends 5)."""
     return -ratio.clamp(max=clip.high).detach() * advantages_B1 * logp_BT
 
 
@@ -112,8 +110,7 @@ def update_mean_weights(mask_BT: Tensor, totals: Totals) -> Tensor:
     """Mean over the tokens of the optimizer batch (BNPO).
 
     TRL takes it over each micro-batch of each process, so its gradient depends on how the batch was cut; on one
-    micro-batch the two are equal.
-    """
+    micro-batch the two are equal."""
     return mask_BT / max(totals.update.tokens, 1)
 
 
@@ -125,8 +122,7 @@ def constant_weights(mask_BT: Tensor, totals: Totals) -> Tensor:
 def rollout_mean_weights(mask_BT: Tensor, totals: Totals) -> Tensor:
     """Sum over tokens, divided by the rollout's mean number of tokens an optimizer batch (DAPO, arXiv 2503.14476).
 
-    With one optimizer batch a rollout this is the mean over its tokens.
-    """
+    With one optimizer batch a rollout this is the mean over its tokens."""
     updates = totals.rollout.rows / totals.update.rows
     return mask_BT * (updates / max(totals.rollout.tokens, 1))
 
@@ -150,8 +146,7 @@ def sampling_ratio(
 
     `token_*` weigh each token by its own ratio, `sequence_*` each row by the product over its tokens. `*_truncate`
     clamps ratios to [clip_min, clip_max], `*_mask` drops (weight 0) what lies outside. A token without a sampler
-    log-prob (NaN) counts with ratio 1.
-    """
+    log-prob (NaN) counts with ratio 1."""
     difference = torch.where(mask_BT, old_logp_BT - sampler_logp_BT, 0.0).nan_to_num(nan=0.0)
     if mode.startswith("sequence"):
         difference = difference.sum(dim=1, keepdim=True)

@@ -51,8 +51,7 @@ def _settings(config: GRPOConfig) -> dict[str, Any]:
 
 def apply_settings(optimizer: Optimizer, scheduler: Any, config: GRPOConfig, learning_rate_scale: float) -> None:
     """Have `config` say what a restored state said: the settings of AdamW, and the learning rate of a `LambdaLR`
-    schedule, times `learning_rate_scale`, where its count of updates stands. Moments and counts stay.
-    """
+    schedule, times `learning_rate_scale`, where its count of updates stands. Moments and counts stay."""
     highest = config.learning_rate * learning_rate_scale
     rates = [highest * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -80,8 +79,7 @@ class Gradients:
     """Of one model's trainable parameters: their sum over all processes, its norm, and clipping.
 
     The losses' normalisers have divided by all rows, so gradients are added, never averaged: those of adapters held
-    whole by hand and not by DDP, so that processes may compute different numbers of rows; sharded ones by FSDP2.
-    """
+    whole by hand and not by DDP, so that processes may compute different numbers of rows; sharded ones by FSDP2."""
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter], processes: Processes) -> None:
         self._parameters, self._processes = list(parameters), processes
@@ -126,8 +124,7 @@ class Reach:
 
     It looks at the gradients of the first updates that carry a signal, and then no more.
     Each B whose layer was called gets one at once. While B is 0 no A does: that is looked at when B has moved. All
-    processes call `check`.
-    """
+    processes call `check`."""
 
     def __init__(self, modules: Sequence[LoraModule], processes: Processes) -> None:
         self._modules, self._processes = list(modules), processes
@@ -152,16 +149,14 @@ class Reach:
     def saw(self, gradient_BT: Tensor | None, positions_BT: Tensor) -> None:
         """The loss's gradient by log-probs, of tokens at these positions: where it is more than faint, it is a signal.
 
-        Attention over one token has no gradient in its queries and keys, so that a token needs two before it.
-        """
+        Attention over one token has no gradient in its queries and keys, so that a token needs two before it."""
         if gradient_BT is not None:
             self._signal |= bool(((gradient_BT.abs() > _FAINT) & (positions_BT >= 2)).any())
 
     def check(self, *, signal: bool | None = None) -> None:
         """Before the optimizer's step, with this update's gradients. `signal` is what `saw` was told, if not given.
 
-        Raises `UnsupportedAdapter` naming the layers that get none; warns once of those that were not called.
-        """
+        Raises `UnsupportedAdapter` naming the layers that get none; warns once of those that were not called."""
         if not self.watching:
             return
         seen, called, b_grad, a_grad, b_moved = self._counted(self._signal if signal is None else signal)

@@ -5,8 +5,7 @@ and itself; any other sequence is a span that sees itself. Attention is computed
 function and the model's own mask, as if prompt and completion stood alone, so that no token of another sequence is
 ever seen or computed.
 
-Letters: N tokens of the row, M scored tokens, H heads, D their size.
-"""
+Letters: N tokens of the row, M scored tokens, H heads, D their size."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -90,8 +89,7 @@ def packed_scores(
 ) -> tuple[Tensor, Tensor]:
     """logp_M and entropy_M of the scored tokens, fp32, nats; see `completion_scores`.
 
-    With gradient checkpointing the backward has to be `in_spans` too.
-    """
+    With gradient checkpointing the backward has to be `in_spans` too."""
     row, device = pack(sequences, starts), next(model.parameters()).device
     ids_1N = torch.tensor([row.ids], device=device)
     scored_1M = torch.tensor([row.scored], device=device)

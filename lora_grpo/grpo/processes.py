@@ -47,8 +47,7 @@ def row_means(values: Tensor, mask_BT: Tensor) -> Tensor:
 def told(error: BaseException, process: int) -> BaseException:
     """What the other processes raise for `error`: its kind, with the process that it is from.
 
-    A class that they could not import, or not build from a sentence, becomes a `RuntimeError`.
-    """
+    A class that they could not import, or not build from a sentence, becomes a `RuntimeError`."""
     process = getattr(error, "process", process)
     message = str(error).removeprefix(f"process {process}: ")
     try:
@@ -63,8 +62,7 @@ class Processes:
     """This process among all those that train; without an accelerator it is the only one.
 
     Every method is called by all of them, in one order. They wait for each other as long as their process group's
-    timeout says (accelerate's `InitProcessGroupKwargs`); one that dies is an error in the others at once.
-    """
+    timeout says (accelerate's `InitProcessGroupKwargs`); one that dies is an error in the others at once."""
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         """Raises `ConfigError` for an accelerator that is not joined with all the processes that were launched."""
@@ -101,8 +99,7 @@ class Processes:
     def each(self, act: Callable[[], T]) -> T:
         """What `act` gives here; it runs in all. What it raises in any, all raise, the culprit's index in the message.
 
-        Collectives in `act` must be ones that no process leaves out by raising before them.
-        """
+        Collectives in `act` must be ones that no process leaves out by raising before them."""
         if self.count == 1:
             return act()
         tried = attempt(act, self.index)
@@ -114,8 +111,7 @@ class Processes:
         """`act` runs in the first process; each order that it gives to its argument, all carry out with `follow`.
 
         What `act` gives or raises, all give or raise. Errors of this package end an order alike in all processes, and
-        the next may come; after any other there is no saying where each of them stands, and this one just raises.
-        """
+        the next may come; after any other there is no saying where each of them stands, and this one just raises."""
         if self.count == 1:
             return act(follow)
         if self.index:

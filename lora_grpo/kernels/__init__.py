@@ -1,8 +1,7 @@
 """The C++ files of this room, given tensors: compiled on the machine that they run on, and kept in the user's cache.
 
 `rows.cpp` computes the LoRA of few rows, both products in one call; `moving.cpp` casts or copies many tensors in one.
-Without a compiler there is a warning, and torch's operators do the same more slowly.
-"""
+Without a compiler there is a warning, and torch's operators do the same more slowly."""
 
 from __future__ import annotations
 

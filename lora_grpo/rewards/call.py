@@ -39,8 +39,7 @@ class RewardContext:
     """The run's state as given to reward functions, and what they logged.
 
     `extra` holds columns of B values, which are shown beside the completions in samples.jsonl; `logged` each value
-    given to `log_metric`.
-    """
+    given to `log_metric`."""
 
     state: TrainerState = TrainerState()
     extra: dict[str, list[Any]] = field(default_factory=dict)
@@ -219,8 +218,7 @@ class Call:
 def is_unreachable(error: BaseException | None) -> bool:
     """Whether it is a timeout or a failed connection, or was raised from one; a client library's own are known by name.
 
-    What goes wrong while one is handled is another error, whose row can be found.
-    """
+    What goes wrong while one is handled is another error, whose row can be found."""
     while error is not None:
         names = [kind.__name__ for kind in type(error).__mro__]
         if isinstance(error, TimeoutError | ConnectionError | socket.gaierror):

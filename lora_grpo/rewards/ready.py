@@ -1,7 +1,6 @@
 """Ready-made rewards, and from a reward's name in a config file to its function.
 
-Each factory of a ready-made one returns a function of TRL's signature that gives 1.0 or 0.0.
-"""
+Each factory of a ready-made one returns a function of TRL's signature that gives 1.0 or 0.0."""
 
 import functools
 import importlib
@@ -42,8 +41,7 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
 def exact(column: str = "answer", ignore_case: bool = False) -> Reward:
     """1.0 where the completion is the text in `column`, whitespace around both left out of account.
 
-    None, which is "does not apply", for rows without an answer.
-    """
+    None, which is "does not apply", for rows without an answer."""
 
     def normal(text: str) -> str:
         return text.strip().casefold() if ignore_case else text.strip()
@@ -56,8 +54,7 @@ def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
 
     Where a text has GSM8K's '####', the number that follows the last one counts. Numbers are compared as decimals:
     1,200 equals 1200.0. An answer without a number is an error, a completion without one scores 0.0. Rows without an
-    answer get None, which is "does not apply".
-    """
+    answer get None, which is "does not apply"."""
     if not tolerance >= 0:
         raise ConfigError(f"numeric: tolerance={tolerance} must be 0 or more")
     allowed = Decimal(str(tolerance))
@@ -116,8 +113,7 @@ def load_reward(config: RewardConfig) -> RewardFunction:
     """The reward function that `config` names, with its options.
 
     'package.module:function' is imported and gets the options as keyword arguments; any other name is a ready-made
-    reward's, whose factory gets them. Raises `ConfigError` naming what is not there and the nearest that is.
-    """
+    reward's, whose factory gets them. Raises `ConfigError` naming what is not there and the nearest that is."""
     ready = READY.get(config.name)
     if ready is None and ":" not in config.name:
         near = nearest_key(config.name, READY)

@@ -3,8 +3,7 @@
 A reward function is TRL's: `f(prompts, completions, **columns) -> list[float | None]`, sync or async, B values for B
 rows; None says that it does not apply to the row. For text prompts the completions are strings, for chats they are
 `[{"role": "assistant", "content": text}]`. It also gets `completion_ids`, `trainer_state`, `log_extra` and
-`log_metric`; one that takes no `**kwargs` gets what it names.
-"""
+`log_metric`; one that takes no `**kwargs` gets what it names."""
 
 import functools
 import inspect
@@ -56,8 +55,7 @@ def score(
 
     `columns` hold P values, one a group. Async functions run at the same time as each other and as the others.
     After a timeout or a failed connection, which no row is to blame for, the call is made again as `patience` says.
-    Raises `RewardError` naming the function and the prompt when one fails or returns other than B finite numbers.
-    """
+    Raises `RewardError` naming the function and the prompt when one fails or returns other than B finite numbers."""
     context = context or RewardContext()
     names = reward_names(functions)
     inputs = _inputs(groups, columns)
