@@ -213,9 +213,9 @@ class Policy:
     # Checks.
 
     def _check_rows(self, rows: int) -> None:
-        least, most = self.processes.spread(rows, self.device)
-        if least != most:
-            raise ConfigError(f"processes have between {least} and {most} rows: give each the same number")
+        least_negated, most = self.processes.max(torch.tensor([-rows, rows], device=self.device)).tolist()
+        if -least_negated != most:
+            raise ConfigError(f"processes have between {-least_negated} and {most} rows: give each the same number")
         local_rows = self.config.rows_per_update(1)
         if rows == 0 or rows % local_rows:
             batch = f"per_device_train_batch_size * gradient_accumulation_steps = {local_rows} rows per process"

@@ -195,9 +195,8 @@ class PromptSampler:
         """Go on from `state`; refuses one of another dataset size or seed, whose order would be another."""
         saved, here = (state["num_prompts"], state["seed"]), (self.num_prompts, self.seed)
         if saved != here:
-            raise ConfigError(
-                f"cannot resume: (num_prompts, seed) was {saved}, now it is {here}; take that data and seed"
-            )
+            was = f"(num_prompts, seed) was {saved}, now it is {here}"
+            raise ConfigError(f"cannot resume: {was}; take the saved run's data and seed")
         self._move_to(state["epoch"], state["offset"])
 
     def _move_to(self, epoch: int, offset: int) -> None:

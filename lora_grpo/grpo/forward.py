@@ -71,10 +71,8 @@ class Forward:
         for part in parts if packed else self._cut(of_rows, packed=False):
             index = wanted[torch.tensor(part, device=wanted.device)]
             cut.append(MicroBatch(index, rows.select(index), packed and packing.pays([of_rows[row] for row in part])))
-        if self._sharded:
-            most = self._processes.spread(len(cut), wanted.device)[1]
-            cut += [MicroBatch(wanted[:0], rows.idle(), False)] * (most - len(cut))
-        return cut
+        lacking = int(self._most(len(cut))) - len(cut)
+        return cut + [MicroBatch(wanted[:0], rows.idle(), False) for _ in range(lacking)]
 
     def _cut(self, rows: Sequence[packing.Size], *, packed: bool) -> list[list[int]]:
         parts: list[list[int]] = []

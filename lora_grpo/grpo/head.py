@@ -6,7 +6,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -98,8 +97,7 @@ def _scoring(
         yield found
 
 
-@dataclass(frozen=True)
-class _Head:
+class _Head(NamedTuple):
     weight_VH: Tensor
     bias_V: Tensor | None
     finish: Finish

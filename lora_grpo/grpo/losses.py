@@ -8,7 +8,6 @@ optimizer batch (or rollout) and all processes, so a batch cut into micro-batche
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -21,8 +20,7 @@ from lora_grpo.grpo.processes import Observed, counted, mean, row_means
 from lora_grpo.grpo_config import CorrectionMode, GRPOConfig, LossType
 
 
-@dataclass(frozen=True, slots=True)
-class ClipRange:
+class ClipRange(NamedTuple):
     """`low`, `high` as TRL's epsilon and epsilon_high; `delta` bounds the unclipped ratio (arXiv 2505.07291)."""
 
     low: float
@@ -199,15 +197,13 @@ class Objective:
 
     def value(self, logp_BT: Tensor, rows: Batch, totals: Totals) -> Tensor:
         """These rows' part of the loss of the optimizer batch that `totals` describe: parts add up to the whole."""
-        return (self.token_losses(logp_BT, rows) * self.loss.weights(rows.mask_BT, totals)).sum()
-
-    def token_losses(self, logp_BT: Tensor, rows: Batch) -> Tensor:
-        """(B, T), or (B, 1) where nothing depends on the token."""
         logp_BT = _masked(logp_BT, rows)
         losses = self.loss.surrogate(self.ratio(logp_BT, rows), logp_BT, rows.advantages_B[:, None], self.clip)
         if self.correction:
             losses = losses * self.correction(filled(rows.old_logp_BT), rows.sampler_logp_BT, rows.mask_BT)
-        return losses + self.beta * self.kl(logp_BT, rows) if self.beta else losses
+        if self.beta:
+            losses = losses + self.beta * self.kl(logp_BT, rows)
+        return (losses * self.loss.weights(rows.mask_BT, totals)).sum()
 
     def ratio(self, logp_BT: Tensor, rows: Batch) -> Tensor:
         """pi / pi_old, (B, T) by token or (B, 1) by sequence."""

@@ -160,11 +160,6 @@ class Processes:
     def max(self, tensor: Tensor) -> Tensor:
         return self._reduce(tensor, "max")
 
-    def spread(self, value: int, device: torch.device) -> tuple[int, int]:
-        """The least and the greatest of the processes' values."""
-        least, greatest = self.max(torch.tensor([-value, value], device=device)).tolist()
-        return -least, greatest
-
     def from_first(self, tensor: Tensor) -> Tensor:
         """The first process's tensor; of one shape everywhere."""
         if self.count == 1:

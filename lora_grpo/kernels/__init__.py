@@ -91,9 +91,9 @@ class Cast:
     def takes(self, parameters: Sequence[torch.Tensor | None]) -> bool:
         """Ask each time, since parameters may be replaced."""
         fits = self._flat.dtype == torch.bfloat16 and self._flat.is_cpu and _cast_all() is not None
+        pairs = zip(parameters, self._sizes, strict=True)
         return fits and all(
-            type(one) is torch.nn.Parameter and _dense(one, torch.float32) and one.numel() == size
-            for one, size in zip(parameters, self._sizes, strict=True)
+            type(p) is torch.nn.Parameter and _dense(p, torch.float32) and p.numel() == n for p, n in pairs
         )
 
     def run(self, parameters: Sequence[torch.Tensor], scales: Sequence[float]) -> bool:
@@ -112,8 +112,7 @@ class Copies:
         self._to, self._bytes = _addresses(targets), _counts(self._sizes_bytes)
 
     def takes(self, sources: Sequence[torch.Tensor]) -> bool:
-        dtype = self._targets[0].dtype
-        pairs = zip(sources, self._sizes_bytes, strict=True)
+        dtype, pairs = self._targets[0].dtype, zip(sources, self._sizes_bytes, strict=True)
         fits = self._fit and _copy_all() is not None
         return fits and all(_dense(one, dtype) and one.nbytes == size_bytes for one, size_bytes in pairs)
 
@@ -194,9 +193,8 @@ def _built(compiler: list[str], folder: Path) -> Path:
 
 
 def _run(command: list[str]) -> str:
-    return subprocess.run(
-        command, check=True, capture_output=True, errors="replace", timeout=PATIENCE_S, stdin=subprocess.DEVNULL
-    ).stdout
+    done = subprocess.run(command, check=True, capture_output=True, errors="replace", timeout=PATIENCE_S, input="")
+    return done.stdout
 
 
 def _processor() -> str:

@@ -52,7 +52,6 @@ class RewardContext:
         self.logged.setdefault(name, []).append(float(value))
 
     def take(self, other: "RewardContext") -> None:
-        """What was logged there, too."""
         self.extra |= other.extra
         for name, values in other.logged.items():
             self.logged.setdefault(name, []).extend(values)
@@ -198,10 +197,8 @@ class Call:
     def _require_rows(self, values: Sequence[Any], did: str) -> None:
         rows = len(self.inputs["prompts"])
         if len(values) != rows:
-            raise RewardError(
-                f"reward {self.name!r} {did} for {counted(rows, 'completion')}; "
-                "it must give one for each (None where it does not apply)"
-            )
+            given = f"reward {self.name!r} {did} for {counted(rows, 'completion')}"
+            raise RewardError(f"{given}; it must give one for each (None where it does not apply)")
 
     def _number(self, value: Any, index: int) -> float:
         if value is None:

@@ -36,12 +36,9 @@ def check_columns(functions: Sequence[RewardFunction], column_names: Iterable[st
     """Refuses, before the first step, a function that asks for a column that the data lack."""
     known = set(column_names)
     for name, function in zip(reward_names(functions), functions, strict=True):
-        for column in _required(function):
-            if column not in known | RESERVED_COLUMNS:
-                raise ConfigError(
-                    f"reward {name!r} asks for column {column!r}, but the data have {sorted(known)}; "
-                    "name the right one, or give the parameter a default"
-                )
+        if missing := [column for column in _required(function) if column not in known | RESERVED_COLUMNS]:
+            asked = f"reward {name!r} asks for column {missing[0]!r}, but the data have {sorted(known)}"
+            raise ConfigError(f"{asked}; name the right one, or give the parameter a default")
 
 
 def score(
@@ -76,17 +73,15 @@ def _inputs(groups: Sequence[Group], columns: Mapping[str, Sequence[Any]]) -> Kw
     """The keyword arguments that hold B values each: every prompt's, repeated for its completions."""
     for name, values in columns.items():
         if len(values) != len(groups):
-            given = f"{counted(len(values), 'value')} for {counted(len(groups), 'prompt')}"
-            raise ConfigError(f"column {name!r} has {given}")
-    rows = [(index, group, completion) for index, group in enumerate(groups) for completion in group.completions]
-    repeated = {name: [values[index] for index, _, _ in rows] for name, values in columns.items()}
-    return repeated | {
-        "prompts": [group.prompt for _, group, _ in rows],
-        "completions": [
-            [{"role": "assistant", "content": completion.text}] if is_chat(group.prompt) else completion.text
-            for _, group, completion in rows
-        ],
-        "completion_ids": [list(completion.token_ids) for _, _, completion in rows],
+            raise ConfigError(
+                f"column {name!r} has {counted(len(values), 'value')} for {counted(len(groups), 'prompt')}"
+            )
+    rows = [(index, group.prompt, done) for index, group in enumerate(groups) for done in group.completions]
+    said = [[{"role": "assistant", "content": done.text}] if is_chat(prompt) else done.text for _, prompt, done in rows]
+    return {name: [values[index] for index, _, _ in rows] for name, values in columns.items()} | {
+        "prompts": [prompt for _, prompt, _ in rows],
+        "completions": said,
+        "completion_ids": [list(done.token_ids) for _, _, done in rows],
     }
 
 
@@ -101,9 +96,5 @@ def _required(function: RewardFunction) -> list[str]:
 def _warn_of_unscored(rewards_BF: list[list[float]], inputs: Kwargs) -> None:
     unscored = [index for index, row in enumerate(rewards_BF) if all(map(math.isnan, row))]
     if unscored:
-        logger.warning(
-            "no reward function scored %d of %d completions (all returned None); the first is %s",
-            len(unscored),
-            len(rewards_BF),
-            describe_row(inputs, unscored[0]),
-        )
+        which = f"{len(unscored)} of {len(rewards_BF)} completions (all returned None)"
+        logger.warning("no reward function scored %s; the first is %s", which, describe_row(inputs, unscored[0]))
