@@ -4,7 +4,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -76,15 +76,11 @@ class Processes:
 
     def share(self, value: T) -> T:
         """The first process's value, pickled; what the others give is not looked at."""
-        if self.count == 1:
-            return value
-        return cast("T", broadcast_object_list([value])[0])
+        return value if self.count == 1 else broadcast_object_list([value])[0]
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in their order, everywhere."""
-        if self.count == 1:
-            return [value]
-        return cast("list[T]", gather_object([value]))
+        return [value] if self.count == 1 else gather_object([value])
 
     def first(self, act: Callable[[], T]) -> T:
         """What `act` gives in the first process, everywhere; it runs nowhere else. What it raises, all raise."""
@@ -162,9 +158,7 @@ class Processes:
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """The first process's tensor; of one shape everywhere."""
-        if self.count == 1:
-            return tensor
-        return cast("Tensor", broadcast(tensor.clone(), from_process=0))
+        return tensor if self.count == 1 else broadcast(tensor.clone(), from_process=0)
 
     def metrics(self, observed: Mapping[str, Observed]) -> dict[str, float]:
         """One number a metric, the same in every process: all have to ask for the same ones. 0 without any value."""
@@ -180,9 +174,7 @@ class Processes:
         return {name: row[columns[how]] for (name, (_, how)), row in zip(observed.items(), found, strict=True)}
 
     def _reduce(self, tensor: Tensor, how: str) -> Tensor:
-        if self.count == 1:
-            return tensor
-        return cast("Tensor", reduce(tensor, reduction=how))
+        return tensor if self.count == 1 else reduce(tensor, reduction=how)
 
 
 def _greatest(values_N: Tensor) -> Tensor:
