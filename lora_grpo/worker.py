@@ -17,12 +17,6 @@ working: "ContextVar[Worker | None]" = ContextVar("working", default=None)
 """The worker whose job this is asked in: in its thread, or in a task that the job has begun elsewhere."""
 
 
-def sign_of_life() -> None:
-    """To be called where a part of what a worker's job waits for is there."""
-    if (worker := working.get()) is not None:
-        worker.lives()
-
-
 class Stopped(EngineError):
     """A job was stopped because nobody wants its result any more."""
 
@@ -56,10 +50,8 @@ class Worker:
 
     def __init__(self, name: str, *, patience_s: float, failure: type[LoraGrpoError] = EngineError) -> None:
         """`wait` and `call` raise `failure` with the name when there was no sign of life for `patience_s`."""
-        self.name = name
-        self._patience_s, self._failure = patience_s, failure
-        self._jobs: deque[Job[Any]] = deque()
-        self._calls: deque[Job[Any]] = deque()
+        self.name, self._patience_s, self._failure = name, patience_s, failure
+        self._jobs, self._calls = deque[Job[Any]](), deque[Job[Any]]()
         self._current: Job[Any] | None = None
         self._wake = threading.Condition()
         self._ended = False
@@ -96,7 +88,7 @@ class Worker:
             self.lives()
 
     def lives(self) -> None:
-        """A sign of life, from any thread."""
+        """A sign of life, from any thread: a part of what the job waits for is there."""
         self._sign_s = time.monotonic()
 
     def look(self) -> None:

@@ -130,9 +130,7 @@ class Reach:
         self._modules, self._processes = list(modules), processes
         self._called = [False] * len(self._modules)
         self._hooks: list[RemovableHandle] = []
-        self._b_known = False
-        self._signal = False
-        self.watching = True
+        self._b_known, self._signal, self.watching = False, False, True
 
     def begin(self) -> None:
         """Note from now on which layers are called with a gradient."""
@@ -159,44 +157,39 @@ class Reach:
         Raises `UnsupportedAdapter` naming the layers that get none; warns once of those that were not called."""
         if not self.watching:
             return
-        seen, called, b_grad, a_grad, b_moved = self._counted(self._signal if signal is None else signal)
-        if not seen[0]:
+        seen, called, b_grad, a_grad, b_moved = self._found(self._signal if signal is None else signal)
+        if not seen.any():
             return
-        if not any(called):
-            called = [True] * len(called)  # compiled: its layers run without their hooks
+        called = called | ~called.any()  # none: compiled layers run without their hooks
         if not self._b_known:
-            self._require("B", [c and not g for c, g in zip(called, b_grad, strict=True)])
-            self._warn_of(called)
+            self._require("B", called & ~b_grad)
+            self._warn_of(~called)
             self._b_known = True
-        moved = [c and m for c, m in zip(called, b_moved, strict=True)]
-        if any(moved):
-            self._require("A", [m and not g for m, g in zip(moved, a_grad, strict=True)])
+        moved = called & b_moved
+        if moved.any():
+            self._require("A", moved & ~a_grad)
             self.watching = False
             self.end()
 
-    def _counted(self, signal: bool) -> list[list[bool]]:
-        """What holds in any process: whether there was a signal, and by module: called, B and A got one, B is not 0."""
+    def _found(self, signal: bool) -> Tensor:
+        """What holds in any process, a row each: there was a signal; a module was called, B and A got one, B is not 0."""
         a, b = [m.a_RI for m in self._modules], [m.b_OR for m in self._modules]
-        device = b[0].device
-        parts = [
-            torch.tensor([signal], device=device),
-            torch.tensor(self._called, device=device),
-            *(torch.stack([_got(parameter) for parameter in kind]) for kind in (b, a)),
-            torch.stack([_some(parameter.detach()) for parameter in b]),
-        ]
-        found = self._processes.sum(torch.cat(parts).float()) > 0
-        return [part.tolist() for part in found.split([len(part) for part in parts])]
+        known = torch.tensor([[signal] * len(b), self._called], device=b[0].device)
+        got = [torch.stack([_got(parameter) for parameter in kind]) for kind in (b, a)]
+        moved = torch.stack([_some(parameter.detach()) for parameter in b])
+        return self._processes.sum(torch.stack([*known, *got, moved]).float()) > 0
 
-    def _require(self, kind: str, missing: list[bool]) -> None:
-        names = [module.path for module, lacks in zip(self._modules, missing, strict=True) if lacks]
-        if names:
+    def _named(self, chosen: Tensor) -> list[str]:
+        return [module.path for module, is_it in zip(self._modules, chosen.tolist(), strict=True) if is_it]
+
+    def _require(self, kind: str, missing: Tensor) -> None:
+        if names := self._named(missing):
             which = f"{kind} of {len(names)} of {len(self._modules)} adapted layers: {', '.join(names)}"
             fix = "as quantized layers do: train on an unquantized base, or leave them out of target_modules"
             raise UnsupportedAdapter(f"no gradient reaches {which}. Something after them stops it, {fix}")
 
-    def _warn_of(self, called: list[bool]) -> None:
-        names = [module.path for module, was in zip(self._modules, called, strict=True) if not was]
-        if names and self._processes.index == 0:
+    def _warn_of(self, uncalled: Tensor) -> None:
+        if (names := self._named(uncalled)) and self._processes.index == 0:
             found = f"{len(names)} of {len(self._modules)} adapted layers are not called and not trained"
             warnings.warn(f"{found}: {', '.join(names)}; leave them out of target_modules", stacklevel=2)
 

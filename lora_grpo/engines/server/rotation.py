@@ -14,7 +14,7 @@ from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.engines.server.wire import completion_body, scoring_body, to_completion, to_logprobs
 from lora_grpo.errors import EngineError, LoraGrpoError, UnknownVersion
 from lora_grpo.types import Completion, Sampling
-from lora_grpo.worker import sign_of_life
+from lora_grpo.worker import working
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,8 @@ class Rotation(ABC):
             raise UnknownVersion("a version was unloaded while it was being sampled from; unload it afterwards")
         body = {"model": name, **ask.body}
         answer = ask.read(await replica.ask(body), body)
-        sign_of_life()
+        if (worker := working.get()) is not None:
+            worker.lives()
         return answer
 
     async def _place(self, count: int, base: bool, only: Replica | None) -> Replica:
