@@ -23,8 +23,6 @@ class Stopped(EngineError):
 
 @dataclass
 class Job(Generic[T]):
-    """Something to do; `stopping` asks it to end at its next `poll`."""
-
     function: Callable[[], T]
     result: Future[T] = field(default_factory=Future)
     stopping: bool = False

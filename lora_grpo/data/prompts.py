@@ -178,7 +178,6 @@ class PromptSampler:
         return self
 
     def __next__(self) -> list[int]:
-        """The indices of the next step's prompts; never ends."""
         indices: list[int] = []
         while len(indices) < self.prompts_per_step:
             taken = self._order[self.offset : self.offset + self.prompts_per_step - len(indices)]

@@ -122,9 +122,8 @@ class Gradients:
 class Reach:
     """Whether the loss reaches every adapted layer: where something cuts the gradient, only the rest would be trained.
 
-    It looks at the gradients of the first updates that carry a signal, and then no more.
-    Each B whose layer was called gets one at once. While B is 0 no A does: that is looked at when B has moved. All
-    processes call `check`."""
+    It looks at the gradients of the first updates that carry a signal, and then no more. Each B whose layer was called
+    gets one at once. While B is 0 no A does: that is looked at when B has moved. All processes call `check`."""
 
     def __init__(self, modules: Sequence[LoraModule], processes: Processes) -> None:
         self._modules, self._processes = list(modules), processes

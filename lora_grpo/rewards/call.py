@@ -36,10 +36,8 @@ class TrainerState:
 
 @dataclass(slots=True)
 class RewardContext:
-    """The run's state as given to reward functions, and what they logged.
-
-    `extra` holds columns of B values, which are shown beside the completions in samples.jsonl; `logged` each value
-    given to `log_metric`."""
+    """The run's state as given to reward functions, and what they logged: `extra` holds columns of B values, which are
+    shown beside the completions in samples.jsonl, `logged` each value given to `log_metric`."""
 
     state: TrainerState = TrainerState()
     extra: dict[str, list[Any]] = field(default_factory=dict)
@@ -57,7 +55,6 @@ class RewardContext:
             self.logged.setdefault(name, []).extend(values)
 
     def metrics(self) -> dict[str, float]:
-        """The mean of each logged metric."""
         return {name: sum(values) / len(values) for name, values in self.logged.items()}
 
 
@@ -112,8 +109,7 @@ class Call:
         return self._attempt()
 
     def _attempt(self) -> Any:
-        begun, logs = self._begun or self._begin(self.inputs)
-        self._begun = begun, logs
+        begun, logs = self._begun = self._begun or self._begin(self.inputs)
         values = self._result(begun)
         for column, logged in logs.extra.items():
             self._require_rows(logged, f"logged {counted(len(logged), 'value')} of {column!r}")
