@@ -171,7 +171,7 @@ class Reach:
             self.end()
 
     def _found(self, signal: bool) -> Tensor:
-        """What holds in any process, a row each: there was a signal; a module was called, B and A got one, B is not 0."""
+        """What holds in any process, a row each: a signal was seen; a module was called, B and A got one, B moved."""
         a, b = [m.a_RI for m in self._modules], [m.b_OR for m in self._modules]
         known = torch.tensor([[signal] * len(b), self._called], device=b[0].device)
         got = [torch.stack([_got(parameter) for parameter in kind]) for kind in (b, a)]

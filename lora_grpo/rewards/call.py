@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from lora_grpo.data.reading import short
 from lora_grpo.errors import LoraGrpoError, RewardError, counted
@@ -58,8 +58,7 @@ class RewardContext:
         return {name: sum(values) / len(values) for name, values in self.logged.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
+class Patience(NamedTuple):
     """With timeouts and failed connections: how often the whole call is made again, after 1, 2, 4 … seconds, and how
     long one may take (None: for ever)."""
 
