@@ -1,8 +1,7 @@
 """Folders that appear and vanish whole, the few file operations that this rests on, and a folder's digest.
 
 `Tree` writes a numbered folder into `staging/` and renames it to its place; it removes one by renaming it into
-`trash/` and deleting it there. A kill at any moment leaves either the whole folder or a leftover that `sweep` clears.
-"""
+`trash/` and deleting it there. A kill at any moment leaves the whole folder or a leftover that `sweep` clears."""
 
 import errno
 import json
@@ -28,7 +27,6 @@ CHUNK_BYTES = 1 << 20
 _Record = TypeVar("_Record")
 _SHM = Path("/dev/shm")
 VERSIONS, STATES = "versions", "states"
-"""The kinds of a tree's folders."""
 STAGING = "staging"
 """The folder of a tree for what is not whole yet; whatever is there when the tree is next opened is deleted."""
 MAX_NUMBER = 10**9 - 1
@@ -74,7 +72,6 @@ def write_file(path: Path, buffers: Sequence[Buffer], *, sync: bool) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -101,13 +98,14 @@ def open_regular(path: Path) -> int:
     return descriptor
 
 
-def read_small(path: Path) -> bytes | None:
+def read_small(path: Path, start: int = 0) -> bytes | None:
     with reported(f"reading {path}"):
         try:
             descriptor = open_regular(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         with open(descriptor, "rb") as stream:
+            stream.seek(start)
             return stream.read()
 
 
@@ -241,7 +239,6 @@ class Tree:
             write_file(folder / name, buffers, sync=self.sync)
 
     def remove(self, kind: str, number: int) -> None:
-        """Take a folder out of its place in one rename, then delete it."""
         self.delete(kind, self.take_out(kind, number))
 
     def take_out(self, kind: str, number: int) -> Path:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.files.disk import is_number, open_regular, parse_json, reported
+from lora_grpo.adapters.files.disk import is_number, parse_json, read_small, reported
 from lora_grpo.adapters.version import Manifest
 from lora_grpo.errors import ConfigError
 from lora_grpo.types import LARGEST_REWARD
@@ -46,15 +46,13 @@ class Journal:
         self._end = 0
 
     def refresh(self) -> None:
-        """Take in the complete lines that were added since the last look."""
-        added = self._read_from(self._end)
+        added = read_small(self.path, self._end) or b""
         complete = added[: added.rfind(b"\n") + 1]
         self._end += len(complete)
         for line in complete.split(b"\n")[:-1]:
             self._take(line)
 
     def open_for_writing(self) -> None:
-        """Take in all events, cut off a line torn by a kill, and keep the file open for appending."""
         with reported(f"opening {self.path}"):
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
             self.refresh()
@@ -81,21 +79,11 @@ class Journal:
 
     def _lines_of(self, event: str, number: int) -> Iterator[dict[str, Any]]:
         wanted = b'{"event":"%s","number":%d,' % (event.encode(), number)
-        for line in self._read_from(0)[: self._end].split(b"\n")[:-1]:
+        for line in (read_small(self.path) or b"")[: self._end].split(b"\n")[:-1]:
             # Parsing every line would take seconds in a long run, for each version that is asked for.
             if line.startswith(wanted):
                 with suppress(*_DAMAGE):
                     yield _parsed(line)[2]
-
-    def _read_from(self, start: int) -> bytes:
-        with reported(f"reading {self.path}"):
-            try:
-                descriptor = open_regular(self.path)
-            except (FileNotFoundError, NotADirectoryError):
-                return b""
-            with open(descriptor, "rb") as stream:
-                stream.seek(start)
-                return stream.read()
 
     def append(self, event: str, number: int, **fields: Any) -> None:
         """Write one event. Safe from a kill when it returns; from a power cut after `make_durable`."""
@@ -131,11 +119,18 @@ class Journal:
             self.damaged_lines.append(self._lines)
 
     def _apply(self, event: str, number: int, fields: dict[str, Any]) -> None:
+        promoted = next(reversed(self.promoted), None)
         match event:
             case "publish":
-                self._publish(Manifest.from_mapping(fields))
+                manifest = Manifest.from_mapping(fields)
+                if self.has_forgotten(number):
+                    self.metrics[number] = self.metrics_of(number)
+                self.published[number], self.parents[number] = manifest, manifest.parent
             case "promote":
-                self._promote(number)
+                if promoted is not None and promoted not in self.published:
+                    del self.promoted[promoted]
+                self.promoted.pop(number, None)
+                self.promoted[number] = None
             case "record":
                 metrics = dict(fields["metrics"])
                 if not self.has_forgotten(number):
@@ -145,36 +140,18 @@ class Journal:
             case "unpin":
                 self.pins.discard(number)
             case "forget":
-                self._forget(number)
+                self.parents.setdefault(number, None)
+                self.published.pop(number, None)
+                self.metrics.pop(number, None)
+                if promoted != number:
+                    self.promoted.pop(number, None)
             case "state":
                 self.states.add(number)
             case "forget_state":
                 self.states.discard(number)
 
-    def _publish(self, manifest: Manifest) -> None:
-        number = manifest.number
-        if self.has_forgotten(number):
-            self.metrics[number] = self.metrics_of(number)
-        self.published[number] = manifest
-        self.parents[number] = manifest.parent
-
-    def _promote(self, number: int) -> None:
-        before = next(reversed(self.promoted), None)
-        if before is not None and before not in self.published:
-            del self.promoted[before]
-        self.promoted.pop(number, None)
-        self.promoted[number] = None
-
-    def _forget(self, number: int) -> None:
-        self.parents.setdefault(number, None)
-        self.published.pop(number, None)
-        self.metrics.pop(number, None)
-        if next(reversed(self.promoted), None) != number:
-            self.promoted.pop(number, None)
-
 
 def _parsed(line: bytes) -> tuple[str, int, dict[str, Any]]:
-    """Event, number and fields."""
     match = _CHECKED.fullmatch(line)
     if match is None or zlib.crc32(match[1]) != int(match[2], 16):
         raise ValueError("its checksum is wrong or missing")
