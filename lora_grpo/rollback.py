@@ -6,16 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from lora_grpo.adapters.peft_form.modules import reshard
-from lora_grpo.adapters.peft_form.serving import assign_rounded, read_rounded
+from lora_grpo.adapters.peft_form.serving import assign_rounded, load_tensors
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion, Target
+from lora_grpo.adapters.version import WEIGHTS_FILE, AdapterVersion, Target
 from lora_grpo.engines.base import Engine, is_remote
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.errors import ConfigError, UnknownVersion
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import TrainerState, Training, capture_state, check_state, read_state, restore_state
-
-__all__ = ["Outcome", "RollbackReport", "Target", "kept_state", "roll_back", "the_firsts"]
 
 Outcome: TypeAlias = Literal["restored", "reset", "kept", "none"]
 
@@ -51,10 +49,11 @@ def roll_back(store: AdapterStore | None, engine: Engine, training: Training, to
     """Serve and train from an earlier version again; if any part fails in any process, nothing has changed in any.
 
     The engine confirms the version first, then the trainer is put back, then `HEAD` moves. Called by every process;
-    the first one has the store.
-    """
+    the first one has the store."""
     processes = training.processes
-    left, version = processes.first(lambda: _ends(the_firsts(store), to))
+    left, version = processes.first(lambda: (the_firsts(store).head, the_firsts(store).get(to)))
+    if left is None:
+        raise UnknownVersion("no version was promoted yet, so there is none to roll back to")
     served = engine.loaded()
     if not all(processes.gather(version in served)):
         version = processes.first(lambda: the_firsts(store).restore(version))
@@ -78,14 +77,10 @@ def roll_back(store: AdapterStore | None, engine: Engine, training: Training, to
 
 
 def kept_state(store: AdapterStore | None, version: AdapterVersion, training: Training) -> TrainerState | None:
-    """The version's trainer state if it was kept, checked against these modules, in every process.
-
-    Raises `StoreCorrupt`.
-    """
+    """The version's trainer state if it was kept, checked against these modules (`StoreCorrupt`), in every process."""
 
     def read() -> TrainerState | None:
-        files = the_firsts(store).load_state(version.number)
-        if files is None:
+        if (files := the_firsts(store).load_state(version.number)) is None:
             return None
         state = read_state(files)
         check_state(state, training.modules)
@@ -99,20 +94,6 @@ def the_firsts(store: AdapterStore | None) -> AdapterStore:
     if store is None:
         raise ConfigError("only the first process has the store: pass store= there and use it there")
     return store
-
-
-def require_head(store: AdapterStore, left_at: AdapterVersion | None) -> None:
-    """Raises `ConfigError` when `HEAD` is no longer where its sync left it: another one publishes to this store."""
-    if (head := store.head) != left_at:
-        moved = f"HEAD in {store.root} is {head or 'nowhere'}, but this NativeSync left it at {left_at or 'nowhere'}"
-        raise ConfigError(f"{moved}: give each model a store of its own, and go back with sync.rollback")
-
-
-def _ends(store: AdapterStore, to: Target) -> tuple[AdapterVersion, AdapterVersion]:
-    left, version = store.head, store.get(to)
-    if left is None:
-        raise UnknownVersion("no version was promoted yet, so there is none to roll back to")
-    return left, version
 
 
 def _load(engine: Engine, version: AdapterVersion, training: Training) -> None:
@@ -136,7 +117,7 @@ def _serve_again(engine: Engine, served: Sequence[AdapterVersion], training: Tra
 
 def _take_on(version: AdapterVersion, training: Training) -> None:
     """Give the model the weights that `version` serves."""
-    tensors = training.processes.first(lambda: read_rounded(version))
+    tensors = training.processes.first(lambda: load_tensors(version.path / WEIGHTS_FILE))
     reshard(training.model)
     training.processes.each(lambda: assign_rounded(tensors, training.modules))
 
@@ -153,12 +134,8 @@ def _restore(
     has_optimizer, has_scheduler = meta.get("param_groups") is not None, meta.get("scheduler") is not None
     if optimizer is not None and not has_optimizer:
         optimizer.state = defaultdict(dict)
-    return RollbackReport(
-        version,
-        left,
-        "exact" if state else "rounded",
-        "none" if optimizer is None else "restored" if has_optimizer else "reset",
-        "none" if scheduler is None else "restored" if has_scheduler else "kept",
-        "restored" if state else "kept",
-        dict(meta.get("extra", {})),
-    )
+    moments: Outcome = "none" if optimizer is None else "restored" if has_optimizer else "reset"
+    schedule: Outcome = "none" if scheduler is None else "restored" if has_scheduler else "kept"
+    if state is None:
+        return RollbackReport(version, left, "rounded", moments, schedule, "kept", {})
+    return RollbackReport(version, left, "exact", moments, schedule, "restored", dict(meta.get("extra", {})))

@@ -17,11 +17,10 @@ from torch.distributed.tensor import DTensor
 from lora_grpo.adapters.files.disk import parse_json
 from lora_grpo.adapters.peft_form.modules import LoraModule, assign, reshard, sharded_like, whole
 from lora_grpo.adapters.peft_form.serving import load_tensors
+from lora_grpo.adapters.version import STATE_FILE, STATE_TENSORS_FILE
 from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.grpo.processes import Processes
 
-TENSORS_FILE = "state.safetensors"
-META_FILE = "state.json"
 _WITH_PLAIN_STORAGE = (torch.Tensor, torch.nn.Parameter, DTensor)
 _META = {"param_groups", "optimizer_scalars", "scheduler", "extra"}
 
@@ -32,14 +31,13 @@ class TrainerState:
 
     Tensor names: `weights/MODULE.A`, `weights/MODULE.B`, `optimizer/INDEX/NAME` (`NAME/NAME` in a dict inside), all of
     them whole, and the random state of the first process, `rng/cpu`, `rng/cuda`, and of others, `rng/cpu/INDEX`,
-    `rng/cuda/INDEX`.
-    """
+    `rng/cuda/INDEX`."""
 
     tensors: Mapping[str, torch.Tensor]
     meta: Mapping[str, Any]
 
     def to_files(self) -> tuple[dict[str, tuple[bytes, ...]], dict[str, Any]]:
-        return {TENSORS_FILE: (save(dict(self.tensors)),)}, dict(self.meta)
+        return {STATE_TENSORS_FILE: (save(dict(self.tensors)),)}, dict(self.meta)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +54,17 @@ class Training:
 def read_state(files: Mapping[str, Path]) -> TrainerState:
     """What `to_files` wrote. Raises `StoreCorrupt` when it cannot be read."""
     try:
-        state = TrainerState(load_tensors(files[TENSORS_FILE]), parse_json(files[META_FILE].read_bytes()))
+        state = TrainerState(load_tensors(files[STATE_TENSORS_FILE]), parse_json(files[STATE_FILE].read_bytes()))
         if missing := _META - state.meta.keys():
-            raise ValueError(f"{META_FILE} lacks {sorted(missing)}")
+            raise ValueError(f"{STATE_FILE} lacks {sorted(missing)}")
         return state
     except (KeyError, ValueError, AttributeError, OSError) as error:
         raise StoreCorrupt(f"the trainer state in {[*map(str, files.values())]} is unreadable: {error}") from error
 
 
 def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
-    """Copy a trainer's state to the CPU, whole in every process; sharded parameters and moments are gathered.
-
-    `extra` is the caller's own, JSON; `ConfigError` for what is none.
-    """
+    """Copy a trainer's state to the CPU, whole in every process: what is sharded is gathered. `extra` is the caller's
+    own, JSON; `ConfigError` for what is none."""
     reshard(training.model)
     optimizer, scheduler = training.optimizer, training.scheduler
     tensors = adapter_weights(training.modules) | _random_states(training.processes)
@@ -115,10 +111,8 @@ def check_state(state: TrainerState, modules: list[LoraModule]) -> None:
 
 
 def restore_state(state: TrainerState, training: Training) -> None:
-    """Put weights, optimizer, scheduler and random state back as they were; what the state lacks is left alone.
-
-    Every process gives the same state, and takes its own shards and its own random state of it; no collective.
-    """
+    """Put weights, optimizer, scheduler and random state back as they were; what the state lacks is left alone. Every
+    process gives the same state, and takes its own shards and its own random state of it; no collective."""
     check_state(state, training.modules)
     reshard(training.model)
     if training.optimizer is not None and state.meta["param_groups"] is not None:
@@ -138,8 +132,7 @@ def _coded(value: Any) -> Any:
     """`value` so that it comes back from JSON as it was: a schedule's milestones are a Counter of whole numbers.
 
     What JSON has no form of is an object of one key: "$tuple", "$Counter", "$tensor" for a learning rate that is one,
-    or "$dict" where keys are not plain text.
-    """
+    or "$dict" where keys are not plain text."""
     if torch.is_tensor(value) and not value.dim():
         return {"$tensor": [value.item(), str(value.dtype).removeprefix("torch.")]}
     if isinstance(value, Mapping):
@@ -196,7 +189,6 @@ def _optimizer_entries(state: TrainerState, optimizer: torch.optim.Optimizer) ->
 
 
 def generator_states() -> tuple[Any, ...]:
-    """Of this process: torch's on the CPU and, where CUDA has started, on the GPU; numpy's and Python's."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
 

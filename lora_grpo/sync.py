@@ -17,7 +17,7 @@ from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, Weights, ex
 from lora_grpo.adapters.peft_form.modules import keep_trainable, peft_model_of
 from lora_grpo.adapters.peft_form.serving import Held, ServingForm, weights_of
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion, as_step
+from lora_grpo.adapters.version import AdapterVersion, Target, as_step
 from lora_grpo.canary import CANARY_NOISE, rows_of, take_canary
 from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
 from lora_grpo.engines.delivery.base_match import BaseMatch
@@ -26,7 +26,7 @@ from lora_grpo.engines.delivery.probe import ProbeReport, Proofs, probe_sequence
 from lora_grpo.engines.wrapped import joint
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.processes import Processes
-from lora_grpo.rollback import RollbackReport, Target, kept_state, require_head, roll_back, the_firsts
+from lora_grpo.rollback import RollbackReport, kept_state, roll_back, the_firsts
 from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import Training, capture_state, restore_state
 from lora_grpo.types import Group
@@ -240,7 +240,12 @@ class NativeSync:
         self._leased = loaded
 
     def _publish(self, files: Mapping[str, Sequence[Any]], step: int) -> AdapterVersion:
-        require_head(self.store, self._head)
+        if (head := self.store.head) != self._head:
+            # Another one publishes to this store.
+            left = (
+                f"HEAD in {self._root} is {head or 'nowhere'}, but this NativeSync left it at {self._head or 'nowhere'}"
+            )
+            raise ConfigError(f"{left}: give each model a store of its own, and go back with sync.rollback")
         if self.last_receipt is None and self.store.archive is not None:
             self.recipe.write(self.store.archive / RECIPE_FILE)
             keep_tokenizer(self.tokenizer, self.store.archive)

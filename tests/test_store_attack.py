@@ -9,8 +9,8 @@ import pytest
 
 from lora_grpo.adapters.peft_form.export import difference
 from lora_grpo.adapters.peft_form.files import open_adapter
-from lora_grpo.adapters.peft_form.serving import read_rounded
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.peft_form.serving import load_tensors
+from lora_grpo.adapters.version import WEIGHTS_FILE, AdapterVersion
 from lora_grpo.errors import DeliveryError, StoreCorrupt
 from tests.crash.attack import SCENARIOS, attack, fuzz
 from tests.crash.damage import KINDS, files, trained
@@ -53,8 +53,8 @@ def version(tmp_path: Path) -> AdapterVersion:
 def test_broken_tensors_are_refused_wherever_they_are_read(version: AdapterVersion) -> None:
     refused = 0
     for seed in range(300):
-        (version.path / "adapter_model.safetensors").write_bytes(fuzzed(seed)[0])
-        for read in (lambda: read_rounded(version), lambda: difference(version.path, version.path)):
+        (version.path / WEIGHTS_FILE).write_bytes(fuzzed(seed)[0])
+        for read in (lambda: load_tensors(version.path / WEIGHTS_FILE), lambda: difference(version.path, version.path)):
             try:
                 read()
             except StoreCorrupt:
@@ -68,7 +68,7 @@ def test_no_value_of_a_config_is_a_traceback(version: AdapterVersion, field: str
     import json
 
     header, payload, config = sound()
-    (version.path / "adapter_model.safetensors").write_bytes(weights(header, payload))
+    (version.path / WEIGHTS_FILE).write_bytes(weights(header, payload))
     (version.path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
     if field.endswith("pattern") and (value is None or value == {"a": []}):
         assert open_adapter(version).paths
@@ -79,5 +79,5 @@ def test_no_value_of_a_config_is_a_traceback(version: AdapterVersion, field: str
 
 def test_the_sound_adapter_of_the_fuzzer_is_sound(version: AdapterVersion) -> None:
     header, payload, _ = sound()
-    (version.path / "adapter_model.safetensors").write_bytes(weights(header, payload))
-    assert read_rounded(version).keys() == header.keys()
+    (version.path / WEIGHTS_FILE).write_bytes(weights(header, payload))
+    assert load_tensors(version.path / WEIGHTS_FILE).keys() == header.keys()

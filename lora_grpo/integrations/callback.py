@@ -7,12 +7,12 @@ from transformers import TrainerCallback
 
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.engines.base import Engine, LoadReceipt
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError
 from lora_grpo.integrations.trl_settings import check_optimizer
-from lora_grpo.rollback import RollbackReport, Target
+from lora_grpo.rollback import RollbackReport
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.steering import answer_requests
 

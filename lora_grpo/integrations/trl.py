@@ -29,7 +29,7 @@ from transformers.utils.versions import require_version
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keeps_state, retention
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.config import KeepConfig, ModelConfig
 from lora_grpo.engines.local.targets import check_is_base, checkpoint_config, full_class, model_class
 from lora_grpo.engines.patching import replaced
@@ -39,7 +39,7 @@ from lora_grpo.errors import ConfigError, UnsupportedVersion
 from lora_grpo.integrations.trl_rollouts import NativeRollouts
 from lora_grpo.integrations.trl_settings import check_arguments, check_reference, check_types, sampling_of, vllm_args
 from lora_grpo.metrics.reporter import check_folder
-from lora_grpo.rollback import RollbackReport, Target
+from lora_grpo.rollback import RollbackReport
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.assembly import untouched_when_stopped
 from lora_grpo.trainer.models import adapted_leaves, check_same_device, lora_rank

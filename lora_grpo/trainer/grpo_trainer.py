@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import nn
 
 from lora_grpo.adapters.asking.view import best_metric
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.data import PromptDataset, Rows
 from lora_grpo.engines.base import Engine
@@ -22,7 +22,7 @@ from lora_grpo.metrics.curves import plot_run
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.reference import keep_reference
 from lora_grpo.rewards import RewardFunction
-from lora_grpo.rollback import RollbackReport, Target
+from lora_grpo.rollback import RollbackReport
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.assembly import Assembly, untouched_when_stopped
 from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, led, seed_everything

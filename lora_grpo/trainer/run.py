@@ -11,14 +11,14 @@ from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.opening import Recovered
 from lora_grpo.adapters.upkeep.rollbacks import Rollback, RollbackLog, of_trainer
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.data import PromptSampler
 from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion, counted
 from lora_grpo.metrics.log import Record, history, package_versions, read_metrics
 from lora_grpo.metrics.render import GAP
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.reference import kept_reference
-from lora_grpo.rollback import RollbackReport, Target
+from lora_grpo.rollback import RollbackReport
 from lora_grpo.trainer import crew
 from lora_grpo.trainer.crew import Crew, Parts, led
 from lora_grpo.trainer.guards import Guard

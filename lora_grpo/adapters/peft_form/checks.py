@@ -14,7 +14,6 @@ from lora_grpo.errors import UnsupportedAdapter
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 _NO_HEADS = "vLLM drops or rejects LoRA on heads and embeddings; leave it out of target_modules"
-HEADS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "output_layer", "score")
 _NO_EXPERTS = "LoRA on a mixture's experts cannot be proven yet; name layers beside them, such as"
 _FOLDED = "kv_b_proj"
 Scheme: TypeAlias = Literal["nf4", "fp8", "w4a16"]
@@ -130,7 +129,7 @@ def _objection(module: LoraModule) -> str | None:
     leaf = module.path.rsplit(".", 1)[-1]
     layer: Any = module.layer
     base_layer = layer.get_base_layer()
-    if leaf in HEADS:
+    if leaf in ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "output_layer", "score"):
         return f": {_NO_HEADS}"
     if leaf == _FOLDED:
         return ": vLLM folds it into others on loading, then decodes without its LoRA; leave it out of target_modules"

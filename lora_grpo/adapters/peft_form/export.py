@@ -28,6 +28,7 @@ TOKENIZER = "tokenizer"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 Weights: TypeAlias = Literal["exact", "rounded"]
+Tensors: TypeAlias = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,8 @@ class Recipe:
             raise ConfigError(f"{now} (None: not adapted); {fix}")
 
     def write(self, path: Path) -> None:
-        """Keep it in the run directory; written once, since a run's adapter never changes its config."""
-        content = json.dumps(asdict(self), indent=1).encode()
-        if disk.read_small(path) != content:
-            with disk.reported(f"writing {path}"):
-                disk.replace_file(path, content, sync=True)
+        with disk.reported(f"writing {path}"):
+            disk.replace_file(path, json.dumps(asdict(self), indent=1).encode(), sync=True)
 
     @classmethod
     def read(cls, run: Path) -> "Recipe":
@@ -104,9 +102,7 @@ def export_adapter(
     return weights
 
 
-def adapter_tensors(
-    store: StoreView, version: AdapterVersion, recipe: Recipe
-) -> tuple[dict[str, torch.Tensor], Weights]:
+def adapter_tensors(store: StoreView, version: AdapterVersion, recipe: Recipe) -> tuple[Tensors, Weights]:
     """A version's A and B by PEFT's names, in fp32, without the scaling: the trainer's own where its state is kept."""
     if (exact := _trainer_weights(store, version)) is not None:
         return exact, "exact"
@@ -143,7 +139,6 @@ def keep_tokenizer(tokenizer: Any, run: Path) -> None:
 
 
 def _save_tokenizer(tokenizer: Any, directory: Path) -> bool:
-    """Write a transformers tokenizer; False for anything else."""
     if not hasattr(tokenizer, "save_pretrained"):
         return False
     plain = copy.copy(tokenizer)
@@ -161,7 +156,7 @@ def _importable(kind: type) -> type:
     return kind
 
 
-def _trainer_weights(store: StoreView, version: AdapterVersion) -> dict[str, torch.Tensor] | None:
+def _trainer_weights(store: StoreView, version: AdapterVersion) -> Tensors | None:
     files = store.load_state(version.number)
     if files is None or STATE_TENSORS_FILE not in files:
         return None
@@ -180,7 +175,6 @@ def _unscaled(name: str, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """A PEFT config value as JSON holds it."""
     return sorted(value) if isinstance(value, set | frozenset) else getattr(value, "value", value)
 
 
@@ -208,9 +202,7 @@ def difference(first: Path, second: Path) -> tuple[Difference, list[Difference]]
     return _difference("all", *total), [_difference(module, *one) for module, one in inner.items()]
 
 
-def _inner_products(
-    first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, list[float]]]:
+def _inner_products(first: Tensors, second: Tensors) -> Iterator[tuple[str, list[float]]]:
     """Of each module <W1, W1>, <W2, W2> and <W1, W2>."""
     if first.keys() != second.keys():
         odd = sorted(first.keys() ^ second.keys())[0]
@@ -231,7 +223,6 @@ def _is_pair(b_OR: torch.Tensor | None, a_RI: torch.Tensor) -> bool:
 
 
 def _dot(one: tuple[torch.Tensor, torch.Tensor], two: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """<B1 A1, B2 A2> by (r1, r2) products."""
     (b1_OR, a1_RI), (b2_OR, a2_RI) = one, two
     return float(((b1_OR.T @ b2_OR) * (a1_RI @ a2_RI.T)).sum())
 

@@ -90,7 +90,6 @@ def _layout(header: bytes, config: bytes) -> tuple[Mapping[str, TensorEntry], tu
 
 
 def _payload_bytes(entries: Mapping[str, TensorEntry]) -> int:
-    """The length of tensors that lie end to end, each as long as its shape says."""
     end = 0
     for name, entry in entries.items():
         length = math.prod(entry.shape) * _ITEM_BYTES.get(entry.dtype, 0)
@@ -153,7 +152,6 @@ def _paths(entries: Mapping[str, TensorEntry]) -> tuple[str, ...]:
 
 
 def _check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry], paths: tuple[str, ...]) -> None:
-    """The config must name exactly the modules of the file, at their ranks, with nothing left to scale."""
     named, patterns = config.get("target_modules"), [config.get(name) for name in ("rank_pattern", "alpha_pattern")]
     if not isinstance(named, list) or not all(isinstance(target, str) for target in named):
         raise _Malformed(f"its config names the modules as {ascii(named)[:80]}; they are listed one by one")
@@ -170,12 +168,6 @@ def _check_config(config: Mapping[str, Any], entries: Mapping[str, TensorEntry],
         alpha = (config.get("alpha_pattern") or {}).get(key, config.get("lora_alpha"))
         rank_b = entries[f"{PREFIX}{path}{_B}"].shape[1]
         if type(stated) is not int or not (rank == stated == rank_b):
-            raise _Malformed(f"{path} has A of rank {rank} and B of rank {rank_b}; its config says {_said(stated)}")
+            raise _Malformed(f"{path} has A of rank {rank} and B of rank {rank_b}; its config says {stated!a:.80}")
         if not isinstance(alpha, int | float) or alpha is True or not abs(alpha - rank) <= 1e-9 * rank:
-            raise _Malformed(f"{path} has alpha {_said(alpha)} at rank {rank}; the serving form's scale is 1")
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, int):
-        return hex(value)[:20] if abs(value) > 10**9 else str(value)
-    return ascii(value)[:80]
+            raise _Malformed(f"{path} has alpha {alpha!a:.80} at rank {rank}; the serving form's scale is 1")

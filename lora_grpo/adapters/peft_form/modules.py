@@ -65,7 +65,6 @@ def peft_model_of(model: nn.Module) -> Any:
 
 
 def lora_modules(model: nn.Module, adapter: str) -> list[LoraModule]:
-    """The modules that `adapter` adapts, in the model's own order."""
     named = peft_model_of(model).base_model.model.named_modules()
     adapted = ((name, layer) for name, layer in named if isinstance(layer, LoraLayer) and adapter in layer.lora_A)
     return [LoraModule(clean_name(name), layer, adapter) for name, layer in adapted]
@@ -132,7 +131,6 @@ def keep_trainable(model: nn.Module) -> None:
 
 
 def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Of what a trainer's tensor stands for."""
     return tuple((getattr(tensor, "quant_state", None) or tensor).shape)
 
 

@@ -90,7 +90,9 @@ class ServingForm:
         self._reshard()
         self._check_as_built()
         if not self._fill():
-            self._raise_not_finite()
+            name = next(name for name, view in zip(self.names, self.held, strict=True) if not view.isfinite().all())
+            what = f"{name} holds non-finite values in {self.dtype}; it was not published"
+            raise TrainingError(f"{what}. Lower the learning rate, or roll back to an earlier version")
         if self._host is not self._flat:
             self._host.copy_(self._flat)
         payload = self._host.view(torch.uint8).numpy().data
@@ -141,12 +143,6 @@ class ServingForm:
         torch._foreach_copy_(self.held[count:], torch._foreach_mul([b.float() for b in tensors[count:]], scalings))
         return all_finite(self._flat)
 
-    def _raise_not_finite(self) -> None:
-        for name, view in zip(self.names, self.held, strict=True):
-            if not torch.isfinite(view).all():
-                what = f"{name} holds non-finite values in {self.dtype}; it was not published"
-                raise TrainingError(f"{what}. Lower the learning rate, or roll back to an earlier version")
-
 
 def all_finite(flat: torch.Tensor) -> bool:
     """From the two extremes, of which NaN is always one: a quarter of `isfinite`'s time on half dtypes, nothing
@@ -160,7 +156,7 @@ def _scales_after_rounding(scaling: float, dtype: torch.dtype) -> bool:
 
 
 def _config_bytes(peft_model: Any, adapter: str, modules: list[LoraModule]) -> bytes:
-    """adapter_config.json with alpha = rank everywhere and every module named in full."""
+    """adapter_config.json with alpha = rank everywhere and every module named in full; the rest is PEFT's default."""
     config = peft_model.peft_config[adapter]
     ranks = {module.path: module.a_RI.shape[0] for module in modules}
     rank = max(ranks.values())
@@ -177,11 +173,6 @@ def _config_bytes(peft_model: Any, adapter: str, modules: list[LoraModule]) -> b
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",
-        "lora_dropout": 0.0,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "inference_mode": True,
     }
     return json.dumps(fields, indent=1).encode()
 
@@ -199,11 +190,6 @@ def _safetensors_header(names: list[str], shapes: list[tuple[int, ...]], dtype: 
     return len(text).to_bytes(8, "little") + text
 
 
-def read_rounded(version: AdapterVersion) -> dict[str, torch.Tensor]:
-    """A version's serving form by tensor name, exact but for the serving dtype's rounding."""
-    return load_tensors(version.path / WEIGHTS_FILE)
-
-
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file by name. Raises `StoreCorrupt` for a file that is none."""
     try:
@@ -213,7 +199,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assign_rounded(tensors: Mapping[str, torch.Tensor], modules: list[LoraModule]) -> None:
-    """Set A and B to what `read_rounded` gave, scaling taken out of B; all of them, or none for `StoreCorrupt`."""
+    """Set A and B from a serving form's tensors, scaling taken out of B; all of them, or none for `StoreCorrupt`."""
     for module in modules:
         for kind, parameter in (("A", module.a_RI), ("B", module.b_OR)):
             name = f"{PREFIX}{module.path}.lora_{kind}.weight"
@@ -241,5 +227,5 @@ def restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 def weights_of(version: AdapterVersion, modules: list[LoraModule]) -> Iterator[None]:
     """While inside, A and B are what `version` serves; afterwards they are their own again."""
     with restored([parameter for module in modules for parameter in (module.a_RI, module.b_OR)]):
-        assign_rounded(read_rounded(version), modules)
+        assign_rounded(load_tensors(version.path / WEIGHTS_FILE), modules)
         yield
