@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_grpo.adapters.asking.view import StoreView
-from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import Catalog, link_head
-from lora_grpo.adapters.files.disk import STATES, VERSIONS, Files, digest_buffers
+from lora_grpo.adapters.files.disk import STATES, VERSIONS, Files, digest_buffers, reported
 from lora_grpo.adapters.files.journal import as_metrics
 from lora_grpo.adapters.files.places import for_reading
 from lora_grpo.adapters.upkeep.archive import SUMS_FILE
@@ -69,7 +68,7 @@ class AdapterStore(StoreView):
         """
         if readonly:
             self._session: Session | None = None
-            with disk.reported("opening a store for reading"):
+            with reported("opening a store for reading"):
                 super().__init__(Catalog(for_reading(root, archive)), follow=True)
         else:
             self._session = open_session(root, archive, retention, backlog_limit_bytes)
@@ -250,7 +249,7 @@ class AdapterStore(StoreView):
             self._catalog.leases.close()
             return
         self._finalizer.detach()
-        with disk.reported("closing the store"):
+        with reported("closing the store"):
             self._session.close()
 
     def __enter__(self) -> "AdapterStore":
@@ -263,6 +262,6 @@ class AdapterStore(StoreView):
     def _writing(self, doing: str) -> Iterator[Session]:
         if self._session is None:
             raise StoreError(f"{doing}: this store is open with readonly=True")
-        with self._mutex, disk.reported(doing):
+        with self._mutex, reported(doing):
             self._session.require_open()
             yield self._session

@@ -50,8 +50,6 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What `version.json` says."""
-
     number: int
     parent: int | None
     digest: str
@@ -77,9 +75,9 @@ class Manifest:
         """Raises `KeyError`, `TypeError` or `ValueError` for what is no manifest."""
         manifest = cls(**{name: values[name] for name in cls.__slots__})
         sizes = manifest.sizes
-        numbers = [manifest.number] if manifest.parent is None else [manifest.number, manifest.parent]
         if not (
-            all(disk.is_number(number) for number in numbers)
+            disk.is_number(manifest.number)
+            and (manifest.parent is None or disk.is_number(manifest.parent))
             and (type(manifest.digest), type(manifest.step), type(sizes)) == (str, int, dict)
             and abs(manifest.created_at) < 1e11  # what is not finite is not below it either
             and sizes.keys() == set(PEFT_FILES)

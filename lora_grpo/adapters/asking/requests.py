@@ -111,17 +111,17 @@ def sweep(run: Path) -> None:
 
 def pending(run: Path | None) -> list[Request]:
     """Requests that nobody began with, in order; a file that is none has the verb "unreadable", to be answered so."""
-    read = ((path, disk.read_small(path)) for path in ([] if run is None else _files(run, _ASKED)))
-    return [_parse(path, content) for path, content in read if content is not None]
-
-
-def _parse(path: Path, content: bytes) -> Request:
-    run, name = path.parent.parent, path.stem
-    try:
-        values = disk.parse_json(content)
-        return Request(run, name, str(values["verb"]), dict(values["args"]))
-    except (ValueError, KeyError, TypeError) as error:
-        return Request(run, name, "unreadable", {"error": str(error)})
+    found = []
+    for path in () if run is None else _files(run, _ASKED):
+        if (content := disk.read_small(path)) is None:
+            continue
+        try:
+            values = disk.parse_json(content)
+            verb, args = str(values["verb"]), dict(values["args"])
+        except (ValueError, KeyError, TypeError) as error:
+            verb, args = "unreadable", {"error": str(error)}
+        found.append(Request(path.parent.parent, path.stem, verb, args))
+    return found
 
 
 def _files(run: Path, ending: str) -> list[Path]:

@@ -69,8 +69,9 @@ class StoreView:
     def where(self, version: Target) -> frozenset[str]:
         """Which of "tmpfs", "archive" and "state" (the trainer state) there are of a version."""
         catalog, number = self._looking(), self._number(version)
-        holds = {"tmpfs": catalog.on_tmpfs, "archive": catalog.in_archive, "state": catalog.has_state}
-        return frozenset(place for place, there in holds.items() if there(number))
+        archived, state = catalog.in_archive(number), catalog.in_archive(number, STATES)
+        holds = {"tmpfs": catalog.on_tmpfs(number), "archive": archived, "state": state}
+        return frozenset(place for place, there in holds.items() if there)
 
     def manifest(self, version: Target) -> Manifest:
         """What was published as a version: digest and sizes; `UnknownVersion` where there is no copy."""
@@ -210,7 +211,11 @@ class StoreView:
             case int(number):
                 return number
             case "head" | "parent" as word:
-                return _in_line(self, word)
+                if (head := self.head) is None:
+                    raise UnknownVersion(f"no version was promoted yet, so there is no {word!r}")
+                if (named := head.number if word == "head" else head.parent) is None:
+                    raise UnknownVersion(f"{head} is the first version and has no parent; name a version by its number")
+                return named
             case word:
                 return _best(self, best_metric(self) if word == "best" else word.removeprefix("best:"))
 
@@ -228,15 +233,6 @@ def best_metric(store: StoreView) -> str:
     held_out = "eval/reward"
     measured = [is_score(store.metrics(version.number).get(held_out)) for version in store.list()]
     return held_out if sum(measured) > 1 else "reward"
-
-
-def _in_line(store: StoreView, word: str) -> int:
-    if (head := store.head) is None:
-        raise UnknownVersion(f"no version was promoted yet, so there is no {word!r}")
-    number = head.number if word == "head" else head.parent
-    if number is None:
-        raise UnknownVersion(f"{head} is the first version and has no parent; name a version by its number")
-    return number
 
 
 def _best(store: StoreView, metric: str) -> int:

@@ -5,8 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.disk import STATES, VERSIONS, Tree
+from lora_grpo.adapters.files.disk import STATES, VERSIONS, Tree, folder_name, number_in, reported, sync_folder
 from lora_grpo.adapters.files.journal import Journal
 from lora_grpo.adapters.files.locks import Leases
 from lora_grpo.adapters.files.places import Places
@@ -39,14 +38,11 @@ class Catalog:
         return next(holding, self.root).folder(VERSIONS, number)
 
     def has_manifest(self, number: int) -> bool:
-        with disk.reported(f"looking for version {number}"):
+        with reported(f"looking for version {number}"):
             return (self.root.folder(VERSIONS, number) / MANIFEST_FILE).exists()
 
-    def in_archive(self, number: int) -> bool:
-        return self.archive is not None and self.archive.has(VERSIONS, number)
-
-    def has_state(self, number: int) -> bool:
-        return self.archive is not None and self.archive.has(STATES, number)
+    def in_archive(self, number: int, kind: str = VERSIONS) -> bool:
+        return self.archive is not None and self.archive.has(kind, number)
 
     def numbers(self) -> list[int]:
         return sorted({number for tree in self.trees for number in tree.numbers(VERSIONS)})
@@ -90,7 +86,7 @@ class Catalog:
     def head_number(self) -> int | None:
         """The promoted version; where the tmpfs is gone, the last one promoted that has a copy."""
         link = self.root.path / "HEAD"
-        with disk.reported(f"reading {link}"):
+        with reported(f"reading {link}"):
             try:
                 name = Path(os.readlink(link)).name
             except (FileNotFoundError, NotADirectoryError):
@@ -99,7 +95,7 @@ class Catalog:
                 if error.errno != errno.EINVAL:
                     raise
                 raise StoreCorrupt(f"{link} should be a symbolic link but is not") from None
-        if (number := disk.number_in(name)) is None:
+        if (number := number_in(name)) is None:
             raise StoreCorrupt(f"{link} points to {name!r}, which is not a version")
         return number
 
@@ -117,7 +113,7 @@ def link_head(root: Tree, number: int) -> None:
     """Atomically. A short symbolic link takes no page, so a full tmpfs does not refuse it."""
     temporary = root.path / ".HEAD.new"
     temporary.unlink(missing_ok=True)
-    os.symlink(f"{VERSIONS}/{disk.folder_name(number)}", temporary)
+    os.symlink(f"{VERSIONS}/{folder_name(number)}", temporary)
     os.replace(temporary, root.path / "HEAD")
     if root.sync:
-        disk.sync_folder(root.path)
+        sync_folder(root.path)

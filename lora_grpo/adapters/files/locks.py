@@ -40,8 +40,6 @@ def _named_in(descriptor: int) -> str:
 
 
 class _Descriptors:
-    """Open locked files by key; emptied in a forked child."""
-
     def __init__(self) -> None:
         self.by_key: dict[Path | int, int] = {}
         _ALL.add(self)
@@ -173,7 +171,6 @@ def _lock_in_place(number: int, path: Path) -> int:
 
 
 def is_leased(folder: Path) -> bool:
-    """Whether some process keeps the version in `folder` on tmpfs, as one does whose engine holds it."""
     with unleased(folder) as free:
         return not free
 

@@ -31,10 +31,7 @@ FORMAT = 1
 MIB = 1 << 20
 PAGE_BYTES = 4096
 ASIDE = "aside-"
-_OWN_NAMES = {
-    "store.json", ".store.json.new", "LOCK", "NUMBERS", ".NUMBERS.new", "HEAD", ".HEAD.new", "journal.jsonl",
-    "versions", "staging", "trash",
-}  # fmt: skip
+_OWN_NAMES = {"store.json", "LOCK", "NUMBERS", "HEAD", "journal.jsonl", "versions", "staging", "trash"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +53,7 @@ class Identity:
 
     def is_older_than(self, other: "Identity") -> bool:
         """Whether this half was not there when the other was last opened; of two equally old ones that differ, yes."""
-        tokens_differ = self.generation == other.generation and self.token != other.token
-        return self.generation < other.generation or tokens_differ
+        return self.generation <= other.generation and self.token != other.token
 
     @classmethod
     def read(cls, folder: Path | None) -> "Identity | None":
@@ -94,7 +90,6 @@ class Places:
 
     @property
     def aside(self) -> list[Path]:
-        """What was set aside of roots that were out of date."""
         return sorted(self.root.glob(f"{ASIDE}*"))
 
 
@@ -140,9 +135,11 @@ def for_writing(root: str | Path | None, archive: str | Path | None, lock: Write
     identity = Identity.read(run)
     places = _chosen(_resolved(root), run, identity)
     disk.make_private(places.root)
-    names = {name for name in os.listdir(places.root) if not name.startswith(ASIDE)}
-    if Identity.read(places.root) is None and (foreign := names - _OWN_NAMES):
-        raise StoreError(f"{places.root} holds {sorted(foreign)[:3]} but no store; give the store its own folder")
+    names = [name for name in sorted(os.listdir(places.root)) if not name.startswith(ASIDE)]
+    # A file of ours is `.NAME.new` while it is written.
+    foreign = [name for name in names if name.removeprefix(".").removesuffix(".new") not in _OWN_NAMES]
+    if foreign and Identity.read(places.root) is None:
+        raise StoreError(f"{places.root} holds {foreign[:3]} but no store; give the store its own folder")
     lock.take(places.root)
     _refuse_other_run(places, None if places.copied_from else identity)
     return places
@@ -186,8 +183,8 @@ def _is_current(root: Identity | None, run: Identity) -> bool:
 
 
 def _new_root(run: Path | None) -> Path:
-    label = "" if run is None else f"{run.name}-"
-    return Path(tempfile.mkdtemp(prefix=f"lora-grpo-{label}", dir=disk.tmpfs_home()))
+    prefix = "lora-grpo-" if run is None else f"lora-grpo-{run.name}-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=disk.tmpfs_home()))
 
 
 def _refuse_other_run(places: Places, identity: Identity | None) -> None:

@@ -91,7 +91,6 @@ class BackgroundWriter:
             return {job.number for job in self._jobs if job.kind == kind}
 
     def has_room(self, held_bytes: int) -> bool:
-        """Whether a job that holds so much memory would be taken at once."""
         with self._changed:
             held = sum(job.held_bytes for job in self._jobs)
             return held_bytes == 0 or held == 0 or held + held_bytes <= self._limit_bytes
@@ -212,7 +211,6 @@ def _chunks(path: Path) -> Iterator[memoryview]:
 
 
 def _check(folder: Path, manifest: Manifest, read: Callable[[str], Iterable[Buffer]]) -> None:
-    """Compare sizes, then the digest of what `read` gives of each file."""
     sizes = sorted(manifest.sizes.items())
     for name, size in sizes:
         try:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_grpo.adapters.asking import requests
-from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import Catalog, link_head
-from lora_grpo.adapters.files.disk import VERSIONS
+from lora_grpo.adapters.files.disk import VERSIONS, folder_name, read_number, replace_file
 from lora_grpo.adapters.files.places import ASIDE, Identity, Places
 from lora_grpo.adapters.upkeep.archive import Archive
 from lora_grpo.adapters.version import read_manifest
@@ -54,18 +53,17 @@ class Numbering:
         """`known` is the largest number seen anywhere; a new root has no count of its own to go on from."""
         root_file = places.root / "NUMBERS"
         self._run_file = None if places.run is None else places.run / "NUMBERS"
-        self._bound = 0 if self._run_file is None else disk.read_number(self._run_file) or 0
-        counted = disk.read_number(root_file)
+        self._bound = 0 if self._run_file is None else read_number(self._run_file) or 0
+        counted = read_number(root_file)
         trusted = counted is not None and not root_is_new
         self.last = max(counted or 0, known, 0 if trusted else self._bound)
         self._sync = sync
         if counted is None:
-            disk.replace_file(root_file, self._text(), sync=sync)
+            replace_file(root_file, self._text(), sync=sync)
         self._descriptor = os.open(root_file, os.O_WRONLY)
         self._write_last()
 
     def next(self) -> int:
-        """Given out once, whatever becomes of it."""
         if self.last >= self._bound:
             self._reserve(self.last + _BLOCK)
         self.last += 1
@@ -85,7 +83,7 @@ class Numbering:
 
     def _reserve(self, bound: int) -> None:
         if self._run_file is not None:
-            disk.replace_file(self._run_file, f"{bound}\n".encode(), sync=True)
+            replace_file(self._run_file, f"{bound}\n".encode(), sync=True)
             self._bound = bound
 
     def _write_last(self) -> None:
@@ -96,8 +94,6 @@ class Numbering:
 
 
 class Opening:
-    """The steps from two folders to a store that can be written."""
-
     def __init__(self, catalog: Catalog) -> None:
         self.catalog, self.places = catalog, catalog.places
         self.root, self.archive, self.journal = catalog.root, catalog.archive, catalog.journal
@@ -107,7 +103,12 @@ class Opening:
         for tree in self.catalog.trees:
             tree.create()
         before = self._current_root()
-        self._move_journal()
+        old = self.places.root / "journal.jsonl"
+        if self.places.run is not None and old.exists():
+            # A root that lived without a run directory brings its history with it.
+            if not self.places.journal.exists():
+                replace_file(self.places.journal, old.read_bytes(), sync=True)
+            old.unlink()
         self.journal.open_for_writing()
         names = [number for tree in self.catalog.trees for number in tree.numbers(VERSIONS, folders_only=False)]
         known = max([0, *self.journal.parents, *names])
@@ -117,8 +118,7 @@ class Opening:
 
     def _current_root(self) -> Identity | None:
         """What the root says that it is. One that is out of date is emptied first, and says nothing any more."""
-        run = None if self.places.run is None else Identity.read(self.places.run)
-        root = Identity.read(self.places.root)
+        run, root = Identity.read(self.places.run), Identity.read(self.places.root)
         if self.archive is None or run is None or root is None or not root.is_older_than(run):
             return root
         self._set_aside(self.archive)
@@ -132,33 +132,21 @@ class Opening:
             if _is_same(self.root.folder(VERSIONS, number), archive.folder(VERSIONS, number)):
                 self.root.remove(VERSIONS, number)
             else:
-                os.rename(self.root.folder(VERSIONS, number), aside / VERSIONS / disk.folder_name(number))
+                os.rename(self.root.folder(VERSIONS, number), aside / VERSIONS / folder_name(number))
         for name in ("HEAD", "NUMBERS", "store.json"):
             if os.path.lexists(self.places.root / name):
                 os.rename(self.places.root / name, aside / name)
-
-    def _move_journal(self) -> None:
-        """A root that lived without a run directory brings its history with it."""
-        old = self.places.root / "journal.jsonl"
-        if self.places.run is not None and old.exists():
-            if not self.places.journal.exists():
-                disk.replace_file(self.places.journal, old.read_bytes(), sync=True)
-            old.unlink()
 
     def _identify(self, root_before: Identity | None) -> None:
         """Mark both halves with this opening. The root first: a kill in between leaves it the newer one, not the older.
         A run directory that is new, or a copy, says first of all which root it has."""
         root, run = self.places.root, self.places.run
-        run_before = None if run is None or self.places.copied_from else Identity.read(run)
+        run_before = None if self.places.copied_from else Identity.read(run)
         known = run_before or root_before
-        identity = Identity(
-            run_id=known.run_id if known is not None else uuid.uuid4().hex,
-            other=None if run is None else str(run),
-            own_root=self.places.temporary,
-            home=None,
-            generation=1 + max((half.generation for half in (run_before, root_before) if half), default=0),
-            token=uuid.uuid4().hex,
-        )
+        run_id = uuid.uuid4().hex if known is None else known.run_id
+        other = None if run is None else str(run)
+        generation = 1 + max((half.generation for half in (run_before, root_before) if half), default=0)
+        identity = Identity(run_id, other, self.places.temporary, None, generation, token=uuid.uuid4().hex)
         durable = replace(identity, other=str(root), home=str(run))
         if run is not None and run_before is None:
             replace(durable, generation=0, token="").write(run, sync=True)
@@ -205,7 +193,7 @@ class Opening:
         for number in missing:
             self.journal.append("forget", number)
         unborn = self.root.leftovers()
-        return [n for n in missing if f"staging/{VERSIONS}-{disk.folder_name(n)}" not in unborn]
+        return [n for n in missing if f"staging/{VERSIONS}-{folder_name(n)}" not in unborn]
 
     def _settle_states(self) -> list[int]:
         present, told = set(self.catalog.states()), set(self.journal.states)

@@ -3,8 +3,6 @@
 A version stays in a place where any rule for that place keeps it: tmpfs (plain rules), the archive (`keep_archived`)
 and trainer states (`keep_trainer_state`)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +43,7 @@ class Retention:
     archive: tuple[Rule, ...] = ()
     state: tuple[Rule, ...] = ()
 
-    def __or__(self, other: Retention) -> Retention:
+    def __or__(self, other: "Retention") -> "Retention":
         return Retention(self.tmpfs + other.tmpfs, self.archive + other.archive, self.state + other.state)
 
     @property
@@ -139,7 +137,7 @@ def keep_trainer_state(rules: Retention) -> Retention:
     return Retention(state=_plain("keep_trainer_state", rules))
 
 
-def retention(keep: KeepConfig) -> Retention:
+def retention(keep: "KeepConfig") -> Retention:
     """What a run's settings keep; what a guard goes back to and what "best" names stay exact."""
     rules = keep_latest(keep.on_tmpfs)
     best = keep_best("reward") | keep_best("eval/reward")
@@ -150,7 +148,7 @@ def retention(keep: KeepConfig) -> Retention:
     return rules
 
 
-def keeps_state(keep: KeepConfig) -> Callable[[AdapterVersion], bool]:
+def keeps_state(keep: "KeepConfig") -> Callable[[AdapterVersion], bool]:
     """Which versions' trainer states are written at all."""
     return lambda version: version.step % keep.trainer_state_every == 0
 

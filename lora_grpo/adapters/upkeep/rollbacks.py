@@ -55,7 +55,6 @@ class RollbackLog:
         self._write([*self.entries, entry])
 
     def take_back(self) -> None:
-        """The last rollback did not happen."""
         self._write(self.entries[:-1])
 
     def settle(self, head: int | None) -> None:

@@ -9,9 +9,8 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
-from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.catalog import Catalog
-from lora_grpo.adapters.files.disk import STATES, VERSIONS, Files, Tree
+from lora_grpo.adapters.files.disk import STATES, VERSIONS, Files, Tree, file_system, reported
 from lora_grpo.adapters.files.locks import WriterLock, unleased
 from lora_grpo.adapters.files.places import MIB, Places, for_writing, lacking, larger
 from lora_grpo.adapters.upkeep.archive import Archive, BackgroundWriter, Job
@@ -25,7 +24,7 @@ class Session(Catalog):
     """A store open for writing, from lock to unlock."""
 
     def __init__(self, places: Places, lock: WriterLock, retention: Retention | None, backlog_limit_bytes: int) -> None:
-        kind = disk.file_system(places.root)
+        kind = file_system(places.root)
         on_tmpfs = kind in ("tmpfs", "ramfs")
         if not on_tmpfs:
             cost = "every publish and load must wait for the disk; use a folder under /dev/shm"
@@ -87,7 +86,7 @@ class Session(Catalog):
             return
 
         def copy() -> None:
-            with disk.reported(f"making {self.journal.path} durable"):
+            with reported(f"making {self.journal.path} durable"):
                 # The run's history first, then the bytes.
                 self.journal.make_durable()
             archive.keep_version(manifest, source)
@@ -131,17 +130,14 @@ class Session(Catalog):
         return free
 
     def close(self) -> None:
-        """Finish the archive, give numbers back, clear a root of the store's own choosing, unlock."""
         if not self.lock.held:
             return
         try:
-            try:
+            with closing(self.writer):
                 if self._pruned and self.archive is not None:
                     # What had to wait for the disk when a prune wanted it gone can go now.
                     self.writer.flush()
                     self.prune()
-            finally:
-                self.writer.close()
             if self.archive is not None:
                 self._prune_tmpfs(self._archive_keeps())
             self.numbering.give_back()
@@ -171,8 +167,7 @@ class Session(Catalog):
             # Everything; listing an archive that only grows would make every prune slower than the last one.
             return {*self.root.numbers(VERSIONS)}
         durable = {*self.archive.numbers(VERSIONS)} - self.writer.pending(VERSIONS)
-        kept = self._kept("archive", {*self.numbers()}, durable)
-        return kept.union(self.writer.pending(STATES), self.states())
+        return self._kept("archive", {*self.numbers()}, durable).union(self.writer.pending(STATES), self.states())
 
     def _kept(self, place: Place, numbers: set[int], durable: set[int]) -> set[int]:
         """What retention keeps of `numbers`, and of `durable`, those on the disk: a kill takes the queue with it."""
@@ -193,8 +188,7 @@ class Session(Catalog):
         archive = self.required_archive()
         queued = self.writer.pending(STATES) | ({coming} if coming is not None else set())
         durable = {*archive.numbers(STATES)} - queued
-        kept = self._kept("state", queued | durable, durable)
-        for number in sorted(numbers - kept):
+        for number in sorted(numbers - self._kept("state", queued | durable, durable)):
             if self.writer.cancel(STATES, number):
                 self.journal.append("forget_state", number)
                 if archive.has(STATES, number):
@@ -221,10 +215,9 @@ class Session(Catalog):
 def open_session(
     root: str | Path | None, archive: str | Path | None, retention: Retention | None, backlog_limit_bytes: int
 ) -> Session:
-    """Lock, sweep, recover; on any failure the locks are given back."""
     lock = WriterLock()
     try:
-        with disk.reported(f"opening the run directory {archive}" if archive else f"opening the store in {root}"):
+        with reported(f"opening the run directory {archive}" if archive else f"opening the store in {root}"):
             return Session(for_writing(root, archive, lock), lock, retention, backlog_limit_bytes)
     except BaseException:
         lock.close()
