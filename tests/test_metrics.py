@@ -19,8 +19,7 @@ from rich.console import Console
 
 from lora_grpo.errors import ConfigError, StoreError
 from lora_grpo.metrics.curves import plot_run
-from lora_grpo.metrics.log import RunLog, history, read_metrics
-from lora_grpo.metrics.quiet import capture_output, quiet_libraries
+from lora_grpo.metrics.log import RunLog, capture_output, history, quiet_libraries, read_metrics
 from lora_grpo.metrics.render import ViewState, duration, panel, phase_seconds, plain_step, sparkline
 from lora_grpo.metrics.reporter import Reporter
 

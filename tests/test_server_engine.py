@@ -34,7 +34,7 @@ from lora_grpo.engines.server import client, names, replica
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.names import Names
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion, UnsupportedVersion
-from lora_grpo.metrics.quiet import quiet_libraries
+from lora_grpo.metrics.log import quiet_libraries
 from lora_grpo.types import Sampling
 from tests.fake_vllm import FakeServer, logprob, scores, weights_of
 from tests.store_files import digest_of

@@ -358,6 +358,18 @@ def test_a_member_that_failed_goes_on_from_a_winner(llama_dir: Path, tmp_path: P
     assert all(math.isfinite(row["reward"]) and row["grpo.learning_rate"] < 1 for row in summary["members"])
 
 
+def test_a_member_that_came_back_is_not_held_for_failed_after_a_resume(llama_dir: Path, tmp_path: Path) -> None:
+    """Also where its winner was a step ahead of the one that the decision was for."""
+    plan = evolving(llama_dir, tmp_path / "sweep", "grpo.seed=1,2,3,4")
+    Sweep(plan)
+    name, log = plan.trials[0].name, RunLog(plan.directory / "sweep.jsonl")
+    log.append("ended", name=name, state="failed", why="its reward raised")
+    log.append("take-over", name=name, step=3)
+    log.append("evolved", step=2)
+    log.close()
+    assert Sweep(plan, resume=True).rows()[0]["state"] == "waiting"
+
+
 def test_a_take_over_that_is_cut_short_is_completed(
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

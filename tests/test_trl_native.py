@@ -44,7 +44,7 @@ from lora_grpo.errors import (  # noqa: E402
     UnsupportedVersion,
 )
 from lora_grpo.grpo_config import GRPOConfig as OwnConfig  # noqa: E402
-from lora_grpo.integrations.trl import Backend, NativeGRPOTrainer, check_release  # noqa: E402
+from lora_grpo.integrations.trl import NativeGRPOTrainer, check_release  # noqa: E402
 from lora_grpo.integrations.trl_rollouts import CANARY_EVERY, NativeRollouts  # noqa: E402
 from lora_grpo.metrics.log import read_metrics  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
@@ -271,7 +271,7 @@ def test_backend_answers_in_trl_form(seen: Seen) -> None:
     """A row near the model's limit gets the tokens that are left, as in stock TRL; the others get all of theirs."""
     trainer = seen.trainer
     prompts = [[70, 71], [80] * 126, [90, 91, 92]]
-    backend: Backend = trainer.vllm_generation
+    backend = trainer.vllm_generation
     prompt_ids, completion_ids, logprobs, tokens = backend.generate(prompts, None, 1)
     assert prompt_ids == prompts
     assert len(completion_ids[1]) <= 2 < len(completion_ids[0])

@@ -24,7 +24,7 @@ from lora_grpo.bench.memory import give_back
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.strategies import load_strategy
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
-from lora_grpo.metrics.quiet import capture_output
+from lora_grpo.metrics.log import capture_output
 
 Progress: TypeAlias = Callable[[str, int], None]
 """Called with what is being done, and how many rounds were just finished."""

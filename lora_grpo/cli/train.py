@@ -17,7 +17,7 @@ from typer import Argument, Option
 
 from lora_grpo.cli.options import A_VERSION, Json, Overrides, Run, integers, opened, print_json, print_table, say, tell
 from lora_grpo.errors import ConfigError
-from lora_grpo.metrics.quiet import own_stderr
+from lora_grpo.metrics.log import own_stderr
 from lora_grpo.metrics.render import table
 
 if TYPE_CHECKING:

@@ -1,6 +1,5 @@
 """Versions of a LoRA adapter out of any `transformers.Trainer`: for serving, and for going back."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -68,9 +67,7 @@ class PublishAdapter(TrainerCallback):
         if state.global_step % self.every == 0:
             self._publish(state.global_step)
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, *, metrics: Mapping[str, Any] | None = None, **_: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, *, metrics: Any = None, **_: Any) -> None:
         """Keep the metrics with the version that holds the weights they were measured on, where there is one."""
         if self._published_at == state.global_step and metrics:
             known = {name: value for name, value in metrics.items() if isinstance(value, int | float | str | bool)}

@@ -101,12 +101,15 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
         self._closing = ExitStack()
         folder = Path(run_dir or Path(args.output_dir) / "native")
 
-        def build(**keywords: Any) -> Backend:
+        def build(**keywords: Any) -> SimpleNamespace:
             given = {**keywords, "revision": code["revision"]}
             sampling = sampling_of(given, args.seed, self.eos_token_ids)
             engine, sync = _assemble(self._closing, given, engine_args or {}, keep or KeepConfig(), folder, store_root)
             self.native = NativeRollouts(engine, sync, sampling, args.per_device_train_batch_size)
-            return Backend(self)
+            # All of vLLM that TRL looks at; sampling past `generate` would not name a version.
+            config = SimpleNamespace(max_model_len=engine.max_model_len)
+            llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))
+            return SimpleNamespace(llm=llm, sync_weights=self.publish, generate=self._complete)
 
         load = partial(_load, grpo_trainer.create_model_from_path)
         with untouched_when_stopped(folder, store_root), ExitStack() as on_failure:
@@ -136,6 +139,20 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
         self._closing.close()
 
     # What TRL calls
+
+    def _complete(self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None) -> Any:
+        """TRL's form: (prompt ids, completion ids, log-probs B T 1, their token ids B T 1), one row a prompt given.
+        `prompts` holds each prompt `num_generations` times already. A log-prob that is not a number is None."""
+        if images is not None and any(images):
+            raise ConfigError("images cannot be sampled with an adapter yet; train on text prompts")
+        with profiler or nullcontext():
+            made = self.native.generate(prompts, self.state.global_step, training=self.model.training)
+        return (
+            [list(ids) for ids in prompts],
+            [list(completion.token_ids) for completion in made],
+            [[[None if math.isnan(logp) else logp] for logp in completion.logprobs] for completion in made],
+            [[[token] for token in completion.token_ids] for completion in made],
+        )
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         if self.native.rolled_back:
@@ -171,36 +188,6 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
         for name, value in metrics.items():
             self._log_metric(name, value)
         return rewards_BF
-
-
-class Backend:
-    """Stands where TRL keeps its `VLLMGeneration`; merges nothing and pushes no weights."""
-
-    def __init__(self, trainer: NativeGRPOTrainer) -> None:
-        self._trainer = trainer
-        model_config = SimpleNamespace(max_model_len=trainer.native.engine.max_model_len)
-        self.llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=model_config))
-        """All of vLLM that TRL looks at from outside; sampling past `generate` would not name a version."""
-
-    def sync_weights(self) -> None:
-        self._trainer.publish()
-
-    def generate(self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None) -> Any:
-        """TRL's form: (prompt ids, completion ids, log-probs B T 1, their token ids B T 1), one row a prompt given.
-
-        `prompts` holds each prompt `num_generations` times already. A log-prob that is not a number is None.
-        """
-        if images is not None and any(images):
-            raise ConfigError("images cannot be sampled with an adapter yet; train on text prompts")
-        with profiler or nullcontext():
-            training = self._trainer.model.training
-            made = self._trainer.native.generate(prompts, self._trainer.state.global_step, training=training)
-        return (
-            [list(ids) for ids in prompts],
-            [list(completion.token_ids) for completion in made],
-            [[[None if math.isnan(logp) else logp] for logp in completion.logprobs] for completion in made],
-            [[[token] for token in completion.token_ids] for completion in made],
-        )
 
 
 def _check_base(model: Any, peft_config: Any, code: Mapping[str, Any]) -> None:

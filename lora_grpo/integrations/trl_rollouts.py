@@ -19,8 +19,7 @@ from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.steering import answer_requests
 from lora_grpo.types import Completion, Sampling, derive_seed
 
-CANARY_EVERY = 10
-"""Generations between full canaries, each an extra forward of a few rows."""
+CANARY_EVERY = 10  # generations between full canaries, each an extra forward of a few rows
 CANARY_ROWS = 16
 
 
@@ -52,10 +51,8 @@ class NativeRollouts(TrainerCallback):
         return (self._current or self.sync.head).number
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
-        """Raises `ConfigError` when training starts from nothing in a directory that holds a run.
-
-        A resumed one goes on from the version that holds its checkpoint's weights, where there is one.
-        """
+        """Raises `ConfigError` when training starts from nothing in a directory that holds a run. A resumed one goes on
+        from the version that holds its checkpoint's weights, where there is one."""
         if self._found is not None and state.global_step == 0:
             saved = get_last_checkpoint(args.output_dir) is not None
             resume = "go on with train(resume_from_checkpoint=True), or " if saved else "it has no checkpoint yet: "

@@ -19,7 +19,7 @@ from lora_grpo.types import Sampling
 
 _SAMPLED_WITH = tuple(field.name for field in fields(Sampling) if field.name not in ("n", "first_prompt"))
 """What `generation_kwargs` may override: the fields of `Sampling`, which mean what vLLM's mean."""
-_SAID_BY = {
+_SAID_BY = {  # the keywords of `VLLMEngine` that the trainer's arguments settle, and which of these do
     "model": "the trainer's model",
     "quantization": "the trainer's model",
     "max_model_len": "trl.GRPOConfig's vllm_max_model_length",
@@ -29,11 +29,10 @@ _SAID_BY = {
     "revision": "trl.GRPOConfig's model_init_kwargs",
     "trust_remote_code": "trl.GRPOConfig's trust_remote_code",
 }
-"""What the keywords of `VLLMEngine` follow from that the trainer's arguments settle."""
 _OPTIMIZERS_NOT_KEPT = ("galore", "apollo", "adalomo", "grokadamw", "adamw_torch_4bit", "adamw_torch_8bit")
 """Parts of the names of those that keep objects or packed tensors, or what they keep outside of their state."""
 _ANOTHER = "the sampled distribution would not be the trained one"
-_REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
+_REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {  # by setting: what of it is refused, and why
     "vllm_tensor_parallel_size": (lambda size: size != 1, "the proofs read the slots of one worker; set it to 1"),
     "vllm_enable_sleep_mode": (bool, "level 2 discards base and adapters; lower vllm_gpu_memory_utilization instead"),
     "vllm_model_impl": (lambda name: name not in ("vllm", "auto"), "only vLLM's classes are proven; set it to 'vllm'"),
@@ -51,7 +50,6 @@ _REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "neftune_noise_alpha": (bool, "its noise is in the trainer's log-probs alone, off by whole nats; leave it out"),
     "sync_ref_model": (bool, "with an adapter, the KL's reference is the base or the start's adapter; set it to False"),
 }
-"""By setting: what of it is refused, and why."""
 _OF_VLLM = ("revision", "gpu_memory_utilization", "max_num_seqs", "model_impl", "trust_remote_code")
 
 
@@ -97,8 +95,7 @@ def check_reference(model: Any, args: Any) -> None:
 
 
 def check_types(given: Mapping[str, Any]) -> None:
-    """Raises `ConfigError` for an argument of the wrong type: TRL ends in a traceback, some of ours after the base is
-    loaded."""
+    """Raises `ConfigError` for an argument of the wrong type, where TRL ends in a traceback, or late."""
     place = (str | Path | None, "a directory")
     rows = Dataset | IterableDataset | torch.utils.data.Dataset | None
     rules: dict[str, tuple[Any, str]] = {
@@ -119,7 +116,6 @@ def check_types(given: Mapping[str, Any]) -> None:
 
 
 def _check_sampling(args: Any) -> None:
-    """Raises `ConfigError` for settings that `Sampling` cannot take."""
     given = args.generation_kwargs or {}
     if not isinstance(given, Mapping) or not set(given) <= set(_SAMPLED_WITH):
         raise ConfigError(f"generation_kwargs={given!r}: only {', '.join(_SAMPLED_WITH)} can be given here")

@@ -18,24 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLOT_FILE = "plot.png"
-Points: TypeAlias = tuple[Sequence[float], Sequence[float]]
-"""Steps and values."""
+Points: TypeAlias = tuple[Sequence[float], Sequence[float]]  # steps and values
 SMOOTHING = 0.7
-FAINT: dict[str, Any] = {"alpha": 0.3, "linewidth": 1}
 MOST_POINTS, MOST_MARKS = 300, 100
-WIDTH, HEIGHT = 600, 160
-"""Of a panel on the page."""
+WIDTH, HEIGHT = 600, 160  # of a panel on the page
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines by name, over steps. `crop`: a slow first step (warm-up) does not flatten the others."""
-
     title: str
     lines: dict[str, Points]
-    all_marks: Sequence[tuple[float, str]]
-    """Where the run went back or its canary failed, and why."""
-    crop: bool
+    all_marks: Sequence[tuple[float, str]]  # where the run went back or its canary failed, and why
+    crop: bool  # a slow first step (warm-up) does not flatten the others
 
     @cached_property
     def limits(self) -> tuple[float, float]:
@@ -135,7 +129,7 @@ def plot_curves(runs: Mapping[str, Sequence[Record]], path: Path, best: str | No
     axes = figure.subplots()
     colours = colormaps["viridis"].resampled(max(2, len(runs)))
     for index, (name, steps) in enumerate(runs.items()):
-        x, reward = series(list(steps), "reward")
+        x, reward = series(steps, "reward")
         first = name == best
         style = {"color": "#d9722b", "linewidth": 2.5, "zorder": 3} if first else {"color": colours(index)}
         axes.plot(x, smoothed(reward), label=f"{name} (best)" if first else name, **style)
@@ -148,10 +142,7 @@ def plot_curves(runs: Mapping[str, Sequence[Record]], path: Path, best: str | No
 
 
 def plot_run(run_dir: str | Path) -> Path:
-    """Draws what a run's page shows as curves into `RUN/plot.png`, and returns its path.
-
-    Raises `StoreError` if the run has no step yet.
-    """
+    """Draws the curves of a run's page into `RUN/plot.png`. Raises `StoreError` if the run has no step yet."""
     run_dir = Path(run_dir)
     records = history(read_metrics(run_dir))
     if not any(record["event"] == "step" for record in records):
@@ -161,8 +152,8 @@ def plot_run(run_dir: str | Path) -> Path:
     for index, panel in enumerate(shown, 1):
         axes = figure.add_subplot(-(-len(shown) // 2), 2, index)
         for name, (steps, values) in panel.lines.items():
-            style = {"label": f"{name} {number(values[-1])}", **(FAINT if name == "each step" else {})}
-            axes.plot(steps, values, "." if len(steps) == 1 else "-", **style)
+            style: dict[str, Any] = {"alpha": 0.3, "linewidth": 1} if name == "each step" else {}
+            axes.plot(steps, values, "." if len(steps) == 1 else "-", label=f"{name} {number(values[-1])}", **style)
         for place, (step, _) in enumerate(panel.marks):
             axes.axvline(step, color="#c0392b", linewidth=1, label=None if place else "rollback or failed canary")
         low, high = panel.limits

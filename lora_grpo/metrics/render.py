@@ -1,7 +1,4 @@
-"""What the terminal shows of a run: a live panel, or where there is no terminal one plain line a step.
-
-Pure functions make rich renderables and plain lines of the state.
-"""
+"""What the terminal shows of a run: a live panel, or where there is no terminal one plain line a step."""
 
 import time
 from collections import deque
@@ -17,8 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 GAP = "sampling/sampling_logp_difference/mean"
-SIGNAL = "frac_groups_used"
-"""Share of groups whose rewards differ: the only ones that teach."""
+SIGNAL = "frac_groups_used"  # share of groups whose rewards differ: the only ones that teach
 BACKLOG = "archive/backlog_bytes"
 PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "publish": "green"}
 VERDICTS = {"ok": "green", "inconclusive": "yellow", "failed": "bold red"}
@@ -28,8 +24,6 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 @dataclass
 class ViewState:
-    """What has been heard of a run so far."""
-
     run_dir: Path
     total_steps: int
     title: str = ""
@@ -52,9 +46,8 @@ class ViewState:
     @property
     def eta_s(self) -> float | None:
         """Seconds to the last step at the pace of the recent ones; None before the first."""
-        if not self.step_times_s:
-            return None
-        return sum(self.step_times_s) / len(self.step_times_s) * max(0, self.total_steps - self.step)
+        left = max(0, self.total_steps - self.step)
+        return sum(self.step_times_s) / len(self.step_times_s) * left if self.step_times_s else None
 
 
 def panel(state: ViewState) -> RenderableType:
@@ -118,9 +111,9 @@ def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {phase: float(seconds) for phase, seconds in found.items() if seconds is not None}
 
 
-def sparkline(values: Sequence[float], width: int = 32) -> str:
-    """The last `width` values as bars between their own lowest and highest."""
-    shown = values[-width:]
+def sparkline(values: Sequence[float]) -> str:
+    """The last values as bars between their own lowest and highest."""
+    shown = values[-32:]
     low, high = min(shown), max(shown)
     if high == low:
         return SPARKS[3] * len(shown)
@@ -164,7 +157,10 @@ def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
     if metrics.get("reward") is not None:
         facts.append(("reward", Text.assemble((_reward(metrics), "bold"), "  ", (sparkline(state.rewards), "green"))))
     if state.held_out:
-        facts.append(("held-out", _held_out(state.held_out)))
+        (first_version, first), (last_version, last) = state.held_out[0], state.held_out[-1]
+        came = f"  from {first:.3f} ({_version(first_version)})" if len(state.held_out) > 1 else ""
+        told = ("reward ", (f"{last:.3f}", "bold"), f" ({_version(last_version)})", (came, "dim"))
+        facts.append(("held-out", Text.assemble(*told)))
     if metrics.get(SIGNAL) is not None:
         facts.append(("signal", f"{100 * metrics[SIGNAL]:.3g}% of groups"))
     if metrics.get("completions/mean_length") is not None:
@@ -175,8 +171,8 @@ def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
         facts.append(("version", Text(_version(int(metrics["version"])), style="bold")))
     if metrics.get(GAP) is not None:
         verdict = str(metrics.get("canary/verdict") or "")
-        told = ("  canary ", (verdict, VERDICTS.get(verdict, ""))) if verdict else ()
-        facts.append(("log-prob gap", Text.assemble(f"{metrics[GAP]:.4f} nats per token", *told)))
+        judged = ("  canary ", (verdict, VERDICTS.get(verdict, ""))) if verdict else ()
+        facts.append(("log-prob gap", Text.assemble(f"{metrics[GAP]:.4f} nats per token", *judged)))
     if metrics.get(BACKLOG) is not None:
         waiting_mib = metrics[BACKLOG] / 2**20
         facts.append(("archive", f"{waiting_mib:.1f} MiB on the way to the disk" if waiting_mib else "all on the disk"))
@@ -185,18 +181,9 @@ def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
     return facts or [("", Text("starting", style="dim"))]
 
 
-def _held_out(rewards: Sequence[tuple[int | None, float]]) -> Text:
-    (first_version, first), (last_version, last) = rewards[0], rewards[-1]
-    text = Text.assemble("reward ", (f"{last:.3f}", "bold"), f" ({_version(last_version)})")
-    if len(rewards) > 1:
-        text.append(f"  from {first:.3f} ({_version(first_version)})", style="dim")
-    return text
-
-
-def _phase_bar(seconds: Mapping[str, float], width: int = 40) -> Text:
-    """Coloured blocks in proportion, and what they stand for."""
+def _phase_bar(seconds: Mapping[str, float]) -> Text:
     total = sum(seconds.values()) or 1.0
-    blocks = [("█" * round(value / total * width), PHASES[phase]) for phase, value in seconds.items()]
+    blocks = [("█" * round(value / total * 40), PHASES[phase]) for phase, value in seconds.items()]
     words = [(f"{phase} {value:.2f}  ", PHASES[phase]) for phase, value in seconds.items()]
     return Text.assemble(*blocks, "\n", *words, no_wrap=True)
 

@@ -12,8 +12,7 @@ from rich.live import Live
 
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.curves import PLOT_FILE
-from lora_grpo.metrics.log import METRICS_FILE, RunLog
-from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output, own_stderr, quiet_libraries
+from lora_grpo.metrics.log import ENGINE_LOG, METRICS_FILE, RunLog, capture_output, own_stderr, quiet_libraries
 from lora_grpo.metrics.render import ViewState, panel, plain_evaluation, plain_start, plain_step, table
 from lora_grpo.sections import nearest_key
 
@@ -30,15 +29,9 @@ class Reporter:
     """
 
     def __init__(
-        self,
-        run_dir: str | Path,
-        total_steps: int,
-        *,
-        view: bool = True,
-        trackers: Sequence[str] = (),
-        quiet: bool = True,
+        self, run_dir: Path, total_steps: int, *, view: bool = True, trackers: Sequence[str] = (), quiet: bool = True
     ) -> None:
-        self.run_dir = Path(run_dir)
+        self.run_dir = run_dir
         check_trackers(trackers)
         check_folder(self.run_dir)
         self._open = ExitStack()
@@ -50,8 +43,7 @@ class Reporter:
         self._state = ViewState(self.run_dir, total_steps)
         stream = self._open.enter_context(own_stderr())
         terminal = view and stream.isatty()
-        width = None if terminal else PLAIN_WIDTH
-        self._console = Console(file=stream, soft_wrap=False, width=width, quiet=not view)
+        self._console = Console(file=stream, width=None if terminal else PLAIN_WIDTH, quiet=not view)
         self._live = Live(get_renderable=lambda: panel(self._state), console=self._console) if terminal else None
         self._tracker_names = trackers
         self._trackers: list[Any] = []
@@ -61,9 +53,8 @@ class Reporter:
     def start(self, info: Mapping[str, Any], step: int = 0) -> None:
         """The run begins, or goes on after `step`. `info` is what it runs with; `info["model"]` is shown."""
         self._log.append("start", step=step, info=info)
-        for tracker in _started_trackers(self._tracker_names, self.run_dir, info):
-            self._trackers.append(tracker)
-            self._open.callback(tracker.finish)
+        if self._tracker_names:
+            self._start_trackers(info)
         self._state.step, self._state.title = step, str(info.get("model", ""))
         if self._live:
             self._open.enter_context(self._live)
@@ -75,7 +66,6 @@ class Reporter:
         self._state.phase = name
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Step `step` (from 1) is done."""
         self._log.append("step", **{**metrics, "step": step})
         self._track(step, metrics)
         self._state.hear_step(step, metrics)
@@ -83,7 +73,6 @@ class Reporter:
             self._say(plain_step(self._state))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A few completions as dicts of columns, such as prompt, completion, reward, version."""
         self._samples.append("samples", step=step, rows=rows)
         self._console.print(table(rows, f"samples of step {step}", long=("prompt", "completion")))
 
@@ -105,17 +94,13 @@ class Reporter:
         self._say(text)
 
     def capture(self) -> AbstractContextManager[None]:
-        """While inside, what is written to stdout and stderr goes to `RUN/engine.log`; for the start of an engine."""
         return capture_output(self.run_dir / ENGINE_LOG)
 
     def end(self, result: Mapping[str, Any]) -> None:
         self._log.append("end", info=result)
 
     def close(self) -> None:
-        """Gives the terminal back, the last state of the panel on it, and closes every file; once.
-
-        A run directory that is new, and has got nothing, is removed.
-        """
+        """Gives the terminal back and closes every file; a run directory that is new and has got nothing is removed."""
         self._open.close()
 
     def __enter__(self) -> Self:
@@ -131,6 +116,22 @@ class Reporter:
     def _leave_nothing(self) -> None:
         with suppress(OSError):
             self.run_dir.rmdir()
+
+    def _start_trackers(self, info: Mapping[str, Any]) -> None:
+        """Each that has started is finished at the end, should the next one fail."""
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState()  # accelerate's trackers ask it whether this is the main process
+        settings = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in flat(info)}
+        for name in dict.fromkeys(self._tracker_names):
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            where = {"logging_dir": str(self.run_dir)} if kind.requires_logging_directory else {}
+            tracker = kind(name if where else self.run_dir.name, **where)
+            tracker.start()
+            self._trackers.append(tracker)
+            self._open.callback(tracker.finish)
+            tracker.store_init_configuration(settings)
 
     def _track(self, step: int, metrics: Mapping[str, Any]) -> None:
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
@@ -166,27 +167,6 @@ def check_trackers(names: Sequence[str]) -> str:
         if name not in installed:
             raise ConfigError(f"report_to: {name!r} is not installed; pip install {name}, or leave it out")
     return ", ".join(names)
-
-
-def _started_trackers(names: Sequence[str], run_dir: Path, info: Mapping[str, Any]) -> Iterator[Any]:
-    """accelerate's trackers of these names, such as 'tensorboard' or 'wandb', in the main process alone.
-
-    Each is handed over before the next one starts, so that it is finished should that one fail.
-    """
-    if not names:
-        return
-    from accelerate import PartialState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    PartialState()  # accelerate's trackers ask it whether this is the main process
-    settings = {key: v if isinstance(v, bool | int | float | str) else str(v) for key, v in flat(info)}
-    for name in dict.fromkeys(names):
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        where = {"logging_dir": str(run_dir)} if kind.requires_logging_directory else {}
-        tracker = kind(name if where else run_dir.name, **where)
-        tracker.start()
-        yield tracker
-        tracker.store_init_configuration(settings)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

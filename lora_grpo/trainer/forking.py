@@ -3,8 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +30,8 @@ _KEPT = ("step", "evaluation")
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """The run `run` was made from `origin`, a version of the run `source`.
-
-    Its first version has the same number, bytes and digest. `weights` are what its trainer starts from: the source's
-    own ("exact"), or "rounded" to the serving dtype. `step` is the step that is behind it.
+    """`run` was made from `origin`, a version of the run `source`: its first version has the same number and bytes. Its
+    trainer starts after `step`, from the source's own weights ("exact"), or from those "rounded" to the serving dtype.
     """
 
     run: Path
@@ -78,17 +75,15 @@ def fork(
         else:
             state, weights = _kept_state(store, origin, source, config), "exact"
         made = Fork(target, source, origin, 0 if weights_only else origin.step, weights)
-        with _staged(target) as staged:
-            _publish(staged, store, made, state)
-            _copy(source, staged, RECIPE_FILE, TOKENIZER)
-            if weights_only:
-                starts = {name: tensor for name, tensor in state.tensors.items() if name.startswith("weights/")}
-                keep_reference(staged, starts)
-            else:
-                _copy_history(source, staged, origin, state)
-            _log(staged, [{"event": "message", "text": f"forked: {made}"}])
-            if config is not None:
-                save_config(config, staged)
+        with disk.reported(f"making {target}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            around = tempfile.TemporaryDirectory(prefix=".fork-", dir=target.parent, ignore_cleanup_errors=True)
+            with around as folder:
+                staged = Path(folder) / target.name
+                _fill(staged, store, made, state, begins=weights_only)
+                if config is not None:
+                    save_config(config, staged)
+                os.rename(staged, target)
     return made
 
 
@@ -98,10 +93,10 @@ def _config(source: Path, target: Path, settings: Sequence[str]) -> RunConfig | 
         if text.partition("=")[0].strip() == "output_dir":
             raise ConfigError(f"{text}: the fork's directory is its argument NEW, here {target}; leave output_dir out")
     if not (source / RESOLVED_FILE).is_file():
-        if settings:
-            told = f"{source} has no {RESOLVED_FILE}, so {' '.join(settings)} cannot be set here"
-            raise ConfigError(f"{told}; fork it as it is, and give them to the GRPOTrainer that resumes the fork")
-        return None
+        if not settings:
+            return None
+        told = f"{source} has no {RESOLVED_FILE}, so {' '.join(settings)} cannot be set here"
+        raise ConfigError(f"{told}; fork it as it is, and give them to the GRPOTrainer that resumes the fork")
     before = load_config(source)
     config = with_settings(before.replace(store_root=None, output_dir=str(target)), settings, str(source))
     check_same_adapter(before.lora, config.lora, source)
@@ -141,22 +136,11 @@ def _weights_alone(
     return TrainerState(tensors, meta), weights
 
 
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A folder to fill, which is `target` afterwards, or nothing."""
-    with disk.reported(f"making {target}"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        around = tempfile.TemporaryDirectory(prefix=".fork-", dir=target.parent, ignore_cleanup_errors=True)
-        with around as folder:
-            staged = Path(folder) / target.name
-            staged.mkdir()
-            yield staged
-            os.rename(staged, target)
-
-
-def _publish(staged: Path, store: AdapterStore, made: Fork, state: TrainerState) -> None:
-    """The first version of the new run, under the number that it had."""
-    origin = made.origin
+def _fill(staged: Path, store: AdapterStore, made: Fork, state: TrainerState, *, begins: bool) -> None:
+    """With the first version, under the number that it had, and with what a resume reads beside it. A run that `begins`
+    has no history, and its own start is the KL's reference."""
+    source, origin = made.source, made.origin
+    staged.mkdir()
     with store.reading(origin) as folder:
         files = {name: [(folder / name).read_bytes()] for name in PEFT_FILES}
     if digest_buffers(files) != origin.digest:
@@ -167,7 +151,13 @@ def _publish(staged: Path, store: AdapterStore, made: Fork, state: TrainerState)
         version = new.publish(files, step=made.step, parent=None)
         new.archive_state(version, *state.to_files())
         new.promote(version)
-        new.record(version, **store.metrics(origin) | taken_from(made.source, origin))
+        new.record(version, **store.metrics(origin) | taken_from(source, origin))
+    _copy(source, staged, RECIPE_FILE, TOKENIZER)
+    if begins:
+        keep_reference(staged, {name: tensor for name, tensor in state.tensors.items() if name.startswith("weights/")})
+    else:
+        _copy_history(source, staged, origin, state)
+    _log(staged, [{"event": "message", "text": f"forked: {made}"}])
 
 
 def taken_from(source: Path, origin: AdapterVersion) -> dict[str, str | int]:
@@ -184,7 +174,6 @@ def _copy(source: Path, staged: Path, *names: str) -> None:
 
 
 def _copy_history(source: Path, staged: Path, origin: AdapterVersion, state: TrainerState) -> None:
-    """What a resume reads beside the state: the KL's reference, and the run's rollbacks and measurements so far."""
     _copy(source, staged, REFERENCE_FILE, f"{EVALUATIONS}/{disk.folder_name(origin.number)}.json")
     if of_trainer(state.meta["extra"]):
         lines = (disk.read_small(source / ROLLBACKS_FILE) or b"").splitlines(keepends=True)
@@ -206,5 +195,5 @@ def _until(origin: AdapterVersion, records: list[Record]) -> list[Record]:
 def _log(staged: Path, records: Sequence[Record]) -> None:
     log = RunLog(staged / METRICS_FILE)
     for record in records:
-        log.append(record["event"], **{name: value for name, value in record.items() if name != "event"})
+        log.append(record["event"], **record)
     log.close()

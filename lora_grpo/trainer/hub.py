@@ -26,7 +26,10 @@ def push_to_hub(run: str | Path, version: Target, repo: str, *, private: bool = 
     settings, package releases. Log in with `hf auth login`, or set HF_TOKEN. Raises `UnknownVersion` or `StoreError`
     for the version, and `ConfigError` with the hub's reason.
     """
-    run = Path(run)
+    import httpx
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    run, hub = Path(run), HfApi()
     with AdapterStore(archive=run, readonly=True) as store, tempfile.TemporaryDirectory() as place:
         found, files = store.get(version), Path(place) / "adapter"
         recipe = Recipe.read(run)
@@ -34,26 +37,16 @@ def push_to_hub(run: str | Path, version: Target, repo: str, *, private: bool = 
         rewards = [{"step": one.step, "version": one.number, **store.metrics(one)} for one in store.list()]
         card = _card(run, found, recipe.config, weights, repo, rewards)
         (files / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
-        return _upload(files, repo, private, f"{found} (step {found.step})")
-
-
-def _upload(files: Path, repo: str, private: bool, message: str) -> str:
-    import httpx
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    hub = HfApi()
-    try:
-        hub.create_repo(repo, private=private, exist_ok=True)
         added = [CommitOperationAdd(path.name, path) for path in sorted(files.iterdir())]
-        return str(hub.create_commit(repo, added, commit_message=message).commit_url)
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        fix = "log in with `hf auth login` or set HF_TOKEN, and name a repository that you may write to, as you/name"
-        raise ConfigError(f"{repo!r} on {hub.endpoint} did not accept the upload: {error}; {fix}") from error
+        try:
+            hub.create_repo(repo, private=private, exist_ok=True)
+            return str(hub.create_commit(repo, added, commit_message=f"{found} (step {found.step})").commit_url)
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            fix = "log in with `hf auth login` or set HF_TOKEN, and name a repository that you may write to: you/name"
+            raise ConfigError(f"{repo!r} on {hub.endpoint} did not accept the upload: {error}; {fix}") from error
 
 
-def _card(
-    run: Path, version: AdapterVersion, adapter: Any, weights: str, repo: str, recorded: list[dict[str, Any]]
-) -> str:
+def _card(run: Path, version: AdapterVersion, adapter: Any, weights: str, repo: str, recorded: list[Record]) -> str:
     records = run_history(run)
     starts = [record["info"] for record in records if record["event"] == "start"]
     info = {name: value for told in starts for name, value in told.items()}
@@ -76,7 +69,7 @@ def _card(
     )
 
 
-def _rows(records: Sequence[Record], recorded: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+def _rows(records: Sequence[Record], recorded: list[Record]) -> list[tuple[Any, ...]]:
     """The table's rows: of the log's steps, or else of what was recorded with kept versions."""
     held_out = {record["version"]: record.get("reward") for record in records if record["event"] == "evaluation"}
     steps: list[Mapping[str, Any]] = [record for record in records if record["event"] == "step"]

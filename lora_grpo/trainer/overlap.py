@@ -30,9 +30,8 @@ class Flight:
 
 @dataclass
 class Ahead(Source):
-    """Batches sampled up to `max_staleness` steps ahead, by two threads: `generator` samples, `reward` scores. Versions
-    stay on tmpfs from the start of their rollout to the end of the step that trains on it. What fails in a thread is
-    raised by `take` or `reward` in the trainer's."""
+    """Two threads: `generator` samples, `reward` scores; what fails there is raised by `take` or `reward` in the
+    trainer's. Versions stay on tmpfs from the start of their rollout to the end of the step that trains on it."""
 
     def __post_init__(self) -> None:
         self._sync = self.parts.sync
@@ -64,10 +63,10 @@ class Ahead(Source):
         self._let_go(self._taken)
         self._taken = None
         while True:
-            self._fill(step)
+            for following in range(step + len(self._ahead), min(step + self._most, self.config.total_steps) + 1):
+                self._begin(self.draw(following))
             flight = self._ahead[0]
-            with self._blamed("generator"):
-                self._generator.wait(flight.groups)
+            self._wait(self._generator, flight.groups)
             lag = lag_behind(self._sync.store, self._sync.head, flight.rollout.version, self._most)
             if lag is not None:
                 self._lag, self._taken = lag, self._ahead.popleft()
@@ -77,12 +76,10 @@ class Ahead(Source):
     def reward(self, rollout: Rollout) -> Rewarded:
         if self._taken is None or self._taken.rollout is not rollout or self._taken.rewards is None:
             raise ValueError("only the rollout that was taken last has rewards")
-        with self._blamed("reward"):
-            return self._rewarder.wait(self._taken.rewards)
+        return self._wait(self._rewarder, self._taken.rewards)
 
     def score(self, function: Callable[[], T]) -> T:
-        with self._blamed("reward"):
-            return self._rewarder.wait(self._rewarder.submit(function))
+        return self._wait(self._rewarder, self._rewarder.submit(function))
 
     def metrics(self) -> dict[str, float]:
         """Under TRL's names; the counts are of completions, over the whole run of this process."""
@@ -103,11 +100,6 @@ class Ahead(Source):
         if self._own_generator:
             self._generator.end()
             self._generator.join()
-
-    def _fill(self, step: int) -> None:
-        last = min(step + self._most, self.config.total_steps)
-        for following in range(step + len(self._ahead), last + 1):
-            self._begin(self.draw(following))
 
     def _begin(self, rollout: Rollout) -> None:
         sync, earned, flight = self._sync, super().reward, Flight(rollout)
@@ -145,16 +137,15 @@ class Ahead(Source):
         if flight is not None:
             flight.groups.result.add_done_callback(release)
 
-    @contextmanager
-    def _blamed(self, culprit: str) -> Iterator[None]:
-        """Name the culprit of what is raised inside; what is none of ours becomes an `EngineError`."""
+    def _wait(self, worker: Worker, job: Job[T]) -> T:
+        """Names the culprit of what the job raises; what is none of ours becomes an `EngineError`."""
         try:
-            yield
+            return worker.wait(job)
         except LoraGrpoError as error:
-            error.add_note(f"the {culprit} failed; {self._where()}")
+            error.add_note(f"the {worker.name} failed; {self._where()}")
             raise
         except Exception as error:
-            failure = EngineError(f"the {culprit} died: {type(error).__name__}: {error}")
+            failure = EngineError(f"the {worker.name} died: {type(error).__name__}: {error}")
             failure.add_note(self._where())
             raise failure from error
 

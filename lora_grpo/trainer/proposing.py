@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_grpo.config import RewardConfig, RunConfig
 from lora_grpo.config_file import apply_override
-from lora_grpo.data import PromptDataset, load_data
+from lora_grpo.data import load_data
 from lora_grpo.data.prompts import prompt_problem
 from lora_grpo.data.reading import read_rows, short
 from lora_grpo.engines.delivery import probe
@@ -19,9 +19,8 @@ from lora_grpo.rewards.ready import final_number
 from lora_grpo.trainer.checking import Finding
 from lora_grpo.trainer.preflight import MemberSpec, Preflight, checkpoint_tokenizer
 
-PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "messages", "text")
+PROMPTS = ("prompt", "question", "problem", "instruction", "query", "input", "messages", "text")  # the likeliest first
 ANSWERS = ("answer", "final_answer", "solution", "ground_truth", "target", "label", "expected_answer")
-"""Names that such columns go by, the likeliest first."""
 LOOKED_AT = 1000  # rows that a column's kind is judged by
 LONGEST_EXACT = 40  # characters of an answer that a model can be expected to give letter by letter
 SIZES = {
@@ -86,7 +85,6 @@ def _choose_prompt(data: dict[str, Any], columns: Mapping[str, list[Any]], notes
 
 
 def _choose_reward(reward: dict[str, Any], columns: Mapping[str, list[Any]], source: str, notes: Notes) -> None:
-    """`numeric` or `exact` on a column of known answers."""
     if "name" in reward:
         return
     for column in (name for name in ANSWERS if name in columns):
@@ -116,7 +114,10 @@ def _choose_lengths(values: dict[str, Any], tokenizer: Any, columns: Mapping[str
     engine, grpo = values["engine"], values["grpo"]
     settings = RunConfig(**values)
     train, _ = load_data(settings.data)
-    longest = _longest_prompt(settings, train)
+    free = GRPOConfig(chat_template_kwargs=settings.grpo.chat_template_kwargs)
+    exact = [load_reward(RewardConfig(name="exact"))]
+    spec = MemberSpec(settings.output_dir, exact, free, train, peft_config=None)
+    longest = Preflight(settings.model, spec).wanted.prompt_tokens
     config = checkpoint_config(settings.model.name, **settings.model.loading).get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     column = dict(settings.rewards[0].options).get("column", "answer")
@@ -135,13 +136,6 @@ def _choose_lengths(values: dict[str, Any], tokenizer: Any, columns: Mapping[str
         if longest + grpo["max_completion_length"] > engine["max_model_len"]:
             grpo.setdefault("overlong_prompts", "drop")
             notes["grpo.overlong_prompts"] = "some prompts do not fit the model's context beside a completion"
-
-
-def _longest_prompt(settings: RunConfig, train: PromptDataset) -> int:
-    rewards = [load_reward(RewardConfig(name="exact"))]
-    free = GRPOConfig(chat_template_kwargs=settings.grpo.chat_template_kwargs)
-    spec = MemberSpec(settings.output_dir, rewards, free, train, peft_config=None)
-    return Preflight(settings.model, spec).wanted.prompt_tokens
 
 
 def _choose_sizes(values: dict[str, Any], rows: int, notes: Notes) -> None:

@@ -3,7 +3,7 @@
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from lora_grpo.engines.base import Engine, LoadReceipt
 from lora_grpo.engines.requests import render
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.advantages import weighted_rewards
-from lora_grpo.metrics.quiet import ENGINE_LOG, capture_output
+from lora_grpo.metrics.log import ENGINE_LOG, capture_output
 from lora_grpo.rewards import check_columns, load_reward, score
 from lora_grpo.trainer.build import effective_grpo, lora_config
 from lora_grpo.trainer.models import build_engine, lora_rank
@@ -37,9 +37,8 @@ PIECE_TOKENS = 8  # an answer is made and shown so many at a time; prefix cachin
 def replaying(
     run: Path, config: RunConfig, targets: Sequence[Target]
 ) -> Iterator[tuple[Engine, list[AdapterVersion], Borrow]]:
-    """An engine for a stored run, closed at the end, the versions that `targets` name, and what others come by. They
-    are copies in a folder of their own on tmpfs, so that it does not matter what becomes of the run's. What the engine
-    says while it starts is in `RUN/engine.log`."""
+    """An engine for a stored run, the versions that `targets` name, and what others come by. They are copies in a
+    folder of their own on tmpfs, so that it does not matter what becomes of the run's."""
     with (
         AdapterStore(archive=run, readonly=True) as store,
         tempfile.TemporaryDirectory(prefix="lora-grpo-replay-", dir=disk.tmpfs_home()) as place,
@@ -160,34 +159,30 @@ def compare_run(
             engine.load(version)
         groups = engine.generate([*texts, *texts], sampling, adapter=[version for version in pair for _ in texts])
         scored = [_scores(engine, groups, version) for version in pair]
-    completions = [(group.prompt, completion) for group in groups for completion in group.completions]
-    rewards: list[float | None] = [None] * len(completions)
+    rewards_B = torch.full((2 * len(texts) * samples,), math.nan, dtype=torch.float64)
     if functions:
         doubled = {name: [*values, *values] for name, values in columns.items()}
         rewards_BF = torch.tensor(score(functions, groups, doubled), dtype=torch.float64)
-        weighted = weighted_rewards(rewards_BF, grpo.reward_weights).tolist()
-        rewards = [None if math.isnan(reward) else reward for reward in weighted]
+        rewards_B = weighted_rewards(rewards_BF, grpo.reward_weights)
+    return _comparison(pair, groups, rewards_B, torch.tensor(scored, dtype=torch.float64), samples)
+
+
+def _comparison(
+    pair: list[AdapterVersion], groups: list[Group], rewards_B: torch.Tensor, logp_VB: torch.Tensor, samples: int
+) -> Comparison:
+    """Of a batch whose first half are the first version's answers; `logp_VB` are their log-probs under each version."""
+    completions = [(group.prompt, completion) for group in groups for completion in group.completions]
     answers = tuple(
-        Answer(prompt, done.version, done.text, reward, len(done.token_ids), one, two)
-        for (prompt, done), reward, one, two in zip(completions, rewards, *scored, strict=True)
+        Answer(prompt, done.version, done.text, None if math.isnan(reward) else reward, len(done.token_ids), one, two)
+        for (prompt, done), reward, one, two in zip(completions, rewards_B.tolist(), *logp_VB.tolist(), strict=True)
     )
-    return _comparison(pair[0], pair[1], answers, samples)
-
-
-def _comparison(first: AdapterVersion, second: AdapterVersion, answers: tuple[Answer, ...], samples: int) -> Comparison:
-    def values(found: Iterable[float | None]) -> torch.Tensor:
-        """By version, prompt and sample; NaN where there is none."""
-        known = [math.nan if value is None else value for value in found]
-        return torch.tensor(known, dtype=torch.float64).view(2, -1, samples)
-
-    rewards = values(answer.reward for answer in answers)
+    tokens_B = torch.tensor([answer.tokens for answer in answers], dtype=torch.float64)
+    rewards_VPS, tokens_VPS = rewards_B.view(2, -1, samples), tokens_B.view(2, -1, samples)
+    reward = None if rewards_VPS.sum(0).isnan().all() else _difference(*rewards_VPS)
     # Per token, so that long answers do not outweigh the others by their length alone.
-    by_first = values(answer.logp_first / max(1, answer.tokens) for answer in answers)
-    by_second = values(answer.logp_second / max(1, answer.tokens) for answer in answers)
-    reward = None if rewards.sum(0).isnan().all() else _difference(*rewards)
-    tokens = _difference(*values(answer.tokens for answer in answers))
-    of_first, of_second = _difference(by_first[0], by_second[0]), _difference(by_first[1], by_second[1])
-    return Comparison(first.number, second.number, reward, tokens, of_first, of_second, answers)
+    each_VVPS = (logp_VB / tokens_B.clamp(min=1)).view(2, 2, -1, samples)
+    of_first, of_second = (_difference(*by_version) for by_version in each_VVPS.unbind(1))
+    return Comparison(pair[0].number, pair[1].number, reward, _difference(*tokens_VPS), of_first, of_second, answers)
 
 
 def _difference(first_PS: torch.Tensor, second_PS: torch.Tensor) -> Difference:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_grpo.config import ModelConfig
-from lora_grpo.metrics.quiet import ENGINE_LOG, quiet_libraries
+from lora_grpo.metrics.log import ENGINE_LOG, quiet_libraries
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.state import generator_states, set_generator_states
 from lora_grpo.trainer import loop
@@ -19,8 +19,6 @@ from lora_grpo.trainer.rollouts import Evaluation, Rollout
 from lora_grpo.trainer.run import roll_back_between_steps
 from lora_grpo.trainer.steering import apply_requests
 
-State = Literal["waiting", "running", "finished", "stopped", "failed"]
-
 
 class Member:
     """`trainer` is there while the member runs, and after it has finished until it is closed. `history` and
@@ -29,7 +27,7 @@ class Member:
 
     def __init__(self, spec: MemberSpec) -> None:
         self.spec, self.name, self.run_dir = spec, spec.name, Path(spec.run_dir)
-        self.state: State = "waiting"
+        self.state: Literal["waiting", "running", "finished", "stopped", "failed"] = "waiting"
         self.why: str | None = None
         self.error: Exception | None = None
         self.result: dict[str, Any] | None = None
@@ -92,7 +90,6 @@ class Member:
         self.settle()
 
     def settle(self) -> None:
-        """Look at where it stands; a run that has come to its end is finished."""
         trainer = self.runs
         self.history, self.evaluations = trainer.history, trainer.evaluations
         if not loop.goes_on(trainer, self.reporter):
@@ -100,7 +97,6 @@ class Member:
             self.result, self.state = trainer.result, "finished"
 
     def fail(self, error: Exception) -> None:
-        """What it raised ended it; the run directory is as after any run that ended so."""
         self.error, self.why, self.state = error, f"{type(error).__name__}: {error}", "failed"
         try:
             self._leave(error)

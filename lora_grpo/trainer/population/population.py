@@ -107,7 +107,11 @@ class Population:
         for member in [member for member in self.members if member.state == "waiting"]:
             if len(self.running) == self.at_once:
                 break
-            self._let_go_of_finished()
+            held = [member for member in self.members if member.trainer is not None]
+            finished = [member for member in held if member.state == "finished"]
+            if finished and len(held) >= self.at_once:
+                # It keeps its trainer until another needs its place.
+                finished[0].close()
             with self._ending(member):
                 member.start(self._model, self._shared, resume=self._resume)
         return bool(self.running)
@@ -178,14 +182,6 @@ class Population:
                 base = load_base(self._model)
             check_same_device(base, engine)
         return Shared(engine, base, room.checkpointing)
-
-    def _let_go_of_finished(self) -> None:
-        """A member that has finished keeps its trainer until another needs its place."""
-        held = [member for member in self.members if member.trainer is not None]
-        for member in held:
-            if member.state == "finished" and len(held) >= self.at_once:
-                member.close()
-                return
 
     def _each(self, members: Sequence[Member], do: Callable[[Member], None]) -> None:
         for member in members:

@@ -25,10 +25,8 @@ MAX_TRIALS = 1000  # more is a typing error rather than a sweep
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One member of a sweep: what it is called, and its overrides such as "grpo.learning_rate=3e-5"."""
-
     name: str
-    settings: tuple[str, ...]
+    settings: tuple[str, ...]  # its overrides, such as "grpo.learning_rate=3e-5"
 
 
 Choice: TypeAlias = list[str] | Callable[[random.Random], str]  # what a setting may be: these, or what is drawn
@@ -44,10 +42,13 @@ def trials_of(swept: Sequence[str], *, sample: int | None = None, seed: int = 0)
     if len(choices) < len(swept):
         raise ConfigError(f"{' '.join(swept)} names a setting twice; give all its values at once")
     if sample is None:
-        combinations = _grid(choices)
+        listed = {key: choice for key, choice in choices.items() if isinstance(choice, list)}
+        if span := next((key for key in choices if key not in listed), None):
+            raise ConfigError(f"{span} has a range, but a grid needs single values; add --sample N to draw from it")
+        combinations = list(itertools.product(*listed.values()))
+    elif sample < 1:
+        raise ConfigError(f"--sample {sample} must be at least 1")
     else:
-        if sample < 1:
-            raise ConfigError(f"--sample {sample} must be at least 1")
         combinations = _different(choices, min(sample, MAX_TRIALS + 1), random.Random(seed))
     if len(combinations) > MAX_TRIALS:
         raise ConfigError(f"{len(combinations)} members are more than {MAX_TRIALS}; give fewer values, or --sample N")
@@ -98,13 +99,6 @@ def _split(values: str) -> list[str]:
         else:
             parts[-1] += letter
     return parts
-
-
-def _grid(choices: dict[str, Choice]) -> list[tuple[str, ...]]:
-    listed = {key: choice for key, choice in choices.items() if isinstance(choice, list)}
-    for key in [key for key in choices if key not in listed]:
-        raise ConfigError(f"{key} has a range, but a grid needs single values; add --sample N to draw from it")
-    return list(itertools.product(*listed.values()))
 
 
 def _different(choices: dict[str, Choice], sample: int, draw: random.Random) -> list[tuple[str, ...]]:
@@ -201,9 +195,8 @@ class SweepPlan(Section):
 
     def write(self) -> None:
         """Raises `ConfigError` where the directory holds a sweep, or a run, already."""
-        for name in (SWEEP_FILE, RESOLVED_FILE):
+        for name, kind in ((SWEEP_FILE, "sweep"), (RESOLVED_FILE, "run")):
             if (self.directory / name).exists():
-                kind = "sweep" if name == SWEEP_FILE else "run"
                 raise ConfigError(f"{self.directory} holds a {kind} already; --resume it, or name another output_dir")
         self.directory.mkdir(parents=True, exist_ok=True)
         with disk.reported(f"writing {self.directory / SWEEP_FILE}"):
@@ -211,13 +204,12 @@ class SweepPlan(Section):
 
     @classmethod
     def read(cls, directory: Path) -> "SweepPlan":
-        """What `write` wrote, wherever the directory lies by now. Raises `ConfigError`."""
-        content = disk.read_small(directory / SWEEP_FILE)
-        if content is None:
+        """What `write` wrote, wherever the directory lies by now. Raises `ConfigError` or `StoreCorrupt`."""
+
+        def moved(values: Any) -> "SweepPlan":
+            return cls(**{**values, "settings": {**values["settings"], "output_dir": str(directory)}})
+
+        plan = disk.read_record(directory / SWEEP_FILE, moved)
+        if plan is None:
             raise ConfigError(f"{directory} has no {SWEEP_FILE}: it is not a sweep; begin one with a TOML file")
-        try:
-            values: dict[str, Any] = disk.parse_json(content)
-            values["settings"]["output_dir"] = str(directory)
-            return cls(**values)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{directory / SWEEP_FILE} is damaged: {error}") from error
+        return plan

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import ConfigError
-from lora_grpo.state import TrainerState, capture_state, restore_state
+from lora_grpo.state import TrainerState, capture_state, named_weights, restore_state
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.forking import taken_from
 from lora_grpo.trainer.run import Run
@@ -87,10 +87,12 @@ def take_over(loser: Run, winner: Run) -> AdapterVersion:
 
 
 def _publish_as(loser: Run, winner: Run) -> None:
-    state, before = capture_state(winner.sync.training, {}), capture_state(loser.sync.training, {})
-    if _shapes(state) != _shapes(before):
+    trainings = (loser.sync.training, winner.sync.training)
+    ours, theirs = ([(name, ab.shape) for name, ab in named_weights(one.modules)] for one in trainings)
+    if ours != theirs:
         told = f"{loser.run_dir} cannot take over from {winner.run_dir}: their adapters differ in rank or layers"
         raise ConfigError(f"{told}; give both runs the same lora settings")
+    before, state = (capture_state(one, {}) for one in trainings)
     tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("rng/")}
     keep_state = loser.sync.keep_state
     try:
@@ -103,7 +105,3 @@ def _publish_as(loser: Run, winner: Run) -> None:
         raise
     finally:
         loser.sync.keep_state = keep_state
-
-
-def _shapes(state: TrainerState) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(each.shape) for name, each in state.tensors.items() if name.startswith("weights/")}

@@ -43,7 +43,7 @@ class Sweep:
         records = read_metrics(plan.directory / LOG_FILE) if (plan.directory / LOG_FILE).is_file() else []
         self._log = RunLog(plan.directory / LOG_FILE)
         self._ended: dict[str, dict[str, Any]] = {}
-        self._judged, self._taken, self._evolved = set[tuple[str, int]](), set[tuple[str, int]](), set[int]()
+        self._judged, self._taken, self._evolved = set[tuple[str, int]](), set[str](), set[int]()
         self._cut_short: dict[str, list[int]] | None = None
         for record in records:
             self._go_over(record)
@@ -86,6 +86,10 @@ class Sweep:
             with suppress(OSError):
                 directory.rmdir()
 
+    def _note(self, event: str, **fields: Any) -> None:
+        self._log.append(event, **fields)
+        self._go_over({"event": event, **fields})
+
     def _go_over(self, record: dict[str, Any]) -> None:
         match record["event"]:
             case "ended":
@@ -93,13 +97,13 @@ class Sweep:
             case "rung" if record["goes_on"]:
                 self._judged.add((record["name"], record["rung"]))
             case "take-over":
-                self._taken.add((record["name"], record["step"]))
+                self._taken.add(record["name"])
             case "round":
                 self._cut_short = record["began"]
             case "evolved":
                 self._evolved.add(record["step"])
-                for name in [name for name, step in self._taken if step == record["step"]]:
-                    self._ended.pop(name, None)
+                self._ended = {name: ended for name, ended in self._ended.items() if name not in self._taken}
+                self._taken.clear()
 
     def _failed(self, name: str) -> bool:
         return self._ended.get(name, {}).get("state") == "failed"
@@ -138,8 +142,7 @@ class Sweep:
     def _note_ends(self) -> None:
         for name, member in self._members.items():
             if member.state in ("finished", "stopped", "failed") and name not in self._ended:
-                self._ended[name] = {"name": name, "state": member.state, "why": member.why}
-                self._log.append("ended", **self._ended[name])
+                self._note("ended", name=name, state=member.state, why=member.why)
 
     def _halve(self, population: Population) -> None:
         for rung in self.plan.rungs:
@@ -151,8 +154,7 @@ class Sweep:
             losers = halving_losers(scores, self.plan.keep)
             for member in arrived:
                 goes_on, value = member.name not in losers, scores[member.name]
-                self._judged.add((member.name, rung))
-                self._log.append("rung", name=member.name, rung=rung, score=value, goes_on=goes_on, of=len(scores))
+                self._note("rung", name=member.name, rung=rung, score=value, goes_on=goes_on, of=len(scores))
                 if not goes_on:
                     kept = f"the best {len(scores) - len(losers)} of {len(scores)}"
                     population.stop(member, f"rung at step {rung}: reward {value:.3f} is not among {kept}")
@@ -171,8 +173,7 @@ class Sweep:
         draw = random.Random(f"{self.plan.seed} {step}")
         for loser, winner in takeovers(scores, self.plan.share, draw):
             self._take_over(population, loser, running[winner], draw)
-        self._evolved.add(step)
-        self._log.append("evolved", step=step)
+        self._note("evolved", step=step)
 
     def _take_over(self, population: Population, name: str, winner: Member, draw: random.Random) -> None:
         before, followed = self._settings(name), self._settings(winner.name)
@@ -188,11 +189,10 @@ class Sweep:
         save_config(config, loser.run_dir)
         population.stop(loser, f"takes over {taken} of {winner.name}, {' '.join(changed) or 'settings as they were'}")
         self._begin_again(population, name, config)
-        if (name, version.step) not in self._taken:
+        if name not in self._taken:
             origin = {"run": winner.name, "version": taken.number, "digest": taken.digest}
             found = {"version": version.number, "settings": changed, "from": origin}
-            self._log.append("take-over", name=name, step=version.step, **found)
-        self._ended.pop(name, None)
+            self._note("take-over", name=name, step=version.step, **found)
 
     def _begin_again(self, population: Population, name: str, config: RunConfig) -> None:
         population.members.remove(self._members[name])
@@ -246,9 +246,8 @@ class Sweep:
         summary = {"best": told.get("member"), "reward": told.get("reward"), "held_out": told.get("held_out")}
         summary |= {"steps": sum(map(len, curves.values())), "members": rows, "adapter": None}
         if best is not None:
-            plot_curves(
-                {name: steps for name, steps in curves.items() if steps}, directory / CURVES_FILE, best["member"]
-            )
+            stepped = {name: steps for name, steps in curves.items() if steps}
+            plot_curves(stepped, directory / CURVES_FILE, best["member"])
             # The rewards of one run's versions cannot be compared where its weights were changed on the way.
             which = "head" if any(key.startswith("rewards.") for key in self.plan.perturb) else "best"
             run, adapter = directory / best["member"], directory / BEST
