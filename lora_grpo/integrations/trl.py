@@ -103,13 +103,7 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
 
         def build(**keywords: Any) -> SimpleNamespace:
             given = {**keywords, "revision": code["revision"]}
-            sampling = sampling_of(given, args.seed, self.eos_token_ids)
-            engine, sync = _assemble(self._closing, given, engine_args or {}, keep or KeepConfig(), folder, store_root)
-            self.native = NativeRollouts(engine, sync, sampling, args.per_device_train_batch_size)
-            # All of vLLM that TRL looks at; sampling past `generate` would not name a version.
-            config = SimpleNamespace(max_model_len=engine.max_model_len)
-            llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))
-            return SimpleNamespace(llm=llm, sync_weights=self.publish, generate=self._complete)
+            return self._backend(args, given, engine_args or {}, keep or KeepConfig(), folder, store_root)
 
         load = partial(_load, grpo_trainer.create_model_from_path)
         with untouched_when_stopped(folder, store_root), ExitStack() as on_failure:
@@ -139,6 +133,34 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
         self._closing.close()
 
     # What TRL calls
+
+    def _backend(
+        self, args: Any, given: Mapping[str, Any], engine_args: Any, keep: KeepConfig, run_dir: Path, store_root: Any
+    ) -> SimpleNamespace:
+        """In place of its `VLLMGeneration`; what cannot be served is refused before the engine starts."""
+        sampling, model = sampling_of(given, args.seed, self.eos_token_ids), given["model"]
+        if not hasattr(model, "peft_config"):
+            raise ConfigError(
+                "full fine-tuning has no adapter: pass peft_config=LoraConfig(...), or use trl.GRPOTrainer"
+            )
+        check_servable(model, active_adapter(model))
+        # Each wrapped layer costs decoding time, whether an adapter uses it or not.
+        adapted = {"target_modules": adapted_leaves(model, None)}
+        keywords = vllm_args(given, lora_rank(model, None), {**adapted, **engine_args})
+        check_folder(run_dir)
+        store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
+        self._closing.callback(store.close)
+        engine = VLLMEngine(keywords.pop("model"), **keywords)
+        self._closing.callback(engine.close)
+        check_same_device(model, engine)
+        tokenizer = given["processing_class"]
+        sync = NativeSync(model, engine, store, keep_state=keeps_state(keep), tokenizer=tokenizer)
+        self._closing.callback(sync.close)
+        self.native = NativeRollouts(engine, sync, sampling, args.per_device_train_batch_size)
+        # All of vLLM that TRL looks at; sampling past `generate` would not name a version.
+        config = SimpleNamespace(max_model_len=engine.max_model_len)
+        llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=config))
+        return SimpleNamespace(llm=llm, sync_weights=self.publish, generate=self._complete)
 
     def _complete(self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None) -> Any:
         """TRL's form: (prompt ids, completion ids, log-probs B T 1, their token ids B T 1), one row a prompt given.
@@ -183,10 +205,9 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
         rewards_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         names, weights = self.reward_func_names, self.reward_weights
-        metrics = self.native.record(rewards_BF, names, weights, training=self.model.training)
-        self._log_completion_extra("version", [self.native.sampled] * len(prompts))
-        for name, value in metrics.items():
+        for name, value in self.native.record(rewards_BF, names, weights, training=self.model.training).items():
             self._log_metric(name, value)
+        self._log_completion_extra("version", [self.native.sampled] * len(prompts))
         return rewards_BF
 
 
@@ -206,31 +227,3 @@ def _load(create: Callable[..., Any], name: str, **keywords: Any) -> Any:
     known = {key: keywords[key] for key in ("revision", "trust_remote_code") if keywords.get(key)}
     config = checkpoint_config(name, **known)
     return create(name, architecture=None if full_class(config) is None else model_class(config), **keywords)
-
-
-def _assemble(
-    closing: ExitStack,
-    given: Mapping[str, Any],
-    engine_args: Mapping[str, Any],
-    keep: KeepConfig,
-    run_dir: Path,
-    store_root: str | Path | None,
-) -> tuple[VLLMEngine, NativeSync]:
-    """Engine and sync of a trainer; what cannot be served is refused before the engine starts."""
-    model = given["model"]
-    if not hasattr(model, "peft_config"):
-        raise ConfigError("full fine-tuning has no adapter: pass peft_config=LoraConfig(...), or use trl.GRPOTrainer")
-    check_servable(model, active_adapter(model))
-    # Each wrapped layer costs decoding time, whether an adapter uses it or not.
-    adapted = {"target_modules": adapted_leaves(model, None)}
-    keywords = vllm_args(given, lora_rank(model, None), {**adapted, **engine_args})
-    check_folder(run_dir)
-    store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
-    closing.callback(store.close)
-    engine = VLLMEngine(keywords.pop("model"), **keywords)
-    closing.callback(engine.close)
-    check_same_device(model, engine)
-    tokenizer = given["processing_class"]
-    sync = NativeSync(model, engine, store, keep_state=keeps_state(keep), tokenizer=tokenizer)
-    closing.callback(sync.close)
-    return engine, sync

@@ -105,12 +105,10 @@ def series(records: Sequence[Record], name: str) -> tuple[list[int], list[float]
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """Exponential moving average, debiased, so that it starts at the first value."""
-    smooth: list[float] = []
-    total = weight = 0.0
-    for value in values:
+    smooth, total = list[float](), 0.0
+    for count, value in enumerate(values, 1):
         total = SMOOTHING * total + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
-        smooth.append(total / weight)
+        smooth.append(total / (1 - SMOOTHING**count))
     return smooth
 
 
@@ -121,7 +119,7 @@ def _thinned(steps: Sequence[float], values: Sequence[float]) -> Points:
     return [[statistics.fmean(axis[start : start + each]) for start in starts] for axis in (steps, values)]  # type: ignore[return-value]
 
 
-def plot_curves(runs: Mapping[str, Sequence[Record]], path: Path, best: str | None = None) -> Path:
+def plot_curves(runs: Mapping[str, Sequence[Record]], path: Path, best: str) -> None:
     """Draws the reward of several runs, by name, each a list of its steps' records; `best` stands out."""
     from matplotlib import colormaps
 
@@ -138,7 +136,6 @@ def plot_curves(runs: Mapping[str, Sequence[Record]], path: Path, best: str | No
     _style(axes, "Reward of the sampled completions (smoothed)")
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
-    return path
 
 
 def plot_run(run_dir: str | Path) -> Path:

@@ -92,9 +92,10 @@ def _choose_reward(reward: dict[str, Any], columns: Mapping[str, list[Any]], sou
         shown = ["" if value is None else str(value).strip() for value in values]
         if "" in shown and any(shown):
             row = shown.index("")
-            fix = "remove it, or name a reward that needs none, such as rewards.0.name=my_module:my_function"
-            where = f"{source}, row {row}, column {column!r}"
-            raise ConfigError(f"{where}: there is no answer ({short(values[row])}); {fix}")
+            told = f"{source}, row {row}, column {column!r}: there is no answer ({short(values[row])})"
+            raise ConfigError(
+                f"{told}; remove it, or name a reward that needs none: rewards.0.name=my_module:my_function"
+            )
         if all(final_number(text) is not None for text in shown):
             reward["name"], why = "numeric", "ends in a number"
         elif all(0 < len(text) <= LONGEST_EXACT for text in shown):

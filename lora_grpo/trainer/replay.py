@@ -227,8 +227,7 @@ class Conversation:
     def answer(self, text: str) -> Iterator[str]:
         """The version's answer in pieces, as it is sampled. Raises `ConfigError` for what leaves no room for one."""
         turns = [*self.turns, {"role": "user", "content": text}]
-        kwargs = self._config.grpo.chat_template_kwargs
-        prompt: Prompt = Chat(turns, kwargs) if self.has_template else text
+        prompt: Prompt = Chat(turns, self._config.grpo.chat_template_kwargs) if self.has_template else text
         ids, said, shown, self.cut = render(self._tokenizer, prompt, "the conversation"), list[int](), "", True
         longest = getattr(self._engine, "max_model_len", len(ids) + self._sampling.max_tokens)
         if (room := min(self._sampling.max_tokens, longest - len(ids))) < 1:

@@ -193,7 +193,17 @@ class Population:
         """All without a `rollout_func` together; where that fails, each by itself, so that it ends those alone whose
         rows it was."""
         joint = [member for member in members if member.spec.rollout_func is None]
-        together = len(joint) > 1 and self._sampled_together(joint)
+        together = len(joint) > 1
+        if together:
+            with ExitStack() as clocks:
+                for member in joint:
+                    clocks.enter_context(member.clock("generate"))
+                try:
+                    sample_together(self.engine, [(member.runs, member.rollout) for member in joint])
+                except Exception as error:  # noqa: BLE001 - raised again by the member whose rows fail by themselves too
+                    together = False
+                    for member in joint:
+                        member.reporter.message(f"the batch of all members failed, so each samples alone: {error}")
         for member in members:
             with self._ending(member), member.turn():
                 if together and member in joint:
@@ -202,18 +212,6 @@ class Population:
                     hold(self.engine, [member.runs])
                     with member.clock("generate"):
                         member.runs.source.sample(member.rollout, member.runs.version)
-
-    def _sampled_together(self, members: Sequence[Member]) -> bool:
-        with ExitStack() as clocks:
-            for member in members:
-                clocks.enter_context(member.clock("generate"))
-            try:
-                sample_together(self.engine, [(member.runs, member.rollout) for member in members])
-            except Exception as error:  # noqa: BLE001 - raised again by the member whose rows fail by themselves too
-                for member in members:
-                    member.reporter.message(f"the batch of all members failed, so each samples alone: {error}")
-                return False
-        return True
 
     @contextmanager
     def _ending(self, member: Member) -> Iterator[None]:

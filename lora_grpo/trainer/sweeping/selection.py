@@ -14,8 +14,7 @@ from lora_grpo.trainer.forking import taken_from
 from lora_grpo.trainer.run import Run
 
 WINDOW = 3  # steps whose mean reward is a score
-FACTORS = (0.8, 1.25)
-"""What population-based training multiplies a setting by (Jaderberg et al., 2017, https://arxiv.org/abs/1711.09846)."""
+FACTORS = (0.8, 1.25)  # of a setting, in population-based training (Jaderberg et al., 2017, arXiv 1711.09846)
 
 History = Sequence[Mapping[str, Any]]
 

@@ -56,10 +56,9 @@ class Sweep:
         Ctrl-C leaves every member's run as it stands, to be gone on with. Raises what a population raises; refused
         before any member began, it leaves the directory as it was.
         """
-        evolves = self.plan.evolve_every is not None  # what failed may be brought back by a take-over
-        waiting = [
-            one for one in self.plan.trials if one.name not in self._ended or (evolves and self._failed(one.name))
-        ]
+        evolves, ended = self.plan.evolve_every is not None, self._ended
+        # What failed may be brought back by a take-over.
+        waiting = [one for one in self.plan.trials if one.name not in ended or (evolves and self._failed(one.name))]
         try:
             show(self.rows())
             if any(trial.name not in self._ended for trial in waiting):
@@ -241,11 +240,10 @@ class Sweep:
     def _finish(self) -> dict[str, Any]:
         rows, directory = self.rows(), self.plan.directory
         curves = {row["member"]: self._known(row["member"])[0] for row in rows}
-        best = best_row(rows)
-        told = best or {}
-        summary = {"best": told.get("member"), "reward": told.get("reward"), "held_out": told.get("held_out")}
+        best = best_row(rows) or {}
+        summary = {"best": best.get("member"), "reward": best.get("reward"), "held_out": best.get("held_out")}
         summary |= {"steps": sum(map(len, curves.values())), "members": rows, "adapter": None}
-        if best is not None:
+        if best:
             stepped = {name: steps for name, steps in curves.items() if steps}
             plot_curves(stepped, directory / CURVES_FILE, best["member"])
             # The rewards of one run's versions cannot be compared where its weights were changed on the way.
