@@ -108,7 +108,6 @@ class Member:
         """End it where it stands, between two steps; its run can be resumed."""
         if self.state == "running":
             self.reporter.message(f"stopped: {why}")
-            self._leave(GeneratorExit())
         self.state, self.why = "stopped", why
         self.close()
 
