@@ -142,9 +142,17 @@ def quiet_libraries(log_path: Path, tell: Callable[[str], None] | None = None) -
         logger.handlers, logger.propagate = [handler], False
     if telling is not None:
         own.addHandler(telling)
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
+        foreign = "site-packages" in Path(filename).parts and "lora_grpo" not in Path(filename).parts
+        if tell is not None and not foreign:
+            tell(f"warning: {message}")
+        else:
+            logging.getLogger("py.warnings").warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
+
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _shown_by_origin(tell)
+            warnings.showwarning = show
             yield
     finally:
         for logger, (handlers, propagate) in zip(loggers, before, strict=True):
@@ -188,14 +196,3 @@ def capture_output(log_path: Path) -> Iterator[None]:
 def own_stderr() -> TextIO:
     """A text stream on a duplicate of descriptor 2, which `capture_output` leaves alone."""
     return os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
-
-
-def _shown_by_origin(tell: Callable[[str], None] | None) -> Callable[..., None]:
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-        foreign = "site-packages" in Path(filename).parts and "lora_grpo" not in Path(filename).parts
-        if tell is not None and not foreign:
-            tell(f"warning: {message}")
-        else:
-            logging.getLogger("py.warnings").warning("%s:%d: %s: %s", filename, lineno, category.__name__, message)
-
-    return show

@@ -71,7 +71,7 @@ def fork(
         origin = store.get(version)
         config = _config(source, target, settings)
         if weights_only:
-            state, weights = _weights_alone(store, origin, source, config)
+            state, weights = _weights_only(store, origin, source, 0 if config is None else config.grpo.seed)
         else:
             state, weights = _kept_state(store, origin, source, config), "exact"
         made = Fork(target, source, origin, 0 if weights_only else origin.step, weights)
@@ -121,12 +121,9 @@ def _kept_state(store: AdapterStore, origin: AdapterVersion, source: Path, confi
     return state
 
 
-def _weights_alone(
-    store: AdapterStore, origin: AdapterVersion, source: Path, config: RunConfig | None
-) -> tuple[TrainerState, Weights]:
+def _weights_only(store: AdapterStore, origin: AdapterVersion, source: Path, seed: int) -> tuple[TrainerState, Weights]:
     """The state of a run that has not stepped yet, and whose adapter is what `origin` is."""
     named, weights = adapter_tensors(store, origin, Recipe.read(source))
-    seed = 0 if config is None else config.grpo.seed
     tensors = {"rng/cpu": torch.Generator().manual_seed(seed).get_state()}
     for name, tensor in named.items():
         path, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")

@@ -48,8 +48,7 @@ def push_to_hub(run: str | Path, version: Target, repo: str, *, private: bool = 
 
 def _card(run: Path, version: AdapterVersion, adapter: Any, weights: str, repo: str, recorded: list[Record]) -> str:
     records = run_history(run)
-    starts = [record["info"] for record in records if record["event"] == "start"]
-    info = {name: value for told in starts for name, value in told.items()}
+    info = {name: value for one in records if one["event"] == "start" for name, value in one["info"].items()}
     base = str(adapter["base_model_name_or_path"])
     # The hub refuses a card whose base is no hub name; a folder's place is nobody's business.
     folder = base.count("/") > 1 or Path(base).is_dir()
