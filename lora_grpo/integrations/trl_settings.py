@@ -19,16 +19,6 @@ from lora_grpo.types import Sampling
 
 _SAMPLED_WITH = tuple(field.name for field in fields(Sampling) if field.name not in ("n", "first_prompt"))
 """What `generation_kwargs` may override: the fields of `Sampling`, which mean what vLLM's mean."""
-_SAID_BY = {  # the keywords of `VLLMEngine` that the trainer's arguments settle, and which of these do
-    "model": "the trainer's model",
-    "quantization": "the trainer's model",
-    "max_model_len": "trl.GRPOConfig's vllm_max_model_length",
-    "gpu_memory_utilization": "trl.GRPOConfig's vllm_gpu_memory_utilization",
-    "max_num_seqs": "trl.GRPOConfig's per_device_train_batch_size * steps_per_generation",
-    "model_impl": "trl.GRPOConfig's vllm_model_impl",
-    "revision": "trl.GRPOConfig's model_init_kwargs",
-    "trust_remote_code": "trl.GRPOConfig's trust_remote_code",
-}
 _OPTIMIZERS_NOT_KEPT = ("galore", "apollo", "adalomo", "grokadamw", "adamw_torch_4bit", "adamw_torch_8bit")
 """Parts of the names of those that keep objects or packed tensors, or what they keep outside of their state."""
 _ANOTHER = "the sampled distribution would not be the trained one"
@@ -50,7 +40,6 @@ _REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {  # by setting: what
     "neftune_noise_alpha": (bool, "its noise is in the trainer's log-probs alone, off by whole nats; leave it out"),
     "sync_ref_model": (bool, "with an adapter, the KL's reference is the base or the start's adapter; set it to False"),
 }
-_OF_VLLM = ("revision", "gpu_memory_utilization", "max_num_seqs", "model_impl", "trust_remote_code")
 
 
 def check_arguments(args: Any, peft_config: Any) -> None:
@@ -153,14 +142,21 @@ def vllm_args(given: Mapping[str, Any], rank: int, others: Mapping[str, Any]) ->
     checkpoint = getattr(model, "name_or_path", "")
     if not checkpoint:
         raise ConfigError("the model knows no checkpoint, which vLLM loads too; pass the trainer its name or directory")
-    said = {
-        "model": checkpoint,
-        "max_model_len": given["max_model_length"],
-        "quantization": "nf4" if scheme_of(model.config) == "nf4" else None,
-        **{name: given[name] for name in _OF_VLLM},
+    its, config = "the trainer's model", "trl.GRPOConfig's"
+    said = {  # each with what it follows from
+        "model": (checkpoint, its),
+        "quantization": ("nf4" if scheme_of(model.config) == "nf4" else None, its),
+        "max_model_len": (given["max_model_length"], f"{config} vllm_max_model_length"),
+        "gpu_memory_utilization": (given["gpu_memory_utilization"], f"{config} vllm_gpu_memory_utilization"),
+        "max_num_seqs": (given["max_num_seqs"], f"{config} per_device_train_batch_size * steps_per_generation"),
+        "model_impl": (given["model_impl"], f"{config} vllm_model_impl"),
+        "revision": (given["revision"], f"{config} model_init_kwargs"),
+        "trust_remote_code": (given["trust_remote_code"], f"{config} trust_remote_code"),
     }
     if twice := sorted(said.keys() & others.keys()):
-        raise ConfigError(f"engine_args: {twice[0]} follows from {_SAID_BY[twice[0]]} here; set that, and leave it out")
+        _, by = said[twice[0]]
+        raise ConfigError(f"engine_args: {twice[0]} follows from {by} here; set that, and leave it out")
+    settled = {name: value for name, (value, _) in said.items()}
     # vLLM's CPU backend compiles for a minute when not eager, and gains little by it.
     on_cpu = next(model.parameters()).device.type == "cpu"
-    return {"max_lora_rank": rank, "max_num_batched_tokens": 4096, "enforce_eager": on_cpu, **said, **others}
+    return {"max_lora_rank": rank, "max_num_batched_tokens": 4096, "enforce_eager": on_cpu, **settled, **others}

@@ -224,9 +224,7 @@ def _dots(
     lineage: Lineage, lane_of: Mapping[int, int], at: Callable[[int], tuple[float, int]]
 ) -> list[tuple[float, float, str, str]]:
     """x, y, CSS class and label of the versions that a reader looks for; a label that would cover another is empty."""
-    kinds: dict[int, str] = {}
-    if lineage.parents:
-        kinds[min(lineage.parents)] = "plain"
+    kinds = dict.fromkeys(sorted(lineage.parents)[:1], "plain")
     for left, to, _ in lineage.rollbacks[-MOST_DOTS:]:
         kinds |= {left: "lost", to: "plain"}
     kinds |= dict.fromkeys(sorted(lineage.pins)[-MOST_DOTS:], "pin")

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -20,7 +20,7 @@ SAMPLES_FILE = "samples.jsonl"
 PLAIN_WIDTH = 120
 
 
-class Reporter:
+class Reporter(AbstractContextManager["Reporter"]):
     """Joins `RUN/metrics.jsonl`, `RUN/samples.jsonl`, the terminal and accelerate's trackers.
 
     From construction to `close` the libraries' loggers and warnings go to `RUN/engine.log`, unless the caller sees to
@@ -102,9 +102,6 @@ class Reporter:
     def close(self) -> None:
         """Gives the terminal back and closes every file; a run directory that is new and has got nothing is removed."""
         self._open.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
