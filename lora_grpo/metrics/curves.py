@@ -1,21 +1,15 @@
 """The curves that tell how a run went: SVG paths for its page, and pictures of one run or of several."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from lora_grpo.errors import StoreError
 from lora_grpo.metrics.log import Record, history, read_metrics
 from lora_grpo.metrics.render import GAP, PHASES, SIGNAL, number
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PLOT_FILE = "plot.png"
 Points: TypeAlias = tuple[Sequence[float], Sequence[float]]  # steps and values
@@ -164,7 +158,7 @@ def plot_run(run_dir: str | Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float) -> Any:
     """Of its own, without pyplot: no global state, and no window system asked for."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -172,7 +166,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
 
 
-def _style(axes: Axes, title: str) -> None:
+def _style(axes: Any, title: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")

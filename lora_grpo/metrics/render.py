@@ -18,7 +18,6 @@ SIGNAL = "frac_groups_used"  # share of groups whose rewards differ: the only on
 BACKLOG = "archive/backlog_bytes"
 PHASES = {"generate": "cyan", "reward": "yellow", "train": "magenta", "publish": "green"}
 VERDICTS = {"ok": "green", "inconclusive": "yellow", "failed": "bold red"}
-RECENT_STEPS = 20
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -32,7 +31,7 @@ class ViewState:
     metrics: dict[str, Any] = field(default_factory=dict)
     rewards: list[float] = field(default_factory=list)
     held_out: list[tuple[int | None, float]] = field(default_factory=list)
-    step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    step_times_s: deque[float] = field(default_factory=lambda: deque(maxlen=20))  # of the recent steps
     started_at: float = field(default_factory=time.monotonic)
 
     def hear_step(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -17,7 +17,6 @@ from lora_grpo.metrics.render import ViewState, panel, plain_evaluation, plain_s
 from lora_grpo.sections import nearest_key
 
 SAMPLES_FILE = "samples.jsonl"
-PLAIN_WIDTH = 120
 
 
 class Reporter(AbstractContextManager["Reporter"]):
@@ -43,7 +42,7 @@ class Reporter(AbstractContextManager["Reporter"]):
         self._state = ViewState(self.run_dir, total_steps)
         stream = self._open.enter_context(own_stderr())
         terminal = view and stream.isatty()
-        self._console = Console(file=stream, width=None if terminal else PLAIN_WIDTH, quiet=not view)
+        self._console = Console(file=stream, width=None if terminal else 120, quiet=not view)
         self._live = Live(get_renderable=lambda: panel(self._state), console=self._console) if terminal else None
         self._tracker_names = trackers
         self._trackers: list[Any] = []

@@ -16,10 +16,8 @@ from lora_grpo.trainer.run import Run
 WINDOW = 3  # steps whose mean reward is a score
 FACTORS = (0.8, 1.25)  # of a setting, in population-based training (Jaderberg et al., 2017, arXiv 1711.09846)
 
-History = Sequence[Mapping[str, Any]]
 
-
-def score(history: History, step: int) -> float | None:
+def score(history: Sequence[Mapping[str, Any]], step: int) -> float | None:
     """The mean training reward of the last `WINDOW` steps up to `step`; None for a member that is not there yet, and
     minus infinity for one whose reward is not finite."""
     if not history or history[-1]["step"] < step:
