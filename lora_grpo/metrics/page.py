@@ -48,12 +48,8 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
     messages = _messages(records)
     logged = read_metrics(run / SAMPLES_FILE) if (run / SAMPLES_FILE).is_file() else []
     pages = Environment(loader=PackageLoader("lora_grpo", "metrics"), autoescape=True, undefined=StrictUndefined)
-    pages.filters |= {
-        "number": number,
-        "counted": counted,
-        "text": as_text,
-        "clock": lambda s: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s)),
-    }
+    pages.filters |= {"number": number, "counted": counted, "text": as_text}
+    pages.filters["clock"] = lambda s: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s))
     return pages.get_template("page.html").render(
         run=run,
         live=live,
@@ -220,9 +216,7 @@ def _lanes(lineage: Lineage) -> tuple[dict[int, int], list[list[int]]]:
     return lane_of, branches
 
 
-def _dots(
-    lineage: Lineage, lane_of: Mapping[int, int], at: Callable[[int], tuple[float, int]]
-) -> list[tuple[float, float, str, str]]:
+def _dots(lineage: Lineage, lane_of: dict[int, int], at: Callable[[int], tuple[float, int]]) -> list[tuple[Any, ...]]:
     """x, y, CSS class and label of the versions that a reader looks for; a label that would cover another is empty."""
     kinds = dict.fromkeys(sorted(lineage.parents)[:1], "plain")
     for left, to, _ in lineage.rollbacks[-MOST_DOTS:]:
@@ -230,7 +224,7 @@ def _dots(
     kinds |= dict.fromkeys(sorted(lineage.pins)[-MOST_DOTS:], "pin")
     notable = ((lineage.best, "best"), (lineage.head, "head"))
     kinds |= {version: kind for version, kind in notable if version is not None}
-    dots, labelled = list[tuple[float, float, str, str]](), dict[float, float]()
+    dots, labelled = list[tuple[Any, ...]](), dict[float, float]()
     for version, kind in sorted(kinds.items(), reverse=True):
         x, y = at(version)
         if lane_of.get(version, 0) > MOST_LANES:
