@@ -72,14 +72,14 @@ def _choose_prompt(data: dict[str, Any], columns: Mapping[str, list[Any]], notes
     known = [name for name in PROMPTS if name in columns]
     wrong = {name: [prompt_problem(prompt) for prompt in columns[name][:LOOKED_AT]] for name in known}
     fitting = [name for name in known if not any(wrong[name])]
-    if not fitting and known:
-        nearest = min(known, key=lambda name: sum(map(bool, wrong[name])))
-        row, problem = next((row, problem) for row, problem in enumerate(wrong[nearest]) if problem)
-        fix = "or name another column, as data.prompt_column=NAME"
-        raise ConfigError(f"{data['train']}, row {row}, column {nearest!r}: {problem}; {fix}")
-    if not fitting:
+    if not known:
         told = f"none of the columns of {data['train']} is known as a column of prompts ({', '.join(columns)})"
         raise ConfigError(f"{told}: name it with data.prompt_column=NAME")
+    if not fitting:
+        nearest = min(known, key=lambda name: sum(map(bool, wrong[name])))
+        row, problem = next((row, problem) for row, problem in enumerate(wrong[nearest]) if problem)
+        told = f"{data['train']}, row {row}, column {nearest!r}: {problem}"
+        raise ConfigError(f"{told}; or name another column, as data.prompt_column=NAME")
     data["prompt_column"] = fitting[0]
     notes["data.prompt_column"] = f"the columns are {', '.join(columns)}"
 
@@ -93,9 +93,7 @@ def _choose_reward(reward: dict[str, Any], columns: Mapping[str, list[Any]], sou
         if "" in shown and any(shown):
             row = shown.index("")
             told = f"{source}, row {row}, column {column!r}: there is no answer ({short(values[row])})"
-            raise ConfigError(
-                f"{told}; remove it, or name a reward that needs none: rewards.0.name=my_module:my_function"
-            )
+            raise ConfigError(f"{told}; remove it, or name a reward without one: rewards.0.name=my_module:my_function")
         if all(final_number(text) is not None for text in shown):
             reward["name"], why = "numeric", "ends in a number"
         elif all(0 < len(text) <= LONGEST_EXACT for text in shown):

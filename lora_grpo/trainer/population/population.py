@@ -1,12 +1,12 @@
 """`Population`: many runs on one engine and one base, a step of each at a time, all completions in one batch."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
@@ -24,7 +24,7 @@ from lora_grpo.trainer.run import Run
 from lora_grpo.types import Prompt, Sampling
 
 
-class Population:
+class Population(AbstractContextManager["Population"]):
     """Runs that share an engine and a base. Each is a complete run: run directory, seeds, versions, guard.
 
     >>> configs = {f"runs/lr-{rate:g}": GRPOConfig(learning_rate=rate, total_steps=2) for rate in (1e-5, 1e-4)}
@@ -146,9 +146,6 @@ class Population:
         with self._closing as closing:
             for member in self.members:
                 closing.callback(member.close)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
