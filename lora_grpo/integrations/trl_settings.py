@@ -52,7 +52,14 @@ def check_arguments(args: Any, peft_config: Any) -> None:
         found = "args=None" if args is None else f"use_vllm={args.use_vllm}, vllm_mode={args.vllm_mode!r}"
         instead = "set use_vllm=True, vllm_mode='colocate' (for a server: lora_grpo.integrations.callback)"
         raise ConfigError(f"{found}: a vLLM in this process serves versions; {instead}")
-    _check_sampling(args)
+    given = args.generation_kwargs or {}
+    if not isinstance(given, Mapping) or not set(given) <= set(_SAMPLED_WITH):
+        raise ConfigError(f"generation_kwargs={given!r}: only {', '.join(_SAMPLED_WITH)} can be given here")
+    sampling_of({**vars(args), "generation_kwargs": None}, args.seed, ())
+    try:
+        sampling_of(vars(args), args.seed, ())
+    except ConfigError as error:
+        raise ConfigError(f"generation_kwargs={given!r}: {error}") from None
     for name, (is_refused, reason) in _REFUSED.items():
         said = getattr(args, name)
         if is_refused(said):
@@ -102,17 +109,6 @@ def check_types(given: Mapping[str, Any]) -> None:
         items = value if isinstance(value, list | Mapping) else ()
         if not (isinstance(value, kind) and all(isinstance(item, inside[name]) for item in items)):
             raise ConfigError(f"{name}={value!r:.200} must be {needed}")
-
-
-def _check_sampling(args: Any) -> None:
-    given = args.generation_kwargs or {}
-    if not isinstance(given, Mapping) or not set(given) <= set(_SAMPLED_WITH):
-        raise ConfigError(f"generation_kwargs={given!r}: only {', '.join(_SAMPLED_WITH)} can be given here")
-    sampling_of({**vars(args), "generation_kwargs": None}, args.seed, ())
-    try:
-        sampling_of(vars(args), args.seed, ())
-    except ConfigError as error:
-        raise ConfigError(f"generation_kwargs={given!r}: {error}") from None
 
 
 def sampling_of(given: Mapping[str, Any], seed: int, end_tokens: Sequence[int]) -> Sampling:
