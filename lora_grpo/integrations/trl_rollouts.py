@@ -75,9 +75,10 @@ class NativeRollouts(TrainerCallback):
         while number > version.number and number in parents:
             number = parents[number] or 0
         if number < version.number:
-            told = f"{found} comes from a rollback after this checkpoint; training goes on from {version}'s weights"
+            told = f"{found} comes from a rollback after this checkpoint"
+            held = f"training goes on from the weights of {version}, which the checkpoint holds"
             again = f"to go back again, call rollback(to={number or found.number}) in a callback"
-            warnings.warn(f"{told}, which the checkpoint holds; {again}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{told}; {held}; {again}", RuntimeWarning, stacklevel=2)
 
     def on_step_begin(self, *_: Any, optimizer: Any, lr_scheduler: Any, **__: Any) -> None:
         self.sync.optimizer, self.sync.scheduler = optimizer, lr_scheduler
