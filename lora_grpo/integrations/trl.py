@@ -140,9 +140,7 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
         """In place of its `VLLMGeneration`; what cannot be served is refused before the engine starts."""
         sampling, model = sampling_of(given, args.seed, self.eos_token_ids), given["model"]
         if not hasattr(model, "peft_config"):
-            raise ConfigError(
-                "full fine-tuning has no adapter: pass peft_config=LoraConfig(...), or use trl.GRPOTrainer"
-            )
+            raise ConfigError("full fine-tuning has no adapter: pass peft_config=LoraConfig(), or use trl.GRPOTrainer")
         check_servable(model, active_adapter(model))
         # Each wrapped layer costs decoding time, whether an adapter uses it or not.
         adapted = {"target_modules": adapted_leaves(model, None)}
