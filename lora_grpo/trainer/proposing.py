@@ -93,7 +93,7 @@ def _choose_reward(reward: dict[str, Any], columns: Mapping[str, list[Any]], sou
         if "" in shown and any(shown):
             row = shown.index("")
             told = f"{source}, row {row}, column {column!r}: there is no answer ({short(values[row])})"
-            raise ConfigError(f"{told}; remove it, or name a reward without one: rewards.0.name=my_module:my_function")
+            raise ConfigError(f"{told}; remove it, or name a reward needing none: rewards.0.name=my_module:my_function")
         if all(final_number(text) is not None for text in shown):
             reward["name"], why = "numeric", "ends in a number"
         elif all(0 < len(text) <= LONGEST_EXACT for text in shown):
