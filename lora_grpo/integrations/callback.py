@@ -22,16 +22,14 @@ class PublishAdapter(TrainerCallback):
     """Publishes the adapter when training begins, after every `every`-th optimizer step, and when it ends.
 
     With an `engine` each version is loaded and proven before it is promoted. Without one nothing here serves: `HEAD` is
-    then the trainer's own place, and whoever opens the store with `readonly=True` loads and proves what it finds there.
-    """
+    then the trainer's own place, and whoever opens the store with `readonly=True` loads and proves what it finds."""
 
     def __init__(
         self, store: AdapterStore, *, engine: Engine | None = None, every: int = 1, dtype: str = "bfloat16"
     ) -> None:
         """`dtype` is what versions are written in without an engine: the dtype that the serving one keeps adapters in.
 
-        `store` and `engine` stay the caller's to close.
-        """
+        `store` and `engine` stay the caller's to close."""
         if every < 1:
             raise ConfigError(f"every={every} must be at least 1 optimizer step")
         if dtype not in DTYPES:
@@ -46,8 +44,7 @@ class PublishAdapter(TrainerCallback):
 
         Weights, optimizer, schedule and random state are that version's where the store has an archive; the trainer's
         step counter and data go on. Call it from `on_step_end`, `on_log` or `on_evaluate`. Evaluation metrics are
-        recorded with the version they measured, so "best:-eval_loss" is a target.
-        """
+        recorded with the version they measured, so "best:-eval_loss" is a target."""
         return self._sync.rollback(to)
 
     def on_train_begin(

@@ -10,8 +10,7 @@ built, and of what the first makes the trainer uses `sync_weights()`, `generate(
 `llm.llm_engine.model_config.max_model_len`; by then `eos_token_ids` holds the tokenizer's end token and those of the
 model's generation config; `_tokenize_prompts` returns token ids first, of texts or of chats; `sync_weights` is called
 before the first generation after every optimizer step; `_calculate_rewards` gets one row a completion and returns
-rewards by function; `_buffered_inputs` set to None makes the next step generate anew.
-"""
+rewards by function; `_buffered_inputs` set to None makes the next step generate anew."""
 
 import math
 import warnings
@@ -67,8 +66,7 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
 
     Rewards, data, losses, logging, checkpoints and callbacks are TRL's. `native` holds the engine, the store and the
     sync; `rollback` works from a callback's `on_step_end`, `on_log` or `on_evaluate`. `lora-grpo rollback` and its like
-    on the run's directory are answered before the next step.
-    """
+    on the run's directory are answered before the next step."""
 
     native: NativeRollouts
 
@@ -89,8 +87,7 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
         `store_root` the one on tmpfs.
 
         Raises `ConfigError` or `UnsupportedAdapter`, with the alternative, for what cannot work without merging, and
-        `DeliveryError` when the probe does not arrive.
-        """
+        `DeliveryError` when the probe does not arrive."""
         dataset = named.get("train_dataset", next(iter(others), None))
         own = {"keep": keep, "engine_args": engine_args, "run_dir": run_dir, "store_root": store_root}
         check_types({"model": model, "reward_funcs": reward_funcs, "train_dataset": dataset, **own})
@@ -124,8 +121,7 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
         """Engine and trainer go on from an earlier version: its number, "parent", "best", "best:METRIC" or itself.
 
         Weights, optimizer, schedule and random state are those of that version; completions sampled from later ones
-        are thrown away. TRL's step counter and the order of the prompts go on.
-        """
+        are thrown away. TRL's step counter and the order of the prompts go on."""
         return self.native.sync.rollback(to)
 
     def close(self) -> None:

@@ -27,8 +27,7 @@ class NativeRollouts(TrainerCallback):
     """What a TRL trainer samples through: each call from the version that holds its weights, and says which.
 
     As a callback it answers requests before each step, learns when weights move, and at the end publishes what was
-    trained last and makes all durable. Raises `UnsupportedAdapter` for layers that the first gradients do not reach.
-    """
+    trained last and makes all durable. Raises `UnsupportedAdapter` for layers that the first gradients do not reach."""
 
     def __init__(self, engine: VLLMEngine, sync: NativeSync, sampling: Sampling, batch_rows: int) -> None:
         self.engine, self.sync, self.store = engine, sync, sync.store
@@ -113,8 +112,7 @@ class NativeRollouts(TrainerCallback):
         """One completion a prompt, all by `HEAD`; a prompt near the model's limit gets the tokens that are left.
 
         Seeds derive from the run's, the step and the call within it, so that a resumed run samples alike: the calls of
-        an evaluation, which it does not make again, count apart.
-        """
+        an evaluation, which it does not make again, count apart."""
         self._current = version = self.sync.head
         *moment, call = self._calls
         self._calls = (step, training, call + 1 if moment == [step, training] else 0)

@@ -9,8 +9,7 @@ Records of `metrics.jsonl`, told apart by `event`:
 - `message`: something that a person should know
 - `end`: the run ended; `info` is its result
 
-Each has `time`, seconds since the epoch. A number that is not finite is written as null.
-"""
+Each has `time`, seconds since the epoch. A number that is not finite is written as null."""
 
 import json
 import logging

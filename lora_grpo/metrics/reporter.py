@@ -24,8 +24,7 @@ class Reporter(AbstractContextManager["Reporter"]):
 
     From construction to `close` the libraries' loggers and warnings go to `RUN/engine.log`, unless the caller sees to
     that himself (`quiet=False`). Build it on the main process only. Use it in a `with` block, or close it: an open
-    live view owns the terminal, as a duplicate of stderr, which capturing stderr spares.
-    """
+    live view owns the terminal, as a duplicate of stderr, which capturing stderr spares."""
 
     def __init__(
         self, run_dir: Path, total_steps: int, *, view: bool = True, trackers: Sequence[str] = (), quiet: bool = True

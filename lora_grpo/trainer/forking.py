@@ -31,8 +31,7 @@ _KEPT = ("step", "evaluation")
 @dataclass(frozen=True, slots=True)
 class Fork:
     """`run` was made from `origin`, a version of the run `source`: its first version has the same number and bytes. Its
-    trainer starts after `step`, from the source's own weights ("exact"), or from those "rounded" to the serving dtype.
-    """
+    trainer starts after `step`, from the source's own weights ("exact"), or those "rounded" to the serving dtype."""
 
     run: Path
     source: Path

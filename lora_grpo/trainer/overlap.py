@@ -2,8 +2,7 @@
 
 The rollout of step t begins once version t - 1 - max_staleness is promoted, on the newest version there is by
 then, and ends on it; so when its turn comes it lags by `max_staleness` versions at most, and nothing that is sampled
-in the ordinary course is ever thrown away. Timing decides on the versions, so such a run does not repeat bit by bit.
-"""
+in the ordinary course is ever thrown away. Timing decides on the versions, so such a run does not repeat bit by bit."""
 
 from collections import deque
 from collections.abc import Callable, Iterator

@@ -22,9 +22,8 @@ KEPT_BY_LAYERS = ("A_log", "D", "dt_bias")  # what state-space layers start from
 
 @contextmanager
 def random_base(model: str) -> Iterator[str]:
-    """A temporary folder with `model`'s configuration and tokenizer, and weights drawn from a normal distribution. They
-    are loud enough for an adapter's effect to be told from rounding. Without a tokenizer in `model`, one of bytes
-    stands in. Raises `ConfigError` where transformers cannot build the model."""
+    """A temporary folder with `model`'s configuration, its tokenizer or one of bytes, and weights of a normal
+    distribution, loud enough to tell an adapter from rounding. Raises `ConfigError` for what cannot be built."""
     config = checkpoint_config(model)
     try:
         full = full_class(config)

@@ -40,8 +40,7 @@ def halving_losers(scores: Mapping[str, float], keep: float) -> set[str]:
     """Successive halving (Jamieson and Talwalkar, 2016, https://arxiv.org/abs/1502.07943): all but the best `keep`.
 
     At least one is kept; of equals the earlier. Members that come to a rung later are compared with all that were
-    there before them, as in its asynchronous form (https://arxiv.org/abs/1810.05934).
-    """
+    there before them, as in its asynchronous form (https://arxiv.org/abs/1810.05934)."""
     count = max(1, math.ceil(len(scores) * keep - 1e-9))
     ranked = sorted(scores, key=lambda name: -scores[name])
     return set(ranked[count:])
@@ -71,8 +70,7 @@ def take_over(loser: Run, winner: Run) -> AdapterVersion:
 
     Its parent is the loser's own last one; the journal holds `from/run`, `from/version` and `from/digest`. Seeds, data
     position and random state stay the loser's. Both are between two steps. One that a kill cut short, after its version
-    was there, is only completed. Raises `ConfigError`, before anything has changed, for an adapter of another form.
-    """
+    was there, is only completed. Raises `ConfigError`, before anything has changed, for an adapter of another form."""
     if loser is winner:
         raise ConfigError(f"{loser.run_dir} cannot take over from itself; give two runs")
     taken = winner.version

@@ -32,8 +32,7 @@ class Sweep:
     """Runs what a plan says, in its directory, and goes on where it was stopped.
 
     `SWEEP/sweep.jsonl` has where each round began, what was decided (rung, take-over) and how each member ended;
-    `SWEEP/summary.json`, `curves.png` and `best-adapter/` come last. Each member's folder is a run like any other.
-    """
+    `SWEEP/summary.json`, `curves.png` and `best-adapter/` come last. Each member's folder is a run like any other."""
 
     def __init__(self, plan: SweepPlan, *, engine: Engine | None = None, resume: bool = False) -> None:
         """Raises `ConfigError` for a directory that holds something else. An `engine` that is given stays open."""
@@ -54,8 +53,7 @@ class Sweep:
         """To the end; `show` is given the members' rows, now and after each round. Returns the summary.
 
         Ctrl-C leaves every member's run as it stands, to be gone on with. Raises what a population raises; refused
-        before any member began, it leaves the directory as it was.
-        """
+        before any member began, it leaves the directory as it was."""
         evolves, ended = self.plan.evolve_every is not None, self._ended
         # What failed may be brought back by a take-over.
         waiting = [one for one in self.plan.trials if one.name not in ended or (evolves and self._failed(one.name))]
