@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE, AdapterVersion
 from lora_grpo.config_file import config_of_model
-from lora_grpo.engines.compat import slots as vllm_slots
+from lora_grpo.engines import compat
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError, LoraGrpoError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
@@ -271,11 +271,11 @@ def _tampered(engine: VLLMEngine, sync: NativeSync, store: AdapterStore, tamper:
 
 def _slot(engine: VLLMEngine, version: AdapterVersion) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(A, B) of every slice in the slot that `version` holds, those left empty left out."""
-    slot = vllm_slots.slot_of(engine._llm, engine._find(version).request.lora_int_id)
+    slot = compat.slot_of(engine._llm, engine._find(version).request.lora_int_id)
     assert slot is not None
     return [
         (a[slot, 0], b[slot, 0])
-        for layer in vllm_slots.wrapped_modules(engine._llm).values()
+        for layer in compat.wrapped_modules(engine._llm).values()
         for a, b in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
         if b[slot].any()
     ]

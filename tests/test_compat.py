@@ -18,7 +18,6 @@ from packaging.specifiers import SpecifierSet
 
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat import ending, mends
-from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.compat.mends import mend_kernels
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 from tests.conftest import read_anew
@@ -179,20 +178,11 @@ def test_only_0_26_is_kept_off_the_v2_runner() -> None:
 
 @pytest.mark.parametrize("release", compat.RELEASES)
 def test_what_differs_between_releases(release: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.33: the CPU's kernels leave base rows alone, and a sleep at level 2 leaves the adapter slots alone."""
+    """0.33: the CPU's kernels leave base rows alone."""
     monkeypatch.setattr(compat, "vllm_release", lambda: release)
-    assert compat.slots_outlive_level_2() is (release >= (0, 33))
     for cpu in (True, False):
         monkeypatch.setattr(compat, "is_cpu", lambda cpu=cpu: cpu)
         assert compat.base_rows_are_safe() is (not cpu or release >= (0, 33))
-
-
-@pytest.mark.parametrize(("level", "done"), [(1, ["wake_up"]), (2, ["wake_up", "reload_weights"])])
-def test_after_level_2_the_base_is_read_again(level: int, done: list[str]) -> None:
-    """Memory is mapped again first; what it holds then is anything."""
-    called: list[str] = []
-    compat.wake_up(SimpleNamespace(wake_up=lambda: called.append("wake_up"), collective_rpc=called.append), level)
-    assert called == done
 
 
 @pytest.mark.vllm
@@ -217,17 +207,17 @@ def test_layers_without_slices_are_refused_by_name() -> None:
     """A head's buffer is one tensor; read as slices, its slots would be taken for slices and go unproven."""
     head = SimpleNamespace(lora_a_stacked=torch.zeros(2, 1, 8, 4), lora_b_stacked=torch.zeros(2, 1, 9, 8))
     layers = {"model.layers.0.mlp.down_proj": stacked_layer(1), "model.layers.0.self_attn.qkv_proj": stacked_layer(3)}
-    assert set(vllm_slots.wrapped_modules(in_process_llm(modules=layers))) == set(layers)
+    assert set(compat.wrapped_modules(in_process_llm(modules=layers))) == set(layers)
     with pytest.raises(ConfigError, match=r"lm_head.*target_modules"):
-        vllm_slots.wrapped_modules(in_process_llm(modules={**layers, "lm_head": head}))
+        compat.wrapped_modules(in_process_llm(modules={**layers, "lm_head": head}))
 
 
 def test_slots_and_registration_of_loaded_active_and_unknown_adapters() -> None:
     known = {7: SimpleNamespace(loras={"l.o_proj": object()}), 8: SimpleNamespace(loras={"l.qkv_proj": object()})}
     llm = in_process_llm(lora_index_to_id=[None, 7], get_adapter=known.get)
-    assert [vllm_slots.slot_of(llm, lora_id) for lora_id in (7, 8, 9)] == [1, None, None]
-    assert vllm_slots.registered_modules(llm, 8) == {"l.qkv_proj"}
-    assert vllm_slots.registered_modules(llm, 9) == set()
+    assert [compat.slot_of(llm, lora_id) for lora_id in (7, 8, 9)] == [1, None, None]
+    assert compat.registered_modules(llm, 8) == {"l.qkv_proj"}
+    assert compat.registered_modules(llm, 9) == set()
 
 
 @pytest.mark.vllm

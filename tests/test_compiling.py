@@ -16,7 +16,6 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
-from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local import starting
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.kernels import SlotRows
@@ -154,7 +153,7 @@ def test_decoding_takes_the_compiled_kernel(
     stock = SlotRows.add
     monkeypatch.setattr(SlotRows, "add", lambda self, y, x, scale: rows.append(len(y)) or stock(self, y, x, scale))
     engine.generate(PROMPTS, Sampling(n=1, max_tokens=3, ignore_eos=True), adapter=version)
-    layers = len(vllm_slots.wrapped_modules(engine._llm))
+    layers = len(compat.wrapped_modules(engine._llm))
     assert rows[-2 * layers :] == [len(PROMPTS)] * (2 * layers)
 
 

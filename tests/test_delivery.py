@@ -21,8 +21,8 @@ from lora_grpo.adapters.files.disk import digest_buffers
 from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE, AdapterVersion
+from lora_grpo.engines import compat
 from lora_grpo.engines.base import BaseDescription
-from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.delivery import probe
 from lora_grpo.engines.delivery.canary import Witness
 from lora_grpo.engines.delivery.probe import run_probe
@@ -168,11 +168,11 @@ def test_what_cannot_be_served_faithfully_is_refused_by_name(
 ) -> None:
     spoil, message = DEFECTS[defect]
     version = forge(shm_dir / "bad", *spoil(*good))
-    registered = vllm_slots.lora_manager(llama_engine._llm).list_adapters().keys()
+    registered = compat.lora_manager(llama_engine._llm).list_adapters().keys()
     before = llama_engine.generate([PROMPT], GREEDY, adapter=None)
     with pytest.raises(DeliveryError, match=message):
         llama_engine.load(version)
-    assert vllm_slots.lora_manager(llama_engine._llm).list_adapters().keys() == registered
+    assert compat.lora_manager(llama_engine._llm).list_adapters().keys() == registered
     with pytest.raises(UnknownVersion):
         llama_engine.generate([PROMPT], GREEDY, adapter=version)
     assert llama_engine.generate([PROMPT], GREEDY, adapter=None) == before
@@ -209,9 +209,9 @@ def test_other_bytes_under_a_loaded_path_are_refused(
 
 def slot_tensors(engine: VLLMEngine, version: AdapterVersion) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(A, B) of each wrapped layer's first slice, in the slot that `version` holds."""
-    slot = vllm_slots.slot_of(engine._llm, engine._find(version).request.lora_int_id)
+    slot = compat.slot_of(engine._llm, engine._find(version).request.lora_int_id)
     assert slot is not None
-    layers = vllm_slots.wrapped_modules(engine._llm).items()
+    layers = compat.wrapped_modules(engine._llm).items()
     return {name: (layer.lora_a_stacked[0][slot, 0], layer.lora_b_stacked[0][slot, 0]) for name, layer in layers}
 
 
@@ -280,7 +280,7 @@ def test_a_load_that_fails_half_way_leaves_nothing(
         first = sync.push(step=0)
         answer = llama_engine.generate([PROMPT], GREEDY, adapter=first)
         refill_lora(model, seed=9)
-        layer = vllm_slots.wrapped_modules(llama_engine._llm)["model.layers.1.self_attn.o_proj"]
+        layer = compat.wrapped_modules(llama_engine._llm)["model.layers.1.self_attn.o_proj"]
 
         def explode(*args: Any) -> None:
             raise RuntimeError("out of slots")

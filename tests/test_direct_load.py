@@ -15,7 +15,6 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
-from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local import residents
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError
@@ -57,10 +56,10 @@ def publish(store: AdapterStore, llama_dir: Path, seed: int = 0, **settings: Any
 
 
 def slots(engine: VLLMEngine, version: AdapterVersion) -> dict[str, torch.Tensor]:
-    slot = vllm_slots.slot_of(engine._llm, engine._find(version).request.lora_int_id)
+    slot = compat.slot_of(engine._llm, engine._find(version).request.lora_int_id)
     return {
         f"{name}[{index}].{kind}": stacked[slot].clone()
-        for name, layer in vllm_slots.wrapped_modules(engine._llm).items()
+        for name, layer in compat.wrapped_modules(engine._llm).items()
         for kind, stacks in (("A", layer.lora_a_stacked), ("B", layer.lora_b_stacked))
         for index, stacked in enumerate(stacks)
     }
@@ -94,7 +93,7 @@ def test_slots_and_registration_are_those_of_vllms_own_loader(
         assert (receipt.proof, receipt.loader) == ("slots", kind)
         left[kind] = slots(engine, version)
         lora_id = engine._find(version).request.lora_int_id
-        seen[kind] = as_seen(vllm_slots.lora_manager(engine._llm).get_adapter(lora_id))
+        seen[kind] = as_seen(compat.lora_manager(engine._llm).get_adapter(lora_id))
         for other in (*dirty, version):
             engine.unload(other)
     assert left["stock"].keys() == left["direct"].keys()
@@ -127,7 +126,7 @@ def test_least_recently_used_goes_first_and_vllm_agrees(
     engine.generate([[5, 6]], Sampling(max_tokens=2, seed=0), adapter=versions[0])
     engine.load(versions[4])
     assert set(engine.loaded()) == {versions[i] for i in (0, 2, 3, 4)}
-    manager = vllm_slots.lora_manager(engine._llm)
+    manager = compat.lora_manager(engine._llm)
     ids = {engine._find(version).request.lora_int_id for version in engine.loaded()}
     assert set(engine._llm.llm_engine.list_loras()) == ids == set(manager.list_adapters())
     active = [lora_id for lora_id in manager.lora_index_to_id if lora_id is not None]
@@ -144,7 +143,7 @@ def test_vllm_itself_can_activate_what_was_loaded_directly(
         engine.load(version)
     before = slots(engine, versions[2])
     lora_id = engine._find(versions[2]).request.lora_int_id
-    manager = vllm_slots.lora_manager(engine._llm)
+    manager = compat.lora_manager(engine._llm)
     manager.deactivate_adapter(lora_id)
     assert manager.activate_adapter(lora_id)
     assert all(torch.equal(tensor, slots(engine, versions[2])[name]) for name, tensor in before.items())

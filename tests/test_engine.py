@@ -23,7 +23,6 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, vllm_local
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.compat import ending
-from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.compat.ending import engines_alive
 from lora_grpo.engines.delivery.slots import SlotProver
 from lora_grpo.engines.local import residents
@@ -96,7 +95,7 @@ def greedy(engine: VLLMEngine, adapter: AdapterVersion | None) -> Completion:
 
 
 def slot(engine: VLLMEngine, version: AdapterVersion) -> int | None:
-    return vllm_slots.slot_of(engine._llm, engine._find(version).request.lora_int_id)
+    return compat.slot_of(engine._llm, engine._find(version).request.lora_int_id)
 
 
 def ascii_of(text: str) -> str:
@@ -310,7 +309,7 @@ def test_the_least_recently_used_goes_and_comes_back_as_it_was(engine: VLLMEngin
     engine.generate([PROMPT] * 3, GREEDY, adapter=[third, fourth, first])
     engine.load(fifth)
     assert engine.loaded() == (third, fourth, first, fifth)
-    assert request.lora_int_id not in vllm_slots.lora_manager(engine._llm).list_adapters()
+    assert request.lora_int_id not in compat.lora_manager(engine._llm).list_adapters()
     with pytest.raises(UnknownVersion, match=r"v2 is not loaded \(loaded: v3, v4, v1, v5\)"):
         greedy(engine, second)
     receipt = engine.load(second)
@@ -353,7 +352,7 @@ def test_a_version_that_comes_back_into_its_slot_changed_is_not_served(engine: V
     """What goes into the slot is a copy in host memory, not the file: the proof must not take that for the truth."""
     first, second, third = shelf.publish(3)
     load_all(engine, [first, second, third])
-    held = vllm_slots.lora_manager(engine._llm).get_adapter(engine._find(first).request.lora_int_id)
+    held = compat.lora_manager(engine._llm).get_adapter(engine._find(first).request.lora_int_id)
     held.loras["model.layers.1.self_attn.o_proj"].lora_b.mul_(2)
     answer = greedy(engine, second)
     with pytest.raises(DeliveryError, match=r"v1: .* differs from the published bytes"):
@@ -368,7 +367,7 @@ def test_unload(engine: VLLMEngine, shelf: Shelf) -> None:
     lora_id = engine._find(first).request.lora_int_id
     engine.unload(first)
     assert engine.loaded() == (second,)
-    assert lora_id not in vllm_slots.lora_manager(engine._llm).list_adapters()
+    assert lora_id not in compat.lora_manager(engine._llm).list_adapters()
     with pytest.raises(UnknownVersion, match="v1 is not loaded"):
         engine.unload(first)
 

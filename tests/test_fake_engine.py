@@ -12,9 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Engine
+from lora_grpo.engines.base import Engine, LoadedVersions
 from lora_grpo.engines.fake import FakeEngine
-from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.server.replica import Served
 from lora_grpo.errors import ConfigError, EngineError, TrainingError, UnknownVersion
 from lora_grpo.sync import NativeSync

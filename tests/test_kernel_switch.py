@@ -13,10 +13,9 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
-from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local import lora_kernels
 from lora_grpo.engines.local.lora_kernels import LayerKernels
-from lora_grpo.engines.requests import sampling_params, scored_tokens
+from lora_grpo.engines.requests import scored_tokens, scoring_params
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
@@ -69,7 +68,7 @@ def versions(
 
 def linear_kernels(engine: VLLMEngine) -> set[type]:
     """What the linear layers of an engine compute their LoRA with."""
-    return {type(layer.punica_wrapper) for layer in vllm_slots.wrapped_modules(engine._llm).values()}
+    return {type(layer.punica_wrapper) for layer in compat.wrapped_modules(engine._llm).values()}
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -81,7 +80,7 @@ def logprobs(
     engine: VLLMEngine, rows: Sequence[list[int]], adapters: Sequence[AdapterVersion | None]
 ) -> list[list[float]]:
     """Of every token of `rows`, each under its own version, as they come in the engine's own batches."""
-    params: Any = sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
+    params: Any = scoring_params()
     asked = [(ids, params, version) for ids, version in zip(rows, adapters, strict=True)]
     return scored_tokens(engine._run(asked), rows)
 

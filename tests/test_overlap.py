@@ -23,7 +23,7 @@ from lora_grpo.adapters.peft_form.serving import Held, ServingForm, weights_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, ModelConfig
-from lora_grpo.engines.compat import slots as vllm_slots
+from lora_grpo.engines import compat
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.local.driving import StepDriver
 from lora_grpo.engines.vllm_local import VLLMEngine
@@ -337,7 +337,7 @@ def test_what_goes_on_meanwhile_leaves_a_rollout_alone(
     monkeypatch.setattr(prover, "prove", failing)
 
     def slot() -> int | None:
-        return vllm_slots.slot_of(apart._engine._llm, apart._engine._find(first).request.lora_int_id)
+        return compat.slot_of(apart._engine._llm, apart._engine._find(first).request.lora_int_id)
 
     def meanwhile() -> Any:
         refused, held = [], slot()

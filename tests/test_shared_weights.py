@@ -19,7 +19,6 @@ from torch import nn
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines import compat
-from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.local import shared_weights
 from lora_grpo.engines.local.shared_weights import FrozenParameter, SharedBase, check_shareable
@@ -235,7 +234,7 @@ def test_weights_that_the_engine_replaced_stop_the_next_load(llama_dir: Path) ->
     try:
         shared = SharedBase(engine._llm)
         shared.check_untouched()
-        layer = vllm_slots.wrapped_modules(engine._llm)["model.layers.0.self_attn.o_proj"].base_layer
+        layer = compat.wrapped_modules(engine._llm)["model.layers.0.self_attn.o_proj"].base_layer
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         with pytest.raises(DeliveryError, match=r"replaced model\.layers\.0\.self_attn\.o_proj\.weight"):
             shared.check_untouched()

@@ -12,8 +12,8 @@ import torch
 from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines import compat, vllm_local
-from lora_grpo.engines.compat import slots as vllm_slots
+from lora_grpo.engines import compat
+from lora_grpo.engines.compat import ending
 from lora_grpo.engines.delivery.slots import SlotProver
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError
@@ -38,8 +38,8 @@ def started(llama_dir: Path) -> Iterator[VLLMEngine]:
 @pytest.fixture
 def engine(started: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[VLLMEngine]:
     """Alone in its process, and started with a sleep mode, for all it knows."""
-    monkeypatch.setattr(vllm_local, "engines_alive", lambda: 1)
-    monkeypatch.setattr(compat, "sleep_mode", lambda llm: True)
+    monkeypatch.setattr(ending, "engines_alive", lambda: 1)
+    monkeypatch.setattr(started._llm.llm_engine.vllm_config.model_config, "enable_sleep_mode", True)
     yield started
     started.wake_up()
     for version in started.loaded():
@@ -115,9 +115,9 @@ def test_a_version_that_did_not_survive_is_not_served_and_the_others_are(
     engine.load(first)
     engine.load(second)
     before = answers(engine, [second])
-    slot = vllm_slots.slot_of(engine._llm, engine._find(first).request.lora_int_id)
+    slot = compat.slot_of(engine._llm, engine._find(first).request.lora_int_id)
     engine.sleep()
-    vllm_slots.wrapped_modules(engine._llm)[MODULE].lora_b_stacked[0][slot].mul_(0.5)
+    compat.wrapped_modules(engine._llm)[MODULE].lora_b_stacked[0][slot].mul_(0.5)
     with pytest.raises(DeliveryError, match=rf"v1: .*{MODULE}.* differs from the published bytes"):
         engine.wake_up()
     assert engine.loaded() == (second,)
@@ -179,7 +179,7 @@ def test_level_2_reads_the_base_again_and_then_the_adapters(
     engine: VLLMEngine, versions: list[AdapterVersion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading the base again makes vLLM forget its adapters, from 0.28 on: the installed release does it too."""
-    monkeypatch.setattr(compat, "slots_outlive_level_2", lambda: True)
+    monkeypatch.setattr(compat, "vllm_release", lambda: (0, 33))
     for version in versions:
         engine.load(version)
     before = answers(engine, versions)
@@ -230,7 +230,7 @@ def test_levels_shared_weights_requests_and_neighbours(engine: VLLMEngine, monke
         with pytest.raises(ConfigError, match="the engine is answering requests"):
             engine.sleep()
     with monkeypatch.context() as patched:
-        patched.setattr(vllm_local, "engines_alive", lambda: 2)
+        patched.setattr(ending, "engines_alive", lambda: 2)
         with pytest.raises(ConfigError, match="2 engines are alive in this process"):
             engine.sleep()
     assert not engine._llm.llm_engine.is_sleeping()
@@ -241,9 +241,9 @@ def test_levels_shared_weights_requests_and_neighbours(engine: VLLMEngine, monke
 
 
 def test_a_base_that_does_not_come_back_closes_the_engine(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_local, "engines_alive", lambda: 1)
-    monkeypatch.setattr(compat, "sleep_mode", lambda llm: True)
     engine = VLLMEngine(llama_dir, max_lora_rank=8, **ENGINE_ARGS)
+    monkeypatch.setattr(ending, "engines_alive", lambda: 1)
+    monkeypatch.setattr(engine._llm.llm_engine.vllm_config.model_config, "enable_sleep_mode", True)
     engine.sleep()
     discard(engine)
     with pytest.raises(DeliveryError, match="after sleep level 1 the base is not the same"):
@@ -254,9 +254,9 @@ def test_a_base_that_does_not_come_back_closes_the_engine(llama_dir: Path, monke
 
 def test_a_failure_inside_vllm_closes_the_engine(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have unmapped some of the memory; whatever touched that would end the process."""
-    monkeypatch.setattr(vllm_local, "engines_alive", lambda: 1)
-    monkeypatch.setattr(compat, "sleep_mode", lambda llm: True)
     engine = VLLMEngine(llama_dir, max_lora_rank=8, **ENGINE_ARGS)
+    monkeypatch.setattr(ending, "engines_alive", lambda: 1)
+    monkeypatch.setattr(engine._llm.llm_engine.vllm_config.model_config, "enable_sleep_mode", True)
 
     def half_way(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("Memory usage increased after sleeping.")

@@ -34,7 +34,6 @@ from lora_grpo.adapters.peft_form.serving import ServingForm  # noqa: E402
 from lora_grpo.adapters.store import AdapterStore  # noqa: E402
 from lora_grpo.adapters.version import AdapterVersion  # noqa: E402
 from lora_grpo.engines import compat  # noqa: E402
-from lora_grpo.engines.compat import slots as vllm_slots  # noqa: E402
 from lora_grpo.errors import (  # noqa: E402
     ConfigError,
     DeliveryError,
@@ -388,7 +387,7 @@ def test_a_rollout_function_on_trls_own_defaults(llama_dir: Path, tmp_path: Path
     adapted = LoraConfig(**{**LORA, "target_modules": ["q_proj", "down_proj"]})
     trainer = native_trainer(str(llama_dir), args, peft_config=adapted, rollout_func=rollout)
     try:
-        wrapped = vllm_slots.wrapped_modules(trainer.native.engine._llm)
+        wrapped = compat.wrapped_modules(trainer.native.engine._llm)
         assert {name.rsplit(".", 1)[-1] for name in wrapped} == {"qkv_proj", "down_proj"}
         result = Seen(trainer, base_digest(trainer))
         watch(result)

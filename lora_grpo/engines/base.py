@@ -1,20 +1,24 @@
-"""The seam between the trainer and whatever makes completions."""
+"""The seam between the trainer and whatever makes completions, and the books that each engine keeps of its versions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeGuard, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeGuard, TypeVar, runtime_checkable
 
 import torch
 
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, parse_target
+from lora_grpo.errors import ConfigError, DeliveryError, UnknownVersion
 from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.peft_form.serving import Held
     from lora_grpo.engines.delivery.canary import Witness
     from lora_grpo.engines.names import BaseReading
+
+_Loaded = TypeVar("_Loaded", bound=Any)
 
 Proof: TypeAlias = Literal["slots", "behaviour", "none"]
 """What a load was proven by: the slot contents, log-probs over a wire, or nothing (a fake)."""
@@ -124,3 +128,53 @@ class RemoteEngine(Engine, Protocol):
 
 def is_remote(engine: Engine) -> TypeGuard[RemoteEngine]:
     return engine.proof == "behaviour"
+
+
+def require_version(given: object) -> AdapterVersion:
+    """`given`; raises `ConfigError` for a number: an engine may serve versions of several stores."""
+    if isinstance(given, AdapterVersion):
+        return given
+    named = parse_target(given)
+    raise ConfigError(
+        f"an engine takes an AdapterVersion, but {given!r} names one in a store: pass store.get({named!r}) "
+        f"(sync.store.get({named!r}), trainer.store.get({named!r})); None is the base model"
+    )
+
+
+class LoadedVersions(Generic[_Loaded]):
+    """What an engine has of each version (its `version`), by path, least recently used first."""
+
+    def __init__(self) -> None:
+        # Replaced and never changed: who reads it in another thread has one state of it, and misses no version.
+        self._by_path: dict[Path, _Loaded] = {}
+
+    def all(self) -> tuple[_Loaded, ...]:
+        return tuple(self._by_path.values())
+
+    @property
+    def versions(self) -> tuple[AdapterVersion, ...]:
+        return tuple(loaded.version for loaded in self.all())
+
+    def find(self, version: AdapterVersion) -> _Loaded:
+        """Raises `UnknownVersion` for one that is not loaded."""
+        found = self._by_path.get(require_version(version).path)
+        if found is None or found.version.digest != version.digest:
+            held = ", ".join(map(str, self.versions)) or "none"
+            raise UnknownVersion(f"{version} is not loaded (loaded: {held}); call engine.load(version) first")
+        return found
+
+    def known(self, version: AdapterVersion) -> _Loaded | None:
+        """None for one that is not loaded. Raises `DeliveryError` where its path was loaded with other bytes."""
+        known = self._by_path.get(require_version(version).path)
+        if known is not None and known.version.digest != version.digest:
+            raise DeliveryError(f"{version.path} is loaded as {known.version} with other bytes; a path must not change")
+        return known
+
+    def add(self, loaded: _Loaded) -> None:
+        """As the most recently used; one that is there already becomes it."""
+        path = loaded.version.path
+        self._by_path = {**{other: known for other, known in self._by_path.items() if other != path}, path: loaded}
+
+    def remove(self, loaded: _Loaded) -> None:
+        """Where it is there: another load of the same version, which failed, takes nothing away."""
+        self._by_path = {path: known for path, known in self._by_path.items() if known is not loaded}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import requests
-from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
-from lora_grpo.engines.loaded import LoadedVersions
+from lora_grpo.engines.base import Adapters, BaseDescription, LoadedVersions, LoadReceipt, Proof, Samplings
 from lora_grpo.errors import EngineError
 from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sampling, Sequences
 
@@ -30,10 +30,6 @@ class _Bytes:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")
-
-
-class _Taken(NamedTuple):
-    version: AdapterVersion
 
 
 class FakeEngine:
@@ -59,7 +55,7 @@ class FakeEngine:
         self._reply, self._logprob = reply, logprob
         self.tokenizer = tokenizer or _Bytes()
         self._max_cpu_loras = max_cpu_loras
-        self._loaded: LoadedVersions[_Taken] = LoadedVersions()
+        self._loaded: LoadedVersions[Any] = LoadedVersions()
         self._closed = False
         self.between_steps: Callable[[], None] | None = None
         """Called before each prompt is answered."""
@@ -67,9 +63,10 @@ class FakeEngine:
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         """Take `version` up, so that it can be named. Raises `EngineError` when its directory is not there."""
         self._require_open()
-        if not requests.require_version(version).path.is_dir():
+        known = self._loaded.known(version)
+        if not version.path.is_dir():
             raise EngineError(f"{version} has no directory {version.path}")
-        self._loaded.add(self._loaded.known(version) or _Taken(version))
+        self._loaded.add(known or SimpleNamespace(version=version))
         for oldest in self._loaded.all()[: -self._max_cpu_loras]:
             self._loaded.remove(oldest)
         return LoadReceipt("none", {"load": 0.0}, 0, 0)

@@ -80,9 +80,13 @@ class NameMap:
                 return Place(place.name, (members.index(leaf),))
         return None
 
-    def _known(self, runtime: str, slices: tuple[int, ...] | None) -> Place | None:
+    def layer(self, runtime: str) -> tuple[Any, str]:
+        """The layer, None where there is none, and what of it the name is: "weight", "bias", ..."""
         module, _, kind = runtime.rpartition(".")
-        layer = self.modules.get(module)
+        return self.modules.get(module), kind
+
+    def _known(self, runtime: str, slices: tuple[int, ...] | None) -> Place | None:
+        layer, kind = self.layer(runtime)
         held = getattr(layer, kind, getattr(layer, f"{kind}_packed", None))
         # A tower that vLLM left out has its parameters on the meta device.
         absent = held is None or getattr(held, "is_meta", False) or compat.loads_other_values(held)
@@ -94,18 +98,19 @@ class NameMap:
         sizes = self._sizes(place.name)
         if not sizes or sum(sizes) != whole[0]:
             # vLLM pads a vocabulary: its own rows come first.
-            sizes = [min(shape[0], whole[0]) if self._is_vocabulary(place.name) else whole[0]]
+            sizes = [min(shape[0], whole[0]) if _is_vocabulary(self.layer(place.name)[0]) else whole[0]]
         wanted = range(len(sizes)) if place.slices is None else place.slices
         if max(wanted) >= len(sizes) or [sum(sizes[index] for index in wanted), *whole[1:]] != list(shape):
             return None
         return {index: (sum(sizes[:index]), sizes[index]) for index in wanted}
 
     def _sizes(self, name: str) -> list[int]:
-        module = self.modules[name.rpartition(".")[0]]
-        return [] if self._is_vocabulary(name) else list(getattr(module, "output_partition_sizes", None) or ())
+        layer, _ = self.layer(name)
+        return [] if _is_vocabulary(layer) else list(getattr(layer, "output_partition_sizes", None) or ())
 
-    def _is_vocabulary(self, name: str) -> bool:
-        return hasattr(self.modules[name.rpartition(".")[0]], "org_vocab_size")
+
+def _is_vocabulary(layer: Any) -> bool:
+    return hasattr(layer, "org_vocab_size")
 
 
 def _slices(shard: Any) -> tuple[int, ...]:
@@ -156,21 +161,20 @@ def read_base(runner: Any, shapes: Mapping[str, Sequence[int]], where: str) -> B
             unread[name] = "vLLM's model has no tensor for it"
             continue
         reached.add(place.name)
-        module, _, kind = place.name.rpartition(".")
-        key = (id(names.modules[module]), kind, place.slices, *shape)
+        layer, kind = names.layer(place.name)
+        key = (id(layer), kind, place.slices, *shape)
         found = read[key] = read.get(key) or _read(names, place, tuple(shape) or (1,))
         if isinstance(found, str):
             unread[name] = found
         else:
             tensors[name] = found
     own = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
-    unasked = sorted(name for name in own - reached if not _is_a_scale(names, name))
+    unasked = sorted(name for name in own - reached if not _is_a_scale(*names.layer(name)))
     return BaseReading(where, tensors, unread, tuple(unasked), time.perf_counter() - started)
 
 
 def _read(names: NameMap, place: Place, shape: tuple[int, ...]) -> TensorReading | str:
-    module, _, kind = place.name.rpartition(".")
-    layer = names.modules[module]
+    layer, kind = names.layer(place.name)
     packed = packed_form(layer, kind)
     tensor: Any = getattr(layer, kind, None)
     if packed is None and (tensor is None or tensor.numel() == 0):
@@ -189,8 +193,7 @@ def _read(names: NameMap, place: Place, shape: tuple[int, ...]) -> TensorReading
     return TensorReading(str(dtype).removeprefix("torch."), slices, packed is not None and packed.quantized)
 
 
-def _is_a_scale(names: NameMap, name: str) -> bool:
+def _is_a_scale(layer: Any, kind: str) -> bool:
     """Whether a parameter has been read with the quantized weight that it belongs to."""
-    module, _, kind = name.rpartition(".")
-    weight = packed_form(names.modules[module], "weight")
+    weight = packed_form(layer, "weight")
     return weight is not None and weight.quantized and kind != "bias"

@@ -3,13 +3,13 @@
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain, islice
 from numbers import Integral
 from typing import Any
 
-from lora_grpo.adapters.version import AdapterVersion, parse_target
-from lora_grpo.engines.base import Adapters, BaseDescription, Samplings
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import Adapters, BaseDescription, Samplings, require_version
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sampling, Sequences, derive_seed, text_problem
 
@@ -85,10 +85,9 @@ def _render_chat(tokenizer: Any, chat: Any, called: str) -> Any:
     try:
         return tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=False, **kwargs)
     except (TemplateError, TypeError, ValueError) as error:
-        problems = filter(None, (text_problem(str(message.get("content"))) for message in chat))
-        if problem := next(problems, None):
-            raise ConfigError(f"{called}: {problem}") from error
-        raise ConfigError(f"{called} is rejected by the chat template: {error}") from error
+        problems = (text_problem(str(message.get("content"))) for message in chat)
+        said = next(filter(None, problems), f"the chat template rejects it: {error}")
+        raise ConfigError(f"{called}: {said}") from error
 
 
 def check_fits(ids_P: Sequences, max_tokens_P: Sequence[int], max_model_len: int, vocabulary: int) -> None:
@@ -128,17 +127,6 @@ def adapters_by_prompt(adapter: Adapters, prompts: int) -> list[AdapterVersion |
     return [None if one is None else require_version(one) for one in adapter]
 
 
-def require_version(given: object) -> AdapterVersion:
-    """`given`; raises `ConfigError` for a number: an engine may serve versions of several stores."""
-    if isinstance(given, AdapterVersion):
-        return given
-    named = parse_target(given)
-    raise ConfigError(
-        f"an engine takes an AdapterVersion, but {given!r} names one in a store: pass store.get({named!r}) "
-        f"(sync.store.get({named!r}), trainer.store.get({named!r})); None is the base model"
-    )
-
-
 def mixed_batches(adapter_B: Sequence[AdapterVersion | None], slots: int, mixes_base: bool) -> Iterator[list[int]]:
     """Rows that may share an engine batch: at most `slots` versions, base rows apart where they cannot mix."""
     rows_of: dict[AdapterVersion | None, list[int]] = {}
@@ -171,22 +159,22 @@ def request_seeds(sampling_P: Sequence[Sampling]) -> list[list[int]]:
 
 def sampling_fields(sampling: Sampling, seed: int, placeholders: Sequence[int] = ()) -> dict[str, Any]:
     """One sample of one prompt in vLLM's words, with its tokens' log-probs; none of `placeholders` is sampled."""
-    alike = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "ignore_eos")
-    return {
-        **{name: getattr(sampling, name) for name in alike},
-        **{"n": 1, "seed": seed, "stop": list(sampling.stop), "stop_token_ids": list(sampling.stop_token_ids)},
-        "logit_bias": dict.fromkeys(placeholders, _NEVER) or None,
-        "logprobs": 0,
-    }
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(sampling).items()}
+    del fields["first_prompt"]
+    never = dict.fromkeys(placeholders, _NEVER) or None
+    return fields | {"n": 1, "seed": seed, "logit_bias": never, "logprobs": 0}
 
 
-def sampling_params(
-    sampling: Sampling, seed: int, *, prompt_logprobs: bool = False, placeholders: Sequence[int] = ()
-) -> Any:
+def sampling_params(sampling: Sampling, seed: int, placeholders: Sequence[int] = (), *, scored: bool = False) -> Any:
+    """`scored`: with the prompt's log-probs too."""
     from vllm import SamplingParams
 
-    scored = 0 if prompt_logprobs else None
-    return SamplingParams(**sampling_fields(sampling, seed, placeholders), prompt_logprobs=scored)
+    fields = sampling_fields(sampling, seed, placeholders)
+    return SamplingParams(**fields, prompt_logprobs=0 if scored else None)
+
+
+def scoring_params() -> Any:
+    return sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, scored=True)
 
 
 def to_completion(output: Any, adapter: AdapterVersion | None) -> Completion:

@@ -10,16 +10,20 @@ from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, requests
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
-from lora_grpo.engines.compat.ending import engines_alive, hold, vllm_boundary
+from lora_grpo.engines.compat.ending import check_may_sleep, hold, vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
+from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.local.driving import StepDriver, Turn
 from lora_grpo.engines.local.residents import Loaded, Residents
 from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
-from lora_grpo.engines.local.sleeping import check_base_is_back, check_may_sleep, score_base
 from lora_grpo.engines.local.starting import adapter_room, start_llm
 from lora_grpo.engines.names import BaseReading, read_base
-from lora_grpo.errors import EngineError, UnknownVersion
-from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
+from lora_grpo.errors import DeliveryError, EngineError, UnknownVersion
+from lora_grpo.scoring import mean_abs_difference
+from lora_grpo.types import Group, LogProbs, Prompt, Sequences
+
+SAME_BASE_NATS = 0.02
+"""What two scorings of the same tokens on the same weights may differ by, mean a token."""
 
 
 class VLLMEngine:
@@ -141,7 +145,7 @@ class VLLMEngine:
         adapter_P = requests.adapters_by_prompt(adapter, len(prompts))
         seeds_PG = requests.request_seeds(sampling_P)
         rows = [
-            (ids, requests.sampling_params(one, seed, placeholders=base.placeholders), version)
+            (ids, requests.sampling_params(one, seed, base.placeholders), version)
             for ids, one, version, seeds in zip(ids_P, sampling_P, adapter_P, seeds_PG, strict=True)
             for seed in seeds
         ]
@@ -152,7 +156,7 @@ class VLLMEngine:
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         """Log-probs (nats, temperature 1) of tokens 1..T-1 of each sequence of token ids. Raises as `generate` does."""
         requests.check_fits(sequences, [1] * len(sequences), self.max_model_len, self.describe_base().vocabulary)
-        params = requests.sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
+        params = requests.scoring_params()
         return requests.scored_tokens(self._run([(ids, params, adapter) for ids in sequences]), sequences)
 
     def shared_model(self) -> Any:
@@ -190,9 +194,9 @@ class VLLMEngine:
         """
         with self._turn.take("sleep"):
             self._check_awake()
-            check_may_sleep(self._llm, level, self.loaded(), shared=self._shared is not None, alive=engines_alive())
+            check_may_sleep(self._llm, level, self.loaded(), shared=self._shared is not None)
             with vllm_boundary("fall asleep", self.close):
-                before = score_base(self)
+                before = self._score_base()
                 self._llm.sleep(level)
                 self._asleep = level, before
 
@@ -206,9 +210,18 @@ class VLLMEngine:
             llm, asleep, self._asleep = self._llm, self._asleep, None
             if asleep is None:
                 return
+            level, before = asleep
             with vllm_boundary("wake up", self.close):
-                compat.wake_up(llm, asleep[0])
-                check_base_is_back(self, *asleep)
+                llm.wake_up()
+                if level == 2:
+                    # Makes vLLM forget all adapters.
+                    llm.collective_rpc("reload_weights")
+                gap = mean_abs_difference(self._score_base(), before)
+                if not gap <= SAME_BASE_NATS:
+                    raise DeliveryError(
+                        f"after sleep level {level} the base is not the same: its log-probs differ by {gap:.3f} nats "
+                        f"per token (at most {SAME_BASE_NATS}); the engine is closed, start another"
+                    )
             self._residents.prove_all_again()
 
     def close(self) -> None:
@@ -230,6 +243,9 @@ class VLLMEngine:
         if self._llm is not None and self._asleep is not None:
             raise EngineError("the engine sleeps; call wake_up() first")
 
+    def _score_base(self) -> LogProbs:
+        return self.logprobs(probe_sequences(self.describe_base()), adapter=None)
+
     def _run(self, asked: Sequence[tuple[Sequence[int], Any, AdapterVersion | None]]) -> list[Any]:
         """vLLM's outputs for (token ids, parameters, version), in as few engine batches as slots and kernels allow."""
         outputs: list[Any] = [None] * len(asked)
@@ -240,13 +256,10 @@ class VLLMEngine:
                 self._driver.drain()
             slots = self._residents.slots_for(loaded_B)
             for rows in requests.mixed_batches([version for *_, version in asked], slots, self._mixes_base):
-                self._residents.place([loaded_B[row] for row in rows])
+                batch = [loaded_B[row] for row in rows]
+                self._residents.place(batch)
                 with self._residents.boundary("generate", stepping=True):
-                    made = self._driver.run(
-                        [{"prompt_token_ids": list(asked[row][0])} for row in rows],
-                        [asked[row][1] for row in rows],
-                        [loaded.request if (loaded := loaded_B[row]) else None for row in rows],
-                    )
+                    made = self._driver.run([asked[row] for row in rows], [one and one.request for one in batch])
                 for row, output in zip(rows, made, strict=True):
                     outputs[row] = output
         return outputs

@@ -13,7 +13,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.bench.gauges import Clock, adapter_crossing
 from lora_grpo.bench.strategies.base import Strategy, Synced, Trainer, checkpoint_name, engine_arguments
-from lora_grpo.engines.local.weights import PlainEngine, version_tensors
+from lora_grpo.engines.local.weights import PlainEngine, lora_tensors
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.sync import NativeSync
 
@@ -64,7 +64,7 @@ class Native(Strategy):
         return {"adapter": self.version}
 
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
-        a_RI, b_OR = version_tensors(self.engine, self.version, path)
+        a_RI, b_OR = lora_tensors(self.engine, path, self.version)
         return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
 
     def rollback_cases(self) -> dict[str, int]:
@@ -148,7 +148,7 @@ class ByHand(Strategy):
         return Synced(clock.seconds, adapter_crossing(self.subject.device, 4 * self.trainer.adapter_elements))
 
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
-        a_RI, b_OR = self.engine.lora_tensors(path)
+        a_RI, b_OR = lora_tensors(self.engine, path)
         return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
 
     def rollback_cases(self) -> dict[str, int]:

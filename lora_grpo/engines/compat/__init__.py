@@ -13,7 +13,7 @@ import importlib
 import importlib.metadata
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
@@ -168,30 +168,6 @@ def reorders_queries(model: Any) -> bool:
     return any(hasattr(module, "permute_qk_weight_for_rotary") for module in model.modules())
 
 
-def sleep_mode(llm: Any) -> bool:
-    return bool(llm.llm_engine.vllm_config.model_config.enable_sleep_mode)
-
-
-def slots_outlive_level_2() -> bool:
-    """Whether adapter slots keep their values in a sleep at level 2. Up to 0.32 they lie in the weights' memory pool,
-    which that level discards, and count as active afterwards. From 0.33 they have a pool of their own, which every
-    level keeps."""
-    return vllm_release() >= (0, 33)
-
-
-def reads_base_again() -> bool:
-    """Whether an engine with LoRA can read its base from its files again, which waking from level 2 takes. Up to 0.27
-    `reload_weights` meets the wrapped layers, whose weights have other names than the files', and raises."""
-    return vllm_release() >= (0, 28)
-
-
-def wake_up(llm: Any, level: int) -> None:
-    """End a sleep. After level 2 the base is read from its files again, which makes vLLM forget all adapters."""
-    llm.wake_up()
-    if level == 2:
-        llm.collective_rpc("reload_weights")
-
-
 def lora_dtype(llm: Any) -> str:
     """The dtype of vLLM's adapter slots, as a torch dtype's name without the prefix."""
     return str(llm.llm_engine.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
@@ -215,3 +191,72 @@ def refuse_weight_updates(llm: Any, refuse: Callable[..., None]) -> None:
         for name in names:
             if hasattr(owner, name):
                 setattr(owner, name, refuse)
+
+
+# vLLM's books of the adapters that it holds, and of the slots that requests are computed with
+
+
+def lora_manager(llm: Any) -> Any:
+    return runner(llm).lora_manager._adapter_manager
+
+
+def wrapped_modules(llm: Any) -> dict[str, Any]:
+    """vLLM's LoRA-wrapped layers by runtime name (fused ones under their fused name). Each has tuples `lora_a_stacked`
+    and `lora_b_stacked` with a tensor (slots, 1, rank, in) or (slots, 1, out, rank) a slice; an unfused layer has one
+    slice. Raises `ConfigError` for heads, embeddings and experts, whose buffers are laid out otherwise."""
+    modules = dict(lora_manager(llm).modules)
+    for name, layer in modules.items():
+        if not isinstance(layer.lora_a_stacked, tuple):
+            raise ConfigError(f"{name} ({type(layer).__name__}) cannot be proven; leave it out of target_modules")
+    return modules
+
+
+def registered_modules(llm: Any, lora_id: int) -> set[str]:
+    adapter = lora_manager(llm).get_adapter(lora_id)
+    return set() if adapter is None else set(adapter.loras)
+
+
+def slot_of(llm: Any, lora_id: int) -> int | None:
+    ids = list(lora_manager(llm).lora_index_to_id)
+    return ids.index(lora_id) if lora_id in ids else None
+
+
+def lora_layer(name: str, members: Sequence[tuple[Any, Any] | None]) -> Any:
+    """vLLM's form of one layer's (A, B) of each slice, None for a slice without LoRA. Nothing scales them (scaling 1),
+    so vLLM, which multiplies in place, never writes to them."""
+    from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
+
+    rank = max(pair[0].shape[0] for pair in members if pair is not None)
+    if len(members) == 1 and members[0] is not None:
+        return LoRALayerWeights(name, rank, rank, *members[0], scaling=1.0)
+    a, b = ([None if pair is None else pair[side] for pair in members] for side in (0, 1))
+    ones = [None if pair is None else 1 for pair in members]
+    alphas = [None if pair is None else rank for pair in members]
+    return PackedLoRALayerWeights(name, rank, alphas, a, b, scaling=ones)
+
+
+def place_adapter(llm: Any, lora_id: int, rank: int, layers: Any, fill: Callable[[int], None]) -> None:
+    """Do what vLLM's own loader does to its books: enter an adapter among the loaded ones, the least recently used
+    making room, have a slot that is free, or the least recently used one's, filled, and name it: requests that name the
+    adapter are computed with what the slot holds. `layers` are by runtime name, each as `lora_layer` makes it; `rank`
+    is the largest among them."""
+    from vllm.lora.lora_model import LoRAModel
+
+    manager = lora_manager(llm)
+    if lora_id not in manager._registered_adapters:
+        if len(manager) + 1 > manager.capacity:
+            manager.remove_oldest_adapter()
+        manager._registered_adapters[lora_id] = LoRAModel(lora_id, rank, layers)
+    if None not in manager.lora_index_to_id:
+        manager._active_adapters.remove_oldest()
+    slot = manager.lora_index_to_id.index(None)
+    fill(slot)
+    manager._active_adapters[lora_id] = None
+    manager.lora_index_to_id[slot] = lora_id
+    touch_adapter(llm, lora_id)
+
+
+def touch_adapter(llm: Any, lora_id: int) -> None:
+    manager = lora_manager(llm)
+    manager._registered_adapters.touch(lora_id)
+    manager._active_adapters.touch(lora_id)

@@ -10,27 +10,27 @@ import importlib
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from lora_grpo.engines.compat import runner
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines import compat
 from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 
 _alive: set[int] = set()
 _joined = False
 """Whether the process group that engines are in is a trainer's, which they leave as it is."""
-_SPLIT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's arguments for the process group that there is, asked before an engine starts: a trainer's is joined, and
     left as it is. Raises `ConfigError` for an engine over several devices, and where the trainer's process group is
     still missing."""
-    for name in _SPLIT:
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if arguments.get(name, 1) != 1:
             raise ConfigError(
                 f"{name}={arguments[name]}: an engine in the trainer's process holds one whole model on one device; "
@@ -66,6 +66,31 @@ def engines_alive() -> int:
     return len(_alive)
 
 
+def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, shared: bool) -> None:
+    """Raises `ConfigError` with what stands against it; `shared`: a trainer's base is a view of the engine's weights.
+    Level 1 keeps the weights in host memory, adapter slots included; level 2 reads the base from its files again."""
+    if level not in (1, 2):
+        raise ConfigError(f"there is no sleep level {level}: use 1 (weights go to host memory) or 2 (read again)")
+    if shared:
+        raise ConfigError("sleep would free the weights that the trainer shares; start with share_base_weights=False")
+    if not llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+        raise ConfigError("the engine was not started with enable_sleep_mode=True (GPUs only), so it cannot sleep")
+    if llm.llm_engine.has_unfinished_requests():
+        raise ConfigError("the engine is answering requests, and sleep would abort them; sleep when they are done")
+    if (alive := engines_alive()) > 1:
+        raise ConfigError(f"{alive} engines are alive in this process, and vLLM would unmap all; close the others")
+    release = compat.vllm_release()
+    level_2 = f"sleep level 2 on vLLM {release[0]}.{release[1]}"
+    # `reload_weights` meets the wrapped layers up to 0.27, whose weights have other names than the files', and raises.
+    if level == 2 and release < (0, 28):
+        why = "has no way back: it cannot read the base of an engine with LoRA again"
+        raise ConfigError(f"{level_2} {why}; use level 1, or vLLM 0.28 or newer")
+    # The slots lie in the weights' pool up to 0.32, and count as active afterwards; from 0.33 in one that always stays.
+    if level == 2 and loaded and release < (0, 33):
+        lost = ", ".join(map(str, loaded))
+        raise ConfigError(f"{level_2} discards the adapter slots ({lost} loaded); use level 1, or unload all versions")
+
+
 @contextmanager
 def vllm_boundary(doing: str, clean_up: Callable[[], object] = lambda: None) -> Iterator[None]:
     """After a failure inside, Ctrl-C included, `clean_up` and raise: our errors as they are, vLLM's as `EngineError`.
@@ -90,7 +115,7 @@ def abort_everything(llm: Any) -> None:
         engine.abort_request(leftovers, internal=True)
     # Have the V1 runner begin anew: a step that failed between its two halves, or before it took note of the requests
     # that were done, leaves a state that the next one refuses, and rows of adapters that nobody asks for any more.
-    v1_runner = runner(llm)
+    v1_runner = compat.runner(llm)
     if hasattr(v1_runner, "execute_model_state"):
         v1_runner.execute_model_state = None
     engine.engine_core.engine_core.scheduler.finished_req_ids.update(getattr(v1_runner, "requests", ()))

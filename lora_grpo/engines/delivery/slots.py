@@ -19,7 +19,6 @@ from lora_grpo.adapters.peft_form.files import PREFIX, AdapterFile
 from lora_grpo.adapters.peft_form.serving import Held, all_finite
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
-from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.names import NameMap
 from lora_grpo.errors import DeliveryError
 from lora_grpo.kernels import Copies
@@ -172,7 +171,7 @@ class SlotProver:
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
-        self._modules = vllm_slots.wrapped_modules(llm)
+        self._modules = compat.wrapped_modules(llm)
         self._names = NameMap(compat.runner(llm).get_model())
         self._bindings: dict[bytes, Binding] = {}
 
@@ -188,12 +187,12 @@ class SlotProver:
     def prove(self, version: AdapterVersion, file: AdapterFile, lora_id: int) -> int:
         """The bytes proven: the slot of `lora_id` holds what was published. `DeliveryError` names what differs."""
         binding = self.bind(version, file)
-        registered = vllm_slots.registered_modules(self._llm, lora_id)
+        registered = compat.registered_modules(self._llm, lora_id)
         if registered != binding.modules.keys():
             odd = sorted(registered ^ binding.modules.keys())[0]
             verb = "bound though the file has no tensor for it" if odd in registered else "not bound by vLLM"
             raise DeliveryError(f"{version}: module {odd} is {verb}")
-        slot = vllm_slots.slot_of(self._llm, lora_id)
+        slot = compat.slot_of(self._llm, lora_id)
         if slot is None:
             raise DeliveryError(f"{version} (adapter id {lora_id}) is in no slot of the engine")
         served = binding.slot(slot)

@@ -85,9 +85,11 @@ class StepDriver:
         self.between_steps: Callable[[], None] | None = None
         """Called before each step of vLLM; whatever it asks of the engine is done before the rollout goes on."""
 
-    def run(self, prompts: Sequence[Any], params: Sequence[Any], lora_requests: Sequence[Any]) -> list[Any]:
-        """vLLM's outputs in the order of the prompts. Raises what vLLM or `between_steps` raises, and `EngineError` for
-        lost requests; the caller aborts what is left."""
+    def run(self, asked: Sequence[tuple[Sequence[int], Any, object]], lora_requests: Sequence[Any]) -> list[Any]:
+        """vLLM's outputs for (token ids, parameters, version). Raises what vLLM or `between_steps` raises, and
+        `EngineError` for lost requests; the caller aborts what is left."""
+        prompts = [{"prompt_token_ids": list(ids)} for ids, _, _ in asked]
+        params = [one for _, one, _ in asked]
         named = Counter({request.lora_int_id for request in lora_requests if request is not None})
         self.answering += named
         try:

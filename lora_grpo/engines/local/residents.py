@@ -9,22 +9,20 @@ itself can activate, evict or remove what was loaded so, or read it again from i
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import torch
 
 from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import LoadReceipt
+from lora_grpo.engines import compat
+from lora_grpo.engines.base import LoadedVersions, LoadReceipt
 from lora_grpo.engines.compat import ending
-from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.delivery.slots import Binding, SlotProver, require_published
-from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.local.driving import StepDriver
 from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError
+from lora_grpo.state import generators_kept
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,10 @@ class Loaded:
     """A version that vLLM has: the request that names it, its mapped file, and where its tensors live."""
 
     version: AdapterVersion
+    lora_id: int
     request: Any
     file: AdapterFile
     binding: Binding
-
-    @property
-    def lora_id(self) -> int:
-        return int(self.request.lora_int_id)
 
 
 class Residents(LoadedVersions[Loaded]):
@@ -61,16 +56,14 @@ class Residents(LoadedVersions[Loaded]):
             return self._prove_again(known)
         started = time.perf_counter()
         file = open_adapter(version)
-        if self._loader == "stock":
-            held = None
-        if held is None:
+        if held is None or self._loader == "stock":
             require_published(version, file)
         binding = self._prover.bind(version, file)
         checked = time.perf_counter()
         self._make_room()
         lora_id = next(self._ids)
         name = f"{version.path.parent.parent.name}-v{version.number}-{lora_id}"
-        loaded = Loaded(version, LoRARequest(name, lora_id, str(version.path)), file, binding)
+        loaded = Loaded(version, lora_id, LoRARequest(name, lora_id, str(version.path)), file, binding)
         with self.boundary(f"load {version}", forget=loaded):
             receipt = self._place_and_prove(loaded, started, checked, held)
             self.add(loaded)
@@ -102,10 +95,10 @@ class Residents(LoadedVersions[Loaded]):
         distinct = {loaded.lora_id: loaded for loaded in wanted if loaded is not None}
         for lora_id, loaded in distinct.items():
             self.add(loaded)
-            if vllm_slots.slot_of(self._llm, lora_id) is not None:
-                vllm_slots.touch_adapter(self._llm, lora_id)
+            if compat.slot_of(self._llm, lora_id) is not None:
+                compat.touch_adapter(self._llm, lora_id)
         for lora_id, loaded in distinct.items():
-            if vllm_slots.slot_of(self._llm, lora_id) is None:
+            if compat.slot_of(self._llm, lora_id) is None:
                 self._prove_again(loaded)
 
     def prove_all_again(self) -> None:
@@ -135,7 +128,7 @@ class Residents(LoadedVersions[Loaded]):
                 self.remove(forget)
                 self._llm.llm_engine.remove_lora(forget.lora_id)
 
-        with ending.vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else _generators_kept():
+        with ending.vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else generators_kept():
             yield
 
     def _prove_again(self, loaded: Loaded) -> LoadReceipt:
@@ -145,29 +138,27 @@ class Residents(LoadedVersions[Loaded]):
             return self._place_and_prove(loaded, started, started)
 
     def _place_and_prove(self, loaded: Loaded, started: float, checked: float, held: Held | None = None) -> LoadReceipt:
-        for lora_id in self._driver.answering:
-            # The slot that another takes is the least recently used one.
-            vllm_slots.touch_adapter(self._llm, lora_id)
-        self._give_slot(loaded, held)
-        placed = time.perf_counter()
-        proven_bytes = self._prover.prove(loaded.version, loaded.file, loaded.lora_id)
-        seconds = {"check": checked - started, "load": placed - checked, "prove": time.perf_counter() - placed}
-        return LoadReceipt("slots", seconds, len(loaded.file.paths), proven_bytes, self._loader)
-
-    def _give_slot(self, loaded: Loaded, held: Held | None) -> None:
-        """Have vLLM hold it, and in a slot, as the most recently used; its tensors come from where they are `held`,
-        else from the file. Raises whatever vLLM raises; the adapter is then to be removed."""
+        """Have vLLM hold it in a slot, as the most recently used; its tensors are the `held` ones, else the file's.
+        Raises whatever vLLM raises; the adapter is then to be removed."""
         llm, lora_id, file, binding = self._llm, loaded.lora_id, loaded.file, loaded.binding
-        if vllm_slots.slot_of(llm, lora_id) is not None:
-            vllm_slots.touch_adapter(llm, lora_id)
+        for answering in self._driver.answering:
+            # The slot that another takes is the least recently used one.
+            compat.touch_adapter(llm, answering)
+        if compat.slot_of(llm, lora_id) is not None:
+            compat.touch_adapter(llm, lora_id)
         elif self._loader == "direct":
             rank = max(part.rows for members in binding.modules.values() for part, _ in filter(None, members))
-            vllm_slots.register_adapter(llm, lora_id, rank, LayersOnDemand(binding, file))
-            slot = vllm_slots.free_slot(llm)
-            binding.slot(slot).write(file, binding.tensors(file) if held is None else binding.cut(held))
-            vllm_slots.name_slot(llm, slot, lora_id)
+            tensors, layers = (
+                binding.tensors(file) if held is None else binding.cut(held),
+                LayersOnDemand(binding, file),
+            )
+            compat.place_adapter(llm, lora_id, rank, layers, lambda slot: binding.slot(slot).write(file, tensors))
         elif not llm.llm_engine.add_lora(loaded.request):
             raise DeliveryError(f"vLLM refused the adapter at {loaded.request.lora_path}")
+        placed = time.perf_counter()
+        proven_bytes = self._prover.prove(loaded.version, file, lora_id)
+        seconds = {"check": checked - started, "load": placed - checked, "prove": time.perf_counter() - placed}
+        return LoadReceipt("slots", seconds, len(file.paths), proven_bytes, self._loader)
 
     def _make_room(self) -> None:
         """Unload the least recently used versions until another fits; those that answer requests stay."""
@@ -183,10 +174,6 @@ class Residents(LoadedVersions[Loaded]):
             self.unload(version)
 
 
-def _generators_kept() -> AbstractContextManager[None]:
-    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
-
-
 class LayersOnDemand(Mapping[str, Any]):
     """What vLLM keeps of an adapter's layers, views of the file's mapping, made when it asks: a sync needs none."""
 
@@ -198,7 +185,7 @@ class LayersOnDemand(Mapping[str, Any]):
         if name not in self._made:
             members = self._binding.modules[name]
             read = [None if pair is None else (pair[0].read(self._file), pair[1].read(self._file)) for pair in members]
-            self._made[name] = vllm_slots.lora_layer(name, read)
+            self._made[name] = compat.lora_layer(name, read)
         return self._made[name]
 
     def __iter__(self) -> Iterator[str]:

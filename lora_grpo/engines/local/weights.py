@@ -13,10 +13,8 @@ import torch
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, requests
 from lora_grpo.engines.compat import ending
-from lora_grpo.engines.compat import slots as vllm_slots
 from lora_grpo.engines.local.shared_weights import plain_cpu_weights, view_of
 from lora_grpo.engines.names import NameMap
-from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import EngineError
 from lora_grpo.types import Group, LogProbs, Sampling, Sequences
 
@@ -38,8 +36,6 @@ class PlainEngine:
         self._requests = 0
 
     def generate(self, prompts: Sequences, sampling: Sampling) -> list[Group]:
-        model = self._llm.llm_engine.vllm_config.model_config
-        requests.check_fits(prompts, [sampling.max_tokens] * len(prompts), model.max_model_len, model.get_vocab_size())
         sampling_P = requests.sampling_by_prompt(sampling, len(prompts))
         seeds_PG = requests.request_seeds(sampling_P)
         params = [requests.sampling_params(sampling, seed) for seeds in seeds_PG for seed in seeds]
@@ -48,8 +44,7 @@ class PlainEngine:
         return requests.to_groups([list(ids) for ids in prompts], prompts, sampling_P, completions)
 
     def logprobs(self, sequences: Sequences) -> LogProbs:
-        params = requests.sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=True)
-        return requests.scored_tokens(self._run(sequences, [params] * len(sequences)), sequences)
+        return requests.scored_tokens(self._run(sequences, [requests.scoring_params()] * len(sequences)), sequences)
 
     def load_weights(self, named: Iterable[tuple[str, torch.Tensor]], *, at_once: bool = False) -> int:
         """Put checkpoint tensors in place of the engine's, every member of a fused layer among them; returns how many
@@ -86,10 +81,6 @@ class PlainEngine:
         place = self._names.module(path)
         return None if place is None else place.name
 
-    def lora_tensors(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is computed with: A and B of the layer at a checkpoint's `path` in the served slot, scaling in B."""
-        return slot_tensors(self._llm, self._request.lora_int_id, path)
-
     def close(self) -> None:
         ending.shutdown(self._llm, last=True)
         del self._llm, self._names
@@ -111,15 +102,14 @@ def drop_weights(engine: Any) -> None:
         vars(module).pop("cpu_linear", None)
 
 
-def version_tensors(engine: VLLMEngine, version: AdapterVersion, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return slot_tensors(engine._llm, engine._find(version).request.lora_int_id, path)
-
-
-def slot_tensors(llm: Any, lora_id: int, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    slot, place = vllm_slots.slot_of(llm, lora_id), NameMap(compat.runner(llm).get_model()).module(path)
+def lora_tensors(engine: Any, path: str, version: AdapterVersion | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B, scaling in B, of the layer at a checkpoint's `path`, in the slot that computes with them: of a
+    `VLLMEngine`'s `version`, or of what a `PlainEngine` serves."""
+    llm, lora_id = engine._llm, engine._request.lora_int_id if version is None else engine._find(version).lora_id
+    slot, place = compat.slot_of(llm, lora_id), NameMap(compat.runner(llm).get_model()).module(path)
     if slot is None or place is None:
         raise EngineError(f"adapter {lora_id} is in no slot" if slot is None else f"the engine has no layer for {path}")
-    layer = vllm_slots.wrapped_modules(llm)[place.name]
+    layer = compat.wrapped_modules(llm)[place.name]
     slices = range(len(layer.lora_a_stacked)) if place.slices is None else place.slices
     b_OR = torch.cat([layer.lora_b_stacked[index][slot, 0] for index in slices])
     return layer.lora_a_stacked[slices[0]][slot, 0], b_OR

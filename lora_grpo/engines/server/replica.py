@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import LoadedVersions
 from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, CanaryReport, Witness, compare
-from lora_grpo.engines.loaded import LoadedVersions
 from lora_grpo.engines.names import BaseReading
 from lora_grpo.engines.resolver import BASE_ROUTE
 from lora_grpo.engines.server.client import QUICK_TIMEOUT_S, Client, Missing, Unreachable, reading
