@@ -122,8 +122,8 @@ def _slices(shard: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class TensorReading:
-    """One tensor: the dtype that it is kept in (a torch dtype's name without the prefix), or computed in where it is
-    quantized, and (rows, digest) of the slices that it fills, in the order of its rows."""
+    """A tensor's dtype (a torch dtype's name without the prefix; the one it is computed in where it is quantized), and
+    (rows, digest) of the slices that it fills, in order."""
 
     dtype: str
     slices: tuple[tuple[int, str], ...]

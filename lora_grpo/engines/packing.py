@@ -129,12 +129,9 @@ def _still(layer: Any, kind: str, tensor: torch.Tensor) -> bool:
 
 def compute_plain_values() -> None:
     """From now on, in this process: on a CPU, layers quantized to fp8 in blocks or to packed int4 are computed with the
-    plain values of their weights, in the model's dtype, by the products of unquantized layers.
-
-    So they are the same on every processor. vLLM's own kernels for them ask for AMX or AVX-512, and some quantize the
-    activations too, which a trainer with plain values does not. A second call, or a release that chooses its kernels
-    otherwise, changes nothing.
-    """
+    plain values of their weights, by the products of unquantized layers, so the same on every processor. vLLM's own
+    kernels ask for AMX or AVX-512, and some quantize the activations too, which a trainer does not. A second call, or a
+    release that chooses its kernels otherwise, changes nothing."""
     linear: Any = importlib.import_module("vllm.model_executor.kernels.linear")
     cpu = importlib.import_module("vllm.platforms").PlatformEnum.CPU
     for registry, made in (("_POSSIBLE_FP8_BLOCK_KERNELS", _fp8_in_blocks), ("_POSSIBLE_KERNELS", _packed_int4)):

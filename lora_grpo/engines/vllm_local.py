@@ -12,14 +12,15 @@ from lora_grpo.engines import compat, requests
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
 from lora_grpo.engines.compat.ending import check_may_sleep, hold, vllm_boundary
 from lora_grpo.engines.delivery.base_match import describe
+from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.local.driving import StepDriver, Turn
 from lora_grpo.engines.local.residents import Loaded, Residents
-from lora_grpo.engines.local.shared_weights import SharedBase, check_same_function
+from lora_grpo.engines.local.shared_weights import SharedBase, cannot_share
 from lora_grpo.engines.local.starting import adapter_room, start_llm
 from lora_grpo.engines.names import BaseReading, read_base
 from lora_grpo.errors import DeliveryError, EngineError, UnknownVersion
-from lora_grpo.scoring import mean_abs_difference
+from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Group, LogProbs, Prompt, Sequences
 
 SAME_BASE_NATS = 0.02
@@ -170,7 +171,11 @@ class VLLMEngine:
         if self._shared is not None:
             self._shared.check_untouched()
         shared = SharedBase(self._llm)
-        check_same_function(self, shared.model)
+        teacher = teacher_logprobs(shared.model, probe_sequences(self.describe_base()))
+        gap = mean_abs_difference(self._score_base(), teacher)
+        if not gap <= MAX_BASE_NOISE_NATS:
+            most = f"at most {MAX_BASE_NOISE_NATS}"
+            raise cannot_share(f"transformers' model on them is {gap:.3f} nats per token off ({most})")
         shared.keep()
         # The first one's watch stays: it knows the weights as they were loaded.
         self._shared = self._shared or shared

@@ -29,24 +29,17 @@ AGREEMENT_NATS = 0.03
 """By how much the engines of two processes may differ, mean over tokens."""
 
 
-def _done(name: str) -> Any:
-    def method(self: OwnedEngine, *given: Any, **named: Any) -> Any:
-        def noting() -> Any:
-            try:
-                return getattr(self._engine, name)(*given, **named)
-            finally:
-                self._loaded = self._engine.loaded()
-
-        return self.worker.call(noting)
+def _asked(name: str) -> Any:
+    def method(self: Any, *given: Any, **named: Any) -> Any:
+        return self._ask(lambda engine: getattr(engine, name)(*given, **named))
 
     return method
 
 
 class OwnedEngine:
-    """An engine that steps, for use from any thread. `worker` owns it: rollouts are its jobs, all else its calls. Only
-    one thread may use such an engine, which calls `between_steps` before each of its steps; its other methods may be
-    called from inside. So a load waits for one engine step at most, not for the rollout. After a step that never ended,
-    the engine holds nothing that anyone could ask for, and is left as it is until the process ends."""
+    """An engine that steps, for use from any thread. `worker` owns it: rollouts are its jobs, all else its calls, made
+    between two steps, so a load waits for one step at most. After a step that never ended, the engine holds nothing
+    that anyone could ask for, and is left as it is until the process ends."""
 
     def __init__(self, engine: Any, worker: Worker) -> None:
         self.worker, self._engine = worker, engine
@@ -62,8 +55,17 @@ class OwnedEngine:
         """What only some engines offer, such as `tokenizer`; not for use while the thread is at work."""
         return getattr(self._engine, name)
 
-    load, unload, generate, logprobs = _done("load"), _done("unload"), _done("generate"), _done("logprobs")
-    describe_base, read_base = _done("describe_base"), _done("read_base")
+    load, unload, generate, logprobs = _asked("load"), _asked("unload"), _asked("generate"), _asked("logprobs")
+    describe_base, read_base = _asked("describe_base"), _asked("read_base")
+
+    def _ask(self, act: Callable[[Any], T]) -> T:
+        def noting() -> T:
+            try:
+                return act(self._engine)
+            finally:
+                self._loaded = self._engine.loaded()
+
+        return self.worker.call(noting)
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
         # As after the last call that ended, without waiting for the thread.
@@ -103,13 +105,6 @@ def joint(engine: Engine | None, processes: Processes) -> Engine:
             "use a server (with a VLLMServerEngine in the first process)"
         )
     return EngineOfFirst(engine, processes)
-
-
-def _asked(name: str) -> Any:
-    def method(self: EngineOfFirst, *given: Any, **named: Any) -> Any:
-        return self._ask(lambda engine: getattr(engine, name)(*given, **named))
-
-    return method
 
 
 class EngineOfFirst:

@@ -64,8 +64,7 @@ def import_vllm() -> ModuleType:
 
 
 def mend_server() -> None:
-    """For a process that vLLM itself started: what `import_vllm` mends, in a release that is known. Another one is
-    left alone, whose server may be nobody's concern here."""
+    """For a process that vLLM itself started: what `import_vllm` mends. A release that is not known is left alone."""
     try:
         release = vllm_release()
     except UnsupportedVersion:
@@ -75,7 +74,7 @@ def mend_server() -> None:
 
 
 def _mend(release: tuple[int, int], *, computes: bool) -> None:
-    """What releases leave to be mended in each of their processes, those that only answer requests included."""
+    """In each of vLLM's processes, those that only answer requests included."""
     from lora_grpo.engines import packing
 
     mends.mend_kernels(release, compute_capability())
@@ -236,10 +235,9 @@ def lora_layer(name: str, members: Sequence[tuple[Any, Any] | None]) -> Any:
 
 
 def place_adapter(llm: Any, lora_id: int, rank: int, layers: Any, fill: Callable[[int], None]) -> None:
-    """Do what vLLM's own loader does to its books: enter an adapter among the loaded ones, the least recently used
-    making room, have a slot that is free, or the least recently used one's, filled, and name it: requests that name the
-    adapter are computed with what the slot holds. `layers` are by runtime name, each as `lora_layer` makes it; `rank`
-    is the largest among them."""
+    """Do what vLLM's own loader does to its books: enter an adapter among the loaded ones (the least recently used goes
+    if need be), have a slot filled (a free one, or the least recently used one's), and name it: requests for the
+    adapter are computed with it. `layers` are by runtime name, as `lora_layer` makes them; `rank` is the largest."""
     from vllm.lora.lora_model import LoRAModel
 
     manager = lora_manager(llm)

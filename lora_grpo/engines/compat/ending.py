@@ -27,9 +27,8 @@ _joined = False
 
 
 def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's arguments for the process group that there is, asked before an engine starts: a trainer's is joined, and
-    left as it is. Raises `ConfigError` for an engine over several devices, and where the trainer's process group is
-    still missing."""
+    """vLLM's arguments for the process group that there is when an engine starts: a trainer's is joined. Raises
+    `ConfigError` for an engine over several devices, and where the trainer's process group is still missing."""
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if arguments.get(name, 1) != 1:
             raise ConfigError(
@@ -49,8 +48,8 @@ def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hold(llm: Any, owner: object) -> Callable[[], object]:
-    """Count it among the engines of this process, until what is returned is called, which stops it. So does dropping
-    its `owner` without that, as a notebook's cell does that is run again."""
+    """Count it among the engines of this process until what is returned is called, which stops it, or its `owner` is
+    dropped without that, as by a notebook's cell that is run again."""
     _alive.add(id(llm))
     stopping = weakref.finalize(owner, let_go, llm)
     stopping.atexit = False

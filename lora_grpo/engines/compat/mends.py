@@ -51,9 +51,8 @@ def take_whole() -> None:
 
 
 def look_at_models_here() -> None:
-    """vLLM looks at a model's class in this process. It has another process do that, lest CUDA start here, and that one
-    imports vLLM anew: about 10 s for each class that vLLM's cache folder does not know. Where the engine computes in
-    this process, CUDA starts here anyway."""
+    """vLLM looks at a model's class in this process. It has another process do that, lest CUDA start here, and that
+    one imports vLLM anew: about 10 s for a class that its cache does not know. Here CUDA starts anyway."""
     registry = importlib.import_module("vllm.model_executor.models.registry")
     wrap_once(registry, "_run_in_subprocess", lambda _, look: look())
 
@@ -74,9 +73,8 @@ def turn_every_head() -> None:
 
 def keep_seeds() -> None:
     """On vLLM's V1 CPU runner a seed gives the same tokens however its prompt was cut into steps. Each such step draws
-    a token that is thrown away, and the runner then sets the request's generator back by CUDA's `set_offset`, which a
-    CPU generator does not have. Here it is set to the state it had. A runner with other methods, which a release may
-    have, is left alone."""
+    a token that is thrown away, and sets the generator back by CUDA's `set_offset`, which a CPU generator does not
+    have. Here it is set to the state it had. A runner with other methods is left alone."""
 
     def sample(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         generators = self.input_batch.generators

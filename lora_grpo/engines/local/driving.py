@@ -14,9 +14,8 @@ _WAITING = (signal.SIGINT, signal.SIGTERM)
 
 class Turn:
     """Every call of an engine takes it. A call from inside another, between two steps, is part of that one's. vLLM that
-    is left in the middle of a step does not find out of it again. So a signal whose handler is Python's, as Ctrl-C's
-    is, is handled between two steps; a second one while the first still waits is handled at once, and the engine then
-    has to be started again."""
+    is left in the middle of a step does not find out of it again: a signal whose handler is Python's, as Ctrl-C's is,
+    is handled between two steps; a second one meanwhile at once, and the engine has to be started again."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.patching import replaced
+from lora_grpo.engines.patching import replaced, wrap_once
 from lora_grpo.kernels import SlotRows
 
 TESTED = ((0, 32), (0, 33))
@@ -64,8 +64,7 @@ def products_by_segment() -> Iterator[None]:
         self.lora_a_stacked = adjoin(self.lora_a_stacked)
 
     def set_mapping(self: Any, punica_wrapper: Any) -> None:
-        if "lora_segments" not in vars(punica_wrapper):
-            _follow(punica_wrapper)
+        _follow(punica_wrapper)
         self.punica_wrapper = LayerKernels(self, punica_wrapper)
 
     with replaced(fused, create_lora_weights=create_lora_weights), replaced(linear, set_mapping=set_mapping):
@@ -73,21 +72,21 @@ def products_by_segment() -> Iterator[None]:
 
 
 def _follow(wrapper: Any) -> None:
-    stock_update = wrapper.update_metadata
+    """Have vLLM's wrapper know the segments of its batch."""
 
-    def update_metadata(*args: Any, **kwargs: Any) -> None:
-        stock_update(*args, **kwargs)
+    def update_metadata(stock: Any, *args: Any, **kwargs: Any) -> None:
+        stock(*args, **kwargs)
         wrapper.lora_segments = segments_of(wrapper.token_lora_indices)
 
-    wrapper.update_metadata, wrapper.lora_segments = update_metadata, []
+    wrapper.lora_segments = []
+    wrap_once(wrapper, "update_metadata", update_metadata)
 
 
 class LayerKernels:
     """What one linear layer calls in place of vLLM's wrapper; only what such a layer calls is here."""
 
     def __init__(self, layer: Any, wrapper: Any) -> None:
-        """`wrapper` knows the batch: which rows are whose. The layer's stacked slots, and the widths of the output
-        columns that belong to each stack (`output_slices`), are cut up once: they stay for the engine's life."""
+        """`wrapper` knows which rows are whose. The layer's slots are cut up once: they stay for the engine's life."""
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
         self._slots = [
             _Slot([stack[slot, 0] for stack in a], [stack[slot, 0] for stack in b], layer.output_slices)
@@ -123,17 +122,16 @@ class _Slot:
 
     def __init__(self, a: list[torch.Tensor], b: list[torch.Tensor], widths: Sequence[int]) -> None:
         self.rows = SlotRows.of(a, b)
-        """What computes few rows; None where nothing else than torch does."""
+        # Each A, B transposed, its columns of the product with A and its columns of the output.
         self._slices: list[tuple[torch.Tensor, torch.Tensor, slice, slice]] = []
-        """Each A, B transposed, its columns of the product with A and its columns of the output."""
         inner, outer = 0, 0
         for a_RI, b_OR, width in zip(a, b, widths, strict=True):
             rank = a_RI.shape[0]
             self._slices.append((a_RI, b_OR.t(), slice(inner, inner + rank), slice(outer, outer + width)))
             inner, outer = inner + rank, outer + width
         adjoined = all(_follows(before, after) for before, after in itertools.pairwise(a))
+        # A of all slices (n * rank, in).
         self.a_RI = a[0].as_strided((inner, a[0].shape[1]), a[0].stride()) if adjoined else None
-        """A of all slices (n * rank, in); None where they are not adjoined."""
 
     def add(self, y_nO: torch.Tensor, x_nI: torch.Tensor, scale: float) -> None:
         """B's product is summed onto y before it is rounded."""
@@ -147,8 +145,8 @@ class _Slot:
 
 
 def adjoin(stacks: Stacks) -> Stacks:
-    """The stacked A's of a fused layer again, now one above the other in one buffer (slots, 1, slices * rank, in). They
-    are written to as before; a slot's, read as one matrix, take one product instead of one a slice."""
+    """The stacked A's of a fused layer, one above the other in one buffer (slots, 1, slices * rank, in), written to as
+    before: a slot's, read as one matrix, take one product instead of one a slice."""
     ranks = [stack.shape[2] for stack in stacks]
     return torch.cat(stacks, dim=2).split(ranks, dim=2)
 
@@ -166,7 +164,6 @@ def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
 
 
 def _follows(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether two matrices lie in one buffer, the second right behind the first."""
     one_buffer = before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
     dense = before.is_contiguous() and after.is_contiguous()
     return one_buffer and dense and before.storage_offset() + before.numel() == after.storage_offset()

@@ -102,8 +102,8 @@ class Residents(LoadedVersions[Loaded]):
                 self._prove_again(loaded)
 
     def prove_all_again(self) -> None:
-        """Every loaded version, none of which can be found until it is proven. One that cannot be is unloaded; the
-        first such failure is raised when the others are proven."""
+        """Every loaded version, none of which can be found until it is proven; one that cannot be is unloaded, and the
+        first such failure raised in the end."""
         unproven, self._by_path, failures = self.all(), {}, []
         for loaded in unproven:
             try:
@@ -117,8 +117,8 @@ class Residents(LoadedVersions[Loaded]):
     @contextmanager
     def boundary(self, doing: str, *, forget: Loaded | None = None, stepping: bool = False) -> Iterator[None]:
         """A failure inside leaves nothing scheduled that was, and nothing of the version to `forget`. vLLM draws from
-        torch's global generators; a trainer in this process finds them as it left them, unless it goes on in another
-        thread: what it draws meanwhile would come again."""
+        torch's global generators, which are left as they were unless the trainer goes on in another thread: what it
+        draws meanwhile would come again."""
 
         def clean_up() -> None:
             if stepping or (forget is not None and forget.lora_id in self._driver.answering):
@@ -148,10 +148,8 @@ class Residents(LoadedVersions[Loaded]):
             compat.touch_adapter(llm, lora_id)
         elif self._loader == "direct":
             rank = max(part.rows for members in binding.modules.values() for part, _ in filter(None, members))
-            tensors, layers = (
-                binding.tensors(file) if held is None else binding.cut(held),
-                LayersOnDemand(binding, file),
-            )
+            tensors = binding.tensors(file) if held is None else binding.cut(held)
+            layers = LayersOnDemand(binding, file)
             compat.place_adapter(llm, lora_id, rank, layers, lambda slot: binding.slot(slot).write(file, tensors))
         elif not llm.llm_engine.add_lora(loaded.request):
             raise DeliveryError(f"vLLM refused the adapter at {loaded.request.lora_path}")

@@ -16,14 +16,10 @@ import torch
 from torch import nn
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.base import Engine
-from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS
-from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.local.targets import checkpoint_config, model_class
 from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 
 TESTED_CPU = ((0, 32), (0, 33))
 """The releases whose CPU backend was tested to compute with plain weights."""
@@ -35,7 +31,7 @@ class SharedBase:
     """The transformers model on an engine's weights, and a watch over both."""
 
     def __init__(self, llm: Any) -> None:
-        """Build the model; `UnsupportedAdapter` says what about the engine or the architecture stands against it."""
+        """Raises `UnsupportedAdapter` with what about the engine or the architecture stands against it."""
         self._llm = llm
         _check_engine(llm)
         self.model = _skeleton(llm)
@@ -60,9 +56,9 @@ class SharedBase:
 
 
 def plain_cpu_weights(*, heads: bool = True) -> AbstractContextManager[None]:
-    """Meanwhile, vLLM's CPU backend keeps the linear weights that it loads as they are and computes with `F.linear`. By
-    itself it prepacks them into buffers that nothing else can read; no switch of its own prevents that in 0.26 to 0.33.
-    `heads=False` leaves it the output layer, of which it packs a second copy."""
+    """Meanwhile, vLLM's CPU backend keeps the linear weights that it loads and computes with `F.linear`, where it would
+    prepack them into buffers that nothing else can read; it has no switch for that. `heads=False` leaves it the output
+    layer, of which it packs a second copy."""
     layers = importlib.import_module("vllm.model_executor.layers.utils")
     stock = layers.dispatch_cpu_unquantized_gemm
 
@@ -86,15 +82,7 @@ def check_shareable(arguments: Mapping[str, Any]) -> None:
         raise ConfigError(f"share_base_weights on the CPU was not tested with vLLM {release}; {_OWN_COPY}")
 
 
-def check_same_function(engine: Engine, model: nn.Module) -> None:
-    """Raises `UnsupportedAdapter` unless the shared model gives the engine's log-probs, on fixed random tokens."""
-    sequences = probe_sequences(engine.describe_base())
-    gap = mean_abs_difference(engine.logprobs(sequences, adapter=None), teacher_logprobs(model, sequences))
-    if not gap <= MAX_BASE_NOISE_NATS:
-        raise _cannot(f"transformers' model on them is {gap:.3f} nats per token off (at most {MAX_BASE_NOISE_NATS})")
-
-
-def _cannot(reason: str) -> UnsupportedAdapter:
+def cannot_share(reason: str) -> UnsupportedAdapter:
     return UnsupportedAdapter(f"the engine's weights cannot be shared: {reason}; {_OWN_COPY}")
 
 
@@ -114,7 +102,7 @@ def _check_engine(llm: Any) -> None:
         "its weights are inference tensors, which autograd cannot go through": inference,
     }
     if reasons := [reason for reason, stands_against in found.items() if stands_against]:
-        raise _cannot(reasons[0])
+        raise cannot_share(reasons[0])
 
 
 def _skeleton(llm: Any) -> Any:
@@ -129,7 +117,7 @@ def _skeleton(llm: Any) -> Any:
     model.config._name_or_path = settings.model
     persistent = [name for name, _ in model.named_buffers() if name in model.state_dict()]
     if persistent:
-        raise _cannot(f"its checkpoint has buffers ({persistent[0]}), which vLLM keeps in a form of its own")
+        raise cannot_share(f"its checkpoint has buffers ({persistent[0]}), which vLLM keeps in a form of its own")
     device = next(iter(compat.base_parameters(llm)))[1].device
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -154,7 +142,7 @@ def _fill(model: Any, served: Mapping[str, torch.Tensor], names: NameMap) -> Non
     unused = sorted(served.keys() - taken)
     if left or unused:
         where = "transformers" if left else "vLLM"
-        raise _cannot(f"{(left or unused)[0]} is in {where}'s {type(model).__name__} only")
+        raise cannot_share(f"{(left or unused)[0]} is in {where}'s {type(model).__name__} only")
 
 
 def view_of(
@@ -163,12 +151,12 @@ def view_of(
     """The engine's parameter that holds `name`, and the rows of it that are `name`."""
     place = names.tensor(name)
     if place is None or place.name not in served:
-        raise _cannot(f"vLLM has no weights for {name}")
+        raise cannot_share(f"vLLM has no weights for {name}")
     whole = served[place.name].detach().as_subclass(torch.Tensor)
     rows = names.rows(place, shape, whole.shape)
     first = -1 if rows is None else next(iter(rows.values()))[0]
     if rows is None or list(rows) != list(range(min(rows), max(rows) + 1)):
-        raise _cannot(f"{name} is {tuple(shape)}, {place.name} in vLLM {tuple(whole.shape)}")
+        raise cannot_share(f"{name} is {tuple(shape)}, {place.name} in vLLM {tuple(whole.shape)}")
     return place.name, whole[first : first + shape[0]]
 
 
@@ -180,9 +168,8 @@ _REASON = "an engine computes with the same memory"
 
 
 class FrozenParameter(nn.Parameter):
-    """A view of an engine's weights. Reading costs what it costs of any parameter. Every in-place method and `.data`,
-    which PEFT's merge and optimizers write through, raise `ConfigError`. Casting or moving it is refused too: that
-    would be a second copy. `copy.deepcopy` gives an ordinary parameter."""
+    """A view of an engine's weights. In-place methods and `.data`, which PEFT's merge and optimizers write through, raise
+    `ConfigError`; so do casting and moving, which would copy it. `copy.deepcopy` gives an ordinary parameter."""
 
     def __new__(cls, view: torch.Tensor) -> Self:
         return torch.Tensor._make_subclass(cls, view, False)

@@ -79,8 +79,7 @@ def can_compile() -> bool:
     """Whether there is what compiled code is built with, and where vLLM keeps it; a warning says what is missing."""
     if library() is None:
         return False  # and said why
-    obstacle = _obstacle()
-    if obstacle is not None:
+    if obstacle := _obstacle():
         said = f"models with LoRA are not compiled on this CPU, so decoding is slower: {obstacle}"
         warnings.warn(said, RuntimeWarning, stacklevel=3)
     return obstacle is None
@@ -138,9 +137,9 @@ def make_expert_group() -> None:
 
 @contextmanager
 def classes_kept() -> Iterator[None]:
-    """Engines that start within compile a class of their own, and leave transformers' classes as they are. A model that
-    vLLM has no class for is served through transformers' class, and vLLM puts its compiler into that class itself: a
-    trainer's model of the same class could neither be built nor called any more, whichever came first."""
+    """Engines that start within leave transformers' classes as they are. A model that vLLM has no class for is served
+    through transformers' class, and vLLM puts its compiler into that class itself: a trainer's model of it could
+    neither be built nor called any more, whichever came first. Here it is put into a subclass."""
     backend = importlib.import_module("vllm.model_executor.models.transformers.base").Base
     decorate, build = backend._decorate_cls_for_torch_compile, backend.__init__
     wanted: dict[int, list[tuple[type, dict[str, Any]]]] = {}

@@ -31,9 +31,8 @@ EXPERTS = "experts"
 
 
 def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> list[str]:
-    """The last names (`q_proj`, ...) of a checkpoint's linear layers, its head left out, from its config. A wrapped
-    layer costs a kernel at every token whether or not an adapter uses it, and vLLM's wrapped heads drop their LoRA from
-    prompt log-probs."""
+    """The last names (`q_proj`, ...) of a checkpoint's linear layers, from its config, its head left out. A wrapped
+    layer costs a kernel at every token, and vLLM's wrapped heads drop their LoRA from prompt log-probs."""
     built = skeleton(model, revision=revision, trust_remote_code=trust_remote_code)
     head = built.get_output_embeddings()
     leaves = {
@@ -50,19 +49,16 @@ def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_cod
     """A checkpoint's transformers model without memory, from its config. Raises `ConfigError` where there is none."""
     check_is_base(model, revision=revision)
     config = checkpoint_config(model, revision=revision, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    except ConfigError as error:
-        raise ConfigError(f"{model}: {error}") from error
+    with torch.device("meta"):
+        return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def serving_arguments(
     model: str | Path, quantization: str | None, target_modules: Sequence[str] | None = None, **code: Any
 ) -> dict[str, Any]:
     """What vLLM is told of a checkpoint: the layers that get LoRA (default: every linear one but the head), to load of
-    a multimodal one the language model alone, and to quantize it if so asked. `code` is its revision, and whether its
-    own code is trusted. Raises `ConfigError` where vLLM serves no LoRA on it, and as `served_scheme` does."""
+    a multimodal one the language model alone, to quantize it. `code` is its revision, and whether its own code is
+    trusted. Raises `ConfigError` where vLLM serves no LoRA on it, and as `served_scheme` does."""
     check_served(model, **code)
     if EXPERTS in (target_modules or ()):
         raise ConfigError(f"target_modules names {EXPERTS!r}, whose adapter cannot be proven; leave it out")
@@ -93,10 +89,8 @@ def check_served(model: str | Path, *, revision: str | None = None, trust_remote
                 f"{torch.__version__} (pip, from the index that torch came from: PyPI's builds are for CUDA)"
             ) from error
         if not generates:
-            raise ConfigError(
-                f"{model}: vLLM generates no text with {architecture}, which embeds or classifies it; choose a base "
-                "with a language model's head (...ForCausalLM)"
-            )
+            said = f"{model}: vLLM generates no text with {architecture}, which embeds or classifies it"
+            raise ConfigError(f"{said}; choose a base with a language model's head (...ForCausalLM)")
         if not serves:
             raise ConfigError(f"{model}: vLLM serves no LoRA on {architecture}; choose another base")
     alone = ", its language model alone" if full_class(config) else ""
@@ -156,14 +150,13 @@ _PACKAGES = {"nf4": ("bitsandbytes", "vllm_bnb_plugin"), "w4a16": ("compressed_t
 
 
 def served_scheme(model: str | Path, asked: str | None, **code: Any) -> Scheme | None:
-    """How a checkpoint's weights are served: as it has them, or as `asked` ("nf4", vLLM's name for which is
-    "bitsandbytes"); None for plain ones. `code` is as in `serving_arguments`. Raises `ConfigError` for a scheme that is
-    not proven to be what the trainer computes, and for missing packages."""
+    """How a checkpoint's weights are served: as it has them, or as `asked`; None for plain ones. Raises `ConfigError`
+    for a scheme that is not proven to be what the trainer computes, and for missing packages."""
     try:
         own = scheme_of(checkpoint_config(model, **code))
     except UnsupportedAdapter as error:
         raise ConfigError(f"{model}: {error}") from error
-    wanted = "nf4" if asked == "bitsandbytes" else asked
+    wanted = "nf4" if asked == "bitsandbytes" else asked  # vLLM's name for it
     check_quantization(asked)
     if wanted and own not in (None, wanted):
         raise ConfigError(f"quantization={asked!r}: {model} is {own} already; leave it out, or name a plain checkpoint")
@@ -200,7 +193,8 @@ def model_class(config: Any) -> Any:
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or ()):
             return auto
-    raise ConfigError(f"transformers has no language model for a {type(config).__name__}; choose another base")
+    said = f"{config.name_or_path}: transformers has no language model for a {type(config).__name__}"
+    raise ConfigError(f"{said}; choose another base")
 
 
 @cache
@@ -217,8 +211,8 @@ def _language_model_of(full: Any) -> Any:
 
 
 def _leave_out_towers(model: PreTrainedModel) -> None:
-    """All that stands beside the language model, in the model that holds it, is None from now on: nothing of it is read
-    from the files or takes memory, and each parameter keeps the name that the full checkpoint has for it."""
+    """All that stands beside the language model in the model that holds it is None from now on: it takes no memory, and
+    each parameter keeps the name that the full checkpoint has for it."""
     decoder = model.get_decoder()
     paths = {module: name for name, module in model.named_modules()}
     parent = paths[decoder].rpartition(".")[0]
