@@ -17,8 +17,9 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.compat import ending, mends
-from lora_grpo.engines.compat.mends import mend_kernels
+from lora_grpo.engines.compat import patching
+from lora_grpo.engines.compat.patching import mend_kernels
+from lora_grpo.engines.local import running
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 from tests.conftest import read_anew
 
@@ -75,7 +76,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What the expand kernel's module holds in 0.26 to 0.32: the kernel, and the choice of its launch settings."""
     chosen = {"block_m": 64, "num_stages": 2}
     made = SimpleNamespace(_lora_expand_kernel=object(), get_lora_op_configs=lambda **kwargs: {**chosen, **kwargs})
-    monkeypatch.setitem(sys.modules, mends._KERNEL, made)
+    monkeypatch.setitem(sys.modules, patching._KERNEL, made)
     return made
 
 
@@ -164,9 +165,9 @@ def test_the_last_engine_takes_along_what_kernels_remember_of_addresses() -> Non
     core = SimpleNamespace(structured_output_manager=nothing, model_executor=nothing, scheduler=nothing)
     llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(engine_core=core)))
     assert remembered(16) == 1
-    ending.shutdown(llm, last=False)
+    running.shutdown(llm, last=False)
     assert (len(utils._LORA_A_PTR_DICT), len(utils._LORA_B_PTR_DICT)) == (1, 1)
-    ending._forget_addresses()
+    running._forget_addresses()
     assert (len(utils._LORA_A_PTR_DICT), len(utils._LORA_B_PTR_DICT)) == (0, 0)
 
 

@@ -22,10 +22,9 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, vllm_local
 from lora_grpo.engines.base import Engine
-from lora_grpo.engines.compat import ending
-from lora_grpo.engines.compat.ending import engines_alive
 from lora_grpo.engines.delivery.slots import SlotProver
-from lora_grpo.engines.local import residents
+from lora_grpo.engines.local import residents, running
+from lora_grpo.engines.local.running import engines_alive
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, UnknownVersion
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
@@ -666,7 +665,7 @@ def test_an_engine_that_cannot_be_proven_is_shut_down(
 ) -> None:
     """Nobody else holds it: its memory would be lost to the process."""
     stopped: list[bool] = []
-    shutdown = ending.shutdown
+    shutdown = running.shutdown
 
     def unprovable(llm: Any) -> Callable[..., Any]:
         raise ConfigError("an adapter of lm_head cannot be proven")
@@ -678,7 +677,7 @@ def test_an_engine_that_cannot_be_proven_is_shut_down(
     before, living = greedy(engine, None), engines_alive()
     with monkeypatch.context() as patched:
         patched.setattr(residents, "SlotProver", unprovable)
-        patched.setattr(ending, "shutdown", noted)
+        patched.setattr(running, "shutdown", noted)
         with pytest.raises(ConfigError, match="lm_head cannot be proven"):
             VLLMEngine(llama_dir, max_loras=1, **ENGINE_ARGS)
     assert stopped == [False]
@@ -755,4 +754,4 @@ def test_only_the_boundary_catches_broadly() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ExceptHandler) and keeps(node)
     }
-    assert keeping == {"ending.py"}
+    assert keeping == {"running.py"}

@@ -25,7 +25,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines import compat
 from lora_grpo.engines.fake import FakeEngine
-from lora_grpo.engines.local.driving import StepDriver
+from lora_grpo.engines.local.running import StepDriver
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.engines.wrapped import OwnedEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, RewardError, TrainingError

@@ -13,8 +13,8 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
-from lora_grpo.engines.compat import ending
 from lora_grpo.engines.delivery.slots import SlotProver
+from lora_grpo.engines.local import running
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError
 from lora_grpo.types import Sampling
@@ -38,7 +38,7 @@ def started(llama_dir: Path) -> Iterator[VLLMEngine]:
 @pytest.fixture
 def engine(started: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[VLLMEngine]:
     """Alone in its process, and started with a sleep mode, for all it knows."""
-    monkeypatch.setattr(ending, "engines_alive", lambda: 1)
+    monkeypatch.setattr(running, "engines_alive", lambda: 1)
     monkeypatch.setattr(started._llm.llm_engine.vllm_config.model_config, "enable_sleep_mode", True)
     yield started
     started.wake_up()
@@ -230,7 +230,7 @@ def test_levels_shared_weights_requests_and_neighbours(engine: VLLMEngine, monke
         with pytest.raises(ConfigError, match="the engine is answering requests"):
             engine.sleep()
     with monkeypatch.context() as patched:
-        patched.setattr(ending, "engines_alive", lambda: 2)
+        patched.setattr(running, "engines_alive", lambda: 2)
         with pytest.raises(ConfigError, match="2 engines are alive in this process"):
             engine.sleep()
     assert not engine._llm.llm_engine.is_sleeping()
@@ -242,7 +242,7 @@ def test_levels_shared_weights_requests_and_neighbours(engine: VLLMEngine, monke
 
 def test_a_base_that_does_not_come_back_closes_the_engine(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = VLLMEngine(llama_dir, max_lora_rank=8, **ENGINE_ARGS)
-    monkeypatch.setattr(ending, "engines_alive", lambda: 1)
+    monkeypatch.setattr(running, "engines_alive", lambda: 1)
     monkeypatch.setattr(engine._llm.llm_engine.vllm_config.model_config, "enable_sleep_mode", True)
     engine.sleep()
     discard(engine)
@@ -255,7 +255,7 @@ def test_a_base_that_does_not_come_back_closes_the_engine(llama_dir: Path, monke
 def test_a_failure_inside_vllm_closes_the_engine(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may have unmapped some of the memory; whatever touched that would end the process."""
     engine = VLLMEngine(llama_dir, max_lora_rank=8, **ENGINE_ARGS)
-    monkeypatch.setattr(ending, "engines_alive", lambda: 1)
+    monkeypatch.setattr(running, "engines_alive", lambda: 1)
     monkeypatch.setattr(engine._llm.llm_engine.vllm_config.model_config, "enable_sleep_mode", True)
 
     def half_way(*args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from lora_grpo.engines.compat import mends
+from lora_grpo.engines.compat import patching
 
 REQUEST = (158, 0x1023, 18)
 """arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA) on x86-64."""
@@ -22,19 +22,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The system calls made on a processor with tiles, whose kernel gives them."""
     calls: list[tuple[int, ...]] = []
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(mends, "_syscall", lambda *call: calls.append(call) or 0)
+    monkeypatch.setattr(patching, "_syscall", lambda *call: calls.append(call) or 0)
     return calls
 
 
 def test_the_permission_is_asked_for_where_there_are_tiles(asked: list[tuple[int, ...]]) -> None:
-    mends.allow_tiles()
+    patching.allow_tiles()
     assert asked == [REQUEST]
     assert torch.cpu._is_amx_tile_supported()
 
 
 def test_nothing_is_asked_where_there_are_none(asked: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    mends.allow_tiles()
+    patching.allow_tiles()
     assert asked == []
 
 
@@ -45,9 +45,9 @@ def test_a_refusal_is_told_and_vllm_computes_without(monkeypatch: pytest.MonkeyP
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     assert _get_attn_isa(torch.bfloat16, 128, 64) == "amx"
-    monkeypatch.setattr(mends, "_syscall", lambda *_: refusal)
+    monkeypatch.setattr(patching, "_syscall", lambda *_: refusal)
     with pytest.warns(RuntimeWarning, match=f"AMX tiles.*refuses.*{says}.*without them"):
-        mends.allow_tiles()
+        patching.allow_tiles()
     assert _get_attn_isa(torch.bfloat16, 128, 64) == "vec"
 
 
@@ -63,7 +63,7 @@ def test_each_process_of_a_server_asks(asked: list[tuple[int, ...]], monkeypatch
 
 KERNEL = """
 import ctypes, torch, warnings
-from lora_grpo.engines.compat.mends import allow_tiles
+from lora_grpo.engines.compat.patching import allow_tiles
 warnings.simplefilter("ignore")
 torch.cpu._is_amx_tile_supported = lambda: True
 allow_tiles()
@@ -85,7 +85,7 @@ def test_the_kernel_is_asked_in_earnest() -> None:
 
 ATTENTION = """
 import sys, torch, vllm._custom_ops as ops
-from lora_grpo.engines.compat.mends import allow_tiles
+from lora_grpo.engines.compat.patching import allow_tiles
 isa, asks = sys.argv[1:]
 if asks == "asks":
     allow_tiles()

@@ -21,7 +21,7 @@ def main(device: str) -> None:
 def look(device: str) -> dict[str, Any]:
     from lora_grpo.bench import host
     from lora_grpo.engines import compat
-    from lora_grpo.engines.compat.mends import HOPPER, kernel_is_mended
+    from lora_grpo.engines.compat.patching import HOPPER, kernel_is_mended
 
     host.check_device(device)
     release = compat.vllm_release()

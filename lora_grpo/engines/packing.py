@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from lora_grpo.adapters.peft_form.modules import nf4_values
-from lora_grpo.engines.patching import wrap_once
+from lora_grpo.engines.compat.patching import wrap_once
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that two bases are compared in; others are quantized."""

@@ -35,7 +35,7 @@ from typing import Any
 
 from lora_grpo.adapters.version import parse_served_name, served_name
 from lora_grpo.engines import compat
-from lora_grpo.engines.patching import wrap_once
+from lora_grpo.engines.compat.patching import wrap_once
 from lora_grpo.errors import ConfigError, LoraGrpoError
 from lora_grpo.remote.client import MIB, ReplicaCache, StoreClient, read_token
 

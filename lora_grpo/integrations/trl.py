@@ -30,8 +30,8 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keeps_state, retention
 from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.config import KeepConfig, ModelConfig
+from lora_grpo.engines.compat.patching import replaced
 from lora_grpo.engines.local.targets import check_is_base, checkpoint_config, full_class, model_class
-from lora_grpo.engines.patching import replaced
 from lora_grpo.engines.requests import one_bos
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, UnsupportedVersion

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_grpo.adapters.peft_form.checks import Scheme
-from lora_grpo.engines.patching import replaced
+from lora_grpo.engines.compat.patching import replaced
 from lora_grpo.grpo.head import head_bytes
 from lora_grpo.grpo.packing import Span, in_spans, pack, pays, refusal, sizes
 from lora_grpo.grpo_config import GRPOConfig

@@ -18,7 +18,7 @@ from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
-from lora_grpo.engines.compat import mends
+from lora_grpo.engines.compat import patching
 from lora_grpo.errors import ConfigError, UnsupportedVersion
 
 # "run": the test suite passes on it. "read": its source was compared, for everything that the engines rely on, with a
@@ -77,18 +77,18 @@ def _mend(release: tuple[int, int], *, computes: bool) -> None:
     """In each of vLLM's processes, those that only answer requests included."""
     from lora_grpo.engines import packing
 
-    mends.mend_kernels(release, compute_capability())
+    patching.mend_kernels(release, compute_capability())
     if computes:
-        mends.take_whole()
-        mends.look_at_models_here()
+        patching.take_whole()
+        patching.look_at_models_here()
         packing.read_quantized()
     if is_cpu():
         packing.read_before_packing()
-        mends.allow_tiles()
+        patching.allow_tiles()
         if computes:
-            mends.turn_every_head()
+            patching.turn_every_head()
             packing.compute_plain_values()
-            mends.keep_seeds()
+            patching.keep_seeds()
 
 
 def default_environment(release: tuple[int, int]) -> dict[str, str]:

@@ -25,9 +25,9 @@ from lora_grpo.adapters.peft_form.modules import LoraModule, assign, peft_model_
 from lora_grpo.adapters.peft_form.serving import ServingForm, restored
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import BaseDescription, Engine, is_remote
+from lora_grpo.engines.compat.patching import replaced
 from lora_grpo.engines.delivery.base_match import BaseMatch, match_base
 from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, Witness, base_noise
-from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs

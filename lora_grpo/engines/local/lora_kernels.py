@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_grpo.engines import compat
-from lora_grpo.engines.patching import replaced, wrap_once
+from lora_grpo.engines.compat.patching import replaced, wrap_once
 from lora_grpo.kernels import SlotRows
 
 TESTED = ((0, 32), (0, 33))

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from lora_grpo.engines import compat
+from lora_grpo.engines.compat.patching import replaced
 from lora_grpo.engines.local.targets import checkpoint_config, model_class
 from lora_grpo.engines.names import NameMap
-from lora_grpo.engines.patching import replaced
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 
 TESTED_CPU = ((0, 32), (0, 33))
@@ -168,7 +168,7 @@ _REASON = "an engine computes with the same memory"
 
 
 class FrozenParameter(nn.Parameter):
-    """A view of an engine's weights. In-place methods and `.data`, which PEFT's merge and optimizers write through, raise
+    """A view of an engine's weights. In-place methods and `.data`, by which PEFT's merge and optimizers write, raise
     `ConfigError`; so do casting and moving, which would copy it. `copy.deepcopy` gives an ordinary parameter."""
 
     def __new__(cls, view: torch.Tensor) -> Self:

@@ -12,7 +12,7 @@ import torch
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, requests
-from lora_grpo.engines.compat import ending
+from lora_grpo.engines.local import running
 from lora_grpo.engines.local.shared_weights import plain_cpu_weights, view_of
 from lora_grpo.engines.names import NameMap
 from lora_grpo.errors import EngineError
@@ -29,7 +29,7 @@ class PlainEngine:
         vllm = compat.import_vllm()
         lora = {} if lora_rank is None else {"enable_lora": True, "max_lora_rank": compat.allowed_rank(lora_rank)}
         plain = plain_cpu_weights(heads=False) if compat.is_cpu() and not prepack else nullcontext()
-        with ending.vllm_boundary(f"start on {model}"), plain:
+        with running.vllm_boundary(f"start on {model}"), plain:
             self._llm = vllm.LLM(model=str(model), logprobs_mode="processed_logprobs", **lora, **vllm_args)
         self._names = NameMap(compat.runner(self._llm).get_model())
         self._request: Any = None
@@ -82,7 +82,7 @@ class PlainEngine:
         return None if place is None else place.name
 
     def close(self) -> None:
-        ending.shutdown(self._llm, last=True)
+        running.shutdown(self._llm, last=True)
         del self._llm, self._names
 
     def _run(self, ids_B: Sequences, params_B: Sequence[Any]) -> list[Any]:
