@@ -19,7 +19,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.base import LoadedVersions, LoadReceipt
 from lora_grpo.engines.delivery.slots import Binding, SlotProver, require_published
-from lora_grpo.engines.local import running
+from lora_grpo.engines.local.running import StepDriver, vllm_boundary
 from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError
 from lora_grpo.state import generators_kept
 
@@ -38,7 +38,7 @@ class Loaded:
 class Residents(LoadedVersions[Loaded]):
     """Those that answer `driver`'s requests stay."""
 
-    def __init__(self, llm: Any, driver: running.StepDriver, *, direct: bool, max_loras: int, max_cpu_loras: int) -> None:
+    def __init__(self, llm: Any, driver: StepDriver, *, direct: bool, max_loras: int, max_cpu_loras: int) -> None:
         super().__init__()
         self._llm, self._driver = llm, driver
         self._loader: Literal["direct", "stock"] = "direct" if direct else "stock"
@@ -121,13 +121,12 @@ class Residents(LoadedVersions[Loaded]):
 
         def clean_up() -> None:
             if stepping or (forget is not None and forget.lora_id in self._driver.answering):
-                running.abort_everything(self._llm)
-                self._driver.forget()
+                self._driver.abort()
             if forget is not None:
                 self.remove(forget)
                 self._llm.llm_engine.remove_lora(forget.lora_id)
 
-        with running.vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else generators_kept():
+        with vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else generators_kept():
             yield
 
     def _prove_again(self, loaded: Loaded) -> LoadReceipt:

@@ -134,8 +134,23 @@ class StepDriver:
         while self._llm.llm_engine.has_unfinished_requests():
             self._step()
 
-    def forget(self) -> None:
+    def abort(self) -> None:
+        """Drop every unfinished request, and the prefix cache with what they put into it. After an exception in a step
+        vLLM keeps the requests scheduled, and its next `generate` would spin on them forever. It enters a prompt's
+        blocks into the prefix cache when it schedules them, before their keys and values are computed (vllm#50283):
+        the same prompt would then be answered from memory that nothing was written to."""
+        engine = self._llm.llm_engine
         self._finished.clear()
+        if leftovers := list(engine.output_processor.request_states):
+            engine.abort_request(leftovers, internal=True)
+        # Have the V1 runner begin anew: a step that failed between its two halves, or before it took note of the
+        # requests that were done, leaves a state that the next one refuses, and rows of adapters that nobody asks for.
+        runner = compat.runner(self._llm)
+        if hasattr(runner, "execute_model_state"):
+            runner.execute_model_state = None
+        engine.engine_core.engine_core.scheduler.finished_req_ids.update(getattr(runner, "requests", ()))
+        if engine.reset_prefix_cache() is False:
+            raise EngineError("vLLM keeps cache blocks of failed requests; close this engine and start another")
 
     def _step(self) -> None:
         self._turn.between_steps()
@@ -218,25 +233,6 @@ def vllm_boundary(doing: str, clean_up: Callable[[], object] = lambda: None) -> 
         if isinstance(error, LoraGrpoError) or not isinstance(error, Exception):
             raise
         raise EngineError(f"vLLM could not {doing}: {type(error).__name__}: {error}") from error
-
-
-def abort_everything(llm: Any) -> None:
-    """Drop every unfinished request, and the prefix cache with what they put into it. After an exception in a step vLLM
-    keeps the requests scheduled, and its next `generate` would spin on them forever. It enters a prompt's blocks into
-    the prefix cache when it schedules them, before their keys and values are computed (vllm#50283): the same prompt
-    would then be answered from memory that nothing was written to."""
-    engine = llm.llm_engine
-    leftovers = list(engine.output_processor.request_states)
-    if leftovers:
-        engine.abort_request(leftovers, internal=True)
-    # Have the V1 runner begin anew: a step that failed between its two halves, or before it took note of the requests
-    # that were done, leaves a state that the next one refuses, and rows of adapters that nobody asks for any more.
-    v1_runner = compat.runner(llm)
-    if hasattr(v1_runner, "execute_model_state"):
-        v1_runner.execute_model_state = None
-    engine.engine_core.engine_core.scheduler.finished_req_ids.update(getattr(v1_runner, "requests", ()))
-    if engine.reset_prefix_cache() is False:
-        raise EngineError("vLLM keeps cache blocks of failed requests; close this engine and start another")
 
 
 def shutdown(llm: Any, *, last: bool) -> None:
