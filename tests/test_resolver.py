@@ -177,7 +177,7 @@ def test_it_does_nothing_unless_a_store_is_named(environment: pytest.MonkeyPatch
     ("variables", "says"),
     [
         ({}, "there is no store token"),
-        ({"LORA_GRPO_STORE_URL": "trainer"}, "the store's address 'trainer'"),
+        ({"LORA_GRPO_STORE_TOKEN": TOKEN, "LORA_GRPO_STORE_URL": "trainer"}, "the store's address 'trainer'"),
         ({"LORA_GRPO_STORE_TOKEN_FILE": "/nowhere/token"}, "the token file /nowhere/token cannot be read"),
         ({"LORA_GRPO_STORE_TOKEN": TOKEN, "LORA_GRPO_STORE_CACHE_MIB": "4 GiB"}, "LORA_GRPO_STORE_CACHE_MIB='4 GiB'"),
         ({"LORA_GRPO_STORE_TOKEN": TOKEN, "VLLM_SKIP_MODEL_NAME_VALIDATION": "1"}, "answered by the base model"),

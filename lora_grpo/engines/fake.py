@@ -10,7 +10,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import requests
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadedVersions, LoadReceipt, Proof, Samplings
 from lora_grpo.errors import EngineError
-from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sampling, Sequences
+from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sequences
 
 if TYPE_CHECKING:
     import torch
@@ -80,22 +80,19 @@ class FakeEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """`VLLMEngine.generate` with your replies, cut at `sampling.max_tokens`."""
         self._require_open()
-        ids_P = requests.token_prompts(self.tokenizer, prompts)
-        sampling_P = requests.sampling_by_prompt(sampling, len(prompts))
-        adapter_P = [version and self._find(version) for version in requests.adapters_by_prompt(adapter, len(prompts))]
-        groups = []
-        asked = zip(prompts, ids_P, adapter_P, sampling_P, requests.request_seeds(sampling_P), strict=True)
-        for prompt, ids, version, one, seeds in asked:
+        asked = requests.asked(self.tokenizer, prompts, sampling, adapter)
+        for one in asked:
+            self._use(one.adapter)
+        completions = []
+        for one in asked:
             if self.between_steps is not None:
                 self.between_steps()
-            completions = tuple(self._complete(prompt, version, seed, one) for seed in seeds)
-            groups.append(Group(prompt, tuple(ids), completions))
-        return groups
+            completions += [self._complete(one, seed) for seed in one.seeds]
+        return requests.to_groups(asked, completions)
 
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         self._require_open()
-        if adapter is not None:
-            self._find(adapter)
+        self._use(adapter)
         return [[self._logprob] * (len(ids) - 1) for ids in sequences]
 
     def describe_base(self) -> BaseDescription:
@@ -111,8 +108,13 @@ class FakeEngine:
         if self._closed:
             raise EngineError("this engine is closed; start another")
 
-    def _complete(self, prompt: Prompt, version: AdapterVersion | None, seed: int, sampling: Sampling) -> Completion:
-        text = self._reply(getattr(prompt, "prompt", prompt), version, seed)
+    def _use(self, version: AdapterVersion | None) -> None:
+        if version is not None:
+            self._loaded.add(self._loaded.find(version))
+
+    def _complete(self, asked: requests.Asked, seed: int) -> Completion:
+        version, sampling = asked.adapter, asked.sampling
+        text = self._reply(getattr(asked.prompt, "prompt", asked.prompt), version, seed)
         text = text[: min([len(text), *(found for stop in sampling.stop if (found := text.find(stop)) >= 0)])]
         ids = self.tokenizer.encode(text)
         ids = ids[: 1 + next((place for place, token in enumerate(ids) if token in sampling.stop_token_ids), len(ids))]
@@ -120,7 +122,3 @@ class FakeEngine:
         kept = tuple(ids[: sampling.max_tokens])
         text = text if reason == "stop" else self.tokenizer.decode(list(kept))
         return Completion(text, kept, (self._logprob,) * len(kept), reason, version.number if version else None)
-
-    def _find(self, version: AdapterVersion) -> AdapterVersion:
-        self._loaded.add(self._loaded.find(version))
-        return version

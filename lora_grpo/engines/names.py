@@ -150,24 +150,21 @@ def read_base(runner: Any, shapes: Mapping[str, Sequence[int]], where: str) -> B
     tied = runner.model_config.hf_text_config.tie_word_embeddings
     embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), "")
     read: dict[tuple[Any, ...], TensorReading | str] = {}
-    tensors: dict[str, TensorReading] = {}
-    unread: dict[str, str] = {}
+    found: dict[str, TensorReading | str] = {}
     reached = set()
     for name, shape in shapes.items():
         place = names.tensor(name)
         if place is None and tied and name.split(".")[-2:] == ["lm_head", "weight"]:
             place = names.tensor(embedding)
         if place is None:
-            unread[name] = "vLLM's model has no tensor for it"
+            found[name] = "vLLM's model has no tensor for it"
             continue
         reached.add(place.name)
         layer, kind = names.layer(place.name)
         key = (id(layer), kind, place.slices, *shape)
-        found = read[key] = read.get(key) or _read(names, place, tuple(shape) or (1,))
-        if isinstance(found, str):
-            unread[name] = found
-        else:
-            tensors[name] = found
+        found[name] = read[key] = read.get(key) or _read(names, place, tuple(shape) or (1,))
+    tensors = {name: one for name, one in found.items() if not isinstance(one, str)}
+    unread = {name: one for name, one in found.items() if isinstance(one, str)}
     own = {name.replace(".base_layer.", ".") for name, _ in model.named_parameters()}
     unasked = sorted(name for name in own - reached if not _is_a_scale(*names.layer(name)))
     return BaseReading(where, tensors, unread, tuple(unasked), time.perf_counter() - started)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, islice
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, BaseDescription, Samplings, require_version
@@ -106,17 +106,31 @@ def check_fits(ids_P: Sequences, max_tokens_P: Sequence[int], max_model_len: int
             )
 
 
-def asked(
-    tokenizer: Any, prompts: Sequence[Prompt], sampling: Samplings, max_model_len: int, base: BaseDescription
-) -> tuple[list[list[int]], list[Sampling]]:
-    """Each prompt's token ids and settings. Raises `ConfigError` for what cannot be asked of this model."""
+class Asked(NamedTuple):
+    """What is asked of an engine with one prompt: a completion for each seed."""
+
+    prompt: Prompt
+    ids: list[int]
+    sampling: Sampling
+    adapter: AdapterVersion | None
+    seeds: list[int]
+
+
+def asked(tokenizer: Any, prompts: Sequence[Prompt], sampling: Samplings, adapter: Adapters) -> list[Asked]:
+    """Raises `ConfigError` for what no engine can be asked."""
     ids_P, sampling_P = token_prompts(tokenizer, prompts), sampling_by_prompt(sampling, len(prompts))
-    check_fits(ids_P, [one.max_tokens for one in sampling_P], max_model_len, base.vocabulary)
-    for index, ids in enumerate(ids_P):
-        found = next((token for token in ids if token in base.placeholders), None)
+    adapter_P, seeds_PG = adapters_by_prompt(adapter, len(prompts)), request_seeds(sampling_P)
+    return [Asked(*each) for each in zip(prompts, ids_P, sampling_P, adapter_P, seeds_PG, strict=True)]
+
+
+def check_asked(asked: Sequence[Asked], max_model_len: int, base: BaseDescription) -> None:
+    """Raises `ConfigError` for what cannot be asked of this model."""
+    max_tokens_P = [one.sampling.max_tokens for one in asked]
+    check_fits([one.ids for one in asked], max_tokens_P, max_model_len, base.vocabulary)
+    for index, one in enumerate(asked):
+        found = next((token for token in one.ids if token in base.placeholders), None)
         if found is not None:
             raise ConfigError(f"prompt {index} has token {found}, which stands for an image, video or sound: remove it")
-    return ids_P, sampling_P
 
 
 def adapters_by_prompt(adapter: Adapters, prompts: int) -> list[AdapterVersion | None]:
@@ -188,14 +202,9 @@ def to_completion(output: Any, adapter: AdapterVersion | None) -> Completion:
     return Completion(made.text, token_ids, logprobs, made.finish_reason, version)
 
 
-def to_groups(
-    prompts: Sequence[Prompt], ids_P: Sequences, sampling_P: Sequence[Sampling], completions: Sequence[Completion]
-) -> list[Group]:
+def to_groups(asked: Sequence[Asked], completions: Sequence[Completion]) -> list[Group]:
     following = iter(completions)
-    return [
-        Group(prompt, tuple(ids), tuple(islice(following, sampling.n)))
-        for prompt, ids, sampling in zip(prompts, ids_P, sampling_P, strict=True)
-    ]
+    return [Group(one.prompt, tuple(one.ids), tuple(islice(following, len(one.seeds)))) for one in asked]
 
 
 def scored_tokens(outputs: Sequence[Any], sequences: Sequences) -> LogProbs:

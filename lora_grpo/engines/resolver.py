@@ -54,12 +54,16 @@ def register() -> None:
     `ConfigError` for settings that cannot work, which stops the server's start."""
     compat.mend_server()
     _offer_base_reading()
-    resolver = StoreResolver.from_environment()
-    if resolver is None:
+    url, mib = os.environ.get(URL_VARIABLE), os.environ.get(CACHE_MIB_VARIABLE, "")
+    if not url:
         return
     from vllm import envs
     from vllm.lora.resolver import LoRAResolverRegistry
 
+    if mib and not (mib.isascii() and mib.isdigit() and int(mib)):
+        raise ConfigError(f"{CACHE_MIB_VARIABLE}={mib!r} must be a whole number of MiB, such as 4096")
+    cache = Path(os.environ.get(CACHE_VARIABLE) or f"/dev/shm/lora-grpo-replica-{os.geteuid()}")
+    resolver = StoreResolver(url, read_token(), cache.absolute(), int(mib) * MIB if mib else None)
     if envs.VLLM_SKIP_MODEL_NAME_VALIDATION:
         raise ConfigError(
             f"VLLM_SKIP_MODEL_NAME_VALIDATION is set together with {URL_VARIABLE}: requests that name a version would "
@@ -107,19 +111,6 @@ class StoreResolver:
         self._cache: ReplicaCache | None = None
         self._cache_place = cache, budget_bytes
         self._pulling = threading.Lock()
-
-    @classmethod
-    def from_environment(cls) -> "StoreResolver | None":
-        """None where LORA_GRPO_STORE_URL is not set; raises `ConfigError` for what cannot work."""
-        url = os.environ.get(URL_VARIABLE)
-        if not url:
-            return None
-        mib = os.environ.get(CACHE_MIB_VARIABLE, "")
-        if mib and not (mib.isascii() and mib.isdigit() and int(mib)):
-            raise ConfigError(f"{CACHE_MIB_VARIABLE}={mib!r} must be a whole number of MiB, such as 4096")
-        cache = Path(os.environ.get(CACHE_VARIABLE) or f"/dev/shm/lora-grpo-replica-{os.geteuid()}")
-        StoreClient(url, "").close()
-        return cls(url, read_token(), cache.absolute(), int(mib) * MIB if mib else None)
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """A `vllm.lora.request.LoRARequest` for `RUN@NUMBER`; None for other names and for what is refused."""

@@ -141,17 +141,16 @@ class VLLMEngine:
         `UnknownVersion` for a version that is not loaded, `EngineError` when vLLM fails (its requests are aborted).
         """
         base = self.describe_base()
-        ids_P, sampling_P = requests.asked(self.tokenizer, prompts, sampling, self.max_model_len, base)
-        adapter_P = requests.adapters_by_prompt(adapter, len(prompts))
-        seeds_PG = requests.request_seeds(sampling_P)
+        asked = requests.asked(self.tokenizer, prompts, sampling, adapter)
+        requests.check_asked(asked, self.max_model_len, base)
         rows = [
-            (ids, requests.sampling_params(one, seed, base.placeholders), version)
-            for ids, one, version, seeds in zip(ids_P, sampling_P, adapter_P, seeds_PG, strict=True)
-            for seed in seeds
+            (one.ids, requests.sampling_params(one.sampling, seed, base.placeholders), one.adapter)
+            for one in asked
+            for seed in one.seeds
         ]
         made = zip(self._run(rows), rows, strict=True)
         completions = [requests.to_completion(output, version) for output, (_, _, version) in made]
-        return requests.to_groups(prompts, ids_P, sampling_P, completions)
+        return requests.to_groups(asked, completions)
 
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         """Log-probs (nats, temperature 1) of tokens 1..T-1 of each sequence of token ids. Raises as `generate` does."""

@@ -36,12 +36,10 @@ class PlainEngine:
         self._requests = 0
 
     def generate(self, prompts: Sequences, sampling: Sampling) -> list[Group]:
-        sampling_P = requests.sampling_by_prompt(sampling, len(prompts))
-        seeds_PG = requests.request_seeds(sampling_P)
-        params = [requests.sampling_params(sampling, seed) for seeds in seeds_PG for seed in seeds]
-        outputs = self._run([ids for ids in prompts for _ in range(sampling.n)], params)
-        completions = [requests.to_completion(output, None) for output in outputs]
-        return requests.to_groups([list(ids) for ids in prompts], prompts, sampling_P, completions)
+        asked = requests.asked(None, prompts, sampling, None)
+        params = [requests.sampling_params(sampling, seed) for one in asked for seed in one.seeds]
+        outputs = self._run([one.ids for one in asked for _ in one.seeds], params)
+        return requests.to_groups(asked, [requests.to_completion(output, None) for output in outputs])
 
     def logprobs(self, sequences: Sequences) -> LogProbs:
         return requests.scored_tokens(self._run(sequences, [requests.scoring_params()] * len(sequences)), sequences)

@@ -27,7 +27,7 @@ from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.delivery.slots import require_published
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.names import BaseReading
-from lora_grpo.engines.requests import adapters_by_prompt, asked, check_fits, request_seeds, to_groups
+from lora_grpo.engines.requests import asked, check_asked, check_fits, to_groups
 from lora_grpo.engines.server.client import Client
 from lora_grpo.engines.server.connect import slots_of, write_rank_probe
 from lora_grpo.engines.server.fleet import Fleet, connected
@@ -169,19 +169,18 @@ class VLLMServerEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
         """`VLLMEngine.generate`, the prompts shared among the servers. Raises `EngineError` when all are gone for
         `patience_s`."""
-        ids_P, sampling_P = asked(self.tokenizer, prompts, sampling, self.max_model_len, self._base)
-        adapter_P = adapters_by_prompt(adapter, len(prompts))
+        each = asked(self.tokenizer, prompts, sampling, adapter)
+        check_asked(each, self.max_model_len, self._base)
 
         async def complete() -> list[Completion]:
-            with self._fleet.in_use.using(adapter_P) as served_P:
-                each = zip(ids_P, served_P, sampling_P, request_seeds(sampling_P), strict=True)
+            with self._fleet.in_use.using([one.adapter for one in each]) as served_P:
                 asks_PG = [
-                    [completing(served, ids, one, seed, self._base.placeholders) for seed in seeds]
-                    for ids, served, one, seeds in each
+                    [completing(served, one.ids, one.sampling, seed, self._base.placeholders) for seed in one.seeds]
+                    for one, served in zip(each, served_P, strict=True)
                 ]
                 return await self._fleet.run(asks_PG)
 
-        return to_groups(prompts, ids_P, sampling_P, self._loop.run(complete()))
+        return to_groups(each, self._loop.run(complete()))
 
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         return self._score(sequences, adapter, None)
