@@ -1,25 +1,11 @@
 """A vLLM LoRA resolver: a server asked for the model `RUN@NUMBER` pulls that version from the trainer's store.
 
 For replicas that share no disk with the trainer. vLLM finds it by its entry point, `lora_grpo_store_resolver` in the
-group `vllm.general_plugins`, wherever this package is installed. It pulls nothing unless LORA_GRPO_STORE_URL is set:
-
-    LORA_GRPO_STORE_URL            the store server's address, such as http://trainer:8731
-    LORA_GRPO_STORE_TOKEN_FILE     a file with its token (or LORA_GRPO_STORE_TOKEN: the token itself)
-    LORA_GRPO_STORE_CACHE          where versions are kept; an own folder on tmpfs by default
-    LORA_GRPO_STORE_CACHE_MIB      how much of them may be kept; half of that file system by default
-
-and vLLM's own:
-
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True    without it vLLM asks no resolver
-    VLLM_PLUGINS                             if set, it must name lora_grpo_store_resolver among the others
-    VLLM_SKIP_MODEL_NAME_VALIDATION          must not be set: the base model would answer for every unknown name
-
-VLLM_LORA_RESOLVER_CACHE_DIR belongs to vLLM's file system resolver; leave it unset.
-
-A version that cannot be had, or is not what was published, is refused: the reason is in the server's log, and the
-request is answered with 404, by no model. Read in vLLM 0.26 to 0.33: the server resolves a name for one request at a
-time, and gives every resolved adapter an id of its own counter, so the name and the path are what tell versions apart,
-and both are never used twice.
+group `vllm.general_plugins`, wherever this package is installed; examples/topologies/README.md has its variables. A
+version that cannot be had, or is not what was published, is refused: the reason is in the server's log, and the request
+is answered with 404, by no model. Read in vLLM 0.26 to 0.33: the server resolves a name for one request at a time, and
+gives every resolved adapter an id of its own counter, so the name and the path are what tell versions apart, and both
+are never used twice.
 """
 
 import asyncio

@@ -29,7 +29,6 @@ from lora_grpo.errors import ConfigError, UnsupportedVersion
 # 0.26 has passed the parity suite on an H100; 0.33's Python code has passed the suite on 0.32's CPU kernels.
 RELEASES = {(0, minor): "read" for minor in range(26, 34)} | {(0, 32): "run"}
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM takes for max_lora_rank."""
 
 
 def vllm_release() -> tuple[int, int]:
@@ -92,7 +91,6 @@ def _mend(release: tuple[int, int], *, computes: bool) -> None:
 
 
 def default_environment(release: tuple[int, int]) -> dict[str, str]:
-    """vLLM's environment switches that differ from its own defaults; what the user has set wins."""
     switches = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     if release == (0, 26):
         # Its V2 runner divides logits by the temperature in the model's dtype. That rounds them a second time, by up
@@ -131,7 +129,6 @@ def abilities(architecture: str) -> tuple[bool, bool]:
 
 
 def allowed_rank(rank: int) -> int:
-    """The smallest max_lora_rank that vLLM takes for adapters of `rank`."""
     if rank > LORA_RANKS[-1]:
         raise ConfigError(f"rank {rank} is above vLLM's largest max_lora_rank, {LORA_RANKS[-1]}; use a smaller one")
     return next(allowed for allowed in LORA_RANKS if allowed >= rank)
@@ -168,18 +165,16 @@ def reorders_queries(model: Any) -> bool:
 
 
 def lora_dtype(llm: Any) -> str:
-    """The dtype of vLLM's adapter slots, as a torch dtype's name without the prefix."""
     return str(llm.llm_engine.vllm_config.lora_config.lora_dtype).removeprefix("torch.")
 
 
 def base_parameters(llm: Any) -> Iterable[tuple[str, Any]]:
-    """The base's parameters under their names without the LoRA wrappers'."""
     model = runner(llm).get_model()
     return ((name.replace(".base_layer.", "."), parameter) for name, parameter in model.named_parameters())
 
 
 def refuse_weight_updates(llm: Any, refuse: Callable[..., None]) -> None:
-    """From now on vLLM's own ways to write to the base's weights call `refuse` with what they were given."""
+    """From now on vLLM's own ways to write to the base's weights call `refuse`."""
     worker = llm.llm_engine.model_executor.driver_worker.worker
     owners = {
         runner(llm).get_model(): ("load_weights",),

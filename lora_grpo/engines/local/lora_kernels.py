@@ -72,8 +72,6 @@ def products_by_segment() -> Iterator[None]:
 
 
 def _follow(wrapper: Any) -> None:
-    """Have vLLM's wrapper know the segments of its batch."""
-
     def update_metadata(stock: Any, *args: Any, **kwargs: Any) -> None:
         stock(*args, **kwargs)
         wrapper.lora_segments = segments_of(wrapper.token_lora_indices)
