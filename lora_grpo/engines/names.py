@@ -47,8 +47,9 @@ class NameMap:
         runtime, shard = found
         if shard is None:
             return self._known(runtime, None) or self._packed(runtime)
-        # A list: the same values in several slices.
-        return None if isinstance(shard, list) else self._known(runtime, _slices(shard))
+        if isinstance(shard, list):
+            return None  # the same values in several slices
+        return self._known(runtime, shard if isinstance(shard, tuple) else (_QKV.get(shard, shard),))
 
     def module(self, path: str) -> Place | None:
         place = self.tensor(f"{path}.weight")
@@ -111,13 +112,6 @@ class NameMap:
 
 def _is_vocabulary(layer: Any) -> bool:
     return hasattr(layer, "org_vocab_size")
-
-
-def _slices(shard: Any) -> tuple[int, ...]:
-    """vLLM's "q", 1 or (0, 1, 2) as the indices of slices."""
-    if isinstance(shard, str):
-        return (_QKV[shard],)
-    return tuple(shard) if isinstance(shard, tuple) else (int(shard),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,7 @@ HOPPER = (9, 0)
 MENDED_IN = (0, 33)
 _KERNEL = "vllm.lora.ops.triton_ops.lora_expand_op"
 _WHOLE = {"Glm4ForCausalLM": ("gate_up_proj",)}
-_ARCH_PRCTL = 158
-"""The system call's number on x86-64, the only machine with tiles."""
+_ARCH_PRCTL = 158  # the system call's number on x86-64, the only machine with tiles
 _REQUEST_PERMISSION = 0x1023
 _TILE_DATA = 18
 _MARK = "lora_grpo_wrapped"
@@ -62,10 +61,9 @@ def kernel_is_mended() -> bool:
 
 
 def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None) -> None:
-    """Have vLLM's LoRA expand kernel run with one pipeline stage where two give NaN; nothing elsewhere. On Hopper the
-    kernel of layers with one slice (o_proj, down_proj) is miscompiled with more (vllm#48590, triton#9433); vLLM 0.33
-    does the same by itself. The probe at the engine's start would find a NaN that is left. Raises `UnsupportedVersion`
-    where the kernel's module is not what it was read to be."""
+    """On Hopper vLLM's LoRA expand kernel of layers with one slice (o_proj, down_proj) is miscompiled with two pipeline
+    stages, and gives NaN (vllm#48590, triton#9433): run it with one, as vLLM 0.33 does by itself. Raises
+    `UnsupportedVersion` where the kernel's module is not what it was read to be."""
     if capability != HOPPER or release >= MENDED_IN:
         return
     kernel = importlib.import_module(_KERNEL)
@@ -135,11 +133,9 @@ def keep_seeds() -> None:
 def allow_tiles() -> None:
     """Ask the kernel for an Intel processor's AMX tiles; where they are refused, a warning, and vLLM computes without.
 
-    vLLM's CPU attention uses tiles without asking. Linux lets a process use them once it has asked (arch_prctl
-    ARCH_REQ_XCOMP_PERM) and ends it with SIGILL before. The permission is the process's, for all its threads; a fork
-    inherits it and an exec loses it, so each of vLLM's workers, which it spawns, starts without. oneDNN asks where it
-    is used, which in vLLM 0.32 is for weights above 1 MiB: with a small bfloat16 model nobody does, and the first
-    attention ends the worker.
+    vLLM's CPU attention uses tiles without asking, and Linux ends a process with SIGILL that has never asked for them
+    (arch_prctl ARCH_REQ_XCOMP_PERM). A fork inherits the permission and an exec loses it, so each of vLLM's workers,
+    which it spawns, starts without. oneDNN asks, but in vLLM 0.32 only for weights above 1 MiB.
     """
     import torch
 
