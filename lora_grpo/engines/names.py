@@ -94,8 +94,7 @@ class NameMap:
         return None if absent else Place(runtime, slices)
 
     def rows(self, place: Place, shape: Sequence[int], whole: Sequence[int]) -> dict[int, tuple[int, int]] | None:
-        """First row and count of each slice, by index, that a tensor of `shape` fills in vLLM's of shape `whole`; None
-        where it does not fit."""
+        """First row and count of each slice, by index, that a tensor of `shape` fills in `whole`; None: no fit."""
         sizes = self._sizes(place.name)
         if not sizes or sum(sizes) != whole[0]:
             # vLLM pads a vocabulary: its own rows come first.

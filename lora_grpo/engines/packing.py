@@ -61,8 +61,7 @@ def read_before_packing() -> None:
         # What was quantized before it was plain is told so.
         setattr(layer, _PACKED, packed | getattr(layer, _PACKED, {}))
 
-    layers = importlib.import_module("vllm.model_executor.layers.utils")
-    wrap_once(layers, "dispatch_cpu_unquantized_gemm", dispatch)
+    wrap_once(importlib.import_module("vllm.model_executor.layers.utils"), "dispatch_cpu_unquantized_gemm", dispatch)
 
 
 def read_quantized() -> None:
@@ -95,19 +94,16 @@ def quantized_values(layer: Any) -> torch.Tensor | None:
         return torch.cat([rows.float() * _spread(scale, block, rows.shape) for rows, scale in pairs])
     packed = getattr(layer, "weight_packed", None)
     if packed is not None and packed.dtype == torch.int32 and hasattr(layer, "weight_scale"):
-        return _int4_values(packed, layer.weight_scale)
+        # Eight columns in each int32, the first in its lowest bits, as 0 ... 15 for -8 ... 7; a scale a group of them.
+        shifts = torch.arange(0, 32, 4, device=packed.device)
+        columns = ((packed.unsqueeze(2) >> shifts) & 15).flatten(1) - 8
+        scale = layer.weight_scale.float()
+        return columns * scale.repeat_interleave(columns.shape[1] // scale.shape[1], 1)
     return None
 
 
 def _spread(scale: torch.Tensor, block: Any, shape: Any) -> torch.Tensor:
     return scale.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
-
-
-def _int4_values(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Eight columns in each int32, the first in its lowest bits, as 0 ... 15 for -8 ... 7; a scale a group of them."""
-    shifts = torch.arange(0, 32, 4, device=packed.device)
-    columns = ((packed.unsqueeze(2) >> shifts) & 15).flatten(1) - 8
-    return columns * scale.float().repeat_interleave(columns.shape[1] // scale.shape[1], 1)
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:

@@ -73,7 +73,7 @@ def _follow(wrapper: Any) -> None:
         stock(*args, **kwargs)
         wrapper.lora_segments = segments_of(wrapper.token_lora_indices)
 
-    wrapper.lora_segments = []
+    vars(wrapper).setdefault("lora_segments", [])
     wrap_once(wrapper, "update_metadata", update_metadata)
 
 

@@ -101,8 +101,7 @@ class Residents(LoadedVersions[Loaded]):
                 self._prove_again(loaded)
 
     def prove_all_again(self) -> None:
-        """Every loaded version, none of which can be found until it is proven; one that cannot be is unloaded, and the
-        first such failure raised in the end."""
+        """None can be found until it is proven; one that cannot be is unloaded, the first such failure raised at last."""
         unproven, self._by_path, failures = self.all(), {}, []
         for loaded in unproven:
             try:
@@ -136,8 +135,7 @@ class Residents(LoadedVersions[Loaded]):
             return self._place_and_prove(loaded, started, started)
 
     def _place_and_prove(self, loaded: Loaded, started: float, checked: float, held: Held | None = None) -> LoadReceipt:
-        """Have vLLM hold it in a slot, as the most recently used; its tensors are the `held` ones, else the file's.
-        Raises whatever vLLM raises; the adapter is then to be removed."""
+        """Its tensors are the `held` ones, else the file's. Raises whatever vLLM raises; it is then to be removed."""
         llm, lora_id, file, binding = self._llm, loaded.lora_id, loaded.file, loaded.binding
         for answering in self._driver.answering:
             # The slot that another takes is the least recently used one.

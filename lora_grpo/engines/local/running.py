@@ -180,8 +180,7 @@ def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hold(llm: Any, owner: object) -> Callable[[], object]:
-    """Count it among the engines of this process until what is returned is called, which stops it, or its `owner` is
-    dropped without that, as by a notebook's cell that is run again."""
+    """Count it as alive until what is returned is called, which stops it, as does dropping its `owner` without that."""
     _alive.add(id(llm))
     stopping = weakref.finalize(owner, let_go, llm)
     stopping.atexit = False

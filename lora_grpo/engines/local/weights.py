@@ -22,8 +22,7 @@ from lora_grpo.types import Group, LogProbs, Sampling, Sequences
 class PlainEngine:
     """A stock in-process vLLM engine. Without LoRA by default, which is what merged weights are served best from;
     `lora_rank` has it take adapters with vLLM's own loader and kernels. `prepack=False` keeps the CPU backend's linear
-    weights as plain tensors that can be written to (its prepacked ones cannot, and are what it computes faster
-    with)."""
+    weights as tensors that can be written to, which it computes with more slowly."""
 
     def __init__(self, model: str | Path, *, lora_rank: int | None = None, prepack: bool = True, **vllm_args: Any):
         vllm = compat.import_vllm()
