@@ -251,7 +251,7 @@ class VLLMEngine:
 
     def _run(self, asked: Sequence[tuple[Sequence[int], Any, AdapterVersion | None]]) -> list[Any]:
         """vLLM's outputs for (token ids, parameters, version), in as few engine batches as slots and kernels allow."""
-        outputs: list[Any] = [None] * len(asked)
+        made: dict[int, Any] = {}
         with self._turn.take("generate or logprobs"):
             self._check_awake()
             loaded_B = [None if version is None else self._find(version) for _, _, version in asked]
@@ -261,11 +261,10 @@ class VLLMEngine:
             for rows in requests.mixed_batches([version for *_, version in asked], slots, self._mixes_base):
                 batch = [loaded_B[row] for row in rows]
                 self._residents.place(batch)
+                named = [one and one.request for one in batch]
                 with self._residents.boundary("generate", stepping=True):
-                    made = self._driver.run([asked[row] for row in rows], [one and one.request for one in batch])
-                for row, output in zip(rows, made, strict=True):
-                    outputs[row] = output
-        return outputs
+                    made |= zip(rows, self._driver.run([asked[row] for row in rows], named), strict=True)
+        return [made[row] for row in range(len(asked))]
 
     def _find(self, version: AdapterVersion) -> Loaded:
         if self._open is None:

@@ -101,7 +101,7 @@ class Residents(LoadedVersions[Loaded]):
                 self._prove_again(loaded)
 
     def prove_all_again(self) -> None:
-        """None can be found until it is proven; one that cannot be is unloaded, the first such failure raised at last."""
+        """None can be found until it is proven. What cannot be is unloaded; the first such failure is raised last."""
         unproven, self._by_path, failures = self.all(), {}, []
         for loaded in unproven:
             try:

@@ -40,7 +40,7 @@ def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
 def start_llm(
     model: str, code: dict[str, Any], layers: Sequence[str] | None, asked: dict[str, Any], *, kernels: bool, share: bool
 ) -> tuple[Any, bool]:
-    """A `vllm.LLM` with LoRA on `layers`, and whether its kernels leave base rows alone in a batch with adapter rows."""
+    """A `vllm.LLM` with LoRA on `layers`, and whether its kernels leave base rows alone beside adapter rows."""
     vllm = compat.import_vllm()
     arguments = join(serving_arguments(model, asked.pop("quantization", None), layers, **code) | asked)
     if arguments.get("enable_sleep_mode") and compat.is_cpu():
