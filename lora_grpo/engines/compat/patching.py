@@ -140,9 +140,7 @@ def allow_tiles() -> None:
     import torch
 
     supported = getattr(torch.cpu, "_is_amx_tile_supported", bool)
-    if not supported():
-        return
-    refused = _syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
+    refused = supported() and _syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
     if not refused:
         return
     # What vLLM itself asks before it chooses a kernel with tiles; oneDNN finds out by itself.
