@@ -9,7 +9,7 @@ engine's process reads of its base is a digest of each slice of each tensor, in 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_grpo.engines import compat
 from lora_grpo.engines.packing import PLAIN, digest, packed_form
@@ -19,8 +19,7 @@ _REORDERED = (".q_proj.weight", ".k_proj.weight")
 _QKV = {"q": 0, "k": 1, "v": 2}
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A runtime name without LoRA wrappers, and the slices of that layer, in order; None for all that it holds."""
 
     name: str

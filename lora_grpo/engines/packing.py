@@ -2,8 +2,7 @@
 quantized ones that a CPU computes with plainly."""
 
 import importlib
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -34,8 +33,7 @@ def digest(rows: torch.Tensor, dtype: torch.dtype) -> str:
     return str(hasher.hexdigest())
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(NamedTuple):
     """A tensor before it was packed: digests of its layer's slices in `dtype`, of the values that it stands for."""
 
     dtype: torch.dtype

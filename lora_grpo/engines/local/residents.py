@@ -10,8 +10,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
@@ -24,8 +23,7 @@ from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError
 from lora_grpo.state import generators_kept
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A version that vLLM has: the request that names it, its mapped file, and where its tensors live."""
 
     version: AdapterVersion
