@@ -4,8 +4,6 @@ Engines in the trainers' own processes are one a process: each loads and proves 
 other engine (a server, a fake) is asked by the first process alone, and the others are told what it said.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
