@@ -28,6 +28,8 @@ from lora_grpo.errors import ConfigError, UnsupportedVersion
 # 0.27 to 0.31 have besides served probed and proven adapters on the CPU, and passed the tests of the direct loader;
 # 0.26 has passed the parity suite on an H100; 0.33's Python code has passed the suite on 0.32's CPU kernels.
 RELEASES = {(0, minor): "read" for minor in range(26, 34)} | {(0, 32): "run"}
+TESTED_CPU = ((0, 32), (0, 33))
+"""The releases whose CPU backend was tested to compute with our LoRA kernels, and with plain weights."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 

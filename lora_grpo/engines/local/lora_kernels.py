@@ -19,9 +19,6 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.compat.patching import replaced, wrap_once
 from lora_grpo.kernels import SlotRows
 
-TESTED = ((0, 32), (0, 33))
-"""The releases whose CPU wrapper this was tested to replace."""
-
 Rows: TypeAlias = slice | torch.Tensor
 """Rows of a batch: a slice when they are consecutive, an index tensor when not."""
 
@@ -46,7 +43,7 @@ torch.library.register_fake("lora_grpo::add_cpu_lora", lambda *_: None, lib=_lib
 
 
 def applies() -> bool:
-    return compat.is_cpu() and compat.vllm_release() in TESTED
+    return compat.is_cpu() and compat.vllm_release() in compat.TESTED_CPU
 
 
 @contextmanager

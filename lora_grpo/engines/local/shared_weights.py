@@ -21,9 +21,6 @@ from lora_grpo.engines.local.targets import checkpoint_config, model_class
 from lora_grpo.engines.names import NameMap
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
 
-TESTED_CPU = ((0, 32), (0, 33))
-"""The releases whose CPU backend was tested to compute with plain weights."""
-
 _OWN_COPY = "give the trainer its own copy (share_base_weights=False)"
 
 
@@ -77,7 +74,7 @@ def check_shareable(arguments: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"enable_sleep_mode=True with share_base_weights: sleep frees the weights; leave it out, or {_OWN_COPY}"
         )
-    if compat.is_cpu() and compat.vllm_release() not in TESTED_CPU:
+    if compat.is_cpu() and compat.vllm_release() not in compat.TESTED_CPU:
         release = ".".join(map(str, compat.vllm_release()))
         raise ConfigError(f"share_base_weights on the CPU was not tested with vLLM {release}; {_OWN_COPY}")
 
