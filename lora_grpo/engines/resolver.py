@@ -11,6 +11,7 @@ are never used twice.
 import asyncio
 import importlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -33,6 +34,8 @@ BASE_ROUTE = "/v1/lora_grpo/base"
 """Where a trainer asks what each of the server's workers reads of its base, behind the server's API key and where
 adapters may be loaded at run time. A server without this plugin answers 404, and its base counts as not read."""
 _READ_BASE = "lora_grpo_read_base"
+_LOG = logging.getLogger(f"vllm.plugins.{__name__}")
+"""Its level and format are the server's."""
 
 
 def register() -> None:
@@ -56,7 +59,7 @@ def register() -> None:
             "be answered by the base model; unset it"
         )
     if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-        _log().warning("no version is pulled: %s takes VLLM_ALLOW_RUNTIME_LORA_UPDATING=True besides", URL_VARIABLE)
+        _LOG.warning("no version is pulled: %s takes VLLM_ALLOW_RUNTIME_LORA_UPDATING=True besides", URL_VARIABLE)
     LoRAResolverRegistry.register_resolver("lora_grpo store", resolver)
 
 
@@ -106,7 +109,7 @@ class StoreResolver:
         try:
             path = await asyncio.to_thread(self._have, *asked)
         except LoraGrpoError as error:
-            _log().error("%s is refused, and no model answers for it: %s", lora_name, error)
+            _LOG.error("%s is refused, and no model answers for it: %s", lora_name, error)
             return None
         from vllm.lora.request import LoRARequest
 
@@ -123,12 +126,5 @@ class StoreResolver:
                 path = self._cache.pull(self._client, run, number)
                 size_mib = sum(file.stat().st_size for file in path.iterdir()) / MIB
                 name, seconds = served_name(run, number), time.monotonic() - started
-                _log().info("pulled %s from %s: %.1f MiB in %.2f s", name, self._client.url, size_mib, seconds)
+                _LOG.info("pulled %s from %s: %.1f MiB in %.2f s", name, self._client.url, size_mib, seconds)
             return path
-
-
-def _log() -> Any:
-    """Its level and format are the server's."""
-    from vllm.logger import init_logger
-
-    return init_logger(f"vllm.plugins.{__name__}")
