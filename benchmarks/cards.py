@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_grpo.bench.shapes import SHAPES
+from lora_grpo.config import EngineConfig
 from lora_grpo.trainer.memory import LargestBatch, estimate_memory
 
 MODELS = {
@@ -62,16 +63,8 @@ def _needed_bytes(name: str, way: str, batch: LargestBatch, checkpointing: bool)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"), low_cpu_mem_usage=True)
-    estimate = estimate_memory(
-        model,
-        batch,
-        checkpointing=checkpointing,
-        slots=2,
-        max_lora_rank=16,
-        trainer_dtype=torch.bfloat16,
-        engine_dtype=torch.bfloat16,
-        **WAYS[way],
-    )
+    engine = EngineConfig(max_loras=2, dtype="bfloat16")
+    estimate = estimate_memory(model, batch, engine, torch.bfloat16, checkpointing=checkpointing, **WAYS[way])
     head_size = config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * 2
     return estimate.total_bytes + COMPLETIONS * BATCH.length * token_bytes + RESERVED_BYTES

@@ -42,7 +42,7 @@ from lora_grpo.trainer.guards import RewardCollapse as RewardCollapse
 from lora_grpo.trainer.hub import push_to_hub as push_to_hub
 from lora_grpo.trainer.population.population import Population as Population
 from lora_grpo.trainer.preflight import MemberSpec as MemberSpec
-from lora_grpo.trainer.steering import answer_requests as answer_requests
+from lora_grpo.trainer.run import answer_requests as answer_requests
 from lora_grpo.types import Completion as Completion
 from lora_grpo.types import Group as Group
 from lora_grpo.types import Sampling as Sampling

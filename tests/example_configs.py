@@ -14,10 +14,10 @@ import torch
 from transformers import AutoConfig
 
 from lora_grpo.bench.shapes import SHAPES
-from lora_grpo.config import ModelConfig, RunConfig
+from lora_grpo.config import EngineConfig, ModelConfig, RunConfig
 from lora_grpo.trainer.build import lora_config
-from lora_grpo.trainer.memory import MemoryEstimate, estimate_memory, largest_batch, mib
-from lora_grpo.trainer.models import lora_rank, without_memory
+from lora_grpo.trainer.memory import LargestBatch, MemoryEstimate, estimate_memory, mib
+from lora_grpo.trainer.models import without_memory
 from lora_grpo.trainer.proposing import MARKED, as_toml
 
 FOLDER = Path(__file__).parents[1] / "examples" / "models"
@@ -54,17 +54,16 @@ def settings(shape: str) -> dict[str, Any]:
 def estimate(shape: str) -> MemoryEstimate:
     """On a GPU: bf16, and trainer and engine share the base."""
     config = RunConfig(**settings(shape))
+    grpo = config.grpo
     with tempfile.TemporaryDirectory() as folder:
         AutoConfig.for_model(**SHAPES[shape], dtype="bfloat16").save_pretrained(folder)
         empty = without_memory(ModelConfig(name=folder), lora_config(config.lora))
     return estimate_memory(
         empty,
-        largest_batch(config.grpo, config.grpo.max_prompt_length or 0, torch.device("cuda")),
-        checkpointing=bool(config.grpo.gradient_checkpointing),
-        slots=config.engine.max_loras,
-        max_lora_rank=lora_rank(config.model, lora_config(config.lora)),
-        trainer_dtype=torch.bfloat16,
-        engine_dtype=torch.bfloat16,
+        LargestBatch(grpo.per_device_train_batch_size, grpo.max_prompt_length or 0, grpo.max_completion_length),
+        EngineConfig(dtype="bfloat16"),
+        torch.bfloat16,
+        checkpointing=bool(grpo.gradient_checkpointing),
         shared_base=True,
     )
 

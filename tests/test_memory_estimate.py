@@ -18,7 +18,7 @@ from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.trainer import room
-from lora_grpo.trainer.memory import LargestBatch, MemoryEstimate, largest_batch
+from lora_grpo.trainer.memory import LargestBatch, MemoryEstimate
 from lora_grpo.trainer.models import expects_one_copy
 from lora_grpo.trainer.room import Room, Wanted, plan_room
 from lora_grpo.trainer.room import estimate as estimate_run
@@ -79,14 +79,15 @@ def test_what_does_not_fit_says_what_to_lower(tiny: Path) -> None:
         planned(tiny, 2 << 30, LargestBatch(64, 1024, 4096))
 
 
-def test_a_budget_of_tokens_takes_the_place_of_rows() -> None:
+def test_a_budget_of_tokens_takes_the_place_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = GRPOConfig(per_device_train_batch_size=4, max_completion_length=30)
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert largest_batch(plain, 20, cpu) == LargestBatch(4, 20, 30, group=plain.num_generations)
-    assert largest_batch(plain.replace(max_tokens_per_micro_batch=320), 20, cpu) == LargestBatch(6, 20, 30)
-    assert largest_batch(plain.replace(max_tokens_per_micro_batch=10), 20, cpu) == LargestBatch(1, 20, 30)
+    monkeypatch.setattr(room, "default_device", lambda: torch.device("cpu"))
+    assert Wanted(ADAPTER, plain, 20).batch == LargestBatch(4, 20, 30, group=plain.num_generations)
+    for tokens, rows in ((320, 6), (10, 1)):
+        assert Wanted(ADAPTER, plain.replace(max_tokens_per_micro_batch=tokens), 20).batch == LargestBatch(rows, 20, 30)
     # There a budget is set at the start, and rows of other groups fill what a shared prompt leaves of it.
-    assert largest_batch(plain, 20, gpu) == LargestBatch(4, 20, 30)
+    monkeypatch.setattr(room, "default_device", lambda: torch.device("cuda"))
+    assert Wanted(ADAPTER, plain, 20).batch == LargestBatch(4, 20, 30)
 
 
 def test_a_batch_has_the_prompts_that_its_rows_need_and_one_more_where_groups_begin_elsewhere() -> None:

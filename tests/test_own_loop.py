@@ -15,7 +15,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import read_metrics
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer.steering import answer_requests
+from lora_grpo.trainer.run import answer_requests
 from tests.tiny_models import load_model, refill_lora, tiny_lora
 from tests.tiny_run import fake_engine
 from tests.two_processes import in_two

@@ -365,3 +365,17 @@ def test_arguments_of_trls_trainer_are_answered(build: Any) -> None:
     trl = pytest.importorskip("trl")
     with pytest.raises(ConfigError, match=r"config is a trl\..*GRPOConfig: .*NativeGRPOTrainer"):
         build([{"prompt": "a"}], trl.GRPOConfig("out", use_cpu=True, bf16=False, report_to="none"))
+
+
+@pytest.mark.usefixtures("no_engine")
+@pytest.mark.parametrize("given", [False, True])
+def test_an_adapter_that_is_there_twice_or_not_at_all_is_refused(build: Any, llama_dir: Path, given: bool) -> None:
+    """Also with an engine at hand and nothing of memory open, so that nothing is planned."""
+    from tests.tiny_models import load_model, tiny_lora
+
+    settings = {"config": CONFIG.replace(gradient_checkpointing=False), "engine": None}
+    settings |= {"engine": Listening(tiny_tokenizer())} if given else {}
+    with pytest.raises(ConfigError, match="PeftModel already: leave peft_config out"):
+        build([{"prompt": "a"}], model=tiny_lora(load_model(llama_dir)), **settings)
+    with pytest.raises(ConfigError, match="pass peft_config"):
+        build([{"prompt": "a"}], peft_config=None, **settings)

@@ -20,7 +20,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.cli.changing import change
 from lora_grpo.errors import StoreError
 from lora_grpo.metrics.reporter import Reporter
-from lora_grpo.trainer.steering import apply_requests
+from lora_grpo.trainer.run import apply_requests
 from tests.store_files import adapter
 
 

@@ -13,7 +13,7 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.integrations.trl_settings import check_optimizer
 from lora_grpo.rollback import RollbackReport
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer.steering import answer_requests
+from lora_grpo.trainer.run import answer_requests
 
 DTYPES = ("bfloat16", "float16", "float32")
 

@@ -16,7 +16,7 @@ from lora_grpo.grpo.optimizer import Reach
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer.steering import answer_requests
+from lora_grpo.trainer.run import answer_requests
 from lora_grpo.types import Completion, Sampling, derive_seed
 
 CANARY_EVERY = 10  # generations between full canaries, each an extra forward of a few rows

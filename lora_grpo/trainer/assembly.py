@@ -32,10 +32,8 @@ from lora_grpo.trainer.room import Room, Wanted, plan_room
 
 @dataclass
 class Assembly:
-    """Builds what is not given; `closing` gets what must be closed: the engine first, which reads the store's files.
-    With several processes, each builds its own; only the store, the tokenizer, and an engine that is servers, are the
-    first one's. What fails in one of them fails in all. Of what is `shared`, the engine is given, and the base is not
-    loaded again."""
+    """Builds what is not given; `closing` closes the engine first, which reads the store's files. Each process builds
+    its own; only the store, the tokenizer, and an engine that is servers, are the first one's."""
 
     closing: ExitStack
     reporter: Reporter | Unheard
@@ -46,8 +44,10 @@ class Assembly:
 
     def __post_init__(self) -> None:
         self.keep, accelerator = self.made_of.spec.keep or KeepConfig(), launched()
-        if self.sharing == "auto" and accelerator is not None and accelerator.is_fsdp2:
-            self.sharing = False  # it would shard the engine's own weights
+        if accelerator is not None and accelerator.is_fsdp2:
+            if self.sharing is True:
+                raise ConfigError("share_base_weights with FSDP2 would shard the engine's own weights; leave it False")
+            self.sharing = False
 
     def parts(self) -> Parts:
         """Everything is checked first, then the store is there, then the engine, and the model last."""
@@ -57,8 +57,7 @@ class Assembly:
         store = processes.each(lambda: self._store(planned))
         engine = processes.each(lambda: self._engine(planned))
         with self.reporter.capture():
-            built, base = processes.each(lambda: self._model(engine))
-            model, optimizer = _distributed(built, config, base)
+            model, optimizer = _distributed(processes.each(lambda: self._model(engine)), config)
         policy = Policy(model, config, accelerator=launched(), optimizer=optimizer)
         tokenizer = self.made_of.tokenizer if self.crew.leads else None
         sync = NativeSync(
@@ -100,9 +99,8 @@ class Assembly:
         return None if given else room, settled
 
     def _room(self, wanted: Wanted, given: bool) -> Room | None:
-        """None where nothing is open: of a given engine only whether activations are computed twice is to be found."""
+        """None where nothing is open: with an engine given, all but whether activations are computed twice."""
         model = self.made_of.model
-        # Of a checkpoint, or a module that is one of transformers, it can be told what a step takes of memory.
         told = isinstance(model, ModelConfig) or isinstance(peft_model_of(model).get_base_model(), PreTrainedModel)
         if given and (wanted.config.gradient_checkpointing is not None or not told):
             return None
@@ -114,13 +112,12 @@ class Assembly:
     def _store(self, planned: Room | None) -> AdapterStore | None:
         if not self.crew.leads:
             return None
-        spec, keep, address = self.made_of.spec, self.keep, self.made_of.engine_config.store_address
-        rules, most = retention(keep), keep.budget_bytes
+        spec, rules, most = self.made_of.spec, retention(self.keep), self.keep.budget_bytes
         store = AdapterStore(spec.store_root, archive=spec.run_dir, retention=rules, budget_bytes=most)
         self.closing.callback(store.close)
         if planned is not None:
-            require_kept(store.root, keep.on_tmpfs, planned.version_bytes)
-        if address is not None:
+            require_kept(store.root, self.keep.on_tmpfs, planned.version_bytes)
+        if (address := self.made_of.engine_config.store_address) is not None:
             from lora_grpo.remote.server import StoreServer
 
             # What servers that share no disk with the trainer pull versions from; the token is the environment's.
@@ -129,9 +126,8 @@ class Assembly:
         return store
 
     def _engine(self, planned: Room | None) -> Engine | None:
-        """This process's, None where the first one's serves all. Where generation goes on while the trainer works, a
-        thread owns it. All that can be found wrong before was: engines in the trainers' own processes wait for each
-        other while they start, and one that never began would keep the others waiting."""
+        """This process's, None where the first one's serves all. All that can be found wrong before was: engines in the
+        trainers' own processes wait for each other while they start, and one that never began would hold them up."""
         engine = self.made_of.engine
         if planned is not None and (self.crew.leads or not self.made_of.engine_config.urls):
             with self.reporter.capture():
@@ -146,34 +142,29 @@ class Assembly:
             self.closing.callback(engine.release)
         return engine
 
-    def _model(self, engine: Engine | None) -> tuple[nn.Module, Any | None]:
-        """This process's PEFT model, and the base that it has from the engine or with other trainers."""
-        model, spec = self.made_of.model, self.made_of.spec
+    def _model(self, engine: Engine | None) -> nn.Module:
+        model, spec, base = self.made_of.model, self.made_of.spec, None
         if self.shared is not None:
             base = self.shared.own_modules()
-        else:
-            base = None if engine is None else shared_base(self.sharing, model, engine, self.reporter.message)
+        elif engine is not None:
+            base = shared_base(self.sharing, model, engine, self.reporter.message)
         built = build_policy_model(model, spec.peft_config, spec.config.seed, base)
         if engine is not None:
             check_same_device(built, engine)
-        return built, base
+        return built
 
 
-def _distributed(model: nn.Module, config: GRPOConfig, base: Any) -> tuple[Any, Any]:
-    """The model with its optimizer as accelerate's FSDP2 shards them, if it is set to; else the model, and None."""
+def _distributed(model: nn.Module, config: GRPOConfig) -> tuple[Any, Any]:
+    """With its optimizer, where accelerate's FSDP2 shards them."""
     accelerator = launched()
     if accelerator is None or not accelerator.is_fsdp2:
         return model, None
-    if base is not None:
-        raise ConfigError("share_base_weights with FSDP2 would shard the engine's own weights; leave it False")
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
-    return model, optimizer
+    return accelerator.prepare(model, build_optimizer(model, config))
 
 
 @contextmanager
 def untouched_when_stopped(*folders: str | Path | None) -> Iterator[None]:
-    """Ctrl-C while the parts are built leaves no folder that was not there, or was empty, before. After an error they
-    stay, with what the libraries said of it."""
+    """Ctrl-C leaves no folder that was not there, or was empty, before; after an error they stay, with its logs."""
     paths = [Path(folder) for folder in folders if folder is not None]
     new = [path for path in paths if not path.exists() or (path.is_dir() and not any(path.iterdir()))]
     try:

@@ -48,8 +48,7 @@ def begin_run(model: ModelConfig, spec: MemberSpec, *, resume: bool, **others: A
 
 
 def nothing_left(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
-    """Why the run in `output_dir` has no step left, and the result that it ended with; None where there is any work.
-    There is, too, where the end was not reached, a rollback is to be taken up, or an evaluation is missing."""
+    """Why there is no work left for the run in `output_dir` (no step, rollback or evaluation), and how it ended."""
     run_dir, most = Path(config.output_dir), config.grpo.max_steps_without_signal
     check_place(run_dir)
     last = (run_history(run_dir) or [{}])[-1]
@@ -99,8 +98,8 @@ def spec_of(
 
 
 def check_place(run_dir: Path) -> bool:
-    """Whether a run is in `run_dir`; raises a `LoraGrpoError` where none can be: for a file or a live run. A start that
-    failed leaves a store without versions, which is none."""
+    """Whether a run is in `run_dir`; a store without versions, as of a start that failed, is none. Raises a
+    `LoraGrpoError` where none can be: for a file or a live run."""
     check_folder(run_dir)
     refuse_live(run_dir)
     if Identity.read(run_dir) is None:
@@ -110,8 +109,8 @@ def check_place(run_dir: Path) -> bool:
 
 
 def _checked(config: RunConfig, *, resume: bool) -> RunConfig:
-    """What the run directory rules out is refused, and nothing changed there. A run that goes on cuts its batches into
-    micro-batches of as many tokens as before, which its bits depend on."""
+    """Refuses what the run directory rules out, and changes nothing there. A run that goes on has micro-batches of as
+    many tokens as before, which its bits depend on."""
     run_dir = Path(config.output_dir)
     holds_run = check_place(run_dir)
     if holds_run and not resume:

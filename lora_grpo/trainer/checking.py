@@ -12,7 +12,8 @@ import torch
 
 from lora_grpo.adapters.files.disk import tmpfs_home
 from lora_grpo.adapters.files.places import expected_root, require_kept
-from lora_grpo.adapters.peft_form.checks import active_adapter, check_servable
+from lora_grpo.adapters.peft_form.checks import active_adapter
+from lora_grpo.adapters.peft_form.modules import lora_modules
 from lora_grpo.config import RunConfig
 from lora_grpo.data import PromptDataset, load_data, load_prompts
 from lora_grpo.engines.compat import import_vllm
@@ -26,7 +27,7 @@ from lora_grpo.trainer.build import check_place, effective_grpo, lora_config, sp
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.memory import mib
 from lora_grpo.trainer.models import adapted_modules, default_device, shared_base
-from lora_grpo.trainer.preflight import MemberSpec, Preflight
+from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.room import Room, Wanted, available_memory, plan_room
 from lora_grpo.types import Completion, Group, Sampling
 
@@ -39,22 +40,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was checked: whether it works, and what was found or what has to change."""
-
     what: str
     ok: bool
-    found: str
+    found: str  # or what has to change
 
 
 def check_run(
     config: RunConfig, *, engine: bool = False, rewards: bool = False, base_alone: bool = False
 ) -> Iterator[Finding]:
-    """What can be known of a run without training it, told as it is found; nothing of the run is written. `engine`
-    starts the run's own, if all else is well: base match, probe, slots, and three swaps of adapters that differ.
-    `rewards` calls each reward function once, on two rows with a stand-in completion: errors and types count, values do
+    """What can be known of a run without training it, as it is found; nothing of the run is written. `engine` starts
+    the run's own, if all else is well. `rewards` calls each reward function once: errors and types count, values do
     not. `base_alone` leaves data and rewards out, for a model that has none yet."""
-    run = _Run(config, base_alone)
-    well = True
+    run, well = _Run(config, base_alone), True
     for finding in _findings([*run.parts(), *(run.reward_calls() if rewards else ())]):
         well = well and finding.ok
         yield finding
@@ -109,10 +106,10 @@ class _Run:
                 yield "room for versions", lambda: require_kept(expected_root(root, run), kept, planned.version_bytes)
             if self.grpo.report_to:
                 yield "trackers", lambda: check_trackers(self.grpo.report_to)
-            yield "steps", lambda: self._preflight.check_steps()
-            yield "rewards", lambda: self._preflight.check_rewards()
+            yield "steps", lambda: self.preflight.check_steps()
+            yield "rewards", lambda: self.preflight.check_rewards()
             if planned:  # a base that cannot be read has no tokenizer either
-                yield "prompts", lambda: self._preflight.check_prompts(self._preflight.known_room)
+                yield "prompts", lambda: self.preflight.check_prompts(self.preflight.known_room)
 
     def reward_calls(self) -> Iterator[Part]:
         """Each function alone, so that one that fails hides no other."""
@@ -121,11 +118,10 @@ class _Run:
                 yield f"reward {name}", partial(call_once, function, self.data[0], self.grpo)
 
     def start(self, opened: ExitStack) -> str:
-        """The run's trainer, in folders that go when `opened` closes."""
         run = opened.enter_context(tempfile.TemporaryDirectory(prefix="lora-grpo-check-"))
         root = opened.enter_context(tempfile.TemporaryDirectory(prefix="lora-grpo-check-", dir=tmpfs_home()))
         places = {"run_dir": run, "store_root": Path(root) / "store", "config": self.grpo.replace(report_to=())}
-        arguments = replace(self.spec, **places).arguments()
+        arguments = replace(self.preflight.spec, **places).arguments()
         self.trainer = GRPOTrainer(self.config.model, **arguments, engine_config=self.config.engine, view=False)
         opened.callback(self.trainer.close)
         engine = self.trainer.engine
@@ -133,9 +129,9 @@ class _Run:
 
     def engine_parts(self) -> Iterator[Part]:
         sync = self.trainer.sync
-        probe, match, noise = sync.probe, sync.base_match, sync.noise
-        if probe is not None:
-            yield "base match", lambda: f"{match}; engine and trainer agree to {noise:.4f} nats per token"
+        if (probe := sync.probe) is not None:
+            agreed = f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats per token"
+            yield "base match", lambda: agreed
             yield "probe", lambda: f"a loud adapter moves {probe.signal:.3g} nats per token, {probe.error:.2g} apart"
         for number in range(1, SWAPS + 1):
             yield f"swap {number}", partial(self._swap, number)
@@ -151,18 +147,15 @@ class _Run:
 
     @cached_property
     def plan(self) -> Room:
-        wanted = _or_none(lambda: self._preflight.wanted) or Wanted(lora_config(self.config.lora), self.grpo, 0)
+        wanted = _or_none(lambda: self.preflight.wanted) or Wanted(lora_config(self.config.lora), self.grpo, 0)
         room = plan_room(self.config.model, [wanted], self.config.engine, False, 1)
         room.require()
         return room
 
     @cached_property
-    def spec(self) -> MemberSpec:
-        return replace(spec_of(self.config, self.functions, self.data), config=self.grpo)
-
-    @cached_property
-    def _preflight(self) -> Preflight:
-        return Preflight(self.config.model, self.spec, engine_config=self.config.engine)
+    def preflight(self) -> Preflight:
+        spec = replace(spec_of(self.config, self.functions, self.data), config=self.grpo)
+        return Preflight(self.config.model, spec, engine_config=self.config.engine)
 
     @property
     def grpo(self) -> GRPOConfig:
@@ -173,9 +166,9 @@ class _Run:
     def _adapter(self) -> str:
         modules = adapted_modules(self.config.model, lora_config(self.config.lora))
         values = sum(module.a_RI.numel() + module.b_OR.numel() for module in modules)
-        leaves = sorted({module.path.rsplit(".", 1)[-1] for module in modules})
-        on = f"{counted(len(modules), 'layer')} ({', '.join(leaves)})"
-        return f"{self.config.model.name}: rank {self.plan.rank} on {on}, {values:,} values"
+        leaves = ", ".join(sorted({module.path.rsplit(".", 1)[-1] for module in modules}))
+        on = f"{counted(len(modules), 'layer')} ({leaves}), {values:,} values"
+        return f"{self.config.model.name}: rank {self.plan.rank} on {on}"
 
     def _served(self) -> str:
         model = self.config.model
@@ -200,20 +193,17 @@ class _Run:
         return f"{mib(planned.memory.total_bytes)}{unknown} of {free}{twice}"
 
     def _swap(self, number: int) -> str:
-        """Another adapter is published, proven, sampled from, and its completions are compared with the trainer's."""
-        trainer, temperature = self.trainer, self.grpo.temperature
+        trainer, sync, temperature = self.trainer, self.trainer.sync, self.grpo.temperature
         _fill(trainer.model, number)
-        version = trainer.sync.push(step=number)
-        receipt = trainer.sync.last_receipt
+        version, receipt, data = sync.push(step=number), sync.last_receipt, trainer.source.data
         assert receipt is not None
-        data = trainer.source.data
         prompts, _ = data.select(range(min(2, len(data))))
         most = min(SWAP_TOKENS, self.grpo.max_completion_length)
         sampling = Sampling(max_tokens=most, temperature=temperature, seed=number)
         groups = trainer.parts.rendering.generate(prompts, sampling, adapter=version)
         said = f"{receipt.load.proof}: {receipt.load.modules} modules, {receipt.load.proven_bytes:,} bytes compared"
-        if trainer.sync.probe is not None:
-            said += f"; canary {trainer.sync.canary(groups, temperature=temperature).verdict}"
+        if sync.probe is not None:
+            said += f"; canary {sync.canary(groups, temperature=temperature).verdict}"
         return f"{version} in {receipt.total_s * 1000:.0f} ms, {said}"
 
 
@@ -230,9 +220,8 @@ def call_once(function: RewardFunction, data: PromptDataset, config: GRPOConfig)
 @torch.no_grad()
 def _fill(model: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for module in check_servable(model, active_adapter(model)):
-        b = module.b_OR
-        b.copy_((torch.randn(b.shape, generator=generator) * 0.02).to(b))
+    for module in lora_modules(model, active_adapter(model)):
+        module.b_OR.copy_(torch.randn(module.b_OR.shape, generator=generator) * 0.02)
 
 
 def _no_reward(completions: Sequence[Any], **columns: Any) -> list[None]:

@@ -1,15 +1,14 @@
 """Several trainer processes: the first runs the trainer, the others do with it what takes all of them.
 
-So the order of the prompts, rewards, metrics, decisions and files are those of a run with one process. What all do
-together: sample (each a part of the prompts, where each has an engine), update, publish, go back.
-"""
+Prompts, rewards, metrics, decisions and files are then those of one process; all sample, update, publish, go back."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, wraps
+from operator import attrgetter
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -22,7 +21,6 @@ from lora_grpo.engines.base import Adapters, Engine, LoadReceipt, Samplings
 from lora_grpo.grpo.optimizer import apply_settings
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.policy import Policy
-from lora_grpo.rollback import RollbackReport
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Group, Prompt, derive_seed
 
@@ -32,8 +30,7 @@ R = TypeVar("R")
 
 def launched(timeout_s: float | None = None) -> Accelerator | None:
     """accelerate's own view of what `accelerate launch` or `torchrun` started; None for a single process. The first
-    call joins the processes, unless the caller has: from then on they wait for each other `timeout_s` at most (None:
-    accelerate's default), and later calls give the same."""
+    call joins them, unless the caller has: they then wait for each other `timeout_s` at most (None: its default)."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     if not _joined:
@@ -110,44 +107,21 @@ class CrewEngine:
         return getattr(self._own, name)
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        return self._crew(_asked, "load", version)
+        return self._crew(call, "sync.engine.load", version)
 
     def unload(self, version: AdapterVersion) -> None:
-        self._crew(_asked, "unload", version)
+        self._crew(call, "sync.engine.unload", version)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
-        return self._crew(_asked, "generate", prompts, sampling, adapter=adapter)
+        return self._crew(call, "sync.engine.generate", prompts, sampling, adapter=adapter)
 
 
 # What all processes do; `parts` are each one's own.
 
 
-def _asked(parts: Parts, name: str, /, *given: Any, **named: Any) -> Any:
-    return getattr(parts.sync.engine, name)(*given, **named)
-
-
-def push(parts: Parts, step: int, extra: dict[str, Any]) -> AdapterVersion:
-    return parts.sync.push(step, extra=extra)
-
-
-def roll_back(parts: Parts, number: int) -> RollbackReport:
-    return parts.sync.rollback(number)
-
-
-def restore_trainer(parts: Parts, version: AdapterVersion) -> bool:
-    return parts.sync.restore_trainer(version)
-
-
-def adopt(parts: Parts, version: AdapterVersion) -> bool:
-    return parts.sync.adopt(version)
-
-
-def adapter_now(parts: Parts) -> dict[str, torch.Tensor] | None:
-    return parts.policy.reference.weights_now()
-
-
-def set_reference(parts: Parts, weights: dict[str, torch.Tensor] | None) -> None:
-    parts.policy.reference.set(weights)
+def call(parts: Parts, method: str, /, *given: Any, **named: Any) -> Any:
+    """Of a part, such as "sync.push"."""
+    return attrgetter(method)(parts)(*given, **named)
 
 
 def apply_optimizer_settings(parts: Parts, learning_rate_scale: float) -> None:
@@ -163,9 +137,7 @@ def seed_everything(parts: Parts, seed: int) -> None:
 class Unheard:
     """What a process other than the first has to tell: nothing, for a run says everything once."""
 
+    capture = nullcontext
+
     def message(self, text: str) -> None:
         return None
-
-    @contextmanager
-    def capture(self) -> Iterator[None]:
-        yield

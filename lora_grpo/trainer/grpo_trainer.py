@@ -11,6 +11,7 @@ from typing import Any, Self
 from torch import nn
 
 from lora_grpo.adapters.asking.view import best_metric
+from lora_grpo.adapters.upkeep.opening import Recovered
 from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.data import PromptDataset, Rows
@@ -25,12 +26,12 @@ from lora_grpo.rewards import RewardFunction
 from lora_grpo.rollback import RollbackReport
 from lora_grpo.trainer import loop
 from lora_grpo.trainer.assembly import Assembly, untouched_when_stopped
-from lora_grpo.trainer.crew import Crew, Unheard, adapter_now, launched, led, seed_everything
+from lora_grpo.trainer.crew import Crew, Unheard, call, launched, led, seed_everything
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Shared, Sharing
 from lora_grpo.trainer.preflight import MemberSpec, Preflight
 from lora_grpo.trainer.rollouts import RolloutFunc
-from lora_grpo.trainer.run import Run, roll_back, run_info, summary, what_was_found
+from lora_grpo.trainer.run import Run, roll_back, run_info, summary
 from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
 
 
@@ -112,7 +113,7 @@ class GRPOTrainer(Run):
         self._build(crew, made_of, share_base_weights)
 
     def _build(self, crew: Crew, made_of: Preflight, sharing: Sharing) -> None:
-        """Everything, closed again when a part of it fails; nothing costly starts before all is checked."""
+        """Closed again when a part of it fails; nothing costly starts before all is checked."""
         self.result: dict[str, Any] = {}
         self.config, self.run_dir = made_of.config, Path(made_of.spec.run_dir)
         with (
@@ -124,7 +125,7 @@ class GRPOTrainer(Run):
             crew.parts = Assembly(self._closing, reporter, crew, made_of, sharing, self._shared).parts()
             room = getattr(crew.parts.engine, "max_model_len", None)
             reporter.message(crew.processes.first(lambda: made_of.check_prompts(room)))
-            super().__init__(crew, crew.parts, made_of)
+            super().__init__(crew, made_of)
             self._closing.callback(self.source.close)
             self._closing = self._closing.pop_all()
 
@@ -191,11 +192,11 @@ class GRPOTrainer(Run):
         self.close()
 
     def _begin(self, reporter: Reporter) -> None:
-        for sentence in what_was_found(self.store.recovered):
+        for sentence in _what_was_found(self.store.recovered):
             reporter.message(sentence)
         if self.store.head is None:
             self.crew(seed_everything, self.config.seed)
-            keep_reference(self.run_dir, self.crew(adapter_now))
+            keep_reference(self.run_dir, self.crew(call, "policy.reference.weights_now"))
             loop.publish(self, 0)
         elif not self.taken_up:
             raise ConfigError(f"{self.run_dir} holds a run at {self.version}; resume it, or choose another run_dir")
@@ -216,3 +217,23 @@ def _refuse_unknown(arguments: dict[str, Any], config: Any) -> None:
         raise ConfigError(f"GRPOTrainer has no argument {name!r}: {TRL_ARGUMENTS[name]}")
     if not isinstance(config, GRPOConfig | None):
         raise ConfigError(f"config is a {type(config).__module__}.{type(config).__qualname__}: {CONFIG}")
+
+
+def _what_was_found(recovered: Recovered) -> list[str]:
+    """What a dead process left, and what was lost with it, in sentences."""
+    said = {
+        "lost before they reached the archive: versions": recovered.lost,
+        "trainer states lost before they reached the archive, of versions": recovered.lost_states,
+        "damaged, differing from what was published: versions": recovered.damaged,
+        "brought to the archive now: versions": recovered.unarchived,
+        "unreadable, so that what they said of metrics and pins is lost: journal lines": recovered.damaged_lines,
+        "deleted, half-written by a process that was killed: folders": recovered.swept,
+        "tmpfs was out of date; what the archive has not got of it is yours to delete, in": recovered.set_aside,
+    }
+    sentences = [f"{words} {', '.join(map(str, found))}" for words, found in said.items() if found]
+    if recovered.head_moved is not None:
+        before, now = recovered.head_moved
+        sentences.append(f"HEAD was v{before}, which is lost; it is {'nowhere' if now is None else f'v{now}'} now")
+    if recovered.copied_from is not None:
+        sentences.append(f"a copy of the run in {recovered.copied_from}, which does not change")
+    return sentences

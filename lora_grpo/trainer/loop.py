@@ -16,16 +16,14 @@ from lora_grpo.errors import TrainingError, UnknownVersion
 from lora_grpo.grpo.advantages import reward_metrics
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.losses import filled, known_gaps
-from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.log import jsonable
 from lora_grpo.metrics.render import BACKLOG, GAP
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.rewards import RewardFunction, reward_names
-from lora_grpo.trainer.crew import Parts, push
+from lora_grpo.trainer.crew import Parts, call
 from lora_grpo.trainer.rollouts import Rewarded, Rollout
-from lora_grpo.trainer.run import Run, guarded, roll_back_between_steps
-from lora_grpo.trainer.steering import apply_requests
+from lora_grpo.trainer.run import Run, apply_requests, guarded, roll_back_between_steps
 from lora_grpo.types import Group
 
 CANARY_ROWS = 32
@@ -36,7 +34,6 @@ WARN_EVERY = 10  # steps in a row in which every group's rewards were equal: a r
 
 
 def train(run: Run, reporter: Reporter) -> None:
-    """Step until `total_steps`, or for `max_steps_without_signal` steps in a row that taught nothing."""
     while goes_on(run, reporter):
         apply_requests(run.store, partial(roll_back_between_steps, run), reporter)
         clock = Clock(reporter)
@@ -47,10 +44,9 @@ def train(run: Run, reporter: Reporter) -> None:
 
 def goes_on(run: Run, reporter: Reporter) -> bool:
     """Whether there is another step; where the run gives up, it says so."""
-    if _gives_up(run):
+    if gives_up := _gives_up(run):
         _warn_without_signal(run, reporter, "max_steps_without_signal ends the run here; raise it and resume")
-        return False
-    return run.steps_done < run.config.total_steps
+    return not gives_up and run.steps_done < run.config.total_steps
 
 
 def finish_step(run: Run, reporter: Reporter, clock: "Clock", rollout: Rollout) -> None:
@@ -60,8 +56,7 @@ def finish_step(run: Run, reporter: Reporter, clock: "Clock", rollout: Rollout) 
         _step(run, reporter, clock, rollout)
     except TrainingError as caught:
         error = caught
-    reason = None if run.guard is None else run.guard.why(run.history, error)
-    if run.guard is not None and reason is not None:
+    if run.guard is not None and (reason := run.guard.why(run.history, error)) is not None:
         guarded(run, run.guard, reason, reporter)
         return
     if error is not None:
@@ -72,9 +67,8 @@ def finish_step(run: Run, reporter: Reporter, clock: "Clock", rollout: Rollout) 
 
 
 def publish(run: Run, step: int, measured: Mapping[str, Any] | None = None) -> None:
-    """The weights after `step` become a version, which is proven, promoted, and kept with the trainer's state. The
-    state has what the step `measured` too (but for times): should the run be killed before that is written down,
-    `make_good` does it."""
+    """The weights after `step` become a version, kept with the trainer's state. That has what the step `measured` too
+    (but for times): should the run be killed before that is written down, `make_good` does it."""
     beside_weights = {
         "steps_done": step,
         "rollbacks": run.rollbacks,
@@ -82,11 +76,11 @@ def publish(run: Run, step: int, measured: Mapping[str, Any] | None = None) -> N
         "sampler": run.source.position(),
         "measured": None if measured is None else jsonable(measured),
     }
-    run.crew(push, step, beside_weights)
+    run.crew(call, "sync.push", step, extra=beside_weights)
 
 
 def make_good(run: Run, reporter: Reporter) -> None:
-    """What a run that was killed right after publishing still owes: its step's metrics, and an evaluation due there."""
+    """What a run that was killed right after publishing owes: its step's metrics, and an evaluation due there."""
     measured, run.owed = run.owed, None
     if measured is None:
         return
@@ -130,7 +124,6 @@ def _write_down(run: Run, reporter: Reporter, metrics: dict[str, Any]) -> None:
 
 
 def _record(run: Run, metrics: Mapping[str, Any]) -> None:
-    """What a step says of the version that made its completions."""
     # A forked run has not the version that its first step was sampled from. One that is sampled from again, after a
     # rollback, keeps what it earned first: by that the best ones were chosen, whose trainer states are there.
     with suppress(UnknownVersion):
@@ -183,7 +176,10 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
     checked: dict[str, Any] = {}
 
     def judge(prepared: Batch) -> None:
-        checked[GAP] = gap = logprob_gap(prepared, processes)
+        """The gap is the mean |trainer - sampler| log-prob of all processes' tokens in the loss, NaN without any."""
+        gaps_N = known_gaps(filled(prepared.old_logp_BT), prepared.sampler_logp_BT, prepared.mask_BT)
+        total, count = processes.sum(torch.stack([gaps_N.sum(), gaps_N.new_tensor(len(gaps_N))])).tolist()
+        checked[GAP] = gap = total / count if count else math.nan
         report = canary(parts, config, rewarded.groups, gap, step)
         if report is not None:
             checked.update({"canary/verdict": report.verdict, "canary/signal": report.signal})
@@ -210,20 +206,11 @@ def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, st
 def spread(groups: list[Group], rows: int) -> list[Group]:
     """About `rows` completions of as many prompts as there are: prompts differ more than samples of one."""
     chosen = groups[:: max(1, len(groups) // rows)][:rows]
-    each = max(1, rows // len(chosen))
-    return [replace(group, completions=group.completions[:each]) for group in chosen]
-
-
-def logprob_gap(batch: Batch, processes: Processes) -> float:
-    """Mean |trainer - sampler| log-prob over the tokens in the loss, nats, of all processes' batches; NaN when the
-    sampler gave none."""
-    gaps_N = known_gaps(filled(batch.old_logp_BT), batch.sampler_logp_BT, batch.mask_BT)
-    total, count = processes.sum(torch.stack([gaps_N.sum(), gaps_N.new_tensor(len(gaps_N))])).tolist()
-    return total / count if count else math.nan
+    return [replace(group, completions=group.completions[: max(1, rows // len(chosen))]) for group in chosen]
 
 
 def step_metrics(rewarded: Rewarded, functions: Sequence[RewardFunction], config: GRPOConfig) -> dict[str, Any]:
-    """What a step says of its rewards and completions, under TRL's names where it has them."""
+    """Under TRL's names where it has them."""
     completions = [completion for group in rewarded.groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
     n, names = config.num_generations, reward_names(functions)
@@ -234,12 +221,12 @@ def step_metrics(rewarded: Rewarded, functions: Sequence[RewardFunction], config
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(completion.truncated for completion in completions) / len(completions),
-        "frac_groups_used": rewarded.used_groups(config.num_generations),
+        "frac_groups_used": rewarded.used_groups(n),
     }
 
 
 def sample_rows(rewarded: Rewarded) -> list[dict[str, Any]]:
-    """A few completions to look at, spread over the batch, with what reward functions logged beside each."""
+    """Spread over the batch, with what reward functions logged beside each."""
     pairs = [(group.prompt, completion) for group in rewarded.groups for completion in group.completions]
     rows = [
         {"prompt": prompt, "completion": completion.text, "reward": value, "version": completion.version}

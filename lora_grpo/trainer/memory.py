@@ -3,8 +3,8 @@
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_grpo.adapters.peft_form.checks import Scheme
+from lora_grpo.config import EngineConfig
 from lora_grpo.engines.compat.patching import replaced
 from lora_grpo.grpo.head import head_bytes
 from lora_grpo.grpo.packing import Span, in_spans, pack, pays, refusal, sizes
-from lora_grpo.grpo_config import GRPOConfig
+from lora_grpo.trainer.models import lora_rank
 
 ADAM_BYTES = 4 + 4 + 4 + 4  # fp32 weight, gradient and two moments of each adapter parameter
 _QUANTIZED_BYTES: dict[Scheme | None, tuple[float | None, float | None]] = {
@@ -63,22 +64,8 @@ class LargestBatch:
         return [[prompt] * self.prompt_tokens + [0] * self.completion_tokens for prompt in prompts]
 
 
-def largest_batch(config: GRPOConfig, prompt_tokens: int, device: torch.device) -> LargestBatch:
-    """What a run's settings make of prompts of at most so many tokens. A budget of tokens counts a shared prompt once,
-    and is filled with rows of other groups then. On a GPU there is one where none is set: what this many rows take that
-    share nothing."""
-    rows, group, completion_tokens = config.per_device_train_batch_size, 1, config.max_completion_length
-    if config.max_tokens_per_micro_batch is not None:
-        rows = max(1, config.max_tokens_per_micro_batch // (prompt_tokens + completion_tokens))
-    elif device.type == "cpu":
-        group = config.num_generations
-    return LargestBatch(rows, prompt_tokens, completion_tokens, group)
-
-
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of the trainer's base, its adapter with optimizer, what a step computes, and the engine's parts."""
-
     trainer_base_bytes: int
     adapter_and_optimizer_bytes: int
     activations_bytes: int | None  # None: the model could not be walked through; see `activation_bytes`
@@ -96,59 +83,55 @@ class MemoryEstimate:
         return f"{mib(self.total_bytes)}{unknown} ({parts})"
 
     def parts(self) -> dict[str, int]:
-        """The bytes of each part that is known, by a name for people."""
-        values = {one.name.removesuffix("_bytes").replace("_", " "): getattr(self, one.name) for one in fields(self)}
-        return {name: size_bytes for name, size_bytes in values.items() if size_bytes is not None}
+        """Those that are known, by a name for people."""
+        known = {name: size_bytes for name, size_bytes in asdict(self).items() if size_bytes is not None}
+        return {name.removesuffix("_bytes").replace("_", " "): size_bytes for name, size_bytes in known.items()}
 
     def what_helps(self) -> str:
-        parts = self.parts()
-        return _SMALLER[max(parts, key=parts.__getitem__)]
+        return _SMALLER[max(self.parts().items(), key=itemgetter(1))[0]]
 
 
 def mib(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 20):,.1f} MiB"
 
 
+def engine_dtype(config: EngineConfig) -> torch.dtype:
+    """ "auto" is a half-precision one whatever the checkpoint has: vLLM serves fp32 checkpoints in one too."""
+    return torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
 def estimate_memory(
     model: Any,
     batch: LargestBatch,
+    config: EngineConfig,
+    trainer_dtype: torch.dtype,
     *,
     checkpointing: bool,
-    slots: int,
-    max_lora_rank: int,
-    trainer_dtype: torch.dtype,
-    engine_dtype: torch.dtype,
     shared_base: bool = False,
     scheme: Scheme | None = None,
 ) -> MemoryEstimate:
     """The estimate for a PEFT model on the meta device that learns from `batch` at a time; its KV cache is left out.
     With `shared_base` the trainer's base is the engine's. `scheme` is how linear layers are quantized."""
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    head, layers = model.get_output_embeddings(), model.named_modules()
+    linear = [layer for name, layer in layers if isinstance(layer, nn.Linear) and ".lora_" not in name]
+    quantized = sum(layer.weight.numel() for layer in linear if layer is not head) if scheme else 0
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    slot = sum(max_lora_rank * (module.in_features + module.out_features) for module in adapted)
-    quantized = _linear_elements(model) if scheme else 0
     plain = sum(p.numel() for p in model.parameters()) - trained - quantized
     trainer_bytes, engine_bytes = _QUANTIZED_BYTES.get(scheme, (None, None))
+    served, rank = engine_dtype(config), config.max_lora_rank or lora_rank(model)
+    slots = config.max_loras * rank * sum(layer.in_features + layer.out_features for layer in adapted)
 
     def base_bytes(dtype: torch.dtype, each: float | None) -> int:
         return plain * dtype.itemsize + int(quantized * (each or dtype.itemsize))
 
-    activations = activation_bytes(model.to(trainer_dtype), batch, trainer_dtype, checkpointing=checkpointing)
     return MemoryEstimate(
         trainer_base_bytes=0 if shared_base else base_bytes(trainer_dtype, trainer_bytes),
         adapter_and_optimizer_bytes=trained * ADAM_BYTES,
-        activations_bytes=activations,
-        engine_base_bytes=base_bytes(engine_dtype, engine_bytes),
-        adapter_slots_bytes=slot * slots * engine_dtype.itemsize,
+        activations_bytes=activation_bytes(model.to(trainer_dtype), batch, trainer_dtype, checkpointing=checkpointing),
+        engine_base_bytes=base_bytes(served, engine_bytes),
+        adapter_slots_bytes=slots * served.itemsize,
     )
-
-
-def _linear_elements(model: Any) -> int:
-    """Weights of the base's linear layers, its head left out."""
-    head = model.get_output_embeddings()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    base = [module for name, module in layers.items() if module is not head and ".lora_" not in name]
-    return sum(module.weight.numel() for module in base)
 
 
 # Activations.
@@ -207,17 +190,13 @@ class _Living(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            if storage._cdata not in self._storages:
+                self._storages.add(storage._cdata)
+                self.now_bytes += storage.nbytes()
+                weakref.finalize(storage, self._drop, storage._cdata, storage.nbytes())
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
         return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._storages:
-            self._storages.add(storage._cdata)
-            self.now_bytes += storage.nbytes()
-            weakref.finalize(storage, partial(self._drop, storage._cdata, storage.nbytes()))
 
     def _drop(self, storage: int, size_bytes: int) -> None:
         self._storages.discard(storage)

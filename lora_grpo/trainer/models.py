@@ -62,8 +62,7 @@ def build_engine(
     model: Model, config: EngineConfig, targets: Sequence[str] | None = None, *, share_base_weights: bool = False
 ) -> Engine:
     """A `VLLMEngine` on the model's checkpoint, or the servers that `config.urls` names; `max_lora_rank` is to be set.
-    `targets` are the last names of the layers to be adapted (None: all linear ones); each wrapped layer costs decoding
-    time, whether an adapter uses it or not."""
+    `targets` are the last names of the layers to be adapted, each of which costs decoding time (None: all linear)."""
     checkpoint = checkpoint_of(model)
     if config.urls:
         from lora_grpo.engines.server.engine import VLLMServerEngine
@@ -110,22 +109,20 @@ def load_base(model: ModelConfig, device: torch.device | None = None) -> Any:
 
 
 def build_policy_model(model: Model, peft_config: Any, seed: int, base: Any = None) -> nn.Module:
-    """The PEFT model to train, its adapter in fp32 and drawn from `seed`, on `base` or else the checkpoint's own copy.
-    A model that is given is used as it is. A copy goes to the default device."""
+    """The PEFT model to train, its adapter in fp32 and drawn from `seed`, on `base` or else a copy of the checkpoint's.
+    A model that is given is used as it is."""
+    config = _lora_config(model, peft_config)
     if isinstance(model, nn.Module):
-        if peft_config is not None:
-            raise ConfigError("model is a PeftModel already: leave peft_config out, or pass the checkpoint's name")
         return model
-    if base is None:
-        base = load_base(model)
+    base = load_base(model) if base is None else base
     set_seed(seed)
-    policy = _with_adapter(base, peft_config, model.name, autocast_adapter_dtype=True, revision=model.revision)
+    policy = _with_adapter(base, config, model.name, autocast_adapter_dtype=True, revision=model.revision)
     for module in check_servable(policy, active_adapter(policy)):
         module.a_RI.data, module.b_OR.data = module.a_RI.data.float(), module.b_OR.data.float()
     return policy
 
 
-def lora_rank(model: Model, peft_config: Any) -> int:
+def lora_rank(model: Model, peft_config: Any = None) -> int:
     config = _lora_config(model, peft_config)
     return max([config.r, *config.rank_pattern.values()])
 
@@ -138,9 +135,9 @@ def expects_one_copy(choice: Sharing, model: Model, config: EngineConfig) -> boo
 
 
 def shared_base(choice: Sharing, model: Model, engine: Engine, tell: Callable[[str], None]) -> Any | None:
-    """The engine's weights as the trainer's base, or None for a copy of its own. "auto" takes them on CUDA, where that
-    costs nothing, if they are in the dtype that the trainer's base would have; else it goes on with a copy and tells
-    why, unless the engine is servers. True raises `ConfigError` or `UnsupportedAdapter` with the reason."""
+    """The engine's weights as the trainer's base, or None for a copy of its own. "auto" takes them on CUDA, if they are
+    in the dtype that the trainer's base would have; else it goes on with a copy and tells why, unless the engine is
+    servers. True raises `ConfigError` or `UnsupportedAdapter` with the reason."""
     if not (choice is True or (_may_share(choice, model) and hasattr(engine, "shared_model"))):
         return None
     try:
@@ -162,11 +159,10 @@ def _shared_base(model: Model, engine: Engine) -> Any:
         raise ConfigError("share_base_weights=True builds its model: pass the checkpoint's name, not a PeftModel")
     if share is None:
         raise ConfigError(f"share_base_weights=True needs a VLLMEngine, not a {type(engine).__name__}")
-    served = engine.describe_base().dtype
-    wanted: str = model.dtype
+    served, wanted = engine.describe_base().dtype, str(model.dtype)
     if wanted == "auto":
-        config: Any = checkpoint_config(model.name, **model.loading)
-        wanted = str(config.dtype or torch.float32).removeprefix("torch.")
+        own = checkpoint_config(model.name, **model.loading).dtype
+        wanted = str(own or torch.float32).removeprefix("torch.")
     if served != wanted:
         raise ConfigError(f"the engine's base is {served}, the trainer's would be {wanted}: set model.dtype='{served}'")
     return share()
@@ -200,17 +196,16 @@ def without_memory(model: Model, peft_config: Any) -> PeftModel:
         with torch.device("meta"):
             empty = type(base)(deepcopy(base.config))
     empty.config.quantization_config = None  # of weights that are not there
-    config = deepcopy(_lora_config(model, peft_config))
     name = model.name if isinstance(model, ModelConfig) else type(empty).__name__
-    return _with_adapter(empty, config, name, low_cpu_mem_usage=True)
+    return _with_adapter(empty, deepcopy(_lora_config(model, peft_config)), name, low_cpu_mem_usage=True)
 
 
 def _with_adapter(base: Any, config: LoraConfig, name: str, **settings: Any) -> PeftModel:
-    targets, linear = config.target_modules, sorted(_linear(base))
+    targets, linear = config.target_modules, ", ".join(sorted(_linear(base)))  # before PEFT changes both
     try:
         return get_peft_model(base, config, **settings)
     except ValueError as error:
-        fix = f"its linear layers are {', '.join(linear)}" if targets else ALL_LINEAR
+        fix = f"its linear layers are {linear}" if targets else ALL_LINEAR
         raise ConfigError(f"target_modules={targets!r} on {name}: {str(error).rstrip('.')}; {fix}") from error
 
 
@@ -237,6 +232,8 @@ def check_same_device(model: nn.Module, engine: Engine) -> None:
 
 def _lora_config(model: Model, peft_config: Any) -> LoraConfig:
     if isinstance(model, nn.Module):
+        if peft_config is not None:
+            raise ConfigError("model is a PeftModel already: leave peft_config out, or pass the checkpoint's name")
         return peft_model_of(model).peft_config[active_adapter(model)]
     if peft_config is None:
         raise ConfigError("model is a checkpoint name: pass peft_config=LoraConfig(...) to adapt it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import cached_property
@@ -25,6 +24,7 @@ from lora_grpo.errors import ConfigError, counted
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
+from lora_grpo.sections import nearest_key
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Model, checkpoint_of
 from lora_grpo.trainer.rollouts import RolloutFunc
@@ -81,7 +81,7 @@ class MemberSpec:
 
 @dataclass
 class Preflight:
-    """What a run would train with what. Each part is worked out once, and says in a sentence what it found.
+    """What a run would train with what. Each check raises a `LoraGrpoError`, or says in a sentence what it found.
     `max_model_len` is the engine's, where it is known; without it only `max_prompt_length` bounds the prompts."""
 
     model: Model
@@ -97,7 +97,6 @@ class Preflight:
         self.held_out: PromptDataset | None = self.spec.eval_dataset  # type: ignore[assignment]
 
     def check(self) -> None:
-        """Everything. Each check raises a `LoraGrpoError`, or tells what it found."""
         check_trackers(self.config.report_to)
         self.check_rewards()
         self.check_steps()
@@ -136,7 +135,6 @@ class Preflight:
 
     @property
     def wanted(self) -> Wanted:
-        """What it needs of memory, with the longest prompt that fits, and of its engine."""
         data, lengths = self._lengths["train"]
         longest = max(lengths[row] for row in self._fitting(data, lengths, self.known_room))
         return Wanted(self.spec.peft_config, self.config, longest)
@@ -158,7 +156,7 @@ class Preflight:
 
     @property
     def known_room(self) -> int | None:
-        """The engine's max_model_len, where it is known before it starts."""
+        """The engine's max_model_len, where that is known before it starts."""
         if self.engine is not None:
             return getattr(self.engine, "max_model_len", None)
         return None if self.engine_config.urls else self.engine_config.max_model_len
@@ -166,14 +164,13 @@ class Preflight:
     @cached_property
     def _lengths(self) -> dict[str, tuple[PromptDataset, list[int]]]:
         """The data as they were given, and the tokens of each row's prompt."""
-        given = {"train": self.train, "held_out": self.held_out}
-        return {name: (data, self._tokens_of(data)) for name, data in given.items() if data is not None}
+        given = (("train", self.train), ("held_out", self.held_out))
+        return {name: (data, self._tokens_of(data)) for name, data in given if data is not None}
 
     def _tokens_of(self, data: PromptDataset) -> list[int]:
         if self.tokenizer is None:
             return [0] * len(data)
-        lengths = []
-        known = _template_names(self.tokenizer)
+        lengths, known = [], _template_names(self.tokenizer)
         for row, prompt in enumerate(data.prompts()):
             called = f"{data.label}, row {row}: the prompt"
             if isinstance(prompt, Chat):
@@ -184,27 +181,26 @@ class Preflight:
 
     def _fitting(self, data: PromptDataset, lengths: list[int], max_model_len: int | None) -> list[int]:
         longest, most, completion = max(lengths), self.config.max_prompt_length, self.config.max_completion_length
-        limits = [] if most is None else [(most, f"max_prompt_length={most}", [f"raise that to {longest}"])]
+        limits = [] if most is None else [(most, f"max_prompt_length={most}", f"raise that to {longest}")]
         if max_model_len is not None:
             name = f"max_model_len={max_model_len} less max_completion_length={completion}"
-            fixes = [f"raise max_model_len to {longest + completion}"]
+            fix = f"raise max_model_len to {longest + completion}"
             if longest < max_model_len:
-                fixes.append(f"lower max_completion_length to {max_model_len - longest}")
-            limits.append((max_model_len - completion, name, fixes))
-        limit, name, fixes = min(limits, default=(longest, "", []))
+                fix += f", or lower max_completion_length to {max_model_len - longest}"
+            limits.append((max_model_len - completion, name, fix))
+        limit, name, fix = min(limits, default=(longest, "", ""))
         over = [row for row, length in enumerate(lengths) if length > limit]
         if over and (self.config.overlong_prompts == "error" or len(over) == len(data)):
-            fixes += ["shorten the prompts"]
-            fixes += ["leave them out with overlong_prompts='drop'"] if len(over) < len(data) else []
+            fix += ", or shorten the prompts"
+            fix += ", or leave them out with overlong_prompts='drop'" if len(over) < len(data) else ""
             first = f"{data.label}, row {over[0]}: the prompt has {counted(lengths[over[0]], 'token')}"
-            allowed = f"{name} allows {max(0, limit):,}"
             rest = f"({len(over):,} of {len(data):,} rows are longer, up to {longest:,})"
-            raise ConfigError(f"{first}, and {allowed} {rest}: {', or '.join(fixes)}")
+            raise ConfigError(f"{first}, and {name} allows {max(0, limit):,} {rest}: {fix}")
         return [row for row, length in enumerate(lengths) if length <= limit]
 
 
 def _template_names(tokenizer: Any) -> set[str] | None:
-    """What a chat template can be given: its own variables, and what renders it; None where that cannot be told."""
+    """What a chat template can be given: its own variables, and what renders it takes; None where nothing tells."""
     template = getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str):
         return None
@@ -218,9 +214,8 @@ def _template_names(tokenizer: Any) -> set[str] | None:
 def _check_template_kwargs(chat: Chat, known: set[str] | None, called: str) -> None:
     for name in chat.template_kwargs:
         if known is not None and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-            raise ConfigError(f"{called} has chat_template_kwargs {name!r}, which the chat template ignores; {hint}")
+            told = f"{called} has chat_template_kwargs {name!r}, which the chat template ignores: leave it out"
+            raise ConfigError(f"{told} ({nearest_key(name, known)})")
 
 
 def reward_functions(given: Any) -> list[RewardFunction]:

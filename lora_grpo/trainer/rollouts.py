@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -30,16 +31,16 @@ RolloutFunc: TypeAlias = Callable[[Sequence[Prompt], Engine, AdapterVersion], li
 The engine renders text and chats as the trainer does; `prompt + [message]` keeps a chat's `chat_template_kwargs`."""
 
 EVALUATIONS = "evaluations"  # of a run directory
-Rewards: TypeAlias = list[list[float]]
+
 T = TypeVar("T")
 
 
 @dataclass
 class Rollout:
-    """The batch of one step on its way. `position` is where the data stood before its prompts were drawn."""
+    """The batch of one step on its way."""
 
     step: int
-    position: dict[str, int]
+    position: dict[str, int]  # where the data stood before its prompts were drawn
     prompts: list[Prompt]
     columns: dict[str, list[Any]]
     version: AdapterVersion = field(init=False)  # set when it begins
@@ -64,9 +65,7 @@ class Rewarded:
 
 @dataclass
 class Source:
-    """Where batches come from: prompts and their order, the engine that completes them, the functions that score. Each
-    is sampled when its step begins, from the version published before. `rollout_func` samples in place of the engine's
-    `generate`."""
+    """Where batches come from: each is sampled when its step begins, from the version published before."""
 
     config: GRPOConfig
     parts: Parts
@@ -74,7 +73,7 @@ class Source:
     sampler: PromptSampler
     rollback_log: RollbackLog
     reward_funcs: Sequence[RewardFunction]
-    rollout_func: RolloutFunc | None = None
+    rollout_func: RolloutFunc | None = None  # in place of the engine's `generate`
     dropped: dict[str, int] = field(init=False, default_factory=dict)  # rollouts dropped so far, by reason
 
     def running(self) -> AbstractContextManager[None]:
@@ -92,7 +91,7 @@ class Source:
         return Rollout(step, position, *self.data.select(next(self.sampler)))
 
     def sample(self, rollout: Rollout, version: AdapterVersion) -> None:
-        """Have `version` complete the prompts. Raises for groups that cannot be trained on; see `check`."""
+        """Have `version` complete the prompts, and `check` what came."""
         rollout.version = version
         if self.rollout_func is None:
             rollout.groups = self.parts.rendering.generate(rollout.prompts, self.sampling(rollout), adapter=version)
@@ -107,6 +106,7 @@ class Source:
         return Sampling(n=n, max_tokens=most, temperature=temperature, seed=seed)
 
     def check(self, rollout: Rollout) -> None:
+        """Raises `ConfigError` or `DeliveryError` for groups that cannot be trained on."""
         groups, prompts, version = rollout.groups, len(rollout.prompts), rollout.version
         sizes = {len(group.completions) for group in groups}
         if len(groups) != prompts or sizes != {self.config.num_generations}:
@@ -117,7 +117,7 @@ class Source:
             if strangers:
                 told = f"prompt {index} was completed by version {sorted(map(str, strangers))}, not by {version}"
                 raise DeliveryError(f"{told}; pass adapter=version to engine.generate")
-            if any(not completion.token_ids for completion in group.completions):
+            if not all(completion.token_ids for completion in group.completions):
                 raise DeliveryError(f"prompt {index} has a completion without tokens")
 
     def reward(self, rollout: Rollout) -> Rewarded:
@@ -128,8 +128,8 @@ class Source:
         rewards_BF = torch.tensor(values_BF, dtype=torch.float64)
         rewards_B = weighted_rewards(rewards_BF, config.reward_weights)
         advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
-        logged, extra = context.metrics(), jsonable(context.extra)
-        return Rewarded(rollout.groups, rewards_BF, rewards_B, advantages_B, logged, extra)
+        extra = jsonable(context.extra)
+        return Rewarded(rollout.groups, rewards_BF, rewards_B, advantages_B, context.metrics(), extra)
 
     def score(self, function: Callable[[], T]) -> T:
         """Call reward functions on other completions."""
@@ -169,11 +169,11 @@ def evaluate(
     data: PromptDataset,
     reward_funcs: Sequence[RewardFunction],
     config: GRPOConfig,
-    scored: Callable[[Callable[[], Rewards]], Rewards] = lambda scoring: scoring(),
+    scored: Callable[[Callable[[], Any]], Any] = lambda scoring: scoring(),
 ) -> Evaluation:
-    """Mean of each reward over all held-out prompts, answered greedily; `reward` is their weighted sum. As in training,
-    an answer that no function scores has no reward, and no part in the mean. `scored` calls what calls the reward
-    functions. Columns that hold booleans split the reward: `reward/COLUMN=true`, `reward/COLUMN=false`."""
+    """Mean of each reward over all held-out prompts, answered greedily; `reward` is their weighted sum. An answer that
+    no function scores has no part in the mean. `scored` calls what calls the reward functions. Columns that hold
+    booleans split the reward: `reward/COLUMN=true`, `reward/COLUMN=false`."""
     prompts, columns = data.select(range(len(data)))
     greedy = Sampling(n=1, max_tokens=config.max_completion_length, temperature=0.0, seed=config.seed)
     groups = engine.generate(prompts, greedy, adapter=version)
@@ -215,16 +215,10 @@ def evaluations_until(run_dir: Path, step: int) -> list[Evaluation]:
 
 
 def _means(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
-    named = ["reward", *(f"rewards/{name}" for name in names)]
-    groups = {name: [row[name] for row in rows] for name in named}
+    groups = {name: [row[name] for row in rows] for name in ("reward", *(f"rewards/{name}" for name in names))}
     flags = sorted({key for row in rows for key, value in row["columns"].items() if isinstance(value, bool)})
-    for flag in flags:
-        for value in (True, False):
-            part = [row["reward"] for row in rows if row["columns"].get(flag) is value]
-            groups |= {f"reward/{flag}={str(value).lower()}": part} if part else {}
-    return {name: _mean(values) for name, values in groups.items()}
-
-
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+    for flag, value in product(flags, (True, False)):
+        part = [row["reward"] for row in rows if row["columns"].get(flag) is value]
+        groups |= {f"reward/{flag}={str(value).lower()}": part} if part else {}
+    known = {name: [value for value in values if not math.isnan(value)] for name, values in groups.items()}
+    return {name: sum(values) / len(values) if values else math.nan for name, values in known.items()}

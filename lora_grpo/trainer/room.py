@@ -20,35 +20,38 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.forward import base_dtype
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.trainer import models
-from lora_grpo.trainer.memory import ADAM_BYTES, LargestBatch, MemoryEstimate, estimate_memory, largest_batch, mib
+from lora_grpo.trainer.memory import ADAM_BYTES, LargestBatch, MemoryEstimate, engine_dtype, estimate_memory, mib
 from lora_grpo.trainer.models import Model, Sharing, build_engine, checkpoint_of, default_device, lora_rank
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What one member needs room for: its adapter, and steps on prompts of at most `prompt_tokens`. A run that is none
-    of a population is a member too, the only one."""
+    """What one member of a population needs room for; a run that is none is a member too, the only one."""
 
     peft_config: Any
     config: GRPOConfig
-    prompt_tokens: int
+    prompt_tokens: int  # of the longest prompt
 
     @property
     def batch(self) -> LargestBatch:
-        return largest_batch(self.config, self.prompt_tokens, default_device())
+        """A budget of tokens counts a shared prompt once, and is filled with rows of other groups then. On a GPU there
+        is one where none is set: what this many rows take that share nothing."""
+        rows, completion_tokens = self.config.per_device_train_batch_size, self.config.max_completion_length
+        if self.config.max_tokens_per_micro_batch is not None:
+            rows = max(1, self.config.max_tokens_per_micro_batch // (self.prompt_tokens + completion_tokens))
+        elif default_device().type == "cpu":
+            return LargestBatch(rows, self.prompt_tokens, completion_tokens, self.config.num_generations)
+        return LargestBatch(rows, self.prompt_tokens, completion_tokens)
 
 
 @dataclass(frozen=True)
 class Room:
-    """The engine's settings, the largest `rank`, all `leaves` (None: all linear layers), and the memory of `members`
-    at a time."""
-
     engine_config: EngineConfig
-    rank: int
-    leaves: list[str] | None
+    rank: int  # the largest
+    leaves: list[str] | None  # of all members; None: all linear layers
     version_bytes: int  # of the tensors of a version, the largest member's
-    members: int
-    memory: MemoryEstimate
+    members: int  # at a time
+    memory: MemoryEstimate  # of those
     joint_kv_bytes: int  # what the rows of one round of several members take of the KV cache at most
     fit: int  # how many members memory holds, the largest first
     checkpointing: bool  # whether activations are computed twice, for members that leave it open
@@ -153,8 +156,7 @@ def _together(engine: MemoryEstimate, members: Sequence[MemoryEstimate]) -> Memo
 
 
 def _round_bytes(model: Model, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:
-    """Keys and values of all rows of a round, none of them sharing a prompt; of plain attention in every layer, or 0
-    where a model's config names no heads."""
+    """Keys and values of a round's rows, no prompt shared, with plain attention in every layer; 0: nothing known."""
     if at_once == 1 or not isinstance(model, ModelConfig):
         return 0
     text: Any = checkpoint_config(model.name, **model.loading).get_text_config()
@@ -170,20 +172,13 @@ def estimate(
     model: Model, peft_config: Any, config: EngineConfig | None, batch: LargestBatch, one_copy: bool, twice: bool
 ) -> MemoryEstimate:
     """What a run takes; without a `config`, the engine is there already."""
-    own = EngineConfig() if config is None else config
-    empty = models.without_memory(model, peft_config)
-    elsewhere = config is None or bool(config.urls)
+    empty, given = models.without_memory(model, peft_config), isinstance(model, nn.Module)
     dtype = base_dtype(model) if isinstance(model, nn.Module) else getattr(torch, model.dtype, None)
+    elsewhere = config is None or bool(config.urls)
+    scheme = None if elsewhere and given else models.quantization_of(checkpoint_of(model))
+    own, dtype = config or EngineConfig(), dtype or empty.config.dtype or torch.float32
     needed = estimate_memory(
-        empty,
-        batch,
-        checkpointing=twice,
-        slots=own.max_loras,
-        max_lora_rank=own.max_lora_rank or lora_rank(model, peft_config),
-        trainer_dtype=dtype or empty.config.dtype or torch.float32,
-        engine_dtype=engine_dtype(own),
-        shared_base=one_copy or isinstance(model, nn.Module),
-        scheme=None if elsewhere and isinstance(model, nn.Module) else models.quantization_of(checkpoint_of(model)),
+        empty, batch, own, dtype, checkpointing=twice, shared_base=one_copy or given, scheme=scheme
     )
     if elsewhere:
         return replace(needed, engine_base_bytes=0, adapter_slots_bytes=0)
@@ -201,8 +196,3 @@ def _cache_bytes(config: EngineConfig, weights_bytes: int) -> int:
     if default_device().type == "cuda":
         return max(0, int(torch.cuda.mem_get_info()[1] * config.gpu_memory_utilization) - weights_bytes)
     return int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) << 30
-
-
-def engine_dtype(config: EngineConfig) -> torch.dtype:
-    """ "auto" is a half-precision one whatever the checkpoint has: vLLM serves fp32 checkpoints in one too."""
-    return torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -1,37 +1,40 @@
-"""A run as it stands between two steps, and taken up again at a version: after a stop, or because it went astray."""
+"""A run between two steps: taken up again, taken back to a version, and doing what other processes ask of it."""
 
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from lora_grpo.adapters.asking.requests import Request, pending
 from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.upkeep.opening import Recovered
 from lora_grpo.adapters.upkeep.rollbacks import Rollback, RollbackLog, of_trainer
 from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.data import PromptSampler
-from lora_grpo.errors import ConfigError, TrainingError, UnknownVersion, counted
+from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, TrainingError, UnknownVersion, counted
 from lora_grpo.metrics.log import Record, history, package_versions, read_metrics
 from lora_grpo.metrics.render import GAP
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.reference import kept_reference
 from lora_grpo.rollback import RollbackReport
-from lora_grpo.trainer import crew
-from lora_grpo.trainer.crew import Crew, Parts, led
+from lora_grpo.sync import NativeSync
+from lora_grpo.trainer.crew import Crew, apply_optimizer_settings, call, led, seed_everything
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.overlap import Ahead
 from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.rollouts import Evaluation, Source, evaluate, evaluations_until, save_evaluation
 
+RollBack: TypeAlias = Callable[[Target], RollbackReport]
+
 
 class Run:
     """What the loop, a rollback and a resume move on; `GRPOTrainer` is one, with the verbs that its user calls."""
 
-    def __init__(self, crew: Crew, parts: Parts, made_of: Preflight) -> None:
-        config, spec = made_of.config, made_of.spec
+    def __init__(self, crew: Crew, made_of: Preflight) -> None:
+        config, spec, parts = made_of.config, made_of.spec, crew.parts
         self.config, self.run_dir, self.guard = config, Path(spec.run_dir), spec.guard
         self.crew, self.parts = crew, parts
         self.engine, self.model, self.policy, self.sync = parts.engine, parts.model, parts.policy, parts.sync
@@ -75,13 +78,12 @@ class Run:
         log.settle(head.number)
         waiting = log.waits_at(head.number)
         report = _put_back(self, head, waiting=waiting)
-        if self.config.beta:
-            self.crew(crew.set_reference, reference)
+        self.crew(call, "policy.reference.set", reference)
         extra = of_trainer(report.extra)
         position = log.data_position(extra)
         if position is not None:
             self.source.sampler.load_state_dict(position)
-        self.crew(crew.apply_optimizer_settings, log.learning_rate_scale)
+        self.crew(apply_optimizer_settings, log.learning_rate_scale)
         idle = 0 if waiting or extra is None else int(extra["without_signal"])
         # What the steps measured, as the run wrote it down: a guard's baseline is what they say.
         self.history = [_metrics_of(record) for record in records if record["event"] == "step"]
@@ -152,15 +154,14 @@ def roll_back(run: Run, to: Target, *, reason: str | None = None, learning_rate_
     log, left = run.rollback_log, run.version
     version = run.store.get(to)
     run.source.drop("rollback")
-    scale = log.learning_rate_scale * learning_rate_factor
-    sampler: Any = run.source.sampler.state_dict()
-    log.add(Rollback(left.number, version.number, dict(sampler), scale, reason, time.time()))
+    scale, sampler = log.learning_rate_scale * learning_rate_factor, run.source.sampler.state_dict()
+    log.add(Rollback(left.number, version.number, sampler, scale, reason, time.time()))
     try:
-        report = run.crew(crew.roll_back, version.number)
+        report: RollbackReport = run.crew(call, "sync.rollback", version.number)
     except BaseException:
         log.take_back()
         raise
-    run.crew(crew.apply_optimizer_settings, scale)
+    run.crew(apply_optimizer_settings, scale)
     run.take_up(version.step, without_signal=0)
     return report
 
@@ -170,6 +171,63 @@ def roll_back_between_steps(run: Run, to: Target) -> RollbackReport:
     if run.store.get(to) != run.version:
         return roll_back(run, to)
     return RollbackReport(run.version, run.version, "exact", "kept", "kept", "kept", {})
+
+
+def answer_requests(sync: NativeSync) -> None:
+    """Do what `lora-grpo rollback`, `pin`, `unpin` and `prune` ask of the run that `sync`'s store holds.
+
+    Call it before each step, in every process, when no completions wait to be trained on. The result of a request goes
+    to the process that asked, to stderr and to RUN/metrics.jsonl. A request that fails changes nothing.
+
+    >>> for step in range(2):
+    ...     answer_requests(sync)
+    ...     version = sync.push(step=step)
+    """
+
+    def heard(roll_back: RollBack) -> None:
+        run = sync.store.archive
+        if run is not None and pending(run):
+            with Reporter(run, total_steps=0) as reporter:
+                apply_requests(sync.store, roll_back, reporter)
+
+    sync.processes.lead(heard, sync.rollback)
+
+
+def apply_requests(store: AdapterStore, roll_back: RollBack, reporter: Reporter) -> None:
+    """In order. A request that cannot be done changes nothing, and its answer says why."""
+    for request in pending(store.archive):
+        if not request.claim():
+            continue
+        try:
+            result = _apply(store, roll_back, request)
+        except LoraGrpoError as error:
+            result = {"error": str(error), "kind": type(error).__name__}
+        except BaseException as error:
+            request.answer({"error": f"{type(error).__name__}: {error}", "kind": EngineError.__name__})
+            raise
+        request.answer(result)
+        asked = " ".join(map(str, [request.verb, *request.args.values()]))
+        said = f"asked from outside: {asked}: {result.get('error') or result['done']}"
+        if result.get("left") != result.get("version"):
+            reporter.rollback(result["step"], said)
+        else:
+            reporter.message(said)
+
+
+def _apply(store: AdapterStore, roll_back: RollBack, request: Request) -> dict[str, Any]:
+    match request.verb, request.args:
+        case "rollback", {"to": to}:
+            report = roll_back(to)
+            found = {"version": report.version.number, "step": report.version.step, "left": report.left.number}
+            return {"done": str(report), **found, "weights": report.weights}
+        case "pin" | "unpin" as verb, {"version": version}:
+            getattr(store, verb)(version)
+            return {"done": f"{verb}ned", "pins": sorted(store.pins)}
+        case "prune", _:
+            removed = store.prune()
+            return {"done": f"removed {counted(len(removed), 'version')} from tmpfs", "removed": removed}
+    known = "rollback (to), pin and unpin (version), and prune"
+    raise ConfigError(f"request {request.name} asks for {request.verb!r} with {request.args}; known are {known}")
 
 
 def guarded(run: Run, guard: Guard, reason: str, reporter: Reporter) -> None:
@@ -188,48 +246,26 @@ def guarded(run: Run, guard: Guard, reason: str, reporter: Reporter) -> None:
     reporter.rollback(report.version.step, f"guard: {reason}: {report}; learning rate at {scale:g} times its setting")
 
 
-def what_was_found(recovered: Recovered) -> list[str]:
-    """Sentences for what a dead process left, and what was lost with it."""
-    said = {
-        "lost before they reached the archive: versions": recovered.lost,
-        "trainer states lost before they reached the archive, of versions": recovered.lost_states,
-        "damaged, differing from what was published: versions": recovered.damaged,
-        "brought to the archive now: versions": recovered.unarchived,
-        "unreadable, so that what they said of metrics and pins is lost: journal lines": recovered.damaged_lines,
-    }
-    sentences = [f"{words} {', '.join(map(str, numbers))}" for words, numbers in said.items() if numbers]
-    if recovered.swept:
-        sentences.append(f"deleted {counted(len(recovered.swept), 'half-written folder')} of a process that was killed")
-    if recovered.head_moved is not None:
-        before, now = recovered.head_moved
-        sentences.append(f"HEAD was v{before}, which is lost; it is {'nowhere' if now is None else f'v{now}'} now")
-    if recovered.copied_from is not None:
-        sentences.append(f"a copy of the run in {recovered.copied_from}, which does not change")
-    for aside in recovered.set_aside:
-        sentences.append(f"tmpfs was out of date; what the archive has not got of it is in {aside}, yours to delete")
-    return sentences
-
-
 def _put_back(run: Run, head: AdapterVersion, *, waiting: bool) -> RollbackReport:
     """Engine and trainer at the version to go on from; `waiting`: a rollback to `head` is to be completed. A run that
     was killed before its first state was written begins again, seeded as at its start."""
     if "state" not in run.store.where(head.number):
-        if head.step == 0 and run.crew(crew.adopt, head):
-            run.crew(crew.seed_everything, run.config.seed)
+        if head.step == 0 and run.crew(call, "sync.adopt", head):
+            run.crew(seed_everything, run.config.seed)
             return RollbackReport(head, head, "exact", "kept", "kept", "reset", {})
         if waiting:
             # A rounded rollback keeps schedule and random state where they were: with the version that was left.
             left = _nearest_state(run.store, run.rollback_log.entries[-1].left)
             if left is not None:
-                run.crew(crew.restore_trainer, run.store.get(left))
-            report = run.crew(crew.roll_back, head.number)
+                run.crew(call, "sync.restore_trainer", run.store.get(left))
+            report = run.crew(call, "sync.rollback", head.number)
             return report if left is not None else replace(report, scheduler="reset", random_state="reset")
     number = _nearest_state(run.store, head.number)
     if number is None:
         told = f"{run.run_dir} kept no trainer state of {head} or its ancestors, so it cannot be resumed exactly"
         fix = f"`lora-grpo rollback {run.run_dir} --to {head.number}` and resume go on from its rounded weights"
         raise ConfigError(f"{told}; {fix}")
-    return run.crew(crew.roll_back, number)
+    return run.crew(call, "sync.rollback", number)
 
 
 def _nearest_state(store: AdapterStore, number: int) -> int | None:

@@ -16,8 +16,7 @@ from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.models import Shared
 from lora_grpo.trainer.preflight import MemberSpec
 from lora_grpo.trainer.rollouts import Evaluation, Rollout
-from lora_grpo.trainer.run import roll_back_between_steps
-from lora_grpo.trainer.steering import apply_requests
+from lora_grpo.trainer.run import apply_requests, roll_back_between_steps
 
 
 class Member:
