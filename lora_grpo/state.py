@@ -22,16 +22,16 @@ from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.grpo.processes import Processes
 
 _WITH_PLAIN_STORAGE = (torch.Tensor, torch.nn.Parameter, DTensor)
-_META = {"param_groups", "optimizer_scalars", "scheduler", "extra"}
+_META = {"param_groups", "optimizer", "scheduler", "extra"}
 
 
 @dataclass(frozen=True)
 class TrainerState:
     """A trainer at one moment. `tensors` are on the CPU and its own; `meta` is JSON.
 
-    Tensor names: `weights/MODULE.A`, `weights/MODULE.B`, `optimizer/INDEX/NAME` (`NAME/NAME` in a dict inside), all of
-    them whole, and the random state of the first process, `rng/cpu`, `rng/cuda`, and of others, `rng/cpu/INDEX`,
-    `rng/cuda/INDEX`."""
+    Tensor names: `weights/MODULE.A`, `weights/MODULE.B`, `optimizer/INDEX/NAME` (`NAME/NAME` in a dict inside; like it,
+    wherever else `meta` names one), all of them whole, and the random state of the first process, `rng/cpu` and
+    `rng/cuda`, and of others, `rng/cpu/INDEX` and `rng/cuda/INDEX`."""
 
     tensors: Mapping[str, torch.Tensor]
     meta: Mapping[str, Any]
@@ -69,14 +69,11 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
     optimizer, scheduler = training.optimizer, training.scheduler
     tensors = adapter_weights(training.modules) | _random_states(training.processes)
     saved = {"state": {}, "param_groups": None} if optimizer is None else optimizer.state_dict()
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, values in saved["state"].items():
-        moments, scalars[str(index)] = _parted(values)
-        tensors |= {f"optimizer/{index}/{name}": _copied(moment) for name, moment in moments.items()}
+    moments = {str(index): values for index, values in saved["state"].items()}
     meta = {
-        "param_groups": _coded(saved["param_groups"]),
-        "optimizer_scalars": _coded(scalars),
-        "scheduler": None if scheduler is None else _coded(scheduler.state_dict()),
+        "param_groups": _coded(saved["param_groups"], "param_groups", tensors),
+        "optimizer": _coded(moments, "optimizer", tensors),
+        "scheduler": None if scheduler is None else _coded(scheduler.state_dict(), "scheduler", tensors),
         "extra": dict(extra),
     }
     try:
@@ -84,21 +81,6 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
     except TypeError as error:
         states = f"the state of {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, of the schedule or extra="
         raise ConfigError(f"{states} is more than numbers, text and tensors: nothing is pickled: {error}") from error
-
-
-def _parted(values: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of a parameter's state, by NAME or, where dicts lie in it, by NAME/NAME; and the rest as it lies."""
-    tensors: dict[str, torch.Tensor] = {}
-    rest: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            inner, rest[name] = _parted(value)
-            tensors |= {f"{name}/{key}": tensor for key, tensor in inner.items()}
-        elif type(value) in _WITH_PLAIN_STORAGE:
-            tensors[name] = value
-        else:
-            rest[name] = value
-    return tensors, rest
 
 
 def check_state(state: TrainerState, modules: list[LoraModule]) -> None:
@@ -120,7 +102,7 @@ def restore_state(state: TrainerState, training: Training) -> None:
     for name, parameter in named_weights(training.modules):
         assign(parameter, state.tensors[name])
     if training.scheduler is not None and state.meta["scheduler"] is not None:
-        training.scheduler.load_state_dict(_decoded(state.meta["scheduler"]))
+        training.scheduler.load_state_dict(_decoded(state.meta["scheduler"], state.tensors))
     own = _random_suffix(training.processes.index)
     if f"rng/cpu{own}" in state.tensors:
         torch.set_rng_state(state.tensors[f"rng/cpu{own}"])
@@ -128,64 +110,58 @@ def restore_state(state: TrainerState, training: Training) -> None:
         torch.cuda.set_rng_state(state.tensors[f"rng/cuda{own}"])
 
 
-def _coded(value: Any) -> Any:
+def _coded(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """`value` so that it comes back from JSON as it was: a schedule's milestones are a Counter of whole numbers.
 
-    What JSON has no form of is an object of one key: "$tuple", "$Counter", "$tensor" for a learning rate that is one,
-    or "$dict" where keys are not plain text."""
-    if torch.is_tensor(value) and not value.dim():
-        return {"$tensor": [value.item(), str(value.dtype).removeprefix("torch.")]}
+    What JSON has no form of is an object of one key: "$tuple", "$Counter", "$dict" where keys are not plain text, or
+    "$tensor", which is in `tensors` by `name` and the keys that lead to it."""
+    if type(value) in _WITH_PLAIN_STORAGE:
+        tensors[name] = _copied(value)
+        return {"$tensor": name}
     if isinstance(value, Mapping):
+        coded = [(_coded(key, name, tensors), _coded(item, f"{name}/{key}", tensors)) for key, item in value.items()]
+        if isinstance(value, Counter):
+            return {"$Counter": coded}
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
-        if plain and not isinstance(value, Counter):
-            return {key: _coded(item) for key, item in value.items()}
-        kind = "$Counter" if isinstance(value, Counter) else "$dict"
-        return {kind: [[_coded(key), _coded(item)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return {"$tuple": [_coded(item) for item in value]}
-    return [_coded(item) for item in value] if isinstance(value, list) else value
+        return dict(coded) if plain else {"$dict": coded}
+    if isinstance(value, list | tuple):
+        items = [_coded(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
+        return {"$tuple": items} if isinstance(value, tuple) else items
+    return value
 
 
-def _decoded(value: Any) -> Any:
-    """What `_coded` was given, in containers of its own."""
+def _decoded(value: Any, tensors: Mapping[str, torch.Tensor], like: torch.Tensor | None = None) -> Any:
+    """What `_coded` was given, in containers and tensors of its own; a tensor in the shape of `like` is cut as that is,
+    and any other (a step count) whole everywhere."""
     if isinstance(value, list):
-        return [_decoded(item) for item in value]
+        return [_decoded(item, tensors, like) for item in value]
     if not isinstance(value, Mapping):
         return value
     match next(iter(value), ""):
         case "$tuple":
-            return tuple(_decoded(value["$tuple"]))
+            return tuple(_decoded(value["$tuple"], tensors, like))
         case "$tensor":
-            return torch.tensor(value["$tensor"][0], dtype=getattr(torch, value["$tensor"][1]))
-        case "$dict" | "$Counter" as name:
-            pairs = {_decoded(key): _decoded(item) for key, item in value[name]}
-            return Counter(pairs) if name == "$Counter" else pairs
-    return {key: _decoded(item) for key, item in value.items()}
+            tensor = tensors[value["$tensor"]].clone()
+            if like is None or not tensor.dim() or tensor.shape != like.shape:
+                return tensor
+            return sharded_like(like, tensor)
+        case "$dict" | "$Counter" as kind:
+            pairs = dict(_decoded(value[kind], tensors, like))
+            return Counter(pairs) if kind == "$Counter" else pairs
+    return {key: _decoded(item, tensors, like) for key, item in value.items()}
 
 
 def _restore_optimizer(state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
     """Raises `ConfigError`, before anything changes, where it holds other parameters than it did."""
-    groups = _decoded(state.meta["param_groups"])
+    groups = _decoded(state.meta["param_groups"], state.tensors)
     now, then = ([len(group["params"]) for group in found] for found in (optimizer.param_groups, groups))
     if now != then:
         found = f"the optimizer has groups of {now} parameters, and of {then} when this state was kept"
         raise ConfigError(f"{found}; pass one of the same groups, or start anew from the version (lora-grpo export)")
-    optimizer.load_state_dict({"state": _optimizer_entries(state, optimizer), "param_groups": groups})
-
-
-def _optimizer_entries(state: TrainerState, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """A moment is cut as its parameter is; what has no such shape (a step count) is whole everywhere."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries = {int(index): values for index, values in _decoded(state.meta["optimizer_scalars"]).items()}
-    for name, tensor in state.tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, *path, field = name.split("/")
-            like, entry = parameters[int(index)], entries[int(index)]
-            for part in path:
-                entry = entry[part]
-            fits = tensor.dim() and tensor.shape == like.shape
-            entry[field] = sharded_like(like, tensor.clone()) if fits else tensor.clone()
-    return entries
+    moments = state.meta["optimizer"].items()
+    entries = {int(index): _decoded(values, state.tensors, parameters[int(index)]) for index, values in moments}
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
 def generator_states() -> tuple[Any, ...]:

@@ -128,7 +128,7 @@ def _weights_only(store: AdapterStore, origin: AdapterVersion, source: Path, see
         path, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
         tensors[f"weights/{path}.{kind}"] = tensor
     extra = {"steps_done": 0, "rollbacks": 0, "without_signal": 0, "sampler": None}
-    meta = {"param_groups": None, "optimizer_scalars": {}, "scheduler": None, "extra": extra}
+    meta = {"param_groups": None, "optimizer": {}, "scheduler": None, "extra": extra}
     return TrainerState(tensors, meta), weights
 
 
