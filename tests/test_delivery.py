@@ -323,10 +323,11 @@ def test_probe_catches_a_wrong_scale(
     model = tiny_lora(load_model(llama_dir), r=8)
     fill = ServingForm._fill
 
-    def misscaled(self: ServingForm) -> None:
-        fill(self)
+    def misscaled(self: ServingForm) -> bool:
+        finite = fill(self)
         for view in self.held[1::2]:
             view.mul_(factor)
+        return finite
 
     monkeypatch.setattr(ServingForm, "_fill", misscaled)
     with AdapterStore(shm_dir / "store") as store, pytest.raises(DeliveryError, match="does not apply the adapter"):

@@ -11,13 +11,13 @@ from typing import Any
 from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files.catalog import Catalog, link_head
 from lora_grpo.adapters.files.disk import STATES, VERSIONS, Files, digest_buffers, reported
-from lora_grpo.adapters.files.journal import as_metrics
+from lora_grpo.adapters.files.journal import Manifest, as_metrics
 from lora_grpo.adapters.files.places import for_reading
 from lora_grpo.adapters.upkeep.archive import SUMS_FILE
 from lora_grpo.adapters.upkeep.opening import Recovered
 from lora_grpo.adapters.upkeep.retention import Retention
 from lora_grpo.adapters.upkeep.session import Session, open_session
-from lora_grpo.adapters.version import MANIFEST_FILE, PEFT_FILES, STATE_FILE, AdapterVersion, Manifest, Target
+from lora_grpo.adapters.version import MANIFEST_FILE, PEFT_FILES, STATE_FILE, AdapterVersion, Target
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreError, UnknownVersion
 
 

@@ -2,18 +2,15 @@
 
 In its store a `Target`, for the command line and all else; beyond that `RUN@NUMBER`, as requests over HTTP have it."""
 
-import json
 import operator
 import re
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lora_grpo.adapters.files import disk
-from lora_grpo.errors import ConfigError, StoreCorrupt
+from lora_grpo.errors import ConfigError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -46,55 +43,6 @@ class AdapterVersion:
 
     def __str__(self) -> str:
         return f"v{self.number}"
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    number: int
-    parent: int | None
-    digest: str
-    step: int
-    created_at: float
-    sizes: dict[str, int]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(self.sizes.values())
-
-    def fields(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def to_bytes(self) -> bytes:
-        return (json.dumps(self.fields(), indent=1) + "\n").encode()
-
-    def version(self, path: Path) -> AdapterVersion:
-        return AdapterVersion(self.number, self.parent, path, self.digest, self.step, self.created_at)
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> "Manifest":
-        """Raises `KeyError`, `TypeError` or `ValueError` for what is no manifest."""
-        manifest = cls(**{name: values[name] for name in cls.__slots__})
-        sizes = manifest.sizes
-        if not (
-            disk.is_number(manifest.number)
-            and (manifest.parent is None or disk.is_number(manifest.parent))
-            and (type(manifest.digest), type(manifest.step), type(sizes)) == (str, int, dict)
-            and abs(manifest.created_at) < 1e11  # what is not finite is not below it either
-            and sizes.keys() == set(PEFT_FILES)
-            and all(type(size) is int and size >= 0 for size in sizes.values())
-        ):
-            raise ValueError("its fields are not the fields of a version")
-        return manifest
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a version's folder; `StoreCorrupt` for a damaged one, and where there is none."""
-    path = folder / MANIFEST_FILE
-    if (manifest := disk.read_record(path, Manifest.from_mapping)) is None:
-        raise StoreCorrupt(f"{path} is gone; did another program delete it?")
-    if disk.folder_name(manifest.number) != folder.name:
-        raise StoreCorrupt(f"{path} says it is version {manifest.number}, but its folder is {folder.name}")
-    return manifest
 
 
 Target: TypeAlias = int | str | AdapterVersion

@@ -14,10 +14,11 @@ from pathlib import Path
 import httpx
 
 from lora_grpo.adapters.files.disk import VERSIONS, Tree, make_private, reported, write_file
+from lora_grpo.adapters.files.journal import Manifest
 from lora_grpo.adapters.files.locks import OwnFolder
 from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.upkeep.archive import verify_version
-from lora_grpo.adapters.version import MANIFEST_FILE, Manifest, served_name
+from lora_grpo.adapters.version import MANIFEST_FILE, served_name
 from lora_grpo.errors import ConfigError, NoRoom, StoreCorrupt, StoreError, UnknownVersion
 
 MIB = 1 << 20

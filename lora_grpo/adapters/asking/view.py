@@ -9,11 +9,12 @@ from typing import Any
 
 from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.disk import STATES, VERSIONS
+from lora_grpo.adapters.files.journal import Manifest
 from lora_grpo.adapters.files.locks import is_leased
 from lora_grpo.adapters.files.places import Identity
 from lora_grpo.adapters.upkeep.archive import SUMS_FILE, verify_version
 from lora_grpo.adapters.upkeep.retention import Retention, is_score
-from lora_grpo.adapters.version import AdapterVersion, Manifest, Target, parse_target, run_name
+from lora_grpo.adapters.version import AdapterVersion, Target, parse_target, run_name
 from lora_grpo.errors import StoreCorrupt, StoreError, UnknownVersion
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_grpo.adapters.files.disk import STATES, VERSIONS, Tree, folder_name, number_in, reported, sync_folder
-from lora_grpo.adapters.files.journal import Journal
+from lora_grpo.adapters.files.journal import Journal, Manifest, read_manifest
 from lora_grpo.adapters.files.locks import Leases
 from lora_grpo.adapters.files.places import Places
 from lora_grpo.adapters.upkeep.archive import Archive, verify_version
 from lora_grpo.adapters.upkeep.retention import Place, Retention
-from lora_grpo.adapters.version import MANIFEST_FILE, AdapterVersion, Manifest, read_manifest
+from lora_grpo.adapters.version import MANIFEST_FILE, AdapterVersion
 from lora_grpo.errors import StoreCorrupt, UnknownVersion
 
 

@@ -1,4 +1,4 @@
-"""The journal: one JSON event a line, appended in one system call each.
+"""The journal, and the manifests of what was published: one JSON event a line, appended in one system call each.
 
 A kill can tear only the last line: a reader leaves it alone, the next writer cuts it off. Each ends with a CRC-32."""
 
@@ -11,16 +11,66 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.adapters.files.disk import is_number, parse_json, read_small, reported
-from lora_grpo.adapters.version import Manifest
-from lora_grpo.errors import ConfigError
+from lora_grpo.adapters.files.disk import folder_name, is_number, parse_json, read_record, read_small, reported
+from lora_grpo.adapters.version import MANIFEST_FILE, PEFT_FILES, AdapterVersion
+from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.types import LARGEST_REWARD
 
 _DAMAGE = (ValueError, KeyError, TypeError)
 _CHECKED = re.compile(rb'(.*),"crc":"([0-9a-f]{8})"}', re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    number: int
+    parent: int | None
+    digest: str
+    step: int
+    created_at: float
+    sizes: dict[str, int]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def fields(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(self.fields(), indent=1) + "\n").encode()
+
+    def version(self, path: Path) -> AdapterVersion:
+        return AdapterVersion(self.number, self.parent, path, self.digest, self.step, self.created_at)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "Manifest":
+        """Raises `KeyError`, `TypeError` or `ValueError` for what is no manifest."""
+        manifest = cls(**{name: values[name] for name in cls.__slots__})
+        sizes = manifest.sizes
+        if not (
+            is_number(manifest.number)
+            and (manifest.parent is None or is_number(manifest.parent))
+            and (type(manifest.digest), type(manifest.step), type(sizes)) == (str, int, dict)
+            and abs(manifest.created_at) < 1e11  # what is not finite is not below it either
+            and sizes.keys() == set(PEFT_FILES)
+            and all(type(size) is int and size >= 0 for size in sizes.values())
+        ):
+            raise ValueError("its fields are not the fields of a version")
+        return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a version's folder; `StoreCorrupt` for a damaged one, and where there is none."""
+    path = folder / MANIFEST_FILE
+    if (manifest := read_record(path, Manifest.from_mapping)) is None:
+        raise StoreCorrupt(f"{path} is gone; did another program delete it?")
+    if folder_name(manifest.number) != folder.name:
+        raise StoreCorrupt(f"{path} says it is version {manifest.number}, but its folder is {folder.name}")
+    return manifest
 
 
 class Journal:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.files.disk import CHUNK_BYTES, STATES, VERSIONS, Buffer, Files, Tree, digest_pieces, reported
-from lora_grpo.adapters.version import MANIFEST_FILE, Manifest
+from lora_grpo.adapters.files.journal import Manifest
+from lora_grpo.adapters.version import MANIFEST_FILE
 from lora_grpo.errors import StoreCorrupt, StoreError
 
 SUMS_FILE = "SHA256SUMS"

@@ -10,9 +10,9 @@ from pathlib import Path
 from lora_grpo.adapters.asking import requests
 from lora_grpo.adapters.files.catalog import Catalog, link_head
 from lora_grpo.adapters.files.disk import VERSIONS, folder_name, read_number, replace_file
+from lora_grpo.adapters.files.journal import read_manifest
 from lora_grpo.adapters.files.places import ASIDE, Identity, Places
 from lora_grpo.adapters.upkeep.archive import Archive
-from lora_grpo.adapters.version import read_manifest
 from lora_grpo.errors import StoreCorrupt
 
 _BLOCK = 64

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.disk import STATES, VERSIONS, Files, Tree, file_system, reported
+from lora_grpo.adapters.files.journal import Manifest
 from lora_grpo.adapters.files.locks import WriterLock, unleased
 from lora_grpo.adapters.files.places import MIB, Places, for_writing, lacking, larger
 from lora_grpo.adapters.upkeep.archive import Archive, BackgroundWriter, Job
 from lora_grpo.adapters.upkeep.opening import Opening
 from lora_grpo.adapters.upkeep.retention import Place, Retention, default_retention
-from lora_grpo.adapters.version import Manifest
 from lora_grpo.errors import NoRoom, StoreError, counted
 
 
