@@ -50,7 +50,7 @@ gpu-bench: $(READY)
 
 # What a GPU host needs besides the code where it is not a checkout: the demo's base, and which commit it is.
 gpu-kit: $(READY)
-	XDG_CACHE_HOME=.gpu $(BIN)/python -c 'from lora_grpo.demo.base import ensure_base; print(ensure_base())'
+	XDG_CACHE_HOME=.gpu $(BIN)/python -c 'from lora_grpo.demo import ensure_base; print(ensure_base())'
 	git describe --always --abbrev=7 --exclude='*' --dirty=+ > .gpu/commit
 
 lint: $(READY)

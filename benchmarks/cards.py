@@ -26,25 +26,20 @@ MODELS = {
 CARDS_GB = (16, 24, 48, 80)
 BATCH = LargestBatch(rows=8, prompt_tokens=512, completion_tokens=1024)
 TRIES = ((BATCH, False), (BATCH, True), (replace(BATCH, rows=1), True))
-COMPLETIONS = 64
-"""Sampled at the same time."""
-RESERVED_BYTES = 3 << 29
-"""For CUDA's own state and for what vLLM's kernels work in."""
-
-
+COMPLETIONS = 64  # sampled at the same time
+RESERVED_BYTES = 3 << 29  # for CUDA's own state and for what vLLM's kernels work in
 NF4, SHARED = {"scheme": "nf4"}, {"shared_base": True}
 WAYS: dict[str, dict[str, Any]] = {"two copies": {}, "one copy, shared": SHARED, "two copies in nf4": NF4}
 
 
 def main() -> None:
-    length = BATCH.length
     print("# What fits which card\n")
     print("<!-- Written by benchmarks/cards.py. -->\n")
     print(
         f"Computed, not measured. bf16, LoRA of rank 16 on all linear layers, micro-batches of "
         f"{BATCH.rows} rows of {BATCH.prompt_tokens} + {BATCH.completion_tokens} tokens, {COMPLETIONS} completions "
-        f"of up to {length:,} tokens sampled at the same time, two adapter slots, {RESERVED_BYTES / 2**30:g} GiB kept "
-        "for CUDA. The parts are those of `lora-grpo check`. **yes**: as it is. **checkpointing**: with "
+        f"of up to {BATCH.length:,} tokens sampled at the same time, two adapter slots, {RESERVED_BYTES / 2**30:g} GiB "
+        "kept for CUDA. The parts are those of `lora-grpo check`. **yes**: as it is. **checkpointing**: with "
         "`gradient_checkpointing`, which is switched on where it is needed. **1 row**: that, and "
         "`per_device_train_batch_size=1` with eight times the `gradient_accumulation_steps`.\n"
     )

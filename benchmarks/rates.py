@@ -25,8 +25,7 @@ import psutil
 
 from lora_grpo import AdapterStore
 from lora_grpo.bench.provenance import asked, provenance, write_result
-from lora_grpo.config import RunConfig
-from lora_grpo.demo.base import ensure_base
+from lora_grpo.demo import ensure_base
 from lora_grpo.demo.run import demo_config
 from lora_grpo.metrics.log import read_metrics
 from lora_grpo.trainer import build_trainer
@@ -73,20 +72,15 @@ def main() -> None:
 
 
 def train(directory: Path, rates: str, steps: int, device: str) -> None:
-    """One rate as a run, several as a population."""
-    config = settings(directory, steps, device)
+    """One rate as a run, several as a population; on a CPU in fp32, where a row is the same in whatever batch it is."""
+    config = demo_config(ensure_base(), directory.with_name(f"{directory.name}-data"), steps=steps, seed=0)
+    engine = config.engine.replace(dtype="float32") if device == "cpu" else config.engine
+    config = config.replace(output_dir=str(directory), engine=engine)
     if "," in rates:
         Sweep(SweepPlan(settings=config, trials=trials_of([f"grpo.learning_rate={rates}"]))).run()
         return
     with build_trainer(config.replace(grpo=config.grpo.replace(learning_rate=float(rates)))) as trainer:
         trainer.train()
-
-
-def settings(directory: Path, steps: int, device: str) -> RunConfig:
-    """The demo's, on a CPU with an engine in fp32, where a row is the same in whatever batch it is."""
-    config = demo_config(ensure_base(), directory.with_name(f"{directory.name}-data"), steps=steps, seed=0)
-    engine = config.engine.replace(dtype="float32") if device == "cpu" else config.engine
-    return config.replace(output_dir=str(directory), engine=engine)
 
 
 def processes(rates: Sequence[str], folder: Path, steps: int, device: str) -> dict[str, float]:

@@ -41,7 +41,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.attribution import Rows, judge
 from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.config import RunConfig
-from lora_grpo.demo.base import ensure_base
+from lora_grpo.demo import ensure_base
 from lora_grpo.demo.run import demo_config
 from lora_grpo.engines.base import Adapters, LoadReceipt
 from lora_grpo.engines.local.targets import linear_leaves

@@ -10,8 +10,7 @@ There are two rewards: one for the right answer, and a partial one for each righ
 from peft import LoraConfig
 
 from lora_grpo import EngineConfig, GRPOConfig, GRPOTrainer, ModelConfig
-from lora_grpo.demo import task
-from lora_grpo.demo.base import ensure_base
+from lora_grpo.demo import MAX_TOKENS, ensure_base, held_out_rows, training_rows
 
 # ("wandb",) logs to Weights & Biases (pip install wandb; WANDB_MODE=offline keeps it on disk); "tensorboard" works too
 TRACKERS = ()
@@ -42,13 +41,13 @@ with GRPOTrainer(
         generation_batch_size=512,
         per_device_train_batch_size=256,
         gradient_accumulation_steps=1,
-        max_completion_length=task.MAX_TOKENS,
+        max_completion_length=MAX_TOKENS,
         learning_rate=4e-3,
         reward_weights=(1.0, 0.3),
         report_to=TRACKERS,
     ),
-    task.training_rows(),
-    eval_dataset=task.held_out_rows(256),
+    training_rows(),
+    eval_dataset=held_out_rows(256),
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     engine_config=EngineConfig(max_model_len=64, enforce_eager=True),
     run_dir="runs/custom-reward",

@@ -7,8 +7,7 @@ python examples/rollback.py
 from peft import LoraConfig
 
 from lora_grpo import EngineConfig, GRPOConfig, GRPOTrainer, ModelConfig
-from lora_grpo.demo import task
-from lora_grpo.demo.base import ensure_base
+from lora_grpo.demo import MAX_TOKENS, ensure_base, training_rows
 from lora_grpo.rewards import exact
 
 trainer = GRPOTrainer(
@@ -18,10 +17,10 @@ trainer = GRPOTrainer(
         total_steps=4,
         num_generations=8,
         per_device_train_batch_size=32,
-        max_completion_length=task.MAX_TOKENS,
+        max_completion_length=MAX_TOKENS,
         learning_rate=4e-3,
     ),
-    task.training_rows(),
+    training_rows(),
     peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     engine_config=EngineConfig(max_model_len=64, enforce_eager=True),
     run_dir="runs/rollback",

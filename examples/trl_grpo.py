@@ -23,8 +23,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 import lora_grpo
-from lora_grpo.demo import task
-from lora_grpo.demo.base import ensure_base
+from lora_grpo.demo import MAX_TOKENS, ensure_base, held_out_rows, training_rows
 
 # This is the changed line. Everything else in `with_trl` is as in a script for stock TRL.
 from lora_grpo.integrations.trl import NativeGRPOTrainer as GRPOTrainer
@@ -36,7 +35,7 @@ COMMON: dict[str, Any] = {
     "generation_batch_size": ROWS_A_STEP,
     "per_device_train_batch_size": ROWS_A_STEP // UPDATES_A_STEP,
     "gradient_accumulation_steps": 1,
-    "max_completion_length": task.MAX_TOKENS,
+    "max_completion_length": MAX_TOKENS,
     "learning_rate": 4e-3,
     "adam_beta2": 0.99,
     "epsilon_high": 0.28,
@@ -71,7 +70,7 @@ def with_trl(trainer_class: Any, base: Path, steps: int, output_dir: Path) -> di
             disable_tqdm=True,
             **COMMON,
         ),
-        train_dataset=Dataset.from_list([dict(row) for row in task.training_rows()]),
+        train_dataset=Dataset.from_list([dict(row) for row in training_rows()]),
         peft_config=LORA,
     )
     native = getattr(trainer, "native", None)  # stock TRL cannot answer held-out prompts
@@ -93,8 +92,8 @@ def with_ours(base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
         lora_grpo.ModelConfig(name=str(base), dtype="float32"),
         exact,
         lora_grpo.GRPOConfig(total_steps=steps, **COMMON),
-        task.training_rows(),
-        eval_dataset=task.held_out_rows(),
+        training_rows(),
+        eval_dataset=held_out_rows(),
         peft_config=LORA,
         engine_config=lora_grpo.EngineConfig(
             max_model_len=64, gpu_memory_utilization=0.1, max_num_seqs=ROWS_A_STEP, enforce_eager=True
@@ -114,8 +113,8 @@ def with_ours(base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
 
 def accuracy(engine: Any, version: Any) -> float:
     """Share of 512 held-out sums that an adapter version answers right, greedily; None is the base."""
-    rows = task.held_out_rows()
-    greedy = lora_grpo.Sampling(max_tokens=task.MAX_TOKENS, temperature=0.0)
+    rows = held_out_rows()
+    greedy = lora_grpo.Sampling(max_tokens=MAX_TOKENS, temperature=0.0)
     groups = engine.generate([row["prompt"] for row in rows], greedy, adapter=version)
     return statistics.fmean(exact([group.completions[0].text for group in groups], [row["answer"] for row in rows]))
 

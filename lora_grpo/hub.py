@@ -29,7 +29,6 @@ def out_of_reach() -> str:
 
 
 def is_cached(model: str, revision: str | None) -> bool:
-    """Whether the hub's cache has a model's config."""
     try:
         return isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str)
     except HFValidationError:

@@ -54,8 +54,14 @@ class Reference:
     def in_place(self) -> Iterator[None]:
         """While inside, the model is the reference; afterwards it is itself again, to the bit."""
         if self._weights is None:
-            with self._adapter_off():
-                yield
+            # Switching a LoRA layer on again makes all its weights trainable: those that were frozen stay so.
+            frozen = [parameter for parameter in self._model.parameters() if not parameter.requires_grad]
+            try:
+                with peft_model_of(self._model).disable_adapter():
+                    yield
+            finally:
+                for parameter in frozen:
+                    parameter.requires_grad_(False)
             return
         parameters = [parameter for _, parameter in named_weights(self.modules)]
         reshard(self._model)
@@ -64,17 +70,6 @@ class Reference:
                 for parameter, values in zip(parameters, self._weights, strict=True):
                     parameter.copy_(values)
             yield
-
-    @contextmanager
-    def _adapter_off(self) -> Iterator[None]:
-        """Switching a LoRA layer on again makes all its weights trainable: those that were frozen stay so."""
-        frozen = [parameter for parameter in self._model.parameters() if not parameter.requires_grad]
-        try:
-            with peft_model_of(self._model).disable_adapter():
-                yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
 
 
 def keep_reference(run_dir: Path, weights: Mapping[str, torch.Tensor] | None) -> None:

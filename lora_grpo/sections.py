@@ -55,10 +55,10 @@ def nearest_setting(key: str, section: type[BaseModel]) -> str:
 
 def section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     """The section that a field holds, if it holds one, and whether it holds a list of them."""
-    if isinstance(annotation, type) and not typing.get_origin(annotation):
-        return (annotation, False) if issubclass(annotation, BaseModel) else (None, False)
-    inner = [part for part in typing.get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
-    return (inner[0], True) if inner else (None, False)
+    for part in (annotation, *typing.get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part, part is not annotation
+    return None, False
 
 
 def type_name(annotation: Any) -> str:

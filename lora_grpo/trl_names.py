@@ -8,7 +8,9 @@ _INSTEAD = {
     ),
     "resume_from_checkpoint": "call trainer.resume(), or `lora-grpo train --resume`",
     "logging_steps logging_strategy logging_first_step": "every step is logged; leave it out",
-    "log_completions num_completions_to_print": "set log_completions_every, the steps between shown samples",
+    "log_completions num_completions_to_print log_unique_prompts log_multimodal": (
+        "set log_completions_every, the steps between shown samples"
+    ),
     "eval_steps eval_strategy": "set eval_every, the steps between held-out evaluations",
     "eval_on_start": "held-out prompts are answered at the start and at the end anyway; leave it out",
     "optim optim_args": "the optimizer is AdamW (learning_rate, weight_decay, adam_beta1 ...); leave it out",
@@ -32,7 +34,6 @@ _INSTEAD = {
         "`lora-grpo export RUN VERSION --push-to-hub REPO` uploads a version; leave it out"
     ),
     "run_name project": "trackers are named after the run's directory; leave it out",
-    "log_unique_prompts log_multimodal": "set log_completions_every, the steps between shown samples",
     "max_tool_calling_iterations": "write a rollout_func, which takes its turns itself (GRPOTrainer)",
     "disable_tqdm": "pass view=False to GRPOTrainer",
     "ignore_data_skip": "a resumed run goes on with its next prompts; leave it out",
@@ -73,8 +74,7 @@ full_determinism use_cpu accelerator_config parallelism_config dataloader_drop_l
 dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
 dataloader_in_order label_names train_sampling_strategy length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb
 ddp_broadcast_buffers ddp_static_graph ddp_backend debug skip_memory_metrics do_train do_eval do_predict local_rank
-disable_dropout cast_lm_head_to_fp32 pad_to_multiple_of cache_implementation
-log_completions_hub_repo
+disable_dropout cast_lm_head_to_fp32 pad_to_multiple_of cache_implementation log_completions_hub_repo
 """
 TRL_SETTINGS = {
     **{name: f"TRL's setting {name} has no counterpart here: leave it out" for name in _NOTHING_LIKE_IT.split()},

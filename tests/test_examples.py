@@ -14,7 +14,7 @@ from datasets import Dataset
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.cli.train import train
 from lora_grpo.config_file import load_config
-from lora_grpo.demo.base import ensure_base
+from lora_grpo.demo import ensure_base
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.rewards import load_reward
 

@@ -36,7 +36,7 @@ STARTING = """
 import json, signal, sys
 from pathlib import Path
 sys.path.insert(0, {scripts!r})
-from launching import send, start, wait
+from run import send, start, wait
 
 OUT = Path("out").resolve()
 
@@ -165,13 +165,13 @@ def test_figures_that_are_ended_at_their_limit_keep_what_they_have(
     figures = replace(planned, command=[sys.executable, "-c", code], limit_s=600, warm=False)
     steps = [*run.plan(), figures]
     monkeypatch.setattr(run, "plan", lambda *_: steps)
-    log = out / "logs" / "0.5b.log"
+    log, wait = out / "logs" / "0.5b.log", run.wait
 
     def until_the_middle(process: Any, timeout_s: float | None = None) -> int | None:
         ends = (timeout_s or 0) < 500
         while not ends and "in the middle" not in log.read_text():
-            ends = scripts.launching.wait(process, 0.1) is not None
-        return scripts.launching.wait(process, timeout_s if ends else 0.0)
+            ends = wait(process, 0.1) is not None
+        return wait(process, timeout_s if ends else 0.0)
 
     monkeypatch.setattr(run, "wait", until_the_middle)
     assert call(run, out, "--minutes", "20") == 1

@@ -33,7 +33,7 @@ from tests.test_parity import ARCHITECTURES
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
-MODULES = ("run", "steps", "launching", "card")
+MODULES = ("run", "steps", "card")
 STEPS = ["card", "tiny", "7b", "demo", "7b-compiled", "trainer", "trainer-7b", "population", "families", "experts"]
 STEPS += ["rates", "0.5b", "parity", "invariance", "graphs"]
 REPEATED = ("trainer-7b", "parity", "7b-compiled", "families", "experts", "rates")

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from benchmarks.attack.server import idle_connections
+from benchmarks.attack import idle_connections
 from lora_grpo.adapters.files.locks import OwnFolder
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_archived, keep_latest

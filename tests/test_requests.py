@@ -17,7 +17,7 @@ import pytest
 
 from lora_grpo.adapters.asking.requests import pending, request
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.cli.changing import change
+from lora_grpo.cli.versions import change
 from lora_grpo.errors import StoreError
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.trainer.run import apply_requests
@@ -235,7 +235,7 @@ def test_a_holder_killed_at_any_point_has_done_it_once_or_not_and_never_twice(
         done.append("by the client")
         return {"done": "by the client"}
 
-    monkeypatch.setattr("lora_grpo.cli.changing.POLL_S", 1.0)
+    monkeypatch.setitem(change.__globals__, "POLL_S", 1.0)
     with ThreadPoolExecutor(1) as clients:
         asking = clients.submit(change, run, "pin", act, timeout_s=60, version=1)
         until(lambda: bool(pending(store.archive)))

@@ -16,8 +16,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_grpo import EngineConfig, FakeEngine, GRPOConfig, GRPOTrainer, ModelConfig, Sampling
-from lora_grpo.demo import task
-from lora_grpo.demo.base import ensure_base
+from lora_grpo.demo import MAX_TOKENS, ensure_base, held_out_rows, training_rows
 from lora_grpo.demo.run import demo_config
 from lora_grpo.engines.base import Adapters
 from lora_grpo.engines.vllm_local import VLLMEngine
@@ -37,7 +36,7 @@ CONFIG = GRPOConfig(
     generation_batch_size=256,
     per_device_train_batch_size=128,
     gradient_accumulation_steps=1,
-    max_completion_length=task.MAX_TOKENS,
+    max_completion_length=MAX_TOKENS,
     learning_rate=1e-3,
     adam_beta2=0.99,
 )
@@ -67,8 +66,8 @@ def trainer_of(base_dir: Path, engine: VLLMEngine, tmp_path: Path) -> Iterator[A
     def build(config: GRPOConfig = CONFIG, **settings: Any) -> GRPOTrainer:
         arguments: dict[str, Any] = {
             "reward_funcs": exact("answer"),
-            "train_dataset": task.training_rows(512),
-            "eval_dataset": task.held_out_rows(64),
+            "train_dataset": training_rows(512),
+            "eval_dataset": held_out_rows(64),
             "peft_config": LoraConfig(**LORA),
             "engine": engine,
             "run_dir": tmp_path / f"run{len(built)}",
@@ -113,7 +112,7 @@ def stopping_after(steps: int) -> Any:
 def test_rollouts_from_the_base_stop_training_at_step_two(trainer_of: Any, engine: VLLMEngine, tmp_path: Path) -> None:
     """At step 1 the adapter equals the base and nothing can be seen; accuracy would rise even with the sync cut."""
     demo = demo_config(ensure_base(), tmp_path / "demo", steps=30, seed=0).grpo
-    settings = {"train_dataset": task.training_rows(), "eval_dataset": None}
+    settings = {"train_dataset": training_rows(), "eval_dataset": None}
     real = trainer_of(demo, reward_funcs=stopping_after(2), **settings)
     with pytest.raises(KeyboardInterrupt):
         real.train()
@@ -172,7 +171,7 @@ def test_a_rollout_function_may_take_turns_but_not_change_the_policy(trainer_of:
 
     def with_tool_output(value: float) -> Any:
         def rollout(prompts: Sequence[Prompt], engine: Any, version: Any) -> list[Group]:
-            sampling = Sampling(n=8, max_tokens=task.MAX_TOKENS, seed=5)
+            sampling = Sampling(n=8, max_tokens=MAX_TOKENS, seed=5)
             groups = engine.generate(prompts, sampling, adapter=version)
             return [
                 replace(group, completions=tuple(append_tool(c, value) for c in group.completions)) for group in groups
@@ -291,4 +290,4 @@ def test_what_is_missing_is_said_before_anything_starts(base_dir: Path, tmp_path
     with pytest.raises(ConfigError, match="train_dataset is missing"):
         GRPOTrainer(str(base_dir), exact("answer"), CONFIG, run_dir=tmp_path / "a", view=False)
     with pytest.raises(ConfigError, match="pass peft_config"):
-        GRPOTrainer(str(base_dir), exact("answer"), CONFIG, task.training_rows(8), run_dir=tmp_path / "b", view=False)
+        GRPOTrainer(str(base_dir), exact("answer"), CONFIG, training_rows(8), run_dir=tmp_path / "b", view=False)

@@ -1,10 +1,48 @@
-"""Attacks on what a run leaves open: `python -m benchmarks.attack`."""
+"""Attacks on what a run leaves open, its store server and its engine: `python -m benchmarks.attack`."""
 
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from timeit import timeit
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from lora_grpo.bench.gauges import proc_bytes
+from lora_grpo.errors import EngineError, LoraGrpoError
+from lora_grpo.remote.client import StoreClient
+
+PROMPT = list(range(100, 112))
+TOKEN = "a-token-of-the-attack"
+MIB = 1 << 20
+TRAINER = """
+import resource, sys
+from pathlib import Path
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.remote.server import StoreServer
+root, token, files = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(files), int(files)))
+with AdapterStore(Path(root, "store"), Path(root, "run")) as store, StoreServer(store, token) as server:
+    print(server.url, server.run, flush=True)
+    for line in sys.stdin:
+        try:
+            content = {"adapter_config.json": [b"{}"], "adapter_model.safetensors": [line.encode() * 1000]}
+            store.promote(store.publish(content, step=0))
+            store.flush()
+            print("ok", store.head.number, flush=True)
+        except Exception as error:
+            print(type(error).__name__, error, flush=True)
+"""
 
 
 @contextmanager
@@ -26,3 +64,221 @@ class Outcome:
         self.tries += 1
         if not holds:
             self.faults.append(otherwise)
+
+
+@dataclass
+class Trainer:
+    """A process that publishes when it is told to, and serves its store."""
+
+    process: subprocess.Popen[str]
+    url: str
+    run: str
+
+    def publish(self, text: str) -> str:
+        """Its answer: "ok NUMBER", or the error."""
+        print(text, file=self.process.stdin, flush=True)
+        return self.process.stdout.readline().strip()
+
+    def pull(self, number: int) -> float:
+        """Seconds that a replica with the token takes for a version."""
+        started = time.monotonic()
+        client = StoreClient(self.url, TOKEN)
+        with tempfile.TemporaryDirectory() as folder:
+            client.pull(self.run, client.manifest(self.run, number), Path(folder))
+        client.close()
+        return time.monotonic() - started
+
+    @property
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    @property
+    def resident_mib(self) -> float:
+        return proc_bytes(f"{self.process.pid}/status", "VmRSS")[0] / MIB
+
+    def connect(self) -> socket.socket:
+        address = urlsplit(self.url)
+        return socket.create_connection((address.hostname or "", address.port or 0), timeout=20)
+
+
+@contextmanager
+def trainer(open_files: int = 1024) -> Iterator[Trainer]:
+    with scratch() as root:
+        command = [sys.executable, "-c", TRAINER, str(root), TOKEN, str(open_files)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            url, run = process.stdout.readline().split()
+            yield Trainer(process, url, run)
+        finally:
+            process.stdin.close()
+            process.wait(60)
+
+
+def idle_connections(seed: int, connections: int = 1100, open_files: int = 1024) -> Outcome:
+    """Nobody with a token: connections that say nothing or little. The trainer publishes, and replicas pull."""
+    outcome, draw = Outcome("idle connections"), random.Random(seed)
+    with trainer(open_files) as attacked, ExitStack() as held:
+        most_files, pull_s = attacked.open_files, [0.0]
+        for index in range(connections):
+            connection = held.enter_context(attacked.connect())
+            with suppress(OSError):  # it may have been closed to make room
+                connection.sendall(b"GET /versions/1 HTTP/1.1\r\nHost: here\r\n"[: draw.randrange(40)])
+            if index % (connections // 20) == 0 or index == connections - 1:
+                most_files = max(most_files, attacked.open_files)
+                answer = attacked.publish(f"v{index}")
+                outcome.expect(answer.startswith("ok"), f"publish with {index + 1} connections: {answer}")
+                try:
+                    pull_s.append(attacked.pull(1))
+                    outcome.expect(True, "")
+                except LoraGrpoError as error:
+                    outcome.expect(False, f"pull with {index + 1} connections: {error}")
+    outcome.figures = {"connections": connections, "most_open_files": most_files, "slowest_pull_s": max(pull_s)}
+    return outcome
+
+
+def endless_header(seed: int, mib: int = 350, patience_s: float = 30.0) -> Outcome:
+    """One header that never ends, as fast as it is taken, and one that comes a byte at a time."""
+    outcome, draw = Outcome("endless header"), random.Random(seed)
+    with trainer() as attacked:
+        attacked.publish("first")
+        before_mib = attacked.resident_mib
+        with attacked.connect() as fast:
+            header = b"GET /versions/1 HTTP/1.1\r\nX-Endless: " + draw.randbytes(MIB).hex().encode()
+            taken_mib = _pour(fast, header, mib)
+            grown_mib = attacked.resident_mib - before_mib
+        outcome.expect(taken_mib < mib, f"all {mib} MiB were taken")
+        outcome.expect(grown_mib < 32, f"the server grew by {grown_mib:.0f} MiB")
+        started = time.monotonic()
+        with attacked.connect() as slow:
+            slow.settimeout(0.2)
+            while time.monotonic() - started < patience_s and _drips(slow):
+                pass
+        held_s = time.monotonic() - started
+        outcome.expect(held_s < patience_s, f"a slow header was waited for for {held_s:.0f} s")
+        answer = attacked.publish("last")
+        outcome.expect(answer.startswith("ok"), f"publish afterwards: {answer}")
+    outcome.figures = {"taken_mib": taken_mib, "grown_mib": max(0.0, grown_mib), "slow_one_held_s": held_s}
+    return outcome
+
+
+def _pour(connection: socket.socket, text: bytes, mib: int) -> float:
+    """MiB that were taken before the other side closed."""
+    sent = 0
+    with suppress(OSError):
+        while sent < mib * MIB:
+            sent += connection.send(text)
+            text = b"a" * MIB
+    return sent / MIB
+
+
+def _drips(connection: socket.socket) -> bool:
+    """Whether the connection takes another byte of a header, and has not been closed."""
+    try:
+        connection.sendall(b"G")
+        return connection.recv(1) != b""
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def tiny_engine() -> Iterator[tuple[Any, list[Any], Callable[[int], Any]]]:
+    """The engine, its versions, and what asks it one of four questions for token ids: of which versions, the base among
+    them, and how many tokens."""
+    import torch
+
+    from lora_grpo.adapters.peft_form.serving import ServingForm
+    from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.engines.vllm_local import VLLMEngine
+    from lora_grpo.types import Sampling
+    from tests.tiny_models import load_model, refill_lora, tiny_lora, tiny_model
+
+    with ExitStack() as held:
+        base = tiny_model("llama", Path(held.enter_context(tempfile.TemporaryDirectory())))
+        store = held.enter_context(AdapterStore(held.enter_context(scratch()) / "store"))
+        model = cast(Any, tiny_lora(load_model(base)))
+        form, versions = ServingForm(model, "default", torch.bfloat16), []
+        for seed in range(3):
+            refill_lora(model, scale=0.3, seed=seed)
+            versions.append(store.publish(form.files(), step=seed))
+        engine = VLLMEngine(base, max_model_len=128, enforce_eager=True, gpu_memory_utilization=0.1)
+        held.callback(engine.close)
+        for version in versions:
+            engine.load(version)
+
+        def ask(question: int) -> Any:
+            adapters = [None, versions[question % 3], versions[(question + 1) % 3]]
+            sampling = Sampling(n=2, max_tokens=4 + 4 * (question % 2), temperature=0.0, ignore_eos=True)
+            groups = engine.generate([PROMPT] * 3, sampling, adapter=adapters)
+            return [completion.token_ids for group in groups for completion in group.completions]
+
+        yield engine, versions, ask
+
+
+def two_threads(seed: int, calls: int = 200) -> Outcome:
+    """Both ask as fast as they can: each answer is the right one, or a sentence."""
+    outcome, met = Outcome("two threads on one engine"), Counter[str]()
+    with tiny_engine() as (_, _, ask):
+        right = [ask(question) for question in range(4)]
+
+        def asking(draw: random.Random) -> None:
+            for _ in range(calls // 2):
+                question = draw.randrange(4)
+                try:
+                    same = ask(question) == right[question]
+                    met["answered"] += 1
+                    outcome.expect(same, f"question {question} was answered with other tokens")
+                except EngineError as error:
+                    met["refused"] += 1
+                    outcome.expect("one thread at a time" in str(error), str(error))
+                    time.sleep(draw.random() * 0.2)  # so long that the two take turns
+                except Exception as error:  # noqa: BLE001 - whatever it raises is a fault to be counted
+                    outcome.expect(False, f"{type(error).__name__}: {error}")
+
+        threads = [threading.Thread(target=asking, args=(random.Random(seed + i),), daemon=True) for i in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(600)
+        outcome.expect(not any(thread.is_alive() for thread in threads), "a thread hangs")
+        outcome.expect(ask(0) == right[0], "afterwards, question 0 was answered with other tokens")
+    outcome.figures = dict(met)
+    return outcome
+
+
+def interrupts(seed: int, times: int = 200) -> Outcome:
+    """Ctrl-C at a random time of a call; the next one is answered rightly, and every version can be swapped."""
+    outcome, draw = Outcome("Ctrl-C in a running engine"), random.Random(seed)
+    # A shell has what it starts in the background ignore Ctrl-C, and then nothing would be attacked.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    raised = 0
+    with tiny_engine() as (engine, versions, ask):
+        right = [ask(question) for question in range(4)]
+        usual_s = timeit(lambda: [ask(question) for question in range(4)], number=1) / 4
+        for index in range(times):
+            raised += _interrupted(lambda: ask(draw.randrange(4)), draw.random() * usual_s)
+            question = draw.randrange(4)
+            try:
+                engine.unload(versions[index % 3])
+                engine.load(versions[index % 3])
+                outcome.expect(ask(question) == right[question], f"after interrupt {index}: other tokens")
+            except Exception as error:  # noqa: BLE001 - whatever it raises is a fault to be counted
+                outcome.expect(False, f"after interrupt {index}: {type(error).__name__}: {error}")
+    outcome.expect(raised >= times // 2, f"Ctrl-C ended {raised} of {times} calls only")
+    outcome.figures = {"raised_in_the_call": raised}
+    return outcome
+
+
+def _interrupted(call: Callable[[], Any], after_s: float) -> bool:
+    """Whether Ctrl-C, that long after the call's start, ended it; it is over when this returns."""
+    timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT))
+    ended = False
+    # What comes a moment late belongs to the call too.
+    with suppress(KeyboardInterrupt):
+        timer.start()
+        call()
+        ended = True
+        timer.join()
+        time.sleep(0.05)
+    return not ended

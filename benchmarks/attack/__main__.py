@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.attack import Outcome, scratch
-from benchmarks.attack.engine import interrupts, two_threads
-from benchmarks.attack.server import endless_header, idle_connections
+from benchmarks.attack import Outcome, endless_header, idle_connections, interrupts, scratch, two_threads
 from lora_grpo.bench.provenance import asked, provenance, write_result
 
 KILLS, ERRORS, ADAPTERS = 340, 180, 1835
@@ -50,9 +48,8 @@ def _judged(attack: str, result: Mapping[str, Any], tries: int) -> Outcome:
     return Outcome(attack, tries, [json.dumps(fault) for fault in result["wrong"]], result["table"])
 
 
-ON_THE_STORE = (stopped_at_calls, broken_adapters, spoiled_files)
-ALL = (idle_connections, endless_header, *ON_THE_STORE, two_threads, interrupts)
-ATTACKS = {attack.__name__: attack for attack in ALL}
+STORE = (stopped_at_calls, broken_adapters, spoiled_files)
+ATTACKS = {one.__name__: one for one in (idle_connections, endless_header, *STORE, two_threads, interrupts)}
 
 
 def main() -> int:

@@ -13,18 +13,13 @@ from typing import Any
 
 from lora_grpo.bench.provenance import asked
 
-SIZES = {"cpu": (4, 8), "cuda": (64, 64)}
-"""Rows, and tokens of each."""
+SIZES = {"cpu": (4, 8), "cuda": (64, 64)}  # rows, and tokens of each
 
 
 def main() -> None:
     options = asked(__doc__, model=Path, device=str)
     if options.device != "cpu":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    print(json.dumps(measure(options.model, options.device)))
-
-
-def measure(model: Path, device: str) -> dict[str, Any]:
     from lora_grpo.bench.plan import Subject
     from lora_grpo.bench.strategies.native import Native
     from lora_grpo.engines import compat
@@ -32,18 +27,18 @@ def measure(model: Path, device: str) -> dict[str, Any]:
     compat.import_vllm()
     from vllm import envs
 
-    rows, length = SIZES[device.partition(":")[0]]
+    rows, length = SIZES[options.device.partition(":")[0]]
     with tempfile.TemporaryDirectory() as folder:
         limits = {"max_model_len": 256, "max_num_seqs": rows, "gpu_memory_utilization": 0.2}
-        subject = Subject("native", str(model), 16, "all-linear", device, folder, folder, **limits)
+        subject = Subject("native", str(options.model), 16, "all-linear", options.device, folder, folder, **limits)
         strategy = Native(subject)
         without = equal_share(strategy, rows, length)
         strategy.trainer.randomise(0.2)
         strategy.sync()
         shares = {"with_adapter": equal_share(strategy, rows, length), "without_adapter": without}
         strategy.close()
-    asked = os.environ.get("VLLM_BATCH_INVARIANT") == "1" and "VLLM_BATCH_INVARIANT" in envs.environment_variables
-    return {"batch_invariant": asked, **shares, "tokens": rows * length, "model": model.name}
+    on = os.environ.get("VLLM_BATCH_INVARIANT") == "1" and "VLLM_BATCH_INVARIANT" in envs.environment_variables
+    print(json.dumps({"batch_invariant": on, **shares, "tokens": rows * length, "model": options.model.name}))
 
 
 def equal_share(strategy: Any, rows: int, length: int) -> float:

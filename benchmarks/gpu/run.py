@@ -12,7 +12,9 @@ with tiny models.
 
 import argparse
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -22,27 +24,26 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from launching import send, start, wait
 from steps import REPOSITORY, Record, Step, plan
 
-LARGE_BYTES = 16 << 30
-"""What the large model's files take, the small one's and the caches with them."""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lora_grpo.bench.imported"])
+Process: TypeAlias = BaseProcess | subprocess.Popen[bytes]
+
+LARGE_BYTES = 16 << 30  # what the large model's files take, the small one's and the caches with them
 TINY_BYTES = 64 << 20
 SHARED = Path("/dev/shm")
 NAME = "lora-grpo-gpu"
 FINISHED = "config.json"
-LEAST_S = 15.0
-"""Less than this is not worth starting a step for."""
-GRACE_S = 25.0
-"""For a step that ran out of time to keep what it has."""
+LEAST_S = 15.0  # less than this is not worth starting a step for
+GRACE_S = 25.0  # for a step that ran out of time to keep what it has
 REPORT_S = 120.0
-SLOWER = 5
-"""Times its limit that a step of a dry run may take, on processors that others use too."""
-TAIL, WIDTH = 40, 400
-"""Of a step's output, in lines and characters, what stands beside its result."""
+SLOWER = 5  # times its limit that a step of a dry run may take, on processors that others use too
+TAIL, WIDTH = 40, 400  # lines and characters of a step's output that stand beside its result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,6 +188,55 @@ def run_step(step: Step, log: Path, limit_s: float, warm: bool) -> dict[str, Any
         "why": why,
         "tail": [line[:WIDTH] for line in tail],
     }
+
+
+def start(command: Sequence[str], log: Path, *, warm: bool) -> Process:
+    """`warm` forks begin with all imports done; they are a script or a module (`-m`) of Python's."""
+    with open(log, "w") as output:
+        if warm:
+            forked = FORKS.Process(target=become, args=(list(command), str(log)))
+            # Imports may end the process that others are forked from; in a fresh one they will say why.
+            with suppress(EOFError, OSError):
+                forked.start()
+                return forked
+        nothing = subprocess.DEVNULL
+        return subprocess.Popen(
+            command, cwd=REPOSITORY, stdin=nothing, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def wait(process: Process, timeout_s: float | None = None) -> int | None:
+    """Its exit code; None if it still runs by then."""
+    if isinstance(process, BaseProcess):
+        process.join(timeout_s)
+        return process.exitcode
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout_s)
+    return process.returncode
+
+
+def send(process: Process, signum: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signum)
+
+
+def become(command: Sequence[str], log: str) -> None:
+    os.setsid()
+    os.chdir(REPOSITORY)
+    with open(log, "a") as output:
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
+    # CUDA cannot be started where the process that this one was forked from has.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda._is_in_bad_fork():
+        os.execv(command[0], command)
+    _, *words = command
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = words, os.path.dirname(words[0])
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def last_json(lines: Sequence[str]) -> Any:

@@ -82,9 +82,16 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
     kind = device.partition(":")[0]
     small, large = SHAPES[kind]
     demo = [sys.executable, "-m", "lora_grpo", "demo", "--output-dir", str(out / "demo")]
-    invariance = [*_script("invariance.py"), "--device", device, "--model", str(models / f"{small}-seed0")]
+    invariance = [
+        sys.executable,
+        str(HERE / "invariance.py"),
+        "--device",
+        device,
+        "--model",
+        str(models / f"{small}-seed0"),
+    ]
     steps = [
-        Step("card", 30, 60, [*_script("card.py"), device]),
+        Step("card", 30, 60, [sys.executable, str(HERE / "card.py"), device]),
         _suite("tiny", 110, 150, out, device),
         _figures("7b", 170, 280, large, out, device, models),
         Step("demo", 45, 90, [*demo, "--steps", str(DEMO_STEPS[kind])]),
@@ -106,10 +113,6 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
 
 def scenario(name: str, device: str) -> Path:
     return HERE / ("dry" if device == "cpu" else "") / f"{name}.toml"
-
-
-def _script(name: str) -> list[str]:
-    return [sys.executable, str(HERE / name)]
 
 
 def _figures(name: str, expected_s: int, limit_s: int, shape: str, out: Path, device: str, models: Path) -> Step:

@@ -19,13 +19,11 @@ import typer
 from typer.core import TyperGroup
 
 import lora_grpo
-from lora_grpo.cli.bench import bench
-from lora_grpo.cli.changing import pin, prune, rollback, unpin
 from lora_grpo.cli.options import say_error
-from lora_grpo.cli.serve import serve, store_server
+from lora_grpo.cli.serve import bench, serve, store_server
 from lora_grpo.cli.train import check, demo, evaluate, init, sweep, train
 from lora_grpo.cli.using import chat, compare, diff, export, fork
-from lora_grpo.cli.versions import report, show, verify, versions
+from lora_grpo.cli.versions import pin, prune, report, rollback, show, unpin, verify, versions
 from lora_grpo.errors import LoraGrpoError
 
 _OF_RUNS = (versions, show, report, rollback, fork, diff, compare, chat, export, pin, unpin, prune, verify)

@@ -41,14 +41,12 @@ Overrides = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help=
 
 
 def opened(run: Path) -> AdapterStore:
-    """The store of a run, which may be live."""
     from lora_grpo.adapters.store import AdapterStore
 
     return AdapterStore(archive=run, readonly=True)
 
 
 def integers(text: str | None, option: str) -> list[int]:
-    """What an option such as "8,16,64" lists; none where it is not given."""
     parts = [] if text is None else text.split(",")
     if not all(part.strip().isdigit() for part in parts):
         raise typer.BadParameter(f"{option} {text!r} must be whole numbers, such as 8,16,64")

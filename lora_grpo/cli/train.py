@@ -1,14 +1,12 @@
 """`lora-grpo init`, `check`, `train`, `sweep`, `eval` and `demo`: from a model and its data to trained adapters."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,9 +17,6 @@ from lora_grpo.cli.options import A_VERSION, Json, Overrides, Run, integers, ope
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import own_stderr
 from lora_grpo.metrics.render import table
-
-if TYPE_CHECKING:
-    from lora_grpo.trainer.sweeping.plan import SweepPlan
 
 
 def init(
@@ -154,17 +149,20 @@ def sweep(
     curves.png and best-adapter/. Settings with one value hold for all members. The table goes to stderr, the summary
     to stdout as JSON. Ctrl-C and SIGTERM stop all members cleanly; --resume goes on.
     """
-    from lora_grpo.trainer.sweeping.plan import SweepPlan
+    from lora_grpo.config_file import load_config
+    from lora_grpo.trainer.sweeping.plan import SweepPlan, is_swept, trials_of
     from lora_grpo.trainer.sweeping.sweep import Sweep
 
+    if resume and settings:
+        raise typer.BadParameter("--resume goes on with the sweep's own settings; remove the settings given here")
     if resume:
-        if settings:
-            raise typer.BadParameter("--resume goes on with the sweep's own settings; remove the settings given here")
         plan = SweepPlan.read(config)
     else:
+        fixed = load_config(config, [text for text in settings or () if not is_swept(text)])
+        trials = trials_of(list(filter(is_swept, settings or ())), sample=sample, seed=seed)
         halving = {"rungs": tuple(sorted(integers(rungs, "--rungs"))), "keep": keep}
         evolving = {"evolve_every": evolve_every, "perturb": tuple(perturb or ())}
-        plan = _plan(config, settings or (), sample, at_once=at_once, seed=seed, **halving, **evolving)
+        plan = SweepPlan(settings=fixed, trials=trials, at_once=at_once, seed=seed, **halving, **evolving)
     try:
         with _shown() as show:
             summary = Sweep(plan, resume=resume).run(show)
@@ -174,18 +172,8 @@ def sweep(
     print_json(summary)
 
 
-def _plan(config: Path, settings: Sequence[str], sample: int | None, **options: Any) -> SweepPlan:
-    from lora_grpo.config_file import load_config
-    from lora_grpo.trainer.sweeping.plan import SweepPlan, is_swept, trials_of
-
-    swept = [text for text in settings if is_swept(text)]
-    fixed = load_config(config, [text for text in settings if not is_swept(text)])
-    return SweepPlan(settings=fixed, trials=trials_of(swept, sample=sample, seed=options["seed"]), **options)
-
-
 @contextmanager
 def _shown() -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """A live table on a terminal, else a line for each round."""
     with own_stderr() as stream:
         if not stream.isatty():
             yield lambda rows: say(_line(rows))

@@ -1,19 +1,31 @@
-"""`lora-grpo versions`, `show`, `report` and `verify`: what a run holds, and whether it is whole."""
+"""`lora-grpo versions`, `show`, `report` and `verify`: what a run holds, and whether it is whole; `pin`, `unpin`,
+`rollback` and `prune` change that, through the run's process where one lives."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
-from lora_grpo.cli.options import Json, Run, Version, opened, say, tell
-from lora_grpo.errors import StoreError, UnknownVersion, counted
+from lora_grpo import errors
+from lora_grpo.adapters.version import parse_target
+from lora_grpo.cli.options import A_VERSION, Json, Run, Version, keys_begun, opened, say, tell
+from lora_grpo.errors import ConfigError, StoreError, StoreLocked, UnknownVersion, counted
 
 if TYPE_CHECKING:
+    from lora_grpo.adapters.asking.requests import Request
     from lora_grpo.adapters.store import AdapterStore
+    from lora_grpo.adapters.upkeep.retention import Retention
+
+TIMEOUT_S = 600.0
+POLL_S = 0.05
+Timeout = Annotated[float, Option(min=0, help="Seconds to wait for a live run, which acts before its next step.")]
+_TAKEN_BACK = "the request was withdrawn, and nothing has changed"
 
 
 def versions(run: Run, as_json: Json = False) -> None:
@@ -108,3 +120,171 @@ def _fault(store: AdapterStore, number: int) -> str | None:
     except StoreError as error:
         return str(error)
     return None
+
+
+def pin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
+    """Keep a version, its archived copy and its trainer state until you unpin it."""
+    _pin("pin", run, version, timeout, as_json)
+
+
+def unpin(run: Run, version: Version, timeout: Timeout = TIMEOUT_S, as_json: Json = False) -> None:
+    """Undo `pin`: the run's `keep` settings decide again when the version is removed."""
+    _pin("unpin", run, version, timeout, as_json)
+
+
+def _pin(verb: str, run: Path, version: str, timeout_s: float, as_json: bool) -> None:
+    parse_target(version)
+
+    def act(store: AdapterStore) -> dict[str, Any]:
+        getattr(store, verb)(version)
+        return {"done": f"{verb}ned", "pins": sorted(store.pins)}
+
+    result = change(run, verb, act, timeout_s=timeout_s, version=version)
+    pins = ", ".join(f"v{number}" for number in result["pins"]) or "none"
+    tell(result, as_json, f"{result['done']}; pinned are: {pins}")
+
+
+def rollback(
+    run: Run,
+    to: Annotated[str, Option(metavar="VERSION", help=A_VERSION)],
+    timeout: Timeout = TIMEOUT_S,
+    as_json: Json = False,
+) -> None:
+    """Go back to an earlier version. Training goes on from it, and its next version gets a new number.
+
+    A stopped run goes back at once, and resume goes on from there. A live run goes back before its next step. The
+    prompts do not go back, and every sampling seed changes.
+    """
+    from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
+
+    parse_target(to)
+
+    def act(store: AdapterStore) -> dict[str, Any]:
+        done = roll_back_stopped(store, to)
+        version = store.get(done.to)
+        exact = "state" in store.where(done.to)
+        moved = f"HEAD moved from v{done.left} to v{done.to}" if done.left != done.to else f"v{done.to} is HEAD already"
+        how = "exactly" if exact else "from its rounded weights: its trainer state was not kept"
+        said = f"{moved} (step {version.step}); resume goes on from there, {how}"
+        result = {"done": said, "version": done.to, "step": version.step, "left": done.left}
+        return result | {"weights": "exact" if exact else "rounded"}
+
+    result = change(run, "rollback", act, timeout_s=timeout, to=to)
+    tell(result, as_json, result["done"])
+
+
+def _keys(begun: str) -> list[str]:
+    return [key for key in keys_begun(begun) if key.startswith("keep.")]
+
+
+_KEPT = "Settings that replace the run's: keep.archived=50 keep.trainer_states=2"
+
+
+def prune(
+    run: Run,
+    overrides: Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help=_KEPT, autocompletion=_keys)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
+    timeout: Timeout = TIMEOUT_S,
+    as_json: Json = False,
+) -> None:
+    """Remove what the run's `keep` settings no longer keep. HEAD, pinned and loaded versions always stay.
+
+    A live run uses its own settings, as it does after every step.
+    """
+    from lora_grpo.adapters.files.locks import holder
+
+    for text in overrides or ():
+        if not text.startswith("keep."):
+            raise ConfigError(f"{text}: prune takes only keep settings, such as keep.archived=50")
+    if overrides and not dry_run and holder(run) is not None:
+        raise ConfigError(f"{run} is live and prunes by its own settings; remove {' '.join(overrides)}, or stop it")
+
+    def act(store: AdapterStore) -> dict[str, Any]:
+        before, states = set(store.numbers), set(store.states)
+        store.prune()
+        return _told("removed", sorted(before - set(store.numbers)), sorted(states - set(store.states)))
+
+    if dry_run:
+        with opened(run) as reader:
+            result = _told("would remove", *reader.prunable(_kept(run, overrides or [])))
+    else:
+        result = change(run, "prune", act, timeout_s=timeout, retention=lambda: _kept(run, overrides or []))
+    tell(result, as_json, result["done"])
+
+
+def _told(verb: str, removed: list[int], states: list[int]) -> dict[str, Any]:
+    done = f"{verb} for good {_listed(removed, 'version')}, and {_listed(states, 'trainer state')}"
+    return {"done": done, "removed": removed, "states_removed": states}
+
+
+def _listed(numbers: list[int], what: str) -> str:
+    return counted(len(numbers), what) + (f" ({', '.join(f'v{number}' for number in numbers)})" if numbers else "")
+
+
+def _kept(run: Path, overrides: list[str]) -> Retention:
+    """What a run keeps: by its settings with `overrides`, or by these where it was not started from a file."""
+    from lora_grpo.adapters.upkeep.retention import retention
+    from lora_grpo.config_file import RESOLVED_FILE, config_of_model, load_config
+
+    if (run / RESOLVED_FILE).is_file():
+        return retention(load_config(run, overrides).keep)
+    if not {"keep.archived", "keep.trainer_states"} <= {text.partition("=")[0].strip() for text in overrides}:
+        raise ConfigError(f"{run} has no {RESOLVED_FILE}: give both keep.archived=N and keep.trainer_states=N")
+    return retention(config_of_model(str(run), overrides).keep)
+
+
+def change(
+    run: Path,
+    verb: str,
+    act: Callable[[AdapterStore], dict[str, Any]],
+    *,
+    timeout_s: float,
+    retention: Callable[[], Retention] | None = None,
+    **args: Any,
+) -> dict[str, Any]:
+    """What became of it: `act` on the store of a stopped run, which keeps `retention`; the holder's answer for a live
+    one. Raises the error that either met, and `StoreError` when a live run has not begun with it after `timeout_s`."""
+    from lora_grpo.adapters.asking.requests import request
+    from lora_grpo.adapters.files.locks import holder
+    from lora_grpo.adapters.store import AdapterStore
+
+    opened(run).close()
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if holder(run) is None:
+            try:
+                with AdapterStore(archive=run, retention=retention and retention()) as store:
+                    return {"live": False, **act(store)}
+            except StoreLocked:
+                if time.monotonic() > deadline:
+                    raise
+                continue
+        answer = _wait(request(run, verb, **args), deadline)
+        if answer is not None and "error" in answer:
+            kind = getattr(errors, str(answer.get("kind")), StoreError)
+            raise kind(f"the run answered: {answer['error']}")
+        if answer is not None:
+            return {"live": True, **answer}
+
+
+def _wait(request: Request, deadline: float) -> dict[str, Any] | None:
+    """The holder's answer; None when nobody did what was asked, nor ever will: the holder ended before. The deadline
+    is for the beginning, since there is no taking back what is begun."""
+    from lora_grpo.adapters.files.locks import holder
+
+    who = holder(request.run)
+    try:
+        say(f"asked {who}, which looks before its next step")
+        while (answer := request.answered()) is None and not request.is_gone():
+            live = holder(request.run) is not None
+            if (not live or time.monotonic() > deadline) and request.withdraw() and live:
+                said = f"{who} holds {request.run} and has not answered; {_TAKEN_BACK}"
+                raise StoreError(f"{said}. Its step may take long: wait longer with --timeout, or stop it first")
+            if not live and request.is_begun():
+                raise StoreError(request.cut_short)
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        too_late = f"it is too late to withdraw the request: {who} is doing it or has done it"
+        say(_TAKEN_BACK if request.withdraw() else too_late)
+        raise
+    return answer

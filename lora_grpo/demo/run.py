@@ -11,20 +11,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lora_grpo.config import DataConfig, EngineConfig, LoraSettings, ModelConfig, RewardConfig, RunConfig
-from lora_grpo.demo import task
-from lora_grpo.demo.base import BaseRecipe, base_path, ensure_base
+from lora_grpo.demo import MAX_TOKENS, BaseRecipe, base_path, ensure_base, held_out_rows, training_rows
 from lora_grpo.grpo_config import GRPOConfig
 
 STEPS = 30
 PROMPTS_PER_STEP, GROUP = 64, 8
-HELD_OUT = 512
 
 
 def run_demo(output_dir: Path = Path("runs/demo"), steps: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Run the demo in `output_dir` (or the first free `output_dir-2`, ...); returns the run's summary.
-
-    Everything for people goes to stderr.
-    """
+    """Run the demo in `output_dir` (or the first free `output_dir-2`, ...), shown on stderr; returns the summary."""
     console = Console(stderr=True)
     base = _base(console)
     config = demo_config(base, _free(output_dir), steps=steps or STEPS, seed=seed)
@@ -34,7 +29,7 @@ def run_demo(output_dir: Path = Path("runs/demo"), steps: int | None = None, see
         result = trainer.train()
     before, after = trainer.evaluations[0].metrics, trainer.evaluations[-1].metrics
     signal = statistics.fmean(metrics["frac_groups_used"] for metrics in trainer.history)
-    extra = {
+    summary = {
         "accuracy_before": result.pop("reward_before"),
         "accuracy_after": result.pop("reward_after"),
         "accuracy_easy_before": before["reward/carry=false"],
@@ -42,9 +37,10 @@ def run_demo(output_dir: Path = Path("runs/demo"), steps: int | None = None, see
         "accuracy_hard_before": before["reward/carry=true"],
         "accuracy_hard_after": after["reward/carry=true"],
         "groups_with_signal_mean": round(signal, 4),
+        **result,
     }
-    _tell(console, {**extra, **result}, config.output_dir)
-    return {**extra, **result}
+    _tell(console, summary, config.output_dir)
+    return summary
 
 
 def demo_config(base: Path, run_dir: Path, *, steps: int, seed: int) -> RunConfig:
@@ -56,8 +52,8 @@ def demo_config(base: Path, run_dir: Path, *, steps: int, seed: int) -> RunConfi
         model=ModelConfig(name=str(base), dtype="float32"),
         lora=LoraSettings(r=16, lora_alpha=32),
         data=DataConfig(
-            train=_write(data / "train.jsonl", task.training_rows()),
-            eval=_write(data / "held_out.jsonl", task.held_out_rows(HELD_OUT)),
+            train=_write(data / "train.jsonl", training_rows()),
+            eval=_write(data / "held_out.jsonl", held_out_rows()),
         ),
         rewards=(RewardConfig(name="exact"),),
         engine=EngineConfig(
@@ -74,7 +70,7 @@ def demo_config(base: Path, run_dir: Path, *, steps: int, seed: int) -> RunConfi
             generation_batch_size=PROMPTS_PER_STEP * GROUP,
             per_device_train_batch_size=PROMPTS_PER_STEP * GROUP // 2,
             gradient_accumulation_steps=1,
-            max_completion_length=task.MAX_TOKENS,
+            max_completion_length=MAX_TOKENS,
             epsilon_high=0.28,
             learning_rate=4e-3,
             adam_beta2=0.99,
