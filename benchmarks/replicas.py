@@ -1,6 +1,6 @@
 """The demo's task trained through two vLLM servers, with everything going wrong that may; every completion checked.
 
-    python benchmarks/replicas.py [--steps 30] [--max-staleness 0] [--output FOLDER]
+    python benchmarks/replicas.py [--steps 30] [--max-staleness 0] [--out FILE]
 
 One server is killed in the middle of a rollout and started again at once. Another refuses a load, since some other
 client has loaded an older version's files under the very name that is to be given out next. For three steps the store
@@ -11,12 +11,10 @@ in float32, as the trainer does: so rounding hides no difference between version
 Whether the check would see a wrong version is measured in the same run, with the same rule: on the same completions,
 each claiming its neighbour's number, and on completions that the base made, each claiming a version's.
 
-`--max-staleness` is how many versions a batch may lag behind. Writes results.json into the folder (default: one in
-benchmarks/results, by kind of run) and prints it as a line.
+`--max-staleness` is how many versions a batch may lag behind. The result is printed as a line of JSON.
 """
 
 import json
-import os
 import signal
 import statistics
 import tempfile
@@ -48,7 +46,6 @@ from lora_grpo.engines.local.targets import linear_leaves
 from lora_grpo.engines.server.connect import LOAD
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Servers, Serving
-from lora_grpo.errors import ConfigError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.build import member_spec
@@ -219,8 +216,7 @@ def run(steps: int, most: int, folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         trainer = train(config, engine, most)
         seconds = time.perf_counter() - started
-        made, states = list(engine.made), engine.replicas
-        lost = engine.asked - len(made)
+        made, lost, states = list(engine.made), engine.asked - len(engine.made), engine.replicas
         of_the_base, noise = made_by_the_base(trainer, engine), base_noise(trainer.model, engine, made)
         engine.close()
     return {
@@ -243,15 +239,13 @@ def run(steps: int, most: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = asked(__doc__, steps=30, max_staleness=0, output=None)
-    if arguments.steps < MIN_STEPS or arguments.max_staleness < 0:
-        raise ConfigError(f"--steps must be at least {MIN_STEPS}, for everything to go wrong in, --max-staleness 0")
+    options = asked(__doc__, steps=30, max_staleness=0, out=None)
+    if options.steps < MIN_STEPS or options.max_staleness < 0:
+        raise SystemExit(f"--steps must be at least {MIN_STEPS}, for everything to go wrong in, --max-staleness 0")
     about = provenance("benchmarks/replicas.py")
     with tempfile.TemporaryDirectory(prefix="lora-grpo-replicas-") as folder:
-        result = about | run(arguments.steps, arguments.max_staleness, Path(folder))
-    kind = f"-staleness-{arguments.max_staleness}" if arguments.max_staleness else ""
-    place = Path(__file__).parent / "results" / f"replicas{kind}-cpu-{len(os.sched_getaffinity(0))}-cores"
-    write_result((arguments.output or place) / "results.json", result)
+        result = about | run(options.steps, options.max_staleness, Path(folder))
+    write_result(options.out, result)
     print(json.dumps(result))
 
 

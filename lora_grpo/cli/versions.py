@@ -1,26 +1,24 @@
 """`lora-grpo versions`, `show`, `report` and `verify`: what a run holds, and whether it is whole; `pin`, `unpin`,
 `rollback` and `prune` change that, through the run's process where one lives."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from lora_grpo import errors
+from lora_grpo.adapters.asking.requests import Request, request
+from lora_grpo.adapters.files.locks import holder
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.retention import Retention, retention
+from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.adapters.version import parse_target
 from lora_grpo.cli.options import A_VERSION, Json, Run, Version, keys_begun, opened, say, tell
 from lora_grpo.errors import ConfigError, StoreError, StoreLocked, UnknownVersion, counted
-
-if TYPE_CHECKING:
-    from lora_grpo.adapters.asking.requests import Request
-    from lora_grpo.adapters.store import AdapterStore
-    from lora_grpo.adapters.upkeep.retention import Retention
 
 TIMEOUT_S = 600.0
 POLL_S = 0.05
@@ -39,7 +37,6 @@ def versions(run: Run, as_json: Json = False) -> None:
 
 def show(run: Run, version: Version, as_json: Json = False) -> None:
     """Show everything that is known about one version."""
-    from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
     from lora_grpo.report import describe
 
     with opened(run) as store:
@@ -155,8 +152,6 @@ def rollback(
     A stopped run goes back at once, and resume goes on from there. A live run goes back before its next step. The
     prompts do not go back, and every sampling seed changes.
     """
-    from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
-
     parse_target(to)
 
     def act(store: AdapterStore) -> dict[str, Any]:
@@ -191,8 +186,6 @@ def prune(
 
     A live run uses its own settings, as it does after every step.
     """
-    from lora_grpo.adapters.files.locks import holder
-
     for text in overrides or ():
         if not text.startswith("keep."):
             raise ConfigError(f"{text}: prune takes only keep settings, such as keep.archived=50")
@@ -208,7 +201,7 @@ def prune(
         with opened(run) as reader:
             result = _told("would remove", *reader.prunable(_kept(run, overrides or [])))
     else:
-        result = change(run, "prune", act, timeout_s=timeout, retention=lambda: _kept(run, overrides or []))
+        result = change(run, "prune", act, timeout_s=timeout, keep=lambda: _kept(run, overrides or []))
     tell(result, as_json, result["done"])
 
 
@@ -223,7 +216,6 @@ def _listed(numbers: list[int], what: str) -> str:
 
 def _kept(run: Path, overrides: list[str]) -> Retention:
     """What a run keeps: by its settings with `overrides`, or by these where it was not started from a file."""
-    from lora_grpo.adapters.upkeep.retention import retention
     from lora_grpo.config_file import RESOLVED_FILE, config_of_model, load_config
 
     if (run / RESOLVED_FILE).is_file():
@@ -239,21 +231,17 @@ def change(
     act: Callable[[AdapterStore], dict[str, Any]],
     *,
     timeout_s: float,
-    retention: Callable[[], Retention] | None = None,
+    keep: Callable[[], Retention] | None = None,
     **args: Any,
 ) -> dict[str, Any]:
-    """What became of it: `act` on the store of a stopped run, which keeps `retention`; the holder's answer for a live
+    """What became of it: `act` on the store of a stopped run, opened with what to `keep`; the holder's answer for a live
     one. Raises the error that either met, and `StoreError` when a live run has not begun with it after `timeout_s`."""
-    from lora_grpo.adapters.asking.requests import request
-    from lora_grpo.adapters.files.locks import holder
-    from lora_grpo.adapters.store import AdapterStore
-
     opened(run).close()
     deadline = time.monotonic() + timeout_s
     while True:
         if holder(run) is None:
             try:
-                with AdapterStore(archive=run, retention=retention and retention()) as store:
+                with AdapterStore(archive=run, retention=keep and keep()) as store:
                     return {"live": False, **act(store)}
             except StoreLocked:
                 if time.monotonic() > deadline:
@@ -267,24 +255,22 @@ def change(
             return {"live": True, **answer}
 
 
-def _wait(request: Request, deadline: float) -> dict[str, Any] | None:
+def _wait(asked: Request, deadline: float) -> dict[str, Any] | None:
     """The holder's answer; None when nobody did what was asked, nor ever will: the holder ended before. The deadline
     is for the beginning, since there is no taking back what is begun."""
-    from lora_grpo.adapters.files.locks import holder
-
-    who = holder(request.run)
+    who = holder(asked.run)
     try:
         say(f"asked {who}, which looks before its next step")
-        while (answer := request.answered()) is None and not request.is_gone():
-            live = holder(request.run) is not None
-            if (not live or time.monotonic() > deadline) and request.withdraw() and live:
-                said = f"{who} holds {request.run} and has not answered; {_TAKEN_BACK}"
+        while (answer := asked.answered()) is None and not asked.is_gone():
+            live = holder(asked.run) is not None
+            if (not live or time.monotonic() > deadline) and asked.withdraw() and live:
+                said = f"{who} holds {asked.run} and has not answered; {_TAKEN_BACK}"
                 raise StoreError(f"{said}. Its step may take long: wait longer with --timeout, or stop it first")
-            if not live and request.is_begun():
-                raise StoreError(request.cut_short)
+            if not live and asked.is_begun():
+                raise StoreError(asked.cut_short)
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         too_late = f"it is too late to withdraw the request: {who} is doing it or has done it"
-        say(_TAKEN_BACK if request.withdraw() else too_late)
+        say(_TAKEN_BACK if asked.withdraw() else too_late)
         raise
     return answer
