@@ -52,8 +52,7 @@ def main() -> None:
                 curve.append({"rows": rows, **compared(engine, versions, rows, options.tokens, options.repeats)})
                 print(json.dumps(curve[-1]), flush=True)
         engine.close()
-    what = {"rank": RANK, "prompt": PROMPT, **vars(options), "out": None}
-    write_result(options.out, {**about, **what, "curve": curve})
+    write_result(options.out, {**about, "rank": RANK, "prompt": PROMPT, **vars(options), "out": None, "curve": curve})
 
 
 def adapter(store: AdapterStore, trainer: Trainer, engine: VLLMEngine, seed: int) -> AdapterVersion:

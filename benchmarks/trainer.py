@@ -50,7 +50,7 @@ from lora_grpo.trainer.memory import LargestBatch
 from lora_grpo.trainer.room import estimate
 from lora_grpo.types import Completion, Group
 
-VOCABULARY = 151_936
+VOCABULARY, CANARY_ROWS = 151_936, 32
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
 SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "small": ("qwen2.5-0.5b", SMALL),
@@ -59,7 +59,6 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "7b": ("qwen2.5-7b", {}),
 }
 """A released model's shape, and what is changed of it."""
-CANARY_ROWS = 32
 SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "HF_HUB_OFFLINE": "1"}
 """Of the processes in which a CPU is measured, where the environment says nothing else."""
 
@@ -91,12 +90,9 @@ def main() -> None:
         for subject, rows in found.items():
             row = {name: statistics.median(one[name] for one in rows) for name in rows[0]}
             table.append({"tokens": tokens, "subject": subject, **row})
-            print(f"T={tokens:<6}{subject:<16}{_told(row)}", flush=True)
+            told = "  ".join(f"{value:,.3f} {name.rpartition('_')[2]}" for name, value in row.items())
+            print(f"T={tokens:<6}{subject:<16}{told or 'does not fit'}", flush=True)
         write_result(options.out, {**about, "rows": table})
-
-
-def _told(row: dict[str, float]) -> str:
-    return "  ".join(f"{value:,.3f} {name.rpartition('_')[2]}" for name, value in row.items()) or "does not fit"
 
 
 def _in_turn(options: argparse.Namespace) -> dict[str, float]:

@@ -80,7 +80,6 @@ TRL_SETTINGS = {
     **{name: f"TRL's setting {name} has no counterpart here: leave it out" for name in _NOTHING_LIKE_IT.split()},
     **{name: instead for names, instead in _INSTEAD.items() for name in names.split()},
 }
-"""By TRL's setting."""
 
 CONFIG = "pass config=lora_grpo.GRPOConfig(...), or a trl.GRPOConfig to NativeGRPOTrainer (lora_grpo.integrations.trl)"
 REWARD_MODEL = (
@@ -96,4 +95,3 @@ TRL_ARGUMENTS = {
     "environment_factory": "write a rollout_func, which may take turns and mark tool output in Completion.token_mask",
     "quantization_config": "set ModelConfig(name=..., quantization='nf4'), which quantizes trainer and engine",
 }
-"""By an argument of TRL's trainer."""

@@ -5,5 +5,4 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """`lora-grpo` in the user's cache directory (XDG)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-grpo"

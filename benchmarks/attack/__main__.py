@@ -65,8 +65,7 @@ def main() -> int:
         print(f"| {outcome.attack} | {outcome.tries} tries | {len(outcome.faults)} failed | {figures} |", flush=True)
         for fault in outcome.faults[:5]:
             print(f"    {fault[:200]}", flush=True)
-    made = {"outcomes": [asdict(outcome) for outcome in outcomes]}
-    write_result(options.out, {**provenance("-m", "benchmarks.attack"), **made})
+    write_result(options.out, {**provenance("-m", "benchmarks.attack"), "outcomes": list(map(asdict, outcomes))})
     return int(any(outcome.faults for outcome in outcomes))
 
 

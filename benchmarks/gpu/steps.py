@@ -19,21 +19,13 @@ SHAPES = {"cpu": ("tiny-tied", "tiny"), "cuda": ("qwen2.5-0.5b", "qwen2.5-7b")}
 """By device, what is measured; in a dry run two tiny ones, of which one ties its output layer like the 0.5B."""
 SUITES = {
     "tiny": (
-        ("tests/test_parity.py", "tests/test_nan_hunt.py", "tests/test_direct_load.py"),
+        "parity nan_hunt direct_load",
         "(test_parity and qwen2 or test_nan_hunt) and not graphs or test_direct_load",
         "test_one_call_mixes_base_and_versions and qwen2 or test_mixed_batches",
     ),
-    "experts": (("tests/test_gpu_experts.py",), "test_gpu_experts", "test_gpu_experts"),
-    "parity": (
-        ("tests/test_parity.py",),
-        "not qwen2 and not graphs",
-        "test_one_call_mixes_base_and_versions and llama",
-    ),
-    "graphs": (
-        ("tests/test_gpu_sleep.py", "tests/test_parity.py", "tests/test_nan_hunt.py"),
-        "graphs or test_gpu_sleep",
-        "test_gpu_sleep",
-    ),
+    "experts": ("gpu_experts", "test_gpu_experts", "test_gpu_experts"),
+    "parity": ("parity", "not qwen2 and not graphs", "test_one_call_mixes_base_and_versions and llama"),
+    "graphs": ("gpu_sleep parity nan_hunt", "graphs or test_gpu_sleep", "test_gpu_sleep"),
 }
 """Test files, which of their tests, and which few of those in a dry run: the whole test run has all of them."""
 FAMILIES = ("gpt_oss", "gemma3", "qwen3_5")
@@ -131,7 +123,8 @@ def _program(name: str, expected_s: int, limit_s: int, out: Path, device: str) -
 
 def _suite(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> Step:
     """Tests in one process, without the project's pytest settings: a bare host may lack the plugins that they need."""
-    files, chosen, few = SUITES[name]
+    modules, chosen, few = SUITES[name]
+    files = [f"tests/test_{module}.py" for module in modules.split()]
     report = out / "logs" / f"{name}.xml"
     bare = ["-c", os.devnull, "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider"]
     options = ["-q", "--device", device, "--junitxml", str(report), "-o", "junit_family=xunit1"]

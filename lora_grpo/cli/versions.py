@@ -234,8 +234,8 @@ def change(
     keep: Callable[[], Retention] | None = None,
     **args: Any,
 ) -> dict[str, Any]:
-    """What became of it: `act` on the store of a stopped run, opened with what to `keep`; the holder's answer for a live
-    one. Raises the error that either met, and `StoreError` when a live run has not begun with it after `timeout_s`."""
+    """What became of it: `act` on the store of a stopped run, opened with what to `keep`; a live one's holder's answer.
+    Raises the error that either met, and `StoreError` when a live run has not begun with it after `timeout_s`."""
     opened(run).close()
     deadline = time.monotonic() + timeout_s
     while True:

@@ -80,7 +80,7 @@ def _balanced(count: int, *, held_out: bool) -> list[Row]:
 
 
 def sloppy_sums(seed: int, forgotten: float) -> Iterator[tuple[str, str]]:
-    """Endless `(prompt, answer)` pairs, none held out; in the share `forgotten` of those with a carry it is left out."""
+    """Endless `(prompt, answer)` pairs, none held out; the share `forgotten` of those with a carry is without it."""
     draw = random.Random(seed)
     while True:
         row = problem(draw.randrange(100), draw.randrange(100))
