@@ -1,6 +1,4 @@
-"""Your own rewards in `GRPOTrainer`, divided into cells (# %%) for an editor or a notebook.
-
-python examples/custom_reward.py
+"""Your own rewards in `GRPOTrainer`: a script, divided into cells (# %%) for an editor or a notebook.
 
 There are two rewards: one for the right answer, and a partial one for each right digit. You can use any function
 `f(prompts, completions, **columns) -> list[float]`, also an async one; None leaves a row out.

@@ -1,7 +1,4 @@
-"""Go back to an earlier version and train on, divided into cells (# %%) for an editor or a notebook.
-
-python examples/rollback.py
-"""
+"""Go back to an earlier version and train on: a script, divided into cells (# %%) for an editor or a notebook."""
 
 # %% A short run on the demo's base
 from peft import LoraConfig
