@@ -355,7 +355,7 @@ def test_a_request_outlives_the_process_that_it_was_left_for(live: tuple[Path, s
         assert store.head.number == 2
 
 
-@pytest.mark.parametrize("name", ["options", "versions", "changing", "using", "train"])
+@pytest.mark.parametrize("name", ["options", "versions", "serve", "using", "train"])
 def test_commands_load_nothing_heavy_before_they_run(name: str) -> None:
     program = f"import sys, lora_grpo.cli.{name}; print({{'torch', 'vllm', 'pydantic', 'xxhash'}} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"

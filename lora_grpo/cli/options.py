@@ -3,19 +3,23 @@
 Tables and JSON go to stdout, everything said to a person meanwhile to stderr.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer import Argument, Option
 
-from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.metrics.log import jsonable
 from lora_grpo.metrics.render import table
+
+if TYPE_CHECKING:
+    from lora_grpo.adapters.store import AdapterStore
 
 PIPE_WIDTH = 160
 
@@ -37,6 +41,8 @@ Overrides = Annotated[list[str] | None, Argument(metavar="[KEY=VALUE]...", help=
 
 
 def opened(run: Path) -> AdapterStore:
+    from lora_grpo.adapters.store import AdapterStore
+
     return AdapterStore(archive=run, readonly=True)
 
 

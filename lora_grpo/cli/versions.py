@@ -1,24 +1,26 @@
 """`lora-grpo versions`, `show`, `report` and `verify`: what a run holds, and whether it is whole; `pin`, `unpin`,
 `rollback` and `prune` change that, through the run's process where one lives."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from lora_grpo import errors
-from lora_grpo.adapters.asking.requests import Request, request
-from lora_grpo.adapters.files.locks import holder
-from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import Retention, retention
-from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.adapters.version import parse_target
 from lora_grpo.cli.options import A_VERSION, Json, Run, Version, keys_begun, opened, say, tell
 from lora_grpo.errors import ConfigError, StoreError, StoreLocked, UnknownVersion, counted
+
+if TYPE_CHECKING:
+    from lora_grpo.adapters.asking.requests import Request
+    from lora_grpo.adapters.store import AdapterStore
 
 TIMEOUT_S = 600.0
 POLL_S = 0.05
@@ -37,6 +39,7 @@ def versions(run: Run, as_json: Json = False) -> None:
 
 def show(run: Run, version: Version, as_json: Json = False) -> None:
     """Show everything that is known about one version."""
+    from lora_grpo.adapters.upkeep.rollbacks import RollbackLog
     from lora_grpo.report import describe
 
     with opened(run) as store:
@@ -152,6 +155,8 @@ def rollback(
     A stopped run goes back at once, and resume goes on from there. A live run goes back before its next step. The
     prompts do not go back, and every sampling seed changes.
     """
+    from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
+
     parse_target(to)
 
     def act(store: AdapterStore) -> dict[str, Any]:
@@ -186,6 +191,8 @@ def prune(
 
     A live run uses its own settings, as it does after every step.
     """
+    from lora_grpo.adapters.files.locks import holder
+
     for text in overrides or ():
         if not text.startswith("keep."):
             raise ConfigError(f"{text}: prune takes only keep settings, such as keep.archived=50")
@@ -236,6 +243,10 @@ def change(
 ) -> dict[str, Any]:
     """What became of it: `act` on the store of a stopped run, opened with what to `keep`; a live one's holder's answer.
     Raises the error that either met, and `StoreError` when a live run has not begun with it after `timeout_s`."""
+    from lora_grpo.adapters.asking.requests import request
+    from lora_grpo.adapters.files.locks import holder
+    from lora_grpo.adapters.store import AdapterStore
+
     opened(run).close()
     deadline = time.monotonic() + timeout_s
     while True:
@@ -258,6 +269,8 @@ def change(
 def _wait(asked: Request, deadline: float) -> dict[str, Any] | None:
     """The holder's answer; None when nobody did what was asked, nor ever will: the holder ended before. The deadline
     is for the beginning, since there is no taking back what is begun."""
+    from lora_grpo.adapters.files.locks import holder
+
     who = holder(asked.run)
     try:
         say(f"asked {who}, which looks before its next step")
