@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
@@ -22,7 +23,7 @@ from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, UnknownVersion
 from lora_grpo.trainer import replay
 from lora_grpo.trainer.guards import Guard, NonFinite
-from lora_grpo.types import Sampling
+from lora_grpo.types import Completion, Group, Sampling
 from tests.store_files import adapter
 from tests.test_cli_versions import answer
 from tests.tiny_run import fake_engine
@@ -175,10 +176,14 @@ def test_replays_of_a_run_take_every_way_to_name_a_version(
 
 def test_answers_that_no_function_scores_are_left_out_of_a_comparison() -> None:
     """Three prompts of one answer each; of the second one version's has no reward."""
-    rewards = [0.0, None, 0.5, 1.0, 0.25, 0.5]
-    answers = [replay.Answer("p", 1, "", reward, 2, -1.0, -1.0) for reward in rewards]
-    versions: Any = [SimpleNamespace(number=1), SimpleNamespace(number=2)]
-    found = replay._comparison(*versions, tuple(answers), samples=1).reward
-    assert found == replay.Difference(0.25, 0.75, 0.5, 0.5)
-    unscored = tuple(replace(answer, reward=None) for answer in answers)
-    assert replay._comparison(*versions, unscored, samples=1).reward is None
+    rewards_B = torch.tensor([0.0, math.nan, 0.5, 1.0, 0.25, 0.5], dtype=torch.float64)
+    groups = [
+        Group("p", (1,), (Completion("", (1, 2), (-0.5, -0.5), "stop", number),)) for number in (1, 1, 1, 2, 2, 2)
+    ]
+    pair: Any = [SimpleNamespace(number=1), SimpleNamespace(number=2)]
+    logp_VB = torch.full((2, 6), -1.0, dtype=torch.float64)
+    found = replay._comparison(pair, groups, rewards_B, logp_VB, samples=1)
+    assert found.reward == replay.Difference(0.25, 0.75, 0.5, 0.5)
+    assert [answer.reward for answer in found.answers] == [0.0, None, 0.5, 1.0, 0.25, 0.5]
+    unscored_B = torch.full((6,), math.nan, dtype=torch.float64)
+    assert replay._comparison(pair, groups, unscored_B, logp_VB, samples=1).reward is None
