@@ -43,9 +43,9 @@ from lora_grpo.demo import ensure_base
 from lora_grpo.demo.run import demo_config
 from lora_grpo.engines.base import Adapters, LoadReceipt
 from lora_grpo.engines.local.targets import linear_leaves
-from lora_grpo.engines.server.connect import LOAD
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Servers, Serving
+from lora_grpo.engines.server.replica import LOAD
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.build import member_spec

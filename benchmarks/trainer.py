@@ -39,8 +39,8 @@ from lora_grpo.bench.gauges import Clock, collect, level
 from lora_grpo.bench.memory import forget_peaks, peak
 from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.bench.shapes import byte_tokenizer, shape_config
-from lora_grpo.canary import take_canary
 from lora_grpo.config import EngineConfig
+from lora_grpo.engines.delivery.canary import take_canary
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.packing import in_spans, pack
@@ -175,7 +175,7 @@ def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[]
     prompt = ids_BL[0, : options.prompt].tolist()
     pairs = [(prompt, made) for made in _completions(ids_BL, options)] * (CANARY_ROWS // options.rows)
     limits = {"batch_rows": options.rows, "known_noise": 99.0, "most_noise": 99.0}
-    return lambda: take_canary(model, FakeEngine(lambda _: ""), pairs, nullcontext(), 1.0, **limits)
+    return lambda: take_canary(model, FakeEngine(lambda _: "").logprobs, pairs, nullcontext(), 1.0, **limits)
 
 
 def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:

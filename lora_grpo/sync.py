@@ -18,10 +18,9 @@ from lora_grpo.adapters.peft_form.modules import keep_trainable, peft_model_of
 from lora_grpo.adapters.peft_form.serving import Held, ServingForm, weights_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion, Target, as_step
-from lora_grpo.canary import CANARY_NOISE, rows_of, take_canary
 from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
 from lora_grpo.engines.delivery.base_match import BaseMatch
-from lora_grpo.engines.delivery.canary import CanaryReport
+from lora_grpo.engines.delivery.canary import CANARY_NOISE, CanaryReport, rows_of, take_canary
 from lora_grpo.engines.delivery.probe import ProbeReport, Proofs, probe_sequences, prove
 from lora_grpo.engines.wrapped import joint
 from lora_grpo.errors import ConfigError, TrainingError
@@ -279,7 +278,7 @@ class NativeSync:
         rows = rows_of(groups, version)
         weights = nullcontext() if version == self.head else weights_of(version, self._form.modules)
         limits = {"known_noise": self.noise, "most_noise": CANARY_NOISE * self.probe.noise}
-        report = take_canary(self.model, self.engine, rows, weights, temperature, batch_rows=batch_rows, **limits)
+        report = take_canary(self.model, self.engine.logprobs, rows, weights, temperature, batch_rows, **limits)
         self.noise = report.noise
         self.processes.each(lambda: report.check(version))
         return report

@@ -17,6 +17,7 @@ import xxhash
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines import packing
 from lora_grpo.engines.base import BaseDescription
+from lora_grpo.engines.delivery import base_match
 from lora_grpo.engines.delivery.base_match import describe, match_base
 from lora_grpo.engines.names import BaseReading, read_base
 from lora_grpo.engines.vllm_local import VLLMEngine
@@ -223,6 +224,18 @@ def test_what_could_not_be_read_is_listed_and_never_counted_as_equal(llama_dir: 
     assert match.compared == match.tensors - 3
     assert match.share == pytest.approx(1 - 3 * 64 * 128 / values)
     assert f"not read in the engine: {name.format('gate_proj')} (vLLM holds it as" in str(match)
+
+
+def test_a_tensor_that_is_gathered_is_not_told_as_quantized(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What FSDP2 sharded is whole, in another tensor than the trainer's."""
+    served, trainer = load_model(llama_dir, dtype="bfloat16"), load_model(llama_dir)
+    monkeypatch.setattr(base_match, "DTensor", torch.Tensor)
+    monkeypatch.setattr(torch.Tensor, "full_tensor", lambda tensor: tensor.detach().clone(), raising=False)
+    model = tiny_lora(trainer)
+    assert match_base(Stand(served), model, Processes(None)).quantized == 0  # type: ignore[arg-type]
+    nudge(trainer.model.norm.weight)
+    with pytest.raises(UnsupportedAdapter, match=r"norm\.weight differs between the engine and the trainer"):
+        match_base(Stand(served), model, Processes(None))  # type: ignore[arg-type]
 
 
 def test_a_tensor_that_only_one_side_has_is_listed(

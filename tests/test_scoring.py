@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_grpo import scoring
-from lora_grpo.canary import take_canary
+from lora_grpo.engines.delivery.canary import take_canary
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.policy import Policy
@@ -61,7 +61,9 @@ def test_a_canary_computes_completions_alone_in_the_trainers_batches(computed: l
     """Whole sequences of eight rows at once took more memory than the step that they guard."""
     rows = [(ids[:2], Completion("", tuple(ids[2:]), (-1.0,) * len(ids[2:]), "stop", 1)) for ids in SEQUENCES]
     limits = {"known_noise": 0.1, "most_noise": 0.1}
-    report = take_canary(peft_model(), FakeEngine(lambda prompt: ""), rows, nullcontext(), 1.0, batch_rows=2, **limits)
+    report = take_canary(
+        peft_model(), FakeEngine(lambda prompt: "").logprobs, rows, nullcontext(), 1.0, batch_rows=2, **limits
+    )
     assert report.tokens == sum(len(ids) - 2 for ids in SEQUENCES)
     assert max(rows for rows, _ in computed) == 2
     policy_and_base = 8 + 8

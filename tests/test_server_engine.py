@@ -30,9 +30,9 @@ from lora_grpo.engines.delivery.canary import Witness
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.requests import request_seeds, sampling_by_prompt
-from lora_grpo.engines.server import client, names, replica
+from lora_grpo.engines.server import client, replica
 from lora_grpo.engines.server.engine import VLLMServerEngine
-from lora_grpo.engines.server.names import Names
+from lora_grpo.engines.server.replica import Names
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError, UnknownVersion, UnsupportedVersion
 from lora_grpo.metrics.log import quiet_libraries
 from lora_grpo.types import Sampling
@@ -840,7 +840,7 @@ def test_versions_in_use_are_never_missed_by_another_thread(
     engine = connect()
     for known in versions[:2]:
         engine.load(known)
-    in_use, done, seen = engine._fleet.in_use, threading.Event(), set()
+    fleet, done, seen = engine._fleet, threading.Event(), set()
 
     def look() -> None:
         while not done.is_set():
@@ -851,7 +851,7 @@ def test_versions_in_use_are_never_missed_by_another_thread(
     try:
         looking.start()
         for turn in range(20_000):
-            with in_use.using([versions[turn % 2]]):
+            with fleet.using([versions[turn % 2]]):
                 pass
     finally:
         sys.setswitchinterval(interval_s)
@@ -877,7 +877,7 @@ def test_a_container_of_the_same_name_leaves_the_versions_of_another_alone(
 ) -> None:
     """Its own tmpfs has none of the other's locks, which says nothing of the other's life."""
     with monkeypatch.context() as elsewhere, tempfile.TemporaryDirectory() as disk:
-        elsewhere.setattr(names, "tmpfs_home", lambda: Path(disk))
+        elsewhere.setattr(replica, "tmpfs_home", lambda: Path(disk))
         other = Names()
     pair[0].adapters = {other.fresh(versions[0]): str(versions[0].path)}
     connect()

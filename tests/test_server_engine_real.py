@@ -21,7 +21,7 @@ from lora_grpo.config import ModelConfig
 from lora_grpo.engines.resolver import URL_VARIABLE
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Server, Servers, Serving
-from lora_grpo.engines.server.names import Names
+from lora_grpo.engines.server.replica import Names
 from lora_grpo.errors import ConfigError, EngineError, UnsupportedAdapter
 from lora_grpo.remote.server import StoreServer
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs

@@ -24,7 +24,7 @@ from lora_grpo.adapters.files.locks import holder
 from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, roll_back_stopped
-from lora_grpo.engines.server.names import Names
+from lora_grpo.engines.server.replica import Names
 from lora_grpo.errors import LoraGrpoError, StoreCorrupt, StoreError, UnknownVersion
 from tests.store_files import adapter, content, on_disk
 from tests.test_cli_versions import lora_grpo
@@ -315,7 +315,7 @@ def test_another_users_folders_on_tmpfs_are_left_alone_and_do_not_hang(tmp_path:
             os.mkfifo(folder / "LOCK")
         os.chown(made[0], 12345, 12345)
         code = (
-            "from lora_grpo.engines.server.names import Names\n"
+            "from lora_grpo.engines.server.replica import Names\n"
             "names = Names(); names.sweep(); print(names.is_leftover(f'lora-grpo.{names._place}.zzzzzzzz.r.v1.1'))\n"
             "names.close()"
         )

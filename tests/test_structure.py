@@ -25,7 +25,7 @@ FLOORS = [
     {"grpo"},
     {"policy", "reference", "scoring", "state"},
     {"engines"},
-    {"sync", "rollback", "canary", "report"},
+    {"sync", "rollback", "report"},
     {"trainer", "bench", "integrations"},
     {"demo"},
     {"cli", "__main__", "__init__"},

@@ -8,7 +8,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -70,10 +70,8 @@ class StoreClient:
 
     def _pull_file(self, number: int, file: str, size_bytes: int, path: Path) -> None:
         with self._asking(f"/versions/{number}/{file}") as response, open(path, "xb") as stream:
-            received = 0
-            for chunk in response.iter_bytes():
-                received += len(chunk)
-                if received > size_bytes:
+            for chunk in response.iter_raw():
+                if response.num_bytes_downloaded > size_bytes:
                     raise StoreCorrupt(f"{self.url} sends more than the {size_bytes} bytes of v{number}'s {file}")
                 stream.write(chunk)
 
@@ -106,19 +104,16 @@ class StoreClient:
 
 
 def _checked(url: str) -> str:
-    try:
+    with suppress(httpx.InvalidURL):
         parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"the store's address {url!r} is not a URL: {error}") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
-        raise ConfigError(f"the store's address {url!r} must be like http://HOST:PORT; the token travels in a header")
-    return str(parsed).rstrip("/")
+        if parsed.scheme in ("http", "https") and parsed.host and not parsed.userinfo:
+            return str(parsed).rstrip("/")
+    raise ConfigError(f"the store's address {url!r} must be like http://HOST:PORT; the token travels in a header")
 
 
 class ReplicaCache:
-    """Versions in a folder that goes with this process. A server may evict an adapter and read its path again at any
-    later request, and never says when it will not: nothing is removed before, and what would exceed the budget is
-    refused. One thread at a time pulls."""
+    """Versions in a folder that goes with this process. A server may read an evicted adapter's path again at any later
+    request: nothing is removed before, and what would exceed the budget is refused. One thread at a time pulls."""
 
     def __init__(self, parent: Path, budget_bytes: int | None = None) -> None:
         """Take a new folder, and remove those of dead processes; by default, keep at most half of the file system."""
@@ -144,10 +139,9 @@ class ReplicaCache:
         manifest, name = client.manifest(run, number), served_name(run, number)
         left = min(self.budget_bytes - self.used_bytes, shutil.disk_usage(self.folder).free)
         if manifest.size_bytes > left:
-            taken = f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but this replica has room for {left / MIB:.1f}"
-            taken += f" beside the {self.used_bytes / MIB:.1f} that it keeps"
+            room = f"this replica has room for {left / MIB:.1f} beside the {self.used_bytes / MIB:.1f} that it keeps"
             fix = "raise LORA_GRPO_STORE_CACHE_MIB (on a tmpfs that holds it), or restart it, which empties its cache"
-            raise NoRoom(f"{taken}: {fix}")
+            raise NoRoom(f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but {room}: {fix}")
         tree = self._tree(run)
         with reported(f"pulling {name}"):
             tree.create()

@@ -30,23 +30,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lora_grpo.adapters.asking.view import StoreView
-from lora_grpo.adapters.files.disk import CHUNK_BYTES
+from lora_grpo.adapters.files.disk import CHUNK_BYTES, reported
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import PEFT_FILES
 from lora_grpo.errors import StoreError, UnknownVersion
 from lora_grpo.remote.client import read_token
 
-LOOPBACK = "127.0.0.1"
 MOST = 64
-"""Connections at a time, and an eighth of what the process may open where that is less: a download takes three
-descriptors, and the trainer's own are in the same process."""
-HEADER_BYTES = 16 << 10
+"""Connections; fewer where that is an eighth of what the process may open: each takes three descriptors of it."""
 REQUEST_S = 10.0
 """From a connection's start, or the end of its last answer, to the end of a request's header."""
 _STOP_TIMEOUT_S = 5
 _STALL_S = 60.0
 _NUMBER = re.compile("[1-9][0-9]{0,8}")
-_QUIET: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False, "server_header": False}
 
 
 class StoreServer:
@@ -54,25 +50,19 @@ class StoreServer:
     writer's, goes on while the writer is busy or closed, and changes nothing. Connections are few and short-lived (see
     `BoundedProtocol`), so that nobody can use up what this process may open or hold."""
 
-    def __init__(self, store: StoreView, token: str | None = None, *, host: str = LOOPBACK, port: int = 0) -> None:
+    def __init__(self, store: StoreView, token: str | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
         """Open `store` for reading and listen; `port=0` takes a free one. Without `token`, see `read_token`."""
         token = token or read_token()
         self._view = AdapterStore(store.root, store.archive, readonly=True)
         self.run = self._view.run
-        self._socket = _listen(host, port)
-        config = uvicorn.Config(
-            store_app(self._view, token),
-            http=BoundedProtocol,
-            h11_max_incomplete_event_size=HEADER_BYTES,
-            loop="asyncio",
-            # It also bounds how many connections asyncio accepts before it looks at the first.
-            backlog=16,
-            timeout_graceful_shutdown=_STOP_TIMEOUT_S,
-            lifespan="off",
-            ws="none",
-            **_QUIET,
-        )
-        self._server = uvicorn.Server(config)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with reported(f"listening for replicas on {host} port {port}"):
+            self._socket = socket.create_server((host, port), family=family)
+        # `backlog` also bounds how many connections asyncio accepts before it looks at the first.
+        options: dict[str, Any] = {"http": BoundedProtocol, "backlog": 16, "timeout_graceful_shutdown": _STOP_TIMEOUT_S}
+        options |= {"h11_max_incomplete_event_size": 16 << 10, "loop": "asyncio", "lifespan": "off", "ws": "none"}
+        options |= {"log_config": None, "log_level": "error", "access_log": False, "server_header": False}
+        self._server = uvicorn.Server(uvicorn.Config(store_app(self._view, token), **options))
         serve, name = partial(self._server.run, [self._socket]), "lora-grpo store server"
         self._thread = threading.Thread(target=serve, name=name, daemon=True)
 
@@ -105,20 +95,10 @@ class StoreServer:
         self._view.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise StoreError(f"the store server cannot listen on {host} port {port}: {error.strerror or error}") from error
-
-
 def store_app(view: StoreView, token: str) -> ASGIApp:
     """Starlette calls its endpoints in worker threads, since they read from disk; the view stands several."""
-    app = Starlette()
+    app = Starlette(exception_handlers={UnknownVersion: partial(_said, 404), StoreError: partial(_said, 500)})
     app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(UnknownVersion, partial(_said, 404))
-    app.add_exception_handler(StoreError, partial(_said, 500))
     app.add_route("/versions/{number}", partial(_manifest, view))
     app.add_route("/versions/{number}/{file}", partial(_file, view))
     app.router.redirect_slashes = False
@@ -145,12 +125,10 @@ def _file(view: StoreView, request: Request) -> Response:
     name = request.path_params["file"]
     if name not in PEFT_FILES:
         raise HTTPException(404, f"a version has the files {' and '.join(PEFT_FILES)}; there is no {name!r}")
-    with ExitStack() as held:
-        path = held.enter_context(view.reading(_number(request))) / name
-        try:
-            stream = held.enter_context(open(path, "rb", buffering=0))
-        except OSError as error:
-            raise StoreError(f"{path} cannot be read: {error.strerror or error}") from error
+    number = _number(request)
+    with reported(f"reading version {number}"), ExitStack() as held:
+        path = held.enter_context(view.reading(number)) / name
+        stream = held.enter_context(open(path, "rb", buffering=0))
         return _FileResponse(stream, held.pop_all())
 
 
@@ -178,8 +156,7 @@ def _number(request: Request) -> int:
     return int(text)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+async def _refused(request: Request, error: Any) -> Response:
     if error.status_code == 405:
         error.detail = "this store is read-only: it answers GET"
     elif "number" not in request.path_params:
@@ -200,41 +177,33 @@ class BoundedProtocol(H11Protocol):
     """uvicorn's, with a limit on connections and on the wait for a request. Where there are too many, the one that has
     waited longest is closed (none that is being answered), else the new one."""
 
-    _limit: asyncio.TimerHandle | None = None
-    """Ends its wait, while it waits for a request."""
+    _limit: asyncio.TimerHandle
+    """Ends its wait for a request; cancelled while there is one."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
+        self._limit = self.loop.call_later(REQUEST_S, self.drop)
         if len(self.connections) > most_connections():
             there: list[Any] = [one for one in self.connections if one is not self]
-            waiting = [one for one in there if one._limit is not None]
+            waiting = [one for one in there if not one._limit.cancelled()]
             min(waiting, key=lambda one: one._limit.when(), default=self).drop()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._wait_no_more()
+        self._limit.cancel()
         super().connection_lost(exc)
 
     def handle_events(self) -> None:
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
-            self._wait_no_more()
+            self._limit.cancel()
 
     def on_response_complete(self) -> None:
-        self._wait()
+        self._limit.cancel()
+        self._limit = self.loop.call_later(REQUEST_S, self.drop)
         super().on_response_complete()
 
     def drop(self) -> None:
         """Close it at once, whatever is under way."""
-        self._wait_no_more()
+        self._limit.cancel()
         self.connections.discard(self)
         self.transport.abort()
-
-    def _wait(self) -> None:
-        self._wait_no_more()
-        self._limit = self.loop.call_later(REQUEST_S, self.drop)
-
-    def _wait_no_more(self) -> None:
-        if self._limit is not None:
-            self._limit.cancel()
-            self._limit = None

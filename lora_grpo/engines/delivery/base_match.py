@@ -24,10 +24,9 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True)
 class BaseMatch:
-    """What was found equal: `compared` of the trainer's `tensors`, which hold `share` of its base's values. Of those,
-    `quantized` are in fewer bits on a side or on both, and equal in the values that they stand for. `unread` says of
-    each process why it could not read a tensor, of which nothing is known but what the probe shows. `read_s` is what
-    the slowest process took to read its base, `seconds` all of the comparison, reading included."""
+    """What was found equal: `compared` of the trainer's `tensors`, which hold `share` of its base's values; of those,
+    `quantized` are in fewer bits on a side or on both. `unread` says of each process why it could not read a tensor.
+    `read_s` is what the slowest took to read its base, `seconds` all of the comparison, reading included."""
 
     tensors: int
     compared: int
@@ -51,8 +50,8 @@ class BaseMatch:
 
 def describe(config: Any, dtype: str) -> BaseDescription:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    values = {name: getattr(text, name, None) for name in (*_SIZES, *_HEADS, *_EPSILONS)}
-    shapes = {name: value for name, value in values.items() if value is not None}
+    named = (*_SIZES, *_HEADS, *_EPSILONS)
+    shapes = {name: value for name in named if (value := getattr(text, name, None)) is not None}
     vocabulary = int(shapes["vocab_size"])
     kinds, fields = ("image", "video", "audio"), ("id", "index")
     tokens = {getattr(config, f"{kind}_token_{field}", None) for kind in kinds for field in fields}
@@ -70,8 +69,7 @@ def match_base(engine: Engine, model: nn.Module, processes: Processes) -> BaseMa
     comparison = _Comparison(engine.read_base({name: shape_of(tensor) for name, tensor in own.items()}))
     for name, tensor in own.items():
         comparison.add(name, tensor)
-    processes.each(comparison.require_same)
-    return comparison.result(time.perf_counter() - started)
+    return processes.each(lambda: comparison.result(time.perf_counter() - started))
 
 
 def _check_same_shapes(engine: BaseDescription, trainer: BaseDescription) -> None:
@@ -82,22 +80,19 @@ def _check_same_shapes(engine: BaseDescription, trainer: BaseDescription) -> Non
 
 
 class _Comparison:
-    """The trainer's tensors, one after the other, against every reading. It raises at its end alone: to gather a
-    sharded tensor takes all processes, whatever one of them has found."""
+    """Of tensors with every reading. Raises at its end alone: gathering a shard takes all processes, come what may."""
 
     def __init__(self, readings: Sequence[BaseReading]) -> None:
-        self._readings = readings
-        self._unread = {reading.where: dict(reading.unread) for reading in readings}
-        for reading in readings:
-            self._unread[reading.where] |= dict.fromkeys(reading.unasked, "the trainer's base has no tensor for it")
+        self._readings, unasked = readings, "the trainer's base has no tensor for it"
+        self._unread = {one.where: one.unread | dict.fromkeys(one.unasked, unasked) for one in readings}
         self._seen: dict[tuple[int, str, tuple[int, ...]], list[str]] = {}
         self._different: str | None = None
         self._found: list[tuple[int, bool, bool]] = []
         """Of each tensor: its values, whether all have it, and whether any keeps it quantized."""
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else plain_values(tensor)
-        everywhere = bool(self._readings)
+        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole, everywhere = plain_values(gathered), bool(self._readings)
         for reading in self._readings:
             found = reading.tensors.get(name)
             if whole.dtype not in (*PLAIN, torch.float64):
@@ -106,9 +101,9 @@ class _Comparison:
             elif found is None:
                 everywhere = False
             elif self._digests(tensor, whole, found) != [one for _, one in found.slices]:
-                self._different = self._different or _said(name, tensor, whole, found, reading.where)
+                self._different = self._different or _said(name, gathered, whole, found, reading.where)
         there = everywhere and any(reading.tensors[name].quantized for reading in self._readings)
-        self._found.append((whole.numel(), everywhere, there or whole is not tensor))
+        self._found.append((whole.numel(), everywhere, there or whole is not gathered))
 
     def _digests(self, tensor: torch.Tensor, whole: torch.Tensor, found: TensorReading) -> list[str]:
         """Of its rows, cut as the engine's slices are. What has two names is read once."""
@@ -119,11 +114,9 @@ class _Comparison:
             self._seen[key] = [digest(piece, getattr(torch, found.dtype)) for piece in pieces]
         return self._seen[key]
 
-    def require_same(self) -> None:
+    def result(self, seconds: float) -> BaseMatch:
         if self._different is not None:
             raise UnsupportedAdapter(self._different)
-
-    def result(self, seconds: float) -> BaseMatch:
         unread = {where: reasons for where, reasons in self._unread.items() if reasons}
         read_s = max((reading.seconds for reading in self._readings), default=0.0)
         compared = [(values, quantized) for values, everywhere, quantized in self._found if everywhere]
@@ -136,14 +129,11 @@ def _said(name: str, tensor: torch.Tensor, whole: torch.Tensor, found: TensorRea
     dtypes = f" ({found.dtype} there, {_short(whole.dtype)} here)" if found.dtype != _short(whole.dtype) else ""
     if found.quantized or whole is not tensor:
         there, here = ("quantized" if is_so else "plain" for is_so in (found.quantized, whole is not tensor))
-        return (
-            f"{name} stands for other values in {where} ({there}) than in the trainer ({here}): load both from one "
-            "checkpoint in one scheme ([model] quantization, `lora-grpo serve --quantization`) with nothing merged in"
-        )
-    return (
-        f"{name} differs between {where} and the trainer{dtypes}; load both from the same checkpoint and revision, and "
-        "train an adapter on that base alone, with nothing merged into it"
-    )
+        fix = "load both from one checkpoint in one scheme ([model] quantization, `lora-grpo serve --quantization`)"
+        said = f"{name} stands for other values in {where} ({there}) than in the trainer ({here})"
+        return f"{said}: {fix} with nothing merged in"
+    fix = "load both from the same checkpoint and revision, and train an adapter on that base alone"
+    return f"{name} differs between {where} and the trainer{dtypes}; {fix}, with nothing merged into it"
 
 
 def _short(dtype: torch.dtype) -> str:

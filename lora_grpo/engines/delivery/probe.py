@@ -2,8 +2,7 @@
 
 A fresh adapter has B = 0 and equals the base, so nothing about its first versions shows whether names, scale, dtype
 and kernels are right. The probe does, an adapter with large random A and B: it proves the whole path from file to
-log-prob, once per engine start.
-"""
+log-prob, once per engine start."""
 
 import math
 import tempfile
@@ -37,8 +36,7 @@ SEPARATION = 20.0
 """How many times the base's own noise the probe must move the log-probs, to be able to prove anything."""
 ROUNDINGS, ROUNDINGS_EXACT = 3.0, 0.25
 """How many times what errors of `_JITTER` do an engine's base may differ; the latter where both compute in float32. In
-18 families of models (on a CPU) sound engines differed by 0.3 to 0.6 times that, one by 1.3; in float32 by 0.004 at
-most."""
+18 families of models on a CPU sound engines differed by 0.3 to 0.6 times that, one by 1.3; in float32 by <= 0.004."""
 MIN_SIGNAL_NATS = 1e-3
 _JITTER = 2.0**-8
 """Relative; what bfloat16 rounds off."""
@@ -73,8 +71,7 @@ def prove(
     scratch: Path,
     publish: Publish,
 ) -> tuple[BaseMatch, ProbeReport]:
-    """The proofs for this form of adapter, made and added to `proofs` where they are missing; called by all processes.
-    Raises as `match_base` and `run_probe`."""
+    """For this form of adapter, made where missing, by all processes. Raises as `match_base` and `run_probe`."""
     key = tuple((module.path, module.a_RI.shape[0]) for module in form.modules)
     if key not in proofs:
         matched = next(iter(proofs.values()))[0] if proofs else match_base(engine, model, processes)
@@ -89,10 +86,8 @@ def prove(
 
 def check_has_room(max_model_len: int | None) -> None:
     if max_model_len is not None and max_model_len <= TOKENS:
-        raise ConfigError(
-            f"max_model_len={max_model_len} has no room for the probe of the engine, which scores {TOKENS} tokens: "
-            f"start the engine with max_model_len={TOKENS + 1} at least"
-        )
+        said = f"max_model_len={max_model_len} has no room for the probe of the engine, which scores {TOKENS} tokens"
+        raise ConfigError(f"{said}: start the engine with max_model_len={TOKENS + 1} at least")
 
 
 def run_probe(
@@ -108,10 +103,8 @@ def run_probe(
     with peft_model_of(model).disable_adapter():
         trainer_base = teacher_logprobs(model, sequences)
     if not all(math.isfinite(value) for row in trainer_base for value in row):
-        raise UnsupportedAdapter(
-            "the trainer's base, without any adapter, gives log-probs that are not finite: is its checkpoint complete, "
-            "and does the model work in its dtype (float16 overflows in models made for bfloat16)?"
-        )
+        ask = "is its checkpoint complete, and does it work in its dtype (float16 overflows where bfloat16 does not)?"
+        raise UnsupportedAdapter(f"the trainer's base, without any adapter, gives log-probs that are not finite: {ask}")
     most_noise = _most_noise(model, engine, sequences, trainer_base)
     noise = max(base_noise(served, trainer_base, most_noise) for served in _answers(engine, sequences, None))
     needed = max(MIN_SIGNAL_NATS, SEPARATION * noise)
@@ -138,16 +131,14 @@ def probe_sequences(base: BaseDescription) -> list[list[int]]:
     rows_BT = torch.randint(base.vocabulary - len(base.placeholders), (_ROWS, TOKENS), generator=generator)
     for placeholder in base.placeholders:
         rows_BT += rows_BT >= placeholder
-    rows: list[list[int]] = rows_BT.tolist()
-    return rows
+    return list(rows_BT.tolist())
 
 
 @contextmanager
 def loud(
     modules: list[LoraModule], model: nn.Module, sequences: Sequences, base: LogProbs, needed: float
 ) -> Iterator[tuple[LogProbs, float]]:
-    """The model with random A and B, grown until they move its log-probs by `needed` nats; restored to the bit. Yields
-    the trainer's log-probs with them, and the movement."""
+    """Random A and B, grown until they move log-probs by `needed`; restored after. Yields them and the movement."""
     with restored([parameter for module in modules for parameter in (module.a_RI, module.b_OR)]):
         for doubling in range(12):
             _randomise(modules, 0.02 * 2.0**doubling)
@@ -158,14 +149,12 @@ def loud(
         else:
             said = f"a large random adapter moves log-probs by {signal:.2g} nats per token, but {needed:.2g} are needed"
             if signal >= MIN_SIGNAL_NATS:
-                raise UnsupportedAdapter(
-                    f"the bases of engine and trainer differ by {needed / SEPARATION:.2g} nats per token, which hides "
-                    f"adapters ({said}): load both from one checkpoint, with the same attention, scaling and dtype"
-                )
-            raise DeliveryError(
-                f"{said}: the model's forward does not compute the adapted layers (is it replaced, or "
-                "compiled before the adapter came?), or its base is all zeros"
-            )
+                apart = f"the bases of engine and trainer differ by {needed / SEPARATION:.2g} nats per token"
+                fix = "load both from one checkpoint, with the same attention, scaling and dtype"
+                raise UnsupportedAdapter(f"{apart}, which hides adapters ({said}): {fix}")
+            ask = "is it replaced, or compiled before the adapter came?"
+            why = f"the model's forward does not compute the adapted layers ({ask}), or its base is all zeros"
+            raise DeliveryError(f"{said}: {why}")
         yield moved, signal
 
 
@@ -179,11 +168,8 @@ def _randomise(modules: list[LoraModule], size: float) -> None:
         assign(b, torch.randn(b.shape, generator=generator) * size / (module.scaling * b.shape[1] ** 0.5))
 
 
-def _growth(
-    model: nn.Module, modules: list[LoraModule], sequences: list[list[int]], base: LogProbs, loud: LogProbs
-) -> float:
-    """How many times as much small errors in the adapted layers' outputs move the log-probs with the loud adapter, as
-    the model is now, as without it; at least 1."""
+def _growth(model: nn.Module, modules: list[LoraModule], sequences: Sequences, base: LogProbs, loud: LogProbs) -> float:
+    """How many times as much small errors in adapted layers move the loud log-probs as the base's; at least 1."""
     with _jittered(module.layer for module in modules):
         shaken_loud = teacher_logprobs(model, sequences)
         with peft_model_of(model).disable_adapter():

@@ -2,8 +2,7 @@
 
 vLLM answers True to adapters that it does not apply, applies in part or at another scale. What it computes with are
 the slot tensors, so those are read back and hashed, at every load. At a learning rate of 1e-6 no log-prob tells a
-stale adapter from a fresh one; the checksum does.
-"""
+stale adapter from a fresh one; the checksum does."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,10 +39,6 @@ class Part:
     def view(self, slot: int) -> Tensor:
         return self.stacked[slot, 0, : self.rows, : self.columns]
 
-    def padding(self, slot: int) -> Iterator[tuple[str, Tensor]]:
-        whole = self.stacked[slot, 0]
-        yield from ((self.name, pad) for pad in (whole[self.rows :], whole[: self.rows, self.columns :]) if pad.numel())
-
     def read(self, file: AdapterFile) -> Tensor:
         """A view of a file's mapping."""
         dtype = _TORCH_DTYPES[file.dtype]
@@ -72,7 +67,9 @@ class Binding:
         if slot not in self._slots:
             zeros = [(name, stacked[slot]) for name, stacked in self.untouched]
             for part in (*self.parts, *(again for _, again in self.repeated)):
-                zeros += part.padding(slot)
+                whole = part.stacked[slot, 0]
+                beside = whole[part.rows :], whole[: part.rows, part.columns :]
+                zeros += [(part.name, padding) for padding in beside if padding.numel()]
             repeats = [(again.name, part.view(slot), again.view(slot)) for part, again in self.repeated]
             self._slots[slot] = SlotView([part.view(slot) for part in self.parts], zeros, repeats)
         return self._slots[slot]
@@ -95,27 +92,22 @@ class SlotView:
         self, tensors: list[Tensor], zeros: list[tuple[str, Tensor]], repeats: list[tuple[str, Tensor, Tensor]]
     ) -> None:
         self.tensors, self.zeros, self._repeats = tensors, zeros, repeats
-        self._in_place = all(view.device.type == "cpu" for view in tensors)
-        self._buffers = list(self._in_order()) if self._in_place else []
+        self._buffers = list(self._in_order()) if all(view.device.type == "cpu" for view in tensors) else []
         self._copies = Copies(tensors)
 
     @cached_property
-    def _gathered(self) -> tuple[Tensor, list[Tensor]]:
-        """One flat buffer beside the tensors, and its pieces in their shapes."""
-        like = self.tensors[0]
-        flat = torch.empty(sum(t.numel() for t in self.tensors), dtype=like.dtype, device=like.device)
-        pieces = flat.split([tensor.numel() for tensor in self.tensors])
-        return flat, [piece.view(t.shape) for piece, t in zip(pieces, self.tensors, strict=True)]
-
-    @cached_property
-    def _host(self) -> Tensor:
-        return torch.empty(self._gathered[0].numel(), dtype=self.tensors[0].dtype, pin_memory=True)
+    def _gathered(self) -> tuple[Tensor, list[Tensor], Tensor]:
+        """One flat buffer beside the tensors, its pieces in their shapes, and one as large in pinned host memory."""
+        sizes, like = [tensor.numel() for tensor in self.tensors], self.tensors[0]
+        flat = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
+        pieces = [piece.view(own.shape) for piece, own in zip(flat.split(sizes), self.tensors, strict=True)]
+        return flat, pieces, torch.empty(sum(sizes), dtype=like.dtype, pin_memory=True)
 
     @torch.no_grad()
     def write(self, file: AdapterFile, tensors: list[Tensor]) -> None:
         """Copy a file's tensors in, wherever they are, and zeros beside them."""
         if self.tensors[0].device != tensors[0].device:
-            flat, tensors = self._gathered
+            flat, tensors, _ = self._gathered
             flat.copy_(torch.frombuffer(file.payload, dtype=flat.dtype))
         if self._copies.takes(tensors):
             self._copies.run(tensors)
@@ -129,15 +121,14 @@ class SlotView:
     def payload(self) -> Iterator[Buffer]:
         """The bytes of the slot's tensors, end to end; each piece is good until the next. Where they are not plain host
         memory they are gathered into one flat buffer first, which crosses in one copy."""
-        if self._in_place:
-            for view, copy, buffer in self._buffers:
-                if copy is not None:
-                    copy.copy_(view)
-                yield buffer
-            return
-        flat, pieces = self._gathered
-        torch._foreach_copy_(pieces, self.tensors)
-        yield _raw_bytes(self._host.copy_(flat))
+        for view, copy, buffer in self._buffers:
+            if copy is not None:
+                copy.copy_(view)
+            yield buffer
+        if not self._buffers:
+            flat, pieces, host = self._gathered
+            torch._foreach_copy_(pieces, self.tensors)
+            yield _raw_bytes(host.copy_(flat))
 
     def _in_order(self) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
         """Each tensor, a copy to take of it where its bytes do not lie in a row, and the buffer to hash. The copies
@@ -238,10 +229,9 @@ class SlotProver:
             if place.slices is None or set(place.slices) <= set(every):
                 return place.name, every if place.slices is None else place.slices
         nearest = next(iter(get_close_matches(path, self._modules, 1, cutoff=0)), "none")
-        raise DeliveryError(
-            f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without an error. "
-            f"The nearest name is {nearest}: check prefix, layer index, architecture and lora_target_modules"
-        )
+        said = f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without an error"
+        fix = "check prefix, layer index, architecture and lora_target_modules"
+        raise DeliveryError(f"{said}. The nearest name is {nearest}: {fix}")
 
     def _untouched(self, taken: Members) -> Iterator[tuple[str, Tensor]]:
         for runtime, layer in self._modules.items():
@@ -258,10 +248,8 @@ def _check_extents(said: str, layer: Any, slices: Sequence[int], rank: int, inpu
     rows = sum(layer.lora_b_stacked[index].shape[2] for index in slices)
     for kind, size, room in (("A", inputs, columns), ("B", outputs, rows)):
         if size != room:
-            raise DeliveryError(
-                f"{said} has lora_{kind} of size {size} where the engine's layer has {room}; the adapter belongs to "
-                "another model"
-            )
+            there = f"lora_{kind} of size {size} where the engine's layer has {room}"
+            raise DeliveryError(f"{said} has {there}; the adapter belongs to another model")
     if rank > most:
         raise DeliveryError(f"{said} has rank {rank}, the engine takes at most {most}")
 
@@ -272,8 +260,7 @@ def require_published(version: AdapterVersion, file: AdapterFile) -> None:
     if file.digest_with([file.payload]) != version.digest:
         raise DeliveryError(f"{version}: the files at {version.path} are not the ones that were published")
     dtype = _TORCH_DTYPES[file.dtype]
-    if all_finite(torch.frombuffer(file.payload, dtype=dtype)):
-        return
-    for name, entry in file.entries.items():
-        if not torch.frombuffer(file.payload[entry.start : entry.end], dtype=dtype).isfinite().all():
-            raise DeliveryError(f"{version}: {name} holds non-finite values")
+    if not all_finite(torch.frombuffer(file.payload, dtype=dtype)):
+        spans = {name: file.payload[entry.start : entry.end] for name, entry in file.entries.items()}
+        odd = next(name for name, span in spans.items() if not torch.frombuffer(span, dtype=dtype).isfinite().all())
+        raise DeliveryError(f"{version}: {odd} holds non-finite values")

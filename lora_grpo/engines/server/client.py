@@ -1,22 +1,21 @@
-"""One server's HTTP interface, through the openai client: its connections and retries, our deadlines and errors."""
+"""One server's HTTP interface: requests through the openai client, with our deadlines and errors, and their answers."""
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import openai
 
-from lora_grpo.errors import ConfigError, EngineError
+from lora_grpo.engines.requests import sampling_fields
+from lora_grpo.errors import ConfigError, DeliveryError, EngineError
+from lora_grpo.types import Completion, Sampling
 
-RETRIES = 2
-"""Of a request that met a dropped connection or a 5xx; the openai client waits longer before each."""
+COMPLETIONS = "/v1/completions"
 
 QUICK_TIMEOUT_S = 10.0
-"""For what a server answers at once or not at all."""
-
 LOOK_EVERY_S = 3.0
 """While requests are in flight. A server that fails a look counts as gone."""
 
@@ -34,18 +33,15 @@ class Missing(Refused):
 
 
 class Client:
-    """Asks one server. Raises `Unreachable`, `Refused`, or `ConfigError` for a wrong API key.
-
-    While an answer is owed, the server's health is looked at: one that is gone has no answers to wait for.
-    """
+    """Asks one server. Raises `Unreachable`, `Refused`, or `ConfigError` for a wrong API key. While an answer is owed,
+    the server's health is looked at: one that is gone has no answers to wait for."""
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
-        """`url` is one of `server_addresses`. `timeout_s` bounds a completion, waiting in line and further
-        tries included: the openai client would send what timed out to the same server again."""
+        """`timeout_s` bounds a completion, retries and time in line included; openai's own would resend it there."""
         self.url = url
         self._timeout_s = timeout_s
         key = api_key or "none"
-        self._asking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=None, max_retries=RETRIES)
+        self._asking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=None, max_retries=2)
         self._changing = self._asking.with_options(max_retries=0)
         # Connections of its own: those that completions wait on may all be taken.
         self._looking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=QUICK_TIMEOUT_S, max_retries=1)
@@ -54,19 +50,31 @@ class Client:
 
     async def look(self, path: str) -> str:
         """GET, at once or not at all; tried a second time, since a busy server may miss one."""
-        return await self._answer(path, partial(self._looking.get, path, cast_to=str))
+        return await self._answer(self._looking.get, path)
 
     async def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """POST what changes nothing on the server; tried again where that may help."""
-        answer = self._answer(path, partial(self._asking.post, path, cast_to=str, body=body))
-        text = await self._owed(path, answer, self._timeout_s)
-        with reading(self.url, path, text):
+        text = await self._owed(path, self._answer(self._asking.post, path, body=body), self._timeout_s)
+        with self.reading(path, text):
             return {**json.loads(text)}
+
+    async def score(self, model: str, ids: Sequence[int]) -> list[float]:
+        body = scoring_body(ids) | {"model": model}
+        return to_logprobs(await self.ask(COMPLETIONS, body), body)
 
     async def change(self, path: str, body: dict[str, Any], *, timeout_s: float | None = None) -> None:
         """POST what changes the server, once; one that fails at that has refused it."""
-        answer = self._answer(path, partial(self._changing.post, path, cast_to=str, body=body), fails_from=600)
+        answer = self._answer(self._changing.post, path, fails_from=600, body=body)
         await self._owed(path, answer, timeout_s or self._timeout_s)
+
+    @contextmanager
+    def reading(self, path: str, answer: object) -> Iterator[None]:
+        """While an answer is taken apart: one of another form than vLLM's raises `EngineError`."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            said = f"{self.url}{path} answered {str(answer)[:200]!r} ({error!r})"
+            raise EngineError(f"{said}; is it a vLLM server?") from None
 
     async def close(self) -> None:
         await self._asking.close()
@@ -99,13 +107,15 @@ class Client:
             except EngineError as error:
                 return error
 
-    async def _answer(self, path: str, request: Callable[[], Awaitable[str]], *, fails_from: int = 500) -> str:
+    async def _answer(
+        self, ask: Callable[..., Awaitable[str]], path: str, fails_from: int = 500, **options: Any
+    ) -> str:
         """A server that answers with a status of `fails_from` or above counts as one that cannot answer."""
         try:
-            return str(await request())
+            return str(await ask(path, cast_to=str, **options))
         except openai.APIStatusError as error:
-            status, body = error.status_code, error.body
-            said = (isinstance(body, dict) and body.get("message")) or error.response.text.strip()[:500]
+            status, content = error.status_code, error.body
+            said = (isinstance(content, dict) and content.get("message")) or error.response.text.strip()[:500]
             if status in (401, 403):
                 raise ConfigError(f"{self.url} refuses the API key ({said}); set VLLM_API_KEY, or api_key=") from None
             kind = Unreachable if status >= fails_from else Missing if status in (404, 405) else Refused
@@ -115,10 +125,56 @@ class Client:
             raise Unreachable(f"{self.url} does not answer {path}: {type(cause).__name__}: {cause}") from None
 
 
-@contextmanager
-def reading(url: str, path: str, answer: object) -> Iterator[None]:
-    """While an answer is taken apart: one of another form than vLLM's raises `EngineError`."""
+def completion_body(ids: Sequence[int], sampling: Sampling, seed: int, placeholders: Sequence[int]) -> dict[str, Any]:
+    """One sample, of a `model` yet to be named. Every setting is said, since a server has its model's own defaults."""
+    body = sampling_fields(sampling, seed, placeholders) | {"prompt": list(ids), "return_token_ids": True}
+    return body | {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+def scoring_body(ids: Sequence[int]) -> dict[str, Any]:
+    """One sequence to be scored as a prompt; a server generates one token after it at least."""
+    return completion_body(ids, Sampling(max_tokens=1, temperature=0.0), 0, ()) | {"prompt_logprobs": 0}
+
+
+def to_completion(answer: dict[str, Any], body: dict[str, Any], version: int | None) -> Completion:
+    """Raises `DeliveryError` for another model's or prompt's, `EngineError` for one that was cut or lacks log-probs."""
+    choice, model, most = _choice(answer, body), body["model"], body["max_tokens"]
+    token_ids, reason = tuple(choice["token_ids"] or ()), choice["finish_reason"]
+    if reason not in ("stop", "length"):
+        raise EngineError(f"a completion by {model} ended as {reason!r}, not by stopping")
+    if reason == "length" and len(token_ids) < most:
+        fix = "start it without --override-generation-config and --generation-config"
+        raise EngineError(f"the server cut a completion at {len(token_ids)} of max_tokens={most}; {fix}")
+    logprobs = tuple((choice["logprobs"] or {}).get("token_logprobs") or ())
+    if len(logprobs) != len(token_ids) or not _all_finite(logprobs):
+        raise EngineError(f"a completion by {model} has {len(token_ids)} tokens with log-probs {logprobs}")
+    return Completion(choice["text"], token_ids, logprobs, reason, version)
+
+
+def to_logprobs(answer: dict[str, Any], body: dict[str, Any]) -> list[float]:
+    """Log-probs of tokens 1..T-1 of a scored sequence. Raises as `to_completion`."""
+    entries, ids = _choice(answer, body)["prompt_logprobs"] or [], body["prompt"]
     try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise EngineError(f"{url}{path} answered {str(answer)[:200]!r} ({error!r}); is it a vLLM server?") from None
+        logprobs = [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
+    except (ValueError, KeyError, TypeError):
+        logprobs = [None]
+    if not _all_finite(logprobs):
+        raise EngineError(f"{body['model']} did not score every token of a prompt of {len(ids)}")
+    return logprobs
+
+
+def _choice(answer: dict[str, Any], body: dict[str, Any]) -> Any:
+    if answer.get("model") != body["model"]:
+        why = "is a proxy in between, or VLLM_SKIP_MODEL_NAME_VALIDATION set on the server?"
+        raise DeliveryError(f"{body['model']} was asked and {answer.get('model')!r} answered; {why}")
+    choice = (answer.get("choices") or [{}])[0]
+    needed = {"text", "token_ids", "logprobs", "finish_reason", "prompt_token_ids", "prompt_logprobs"}
+    if missing := needed - set(choice):
+        raise EngineError(f"an answer by {body['model']} lacks {', '.join(sorted(missing))}; is it a vLLM server?")
+    if choice["prompt_token_ids"] != body["prompt"]:
+        raise DeliveryError(f"{body['model']} completed another prompt than the one it was sent")
+    return choice
+
+
+def _all_finite(logprobs: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs)

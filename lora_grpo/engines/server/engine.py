@@ -10,6 +10,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -28,23 +29,16 @@ from lora_grpo.engines.delivery.slots import require_published
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.names import BaseReading
 from lora_grpo.engines.requests import asked, check_asked, check_fits, to_groups
-from lora_grpo.engines.server.client import Client
-from lora_grpo.engines.server.connect import slots_of, write_rank_probe
-from lora_grpo.engines.server.fleet import Fleet, connected
-from lora_grpo.engines.server.names import Names, resolver_name
-from lora_grpo.engines.server.replica import KeptProbe, Replica, Served
-from lora_grpo.engines.server.rotation import completing, scoring
+from lora_grpo.engines.server.client import Client, completion_body, scoring_body, to_completion, to_logprobs
+from lora_grpo.engines.server.fleet import Fleet, connected, resolver_name
+from lora_grpo.engines.server.replica import Facts, Names, Replica, Served, slots_of, write_rank_probe
+from lora_grpo.engines.server.rotation import Ask
 from lora_grpo.errors import ConfigError
 from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sequences
 from lora_grpo.worker import working
 
-API_KEY_VARIABLE = "VLLM_API_KEY"
-
 _SCORED_TOGETHER = 16
 """Sequences, by one server."""
-
-_LOOK_S = 0.2
-"""Between two looks of a waiting worker, whether it is to stop."""
 
 _Result = TypeVar("_Result")
 
@@ -101,7 +95,7 @@ class VLLMServerEngine:
         _check_choice("adapters", adapters, "path", "resolver")
         _check_choice("on_failure", on_failure, "raise", "drop")
         self.pulls = adapters == "resolver"
-        key = api_key or os.environ.get(API_KEY_VARIABLE)
+        key = api_key or os.environ.get("VLLM_API_KEY")
         with ExitStack() as opened:
             self._names = Names()
             opened.callback(self._names.close)
@@ -110,23 +104,21 @@ class VLLMServerEngine:
             rank_folder = None if self.pulls else write_rank_probe(self._names.folder / "rank")
             clients = [Client(address, key, timeout_s) for address in addresses]
             replicas = self._loop.run(connected(clients, self._names, rank_folder))
-            drops = on_failure == "drop"
-            self._fleet = Fleet(replicas, concurrency, patience_s, self._names, rank_folder, max_loras, drops)
-            self._describe(model, lora_dtype, trust_remote_code)
+            self._describe([replica.facts for replica in replicas], model, lora_dtype, trust_remote_code)
+            checked, drops = probe_sequences(self._base), on_failure == "drop"
+            self._fleet = Fleet(replicas, concurrency, patience_s, self._names, rank_folder, max_loras, drops, checked)
             opened.callback(lambda: self._loop.run(self._fleet.close()))
             self._opened = opened.pop_all()
 
-    def _describe(self, model: str | Path | None, lora_dtype: str | None, trust_remote_code: bool) -> None:
-        facts = [replica.facts for replica in self._fleet.replicas]
+    def _describe(self, facts: Sequence[Facts], model: str | Path | None, lora_dtype: str | None, trust: bool) -> None:
         root = str(model or facts[0].root)
         try:
-            config = checkpoint_config(root, trust_remote_code=trust_remote_code)
-            self.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=trust_remote_code)
+            config = checkpoint_config(root, trust_remote_code=trust)
+            self.tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=trust)
         except (OSError, ValueError) as error:
             said = f"the servers' checkpoint cannot be read here as {root}: {error}"
             raise ConfigError(f"{said}; pass model= with its path or name on this host") from error
         self._base = describe(config, lora_dtype or str(config.dtype or "float32").removeprefix("torch."))
-        self._fleet.in_use.sequences = probe_sequences(self._base)
         ranks = [own.max_lora_rank for own in facts if own.max_lora_rank is not None]
         self.max_lora_rank = min(ranks, default=compat.LORA_RANKS[-1])
         self.max_model_len, self.lora_dtype = facts[0].max_model_len, self._base.dtype
@@ -173,11 +165,14 @@ class VLLMServerEngine:
         check_asked(each, self.max_model_len, self._base)
 
         async def complete() -> list[Completion]:
-            with self._fleet.in_use.using([one.adapter for one in each]) as served_P:
-                asks_PG = [
-                    [completing(served, one.ids, one.sampling, seed, self._base.placeholders) for seed in one.seeds]
-                    for one, served in zip(each, served_P, strict=True)
-                ]
+            with self._fleet.using([one.adapter for one in each]) as served_P:
+                asks_PG = []
+                for one, served in zip(each, served_P, strict=True):
+                    read = partial(to_completion, version=None if one.adapter is None else one.adapter.number)
+                    bodies = [
+                        completion_body(one.ids, one.sampling, seed, self._base.placeholders) for seed in one.seeds
+                    ]
+                    asks_PG.append([Ask(served, body, read) for body in bodies])
                 return await self._fleet.run(asks_PG)
 
         return to_groups(each, self._loop.run(complete()))
@@ -192,8 +187,8 @@ class VLLMServerEngine:
         check_fits(sequences, [1] * len(sequences), self.max_model_len, self._base.vocabulary)
 
         async def score() -> LogProbs:
-            with self._fleet.in_use.using([adapter]) as [served]:
-                asks = [scoring(served, ids) for ids in sequences]
+            with self._fleet.using([adapter]) as [served]:
+                asks = [Ask(served, scoring_body(ids), to_logprobs) for ids in sequences]
                 groups = [asks[i : i + _SCORED_TOGETHER] for i in range(0, len(asks), _SCORED_TOGETHER)]
                 return await self._fleet.run(groups, only=only)
 
@@ -204,7 +199,7 @@ class VLLMServerEngine:
             kept = self._names.folder / "probe" / "versions" / version.path.name
             shutil.copytree(version.path, kept, dirs_exist_ok=True)
             version = replace(version, path=kept)
-        self._fleet.in_use.probe = KeptProbe(self._served(version, witness.loud), witness, noise)
+        self._fleet.probe = self._served(version, witness.loud), witness, noise
         most = self._fleet.max_loras
         for replica in self._fleet.serving:
             slots = self._loop.run(slots_of(replica.client))
@@ -225,8 +220,7 @@ class VLLMServerEngine:
 
 
 class _Loop:
-    """An event loop on a thread of its own, so that synchronous callers can have many requests in flight: it runs
-    coroutines for callers in any thread, and what they share is only ever touched in its own."""
+    """An event loop on a thread of its own, for callers in any thread; what they share is only ever touched in it."""
 
     def __init__(self) -> None:
         self._loop, self._ended = asyncio.new_event_loop(), asyncio.Event()
@@ -238,11 +232,10 @@ class _Loop:
             runner.run(self._ended.wait())
 
     def run(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
-        """The coroutine's result. Ctrl-C in the caller cancels it, and with it the requests that are under way; so
-        does the end of the job of a worker that waits here, whose `working` the coroutine sees."""
+        """The coroutine's result. Ctrl-C in the caller cancels it, and so does the end of the job of a worker here."""
         worker, future = working.get(), asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            while worker is not None and not wait([future], timeout=_LOOK_S).done:
+            while worker is not None and not wait([future], timeout=0.2).done:
                 worker.look()
             return future.result()
         except BaseException:

@@ -1,21 +1,21 @@
 """Versions on all replicas or on none."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_grpo.engines.delivery.canary import CanaryReport
+from lora_grpo.adapters.files.places import Identity
+from lora_grpo.adapters.version import AdapterVersion, run_name, served_name
+from lora_grpo.engines.base import LoadedVersions
+from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, CanaryReport, Witness, base_noise, compare
 from lora_grpo.engines.names import BaseReading
-from lora_grpo.engines.server.client import Client, Unreachable
-from lora_grpo.engines.server.connect import connect, models
-from lora_grpo.engines.server.names import Names
-from lora_grpo.engines.server.replica import InUse, KeptProbe, Replica, Served
-from lora_grpo.engines.server.rotation import FIRST_PAUSE_S, Rotation, scoring, together
+from lora_grpo.engines.server.client import Client, Unreachable, scoring_body, to_logprobs
+from lora_grpo.engines.server.replica import Names, Replica, Served, connect, models
+from lora_grpo.engines.server.rotation import FIRST_PAUSE_S, Ask, Rotation, together
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError
 from lora_grpo.types import LogProbs
-
-_LOAD_ATTEMPTS = 3
 
 
 async def connected(clients: Sequence[Client], names: Names, rank_folder: Path | None) -> list[Replica]:
@@ -36,27 +36,44 @@ async def connected(clients: Sequence[Client], names: Names, rank_folder: Path |
 @dataclass(eq=False)
 class Fleet(Rotation):
     """`rank_folder` is as in `connect`; where it `drops`, a replica that fails a load leaves the rotation, and others
-    serve the version."""
+    serve the version. One in use is known by its answers to `sequences`, and may be mistaken for any other in use.
+    `probe` is what replicas were proven with: files that stay, what a trainer computes with them, noise in nats."""
 
     names: Names
     rank_folder: Path | None
     max_loras: int
     drops: bool
-    in_use: InUse = field(default_factory=InUse, init=False)
+    sequences: list[list[int]]
+    probe: tuple[Served, Witness, float] | None = field(default=None, init=False)
+    in_use: LoadedVersions[Served] = field(default_factory=LoadedVersions, init=False)
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
-    async def load(self, served: Served) -> CanaryReport | None:
-        """Put a version into use on every replica, proven, or on none; one that is in use is proven again, and no
-        longer is where a replica that may not be dropped answers otherwise.
+    @contextmanager
+    def using(self, versions: Sequence[AdapterVersion | None]) -> Iterator[list[Served | None]]:
+        """The versions as they are served (None: the base), kept in use meanwhile and made the most recently used."""
+        wanted = [None if version is None else self.in_use.find(version) for version in versions]
+        distinct = list(dict.fromkeys(served for served in wanted if served is not None))
+        for served in distinct:
+            self.in_use.add(served)
+            served.users += 1
+        try:
+            yield wanted
+        finally:
+            for served in distinct:
+                served.users -= 1
 
-        Where nobody has said what it must answer, the replicas are compared with one another only, and there is no
-        verdict. Raises `DeliveryError` or `EngineError` naming each replica that failed, and `ConfigError` where
-        nothing is expected although a probe is kept.
-        """
+    async def load(self, served: Served) -> CanaryReport | None:
+        """Put a version into use on every replica, proven, or on none; one in use is proven again, and no longer is
+        where a replica that may not be dropped answers otherwise. There is no verdict where nobody has said what it
+        must answer, and replicas are compared with one another only. Raises `DeliveryError` or `EngineError` naming
+        each replica that failed, `ConfigError` where nothing is expected although a probe is kept."""
         async with self._changing:
             known = self.in_use.known(served.version)
-            if known is None:
-                self.in_use.require_expected(served)
+            # The step of a probe is below 0, and `run_probe` itself compares what it answers.
+            if known is None and not served.answers and self.probe is not None and served.version.step >= 0:
+                why = "replicas that agree with one another may all be wrong alike"
+                how = "load it by NativeSync, or pass expected= (the trainer's log-probs of the probe's sequences)"
+                raise ConfigError(f"{served.version} cannot be proven, since {why}; {how}")
             served = known or served
             try:
                 verdict = await self._prove(served)
@@ -93,22 +110,22 @@ class Fleet(Rotation):
 
     async def _present(self) -> list[Replica]:
         """The replicas that a load must reach: those in rotation, the others waited for unless they may be dropped."""
-        await asyncio.gather(*(self._look(replica) for replica in self.serving))
+        await asyncio.gather(*(self._or_lost(replica, replica.look()) for replica in self.serving))
         for replica in self.replicas:
             if replica.state == "lost":
                 self.bring_back(replica)
         if not self.drops:
             await asyncio.gather(*(self.returned(replica) for replica in self.replicas))
         present = self.serving
-        absent = [replica for replica in self.replicas if replica.state != "serving"]
+        absent = [replica.trouble for replica in self.replicas if replica.state != "serving"]
         if absent and (not self.drops or not present):
-            reasons = "; ".join(replica.trouble for replica in absent)
-            raise EngineError(f"{len(absent)} of {len(self.replicas)} replicas cannot take a version: {reasons}")
+            listed = "; ".join(absent)
+            raise EngineError(f"{len(absent)} of {len(self.replicas)} replicas cannot take a version: {listed}")
         return present
 
-    async def _look(self, replica: Replica) -> None:
+    async def _or_lost(self, replica: Replica, doing: Awaitable[None]) -> None:
         try:
-            await replica.look()
+            await doing
         except EngineError as error:
             self.lost(replica, error)
 
@@ -125,24 +142,21 @@ class Fleet(Rotation):
             self.lost(replica, EngineError(f"{replica.url} failed to prove {served.version}: {error}"))
         (first, answers), *_ = proven.items()
         if served.answers:
-            return self.in_use.compare(first, served, answers)
+            return self._compare(first, served, answers)
         served.answers = answers
         for replica, others in proven.items():
-            self.in_use.compare(replica, served, others)
+            self._compare(replica, served, others)
         return None
 
     async def _take(self, replica: Replica, served: Served) -> LogProbs | LoraGrpoError:
-        """Load a version on one replica and score it; tried again after a pause, on a replica that came back too.
-
-        One that is in use is not loaded again: that it answers otherwise than before has to be heard of, and whoever
-        samples from it needs its name.
-        """
-        known, pause_s, attempts = served in self.in_use.all(), FIRST_PAUSE_S, _LOAD_ATTEMPTS
+        """Load a version on one replica and score it, with retries. One in use is not loaded again: that it answers
+        otherwise than before has to be heard of, and whoever samples from it needs its name."""
+        known, pause_s, attempts = served in self.in_use.all(), FIRST_PAUSE_S, 3
         while True:
             try:
                 answers = await self._scored(replica, served)
                 if served.answers:
-                    self.in_use.compare(replica, served, answers)
+                    self._compare(replica, served, answers)
                 return answers
             except LoraGrpoError as error:
                 if isinstance(error, Unreachable):
@@ -157,32 +171,33 @@ class Fleet(Rotation):
             pause_s *= 2
             await self.returned(replica)
 
+    def _compare(self, replica: Replica, served: Served, answers: LogProbs) -> CanaryReport:
+        """Raises `DeliveryError` naming the replica when it answers otherwise than expected."""
+        others, noise = [known.answers for known in self.in_use.all() if known is not served], MAX_BASE_NOISE_NATS
+        if self.probe is not None:
+            _, witness, noise = self.probe
+            others.append(witness.base)
+        try:
+            return compare(answers, served.answers, others, noise)
+        except DeliveryError as error:
+            raise DeliveryError(f"{replica.url} does not serve {served.version}: {error}") from None
+
     async def _scored(self, replica: Replica, served: Served | None) -> LogProbs:
         """What one replica, which is given the version if it lacks it, answers to the probe's sequences."""
-        if served is not None:
-            await self._give(replica, served)
-        return await self.run([[scoring(served, ids) for ids in self.in_use.sequences]], only=replica)
-
-    async def _give(self, replica: Replica, served: Served) -> None:
-        """Have a server take a version, unless it has it: by a name that was never used, or the one it is pulled by."""
-        if served in replica.names:
-            return
-        if served.pulled_as is not None:
-            name = served.pulled_as
-            await replica.pull(name)
-        else:
-            name = self.names.fresh(served.version)
-            await replica.load(served.version, name)
-        replica.names[served] = name
+        if served is not None and served not in replica.names:
+            # By a name that was never used, or the one that it is pulled by.
+            if (name := served.pulled_as) is not None:
+                await replica.pull(name)
+            else:
+                name = self.names.fresh(served.version)
+                await replica.load(served.version, name)
+            replica.names[served] = name
+        return await self.run([[Ask(served, scoring_body(ids), to_logprobs) for ids in self.sequences]], only=replica)
 
     async def _forget(self, replica: Replica, served: Served) -> None:
         """Unload a version from a replica, if it can be reached; where not, it loses its names or is asked for them."""
-        if replica.state != "serving":
-            return
-        try:
-            await replica.forget(served)
-        except EngineError as error:
-            self.lost(replica, error)
+        if replica.state == "serving":
+            await self._or_lost(replica, replica.forget(served))
 
     async def _drop(self, served: Served) -> None:
         self.in_use.remove(served)
@@ -198,16 +213,21 @@ class Fleet(Rotation):
     # Coming back
 
     async def readmit(self, replica: Replica) -> bool:
-        """Check and probe a server that answers again, and prove everything in use on it; False where more came into
-        use meanwhile."""
+        """Check a server, probe it and prove everything in use on it; False where more came into use meanwhile."""
         await replica.reconnect(self.rank_folder)
         await replica.require_same_base()
-        if self.in_use.probe is not None:
-            await self._prove_path(replica, self.in_use.probe)
+        if self.probe is not None:
+            # On the base, and with the loud adapter, it is compared with what the trainer computed.
+            loud, witness, _ = self.probe
+            noise = base_noise(await self._scored(replica, None), witness.base, witness.most_noise)
+            answers = await self._scored(replica, loud)
+            # Not in a `finally`: a server that is gone would raise there, and hide that the time to wait is over.
+            await replica.forget(loud)
+            witness.error(answers, noise)
         wanted = self.in_use.all()
         for served in wanted:
             try:
-                self.in_use.compare(replica, served, await self._scored(replica, served))
+                self._compare(replica, served, await self._scored(replica, served))
             except DeliveryError:
                 # What answers otherwise under this name will do so the next time.
                 await replica.forget(served)
@@ -216,10 +236,10 @@ class Fleet(Rotation):
             await replica.forget(served)
         return set(wanted) == set(self.in_use.all())
 
-    async def _prove_path(self, replica: Replica, probe: KeptProbe) -> None:
-        """Compare a server on the base, and with the loud adapter, with what the trainer computed."""
-        base = await self._scored(replica, None)
-        loud = await self._scored(replica, probe.served)
-        # Not in a `finally`: a server that is gone would raise there, and hide that the time to wait is over.
-        await replica.forget(probe.served)
-        probe.witness.error(loud, probe.witness.noise(base))
+
+def resolver_name(version: AdapterVersion) -> str:
+    """The name, RUN@NUMBER, by which a resolver finds a published version. Raises `ConfigError` for one of no store."""
+    root = version.path.parent.parent
+    if (identity := Identity.read(root)) is None:
+        raise ConfigError(f"{version} at {version.path} is in no store, so no resolver can pull it; publish it first")
+    return served_name(run_name(Path(identity.other or root), identity.run_id), version.number)

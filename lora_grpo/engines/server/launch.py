@@ -19,16 +19,11 @@ from lora_grpo.engines.resolver import PLUGIN, URL_VARIABLE
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.remote.client import TOKEN_FILE_VARIABLE, read_token
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-LOG_LINES = 20
 OWN_OPTIONS = ("--host", "--port", "--uds", "--api-key")
 """vLLM's options that decide who gets in; they are set here, where an open address is refused without a key."""
 
 _WORKER_DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
-_NO_TILES = (
-    " (an instruction that the processor does not have or the kernel does not allow; if it has AMX, "
-    "`lora-grpo serve MODEL -- --dtype float32` keeps vLLM off it)"
-)
+_NO_TILES = " (a forbidden instruction; if that is AMX, `lora-grpo serve MODEL -- --dtype float32` keeps vLLM off it)"
 
 _STOP_PATIENCE_S = 20.0
 _POLL_S = 0.25
@@ -54,12 +49,12 @@ class Serving:
     start_timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
-        if self.host not in LOOPBACK and not self.api_key:
+        if self.host not in ("127.0.0.1", "::1", "localhost") and not self.api_key:
             why = "whoever may load adapters may read files: set an API key in VLLM_API_KEY, or serve on 127.0.0.1"
             raise ConfigError(f"host={self.host} lets other machines in, and {why}")
-        if self.store_token_file and not self.store_url:
-            raise ConfigError("a store token file is of no use without the store's address (store_url)")
         if self.store_token_file:
+            if not self.store_url:
+                raise ConfigError("a store token file is of no use without the store's address (store_url)")
             read_token(self.store_token_file)
         if taken := [argument for argument in self.arguments if _is_own(argument)]:
             said = f"{', '.join(taken)} cannot be handed on to vLLM, which would open an address unseen"
@@ -77,18 +72,24 @@ class Serving:
 
     def environment(self, replica: int, devices: int) -> dict[str, str]:
         """Of one replica's process, on a host with that many GPUs; what the user has set wins but for the devices."""
-        chosen = {"VLLM_LOGGING_LEVEL": "WARNING", **_places(replica, self.replicas, devices)}
-        needed = {
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-            "VLLM_API_KEY": self.api_key,
-            URL_VARIABLE: self.store_url,
-            TOKEN_FILE_VARIABLE: self.store_token_file and str(Path(self.store_token_file).absolute()),
-        }
+        chosen = {"VLLM_LOGGING_LEVEL": "WARNING"}
+        token_file = self.store_token_file and str(Path(self.store_token_file).absolute())
+        needed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_API_KEY": self.api_key}
+        needed |= {URL_VARIABLE: self.store_url, TOKEN_FILE_VARIABLE: token_file}
         plugins = os.environ.get("VLLM_PLUGINS")
         if plugins is not None and PLUGIN not in plugins.split(","):
             needed["VLLM_PLUGINS"] = f"{plugins},{PLUGIN}".strip(",")
-        said = {name: value for name, value in needed.items() if value}
-        return {**chosen, **os.environ, **said, **_gpus(replica, self.replicas, devices)}
+        if devices:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+            share = devices // self.replicas
+            needed["CUDA_VISIBLE_DEVICES"] = ",".join(visible[replica * share : (replica + 1) * share])
+        else:
+            # vLLM would pin every replica's threads to the same cores.
+            cores = sorted(os.sched_getaffinity(0))
+            own = cores[replica * len(cores) // self.replicas : (replica + 1) * len(cores) // self.replicas]
+            chosen["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own or [cores[replica % len(cores)]]))
+            chosen["VLLM_CPU_KVCACHE_SPACE"] = "1"
+        return {**chosen, **os.environ, **{name: value for name, value in needed.items() if value}}
 
     def url(self, port: int) -> str:
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
@@ -148,7 +149,7 @@ class Server:
         return f" after its worker {died[1]} {_end_of(int(died[2]))}{hint}"
 
     def tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        lines = self.log.read_text(errors="replace").splitlines()[-20:]
         return "\n".join([f"the end of {self.log}:", *lines])
 
     def signal(self, number: int) -> None:
@@ -179,21 +180,25 @@ class Servers:
     def urls(self) -> list[str]:
         return [server.url for server in self.all]
 
-    def start(self) -> None:
-        """Start all and wait until each is healthy; raises `EngineError` for the first that ends, or takes too long."""
-        for server in self.all:
-            if server.healthy:
-                raise ConfigError(f"something serves at {server.url} already; choose another port")
-            server.start()
-        deadline = time.monotonic() + self._start_timeout_s
-        while waiting := [server for server in self.all if not server.healthy]:
-            self.require_alive()
-            if time.monotonic() > deadline:
-                raise EngineError(
-                    f"the server at {waiting[0].url} does not answer after start_timeout_s={self._start_timeout_s:g} s "
-                    f"(--start-timeout); {waiting[0].tail()}"
-                )
-            time.sleep(_POLL_S)
+    @contextmanager
+    def running(self) -> Iterator[Self]:
+        """Start all, wait until each is healthy, and end all after the block. Raises `EngineError` for the first that
+        ends, or takes too long, and `ConfigError` where something else serves already."""
+        try:
+            for server in self.all:
+                if server.healthy:
+                    raise ConfigError(f"something serves at {server.url} already; choose another port")
+                server.start()
+            deadline = time.monotonic() + self._start_timeout_s
+            while waiting := [server for server in self.all if not server.healthy]:
+                self.require_alive()
+                if time.monotonic() > deadline:
+                    late, limit = waiting[0], f"start_timeout_s={self._start_timeout_s:g} s (--start-timeout)"
+                    raise EngineError(f"the server at {late.url} does not answer after {limit}; {late.tail()}")
+                time.sleep(_POLL_S)
+            yield self
+        finally:
+            self.stop()
 
     def require_alive(self) -> None:
         for server in self.all:
@@ -215,34 +220,8 @@ class Servers:
             server.signal(signal.SIGKILL)
             server.wait(_STOP_PATIENCE_S)
 
-    @contextmanager
-    def running(self) -> Iterator[Self]:
-        try:
-            self.start()
-            yield self
-        finally:
-            self.stop()
-
 
 def _device_count() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _gpus(replica: int, replicas: int, devices: int) -> dict[str, str]:
-    if not devices:
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
-    share = devices // replicas
-    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[replica * share : (replica + 1) * share])}
-
-
-def _places(replica: int, replicas: int, devices: int) -> dict[str, str]:
-    """On the CPU: an equal share of the cores, since vLLM would pin every replica's threads to the same ones."""
-    if devices:
-        return {}
-    cores = sorted(os.sched_getaffinity(0))
-    own = cores[replica * len(cores) // replicas : (replica + 1) * len(cores) // replicas]
-    chosen = own or [cores[replica % len(cores)]]
-    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, chosen)), "VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -1,29 +1,166 @@
-"""One server: what it is, has loaded and answers; and the versions in use, which every server is held to."""
+"""One server: whether it takes adapters from us, where what it lacks is named by its flag, and what it has loaded."""
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import hashlib
+import itertools
+import json
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from lora_grpo.adapters.files.disk import read_small, tmpfs_home
+from lora_grpo.adapters.files.locks import OwnFolder, is_free
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import LoadedVersions
-from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, CanaryReport, Witness, compare
+from lora_grpo.engines import compat
 from lora_grpo.engines.names import BaseReading
 from lora_grpo.engines.resolver import BASE_ROUTE
-from lora_grpo.engines.server.client import QUICK_TIMEOUT_S, Client, Missing, Unreachable, reading
-from lora_grpo.engines.server.connect import LOAD, UNLOAD, Facts, connect, models, started
-from lora_grpo.engines.server.wire import COMPLETIONS, scoring_body
+from lora_grpo.engines.server.client import COMPLETIONS, QUICK_TIMEOUT_S, Client, Missing, Refused, Unreachable
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError
 from lora_grpo.types import LogProbs
 
-PROBE_STEP = -1
-"""The step of the version that `run_probe` makes, which compares what it answers itself."""
-
+LOAD, UNLOAD, MODELS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"
+_TOO_HIGH_RANK = 1 << 20
+_STARTED = re.compile(r"^process_start_time_seconds (\S+)", re.MULTILINE)
+_SLOTS = re.compile(r'^vllm:lora_requests_info\{[^}]*max_lora="(\d+)"', re.MULTILINE)
 _READING = TypeAdapter(BaseReading)
+_FOLDER = "lora-grpo-engine-"
+_OWNED = re.compile(r"lora-grpo\.([A-Za-z0-9-]+)\.([a-z0-9_]+)\..+")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a server says of itself. `base` is the name and `root` the checkpoint of its base model, `release` vLLM's;
+    `max_lora_rank` is None where it cannot be asked for; `started` tells one life of the process from the next."""
+
+    base: str
+    root: str
+    max_model_len: int
+    release: tuple[int, int]
+    max_lora_rank: int | None
+    started: str | None
+
+    @property
+    def model(self) -> str:
+        return f"{self.root} with max_model_len={self.max_model_len}"
+
+
+async def connect(client: Client, rank_folder: Path | None) -> Facts:
+    """Check a server and describe it. It must be able to read `rank_folder` (None where no disk is shared). Raises
+    `ConfigError` naming the flag to start it with, `UnsupportedVersion`, or `EngineError`."""
+    try:
+        await client.look("/health")
+    except Unreachable as error:
+        raise Unreachable(f"{error}; start a server there with `lora-grpo serve`") from None
+    base = next((card for card in (await models(client)).values() if card.get("max_model_len")), None)
+    if base is None:
+        raise EngineError(f"{client.url}{MODELS} lists no base model with a max_model_len; is it a vLLM server?")
+    said = await client.look("/version")
+    with client.reading("/version", said):
+        release = compat.check_release(str(json.loads(said)["version"]))
+    rank = await _max_lora_rank(client, rank_folder)
+    await _check_logprobs(client, base["id"])
+    await _check_scoring(client, base["id"])
+    life = await started(client)
+    if life is None and rank_folder is None:
+        raise ConfigError(f"{client.url} has no /metrics, so nobody would notice its restart: let /metrics through")
+    return Facts(base["id"], base.get("root") or base["id"], base["max_model_len"], release, rank, life)
+
+
+async def models(client: Client) -> dict[str, dict[str, Any]]:
+    """The cards of what a server serves, base and adapters, by name."""
+    answer = await client.look(MODELS)
+    with client.reading(MODELS, answer):
+        return {card["id"]: dict(card) for card in json.loads(answer)["data"]}
+
+
+async def started(client: Client) -> str | None:
+    """When the server's process started; None where it has no metrics. Raises `ConfigError` where it is several."""
+    metrics = await _metrics(client)
+    found = _STARTED.search(metrics)
+    if metrics and found is None:
+        raise ConfigError(f"{client.url} has several API servers; loads reach one: start it with --api-server-count 1")
+    return found and found[1]
+
+
+async def slots_of(client: Client) -> int | None:
+    """The server's max_loras, as it says once it has served an adapter; None where it does not."""
+    found = _SLOTS.search(await _metrics(client))
+    return int(found[1]) if found else None
+
+
+async def _metrics(client: Client) -> str:
+    try:
+        return await client.look("/metrics")
+    except Refused:
+        return ""
+
+
+def write_rank_probe(folder: Path) -> Path:
+    """A folder with an adapter's config of an absurd rank, which no server loads; its refusal says what it would."""
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": _TOO_HIGH_RANK, "lora_alpha": _TOO_HIGH_RANK, "target_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+async def _max_lora_rank(client: Client, rank_folder: Path | None) -> int | None:
+    """The server's, from its refusal of an absurd one; on the way it shows that it takes adapters from here at all."""
+    body = {"lora_name": "lora-grpo.rank", "lora_path": str(rank_folder or "/nonexistent/lora-grpo")}
+    try:
+        await client.change(LOAD, body)
+        raise EngineError(f"{client.url} accepted an adapter of rank {_TOO_HIGH_RANK}; is it a vLLM server?")
+    except Refused as refusal:
+        is_missing, said = isinstance(refusal, Missing), str(refusal)
+    if found := re.search(r"max_lora_rank (\d+)", said):
+        return int(found[1])
+    if "No adapter found" in said and rank_folder is None:
+        return None
+    if "No adapter found" in said:
+        lack = f"cannot read {rank_folder}: start it on this host as this user, or use adapters='resolver'"
+    elif "not enabled" in said:
+        lack = "serves without LoRA; start it with --enable-lora"
+    elif is_missing:
+        lack = f"has no {LOAD}; start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
+    else:
+        raise EngineError(f"{client.url} refuses to load adapters: {said}")
+    raise ConfigError(f"{client.url} {lack}")
+
+
+async def _check_logprobs(client: Client, base: str) -> None:
+    """Halving the temperature doubles the distance between two log-probs of the distribution that is sampled from."""
+    body = {"model": base, "prompt": [1, 2, 3], "max_tokens": 1, "seed": 0, "logprobs": 2, "top_p": 1.0, "top_k": 0}
+    body |= {"min_p": 0.0, "repetition_penalty": 1.0, "return_tokens_as_token_ids": True}
+    try:
+        answers = [await client.ask(COMPLETIONS, body | {"temperature": temperature}) for temperature in (1.0, 0.5)]
+    except Unreachable as error:
+        said = f"{client.url} was up and failed at the first request ({error}); its log says why"
+        fix = "start it with `lora-grpo serve`, lora-grpo beside vLLM and in VLLM_PLUGINS if set, or --dtype float32"
+        raise Unreachable(f'{said} ("exit code: -4" there: AMX tiles that the kernel does not allow; {fix})') from None
+    with client.reading(COMPLETIONS, answers):
+        top = [answer["choices"][0]["logprobs"]["top_logprobs"][0] for answer in answers]
+        shared = sorted(top[0].keys() & top[1].keys(), key=lambda token: top[0][token])
+        apart, twice = (values[shared[-1]] - values[shared[0]] for values in top)
+    if twice < 1.5 * apart:
+        fix = "start it with --logprobs-mode processed_logprobs"
+        raise ConfigError(f"{client.url} gives log-probs of another distribution than it samples from; {fix}")
+
+
+async def _check_scoring(client: Client, base: str) -> None:
+    """Score a few prompts at once, which ends a server on vLLM's CPU backend whose output layer is wrapped for LoRA."""
+    scored = (client.score(base, [1, 2, 3] * (row + 2)) for row in range(4))
+    for answer in await asyncio.gather(*scored, return_exceptions=True):
+        if isinstance(answer, Unreachable):
+            why = "as vLLM does on a CPU where the output layer is wrapped for LoRA"
+            fix = "start it with --lora-target-modules and the other linear layers (q_proj ...)"
+            raise ConfigError(f"{client.url} failed to score several prompts at once ({answer}), {why}: {fix}")
+        if isinstance(answer, BaseException):
+            raise answer
 
 
 @dataclass(eq=False)
@@ -39,8 +176,7 @@ class Served:
 
 @dataclass(eq=False)
 class Replica:
-    """A server and what we know of it: `names` are what it knows versions by, `base_read` what its base was and what
-    was asked then. Only the engine's loop touches one."""
+    """`names` are what the server knows versions by, `base_read` what its base was and what was asked then."""
 
     client: Client
     facts: Facts
@@ -62,13 +198,6 @@ class Replica:
             return "serving"
         return "lost" if self.returning.done() else "away"
 
-    async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One completion. Raises `Unreachable` for a server that cannot answer, or no longer knows the name."""
-        try:
-            return await self.client.ask(COMPLETIONS, body)
-        except Missing as refusal:
-            raise Unreachable(str(refusal)) from None
-
     async def load(self, version: AdapterVersion, name: str) -> None:
         """From its path. An answer that was lost on the way is looked for."""
         try:
@@ -80,7 +209,7 @@ class Replica:
     async def pull(self, name: str) -> None:
         """By the server's resolver: one token is asked of it."""
         try:
-            await self.client.ask(COMPLETIONS, scoring_body([1]) | {"model": name, "prompt_logprobs": None})
+            await self.client.score(name, [1, 2])
         except Missing as refusal:
             why = "its log says why (is LORA_GRPO_STORE_URL set there, and the store server up?)"
             raise EngineError(f"{self.url} cannot resolve {name}: {refusal}; {why}") from None
@@ -91,19 +220,17 @@ class Replica:
             await self.client.change(UNLOAD, {"lora_name": name}, timeout_s=QUICK_TIMEOUT_S)
 
     async def forget(self, served: Served) -> None:
-        name = self.names.pop(served, None)
-        if name is not None:
+        if name := self.names.pop(served, ""):
             await self.unload(name)
 
     async def read_base(self, shapes: Mapping[str, Sequence[int]]) -> list[BaseReading]:
-        """What each of the server's workers reads of the base's tensors."""
         body = {"tensors": {name: list(shape) for name, shape in shapes.items()}}
         try:
             answer = await self.client.ask(BASE_ROUTE, body)
         except Missing:
             reason = "the server does not have the lora_grpo plugin's route"
             return [BaseReading(self.url, {}, dict.fromkeys(shapes, reason))]
-        with reading(self.url, BASE_ROUTE, answer):
+        with self.client.reading(BASE_ROUTE, answer):
             workers = [{**one, "where": f"{self.url} ({one['where']})"} for one in answer["workers"]]
             return [_READING.validate_python(one) for one in workers]
 
@@ -138,50 +265,31 @@ class Replica:
         self.facts = facts
 
 
-@dataclass(frozen=True)
-class KeptProbe:
-    """The probe that replicas were proven with: files that stay, what a trainer computes with them, noise in nats."""
+class Names:
+    """Gives out the names that servers know versions by, and holds the folder whose lock says that this process lives.
 
-    served: Served
-    witness: Witness
-    noise: float
-
-
-class InUse(LoadedVersions[Served]):
-    """A version is known by its answers to `sequences`, and may be mistaken for any other that is in use."""
+    A server keeps a name until it is told to forget it, and its caches key on it. So every load takes a new one, of
+    this place, a token that only this engine has, and a counter. The token is that of the folder: where its lock is
+    free, the process is dead and what it left on servers can go. The place is the file system that the folder lies in,
+    as this boot of the kernel numbers it: containers of one host name see no lock in another's."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.probe: KeptProbe | None = None
-        self.sequences: list[list[int]] = []
+        self._parent = tmpfs_home()
+        own = OwnFolder(self._parent, _FOLDER)
+        self.folder, self.close = own.path, own.close
+        host = re.sub("[^A-Za-z0-9-]+", "-", socket.gethostname())
+        boot = read_small(Path("/proc/sys/kernel/random/boot_id")) or b""
+        system = hashlib.blake2b(boot + str(self.folder.stat().st_dev).encode(), digest_size=4)
+        self._place, self._token = f"{host}-{system.hexdigest()}", self.folder.name.removeprefix(_FOLDER)
+        self._counter = itertools.count(1)
 
-    @contextmanager
-    def using(self, versions: Sequence[AdapterVersion | None]) -> Iterator[list[Served | None]]:
-        """The versions as they are served (None: the base), kept in use meanwhile and made the most recently used."""
-        wanted = [None if version is None else self.find(version) for version in versions]
-        distinct = list(dict.fromkeys(served for served in wanted if served is not None))
-        for served in distinct:
-            self.add(served)
-            served.users += 1
-        try:
-            yield wanted
-        finally:
-            for served in distinct:
-                served.users -= 1
+    def fresh(self, version: AdapterVersion) -> str:
+        run = re.sub("[^A-Za-z0-9_-]+", "-", version.path.parent.parent.name)
+        return f"lora-grpo.{self._place}.{self._token}.{run}.v{version.number}.{next(self._counter)}"
 
-    def require_expected(self, served: Served) -> None:
-        """Raises `ConfigError` where a trainer has shown itself, and nobody says what it computes with this version."""
-        if not served.answers and self.probe is not None and served.version.step != PROBE_STEP:
-            said = f"{served.version} cannot be proven: replicas compared with one another may all be wrong alike"
-            how = "load it by NativeSync, or pass expected= (the trainer's log-probs of the probe's sequences)"
-            raise ConfigError(f"{said}; {how}")
+    def is_leftover(self, name: str) -> bool:
+        owner = _OWNED.fullmatch(name)
+        return owner is not None and owner[1] == self._place and is_free(self._parent / f"{_FOLDER}{owner[2]}")
 
-    def compare(self, replica: Replica, served: Served, answers: LogProbs) -> CanaryReport:
-        """Raises `DeliveryError` naming the replica when it answers otherwise than expected."""
-        others, noise = [known.answers for known in self.all() if known is not served], MAX_BASE_NOISE_NATS
-        if self.probe is not None:
-            others, noise = [*others, self.probe.witness.base], self.probe.noise
-        try:
-            return compare(answers, served.answers, others, noise)
-        except DeliveryError as error:
-            raise DeliveryError(f"{replica.url} does not serve {served.version}: {error}") from None
+    def sweep(self) -> None:
+        OwnFolder.sweep(self._parent, _FOLDER)

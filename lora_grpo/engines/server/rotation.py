@@ -1,19 +1,15 @@
-"""The replicas in rotation: requests go to the least loaded, what one cannot do another does, and one that fails is out
-of rotation until it is back and proven, or given up in time."""
+"""The replicas in rotation: what one cannot do another does, and one that fails is out until it is back and proven."""
 
 import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Generic, TypeVar
 
-from lora_grpo.engines.server.client import Unreachable
+from lora_grpo.engines.server.client import COMPLETIONS, Missing, Unreachable
 from lora_grpo.engines.server.replica import Replica, Served
-from lora_grpo.engines.server.wire import completion_body, scoring_body, to_completion, to_logprobs
 from lora_grpo.errors import EngineError, LoraGrpoError, UnknownVersion
-from lora_grpo.types import Completion, Sampling
 from lora_grpo.worker import working
 
 logger = logging.getLogger(__name__)
@@ -24,7 +20,6 @@ _PLACEMENTS = 4
 """Replicas that requests may lose, one after the other, before they count as the reason."""
 
 FIRST_PAUSE_S = 0.25
-_LONGEST_PAUSE_S = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,23 +31,10 @@ class Ask(Generic[_Result]):
     read: Callable[[dict[str, Any], dict[str, Any]], _Result]
 
 
-def completing(
-    served: Served | None, ids: Sequence[int], sampling: Sampling, seed: int, placeholders: Sequence[int]
-) -> Ask[Completion]:
-    number = None if served is None else served.version.number
-    return Ask(served, completion_body(ids, sampling, seed, placeholders), partial(to_completion, version=number))
-
-
-def scoring(served: Served | None, ids: Sequence[int]) -> Ask[list[float]]:
-    return Ask(served, scoring_body(ids), to_logprobs)
-
-
 @dataclass(eq=False)
 class Rotation(ABC):
     """The replicas of one engine, in rotation or on their way back. Every method runs in the engine's loop.
-
-    `concurrency` bounds the requests on each replica, `patience_s` the time that one is waited for.
-    """
+    `concurrency` bounds the requests on each replica, `patience_s` the time that one is waited for."""
 
     replicas: list[Replica]
     concurrency: int
@@ -61,8 +43,7 @@ class Rotation(ABC):
 
     @abstractmethod
     async def readmit(self, replica: Replica) -> bool:
-        """Prove one that answers again. Raises `LoraGrpoError` where it fails, and is called again after a pause, or at
-        once where it says False."""
+        """Prove one that answers again; called again where it raises `LoraGrpoError`, and at once where it is False."""
 
     @property
     def serving(self) -> list[Replica]:
@@ -98,7 +79,7 @@ class Rotation(ABC):
                     except LoraGrpoError as error:
                         replica.trouble = str(error)
                         await asyncio.sleep(pause_s)
-                        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                        pause_s = min(2 * pause_s, 5.0)
         except TimeoutError:
             given_up = f" (not back within patience_s={self.patience_s:g} s)"
             replica.trouble = replica.trouble.removesuffix(given_up) + given_up
@@ -133,7 +114,7 @@ class Rotation(ABC):
                     # Another life of the server, which nothing has proven, would answer to this name too.
                     await replica.require_life(life)
                 return answers
-            except Unreachable as error:
+            except (Unreachable, Missing) as error:
                 if replica.facts.started == life:
                     self.lost(replica, error)
                 failures.append(str(error))
@@ -147,17 +128,15 @@ class Rotation(ABC):
         if name is None:
             raise UnknownVersion("a version was unloaded while it was being sampled from; unload it afterwards")
         body = {"model": name, **ask.body}
-        answer = ask.read(await replica.ask(body), body)
+        answer = ask.read(await replica.client.ask(COMPLETIONS, body), body)
         if (worker := working.get()) is not None:
             worker.lives()
         return answer
 
     async def _place(self, count: int, base: bool, only: Replica | None) -> Replica:
-        """A replica with room for `count` requests, which are entered there; raises `EngineError` when none is left.
-
-        What is asked of one replica `only` is a proof: few requests, which do not wait until a rollout has ended. One
-        that is away has room: nothing that it answers counts until it is proven, and this may be what brings it back.
-        """
+        """A replica with room for `count` requests, which are entered there; `EngineError` when none is left. What is
+        asked of one replica `only` is a proof: few requests, which do not wait until a rollout has ended. One that is
+        away has room: nothing that it answers counts until it is proven, and this may be what brings it back."""
         limit = self.concurrency if only is None else 2 * self.concurrency
         while True:
             free = [r for r in ([only] if only else self.serving) if _has_room(r, count, base, limit)]
@@ -173,8 +152,7 @@ class Rotation(ABC):
 
 
 async def together(coroutines: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
-    """All results; the first failure ends the others. Not a TaskGroup, which forgets that it was cancelled itself where
-    one of its tasks has just failed."""
+    """All results; the first failure ends the others. (A TaskGroup whose task just failed forgets its own cancel.)"""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
