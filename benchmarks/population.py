@@ -23,8 +23,8 @@ import torch
 
 from lora_grpo import AdapterStore, AdapterVersion, Sampling, VLLMEngine
 from lora_grpo.adapters.peft_form.serving import ServingForm
+from lora_grpo.bench.host import asked, provenance, write_result
 from lora_grpo.bench.plan import Subject
-from lora_grpo.bench.provenance import asked, provenance, write_result
 from lora_grpo.bench.shapes import write_model
 from lora_grpo.bench.strategies.base import ADAPTER, Trainer, engine_arguments
 

@@ -24,7 +24,7 @@ from unittest.mock import patch
 import psutil
 
 from lora_grpo import AdapterStore
-from lora_grpo.bench.provenance import asked, provenance, write_result
+from lora_grpo.bench.host import asked, provenance, write_result
 from lora_grpo.demo import ensure_base
 from lora_grpo.demo.run import demo_config
 from lora_grpo.metrics.log import read_metrics

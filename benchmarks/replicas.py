@@ -37,7 +37,7 @@ from lora_grpo.adapters.peft_form.serving import weights_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.attribution import Rows, judge
-from lora_grpo.bench.provenance import asked, provenance, write_result
+from lora_grpo.bench.host import asked, provenance, write_result
 from lora_grpo.config import RunConfig
 from lora_grpo.demo import ensure_base
 from lora_grpo.demo.run import demo_config
@@ -195,7 +195,7 @@ def check(trainer: GRPOTrainer, engine: Witnessed, of_the_base: list[Row], noise
     return {
         **asdict(judge(own, noise)),
         "versions": len(numbers),
-        "control_detected": {name: round(verdicts.detected, 4) for name, verdicts in controls.items()},
+        "control_detected": {name: round(verdicts.wrong / verdicts.checked, 4) for name, verdicts in controls.items()},
         "controls": {name: asdict(verdicts) for name, verdicts in controls.items()},
         "noise_nats": float(f"{noise:.3g}"),
         "gap_mean_nats": float(f"{own.own_gap().mean():.3g}"),

@@ -35,9 +35,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_grpo.bench.gauges import Clock, collect, level
-from lora_grpo.bench.memory import forget_peaks, peak
-from lora_grpo.bench.provenance import asked, provenance, write_result
+from lora_grpo.bench.gauges import Clock, collect, forget_peaks, level, peak
+from lora_grpo.bench.host import asked, provenance, write_result
 from lora_grpo.bench.shapes import byte_tokenizer, shape_config
 from lora_grpo.config import EngineConfig
 from lora_grpo.engines.delivery.canary import take_canary

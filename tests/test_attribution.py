@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_grpo.bench.attribution import MIN_BUCKET, Rows, Verdicts, judge
-from lora_grpo.bench.provenance import provenance
+from lora_grpo.bench.host import provenance
 
 VERSIONS, SERVERS, TOKENS = 6, 2, 4
 NOISE = 1e-3
@@ -48,8 +48,9 @@ def test_versions_that_lie_far_apart_are_told_apart() -> None:
 def test_completions_of_another_version_are_seen() -> None:
     """Whatever the number they claim: the next one's, or every row one and the same."""
     made, made_by = rows(0.5)
-    assert judge(made.next_stamped(), NOISE).detected > 0.95
-    stale = made.stamp(torch.full_like(made_by, 3))
+    control = judge(made.next_stamped(), NOISE)
+    assert control.wrong > 0.95 * control.checked
+    stale = replace(made, stamped_B=torch.full_like(made_by, 3))
     verdicts = judge(stale, NOISE)
     assert verdicts.wrong + verdicts.inconclusive == verdicts.checked - 40 + (40 - verdicts.told_apart)
     assert verdicts.told_apart <= 40
@@ -61,7 +62,7 @@ def test_one_wrong_completion_among_many_is_found() -> None:
     made, made_by = rows(0.5)
     claimed = made_by.clone()
     claimed[17] = (claimed[17] + 2) % VERSIONS
-    verdicts = judge(made.stamp(claimed), NOISE)
+    verdicts = judge(replace(made, stamped_B=claimed), NOISE)
     assert verdicts.wrong == 1
 
 

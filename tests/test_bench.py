@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_grpo.bench import decode, endurance, fidelity, host, shapes, sync
+from lora_grpo.bench import fidelity, host, serving, shapes, suite, sync
 from lora_grpo.bench.fidelity import Reference
 from lora_grpo.bench.gauges import Levels, floor_seconds, level, measure_bandwidth, percentile_95
-from lora_grpo.bench.joining import break_even, compare, crossing
-from lora_grpo.bench.plan import Cell, Settings, Subject, by_strategy, plan_parts, there_and_back
+from lora_grpo.bench.joining import break_even, compare, crossing, slopes
+from lora_grpo.bench.plan import Cell, Settings, Subject, by_strategy, plan_parts
 from lora_grpo.bench.report import earliest, findings, sentence, update_readme, write_report
 from lora_grpo.bench.runner import Partial
 from lora_grpo.bench.schema import (
@@ -307,7 +307,7 @@ def test_a_pair_is_compared_with_its_own_native_rounds() -> None:
             done("native", [2.0, 3.0]),
         ],
     }
-    native, by_hand = sync.rows(cell)
+    native, by_hand = sync.sync_rows(cell)
     assert (native.median_s, native.ratio_to_native, native.syncs) == (2.0, 1.0, 4)
     assert (by_hand.median_s, by_hand.ratio_to_native, by_hand.against) == (6.0, 3.0, "native")
     assert by_hand.phases_s == {"write": 1.5, "load": 4.5}
@@ -318,18 +318,18 @@ def test_a_pair_is_compared_with_its_own_native_rounds() -> None:
 def test_slopes_by_hand() -> None:
     """A millisecond and 0.5 MB more each tenth are 10 ms and 5 MB per 1,000 syncs; flat is none."""
     growing = [tenth(n, 0.010 + 0.001 * n, 5e6 + 5e5 * n) for n in range(10)]
-    (slope,) = endurance.slopes(growing)
+    (slope,) = slopes(growing)
     assert slope.syncs == 1000
     assert slope.seconds_per_1000 == pytest.approx(0.010)
     assert slope.tmpfs_bytes_per_1000 == pytest.approx(5e6)
     assert (slope.memory_bytes_per_1000, slope.cuda_bytes_per_1000) == (pytest.approx(0), None)
-    (flat,) = endurance.slopes([tenth(n, 0.010) for n in range(10)])
+    (flat,) = slopes([tenth(n, 0.010) for n in range(10)])
     assert flat.seconds_per_1000 == pytest.approx(0)
 
 
 def test_tenths_are_medians_of_their_own_syncs() -> None:
     levels = [{"sync": n, "memory_bytes": 100 + n, "cuda_bytes": None, "tmpfs_bytes": 7} for n in range(0, 40, 2)]
-    made = endurance.tenths([float(n) for n in range(40)], levels)
+    made = sync.tenths([float(n) for n in range(40)], levels)
     assert [(row["first"], row["last"], row["median_s"]) for row in made[:2]] == [(1, 4, 1.5), (5, 8, 5.5)]
     assert [row["memory_bytes"] for row in made[:2]] == [101, 105]
 
@@ -339,27 +339,27 @@ def test_tenths_are_medians_of_their_own_syncs() -> None:
 
 def test_base_and_stock_kernels_alternate_with_native_in_one_round() -> None:
     settings = plan_parts("decode", None, {"shape": "tiny"})["decode"]
-    cells = decode.cells(settings, subject())
+    cells = serving.decode_cells(settings, subject())
     first = cells[0]
     assert [one.strategy for one in first.subjects] == ["native", "base", "native-stock"]
-    assert first.order == there_and_back(3) == (0, 1, 2, 2, 1, 0)
+    assert first.order == (0, 1, 2, 2, 1, 0)
     truths = {cell.subjects[0].strategy for cell in cells if cell.table == "truth"}
     assert truths == {"native-stock", "native-shared"}
-    on_gpu = decode.cells(settings.model_copy(update={"device": "cuda:0"}), subject())
+    on_gpu = serving.decode_cells(settings.model_copy(update={"device": "cuda:0"}), subject())
     assert all(one.strategy != "native-stock" for cell in on_gpu for one in cell.subjects)
 
 
 @pytest.mark.parametrize(("least_s", "taken"), [(0.0, 2), (1.0, 4), (0.3, 2)])
 def test_short_batches_are_taken_more_often(monkeypatch: pytest.MonkeyPatch, least_s: float, taken: int) -> None:
-    monkeypatch.setattr(decode, "generate_seconds", lambda *_: 0.25)
+    monkeypatch.setattr(serving, "generate_seconds", lambda *_: 0.25)
     settings = Settings(rows=(8,), prompt_tokens=32, lengths=(24,), repeat=4, least_s=least_s)
-    seconds = decode.measure(Mock(), settings)
+    seconds = serving.measure_decode(Mock(), settings)
     assert seconds == {"8": {"1": [0.25] * taken, "24": [0.25] * taken}}
 
 
 def test_other_kernels_are_checked_where_they_are_timed() -> None:
     settings = plan_parts("decode", None, {"shape": "tiny", "strategies": ("native", STOCK)})["decode"]
-    timed, truth = decode.cells(settings, subject())
+    timed, truth = serving.decode_cells(settings, subject())
     assert [one.strategy for one in timed.subjects] == ["native", STOCK]
     assert (truth.table, [one.strategy for one in truth.subjects]) == ("truth", [STOCK])
 
@@ -368,9 +368,9 @@ def test_each_strategy_starts_once() -> None:
     native, merge, fold = (subject(strategy=name) for name in ("native", "merge-trl", "merge-fold"))
     cells = [
         Cell("memory/native", "memory", Mock(), (native,), fresh=True),
-        Cell("sync/trl", "sync", Mock(), (native, merge), order=there_and_back(2)),
-        Cell("sync/fold", "sync", Mock(), (native, fold), order=there_and_back(2)),
-        Cell("decode/trl", "decode", Mock(), (native, merge), order=there_and_back(2)),
+        Cell("sync/trl", "sync", Mock(), (native, merge), order=(0, 1, 1, 0)),
+        Cell("sync/fold", "sync", Mock(), (native, fold), order=(0, 1, 1, 0)),
+        Cell("decode/trl", "decode", Mock(), (native, merge), order=(0, 1, 1, 0)),
         Cell("truth/trl", "truth", Mock(), (merge,)),
     ]
     assert [cell.key for cell in by_strategy(cells)] == [
@@ -449,6 +449,17 @@ def test_another_process_that_ends_does_not_change_the_level() -> None:
         before = level("cpu")
         other.communicate(b"\n")
     assert abs(level("cpu") - before) < 4 << 20
+
+
+def test_measuring_memory_imports_nothing_more() -> None:
+    """A worker meets the measurement when its levels are taken: what that imported would count as the syncs'."""
+    measuring = suite.CELLS["memory"](Settings(repeat=1, strategies=("native",)), subject())[0].work.__module__
+    code = f"""import importlib, sys, lora_grpo.bench.runner, lora_grpo.bench.strategies.merging
+before = set(sys.modules)
+importlib.import_module({measuring!r})
+print(sorted(set(sys.modules) - before))"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said.strip() == str([measuring])
 
 
 def test_what_grew_is_known_by_part() -> None:

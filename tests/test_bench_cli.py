@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lora_grpo.bench import host, rollback, shapes, suite
+from lora_grpo.bench import host, shapes, suite
 from lora_grpo.bench.plan import PARTS
 from lora_grpo.bench.schema import Document
 from lora_grpo.cli import app
@@ -195,7 +195,7 @@ def test_a_finished_result_is_replaced_by_another_finished_one_alone(
     out, mine = tmp_path / "out", f"native,{SLOW}"
     words = ["bench", "rollback", "--shape", "tiny", "--ranks", "4", "--out", str(out), "--strategies"]
     monkeypatch.setattr(suite, "WorkerProcess", FakeWorker)
-    monkeypatch.setattr(rollback, "cells", lambda *_: [])
+    monkeypatch.setitem(suite.CELLS, "rollback", lambda *_: [])
     monkeypatch.setattr(sys, "argv", ["lora-grpo", *words, mine])
 
     def run(strategies: str) -> Any:

@@ -13,9 +13,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from lora_grpo.bench import decode, fidelity, host, memory, runner, shapes, step, sync
+from lora_grpo.bench import fidelity, host, memory, runner, serving, shapes, sync
 from lora_grpo.bench.joining import break_even
-from lora_grpo.bench.plan import Cell, Settings, Subject, plan_parts, there_and_back
+from lora_grpo.bench.plan import Cell, Settings, Subject, plan_parts
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner, load
 from lora_grpo.bench.schema import TOLERANCE
@@ -77,7 +77,7 @@ def test_everything_that_is_alive_at_once_fits(part: str, shape: str, gpu_gib: i
     worker = BASE_GIB[shape] + share * gpu_gib + CUDA_GIB + (training_gib(shape) if part == "step" else 0)
     assert worker + PRISTINE_GIB[shape] < gpu_gib - 1
     assert 3 * BASE_GIB[shape] + CUDA_GIB < gpu_gib - 1
-    assert share * gpu_gib > BASE_GIB[shape] + memory.KV_CACHE_BYTES / GIB
+    assert share * gpu_gib > BASE_GIB[shape] + host.KV_CACHE_BYTES / GIB
 
 
 def test_the_pristine_copy_counts_where_it_is_made() -> None:
@@ -99,18 +99,16 @@ def test_fidelity_counts_two_workers_and_memory_one() -> None:
 
 
 def test_a_step_trains_with_checkpoints_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lora_grpo.policy
-
     seen: dict[str, bool] = {}
-    monkeypatch.setattr(step, "_step", lambda *_: dict.fromkeys(step.PHASES, 0.0))
+    monkeypatch.setattr(serving, "_step", lambda *_: dict.fromkeys(serving.PHASES, 0.0))
     for device in ("cpu", "cuda:0"):
         monkeypatch.setattr(
-            lora_grpo.policy,
+            serving,
             "Policy",
             lambda model, config, device=device: seen.update({device: config.gradient_checkpointing}),
         )
         strategy: Any = SimpleNamespace(trainer=SimpleNamespace(model=None), subject=subject(device=device))
-        step.measure(strategy, Settings(step_rows=8, prompt_tokens=4, step_tokens=4, group=4, repeat=2))
+        serving.measure_steps(strategy, Settings(step_rows=8, prompt_tokens=4, step_tokens=4, group=4, repeat=2))
     assert seen == {"cpu": False, "cuda:0": True}
 
 
@@ -130,12 +128,12 @@ def test_a_worker_that_lives_on_gives_its_memory_back_after_each_cell(
     monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
     native, other = subject(), subject(strategy="merge-trl")
     run = Runner(tmp_path / "log", lambda *_: None, alive_at_once=2)
-    pair = Cell("sync/x", "sync", sync.measure, (native, other), order=there_and_back(2))
+    pair = Cell("sync/x", "sync", sync.measure, (native, other), order=(0, 1, 1, 0))
     truth = Cell("truth/x", "truth", fidelity.truth, (native,))
     assert run.run([pair, truth], Partial(tmp_path / "partial.json", {}, {}, 0.0)) == []
     done: Any = {one.strategy: worker.done for one, worker in run._alive.items()}  # type: ignore[attr-defined]
-    assert done["merge-trl"] == [sync.measure, sync.measure, memory.give_back]
-    assert done[NATIVE] == [*done["merge-trl"], fidelity.truth, memory.give_back]
+    assert done["merge-trl"] == [sync.measure, sync.measure, runner.give_back]
+    assert done[NATIVE] == [*done["merge-trl"], fidelity.truth, runner.give_back]
 
 
 def test_giving_back_empties_the_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +141,7 @@ def test_giving_back_empties_the_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     for device in ("cpu", "cuda:0"):
         strategy: Any = SimpleNamespace(subject=subject(device=device))
-        memory.give_back(strategy)
+        runner.give_back(strategy)
     assert emptied == [True]
 
 
@@ -216,7 +214,7 @@ def test_a_reference_computes_with_new_weights_and_holds_none(tiny: Path) -> Non
 
 def test_mapped_files_are_no_part_of_what_cuda_has_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native peaks 100 bytes above its levels on a GPU, whatever version files are mapped into the process."""
-    monkeypatch.setattr(memory, "_mapped", lambda folders: 70)
+    monkeypatch.setattr(memory, "mapped", lambda folders: 70)
     monkeypatch.setattr(memory, "forget_peaks", lambda device: None)
     monkeypatch.setattr(memory, "peak", lambda device: (1100, None))
     monkeypatch.setattr(memory, "settled_level", lambda device: 1)
@@ -239,7 +237,7 @@ def test_decoding_is_greedy_on_a_gpu() -> None:
             strategy: Any = SimpleNamespace(
                 generate=lambda prompts, sampling: asked.append(sampling), subject=subject(device=device)
             )
-            decode.generate_seconds(strategy, 1, 1, 5)
+            serving.generate_seconds(strategy, 1, 1, 5)
     assert [(sampling.temperature, sampling.max_tokens) for sampling in asked] == [(1.0, 5), (0.0, 5)]
     assert all(sampling.ignore_eos for sampling in asked)
 
@@ -259,7 +257,7 @@ def test_training_is_counted_alike_on_both_sides_of_a_step() -> None:
             done(NATIVE, 2.0, 8.0, 0.0),
         ],
     }
-    native, merge = step.rows(cell)
+    native, merge = serving.step_rows(cell)
     assert (native.train_s, merge.train_s) == (7.5, 7.5)
     assert (native.step_s, merge.step_s) == (9.5, 9.0)
     assert merge.ratio_to_native == pytest.approx(9.0 / 9.5)

@@ -33,7 +33,7 @@ def planned(**changes: Any) -> list[Cell]:
     cells = []
     for part, names in (("sync", STRATEGIES), ("memory", STRATEGIES), ("decode", ("native", "merge-trl", "base"))):
         settings = plan_parts(part, None, {**common, "strategies": names})[part]
-        cells += suite.ROOMS[part].cells(settings, subject(device="cuda:0"))
+        cells += suite.CELLS[part](settings, subject(device="cuda:0"))
     return one_at_a_time(cells)
 
 
@@ -75,12 +75,12 @@ def test_rows_compare_with_natives_first_turn() -> None:
         "sync/trl": synced(done("merge-trl", 8.0, 339)),
         "sync/native/again": synced(done(AGAIN, 2.2)),
     }
-    rows = {row.strategy: row for cell in compared(cells) for row in sync.rows(cell)}
+    rows = {row.strategy: row for cell in compared(cells) for row in sync.sync_rows(cell)}
     assert {name: row.ratio_to_native for name, row in rows.items()} == {"native": 1.0, "merge-trl": 4.0, AGAIN: 1.1}
     assert {row.against for row in rows.values()} == {"unpaired"}
     assert rows["merge-trl"].load_calls == 339
     del cells["sync/native"]
-    left = {row.strategy: row for cell in compared(cells) for row in sync.rows(cell)}
+    left = {row.strategy: row for cell in compared(cells) for row in sync.sync_rows(cell)}
     assert left["merge-trl"].ratio_to_native == pytest.approx(8.0 / 2.2)
 
 

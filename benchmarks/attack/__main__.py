@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.attack import Outcome, endless_header, idle_connections, interrupts, scratch, two_threads
-from lora_grpo.bench.provenance import asked, provenance, write_result
+from lora_grpo.bench.host import asked, provenance, write_result
 
 KILLS, ERRORS, ADAPTERS = 340, 180, 1835
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lora_grpo.bench.provenance import asked
+from lora_grpo.bench.host import asked
 
 SIZES = {"cpu": (4, 8), "cuda": (64, 64)}  # rows, and tokens of each
 

@@ -38,14 +38,10 @@ class Rows:
         logp_VBT = torch.stack([_padded(rows) for rows in logp])
         return cls(logp_VBT, _padded(sampler), mask_BT, torch.tensor(stamped), torch.tensor(server))
 
-    def stamp(self, stamped_B: Tensor) -> "Rows":
-        """The same completions, each claiming another version."""
-        return replace(self, stamped_B=stamped_B)
-
     def next_stamped(self) -> "Rows":
         """Each claims the version after the one that made it, those of the last the one before."""
         last = len(self.logp_VBT) - 1
-        return self.stamp(torch.where(self.stamped_B < last, self.stamped_B + 1, self.stamped_B - 1))
+        return replace(self, stamped_B=torch.where(self.stamped_B < last, self.stamped_B + 1, self.stamped_B - 1))
 
     def own_gap(self) -> Tensor:
         """(B,) nats per token between a completion and the version that it claims."""
@@ -86,10 +82,6 @@ class Verdicts:
     buckets_inconclusive: int
     undecided: int
     bucket_gap_share: float
-
-    @property
-    def detected(self) -> float:
-        return self.wrong / self.checked
 
 
 def judge(rows: Rows, noise: float) -> Verdicts:

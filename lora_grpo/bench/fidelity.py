@@ -1,63 +1,97 @@
 """Does the engine serve the policy that it claims to, what of an update survives the way there, and what do many syncs
 leave of the trainer's frozen base?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from lora_grpo.adapters.peft_form.modules import LoraModule
 from lora_grpo.bench.gauges import collect
-from lora_grpo.bench.plan import Cell, Settings, Subject
+from lora_grpo.bench.plan import Cell, Settings, Subject, alone
 from lora_grpo.bench.schema import TruthRow
+from lora_grpo.bench.strategies.base import Strategy, Trainer
+from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
 from lora_grpo.errors import EngineError
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.types import LogProbs
 
-if TYPE_CHECKING:
-    from lora_grpo.adapters.peft_form.modules import LoraModule
-    from lora_grpo.bench.strategies.base import Strategy, Trainer
-
-Logprobs: TypeAlias = list[list[float]]
-NewWeight: TypeAlias = Callable[["LoraModule", torch.Tensor], torch.Tensor]
-"""(LoRA module, base weight in fp32) -> the weight to compute with."""
 ORACLE_SEED = 1
 DRIFT_RATE = 1e-4
+
+
+class Reference:
+    """The policy in fp32 on plain weights, a checkpoint whose linear weights can be replaced for a while: an oracle
+    that shares no code with PEFT's forward, vLLM or any merge."""
+
+    def __init__(self, model: str, device: str) -> None:
+        # The checkpoint's own dtype crosses to the device: half of what fp32 would.
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).float().eval()
+        self._modules = dict(self.model.named_modules())
+
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return teacher_logprobs(self.model, sequences)
+
+    def weight(self, path: str) -> torch.Tensor:
+        """The base's weight at a checkpoint path, fp32."""
+        return self._modules[path].weight.detach()
+
+    @contextmanager
+    def weights(self, modules: Sequence[LoraModule], new: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Meanwhile, where `modules` are, each forward pass computes with `new(module, base weight)`. No more than one
+        new weight is there at a time: a GPU holds one model in fp32, and nothing crosses to the host."""
+        replaced = [self._modules[module.path] for module in modules]
+        for module, layer in zip(modules, replaced, strict=True):
+            layer.forward = partial(_linear, layer, partial(new, module))
+        try:
+            yield
+        finally:
+            for layer in replaced:
+                del layer.forward
+
+    def policy(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Meanwhile, the base plus the trainer's adapter as it is now, summed in fp32."""
+        return self.weights(trainer.modules, lambda module, base_OI: base_OI + trainer.update_of(module))
+
+
+def _linear(layer: nn.Linear, new: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, new(layer.weight.detach().float()).to(x), layer.bias)
 
 
 def cells(settings: Settings, subject: Subject) -> list[Cell]:
     asked, planned = {"settings": settings}, list[Cell]()
     for strategy in settings.strategies:
-        one = (subject.with_strategy(strategy),)
-        planned.append(truth_cell("fidelity", *one))
-        planned.append(Cell(f"fidelity/rates/{strategy}", "fidelity", measure, one, asked))
+        planned.append(alone("fidelity/truth", "truth", truth, subject, strategy))
+        planned.append(alone("fidelity/rates", "fidelity", measure, subject, strategy, arguments=asked))
         if strategy in settings.drift_strategies:
-            planned.append(Cell(f"fidelity/drift/{strategy}", "drift", drift, one, asked))
+            planned.append(alone("fidelity/drift", "drift", drift, subject, strategy, arguments=asked))
     return planned
-
-
-def truth_cell(part: str, subject: Subject) -> Cell:
-    """One strategy's verdict; what `oracle` returns is given to it when it is measured."""
-    return Cell(f"{part}/truth/{subject.strategy}", "truth", truth, (subject,))
 
 
 def oracle(subject: Subject) -> dict[str, Any]:
     """Worker without a strategy: an adapter that is loud enough to tell, and what the fp32 reference says of it.
     Nothing stays but what is returned, so that no engine has to leave room for a model in fp32."""
-    from lora_grpo.bench.strategies.base import Trainer
-    from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
-
     trainer, reference, tokens = Trainer(subject), Reference(subject.model, subject.device), subject.sequences()
     base = reference.logprobs(tokens)
     with trainer.model.disable_adapter():
         noise = mean_abs_difference(teacher_logprobs(trainer.model, tokens), base)
-    size, signal = _loud_enough(trainer, reference, tokens, max(MIN_SIGNAL_NATS, SEPARATION * noise))
+    needed = max(MIN_SIGNAL_NATS, SEPARATION * noise)
+    for doubling in range(12):
+        size = 0.02 * 2.0**doubling
+        trainer.randomise(size, ORACLE_SEED)
+        with reference.policy(trainer):
+            exact = reference.logprobs(tokens)
+        signal = mean_abs_difference(exact, base)
+        if signal >= needed:
+            break
+    else:
+        raise EngineError(f"no adapter moves the log-probs by {needed:.2g} nats, to be told ({signal:.2g} at most)")
     with reference.policy(trainer):
-        exact = reference.logprobs(tokens)
         # The same weights, computed in bf16 throughout.
         noise = max(noise, mean_abs_difference(teacher_logprobs(reference.model.to(torch.bfloat16), tokens), exact))
     del trainer, reference
@@ -66,7 +100,7 @@ def oracle(subject: Subject) -> dict[str, Any]:
 
 
 def truth(
-    strategy: Strategy, size: float, base: Logprobs, exact: Logprobs, noise_nats: float, signal_nats: float
+    strategy: Strategy, size: float, base: LogProbs, exact: LogProbs, noise_nats: float, signal_nats: float
 ) -> list[dict[str, Any]]:
     """Worker: serve the adapter of `oracle`, and compare with what the fp32 reference says of it."""
     tokens = strategy.subject.sequences()
@@ -79,19 +113,6 @@ def truth(
     strategy.sync()
     noise = max(noise_nats, mean_abs_difference(strategy.base_logprobs, base))
     return [{"error_nats": error, "noise_nats": noise, "signal_nats": signal_nats, "same_bits": same_bits}]
-
-
-def _loud_enough(trainer: Trainer, reference: Reference, tokens: list[list[int]], needed: float) -> tuple[float, float]:
-    """Grow the trainer's adapter until it moves the reference's log-probs by `needed`: its size, and by how much."""
-    base = reference.logprobs(tokens)
-    for doubling in range(12):
-        size = 0.02 * 2.0**doubling
-        trainer.randomise(size, ORACLE_SEED)
-        with reference.policy(trainer):
-            signal = mean_abs_difference(reference.logprobs(tokens), base)
-        if signal >= needed:
-            return size, signal
-    raise EngineError(f"no adapter moves the log-probs by {needed:.2g} nats, to be told ({signal:.2g} at most)")
 
 
 def measure(strategy: Strategy, settings: Settings) -> list[dict[str, float]]:
@@ -175,45 +196,3 @@ def _drift(strategy: Strategy, reference: Reference) -> dict[str, float]:
     with reference.weights(trainer.modules, lambda module, _: trainer.base_weight(module)):
         shift = mean_abs_difference(reference.logprobs(tokens), base)
     return {"mean_relative": apart / size, "max_abs": largest, "logprob_shift_nats": shift}
-
-
-class Reference:
-    """The policy in fp32 on plain weights, a checkpoint whose linear weights can be replaced for a while: an oracle
-    that shares no code with PEFT's forward, vLLM or any merge."""
-
-    def __init__(self, model: str, device: str) -> None:
-        from transformers import AutoModelForCausalLM
-
-        # The checkpoint's own dtype crosses to the device: half of what fp32 would.
-        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).float().eval()
-        self._modules = dict(self.model.named_modules())
-
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return teacher_logprobs(self.model, sequences)
-
-    def weight(self, path: str) -> torch.Tensor:
-        """The base's weight at a checkpoint path, fp32."""
-        return self._modules[path].weight.detach()
-
-    @contextmanager
-    def weights(self, modules: Sequence[LoraModule], new: NewWeight) -> Iterator[None]:
-        """Meanwhile, where `modules` are, each forward pass computes with what `new` makes of the base's weights. No
-        more than one new weight is there at a time: a GPU holds one model in fp32, and nothing crosses to the host."""
-        replaced = [self._modules[module.path] for module in modules]
-        for module, layer in zip(modules, replaced, strict=True):
-            layer.forward = partial(_linear, layer, partial(new, module))
-        try:
-            yield
-        finally:
-            for layer in replaced:
-                del layer.forward
-
-    @contextmanager
-    def policy(self, trainer: Trainer) -> Iterator[None]:
-        """Meanwhile, the base plus the trainer's adapter as it is now, summed in fp32."""
-        with self.weights(trainer.modules, lambda module, base_OI: base_OI + trainer.update_of(module)):
-            yield
-
-
-def _linear(layer: nn.Linear, new: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(x, new(layer.weight.detach().float()).to(x), layer.bias)

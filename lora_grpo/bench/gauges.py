@@ -1,17 +1,18 @@
 """What all measurements read: seconds by phase, with what is queued on the device waited for at both ends; how fast
-bytes can cross at all, on this machine, now, which no sync can beat; and what a process takes now.
-
-That is resident memory on the CPU, CUDA allocated on a GPU, blocks of files on tmpfs.
-"""
+bytes can cross at all, on this machine, now, which no sync can beat; and what a process takes, now and at most: what is
+resident on the CPU, CUDA allocated on a GPU, blocks of files on tmpfs."""
 
 import ctypes
 import gc
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
+import psutil
+import torch
 
 TMPFS = "/dev/shm"
 _BYTES = 64 << 20
@@ -31,8 +32,6 @@ class Clock:
 
     def now(self) -> float:
         if self._device != "cpu":
-            import torch
-
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
@@ -42,10 +41,7 @@ def percentile_95(values: Sequence[float]) -> float:
 
 
 def measure_bandwidth(device: str) -> dict[str, float]:
-    """Bytes a second by channel, the best of several: `host_copy` in memory; on a GPU also `device_copy` on it, and
-    `to_host` and `to_device` over the bus, pinned."""
-    import torch
-
+    """Bytes a second by channel, the best of several; `to_host` and `to_device` over the bus, pinned."""
     host = torch.empty(_BYTES, dtype=torch.uint8)
     other = torch.zeros_like(host)
     channels = {"host_copy": _best(device, lambda: other.copy_(host))}
@@ -56,6 +52,11 @@ def measure_bandwidth(device: str) -> dict[str, float]:
         channels["to_host"] = _best(device, lambda: pinned.copy_(near, non_blocking=True))
         channels["to_device"] = _best(device, lambda: near.copy_(pinned, non_blocking=True))
     return channels
+
+
+def _best(device: str, copy: Callable[[], object]) -> float:
+    copy()
+    return _BYTES / min(timeit.repeat(copy, gc.enable, timer=Clock(device).now, number=1, repeat=_REPEATS))
 
 
 def adapter_crossing(device: str, nbytes: int) -> dict[str, int]:
@@ -72,20 +73,7 @@ def floor_seconds(moved_bytes: Mapping[str, int], bandwidth: Mapping[str, float]
     return sum(nbytes / bandwidth[channel] for channel, nbytes in moved_bytes.items())
 
 
-def _best(device: str, copy: Callable[[], object]) -> float:
-    clock = Clock(device)
-    copy()
-    fastest = float("inf")
-    for _ in range(_REPEATS):
-        started = clock.now()
-        copy()
-        fastest = min(fastest, clock.now() - started)
-    return _BYTES / fastest
-
-
 class Levels:
-    """What a process grew by, part by part."""
-
     def __init__(self, device: str) -> None:
         self._device = device
         self.start = self.last = settled_level(device)
@@ -99,10 +87,7 @@ class Levels:
 
 
 def collect(device: str) -> None:
-    """Let go of garbage, and on a GPU of what torch's cache holds."""
     if device != "cpu":
-        import torch
-
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -115,19 +100,15 @@ def settled_level(device: str) -> int:
 
 
 def level(device: str) -> int:
-    """Bytes in use now: CUDA allocated, or this process's resident memory."""
     allocated = cuda_level(device)
     return resident() if allocated is None else allocated
 
 
 def cuda_level(device: str) -> int | None:
-    """Bytes that torch has allocated on a GPU now; None on the CPU."""
     if device == "cpu":
         return None
-    import torch
-
     torch.cuda.synchronize(device)
-    return int(torch.cuda.memory_allocated(device))
+    return torch.cuda.memory_allocated(device)
 
 
 def resident() -> int:
@@ -141,7 +122,31 @@ def proc_bytes(file: str, *names: str) -> list[int]:
     return [int(lines[name].split()[0]) << 10 for name in names]
 
 
+def forget_peaks(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # 5 resets the peak resident set of this process (proc(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> tuple[int, int | None]:
+    """Bytes at most since the peaks were forgotten, and CUDA's reserved."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    now, most = proc_bytes("self/status", "VmRSS", "VmHWM")
+    # Both of these the kernel counts roughly, in the same way; what is in memory now it can count page by page.
+    return level(device) + most - now, None
+
+
 def on_tmpfs(folder: Path) -> int:
     """Bytes that the files of a folder take on tmpfs; none if it is elsewhere."""
     files = folder.rglob("*") if folder.is_relative_to(TMPFS) else ()
     return sum(path.stat().st_blocks * 512 for path in files if path.is_file())
+
+
+def mapped(folder: Path) -> int:
+    """Of a folder's files on tmpfs, what this process has in memory."""
+    maps = psutil.Process().memory_maps() if folder.is_relative_to(TMPFS) else ()
+    return sum(one.rss for one in maps if Path(one.path).is_relative_to(folder))

@@ -1,11 +1,13 @@
-"""The machine and the model, looked at before anything is measured, and whether a part of the suite fits.
+"""The machine and the model, looked at before anything is measured, by a worker; whether a part of the suite fits; and
+what programs whose results are committed have in common: options, where a result comes from, and its file."""
 
-A worker looks: the parent stays light.
-"""
-
+import argparse
+import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_grpo.bench import shapes
 from lora_grpo.bench.gauges import measure_bandwidth
-from lora_grpo.bench.memory import KV_CACHE_BYTES
 from lora_grpo.bench.plan import Settings
+from lora_grpo.bench.shapes import shape_config
 from lora_grpo.bench.strategies import BASE, NATIVE, STOCK
+from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import package_versions
 
@@ -31,6 +34,8 @@ _BACKWARD = 4 * _GIB
 """More of it in a GRPO step, activations checkpointed: at most 8 rows of 512 tokens at a time, up to the 7B shape."""
 _ENGINE = 3 * _GIB
 """Of an engine on a GPU besides its base and its KV cache: CUDA's own, activations, graphs."""
+KV_CACHE_BYTES = 3 << 30
+"""Of every engine on a GPU: room for 64 rows of 512 tokens of the 7B shape."""
 _CPU_SHARE = 0.1
 """Of memory, where vLLM wants to be told a share and `VLLM_CPU_KVCACHE_SPACE` says the size."""
 COMMIT = "LORA_GRPO_COMMIT"
@@ -57,7 +62,6 @@ def check_device(device: str) -> None:
 
 
 def card(device: str) -> dict[str, Any]:
-    """What a reader must know to judge the figures."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     found: dict[str, Any] = {
@@ -105,11 +109,7 @@ def memory(device: str) -> dict[str, int]:
 
 def measure_model(shape: str | None, model: str | None) -> dict[str, int]:
     """Worker: parameters of a model (else of a shape) and elements of its adaptable linear layers, from its config."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lora_grpo.engines.local.targets import checkpoint_config
-
-    config: Any = checkpoint_config(model) if model else AutoConfig.for_model(**shapes.shape_config(str(shape)))
+    config: Any = checkpoint_config(model) if model else AutoConfig.for_model(**shape_config(str(shape)))
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(config)
     head = skeleton.get_output_embeddings()
@@ -161,3 +161,31 @@ def _workers(part: str, settings: Settings) -> int:
         return 3
     alone = part in ("fidelity", "endurance")
     return min(2, len({*settings.strategies, *([] if alone else [NATIVE])}))
+
+
+def asked(about: str | None, **defaults: Any) -> argparse.Namespace:
+    """Options by name, each of its default's type; a type in a default's place makes one that has to be given, None a
+    path that may be left out, a tuple one of its values, the first unless another is asked for."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(default, type):
+            parser.add_argument(flag, type=default, required=True)
+        elif isinstance(default, tuple):
+            parser.add_argument(flag, choices=default, default=default[0])
+        else:
+            parser.add_argument(flag, type=Path if default is None else type(default), default=default)
+    return parser.parse_args()
+
+
+def provenance(*program: str, device: str = "cpu") -> dict[str, Any]:
+    """The command as it was given, the commit (with a plus sign where files differ), and the machine as it is now."""
+    machine = card(device)
+    commit = machine.pop("commit", "unknown")
+    return {"command": shlex.join(["python", *program, *sys.argv[1:]]), "commit": commit, "machine": machine}
+
+
+def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")

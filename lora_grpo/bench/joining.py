@@ -2,14 +2,15 @@
 machine, and a run against an earlier one."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 from pydantic import ValidationError
 
-from lora_grpo.bench import endurance
 from lora_grpo.bench.plan import BESIDE_NATIVE
-from lora_grpo.bench.schema import TABLES, BreakEvenRow, DecodeRow, Document, SyncRow, Winner
+from lora_grpo.bench.schema import TABLES, BreakEvenRow, DecodeRow, Document, EnduranceRow, SlopeRow, SyncRow, Winner
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError
 
@@ -36,8 +37,24 @@ def finished(found: Mapping[str, list[Any]], device: str) -> dict[str, list[Any]
         for row in tables["memory"]
     ]
     tables["break_even"] = break_even(tables["sync"], tables["decode"], device)
-    tables["slopes"] = endurance.slopes(tables["endurance"])
+    tables["slopes"] = slopes(tables["endurance"])
     return tables
+
+
+def slopes(tenths: Sequence[EnduranceRow]) -> list[SlopeRow]:
+    """A line through each strategy's tenths: one outlier, a busy moment of the machine, moves it little."""
+    found = []
+    for (strategy, shape, rank), group in groupby(tenths, key=lambda row: (row.strategy, row.shape, row.rank)):
+        rows = list(group)
+        middles = [(row.first + row.last) / 2 for row in rows]
+        per_1000: dict[str, Any] = {"cuda_bytes_per_1000": None}
+        for column in ("median_s", "memory_bytes", "cuda_bytes", "tmpfs_bytes"):
+            values = [getattr(row, column) for row in rows]
+            if None not in values:
+                name = f"{column.replace('median_s', 'seconds')}_per_1000"
+                per_1000[name] = 1000 * linear_regression(middles, values).slope
+        found.append(SlopeRow(strategy=strategy, shape=shape, rank=rank, syncs=rows[-1].last, **per_1000))
+    return found
 
 
 def break_even(sync: Sequence[SyncRow], decode: Sequence[DecodeRow], device: str) -> list[BreakEvenRow]:

@@ -30,8 +30,6 @@ _DEFAULTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 """Of each part, in the order in which `all` makes them: `repeat` and `strategies`."""
 PARTS = tuple(_DEFAULTS)
-_PAIRED = ("decode", "step", "rollback")
-"""Those that measure nothing of native alone."""
 
 
 class Settings(Section):
@@ -91,15 +89,14 @@ class Settings(Section):
 
     @property
     def others(self) -> list[str]:
-        """The strategies that native is measured beside."""
         return [name for name in self.strategies if name != NATIVE]
 
     @property
     def engine(self) -> str:
         """How engines run, in a word for tables: nothing is captured or compiled, graphs alone, or vLLM's default."""
-        if self.graphs == "alone":
-            return "eager" if self.device == "cpu" else "graphs alone"
-        return "compiled" if self.graphs else "eager"
+        if self.graphs == "alone" and self.device != "cpu":
+            return "graphs alone"
+        return "compiled" if self.graphs is True else "eager"
 
     @property
     def label(self) -> str:
@@ -123,7 +120,8 @@ def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> 
             check_name(strategy)
         if made.model is None:
             shape_config(str(made.shape))
-    if part in _PAIRED and not parts[part].others:
+    # A sync alone has proofs to measure.
+    if part in BESIDE_NATIVE and part != "sync" and not parts[part].others:
         raise ConfigError(f"{part} measures strategies beside {NATIVE}: name another, such as --strategies merge-trl")
     return parts
 
@@ -147,9 +145,6 @@ class Subject:
     rows: tuple[int, ...] = ()
     kv_cache_bytes: int | None = None
     seed: int = 0
-
-    def with_strategy(self, name: str) -> "Subject":
-        return replace(self, strategy=name)
 
     @property
     def target_modules(self) -> Any:
@@ -192,27 +187,22 @@ class Cell:
 
 
 def beside_native(part: str, work: Callable[..., Any], subject: Subject, *others: str, **cell: Any) -> Cell:
-    """What `part` measures of `native` and others, there and back."""
-    subjects = tuple(subject.with_strategy(name) for name in (NATIVE, *others))
-    key = f"{part}/{'+'.join(others)}/r{subject.rank}/{subject.targets}"
-    return Cell(key, part, work, subjects, order=there_and_back(len(subjects)), **cell)
+    """What `part` measures of `native` and others, there and back: in the order 0, 1, 1, 0 for two."""
+    subjects = tuple(replace(subject, strategy=name) for name in (NATIVE, *others))
+    order = (*range(len(subjects)), *reversed(range(len(subjects))))
+    return Cell(
+        f"{part}/{'+'.join(others)}/r{subject.rank}/{subject.targets}", part, work, subjects, order=order, **cell
+    )
 
 
-def alone(part: str, work: Callable[..., Any], subject: Subject, **cell: Any) -> Cell:
-    return Cell(f"{part}/{subject.strategy}", part, work, (subject,), **cell)
-
-
-def there_and_back(subjects: int) -> tuple[int, ...]:
-    """0, 1, 1, 0 for two."""
-    return (*range(subjects), *reversed(range(subjects)))
+def alone(key: str, table: str, work: Callable[..., Any], subject: Subject, strategy: str, **cell: Any) -> Cell:
+    return Cell(f"{key}/{strategy}", table, work, (replace(subject, strategy=strategy),), **cell)
 
 
 def by_strategy(cells: Sequence[Cell]) -> list[Cell]:
     """All parts of one strategy after another, so that it starts once; what needs fresh processes comes last."""
-    first: dict[Subject, int] = {}
-    for place, cell in enumerate(cells):
-        first.setdefault(cell.subjects[-1], place)
-    return sorted(cells, key=lambda cell: (cell.fresh, first[cell.subjects[-1]]))
+    turns = list(dict.fromkeys(cell.subjects[-1] for cell in cells))
+    return sorted(cells, key=lambda cell: (cell.fresh, turns.index(cell.subjects[-1])))
 
 
 def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
@@ -232,7 +222,7 @@ def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
         if cell.key.startswith("sync/merge-trl/")
     ]
     alones += [
-        replace(cell, key=f"{cell.key}/again", subjects=(cell.subjects[0].with_strategy(AGAIN),))
+        replace(cell, key=f"{cell.key}/again", subjects=(replace(cell.subjects[0], strategy=AGAIN),))
         for cell in alones
         if cell.subjects == main and cell.table in (*BESIDE_NATIVE, "memory")
     ]

@@ -1,18 +1,13 @@
 """The figures as pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 
 from lora_grpo.bench.schema import MEMORY_KINDS, Document, SyncRow, figure, mib, ms, percent
 from lora_grpo.bench.strategies import NATIVE
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREY = "tab:blue", "tab:orange", "#b6bac0"
 STYLE = {
@@ -46,7 +41,7 @@ def draw(document: Document, directory: Path) -> list[Path]:
     return made
 
 
-def _picture(path: Path, paint: Callable[[Axes, Document], None], document: Document) -> None:
+def _picture(path: Path, paint: Callable[[Any, Document], None], document: Document) -> None:
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure
@@ -69,7 +64,7 @@ def _where(document: Document) -> str:
     return f"{card.get('gpu') or card['processor']}, {card['cores']} cores, {engine}, torch {card['torch']}"
 
 
-def _sync_times(axes: Axes, document: Document) -> None:
+def _sync_times(axes: Any, document: Document) -> None:
     rows = _main(document)
     names, medians = [row.strategy for row in rows], [ms(row.median_s) for row in rows]
     more = [max(0.0, ms(row.p95_s - row.median_s)) for row in rows]
@@ -88,7 +83,7 @@ def _sync_times(axes: Axes, document: Document) -> None:
     axes.grid(axis="x")
 
 
-def _sync_phases(axes: Axes, document: Document) -> None:
+def _sync_phases(axes: Any, document: Document) -> None:
     rows = _main(document)
     shares = [{phase: percent(s / sum(row.phases_s.values())) for phase, s in row.phases_s.items()} for row in rows]
     phases = dict.fromkeys(phase for share in reversed(shares) for phase in share)
@@ -99,7 +94,7 @@ def _sync_phases(axes: Axes, document: Document) -> None:
     axes.legend(ncols=6, **_BELOW)
 
 
-def _stacked(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Any:
+def _stacked(axes: Any, names: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Any:
     """A bar for each name, of parts one after another; returns the last part's."""
     left = numpy.zeros(len(names))
     for part, sizes in parts.items():
@@ -108,7 +103,7 @@ def _stacked(axes: Axes, names: Sequence[str], parts: Mapping[str, Sequence[floa
     return bars
 
 
-def _break_even(axes: Axes, document: Document) -> None:
+def _break_even(axes: Any, document: Document) -> None:
     """Step time of each way but the training, for the batch size in the middle, against completion length."""
     sizes = sorted({row.rows for row in document.break_even})
     size = sizes[len(sizes) // 2]
@@ -137,7 +132,7 @@ def _break_even(axes: Axes, document: Document) -> None:
     axes.legend()
 
 
-def _drift(axes: Axes, document: Document) -> None:
+def _drift(axes: Any, document: Document) -> None:
     _by_strategy(axes, document.drift, "cycles", "mean_relative", lambda x, y: f"{figure(y[-1])} % after {x[-1]:,}")
     axes.set_yscale("symlog", linthresh=1e-3)
     _plain(axes.xaxis, axes.yaxis)
@@ -145,9 +140,7 @@ def _drift(axes: Axes, document: Document) -> None:
     axes.set(title=title, xlabel="syncs", ylabel="mean |W - W0|, % of mean |W0|", ylim=(0, None))
 
 
-def _by_strategy(
-    axes: Axes, rows: Sequence[Any], across: str, share: str, said: Callable[[list[Any], list[float]], str]
-) -> None:
+def _by_strategy(axes: Any, rows: Sequence[Any], across: str, share: str, said: Callable[..., str]) -> None:
     axes.set_xscale("log")
     for strategy in dict.fromkeys(row.strategy for row in rows):
         own = [row for row in rows if row.strategy == strategy]
@@ -157,7 +150,7 @@ def _by_strategy(
     axes.grid(axis="y")
 
 
-def _memory(axes: Axes, document: Document) -> None:
+def _memory(axes: Any, document: Document) -> None:
     rows = document.memory[::-1]
     parts = {"trainer": "trainer", "engine": "engine", "peak during syncs": "sync", "tmpfs": "tmpfs"}
     sizes = {part: [mib(getattr(row, f"{of}_bytes")) for row in rows] for part, of in parts.items()}
@@ -169,7 +162,7 @@ def _memory(axes: Axes, document: Document) -> None:
     axes.legend(ncols=4, **_BELOW)
 
 
-def _endurance(axes: Axes, document: Document) -> None:
+def _endurance(axes: Any, document: Document) -> None:
     """The first strategy's tenths, each relative to the first."""
     first = document.endurance[0]
     rows = [row for row in document.endurance if (row.strategy, row.shape) == (first.strategy, first.shape)]
@@ -184,7 +177,7 @@ def _endurance(axes: Axes, document: Document) -> None:
     axes.grid(axis="y")
 
 
-def _fidelity(axes: Axes, document: Document) -> None:
+def _fidelity(axes: Any, document: Document) -> None:
     first = min(row.updates for row in document.fidelity)
     rows = [row for row in document.fidelity if row.updates == first]
     _by_strategy(axes, rows, "learning_rate", "lost_share", lambda x, y: f"{figure(y[0])} % at {x[0]:g}")
@@ -206,9 +199,7 @@ _PICTURES: tuple[tuple[str, str, Callable[[Any, Document], None]], ...] = (
 
 def _main(document: Document) -> list[SyncRow]:
     """The rows of the first shape, rank and targets, the slowest first."""
-    first = document.sync[0]
-    kind = (first.shape, first.rank, first.targets)
-    rows = [row for row in document.sync if (row.shape, row.rank, row.targets) == kind]
+    rows = [row for row in document.sync if _named(row) == _named(document.sync[0])]
     return sorted(rows, key=lambda row: row.median_s, reverse=True)
 
 

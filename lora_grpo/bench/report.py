@@ -14,11 +14,9 @@ from lora_grpo.errors import ConfigError, counted
 
 REPORT, SUMMARY = "report.md", "summary.json"
 """The latter is what `benchmarks/gpu/run.py` leaves beside the results: its steps, and where models were."""
-_BLOCK = r"(<!-- {0}:begin -->\n).*?(<!-- {0}:end -->)"
 
 
 def write_report(document: Document, directory: Path) -> Path:
-    """Draw the plots and write `report.md` beside them; returns its path."""
     path, left = directory / REPORT, directory / SUMMARY
     run = json.loads(left.read_text()) if left.exists() else {"steps": [], "notes": []}
     path.write_text("\n".join(_lines(document, draw(document, directory), run)) + "\n")
@@ -32,7 +30,7 @@ def update_readme(document: Document, readme: Path) -> None:
     text = readme.read_text()
     short = document.model_copy(update={"break_even": earliest(document.break_even)})
     block = "\n".join([*findings(short), "", *_provenance(document)])
-    pattern = re.compile(_BLOCK.format(name), re.DOTALL)
+    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
     changed, count = pattern.subn(lambda found: f"{found[1]}{block}\n{found[2]}", text)
     if count != 1:
         raise ConfigError(f"{readme} needs one <!-- {name}:begin --> ... <!-- {name}:end --> for the figures to go in")
@@ -64,7 +62,6 @@ def _lines(document: Document, plots: Sequence[Path], run: Mapping[str, Any]) ->
 
 
 def _profile(document: Document) -> Iterator[str]:
-    """Where the time of native's first sync row of each shape goes."""
     first = {row.shape: row for row in reversed(document.sync) if row.strategy == NATIVE}
     for row in reversed(first.values()):
         yield f"\n## Where the milliseconds of a sync go: native, {row.shape}, r={row.rank} {row.targets}\n"
@@ -99,16 +96,14 @@ def findings(document: Document) -> list[str]:
 
 def earliest(rows: Sequence[BreakEvenRow]) -> list[BreakEvenRow]:
     """Of each shape and batch size, the merge that wins from the shortest completions on; the first where none does."""
-    kinds: dict[tuple[str, int], list[BreakEvenRow]] = {}
-    for row in rows:
-        kinds.setdefault((row.shape, row.rows), []).append(row)
-    return [min(alike, key=_wins_from) for alike in kinds.values()]
+    kinds = dict.fromkeys((row.shape, row.rows) for row in rows)
+    return [min((row for row in rows if (row.shape, row.rows) == kind), key=_wins_from) for kind in kinds]
 
 
 def _wins_from(row: BreakEvenRow) -> float:
-    if row.completion_tokens is None:
-        return 0.0 if row.beyond == "merge" else math.inf
-    return row.completion_tokens if row.beyond == "merge" else 0.0
+    if row.beyond == "merge":
+        return row.completion_tokens or 0.0
+    return math.inf if row.completion_tokens is None else 0.0
 
 
 def sentence(row: BreakEvenRow) -> str:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lora_grpo.adapters.files.disk import replace_file
-from lora_grpo.bench.memory import give_back
+from lora_grpo.bench.gauges import collect
 from lora_grpo.bench.plan import Cell, Subject
 from lora_grpo.bench.strategies import load_strategy
+from lora_grpo.engines import compat
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 from lora_grpo.metrics.log import capture_output
 
@@ -135,8 +136,7 @@ def serve(requests: Connection, log: str) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     loaded: list[Any] = []
     with suppress(EOFError):
-        while (request := requests.recv()) is not None:
-            work, arguments = request
+        for work, arguments in iter(requests.recv, None):
             try:
                 result = work(*loaded, **arguments)
                 if work is load:
@@ -149,10 +149,13 @@ def serve(requests: Connection, log: str) -> None:
 
 
 def load(subject: Subject) -> Any:
-    from lora_grpo.engines import compat
-
     compat.import_vllm()
     return load_strategy(subject.strategy)(subject)
+
+
+def give_back(strategy: Any) -> None:
+    """Worker: what garbage and torch's cache still hold of a GPU goes back to it, for whoever measures next there."""
+    collect(strategy.subject.device)
 
 
 class Runner:

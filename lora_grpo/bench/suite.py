@@ -3,23 +3,38 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from lora_grpo.adapters.files.disk import tmpfs_home
-from lora_grpo.bench import decode, endurance, fidelity, host, memory, rollback, shapes, step, sync
+from lora_grpo.bench import fidelity, host, memory, serving, shapes, sync
 from lora_grpo.bench.gauges import adapter_crossing, floor_seconds, weights_crossing
 from lora_grpo.bench.joining import finished, read_document
-from lora_grpo.bench.plan import BESIDE_NATIVE, PARTS, Cell, Settings, Subject, by_strategy, compared, one_at_a_time
+from lora_grpo.bench.plan import Cell, Settings, Subject, by_strategy, compared, one_at_a_time
 from lora_grpo.bench.runner import Partial, Progress, Runner, WorkerProcess
 from lora_grpo.bench.schema import TABLES, Document
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError
 
-ROOMS: dict[str, Any] = dict(zip(PARTS, (sync, memory, decode, fidelity, step, rollback, endurance), strict=True))
+CELLS: dict[str, Callable[[Settings, Subject], list[Cell]]] = {
+    "sync": sync.sync_cells,
+    "memory": memory.cells,
+    "decode": serving.decode_cells,
+    "fidelity": fidelity.cells,
+    "step": serving.step_cells,
+    "rollback": sync.rollback_cells,
+    "endurance": sync.endurance_cells,
+}
+ROWS: dict[str, Callable[[Mapping[str, Any]], list[Any]]] = {
+    "sync": sync.sync_rows,
+    "decode": serving.decode_rows,
+    "step": serving.step_rows,
+    "rollback": sync.rollback_rows,
+}
+"""Of the tables in which strategies are compared; of others, each thing that was found is a row."""
 PARTIAL, RESULTS = "partial.json", "results.json"
 LEAST_TMPFS = 2 << 30
 """Bytes on /dev/shm for the versions that are kept, up to 8 of a 7B's."""
@@ -35,6 +50,7 @@ class Suite:
         if out is not None and (holds := finished_command(out, other_than=parts)):
             raise ConfigError(f"{out} holds the finished result of another run ({holds}); use another --out")
         self._parts, self._command, self._out = parts, command, out
+        self._in_turn = any(settings.takes_turns for settings in parts.values())
         self._started_at, started = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.monotonic()
         # None while cells are left.
         self._failures: list[str] | None = None
@@ -49,7 +65,7 @@ class Suite:
             self._host = WorkerProcess(self._log, alone=True)
             opened.callback(self._host.close)
             self._look(started)
-            self._open = opened.pop_all()
+            self.close = opened.pop_all().close
 
     def _look(self, started: float) -> None:
         self._oracles: dict[Any, dict[str, Any]] = {}
@@ -59,8 +75,7 @@ class Suite:
         self._shares: dict[str, float] = {}
         for part, asked in self._parts.items():
             if asked.label not in self._sizes:
-                model = self._host.do(host.measure_model, shape=asked.shape, model=asked.model)
-                self._sizes[asked.label] = model
+                self._sizes[asked.label] = self._host.do(host.measure_model, shape=asked.shape, model=asked.model)
             self._shares[asked.label] = host.engine_share(part, asked, self._sizes[asked.label], seen["memory_bytes"])
         dumped = {part: settings.model_dump(mode="json") for part, settings in self._parts.items()}
         machine = {name: value for name, value in seen["card"].items() if name != "load_average_1min"}
@@ -91,7 +106,7 @@ class Suite:
         models = {part: self._model(settings, progress) for part, settings in self._parts.items()}
         cells = [self._told(cell, progress) for cell in self._cells(models)]
         self._host.close()
-        runner = Runner(self._log, progress, alive_at_once=1 if self._takes_turns else 2)
+        runner = Runner(self._log, progress, alive_at_once=1 if self._in_turn else 2)
         try:
             self._failures = runner.run(cells, self._partial)
         except BaseException:
@@ -134,20 +149,13 @@ class Suite:
         (self._out / RESULTS).write_text(document.model_dump_json(indent=1) + "\n")
         return self._out
 
-    def close(self) -> None:
-        self._open.close()
-
-    @property
-    def _takes_turns(self) -> bool:
-        return any(settings.takes_turns for settings in self._parts.values())
-
     def _cells(self, models: Mapping[str, str]) -> list[Cell]:
         cells: list[Cell] = []
         for part, settings in self._parts.items():
             labels = {"shape": settings.label, "engine": settings.engine}
-            made = ROOMS[part].cells(settings, self._subject(settings, models[part]))
+            made = CELLS[part](settings, self._subject(settings, models[part]))
             cells += [replace(cell, labels={**labels, **cell.labels}) for cell in made]
-        return one_at_a_time(cells) if self._takes_turns else by_strategy(cells)
+        return one_at_a_time(cells) if self._in_turn else by_strategy(cells)
 
     def _told(self, cell: Cell, progress: Progress) -> Cell:
         """A cell that asks for the truth is told what the fp32 reference says, computed before any strategy starts."""
@@ -178,7 +186,7 @@ class Suite:
             disk=str(self._disk),
             gpu_memory_utilization=self._shares[settings.label],
             rows=settings.rows if settings.graphs == "alone" else (),
-            kv_cache_bytes=None if settings.device == "cpu" else memory.KV_CACHE_BYTES,
+            kv_cache_bytes=None if settings.device == "cpu" else host.KV_CACHE_BYTES,
             **{name: getattr(settings, name) for name in asked},
         )
 
@@ -192,10 +200,9 @@ def finished_command(out: Path, *, other_than: Mapping[str, Settings] | None = N
 
 
 def rows(measured: Partial) -> dict[str, list[Any]]:
-    """By table. Where strategies are compared, its room makes them; else each thing that was found is one."""
     found: dict[str, list[Any]] = {table: [] for table in TABLES}
     for cell in compared(measured.cells):
-        rows_of = ROOMS[cell["table"]].rows if cell["table"] in BESIDE_NATIVE else rows_of_one
+        rows_of = ROWS.get(cell["table"], rows_of_one)
         found[cell["table"]] += rows_of({**cell, "bandwidth": measured.bandwidth})
     return found
 

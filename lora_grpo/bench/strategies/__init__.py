@@ -16,14 +16,14 @@ _HOMES = {
     NATIVE: "native:Native",
     AGAIN: "native:Native",
     "native-disk": "native:NativeDisk",
-    "native-shared": "native:NativeShared",
-    "native-stock": "native:NativeStock",
+    SHARED: "native:NativeShared",
+    STOCK: "native:NativeStock",
     "by-hand": "native:ByHand",
     "merge-trl": "merging:MergeTRL",
     "merge-touched": "merging:MergeTouched",
     "merge-out-of-place": "merging:MergeOutOfPlace",
     "merge-fold": "merging:MergeFold",
-    "base": "merging:BaseOnly",
+    BASE: "merging:BaseOnly",
 }
 STRATEGIES = ("native", "native-disk", "by-hand", "merge-trl", "merge-touched", "merge-out-of-place", "merge-fold")
 """What is compared; the others differ from one of these in what they hold or compute with, not in their syncs."""

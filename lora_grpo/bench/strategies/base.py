@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -49,8 +49,7 @@ class Trainer:
         config = LoraConfig(r=subject.rank, lora_alpha=2 * subject.rank, target_modules=subject.target_modules)
         self.model: PeftModel = get_peft_model(base, config, autocast_adapter_dtype=True)
         self.modules: list[LoraModule] = lora_modules(self.model, ADAPTER)
-        self.device = torch.device(subject.device)
-        self._generator = torch.Generator(self.device).manual_seed(subject.seed)
+        self._generator = torch.Generator(subject.device).manual_seed(subject.seed)
 
     def step(self, learning_rate: float = 1e-5) -> None:
         """Move every entry of A and B by the learning rate, up or down: what AdamW does to them at first."""
@@ -78,8 +77,8 @@ class Trainer:
         with torch.no_grad():
             for module in self.modules:
                 a, b = module.a_RI, module.b_OR
-                a.copy_(self._normal(a) / a.shape[1] ** 0.5)
-                b.copy_(self._normal(b) * size / (module.scaling * b.shape[1] ** 0.5))
+                a.normal_(generator=self._generator).div_(a.shape[1] ** 0.5)
+                b.normal_(generator=self._generator).mul_(size).div_(module.scaling * b.shape[1] ** 0.5)
 
     def snapshot(self) -> list[torch.Tensor]:
         return [tensor.detach().clone() for tensor in self.tensors()]
@@ -107,8 +106,7 @@ class Trainer:
     @property
     def base_bytes(self) -> int:
         """Bytes of one copy of the base; tied weights count once."""
-        own = (p for name, p in self.model.named_parameters() if "lora_" not in name)
-        return sum(parameter.numel() * parameter.element_size() for parameter in own)
+        return sum(parameter.nbytes for name, parameter in self.model.named_parameters() if "lora_" not in name)
 
     def drop_base(self) -> None:
         """Let go of the base's weights; the model cannot be used afterwards."""
@@ -117,24 +115,18 @@ class Trainer:
                 module._parameters.clear()
 
     def _signs(self, like: torch.Tensor) -> torch.Tensor:
-        bits = torch.randint(0, 2, like.shape, generator=self._generator, device=self.device)
+        bits = torch.randint(0, 2, like.shape, generator=self._generator, device=like.device)
         return bits.to(like.dtype).mul_(2).sub_(1)
-
-    def _normal(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(like.shape, generator=self._generator, device=self.device)
 
 
 class Strategy(ABC):
-    """A trainer's adapter on its way to an engine, again and again."""
-
     trainer: Trainer
     engine: Any
+    rollback_cases: ClassVar[dict[str, int]]
+    """The ways back to an earlier version that differ in cost -> syncs in between that bring such a case about."""
     loader: str | None = None
-    """How our engine took the last sync's adapter; None where another engine does."""
     load_calls: int | None = None
-    """Calls of vLLM's `load_weights` that the last sync made; None where no weights are pushed."""
     at_once: bool = False
-    """A merge hands its weights over in one call."""
     remember_pushed: bool = False
     """Keep copies of what a sync pushes, so that `served_weight` can tell; costs memory and time."""
 
@@ -191,10 +183,6 @@ class Strategy(ABC):
         drop_weights(self.engine)
 
     @abstractmethod
-    def rollback_cases(self) -> dict[str, int]:
-        """The ways back to an earlier version that differ in cost -> syncs in between that bring such a case about."""
-
-    @abstractmethod
     def mark(self) -> Any:
         """What `rollback` needs to come back to what was synced last."""
 
@@ -209,7 +197,6 @@ class Strategy(ABC):
 
 
 def engine_arguments(subject: Subject) -> dict[str, Any]:
-    """What every engine of a comparison is started with."""
     names = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
     arguments: dict[str, Any] = {name: getattr(subject, name) for name in names}
     if subject.kv_cache_bytes is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 
@@ -17,15 +17,13 @@ Phases: TypeAlias = dict[str, Callable[[], object]]
 class Merging(Strategy):
     """The engine runs with `enable_lora=False`, its real best for merged weights."""
 
+    rollback_cases: ClassVar[dict[str, int]] = {"merged again": 1}
     prepack = True
     moved_bytes = 0
     """Of weights, in the last sync."""
 
     def start(self) -> None:
         self.engine = PlainEngine(self.subject.model, prepack=self.prepack, **engine_arguments(self.subject))
-
-    def rollback_cases(self) -> dict[str, int]:
-        return {"merged again": 1}
 
     def mark(self) -> list[torch.Tensor]:
         return self.trainer.snapshot()
@@ -87,7 +85,7 @@ class MergeTRL(Merging):
 
     def _counted(self, named: Iterable[tuple[str, torch.Tensor]]) -> Named:
         for name, tensor in named:
-            self.moved_bytes += tensor.numel() * tensor.element_size()
+            self.moved_bytes += tensor.nbytes
             if self.remember_pushed:
                 self._pushed[name] = tensor.clone()
             yield name, tensor

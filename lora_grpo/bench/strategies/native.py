@@ -23,6 +23,7 @@ KEPT_VERSIONS = 8
 class Native(Strategy):
     """`NativeSync.push`, as a user calls it."""
 
+    rollback_cases: ClassVar[dict[str, int]] = {"still loaded": 1, "evicted": KEPT_VERSIONS - 2}
     engine_options: ClassVar[dict[str, Any]] = {}
     """What `VLLMEngine` is given besides the comparison's own arguments."""
 
@@ -31,11 +32,10 @@ class Native(Strategy):
         self.connect()
 
     def start_engine(self) -> None:
-        targets = None if self.subject.targets == "all-linear" else self.subject.target_modules
         self.engine = VLLMEngine(
             self.subject.model,
             max_lora_rank=self.subject.rank,
-            target_modules=targets,
+            target_modules=None if self.subject.targets == "all-linear" else self.subject.target_modules,
             **self.engine_options,
             **engine_arguments(self.subject),
         )
@@ -66,9 +66,6 @@ class Native(Strategy):
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
         a_RI, b_OR = lora_tensors(self.engine, path, self.version)
         return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
-
-    def rollback_cases(self) -> dict[str, int]:
-        return {"still loaded": 1, "evicted": KEPT_VERSIONS - 2}
 
     def mark(self) -> int:
         return self.version.number
@@ -130,6 +127,8 @@ class ByHand(Strategy):
     """What a user writes without this project: PEFT's `save_pretrained`, vLLM's `add_lora`, nothing proven. A fresh
     directory on tmpfs, id and name each time; old directories are removed after the clock stopped."""
 
+    rollback_cases: ClassVar[dict[str, int]] = {"evicted": KEPT_VERSIONS - 2}
+
     def start(self) -> None:
         self.engine = PlainEngine(self.subject.model, lora_rank=self.subject.rank, **engine_arguments(self.subject))
         self._count = 0
@@ -150,9 +149,6 @@ class ByHand(Strategy):
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
         a_RI, b_OR = lora_tensors(self.engine, path)
         return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
-
-    def rollback_cases(self) -> dict[str, int]:
-        return {"evicted": KEPT_VERSIONS - 2}
 
     def mark(self) -> tuple[Any, list[torch.Tensor]]:
         return self._request, self.trainer.snapshot()
