@@ -29,9 +29,9 @@ _META = {"param_groups", "optimizer", "scheduler", "extra"}
 class TrainerState:
     """A trainer at one moment. `tensors` are on the CPU and its own; `meta` is JSON.
 
-    Tensor names: `weights/MODULE.A`, `weights/MODULE.B`, `optimizer/INDEX/NAME` (`NAME/NAME` in a dict inside; like it,
-    wherever else `meta` names one), all of them whole, and the random state of the first process, `rng/cpu` and
-    `rng/cuda`, and of others, `rng/cpu/INDEX` and `rng/cuda/INDEX`."""
+    Tensor names: `weights/MODULE.A` and `.B`; `optimizer/INDEX/NAME`, `param_groups/...` and `scheduler/...`, by the
+    keys that lead to it; all of them whole; and the random state of the first process, `rng/cpu` and `rng/cuda`, and of
+    others, `rng/cpu/INDEX` and `rng/cuda/INDEX`."""
 
     tensors: Mapping[str, torch.Tensor]
     meta: Mapping[str, Any]
@@ -56,7 +56,7 @@ def read_state(files: Mapping[str, Path]) -> TrainerState:
     try:
         state = TrainerState(load_tensors(files[STATE_TENSORS_FILE]), parse_json(files[STATE_FILE].read_bytes()))
         if missing := _META - state.meta.keys():
-            raise ValueError(f"{STATE_FILE} lacks {sorted(missing)}")
+            raise ValueError(f"{STATE_FILE} lacks {sorted(missing)}; did another release write it?")
         return state
     except (KeyError, ValueError, AttributeError, OSError) as error:
         raise StoreCorrupt(f"the trainer state in {[*map(str, files.values())]} is unreadable: {error}") from error
@@ -116,6 +116,9 @@ def _coded(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     What JSON has no form of is an object of one key: "$tuple", "$Counter", "$dict" where keys are not plain text, or
     "$tensor", which is in `tensors` by `name` and the keys that lead to it."""
     if type(value) in _WITH_PLAIN_STORAGE:
+        # Of keys 1 and "1", too, each has its own.
+        while name in tensors:
+            name += "'"
         tensors[name] = _copied(value)
         return {"$tensor": name}
     if isinstance(value, Mapping):

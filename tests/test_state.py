@@ -92,6 +92,7 @@ class Odd:
 def test_no_type_is_changed_on_the_way(tmp_path: Path) -> None:
     values = {
         "milestones": Counter({3: 2, 5: 1}),
+        "alike": {1: torch.tensor(1.0), "1": torch.tensor(2.0)},
         "by_epoch": {0: 0.5, 10: {"rate": 0.1}},
         "betas": (0.9, 0.999),
         "spans": [((0, 1), [2, None, True]), {}],

@@ -105,6 +105,14 @@ def test_imports_are_light(module: str) -> None:
     assert loaded.strip() == "[]"
 
 
+def test_what_every_process_of_vllm_imports_is_light() -> None:
+    """The plugin is loaded in each, before it looks whether it is needed; PEFT alone would take seconds there."""
+    heavy = ("peft", "transformers")
+    code = f"import lora_grpo.engines.packing, sys; print([name for name in {heavy} if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert loaded.strip() == "[]"
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "examples"])
 def test_what_scripts_import_from_here_is_there(folder: str) -> None:
     """Types are checked in the package alone, and some scripts run once in a long while."""

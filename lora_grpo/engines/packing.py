@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
-from lora_grpo.adapters.peft_form.modules import nf4_values
 from lora_grpo.engines.compat.patching import wrap_once
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,6 +81,9 @@ def quantized_values(layer: Any) -> torch.Tensor | None:
     weight: Any = getattr(layer, "weight", None)
     states = getattr(weight, "bnb_quant_state", None)
     if isinstance(states, dict):
+        # PEFT takes seconds to import, in each of vLLM's processes.
+        from lora_grpo.adapters.peft_form.modules import nf4_values
+
         pieces = weight.data.split(weight.bnb_shard_offsets.diff().tolist())
         return torch.cat([nf4_values(piece, states[index]) for index, piece in enumerate(pieces)])
     block, scale = getattr(layer, "weight_block_size", None), getattr(layer, "weight_scale_inv", None)

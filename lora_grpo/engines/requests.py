@@ -3,7 +3,7 @@
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from itertools import chain, islice
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -173,18 +173,18 @@ def request_seeds(sampling_P: Sequence[Sampling]) -> list[list[int]]:
 
 def sampling_fields(sampling: Sampling, seed: int, placeholders: Sequence[int] = ()) -> dict[str, Any]:
     """One sample of one prompt in vLLM's words, with its tokens' log-probs; none of `placeholders` is sampled."""
-    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(sampling).items()}
-    del fields["first_prompt"]
+    said = {field.name: getattr(sampling, field.name) for field in fields(sampling) if field.name != "first_prompt"}
+    said |= {"stop": list(sampling.stop), "stop_token_ids": list(sampling.stop_token_ids)}
     never = dict.fromkeys(placeholders, _NEVER) or None
-    return fields | {"n": 1, "seed": seed, "logit_bias": never, "logprobs": 0}
+    return said | {"n": 1, "seed": seed, "logit_bias": never, "logprobs": 0}
 
 
 def sampling_params(sampling: Sampling, seed: int, placeholders: Sequence[int] = (), *, scored: bool = False) -> Any:
     """`scored`: with the prompt's log-probs too."""
     from vllm import SamplingParams
 
-    fields = sampling_fields(sampling, seed, placeholders)
-    return SamplingParams(**fields, prompt_logprobs=0 if scored else None)
+    said = sampling_fields(sampling, seed, placeholders)
+    return SamplingParams(**said, prompt_logprobs=0 if scored else None)
 
 
 def scoring_params() -> Any:

@@ -68,8 +68,10 @@ class Recipe:
             raise ConfigError(f"{now} (None: not adapted); {fix}")
 
     def write(self, path: Path) -> None:
-        with disk.reported(f"writing {path}"):
-            disk.replace_file(path, json.dumps(asdict(self), indent=1).encode(), sync=True)
+        content = json.dumps(asdict(self), indent=1).encode()
+        if disk.read_small(path) != content:
+            with disk.reported(f"writing {path}"):
+                disk.replace_file(path, content, sync=True)
 
     @classmethod
     def read(cls, run: Path) -> "Recipe":

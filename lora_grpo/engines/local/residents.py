@@ -9,8 +9,10 @@ itself can activate, evict or remove what was loaded so, or read it again from i
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
+
+import torch
 
 from lora_grpo.adapters.peft_form.files import AdapterFile, open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
@@ -20,7 +22,6 @@ from lora_grpo.engines.base import LoadedVersions, LoadReceipt
 from lora_grpo.engines.delivery.slots import Binding, SlotProver, require_published
 from lora_grpo.engines.local.running import StepDriver, vllm_boundary
 from lora_grpo.errors import DeliveryError, EngineError, LoraGrpoError
-from lora_grpo.state import generators_kept
 
 
 class Loaded(NamedTuple):
@@ -123,7 +124,7 @@ class Residents(LoadedVersions[Loaded]):
                 self.remove(forget)
                 self._llm.llm_engine.remove_lora(forget.lora_id)
 
-        with vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else generators_kept():
+        with vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else _generators_kept():
             yield
 
     def _prove_again(self, loaded: Loaded) -> LoadReceipt:
@@ -164,6 +165,10 @@ class Residents(LoadedVersions[Loaded]):
             )
         for version in idle[:excess]:
             self.unload(version)
+
+
+def _generators_kept() -> AbstractContextManager[None]:
+    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
 
 
 class LayersOnDemand(Mapping[str, Any]):

@@ -34,7 +34,7 @@ _joined = False
 class Turn:
     """Every call of an engine takes it. A call from inside another, between two steps, is part of that one's. vLLM that
     is left in the middle of a step does not find out of it again: a signal whose handler is Python's, as Ctrl-C's is,
-    is handled between two steps; a second one meanwhile at once, and the engine has to be started again."""
+    is handled between two steps; a second one that comes meanwhile at once, and the engine has to be started again."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
