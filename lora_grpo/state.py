@@ -56,7 +56,7 @@ def read_state(files: Mapping[str, Path]) -> TrainerState:
     try:
         state = TrainerState(load_tensors(files[STATE_TENSORS_FILE]), parse_json(files[STATE_FILE].read_bytes()))
         if missing := _META - state.meta.keys():
-            raise ValueError(f"{STATE_FILE} lacks {sorted(missing)}; did another release write it?")
+            raise ValueError(f"{STATE_FILE} lacks {sorted(missing)}; if another release wrote it, resume with that one")
         return state
     except (KeyError, ValueError, AttributeError, OSError) as error:
         raise StoreCorrupt(f"the trainer state in {[*map(str, files.values())]} is unreadable: {error}") from error

@@ -414,6 +414,9 @@ def test_a_base_that_is_to_be_sharded_is_no_engines(monkeypatch: pytest.MonkeyPa
     assert assembly.Assembly(closing, reporter, crew, made_of, "auto").sharing is False
     with pytest.raises(ConfigError, match="share_base_weights with FSDP2 would shard"):
         assembly.Assembly(closing, reporter, crew, made_of, True)
+    given: Any = object()
+    with pytest.raises(ConfigError, match="share_base_weights with FSDP2 would shard"):
+        assembly.Assembly(closing, reporter, crew, made_of, "auto", given)
 
 
 def test_a_policy_on_the_shared_base_has_a_trainable_adapter_only(engine: VLLMEngine, llama_dir: Path) -> None:

@@ -45,7 +45,7 @@ class Assembly:
     def __post_init__(self) -> None:
         self.keep, accelerator = self.made_of.spec.keep or KeepConfig(), launched()
         if accelerator is not None and accelerator.is_fsdp2:
-            if self.sharing is True:
+            if self.sharing is True or self.shared is not None:
                 raise ConfigError("share_base_weights with FSDP2 would shard the engine's own weights; leave it False")
             self.sharing = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import cached_property
@@ -24,7 +25,6 @@ from lora_grpo.errors import ConfigError, counted
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
-from lora_grpo.sections import nearest_key
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Model, checkpoint_of
 from lora_grpo.trainer.rollouts import RolloutFunc
@@ -214,8 +214,9 @@ def _template_names(tokenizer: Any) -> set[str] | None:
 def _check_template_kwargs(chat: Chat, known: set[str] | None, called: str) -> None:
     for name in chat.template_kwargs:
         if known is not None and name not in known:
-            told = f"{called} has chat_template_kwargs {name!r}, which the chat template ignores: leave it out"
-            raise ConfigError(f"{told} ({nearest_key(name, known)})")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+            raise ConfigError(f"{called} has chat_template_kwargs {name!r}, which the chat template ignores; {hint}")
 
 
 def reward_functions(given: Any) -> list[RewardFunction]:
