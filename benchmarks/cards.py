@@ -1,8 +1,7 @@
 """What fits which card, computed and not measured: `python benchmarks/cards.py > examples/docs/cards.md`.
 
 The arithmetic is that of `lora-grpo check`: weights, adapter with optimizer, activations of one micro-batch, the engine
-beside them with a KV cache for one batch of completions. No GPU takes part.
-"""
+beside them with a KV cache for one batch of completions. No GPU takes part."""
 
 from dataclasses import replace
 from itertools import product

@@ -7,8 +7,7 @@ One engine of a dtype, one adapter a member, `rows` a member. `alone_s` is the s
 own rows, as lone runs make them; `together_s` is one call with all of them. Both are medians of `repeats`, taken in
 turn; `ratio` is of those. `ratio_cpu` is the same of processor seconds, which other work on the machine changes less.
 The tokens are compared too. On a GPU, decoding is captured in CUDA graphs; a CPU's engine is eager, since compiling
-this shape takes longer than all that is measured.
-"""
+this shape takes longer than all that is measured."""
 
 import json
 import operator

@@ -7,8 +7,7 @@ what the engines took in all steps, `peak_mib` the most that all processes of a 
 share is counted once). `same` says for each rate whether all versions of the member are its lone run's, to the bit.
 FOLDER gets `rates.json` and the curves as the sweep draws them. Eight processes at once have one thread each. With
 fewer lone runs than rates, these are the first rates', and no processes run at once. On a GPU the engine computes in
-the base's dtype, and a row is not the same to the bit in every batch.
-"""
+the base's dtype, and a row is not the same to the bit in every batch."""
 
 import json
 import multiprocessing

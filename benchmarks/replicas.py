@@ -11,8 +11,7 @@ in float32, as the trainer does: so rounding hides no difference between version
 Whether the check would see a wrong version is measured in the same run, with the same rule: on the same completions,
 each claiming its neighbour's number, and on completions that the base made, each claiming a version's.
 
-`--max-staleness` is how many versions a batch may lag behind. The result is printed as a line of JSON.
-"""
+`--max-staleness` is how many versions a batch may lag behind. The result is printed as a line of JSON."""
 
 import json
 import signal

@@ -14,8 +14,7 @@ memory above the level before. What tensors give back goes back to the system at
 peak would hold what glibc's heap keeps. Ratios are of figures of one call.
 
 On a GPU (`--device cuda:0`) subjects take turns in one process: seconds of the clock, for a step after two that warmed
-up, and the peak of what torch has allocated. What does not fit the card has no figures.
-"""
+up, and the peak of what torch has allocated. What does not fit the card has no figures."""
 
 import argparse
 import importlib.metadata

@@ -22,8 +22,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     A run is its directory or the `config.json` there; `output_dir` is then that directory, wherever it lies. An
     override's value is TOML (1e-4, true, ["q_proj", "v_proj"]), or bare text; an empty one, or null, takes the key
-    out, back to its default. `rewards.0.weight=2` reaches into a list. Raises `ConfigError` naming file and key.
-    """
+    out, back to its default. `rewards.0.weight=2` reaches into a list. Raises `ConfigError` naming file and key."""
     path = Path(path)
     run = path.parent if path.name == RESOLVED_FILE and (path.parent / "store.json").exists() else path
     return _built(str(path), _of_run(run) if run.is_dir() else read_settings(path), overrides)

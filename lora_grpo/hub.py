@@ -15,8 +15,7 @@ def out_of_reach() -> str:
     """Why nothing can be had from the hub, as a clause; "" where it can be reached.
 
     As long as it cannot, HF_HUB_OFFLINE is set in this process: all libraries then take what is in their caches, at
-    once. The hub is asked again after a minute.
-    """
+    once. The hub is asked again after a minute."""
     global _asked_at, _answer
     if constants.HF_HUB_OFFLINE and not _answer:
         return "HF_HUB_OFFLINE forbids to ask the hub"

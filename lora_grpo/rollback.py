@@ -25,8 +25,7 @@ class RollbackReport:
     `weights` are "exact" from the trainer state, or "rounded" to the serving dtype where none was kept. `optimizer`,
     `scheduler` and `random_state` are "restored", "reset" (as at a start: without moments, freshly seeded), "kept"
     (left where they were) or "none" (not given). `extra` is what the caller gave with that version's push, empty where
-    no state was kept.
-    """
+    no state was kept."""
 
     version: AdapterVersion
     left: AdapterVersion

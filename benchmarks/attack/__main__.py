@@ -4,8 +4,7 @@
 
 Each attack is seeded and returns an `Outcome`: how often it was tried, what failed, and what was measured meanwhile.
 The store server's trainer runs in a process of its own, with the 1,024 open files that most systems allow. The engine
-is a real vLLM on a tiny model, in this process.
-"""
+is a real vLLM on a tiny model, in this process."""
 
 import json
 import time

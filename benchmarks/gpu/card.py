@@ -1,7 +1,6 @@
 """The host as the other steps will find it: `card.py DEVICE`. The last line of stdout is JSON.
 
-Fails in one sentence, before anything is allocated, where the device is not there or vLLM is not one that is known.
-"""
+Fails in one sentence, before anything is allocated, where the device is not there or vLLM is not one that is known."""
 
 import json
 import sys

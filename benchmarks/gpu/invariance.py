@@ -2,8 +2,7 @@
 
     python benchmarks/gpu/invariance.py --model DIR --device cuda:0
 
-With an adapter and without, on a GPU under VLLM_BATCH_INVARIANT=1 for the whole process. The last line is JSON.
-"""
+With an adapter and without, on a GPU under VLLM_BATCH_INVARIANT=1 for the whole process. The last line is JSON."""
 
 import json
 import os

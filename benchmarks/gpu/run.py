@@ -7,8 +7,7 @@ not stop the rest. Its JSON and log in DIR, and DIR/results.tar.gz with all that
 ends. Calling again goes on with what is missing: what passed is kept, what failed is tried again after all others, in a
 fresh Python. The models stay until all steps have passed.
 `lora-grpo bench report --out DIR` makes tables and plots of what came back, anywhere. `--device cpu` is the dry run,
-with tiny models.
-"""
+with tiny models."""
 
 import argparse
 import json

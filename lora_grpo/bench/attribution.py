@@ -4,8 +4,7 @@ One rule, for a completion and for a bucket of them: it is told apart from every
 half as far from its own as that one lies from each other, and wrong when it lies less than half as far from another as
 its own does, and further from its own than noise. Distances are mean absolute differences of log-probs, so no
 completion is both. What is neither is judged again with those of the same version and server, by their means. Noise
-has no direction, so on average it leaves them as far from another version as that one is from theirs at least.
-"""
+has no direction, so on average it leaves them as far from another version as that one is from theirs at least."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

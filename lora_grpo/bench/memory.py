@@ -1,7 +1,6 @@
 """What trainer, engine and syncs take: resident on the CPU, CUDA allocated and reserved on a GPU, tmpfs on both.
 
-A file of its own, which imports nothing that a strategy does not: what it did import would count as the syncs'.
-"""
+A file of its own, which imports nothing that a strategy does not: what it did import would count as the syncs'."""
 
 from typing import Any
 

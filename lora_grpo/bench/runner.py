@@ -1,8 +1,7 @@
 """Runs cells: starts what each needs, keeps alive what the next can use, keeps every result the moment it is there.
 
 A worker is a process with one strategy alive in it, told what to do request by request. Our own errors are replies; any
-other ends the process, and its log, which the parent quotes, has the traceback.
-"""
+other ends the process, and its log, which the parent quotes, has the traceback."""
 
 import ctypes
 import json

@@ -1,8 +1,7 @@
 """Models with the shapes of released ones and random weights: a sync costs the same whatever the values.
 
 Weights are scaled so that activations stay of order one and next-token distributions are far from uniform: a log-prob
-then depends on every weight, and a wrong policy shows.
-"""
+then depends on every weight, and a wrong policy shows."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 A command is a function that `GROUPS` names, and imports what it runs: `lora-grpo --help` loads neither torch nor vllm.
 
 Exit codes: 0 done, 1 a bug (with its traceback) or damage that `verify` found, 2 an error of `lora_grpo.errors` or of
-usage, 130 stopped by Ctrl-C or SIGTERM.
-"""
+usage, 130 stopped by Ctrl-C or SIGTERM."""
 
 import io
 import logging

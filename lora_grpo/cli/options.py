@@ -1,7 +1,6 @@
 """What commands have in common: their arguments, a run's store to read, and printing.
 
-Tables and JSON go to stdout, everything said to a person meanwhile to stderr.
-"""
+Tables and JSON go to stdout, everything said to a person meanwhile to stderr."""
 
 from __future__ import annotations
 

@@ -45,8 +45,7 @@ def serve(
 ) -> None:
     """Start vLLM servers that `VLLMServerEngine` can load adapters into. They run until Ctrl-C.
 
-    When one server ends, all end; the last lines of its log say why.
-    """
+    When one server ends, all end; the last lines of its log say why."""
     from lora_grpo.config import check_quantization
     from lora_grpo.engines.server.launch import Servers, Serving
 
@@ -91,8 +90,7 @@ def store_server(
     """Serve a run's versions, read-only, to servers that cannot read the run's disk. It runs until Ctrl-C.
 
     The run may still train in another process. Every request needs the token. Token and adapters are sent unencrypted:
-    in a network that others can read, put a TLS proxy in front.
-    """
+    in a network that others can read, put a TLS proxy in front."""
     from lora_grpo.remote.client import read_token
     from lora_grpo.remote.server import StoreServer
 
@@ -127,8 +125,7 @@ def bench(
 
     A description of the machine comes first. Progress goes to stderr; the last line of stdout is the result as JSON.
     Ctrl-C keeps what was measured. With --out, the same command goes on from there.
-    `bench report --out DIR` makes plots and report again, from all runs in DIR/bench if there are any.
-    """
+    `bench report --out DIR` makes plots and report again, from all runs in DIR/bench if there are any."""
     if part == "report":
         _report(out, readme)
         return

@@ -28,8 +28,7 @@ def init(
 ) -> None:
     """Write a config file for a model and a data set, with a reason beside each setting, and check it.
 
-    The exit code is 2 if `lora-grpo check` finds a problem on this machine, such as too little memory.
-    """
+    The exit code is 2 if `lora-grpo check` finds a problem on this machine, such as too little memory."""
     from lora_grpo.trainer.checking import check_run
     from lora_grpo.trainer.proposing import memory_lines, propose
 
@@ -58,8 +57,7 @@ def check(
 ) -> None:
     """Find what would stop a run, before it trains: settings, data, adapter, memory. Exit code 2 if there is anything.
 
-    For a MODEL, adapter and engine have the default settings. Nothing is written.
-    """
+    For a MODEL, adapter and engine have the default settings. Nothing is written."""
     from lora_grpo.config_file import config_of_model, load_config, names_a_model
 
     alone = names_a_model(target)
@@ -99,8 +97,7 @@ def train(
     """Train a LoRA adapter with GRPO.
 
     Progress goes to stderr; the last line of stdout is the result as JSON.
-    Ctrl-C and SIGTERM stop cleanly and leave the last version intact; --resume goes on from there.
-    """
+    Ctrl-C and SIGTERM stop cleanly and leave the last version intact; --resume goes on from there."""
     from lora_grpo.config_file import load_config
 
     run_config = load_config(config, overrides or ())
@@ -147,8 +144,7 @@ def sweep(
 
     Each combination of settings is a member: a run in a folder of output_dir, which also gets summary.json,
     curves.png and best-adapter/. Settings with one value hold for all members. The table goes to stderr, the summary
-    to stdout as JSON. Ctrl-C and SIGTERM stop all members cleanly; --resume goes on.
-    """
+    to stdout as JSON. Ctrl-C and SIGTERM stop all members cleanly; --resume goes on."""
     from lora_grpo.config_file import load_config
     from lora_grpo.trainer.sweeping.plan import SweepPlan, is_swept, trials_of
     from lora_grpo.trainer.sweeping.sweep import Sweep
@@ -214,8 +210,7 @@ def demo(
 ) -> None:
     """Watch a tiny model learn to add. Its adapter goes to vLLM at every step.
 
-    Progress goes to stderr; the last line of stdout is the result as JSON.
-    """
+    Progress goes to stderr; the last line of stdout is the result as JSON."""
     from lora_grpo.demo.run import run_demo
 
     print_json(run_demo(output_dir=output_dir, steps=steps, seed=seed))

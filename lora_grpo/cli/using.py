@@ -27,8 +27,7 @@ COMMANDS = "/version best: switch to another version; /new: forget what was said
 def diff(run: Run, a: A, b: B, as_json: Json = False) -> None:
     """Show how much two versions differ, module by module, in what they add to the base: W = B A, with its scaling.
 
-    change is |W_b - W_a| / |W_a| in the Frobenius norm, cosine <W_a, W_b> / (|W_a| |W_b|); 'all' is all modules.
-    """
+    change is |W_b - W_a| / |W_a| in the Frobenius norm, cosine <W_a, W_b> / (|W_a| |W_b|); 'all' is all modules."""
     from lora_grpo.adapters.peft_form.export import difference
 
     with opened(run) as store:
@@ -89,8 +88,7 @@ def chat(
 
     The version is loaded and proven first. /version best switches to another, /new forgets what was said, /quit ends.
     Ctrl-C stops an answer, which is then forgotten; at the prompt it ends the talk.
-    If the model has no chat template, it completes what you type as plain text.
-    """
+    If the model has no chat template, it completes what you type as plain text."""
     from lora_grpo.trainer.replay import conversing
 
     with suppress(ImportError):
@@ -168,8 +166,7 @@ def export(
 
     It has the run's rank, alpha and targets, so further training has the same effective learning rate. If the
     version's trainer state was kept, the weights are exact (fp32), else rounded to the engine's dtype.
-    REPO gets the folder, the tokenizer and a model card in one commit. Log in with `hf auth login`, or set HF_TOKEN.
-    """
+    REPO gets the folder, the tokenizer and a model card in one commit. Log in with `hf auth login`, or set HF_TOKEN."""
     if directory is None and push_to_hub is None:
         raise ConfigError("name a directory to write to, or give --push-to-hub REPO")
     from lora_grpo.adapters.peft_form.export import Recipe, export_adapter

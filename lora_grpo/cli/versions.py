@@ -68,8 +68,7 @@ def report(
 ) -> None:
     """Write one HTML page about a run: curves, versions, completions, proofs, times, settings.
 
-    It opens from disk and needs no network. With --watch, the page in the browser updates itself.
-    """
+    It opens from disk and needs no network. With --watch, the page in the browser updates itself."""
     from lora_grpo.report import write_report
 
     if watch:
@@ -80,8 +79,7 @@ def report(
 def verify(run: Run, as_json: Json = False) -> None:
     """Check every stored copy of every version, every trainer state and the run's history against their checksums.
 
-    Exits with 1 if anything differs or is missing.
-    """
+    Exits with 1 if anything differs or is missing."""
     with opened(run) as store:
         # A live run journals a version an instant before it appears: only what stays missing is missing.
         missing = store.missing
@@ -153,8 +151,7 @@ def rollback(
     """Go back to an earlier version. Training goes on from it, and its next version gets a new number.
 
     A stopped run goes back at once, and resume goes on from there. A live run goes back before its next step. The
-    prompts do not go back, and every sampling seed changes.
-    """
+    prompts do not go back, and every sampling seed changes."""
     from lora_grpo.adapters.upkeep.rollbacks import roll_back_stopped
 
     parse_target(to)
@@ -189,8 +186,7 @@ def prune(
 ) -> None:
     """Remove what the run's `keep` settings no longer keep. HEAD, pinned and loaded versions always stay.
 
-    A live run uses its own settings, as it does after every step.
-    """
+    A live run uses its own settings, as it does after every step."""
     from lora_grpo.adapters.files.locks import holder
 
     for text in overrides or ():

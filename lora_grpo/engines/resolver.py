@@ -5,8 +5,7 @@ group `vllm.general_plugins`, wherever this package is installed; examples/topol
 version that cannot be had, or is not what was published, is refused: the reason is in the server's log, and the request
 is answered with 404, by no model. Read in vLLM 0.26 to 0.33: the server resolves a name for one request at a time, and
 gives every resolved adapter an id of its own counter, so the name and the path are what tell versions apart, and both
-are never used twice.
-"""
+are never used twice."""
 
 import asyncio
 import importlib

@@ -1,8 +1,7 @@
 """Engines as a trainer uses them: from several threads, from several processes, with its own tokenizer.
 
 Engines in the trainers' own processes are one a process: each loads and proves every version, prompts are split. Any
-other engine (a server, a fake) is asked by the first process alone, and the others are told what it said.
-"""
+other engine (a server, a fake) is asked by the first process alone, and the others are told what it said."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

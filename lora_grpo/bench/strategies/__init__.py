@@ -1,7 +1,6 @@
 """The ways from trainer to engine that are compared; the only place of this package where anything is merged.
 
-A strategy of your own is named as `package.module:Class`.
-"""
+A strategy of your own is named as `package.module:Class`."""
 
 from pkgutil import resolve_name
 from typing import Any

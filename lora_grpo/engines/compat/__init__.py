@@ -6,8 +6,7 @@ Differences that code elsewhere is built to stand, so that it needs no case for 
 - `rank_pattern` and `alpha_pattern` are ignored up to 0.31, where one alpha / r scales every module: files say
   alpha = r throughout, with B scaled beforehand;
 - up to 0.32 an adapter that fails half-way into its slot counts as active: a failed load is always removed;
-- `LoRARequest` has other fields after the third up to 0.31: only name, id and path are given.
-"""
+- `LoRARequest` has other fields after the third up to 0.31: only name, id and path are given."""
 
 import importlib
 import importlib.metadata

@@ -135,8 +135,7 @@ def allow_tiles() -> None:
 
     vLLM's CPU attention uses tiles without asking, and Linux ends a process with SIGILL that has never asked for them
     (arch_prctl ARCH_REQ_XCOMP_PERM). A fork inherits the permission and an exec loses it, so each of vLLM's workers,
-    which it spawns, starts without. oneDNN asks, but in vLLM 0.32 only for weights above 1 MiB.
-    """
+    which it spawns, starts without. oneDNN asks, but in vLLM 0.32 only for weights above 1 MiB."""
     import torch
 
     supported = getattr(torch.cpu, "_is_amx_tile_supported", bool)

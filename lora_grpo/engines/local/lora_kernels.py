@@ -2,8 +2,7 @@
 
 The stock path gathers a full copy of A and B for every token, which makes decoding 2-3x and prefill 5-6x slower than
 the base, and before 0.33 it gives base rows of a mixed batch the last slot's adapter. Here the rows of each adapter
-go through two plain products, and base rows through none; few rows (decoding) through both in one call of our own.
-"""
+go through two plain products, and base rows through none; few rows (decoding) through both in one call of our own."""
 
 import importlib
 import itertools

@@ -3,8 +3,7 @@
 vLLM's loader reads a file's tensors one by one, parses each name three times, and fills a slot a tensor at a time; a
 sync is made of that. The direct way does what it does to vLLM's state (an adapter is registered, the least recently
 used one makes room, one slot is filled and named) with the copies done in one call. It stands on the same file: vLLM
-itself can activate, evict or remove what was loaded so, or read it again from its path.
-"""
+itself can activate, evict or remove what was loaded so, or read it again from its path."""
 
 import itertools
 import time

@@ -4,8 +4,7 @@ exceptions are caught), and end.
 vLLM makes its groups out of the process group that it finds: with one engine in every process, built by all at the same
 time, each gets groups of one process and generates on its own. An engine in some of them only waits for the others for
 ever; one that is built before the trainer's group leaves a group of one process behind, which a trainer would take for
-its own, and train alone.
-"""
+its own, and train alone."""
 
 import importlib
 import os

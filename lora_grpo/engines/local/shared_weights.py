@@ -3,8 +3,7 @@
 Nothing here is ever merged, so the base is frozen on both sides and can be the same memory. vLLM keeps q/k/v and
 gate/up fused, members below each other, and pads the vocabulary: every checkpoint tensor is a row slice of one of its
 tensors. The trainer's base then has the engine's dtype. On the CPU vLLM must be kept from prepacking its weights, which
-makes decoding slower.
-"""
+makes decoding slower."""
 
 import importlib
 import re

@@ -1,8 +1,7 @@
 """Starts vLLM in this process with LoRA on: what must be in place before, and what vLLM does otherwise meanwhile.
 
 On the CPU vLLM compiles a model, and computes a mixture's experts, but not with LoRA: its own LoRA path cannot be
-traced. Ours is one operator to the compiler.
-"""
+traced. Ours is one operator to the compiler."""
 
 import importlib
 import os

@@ -1,7 +1,6 @@
 """What of a checkpoint is served and trained: which layers take LoRA (by default all linear ones), in how many bits.
 
-Of a multimodal one it is the language model alone, under the checkpoint's names.
-"""
+Of a multimodal one it is the language model alone, under the checkpoint's names."""
 
 import json
 import re

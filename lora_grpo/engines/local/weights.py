@@ -1,7 +1,6 @@
 """vLLM engines whose own weights are replaced, or that load adapters the stock way: what the benchmark compares with.
 
-The product never merges and never pushes base weights; nothing outside the benchmark uses this file.
-"""
+The product never merges and never pushes base weights; nothing outside the benchmark uses this file."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
