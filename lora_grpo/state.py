@@ -63,8 +63,7 @@ def read_state(files: Mapping[str, Path]) -> TrainerState:
 
 
 def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
-    """Copy a trainer's state to the CPU, whole in every process: what is sharded is gathered. `extra` is the caller's
-    own, JSON; `ConfigError` for what is none."""
+    """Copy a trainer's state to the CPU, whole in every process: a collective. `ConfigError`: `extra` is no JSON."""
     reshard(training.model)
     optimizer, scheduler = training.optimizer, training.scheduler
     tensors = adapter_weights(training.modules) | _random_states(training.processes)
@@ -209,7 +208,6 @@ def adapter_weights(modules: list[LoraModule]) -> dict[str, torch.Tensor]:
 
 
 def named_weights(modules: list[LoraModule]) -> list[tuple[str, torch.nn.Parameter]]:
-    """A and B of each module, by the names of a state."""
     return [(f"weights/{one.path}.{name}", ab) for one in modules for name, ab in (("A", one.a_RI), ("B", one.b_OR))]
 
 

@@ -28,7 +28,6 @@ class Job(Generic[T]):
     stopping: bool = False
 
     def stop(self) -> None:
-        """Never start it, or end it at its next `poll`."""
         self.stopping = True
         self.result.cancel()
 
@@ -42,9 +41,8 @@ class Job(Generic[T]):
 
 
 class Worker:
-    """Runs jobs in the order of `submit`, in a thread of its own that ends with the process.
-
-    A job that calls `poll` lets others `call` in between, and can be stopped there."""
+    """Runs jobs in the order of `submit`, in a thread of its own that ends with the process. A job that calls `poll`
+    lets others `call` in between, and can be stopped there."""
 
     def __init__(self, name: str, *, patience_s: float, failure: type[LoraGrpoError] = EngineError) -> None:
         """`wait` and `call` raise `failure` with the name when there was no sign of life for `patience_s`."""
@@ -101,7 +99,6 @@ class Worker:
         return busy and self._left_s() <= 0
 
     def end(self) -> None:
-        """Have the running job stop, drop the others, take no more, and let the thread end."""
         with self._wake:
             self._ended = True
             for job in [*self._jobs, *([self._current] if self._current else [])]:

@@ -11,7 +11,7 @@ from typing import Any
 from lora_grpo.adapters.asking.view import StoreView
 from lora_grpo.adapters.files.catalog import Catalog, link_head
 from lora_grpo.adapters.files.disk import STATES, VERSIONS, Files, digest_buffers, reported
-from lora_grpo.adapters.files.journal import Manifest, as_metrics
+from lora_grpo.adapters.files.journal import Manifest, as_metric
 from lora_grpo.adapters.files.places import for_reading
 from lora_grpo.adapters.upkeep.archive import SUMS_FILE
 from lora_grpo.adapters.upkeep.opening import Recovered
@@ -144,7 +144,8 @@ class AdapterStore(StoreView):
         """
         number = self._number(version)
         with self._writing(f"recording metrics of version {number}") as session:
-            values = as_metrics(metrics, session.retention.ranked)
+            ranked = session.retention.ranked
+            values = {name: as_metric(name, value, ranked) for name, value in metrics.items()}
             if number not in session.journal.parents:
                 raise UnknownVersion(f"cannot record {', '.join(metrics)}: there is no version {number}")
             session.journal.append("record", number, metrics=values)
@@ -184,22 +185,18 @@ class AdapterStore(StoreView):
         """
         number = self._number(version)
         with self._writing(f"restoring version {number}") as session:
-            manifest = self._catalog.manifest(number)
-            if not self._sound_on_tmpfs(session, number):
+            manifest, is_here = self._catalog.manifest(number), self._catalog.on_tmpfs(number)
+            try:
+                if is_here:
+                    self._catalog.verify_tmpfs(number)
+            except StoreCorrupt:
+                if not self._catalog.in_archive(number) or not session.remove_from_tmpfs(number, survives=True):
+                    raise
+                is_here = False
+            if not is_here:
                 session.make_room(manifest.sizes, self._budget_bytes)
                 session.required_archive().bring_back(manifest, session.root)
             return self._catalog.version(number)
-
-    def _sound_on_tmpfs(self, session: Session, number: int) -> bool:
-        if not self._catalog.on_tmpfs(number):
-            return False
-        try:
-            self._catalog.verify_tmpfs(number)
-        except StoreCorrupt:
-            if not self._catalog.in_archive(number) or not session.remove_from_tmpfs(number, survives=True):
-                raise
-            return False
-        return True
 
     # The archive
 

@@ -18,8 +18,7 @@ from lora_grpo.adapters.files.locks import holder
 from lora_grpo.errors import StoreError
 
 _ASKED, _DOING, _ANSWER = ".json", ".doing", ".answer"
-_FORGOTTEN_S = 86400.0
-"""Long beyond any client that still looks, a stopped one included: without its answer it would ask again."""
+_FORGOTTEN_S = 86400.0  # beyond any client that still looks: without its answer it would ask again
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +40,10 @@ class Request:
 
     def withdraw(self) -> bool:
         """Take it back, so that it is never done; False when it was begun, answered or withdrawn already."""
-        try:
+        with suppress(FileNotFoundError):
             self._file(_ASKED).unlink()
-        except FileNotFoundError:
-            return False
-        return True
+            return True
+        return False
 
     def is_begun(self) -> bool:
         """Whether the holder is doing it, or ended while it did."""
@@ -63,12 +61,10 @@ class Request:
 
     def claim(self) -> bool:
         """Begin with it: from here on it cannot be taken back. False when it was."""
-        with disk.reported(f"beginning with request {self.name}"):
-            try:
-                os.rename(self._file(_ASKED), self._file(_DOING))
-            except FileNotFoundError:
-                return False
-        return True
+        with disk.reported(f"beginning with request {self.name}"), suppress(FileNotFoundError):
+            os.rename(self._file(_ASKED), self._file(_DOING))
+            return True
+        return False
 
     def answer(self, result: dict[str, Any]) -> None:
         """Leave the answer, then take the request away: a kill in between leaves both, and the answer counts."""

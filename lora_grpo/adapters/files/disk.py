@@ -6,6 +6,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -20,7 +21,6 @@ import xxhash
 from lora_grpo.errors import NoRoom, StoreCorrupt, StoreError
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
-"""Any C-contiguous buffer; what `memoryview()` takes."""
 Files: TypeAlias = Mapping[str, Sequence[Buffer]]
 """Files by name, each as buffers that lie end to end."""
 CHUNK_BYTES = 1 << 20
@@ -36,7 +36,6 @@ _SHM_SIZE = " (a Docker container has a /dev/shm of 64 MiB unless it is started 
 
 @contextmanager
 def reported(doing: str) -> Iterator[None]:
-    """Turn the system's errors into ours, naming what was being done; a full disk becomes `NoRoom`."""
     try:
         yield
     except StoreError:
@@ -51,7 +50,6 @@ def reported(doing: str) -> Iterator[None]:
 
 
 def shm_size(path: str | Path | None) -> str:
-    """How to make /dev/shm larger, for a message about `path`; nothing for one that lies elsewhere, or is not known."""
     return _SHM_SIZE if path and Path(path).resolve().is_relative_to(_SHM) else ""
 
 
@@ -133,9 +131,8 @@ def folder_name(number: int) -> str:
 
 
 def number_in(name: str) -> int | None:
-    if not (name.isascii() and name.isdigit() and len(name) <= len(str(MAX_NUMBER))):
-        return None
-    return int(name) if int(name) and folder_name(int(name)) == name else None
+    """Only what `folder_name` makes, of at most `MAX_NUMBER`."""
+    return int(name) if re.fullmatch("(?!0+$)[0-9]{6}|[1-9][0-9]{6,8}", name) else None
 
 
 def read_number(path: Path) -> int | None:
@@ -149,7 +146,6 @@ def read_number(path: Path) -> int | None:
 
 
 def file_system(path: Path) -> str:
-    """The type of file system that `path` is on, as the kernel calls it; 'unknown' where it cannot be told."""
     place = path.resolve()
     mounts = [mount for mount in psutil.disk_partitions(all=True) if place.is_relative_to(mount.mountpoint)]
     # Of those mounted over one another in one place, the last.
@@ -161,7 +157,6 @@ def tmpfs_home() -> Path:
 
 
 def make_private(path: Path) -> None:
-    """Create a folder that only its owner may enter, or make an own one such; refuse somebody else's."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if (status := os.stat(path)).st_uid != os.geteuid():
         raise StoreError(f"{path} belongs to user id {status.st_uid}; choose a folder that you own")
@@ -170,8 +165,7 @@ def make_private(path: Path) -> None:
 
 
 def digest_pieces(files: Iterable[tuple[str, int, Iterable[Buffer]]]) -> str:
-    """xxh3_128 of files in sorted order of their names, each a name, a length and bytes in pieces: 32 hex digits. Fast
-    enough for every step, and wherever bytes cross a boundary; against damage and mix-ups, not against an attacker."""
+    """xxh3_128 of files, each a name, a length and bytes in pieces, in order of names; not against an attacker."""
     hashed = xxhash.xxh3_128()
     for name, size_bytes, pieces in files:
         # The length goes in first, so no two folders share a stream of bytes.
@@ -209,7 +203,6 @@ class Tree:
             return self.folder(kind, number).is_dir()
 
     def numbers(self, kind: str, *, folders_only: bool = True) -> list[int]:
-        """Numbers that name the folders, or anything, of one kind, ascending; none where the tree does not exist."""
         with reported(f"listing {self.path / kind}"):
             try:
                 with os.scandir(self.path / kind) as entries:

@@ -89,11 +89,10 @@ class Journal:
         self.states: set[int] = set()
         self.metrics: dict[int, dict[str, Any]] = {}
         self.damaged_lines: list[int] = []
-        self._lines = 0
         self.parents: dict[int, int | None] = {}
         self._sync = sync
         self._descriptor: int | None = None
-        self._end = 0
+        self._lines = self._end = 0
 
     def refresh(self) -> None:
         added = read_small(self.path, self._end) or b""
@@ -113,7 +112,6 @@ class Journal:
         return number in self.parents and number not in self.published
 
     def metrics_of(self, number: int) -> dict[str, Any]:
-        """What was recorded of a version; read from the file again where the version is gone."""
         if not self.has_forgotten(number):
             return dict(self.metrics.get(number, {}))
         found: dict[str, Any] = {}
@@ -124,8 +122,7 @@ class Journal:
 
     def why_forgotten(self, number: int) -> str | None:
         """What was kept in its stead when a version was last removed; None where it was lost, or nothing tells."""
-        why = [fields.get("why") for fields in self._lines_of("forget", number)]
-        return why[-1] if why else None
+        return next(reversed([fields.get("why") for fields in self._lines_of("forget", number)]), None)
 
     def _lines_of(self, event: str, number: int) -> Iterator[dict[str, Any]]:
         wanted = b'{"event":"%s","number":%d,' % (event.encode(), number)
@@ -211,27 +208,20 @@ def _parsed(line: bytes) -> tuple[str, int, dict[str, Any]]:
     return fields["event"], fields["number"], fields
 
 
-def as_metrics(values: Mapping[str, object], ranked: Set[str]) -> dict[str, Any]:
-    """Metrics as the journal holds them. Rewards, and what else is `ranked`, are numbers (text would be passed over by
+def as_metric(name: str, value: object, ranked: Set[str]) -> Any:
+    """A metric as the journal holds it. Rewards, and what else is `ranked`, are numbers (text would be passed over by
     every rule that asks for the best), and rewards as large as float32 at most, as in training."""
-    rewards = {name for name in values if name.rpartition("/")[2] == "reward"}
-    found = {name: _as_metric(name, value, name in rewards or name in ranked) for name, value in values.items()}
-    for name in rewards:
-        if abs(found[name] or 0) > LARGEST_REWARD:
-            raise ConfigError(f"metric {name}={found[name]!r:.60} is too large: float32 ends at {LARGEST_REWARD:.2g}")
-    return found
-
-
-def _as_metric(name: str, value: object, ranked: bool) -> Any:
-    if value is None or (isinstance(value, bool | str) and not ranked):
+    is_reward = name.rpartition("/")[2] == "reward"
+    strict = is_reward or name in ranked
+    if value is None or (isinstance(value, bool | str) and not strict):
         return value
     if isinstance(value, bool | str) or not isinstance(value, numbers.Real):
-        other = "" if ranked else ", text, a truth value"
+        other = "" if strict else ", text, a truth value"
         raise ConfigError(f"metric {name}={repr(value)[:60]} must be a number{other} or None (a tensor's is .item())")
     try:
-        finite = math.isfinite(value)
+        finite = float(value) if math.isfinite(value) else None
     except OverflowError:
         raise ConfigError(f"metric {name} is a whole number too large for a float") from None
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if finite else None
+    if is_reward and finite is not None and abs(finite) > LARGEST_REWARD:
+        raise ConfigError(f"metric {name}={finite!r} is too large: float32 ends at {LARGEST_REWARD:.2g}")
+    return int(value) if isinstance(value, numbers.Integral) else finite

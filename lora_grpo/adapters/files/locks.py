@@ -88,11 +88,10 @@ class WriterLock(_Descriptors):
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return True
+    return False
 
 
 class OwnFolder:

@@ -1,13 +1,9 @@
 """Where the two halves of a store lie, whether they belong together, and whether versions fit.
 
-Beside what "Files" in examples/docs/versions.md names, there are in both halves:
-
-- `store.json`, which says whose half it is (`Identity`). A run directory may be moved or copied, and opened on another
-  machine. So each opening writes into both where the run directory lies and which opening it was: a generation that
-  counts openings and a random token. A run directory whose recorded place still holds the same run is a copy: it gets
-  a root of its own. A root of a lower generation, which was not there when the run was last opened, is out of date.
-- `LOCK`: the one writer's kernel lock (`flock`; it goes when the process goes), and who that is.
-- `staging/` and `trash/`: folders on their way in or out; whatever the next writer finds there, it deletes.
+A `store.json` in both says whose half it is (`Identity`). A run directory may be moved or copied, and opened on another
+machine. So each opening writes into both where the run directory lies and which opening it was: a generation that
+counts openings and a random token. A run directory whose recorded place still holds the same run is a copy: it gets a
+root of its own. A root of a lower generation, which was not there when the run was last opened, is out of date.
 
 The journal is the truth for metrics, pins and past promotions, and lies in the root where there is no run directory;
 for which versions exist the folders are. Where the tmpfs is gone, the journal's last promotion of a version that was
@@ -48,8 +44,8 @@ class Identity:
     token: str
 
     def write(self, folder: Path, *, sync: bool) -> None:
-        content = {"format": FORMAT, **asdict(self)}
-        disk.replace_file(folder / "store.json", json.dumps(content).encode() + b"\n", sync=sync)
+        content = json.dumps({"format": FORMAT, **asdict(self)}) + "\n"
+        disk.replace_file(folder / "store.json", content.encode(), sync=sync)
 
     def is_older_than(self, other: "Identity") -> bool:
         """Whether this half was not there when the other was last opened; of two equally old ones that differ, yes."""
@@ -88,10 +84,6 @@ class Places:
     def journal(self) -> Path:
         return (self.run or self.root) / "journal.jsonl"
 
-    @property
-    def aside(self) -> list[Path]:
-        return sorted(self.root.glob(f"{ASIDE}*"))
-
 
 def _resolved(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).resolve()
@@ -113,11 +105,9 @@ def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
         return Places(found, run or (Path(there.other) if there is not None and there.other is not None else None))
     if run is None or identity is None or identity.other is None:
         raise StoreError(_no_store(run) if run else "give the store's root= or its run directory (archive=)")
-    own = Path(identity.other)
-    there = Identity.read(own)
-    foreign = there is not None and not _is_current(there, identity)
-    is_copy = _original(run, identity, there) is not None
-    return Places(run / "not-opened" if foreign or is_copy else own, run)
+    own, there = Path(identity.other), Identity.read(Path(identity.other))
+    is_foreign = there is not None and not _is_current(there, identity)
+    return Places(run / "not-opened" if is_foreign or _original(run, identity, there) else own, run)
 
 
 def expected_root(root: str | Path | None, run: Path) -> Path:
@@ -202,14 +192,12 @@ def _refuse_other_run(places: Places, identity: Identity | None) -> None:
 
 
 def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
-    """Raise `NoRoom` when files of `sizes` bytes, which `what` names, do not fit the file system of `folder`."""
     if wanting := lacking(folder, sizes):
         raise NoRoom(f"{what} {wanting}: free some of it, or use {larger(folder)}")
 
 
 def require_kept(root: Path, versions: int, size_bytes: int) -> str:
-    """What it is that fits a store's `root`, which need not be there yet: `versions` of `size_bytes` each, and one that
-    is being written; those that it holds already take nothing more. Raises `NoRoom` where they do not fit."""
+    """That `versions`, and one being written, fit a `root`, which need not be there yet; `NoRoom` where they do not."""
     folder = next(one for one in (root, *root.parents) if one.is_dir())
     more = max(1, versions + 1 - len(list(root.glob("versions/*"))))
     what = f"keeping {versions} versions (keep.on_tmpfs, and one more that is being written)"

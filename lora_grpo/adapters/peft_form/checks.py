@@ -46,14 +46,21 @@ def check_servable(model: nn.Module, adapter: str) -> list[LoraModule]:
     _check_config(config, adapter)  # first: under prompt learning, base_model is the model itself
     base, modules = peft_model.base_model.model, lora_modules(model, adapter)
     check_trainable(base)
-    _check_no_embedding(base, adapter)
+    for name, layer in base.named_modules():
+        # PEFT keeps the A and B of an embedding apart from those of other layers.
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_embedding_A:
+            raise UnsupportedAdapter(f"{clean_name(name)}: {_NO_HEADS}")
     _check_no_experts(config, base, modules)
     _check_language_alone(base, modules)
     _check_order(base.config, modules)
     for module in modules:
         if objection := _objection(module):
             raise UnsupportedAdapter(f"{module.path}{objection}")
-    _check_nothing_else_trains(peft_model, modules)
+    own = {id(parameter) for module in modules for parameter in (module.a_RI, module.b_OR)}
+    if others := [name for name, p in peft_model.named_parameters() if p.requires_grad and id(p) not in own]:
+        # It would drift away from the engine's base unseen.
+        what = f"{others[0]} (and {len(others) - 1} more) would be trained but never published"
+        raise UnsupportedAdapter(f"{what}; freeze it with requires_grad_(False), or make it part of the adapter")
     return modules
 
 
@@ -110,13 +117,6 @@ def _check_language_alone(base: Any, modules: list[LoraModule]) -> None:
         raise UnsupportedAdapter(f"{what}; name only layers inside it: target_modules=r'{pattern}'")
 
 
-def _check_no_embedding(base: nn.Module, adapter: str) -> None:
-    """PEFT keeps the A and B of an embedding apart from those of other layers."""
-    for name, layer in base.named_modules():
-        if isinstance(layer, LoraLayer) and adapter in layer.lora_embedding_A:
-            raise UnsupportedAdapter(f"{clean_name(name)}: {_NO_HEADS}")
-
-
 def _check_order(config: Any, modules: list[LoraModule]) -> None:
     reordered = [module.path for module in modules if module.path.endswith((".q_proj", ".k_proj"))]
     if reordered and config.get_text_config().model_type == "llama4_text":
@@ -147,14 +147,6 @@ def _objection(module: LoraModule) -> str | None:
     if found != expected:
         return f": A and B have shapes {found} where rank {rank} of its config needs {expected}; make the adapter anew"
     return None
-
-
-def _check_nothing_else_trains(peft_model: Any, modules: list[LoraModule]) -> None:
-    """Anything trainable beside the adapter would drift away from the engine's base unseen."""
-    own = {id(parameter) for module in modules for parameter in (module.a_RI, module.b_OR)}
-    if others := [name for name, p in peft_model.named_parameters() if p.requires_grad and id(p) not in own]:
-        what = f"{others[0]} (and {len(others) - 1} more) would be trained but never published"
-        raise UnsupportedAdapter(f"{what}; freeze it with requires_grad_(False), or make it part of the adapter")
 
 
 def check_rank(modules: list[LoraModule], max_lora_rank: int) -> None:

@@ -89,8 +89,7 @@ class Recipe:
 def export_adapter(
     store: StoreView, version: Target, recipe: Recipe, directory: Path, tokenizer: Any = None
 ) -> Weights:
-    """Write `version` to `directory` as PEFT would save it, in fp32, with its own alpha, and the `tokenizer`, or else
-    the run directory's. The weights are the trainer's own where its state is kept; else of the serving dtype."""
+    """Write `version` as PEFT would save it, in fp32 with its own alpha, and the `tokenizer`, or else the run's."""
     version = store.get(version)
     if (directory / WEIGHTS_FILE).exists() or (directory / CONFIG_FILE).exists():
         raise StoreError(f"{directory} already holds an adapter; name an empty or new directory")
@@ -106,8 +105,11 @@ def export_adapter(
 
 def adapter_tensors(store: StoreView, version: AdapterVersion, recipe: Recipe) -> tuple[Tensors, Weights]:
     """A version's A and B by PEFT's names, in fp32, without the scaling: the trainer's own where its state is kept."""
-    if (exact := _trainer_weights(store, version)) is not None:
-        return exact, "exact"
+    files = store.load_state(version.number) or {}
+    if STATE_TENSORS_FILE in files:
+        kept = load_tensors(files[STATE_TENSORS_FILE])
+        exact = {name.removeprefix("weights/"): kept[name].float() for name in kept if name.startswith("weights/")}
+        return {f"{PREFIX}{name[:-2]}.lora_{name[-1]}.weight": tensor for name, tensor in exact.items()}, "exact"
     rounded = load_tensors(store.readable(version) / WEIGHTS_FILE)
     return {name: _unscaled(name, tensor.float(), recipe) for name, tensor in rounded.items()}, "rounded"
 
@@ -156,15 +158,6 @@ def _importable(kind: type) -> type:
         if hasattr(one, "from_pretrained") and getattr(sys.modules.get(one.__module__), one.__name__, None) is one:
             return one
     return kind
-
-
-def _trainer_weights(store: StoreView, version: AdapterVersion) -> Tensors | None:
-    files = store.load_state(version.number)
-    if files is None or STATE_TENSORS_FILE not in files:
-        return None
-    kept = load_tensors(files[STATE_TENSORS_FILE])
-    weights = {name.removeprefix("weights/"): kept[name].float() for name in kept if name.startswith("weights/")}
-    return {f"{PREFIX}{name[:-2]}.lora_{name[-1]}.weight": tensor for name, tensor in weights.items()}
 
 
 def _unscaled(name: str, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:

@@ -49,7 +49,6 @@ class LoraModule:
 
 
 def clean_name(name: str) -> str:
-    """A parameter or module name without what DDP, FSDP, torch.compile and checkpoint wrappers put into it."""
     return _WRAPPERS.sub("", name)
 
 
@@ -111,7 +110,6 @@ def sharded_like(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def assign(parameter: torch.Tensor, full: torch.Tensor) -> None:
-    """Set a parameter that FSDP2 may have sharded to the values of a full tensor, the same in every process."""
     parameter.copy_(sharded_like(parameter, full))
 
 

@@ -97,8 +97,7 @@ class BackgroundWriter:
             return held_bytes == 0 or held == 0 or held + held_bytes <= self._limit_bytes
 
     def submit(self, job: Job) -> None:
-        """Queue a job; waits while the queue holds more memory than the limit. What failed meanwhile is raised by the
-        next call on the store; here only where the queue is full, and then the job is not queued."""
+        """Queue a job; where the queue is full, wait, or raise what failed meanwhile: then the job is not queued."""
         with self._changed:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="lora-grpo-archive", daemon=True)

@@ -15,8 +15,7 @@ from lora_grpo.adapters.files.places import ASIDE, Identity, Places
 from lora_grpo.adapters.upkeep.archive import Archive
 from lora_grpo.errors import StoreCorrupt
 
-_BLOCK = 64
-"""Numbers that are reserved at a time."""
+_BLOCK = 64  # numbers that are reserved at a time
 _TEMPORARIES = [f".{name}.new" for name in ("HEAD", "store.json", "NUMBERS", "journal.jsonl", "rollbacks.jsonl")]
 
 
@@ -46,8 +45,7 @@ class Recovered:
 
 class Numbering:
     """Gives out numbers that never come back. The root's `NUMBERS` holds the last one given out, the run directory's a
-    bound made durable before any number up to it was; after a reboot numbering goes on above that bound. Without a run
-    directory, they are remembered for the life of the tmpfs."""
+    bound made durable before any number up to it was; after a reboot numbering goes on above that bound."""
 
     def __init__(self, places: Places, *, known: int, root_is_new: bool, sync: bool) -> None:
         """`known` is the largest number seen anywhere; a new root has no count of its own to go on from."""
@@ -93,16 +91,22 @@ class Numbering:
             os.fsync(self._descriptor)
 
 
-class Opening:
-    def __init__(self, catalog: Catalog) -> None:
-        self.catalog, self.places = catalog, catalog.places
-        self.root, self.archive, self.journal = catalog.root, catalog.archive, catalog.journal
-        self._damaged: set[int] = set()
+class Opening(Catalog):
+    """A catalog that is made whole: after this, the journal and the folders agree."""
 
-    def prepare(self) -> Numbering:
-        for tree in self.catalog.trees:
+    def __init__(self, places: Places, *, root_is_tmpfs: bool) -> None:
+        super().__init__(places, root_is_tmpfs=root_is_tmpfs)
+        self._damaged: set[int] = set()
+        self.numbering = self._prepare()
+        self.recovered = self._recover()
+
+    def _prepare(self) -> Numbering:
+        for tree in self.trees:
             tree.create()
-        before = self._current_root()
+        run, before = Identity.read(self.places.run), Identity.read(self.places.root)
+        if self.archive is not None and run is not None and before is not None and before.is_older_than(run):
+            self._set_aside(self.archive)
+            before = None
         old = self.places.root / "journal.jsonl"
         if self.places.run is not None and old.exists():
             # A root that lived without a run directory brings its history with it.
@@ -110,22 +114,14 @@ class Opening:
                 replace_file(self.places.journal, old.read_bytes(), sync=True)
             old.unlink()
         self.journal.open_for_writing()
-        names = [number for tree in self.catalog.trees for number in tree.numbers(VERSIONS, folders_only=False)]
+        names = [number for tree in self.trees for number in tree.numbers(VERSIONS, folders_only=False)]
         known = max([0, *self.journal.parents, *names])
         numbering = Numbering(self.places, known=known, root_is_new=before is None, sync=self.root.sync)
         self._identify(before)
         return numbering
 
-    def _current_root(self) -> Identity | None:
-        """What the root says that it is. One that is out of date is emptied first, and says nothing any more."""
-        run, root = Identity.read(self.places.run), Identity.read(self.places.root)
-        if self.archive is None or run is None or root is None or not root.is_older_than(run):
-            return root
-        self._set_aside(self.archive)
-        return None
-
     def _set_aside(self, archive: Archive) -> None:
-        """Take everything out of the root, `store.json` last: a kill in between has the next opening go on with it."""
+        """Empty a root that is out of date, `store.json` last: a kill in between has the next opening go on with it."""
         aside = Path(tempfile.mkdtemp(prefix=ASIDE, dir=self.places.root))
         (aside / VERSIONS).mkdir()
         for number in self.root.numbers(VERSIONS):
@@ -154,12 +150,11 @@ class Opening:
         if run is not None:
             durable.write(run, sync=True)
 
-    def recover(self) -> Recovered:
-        """Settle what a dead process left open; after this, the journal and the folders agree."""
-        leftovers = [name for tree in self.catalog.trees for name in tree.leftovers()]
+    def _recover(self) -> Recovered:
+        leftovers = [name for tree in self.trees for name in tree.leftovers()]
         lost, lost_states = self._settle_versions(), self._settle_states()
         # Only now: a folder left in staging tells a version that never was from one that was lost.
-        for tree in self.catalog.trees:
+        for tree in self.trees:
             tree.sweep()
             for name in _TEMPORARIES:
                 (tree.path / name).unlink(missing_ok=True)
@@ -177,14 +172,14 @@ class Opening:
             unarchived=tuple(unarchived),
             head_moved=head_moved,
             copied_from=self.places.copied_from,
-            set_aside=tuple(self.places.aside),
+            set_aside=tuple(sorted(self.places.root.glob(f"{ASIDE}*"))),
         )
 
     def _settle_versions(self) -> list[int]:
-        present = set(self.catalog.numbers())
+        present = set(self.numbers())
         for number in sorted(present - self.journal.published.keys()):
             try:
-                manifest = self.catalog.manifest(number)
+                manifest = self.manifest(number)
             except StoreCorrupt:
                 self._damaged.add(number)
             else:
@@ -196,7 +191,7 @@ class Opening:
         return [n for n in missing if f"staging/{VERSIONS}-{folder_name(n)}" not in unborn]
 
     def _settle_states(self) -> list[int]:
-        present, told = set(self.catalog.states()), set(self.journal.states)
+        present, told = set(self.states()), set(self.journal.states)
         for number in sorted(present - told):
             self.journal.append("state", number)
         for number in sorted(told - present):
@@ -207,7 +202,7 @@ class Opening:
         """Leave `HEAD` on the version promoted last; where that is lost, on the last one before it that is not."""
         link, linked = self.root.path / "HEAD", None
         with suppress(StoreCorrupt):
-            linked = self.catalog.head_number() if link.is_symlink() else None
+            linked = self.head_number() if link.is_symlink() else None
         promoted = [*self.journal.promoted, *([] if linked is None else [linked])]
         for number in dict.fromkeys(reversed(promoted)):
             if not self._bring_to_tmpfs(number):
@@ -221,7 +216,7 @@ class Opening:
         return (promoted[-1], None) if promoted else None
 
     def _bring_to_tmpfs(self, number: int) -> bool:
-        here = self.catalog.on_tmpfs(number)
+        here = self.on_tmpfs(number)
         if here and self._is_sound(number):
             return True
         if self.archive is None or not self.archive.has(VERSIONS, number):
@@ -229,7 +224,7 @@ class Opening:
         if here:
             self.root.remove(VERSIONS, number)
         try:
-            self.archive.bring_back(self.catalog.manifest(number), self.root)
+            self.archive.bring_back(self.manifest(number), self.root)
         except StoreCorrupt:
             self._damaged.add(number)
             return False
@@ -238,7 +233,7 @@ class Opening:
 
     def _is_sound(self, number: int) -> bool:
         try:
-            self.catalog.verify_tmpfs(number)
+            self.verify_tmpfs(number)
         except StoreCorrupt:
             self._damaged.add(number)
             return False

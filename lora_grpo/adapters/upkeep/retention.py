@@ -108,8 +108,7 @@ def keep_every(k: int) -> Retention:
     'every number that 50 divides'
     """
     k = _positive("keep_every", k)
-    rule = Rule(f"every number that {k} divides", lambda found: [number for number in found if number % k == 0])
-    return Retention(tmpfs=(rule,))
+    return Retention(tmpfs=(Rule(f"every number that {k} divides", lambda found: [n for n in found if n % k == 0]),))
 
 
 def default_retention(*, archived: bool) -> Retention:

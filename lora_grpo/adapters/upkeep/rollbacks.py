@@ -37,8 +37,7 @@ class RollbackLog:
     def __init__(self, run: Path) -> None:
         """Raises `StoreCorrupt` for a line that is no rollback."""
         self.path = run / ROLLBACKS_FILE
-        content = disk.read_small(self.path) or b""
-        self.entries = [_parse(line, self.path) for line in content.splitlines()]
+        self.entries = [_parse(line, self.path) for line in (disk.read_small(self.path) or b"").splitlines()]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -67,8 +66,7 @@ class RollbackLog:
         return bool(self.entries) and self.entries[-1].to == head
 
     def data_position(self, extra: Mapping[str, Any] | None) -> dict[str, int] | None:
-        """Where the prompts go on, `extra` being what the trainer state says (None: not kept). None where nothing
-        tells, or where a fork with another seed or other data begins them anew."""
+        """Where the prompts go on, by a trainer state's `extra`; None where nothing tells, or a fork begins anew."""
         rolled_back = self.entries and (extra is None or int(extra["rollbacks"]) < len(self.entries))
         if rolled_back and self.entries[-1].sampler:
             return self.entries[-1].sampler

@@ -9,20 +9,17 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
-from lora_grpo.adapters.files.catalog import Catalog
 from lora_grpo.adapters.files.disk import STATES, VERSIONS, Files, Tree, file_system, reported
 from lora_grpo.adapters.files.journal import Manifest
 from lora_grpo.adapters.files.locks import WriterLock, unleased
-from lora_grpo.adapters.files.places import MIB, Places, for_writing, lacking, larger
+from lora_grpo.adapters.files.places import ASIDE, MIB, Places, for_writing, lacking, larger
 from lora_grpo.adapters.upkeep.archive import Archive, BackgroundWriter, Job
 from lora_grpo.adapters.upkeep.opening import Opening
 from lora_grpo.adapters.upkeep.retention import Place, Retention, default_retention
 from lora_grpo.errors import NoRoom, StoreError, counted
 
 
-class Session(Catalog):
-    """A store open for writing, from lock to unlock."""
-
+class Session(Opening):
     def __init__(self, places: Places, lock: WriterLock, retention: Retention | None, backlog_limit_bytes: int) -> None:
         kind = file_system(places.root)
         on_tmpfs = kind in ("tmpfs", "ramfs")
@@ -35,15 +32,11 @@ class Session(Catalog):
         self.retention = retention or default_retention(archived=self.archive is not None)
         self._unwarned = retention is None and self.archive is None
         self.writer = BackgroundWriter(backlog_limit_bytes)
-        opening = Opening(self)
-        self.numbering = opening.prepare()
-        self.recovered = opening.recover()
         self._pruned = False
         for number in self.recovered.unarchived:
             self.archive_version(self.manifest(number))
 
     def require_open(self) -> None:
-        """Raise what the archive thread could not do, and for a store that is closed or belongs to a parent process."""
         if not self.lock.held:
             raise StoreError("this store is closed, or it was opened in the parent process of this one; open it here")
         self.writer.raise_failure()
@@ -69,13 +62,10 @@ class Session(Catalog):
             raise NoRoom(f"a version {wanting}, {stay}; {fix}")
 
     def _lacking(self, sizes: Mapping[str, int], budget_bytes: int | None) -> str | None:
-        wanting = lacking(self.root.path, sizes)
-        if wanting is not None or budget_bytes is None:
-            return wanting
-        need, room = sum(sizes.values()), max(0, budget_bytes - self._used_bytes())
-        if need <= room:
-            return None
-        return f"needs {need / MIB:.2f} MiB and budget_bytes={budget_bytes} has room for {room / MIB:.2f} MiB"
+        wanting, need = lacking(self.root.path, sizes), sum(sizes.values())
+        if wanting is None and budget_bytes is not None and need > (room := max(0, budget_bytes - self._used_bytes())):
+            return f"needs {need / MIB:.2f} MiB and budget_bytes={budget_bytes} has room for {room / MIB:.2f} MiB"
+        return wanting
 
     def _used_bytes(self) -> int:
         return sum(self.manifest(number).size_bytes for number in self.root.numbers(VERSIONS))
@@ -152,7 +142,6 @@ class Session(Catalog):
             atexit.register(_clear_at_exit, self.root, os.getpid())
 
     def _warn_once(self, number: int) -> None:
-        """Of what is removed for good though nobody asked for it."""
         if self._unwarned:
             self._unwarned = False
             kept = f"it keeps {self.retention.words('tmpfs')}; archive=DIR or retention=Retention() keeps every version"
@@ -196,8 +185,7 @@ class Session(Catalog):
 
     def _remove(self, archive: Archive, kind: str, number: int) -> None:
         """Take an archived folder away at once; waiting for the disk is left to the archive thread."""
-        trash = archive.take_out(kind, number)
-        self.writer.submit(Job("trash", number, 0, 0, partial(archive.delete, kind, trash)))
+        self.writer.submit(Job("trash", number, 0, 0, partial(archive.delete, kind, archive.take_out(kind, number))))
 
     def _clear_root(self) -> None:
         """Remove a root that only this store knows; what is archived comes back there when the run is opened again."""
@@ -208,7 +196,7 @@ class Session(Catalog):
             warnings.warn(f"the store in {self.root.path} is closed, and {gone}", RuntimeWarning, stacklevel=4)
         for number in here:
             self.remove_from_tmpfs(number, survives=self.in_archive(number))
-        if not self.root.numbers(VERSIONS) and not self.places.aside:
+        if not self.root.numbers(VERSIONS) and not any(self.root.path.glob(f"{ASIDE}*")):
             shutil.rmtree(self.root.path)
 
 
