@@ -24,8 +24,7 @@ import psutil
 
 from lora_grpo import AdapterStore
 from lora_grpo.bench.host import asked, provenance, write_result
-from lora_grpo.demo import ensure_base
-from lora_grpo.demo.run import demo_config
+from lora_grpo.demo import demo_config, ensure_base
 from lora_grpo.metrics.log import read_metrics
 from lora_grpo.trainer import build_trainer
 from lora_grpo.trainer.sweeping.plan import SweepPlan, trials_of

@@ -38,8 +38,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.attribution import Rows, judge
 from lora_grpo.bench.host import asked, provenance, write_result
 from lora_grpo.config import RunConfig
-from lora_grpo.demo import ensure_base
-from lora_grpo.demo.run import demo_config
+from lora_grpo.demo import demo_config, ensure_base
 from lora_grpo.engines.base import Adapters, LoadReceipt
 from lora_grpo.engines.local.targets import linear_leaves
 from lora_grpo.engines.server.engine import VLLMServerEngine

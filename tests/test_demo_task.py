@@ -17,7 +17,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_grpo import demo
-from lora_grpo.demo import run
 
 QUICK = demo.BaseRecipe(hidden_size=32, intermediate_size=32, layers=1, heads=1, steps=3, batch_size=4)
 
@@ -187,5 +186,5 @@ def test_the_command_that_recomputes_the_demo_is_one_line_when_piped():
     )
     result = {**dict.fromkeys(result, 0.5), "groups_with_signal_mean": 0.5, "logprob_gap_mean": 0.1, "sync_median_s": 1}
     told = io.StringIO()
-    run._tell(Console(file=told, width=80), result, "runs/a-longer-name/of-a-demo")
+    demo._tell(Console(file=told, width=80), result, "runs/a-longer-name/of-a-demo")
     assert told.getvalue().endswith("recompute with: lora-grpo eval runs/a-longer-name/of-a-demo\n")

@@ -16,8 +16,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from lora_grpo import EngineConfig, FakeEngine, GRPOConfig, GRPOTrainer, ModelConfig, Sampling
-from lora_grpo.demo import MAX_TOKENS, ensure_base, held_out_rows, training_rows
-from lora_grpo.demo.run import demo_config
+from lora_grpo.demo import MAX_TOKENS, demo_config, ensure_base, held_out_rows, training_rows
 from lora_grpo.engines.base import Adapters
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, RewardError, TrainingError

@@ -211,6 +211,6 @@ def demo(
     """Watch a tiny model learn to add. Its adapter goes to vLLM at every step.
 
     Progress goes to stderr; the last line of stdout is the result as JSON."""
-    from lora_grpo.demo.run import run_demo
+    from lora_grpo.demo import run_demo
 
     print_json(run_demo(output_dir=output_dir, steps=steps, seed=seed))

@@ -1,5 +1,12 @@
-"""Attacks on what a run leaves open, its store server and its engine: `python -m benchmarks.attack`."""
+"""Attack what a run leaves open, and count what does not hold: a table, and JSON with --out.
 
+    python -m benchmarks.attack [--seed 0] [--only NAME,NAME] [--out FILE]
+
+Each attack is seeded and returns an `Outcome`: how often it was tried, what failed, and what was measured meanwhile.
+The store server's trainer runs in a process of its own, with the 1,024 open files that most systems allow. The engine
+is a real vLLM on a tiny model, in this process."""
+
+import json
 import os
 import random
 import signal
@@ -10,21 +17,33 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from timeit import timeit
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from lora_grpo.bench.gauges import proc_bytes
+import psutil
+import torch
+
+from lora_grpo.adapters.peft_form.serving import ServingForm
+from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.bench.host import asked, provenance, write_result
+from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import EngineError, LoraGrpoError
 from lora_grpo.remote.client import StoreClient
+from lora_grpo.types import Sampling
+from tests.crash import attack, damage
+from tests.tiny_models import load_model, refill_lora, tiny_lora, tiny_model
 
+scratch = partial(tempfile.TemporaryDirectory, dir="/dev/shm", prefix="lora-grpo-attack-")
 PROMPT = list(range(100, 112))
 TOKEN = "a-token-of-the-attack"
 MIB = 1 << 20
+KILLS, ERRORS, ADAPTERS = 340, 180, 1835
 TRAINER = """
 import resource, sys
 from pathlib import Path
@@ -43,12 +62,6 @@ with AdapterStore(Path(root, "store"), Path(root, "run")) as store, StoreServer(
         except Exception as error:
             print(type(error).__name__, error, flush=True)
 """
-
-
-@contextmanager
-def scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="lora-grpo-attack-") as folder:
-        yield Path(folder)
 
 
 @dataclass
@@ -70,7 +83,7 @@ class Outcome:
 class Trainer:
     """A process that publishes when it is told to, and serves its store."""
 
-    process: subprocess.Popen[str]
+    process: psutil.Popen
     url: str
     run: str
 
@@ -79,22 +92,10 @@ class Trainer:
         print(text, file=self.process.stdin, flush=True)
         return self.process.stdout.readline().strip()
 
-    def pull(self, number: int) -> float:
-        """Seconds that a replica with the token takes for a version."""
-        started = time.monotonic()
-        client = StoreClient(self.url, TOKEN)
-        with tempfile.TemporaryDirectory() as folder:
-            client.pull(self.run, client.manifest(self.run, number), Path(folder))
-        client.close()
-        return time.monotonic() - started
-
-    @property
-    def open_files(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
-    @property
-    def resident_mib(self) -> float:
-        return proc_bytes(f"{self.process.pid}/status", "VmRSS")[0] / MIB
+    def pull(self) -> None:
+        """What a replica with the token does for a version."""
+        with tempfile.TemporaryDirectory() as folder, closing(StoreClient(self.url, TOKEN)) as client:
+            client.pull(self.run, client.manifest(self.run, 1), Path(folder))
 
     def connect(self) -> socket.socket:
         address = urlsplit(self.url)
@@ -104,8 +105,8 @@ class Trainer:
 @contextmanager
 def trainer(open_files: int = 1024) -> Iterator[Trainer]:
     with scratch() as root:
-        command = [sys.executable, "-c", TRAINER, str(root), TOKEN, str(open_files)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", TRAINER, root, TOKEN, str(open_files)]
+        process = psutil.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             url, run = process.stdout.readline().split()
             yield Trainer(process, url, run)
@@ -118,17 +119,17 @@ def idle_connections(seed: int, connections: int = 1100, open_files: int = 1024)
     """Nobody with a token: connections that say nothing or little. The trainer publishes, and replicas pull."""
     outcome, draw = Outcome("idle connections"), random.Random(seed)
     with trainer(open_files) as attacked, ExitStack() as held:
-        most_files, pull_s = attacked.open_files, [0.0]
+        most_files, pull_s = attacked.process.num_fds(), [0.0]
         for index in range(connections):
             connection = held.enter_context(attacked.connect())
             with suppress(OSError):  # it may have been closed to make room
                 connection.sendall(b"GET /versions/1 HTTP/1.1\r\nHost: here\r\n"[: draw.randrange(40)])
             if index % (connections // 20) == 0 or index == connections - 1:
-                most_files = max(most_files, attacked.open_files)
+                most_files = max(most_files, attacked.process.num_fds())
                 answer = attacked.publish(f"v{index}")
                 outcome.expect(answer.startswith("ok"), f"publish with {index + 1} connections: {answer}")
                 try:
-                    pull_s.append(attacked.pull(1))
+                    pull_s.append(timeit(attacked.pull, number=1))
                     outcome.expect(True, "")
                 except LoraGrpoError as error:
                     outcome.expect(False, f"pull with {index + 1} connections: {error}")
@@ -138,65 +139,42 @@ def idle_connections(seed: int, connections: int = 1100, open_files: int = 1024)
 
 def endless_header(seed: int, mib: int = 350, patience_s: float = 30.0) -> Outcome:
     """One header that never ends, as fast as it is taken, and one that comes a byte at a time."""
-    outcome, draw = Outcome("endless header"), random.Random(seed)
+    outcome, draw, sent = Outcome("endless header"), random.Random(seed), 0
     with trainer() as attacked:
         attacked.publish("first")
-        before_mib = attacked.resident_mib
+        before_bytes = attacked.process.memory_info().rss
+        text = b"GET /versions/1 HTTP/1.1\r\nX-Endless: " + draw.randbytes(MIB).hex().encode()
         with attacked.connect() as fast:
-            header = b"GET /versions/1 HTTP/1.1\r\nX-Endless: " + draw.randbytes(MIB).hex().encode()
-            taken_mib = _pour(fast, header, mib)
-            grown_mib = attacked.resident_mib - before_mib
-        outcome.expect(taken_mib < mib, f"all {mib} MiB were taken")
+            with suppress(OSError):  # the other side closes
+                while sent < mib * MIB:
+                    sent += fast.send(text)
+                    text = b"a" * MIB
+            grown_mib = (attacked.process.memory_info().rss - before_bytes) / MIB
+        outcome.expect(sent < mib * MIB, f"all {mib} MiB were taken")
         outcome.expect(grown_mib < 32, f"the server grew by {grown_mib:.0f} MiB")
         started = time.monotonic()
-        with attacked.connect() as slow:
+        with attacked.connect() as slow, suppress(OSError):
             slow.settimeout(0.2)
-            while time.monotonic() - started < patience_s and _drips(slow):
-                pass
+            while time.monotonic() - started < patience_s:
+                with suppress(TimeoutError):  # it waits for more
+                    slow.sendall(b"G")
+                    if not slow.recv(1):
+                        break
         held_s = time.monotonic() - started
         outcome.expect(held_s < patience_s, f"a slow header was waited for for {held_s:.0f} s")
         answer = attacked.publish("last")
         outcome.expect(answer.startswith("ok"), f"publish afterwards: {answer}")
-    outcome.figures = {"taken_mib": taken_mib, "grown_mib": max(0.0, grown_mib), "slow_one_held_s": held_s}
+    outcome.figures = {"taken_mib": sent / MIB, "grown_mib": max(0.0, grown_mib), "slow_one_held_s": held_s}
     return outcome
 
 
-def _pour(connection: socket.socket, text: bytes, mib: int) -> float:
-    """MiB that were taken before the other side closed."""
-    sent = 0
-    with suppress(OSError):
-        while sent < mib * MIB:
-            sent += connection.send(text)
-            text = b"a" * MIB
-    return sent / MIB
-
-
-def _drips(connection: socket.socket) -> bool:
-    """Whether the connection takes another byte of a header, and has not been closed."""
-    try:
-        connection.sendall(b"G")
-        return connection.recv(1) != b""
-    except TimeoutError:
-        return True
-    except OSError:
-        return False
-
-
 @contextmanager
-def tiny_engine() -> Iterator[tuple[Any, list[Any], Callable[[int], Any]]]:
-    """The engine, its versions, and what asks it one of four questions for token ids: of which versions, the base among
-    them, and how many tokens."""
-    import torch
-
-    from lora_grpo.adapters.peft_form.serving import ServingForm
-    from lora_grpo.adapters.store import AdapterStore
-    from lora_grpo.engines.vllm_local import VLLMEngine
-    from lora_grpo.types import Sampling
-    from tests.tiny_models import load_model, refill_lora, tiny_lora, tiny_model
-
+def tiny_engine() -> Iterator[tuple[Any, list[Any], Callable[[int], Any], list[Any]]]:
+    """The engine, its versions, what asks it one of four questions for token ids (of which versions, the base among
+    them, and how many tokens), and the right answers."""
     with ExitStack() as held:
         base = tiny_model("llama", Path(held.enter_context(tempfile.TemporaryDirectory())))
-        store = held.enter_context(AdapterStore(held.enter_context(scratch()) / "store"))
+        store = held.enter_context(AdapterStore(Path(held.enter_context(scratch())) / "store"))
         model = cast(Any, tiny_lora(load_model(base)))
         form, versions = ServingForm(model, "default", torch.bfloat16), []
         for seed in range(3):
@@ -213,14 +191,13 @@ def tiny_engine() -> Iterator[tuple[Any, list[Any], Callable[[int], Any]]]:
             groups = engine.generate([PROMPT] * 3, sampling, adapter=adapters)
             return [completion.token_ids for group in groups for completion in group.completions]
 
-        yield engine, versions, ask
+        yield engine, versions, ask, [ask(question) for question in range(4)]
 
 
 def two_threads(seed: int, calls: int = 200) -> Outcome:
     """Both ask as fast as they can: each answer is the right one, or a sentence."""
     outcome, met = Outcome("two threads on one engine"), Counter[str]()
-    with tiny_engine() as (_, _, ask):
-        right = [ask(question) for question in range(4)]
+    with tiny_engine() as (_, _, ask, right):
 
         def asking(draw: random.Random) -> None:
             for _ in range(calls // 2):
@@ -253,8 +230,7 @@ def interrupts(seed: int, times: int = 200) -> Outcome:
     # A shell has what it starts in the background ignore Ctrl-C, and then nothing would be attacked.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     raised = 0
-    with tiny_engine() as (engine, versions, ask):
-        right = [ask(question) for question in range(4)]
+    with tiny_engine() as (engine, versions, ask, right):
         usual_s = timeit(lambda: [ask(question) for question in range(4)], number=1) / 4
         for index in range(times):
             raised += _interrupted(lambda: ask(draw.randrange(4)), draw.random() * usual_s)
@@ -282,3 +258,52 @@ def _interrupted(call: Callable[[], Any], after_s: float) -> bool:
         timer.join()
         time.sleep(0.05)
     return not ended
+
+
+def stopped_at_calls(seed: int) -> Outcome:
+    """SIGKILL, or an error of the disk, at exact system calls; runs copied, moved and out of date among them."""
+    with scratch() as folder:
+        result = attack.attack(Path(folder), seed, KILLS, ERRORS)
+    return _judged("kills and failing disks at exact calls", result, KILLS + ERRORS)
+
+
+def broken_adapters(seed: int) -> Outcome:
+    """Published and opened as an engine would: refused by name, and the promoted version stays."""
+    with scratch() as folder:
+        return _judged("broken adapters", attack.fuzz(Path(folder), seed, ADAPTERS), ADAPTERS)
+
+
+def spoiled_files(seed: int) -> Outcome:
+    """Every file of a trained run, spoiled in every way: what each command makes of it."""
+    with scratch() as folder, damage.trained(Path(folder)) as run:
+        result = damage.attack(run, seed, [(name, kind) for name in damage.files(run) for kind in damage.KINDS])
+    return _judged("spoiled files of a run, six commands", result, sum(result["table"].values()))
+
+
+def _judged(name: str, result: Mapping[str, Any], tries: int) -> Outcome:
+    return Outcome(name, tries, [json.dumps(fault) for fault in result["wrong"]], result["table"])
+
+
+STORE = (stopped_at_calls, broken_adapters, spoiled_files)
+ATTACKS = {one.__name__: one for one in (idle_connections, endless_header, *STORE, two_threads, interrupts)}
+
+
+def main() -> int:
+    options, outcomes = asked(__doc__, seed=0, only=",".join(ATTACKS), out=None), []
+    if unknown := set(options.only.split(",")) - set(ATTACKS):
+        raise SystemExit(f"--only: no attack {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}")
+    for name in options.only.split(","):
+        started = time.monotonic()
+        outcome = ATTACKS[name](options.seed)
+        outcome.figures["seconds"] = time.monotonic() - started
+        outcomes.append(outcome)
+        figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in outcome.figures.items())
+        print(f"| {outcome.attack} | {outcome.tries} tries | {len(outcome.faults)} failed | {figures} |", flush=True)
+        for fault in outcome.faults[:5]:
+            print(f"    {fault[:200]}", flush=True)
+    write_result(options.out, {**provenance("-m", "benchmarks.attack"), "outcomes": list(map(asdict, outcomes))})
+    return int(any(outcome.faults for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

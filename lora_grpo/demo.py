@@ -1,4 +1,4 @@
-"""The demo's task, two-digit addition, and a base model made on the spot; `run.py` trains one on the other.
+"""The demo: two-digit addition, a base model made on the spot for it, and a run that trains the one on the other.
 
 `17+58=` is to be answered `075`, always three digits. The easy half of the task has no carry out of the ones column,
 the hard half has one. A prompt is held out by its own text, so no generator of training data can reach one by a seed or
@@ -14,26 +14,30 @@ import hashlib
 import itertools
 import json
 import random
+import statistics
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from rich.console import Console
+from rich.progress import Progress
+
+from lora_grpo.config import DataConfig, EngineConfig, ModelConfig, RewardConfig, RunConfig
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.user_cache import user_cache
 
 if TYPE_CHECKING:
     import torch
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+STEPS, PROMPTS_PER_STEP, GROUP = 30, 64, 8
 MAX_TOKENS = 4  # of a full answer: its three digits and the end token
 PAD, EOS = "<pad>", "<eos>"
 TOKENS = (PAD, EOS, *"0123456789+=")
 TOKEN_ID = {token: number for number, token in enumerate(TOKENS)}
-
-Progress: TypeAlias = Callable[[int, int, float], None]
-"""Called after each step with `(steps done, steps in all, loss in nats per token)`."""
 
 
 class Row(TypedDict):
@@ -117,20 +121,19 @@ def base_path(recipe: BaseRecipe) -> Path:
     return user_cache() / f"demo-base-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
-def ensure_base(recipe: BaseRecipe | None = None, progress: Progress | None = None) -> Path:
+def ensure_base(recipe: BaseRecipe | None = None, progress: Callable[[int, int, float], None] | None = None) -> Path:
     """The directory of the base model and its tokenizer (bf16, Transformers' layout), made if it is not there yet.
-    Two processes that make it at once both succeed: the first to finish puts its own in place."""
+    Two processes that make it at once both succeed: the first to finish puts its own in place. `progress` is called
+    after each step with `(steps done, steps in all, loss in nats per token)`."""
     recipe = recipe or BaseRecipe()
     path = base_path(recipe)
     if path.is_dir():
         return path
-    import torch
-
     path.parent.mkdir(parents=True, exist_ok=True)
     model = pretrain(recipe, progress)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as staging:
         made = Path(staging) / "base"
-        model.to(torch.bfloat16).save_pretrained(made)
+        model.bfloat16().save_pretrained(made)
         digit_tokenizer().save_pretrained(made)
         try:
             made.rename(path)
@@ -152,7 +155,7 @@ def digit_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
 
 
-def pretrain(recipe: BaseRecipe, progress: Progress | None = None) -> LlamaForCausalLM:
+def pretrain(recipe: BaseRecipe, progress: Callable[[int, int, float], None] | None = None) -> LlamaForCausalLM:
     """The trained model in fp32; the same on one machine for one recipe, whatever the caller's random state."""
     import torch
 
@@ -210,3 +213,87 @@ def _answer_loss(model: LlamaForCausalLM, pairs: list[tuple[str, str]]) -> torch
     logits_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits[:, prompt_length - 1 :]
     targets_BT = tokens_BT[:, prompt_length:]
     return torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
+def run_demo(output_dir: Path = Path("runs/demo"), steps: int | None = None, seed: int = 0) -> dict[str, Any]:
+    """Run the demo in `output_dir` (or the first free `output_dir-2`, ...), shown on stderr; returns the summary."""
+    console = Console(stderr=True)
+    base = _base(console)
+    others = (output_dir.with_name(f"{output_dir.name}-{number}") for number in itertools.count(2))
+    run_dir = next(path for path in itertools.chain([output_dir], others) if not path.exists())
+    config = demo_config(base, run_dir, steps=steps or STEPS, seed=seed)
+    from lora_grpo.trainer import build_trainer
+
+    with build_trainer(config) as trainer:
+        result = trainer.train()
+    before, after = trainer.evaluations[0].metrics, trainer.evaluations[-1].metrics
+    signal = statistics.fmean(metrics["frac_groups_used"] for metrics in trainer.history)
+    summary = {
+        "accuracy_before": result.pop("reward_before"),
+        "accuracy_after": result.pop("reward_after"),
+        "accuracy_easy_before": before["reward/carry=false"],
+        "accuracy_easy_after": after["reward/carry=false"],
+        "accuracy_hard_before": before["reward/carry=true"],
+        "accuracy_hard_after": after["reward/carry=true"],
+        "groups_with_signal_mean": round(signal, 4),
+        **result,
+    }
+    _tell(console, summary, config.output_dir)
+    return summary
+
+
+def demo_config(base: Path, run_dir: Path, *, steps: int, seed: int) -> RunConfig:
+    """The demo's settings, with its prompts written into the run directory."""
+    data = run_dir / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    limits = {"max_model_len": 64, "max_num_seqs": 512, "max_num_batched_tokens": 8192}
+    return RunConfig(
+        output_dir=str(run_dir),
+        model=ModelConfig(name=str(base), dtype="float32"),
+        data=DataConfig(
+            train=_write(data / "train.jsonl", training_rows()), eval=_write(data / "held_out.jsonl", held_out_rows())
+        ),
+        rewards=(RewardConfig(name="exact"),),
+        engine=EngineConfig(**limits, enforce_eager=True, gpu_memory_utilization=0.1),
+        grpo=GRPOConfig(
+            seed=seed,
+            total_steps=steps,
+            num_generations=GROUP,
+            generation_batch_size=PROMPTS_PER_STEP * GROUP,
+            per_device_train_batch_size=PROMPTS_PER_STEP * GROUP // 2,
+            gradient_accumulation_steps=1,
+            max_completion_length=MAX_TOKENS,
+            epsilon_high=0.28,
+            learning_rate=4e-3,
+            adam_beta2=0.99,
+            eval_every=10,
+            log_completions_every=20,
+        ),
+    )
+
+
+def _base(console: Console) -> Path:
+    recipe = BaseRecipe()
+    if base_path(recipe).is_dir():
+        return ensure_base(recipe)
+    console.print(f"making the base model (once), in {base_path(recipe)}", soft_wrap=True)
+    with Progress(console=console, transient=True) as bar:
+        shown = bar.add_task("training it", total=recipe.steps)
+        return ensure_base(recipe, progress=lambda done, total, loss: bar.update(shown, completed=done))
+
+
+def _write(path: Path, rows: Sequence[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def _tell(console: Console, result: dict[str, Any], run_dir: str) -> None:
+    console.print(
+        f"held-out accuracy, greedy, through vLLM: {result['accuracy_before']:.3f} -> {result['accuracy_after']:.3f}\n"
+        f"  problems with a carry:    {result['accuracy_hard_before']:.3f} -> {result['accuracy_hard_after']:.3f}\n"
+        f"  problems without a carry: {result['accuracy_easy_before']:.3f} -> {result['accuracy_easy_after']:.3f}\n"
+        f"  groups that carried signal: {result['groups_with_signal_mean']:.0%}; trainer/sampler log-prob gap "
+        f"{result['logprob_gap_mean']:.4f} nats per token; sync {1000 * result['sync_median_s']:.1f} ms (median)\n"
+        f"every answer, version and reward: {run_dir}; recompute with: lora-grpo eval {run_dir}",
+        soft_wrap=True,  # a command is copied as one line
+    )
