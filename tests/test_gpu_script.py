@@ -369,7 +369,7 @@ def test_where_models_go(scripts: SimpleNamespace, tmp_path: Path, monkeypatch: 
     assert place.refusal.startswith("the 7B model needs 16 GiB for its files: 0.1 GiB are free for ")
     large = [step.name for step in scripts.steps.plan(tmp_path, "cuda:0", place.models) if step.is_large]
     assert large == ["7b", "7b-compiled"]
-    finished = tmp_path / "tmp" / "lora-grpo-gpu" / "qwen2.5-7b-seed0" / places.FINISHED
+    finished = tmp_path / "tmp" / "lora-grpo-gpu" / "qwen2.5-7b-seed0" / "config.json"
     finished.parent.mkdir(parents=True)
     finished.touch()
     assert places.choose_place(None, "cuda:0").refusal == ""

@@ -37,7 +37,6 @@ LARGE_BYTES = 16 << 30  # what the large model's files take, the small one's and
 TINY_BYTES = 64 << 20
 SHARED = Path("/dev/shm")
 NAME = "lora-grpo-gpu"
-FINISHED = "config.json"
 LEAST_S = 15.0  # less than this is not worth starting a step for
 GRACE_S = 25.0  # for a step that ran out of time to keep what it has
 REPORT_S = 120.0
@@ -88,15 +87,13 @@ def choose_place(asked: Path | None, device: str) -> Place:
     folders = [asked] if asked else [SHARED / NAME, Path(tempfile.gettempdir()) / NAME]
     free = {folder: _free_bytes(folder) for folder in folders}
     # An earlier call may have made the large model there.
-    made = {folder for folder in folders if any(folder.glob(f"qwen2.5-7b-seed*/{FINISHED}"))}
-    chosen = next((folder for folder in folders if folder in made or free[folder] >= needed), None)
+    made = "qwen2.5-7b-seed*/config.json"
+    fitting = [folder for folder in folders if any(folder.glob(made)) or free[folder] >= needed]
+    chosen = fitting[0] if fitting else max(folders, key=lambda folder: free[folder])
     told = ", ".join(f"{size / (1 << 30):.1f} GiB are free for {folder}" for folder, size in free.items())
-    if chosen is None:
-        largest = max(folders, key=lambda folder: free[folder])
-        refusal = f"the 7B model needs {needed >> 30} GiB for its files: {told}; name a folder with --models DIR"
-        return Place(largest.resolve(), [f"Models and caches were in {largest}: {told}."], refusal)
-    notes = [] if chosen is folders[0] else [f"Models and caches were in {chosen}, not in memory: {told}."]
-    return Place(chosen.resolve(), notes)
+    refusal = f"the 7B model needs {needed >> 30} GiB for its files: {told}; name a folder with --models DIR"
+    notes = [] if fitting[:1] == folders[:1] else [f"Models and caches were in {chosen}: {told}."]
+    return Place(chosen.resolve(), notes, "" if fitting else refusal)
 
 
 def _free_bytes(folder: Path) -> int:
@@ -198,10 +195,8 @@ def start(command: Sequence[str], log: Path, *, warm: bool) -> Process:
             with suppress(EOFError, OSError):
                 forked.start()
                 return forked
-        nothing = subprocess.DEVNULL
-        return subprocess.Popen(
-            command, cwd=REPOSITORY, stdin=nothing, stdout=output, stderr=output, start_new_session=True
-        )
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, **streams)
 
 
 def wait(process: Process, timeout_s: float | None = None) -> int | None:
@@ -258,11 +253,11 @@ def finish(record: Record, place: Place) -> int:
             except subprocess.TimeoutExpired:
                 print(f"no report within {REPORT_S:.0f} s; later: lora-grpo bench report --out {record.out}")
     record.save()
-    print(record.table())
-    all_passed = all(record.state(step) == "passed" for step in record.steps)
-    if all_passed:
-        shutil.rmtree(place.models, ignore_errors=True)
-    return 0 if all_passed else 1
+    record.show()
+    if any(record.state(step) != "passed" for step in record.steps):
+        return 1
+    shutil.rmtree(place.models, ignore_errors=True)
+    return 0
 
 
 if __name__ == "__main__":

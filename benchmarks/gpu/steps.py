@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 DEMO_STEPS = {"cpu": 1, "cuda": 30}
@@ -46,6 +48,7 @@ REPEATED = ("trainer-7b", "parity", "7b-compiled", "families", "experts", "rates
 """Not in a dry run: with tiny models, where nothing is compiled, they do what the steps before them did, or what the
 test run does; or there is nothing to do without a GPU."""
 
+WIDTH = 160  # of the table of steps
 ARCHIVE, SUMMARY = "results.tar.gz", "summary.json"
 _LEFT_OUT = (ARCHIVE, ".safetensors", ".pt", ".new")
 """The archive itself, and what of a demo run are weights."""
@@ -74,14 +77,8 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
     kind = device.partition(":")[0]
     small, large = SHAPES[kind]
     demo = [sys.executable, "-m", "lora_grpo", "demo", "--output-dir", str(out / "demo")]
-    invariance = [
-        sys.executable,
-        str(HERE / "invariance.py"),
-        "--device",
-        device,
-        "--model",
-        str(models / f"{small}-seed0"),
-    ]
+    model = str(models / f"{small}-seed0")
+    invariance = [sys.executable, str(HERE / "invariance.py"), "--device", device, "--model", model]
     steps = [
         Step("card", 30, 60, [sys.executable, str(HERE / "card.py"), device]),
         _suite("tiny", 110, 150, out, device),
@@ -166,12 +163,10 @@ class Record:
                     archive.add(path, path.relative_to(self.out))
         os.replace(staged, self.out / ARCHIVE)
 
-    def table(self) -> str:
-        rows = [self._row(step) for step in self.steps]
-        lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-        return "\n".join("  ".join(line).rstrip() for line in padded)
+    def show(self) -> None:
+        from lora_grpo.metrics.render import table
+
+        Console(width=WIDTH).print(table([self._row(step) for step in self.steps], "steps"))
 
     def _row(self, step: Step) -> dict[str, Any]:
         done = self.done.get(step.name, {})
