@@ -27,6 +27,7 @@ from lora_grpo.demo import MAX_TOKENS, ensure_base, held_out_rows, training_rows
 
 # This is the changed line. Everything else in `with_trl` is as in a script for stock TRL.
 from lora_grpo.integrations.trl import NativeGRPOTrainer as GRPOTrainer
+from lora_grpo.rewards import exact
 
 ROWS_A_STEP, GROUP, UPDATES_A_STEP = 512, 8, 2
 # Settings that have the same name in both trainers.
@@ -41,19 +42,15 @@ COMMON: dict[str, Any] = {
     "epsilon_high": 0.28,
     "seed": 0,
 }
+right = exact("answer")  # 1 if the completion is the row's answer, else 0
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def exact(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1 if the completion is the row's answer, else 0."""
-    return [float(completion == right) for completion, right in zip(completions, answer, strict=True)]
 
 
 def with_trl(trainer_class: Any, base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
     """Train with TRL: with its own GRPOTrainer, or with the one that replaces it."""
     trainer = trainer_class(
         model=str(base),
-        reward_funcs=exact,
+        reward_funcs=right,
         args=trl.GRPOConfig(
             output_dir=str(output_dir),
             max_steps=UPDATES_A_STEP * steps,
@@ -90,7 +87,7 @@ def with_ours(base: Path, steps: int, output_dir: Path) -> dict[str, Any]:
     """The same work on our trainer; one step is one generation, with as many updates as fit its rows."""
     trainer = lora_grpo.GRPOTrainer(
         lora_grpo.ModelConfig(name=str(base), dtype="float32"),
-        exact,
+        right,
         lora_grpo.GRPOConfig(total_steps=steps, **COMMON),
         training_rows(),
         eval_dataset=held_out_rows(),
@@ -116,7 +113,8 @@ def accuracy(engine: Any, version: Any) -> float:
     rows = held_out_rows()
     greedy = lora_grpo.Sampling(max_tokens=MAX_TOKENS, temperature=0.0)
     groups = engine.generate([row["prompt"] for row in rows], greedy, adapter=version)
-    return statistics.fmean(exact([group.completions[0].text for group in groups], [row["answer"] for row in rows]))
+    answers = [group.completions[0].text for group in groups]
+    return statistics.fmean(right(answers, answer=[row["answer"] for row in rows]))
 
 
 def sync_s(steps: list[dict[str, Any]]) -> float | None:
@@ -143,8 +141,7 @@ def main() -> None:
     if chosen.trainer == "ours":
         measured = with_ours(base, chosen.steps, folder)
     else:
-        trainer_class = GRPOTrainer if chosen.trainer == "native" else trl.GRPOTrainer
-        measured = with_trl(trainer_class, base, chosen.steps, folder)
+        measured = with_trl(GRPOTrainer if chosen.trainer == "native" else trl.GRPOTrainer, base, chosen.steps, folder)
     print(json.dumps({"trainer": chosen.trainer, "steps": chosen.steps, **measured, "memory_mib": peak_memory_mib()}))
 
 

@@ -58,10 +58,8 @@ def told_as_sweep(directory: Path) -> str:
         return ""
     members = sorted(place.parent for place in directory.glob("*/store.json"))
     such = f", such as {members[0]}" if members else ""
-    return (
-        f"{directory} is a sweep, not a run: name the directory of one of its members{such}; "
-        f"`lora-grpo sweep {directory} --resume` goes on with all of them"
-    )
+    others = f"`lora-grpo sweep {directory} --resume` goes on with all of them"
+    return f"{directory} is a sweep, not a run: name the directory of one of its members{such}; {others}"
 
 
 def config_of_model(name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -160,9 +158,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 def _check_path(parts: list[str], override: str) -> None:
     section: type[BaseModel] | None = RunConfig
     for part in parts:
-        if section is None:
-            return
-        if part.isdigit():
+        if section is None or part.isdigit():
             continue
         if part not in section.model_fields:
             raise ConfigError(f"override {override!r}: unknown key {part!r}; {nearest_setting(part, section)}")

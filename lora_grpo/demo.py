@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import Progress
@@ -38,19 +38,12 @@ MAX_TOKENS = 4  # of a full answer: its three digits and the end token
 PAD, EOS = "<pad>", "<eos>"
 TOKENS = (PAD, EOS, *"0123456789+=")
 TOKEN_ID = {token: number for number, token in enumerate(TOKENS)}
-
-
-class Row(TypedDict):
-    """One problem; `carry` is true where the ones column overflows."""
-
-    prompt: str
-    answer: str
-    carry: bool
+Row: TypeAlias = dict[str, Any]
 
 
 def problem(a: int, b: int) -> Row:
-    """The row of `a + b`, both in 0..99."""
-    return Row(prompt=f"{a:02d}+{b:02d}=", answer=f"{a + b:03d}", carry=a % 10 + b % 10 >= 10)
+    """The row of `a + b`, both in 0..99; `carry` is true where the ones column overflows."""
+    return {"prompt": f"{a:02d}+{b:02d}=", "answer": f"{a + b:03d}", "carry": a % 10 + b % 10 >= 10}
 
 
 def without_carry(row: Row) -> str:

@@ -28,8 +28,7 @@ class Reference:
 
     def __init__(self, model: nn.Module, *, wanted: bool) -> None:
         """The adapter as it is now, where it is `wanted`. Raises `ConfigError` for a model with a "ref" of its own."""
-        self._model, self._wanted = model, wanted
-        adapter = active_adapter(model)
+        self._model, adapter = model, active_adapter(model)
         self.modules = lora_modules(model, adapter)
         self._weights: list[torch.Tensor] | None = None
         if wanted and "ref" in set(peft_model_of(model).peft_config) - {adapter}:
@@ -44,7 +43,7 @@ class Reference:
 
     def set(self, weights: Mapping[str, torch.Tensor] | None) -> None:
         """Take these from now on (None: the base). Raises `StoreCorrupt` for another adapter's."""
-        if not self._wanted or weights is None:
+        if weights is None:
             self._weights = None
             return
         check_state(TrainerState(weights, {}), self.modules)

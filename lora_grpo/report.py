@@ -14,7 +14,6 @@ from lora_grpo.errors import UnknownVersion
 from lora_grpo.metrics.page import Lineage, render_page
 from lora_grpo.metrics.render import duration
 
-REPORT_FILE = "report.html"
 MOST_VERSIONS = 60
 
 
@@ -29,7 +28,7 @@ def write_report(run: str | Path, path: Path | None = None, watch: float | None 
     runs/mine/report.html
     """
     run = Path(run)
-    path = path or run / REPORT_FILE
+    path = path or run / "report.html"
     while True:
         live = holder(run) is not None
         page = render_page(run, lineage(run), live=live, refresh_s=watch if live else None)

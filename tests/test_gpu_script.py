@@ -33,7 +33,7 @@ from tests.test_parity import ARCHITECTURES
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = REPOSITORY / "benchmarks" / "gpu"
-MODULES = ("run", "steps", "card")
+MODULES = ("run", "steps")
 STEPS = ["card", "tiny", "7b", "demo", "7b-compiled", "trainer", "trainer-7b", "population", "families", "experts"]
 STEPS += ["rates", "0.5b", "parity", "invariance", "graphs"]
 REPEATED = ("trainer-7b", "parity", "7b-compiled", "families", "experts", "rates")
@@ -397,12 +397,12 @@ def test_another_vllm_or_no_device_is_one_sentence(
     monkeypatch.setattr(host, "check_device", lambda device: None)
     monkeypatch.setattr(compat, "vllm_release", lambda: compat.check_release("0.25.1"))
     with pytest.raises(UnsupportedVersion, match=r"vLLM 0\.25\.1 was neither tested nor read"):
-        scripts.card.look("cuda:0")
+        scripts.steps.look("cuda:0")
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="there is no device 'cuda:63' here"):
-        scripts.card.look("cuda:63")
+        scripts.steps.look("cuda:63")
     with pytest.raises(SystemExit):
-        scripts.card.main("cuda:63")
+        scripts.steps.main("cuda:63")
     assert capsys.readouterr().out.startswith("error: there is no device 'cuda:63' here")
 
 

@@ -97,8 +97,7 @@ def choose_place(asked: Path | None, device: str) -> Place:
 
 
 def _free_bytes(folder: Path) -> int:
-    there = next(one for one in (folder, *folder.resolve().parents) if one.is_dir())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(next(one for one in (folder, *folder.resolve().parents) if one.is_dir())).free
 
 
 def environment(place: Place) -> dict[str, str]:
@@ -114,16 +113,10 @@ def environment(place: Place) -> dict[str, str]:
         **{name: str(place.models / "caches" / folder) for name, folder in caches.items()},
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        **dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "PYTHONUNBUFFERED"), "1"),
+        **{"VLLM_USE_FLASHINFER_SAMPLER": "0", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1", "TERM": "dumb"},
         # Looking for a GPU must not start CUDA where steps are forked from; vLLM sets it, too.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        "NO_COLOR": "1",
-        "TERM": "dumb",
     }
 
 
@@ -139,9 +132,8 @@ def go_through(chosen: Sequence[Step], record: Record, place: Place, deadline: f
         if step.is_large and place.refusal:
             record.keep(step, {"state": "refused", "seconds": 0.0, "why": place.refusal})
         elif limit_s > LEAST_S:
-            warm = forks and step.warm and record.state(step) != "failed"
             log = record.out / "logs" / f"{step.name}.log"
-            record.keep(step, run_step(step, log, limit_s, warm))
+            record.keep(step, run_step(step, log, limit_s, forks and step.warm and record.state(step) != "failed"))
             if step.name == "card" and record.state(step) == "failed":
                 forks = False
                 record.keep(step, run_step(step, log, limit_s, forks))
@@ -157,7 +149,7 @@ def is_repeated(step: Step, record: Record) -> bool:
 
 
 def run_step(step: Step, log: Path, limit_s: float, warm: bool) -> dict[str, Any]:
-    started, state = time.monotonic(), ""
+    started = time.monotonic()
     process = start(step.command, log, warm=warm)
     try:
         code = wait(process, limit_s - (time.monotonic() - started))
@@ -172,11 +164,10 @@ def run_step(step: Step, log: Path, limit_s: float, warm: bool) -> dict[str, Any
         code = wait(process)
     tail = log.read_text(errors="replace").splitlines()[-TAIL:]
     why = next((line.removeprefix("error: ") for line in reversed(tail) if line.startswith("error: ")), "")
-    if not state:
-        # A program of ours that refuses says why.
-        state = "refused" if code == 2 and why else "failed" if code else "passed"
+    # A program of ours that refuses says why.
+    ended = "refused" if code == 2 and why else "failed" if code else "passed"
     return {
-        "state": state,
+        "state": state or ended,
         "rc": code,
         "seconds": round(time.monotonic() - started, 1),
         "command": list(step.command),

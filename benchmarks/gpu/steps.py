@@ -1,11 +1,16 @@
 """What is run on a GPU, most valuable first, each step a process with its limit; and what came of it: a JSON file each,
-a summary, and one archive of everything."""
+a summary, and one archive of everything.
+
+Two of them are here: `steps.py DEVICE` is the card, the host as the others will find it; `steps.py DEVICE MODEL` asks
+of the tokens that are sampled, with an adapter and without, how many have to the bit the log-prob that scoring them as
+a prompt gives, on a GPU under VLLM_BATCH_INVARIANT=1 for the whole process. The last line is JSON."""
 
 import json
 import os
 import shlex
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +21,7 @@ from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-DEMO_STEPS = {"cpu": 1, "cuda": 30}
+SIZES = {"cpu": (4, 8), "cuda": (64, 64)}  # of invariance: rows, and tokens of each
 SHAPES = {"cpu": ("tiny-tied", "tiny"), "cuda": ("qwen2.5-0.5b", "qwen2.5-7b")}
 """By device, what is measured; in a dry run two tiny ones, of which one ties its output layer like the 0.5B."""
 SUITES = {
@@ -77,13 +82,12 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
     kind = device.partition(":")[0]
     small, large = SHAPES[kind]
     demo = [sys.executable, "-m", "lora_grpo", "demo", "--output-dir", str(out / "demo")]
-    model = str(models / f"{small}-seed0")
-    invariance = [sys.executable, str(HERE / "invariance.py"), "--device", device, "--model", model]
+    own = [sys.executable, str(HERE / "steps.py"), device]
     steps = [
-        Step("card", 30, 60, [sys.executable, str(HERE / "card.py"), device]),
+        Step("card", 30, 60, own),
         _suite("tiny", 110, 150, out, device),
         _figures("7b", 170, 280, large, out, device, models),
-        Step("demo", 45, 90, [*demo, "--steps", str(DEMO_STEPS[kind])]),
+        Step("demo", 45, 90, [*demo, "--steps", "1" if kind == "cpu" else "30"]),
         _figures("7b-compiled", 165, 240, large, out, device, models),
         _program("trainer", 45, 70, out, device),
         _program("trainer-7b", 65, 110, out, device),
@@ -94,7 +98,7 @@ def plan(out: Path, device: str, models: Path) -> list[Step]:
         _figures("0.5b", 65, 110, small, out, device, models),
         _suite("parity", 140, 190, out, device),
         # Its switch, which there is on a GPU, is for a whole process.
-        Step("invariance", 55, 90, invariance, warm=kind == "cpu"),
+        Step("invariance", 55, 90, [*own, str(models / f"{small}-seed0")], warm=kind == "cpu"),
         _suite("graphs", 110, 180, out, device),
     ]
     return [step for step in steps if kind != "cpu" or step.name not in REPEATED]
@@ -122,9 +126,8 @@ def _suite(name: str, expected_s: int, limit_s: int, out: Path, device: str) -> 
     """Tests in one process, without the project's pytest settings: a bare host may lack the plugins that they need."""
     modules, chosen, few = SUITES[name]
     files = [f"tests/test_{module}.py" for module in modules.split()]
-    report = out / "logs" / f"{name}.xml"
     bare = ["-c", os.devnull, "--rootdir", str(REPOSITORY), "-p", "no:cacheprovider"]
-    options = ["-q", "--device", device, "--junitxml", str(report), "-o", "junit_family=xunit1"]
+    options = ["-q", "--device", device, "--junitxml", str(out / "logs" / f"{name}.xml"), "-o", "junit_family=xunit1"]
     command = [sys.executable, "-m", "pytest", *files, *bare, *options, "-k", few if device == "cpu" else chosen]
     return Step(name, expected_s, limit_s, command)
 
@@ -187,3 +190,76 @@ def write(path: Path, content: dict[str, Any]) -> None:
     staged = path.with_name(f"{path.name}.new")
     staged.write_text(json.dumps(content, indent=1))
     os.replace(staged, path)
+
+
+def look(device: str) -> dict[str, Any]:
+    """What the card step tells. Raises, before anything is allocated, where the device is not there or vLLM is not one
+    that is known."""
+    from lora_grpo.bench import host
+    from lora_grpo.engines import compat
+    from lora_grpo.engines.compat.patching import HOPPER, kernel_is_mended
+
+    host.check_device(device)
+    release = compat.vllm_release()
+    found: dict[str, Any] = {"card": host.card(device), "memory_bytes": host.memory(device)}
+    print(json.dumps(found), flush=True)
+    compat.import_vllm()
+    import torch
+
+    # This process may be a fork: here it shows whether one can compute.
+    one = torch.ones(8, 8, device=device)
+    assert float((one @ one).sum()) == 512
+    found["vllm"] = {"release": release, "known_by": compat.RELEASES[release]}
+    capability = compat.compute_capability()
+    return {**found, "compute_capability": capability, "kernels_mended": capability == HOPPER and kernel_is_mended()}
+
+
+def invariance(device: str, model: str) -> dict[str, Any]:
+    if device != "cpu":
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
+    from lora_grpo.bench.plan import Subject
+    from lora_grpo.bench.strategies.native import Native
+    from lora_grpo.engines import compat
+
+    compat.import_vllm()
+    from vllm import envs
+
+    rows, length = SIZES[device.partition(":")[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        limits = {"max_model_len": 256, "max_num_seqs": rows, "gpu_memory_utilization": 0.2}
+        strategy = Native(Subject("native", model, 16, "all-linear", device, folder, folder, **limits))
+        without = equal_share(strategy, rows, length)
+        strategy.trainer.randomise(0.2)
+        strategy.sync()
+        shares = {"with_adapter": equal_share(strategy, rows, length), "without_adapter": without}
+        strategy.close()
+    on = os.environ.get("VLLM_BATCH_INVARIANT") == "1" and "VLLM_BATCH_INVARIANT" in envs.environment_variables
+    return {"batch_invariant": on, **shares, "tokens": rows * length, "model": Path(model).name}
+
+
+def equal_share(strategy: Any, rows: int, length: int) -> float:
+    import torch
+
+    from lora_grpo.types import Sampling
+
+    drawn = torch.randint(1, 1000, (rows, length), generator=torch.Generator().manual_seed(1)).tolist()
+    groups = strategy.generate(drawn, Sampling(n=1, max_tokens=length, temperature=1.0, seed=1, ignore_eos=True))
+    made = [(group.prompt_token_ids, group.completions[0]) for group in groups]
+    scored = strategy.logprobs([[*prompt, *completion.token_ids] for prompt, completion in made])
+    sampled = [logprob for _, completion in made for logprob in completion.logprobs]
+    again = [logprob for row in scored for logprob in row[-length:]]
+    return sum(one == other for one, other in zip(sampled, again, strict=True)) / len(sampled)
+
+
+def main(device: str, model: str | None = None) -> None:
+    from lora_grpo.errors import LoraGrpoError
+
+    try:
+        print(json.dumps(look(device) if model is None else invariance(device, model)), flush=True)
+    except LoraGrpoError as error:
+        print(f"error: {error}", flush=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

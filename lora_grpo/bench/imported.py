@@ -2,23 +2,18 @@
 
 import gc
 import importlib
-import traceback
 
 from lora_grpo.engines import compat
-from lora_grpo.errors import LoraGrpoError
 
-try:
-    compat.import_vllm()
-    for _name in (
-        "vllm.entrypoints.llm",
-        "transformers.models.auto.modeling_auto",
-        "lora_grpo.bench.suite",
-        "lora_grpo.bench.strategies.native",
-        "lora_grpo.bench.strategies.merging",
-    ):
-        importlib.import_module(_name)
-except (ImportError, OSError, RuntimeError, AttributeError, LoraGrpoError):
-    # The first of those that are forked says why.
-    traceback.print_exc()
+# What fails here fails again in the first step, which says why.
+compat.import_vllm()
+for _name in (
+    "vllm.entrypoints.llm",
+    "transformers.models.auto.modeling_auto",
+    "lora_grpo.bench.suite",
+    "lora_grpo.bench.strategies.native",
+    "lora_grpo.bench.strategies.merging",
+):
+    importlib.import_module(_name)
 # Nobody has to look through all that again for garbage.
 gc.freeze()

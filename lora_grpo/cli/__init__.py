@@ -36,7 +36,7 @@ COMMANDS = {_CALLED.get(command, command.__name__): command for group in GROUPS.
 
 
 class _Commands(TyperGroup):
-    """Turns what any command raises into a sentence and an exit code."""
+    """Turns an error of ours that any command raises into a sentence and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -44,8 +44,6 @@ class _Commands(TyperGroup):
         except LoraGrpoError as error:
             say_error(error)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
 
 
 app = typer.Typer(
@@ -73,9 +71,9 @@ def _root(
     """Train LoRA adapters with GRPO on vLLM, without merging them into the base model."""
 
 
-for _name, _command in COMMANDS.items():
-    _panel = next(group for group, commands in GROUPS.items() if _command in commands)
-    app.command(_name, rich_help_panel=_panel)(_command)
+for _group, _commands in GROUPS.items():
+    for _command in _commands:
+        app.command(_CALLED.get(_command, _command.__name__), rich_help_panel=_group)(_command)
 
 
 def main() -> None:

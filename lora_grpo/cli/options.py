@@ -20,8 +20,6 @@ from lora_grpo.metrics.render import table
 if TYPE_CHECKING:
     from lora_grpo.adapters.store import AdapterStore
 
-PIPE_WIDTH = 160
-
 
 def keys_begun(begun: str) -> list[str]:
     """What a shell completes of a setting that was begun."""
@@ -58,7 +56,7 @@ def print_json(document: Any) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table(rows, title))
+    Console(width=None if sys.stdout.isatty() else 160).print(table(rows, title))
 
 
 def tell(document: Any, as_json: bool, said: str | Sequence[Mapping[str, Any]], title: str = "") -> None:

@@ -7,8 +7,8 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,6 @@ from lora_grpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from lora_grpo.bench.plan import Settings
-    from lora_grpo.bench.runner import Progress
     from lora_grpo.bench.schema import Document
     from lora_grpo.engines.server.launch import Serving
 
@@ -70,12 +69,10 @@ def _of_base(serving: Serving, quantization: str | None) -> Serving:
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("--revision")
     known.add_argument("--trust-remote-code", action="store_true")
-    code = vars(known.parse_known_args(serving.arguments)[0])
-    told = serving_arguments(serving.model, quantization, **code)
+    told = serving_arguments(serving.model, quantization, **vars(known.parse_known_args(serving.arguments)[0]))
     options = ["--language-model-only"] if "language_model_only" in told else []
     options += ["--quantization", told["quantization"]] if "quantization" in told else []
-    arguments = (*options, *serving.arguments)
-    return replace(serving, target_modules=tuple(told["lora_target_modules"]), arguments=arguments)
+    return replace(serving, target_modules=tuple(told["lora_target_modules"]), arguments=(*options, *serving.arguments))
 
 
 def store_server(
@@ -150,9 +147,11 @@ def bench(
 
 def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -> tuple[Document, bool, Path | None]:
     """What was measured, whether that was interrupted, and where it was written."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from lora_grpo.bench.suite import Suite, finished_command
 
-    interrupted = False
     say("looking at this machine")
     try:
         suite = Suite(parts, command=shlex.join(["lora-grpo", *sys.argv[1:]]), out=out, models=models)
@@ -163,27 +162,21 @@ def _run(parts: Mapping[str, Settings], out: Path | None, models: Path | None) -
         say(f"{out} holds this run's finished result: it is measured again, and replaced when that is finished too")
     with closing(suite):
         print_table([{"": name, "value": str(value)} for name, value in suite.card.items()], "lora-grpo bench")
+        bar, interrupted = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()), False
+        task = bar.add_task("", total=suite.rounds)
+
+        def progress(doing: str, done: int) -> None:
+            bar.update(task, description=doing, advance=done)
+            if bar.disable and not done:
+                say(doing)
+
         try:
-            with _bar(suite.rounds) as progress:
+            with bar:
                 suite.run(progress)
         except KeyboardInterrupt:
             interrupted = True
         document = suite.document()
-        kept = suite.finish(document)
-    return document, interrupted, kept
-
-
-@contextmanager
-def _bar(rounds: int) -> Iterator[Progress]:
-    if not sys.stderr.isatty():
-        yield lambda doing, done: None if done else say(doing)
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=rounds)
-        yield lambda doing, done: bar.update(task, description=doing, advance=done)
+        return document, interrupted, suite.finish(document)
 
 
 def _show(document: Document, out: Path | None) -> None:

@@ -2,8 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,8 +69,7 @@ def check(
         config = config_of_model(model, overrides or ()) if alone else load_config(target, overrides or ())
         found = check_run(config, engine=engine, rewards=rewards, base_alone=alone)
         findings = [{**asdict(finding), "found": finding.found.replace(model, target)} for finding in found]
-    rows = [{**row, "ok": "yes" if row["ok"] else "NO"} for row in findings]
-    tell(findings, as_json, rows, f"check of {target}")
+    tell(findings, as_json, [{**row, "ok": "yes" if row["ok"] else "NO"} for row in findings], f"check of {target}")
     if not all(row["ok"] for row in findings):
         raise typer.Exit(2)
 
@@ -160,31 +158,26 @@ def sweep(
         evolving = {"evolve_every": evolve_every, "perturb": tuple(perturb or ())}
         plan = SweepPlan(settings=fixed, trials=trials, at_once=at_once, seed=seed, **halving, **evolving)
     try:
-        with _shown() as show:
-            summary = Sweep(plan, resume=resume).run(show)
+        with own_stderr() as stream:
+            live = Live(console=Console(file=stream), refresh_per_second=4) if stream.isatty() else None
+            with live or nullcontext():
+                summary = Sweep(plan, resume=resume).run(lambda rows: _show(rows, live))
     except KeyboardInterrupt:
         say(f"stopped; go on with: {shlex.join(['lora-grpo', 'sweep', str(plan.directory), '--resume'])}")
         raise
     print_json(summary)
 
 
-@contextmanager
-def _shown() -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    with own_stderr() as stream:
-        if not stream.isatty():
-            yield lambda rows: say(_line(rows))
-            return
-        with Live(console=Console(file=stream), refresh_per_second=4) as live:
-            yield lambda rows: live.update(table(rows, "sweep"))
-
-
-def _line(rows: Sequence[dict[str, Any]]) -> str:
+def _show(rows: list[dict[str, Any]], live: Live | None) -> None:
+    """The whole table in a terminal, one line elsewhere."""
+    if live is not None:
+        live.update(table(rows, "sweep"))
+        return
     states = [row["state"] for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    stepped = [row for row in rows if row["reward"] is not None]
-    best = max(stepped, key=lambda row: row["reward"], default=None)
+    best = max((row for row in rows if row["reward"] is not None), key=lambda row: row["reward"], default=None)
     ahead = "" if best is None else f"; best: {best['member']}, step {best['step']}, reward {best['reward']:.3f}"
-    return f"{counts}{ahead}"
+    say(f"{counts}{ahead}")
 
 
 _EVALUATED = f"Evaluate this version; repeatable: {A_VERSION} Default: the first and last evaluated."

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,22 +124,12 @@ def _respond(talk: Conversation, line: str) -> None:
     elif command.startswith("/"):
         raise ConfigError(f"{line!r} is not a command. {COMMANDS}")
     elif line:
-        with _stoppable() as stopped:
-            for piece in talk.answer(line):
-                typer.echo(piece, nl=False)
-                if stopped:
-                    break
-        typer.echo()
-        if stopped:
-            say("(stopped; what you said and this answer are forgotten)")
-        elif talk.cut:
-            say("(cut off at the run's max_completion_length or max_model_len)")
+        _answer(talk, line)
 
 
-@contextmanager
-def _stoppable() -> Iterator[list[int]]:
-    """Ctrl-C makes the list true, between two pieces of an answer and not in the middle of a step of vLLM's; a second
-    one ends the command."""
+def _answer(talk: Conversation, line: str) -> None:
+    """Ctrl-C stops it between two pieces of an answer and not in the middle of a step of vLLM's; a second one ends the
+    command."""
     stopped: list[int] = []
 
     def stop(number: int, _: Any) -> None:
@@ -149,9 +138,17 @@ def _stoppable() -> Iterator[list[int]]:
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        yield stopped
+        for piece in talk.answer(line):
+            typer.echo(piece, nl=False)
+            if stopped:
+                break
     finally:
         signal.signal(signal.SIGINT, before)
+    typer.echo()
+    if stopped:
+        say("(stopped; what you said and this answer are forgotten)")
+    elif talk.cut:
+        say("(cut off at the run's max_completion_length or max_model_len)")
 
 
 def export(

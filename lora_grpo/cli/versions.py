@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from typer import Argument, Option
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_grpo.adapters.asking.requests import Request
     from lora_grpo.adapters.store import AdapterStore
 
+Act: TypeAlias = "Callable[[AdapterStore], dict[str, Any]]"
 TIMEOUT_S = 600.0
 POLL_S = 0.05
 Timeout = Annotated[float, Option(min=0, help="Seconds to wait for a live run, which acts before its next step.")]
@@ -45,11 +46,9 @@ def show(run: Run, version: Version, as_json: Json = False) -> None:
     with opened(run) as store:
         found = store.get(version)
         children = [child.number for child in store.list() if child.parent == found.number]
-        returns = [entry for entry in RollbackLog(run).entries if found.number in (entry.to, entry.left)]
-        row = describe(store, found) | {
-            "children": children,
-            "rollbacks": [{"from": entry.left, "to": entry.to, "reason": entry.reason} for entry in returns],
-        }
+        returns = [one for one in RollbackLog(run).entries if found.number in (one.to, one.left)]
+        rollbacks = [{"from": one.left, "to": one.to, "reason": one.reason} for one in returns]
+        row = {**describe(store, found), "children": children, "rollbacks": rollbacks}
     shown = row | {
         "created_at": f"{datetime.fromtimestamp(row['created_at']):%Y-%m-%d %H:%M:%S}",
         "where": ", ".join(row["where"]),
@@ -229,13 +228,7 @@ def _kept(run: Path, overrides: list[str]) -> Retention:
 
 
 def change(
-    run: Path,
-    verb: str,
-    act: Callable[[AdapterStore], dict[str, Any]],
-    *,
-    timeout_s: float,
-    keep: Callable[[], Retention] | None = None,
-    **args: Any,
+    run: Path, verb: str, act: Act, *, timeout_s: float, keep: Callable[[], Retention] | None = None, **args: Any
 ) -> dict[str, Any]:
     """What became of it: `act` on the store of a stopped run, opened with what to `keep`; a live one's holder's answer.
     Raises the error that either met, and `StoreError` when a live run has not begun with it after `timeout_s`."""
@@ -256,8 +249,7 @@ def change(
                 continue
         answer = _wait(request(run, verb, **args), deadline)
         if answer is not None and "error" in answer:
-            kind = getattr(errors, str(answer.get("kind")), StoreError)
-            raise kind(f"the run answered: {answer['error']}")
+            raise getattr(errors, str(answer.get("kind")), StoreError)(f"the run answered: {answer['error']}")
         if answer is not None:
             return {"live": True, **answer}
 
