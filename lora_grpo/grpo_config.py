@@ -1,6 +1,4 @@
-"""The settings of the algorithm.
-
-Fields carry TRL's names wherever the meaning is TRL's. Nothing here imports torch."""
+"""The settings of the algorithm, by TRL's names wherever the meaning is TRL's. Nothing here imports torch."""
 
 from typing import Any, Literal
 

@@ -33,8 +33,6 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["lora_grpo.bench.imported"])
 Process: TypeAlias = BaseProcess | subprocess.Popen[bytes]
 
-LARGE_BYTES = 16 << 30  # what the large model's files take, the small one's and the caches with them
-TINY_BYTES = 64 << 20
 SHARED = Path("/dev/shm")
 NAME = "lora-grpo-gpu"
 LEAST_S = 15.0  # less than this is not worth starting a step for
@@ -83,7 +81,8 @@ class Place:
 
 def choose_place(asked: Path | None, device: str) -> Place:
     """The folder that was asked for, or the first of memory and the temporary folder that has room."""
-    needed = TINY_BYTES if device == "cpu" else LARGE_BYTES
+    # What the large model's files take, the small one's and the caches with them.
+    needed = 64 << 20 if device == "cpu" else 16 << 30
     folders = [asked] if asked else [SHARED / NAME, Path(tempfile.gettempdir()) / NAME]
     free = {folder: _free_bytes(folder) for folder in folders}
     # An earlier call may have made the large model there.
@@ -126,7 +125,7 @@ def go_through(chosen: Sequence[Step], record: Record, place: Place, deadline: f
     for step in sorted(chosen, key=lambda step: is_repeated(step, record)):
         if record.state(step) == "passed":
             continue
-        if step.name != "card" and not record.result("card"):
+        if step.name != "card" and not record.done.get("card", {}).get("result"):
             return
         limit_s = min(step.limit_s * slower, deadline - GRACE_S - time.monotonic())
         if step.is_large and place.refusal:

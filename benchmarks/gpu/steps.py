@@ -1,9 +1,8 @@
 """What is run on a GPU, most valuable first, each step a process with its limit; and what came of it: a JSON file each,
 a summary, and one archive of everything.
 
-Two of them are here: `steps.py DEVICE` is the card, the host as the others will find it; `steps.py DEVICE MODEL` asks
-of the tokens that are sampled, with an adapter and without, how many have to the bit the log-prob that scoring them as
-a prompt gives, on a GPU under VLLM_BATCH_INVARIANT=1 for the whole process. The last line is JSON."""
+Two are here: `steps.py DEVICE` looks at the host as the others will find it; `steps.py DEVICE MODEL` counts sampled
+tokens whose log-prob is to the bit that of scoring them as a prompt, on a GPU under VLLM_BATCH_INVARIANT=1."""
 
 import json
 import os
@@ -144,9 +143,6 @@ class Record:
     def state(self, step: Step) -> str:
         return str(self.done.get(step.name, {}).get("state", "not started"))
 
-    def result(self, name: str) -> Any:
-        return self.done.get(name, {}).get("result")
-
     def keep(self, step: Step, done: dict[str, Any]) -> None:
         self.done[step.name] = {"step": step.name, "expected_s": step.expected_s, "limit_s": step.limit_s, **done}
         write(self._path(step), self.done[step.name])
@@ -193,8 +189,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def look(device: str) -> dict[str, Any]:
-    """What the card step tells. Raises, before anything is allocated, where the device is not there or vLLM is not one
-    that is known."""
+    """The card. Raises for a device that is not there or an unknown vLLM, before anything is allocated."""
     from lora_grpo.bench import host
     from lora_grpo.engines import compat
     from lora_grpo.engines.compat.patching import HOPPER, kernel_is_mended

@@ -1,6 +1,4 @@
-"""What commands have in common: their arguments, a run's store to read, and printing.
-
-Tables and JSON go to stdout, everything said to a person meanwhile to stderr."""
+"""What commands share: arguments, a run's store to read, printing (tables and JSON to stdout, the rest to stderr)."""
 
 from __future__ import annotations
 

@@ -128,8 +128,7 @@ def _respond(talk: Conversation, line: str) -> None:
 
 
 def _answer(talk: Conversation, line: str) -> None:
-    """Ctrl-C stops it between two pieces of an answer and not in the middle of a step of vLLM's; a second one ends the
-    command."""
+    """Ctrl-C stops it between two pieces, not in the middle of a step of vLLM's; a second one ends the command."""
     stopped: list[int] = []
 
     def stop(number: int, _: Any) -> None:

@@ -1,5 +1,4 @@
-"""`lora-grpo versions`, `show`, `report` and `verify`: what a run holds, and whether it is whole; `pin`, `unpin`,
-`rollback` and `prune` change that, through the run's process where one lives."""
+"""`lora-grpo versions`, `show`, `report`, `verify`: what a run holds; `pin`, `unpin`, `rollback`, `prune` change it."""
 
 from __future__ import annotations
 
