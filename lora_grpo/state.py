@@ -68,10 +68,9 @@ def capture_state(training: Training, extra: Mapping[str, Any]) -> TrainerState:
     optimizer, scheduler = training.optimizer, training.scheduler
     tensors = adapter_weights(training.modules) | _random_states(training.processes)
     saved = {"state": {}, "param_groups": None} if optimizer is None else optimizer.state_dict()
-    moments = {str(index): values for index, values in saved["state"].items()}
     meta = {
         "param_groups": _coded(saved["param_groups"], "param_groups", tensors),
-        "optimizer": _coded(moments, "optimizer", tensors),
+        "optimizer": _coded({str(index): kept for index, kept in saved["state"].items()}, "optimizer", tensors),
         "scheduler": None if scheduler is None else _coded(scheduler.state_dict(), "scheduler", tensors),
         "extra": dict(extra),
     }
@@ -182,7 +181,6 @@ def set_generator_states(states: tuple[Any, ...]) -> None:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Whatever draws or seeds inside, the process goes on drawing as before."""
     before = generator_states()
     try:
         yield

@@ -1,6 +1,4 @@
-"""`AdapterVersion`: the one noun, the names of its files, and what it is called.
-
-In its store a `Target`, for the command line and all else; beyond that `RUN@NUMBER`, as requests over HTTP have it."""
+"""`AdapterVersion`, the names of its files, and what it is called: in its store a `Target`, over HTTP `RUN@NUMBER`."""
 
 import operator
 import re

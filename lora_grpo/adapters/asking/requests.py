@@ -23,8 +23,6 @@ _FORGOTTEN_S = 86400.0  # beyond any client that still looks: without its answer
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request to whoever holds `run`: what to do (`verb`, `args`), and the name under which it is answered."""
-
     run: Path
     name: str
     verb: str

@@ -191,8 +191,7 @@ class StoreView:
         if archive is None or not archive.has(STATES, number):
             return None
         archive.verify(STATES, number)
-        folder = archive.folder(STATES, number)
-        return {path.name: path for path in sorted(folder.iterdir()) if path.name != SUMS_FILE}
+        return {path.name: path for path in sorted(archive.folder(STATES, number).iterdir()) if path.name != SUMS_FILE}
 
     def _looking(self) -> Catalog:
         """The catalog, with what a writer elsewhere has added since the last look."""

@@ -111,7 +111,6 @@ def for_reading(root: str | Path | None, archive: str | Path | None) -> Places:
 
 
 def expected_root(root: str | Path | None, run: Path) -> Path:
-    """Where a run's versions will be: the root asked for, the one it has, else the folder that it will be made in."""
     identity = Identity.read(run)
     return Path(root or (identity and identity.other) or disk.tmpfs_home()).resolve()
 

@@ -14,7 +14,6 @@ from lora_grpo.errors import UnsupportedAdapter
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 _NO_HEADS = "vLLM drops or rejects LoRA on heads and embeddings; leave it out of target_modules"
-_NO_EXPERTS = "LoRA on a mixture's experts cannot be proven yet; name layers beside them, such as"
 _FOLDED = "kv_b_proj"
 Scheme: TypeAlias = Literal["nf4", "fp8", "w4a16"]
 """bitsandbytes' nf4, fp8 in blocks of 128 x 128, and compressed-tensors' packed int4 with plain activations."""
@@ -104,7 +103,8 @@ def _check_no_experts(config: LoraConfig, base: nn.Module, modules: list[LoraMod
     if named is not None:
         paths = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear) and "attn." in name]
         leaves = {path.removesuffix(".base_layer").rsplit(".", 1)[-1] for path in paths if ".lora_" not in path}
-        raise UnsupportedAdapter(f"{named}: {_NO_EXPERTS} target_modules={sorted(leaves - {_FOLDED}) or ATTENTION}")
+        fix = f"name layers beside them, such as target_modules={sorted(leaves - {_FOLDED}) or ATTENTION}"
+        raise UnsupportedAdapter(f"{named}: LoRA on a mixture's experts cannot be proven yet; {fix}")
 
 
 def _check_language_alone(base: Any, modules: list[LoraModule]) -> None:

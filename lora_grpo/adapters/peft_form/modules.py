@@ -1,6 +1,4 @@
-"""The modules that an adapter adapts, and the base below them, by the names that a checkpoint has.
-
-What FSDP2 may have sharded of them is read whole, and written to; weights in fewer bits by what they stand for."""
+"""An adapter's modules and the base below them, by a checkpoint's names, sharded or in fewer bits as they may be."""
 
 import re
 from copy import copy

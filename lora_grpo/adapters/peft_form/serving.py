@@ -71,7 +71,6 @@ class ServingForm:
         self._closed = False
 
     def close(self) -> None:
-        """From now on there is nothing to publish: `require_open` and `files` raise."""
         self._closed = True
 
     def require_open(self) -> None:
@@ -83,7 +82,6 @@ class ServingForm:
         collective: call it in every process). Raises `TrainingError` for a tensor that is not finite in the serving
         dtype, and for an adapter that the model does not compute with any more."""
         self.require_open()
-        self._check_same_adapter()
         self._reshard()
         self._check_as_built()
         if not self._fill():
@@ -95,18 +93,16 @@ class ServingForm:
         payload = self._host.view(torch.uint8).numpy().data
         return {WEIGHTS_FILE: (self._header, payload), CONFIG_FILE: (self.config_bytes,)}
 
-    def _check_same_adapter(self) -> None:
-        for home, linear in zip(self._homes, self._linears, strict=True):
-            if home.get(self._adapter) is not linear:
-                fix = "build a new NativeSync (or trainer) on the model as it is now"
-                raise TrainingError(f"adapter {self._adapter!r} was deleted or made anew since this was built; {fix}")
-
     def _reshard(self) -> None:
         for module in self._sharded:
             module.reshard()
 
     def _check_as_built(self) -> None:
         """What `check_servable` found when this was built can be undone since; it is looked at where it shows."""
+        for home, linear in zip(self._homes, self._linears, strict=True):
+            if home.get(self._adapter) is not linear:
+                fix = "build a new NativeSync (or trainer) on the model as it is now"
+                raise TrainingError(f"adapter {self._adapter!r} was deleted or made anew since this was built; {fix}")
         for module, base, dtype in zip(self.modules, self._bases, self._base_dtypes, strict=True):
             active, now, what = module.layer.active_adapters, base._parameters["weight"].dtype, module.idle
             if active != [self._adapter]:

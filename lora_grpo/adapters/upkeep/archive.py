@@ -1,6 +1,4 @@
-"""The durable half of a store: copies of versions and trainer states, each with its `SHA256SUMS`.
-
-One background thread writes them, so that a step does not wait for a disk."""
+"""The durable half of a store: copies of versions and trainer states, which a thread writes, so that no step waits."""
 
 import hashlib
 import os
@@ -117,11 +115,11 @@ class BackgroundWriter:
             self._changed.notify_all()
             return True
 
-    def wait_for(self, kind: str, number: int) -> None:
-        self._wait(lambda: not any(job.is_of(kind, number) for job in self._jobs))
-
     def flush(self) -> None:
-        self._wait(lambda: not self._jobs)
+        with self._changed:
+            self.raise_failure()
+            self._changed.wait_for(lambda: self._failure is not None or not self._jobs)
+            self.raise_failure()
 
     def raise_failure(self) -> None:
         """Raise the error of the last failed job, once, and let the thread go on."""
@@ -140,12 +138,6 @@ class BackgroundWriter:
                 self._changed.notify_all()
             if self._thread is not None:
                 self._thread.join()
-
-    def _wait(self, done: Callable[[], bool]) -> None:
-        with self._changed:
-            self.raise_failure()
-            self._changed.wait_for(lambda: self._failure is not None or done())
-            self.raise_failure()
 
     def _work(self) -> None:
         while True:

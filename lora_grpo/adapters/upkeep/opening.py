@@ -97,10 +97,6 @@ class Opening(Catalog):
     def __init__(self, places: Places, *, root_is_tmpfs: bool) -> None:
         super().__init__(places, root_is_tmpfs=root_is_tmpfs)
         self._damaged: set[int] = set()
-        self.numbering = self._prepare()
-        self.recovered = self._recover()
-
-    def _prepare(self) -> Numbering:
         for tree in self.trees:
             tree.create()
         run, before = Identity.read(self.places.run), Identity.read(self.places.root)
@@ -116,9 +112,9 @@ class Opening(Catalog):
         self.journal.open_for_writing()
         names = [number for tree in self.trees for number in tree.numbers(VERSIONS, folders_only=False)]
         known = max([0, *self.journal.parents, *names])
-        numbering = Numbering(self.places, known=known, root_is_new=before is None, sync=self.root.sync)
+        self.numbering = Numbering(self.places, known=known, root_is_new=before is None, sync=self.root.sync)
         self._identify(before)
-        return numbering
+        self.recovered = self._recover()
 
     def _set_aside(self, archive: Archive) -> None:
         """Empty a root that is out of date, `store.json` last: a kill in between has the next opening go on with it."""

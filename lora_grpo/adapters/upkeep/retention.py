@@ -1,7 +1,4 @@
-"""Which versions stay, as small objects joined with `|`; pins, `HEAD` and leases are the store's to respect.
-
-A version stays in a place where any rule for that place keeps it: tmpfs (plain rules), the archive (`keep_archived`)
-and trainer states (`keep_trainer_state`)."""
+"""Which versions stay, as small objects joined with `|`; pins, `HEAD` and leases are the store's to respect."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -139,8 +136,7 @@ def keep_trainer_state(rules: Retention) -> Retention:
 def retention(keep: "KeepConfig") -> Retention:
     """What a run's settings keep; what a guard goes back to and what "best" names stay exact."""
     rules = keep_latest(keep.on_tmpfs)
-    best = keep_best("reward") | keep_best("eval/reward")
-    rules |= keep_trainer_state(keep_latest(keep.trainer_states) | best)
+    rules |= keep_trainer_state(keep_latest(keep.trainer_states) | keep_best("reward") | keep_best("eval/reward"))
     if keep.archived is not None:
         archived = keep_latest(keep.archived) | keep_best("reward", keep.archived) | keep_best("eval/reward", 3)
         rules |= keep_archived(archived)
