@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -27,10 +27,8 @@ CHUNK_BYTES = 1 << 20
 _Record = TypeVar("_Record")
 _SHM = Path("/dev/shm")
 VERSIONS, STATES = "versions", "states"
-STAGING = "staging"
-"""The folder of a tree for what is not whole yet; whatever is there when the tree is next opened is deleted."""
-MAX_NUMBER = 10**9 - 1
-"""The largest number that a version may have; a larger one in a file is damage."""
+STAGING = "staging"  # in a tree, for what is not whole yet: deleted when the tree is next opened
+MAX_NUMBER = 10**9 - 1  # of a version; a larger one in a file is damage
 _SHM_SIZE = " (a Docker container has a /dev/shm of 64 MiB unless it is started with --shm-size, such as --shm-size=8g)"
 
 
@@ -97,14 +95,11 @@ def open_regular(path: Path) -> int:
 
 
 def read_small(path: Path, start: int = 0) -> bytes | None:
-    with reported(f"reading {path}"):
-        try:
-            descriptor = open_regular(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        with open(descriptor, "rb") as stream:
-            stream.seek(start)
-            return stream.read()
+    absent = (FileNotFoundError, NotADirectoryError)
+    with reported(f"reading {path}"), suppress(*absent), open(open_regular(path), "rb") as stream:
+        stream.seek(start)
+        return stream.read()
+    return None
 
 
 def parse_json(content: bytes) -> Any:
@@ -203,13 +198,11 @@ class Tree:
             return self.folder(kind, number).is_dir()
 
     def numbers(self, kind: str, *, folders_only: bool = True) -> list[int]:
-        with reported(f"listing {self.path / kind}"):
-            try:
-                with os.scandir(self.path / kind) as entries:
-                    found = [(number_in(entry.name), entry) for entry in entries]
-                    return sorted(n for n, entry in found if n is not None and (entry.is_dir() or not folders_only))
-            except FileNotFoundError:
-                return []
+        folder = self.path / kind
+        with reported(f"listing {folder}"), suppress(FileNotFoundError), os.scandir(folder) as entries:
+            found = [(number_in(entry.name), entry) for entry in entries]
+            return sorted(n for n, entry in found if n is not None and (entry.is_dir() or not folders_only))
+        return []
 
     @contextmanager
     def staged(self, kind: str, number: int) -> Iterator[Path]:

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,19 +20,15 @@ from lora_grpo.adapters.files.disk import open_regular, reported
 from lora_grpo.adapters.version import MANIFEST_FILE
 from lora_grpo.errors import StoreLocked, UnknownVersion
 
-PATIENCE_S = 0.2
-"""How long a writer waits for a lock: another process that only asks who holds it takes it for microseconds."""
+PATIENCE_S = 0.2  # of a writer: another process that only asks who holds a lock takes it for microseconds
 
 
 def holder(folder: str | Path) -> str | None:
     """Who has the store in `folder` (a root or a run directory) open for writing, and since when."""
-    with reported(f"looking who holds {folder}"):
-        try:
-            descriptor = open_regular(Path(folder) / "LOCK")
-        except FileNotFoundError:
-            return None
-        with open(descriptor, "rb"):
-            return None if _try_lock(descriptor, fcntl.LOCK_SH) else _named_in(descriptor)
+    lock = Path(folder) / "LOCK"
+    with reported(f"looking who holds {folder}"), suppress(FileNotFoundError), open(open_regular(lock), "rb") as held:
+        return None if _try_lock(held.fileno(), fcntl.LOCK_SH) else _named_in(held.fileno())
+    return None
 
 
 def _named_in(descriptor: int) -> str:
@@ -77,10 +73,9 @@ class WriterLock(_Descriptors):
                     who, fix = _named_in(descriptor), "stop that process, or open the store with readonly=True"
                     raise StoreLocked(f"{folder} is open for writing in {who}; {fix}")
                 time.sleep(0.005)
-            since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-            own_name = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+            name = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, own_name.encode("ascii", "backslashreplace"), 0)
+            os.pwrite(descriptor, name.encode("ascii", "backslashreplace"), 0)
         except BaseException:
             os.close(descriptor)
             raise
@@ -154,17 +149,13 @@ class Leases(_Descriptors):
 
 
 def _lock_in_place(number: int, path: Path) -> int:
-    with reported(f"leasing version {number}"), suppress(FileNotFoundError):
+    with reported(f"leasing version {number}"), suppress(FileNotFoundError), ExitStack() as undo:
         descriptor = open_regular(path)
-        stays = False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            # Whoever removes a version locks its manifest first: still being at its path now means staying there.
-            stays = os.path.samestat(os.fstat(descriptor), os.stat(path))
-        finally:
-            if not stays:
-                os.close(descriptor)
-        if stays:
+        undo.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        # Whoever removes a version locks its manifest first: still being at its path now means staying there.
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            undo.pop_all()
             return descriptor
     raise UnknownVersion(f"version {number} was removed from tmpfs just now; store.restore({number}) brings it back")
 

@@ -155,8 +155,7 @@ def _chosen(root: Path | None, run: Path | None, identity: Identity | None) -> P
 
 def _original(run: Path, identity: Identity, root: Identity | None) -> Path | None:
     """The run directory that `run` was copied from: where it, or its root, says that it lay, and the same run lies."""
-    paired = root is not None and root.run_id == identity.run_id
-    for recorded in (identity.home, root.other if root is not None and paired else None):
+    for recorded in (identity.home, root.other if root is not None and root.run_id == identity.run_id else None):
         if recorded is None or Path(recorded) == run:
             continue
         # What cannot be read there is no run of this user's any more.

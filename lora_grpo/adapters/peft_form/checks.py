@@ -86,8 +86,7 @@ def _check_config(config: Any, adapter: str) -> None:
         "alora_invocation_tokens": "vLLM has no activated LoRA; leave it None",
     }
     for field, reason in refused.items():
-        found = getattr(config, field, None)
-        if found and found != "none":
+        if (found := getattr(config, field, None)) and found != "none":
             raise UnsupportedAdapter(f"LoraConfig.{field}={found!r}: {reason}")
     init = config.init_lora_weights
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:

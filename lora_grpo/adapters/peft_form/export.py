@@ -86,15 +86,13 @@ class Recipe:
         return self
 
 
-def export_adapter(
-    store: StoreView, version: Target, recipe: Recipe, directory: Path, tokenizer: Any = None
-) -> Weights:
+def export_adapter(store: StoreView, version: Target, recipe: Recipe, folder: Path, tokenizer: Any = None) -> Weights:
     """Write `version` as PEFT would save it, in fp32 with its own alpha, and the `tokenizer`, or else the run's."""
     version = store.get(version)
-    if (directory / WEIGHTS_FILE).exists() or (directory / CONFIG_FILE).exists():
-        raise StoreError(f"{directory} already holds an adapter; name an empty or new directory")
+    if (folder / WEIGHTS_FILE).exists() or (folder / CONFIG_FILE).exists():
+        raise StoreError(f"{folder} already holds an adapter; name an empty or new directory")
     tensors, weights = adapter_tensors(store, version, recipe)
-    with disk.reported(f"exporting {version} to {directory}"), _staged(directory) as staged:
+    with disk.reported(f"exporting {version} to {folder}"), _staged(folder) as staged:
         kept = None if store.archive is None else store.archive / TOKENIZER
         if not _save_tokenizer(tokenizer, staged) and kept is not None and kept.is_dir():
             shutil.copytree(kept, staged, copy_function=shutil.copyfile, dirs_exist_ok=True)

@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from lora_grpo.errors import UnsupportedAdapter
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_LEFT_BEHIND = ("weight_scale", "weight_shape")
-"""By compressed-tensors, beside weights that it has brought back to their plain values."""
+_LEFT_BEHIND = ("weight_scale", "weight_shape")  # by compressed-tensors, beside weights it has made plain again
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class BackgroundWriter:
         self._failure: StoreError | None = None
         self._closing = False
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._work, name="lora-grpo-archive", daemon=True)
 
     @property
     def backlog_bytes(self) -> int:
@@ -97,8 +97,7 @@ class BackgroundWriter:
     def submit(self, job: Job) -> None:
         """Queue a job; where the queue is full, wait, or raise what failed meanwhile: then the job is not queued."""
         with self._changed:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="lora-grpo-archive", daemon=True)
+            if self._thread.ident is None:
                 self._thread.start()
             self._changed.wait_for(lambda: self._failure is not None or self.has_room(job.held_bytes))
             if not self.has_room(job.held_bytes):
@@ -136,7 +135,7 @@ class BackgroundWriter:
             with self._changed:
                 self._closing = True
                 self._changed.notify_all()
-            if self._thread is not None:
+            if self._thread.ident is not None:
                 self._thread.join()
 
     def _work(self) -> None:

@@ -238,7 +238,6 @@ class Opening(Catalog):
 
 def _is_same(version: Path, archived: Path) -> bool:
     """Whether an archived copy is of the same version; what cannot be read is not."""
-    try:
+    with suppress(StoreCorrupt):
         return read_manifest(version) == read_manifest(archived)
-    except StoreCorrupt:
-        return False
+    return False

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from lora_grpo.config import KeepConfig
 
 Place: TypeAlias = Literal["tmpfs", "archive", "state"]
-Candidates: TypeAlias = Mapping[int, Mapping[str, Any]]
-"""What a rule may look at: the metrics of versions by number."""
+Candidates: TypeAlias = Mapping[int, Mapping[str, Any]]  # what a rule may look at: metrics by number of version
 
 
 @dataclass(frozen=True, slots=True)
