@@ -139,7 +139,7 @@ DEFECTS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
             {f"base_model.model.lora_A.weight{rest}": t[Q0.format("A")].clone() for rest in OVERLAPPING},
             {**c, "target_modules": ["lora_A.weight"]},
         ),
-        "cannot be read: 'base_model.model.lora_A.weight.lora_A.weight'",
+        "cannot be served: 'base_model.model.lora_A.weight.lora_A.weight'",
     ),
     "norm": (extra("base_model.model.model.norm.weight"), "norm.weight"),
     "B with too few rows": (
@@ -154,10 +154,10 @@ DEFECTS: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
         "keeps adapters in bfloat16",
     ),
     "mixed dtypes": (with_tensor(Q0.format("A"), lambda a: a.float()), "mixes dtypes"),
-    "empty file": (lambda t, c: (b"", c), "cannot be read"),
+    "empty file": (lambda t, c: (b"", c), "cannot be served"),
     "no tensors": (lambda t, c: ({}, c), "truncated or empty"),
     "truncated": (lambda t, c: (save(t)[:-100], c), "truncated"),
-    "garbage": (lambda t, c: (b"\xff" * 4096, c), "cannot be read"),
+    "garbage": (lambda t, c: (b"\xff" * 4096, c), "cannot be served"),
     "bad json": (lambda t, c: (t, b"{"), "adapter_config.json is no JSON"),
 }
 

@@ -231,8 +231,7 @@ class AdapterStore(StoreView):
         """Wait until all versions, metrics and states are on disk; raises the error if something was not written."""
         with self._writing("flushing the archive") as session:
             session.writer.flush()
-            if session.archive is not None:
-                session.journal.make_durable()
+            session.journal.make_durable()
 
     # Ending
 

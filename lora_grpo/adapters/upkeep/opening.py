@@ -21,16 +21,13 @@ _TEMPORARIES = [f".{name}.new" for name in ("HEAD", "store.json", "NUMBERS", "jo
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What opening found.
-
-    `lost`: versions that were on tmpfs only when it went (or were deleted by another program); `lost_states`: trainer
-    states not yet written when their process died; `damaged`: versions that differ from what was published (opening
-    reads only `HEAD` and those still to be archived; `verify` reads the others); `damaged_lines`: lines of the journal
-    that cannot be read, counted from 1, with the metrics, pins or promotions that they held; `swept`: half-written or
-    half-removed folders that were deleted; `unarchived`: versions now queued for the archive; `head_moved`:
-    (promoted before, `HEAD` now) where the promoted version was lost or damaged; `copied_from`: the run directory that
-    this one is a copy of, and no longer shares a root with; `set_aside`: folders with what the archive has not got of a
-    root that was out of date, since the run was opened with another one meanwhile (yours to remove)."""
+    """What opening found. `lost`: versions that were on tmpfs only when it went (or were deleted by another program);
+    `lost_states`: trainer states not yet written when their process died; `damaged`: versions that differ from what was
+    published (opening reads only `HEAD` and those still to be archived); `damaged_lines`: lines of the journal that
+    cannot be read, counted from 1, with the metrics, pins or promotions that they held; `swept`: half-written or
+    half-removed folders that were deleted; `unarchived`: versions now queued for the archive; `head_moved`: (promoted
+    before, `HEAD` now) where the promoted version was lost or damaged; `copied_from`: the run directory that this one
+    is a copy of; `set_aside`: folders with what the archive has not got of a root out of date (yours to remove)."""
 
     lost: tuple[int, ...] = ()
     lost_states: tuple[int, ...] = ()
@@ -147,52 +144,41 @@ class Opening(Catalog):
             durable.write(run, sync=True)
 
     def _recover(self) -> Recovered:
-        leftovers = [name for tree in self.trees for name in tree.leftovers()]
+        swept = tuple(name for tree in self.trees for name in tree.leftovers())
         lost, lost_states = self._settle_versions(), self._settle_states()
         # Only now: a folder left in staging tells a version that never was from one that was lost.
         for tree in self.trees:
             tree.sweep()
             for name in _TEMPORARIES:
                 (tree.path / name).unlink(missing_ok=True)
-        head_moved, unarchived = self._settle_head(), []
+        head_moved, here = self._settle_head(), self.root.numbers(VERSIONS)
+        unarchived = tuple(n for n in here if self.archive and not self.in_archive(n) and self._is_sound(n))
         if self.archive is not None:
-            here = self.root.numbers(VERSIONS)
-            unarchived = [n for n in here if not self.archive.has(VERSIONS, n) and self._is_sound(n)]
             requests.sweep(self.archive.path)
-        return Recovered(
-            lost=tuple(lost),
-            lost_states=tuple(lost_states),
-            damaged=tuple(sorted(self._damaged)),
-            damaged_lines=tuple(self.journal.damaged_lines),
-            swept=tuple(leftovers),
-            unarchived=tuple(unarchived),
-            head_moved=head_moved,
-            copied_from=self.places.copied_from,
-            set_aside=tuple(sorted(self.places.root.glob(f"{ASIDE}*"))),
-        )
+        damaged, lines = tuple(sorted(self._damaged)), tuple(self.journal.damaged_lines)
+        copied_from, set_aside = self.places.copied_from, tuple(sorted(self.places.root.glob(f"{ASIDE}*")))
+        return Recovered(lost, lost_states, damaged, lines, swept, unarchived, head_moved, copied_from, set_aside)
 
-    def _settle_versions(self) -> list[int]:
+    def _settle_versions(self) -> tuple[int, ...]:
         present = set(self.numbers())
         for number in sorted(present - self.journal.published.keys()):
             try:
-                manifest = self.manifest(number)
+                self.journal.append("publish", **self.manifest(number).fields())
             except StoreCorrupt:
                 self._damaged.add(number)
-            else:
-                self.journal.append("publish", **manifest.fields())
         missing = sorted(self.journal.published.keys() - present)
         for number in missing:
             self.journal.append("forget", number)
         unborn = self.root.leftovers()
-        return [n for n in missing if f"staging/{VERSIONS}-{folder_name(n)}" not in unborn]
+        return tuple(n for n in missing if f"staging/{VERSIONS}-{folder_name(n)}" not in unborn)
 
-    def _settle_states(self) -> list[int]:
+    def _settle_states(self) -> tuple[int, ...]:
         present, told = set(self.states()), set(self.journal.states)
         for number in sorted(present - told):
             self.journal.append("state", number)
         for number in sorted(told - present):
             self.journal.append("forget_state", number)
-        return sorted(told - present)
+        return tuple(sorted(told - present))
 
     def _settle_head(self) -> tuple[int, int | None] | None:
         """Leave `HEAD` on the version promoted last; where that is lost, on the last one before it that is not."""
