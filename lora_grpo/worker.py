@@ -49,8 +49,7 @@ class Worker:
         self.name, self._patience_s, self._failure = name, patience_s, failure
         self._jobs, self._calls = deque[Job[Any]](), deque[Job[Any]]()
         self._current: Job[Any] | None = None
-        self._wake = threading.Condition()
-        self._ended = False
+        self._wake, self._ended = threading.Condition(), False
         self._sign_s = time.monotonic()
         self._thread = threading.Thread(target=self._work, name=f"lora_grpo-{name}", daemon=True)
         self._thread.start()

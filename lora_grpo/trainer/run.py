@@ -155,12 +155,8 @@ def roll_back(run: Run, to: Target, *, reason: str | None = None, learning_rate_
     version = run.store.get(to)
     run.source.drop("rollback")
     scale, sampler = log.learning_rate_scale * learning_rate_factor, run.source.sampler.state_dict()
-    log.add(Rollback(left.number, version.number, sampler, scale, reason, time.time()))
-    try:
+    with log.written(Rollback(left.number, version.number, sampler, scale, reason, time.time())):
         report: RollbackReport = run.crew(call, "sync.rollback", version.number)
-    except BaseException:
-        log.take_back()
-        raise
     run.crew(apply_optimizer_settings, scale)
     run.take_up(version.step, without_signal=0)
     return report

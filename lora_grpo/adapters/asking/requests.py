@@ -90,11 +90,10 @@ def request(run: str | Path, verb: str, **args: Any) -> Request:
 def sweep(run: Path) -> None:
     """Settle what was asked of a process that is gone: of what was begun, who asked is told; the rest is removed."""
     for path in _files(run, _DOING):
-        if path.with_suffix(_ANSWER).exists():
-            path.unlink()
-        else:
+        if not path.with_suffix(_ANSWER).exists():
             begun = Request(run, path.stem, "")
             begun.answer({"error": begun.cut_short, "kind": StoreError.__name__})
+        path.unlink(missing_ok=True)
     for path in _files(run, _ASKED):
         path.unlink(missing_ok=True)
     for path in (*_files(run, _ANSWER), *_files(run, ".new")):

@@ -23,8 +23,7 @@ class StoreView:
 
     def __init__(self, catalog: Catalog, *, follow: bool) -> None:
         """`follow`: another process may be writing, so look at its journal again each time."""
-        self._catalog = catalog
-        self._follow = follow
+        self._catalog, self._follow = catalog, follow
         self._mutex = threading.RLock()
 
     @property

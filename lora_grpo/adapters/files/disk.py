@@ -180,11 +180,8 @@ class Tree:
     """Numbered folders of some kinds, whole or not there; `sync` makes every change durable."""
 
     def __init__(self, path: Path, kinds: tuple[str, ...], *, sync: bool) -> None:
-        self.path = path
-        self.kinds = kinds
-        self.sync = sync
-        self._staging = path / STAGING
-        self._trash = path / "trash"
+        self.path, self.kinds, self.sync = path, kinds, sync
+        self._staging, self._trash = path / STAGING, path / "trash"
 
     def create(self) -> None:
         for folder in (*(self.path / kind for kind in self.kinds), self._staging, self._trash):

@@ -42,7 +42,7 @@ class Recipe:
     def of(cls, model: Any, adapter: str, modules: list[LoraModule]) -> "Recipe":
         """What `PeftModel.save_pretrained` would write, and the revision of the base where it is known."""
         config, base = model.peft_config[adapter], model.get_base_model()
-        fields = {name: _plain(value) for name, value in config.to_dict().items()}
+        fields = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
         if config.task_type is None:
             kind = _importable(type(base))
             fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
@@ -165,10 +165,6 @@ def _unscaled(name: str, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     if path not in recipe.scalings:
         raise StoreCorrupt(f"{RECIPE_FILE} has no scaling for {path}, which the version adapts: it is another run's")
     return tensor / recipe.scalings[path]
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else getattr(value, "value", value)
 
 
 @dataclass(frozen=True, slots=True)

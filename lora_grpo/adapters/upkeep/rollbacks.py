@@ -5,7 +5,8 @@ does not rewind the first and a guard may have lowered the second, so both are w
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Rollback:
 
 
 class RollbackLog:
-    """The rollbacks of one run, oldest first. Written before `HEAD` moves, and taken back when that fails."""
+    """The rollbacks of one run, oldest first."""
 
     def __init__(self, run: Path) -> None:
         """Raises `StoreCorrupt` for a line that is no rollback."""
@@ -50,16 +51,20 @@ class RollbackLog:
     def reasons(self) -> list[str]:
         return [entry.reason for entry in self.entries if entry.reason is not None]
 
-    def add(self, entry: Rollback) -> None:
+    @contextmanager
+    def written(self, entry: Rollback) -> Iterator[None]:
+        """`HEAD` moves inside: a rollback is written down before that, and taken back when it fails."""
         self._write([*self.entries, entry])
-
-    def take_back(self) -> None:
-        self._write(self.entries[:-1])
+        try:
+            yield
+        except BaseException:
+            self._write(self.entries[:-1])
+            raise
 
     def settle(self, head: int | None) -> None:
         """Take back a last rollback that was killed before `HEAD` moved."""
         if self.entries and self.entries[-1].left == head != self.entries[-1].to:
-            self.take_back()
+            self._write(self.entries[:-1])
 
     def waits_at(self, head: int) -> bool:
         """Whether the last rollback led to `head` and nothing was published on top of it yet."""
@@ -92,12 +97,8 @@ def roll_back_stopped(store: AdapterStore, to: Target) -> Rollback:
     entry = Rollback(left.number, version.number, sampler, log.learning_rate_scale, time=time.time())
     if version == left and ("state" in store.where(left.number) or log.waits_at(left.number)):
         return entry
-    log.add(entry)
-    try:
+    with log.written(entry):
         store.promote(version)
-    except BaseException:
-        log.take_back()
-        raise
     return entry
 
 
