@@ -219,7 +219,7 @@ class AdapterStore(StoreView):
 
     def load_state(self, version: Target) -> dict[str, Path] | None:
         if self._session is not None:
-            self._session.writer.flush()
+            self._session.writer.wait_for(STATES, self._number(version))
         return super().load_state(version)
 
     @property

@@ -195,7 +195,7 @@ def require_room(folder: Path, sizes: Mapping[str, int], what: str) -> None:
 
 
 def require_kept(root: Path, versions: int, size_bytes: int) -> str:
-    """That `versions`, and one being written, fit a `root`, which need not be there yet; `NoRoom` where they do not."""
+    """How `versions`, and one being written, fit a `root` that need not be there yet, for people; else `NoRoom`."""
     folder = next(one for one in (root, *root.parents) if one.is_dir())
     more = max(1, versions + 1 - len(list(root.glob("versions/*"))))
     what = f"keeping {versions} versions (keep.on_tmpfs, and one more that is being written)"

@@ -1,4 +1,4 @@
-"""An adapter's modules and the base below them, by a checkpoint's names, sharded or in fewer bits as they may be."""
+"""An adapter's modules and the base below them, by a checkpoint's names, sharded or in fewer bits or not."""
 
 import re
 from copy import copy

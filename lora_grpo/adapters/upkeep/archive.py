@@ -114,11 +114,11 @@ class BackgroundWriter:
             self._changed.notify_all()
             return True
 
+    def wait_for(self, kind: str, number: int) -> None:
+        self._wait(lambda: not any(job.is_of(kind, number) for job in self._jobs))
+
     def flush(self) -> None:
-        with self._changed:
-            self.raise_failure()
-            self._changed.wait_for(lambda: self._failure is not None or not self._jobs)
-            self.raise_failure()
+        self._wait(lambda: not self._jobs)
 
     def raise_failure(self) -> None:
         """Raise the error of the last failed job, once, and let the thread go on."""
@@ -137,6 +137,12 @@ class BackgroundWriter:
                 self._changed.notify_all()
             if self._thread.ident is not None:
                 self._thread.join()
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        with self._changed:
+            self.raise_failure()
+            self._changed.wait_for(lambda: self._failure is not None or done())
+            self.raise_failure()
 
     def _work(self) -> None:
         while True:
