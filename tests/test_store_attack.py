@@ -73,7 +73,7 @@ def test_no_value_of_a_config_is_a_traceback(version: AdapterVersion, field: str
     if field.endswith("pattern") and (value is None or value == {"a": []}):
         assert open_adapter(version).paths
     else:
-        with pytest.raises(DeliveryError, match="v1 at .* cannot be served: "):
+        with pytest.raises(DeliveryError, match=r"v1 at .* cannot be served: "):
             open_adapter(version)
 
 
