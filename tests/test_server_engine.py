@@ -29,7 +29,7 @@ from lora_grpo.engines.base import BaseDescription
 from lora_grpo.engines.delivery.canary import Witness
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.fake import FakeEngine
-from lora_grpo.engines.requests import request_seeds, sampling_by_prompt
+from lora_grpo.engines.requests import asked
 from lora_grpo.engines.server import client, replica
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.replica import Names
@@ -206,9 +206,7 @@ def test_groups_are_stamped_and_seeded_as_in_process(
     seeds = {tuple(body["prompt"]): set() for body in pair[0].completions() + pair[1].completions()}
     for body in pair[0].completions() + pair[1].completions():
         seeds[tuple(body["prompt"])].add(body["seed"])
-    assert [seeds[tuple(ids)] for ids in PROMPTS] == [
-        set(row) for row in request_seeds(sampling_by_prompt(SAMPLING, 3))
-    ]
+    assert [seeds[tuple(ids)] for ids in PROMPTS] == [set(one.seeds) for one in asked(None, PROMPTS, SAMPLING, None)]
 
 
 def test_every_setting_is_said_so_that_no_default_of_the_server_counts(

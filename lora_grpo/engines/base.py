@@ -15,7 +15,6 @@ from lora_grpo.types import Group, LogProbs, Prompt, Sampling, Sequences
 
 if TYPE_CHECKING:
     from lora_grpo.adapters.peft_form.serving import Held
-    from lora_grpo.engines.delivery.canary import Witness
     from lora_grpo.engines.names import BaseReading
 
 _Loaded = TypeVar("_Loaded", bound=Any)
@@ -106,27 +105,9 @@ class Engine(Protocol):
         """Free the engine's memory; it cannot be used afterwards."""
 
 
-class RemoteEngine(Engine, Protocol):
-    """An engine of one or many servers, none of which can be looked into: it is told what the trainer computes, and
-    compares what they answer. Its `proof` is "behaviour"."""
-
-    @property
-    def pulls(self) -> bool:
-        """Whether servers pull versions from the store, so that a version has to be in it to be loaded."""
-
-    def load(
-        self, version: AdapterVersion, *, held: Held | None = None, expected: LogProbs | None = None
-    ) -> LoadReceipt:
-        """`Engine.load` on every server or on none; `expected` are the trainer's log-probs of `probe_sequences`."""
-
-    def logprobs_of_each(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> list[LogProbs]:
-        """`logprobs` of each server in use."""
-
-    def keep_probe(self, version: AdapterVersion, witness: Witness, noise: float) -> None:
-        """Prove every server that restarts with a copy of this probe; `noise` is the servers' on the base, nats."""
-
-
-def is_remote(engine: Engine) -> TypeGuard[RemoteEngine]:
+def is_remote(engine: Engine) -> TypeGuard[Any]:
+    """Whether it is of servers, none of which can be looked into: `VLLMServerEngine`, or one that asks it. `load` is
+    told what the trainer computes (`expected`) and compares what they answer; one that `pulls` needs the store's."""
     return engine.proof == "behaviour"
 
 
@@ -135,10 +116,8 @@ def require_version(given: object) -> AdapterVersion:
     if isinstance(given, AdapterVersion):
         return given
     named = parse_target(given)
-    raise ConfigError(
-        f"an engine takes an AdapterVersion, but {given!r} names one in a store: pass store.get({named!r}) "
-        f"(sync.store.get({named!r}), trainer.store.get({named!r})); None is the base model"
-    )
+    said = f"an engine takes an AdapterVersion, but {given!r} names one in a store: pass store.get({named!r})"
+    raise ConfigError(f"{said} (sync.store.get({named!r}), trainer.store.get({named!r})); None is the base model")
 
 
 class LoadedVersions(Generic[_Loaded]):

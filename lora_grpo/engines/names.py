@@ -35,7 +35,9 @@ class NameMap:
             if _WRAPPED not in module._modules
         }
         """By their names without LoRA wrappers, what is wrapped in place of its wrapper."""
-        self._reordered = _REORDERED if compat.reorders_queries(model) else ()
+        # With an adapter's B, vLLM's loader does not do so.
+        reorders = any(hasattr(module, "permute_qk_weight_for_rotary") for module in model.modules())
+        self._reordered = _REORDERED if reorders else ()
 
     def tensor(self, name: str) -> Place | None:
         """Where checkpoint tensor `name` lies; None where this model has no place for it, or has computed from it."""
@@ -87,8 +89,9 @@ class NameMap:
     def _known(self, runtime: str, slices: tuple[int, ...] | None) -> Place | None:
         layer, kind = self.layer(runtime)
         held = getattr(layer, kind, getattr(layer, f"{kind}_packed", None))
-        # A tower that vLLM left out has its parameters on the meta device.
-        absent = held is None or getattr(held, "is_meta", False) or compat.loads_other_values(held)
+        # A tower that vLLM left out is on the meta device; and into some parameters its loader puts -exp, or the like.
+        composed = "composed_weight_loader" in getattr(getattr(held, "weight_loader", None), "__qualname__", "")
+        absent = held is None or getattr(held, "is_meta", False) or composed
         return None if absent else Place(runtime, slices)
 
     def rows(self, place: Place, shape: Sequence[int], whole: Sequence[int]) -> dict[int, tuple[int, int]] | None:

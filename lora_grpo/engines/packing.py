@@ -136,34 +136,32 @@ def compute_plain_values() -> None:
             kernels.insert(0, made())
 
 
-def _take_plain(layer: Any, dtype: torch.dtype) -> None:
-    values = quantized_values(layer)
-    assert values is not None
-    for name in ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_shape"):
-        layer._parameters.pop(name, None)
-    layer.register_parameter("weight", torch.nn.Parameter(values.to(dtype), requires_grad=False))
-    layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
-    layers.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+class _PlainKernel:
+    config: Any
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        values = quantized_values(layer)
+        assert values is not None
+        for name in ("weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_shape"):
+            layer._parameters.pop(name, None)
+        dtype = self.config.act_type if hasattr(self.config, "act_type") else self.config.out_dtype
+        layer.register_parameter("weight", torch.nn.Parameter(values.to(dtype), requires_grad=False))
+        layers: Any = importlib.import_module("vllm.model_executor.layers.utils")
+        layers.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+
+    def apply_weights(self, layer: Any, x: Any, bias: Any = None, **_: Any) -> Any:
+        return layer.cpu_linear(x, layer.weight, bias)
 
 
 def _fp8_in_blocks() -> Any:
     from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
 
-    class PlainFp8(Fp8BlockScaledMMLinearKernel):
-        apply_input_quant = False
+    class PlainFp8(_PlainKernel, Fp8BlockScaledMMLinearKernel):
+        apply_block_scaled_mm: Any = None
 
         @classmethod
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
             return True, None
-
-        def process_weights_after_loading(self, layer: Any) -> None:
-            _take_plain(layer, self.config.out_dtype)
-
-        def apply_weights(self, layer: Any, x: Any, bias: Any = None, **_: Any) -> Any:
-            return layer.cpu_linear(x, layer.weight, bias)
-
-        def apply_block_scaled_mm(self, A: Any, B: Any, As: Any, Bs: Any) -> Any:
-            raise NotImplementedError
 
     return PlainFp8
 
@@ -171,7 +169,7 @@ def _fp8_in_blocks() -> Any:
 def _packed_int4() -> Any:
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
 
-    class PlainInt4(MPLinearKernel):
+    class PlainInt4(_PlainKernel, MPLinearKernel):
         @classmethod
         def get_min_capability(cls) -> int:
             return -1
@@ -179,11 +177,5 @@ def _packed_int4() -> Any:
         @classmethod
         def can_implement(cls, c: Any) -> tuple[bool, str | None]:
             return str(c.weight_type) == "uint4b8" and not c.zero_points, "packed int4 without zero points alone"
-
-        def process_weights_after_loading(self, layer: Any) -> None:
-            _take_plain(layer, self.config.act_type)
-
-        def apply_weights(self, layer: Any, x: Any, bias: Any = None) -> Any:
-            return layer.cpu_linear(x, layer.weight, bias)
 
     return PlainInt4

@@ -29,17 +29,21 @@ def token_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
 
 def render(tokenizer: Any, prompt: Prompt, called: str) -> list[int]:
     """A prompt's token ids. Raises `ConfigError`, which calls it `called`, for what cannot be rendered."""
-    ids: Sequence[int]
+    ids: Any = prompt
+    listed = isinstance(prompt, Sequence) and not isinstance(prompt, bytes)
     if isinstance(prompt, str):
         require_tokenizer(tokenizer, f"{called} is text")
         try:
             ids = one_bos(tokenizer, tokenizer.encode(prompt))
         except (TypeError, UnicodeError) as error:
             raise ConfigError(f"{called}: {text_problem(prompt) or error}") from error
-    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+    elif isinstance(prompt, Mapping | Integral):
+        kind = "a message" if isinstance(prompt, Mapping) else "a token"
+        raise ConfigError(f"{called} ({prompt!r:.80}) is {kind}, but a prompt is a list of them; pass [prompt]")
+    elif listed and prompt and isinstance(prompt[0], Mapping):
         ids = _render_chat(tokenizer, prompt, called)
-    else:
-        ids = _token_ids(prompt, called)
+    elif not listed or not all(isinstance(token, Integral) for token in prompt):
+        raise ConfigError(f"{called} ({prompt!r:.80}) must be text, a list of token ids, or a list of chat messages")
     if not ids:
         raise ConfigError(f"{called} ({prompt!r}) has no tokens; every prompt needs at least one")
     return list(ids)
@@ -51,20 +55,9 @@ def require_tokenizer(tokenizer: Any, said: str) -> None:
     special = getattr(tokenizer, "all_special_ids", None)
     if tokenizer is None or (special is not None and len(tokenizer) <= len(special)):
         folder = getattr(tokenizer, "name_or_path", None) or "the model's folder"
-        raise ConfigError(
-            f"{said}, but {folder} has no tokenizer: put its tokenizer.json and tokenizer_config.json there "
-            "(AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER) writes them), or pass token ids"
-        )
-
-
-def _token_ids(prompt: Any, called: str) -> list[int]:
-    if isinstance(prompt, Mapping | Integral):
-        kind = "a message" if isinstance(prompt, Mapping) else "a token"
-        raise ConfigError(f"{called} ({prompt!r:.80}) is {kind}, but a prompt is a list of them; pass [prompt]")
-    listed = isinstance(prompt, Sequence) and not isinstance(prompt, bytes)
-    if listed and all(isinstance(token, Integral) for token in prompt):
-        return list(prompt)
-    raise ConfigError(f"{called} ({prompt!r:.80}) must be text, a list of token ids, or a list of chat messages")
+        fix = "(AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER) writes them), or pass token ids"
+        files = "its tokenizer.json and tokenizer_config.json"
+        raise ConfigError(f"{said}, but {folder} has no tokenizer: put {files} there {fix}")
 
 
 def one_bos(tokenizer: Any, ids: Sequence[int]) -> Sequence[int]:
@@ -78,9 +71,8 @@ def _render_chat(tokenizer: Any, chat: Any, called: str) -> Any:
 
     require_tokenizer(tokenizer, f"{called} is a chat")
     if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            f"{called} is a chat, but the tokenizer has no chat template; pass text, or a processing_class with one"
-        )
+        fix = "pass text, or a processing_class with one"
+        raise ConfigError(f"{called} is a chat, but the tokenizer has no chat template; {fix}")
     kwargs = getattr(chat, "template_kwargs", {})
     try:
         return tokenizer.apply_chat_template(list(chat), add_generation_prompt=True, return_dict=False, **kwargs)
@@ -95,15 +87,12 @@ def check_fits(ids_P: Sequences, max_tokens_P: Sequence[int], max_model_len: int
     for index, (ids, max_tokens) in enumerate(zip(ids_P, max_tokens_P, strict=True)):
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             place, token = next((place, token) for place, token in enumerate(ids) if not 0 <= token < vocabulary)
-            raise ConfigError(
-                f"prompt {index} has token {token} at place {place}, but the model's vocabulary ends at "
-                f"{vocabulary - 1} ({vocabulary} tokens): encode it with the model's own tokenizer"
-            )
+            there = f"the model's vocabulary ends at {vocabulary - 1} ({vocabulary} tokens)"
+            said = f"prompt {index} has token {token} at place {place}, but {there}"
+            raise ConfigError(f"{said}: encode it with the model's own tokenizer")
         if len(ids) + max_tokens > max_model_len:
-            raise ConfigError(
-                f"prompt {index} has {len(ids)} tokens; with max_tokens={max_tokens} that exceeds "
-                f"max_model_len={max_model_len}: shorten it, lower max_tokens or raise max_model_len"
-            )
+            said = f"prompt {index} has {len(ids)} tokens; with max_tokens={max_tokens} that exceeds {max_model_len=}"
+            raise ConfigError(f"{said}: shorten it, lower max_tokens or raise max_model_len")
 
 
 class Asked(NamedTuple):
@@ -119,8 +108,9 @@ class Asked(NamedTuple):
 def asked(tokenizer: Any, prompts: Sequence[Prompt], sampling: Samplings, adapter: Adapters) -> list[Asked]:
     """Raises `ConfigError` for what no engine can be asked."""
     ids_P, sampling_P = token_prompts(tokenizer, prompts), sampling_by_prompt(sampling, len(prompts))
-    adapter_P, seeds_PG = adapters_by_prompt(adapter, len(prompts)), request_seeds(sampling_P)
-    return [Asked(*each) for each in zip(prompts, ids_P, sampling_P, adapter_P, seeds_PG, strict=True)]
+    seeds_PG = [[derive_seed(one.seed or 0, one.first_prompt, g) for g in range(one.n)] for one in sampling_P]
+    parts = prompts, ids_P, sampling_P, adapters_by_prompt(adapter, len(prompts)), seeds_PG
+    return [Asked(*each) for each in zip(*parts, strict=True)]
 
 
 def check_asked(asked: Sequence[Asked], max_model_len: int, base: BaseDescription) -> None:
@@ -166,11 +156,6 @@ def sampling_by_prompt(sampling: Samplings, prompts: int) -> list[Sampling]:
     return [one if one.seed is not None else replace(one, seed=secrets.randbits(63)) for one in sampling]
 
 
-def request_seeds(sampling_P: Sequence[Sampling]) -> list[list[int]]:
-    """A seed for each request (P, G), derived from what `sampling_by_prompt` gave."""
-    return [[derive_seed(one.seed or 0, one.first_prompt, g) for g in range(one.n)] for one in sampling_P]
-
-
 def sampling_fields(sampling: Sampling, seed: int, placeholders: Sequence[int] = ()) -> dict[str, Any]:
     """One sample of one prompt in vLLM's words, with its tokens' log-probs; none of `placeholders` is sampled."""
     said = {field.name: getattr(sampling, field.name) for field in fields(sampling) if field.name != "first_prompt"}
@@ -179,16 +164,14 @@ def sampling_fields(sampling: Sampling, seed: int, placeholders: Sequence[int] =
     return said | {"n": 1, "seed": seed, "logit_bias": never, "logprobs": 0}
 
 
-def sampling_params(sampling: Sampling, seed: int, placeholders: Sequence[int] = (), *, scored: bool = False) -> Any:
-    """`scored`: with the prompt's log-probs too."""
+def sampling_params(sampling: Sampling, seed: int, placeholders: Sequence[int] = (), **more: Any) -> Any:
     from vllm import SamplingParams
 
-    said = sampling_fields(sampling, seed, placeholders)
-    return SamplingParams(**said, prompt_logprobs=0 if scored else None)
+    return SamplingParams(**sampling_fields(sampling, seed, placeholders), **more)
 
 
 def scoring_params() -> Any:
-    return sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, scored=True)
+    return sampling_params(Sampling(max_tokens=1, temperature=0.0), seed=0, prompt_logprobs=0)
 
 
 def to_completion(output: Any, adapter: AdapterVersion | None) -> Completion:

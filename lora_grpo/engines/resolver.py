@@ -53,10 +53,8 @@ def register() -> None:
     cache = Path(os.environ.get(CACHE_VARIABLE) or f"/dev/shm/lora-grpo-replica-{os.geteuid()}")
     resolver = StoreResolver(url, read_token(), cache.absolute(), int(mib) * MIB if mib else None)
     if envs.VLLM_SKIP_MODEL_NAME_VALIDATION:
-        raise ConfigError(
-            f"VLLM_SKIP_MODEL_NAME_VALIDATION is set together with {URL_VARIABLE}: requests that name a version would "
-            "be answered by the base model; unset it"
-        )
+        why = "requests that name a version would be answered by the base model; unset it"
+        raise ConfigError(f"VLLM_SKIP_MODEL_NAME_VALIDATION is set together with {URL_VARIABLE}: {why}")
     if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         _LOG.warning("no version is pulled: %s takes VLLM_ALLOW_RUNTIME_LORA_UPDATING=True besides", URL_VARIABLE)
     LoRAResolverRegistry.register_resolver("lora_grpo store", resolver)

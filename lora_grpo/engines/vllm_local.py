@@ -29,6 +29,9 @@ SAME_BASE_NATS = 0.02
 class VLLMEngine:
     """An in-process vLLM engine that serves immutable adapter versions and proves each one it loads.
 
+    `device` is where its weights are; put the trainer on it too. `max_model_len` is the most tokens of a prompt with
+    its completion.
+
     >>> engine = VLLMEngine(base, max_lora_rank=16)
     >>> [group] = engine.generate(["2+2="], Sampling(n=4, max_tokens=8), adapter=None)  # None: the base
     >>> engine.proof, [done.version for done in group.completions]
@@ -36,7 +39,10 @@ class VLLMEngine:
     """
 
     proof: Proof = "slots"
+    device: torch.device
     max_lora_rank: int
+    max_model_len: int
+    lora_dtype: str
     tokenizer: Any
 
     def __init__(
@@ -73,8 +79,7 @@ class VLLMEngine:
         vllm_args |= {"dtype": dtype, "max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
         vllm_args |= {"max_lora_rank": self.max_lora_rank, **room}
         code = {"revision": revision, "trust_remote_code": trust_remote_code}
-        how = {"kernels": cpu_lora_kernels, "share": share_base_weights}
-        llm, self._mixes_base = start_llm(str(model), code, target_modules, vllm_args, **how)
+        llm, self._mixes_base = start_llm(model, code, target_modules, vllm_args, cpu_lora_kernels, share_base_weights)
         self._open, self._turn, self._let_go = llm, Turn(), hold(llm, self)
         self._asleep: tuple[int, LogProbs] | None = None
         """The level that it sleeps at, and the base's log-probs before it did."""
@@ -82,21 +87,9 @@ class VLLMEngine:
         with vllm_boundary(f"take adapters on {model}", self.close):
             self._driver = StepDriver(llm, self._turn)
             self._residents = Residents(llm, self._driver, direct=direct_load, **room)
-            self.tokenizer = llm.get_tokenizer()
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the engine's weights; put the trainer on it too."""
-        return next(iter(compat.base_parameters(self._llm)))[1].device
-
-    @property
-    def lora_dtype(self) -> str:
-        return compat.lora_dtype(self._llm)
-
-    @property
-    def max_model_len(self) -> int:
-        """The most tokens of a prompt with its completion."""
-        return int(self._llm.llm_engine.vllm_config.model_config.max_model_len)
+            self.tokenizer, self.lora_dtype = llm.get_tokenizer(), compat.lora_dtype(llm)
+            self.device = next(iter(compat.base_parameters(llm)))[1].device
+            self.max_model_len = llm.llm_engine.vllm_config.model_config.max_model_len
 
     @property
     def between_steps(self) -> Callable[[], None] | None:
@@ -143,13 +136,10 @@ class VLLMEngine:
         base = self.describe_base()
         asked = requests.asked(self.tokenizer, prompts, sampling, adapter)
         requests.check_asked(asked, self.max_model_len, base)
-        rows = [
-            (one.ids, requests.sampling_params(one.sampling, seed, base.placeholders), one.adapter)
-            for one in asked
-            for seed in one.seeds
-        ]
-        made = zip(self._run(rows), rows, strict=True)
-        completions = [requests.to_completion(output, version) for output, (_, _, version) in made]
+        each = [(one, seed) for one in asked for seed in one.seeds]
+        params = [requests.sampling_params(one.sampling, seed, base.placeholders) for one, seed in each]
+        made = self._run([(one.ids, how, one.adapter) for (one, _), how in zip(each, params, strict=True)])
+        completions = [requests.to_completion(output, one.adapter) for output, (one, _) in zip(made, each, strict=True)]
         return requests.to_groups(asked, completions)
 
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
@@ -172,8 +162,8 @@ class VLLMEngine:
         teacher = teacher_logprobs(shared.model, probe_sequences(self.describe_base()))
         gap = mean_abs_difference(self._score_base(), teacher)
         if not gap <= MAX_BASE_NOISE_NATS:
-            most = f"at most {MAX_BASE_NOISE_NATS}"
-            raise cannot_share(f"transformers' model on them is {gap:.3f} nats per token off ({most})")
+            limit = f"at most {MAX_BASE_NOISE_NATS}"
+            raise cannot_share(f"transformers' model on them is {gap:.3f} nats per token off ({limit})")
         shared.keep()
         # The first one's watch stays: it knows the weights as they were loaded.
         self._shared = self._shared or shared
@@ -221,18 +211,16 @@ class VLLMEngine:
                     llm.collective_rpc("reload_weights")
                 gap = mean_abs_difference(self._score_base(), before)
                 if not gap <= SAME_BASE_NATS:
-                    raise DeliveryError(
-                        f"after sleep level {level} the base is not the same: its log-probs differ by {gap:.3f} nats "
-                        f"per token (at most {SAME_BASE_NATS}); the engine is closed, start another"
-                    )
+                    said = f"after sleep level {level} the base is not the same: its log-probs differ by {gap:.3f}"
+                    most = f"at most {SAME_BASE_NATS}"
+                    raise DeliveryError(f"{said} nats per token ({most}); the engine is closed, start another")
             self._residents.prove_all_again()
 
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards. A second call does nothing."""
         with self._turn.take("close", last=True):
-            llm, self._open = self._open, None
-            if llm is not None:
-                self._let_go()
+            self._open = None
+            self._let_go()
             for holder in ("_driver", "_residents", "_shared"):
                 vars(self).pop(holder, None)
 

@@ -12,7 +12,7 @@ import torch
 
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, Engine, LoadReceipt, RemoteEngine, Samplings
+from lora_grpo.engines.base import Adapters, Engine, LoadReceipt, Samplings
 from lora_grpo.engines.requests import adapters_by_prompt, sampling_by_prompt, token_prompts
 from lora_grpo.errors import ConfigError, DeliveryError
 from lora_grpo.grpo.processes import Processes
@@ -71,8 +71,7 @@ class OwnedEngine:
     def release(self) -> bool:
         """End the thread: the engine is again its caller's alone. False when it hangs in a step."""
         self.worker.end()
-        ended = self.worker.join()
-        if ended:
+        if ended := self.worker.join():
             self._engine.between_steps = None
         return ended
 
@@ -97,33 +96,24 @@ def joint(engine: Engine | None, processes: Processes) -> Engine:
     if engine is not None and len(having) == processes.count:
         return EngineInEach(engine, processes)
     if having:
-        raise ConfigError(
-            f"{having} of {processes.count} processes have their own engine: build one in every process, or "
-            "use a server (with a VLLMServerEngine in the first process)"
-        )
+        fix = "build one in every process, or use a server (with a VLLMServerEngine in the first process)"
+        raise ConfigError(f"{having} of {processes.count} processes have their own engine: {fix}")
     return EngineOfFirst(engine, processes)
 
 
 class EngineOfFirst:
-    """The first process's, which computes in none of them; a `RemoteEngine`'s verbs are only asked of one."""
+    """The first process's, which computes in none of them; the verbs of servers are only asked of such."""
 
     def __init__(self, own: Engine | None, processes: Processes) -> None:
         self._own, self._processes = own, processes
-        said = self._ask(lambda engine: (engine.proof, engine.max_lora_rank, engine.lora_dtype))
-        self.proof, self.max_lora_rank, self.lora_dtype = said
+        self.device = None if own is None else own.device
+        said = self._ask(lambda its: (its.proof, its.max_lora_rank, its.lora_dtype, getattr(its, "pulls", False)))
+        self.proof, self.max_lora_rank, self.lora_dtype, self.pulls = said
 
     load, unload, loaded = _asked("load"), _asked("unload"), _asked("loaded")
     generate, logprobs = _asked("generate"), _asked("logprobs")
     describe_base, read_base = _asked("describe_base"), _asked("read_base")
     logprobs_of_each, keep_probe = _asked("logprobs_of_each"), _asked("keep_probe")
-
-    @property
-    def pulls(self) -> bool:
-        return self._ask(lambda engine: cast(RemoteEngine, engine).pulls)
-
-    @property
-    def device(self) -> torch.device | None:
-        return None
 
     def close(self) -> None:
         if self._own is not None:
@@ -135,10 +125,6 @@ class EngineOfFirst:
 
 class EngineInEach(EngineOfFirst):
     _own: Engine
-
-    @property
-    def device(self) -> torch.device | None:
-        return self._own.device
 
     def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
         try:
@@ -162,10 +148,9 @@ class EngineInEach(EngineOfFirst):
         for index, answer in enumerate(answers):
             apart = mean_abs_difference(answer, answers[0])
             if not apart <= AGREEMENT_NATS:
-                raise DeliveryError(
-                    f"the engines of processes 0 and {index} differ by {apart:.4f} nats per token for "
-                    f"{adapter or 'the base'}: start them with the same settings, on devices of one kind"
-                )
+                said = f"the engines of processes 0 and {index} differ by {apart:.4f} nats per token"
+                fix = "start them with the same settings, on devices of one kind"
+                raise DeliveryError(f"{said} for {adapter or 'the base'}: {fix}")
         return answers[0]
 
     def logprobs_of_each(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> list[LogProbs]:

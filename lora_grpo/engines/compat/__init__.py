@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
@@ -42,12 +42,11 @@ def vllm_release() -> tuple[int, int]:
 
 def check_release(version: str) -> tuple[int, int]:
     """(major, minor) of a supported version string; raises `UnsupportedVersion` with the range otherwise."""
-    parts = version.split(".")
-    release = (int(parts[0]), int(parts[1]))
+    major, minor, *_ = version.split(".")
+    release = (int(major), int(minor))
     if release not in RELEASES:
-        (major, first), (_, last) = min(RELEASES), max(RELEASES)
-        known = f"'vllm>={major}.{first},<{major}.{last + 1}'"
-        raise UnsupportedVersion(f"vLLM {version} was neither tested nor read: install {known}")
+        (_, first), (_, last) = min(RELEASES), max(RELEASES)
+        raise UnsupportedVersion(f"vLLM {version} was neither tested nor read: install 'vllm>=0.{first},<0.{last + 1}'")
     return release
 
 
@@ -145,24 +144,13 @@ def runner(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
-def map_name(mapper: Any, name: str) -> tuple[str, Any] | None:
+def map_name(mapper: Any, name: str) -> Any:
     """A model's renaming of a checkpoint's name, and the slices that the tensor fills in vLLM's own terms (None: not
     said, as up to the releases that keep this in each model's loader). None for a tensor that is not loaded."""
     if hasattr(mapper, "_map_name_with_shard"):
-        renamed: tuple[str, Any] | None = mapper._map_name_with_shard(name)
-        return renamed
+        return mapper._map_name_with_shard(name)
     plain = mapper._map_name(name)
     return None if plain is None else (plain, None)
-
-
-def loads_other_values(parameter: Any) -> bool:
-    """Whether vLLM's loader puts other values into a parameter than the checkpoint's, such as -exp of them."""
-    return "composed_weight_loader" in getattr(getattr(parameter, "weight_loader", None), "__qualname__", "")
-
-
-def reorders_queries(model: Any) -> bool:
-    """Whether vLLM's loader reorders the rows of a model's q_proj and k_proj, which it does not with an adapter's B."""
-    return any(hasattr(module, "permute_qk_weight_for_rotary") for module in model.modules())
 
 
 def lora_dtype(llm: Any) -> str:
@@ -176,14 +164,8 @@ def base_parameters(llm: Any) -> Iterable[tuple[str, Any]]:
 
 def refuse_weight_updates(llm: Any, refuse: Callable[..., None]) -> None:
     """From now on vLLM's own ways to write to the base's weights call `refuse`."""
-    worker = llm.llm_engine.model_executor.driver_worker.worker
-    owners = {
-        runner(llm).get_model(): ("load_weights",),
-        runner(llm): ("reload_weights",),
-        worker: ("reload_weights", "reset_weights", "start_weight_update", "update_weights"),
-    }
-    for owner, names in owners.items():
-        for name in names:
+    for owner in (runner(llm).get_model(), runner(llm), llm.llm_engine.model_executor.driver_worker.worker):
+        for name in ("load_weights", "reload_weights", "reset_weights", "start_weight_update", "update_weights"):
             if hasattr(owner, name):
                 setattr(owner, name, refuse)
 
@@ -216,24 +198,10 @@ def slot_of(llm: Any, lora_id: int) -> int | None:
     return ids.index(lora_id) if lora_id in ids else None
 
 
-def lora_layer(name: str, members: Sequence[tuple[Any, Any] | None]) -> Any:
-    """vLLM's form of one layer's (A, B) of each slice, None for a slice without LoRA. Nothing scales them (scaling 1),
-    so vLLM, which multiplies in place, never writes to them."""
-    from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
-
-    rank = max(pair[0].shape[0] for pair in members if pair is not None)
-    if len(members) == 1 and members[0] is not None:
-        return LoRALayerWeights(name, rank, rank, *members[0], scaling=1.0)
-    a, b = ([None if pair is None else pair[side] for pair in members] for side in (0, 1))
-    ones = [None if pair is None else 1 for pair in members]
-    alphas = [None if pair is None else rank for pair in members]
-    return PackedLoRALayerWeights(name, rank, alphas, a, b, scaling=ones)
-
-
 def place_adapter(llm: Any, lora_id: int, rank: int, layers: Any, fill: Callable[[int], None]) -> None:
     """Do what vLLM's own loader does to its books: enter an adapter among the loaded ones (the least recently used goes
     if need be), have a slot filled (a free one, or the least recently used one's), and name it: requests for the
-    adapter are computed with it. `layers` are by runtime name, as `lora_layer` makes them; `rank` is the largest."""
+    adapter are computed with it. `layers` are vLLM's, by runtime name; `rank` is the largest."""
     from vllm.lora.lora_model import LoRAModel
 
     manager = lora_manager(llm)

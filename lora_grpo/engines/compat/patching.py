@@ -68,10 +68,9 @@ def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None) -
         return
     kernel = importlib.import_module(_KERNEL)
     if not hasattr(kernel, "get_lora_op_configs") or not hasattr(kernel, "_lora_expand_kernel"):
-        raise UnsupportedVersion(
-            f"vLLM {release[0]}.{release[1]}'s LoRA kernel gives NaN on Hopper GPUs (vllm#48590) and cannot be set to "
-            "one pipeline stage here: install 'vllm>=0.33,<0.34'"
-        )
+        said = f"vLLM {release[0]}.{release[1]}'s LoRA kernel gives NaN on Hopper GPUs (vllm#48590)"
+        fix = "install 'vllm>=0.33,<0.34'"
+        raise UnsupportedVersion(f"{said} and cannot be set to one pipeline stage here: {fix}")
     wrap_once(kernel, "get_lora_op_configs", lambda stock, *args, **kwargs: {**stock(*args, **kwargs), "num_stages": 1})
 
 
@@ -145,12 +144,9 @@ def allow_tiles() -> None:
     # What vLLM itself asks before it chooses a kernel with tiles; oneDNN finds out by itself.
     torch.cpu._is_amx_tile_supported = bool
     why = "a thread's alternative signal stack is too small for them" if refused == errno.ENOSPC else "arch_prctl"
-    warnings.warn(
-        f"this processor has AMX tiles, but the kernel refuses them ({why}: {os.strerror(refused)}): vLLM computes "
-        "without them, more slowly; a Linux from 5.16 on, whose sandbox lets arch_prctl through, gives them",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    said = f"this processor has AMX tiles, but the kernel refuses them ({why}: {os.strerror(refused)})"
+    fix = "a Linux from 5.16 on, whose sandbox lets arch_prctl through, gives them"
+    warnings.warn(f"{said}: vLLM computes without them, more slowly; {fix}", RuntimeWarning, stacklevel=2)
 
 
 def _syscall(*arguments: int) -> int:

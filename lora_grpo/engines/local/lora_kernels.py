@@ -6,7 +6,7 @@ go through two plain products, and base rows through none; few rows (decoding) t
 
 import importlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
@@ -57,20 +57,17 @@ def products_by_segment() -> Iterator[None]:
         self.lora_a_stacked = adjoin(self.lora_a_stacked)
 
     def set_mapping(self: Any, punica_wrapper: Any) -> None:
-        _follow(punica_wrapper)
+        vars(punica_wrapper).setdefault("lora_segments", [])
+        wrap_once(punica_wrapper, "update_metadata", _update_metadata)
         self.punica_wrapper = LayerKernels(self, punica_wrapper)
 
     with replaced(fused, create_lora_weights=create_lora_weights), replaced(linear, set_mapping=set_mapping):
         yield
 
 
-def _follow(wrapper: Any) -> None:
-    def update_metadata(stock: Any, *args: Any, **kwargs: Any) -> None:
-        stock(*args, **kwargs)
-        wrapper.lora_segments = segments_of(wrapper.token_lora_indices)
-
-    vars(wrapper).setdefault("lora_segments", [])
-    wrap_once(wrapper, "update_metadata", update_metadata)
+def _update_metadata(stock: Any, *args: Any, **kwargs: Any) -> None:
+    stock(*args, **kwargs)
+    stock.__self__.lora_segments = segments_of(stock.__self__.token_lora_indices)
 
 
 class LayerKernels:
@@ -80,8 +77,7 @@ class LayerKernels:
         """`wrapper` knows which rows are whose. The layer's slots are cut up once: they stay for the engine's life."""
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
         self._slots = [
-            _Slot([stack[slot, 0] for stack in a], [stack[slot, 0] for stack in b], layer.output_slices)
-            for slot in range(len(a[0]))
+            _Slot([stack[slot, 0] for stack in a], [stack[slot, 0] for stack in b]) for slot in range(len(a[0]))
         ]
         self._wrapper = wrapper
         _layers[a[0].data_ptr()] = self
@@ -111,13 +107,13 @@ class LayerKernels:
 class _Slot:
     """One adapter's matrices in one layer: A (rank, in) and B (out, rank) of each slice."""
 
-    def __init__(self, a: list[torch.Tensor], b: list[torch.Tensor], widths: Sequence[int]) -> None:
+    def __init__(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
         self.rows = SlotRows.of(a, b)
         # Each A, B transposed, its columns of the product with A and its columns of the output.
         self._slices: list[tuple[torch.Tensor, torch.Tensor, slice, slice]] = []
         inner, outer = 0, 0
-        for a_RI, b_OR, width in zip(a, b, widths, strict=True):
-            rank = a_RI.shape[0]
+        for a_RI, b_OR in zip(a, b, strict=True):
+            rank, width = a_RI.shape[0], b_OR.shape[0]
             self._slices.append((a_RI, b_OR.t(), slice(inner, inner + rank), slice(outer, outer + width)))
             inner, outer = inner + rank, outer + width
         adjoined = all(_follows(before, after) for before, after in itertools.pairwise(a))
@@ -145,9 +141,7 @@ def adjoin(stacks: Stacks) -> Stacks:
 def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
     """(slot, rows) for each adapter in a batch of N tokens; -1 (the base) has none."""
     segments: list[tuple[int, Rows]] = []
-    for slot in slot_N.unique().tolist():
-        if slot < 0:
-            continue
+    for slot in slot_N[slot_N >= 0].unique().tolist():
         rows = (slot_N == slot).nonzero().flatten()
         first, last = int(rows[0]), int(rows[-1])
         segments.append((slot, slice(first, last + 1) if last - first + 1 == len(rows) else rows))

@@ -1,14 +1,13 @@
 """The versions that an in-process engine holds: loaded, given a slot, proven in it, let go.
 
-vLLM's loader reads a file's tensors one by one, parses each name three times, and fills a slot a tensor at a time; a
-sync is made of that. The direct way does what it does to vLLM's state (an adapter is registered, the least recently
-used one makes room, one slot is filled and named) with the copies done in one call. It stands on the same file: vLLM
-itself can activate, evict or remove what was loaded so, or read it again from its path."""
+vLLM's loader parses each name three times and fills a slot a tensor at a time; a sync is made of that. The direct way
+does what it does to vLLM's state (an adapter is registered, the least recently used one makes room, one slot is filled
+and named) with all copies in one call, on the same file: vLLM can activate, evict, remove or read it again itself."""
 
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -81,10 +80,9 @@ class Residents(LoadedVersions[Loaded]):
         free = self._max_loras - len(answering)
         new = [loaded.version for loaded in wanted if loaded is not None and loaded.lora_id not in answering]
         if new and free < 1:
-            raise EngineError(
-                f"{new[0]} cannot be sampled from now: the {len(answering)} versions of a rollout that is not done "
-                f"hold all slots; start the engine with more than max_loras={self._max_loras}, or wait until it is done"
-            )
+            why = f"the {len(answering)} versions of a rollout that is not done hold all slots"
+            fix = f"start the engine with more than max_loras={self._max_loras}, or wait until it is done"
+            raise EngineError(f"{new[0]} cannot be sampled from now: {why}; {fix}")
         return free if new else self._max_loras
 
     def place(self, wanted: Sequence[Loaded | None]) -> None:
@@ -123,7 +121,9 @@ class Residents(LoadedVersions[Loaded]):
                 self.remove(forget)
                 self._llm.llm_engine.remove_lora(forget.lora_id)
 
-        with vllm_boundary(doing, clean_up), nullcontext() if self._driver.between_steps else _generators_kept():
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        alone = self._driver.between_steps is None
+        with vllm_boundary(doing, clean_up), torch.random.fork_rng(devices) if alone else nullcontext():
             yield
 
     def _prove_again(self, loaded: Loaded) -> LoadReceipt:
@@ -158,31 +158,30 @@ class Residents(LoadedVersions[Loaded]):
         idle = [one.version for one in self.all() if one.lora_id not in answering]
         excess = max(0, len(self.all()) + 1 - self._max_cpu_loras)
         if excess > len(idle) or len(answering) >= self._max_loras:
-            raise EngineError(
-                f"{len(answering)} versions are answering requests, so there is no room for another: start the engine "
-                f"with more than max_loras={self._max_loras}, max_cpu_loras={self._max_cpu_loras}"
-            )
+            said = f"{len(answering)} versions are answering requests, so there is no room for another"
+            more = f"more than max_loras={self._max_loras}, max_cpu_loras={self._max_cpu_loras}"
+            raise EngineError(f"{said}: start the engine with {more}")
         for version in idle[:excess]:
             self.unload(version)
 
 
-def _generators_kept() -> AbstractContextManager[None]:
-    return torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else [])
-
-
 class LayersOnDemand(Mapping[str, Any]):
-    """What vLLM keeps of an adapter's layers, views of the file's mapping, made when it asks: a sync needs none."""
+    """What vLLM keeps of an adapter's layers, views of the file's mapping, made when it asks: a sync needs none. They
+    are scaled by alpha / r = 1, so vLLM, which multiplies in place, never writes to them."""
 
     def __init__(self, binding: Binding, file: AdapterFile) -> None:
         self._binding, self._file = binding, file
-        self._made: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._made:
-            members = self._binding.modules[name]
-            read = [None if pair is None else (pair[0].read(self._file), pair[1].read(self._file)) for pair in members]
-            self._made[name] = compat.lora_layer(name, read)
-        return self._made[name]
+        from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
+
+        members = self._binding.modules[name]
+        rank = max(pair[0].rows for pair in members if pair is not None)
+        a, b = ([pair and pair[side].read(self._file) for pair in members] for side in (0, 1))
+        if len(members) == 1:
+            return LoRALayerWeights(name, rank, rank, a[0], b[0])
+        alphas, ones = ([pair and one for pair in members] for one in (rank, 1))
+        return PackedLoRALayerWeights(name, rank, alphas, a, b, scaling=ones)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._binding.modules)

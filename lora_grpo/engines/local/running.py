@@ -46,16 +46,16 @@ class Turn:
     def take(self, doing: str, *, last: bool = False) -> Iterator[None]:
         """Raises `EngineError` while another thread has it, or, unless it is the `last`, after a step was torn."""
         if not self._lock.acquire(blocking=False):
-            raise EngineError(
-                f"{doing} was called in thread {threading.current_thread().name!r} while {self._holder}: only one "
-                "thread at a time may use an engine; call it from one thread, or put your own lock around each call"
-            )
+            said = f"{doing} was called in thread {threading.current_thread().name!r} while {self._holder}"
+            fix = "call it from one thread, or put your own lock around each call"
+            raise EngineError(f"{said}: only one thread at a time may use an engine; {fix}")
         outer = self._holder
         try:
             if self._torn and not outer and not last:
                 raise EngineError("interrupted twice, so in the middle of a step: close this engine, start another")
             self._holder = outer or f"thread {threading.current_thread().name!r} is in {doing}"
-            with nullcontext() if outer else self._interrupts_waiting():
+            signalled = threading.current_thread() is threading.main_thread() and not outer
+            with self._interrupts_waiting() if signalled else nullcontext():
                 yield
         finally:
             self._holder = outer
@@ -69,9 +69,6 @@ class Turn:
 
     @contextmanager
     def _interrupts_waiting(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         found = {number: signal.getsignal(number) for number in _WAITING}
         self._handlers = {number: handler for number, handler in found.items() if callable(handler)}
         try:
@@ -112,22 +109,17 @@ class StepDriver:
         try:
             added = self._llm.enqueue(prompts, params, lora_request=lora_requests, use_tqdm=False)
             # vLLM gives back ids with random characters after a dash; outputs carry them without.
-            return self._finish([one.partition("-")[0] for one in added])
+            ids = [one.partition("-")[0] for one in added]
+            while not set(ids) <= self._finished.keys():
+                if self.between_steps is not None:
+                    self.between_steps()
+                if self._llm.llm_engine.has_unfinished_requests():
+                    self._step()
+                elif missing := set(ids) - self._finished.keys():
+                    raise EngineError(f"vLLM answered {len(ids) - len(missing)} of {len(ids)} requests")
+            return [self._finished.pop(one) for one in ids]
         finally:
             self.answering -= named
-
-    def _finish(self, ids: list[str]) -> list[Any]:
-        missing = set(ids)
-        while missing:
-            if self.between_steps is not None:
-                self.between_steps()
-            missing.difference_update(self._finished)
-            if missing and not self._llm.llm_engine.has_unfinished_requests():
-                raise EngineError(f"vLLM answered {len(ids) - len(missing)} of {len(ids)} requests")
-            if missing:
-                self._step()
-                missing.difference_update(self._finished)
-        return [self._finished.pop(one) for one in ids]
 
     def drain(self) -> None:
         while self._llm.llm_engine.has_unfinished_requests():
@@ -162,10 +154,8 @@ def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
     `ConfigError` for an engine over several devices, and where the trainer's process group is still missing."""
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if arguments.get(name, 1) != 1:
-            raise ConfigError(
-                f"{name}={arguments[name]}: an engine in the trainer's process holds one whole model on one device; "
-                "serve larger ones with `vllm serve`, and use VLLMServerEngine"
-            )
+            said = f"{name}={arguments[name]}: an engine in the trainer's process holds one whole model on one device"
+            raise ConfigError(f"{said}; serve larger ones with `vllm serve`, and use VLLMServerEngine")
     launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if launched > 1 and not torch.distributed.is_initialized():
         raise ConfigError(f"one of {launched} processes that are not connected yet: build accelerate's Accelerator()")
@@ -179,7 +169,7 @@ def join(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hold(llm: Any, owner: object) -> Callable[[], object]:
-    """Count it as alive until what is returned is called, which stops it, as does dropping its `owner` without that."""
+    """Count it as alive until what is returned is first called, which stops it, as does dropping its `owner`."""
     _alive.add(id(llm))
     stopping = weakref.finalize(owner, let_go, llm)
     stopping.atexit = False

