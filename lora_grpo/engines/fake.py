@@ -23,8 +23,6 @@ Reply: TypeAlias = Callable[[Prompt, AdapterVersion | None, int], str]
 
 
 class _Bytes:
-    """A tokenizer: one id a UTF-8 byte."""
-
     def encode(self, text: str) -> list[int]:
         return list(text.encode(errors="backslashreplace"))
 

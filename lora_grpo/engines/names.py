@@ -116,8 +116,7 @@ def _is_vocabulary(layer: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TensorReading:
-    """A tensor's dtype (a torch dtype's name without the prefix; the one it is computed in where it is quantized), and
-    (rows, digest) of the slices that it fills, in order."""
+    """`dtype` is the one it is computed in, by torch's name; `slices` are (rows, digest) of those that it fills."""
 
     dtype: str
     slices: tuple[tuple[int, str], ...]

@@ -1,5 +1,4 @@
-"""Weights that vLLM packs for its kernels, or keeps quantized: read just before it does, while their form is known; and
-quantized ones that a CPU computes with plainly."""
+"""Weights that vLLM packs or keeps quantized: read while their form is known, and computed with plainly on a CPU."""
 
 import importlib
 from typing import Any, NamedTuple
@@ -125,9 +124,8 @@ def _still(layer: Any, kind: str, tensor: torch.Tensor) -> bool:
 
 def compute_plain_values() -> None:
     """From now on, in this process: on a CPU, layers quantized to fp8 in blocks or to packed int4 are computed with the
-    plain values of their weights, by the products of unquantized layers, so the same on every processor. vLLM's own
-    kernels ask for AMX or AVX-512, and some quantize the activations too, which a trainer does not. A second call, or a
-    release that chooses its kernels otherwise, changes nothing."""
+    plain values of their weights, the same on every processor. vLLM's own kernels ask for AMX or AVX-512, and some
+    quantize the activations too, which a trainer does not. A release with other registries is left alone."""
     linear: Any = importlib.import_module("vllm.model_executor.kernels.linear")
     cpu = importlib.import_module("vllm.platforms").PlatformEnum.CPU
     for registry, made in (("_POSSIBLE_FP8_BLOCK_KERNELS", _fp8_in_blocks), ("_POSSIBLE_KERNELS", _packed_int4)):

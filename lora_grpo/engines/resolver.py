@@ -1,11 +1,10 @@
 """A vLLM LoRA resolver: a server asked for the model `RUN@NUMBER` pulls that version from the trainer's store.
 
-For replicas that share no disk with the trainer. vLLM finds it by its entry point, `lora_grpo_store_resolver` in the
-group `vllm.general_plugins`, wherever this package is installed; examples/topologies/README.md has its variables. A
-version that cannot be had, or is not what was published, is refused: the reason is in the server's log, and the request
-is answered with 404, by no model. Read in vLLM 0.26 to 0.33: the server resolves a name for one request at a time, and
-gives every resolved adapter an id of its own counter, so the name and the path are what tell versions apart, and both
-are never used twice."""
+For replicas that share no disk with the trainer. vLLM finds it by its entry point wherever this package is installed;
+examples/topologies/README.md has its variables. A version that cannot be had, or is not what was published, is refused:
+the reason is in the server's log, and the request is answered with 404, by no model. Read in vLLM 0.26 to 0.33: a name
+is resolved for one request at a time, and every adapter gets an id of the server's own counter, so name and path tell
+versions apart, and both are never used twice."""
 
 import asyncio
 import importlib

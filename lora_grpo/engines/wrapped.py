@@ -87,8 +87,7 @@ def owned(engine: Engine, patience_s: float) -> Engine:
 
 
 def joint(engine: Engine | None, processes: Processes) -> Engine:
-    """`engine` as all processes use it. Raises `ConfigError` in all for an in-process engine that only some of them
-    have, or none in the first."""
+    """`engine` as all processes use it; `ConfigError` where only some have one of their own, or the first has none."""
     if processes.count == 1:
         return _there(engine)
     here = engine is not None and engine.device is not None
@@ -167,8 +166,7 @@ def _there(engine: Engine | None) -> Engine:
 
 
 class RenderingEngine:
-    """`engine`, with text and chats encoded by `tokenizer` instead of its own. Completions end at `stop_token_ids` too,
-    unless the call ignores end tokens."""
+    """`engine` with prompts encoded by `tokenizer`, ended by `stop_token_ids` too unless end tokens are ignored."""
 
     def __init__(self, engine: Engine, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
         self._engine, self.tokenizer, self._stop = engine, tokenizer, tuple(stop_token_ids)

@@ -135,8 +135,7 @@ def allowed_rank(rank: int) -> int:
 
 
 def base_rows_are_safe() -> bool:
-    """Whether stock kernels leave base rows alone in a batch with adapter rows. vLLM's CPU kernels before 0.33 index
-    the last slot with the base's -1 and give its adapter to base rows."""
+    """Stock CPU kernels before 0.33 index the last slot with the base's -1: beside adapter rows its own get one."""
     return not is_cpu() or vllm_release() >= (0, 33)
 
 
@@ -145,8 +144,7 @@ def runner(llm: Any) -> Any:
 
 
 def map_name(mapper: Any, name: str) -> Any:
-    """A model's renaming of a checkpoint's name, and the slices that the tensor fills in vLLM's own terms (None: not
-    said, as up to the releases that keep this in each model's loader). None for a tensor that is not loaded."""
+    """(vLLM's name, slices that the tensor fills; None: not said, as in old releases); None where it is not loaded."""
     if hasattr(mapper, "_map_name_with_shard"):
         return mapper._map_name_with_shard(name)
     plain = mapper._map_name(name)

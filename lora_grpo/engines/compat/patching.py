@@ -1,5 +1,4 @@
-"""Functions of others in our hands, for the life of the process or while a block runs; what vLLM's releases have wrong
-is mended so in each process, for good. A second call changes nothing."""
+"""Functions of others in our hands, while a block runs or for good: so is mended what vLLM's releases have wrong."""
 
 import ctypes
 import errno
@@ -85,8 +84,7 @@ def take_whole() -> None:
 
 
 def look_at_models_here() -> None:
-    """vLLM looks at a model's class in this process. It has another process do that, lest CUDA start here, and that
-    one imports vLLM anew: about 10 s for a class that its cache does not know. Here CUDA starts anyway."""
+    """vLLM looks at a model's class in another process (10 s of importing) lest CUDA start here; it does anyway."""
     registry = importlib.import_module("vllm.model_executor.models.registry")
     wrap_once(registry, "_run_in_subprocess", lambda _, look: look())
 

@@ -132,8 +132,7 @@ class _Slot:
 
 
 def adjoin(stacks: Stacks) -> Stacks:
-    """The stacked A's of a fused layer, one above the other in one buffer (slots, 1, slices * rank, in), written to as
-    before: a slot's, read as one matrix, take one product instead of one a slice."""
+    """A fused layer's A's, one above the other in a buffer (slots, 1, slices * rank, in): a slot's take one product."""
     ranks = [stack.shape[2] for stack in stacks]
     return torch.cat(stacks, dim=2).split(ranks, dim=2)
 

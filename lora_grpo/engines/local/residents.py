@@ -33,8 +33,6 @@ class Loaded(NamedTuple):
 
 
 class Residents(LoadedVersions[Loaded]):
-    """Those that answer `driver`'s requests stay."""
-
     def __init__(self, llm: Any, driver: StepDriver, *, direct: bool, max_loras: int, max_cpu_loras: int) -> None:
         super().__init__()
         self._llm, self._driver = llm, driver

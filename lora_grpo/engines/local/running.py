@@ -212,8 +212,7 @@ def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, s
 
 @contextmanager
 def vllm_boundary(doing: str, clean_up: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """After a failure inside, Ctrl-C included, `clean_up` and raise: our errors as they are, vLLM's as `EngineError`.
-    `doing` completes the sentence "vLLM could not ..."."""
+    """After a failure inside, also Ctrl-C, `clean_up` and raise: our errors as they are, vLLM's as `EngineError`."""
     try:
         yield
     except BaseException as error:

@@ -1,18 +1,17 @@
 """One copy of the base: a transformers model whose parameters are views into a vLLM engine's weights.
 
-Nothing here is ever merged, so the base is frozen on both sides and can be the same memory. vLLM keeps q/k/v and
-gate/up fused, members below each other, and pads the vocabulary: every checkpoint tensor is a row slice of one of its
-tensors. The trainer's base then has the engine's dtype. On the CPU vLLM must be kept from prepacking its weights, which
-makes decoding slower."""
+Nothing here is ever merged, so the base can be the same memory, in the engine's dtype. vLLM fuses q/k/v and gate/up,
+members below each other, and pads the vocabulary: every checkpoint tensor is a row slice of one of its tensors. On the
+CPU vLLM must be kept from prepacking its weights, which makes decoding slower."""
 
 import importlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partialmethod
 from typing import Any, Self
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat.patching import replaced
@@ -24,8 +23,6 @@ _OWN_COPY = "give the trainer its own copy (share_base_weights=False)"
 
 
 class SharedBase:
-    """The transformers model on an engine's weights, and a watch over both."""
-
     def __init__(self, llm: Any) -> None:
         """Raises `UnsupportedAdapter` with what about the engine or the architecture stands against it."""
         self._llm = llm
@@ -88,13 +85,12 @@ def _refuse_update(*_: Any, **__: Any) -> None:
 def _check_engine(llm: Any) -> None:
     config = llm.llm_engine.vllm_config
     name, weights = type(compat.runner(llm).get_model()).__name__, [one for _, one in compat.base_parameters(llm)]
-    packed, inference = any(one.numel() == 0 for one in weights), any(one.is_inference() for one in weights)
     found = {
         f"its weights are quantized ({config.model_config.quantization})": config.quant_config is not None,
         "it can sleep, which unmaps its weights": bool(config.model_config.enable_sleep_mode),
         f"{name} is vLLM's wrapper of a transformers model": name.startswith("Transformers"),
-        "it has prepacked its weights (build it with share_base_weights=True)": packed,
-        "its weights are inference tensors, which autograd cannot go through": inference,
+        "it has prepacked its weights (build it with share_base_weights=True)": any(w.numel() == 0 for w in weights),
+        "its weights are inference tensors, which autograd cannot go through": any(w.is_inference() for w in weights),
     }
     if reasons := [reason for reason, stands_against in found.items() if stands_against]:
         raise cannot_share(reasons[0])
@@ -110,8 +106,7 @@ def _skeleton(llm: Any) -> Any:
     with init_empty_weights(include_buffers=False):
         model: Any = model_class(config).from_config(config, dtype=settings.dtype, trust_remote_code=trusted)
     model.config._name_or_path = settings.model
-    persistent = [name for name, _ in model.named_buffers() if name in model.state_dict()]
-    if persistent:
+    if persistent := [name for name, _ in model.named_buffers() if name in model.state_dict()]:
         raise cannot_share(f"its checkpoint has buffers ({persistent[0]}), which vLLM keeps in a form of its own")
     device = next(iter(compat.base_parameters(llm)))[1].device
     for module in model.modules():
@@ -120,8 +115,7 @@ def _skeleton(llm: Any) -> Any:
     return model.eval()
 
 
-def _fill(model: Any, served: Mapping[str, torch.Tensor], names: NameMap) -> None:
-    """Put a view of the engine's weights in place of every parameter, and tie what is tied."""
+def _fill(model: Any, served: Mapping[str, Tensor], names: NameMap) -> None:
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     if model.config.get_text_config().tie_word_embeddings:
         head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
@@ -140,14 +134,12 @@ def _fill(model: Any, served: Mapping[str, torch.Tensor], names: NameMap) -> Non
         raise cannot_share(f"{(left or unused)[0]} is in {where}'s {type(model).__name__} only")
 
 
-def view_of(
-    name: str, shape: Sequence[int], served: Mapping[str, torch.Tensor], names: NameMap
-) -> tuple[str, torch.Tensor]:
+def view_of(name: str, shape: Sequence[int], served: Mapping[str, Tensor], names: NameMap) -> tuple[str, Tensor]:
     """The engine's parameter that holds `name`, and the rows of it that are `name`."""
     place = names.tensor(name)
     if place is None or place.name not in served:
         raise cannot_share(f"vLLM has no weights for {name}")
-    whole = served[place.name].detach().as_subclass(torch.Tensor)
+    whole = served[place.name].detach().as_subclass(Tensor)
     rows = names.rows(place, shape, whole.shape)
     first = -1 if rows is None else next(iter(rows.values()))[0]
     if rows is None or list(rows) != list(range(min(rows), max(rows) + 1)):
@@ -166,15 +158,15 @@ class FrozenParameter(nn.Parameter):
     """A view of an engine's weights. In-place methods and `.data`, by which PEFT's merge and optimizers write, raise
     `ConfigError`; so do casting and moving, which would copy it. `copy.deepcopy` gives an ordinary parameter."""
 
-    def __new__(cls, view: torch.Tensor) -> Self:
-        return torch.Tensor._make_subclass(cls, view, False)
+    def __new__(cls, view: Tensor) -> Self:
+        return Tensor._make_subclass(cls, view, False)
 
     @property
-    def data(self) -> torch.Tensor:
+    def data(self) -> Tensor:
         raise ConfigError(f"a base parameter's .data cannot be used: {_REASON}; nothing may merge into it")
 
     @data.setter
-    def data(self, value: torch.Tensor) -> None:
+    def data(self, value: Tensor) -> None:
         if value.data_ptr() != self.data_ptr() or value.dtype != self.dtype or value.shape != self.shape:
             raise ConfigError(f"a base parameter cannot be replaced, moved or cast: {_REASON}; {_OWN_COPY}")
 
@@ -187,12 +179,9 @@ class FrozenParameter(nn.Parameter):
         return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), requires_grad=False))
 
 
-def _refuse(name: str) -> Any:
-    def method(self: FrozenParameter, *args: Any, **kwargs: Any) -> Any:
-        raise ConfigError(f"a base parameter cannot be written to ({name}): {_REASON}")
-
-    return method
+def _refuse(self: FrozenParameter, name: str, *args: Any, **kwargs: Any) -> Any:
+    raise ConfigError(f"a base parameter cannot be written to ({name}): {_REASON}")
 
 
-for _name in filter(_IN_PLACE.fullmatch, dir(torch.Tensor)):
-    setattr(FrozenParameter, _name, _refuse(_name))
+for _name in filter(_IN_PLACE.fullmatch, dir(Tensor)):
+    setattr(FrozenParameter, _name, partialmethod(_refuse, _name))

@@ -116,8 +116,7 @@ def compiled_with_lora() -> AbstractContextManager[None]:
 
 
 def experts_without_lora() -> AbstractContextManager[None]:
-    """Models that are built within compute their experts as an engine without LoRA does. With LoRA on, vLLM picks
-    kernels that could add it to the experts, also where none is wrapped; there are none for the CPU."""
+    """Models built within compute experts as without LoRA; vLLM would pick kernels that add it; a CPU has none."""
     layer = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
     stock = layer.FusedMoEConfig
     return replaced(layer, FusedMoEConfig=lambda **settings: stock(**{**settings, "is_lora_enabled": False}))

@@ -1,6 +1,4 @@
-"""What of a checkpoint is served and trained: which layers take LoRA (by default all linear ones), in how many bits.
-
-Of a multimodal one it is the language model alone, under the checkpoint's names."""
+"""What of a checkpoint is served and trained (the language model alone): which layers take LoRA, in how many bits."""
 
 import json
 import re
@@ -203,8 +201,7 @@ def _language_model_of(full: Any) -> Any:
 
 
 def _leave_out_towers(model: PreTrainedModel) -> None:
-    """All that stands beside the language model in the model that holds it is None from now on: it takes no memory, and
-    each parameter keeps the name that the full checkpoint has for it."""
+    """What stands beside the language model is None from now on; parameters keep the full checkpoint's names."""
     decoder = model.get_decoder()
     paths = {module: name for name, module in model.named_modules()}
     parent = paths[decoder].rpartition(".")[0]

@@ -57,7 +57,6 @@ class PlainEngine:
             raise EngineError("vLLM did not reset its prefix cache; are there unfinished requests?")
 
     def load_adapter(self, path: Path) -> Any:
-        """Give vLLM a PEFT directory under a fresh id and name, and serve it from now on."""
         from vllm.lora.request import LoRARequest
 
         self._requests += 1
@@ -99,8 +98,7 @@ def drop_weights(engine: Any) -> None:
 
 
 def lora_tensors(engine: Any, path: str, version: AdapterVersion | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B, scaling in B, of the layer at a checkpoint's `path`, in the slot that computes with them: of a
-    `VLLMEngine`'s `version`, or of what a `PlainEngine` serves."""
+    """A and B (scaling in B) of a checkpoint's layer in its slot, a `VLLMEngine`'s `version` or a `PlainEngine`'s."""
     llm, lora_id = engine._llm, engine._request.lora_int_id if version is None else engine._find(version).lora_id
     slot, place = compat.slot_of(llm, lora_id), NameMap(compat.runner(llm).get_model()).module(path)
     if slot is None or place is None:
