@@ -90,9 +90,8 @@ def look_at_models_here() -> None:
 
 
 def turn_every_head() -> None:
-    """Queries whose heads have a dimension of their own take the plain form of rotary embeddings. Of such a query
-    (tokens, heads, head size) vLLM's CPU kernel turns every head but the first as if it were another token's: LFM2 and
-    MLA models come out wrong, their log-probs by .2 to .5 nats."""
+    """Queries (tokens, heads, head size) take the plain form of rotary embeddings. Of such a one vLLM's CPU kernel
+    turns all heads but the first as if they were another token's: LFM2 and MLA log-probs are .2 to .5 nats wrong."""
 
     def forward_cpu(stock: Any, self: Any, positions: Any, query: Any, key: Any = None) -> Any:
         if (positions.dim(), query.dim()) == (1, 3):
@@ -105,8 +104,7 @@ def turn_every_head() -> None:
 
 def keep_seeds() -> None:
     """On vLLM's V1 CPU runner a seed gives the same tokens however its prompt was cut into steps. Each such step draws
-    a token that is thrown away, and sets the generator back by CUDA's `set_offset`, which a CPU generator does not
-    have. Here it is set to the state it had. A runner with other methods is left alone."""
+    a token that is thrown away, and sets the generator back by CUDA's `set_offset`, which a CPU's lacks."""
 
     def sample(stock: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         generators = self.input_batch.generators
@@ -130,9 +128,8 @@ def keep_seeds() -> None:
 def allow_tiles() -> None:
     """Ask the kernel for an Intel processor's AMX tiles; where they are refused, a warning, and vLLM computes without.
 
-    vLLM's CPU attention uses tiles without asking, and Linux ends a process with SIGILL that has never asked for them
-    (arch_prctl ARCH_REQ_XCOMP_PERM). A fork inherits the permission and an exec loses it, so each of vLLM's workers,
-    which it spawns, starts without. oneDNN asks, but in vLLM 0.32 only for weights above 1 MiB."""
+    vLLM's CPU attention never asks, and Linux ends such a process with SIGILL (arch_prctl ARCH_REQ_XCOMP_PERM). An exec
+    loses the permission, as in vLLM's workers. oneDNN asks, but in vLLM 0.32 only for weights above 1 MiB."""
     import torch
 
     supported = getattr(torch.cpu, "_is_amx_tile_supported", bool)

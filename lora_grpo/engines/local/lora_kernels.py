@@ -1,8 +1,8 @@
 """LoRA on vLLM's CPU backend as two matrix products a segment.
 
-The stock path gathers a full copy of A and B for every token, which makes decoding 2-3x and prefill 5-6x slower than
-the base, and before 0.33 it gives base rows of a mixed batch the last slot's adapter. Here the rows of each adapter
-go through two plain products, and base rows through none; few rows (decoding) through both in one call of our own."""
+The stock path gathers A and B for every token, which makes decoding 2-3x and prefill 5-6x slower than the base. Here
+the rows of each adapter go through two plain products, and base rows through none; few rows (decoding) through both in
+one call of our own."""
 
 import importlib
 import itertools
@@ -13,15 +13,16 @@ from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lora_grpo.engines import compat
 from lora_grpo.engines.compat.patching import replaced, wrap_once
 from lora_grpo.kernels import SlotRows
 
-Rows: TypeAlias = slice | torch.Tensor
+Rows: TypeAlias = slice | Tensor
 """Rows of a batch: a slice when they are consecutive, an index tensor when not."""
 
-Stacks: TypeAlias = tuple[torch.Tensor, ...]
+Stacks: TypeAlias = tuple[Tensor, ...]
 """One tensor a slice of a fused layer: A (slots, 1, rank, in), or B (slots, 1, out, rank)."""
 
 _layers: "WeakValueDictionary[int, LayerKernels]" = WeakValueDictionary()
@@ -31,7 +32,7 @@ _library = torch.library.Library("lora_grpo", "FRAGMENT")
 _library.define("add_cpu_lora(Tensor(a!) y, Tensor x, Tensor a_stacked, float scale) -> ()")
 
 
-def _add_cpu_lora(y: torch.Tensor, x: torch.Tensor, a_stacked: torch.Tensor, scale: float) -> None:
+def _add_cpu_lora(y: Tensor, x: Tensor, a_stacked: Tensor, scale: float) -> None:
     """`LayerKernels.add` of the layer whose first stacked A this is: one operator, which a compiler does not look into.
     Compiled code is given the tensor anew at each call, so it holds for another engine, and in another process."""
     _layers[a_stacked.data_ptr()].add(y, x, scale)
@@ -76,22 +77,18 @@ class LayerKernels:
     def __init__(self, layer: Any, wrapper: Any) -> None:
         """`wrapper` knows which rows are whose. The layer's slots are cut up once: they stay for the engine's life."""
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
-        self._slots = [
-            _Slot([stack[slot, 0] for stack in a], [stack[slot, 0] for stack in b]) for slot in range(len(a[0]))
-        ]
+        self._slots = [_Slot([one[slot, 0] for one in a], [one[slot, 0] for one in b]) for slot in range(len(a[0]))]
         self._wrapper = wrapper
         _layers[a[0].data_ptr()] = self
 
-    def add_lora_linear(
-        self, y: torch.Tensor, x: torch.Tensor, a_stacked: Stacks, b_stacked: Stacks, scale: float, *_: Any, **__: Any
-    ) -> None:
+    def add_lora_linear(self, y: Tensor, x: Tensor, a: Stacks, b: Stacks, scale: float, *_: Any, **__: Any) -> None:
         """The stacked slots are those that the layer was given with."""
         if torch.compiler.is_compiling():
-            torch.ops.lora_grpo.add_cpu_lora(y, x, a_stacked[0], scale)
+            torch.ops.lora_grpo.add_cpu_lora(y, x, a[0], scale)
         else:
             self.add(y, x, scale)
 
-    def add(self, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+    def add(self, y: Tensor, x: Tensor, scale: float) -> None:
         """y += scale * (x A^T) B^T in place, each row with its own slot's A and B; y is (N, out), x is (N, in)."""
         y_NO = y if y.ndim == 2 else y.view(-1, y.shape[-1])
         x_NI = x if x.ndim == 2 else x.view(-1, x.shape[-1])
@@ -100,17 +97,17 @@ class LayerKernels:
             whole = isinstance(rows, slice) and rows.start == 0 and rows.stop == y_NO.shape[0]
             y_nO, x_nI = (y_NO, x_NI) if whole else (y_NO[rows], x_NI[rows])
             self._slots[slot].add(y_nO, x_nI, scale)
-            if isinstance(rows, torch.Tensor):
+            if isinstance(rows, Tensor):
                 y_NO[rows] = y_nO
 
 
 class _Slot:
     """One adapter's matrices in one layer: A (rank, in) and B (out, rank) of each slice."""
 
-    def __init__(self, a: list[torch.Tensor], b: list[torch.Tensor]) -> None:
+    def __init__(self, a: list[Tensor], b: list[Tensor]) -> None:
         self.rows = SlotRows.of(a, b)
         # Each A, B transposed, its columns of the product with A and its columns of the output.
-        self._slices: list[tuple[torch.Tensor, torch.Tensor, slice, slice]] = []
+        self._slices: list[tuple[Tensor, Tensor, slice, slice]] = []
         inner, outer = 0, 0
         for a_RI, b_OR in zip(a, b, strict=True):
             rank, width = a_RI.shape[0], b_OR.shape[0]
@@ -120,7 +117,7 @@ class _Slot:
         # A of all slices (n * rank, in).
         self.a_RI = a[0].as_strided((inner, a[0].shape[1]), a[0].stride()) if adjoined else None
 
-    def add(self, y_nO: torch.Tensor, x_nI: torch.Tensor, scale: float) -> None:
+    def add(self, y_nO: Tensor, x_nI: Tensor, scale: float) -> None:
         """B's product is summed onto y before it is rounded."""
         if self.rows is not None and self.rows.takes(y_nO, x_nI):
             self.rows.add(y_nO, x_nI, scale)
@@ -137,7 +134,7 @@ def adjoin(stacks: Stacks) -> Stacks:
     return torch.cat(stacks, dim=2).split(ranks, dim=2)
 
 
-def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
+def segments_of(slot_N: Tensor) -> list[tuple[int, Rows]]:
     """(slot, rows) for each adapter in a batch of N tokens; -1 (the base) has none."""
     segments: list[tuple[int, Rows]] = []
     for slot in slot_N[slot_N >= 0].unique().tolist():
@@ -147,7 +144,7 @@ def segments_of(slot_N: torch.Tensor) -> list[tuple[int, Rows]]:
     return segments
 
 
-def _follows(before: torch.Tensor, after: torch.Tensor) -> bool:
+def _follows(before: Tensor, after: Tensor) -> bool:
     one_buffer = before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
     dense = before.is_contiguous() and after.is_contiguous()
     return one_buffer and dense and before.storage_offset() + before.numel() == after.storage_offset()

@@ -1,10 +1,8 @@
-"""The `vllm.LLM`s in this process: how they share it, are stepped in one thread, fail (the one place where vLLM's
-exceptions are caught), and end.
+"""The `vllm.LLM`s in this process: how they share it, are stepped in one thread, fail, and end.
 
-vLLM makes its groups out of the process group that it finds: with one engine in every process, built by all at the same
-time, each gets groups of one process and generates on its own. An engine in some of them only waits for the others for
-ever; one that is built before the trainer's group leaves a group of one process behind, which a trainer would take for
-its own, and train alone."""
+vLLM makes its groups out of the process group that it finds: with one engine in every process, built at the same time,
+each gets groups of one process and generates on its own. An engine in some of them only waits for the others for ever;
+one built before the trainer's group leaves a group of one, which a trainer would take for its own, and train alone."""
 
 import importlib
 import os
@@ -127,9 +125,8 @@ class StepDriver:
 
     def abort(self) -> None:
         """Drop every unfinished request, and the prefix cache with what they put into it. After an exception in a step
-        vLLM keeps the requests scheduled, and its next `generate` would spin on them forever. It enters a prompt's
-        blocks into the prefix cache when it schedules them, before their keys and values are computed (vllm#50283):
-        the same prompt would then be answered from memory that nothing was written to."""
+        vLLM keeps the requests scheduled, and its next `generate` would spin on them forever. It caches a prompt's
+        blocks before their keys and values are computed (vllm#50283): the same prompt would get unwritten memory."""
         engine = self._llm.llm_engine
         self._finished.clear()
         if leftovers := list(engine.output_processor.request_states):
@@ -223,9 +220,8 @@ def vllm_boundary(doing: str, clean_up: Callable[[], object] = lambda: None) -> 
 
 
 def shutdown(llm: Any, *, last: bool) -> None:
-    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too. What vLLM 0.32 does by
-    itself, also when an engine is collected, tears that down always: other engines could not take another step, and a
-    trainer whose process group was joined could not either."""
+    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too. vLLM 0.32 always does, and
+    when an engine is collected: neither other engines nor a trainer whose group was joined could take another step."""
     client = llm.llm_engine.engine_core
     if last:
         _forget_addresses()

@@ -49,9 +49,8 @@ class SharedBase:
 
 
 def plain_cpu_weights(*, heads: bool = True) -> AbstractContextManager[None]:
-    """Meanwhile, vLLM's CPU backend keeps the linear weights that it loads and computes with `F.linear`, where it would
-    prepack them into buffers that nothing else can read; it has no switch for that. `heads=False` leaves it the output
-    layer, of which it packs a second copy."""
+    """Meanwhile vLLM's CPU backend keeps the linear weights that it loads; else it prepacks them into buffers that
+    nothing else can read. `heads=False` leaves it the output layer, of which it packs a second copy."""
     layers = importlib.import_module("vllm.model_executor.layers.utils")
     stock = layers.dispatch_cpu_unquantized_gemm
 

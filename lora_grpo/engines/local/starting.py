@@ -41,7 +41,7 @@ def start_llm(
 ) -> tuple[Any, bool]:
     """A `vllm.LLM` with LoRA on `layers`, and whether its kernels leave base rows alone beside adapter rows."""
     vllm = compat.import_vllm()
-    arguments = join(serving_arguments(str(model), asked.pop("quantization", None), layers, **code) | asked)
+    arguments = join(serving_arguments(str(model), asked.pop("quantization", None), layers or (), **code) | asked)
     if arguments.get("enable_sleep_mode") and compat.is_cpu():
         raise ConfigError("enable_sleep_mode=True: vLLM sleeps on GPUs only, but here it runs on the CPU; leave it out")
     if share:

@@ -31,15 +31,11 @@ def linear_leaves(model: str | Path, *, revision: str | None = None, trust_remot
     """The last names (`q_proj`, ...) of a checkpoint's linear layers, from its config, its head left out. A wrapped
     layer costs a kernel at every token, and vLLM's wrapped heads drop their LoRA from prompt log-probs."""
     built = skeleton(model, revision=revision, trust_remote_code=trust_remote_code)
-    head = built.get_output_embeddings()
-    leaves = {
-        name.rsplit(".", 1)[-1]
-        for name, module in built.get_decoder().named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    if not leaves:
+    head, named = built.get_output_embeddings(), built.get_decoder().named_modules()
+    linear = [name for name, module in named if isinstance(module, nn.Linear) and module is not head]
+    if not linear:
         raise ConfigError(f"{model} has no linear layer to adapt; name the layers with target_modules=[...]")
-    return sorted(leaves)
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -50,16 +46,14 @@ def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_cod
         return model_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
-def serving_arguments(
-    model: str | Path, quantization: str | None, target_modules: Sequence[str] | None = None, **code: Any
-) -> dict[str, Any]:
+def serving_arguments(model: str, quantization: str | None, layers: Sequence[str] = (), **code: Any) -> dict[str, Any]:
     """What vLLM is told of a checkpoint: the layers that get LoRA (default: every linear one but the head), to load of
     a multimodal one the language model alone, to quantize it. `code` is its revision, and whether its own code is
     trusted. Raises `ConfigError` where vLLM serves no LoRA on it, and as `served_scheme` does."""
     check_served(model, **code)
-    if EXPERTS in (target_modules or ()):
+    if EXPERTS in layers:
         raise ConfigError(f"target_modules names {EXPERTS!r}, whose adapter cannot be proven; leave it out")
-    told: dict[str, Any] = {"lora_target_modules": list(target_modules or linear_leaves(model, **code))}
+    told: dict[str, Any] = {"lora_target_modules": list(layers or linear_leaves(model, **code))}
     if full_class(checkpoint_config(model, **code)) is not None:
         told["language_model_only"] = True
     # Of other schemes vLLM reads in the checkpoint.
