@@ -106,8 +106,7 @@ class Engine(Protocol):
 
 
 def is_remote(engine: Engine) -> TypeGuard[Any]:
-    """Whether it is of servers, none of which can be looked into: `VLLMServerEngine`, or one that asks it. `load` is
-    told what the trainer computes (`expected`) and compares what they answer; one that `pulls` needs the store's."""
+    """Whether it is of servers, which cannot be looked into: `load` is told what the trainer computes (`expected`)."""
     return engine.proof == "behaviour"
 
 

@@ -55,9 +55,8 @@ def require_tokenizer(tokenizer: Any, said: str) -> None:
     special = getattr(tokenizer, "all_special_ids", None)
     if tokenizer is None or (special is not None and len(tokenizer) <= len(special)):
         folder = getattr(tokenizer, "name_or_path", None) or "the model's folder"
-        fix = "(AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER) writes them), or pass token ids"
-        files = "its tokenizer.json and tokenizer_config.json"
-        raise ConfigError(f"{said}, but {folder} has no tokenizer: put {files} there {fix}")
+        said += f", but {folder} has no tokenizer: put its tokenizer.json and tokenizer_config.json there"
+        raise ConfigError(f"{said} (AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)), or pass token ids")
 
 
 def one_bos(tokenizer: Any, ids: Sequence[int]) -> Sequence[int]:
@@ -87,9 +86,10 @@ def check_fits(ids_P: Sequences, max_tokens_P: Sequence[int], max_model_len: int
     for index, (ids, max_tokens) in enumerate(zip(ids_P, max_tokens_P, strict=True)):
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             place, token = next((place, token) for place, token in enumerate(ids) if not 0 <= token < vocabulary)
-            there = f"the model's vocabulary ends at {vocabulary - 1} ({vocabulary} tokens)"
-            said = f"prompt {index} has token {token} at place {place}, but {there}"
-            raise ConfigError(f"{said}: encode it with the model's own tokenizer")
+            said = f"prompt {index} has token {token} at place {place}, but the model's vocabulary ends at"
+            raise ConfigError(
+                f"{said} {vocabulary - 1} ({vocabulary} tokens): encode it with the model's own tokenizer"
+            )
         if len(ids) + max_tokens > max_model_len:
             said = f"prompt {index} has {len(ids)} tokens; with max_tokens={max_tokens} that exceeds {max_model_len=}"
             raise ConfigError(f"{said}: shorten it, lower max_tokens or raise max_model_len")
@@ -124,11 +124,10 @@ def check_asked(asked: Sequence[Asked], max_model_len: int, base: BaseDescriptio
 
 
 def adapters_by_prompt(adapter: Adapters, prompts: int) -> list[AdapterVersion | None]:
-    if adapter is None or not isinstance(adapter, list | tuple):
-        return [None if adapter is None else require_version(adapter)] * prompts
-    if len(adapter) != prompts:
-        raise ConfigError(f"adapter names {len(adapter)} versions for {prompts} prompts; give one, or one for each")
-    return [None if one is None else require_version(one) for one in adapter]
+    listed = adapter if isinstance(adapter, list | tuple) else [adapter] * prompts
+    if len(listed) != prompts:
+        raise ConfigError(f"adapter names {len(listed)} versions for {prompts} prompts; give one, or one for each")
+    return [None if one is None else require_version(one) for one in listed]
 
 
 def mixed_batches(adapter_B: Sequence[AdapterVersion | None], slots: int, mixes_base: bool) -> Iterator[list[int]]:

@@ -37,8 +37,7 @@ _LOG = logging.getLogger(f"vllm.plugins.{__name__}")
 
 
 def register() -> None:
-    """The entry point; vLLM calls it in each of its processes. Only the one that answers requests will pull. Raises
-    `ConfigError` for settings that cannot work, which stops the server's start."""
+    """vLLM calls it in each of its processes; `ConfigError` for settings that cannot work stops the server's start."""
     compat.mend_server()
     _offer_base_reading()
     url, mib = os.environ.get(URL_VARIABLE), os.environ.get(CACHE_MIB_VARIABLE, "")

@@ -211,9 +211,8 @@ class VLLMEngine:
                     llm.collective_rpc("reload_weights")
                 gap = mean_abs_difference(self._score_base(), before)
                 if not gap <= SAME_BASE_NATS:
-                    said = f"after sleep level {level} the base is not the same: its log-probs differ by {gap:.3f}"
-                    most = f"at most {SAME_BASE_NATS}"
-                    raise DeliveryError(f"{said} nats per token ({most}); the engine is closed, start another")
+                    said = f"after sleep level {level} the base is not the same, {gap:.3f} nats per token off"
+                    raise DeliveryError(f"{said} (at most {SAME_BASE_NATS}); the engine is closed, start another")
             self._residents.prove_all_again()
 
     def close(self) -> None:

@@ -35,8 +35,7 @@ def _asked(name: str) -> Any:
 
 class OwnedEngine:
     """An engine that steps, for use from any thread. `worker` owns it: rollouts are its jobs, all else its calls, made
-    between two steps, so a load waits for one step at most. After a step that never ended, the engine holds nothing
-    that anyone could ask for, and is left as it is until the process ends."""
+    between two steps. After a step that never ended it holds nothing, and is left as it is until the process ends."""
 
     def __init__(self, engine: Any, worker: Worker) -> None:
         self.worker, self._engine = worker, engine
@@ -147,9 +146,9 @@ class EngineInEach(EngineOfFirst):
         for index, answer in enumerate(answers):
             apart = mean_abs_difference(answer, answers[0])
             if not apart <= AGREEMENT_NATS:
-                said = f"the engines of processes 0 and {index} differ by {apart:.4f} nats per token"
+                said = f"the engines of processes 0 and {index} differ by {apart:.4f} nats per token for"
                 fix = "start them with the same settings, on devices of one kind"
-                raise DeliveryError(f"{said} for {adapter or 'the base'}: {fix}")
+                raise DeliveryError(f"{said} {adapter or 'the base'}: {fix}")
         return answers[0]
 
     def logprobs_of_each(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> list[LogProbs]:

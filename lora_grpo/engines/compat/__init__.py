@@ -197,9 +197,8 @@ def slot_of(llm: Any, lora_id: int) -> int | None:
 
 
 def place_adapter(llm: Any, lora_id: int, rank: int, layers: Any, fill: Callable[[int], None]) -> None:
-    """Do what vLLM's own loader does to its books: enter an adapter among the loaded ones (the least recently used goes
-    if need be), have a slot filled (a free one, or the least recently used one's), and name it: requests for the
-    adapter are computed with it. `layers` are vLLM's, by runtime name; `rank` is the largest."""
+    """As vLLM's loader does to its books: enter an adapter among the loaded ones and have a slot filled, each time in
+    place of the least recently used if need be, and name it. `layers` are by runtime name; `rank` is the largest."""
     from vllm.lora.lora_model import LoRAModel
 
     manager = lora_manager(llm)

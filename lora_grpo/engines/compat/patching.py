@@ -12,29 +12,22 @@ from typing import Any
 from lora_grpo.errors import UnsupportedVersion
 
 HOPPER = (9, 0)
-MENDED_IN = (0, 33)
 _KERNEL = "vllm.lora.ops.triton_ops.lora_expand_op"
 _WHOLE = {"Glm4ForCausalLM": ("gate_up_proj",)}
-_ARCH_PRCTL = 158  # the system call's number on x86-64, the only machine with tiles
-_REQUEST_PERMISSION = 0x1023
-_TILE_DATA = 18
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # on x86-64, the only machine with tiles
 _MARK = "lora_grpo_wrapped"
 
 
 def wrap_once(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Have `wrapper` called in place of `owner.name`, which it is given first, if there is such a name; done once."""
     stock: Any = getattr(owner, name, None)
-    if stock is not None and not is_wrapped(owner, name):
+    if stock is not None and not hasattr(stock, _MARK):
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             return wrapper(stock, *args, **kwargs)
 
         setattr(wrapped, _MARK, True)
         setattr(owner, name, wrapped)
-
-
-def is_wrapped(owner: Any, name: str) -> bool:
-    return hasattr(getattr(owner, name, None), _MARK)
 
 
 @contextmanager
@@ -56,20 +49,18 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def kernel_is_mended() -> bool:
-    return is_wrapped(importlib.import_module(_KERNEL), "get_lora_op_configs")
+    return hasattr(importlib.import_module(_KERNEL).get_lora_op_configs, _MARK)
 
 
 def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None) -> None:
-    """On Hopper vLLM's LoRA expand kernel of layers with one slice (o_proj, down_proj) is miscompiled with two pipeline
-    stages, and gives NaN (vllm#48590, triton#9433): run it with one, as vLLM 0.33 does by itself. Raises
-    `UnsupportedVersion` where the kernel's module is not what it was read to be."""
-    if capability != HOPPER or release >= MENDED_IN:
+    """On Hopper vLLM's LoRA expand kernel of one slice gives NaN with two pipeline stages (vllm#48590, triton#9433):
+    run it with one, as vLLM 0.33 does. Raises `UnsupportedVersion` where the kernel's module is not what was read."""
+    if capability != HOPPER or release >= (0, 33):
         return
     kernel = importlib.import_module(_KERNEL)
     if not hasattr(kernel, "get_lora_op_configs") or not hasattr(kernel, "_lora_expand_kernel"):
-        said = f"vLLM {release[0]}.{release[1]}'s LoRA kernel gives NaN on Hopper GPUs (vllm#48590)"
-        fix = "install 'vllm>=0.33,<0.34'"
-        raise UnsupportedVersion(f"{said} and cannot be set to one pipeline stage here: {fix}")
+        said = f"vLLM {release[0]}.{release[1]}'s LoRA kernel gives NaN on Hopper GPUs (vllm#48590) and cannot be set"
+        raise UnsupportedVersion(f"{said} to one pipeline stage here: install 'vllm>=0.33,<0.34'")
     wrap_once(kernel, "get_lora_op_configs", lambda stock, *args, **kwargs: {**stock(*args, **kwargs), "num_stages": 1})
 
 

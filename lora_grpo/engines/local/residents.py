@@ -108,9 +108,8 @@ class Residents(LoadedVersions[Loaded]):
 
     @contextmanager
     def boundary(self, doing: str, *, forget: Loaded | None = None, stepping: bool = False) -> Iterator[None]:
-        """A failure inside leaves nothing scheduled that was, and nothing of the version to `forget`. vLLM draws from
-        torch's global generators, which are left as they were unless the trainer goes on in another thread: what it
-        draws meanwhile would come again."""
+        """A failure inside leaves nothing scheduled that was, and nothing of the version to `forget`. Generators of
+        torch are left as they were, unless a trainer goes on in another thread: what it draws would come again."""
 
         def clean_up() -> None:
             if stepping or (forget is not None and forget.lora_id in self._driver.answering):
@@ -157,8 +156,8 @@ class Residents(LoadedVersions[Loaded]):
         excess = max(0, len(self.all()) + 1 - self._max_cpu_loras)
         if excess > len(idle) or len(answering) >= self._max_loras:
             said = f"{len(answering)} versions are answering requests, so there is no room for another"
-            more = f"more than max_loras={self._max_loras}, max_cpu_loras={self._max_cpu_loras}"
-            raise EngineError(f"{said}: start the engine with {more}")
+            most = f"max_loras={self._max_loras}, max_cpu_loras={self._max_cpu_loras}"
+            raise EngineError(f"{said}: start the engine with more than {most}")
         for version in idle[:excess]:
             self.unload(version)
 

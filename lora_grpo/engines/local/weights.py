@@ -19,9 +19,8 @@ from lora_grpo.types import Group, LogProbs, Sampling, Sequences
 
 
 class PlainEngine:
-    """A stock in-process vLLM engine. Without LoRA by default, which is what merged weights are served best from;
-    `lora_rank` has it take adapters with vLLM's own loader and kernels. `prepack=False` keeps the CPU backend's linear
-    weights as tensors that can be written to, which it computes with more slowly."""
+    """A stock in-process vLLM engine, without LoRA by default; `lora_rank` has it take adapters with vLLM's own loader
+    and kernels. `prepack=False` keeps the CPU's linear weights as tensors that can be written to, which is slower."""
 
     def __init__(self, model: str | Path, *, lora_rank: int | None = None, prepack: bool = True, **vllm_args: Any):
         vllm = compat.import_vllm()
@@ -80,12 +79,9 @@ class PlainEngine:
         running.shutdown(self._llm, last=True)
         del self._llm, self._names
 
-    def _run(self, ids_B: Sequences, params_B: Sequence[Any]) -> list[Any]:
+    def _run(self, ids_B: Sequences, params_B: list[Any]) -> Any:
         prompts = [{"prompt_token_ids": list(ids)} for ids in ids_B]
-        outputs = self._llm.generate(prompts, list(params_B), lora_request=self._request, use_tqdm=False)
-        if len(outputs) != len(ids_B):
-            raise EngineError(f"vLLM answered {len(outputs)} of {len(ids_B)} requests")
-        return list(outputs)
+        return self._llm.generate(prompts, params_B, lora_request=self._request, use_tqdm=False)
 
 
 def drop_weights(engine: Any) -> None:
