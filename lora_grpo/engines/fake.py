@@ -13,8 +13,6 @@ from lora_grpo.errors import EngineError
 from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sequences
 
 if TYPE_CHECKING:
-    import torch
-
     from lora_grpo.adapters.peft_form.serving import Held
     from lora_grpo.engines.names import BaseReading
 
@@ -41,7 +39,7 @@ class FakeEngine:
     """
 
     proof: Proof = "none"
-    device: torch.device | None = None
+    device: None = None
     lora_dtype = "float32"
     max_lora_rank = 512
 

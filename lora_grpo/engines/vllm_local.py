@@ -15,7 +15,7 @@ from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.local.residents import Loaded, Residents
 from lora_grpo.engines.local.running import StepDriver, Turn, check_may_sleep, hold, vllm_boundary
-from lora_grpo.engines.local.shared_weights import SharedBase, cannot_share
+from lora_grpo.engines.local.shared_weights import SharedBase, cannot_share, refuse_update
 from lora_grpo.engines.local.starting import adapter_room, start_llm
 from lora_grpo.engines.names import BaseReading, read_base
 from lora_grpo.errors import DeliveryError, EngineError, UnknownVersion
@@ -115,8 +115,7 @@ class VLLMEngine:
     def unload(self, version: AdapterVersion) -> None:
         """Forget `version`. Raises `UnknownVersion` when it is not loaded."""
         with self._turn.take("unload"):
-            self._find(version)
-            self._residents.unload(version)
+            self._residents.unload(self._find(version))
 
     def loaded(self) -> tuple[AdapterVersion, ...]:
         """The versions that can be sampled from, least recently used first; none once it is closed."""
@@ -164,7 +163,7 @@ class VLLMEngine:
         if not gap <= MAX_BASE_NOISE_NATS:
             limit = f"at most {MAX_BASE_NOISE_NATS}"
             raise cannot_share(f"transformers' model on them is {gap:.3f} nats per token off ({limit})")
-        shared.keep()
+        compat.refuse_weight_updates(self._llm, refuse_update)
         # The first one's watch stays: it knows the weights as they were loaded.
         self._shared = self._shared or shared
         return shared.model

@@ -38,17 +38,14 @@ class OwnedEngine:
     between two steps. After a step that never ended it holds nothing, and is left as it is until the process ends."""
 
     def __init__(self, engine: Any, worker: Worker) -> None:
-        self.worker, self._engine = worker, engine
-        self.proof, self.device = engine.proof, engine.device
-        self.max_lora_rank, self.lora_dtype = engine.max_lora_rank, engine.lora_dtype
-        self._loaded = engine.loaded()
+        self.worker, self._engine, self._loaded = worker, engine, engine.loaded()
         engine.between_steps = worker.poll
-        if self.device is not None and self.device.type == "cuda":
+        if engine.device is not None and engine.device.type == "cuda":
             # A new thread's current device is the first one.
-            worker.call(partial(torch.cuda.set_device, self.device))
+            worker.call(partial(torch.cuda.set_device, engine.device))
 
     def __getattr__(self, name: str) -> Any:
-        """What only some engines offer, such as `tokenizer`; not for use while the thread is at work."""
+        """What does not step, such as `tokenizer`; calls are not for use while the thread is at work."""
         return getattr(self._engine, name)
 
     load, unload, generate, logprobs = _asked("load"), _asked("unload"), _asked("generate"), _asked("logprobs")

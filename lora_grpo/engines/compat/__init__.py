@@ -161,7 +161,7 @@ def base_parameters(llm: Any) -> Iterable[tuple[str, Any]]:
 
 
 def refuse_weight_updates(llm: Any, refuse: Callable[..., None]) -> None:
-    """From now on vLLM's own ways to write to the base's weights call `refuse`."""
+    """From now on vLLM's own ways to write to the base's weights, by `.data`, which nothing sees, call `refuse`."""
     for owner in (runner(llm).get_model(), runner(llm), llm.llm_engine.model_executor.driver_worker.worker):
         for name in ("load_weights", "reload_weights", "reset_weights", "start_weight_update", "update_weights"):
             if hasattr(owner, name):

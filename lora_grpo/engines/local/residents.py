@@ -63,12 +63,11 @@ class Residents(LoadedVersions[Loaded]):
             self.add(loaded)
         return receipt
 
-    def unload(self, version: AdapterVersion) -> None:
+    def unload(self, loaded: Loaded) -> None:
         """Raises `EngineError` for one that answers requests."""
-        loaded = self.find(version)
         if loaded.lora_id in self._driver.answering:
-            raise EngineError(f"{version} is still answering requests; unload it when they are done")
-        with self.boundary(f"unload {version}"):
+            raise EngineError(f"{loaded.version} is still answering requests; unload it when they are done")
+        with self.boundary(f"unload {loaded.version}"):
             self._llm.llm_engine.remove_lora(loaded.lora_id)
             self.remove(loaded)
 
@@ -152,14 +151,14 @@ class Residents(LoadedVersions[Loaded]):
     def _make_room(self) -> None:
         """Unload the least recently used versions until another fits; those that answer requests stay."""
         answering = self._driver.answering
-        idle = [one.version for one in self.all() if one.lora_id not in answering]
+        idle = [one for one in self.all() if one.lora_id not in answering]
         excess = max(0, len(self.all()) + 1 - self._max_cpu_loras)
         if excess > len(idle) or len(answering) >= self._max_loras:
             said = f"{len(answering)} versions are answering requests, so there is no room for another"
             most = f"max_loras={self._max_loras}, max_cpu_loras={self._max_cpu_loras}"
             raise EngineError(f"{said}: start the engine with more than {most}")
-        for version in idle[:excess]:
-            self.unload(version)
+        for loaded in idle[:excess]:
+            self.unload(loaded)
 
 
 class LayersOnDemand(Mapping[str, Any]):

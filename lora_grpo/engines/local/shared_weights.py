@@ -33,10 +33,6 @@ class SharedBase:
         self._tensors = [(name, p.detach(), p._version) for name, p in self.model.named_parameters()]
         self._places = {name: parameter.data_ptr() for name, parameter in served.items()}
 
-    def keep(self) -> None:
-        """From now on vLLM loads nothing into these weights: it would write through `.data`, which nothing sees."""
-        compat.refuse_weight_updates(self._llm, _refuse_update)
-
     def check_untouched(self) -> None:
         """Raises `DeliveryError` when the shared weights were written to, or the engine has put others in their place.
         Sees what autograd's version counters see: in-place writes through any view that is not `.data`."""
@@ -77,7 +73,7 @@ def cannot_share(reason: str) -> UnsupportedAdapter:
     return UnsupportedAdapter(f"the engine's weights cannot be shared: {reason}; {_OWN_COPY}")
 
 
-def _refuse_update(*_: Any, **__: Any) -> None:
+def refuse_update(*_: Any, **__: Any) -> None:
     raise ConfigError(f"vLLM may not change weights that a trainer shares: start both on the new ones, or {_OWN_COPY}")
 
 
