@@ -63,8 +63,7 @@ class NameMap:
             # A model may show its inner model's own as its own too: what is renamed twice has no such name.
             if mapper is not None and mapper is not above:
                 above = mapper
-                renamed = compat.map_name(mapper, name)
-                if renamed is None:
+                if (renamed := compat.map_name(mapper, name)) is None:
                     return None
                 name, shard = renamed[0], renamed[1] if renamed[1] is not None else shard
             child, _, rest = name.partition(".")

@@ -65,8 +65,7 @@ def read_quantized() -> None:
 
     def process(stock: Any, model: Any, model_config: Any, *others: Any) -> None:
         for layer in model.modules():
-            values = quantized_values(layer)
-            if values is not None:
+            if (values := quantized_values(layer)) is not None:
                 setattr(layer, _PACKED, {"weight": _before(layer, values, model_config.dtype, quantized=True)})
         stock(model, model_config, *others)
 

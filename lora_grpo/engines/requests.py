@@ -118,8 +118,7 @@ def check_asked(asked: Sequence[Asked], max_model_len: int, base: BaseDescriptio
     max_tokens_P = [one.sampling.max_tokens for one in asked]
     check_fits([one.ids for one in asked], max_tokens_P, max_model_len, base.vocabulary)
     for index, one in enumerate(asked):
-        found = next((token for token in one.ids if token in base.placeholders), None)
-        if found is not None:
+        if (found := next((token for token in one.ids if token in base.placeholders), None)) is not None:
             raise ConfigError(f"prompt {index} has token {found}, which stands for an image, video or sound: remove it")
 
 

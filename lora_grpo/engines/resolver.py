@@ -98,8 +98,7 @@ class StoreResolver:
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """A `vllm.lora.request.LoRARequest` for `RUN@NUMBER`; None for other names and for what is refused."""
-        asked = parse_served_name(lora_name)
-        if asked is None:
+        if (asked := parse_served_name(lora_name)) is None:
             return None
         try:
             path = await asyncio.to_thread(self._have, *asked)

@@ -120,8 +120,7 @@ def abilities(architecture: str) -> tuple[bool, bool]:
     from vllm.model_executor.models.interfaces import supports_lora
     from vllm.model_executor.models.interfaces_base import is_pooling_model, is_text_generation_model
 
-    known = ModelRegistry.models.get(architecture)
-    if known is None:
+    if (known := ModelRegistry.models.get(architecture)) is None:
         _, (runner, _) = try_match_architecture_defaults(architecture) or ("", ("generate", "none"))
         return True, runner == "generate"
     model = known.load_model_cls()

@@ -124,8 +124,7 @@ def allow_tiles() -> None:
     import torch
 
     supported = getattr(torch.cpu, "_is_amx_tile_supported", bool)
-    refused = supported() and _syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)
-    if not refused:
+    if not (refused := supported() and _syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)):
         return
     # What vLLM itself asks before it chooses a kernel with tiles; oneDNN finds out by itself.
     torch.cpu._is_amx_tile_supported = bool

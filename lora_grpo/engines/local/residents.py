@@ -44,8 +44,7 @@ class Residents(LoadedVersions[Loaded]):
     def load(self, version: AdapterVersion, held: Held | None = None) -> LoadReceipt:
         from vllm.lora.request import LoRARequest
 
-        known = self.known(version)
-        if known is not None:
+        if (known := self.known(version)) is not None:
             self.add(known)
             return self._prove_again(known)
         started = time.perf_counter()

