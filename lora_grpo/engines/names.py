@@ -35,7 +35,7 @@ class NameMap:
             if _WRAPPED not in module._modules
         }
         """By their names without LoRA wrappers, what is wrapped in place of its wrapper."""
-        # With an adapter's B, vLLM's loader does not do so.
+        # Its loader reorders the rows of q_proj and k_proj, which it does not with an adapter's B.
         reorders = any(hasattr(module, "permute_qk_weight_for_rotary") for module in model.modules())
         self._reordered = _REORDERED if reorders else ()
 
@@ -115,7 +115,7 @@ def _is_vocabulary(layer: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TensorReading:
-    """`dtype` is the one it is computed in, by torch's name; `slices` are (rows, digest) of those that it fills."""
+    """`dtype`: torch's name of the one it is computed in; `slices`: (rows, digest) of each that it fills, in order."""
 
     dtype: str
     slices: tuple[tuple[int, str], ...]

@@ -86,10 +86,8 @@ def check_fits(ids_P: Sequences, max_tokens_P: Sequence[int], max_model_len: int
     for index, (ids, max_tokens) in enumerate(zip(ids_P, max_tokens_P, strict=True)):
         if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
             place, token = next((place, token) for place, token in enumerate(ids) if not 0 <= token < vocabulary)
-            said = f"prompt {index} has token {token} at place {place}, but the model's vocabulary ends at"
-            raise ConfigError(
-                f"{said} {vocabulary - 1} ({vocabulary} tokens): encode it with the model's own tokenizer"
-            )
+            said = f"prompt {index} has token {token} at place {place}, but the vocabulary ends at {vocabulary - 1}"
+            raise ConfigError(f"{said} ({vocabulary} tokens): encode it with the model's own tokenizer")
         if len(ids) + max_tokens > max_model_len:
             said = f"prompt {index} has {len(ids)} tokens; with max_tokens={max_tokens} that exceeds {max_model_len=}"
             raise ConfigError(f"{said}: shorten it, lower max_tokens or raise max_model_len")

@@ -198,9 +198,7 @@ def check_may_sleep(llm: Any, level: int, loaded: Sequence[AdapterVersion], *, s
     level_2 = f"sleep level 2 on vLLM {release[0]}.{release[1]}"
     # `reload_weights` meets the wrapped layers up to 0.27, whose weights have other names than the files', and raises.
     if level == 2 and release < (0, 28):
-        raise ConfigError(
-            f"{level_2} has no way back: it cannot read the base again; use level 1, or vLLM 0.28 or newer"
-        )
+        raise ConfigError(f"{level_2} has no way back: it cannot read the base again; use level 1, or vLLM >= 0.28")
     # The slots lie in the weights' pool up to 0.32, and count as active afterwards; from 0.33 in one that always stays.
     if level == 2 and loaded and release < (0, 33):
         lost = ", ".join(map(str, loaded))
