@@ -1,9 +1,8 @@
 """One map of names: where a checkpoint's tensor, or the module that PEFT adapts, lies in vLLM's model.
 
 The map is the model's own: the loader's renames (`hf_to_vllm_mapper`, of the model and of each model inside it), its
-stacked parameters, and `packed_modules_mapping` where a loader keeps its stacking to itself. A layer of vLLM may hold
-several of a checkpoint's tensors below each other, its slices; a tensor may fill one of them or several. What an
-engine's process reads of its base is a digest of each slice of each tensor, in the engine's dtype."""
+stacked parameters, and `packed_modules_mapping` where a loader keeps its stacking to itself. A layer may hold several
+of a checkpoint's tensors below each other, its slices; a tensor may fill several. A slice is read as its digest."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -187,6 +187,5 @@ def to_groups(asked: Sequence[Asked], completions: Sequence[Completion]) -> list
 
 
 def scored_tokens(outputs: Sequence[Any], sequences: Sequences) -> LogProbs:
-    """The log-probs of tokens 1..T-1 of each sequence, from vLLM's outputs for them as prompts."""
     pairs = [(output.prompt_logprobs[1:], ids[1:]) for output, ids in zip(outputs, sequences, strict=True)]
     return [[entry[token].logprob for entry, token in zip(*pair, strict=True)] for pair in pairs]

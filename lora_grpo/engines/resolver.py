@@ -29,8 +29,7 @@ URL_VARIABLE = "LORA_GRPO_STORE_URL"
 CACHE_VARIABLE = "LORA_GRPO_STORE_CACHE"
 CACHE_MIB_VARIABLE = "LORA_GRPO_STORE_CACHE_MIB"
 BASE_ROUTE = "/v1/lora_grpo/base"
-"""Where a trainer asks what each of the server's workers reads of its base, behind the server's API key and where
-adapters may be loaded at run time. A server without this plugin answers 404, and its base counts as not read."""
+"""Where a trainer asks what the server's workers read of its base, if adapters may be loaded at run time; else 404."""
 _READ_BASE = "lora_grpo_read_base"
 _LOG = logging.getLogger(f"vllm.plugins.{__name__}")
 """Its level and format are the server's."""

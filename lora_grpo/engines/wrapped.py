@@ -105,9 +105,8 @@ class EngineOfFirst:
         said = self._ask(lambda its: (its.proof, its.max_lora_rank, its.lora_dtype, getattr(its, "pulls", False)))
         self.proof, self.max_lora_rank, self.lora_dtype, self.pulls = said
 
-    load, unload, loaded = _asked("load"), _asked("unload"), _asked("loaded")
-    generate, logprobs = _asked("generate"), _asked("logprobs")
-    describe_base, read_base = _asked("describe_base"), _asked("read_base")
+    load, unload, loaded, generate = _asked("load"), _asked("unload"), _asked("loaded"), _asked("generate")
+    logprobs, describe_base, read_base = _asked("logprobs"), _asked("describe_base"), _asked("read_base")
     logprobs_of_each, keep_probe = _asked("logprobs_of_each"), _asked("keep_probe")
 
     def close(self) -> None:

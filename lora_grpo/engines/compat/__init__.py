@@ -186,8 +186,7 @@ def wrapped_modules(llm: Any) -> dict[str, Any]:
 
 
 def registered_modules(llm: Any, lora_id: int) -> set[str]:
-    adapter = lora_manager(llm).get_adapter(lora_id)
-    return set() if adapter is None else set(adapter.loras)
+    return set(getattr(lora_manager(llm).get_adapter(lora_id), "loras", ()))
 
 
 def slot_of(llm: Any, lora_id: int) -> int | None:
