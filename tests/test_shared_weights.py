@@ -20,9 +20,9 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines import compat
 from lora_grpo.engines.fake import FakeEngine
-from lora_grpo.engines.local import shared_weights
-from lora_grpo.engines.local.shared_weights import FrozenParameter, SharedBase, check_shareable
+from lora_grpo.engines.local import weights as own_weights
 from lora_grpo.engines.local.targets import linear_leaves
+from lora_grpo.engines.local.weights import FrozenParameter, SharedBase, check_shareable
 from lora_grpo.engines.names import NameMap
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
@@ -355,16 +355,16 @@ def served_as(tensors: dict[str, torch.Tensor]) -> NameMap:
 )
 def test_what_does_not_match_is_refused_by_name(change: dict[str, torch.Tensor | None], message: str) -> None:
     served = {"embed.weight": torch.zeros(64, 4), "head.weight": torch.zeros(64, 4), "extra.weight": torch.zeros(4, 4)}
-    shared_weights._fill(odd_architecture(), served, served_as(served))
+    own_weights._fill(odd_architecture(), served, served_as(served))
     changed = {name: tensor for name, tensor in {**served, **change}.items() if tensor is not None}
     with pytest.raises(UnsupportedAdapter, match=message):
-        shared_weights._fill(odd_architecture(), changed, served_as(changed))
+        own_weights._fill(odd_architecture(), changed, served_as(changed))
 
 
 def test_another_function_on_the_same_weights_is_refused(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names and shapes can agree where the architectures do not: here the rotary base differs."""
     engine = shared_engine(llama_dir)
-    build = shared_weights._skeleton
+    build = own_weights._skeleton
 
     def other_rotary(*args: Any) -> Any:
         model = build(*args)
@@ -372,7 +372,7 @@ def test_another_function_on_the_same_weights_is_refused(llama_dir: Path, monkey
         return model
 
     try:
-        monkeypatch.setattr(shared_weights, "_skeleton", other_rotary)
+        monkeypatch.setattr(own_weights, "_skeleton", other_rotary)
         with pytest.raises(UnsupportedAdapter, match="nats per token"):
             engine.shared_model()
         # Nothing was shared: the engine's weights are its own affair.

@@ -15,8 +15,8 @@ from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.local.residents import Loaded, Residents
 from lora_grpo.engines.local.running import StepDriver, Turn, check_may_sleep, hold, vllm_boundary
-from lora_grpo.engines.local.shared_weights import SharedBase, cannot_share, refuse_update
 from lora_grpo.engines.local.starting import adapter_room, start_llm
+from lora_grpo.engines.local.weights import SharedBase, cannot_share, refuse_update
 from lora_grpo.engines.names import BaseReading, read_base
 from lora_grpo.errors import DeliveryError, EngineError, UnknownVersion
 from lora_grpo.scoring import mean_abs_difference, teacher_logprobs

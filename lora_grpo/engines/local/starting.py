@@ -19,8 +19,8 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.compat.patching import replaced
 from lora_grpo.engines.local import lora_kernels
 from lora_grpo.engines.local.running import join, vllm_boundary
-from lora_grpo.engines.local.shared_weights import check_shareable, plain_cpu_weights
 from lora_grpo.engines.local.targets import serving_arguments
+from lora_grpo.engines.local.weights import check_shareable, plain_cpu_weights
 from lora_grpo.errors import ConfigError
 from lora_grpo.kernels import library
 from lora_grpo.state import generators_kept
