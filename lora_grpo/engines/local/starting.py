@@ -7,8 +7,7 @@ import importlib
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -132,8 +131,7 @@ def make_expert_group() -> None:
     state._EP = state.init_model_parallel_group([world.ranks], world.local_rank, backend, group_name="ep")
 
 
-@contextmanager
-def classes_kept() -> Iterator[None]:
+def classes_kept() -> AbstractContextManager[None]:
     """Engines that start within leave transformers' classes as they are. vLLM puts its compiler into the class of a
     model that it has none for, and a trainer's could neither be built nor called any more: here, into a subclass."""
     backend = importlib.import_module("vllm.model_executor.models.transformers.base").Base
@@ -154,8 +152,7 @@ def classes_kept() -> Iterator[None]:
                     # All that is left of its constructor is the compiler's part.
                     own.__init__(module)
 
-    with replaced(backend, _decorate_cls_for_torch_compile=note, __init__=build_and_decorate):
-        yield
+    return replaced(backend, _decorate_cls_for_torch_compile=note, __init__=build_and_decorate)
 
 
 def _subclass(cls: Any) -> Any:
