@@ -5,7 +5,6 @@ Letters: B rows, T scored tokens, N tokens of all rows that are wanted, H hidden
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -68,33 +67,24 @@ def completion_scores(
         logits_BTV = model(**inputs).logits[:, -ids_BT.shape[1] - 1 : -1]
         logp_BT, entropy_BT = token_logprobs(logits_BTV, ids_BT, temperature)
         return logp_BT.where(wanted_BT, 0.0), entropy_BT.where(wanted_BT, 0.0)
-    with _scoring(*fused, ids_BT, wanted_BT, temperature) as found:
+    found: list[Tensor] = []
+
+    def score(layer: nn.Linear, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Instead of the layer, which then computes one token."""
+        hidden_NH = arguments[0][:, -ids_BT.shape[1] - 1 : -1][wanted_BT]
+        head = _Head(layer.weight, layer.bias, finish, temperature)
+        for values_N in _Scores.apply(hidden_NH, ids_BT[wanted_BT], head):
+            found.append(torch.zeros(ids_BT.shape, device=values_N.device).masked_scatter(wanted_BT, values_N))
+        return (arguments[0][:, -1:], *arguments[1:])
+
+    layer, finish = fused
+    with layer.register_forward_pre_hook(score):
         output = model(**inputs)
     logp_BT, entropy_BT = found
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         # FSDP2 prepares a backward where the gradient enters by the model's output.
         logp_BT = logp_BT + (output.logits.sum() * 0).nan_to_num()
     return logp_BT, entropy_BT
-
-
-@contextmanager
-def _scoring(
-    layer: nn.Linear, finish: Finish, ids_BT: Tensor, wanted_BT: Tensor, temperature: float
-) -> Iterator[list[Tensor]]:
-    """What the layer is called on is scored and goes to the list; the layer itself then computes one token."""
-    found: list[Tensor] = []
-
-    def score(layer: nn.Linear, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden_NH = arguments[0][:, -ids_BT.shape[1] - 1 : -1][wanted_BT]
-        head = _Head(layer.weight, layer.bias, finish, temperature)
-        scores_N: tuple[Tensor, Tensor] = _Scores.apply(hidden_NH, ids_BT[wanted_BT], head)
-        for values_N in scores_N:
-            empty_BT = torch.zeros(ids_BT.shape, device=values_N.device)
-            found.append(empty_BT.masked_scatter(wanted_BT, values_N))
-        return (arguments[0][:, -1:], *arguments[1:])
-
-    with layer.register_forward_pre_hook(score):
-        yield found
 
 
 class _Head(NamedTuple):
@@ -153,8 +143,7 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, ids_N: Tensor, head: _Head) -> tuple[Tensor, Tensor]:
-        gradient = bool(ctx.needs_input_grad[0])
-        tokens, _ = _BLOCK[hidden_NH.device.type]
+        gradient, tokens = bool(ctx.needs_input_grad[0]), _BLOCK[hidden_NH.device.type][0]
         logp_N, entropy_N = torch.empty((2, len(ids_N)), device=hidden_NH.device)
         slope_NH = torch.empty_like(hidden_NH) if gradient else None
         # Autocast would make products of fp32 ones of bf16.
@@ -164,8 +153,7 @@ class _Scores(torch.autograd.Function):
                 logp_N[here], entropy_N[here], slope = head.score(hidden_NH[here], ids_N[here], gradient=gradient)
                 if slope_NH is not None and slope is not None:
                     slope_NH[here] = slope
-        if slope_NH is not None:
-            ctx.save_for_backward(slope_NH)
+        ctx.save_for_backward(slope_NH)
         ctx.mark_non_differentiable(entropy_N)
         return logp_N, entropy_N
 

@@ -151,10 +151,10 @@ class Processes:
         return slice(self.index * length // self.count, (self.index + 1) * length // self.count)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, "sum")
+        return tensor if self.count == 1 else reduce(tensor, reduction="sum")
 
     def max(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, "max")
+        return tensor if self.count == 1 else reduce(tensor, reduction="max")
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """The first process's tensor; of one shape everywhere."""
@@ -172,9 +172,6 @@ class Processes:
         found = numbers.masked_fill(sums[:, 1:] == 0, 0.0).tolist()
         columns: dict[Reduction, int] = {"mean": 0, "min": 1, "max": 2}
         return {name: row[columns[how]] for (name, (_, how)), row in zip(observed.items(), found, strict=True)}
-
-    def _reduce(self, tensor: Tensor, how: str) -> Tensor:
-        return tensor if self.count == 1 else reduce(tensor, reduction=how)
 
 
 def _greatest(values_N: Tensor) -> Tensor:

@@ -155,10 +155,9 @@ def _check_options(config: RewardConfig, function: Callable[..., Any]) -> None:
     for option in config.options:
         if option not in parameters and not open_ended:
             raise ConfigError(f"reward {config.name!r} has no option {option!r}; it takes {[*parameters]}")
-    if config.name in READY:
-        for option, parameter in parameters.items():
-            if parameter.default is parameter.empty and option not in config.options:
-                raise ConfigError(f"reward {config.name!r} needs the option {option!r}: options.{option} = ...")
+    for option, parameter in parameters.items() if config.name in READY else ():
+        if parameter.default is parameter.empty and option not in config.options:
+            raise ConfigError(f"reward {config.name!r} needs the option {option!r}: options.{option} = ...")
 
 
 def final_number(text: str) -> Decimal | None:
