@@ -88,7 +88,7 @@ def _matching(name: str, pattern: str, *, whole: bool) -> Reward:
         texts = map(completion_text, completions)
         return [float(bool(compiled.fullmatch(text.strip()) if whole else compiled.search(text))) for text in texts]
 
-    reward.__name__ = name
+    reward.__name__ = reward.__qualname__ = name
     return reward
 
 
@@ -101,7 +101,7 @@ def _answered(name: str, column: str, right: Callable[[str, Any], bool]) -> Rewa
         pairs = zip(map(completion_text, completions), columns[column], strict=True)
         return [None if answer is None else float(right(text, answer)) for text, answer in pairs]
 
-    reward.__name__ = name
+    reward.__name__ = reward.__qualname__ = name
     reward.columns = (column,)  # type: ignore[attr-defined]  # a run without it is refused before its first step
     return reward
 
