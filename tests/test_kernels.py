@@ -31,7 +31,6 @@ def fresh_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
 
 def _forget() -> None:
     kernels.library.cache_clear()
-    kernels.function.cache_clear()
 
 
 def rows_of(a: list[torch.Tensor], b: list[torch.Tensor]) -> SlotRows:

@@ -87,7 +87,7 @@ def test_compiled_or_not_the_bytes_are_the_same(name: str, llama_dir: str, monke
     form = ServingForm(model, "default", torch.bfloat16)
     assert form._cast.takes([linear.weight for linear in form._linears])
     compiled = payload(form)
-    monkeypatch.setattr("lora_grpo.kernels._cast_all", lambda: None)
+    monkeypatch.setattr("lora_grpo.kernels.library", lambda: None)
     assert payload(ServingForm(model, "default", torch.bfloat16)) == compiled
 
 

@@ -25,9 +25,7 @@ from lora_grpo.user_cache import user_cache
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-PATIENCE_S = 120
-"""For a compiler; this one's work takes a second."""
-
+PATIENCE_S = 120  # for a compiler; this one's work takes a second
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 
 FEW_ROWS = {torch.bfloat16: 128, torch.float32: 3}
@@ -36,11 +34,16 @@ MOST_WORK = 16_000_000
 library, which spends longer on getting ready. In fp32 it would up to 16 rows; but from 4 rows on torch gives a row the
 same bits in whatever batch it is, and a member of a population has to be what it is alone."""
 
-_ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
-_ROWS_ARGUMENTS: tuple[Any, ...] = (
-    *(_ADDRESS, _COUNT, _ADDRESS, _COUNT, _COUNT, _COUNT),
-    *(ctypes.c_float, ctypes.c_int, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS),
-)
+_ADDRESS, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ROWS: tuple[Any, ...] = (_ADDRESS, _COUNT, _ADDRESS, _COUNT, _COUNT, _COUNT)
+_ROWS += (ctypes.c_float, _INT, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS)
+_ARGUMENTS = {
+    "lora_rows_bfloat16": _ROWS,
+    "lora_rows_float32": _ROWS,
+    "cast_all": (_COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+    "copy_all": (_COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
+}
+"""Of the compiled functions, which return an int."""
 
 
 class SlotRows:
@@ -60,8 +63,8 @@ class SlotRows:
         dtype, shape = a[0].dtype, a[0].shape
         one_rank = all(one.shape == shape for one in a) and all(one.shape[1] == shape[0] for one in b)
         fits = dtype in FEW_ROWS and one_rank and all(_dense(one, dtype) for one in (*a, *b))
-        call = function(f"lora_rows_{dtype}".replace("torch.", ""), *_ROWS_ARGUMENTS) if fits else None
-        return call and cls(call, a, b)
+        built = library() if fits else None
+        return built and cls(getattr(built, f"lora_rows_{dtype}".replace("torch.", "")), a, b)
 
     def takes(self, y: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether these are few rows of this layer; they may lie apart, their elements may not."""
@@ -90,7 +93,7 @@ class Cast:
 
     def takes(self, parameters: Sequence[torch.Tensor | None]) -> bool:
         """Ask each time, since parameters may be replaced."""
-        fits = self._flat.dtype == torch.bfloat16 and self._flat.is_cpu and _cast_all() is not None
+        fits = self._flat.dtype == torch.bfloat16 and self._flat.is_cpu and library() is not None
         pairs = zip(parameters, self._sizes, strict=True)
         return fits and all(
             type(p) is torch.nn.Parameter and _dense(p, torch.float32) and p.numel() == n for p, n in pairs
@@ -100,7 +103,7 @@ class Cast:
         """Fill the buffer, scaled in fp32 and rounded once; returns whether everything in it is finite."""
         factors = (ctypes.c_float * len(scales))(*scales)
         arrays = _addresses(parameters), *self._arrays, factors, self._flat.data_ptr()
-        return bool(_cast_all()(len(parameters), *arrays, torch.get_num_threads()))
+        return bool(library().cast_all(len(parameters), *arrays, torch.get_num_threads()))
 
 
 class Copies:
@@ -113,24 +116,16 @@ class Copies:
 
     def takes(self, sources: Sequence[torch.Tensor]) -> bool:
         dtype, pairs = self._targets[0].dtype, zip(sources, self._sizes_bytes, strict=True)
-        fits = self._fit and _copy_all() is not None
+        fits = self._fit and library() is not None
         return fits and all(_dense(one, dtype) and one.nbytes == size_bytes for one, size_bytes in pairs)
 
     def run(self, sources: Sequence[torch.Tensor]) -> None:
-        _copy_all()(len(sources), _addresses(sources), self._to, self._bytes, torch.get_num_threads())
+        library().copy_all(len(sources), _addresses(sources), self._to, self._bytes, torch.get_num_threads())
 
 
 def _dense(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """In host memory, without gaps."""
     return tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous()
-
-
-def _cast_all() -> Any:
-    return function("cast_all", _COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, ctypes.c_int)
-
-
-def _copy_all() -> Any:
-    return function("copy_all", _COUNT, _ADDRESS, _ADDRESS, _ADDRESS, ctypes.c_int)
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> Any:
@@ -142,22 +137,11 @@ def _counts(numbers: Sequence[int]) -> Any:
 
 
 @cache
-def function(name: str, *arguments: Any) -> Any:
-    """A compiled function that takes `arguments` (ctypes) and returns an int, or None where there is no library."""
-    built = library()
-    if built is None:
-        return None
-    found = getattr(built, name)
-    found.argtypes, found.restype = arguments, ctypes.c_int
-    return found
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """What was compiled, or None where it cannot be compiled or loaded; a warning says why."""
+def library() -> Any:
+    """What was compiled, a `ctypes.CDLL`, or None where it cannot be compiled or loaded; a warning says why."""
     compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or "c++"]
     try:
-        return _loaded(compiler)
+        built = _loaded(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip() or repr(error)
         warnings.warn(
@@ -167,6 +151,9 @@ def library() -> ctypes.CDLL | None:
             stacklevel=3,
         )
         return None
+    for name, arguments in _ARGUMENTS.items():
+        getattr(built, name).argtypes = arguments
+    return built
 
 
 def _loaded(compiler: list[str]) -> ctypes.CDLL:
