@@ -8,6 +8,7 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.sections import Section
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
+ScaleRewards = Literal["group", "batch", "none"]
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
@@ -64,7 +65,7 @@ class GRPOConfig(Section):
     delta: float | None = Field(None, gt=0, description="two-sided clip: the ratio's upper bound before clipping")
     beta: float = Field(0.0, ge=0, description="weight of the KL to the adapter at the start; 0: it is not computed")
     use_bias_correction_kl: bool = Field(True, description="weight the KL by the ratio: its unbiased gradient")
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    scale_rewards: ScaleRewards = "group"
     """divide advantages by the deviation of rewards in the group, in the batch, or not at all"""
     reward_weights: tuple[float, ...] | None = Field(None, description="one weight for each reward function; default 1")
     reward_retries: int = Field(1, ge=0)

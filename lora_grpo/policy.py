@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from transformers import get_scheduler
 
 from lora_grpo.errors import ConfigError, TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.forward import Forward, in_mode
 from lora_grpo.grpo.losses import Objective, Size, Totals, filled
-from lora_grpo.grpo.optimizer import Gradients, Reach, build_scheduler, plain_optimizer, trainable_parameters
+from lora_grpo.grpo.optimizer import Gradients, Reach, build_optimizer, plain_optimizer, trainable_parameters
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.reference import Reference
@@ -57,9 +58,9 @@ class Policy:
         self.gradients = Gradients(self.model, self.parameters.values(), self.processes)
         self.forward = Forward(self.model, config, self.processes, sharded=bool(self.gradients.sharded))
         self.reach = Reach(self.reference.modules, self.processes)
-        self.optimizer = plain_optimizer(optimizer, self.parameters, config)
+        self.optimizer = plain_optimizer(optimizer or build_optimizer(self.model, config), self.parameters)
         updates = config.total_steps * config.updates_per_step(self.processes.count)
-        self.scheduler = build_scheduler(self.optimizer, config, updates)
+        self.scheduler = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup_steps, updates)
         if config.gradient_checkpointing:
             self.model.enable_input_require_grads()
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_grpo.errors import ConfigError
-from lora_grpo.grpo.advantages import group_advantages, nan_std, reward_metrics, weighted_rewards
+from lora_grpo.grpo.batch import group_advantages, nan_std, reward_metrics, weighted_rewards
+from lora_grpo.grpo_config import GRPOConfig
 
 NAN = torch.nan
 
@@ -119,7 +120,7 @@ def test_deviation_leaves_out_nan() -> None:
 def test_reward_metrics_by_hand() -> None:
     """Totals 1, 3 | 2, 2: mean 2, deviation sqrt(2/3); one group of two has equal rewards."""
     rewards_BF = torch.tensor([[1.0, 0.0], [2.0, 1.0], [2.0, NAN], [1.0, 1.0]])
-    metrics = reward_metrics(rewards_BF, ["length", "format"], 2)
+    metrics = reward_metrics(rewards_BF, ["length", "format"], GRPOConfig(num_generations=2))
     assert metrics["reward"] == 2.0
     assert metrics["reward_std"] == pytest.approx((2 / 3) ** 0.5)
     assert metrics["frac_reward_zero_std"] == 0.5

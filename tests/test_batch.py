@@ -44,7 +44,7 @@ def test_prompts_pad_left_and_completions_right() -> None:
         [1, 1, 1, 1, 1, 1, 1],
     ]
     assert (len(got), got.prompt_length, got.completion_length) == (4, 3, 4)
-    assert got.completion_ids_BT.tolist()[2] == [5, 6, 0, 0]
+    assert got.input_ids_BL[2, got.prompt_length :].tolist() == [5, 6, 0, 0]
     assert got.completion_mask_BT.tolist()[2] == [True, True, False, False]
     assert got.sampler_logp_BT.tolist()[0] == [-0.5, -1.0, -1.5, 0.0]
 
@@ -97,9 +97,8 @@ def test_moving_takes_every_tensor_along() -> None:
     ("groups", "advantages", "message"),
     [
         (GROUPS, torch.zeros(3), "for 4 completions"),
-        ([], torch.zeros(0), "for 0 completions"),
+        ([], torch.zeros(1), "for 0 completions"),
         ([Group("", (), (completion((1,)),))], torch.zeros(1), "row 0 has an empty prompt"),
-        ([Group("", (1,), (completion(()),))], torch.zeros(1), "none of 1 completions has a token"),
         (
             [Group("", (1,), (Completion("", (1, 2), (-1.0,), "stop", 1),))],
             torch.zeros(1),

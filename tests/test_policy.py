@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lora_grpo.errors import ConfigError, DeliveryError, TrainingError, UnsupportedAdapter
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.losses import LOSSES, Size, Totals
-from lora_grpo.grpo.optimizer import build_optimizer, build_scheduler
+from lora_grpo.grpo.optimizer import build_optimizer
 from lora_grpo.policy import Policy
 from tests.tiny_policy import (
     VOCAB,
@@ -466,13 +466,11 @@ def test_a_given_optimizer_is_used() -> None:
 )
 def test_schedules(name: str, after_3_of_4: float) -> None:
     """Linear is at 1/4 after 3 of 4 updates, cosine at (1 + cos(3 pi / 4)) / 2."""
-    settings = config(8, lr_scheduler_type=name, learning_rate=1.0)
-    optimizer = build_optimizer(peft_model(), settings)
-    scheduler = build_scheduler(optimizer, settings, 4)
+    policy = Policy(peft_model(), config(8, lr_scheduler_type=name, learning_rate=1.0, total_steps=4))
     for _ in range(3):
-        optimizer.step()
-        scheduler.step()
-    assert scheduler.get_last_lr()[0] == pytest.approx(after_3_of_4, rel=1e-5)
+        policy.optimizer.step()
+        policy.scheduler.step()
+    assert policy.scheduler.get_last_lr()[0] == pytest.approx(after_3_of_4, rel=1e-5)
 
 
 def test_what_cannot_be_trained_is_refused() -> None:

@@ -23,8 +23,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lora_grpo.grpo.advantages import group_advantages, reward_metrics, weighted_rewards
-from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.batch import Batch, group_advantages, reward_metrics, weighted_rewards
 from lora_grpo.policy import Policy
 from lora_grpo.types import Completion, Group
 from tests.tiny_policy import (
@@ -201,9 +200,7 @@ def our_batch(policy: Policy, rows: list[Group]) -> tuple[Batch, dict[str, float
         [[math.nan if r is None else r for r in pair] for pair in zip(FIRST, SECOND, strict=True)]
     )
     totals_B = weighted_rewards(rewards_BF, settings.reward_weights)
-    metrics = reward_metrics(
-        rewards_BF, ["first", "second"], settings.num_generations, settings.reward_weights, settings.scale_rewards
-    )
+    metrics = reward_metrics(rewards_BF, ["first", "second"], settings)
     advantages_B = group_advantages(totals_B, settings.num_generations, settings.scale_rewards)
     batch = Batch.from_groups(rows, advantages_B, mask_truncated=settings.mask_truncated_completions)
     return policy.prepare(batch), metrics

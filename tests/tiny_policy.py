@@ -12,10 +12,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
 from lora_grpo.grpo.batch import Batch
-from lora_grpo.grpo.optimizer import build_scheduler
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.policy import Policy
 from lora_grpo.types import Completion, Group
@@ -129,7 +128,8 @@ def gradient(policy: Policy, batch: Batch) -> tuple[dict[str, Tensor], dict[str,
 
     still = torch.optim.SGD(policy.parameters.values(), lr=0.0)
     still.register_step_pre_hook(catch)
-    policy.optimizer, policy.scheduler = still, build_scheduler(still, policy.config, num_updates=100)
+    kind, warmup = policy.config.lr_scheduler_type, policy.config.warmup_steps
+    policy.optimizer, policy.scheduler = still, get_scheduler(kind, still, warmup, num_training_steps=100)
     metrics = policy.update(batch)
     return caught, metrics
 

@@ -14,8 +14,7 @@ from lora_grpo.bench.plan import Cell, Settings, Subject, alone, beside_native, 
 from lora_grpo.bench.schema import DecodeRow, StepRow
 from lora_grpo.bench.strategies import BASE, SHARED, STOCK
 from lora_grpo.bench.strategies.base import Strategy
-from lora_grpo.grpo.advantages import group_advantages
-from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.batch import Batch, group_advantages
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.policy import Policy
 from lora_grpo.types import Sampling

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -23,14 +22,6 @@ from lora_grpo.grpo_config import GRPOConfig
 
 _FIRST = 4
 """Tokens of a completion where what leaks from the row's other sequences shows most."""
-
-
-class MicroBatch(NamedTuple):
-    """Rows that are computed together, their indices in the batch, and whether packed."""
-
-    indices: Tensor
-    rows: Batch
-    packed: bool
 
 
 class Forward:
@@ -55,8 +46,9 @@ class Forward:
         with self._uncast(), packing.in_spans(self._model) if self._packs else nullcontext():
             yield
 
-    def micro_batches(self, rows: Batch, wanted_B: Tensor) -> list[MicroBatch]:
-        """The wanted rows, as many at a time as the config says: packed by prompt, or padded and of like length.
+    def micro_batches(self, rows: Batch, wanted_B: Tensor) -> list[tuple[Tensor, Batch, bool]]:
+        """The wanted rows, as many at a time as the config says: packed by prompt, or padded and of like length. Each
+        with its rows' indices in the batch, and whether packed.
 
         Packed where a micro-batch is better so and the model can do it, whatever came before. A sharded model takes
         its forwards in all processes at once: one that has fewer goes on with an idle batch."""
@@ -70,9 +62,9 @@ class Forward:
         cut = []
         for part in parts if packed else self._cut(of_rows, packed=False):
             index = wanted[torch.tensor(part, device=wanted.device)]
-            cut.append(MicroBatch(index, rows.select(index), packed and packing.pays([of_rows[row] for row in part])))
+            cut.append((index, rows.select(index), packed and packing.pays([of_rows[row] for row in part])))
         lacking = int(self._most(len(cut))) - len(cut)
-        return cut + [MicroBatch(wanted[:0], rows.idle(), False) for _ in range(lacking)]
+        return cut + [(wanted[:0], rows.idle(), False) for _ in range(lacking)]
 
     def _cut(self, rows: Sequence[packing.Size], *, packed: bool) -> list[list[int]]:
         parts: list[list[int]] = []
@@ -98,14 +90,9 @@ class Forward:
         return nothing_BT.masked_scatter(there_BT, logp_M), nothing_BT.masked_scatter(there_BT, entropy_M)
 
     def _padded(self, rows: Batch) -> tuple[Tensor, Tensor]:
-        inputs = {
-            "input_ids": rows.input_ids_BL,
-            "attention_mask": rows.attention_mask_BL,
-            "position_ids": rows.position_ids_BL,
-            "logits_to_keep": rows.completion_length + 1,
-            "use_cache": False,
-        }
-        ids_BT, there_BT = rows.completion_ids_BT, rows.completion_mask_BT
+        inputs = {"input_ids": rows.input_ids_BL, "attention_mask": rows.attention_mask_BL, "use_cache": False}
+        inputs |= {"position_ids": rows.position_ids_BL, "logits_to_keep": rows.completion_length + 1}
+        ids_BT, there_BT = rows.input_ids_BL[:, rows.prompt_length :], rows.completion_mask_BT
         return completion_scores(self._model, inputs, ids_BT, there_BT, self._config.temperature)
 
     def _uncast(self) -> AbstractContextManager[None]:
@@ -115,12 +102,11 @@ class Forward:
     def _settle(self, rows: Batch) -> bool:
         """Whether the model can be given packed rows, and then says of these what it says of padded ones."""
         reason = packing.refusal(self._model)
+        gap = 0.0 if reason else self._most(self._gap(rows))
+        if not gap <= math.sqrt(torch.finfo(self._dtype).eps):
+            reason = f"its log-probs are then {gap:.3g} nats off"
         if reason is None:
-            gap = self._most(self._gap(rows))
-            if not gap <= math.sqrt(torch.finfo(self._dtype).eps):
-                reason = f"its log-probs are then {gap:.3g} nats off"
-        if reason is None:
-            packing.trust(self._model)
+            packing.TRUSTED.update(packing.transformers_model(self._model))
         elif self._processes.index == 0:
             warnings.warn(f"rows are padded, and prompts computed once per completion: {reason}", stacklevel=2)
         return reason is None

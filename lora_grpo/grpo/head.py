@@ -34,8 +34,7 @@ class Finish(NamedTuple):
 
     scale: float
     cap: float | None
-    vocabulary: int
-    """Entries that are tokens; what lies behind them is padding."""
+    vocabulary: int  # entries that are tokens; what lies behind them is padding
 
     def __call__(self, raw_NV: Tensor) -> Tensor:
         """In place."""
@@ -232,9 +231,15 @@ def _measured(model: nn.Module, layer: nn.Module, ids_BL: Tensor) -> Finish | No
         final_BLV = model(input_ids=ids_BL, use_cache=False).logits
     if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].dim() != 3:
         return None
-    raw_BLV = seen[0][..., : final_BLV.shape[-1]].float()
-    finishes = _candidates(model, final_BLV.shape[-1])
-    return next((finish for finish in finishes if _explains(finish, raw_BLV, final_BLV)), None)
+    raw_BLV, eps = seen[0][..., : final_BLV.shape[-1]].float(), torch.finfo(final_BLV.dtype).eps
+    final_BLV = final_BLV.float()
+    largest = final_BLV[final_BLV.isfinite()].abs().amax() if final_BLV.isfinite().any() else 0.0
+    for finish in _candidates(model, final_BLV.shape[-1]):
+        made_BLV = finish(raw_BLV.clone())
+        near_BLV = (made_BLV - final_BLV).abs() <= _ROUNDINGS * eps * largest
+        if ((made_BLV == final_BLV) | near_BLV).all():
+            return finish
+    return None
 
 
 def _candidates(model: nn.Module, vocabulary: int) -> Iterator[Finish]:
@@ -247,10 +252,3 @@ def _candidates(model: nn.Module, vocabulary: int) -> Iterator[Finish]:
         if value := getattr(text, name, None):
             yield Finish(1 / value, cap, vocabulary)
             yield Finish(value, cap, vocabulary)
-
-
-def _explains(finish: Finish, raw_BLV: Tensor, final_BLV: Tensor) -> bool:
-    final, made = final_BLV.float(), finish(raw_BLV.clone())
-    largest = final[final.isfinite()].abs().amax() if final.isfinite().any() else 0.0
-    most = _ROUNDINGS * torch.finfo(final_BLV.dtype).eps * largest
-    return bool(((made == final) | ((made - final).abs() <= most)).all())

@@ -8,7 +8,6 @@ optimizer batch (or rollout) and all processes, so a batch cut into micro-batche
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from lora_grpo.errors import TrainingError
 from lora_grpo.grpo.batch import Batch
-from lora_grpo.grpo.processes import Observed, counted, mean, row_means
-from lora_grpo.grpo_config import CorrectionMode, GRPOConfig, LossType
+from lora_grpo.grpo.processes import Observed, counted, row_means
+from lora_grpo.grpo_config import GRPOConfig, LossType
 
 
 class ClipRange(NamedTuple):
@@ -131,25 +130,18 @@ def rollout_mean_weights(mask_BT: Tensor, totals: Totals) -> Tensor:
 # TRL's.
 
 
-def sampling_ratio(
-    old_logp_BT: Tensor,
-    sampler_logp_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    mode: CorrectionMode,
-    clip_max: float,
-    clip_min: float | None = None,
-) -> Tensor:
+def sampling_ratio(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor, config: GRPOConfig) -> Tensor:
     """The weight of each token, (B, T), or of each row, (B, 1), by the mode.
 
     `token_*` weigh each token by its own ratio, `sequence_*` each row by the product over its tokens. `*_truncate`
     clamps ratios to [clip_min, clip_max], `*_mask` drops (weight 0) what lies outside. A token without a sampler
     log-prob (NaN) counts with ratio 1."""
+    mode, clip_max = config.vllm_importance_sampling_mode, config.vllm_importance_sampling_clip_max
     difference = torch.where(mask_BT, old_logp_BT - sampler_logp_BT, 0.0).nan_to_num(nan=0.0)
     if mode.startswith("sequence"):
         difference = difference.sum(dim=1, keepdim=True)
     ratio = difference.exp()
-    bounded = ratio.clamp(min=clip_min, max=clip_max)
+    bounded = ratio.clamp(min=config.vllm_importance_sampling_clip_min, max=clip_max)
     return bounded if mode.endswith("truncate") else ratio.where(ratio == bounded, 0.0)
 
 
@@ -179,51 +171,41 @@ class Objective:
     def __init__(self, config: GRPOConfig) -> None:
         high = config.epsilon if config.epsilon_high is None else config.epsilon_high
         self.loss, self.clip = LOSSES[config.loss_type], ClipRange(config.epsilon, high, config.delta)
-        self.by_sequence = config.importance_sampling_level == "sequence"
-        self.beta, self.unbiased_kl = config.beta, config.use_bias_correction_kl
-        correction = partial(
-            sampling_ratio,
-            mode=config.vllm_importance_sampling_mode,
-            clip_max=config.vllm_importance_sampling_clip_max,
-            clip_min=config.vllm_importance_sampling_clip_min,
-        )
-        self.correction = correction if config.vllm_importance_sampling_correction else None
-        """None: the sampler is taken at its word."""
+        self.config = config
 
     def needs_gradient(self, rows: Batch) -> Tensor:
         """(B,) bool: rows that can move the policy; without a KL, those of advantage 0 cannot."""
         moved_B = rows.mask_BT.any(dim=1)
-        return moved_B if self.beta else moved_B & (rows.advantages_B != 0)
+        return moved_B if self.config.beta else moved_B & (rows.advantages_B != 0)
 
     def value(self, logp_BT: Tensor, rows: Batch, totals: Totals) -> Tensor:
         """These rows' part of the loss of the optimizer batch that `totals` describe: parts add up to the whole."""
         logp_BT = _masked(logp_BT, rows)
         losses = self.loss.surrogate(self.ratio(logp_BT, rows), logp_BT, rows.advantages_B[:, None], self.clip)
-        if self.correction:
-            losses = losses * self.correction(filled(rows.old_logp_BT), rows.sampler_logp_BT, rows.mask_BT)
-        if self.beta:
-            losses = losses + self.beta * self.kl(logp_BT, rows)
+        if self.config.vllm_importance_sampling_correction:
+            old_logp_BT = filled(rows.old_logp_BT)
+            losses = losses * sampling_ratio(old_logp_BT, rows.sampler_logp_BT, rows.mask_BT, self.config)
+        if self.config.beta:
+            losses = losses + self.config.beta * self.kl(logp_BT, rows)
         return (losses * self.loss.weights(rows.mask_BT, totals)).sum()
 
     def ratio(self, logp_BT: Tensor, rows: Batch) -> Tensor:
         """pi / pi_old, (B, T) by token or (B, 1) by sequence."""
         logp_BT, old_logp_BT = _masked(logp_BT, rows), _masked(rows.old_logp_BT, rows)
-        if self.by_sequence:
+        if self.config.importance_sampling_level == "sequence":
             return sequence_log_ratio(logp_BT, old_logp_BT, rows.mask_BT).exp()
         return (logp_BT - old_logp_BT).exp()
 
     def kl(self, logp_BT: Tensor, rows: Batch) -> Tensor:
         """(B, T): k3 estimate of the KL to the reference, times the ratio where that is asked for; 0 where masked."""
         kl_BT = k3_kl(_masked(logp_BT, rows), _masked(rows.ref_logp_BT, rows))
-        return kl_BT * self.ratio(logp_BT, rows) if self.unbiased_kl else kl_BT
+        return kl_BT * self.ratio(logp_BT, rows) if self.config.use_bias_correction_kl else kl_BT
 
     def observe(self, logp_BT: Tensor, entropy_BT: Tensor, rows: Batch) -> dict[str, Observed]:
         """What TRL logs of an update: entropy, the KL where there is one, and what the clip did."""
-        observed = {"entropy": mean(entropy_BT, rows.mask_BT)}
-        if self.beta:
-            observed["kl"] = mean(self.kl(logp_BT, rows), rows.mask_BT)
         events = self.loss.events(self.ratio(logp_BT, rows), rows.advantages_B[:, None], self.clip)
-        observed |= {name: mean(event, rows.mask_BT) for name, event in events.items()}
+        means = {"entropy": entropy_BT, **({"kl": self.kl(logp_BT, rows)} if self.config.beta else {}), **events}
+        observed = {name: Observed(counted(values, rows.mask_BT), "mean") for name, values in means.items()}
         if "clip_ratio/low_mean" in events:
             lows, highs = events["clip_ratio/low_mean"], events["clip_ratio/high_mean"]
             observed["clip_ratio/low_min"] = Observed(row_means(lows, rows.mask_BT), "min")
@@ -235,11 +217,10 @@ class Objective:
         old_logp_BT, sampler_logp_BT = filled(rows.old_logp_BT), rows.sampler_logp_BT
         gaps_N = known_gaps(old_logp_BT, sampler_logp_BT, rows.mask_BT)
         observed = {f"sampling/sampling_logp_difference/{how}": Observed(gaps_N, how) for how in ("mean", "max")}
-        if self.correction:
-            ratio = self.correction(old_logp_BT, sampler_logp_BT, rows.mask_BT)
-            values = counted(ratio, rows.mask_BT)
-            prefix = "sampling/importance_sampling_ratio"
-            observed |= {f"{prefix}/{how}": Observed(values, how) for how in ("min", "mean", "max")}
+        if self.config.vllm_importance_sampling_correction:
+            ratio = counted(sampling_ratio(old_logp_BT, sampler_logp_BT, rows.mask_BT, self.config), rows.mask_BT)
+            name = "sampling/importance_sampling_ratio"
+            observed |= {f"{name}/{how}": Observed(ratio, how) for how in ("min", "mean", "max")}
         return observed
 
 

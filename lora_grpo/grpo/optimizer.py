@@ -13,9 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
-from transformers import get_scheduler
 
 from lora_grpo.adapters.peft_form.modules import LoraModule, whole
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
@@ -59,14 +57,8 @@ def apply_settings(optimizer: Optimizer, scheduler: Any, config: GRPOConfig, lea
     scheduler.base_lrs, scheduler._last_lr = [highest] * len(rates), rates
 
 
-def build_scheduler(optimizer: Optimizer, config: GRPOConfig, num_updates: int) -> LRScheduler:
-    return get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, num_updates)
-
-
-def plain_optimizer(optimizer: Optimizer | None, parameters: Mapping[str, Parameter], config: GRPOConfig) -> Optimizer:
-    """torch's own optimizer, also of a wrapper, or a new AdamW; refuses one that leaves `parameters` as they are."""
-    if optimizer is None:
-        return AdamW(parameters.values(), **_settings(config))
+def plain_optimizer(optimizer: Optimizer, parameters: Mapping[str, Parameter]) -> Optimizer:
+    """torch's own optimizer, also of a wrapper; refuses one that leaves `parameters` as they are."""
     plain: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     held = {id(parameter) for group in plain.param_groups for parameter in group["params"]}
     for name, parameter in parameters.items():
@@ -115,8 +107,7 @@ class Gradients:
     def clip(self, norm: float, max_norm: float) -> None:
         """Scale all of them as a gradient of `norm` has to be to have at most `max_norm` (0: any)."""
         if max_norm:
-            total = torch.tensor(norm, device=self._parameters[0].device)
-            clip_grads_with_norm_(self._parameters, max_norm, total)
+            clip_grads_with_norm_(self._parameters, max_norm, torch.tensor(norm, device=self._parameters[0].device))
 
 
 class Reach:
@@ -162,7 +153,9 @@ class Reach:
         called = called | ~called.any()  # none: compiled layers run without their hooks
         if not self._b_known:
             self._require("B", called & ~b_grad)
-            self._warn_of(~called)
+            if (names := self._named(~called)) and self._processes.index == 0:
+                found = f"{len(names)} of {len(self._modules)} adapted layers are not called and not trained"
+                warnings.warn(f"{found}: {', '.join(names)}; leave them out of target_modules", stacklevel=2)
             self._b_known = True
         moved = called & b_moved
         if moved.any():
@@ -186,11 +179,6 @@ class Reach:
             which = f"{kind} of {len(names)} of {len(self._modules)} adapted layers: {', '.join(names)}"
             fix = "as quantized layers do: train on an unquantized base, or leave them out of target_modules"
             raise UnsupportedAdapter(f"no gradient reaches {which}. Something after them stops it, {fix}")
-
-    def _warn_of(self, uncalled: Tensor) -> None:
-        if (names := self._named(uncalled)) and self._processes.index == 0:
-            found = f"{len(names)} of {len(self._modules)} adapted layers are not called and not trained"
-            warnings.warn(f"{found}: {', '.join(names)}; leave them out of target_modules", stacklevel=2)
 
     def _note(self, index: int, *_: object) -> None:
         self._called[index] |= torch.is_grad_enabled()

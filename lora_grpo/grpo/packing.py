@@ -57,13 +57,10 @@ _SPANS: ContextVar[Sequence[Span] | None] = ContextVar("spans", default=None)
 
 class Packed(NamedTuple):
     ids: list[int]
-    positions: list[int]
-    """Each sequence's tokens count from 0, its prompt's included."""
+    positions: list[int]  # each sequence's tokens count from 0, its prompt's included
     spans: list[Span]
-    predicting: list[int]
-    """(M,) where in the row each scored token is predicted."""
-    scored: list[int]
-    """(M,) the tokens from their sequences' starts on, one sequence after the other."""
+    predicting: list[int]  # (M,) where in the row each scored token is predicted
+    scored: list[int]  # (M,) the tokens from their sequences' starts on, one sequence after the other
 
 
 def pack(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Packed:
@@ -93,13 +90,9 @@ def packed_scores(
     row, device = pack(sequences, starts), next(model.parameters()).device
     ids_1N = torch.tensor([row.ids], device=device)
     scored_1M = torch.tensor([row.scored], device=device)
-    inputs = {
-        "input_ids": ids_1N,
-        "attention_mask": torch.ones_like(ids_1N),
-        "position_ids": torch.tensor([row.positions], device=device),
-        "logits_to_keep": torch.tensor([*row.predicting, 0], device=device),
-        "use_cache": False,
-    }
+    positions_1N, kept = (torch.tensor(of, device=device) for of in ([row.positions], [*row.predicting, 0]))
+    inputs = {"input_ids": ids_1N, "attention_mask": torch.ones_like(ids_1N), "use_cache": False}
+    inputs |= {"position_ids": positions_1N, "logits_to_keep": kept}
     wanted_1M = torch.ones_like(scored_1M, dtype=torch.bool)
     with in_spans(model, row.spans):
         logp_1M, entropy_1M = completion_scores(model, inputs, scored_1M, wanted_1M, temperature)
@@ -205,26 +198,22 @@ def pays(rows: Sequence[Size]) -> bool:
     return 10 * packed_tokens(rows) <= 9 * padded_tokens(rows)
 
 
-_TRUSTED: WeakSet[PreTrainedModel] = WeakSet()
-
-
-def trust(model: nn.Module) -> None:
-    """From now on `trusted`: it has said of packed rows what it says of padded ones."""
-    _TRUSTED.update(_transformers_model(model))
+TRUSTED: WeakSet[PreTrainedModel] = WeakSet()
+"""They have said of packed rows what they say of padded ones."""
 
 
 def trusted(model: nn.Module) -> bool:
-    return any(base in _TRUSTED for base in _transformers_model(model))
+    return any(base in TRUSTED for base in transformers_model(model))
 
 
-def _transformers_model(model: nn.Module) -> list[PreTrainedModel]:
+def transformers_model(model: nn.Module) -> list[PreTrainedModel]:
     """The outermost one, if there is any."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)][:1]
 
 
 def refusal(model: nn.Module) -> str | None:
     """Why a model cannot take packed rows, as far as its class and config say."""
-    base = next(iter(_transformers_model(model)), None)
+    base = next(iter(transformers_model(model)), None)
     if base is None or not type(base).__module__.startswith("transformers."):
         return "its code is not transformers' own"
     if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):

@@ -26,11 +26,6 @@ class Observed(NamedTuple):
     how: Reduction
 
 
-def mean(values: Tensor, mask_BT: Tensor) -> Observed:
-    """To be averaged over the tokens that count, or over rows where there is a value a row."""
-    return Observed(counted(values, mask_BT), "mean")
-
-
 def counted(values: Tensor, mask_BT: Tensor) -> Tensor:
     """(N,) fp32: the values of tokens that count, of (B, T), or all values of (B, 1)."""
     chosen = values[mask_BT] if values.shape == mask_BT.shape else values.flatten()

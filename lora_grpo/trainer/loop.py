@@ -13,8 +13,7 @@ import torch
 
 from lora_grpo.engines.delivery.canary import RESOLUTION, CanaryReport
 from lora_grpo.errors import TrainingError, UnknownVersion
-from lora_grpo.grpo.advantages import reward_metrics
-from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.batch import Batch, reward_metrics
 from lora_grpo.grpo.losses import filled, known_gaps
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.log import jsonable
@@ -213,15 +212,14 @@ def step_metrics(rewarded: Rewarded, functions: Sequence[RewardFunction], config
     """Under TRL's names where it has them."""
     completions = [completion for group in rewarded.groups for completion in group.completions]
     lengths = [len(completion.token_ids) for completion in completions]
-    n, names = config.num_generations, reward_names(functions)
     return {
-        **reward_metrics(rewarded.rewards_BF, names, n, config.reward_weights, config.scale_rewards),
+        **reward_metrics(rewarded.rewards_BF, reward_names(functions), config),
         **rewarded.logged,
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(completion.truncated for completion in completions) / len(completions),
-        "frac_groups_used": rewarded.used_groups(n),
+        "frac_groups_used": rewarded.used_groups(config.num_generations),
     }
 
 
