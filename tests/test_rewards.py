@@ -11,9 +11,10 @@ import pytest
 
 from lora_grpo.config import RewardConfig
 from lora_grpo.errors import ConfigError, RewardError
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import (
-    Patience,
     RewardContext,
+    TrainerState,
     check_columns,
     completion_text,
     exact,
@@ -24,7 +25,6 @@ from lora_grpo.rewards import (
     reward_names,
     score,
 )
-from lora_grpo.rewards.call import TrainerState
 from lora_grpo.types import Completion, Group
 
 CHAT = [{"role": "user", "content": "3+3"}]
@@ -239,7 +239,7 @@ def test_a_judge_that_is_not_reached_is_called_again_and_no_row_is_blamed(librar
         judge(completions)
 
     with pytest.raises(RewardError, match=r"'counted' raised .* in each of 4 calls of the whole batch") as caught:
-        score([counted], GROUPS, {}, patience=Patience(retries=3))
+        score([counted], GROUPS, {}, config=GRPOConfig(reward_retries=3))
     assert calls == [4] * 4
     assert pauses == [1.0, 2.0, 4.0]
     assert "row" not in str(caught.value)
@@ -282,7 +282,7 @@ def test_one_timeout_does_not_end_a_run(is_async, monkeypatch):
     assert context.metrics() == {"calls": 1.0}
     failures.append(TimeoutError("judge"))
     with pytest.raises(RewardError, match="TimeoutError: judge in each of 1 calls"):
-        score([judge], GROUPS, {}, patience=Patience(retries=0))
+        score([judge], GROUPS, {}, config=GRPOConfig(reward_retries=0))
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -304,11 +304,11 @@ def test_a_judge_that_never_answers_is_given_up(is_async, monkeypatch):
 
     function = judge_later if is_async else judge
     try:
-        assert score([function], GROUPS, {}, patience=Patience(timeout_s=0.2)) == [[0.5]] * 4
+        assert score([function], GROUPS, {}, config=GRPOConfig(reward_timeout_s=0.2)) == [[0.5]] * 4
         assert calls == [4, 4]
         calls.clear()
         with pytest.raises(RewardError, match=r"no answer within reward_timeout_s=0\.2 in each of 1 calls"):
-            score([function], GROUPS, {}, patience=Patience(retries=0, timeout_s=0.2))
+            score([function], GROUPS, {}, config=GRPOConfig(reward_retries=0, reward_timeout_s=0.2))
     finally:
         let_go.set()
 
@@ -350,7 +350,7 @@ def test_a_missing_column_is_refused_before_the_first_step():
     with pytest.raises(ConfigError, match=r"'exact' asks for column 'gold'"):
         check_columns([exact(column="gold")], ["answer"])
     check_columns([length, exact(), lambda completions, extra=None: []], ["answer"])
-    with pytest.raises(ConfigError, match="column 'answer' has 1 value for 2 prompts"):
+    with pytest.raises(ConfigError, match="column 'answer': 1 value for 2 prompts"):
         score([length], GROUPS, {"answer": [1]})
 
 
@@ -440,7 +440,7 @@ def test_a_rewards_file_that_cannot_be_imported_is_one_sentence(tmp_path, monkey
         ({"name": "math:sqart"}, ["math has no 'sqart'", "'sqrt'"]),
         ({"name": "math:pi"}, ["no function"]),
         ({"name": "numeric", "options": {"tolerence": 1}}, ["'tolerence'", "'tolerance'"]),
-        ({"name": "regex"}, ["needs the option 'pattern'"]),
+        ({"name": "regex"}, ["missing a required argument: 'pattern'", "as options.NAME = "]),
         ({"name": "regex", "options": {"pattern": "("}}, ["pattern '('", "not a regular expression"]),
     ],
 )

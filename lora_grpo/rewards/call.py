@@ -11,10 +11,11 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from lora_grpo.data.reading import short
 from lora_grpo.errors import LoraGrpoError, RewardError, counted
+from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.types import LARGEST_REWARD
 from lora_grpo.worker import Job
 
@@ -22,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 RewardFunction: TypeAlias = Callable[..., Any]
 Kwargs: TypeAlias = dict[str, Any]
-
-LONGEST_PAUSE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +48,8 @@ class RewardContext:
     def log_metric(self, name: str, value: float) -> None:
         self.logged.setdefault(name, []).append(float(value))
 
-    def take(self, other: "RewardContext") -> None:
-        self.extra |= other.extra
-        for name, values in other.logged.items():
-            self.logged.setdefault(name, []).extend(values)
-
     def metrics(self) -> dict[str, float]:
         return {name: sum(values) / len(values) for name, values in self.logged.items()}
-
-
-class Patience(NamedTuple):
-    """With timeouts and failed connections: how often the whole call is made again, after 1, 2, 4 … seconds, and how
-    long one may take (None: for ever)."""
-
-    retries: int = 1
-    timeout_s: float | None = None
 
 
 @dataclass
@@ -72,7 +58,7 @@ class Call:
     function: RewardFunction
     inputs: Kwargs
     context: RewardContext
-    patience: Patience
+    config: GRPOConfig
     _begun: tuple[Future[Any], RewardContext] | None = None
 
     def start(self) -> None:
@@ -95,14 +81,14 @@ class Call:
             self._begun[0].cancel()
 
     def _answer(self) -> Any:
-        """The whole call again where the way there failed: no row is to blame for that."""
-        for made in range(self.patience.retries):
+        """The whole call again, after 1, 2, 4 … seconds, where the way there failed: no row is to blame for that."""
+        for made in range(self.config.reward_retries):
             try:
                 return self._attempt()
             except Exception as error:
                 if not is_unreachable(error):
                     raise
-                pause_s = min(2.0**made, LONGEST_PAUSE_S)
+                pause_s = min(2.0**made, 30.0)
                 logger.warning("reward %r raised %s; it is called again in %g s", self.name, _said(error), pause_s)
                 time.sleep(pause_s)
         return self._attempt()
@@ -112,7 +98,9 @@ class Call:
         values = self._result(begun)
         for column, logged in logs.extra.items():
             self._require_rows(logged, f"logged {counted(len(logged), 'value')} of {column!r}")
-        self.context.take(logs)
+        self.context.extra |= logs.extra
+        for name, numbers in logs.logged.items():
+            self.context.logged.setdefault(name, []).extend(numbers)
         return values
 
     def _begin(self, inputs: Kwargs) -> tuple[Future[Any], RewardContext]:
@@ -122,7 +110,7 @@ class Call:
         if _is_async(self.function):
             return run_in_background(self.function(**arguments)), logs
         job = Job(functools.partial(self._run, arguments))
-        if self.patience.timeout_s is None:
+        if self.config.reward_timeout_s is None:
             job.run()
         else:
             threading.Thread(target=job.run, name=f"lora_grpo-reward-{self.name}", daemon=True).start()
@@ -134,22 +122,19 @@ class Call:
 
     def _result(self, begun: Future[Any]) -> Any:
         try:
-            return begun.result(self.patience.timeout_s)
+            return begun.result(self.config.reward_timeout_s)
         except TimeoutError:
             if begun.done():
                 return begun.result()
             begun.cancel()
-            raise TimeoutError(f"no answer within reward_timeout_s={self.patience.timeout_s:g}") from None
+            raise TimeoutError(f"no answer within reward_timeout_s={self.config.reward_timeout_s:g}") from None
         finally:
             self._begun = None
 
     def _kwargs(self, inputs: Kwargs, context: RewardContext) -> Kwargs:
         # Copies: what a function does to its lists is seen by no other.
-        offered = {name: list(values) for name, values in inputs.items()} | {
-            "trainer_state": context.state,
-            "log_extra": context.log_extra,
-            "log_metric": context.log_metric,
-        }
+        offered: Kwargs = {name: list(values) for name, values in inputs.items()}
+        offered |= {"trainer_state": context.state, "log_extra": context.log_extra, "log_metric": context.log_metric}
         parameters = inspect.signature(self.function).parameters
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             return offered
@@ -157,7 +142,8 @@ class Call:
 
     def _where(self, error: Exception) -> str:
         if is_unreachable(error):
-            return f"in each of {self.patience.retries + 1} calls of the whole batch (reward_retries, reward_timeout_s)"
+            calls = self.config.reward_retries + 1
+            return f"in each of {calls} calls of the whole batch (reward_retries, reward_timeout_s)"
         rows = len(self.inputs["prompts"])
         if (index := self._failing_row(error, rows)) is not None:
             return f"for {describe_row(self.inputs, index)}"
@@ -212,10 +198,9 @@ def is_unreachable(error: BaseException | None) -> bool:
 
     What goes wrong while one is handled is another error, whose row can be found."""
     while error is not None:
-        names = [kind.__name__ for kind in type(error).__mro__]
-        if isinstance(error, TimeoutError | ConnectionError | socket.gaierror):
-            return True
-        if any(word in name for name in names for word in ("Timeout", "Connect", "Transport")):
+        names = " ".join(kind.__name__ for kind in type(error).__mro__)
+        known = isinstance(error, TimeoutError | ConnectionError | socket.gaierror)
+        if known or any(word in names for word in ("Timeout", "Connect", "Transport")):
             return True
         reason = getattr(error, "reason", None)  # where urllib keeps it
         error = error.__cause__ or (reason if isinstance(reason, BaseException) else None)

@@ -7,15 +7,13 @@ from typing import Any
 
 from lora_grpo.config import RewardConfig, RunConfig
 from lora_grpo.config_file import apply_override
-from lora_grpo.data import load_data
-from lora_grpo.data.prompts import prompt_problem
+from lora_grpo.data import load_data, prompt_problem
 from lora_grpo.data.reading import read_rows, short
 from lora_grpo.engines.delivery import probe
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.rewards import load_reward
-from lora_grpo.rewards.ready import final_number
+from lora_grpo.rewards import final_number, load_reward
 from lora_grpo.trainer.checking import Finding
 from lora_grpo.trainer.preflight import MemberSpec, Preflight, checkpoint_tokenizer
 

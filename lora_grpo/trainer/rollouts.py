@@ -17,11 +17,10 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import PromptDataset, PromptSampler
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError, DeliveryError, StoreCorrupt
-from lora_grpo.grpo.advantages import group_advantages, weighted_rewards
+from lora_grpo.grpo.batch import group_advantages, weighted_rewards
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.log import jsonable
-from lora_grpo.rewards import Patience, RewardContext, RewardFunction, reward_names, score
-from lora_grpo.rewards.call import TrainerState
+from lora_grpo.rewards import RewardContext, RewardFunction, TrainerState, reward_names, score
 from lora_grpo.trainer.crew import Parts
 from lora_grpo.types import Group, Prompt, Sampling, derive_seed
 
@@ -123,8 +122,7 @@ class Source:
     def reward(self, rollout: Rollout) -> Rewarded:
         config = self.config
         context = RewardContext(TrainerState(rollout.step, config.total_steps))
-        patience = Patience(config.reward_retries, config.reward_timeout_s)
-        values_BF = score(self.reward_funcs, rollout.groups, rollout.columns, context, patience)
+        values_BF = score(self.reward_funcs, rollout.groups, rollout.columns, context, config)
         rewards_BF = torch.tensor(values_BF, dtype=torch.float64)
         rewards_B = weighted_rewards(rewards_BF, config.reward_weights)
         advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
@@ -177,8 +175,7 @@ def evaluate(
     prompts, columns = data.select(range(len(data)))
     greedy = Sampling(n=1, max_tokens=config.max_completion_length, temperature=0.0, seed=config.seed)
     groups = engine.generate(prompts, greedy, adapter=version)
-    patience = Patience(config.reward_retries, config.reward_timeout_s)
-    rewards_BF = scored(lambda: score(reward_funcs, groups, columns, patience=patience))
+    rewards_BF = scored(lambda: score(reward_funcs, groups, columns, config=config))
     rewards_B = weighted_rewards(torch.tensor(rewards_BF, dtype=torch.float64), config.reward_weights).tolist()
     names, rows = reward_names(reward_funcs), []
     for p, (group, rewards, reward) in enumerate(zip(groups, rewards_BF, rewards_B, strict=True)):
