@@ -44,7 +44,9 @@ class Policy:
         accelerator: Accelerator | None = None,
         optimizer: Optimizer | None = None,
     ) -> None:
-        _check_sharding(accelerator)
+        kind = str(accelerator.distributed_type.value) if accelerator else "NO"
+        if kind in {"DEEPSPEED", "MEGATRON_LM"} or (kind == "FSDP" and accelerator and not accelerator.is_fsdp2):
+            raise ConfigError(f"accelerate's {kind} is not supported: use plain DDP, or FSDP with fsdp_version: 2")
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self._drops = _drops_out(self.model)
         self.config = config
@@ -72,9 +74,7 @@ class Policy:
     # Log-probs.
 
     def logprobs(self, batch: Batch) -> Tensor:
-        """logp_BT of the completions under the policy, fp32, nats, at the sampling temperature; 0 where padded.
-
-        No gradient, no dropout, a micro-batch at a time."""
+        """logp_BT of the completions under the policy, fp32, nats, at the sampling temperature; 0 where padded."""
         return self._scores(batch)[0]
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
@@ -230,10 +230,3 @@ def _drops_out(model: nn.Module) -> bool:
     rates = [value for name, value in (text.to_dict() if text else {}).items() if "drop" in name]
     rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
-
-
-def _check_sharding(accelerator: Accelerator | None) -> None:
-    """Raises `ConfigError` for a way of sharding that is not DDP or FSDP2."""
-    kind = str(accelerator.distributed_type.value) if accelerator else "NO"
-    if kind in {"DEEPSPEED", "MEGATRON_LM"} or (kind == "FSDP" and accelerator and not accelerator.is_fsdp2):
-        raise ConfigError(f"accelerate's {kind} is not supported: use plain DDP, or FSDP with fsdp_version: 2")

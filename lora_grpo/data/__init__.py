@@ -22,8 +22,7 @@ from lora_grpo.types import Chat, Prompt, derive_seed, text_problem
 RESERVED_COLUMNS = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 """Names under which reward functions get something else."""
 
-TEMPLATE_COLUMN = "chat_template_kwargs"
-"""What one row's chat template gets besides the messages."""
+TEMPLATE_COLUMN = "chat_template_kwargs"  # what one row's chat template gets besides the messages
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def load_prompts(
         rows = _taken(rows, range(limit))
     if not len(rows):
         raise ConfigError(f"{label} has no rows")
-    columns = _column_names(rows)
+    columns = getattr(rows, "column_names", None) or [*dict.fromkeys(str(key) for row in rows for key in row)]
     if prompt_column not in columns:
         names = f"its columns are {', '.join(map(repr, columns))}"
         raise ConfigError(f"{label} has no column {prompt_column!r}; {names}: name one in prompt_column")
@@ -108,12 +107,6 @@ def load_prompts(
 
 def _taken(rows: Rows, indices: Sequence[int]) -> Rows:
     return [rows[i] for i in indices] if isinstance(rows, list) else rows.select(indices)  # type: ignore[union-attr]
-
-
-def _column_names(rows: Rows) -> tuple[str, ...]:
-    if isinstance(rows, list):
-        return tuple(dict.fromkeys(str(key) for row in rows for key in row))
-    return tuple(rows.column_names)  # type: ignore[union-attr]
 
 
 def _check_prompts(rows: Rows, label: str, column: str, system_prompt: str | None) -> None:

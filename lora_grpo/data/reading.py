@@ -40,8 +40,7 @@ def read_rows(source: str | Path | Rows, split: str, name: str | None) -> tuple[
         return source, "the dataset"
     if not hasattr(source, "__len__"):
         fix = "pass a datasets.Dataset or a list (of a stream, list(itertools.islice(stream, 10_000)))"
-        kind = type(source).__name__
-        raise ConfigError(f"the rows of a {kind} cannot be counted, which shuffling and resuming need: {fix}")
+        raise ConfigError(f"a {type(source).__name__} cannot be counted, which shuffling and resuming need: {fix}")
     rows = list(source)
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):

@@ -19,23 +19,21 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig, ScaleRewards
 from lora_grpo.types import Completion, Group
 
-_EPSILON = 1e-4
-"""Added to the deviation, as TRL does; bounds the advantages of a group of nearly equal rewards."""
+_EPSILON = 1e-4  # added to the deviation, as TRL does; bounds the advantages of a group of nearly equal rewards
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows to learn from. The last three fields are None until `Policy.prepare` fills them."""
+    """Rows to learn from; logp and entropy in fp32, nats. The last three are None until `Policy.prepare` fills them."""
 
     input_ids_BL: Tensor  # int64; padding holds 0, which every vocabulary has, and is masked everywhere
     attention_mask_BL: Tensor  # int64; 1 where a token is
     mask_BT: Tensor  # bool; the completion tokens that count in the loss
-    sampler_logp_BT: Tensor  # fp32, nats; what the sampler said of its tokens, NaN where it did not, 0 where padded
+    sampler_logp_BT: Tensor  # what the sampler said of its tokens, NaN where it did not, 0 where padded
     advantages_B: Tensor  # fp32
-    old_logp_BT: Tensor | None = None
-    """fp32, nats; of the policy as it was before this batch's first update, at the sampling temperature."""
-    entropy_BT: Tensor | None = None  # fp32, nats; of that same policy
-    ref_logp_BT: Tensor | None = None  # fp32, nats; of what the KL is measured to; None without a KL
+    old_logp_BT: Tensor | None = None  # of the policy before this batch's first update, at the sampling temperature
+    entropy_BT: Tensor | None = None  # of that same policy
+    ref_logp_BT: Tensor | None = None  # of what the KL is measured to; None as long as no KL is asked for
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], advantages_B: Tensor, *, mask_truncated: bool = False) -> "Batch":

@@ -20,8 +20,7 @@ from lora_grpo.grpo.head import completion_scores
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 
-_FIRST = 4
-"""Tokens of a completion where what leaks from the row's other sequences shows most."""
+_FIRST = 4  # tokens of a completion where what leaks from the row's other sequences shows most
 
 
 class Forward:
@@ -30,8 +29,7 @@ class Forward:
     def __init__(self, model: PeftModel, config: GRPOConfig, processes: Processes, *, sharded: bool) -> None:
         self._model, self._config, self._processes, self._sharded = model, config, processes, sharded
         self._dtype = base_dtype(model)
-        self._packs: bool | None = None
-        """None until a micro-batch is better packed."""
+        self._packs: bool | None = None  # None until a micro-batch is better packed
 
     def __call__(self, rows: Batch, *, packed: bool) -> tuple[Tensor, Tensor]:
         """logp_BT and entropy_BT of completion tokens at the sampling temperature, fp32, nats; 0 where padded."""

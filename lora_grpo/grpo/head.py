@@ -22,11 +22,8 @@ _CHUNK_ELEMENTS = 1 << 24
 
 _CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-_LEAST = -1e4
-"""Nats below the likeliest token that count as never: what is then 0 stays a number when it is multiplied."""
-
-_ROUNDINGS = 2
-"""How far a logit may be from what a scale and a cap make of the layer's output, in steps of the largest one."""
+_LEAST = -1e4  # nats below the likeliest token that count as never: what is then 0 stays a number when multiplied
+_ROUNDINGS = 2  # how far a logit may be from what scale and cap make of the layer's output, in steps of the largest
 
 
 class Finish(NamedTuple):

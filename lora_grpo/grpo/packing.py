@@ -45,11 +45,8 @@ class _Seen:
     masks: tuple[Tensor | None, ...]
 
 
-_EAGER = "eager_attention_forward"
-"""Each of transformers' model files has its own."""
-
-_SPANS: ContextVar[Sequence[Span] | None] = ContextVar("spans", default=None)
-"""Of the row that is on its way through a model."""
+_EAGER = "eager_attention_forward"  # each of transformers' model files has its own
+_SPANS: ContextVar[Sequence[Span] | None] = ContextVar("spans", default=None)  # of the row on its way through a model
 
 
 # The row.
@@ -198,8 +195,7 @@ def pays(rows: Sequence[Size]) -> bool:
     return 10 * packed_tokens(rows) <= 9 * padded_tokens(rows)
 
 
-TRUSTED: WeakSet[PreTrainedModel] = WeakSet()
-"""They have said of packed rows what they say of padded ones."""
+TRUSTED: WeakSet[PreTrainedModel] = WeakSet()  # they have said of packed rows what they say of padded ones
 
 
 def trusted(model: nn.Module) -> bool:

@@ -162,16 +162,12 @@ class Processes:
         known = [values[~values.isnan()] for values, _ in observed.values()]
         sums = self.sum(torch.stack([torch.stack([v.sum(), v.new_tensor(v.numel())]) for v in known]))
         # Minima travel negated, so that one maximum over the processes serves both.
-        edges = self.max(torch.stack([torch.stack([_greatest(-v), _greatest(v)]) for v in known]))
+        ends = [torch.cat([torch.stack([-v, v]), v.new_full((2, 1), -torch.inf)], dim=1) for v in known]
+        edges = self.max(torch.stack([both.amax(dim=1) for both in ends]))
         numbers = torch.stack([sums[:, 0] / sums[:, 1], -edges[:, 0], edges[:, 1]], dim=1)
         found = numbers.masked_fill(sums[:, 1:] == 0, 0.0).tolist()
         columns: dict[Reduction, int] = {"mean": 0, "min": 1, "max": 2}
         return {name: row[columns[how]] for (name, (_, how)), row in zip(observed.items(), found, strict=True)}
-
-
-def _greatest(values_N: Tensor) -> Tensor:
-    """-inf where there is none."""
-    return torch.cat([values_N, values_N.new_full((1,), -torch.inf)]).amax()
 
 
 class Attempt(NamedTuple):

@@ -37,13 +37,12 @@ same bits in whatever batch it is, and a member of a population has to be what i
 _ADDRESS, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ROWS: tuple[Any, ...] = (_ADDRESS, _COUNT, _ADDRESS, _COUNT, _COUNT, _COUNT)
 _ROWS += (ctypes.c_float, _INT, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS)
-_ARGUMENTS = {
+_ARGUMENTS = {  # of the compiled functions, which return an int
     "lora_rows_bfloat16": _ROWS,
     "lora_rows_float32": _ROWS,
     "cast_all": (_COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
     "copy_all": (_COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
 }
-"""Of the compiled functions, which return an int."""
 
 
 class SlotRows:

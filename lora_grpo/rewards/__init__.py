@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from lora_grpo.config import RewardConfig
 from lora_grpo.data import RESERVED_COLUMNS
-from lora_grpo.errors import ConfigError, counted
+from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards.call import Call, Kwargs, RewardContext, RewardFunction, TrainerState, describe_row, is_chat
 from lora_grpo.sections import nearest_key
@@ -91,15 +91,14 @@ def score(
         for call in calls:
             call.cancel()
     rewards_BF = [list(row) for row in zip(*values_FB, strict=True)]
-    _warn_of_unscored(rewards_BF, inputs)
+    if unscored := [index for index, row in enumerate(rewards_BF) if all(map(math.isnan, row))]:
+        which = f"{len(unscored)} of {len(rewards_BF)} completions (all returned None)"
+        logger.warning("no reward function scored %s; the first is %s", which, describe_row(inputs, unscored[0]))
     return rewards_BF
 
 
 def _inputs(groups: Sequence[Group], columns: Mapping[str, Sequence[Any]]) -> Kwargs:
     """The keyword arguments that hold B values each: every prompt's, repeated for its completions."""
-    for name, values in columns.items():
-        if len(values) != len(groups):
-            raise ConfigError(f"column {name!r}: {counted(len(values), 'value')} for {counted(len(groups), 'prompt')}")
     rows = [(index, group.prompt, done) for index, group in enumerate(groups) for done in group.completions]
     said = [[{"role": "assistant", "content": done.text}] if is_chat(prompt) else done.text for _, prompt, done in rows]
     return {name: [values[index] for index, _, _ in rows] for name, values in columns.items()} | {
@@ -107,13 +106,6 @@ def _inputs(groups: Sequence[Group], columns: Mapping[str, Sequence[Any]]) -> Kw
         "completions": said,
         "completion_ids": [list(done.token_ids) for _, _, done in rows],
     }
-
-
-def _warn_of_unscored(rewards_BF: list[list[float]], inputs: Kwargs) -> None:
-    unscored = [index for index, row in enumerate(rewards_BF) if all(map(math.isnan, row))]
-    if unscored:
-        which = f"{len(unscored)} of {len(rewards_BF)} completions (all returned None)"
-        logger.warning("no reward function scored %s; the first is %s", which, describe_row(inputs, unscored[0]))
 
 
 # Ready-made rewards, and from a reward's name to its function.
@@ -137,7 +129,7 @@ def exact(column: str = "answer", ignore_case: bool = False) -> Reward:
     def normal(text: str) -> str:
         return text.strip().casefold() if ignore_case else text.strip()
 
-    return _answered("exact", column, lambda text, answer: normal(text) == normal(str(answer)))
+    return _ready("exact", lambda text, answer: normal(text) == normal(str(answer)), column)
 
 
 def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
@@ -156,7 +148,7 @@ def numeric(column: str = "answer", tolerance: float = 0.0) -> Reward:
             raise ValueError(f"column {column!r} holds {answer!r}, which contains no number")
         return found is not None and abs(found - wanted) <= allowed
 
-    return _answered("numeric", column, right)
+    return _ready("numeric", right, column)
 
 
 def regex(pattern: str) -> Reward:
@@ -174,26 +166,21 @@ def _matching(name: str, pattern: str, *, whole: bool) -> Reward:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ConfigError(f"{name}: pattern {pattern!r} is not a regular expression: {error}") from error
+    return _ready(name, lambda text, _: bool(compiled.fullmatch(text.strip()) if whole else compiled.search(text)))
+
+
+def _ready(name: str, right: Callable[[str, Any], bool], column: str | None = None) -> Reward:
+    """A reward by the completion's text and the answer in `column`, if it takes one; None where there is no answer."""
 
     def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        texts = map(completion_text, completions)
-        return [float(bool(compiled.fullmatch(text.strip()) if whole else compiled.search(text))) for text in texts]
-
-    reward.__name__ = reward.__qualname__ = name
-    return reward
-
-
-def _answered(name: str, column: str, right: Callable[[str, Any], bool]) -> Reward:
-    """A reward by the completion's text and the answer in `column`; None where there is no answer."""
-
-    def reward(completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        if column not in columns:  # a run looks before it starts; TRL's trainer does not
+        if column is not None and column not in columns:  # a run looks before it starts; TRL's trainer does not
             raise ConfigError(f"{name} needs a column {column!r}; the data have {sorted(columns)}")
-        pairs = zip(map(completion_text, completions), columns[column], strict=True)
+        answers = [""] * len(completions) if column is None else columns[column]
+        pairs = zip(map(completion_text, completions), answers, strict=True)
         return [None if answer is None else float(right(text, answer)) for text, answer in pairs]
 
     reward.__name__ = reward.__qualname__ = name
-    reward.columns = (column,)  # type: ignore[attr-defined]  # a run without it is refused before its first step
+    reward.columns = [] if column is None else [column]  # type: ignore[attr-defined]  # a run without is refused early
     return reward
 
 
