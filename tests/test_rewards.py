@@ -14,7 +14,6 @@ from lora_grpo.errors import ConfigError, RewardError
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards import (
     RewardContext,
-    TrainerState,
     check_columns,
     completion_text,
     exact,
@@ -49,14 +48,14 @@ def test_functions_get_trl_inputs_with_columns_repeated_for_each_completion():
         seen.update(locals())
         return [0.0] * 4
 
-    context = RewardContext(TrainerState(global_step=5, max_steps=9))
+    context = RewardContext(global_step=5, max_steps=9)
     score([spy], GROUPS, {"answer": [2, 4], "tag": ["a", "b"]}, context)
     assert seen["prompts"] == ["1+1=", "1+1=", "2+2=", "2+2="]
     assert seen["completions"] == ["2", "3", "4", "5"]
     assert seen["completion_ids"] == [[1, 7]] * 4
     assert seen["answer"] == [2, 2, 4, 4]
     assert seen["kwargs"]["tag"] == ["a", "a", "b", "b"]
-    assert seen["trainer_state"].global_step == 5
+    assert (seen["trainer_state"].global_step, seen["trainer_state"].max_steps) == (5, 9)
 
 
 def test_what_a_function_does_to_its_lists_is_seen_by_no_other():

@@ -22,11 +22,11 @@ from lora_grpo.config import RewardConfig
 from lora_grpo.data import RESERVED_COLUMNS
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.rewards.call import Call, Kwargs, RewardContext, RewardFunction, TrainerState, describe_row, is_chat
+from lora_grpo.rewards.call import Call, Kwargs, RewardContext, RewardFunction, describe_row, is_chat
 from lora_grpo.sections import nearest_key
 from lora_grpo.types import Group
 
-__all__ = ["RewardContext", "RewardFunction", "TrainerState", "check_columns", "completion_text", "exact", "format"]
+__all__ = ["RewardContext", "RewardFunction", "check_columns", "completion_text", "exact", "format"]
 __all__ += ["load_reward", "numeric", "regex", "reward_names", "score"]
 
 logger = logging.getLogger(__name__)

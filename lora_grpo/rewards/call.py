@@ -25,20 +25,13 @@ RewardFunction: TypeAlias = Callable[..., Any]
 Kwargs: TypeAlias = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class TrainerState:
-    """What reward functions can know of the run, under TRL's names."""
+@dataclass(slots=True)
+class RewardContext:
+    """The run's state as given to reward functions, under TRL's names, and what they logged: `extra` holds columns of B
+    values, which are shown beside the completions in samples.jsonl, `logged` each value given to `log_metric`."""
 
     global_step: int = 0
     max_steps: int = 0
-
-
-@dataclass(slots=True)
-class RewardContext:
-    """The run's state as given to reward functions, and what they logged: `extra` holds columns of B values, which are
-    shown beside the completions in samples.jsonl, `logged` each value given to `log_metric`."""
-
-    state: TrainerState = TrainerState()
     extra: dict[str, list[Any]] = field(default_factory=dict)
     logged: dict[str, list[float]] = field(default_factory=dict)
 
@@ -105,7 +98,7 @@ class Call:
 
     def _begin(self, inputs: Kwargs) -> tuple[Future[Any], RewardContext]:
         """A call under way, and what it logs: an attempt that is given up may go on, unheard."""
-        logs = RewardContext(self.context.state)
+        logs = RewardContext(self.context.global_step, self.context.max_steps)
         arguments = self._kwargs(inputs, logs)
         if _is_async(self.function):
             return run_in_background(self.function(**arguments)), logs
@@ -134,7 +127,7 @@ class Call:
     def _kwargs(self, inputs: Kwargs, context: RewardContext) -> Kwargs:
         # Copies: what a function does to its lists is seen by no other.
         offered: Kwargs = {name: list(values) for name, values in inputs.items()}
-        offered |= {"trainer_state": context.state, "log_extra": context.log_extra, "log_metric": context.log_metric}
+        offered |= {"trainer_state": context, "log_extra": context.log_extra, "log_metric": context.log_metric}
         parameters = inspect.signature(self.function).parameters
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             return offered

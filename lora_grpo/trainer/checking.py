@@ -21,7 +21,7 @@ from lora_grpo.engines.local.targets import check_served
 from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter, counted
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
-from lora_grpo.rewards import RewardContext, RewardFunction, TrainerState, load_reward, reward_names, score
+from lora_grpo.rewards import RewardContext, RewardFunction, load_reward, reward_names, score
 from lora_grpo.trainer.build import check_place, effective_grpo, lora_config, spec_of
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.memory import mib
@@ -211,8 +211,7 @@ def call_once(function: RewardFunction, data: PromptDataset, config: GRPOConfig)
     prompts, columns = data.select([0, min(1, len(data) - 1)])
     completion = Completion(STAND_IN, tuple(STAND_IN.encode()), (-1.0,) * len(STAND_IN.encode()), "stop", None)
     groups = [Group(prompt, (0,), (completion,)) for prompt in prompts]
-    context = RewardContext(TrainerState(0, config.total_steps))
-    score([function], groups, columns, context, config.replace(reward_retries=0))
+    score([function], groups, columns, RewardContext(max_steps=config.total_steps), config.replace(reward_retries=0))
     return f"called on {len(groups)} rows with a stand-in completion"
 
 

@@ -20,7 +20,7 @@ from lora_grpo.errors import ConfigError, DeliveryError, StoreCorrupt
 from lora_grpo.grpo.batch import group_advantages, weighted_rewards
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.log import jsonable
-from lora_grpo.rewards import RewardContext, RewardFunction, TrainerState, reward_names, score
+from lora_grpo.rewards import RewardContext, RewardFunction, reward_names, score
 from lora_grpo.trainer.crew import Parts
 from lora_grpo.types import Group, Prompt, Sampling, derive_seed
 
@@ -121,7 +121,7 @@ class Source:
 
     def reward(self, rollout: Rollout) -> Rewarded:
         config = self.config
-        context = RewardContext(TrainerState(rollout.step, config.total_steps))
+        context = RewardContext(rollout.step, config.total_steps)
         values_BF = score(self.reward_funcs, rollout.groups, rollout.columns, context, config)
         rewards_BF = torch.tensor(values_BF, dtype=torch.float64)
         rewards_B = weighted_rewards(rewards_BF, config.reward_weights)
