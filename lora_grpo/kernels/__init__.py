@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Parameter
 
 from lora_grpo.user_cache import user_cache
 
@@ -35,14 +36,9 @@ library, which spends longer on getting ready. In fp32 it would up to 16 rows; b
 same bits in whatever batch it is, and a member of a population has to be what it is alone."""
 
 _ADDRESS, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_ROWS: tuple[Any, ...] = (_ADDRESS, _COUNT, _ADDRESS, _COUNT, _COUNT, _COUNT)
-_ROWS += (ctypes.c_float, _INT, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS)
-_ARGUMENTS = {  # of the compiled functions, which return an int
-    "lora_rows_bfloat16": _ROWS,
-    "lora_rows_float32": _ROWS,
-    "cast_all": (_COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
-    "copy_all": (_COUNT, _ADDRESS, _ADDRESS, _ADDRESS, _INT),
-}
+_ROWS = (_ADDRESS, _COUNT, _ADDRESS, *[_COUNT] * 3, ctypes.c_float, _INT, _COUNT, _ADDRESS, _ADDRESS, _COUNT, _ADDRESS)
+_MOVING = {"cast_all": (_COUNT, *[_ADDRESS] * 5, _INT), "copy_all": (_COUNT, *[_ADDRESS] * 3, _INT)}
+_ARGUMENTS = {"lora_rows_bfloat16": _ROWS, "lora_rows_float32": _ROWS, **_MOVING}
 
 
 class SlotRows:
@@ -75,11 +71,8 @@ class SlotRows:
 
     def add(self, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
         """y (N, out) += scale * (x A^T) B^T, x (N, in), of rows that it `takes`."""
-        self._call(
-            *(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[0], x.shape[1]),
-            *(scale, torch.get_num_threads()),
-            *self._slices,
-        )
+        rows = y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), x.shape[0], x.shape[1]
+        self._call(*rows, scale, torch.get_num_threads(), *self._slices)
 
 
 class Cast:
@@ -94,9 +87,7 @@ class Cast:
         """Ask each time, since parameters may be replaced."""
         fits = self._flat.dtype == torch.bfloat16 and self._flat.is_cpu and library() is not None
         pairs = zip(parameters, self._sizes, strict=True)
-        return fits and all(
-            type(p) is torch.nn.Parameter and _dense(p, torch.float32) and p.numel() == n for p, n in pairs
-        )
+        return fits and all(type(p) is Parameter and _dense(p, torch.float32) and p.numel() == n for p, n in pairs)
 
     def run(self, parameters: Sequence[torch.Tensor], scales: Sequence[float]) -> bool:
         """Fill the buffer, scaled in fp32 and rounded once; returns whether everything in it is finite."""
@@ -143,12 +134,9 @@ def library() -> Any:
         built = _loaded(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip() or repr(error)
-        warnings.warn(
-            f"{shlex.join(compiler)} did not compile the CPU kernels, or they cannot be loaded, so decoding with LoRA "
-            f"and syncs are slower on this CPU; install g++, or name one in CXX. It said: {said.splitlines()[0]}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        failed = f"{shlex.join(compiler)} did not compile the CPU kernels, or they cannot be loaded"
+        slower = "so decoding with LoRA and syncs are slower on this CPU; install g++, or name one in CXX"
+        warnings.warn(f"{failed}, {slower}. It said: {said.splitlines()[0]}", RuntimeWarning, stacklevel=3)
         return None
     for name, arguments in _ARGUMENTS.items():
         getattr(built, name).argtypes = arguments

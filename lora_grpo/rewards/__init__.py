@@ -101,11 +101,9 @@ def _inputs(groups: Sequence[Group], columns: Mapping[str, Sequence[Any]]) -> Kw
     """The keyword arguments that hold B values each: every prompt's, repeated for its completions."""
     rows = [(index, group.prompt, done) for index, group in enumerate(groups) for done in group.completions]
     said = [[{"role": "assistant", "content": done.text}] if is_chat(prompt) else done.text for _, prompt, done in rows]
-    return {name: [values[index] for index, _, _ in rows] for name, values in columns.items()} | {
-        "prompts": [prompt for _, prompt, _ in rows],
-        "completions": said,
-        "completion_ids": [list(done.token_ids) for _, _, done in rows],
-    }
+    ids = [list(done.token_ids) for _, _, done in rows]
+    own = {"prompts": [prompt for _, prompt, _ in rows], "completions": said, "completion_ids": ids}
+    return {name: [values[index] for index, _, _ in rows] for name, values in columns.items()} | own
 
 
 # Ready-made rewards, and from a reward's name to its function.
