@@ -183,8 +183,7 @@ class Objective:
         logp_BT = _masked(logp_BT, rows)
         losses = self.loss.surrogate(self.ratio(logp_BT, rows), logp_BT, rows.advantages_B[:, None], self.clip)
         if self.config.vllm_importance_sampling_correction:
-            old_logp_BT = filled(rows.old_logp_BT)
-            losses = losses * sampling_ratio(old_logp_BT, rows.sampler_logp_BT, rows.mask_BT, self.config)
+            losses = losses * sampling_ratio(filled(rows.old_logp_BT), rows.sampler_logp_BT, rows.mask_BT, self.config)
         if self.config.beta:
             losses = losses + self.config.beta * self.kl(logp_BT, rows)
         return (losses * self.loss.weights(rows.mask_BT, totals)).sum()

@@ -58,8 +58,7 @@ def check_columns(functions: Sequence[RewardFunction], column_names: Iterable[st
     """Refuses, before the first step, a function that asks for a column that the data lack."""
     known = set(column_names)
     for name, function in zip(reward_names(functions), functions, strict=True):
-        parameters = inspect.signature(function).parameters.values()
-        without = [p for p in parameters if p.default is p.empty]
+        without = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
         needed = [p.name for p in without if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         needed = [*getattr(function, "columns", ()), *needed]
         if missing := [column for column in needed if column not in known | RESERVED_COLUMNS]:
