@@ -44,7 +44,7 @@ from lora_grpo.engines.local.targets import linear_leaves
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Servers, Serving
 from lora_grpo.engines.server.replica import LOAD
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.build import member_spec
 from lora_grpo.types import Completion, Group, Prompt, Sampling

@@ -12,7 +12,7 @@ from lora_grpo.adapters.version import WEIGHTS_FILE, AdapterVersion, Target
 from lora_grpo.engines.base import Engine, is_remote
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.errors import ConfigError, UnknownVersion
-from lora_grpo.scoring import teacher_logprobs
+from lora_grpo.grpo.forward import teacher_logprobs
 from lora_grpo.state import TrainerState, Training, capture_state, check_state, read_state, restore_state
 
 Outcome: TypeAlias = Literal["restored", "reset", "kept", "none"]

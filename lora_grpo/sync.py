@@ -24,9 +24,9 @@ from lora_grpo.engines.delivery.canary import CANARY_NOISE, CanaryReport, rows_o
 from lora_grpo.engines.delivery.probe import ProbeReport, Proofs, probe_sequences, prove
 from lora_grpo.engines.wrapped import joint
 from lora_grpo.errors import ConfigError, TrainingError
+from lora_grpo.grpo.forward import teacher_logprobs
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.rollback import RollbackReport, kept_state, roll_back, the_firsts
-from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.state import Training, capture_state, restore_state
 from lora_grpo.types import Group
 

@@ -25,7 +25,7 @@ from lora_grpo.config_file import config_of_model
 from lora_grpo.engines import compat
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError, LoraGrpoError
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.checking import Finding as CheckFinding
 from lora_grpo.trainer.checking import check_run

@@ -34,7 +34,7 @@ from lora_grpo.bench.strategies import STOCK, STRATEGIES, load_strategy
 from lora_grpo.bench.strategies.base import Strategy, Trainer
 from lora_grpo.bench.suite import rows_of_one
 from lora_grpo.errors import ConfigError
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 
 GIB = 1 << 30
 

@@ -22,7 +22,7 @@ from lora_grpo.bench.schema import TOLERANCE
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.bench.strategies.base import Synced, Trainer
 from lora_grpo.errors import ConfigError
-from lora_grpo.scoring import teacher_logprobs
+from lora_grpo.grpo.forward import teacher_logprobs
 from tests.test_bench import decode_row, document, subject, sync_row
 
 GIB = 1 << 30

@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from lora_grpo.adapters.asking.requests import request
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.integrations.callback import PublishAdapter
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from tests.tiny_models import load_model, tiny_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")

@@ -20,7 +20,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import DataConfig, EngineConfig, KeepConfig, ModelConfig, RewardConfig, RunConfig
 from lora_grpo.config_file import save_config
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.scoring import teacher_logprobs
+from lora_grpo.grpo.forward import teacher_logprobs
 from tests.conftest import ENGINE_ARGS
 from tests.here import ENVIRONMENT, REPOSITORY, lora_grpo
 from tests.test_resume import run_tiny

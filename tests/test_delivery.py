@@ -30,7 +30,7 @@ from lora_grpo.engines.delivery.slots import SlotView
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, NoRoom, UnknownVersion, UnsupportedAdapter
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS

@@ -18,8 +18,8 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.local import residents
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.kernels import Cast, Copies
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
 from tests.tiny_models import VOCAB, load_model, refill_lora, tiny_lora
 

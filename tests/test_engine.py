@@ -27,7 +27,7 @@ from lora_grpo.engines.local import residents, running
 from lora_grpo.engines.local.running import engines_alive
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, UnknownVersion
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Completion, Group, Sampling
 from tests.conftest import ENGINE_ARGS
 from tests.tiny_models import SPECIAL_TOKENS, load_model, refill_lora, tiny_lora

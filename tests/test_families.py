@@ -14,7 +14,7 @@ from lora_grpo.engines import compat
 from lora_grpo.engines.local.targets import check_served, linear_leaves
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
-from lora_grpo.scoring import teacher_logprobs
+from lora_grpo.grpo.forward import teacher_logprobs
 from tests.conftest import ENGINE_ARGS
 from tests.families import build, trainer_model
 from tests.model_table import CONTROLS, examine

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_grpo.engines.local.weights import PlainEngine
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from tests.conftest import ENGINE_ARGS
 from tests.experts import gate_and_up, of_each_expert, served_experts
 from tests.families import VOCAB, build

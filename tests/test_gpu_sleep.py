@@ -14,7 +14,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines import compat
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
-from lora_grpo.scoring import mean_abs_difference
+from lora_grpo.grpo.forward import mean_abs_difference
 from tests.conftest import ENGINE_ARGS
 from tests.tiny_models import load_model, refill_lora, tiny_lora, tiny_model
 

@@ -17,7 +17,7 @@ from lora_grpo.engines.local import lora_kernels
 from lora_grpo.engines.local.lora_kernels import LayerKernels
 from lora_grpo.engines.requests import scored_tokens, scoring_params
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
 from tests.tiny_models import VOCAB, load_model, refill_lora, tiny_lora
 

@@ -21,7 +21,7 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
 from tests.conftest import ENGINE_ARGS
 from tests.test_parity import loud_enough

@@ -30,9 +30,9 @@ from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.engines.wrapped import OwnedEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, RewardError, TrainingError
 from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.grpo.losses import sampling_ratio
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.loop import learn

@@ -14,9 +14,9 @@ from transformers.models.llama import modeling_llama
 
 from lora_grpo.grpo import forward
 from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.forward import teacher_logprobs
 from lora_grpo.grpo.packing import pack, refusal
 from lora_grpo.policy import Policy
-from lora_grpo.scoring import teacher_logprobs
 from tests import families
 from tests.tiny_policy import assert_same, config, drifted, gradient, one_thread, peft_model, rollout
 

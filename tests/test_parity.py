@@ -18,7 +18,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.vllm_local import VLLMEngine
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.types import Group, Sampling
 from tests.conftest import ENGINE_ARGS

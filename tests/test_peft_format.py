@@ -27,7 +27,7 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE, AdapterVersion
 from lora_grpo.errors import DeliveryError, StoreError, TrainingError, UnsupportedAdapter
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from tests.store_files import digest_of
 from tests.tiny_models import load_model, refill_lora, tiny_lora

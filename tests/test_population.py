@@ -19,8 +19,8 @@ from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.engines.delivery import probe
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.errors import ConfigError, RewardError, TrainingError
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.metrics.log import read_metrics
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.trainer import GRPOTrainer, room
 from lora_grpo.trainer.guards import Guard, NonFinite
 from lora_grpo.trainer.population.member import Member

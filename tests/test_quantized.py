@@ -25,9 +25,9 @@ from lora_grpo.engines.local.targets import served_scheme
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, UnsupportedAdapter
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.memory import LargestBatch, estimate_memory

@@ -26,8 +26,8 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import served_name
 from lora_grpo.engines.resolver import StoreResolver, register
 from lora_grpo.errors import ConfigError
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.remote.server import StoreServer
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from tests.conftest import read_anew
 from tests.tiny_models import load_model, refill_lora, tiny_lora
 

@@ -23,7 +23,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import WEIGHTS_FILE
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.errors import DeliveryError, StoreError
-from lora_grpo.scoring import teacher_logprobs
+from lora_grpo.grpo.forward import teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.population.population import hold
 from tests.fake_vllm import FakeServer

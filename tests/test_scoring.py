@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_grpo import scoring
 from lora_grpo.engines.delivery.canary import take_canary
 from lora_grpo.engines.fake import FakeEngine
+from lora_grpo.grpo import forward
 from lora_grpo.grpo.batch import Batch
+from lora_grpo.grpo.forward import teacher_logprobs
 from lora_grpo.policy import Policy
-from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.types import Completion
 from tests.tiny_policy import config, peft_model, rollout
 
@@ -30,8 +30,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((len(ids_BT), int(wanted_BT.sum())))
         return own(model, inputs, ids_BT, wanted_BT, temperature)
 
-    own = scoring.completion_scores
-    monkeypatch.setattr(scoring, "completion_scores", scores)
+    own = forward.completion_scores
+    monkeypatch.setattr(forward, "completion_scores", scores)
     return seen
 
 

@@ -23,8 +23,8 @@ from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.server.launch import Server, Servers, Serving
 from lora_grpo.engines.server.replica import Names
 from lora_grpo.errors import ConfigError, EngineError, UnsupportedAdapter
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.remote.server import StoreServer
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.population.population import Population
 from lora_grpo.types import Group, Sampling

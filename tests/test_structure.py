@@ -23,7 +23,7 @@ FLOORS = [
     {"adapters"},
     {"remote"},
     {"grpo"},
-    {"policy", "reference", "scoring", "state"},
+    {"policy", "reference", "state"},
     {"engines"},
     {"sync", "rollback", "report"},
     {"trainer", "bench", "integrations"},

@@ -20,9 +20,9 @@ from lora_grpo.demo import MAX_TOKENS, demo_config, ensure_base, held_out_rows, 
 from lora_grpo.engines.base import Adapters
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, RewardError, TrainingError
+from lora_grpo.grpo.forward import teacher_logprobs
 from lora_grpo.metrics.render import GAP
 from lora_grpo.rewards import exact
-from lora_grpo.scoring import teacher_logprobs
 from lora_grpo.types import Group, Prompt
 from tests.tiny_models import tiny_tokenizer
 

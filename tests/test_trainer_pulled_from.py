@@ -10,8 +10,8 @@ import pytest
 from lora_grpo.config import EngineConfig
 from lora_grpo.engines.server.launch import Servers, Serving
 from lora_grpo.errors import ConfigError, StoreError
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.remote.client import TOKEN_FILE_VARIABLE
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Sampling
 from tests.test_server_engine_real import LEAVES, VLLM_ARGS, free_ports
 from tests.tiny_models import load_model

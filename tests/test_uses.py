@@ -26,7 +26,7 @@ from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.server.engine import VLLMServerEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.types import Sampling

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from lora_grpo.config import ModelConfig
 from lora_grpo.errors import ConfigError
-from lora_grpo.scoring import teacher_logprobs
+from lora_grpo.grpo.forward import teacher_logprobs
 from lora_grpo.trainer.models import adapted_leaves
 from tests.families import FAMILIES, build, full_model, trainer_model
 from tests.tiny_trainer import same

@@ -18,7 +18,7 @@ from lora_grpo.bench.schema import TruthRow
 from lora_grpo.bench.strategies.base import Strategy, Trainer
 from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
 from lora_grpo.errors import EngineError
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import LogProbs
 
 ORACLE_SEED = 1

@@ -26,8 +26,8 @@ from lora_grpo.bench.strategies.base import ADAPTER, Strategy
 from lora_grpo.bench.strategies.native import Native
 from lora_grpo.engines.delivery.base_match import match_base
 from lora_grpo.engines.delivery.probe import run_probe
+from lora_grpo.grpo.forward import mean_abs_difference
 from lora_grpo.grpo.processes import Processes
-from lora_grpo.scoring import mean_abs_difference
 from lora_grpo.types import Sampling
 
 WARM = 3

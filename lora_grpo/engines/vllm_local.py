@@ -19,7 +19,7 @@ from lora_grpo.engines.local.starting import adapter_room, start_llm
 from lora_grpo.engines.local.weights import SharedBase, cannot_share, refuse_update
 from lora_grpo.engines.names import BaseReading, read_base
 from lora_grpo.errors import DeliveryError, EngineError, UnknownVersion
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Group, LogProbs, Prompt, Sequences
 
 SAME_BASE_NATS = 0.02

@@ -15,8 +15,8 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import Adapters, Engine, LoadReceipt, Samplings
 from lora_grpo.engines.requests import adapters_by_prompt, sampling_by_prompt, token_prompts
 from lora_grpo.errors import ConfigError, DeliveryError
+from lora_grpo.grpo.forward import mean_abs_difference
 from lora_grpo.grpo.processes import Processes
-from lora_grpo.scoring import mean_abs_difference
 from lora_grpo.types import Group, LogProbs, Prompt, Rendered, Sampling, Sequences
 from lora_grpo.worker import Worker
 

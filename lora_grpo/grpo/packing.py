@@ -198,10 +198,6 @@ def pays(rows: Sequence[Size]) -> bool:
 TRUSTED: WeakSet[PreTrainedModel] = WeakSet()  # they have said of packed rows what they say of padded ones
 
 
-def trusted(model: nn.Module) -> bool:
-    return any(base in TRUSTED for base in transformers_model(model))
-
-
 def transformers_model(model: nn.Module) -> list[PreTrainedModel]:
     """The outermost one, if there is any."""
     return [module for module in model.modules() if isinstance(module, PreTrainedModel)][:1]

@@ -11,7 +11,7 @@ from torch import nn
 from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import Completion, Group, LogProbs
 
 Verdict: TypeAlias = Literal["ok", "failed", "inconclusive"]

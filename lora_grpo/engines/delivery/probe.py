@@ -28,8 +28,8 @@ from lora_grpo.engines.compat.patching import replaced
 from lora_grpo.engines.delivery.base_match import BaseMatch, match_base
 from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, Witness, base_noise
 from lora_grpo.errors import ConfigError, DeliveryError, UnsupportedAdapter
+from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 from lora_grpo.grpo.processes import Processes
-from lora_grpo.scoring import mean_abs_difference, teacher_logprobs
 from lora_grpo.types import LogProbs, Sequences
 
 SEPARATION = 20.0
