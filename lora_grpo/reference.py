@@ -30,7 +30,6 @@ class Reference:
         """The adapter as it is now, where it is `wanted`. Raises `ConfigError` for a model with a "ref" of its own."""
         self._model, adapter = model, active_adapter(model)
         self.modules = lora_modules(model, adapter)
-        self._weights: list[torch.Tensor] | None = None
         if wanted and "ref" in set(peft_model_of(model).peft_config) - {adapter}:
             meant = f"with beta > 0 the KL is to a copy of {adapter!r} as it is now"
             raise ConfigError(f"the model has an adapter 'ref', but {meant}: call model.delete_adapter('ref')")
@@ -43,11 +42,10 @@ class Reference:
 
     def set(self, weights: Mapping[str, torch.Tensor] | None) -> None:
         """Take these from now on (None: the base). Raises `StoreCorrupt` for another adapter's."""
-        if weights is None:
-            self._weights = None
-            return
-        check_state(TrainerState(weights, {}), self.modules)
-        self._weights = [sharded_like(parameter, weights[name]) for name, parameter in named_weights(self.modules)]
+        if weights is not None:
+            check_state(TrainerState(weights, {}), self.modules)
+        pairs = named_weights(self.modules)
+        self._weights = None if weights is None else [sharded_like(one, weights[name]) for name, one in pairs]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
