@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 def keys_begun(begun: str) -> list[str]:
-    """What a shell completes of a setting that was begun."""
     from lora_grpo.config_file import describe_settings
 
     return [f"{setting.key}=" for setting in describe_settings() if setting.key.startswith(begun)]
