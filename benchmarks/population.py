@@ -38,15 +38,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lora-grpo-population-") as folder:
         base = write_model(options.shape, Path(folder) / "base", device=options.device)
         batches = (*sizes, *(options.members * rows for rows in sizes))
-        limits = {"max_model_len": PROMPT + options.tokens, "max_num_seqs": max(batches)}
-        subject = Subject(
-            "native", str(base), RANK, "all-linear", options.device, graphs="alone", rows=batches, **limits
-        )
+        limits: dict[str, Any] = {"max_model_len": PROMPT + options.tokens, "max_num_seqs": max(batches)}
+        limits |= {"graphs": "alone", "rows": batches}
+        subject = Subject("native", str(base), RANK, "all-linear", options.device, **limits)
         given = {"dtype": options.dtype, "enable_prefix_caching": False, **engine_arguments(subject)}
         engine = VLLMEngine(base, max_lora_rank=RANK, max_loras=options.members, **given)
         with AdapterStore(archive=Path(folder) / "run") as store:
-            trainer = Trainer(subject)
-            versions = [adapter(store, trainer, engine, seed) for seed in range(options.members)]
+            trainer, versions = Trainer(subject), list[AdapterVersion]()
+            for seed in range(options.members):
+                trainer.randomise(0.02, seed)
+                form = ServingForm(trainer.model, ADAPTER, getattr(torch, engine.lora_dtype))
+                versions.append(store.publish(form.files(), step=seed))
+                engine.load(versions[-1])
             for rows in sizes:
                 curve.append({"rows": rows, **compared(engine, versions, rows, options.tokens, options.repeats)})
                 print(json.dumps(curve[-1]), flush=True)
@@ -54,22 +57,13 @@ def main() -> None:
     write_result(options.out, {**about, "rank": RANK, "prompt": PROMPT, **vars(options), "out": None, "curve": curve})
 
 
-def adapter(store: AdapterStore, trainer: Trainer, engine: VLLMEngine, seed: int) -> AdapterVersion:
-    """A version with random A and B in every linear layer, loaded and proven."""
-    trainer.randomise(0.02, seed)
-    form = ServingForm(trainer.model, ADAPTER, getattr(torch, engine.lora_dtype))
-    version = store.publish(form.files(), step=seed)
-    engine.load(version)
-    return version
-
-
 def compared(
     engine: VLLMEngine, versions: Sequence[AdapterVersion], rows: int, tokens: int, repeats: int
 ) -> dict[str, Any]:
     """A row of the curve. Without a prefix cache, or a call would find the prompts of the one before."""
     generator = torch.Generator().manual_seed(rows)
-    vocabulary = engine.describe_base().vocabulary
-    prompts = torch.randint(vocabulary, (len(versions) * rows, PROMPT), generator=generator).tolist()
+    shape = len(versions) * rows, PROMPT
+    prompts = torch.randint(engine.describe_base().vocabulary, shape, generator=generator).tolist()
     named = [version for version in versions for _ in range(rows)]
     sampling = [Sampling(max_tokens=tokens, seed=row, ignore_eos=True) for row in range(len(named))]
 

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,7 +37,6 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.bench.attribution import Rows, judge
 from lora_grpo.bench.host import asked, provenance, write_result
-from lora_grpo.config import RunConfig
 from lora_grpo.demo import demo_config, ensure_base
 from lora_grpo.engines.base import Adapters, LoadReceipt
 from lora_grpo.engines.local.targets import linear_leaves
@@ -81,10 +80,17 @@ class Witnessed(VLLMServerEngine):
         return groups
 
     def load(self, version: AdapterVersion, **named: Any) -> LoadReceipt:
+        """One of them once its name is taken on the last server, by what is in use already."""
         self.loads += 1
-        if self.loads == self._refuse_load:
-            return self._load_refused(version, **named)
-        return super().load(version, **named)
+        if self.loads != self._refuse_load:
+            return super().load(version, **named)
+        stem, _, counter = self._names.fresh(version).rpartition(".")
+        name, url = f"{stem}.{int(counter) + len(self._servers.urls)}", self._servers.urls[-1]
+        body = {"lora_name": name, "lora_path": str(self.loaded()[-1].path)}
+        httpx.post(f"{url}{LOAD}", json=body, timeout=60).raise_for_status()
+        receipt = super().load(version, **named)
+        self.refused += self.served_names(version)[url] != name
+        return receipt
 
     def servers_of(self, rows: Sequence[Row]) -> list[int]:
         """Which server made each; rows that are alike to the last bit are anyone's."""
@@ -95,16 +101,6 @@ class Witnessed(VLLMServerEngine):
             self.slow_waits += 1
             time.sleep(0.3)
         write_file(*given, **named)
-
-    def _load_refused(self, version: AdapterVersion, **named: Any) -> LoadReceipt:
-        """Load it once its name is taken on the last server, by what is in use already."""
-        stem, _, counter = self._names.fresh(version).rpartition(".")
-        name, url = f"{stem}.{int(counter) + len(self._servers.urls)}", self._servers.urls[-1]
-        body = {"lora_name": name, "lora_path": str(self.loaded()[-1].path)}
-        httpx.post(f"{url}{LOAD}", json=body, timeout=60).raise_for_status()
-        receipt = super().load(version, **named)
-        self.refused += self.served_names(version)[url] != name
-        return receipt
 
     def _noting(self, server: int, ask: Callable[..., Any]) -> Callable[..., Any]:
         async def noted(path: str, body: dict[str, Any], **named: Any) -> dict[str, Any]:
@@ -129,19 +125,10 @@ def rows_of(groups: Sequence[Group]) -> list[Row]:
     return [(group.prompt_token_ids, made) for group in groups for made in group.completions]
 
 
-def train(config: RunConfig, engine: Witnessed, most: int) -> GRPOTrainer:
-    run = member_spec(config.replace(grpo=config.grpo.replace(max_staleness=most)))
-    trainer = GRPOTrainer(config.model, **run.arguments(), engine=engine, view=False)
-    with patch.object(disk, "write_file", engine.write_slowly), trainer:
-        trainer.train()
-    return trainer
-
-
 def made_by_the_base(trainer: GRPOTrainer, engine: Witnessed) -> list[Row]:
     """Completions as in training, but for the version."""
-    prompts, _ = trainer.source.data.select(range(64))
     sampling = Sampling(n=8, max_tokens=trainer.config.max_completion_length, seed=1)
-    return rows_of(engine.generate(prompts, sampling, adapter=None))
+    return rows_of(engine.generate(trainer.source.data.select(range(64))[0], sampling, adapter=None))
 
 
 def own_logprobs(model: Any, rows: Sequence[Row]) -> list[list[float]]:
@@ -191,10 +178,10 @@ def check(trainer: GRPOTrainer, engine: Witnessed, of_the_base: list[Row], noise
     base = rows_with(of_the_base, claims, slice(len(rows), None))
     controls = {"claiming_the_next_version": judge(own.next_stamped(), noise), "made_by_the_base": judge(base, noise)}
     return {
-        **asdict(judge(own, noise)),
+        **judge(own, noise),
         "versions": len(numbers),
-        "control_detected": {name: round(verdicts.wrong / verdicts.checked, 4) for name, verdicts in controls.items()},
-        "controls": {name: asdict(verdicts) for name, verdicts in controls.items()},
+        "control_detected": {name: round(found["wrong"] / found["checked"], 4) for name, found in controls.items()},
+        "controls": controls,
         "noise_nats": float(f"{noise:.3g}"),
         "gap_mean_nats": float(f"{own.own_gap().mean():.3g}"),
         "gap_max_nats": float(f"{own.own_gap().max():.3g}"),
@@ -205,6 +192,7 @@ def check(trainer: GRPOTrainer, engine: Witnessed, of_the_base: list[Row], noise
 def run(steps: int, most: int, folder: Path) -> dict[str, Any]:
     base = ensure_base()
     config = demo_config(base, folder / "run", steps=steps, seed=0)
+    spec = member_spec(config.replace(grpo=config.grpo.replace(max_staleness=most)))
     slots, leaves = max(2, most + 1), tuple(linear_leaves(str(base)))
     serving = Serving(
         str(base), replicas=2, port=PORT, max_loras=slots, target_modules=leaves, arguments=tuple(VLLM_ARGS.split())
@@ -212,7 +200,9 @@ def run(steps: int, most: int, folder: Path) -> dict[str, Any]:
     with Servers(serving, folder).running() as servers:
         engine = Witnessed(servers, steps, max_loras=slots)
         started = time.perf_counter()
-        trainer = train(config, engine, most)
+        trainer = GRPOTrainer(config.model, **spec.arguments(), engine=engine, view=False)
+        with patch.object(disk, "write_file", engine.write_slowly), trainer:
+            trainer.train()
         seconds = time.perf_counter() - started
         made, lost, states = list(engine.made), engine.asked - len(engine.made), engine.replicas
         of_the_base, noise = made_by_the_base(trainer, engine), base_noise(trainer.model, engine, made)
@@ -240,9 +230,8 @@ def main() -> None:
     options = asked(__doc__, steps=30, max_staleness=0, out=None)
     if options.steps < MIN_STEPS or options.max_staleness < 0:
         raise SystemExit(f"--steps must be at least {MIN_STEPS}, for everything to go wrong in, --max-staleness 0")
-    about = provenance("benchmarks/replicas.py")
     with tempfile.TemporaryDirectory(prefix="lora-grpo-replicas-") as folder:
-        result = about | run(options.steps, options.max_staleness, Path(folder))
+        result = provenance("benchmarks/replicas.py") | run(options.steps, options.max_staleness, Path(folder))
     write_result(options.out, result)
     print(json.dumps(result))
 

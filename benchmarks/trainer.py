@@ -50,31 +50,20 @@ from lora_grpo.types import Completion, Group
 
 VOCABULARY, CANARY_ROWS = 151_936, 32
 SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
-SHAPES: dict[str, tuple[str, dict[str, int]]] = {
+SHAPES: dict[str, tuple[str, dict[str, int]]] = {  # a released model's shape, and what is changed of it
     "small": ("qwen2.5-0.5b", SMALL),
     "0.5b-4-layers": ("qwen2.5-0.5b", {"num_hidden_layers": 4}),
     "0.5b": ("qwen2.5-0.5b", {}),
     "7b": ("qwen2.5-7b", {}),
 }
-"""A released model's shape, and what is changed of it."""
 SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "HF_HUB_OFFLINE": "1"}
 """Of the processes in which a CPU is measured, where the environment says nothing else."""
 
 
 def main() -> None:
-    options = asked(
-        __doc__,
-        tokens="512,1024",
-        prompt=64,
-        rows=8,
-        shape=tuple(SHAPES),
-        dtype=("bfloat16", "float32"),
-        device="cpu",
-        repeat=1,
-        checkpointing=("off", "on"),
-        subjects="ours,estimate,canary,trl,backbone",
-        out=None,
-    )
+    sizes = {"tokens": "512,1024", "prompt": 64, "rows": 8, "shape": tuple(SHAPES), "dtype": ("bfloat16", "float32")}
+    how = {"device": "cpu", "repeat": 1, "checkpointing": ("off", "on")}
+    options = asked(__doc__, **sizes, **how, subjects="ours,estimate,canary,trl,backbone", out=None)
     os.environ.update({**SETTINGS, **os.environ})
     about = provenance("-m", "benchmarks.trainer", device=options.device) | {"trl": importlib.metadata.version("trl")}
     about["machine"]["threads"] = int(os.environ["OMP_NUM_THREADS"])

@@ -13,13 +13,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from lora_grpo.bench import fidelity, host, memory, runner, serving, shapes, sync
+from lora_grpo.bench import fidelity, host, runner, serving, shapes, sync
 from lora_grpo.bench.joining import break_even
 from lora_grpo.bench.plan import Cell, Settings, Subject, plan_parts
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner, load
 from lora_grpo.bench.schema import TOLERANCE
-from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.strategies import NATIVE, base
 from lora_grpo.bench.strategies.base import Synced, Trainer
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.forward import teacher_logprobs
@@ -113,25 +113,32 @@ def test_a_step_trains_with_checkpoints_on_a_gpu_alone(monkeypatch: pytest.Monke
 
 
 class FakeWorker:
-    def __init__(self, log: Path, *, alone: bool = False) -> None:
-        self.done: list[Any] = []
+    """Notes by strategy what is done."""
+
+    done: dict[str, list[Any]]
+
+    def __init__(self, log: Path, *, alone: bool = False) -> None: ...
 
     def close(self) -> None: ...
 
     def do(self, work: Any, **arguments: Any) -> None:
-        self.done += [] if work is load else [work]
+        if work is load:
+            self.mine = self.done[arguments["subject"].strategy] = []
+        else:
+            self.mine.append(work)
 
 
 def test_a_worker_that_lives_on_gives_its_memory_back_after_each_cell(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    done: dict[str, list[Any]] = {}
+    monkeypatch.setattr(FakeWorker, "done", done, raising=False)
     monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
     native, other = subject(), subject(strategy="merge-trl")
     run = Runner(tmp_path / "log", lambda *_: None, alive_at_once=2)
     pair = Cell("sync/x", "sync", sync.measure, (native, other), order=(0, 1, 1, 0))
     truth = Cell("truth/x", "truth", fidelity.truth, (native,))
     assert run.run([pair, truth], Partial(tmp_path / "partial.json", {}, {}, 0.0)) == []
-    done: Any = {one.strategy: worker.done for one, worker in run._alive.items()}  # type: ignore[attr-defined]
     assert done["merge-trl"] == [sync.measure, sync.measure, runner.give_back]
     assert done[NATIVE] == [*done["merge-trl"], fidelity.truth, runner.give_back]
 
@@ -214,16 +221,16 @@ def test_a_reference_computes_with_new_weights_and_holds_none(tiny: Path) -> Non
 
 def test_mapped_files_are_no_part_of_what_cuda_has_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native peaks 100 bytes above its levels on a GPU, whatever version files are mapped into the process."""
-    monkeypatch.setattr(memory, "mapped", lambda folders: 70)
-    monkeypatch.setattr(memory, "forget_peaks", lambda device: None)
-    monkeypatch.setattr(memory, "peak", lambda device: (1100, None))
-    monkeypatch.setattr(memory, "settled_level", lambda device: 1)
+    monkeypatch.setattr(base, "mapped", lambda folders: 70)
+    monkeypatch.setattr(base, "forget_peaks", lambda device: None)
+    monkeypatch.setattr(base, "peak", lambda device: (1100, None))
+    monkeypatch.setattr(base, "settled_level", lambda device: 1)
     levels = SimpleNamespace(start=0, last=1000, grown={"trainer": 400, "engine": 600})
     what = {"trainer": SimpleNamespace(base_bytes=1), "renew": Mock(), "drop_base": Mock(), "folder": Path("nowhere")}
     found = {}
     for device in ("cpu", "cuda:0"):
         strategy: Any = SimpleNamespace(**what, subject=subject(device=device), levels=levels)
-        (found[device],) = memory.measure(strategy)
+        (found[device],) = base.measure_memory(strategy)
     assert (found["cuda:0"]["sync_bytes"], found["cuda:0"]["peak_bytes"]) == (100, 1100)
     assert (found["cpu"]["sync_bytes"], found["cpu"]["peak_bytes"]) == (30, 1030)
 

@@ -115,13 +115,8 @@ def in_turns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **faults: Any) -> 
     for name, value in faults.items():
         monkeypatch.setattr(FakeWorker, name, value)
     monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
-    run, partial = (
-        Runner(tmp_path / "log", lambda *_: None, alive_at_once=1),
-        Partial(tmp_path / "partial.json", {}, {}, 0.0),
-    )
-    failures = run.run(planned(), partial)
-    run.close()
-    return partial, failures
+    partial = Partial(tmp_path / "partial.json", {}, {}, 0.0)
+    return partial, Runner(tmp_path / "log", lambda *_: None, alive_at_once=1).run(planned(), partial)
 
 
 def test_one_strategy_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,28 +14,26 @@ import torch
 from torch import Tensor, nn
 
 Ragged: TypeAlias = Sequence[Sequence[float]]
-MIN_BUCKET = 10
-"""Completions of a bucket that may be called wrong: fewer could lie near another version by chance."""
+MIN_BUCKET = 10  # completions of a bucket that may be called wrong: fewer could lie near another version by chance
 
 
 @dataclass(frozen=True)
 class Rows:
     """B completions of up to T tokens, and what each of V versions makes of them. logp_VBT are the trainer's log-probs,
-    sampler_BT those that came with them, mask_BT says which tokens there are. stamped_B is the index of the version
-    that each claims, server_B that of the server that made it."""
+    sampler_BT those that came with them; both are zero after a row's end. stamped_B is the index of the version that
+    each claims, server_B that of the server that made it."""
 
     logp_VBT: Tensor
     sampler_BT: Tensor
-    mask_BT: Tensor
+    length_B: Tensor
     stamped_B: Tensor
     server_B: Tensor
 
     @classmethod
     def of(cls, logp: Sequence[Ragged], sampler: Ragged, stamped: Sequence[int], server: Sequence[int]) -> "Rows":
         """From ragged rows of log-probs; `logp` has such rows for each version."""
-        mask_BT = _padded([[1.0] * len(row) for row in sampler]).bool()
-        logp_VBT = torch.stack([_padded(rows) for rows in logp])
-        return cls(logp_VBT, _padded(sampler), mask_BT, torch.tensor(stamped), torch.tensor(server))
+        about = (torch.tensor(values) for values in ([len(row) for row in sampler], stamped, server))
+        return cls(torch.stack([_padded(rows) for rows in logp]), _padded(sampler), *about)
 
     def next_stamped(self) -> "Rows":
         """Each claims the version after the one that made it, those of the last the one before."""
@@ -44,49 +42,29 @@ class Rows:
 
     def own_gap(self) -> Tensor:
         """(B,) nats per token between a completion and the version that it claims."""
-        return self._gap().gather(0, self.stamped_B[None])[0]
+        return _claimed(self.gap(), self.stamped_B)
 
     def next_distance(self) -> Tensor:
         """(B,) nats per token between the version that a completion claims and its nearest neighbour in number."""
-        distance_VB, last = self._distance(), len(self.logp_VBT) - 1
-        neighbours_2B = torch.stack([self.stamped_B - 1, self.stamped_B + 1])
-        found_2B = distance_VB.gather(0, neighbours_2B.clamp(0, last))
-        return found_2B.where((neighbours_2B >= 0) & (neighbours_2B <= last), torch.inf).amin(0)
+        number_V = torch.arange(len(self.logp_VBT))
+        return self.distance().where((number_V[:, None] - self.stamped_B).abs() == 1, torch.inf).amin(0)
 
-    def _gap(self) -> Tensor:
+    def gap(self) -> Tensor:
         """(V, B) nats per token between each version and the sampler."""
-        return self._mean_over_tokens((self.logp_VBT - self.sampler_BT).abs())
+        return (self.logp_VBT - self.sampler_BT).abs().sum(2) / self.length_B
 
-    def _distance(self) -> Tensor:
+    def distance(self) -> Tensor:
         """(V, B) nats per token between each version and the one that is claimed."""
-        claimed_1BT = self.stamped_B[None, :, None].expand(1, *self.sampler_BT.shape)
-        return self._mean_over_tokens((self.logp_VBT - self.logp_VBT.gather(0, claimed_1BT)).abs())
-
-    def _mean_over_tokens(self, values_VBT: Tensor) -> Tensor:
-        return (values_VBT * self.mask_BT).sum(2) / self.mask_BT.sum(1)
+        claimed_BT = self.logp_VBT[self.stamped_B, torch.arange(len(self.stamped_B))]
+        return (self.logp_VBT - claimed_BT).abs().sum(2) / self.length_B
 
 
-@dataclass(frozen=True)
-class Verdicts:
+def judge(rows: Rows, noise: float) -> dict[str, float]:
     """Counts of completions, then of the buckets of those that are `inconclusive` by themselves. `undecided` are the
     completions whose bucket is inconclusive too. `bucket_gap_share` is the greatest gap of a decided bucket, as a share
-    of the distance to the nearest other version: about the share of its completions that could be another's unseen."""
-
-    checked: int
-    told_apart: int
-    wrong: int
-    inconclusive: int
-    buckets_told_apart: int
-    buckets_wrong: int
-    buckets_inconclusive: int
-    undecided: int
-    bucket_gap_share: float
-
-
-def judge(rows: Rows, noise: float) -> Verdicts:
-    """What can be said of each; `noise` is the most that server and trainer differ by on a completion of the base,
-    nats per token."""
-    gap_VB, distance_VB = rows._gap(), rows._distance()
+    of the distance to the nearest other version: about the share of its completions that could be another's unseen.
+    `noise` is the most that server and trainer differ by on a completion of the base, nats per token."""
+    gap_VB, distance_VB = rows.gap(), rows.distance()
     told_B, wrong_B, own_B = _verdict(gap_VB, distance_VB, rows.stamped_B)
     wrong_B &= own_B > noise
     left_B = ~(told_B | wrong_B)
@@ -97,24 +75,28 @@ def judge(rows: Rows, noise: float) -> Verdicts:
     wrong_N &= size_N >= MIN_BUCKET
     unknown_N = ~(told_N | wrong_N)
     share_N = own_N / _others(distance_VN, keys_N2[:, 0]).amin(0)
-    return Verdicts(
-        checked=len(left_B),
-        told_apart=int(told_B.sum()),
-        wrong=int(wrong_B.sum()),
-        inconclusive=int(left_B.sum()),
-        buckets_told_apart=int(told_N.sum()),
-        buckets_wrong=int(wrong_N.sum()),
-        buckets_inconclusive=int(unknown_N.sum()),
-        undecided=int(size_N[unknown_N].sum()),
-        bucket_gap_share=round(float(share_N[told_N].max()), 4) if told_N.any() else 0.0,
-    )
+    return {
+        "checked": len(left_B),
+        "told_apart": int(told_B.sum()),
+        "wrong": int(wrong_B.sum()),
+        "inconclusive": int(left_B.sum()),
+        "buckets_told_apart": int(told_N.sum()),
+        "buckets_wrong": int(wrong_N.sum()),
+        "buckets_inconclusive": int(unknown_N.sum()),
+        "undecided": int(size_N[unknown_N].sum()),
+        "bucket_gap_share": round(float(share_N[told_N].max()), 4) if told_N.any() else 0.0,
+    }
 
 
 def _verdict(gap_VN: Tensor, distance_VN: Tensor, claimed_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(told apart, nearer to another, gap to its own) of each."""
-    own_N = gap_VN.gather(0, claimed_N[None])[0]
+    own_N = _claimed(gap_VN, claimed_N)
     told_N = (own_N < 0.5 * _others(distance_VN, claimed_N)).all(0)
     return told_N, (_others(gap_VN, claimed_N) < 0.5 * distance_VN).any(0), own_N
+
+
+def _claimed(values_VN: Tensor, claimed_N: Tensor) -> Tensor:
+    return values_VN.gather(0, claimed_N[None])[0]
 
 
 def _others(values_VN: Tensor, claimed_N: Tensor) -> Tensor:
@@ -123,8 +105,7 @@ def _others(values_VN: Tensor, claimed_N: Tensor) -> Tensor:
 
 
 def _bucket_means(values_VL: Tensor, bucket_L: Tensor, size_N: Tensor) -> Tensor:
-    sums_VN = values_VL.new_zeros(len(values_VL), len(size_N))
-    return sums_VN.index_add(1, bucket_L, values_VL) / size_N
+    return values_VL.new_zeros(len(values_VL), len(size_N)).index_add(1, bucket_L, values_VL) / size_N
 
 
 def _padded(rows: Ragged) -> Tensor:

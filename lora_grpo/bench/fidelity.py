@@ -1,5 +1,4 @@
-"""Does the engine serve the policy that it claims to, what of an update survives the way there, and what do many syncs
-leave of the trainer's frozen base?"""
+"""Whether the engine serves the policy that it claims to, what of an update is lost, what syncs leave of the base."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -38,7 +37,6 @@ class Reference:
         return teacher_logprobs(self.model, sequences)
 
     def weight(self, path: str) -> torch.Tensor:
-        """The base's weight at a checkpoint path, fp32."""
         return self._modules[path].weight.detach()
 
     @contextmanager

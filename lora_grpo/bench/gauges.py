@@ -1,6 +1,5 @@
-"""What all measurements read: seconds by phase, with what is queued on the device waited for at both ends; how fast
-bytes can cross at all, on this machine, now, which no sync can beat; and what a process takes, now and at most: what is
-resident on the CPU, CUDA allocated on a GPU, blocks of files on tmpfs."""
+"""What all measurements read: a clock that waits for the device, how fast bytes can cross at all, and what a process
+takes, now and at most: what is resident on the CPU, CUDA allocated on a GPU, blocks of files on tmpfs."""
 
 import ctypes
 import gc
@@ -141,7 +140,6 @@ def peak(device: str) -> tuple[int, int | None]:
 
 
 def on_tmpfs(folder: Path) -> int:
-    """Bytes that the files of a folder take on tmpfs; none if it is elsewhere."""
     files = folder.rglob("*") if folder.is_relative_to(TMPFS) else ()
     return sum(path.stat().st_blocks * 512 for path in files if path.is_file())
 

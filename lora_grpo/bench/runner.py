@@ -26,11 +26,9 @@ from lora_grpo.engines import compat
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 from lora_grpo.metrics.log import capture_output
 
-Progress: TypeAlias = Callable[[str, int], None]
-"""Called with what is being done, and how many rounds were just finished."""
+Progress: TypeAlias = Callable[[str, int], None]  # what is being done, and how many rounds were just finished
 _GRACE_S = 20.0
-_IMPORTED = f"{__package__}.imported"
-"""Where it is imported, all that a worker needs is, and nothing has been done with it: no thread, no CUDA."""
+_IMPORTED = f"{__package__}.imported"  # where it is, so is all that a worker needs, and no thread or CUDA is started
 
 
 class Partial:
@@ -88,8 +86,7 @@ class WorkerProcess:
             reply = self._channel.recv()
         except (EOFError, OSError):
             self._process.join()
-            died = f"a worker died with exit code {self._process.exitcode}"
-            raise EngineError(f"{died}; {self._last_words()}") from None
+            raise EngineError(f"a worker died with exit code {self._process.exitcode}; {self._last_words()}") from None
         if isinstance(reply, LoraGrpoError):
             raise reply
         return reply
@@ -102,6 +99,7 @@ class WorkerProcess:
         self._channel.close()
 
     def kill(self) -> None:
+        """In the middle of what it does."""
         self._process.kill()
         self._process.join()
 
@@ -164,27 +162,24 @@ class Runner:
         self._broken: set[Subject] = set()
 
     def run(self, cells: Sequence[Cell], partial: Partial) -> list[str]:
-        """Run what `partial` does not hold yet; returns a sentence for each cell that failed."""
+        """Run what `partial` does not hold yet; returns a sentence for each cell that failed. No worker outlives it."""
         failures = []
-        for cell in cells:
-            if cell.key in partial.cells:
-                self._progress(f"{cell.key}: kept from before", len(cell.order))
-                continue
-            try:
-                partial.keep(cell.key, self._measure(cell))
-            except LoraGrpoError as error:
-                failures.append(f"{cell.key} failed: {error}")
-                self._stop(cell.subjects)
+        try:
+            for cell in cells:
+                if cell.key in partial.cells:
+                    self._progress(f"{cell.key}: kept from before", len(cell.order))
+                    continue
+                try:
+                    partial.keep(cell.key, self._measure(cell))
+                except LoraGrpoError as error:
+                    failures.append(f"{cell.key} failed: {error}")
+                    self._stop(cell.subjects)
+            self._stop(tuple(self._alive))
+        except BaseException:
+            for worker in self._alive.values():
+                worker.kill()
+            raise
         return failures
-
-    def close(self) -> None:
-        self._stop(tuple(self._alive))
-
-    def kill(self) -> None:
-        """End the workers in the middle of what they do."""
-        for worker in self._alive.values():
-            worker.kill()
-        self._alive.clear()
 
     def _measure(self, cell: Cell) -> dict[str, Any]:
         workers = self._start(cell)

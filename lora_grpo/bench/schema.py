@@ -9,8 +9,7 @@ from lora_grpo.bench.plan import Settings
 
 Winner: TypeAlias = Literal["native", "merge"]
 MEMORY_KINDS = {"resident": "resident", "pss": "proportional set", "cuda": "CUDA allocated"}
-TOLERANCE = 3.0
-"""Times the bf16 noise by which a served policy may differ from the reference."""
+TOLERANCE = 3.0  # times the bf16 noise by which a served policy may differ from the reference
 
 
 class Column(NamedTuple):
@@ -43,8 +42,7 @@ class Row(BaseModel):
     shape: Annotated[str, Column("shape")]
     engine: Annotated[str | None, Column("engine")] = None
 
-    besides: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
-    """What people are shown that is no field, by its head."""
+    besides: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}  # what people are shown that is no field, by its head
 
     def for_people(self) -> dict[str, Any]:
         line = {
@@ -94,8 +92,7 @@ class TruthRow(Row):
 
 
 class ProofRow(Row):
-    """What is proven besides each push: seconds of it, and as a multiple of a push measured in the same process. `rows`
-    completions of `tokens` tokens each were looked at (None: none)."""
+    """What is proven besides each push, on `rows` completions (None: none); the push is of the same process."""
 
     proof: Annotated[str, Column("proof")]
     rows: Annotated[int | None, Column("rows")]
@@ -107,9 +104,8 @@ class ProofRow(Row):
 
 
 class MemoryRow(Row):
-    """`kind`: resident on the CPU (earlier results: pss), CUDA allocated on a GPU (with `reserved_peak_bytes`), the KV
-    cache included. `weights_bytes` go when trainer and engine let go of the base, of which one copy is `copy_bytes`.
-    `before_bytes`: the level before the trainer was loaded."""
+    """`kind`: resident on the CPU (earlier results: pss), CUDA allocated on a GPU, the KV cache included.
+    `weights_bytes` go when trainer and engine let go of the base, of which one copy is `copy_bytes`."""
 
     kind: Annotated[Literal["resident", "pss", "cuda"], Column("of", MEMORY_KINDS.__getitem__)]
     before_bytes: Annotated[int | None, Column("before MiB", mib)] = None
@@ -149,8 +145,7 @@ class DecodeRow(BatchRow):
 
 
 class BreakEvenRow(Row):
-    """At how many completion tokens a step takes as long on `strategy` as on `native` (None: at no number), and which
-    is faster beyond."""
+    """At how many completion tokens a step takes as long as on `native` (None: at no number), and who wins beyond."""
 
     rows: Annotated[int, Column("rows")]
     sync_gain_s: Annotated[float, Column("sync behind native, ms", ms)]
@@ -188,8 +183,7 @@ class DriftRow(Row):
 
 
 class StepRow(BatchRow):
-    """Medians; `train_s` is of all rounds of a pair, both strategies' alike, and no part of
-    `serving_ratio_to_native`."""
+    """Medians; `train_s` is of all rounds of a pair, both strategies' alike, no part of `serving_ratio_to_native`."""
 
     generate_s: Annotated[float, Column("generate s")]
     train_s: Annotated[float, Column("train s")]
@@ -246,8 +240,7 @@ class Document(BaseModel):
     bandwidth_bytes_per_s: dict[str, float]
     settings: dict[str, Settings]
     failures: list[str]
-    notes: list[str] = []
-    """What a reader must know of this run besides."""
+    notes: list[str] = []  # what a reader must know of this run besides
     sync: list[SyncRow] = Field([], title="Sync: until the engine can sample from the new policy")
     proof: list[ProofRow] = Field([], title="Proofs that are not part of a push")
     truth: list[TruthRow] = Field([], title="Truth: log-probs of the served policy against an fp32 reference")
@@ -260,10 +253,6 @@ class Document(BaseModel):
     rollback: list[RollbackRow] = Field([], title="Rollback: back on an earlier version")
     endurance: list[EnduranceRow] = Field([], title="Endurance: many syncs on one engine, a tenth a line")
     slopes: list[SlopeRow] = Field([], title="Endurance: change per 1,000 syncs, by lines through the tenths")
-
-
-TABLES = ("sync", "proof", "truth", "memory", "decode", "fidelity", "drift", "step", "rollback", "endurance")
-"""What is measured; the other tables of a document follow from these."""
 
 
 def tables(document: Document) -> Iterator[tuple[str, list[dict[str, Any]]]]:

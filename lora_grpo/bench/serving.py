@@ -1,5 +1,4 @@
-"""How long a served policy takes: completions (time per output token, prefill, tokens a second), and a whole GRPO step
-(generate, train, sync)."""
+"""How long a served policy takes to complete prompts, and a whole GRPO step with it (generate, train, sync)."""
 
 import time
 from collections.abc import Mapping
@@ -19,8 +18,7 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.policy import Policy
 from lora_grpo.types import Sampling
 
-SERVING = ("generate", "sync")
-"""The phases of a step in which strategies differ."""
+SERVING = ("generate", "sync")  # the phases of a step in which strategies differ
 PHASES = (*SERVING, "train")
 
 

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_grpo.adapters.files.disk import tmpfs_home
-from lora_grpo.bench import fidelity, host, memory, serving, shapes, sync
+from lora_grpo.bench import fidelity, host, serving, shapes, sync
 from lora_grpo.bench.gauges import adapter_crossing, floor_seconds, weights_crossing
 from lora_grpo.bench.joining import finished, read_document
-from lora_grpo.bench.plan import Cell, Settings, Subject, by_strategy, compared, one_at_a_time
+from lora_grpo.bench.plan import TABLES, Cell, Settings, Subject, by_strategy, compared, one_at_a_time
 from lora_grpo.bench.runner import Partial, Progress, Runner, WorkerProcess
-from lora_grpo.bench.schema import TABLES, Document
+from lora_grpo.bench.schema import Document
 from lora_grpo.bench.strategies import NATIVE
+from lora_grpo.bench.strategies.base import memory_cells
 from lora_grpo.errors import ConfigError
 
 CELLS: dict[str, Callable[[Settings, Subject], list[Cell]]] = {
     "sync": sync.sync_cells,
-    "memory": memory.cells,
+    "memory": memory_cells,
     "decode": serving.decode_cells,
     "fidelity": fidelity.cells,
     "step": serving.step_cells,
@@ -36,8 +37,7 @@ ROWS: dict[str, Callable[[Mapping[str, Any]], list[Any]]] = {
 }
 """Of the tables in which strategies are compared; of others, each thing that was found is a row."""
 PARTIAL, RESULTS = "partial.json", "results.json"
-LEAST_TMPFS = 2 << 30
-"""Bytes on /dev/shm for the versions that are kept, up to 8 of a 7B's."""
+LEAST_TMPFS = 2 << 30  # bytes on /dev/shm for the versions that are kept, up to 8 of a 7B's
 
 
 class Suite:
@@ -71,16 +71,15 @@ class Suite:
         self._oracles: dict[Any, dict[str, Any]] = {}
         (device,) = {settings.device for settings in self._parts.values()}
         seen = self._host.do(host.look, device=device)
-        self._sizes: dict[str, dict[str, int]] = {}
-        self._shares: dict[str, float] = {}
+        self._sizes, self._shares = dict[str, dict[str, int]](), dict[str, float]()
         for part, asked in self._parts.items():
             if asked.label not in self._sizes:
                 self._sizes[asked.label] = self._host.do(host.measure_model, shape=asked.shape, model=asked.model)
             self._shares[asked.label] = host.engine_share(part, asked, self._sizes[asked.label], seen["memory_bytes"])
         dumped = {part: settings.model_dump(mode="json") for part, settings in self._parts.items()}
         machine = {name: value for name, value in seen["card"].items() if name != "load_average_1min"}
-        fingerprint = {"settings": dumped, "machine": machine}
-        self._partial = Partial(self._home / PARTIAL, fingerprint, seen["bandwidth"], started)
+        kept = {"settings": dumped, "machine": machine}
+        self._partial = Partial(self._home / PARTIAL, kept, seen["bandwidth"], started)
         self.card = {**seen["card"], **self._floors(device)}
         note = f"/dev/shm has less than {LEAST_TMPFS >> 30} GiB free: versions were in {self._tmpfs}."
         if not self._tmpfs.is_relative_to("/dev/shm") and note not in self._partial.notes:
@@ -94,10 +93,9 @@ class Suite:
             adapter, whole = 2 * settings.rank * model["linear_inputs_and_outputs"], 2 * model["parameters"]
             adapter_s = floor_seconds(adapter_crossing(device, adapter), self._partial.bandwidth)
             whole_s = floor_seconds(weights_crossing(device, whole), self._partial.bandwidth)
-            weights = f"{model['parameters'] / 1e6:.0f} M parameters, {whole / 1e6:.0f} MB in bf16"
             lines[settings.label] = (
-                f"{weights} (floor {1e3 * whole_s:.1f} ms); adapter r={settings.rank} all-linear "
-                f"{adapter / 1e6:.1f} MB (floor {1e3 * adapter_s:.2f} ms)"
+                f"{model['parameters'] / 1e6:.0f} M parameters, {whole / 1e6:.0f} MB in bf16 (floor {1e3 * whole_s:.1f}"
+                f" ms); adapter r={settings.rank} all-linear {adapter / 1e6:.1f} MB (floor {1e3 * adapter_s:.2f} ms)"
             )
         return lines
 
@@ -107,12 +105,7 @@ class Suite:
         cells = [self._told(cell, progress) for cell in self._cells(models)]
         self._host.close()
         runner = Runner(self._log, progress, alive_at_once=1 if self._in_turn else 2)
-        try:
-            self._failures = runner.run(cells, self._partial)
-        except BaseException:
-            runner.kill()
-            raise
-        runner.close()
+        self._failures = runner.run(cells, self._partial)
 
     @property
     def rounds(self) -> int:
@@ -202,8 +195,7 @@ def finished_command(out: Path, *, other_than: Mapping[str, Settings] | None = N
 def rows(measured: Partial) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {table: [] for table in TABLES}
     for cell in compared(measured.cells):
-        rows_of = ROWS.get(cell["table"], rows_of_one)
-        found[cell["table"]] += rows_of({**cell, "bandwidth": measured.bandwidth})
+        found[cell["table"]] += ROWS.get(cell["table"], rows_of_one)({**cell, "bandwidth": measured.bandwidth})
     return found
 
 

@@ -1,8 +1,5 @@
-"""Syncs: seconds until the engine can sample from the new policy, by phase, and until an earlier version serves and
-trains again; bytes moved; times the physical floor; whether many leave time, memory and tmpfs where they were.
-
-And proofs: those of each push (digest, slots) are phases of it; base and probe are proven once an engine, a canary is
-taken when it is asked for."""
+"""Syncs: seconds by phase until the engine can sample from the new policy, and until an earlier version serves and
+trains again; whether many leave time and memory where they were; and what is proven besides each push."""
 
 import gc
 import timeit
@@ -30,15 +27,11 @@ from lora_grpo.grpo.forward import mean_abs_difference
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.types import Sampling
 
-WARM = 3
-"""Syncs thrown away: caches, allocators and lazily built state of every strategy settle."""
-PROVEN = 3
-"""Times that each proof is measured."""
-ENDURANCE_WARM = 20
-"""Syncs thrown away: enough to fill every place that retention then keeps full."""
+WARM = 3  # syncs thrown away: caches, allocators and lazily built state of every strategy settle
+PROVEN = 3  # times that each proof is measured
+ENDURANCE_WARM = 20  # syncs thrown away: enough to fill every place that retention then keeps full
 TENTHS = 10
-SAMPLES = 10
-"""Looks at the memory in each tenth; each takes as long as a sync."""
+SAMPLES = 10  # looks at the memory in each tenth; each takes as long as a sync
 _SIZES = ("memory_bytes", "cuda_bytes", "tmpfs_bytes")
 
 

@@ -1,4 +1,5 @@
-"""The seam: what a strategy, with its trainer, is to the measurements."""
+"""The seam: what a strategy, with its trainer, is to the measurements; and what it takes of memory, measured here:
+what a file of its own imported would count as the syncs'."""
 
 import os
 from abc import ABC, abstractmethod
@@ -13,18 +14,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lora_grpo.adapters.peft_form.modules import LoraModule, lora_modules
-from lora_grpo.bench.gauges import Levels
-from lora_grpo.bench.plan import Subject
-from lora_grpo.engines.local.weights import drop_weights
+from lora_grpo.bench.gauges import Levels, forget_peaks, mapped, on_tmpfs, peak, settled_level
+from lora_grpo.bench.plan import Cell, Settings, Subject, alone
+from lora_grpo.engines.local.weights import drop_weights, lora_tensors
 from lora_grpo.types import Group, Sampling
 
 ADAPTER = "default"
+MEMORY_SYNCS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Synced:
-    """One sync: seconds by phase until the engine can sample from the new policy; what had to cross, by channel of
-    `measure_bandwidth`; and what was left to do afterwards."""
+    """One sync: by phase until the engine can sample from the new policy, and by channel of `measure_bandwidth`."""
 
     seconds: dict[str, float]
     moved_bytes: dict[str, int]
@@ -85,8 +86,7 @@ class Trainer:
 
     def restore(self, snapshot: list[torch.Tensor]) -> None:
         with torch.no_grad():
-            for tensor, saved in zip(self.tensors(), snapshot, strict=True):
-                tensor.copy_(saved)
+            torch._foreach_copy_(self.tensors(), snapshot)
 
     def tensors(self) -> list[torch.Tensor]:
         """A, B, A, B, ... by module."""
@@ -122,13 +122,12 @@ class Trainer:
 class Strategy(ABC):
     trainer: Trainer
     engine: Any
-    rollback_cases: ClassVar[dict[str, int]]
-    """The ways back to an earlier version that differ in cost -> syncs in between that bring such a case about."""
+    rollback_cases: ClassVar[dict[str, int]]  # ways back that differ in cost -> syncs in between that bring one about
     loader: str | None = None
     load_calls: int | None = None
+    version: Any = None
     at_once: bool = False
-    remember_pushed: bool = False
-    """Keep copies of what a sync pushes, so that `served_weight` can tell; costs memory and time."""
+    remember_pushed: bool = False  # so that `served_weight` can tell what a sync pushed; costs memory and time
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -137,7 +136,6 @@ class Strategy(ABC):
         self.base_logprobs = self.logprobs(subject.sequences())
 
     def load(self) -> None:
-        """Trainer, then engine; `levels` sees what each takes."""
         self.trainer = Trainer(self.subject)
         self.levels.seen("trainer")
         self.start()
@@ -170,9 +168,11 @@ class Strategy(ABC):
         """How the engine is told whom to sample from; a stock one serves what it was given last."""
         return {}
 
-    @abstractmethod
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
-        """The weight, fp32, that is computed with at `path`, given the base's; after a sync with `remember_pushed`."""
+        """The weight, fp32, that is computed with at `path`, given the base's; after a sync with `remember_pushed`.
+        Here that of an engine with an adapter."""
+        a_RI, b_OR = lora_tensors(self.engine, path, self.version)
+        return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
 
     def close(self) -> None:
         self.engine.close()
@@ -212,3 +212,35 @@ def engine_arguments(subject: Subject) -> dict[str, Any]:
 def checkpoint_name(name: str) -> str:
     """A parameter of a PEFT model's base as the checkpoint names it."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def memory_cells(settings: Settings, subject: Subject) -> list[Cell]:
+    return [alone("memory", "memory", measure_memory, subject, name, fresh=True) for name in settings.strategies]
+
+
+def measure_memory(strategy: Strategy) -> list[dict[str, Any]]:
+    """Worker: the levels on the way here, the peak over some syncs, and what the weights took, which are gone then."""
+    device, levels = strategy.subject.device, strategy.levels
+    forget_peaks(device)
+    for _ in range(MEMORY_SYNCS):
+        strategy.renew()
+    most, reserved = peak(device)
+    copy_bytes = strategy.trainer.base_bytes
+    tmpfs = on_tmpfs(strategy.folder)
+    # On the CPU the peak counts mapped version files; here they count once, as tmpfs.
+    most -= mapped(strategy.folder) if device == "cpu" else 0
+    before = settled_level(device)
+    strategy.drop_base()
+    row = {
+        "kind": "resident" if device == "cpu" else "cuda",
+        "before_bytes": levels.start,
+        "trainer_bytes": levels.grown["trainer"],
+        "engine_bytes": levels.grown["engine"],
+        "sync_bytes": max(0, most - levels.last),
+        "tmpfs_bytes": tmpfs,
+        "peak_bytes": most - levels.start + tmpfs,
+        "reserved_peak_bytes": reserved,
+        "copy_bytes": copy_bytes,
+        "weights_bytes": before - settled_level(device),
+    }
+    return [row]

@@ -1,6 +1,6 @@
 """The ways to serve merged weights: pushed through vLLM's loaders, or folded into the engine's own; and the base."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import ClassVar, TypeAlias
 
@@ -19,8 +19,7 @@ class Merging(Strategy):
 
     rollback_cases: ClassVar[dict[str, int]] = {"merged again": 1}
     prepack = True
-    moved_bytes = 0
-    """Of weights, in the last sync."""
+    moved_bytes = 0  # of weights, in the last sync
 
     def start(self) -> None:
         self.engine = PlainEngine(self.subject.model, prepack=self.prepack, **engine_arguments(self.subject))
@@ -75,7 +74,7 @@ class MergeTRL(Merging):
     def push(self) -> None:
         self.moved_bytes = 0
         self._pushed.clear()
-        self.load_calls = self.engine.load_weights(self._counted(self.weights()), at_once=self.at_once)
+        self.load_calls = self.engine.load_weights(self._counted(), at_once=self.at_once)
 
     def weights(self) -> Named:
         """The base's parameters by checkpoint name, as they are now."""
@@ -83,8 +82,8 @@ class MergeTRL(Merging):
             if ".lora_" not in name:
                 yield checkpoint_name(name), parameter.data
 
-    def _counted(self, named: Iterable[tuple[str, torch.Tensor]]) -> Named:
-        for name, tensor in named:
+    def _counted(self) -> Named:
+        for name, tensor in self.weights():
             self.moved_bytes += tensor.nbytes
             if self.remember_pushed:
                 self._pushed[name] = tensor.clone()

@@ -1,5 +1,4 @@
-"""The adapter alone goes to the engine: this project's path, on tmpfs, under a fresh id, proof included in the time;
-and the way that a user takes without it."""
+"""The adapter alone goes to the engine: by this project's path, proof included in the time, and by hand."""
 
 import os
 import shutil
@@ -13,7 +12,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.retention import keep_latest
 from lora_grpo.bench.gauges import Clock, adapter_crossing
 from lora_grpo.bench.strategies.base import Strategy, Synced, Trainer, checkpoint_name, engine_arguments
-from lora_grpo.engines.local.weights import PlainEngine, lora_tensors
+from lora_grpo.engines.local.weights import PlainEngine
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.sync import NativeSync
 
@@ -25,7 +24,6 @@ class Native(Strategy):
 
     rollback_cases: ClassVar[dict[str, int]] = {"still loaded": 1, "evicted": KEPT_VERSIONS - 2}
     engine_options: ClassVar[dict[str, Any]] = {}
-    """What `VLLMEngine` is given besides the comparison's own arguments."""
 
     def start(self) -> None:
         self.start_engine()
@@ -44,7 +42,6 @@ class Native(Strategy):
         """Prove the path from the trainer to the engine."""
         self.store = AdapterStore(self.folder, retention=keep_latest(KEPT_VERSIONS))
         self.pusher = NativeSync(self.trainer.model, self.engine, self.store)
-        self.version: Any = None
 
     def sync(self) -> Synced:
         clock = Clock(self.subject.device)
@@ -62,10 +59,6 @@ class Native(Strategy):
 
     def served(self) -> dict[str, Any]:
         return {"adapter": self.version}
-
-    def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
-        a_RI, b_OR = lora_tensors(self.engine, path, self.version)
-        return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
 
     def mark(self) -> int:
         return self.version.number
@@ -145,10 +138,6 @@ class ByHand(Strategy):
         shutil.rmtree(self.folder / str(self._count - KEPT_VERSIONS), ignore_errors=True)
         # PEFT writes the adapter as it is trained, in fp32; at least that much crosses.
         return Synced(clock.seconds, adapter_crossing(self.subject.device, 4 * self.trainer.adapter_elements))
-
-    def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
-        a_RI, b_OR = lora_tensors(self.engine, path)
-        return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
 
     def mark(self) -> tuple[Any, list[torch.Tensor]]:
         return self._request, self.trainer.snapshot()
