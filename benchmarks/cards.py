@@ -32,8 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {"two copies": {}, "one copy, shared": SHARED,
 
 
 def main() -> None:
-    print("# What fits which card\n")
-    print("<!-- Written by benchmarks/cards.py. -->\n")
+    print("# What fits which card\n\n<!-- Written by benchmarks/cards.py. -->\n")
     print(
         f"Computed, not measured. bf16, LoRA of rank 16 on all linear layers, micro-batches of "
         f"{BATCH.rows} rows of {BATCH.prompt_tokens} + {BATCH.completion_tokens} tokens, {COMPLETIONS} completions "

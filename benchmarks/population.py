@@ -25,7 +25,7 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.bench.host import asked, provenance, write_result
 from lora_grpo.bench.plan import Subject
 from lora_grpo.bench.shapes import write_model
-from lora_grpo.bench.strategies.base import ADAPTER, Trainer, engine_arguments
+from lora_grpo.bench.strategy import ADAPTER, Trainer, engine_arguments
 
 RANK, PROMPT = 16, 32
 
@@ -51,21 +51,19 @@ def main() -> None:
                 versions.append(store.publish(form.files(), step=seed))
                 engine.load(versions[-1])
             for rows in sizes:
-                curve.append({"rows": rows, **compared(engine, versions, rows, options.tokens, options.repeats)})
+                curve.append({"rows": rows, **compared(engine, versions, rows, options)})
                 print(json.dumps(curve[-1]), flush=True)
         engine.close()
     write_result(options.out, {**about, "rank": RANK, "prompt": PROMPT, **vars(options), "out": None, "curve": curve})
 
 
-def compared(
-    engine: VLLMEngine, versions: Sequence[AdapterVersion], rows: int, tokens: int, repeats: int
-) -> dict[str, Any]:
+def compared(engine: VLLMEngine, versions: Sequence[AdapterVersion], rows: int, options: Any) -> dict[str, Any]:
     """A row of the curve. Without a prefix cache, or a call would find the prompts of the one before."""
     generator = torch.Generator().manual_seed(rows)
     shape = len(versions) * rows, PROMPT
     prompts = torch.randint(engine.describe_base().vocabulary, shape, generator=generator).tolist()
     named = [version for version in versions for _ in range(rows)]
-    sampling = [Sampling(max_tokens=tokens, seed=row, ignore_eos=True) for row in range(len(named))]
+    sampling = [Sampling(max_tokens=options.tokens, seed=row, ignore_eos=True) for row in range(len(named))]
 
     def generated(calls: Sequence[slice]) -> tuple[float, float, list[Any]]:
         """Seconds, processor seconds, and the tokens of each row."""
@@ -75,7 +73,7 @@ def compared(
         return *taken, [group.completions[0].token_ids for group in groups]
 
     ways = [slice(start, start + rows) for start in range(0, len(named), rows)], [slice(None)]
-    alone, together = zip(*[[generated(calls) for calls in ways] for _ in range(repeats)], strict=True)
+    alone, together = zip(*[[generated(calls) for calls in ways] for _ in range(options.repeats)], strict=True)
     (alone_s, alone_cpu_s), (together_s, together_cpu_s) = (
         [statistics.median(run[what] for run in runs) for what in (0, 1)] for runs in (alone, together)
     )

@@ -104,14 +104,8 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
     ids_BL[:, : options.prompt] = ids_BL[0, : options.prompt].clone()
     if options.subject == "estimate":
         return _estimate(model, options)
-    subjects = {
-        "ours": _ours,
-        "padded": _padded,
-        "canary": _canary,
-        "trl": _trl,
-        "backbone": _backbone,
-        "packed-backbone": _packed_backbone,
-    }
+    subjects = {"ours": _ours, "padded": _padded, "canary": _canary, "trl": _trl}
+    subjects |= {"backbone": _backbone, "packed-backbone": _packed_backbone}
     return _peak_and_time(subjects[options.subject](model, ids_BL, options), options.device)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from lora_grpo.bench.strategies.base import Synced
-from lora_grpo.bench.strategies.native import Native
+from lora_grpo.bench.strategies import Native
+from lora_grpo.bench.strategy import Synced
 
 DELAY_S = 0.2
 

@@ -18,7 +18,7 @@ from lora_grpo.bench import fidelity, host, serving, shapes, suite, sync
 from lora_grpo.bench.fidelity import Reference
 from lora_grpo.bench.gauges import Levels, floor_seconds, level, measure_bandwidth, percentile_95
 from lora_grpo.bench.joining import break_even, compare, crossing, slopes
-from lora_grpo.bench.plan import Cell, Settings, Subject, by_strategy, plan_parts
+from lora_grpo.bench.plan import STOCK, STRATEGIES, Cell, Settings, Subject, by_strategy, load_strategy, plan_parts
 from lora_grpo.bench.report import earliest, findings, sentence, update_readme, write_report
 from lora_grpo.bench.runner import Partial
 from lora_grpo.bench.schema import (
@@ -30,8 +30,7 @@ from lora_grpo.bench.schema import (
     MemoryRow,
     SyncRow,
 )
-from lora_grpo.bench.strategies import STOCK, STRATEGIES, load_strategy
-from lora_grpo.bench.strategies.base import Strategy, Trainer
+from lora_grpo.bench.strategy import Strategy, Trainer
 from lora_grpo.bench.suite import rows_of_one
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
@@ -454,7 +453,7 @@ def test_another_process_that_ends_does_not_change_the_level() -> None:
 def test_measuring_memory_imports_nothing_more() -> None:
     """A worker meets the measurement when its levels are taken: what that imported would count as the syncs'."""
     measuring = suite.CELLS["memory"](Settings(repeat=1, strategies=("native",)), subject())[0].work.__module__
-    code = f"""import importlib, sys, lora_grpo.bench.runner, lora_grpo.bench.strategies.merging
+    code = f"""import importlib, sys, lora_grpo.bench.runner, lora_grpo.bench.strategies
 before = set(sys.modules)
 importlib.import_module({measuring!r})
 print(sorted(set(sys.modules) - before))"""

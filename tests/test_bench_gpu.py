@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from lora_grpo.bench import fidelity, host, runner, serving, shapes, sync
+from lora_grpo.bench import strategy as seam
 from lora_grpo.bench.joining import break_even
-from lora_grpo.bench.plan import Cell, Settings, Subject, plan_parts
+from lora_grpo.bench.plan import NATIVE, Cell, Settings, Subject, plan_parts
 from lora_grpo.bench.report import findings
 from lora_grpo.bench.runner import Partial, Runner, load
 from lora_grpo.bench.schema import TOLERANCE
-from lora_grpo.bench.strategies import NATIVE, base
-from lora_grpo.bench.strategies.base import Synced, Trainer
+from lora_grpo.bench.strategy import Synced, Trainer, measure_memory
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.forward import teacher_logprobs
 from tests.test_bench import decode_row, document, subject, sync_row
@@ -221,16 +221,16 @@ def test_a_reference_computes_with_new_weights_and_holds_none(tiny: Path) -> Non
 
 def test_mapped_files_are_no_part_of_what_cuda_has_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native peaks 100 bytes above its levels on a GPU, whatever version files are mapped into the process."""
-    monkeypatch.setattr(base, "mapped", lambda folders: 70)
-    monkeypatch.setattr(base, "forget_peaks", lambda device: None)
-    monkeypatch.setattr(base, "peak", lambda device: (1100, None))
-    monkeypatch.setattr(base, "settled_level", lambda device: 1)
+    monkeypatch.setattr(seam, "mapped", lambda folders: 70)
+    monkeypatch.setattr(seam, "forget_peaks", lambda device: None)
+    monkeypatch.setattr(seam, "peak", lambda device: (1100, None))
+    monkeypatch.setattr(seam, "settled_level", lambda device: 1)
     levels = SimpleNamespace(start=0, last=1000, grown={"trainer": 400, "engine": 600})
     what = {"trainer": SimpleNamespace(base_bytes=1), "renew": Mock(), "drop_base": Mock(), "folder": Path("nowhere")}
     found = {}
     for device in ("cpu", "cuda:0"):
         strategy: Any = SimpleNamespace(**what, subject=subject(device=device), levels=levels)
-        (found[device],) = base.measure_memory(strategy)
+        (found[device],) = measure_memory(strategy)
     assert (found["cuda:0"]["sync_bytes"], found["cuda:0"]["peak_bytes"]) == (100, 1100)
     assert (found["cpu"]["sync_bytes"], found["cpu"]["peak_bytes"]) == (30, 1030)
 

@@ -13,11 +13,10 @@ import torch
 from typer.testing import CliRunner
 
 from lora_grpo.bench import runner, suite, sync
-from lora_grpo.bench.plan import AT_ONCE, Cell, compared, one_at_a_time, plan_parts
+from lora_grpo.bench.plan import AGAIN, AT_ONCE, Cell, compared, one_at_a_time, plan_parts
 from lora_grpo.bench.report import findings, write_report
 from lora_grpo.bench.runner import Partial, Runner, load
-from lora_grpo.bench.strategies import AGAIN
-from lora_grpo.bench.strategies.base import engine_arguments
+from lora_grpo.bench.strategy import engine_arguments
 from lora_grpo.cli import app
 from lora_grpo.engines import compat
 from lora_grpo.engines.local.weights import PlainEngine
@@ -157,7 +156,7 @@ def test_a_strategy_that_does_not_start_is_tried_once(monkeypatch: pytest.Monkey
 
 
 def test_graphs_alone_are_captured_for_the_rows_that_are_measured() -> None:
-    made = engine_arguments(subject(device="cuda:0", graphs="alone", rows=(64, 1), kv_cache_bytes=5))
+    made = engine_arguments(subject(device="cuda:0", graphs="alone", rows=(64, 1), kv_cache_memory_bytes=5))
     assert made["compilation_config"] == {
         "mode": 0,
         "cudagraph_mode": "FULL_DECODE_ONLY",

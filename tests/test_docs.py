@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lora_grpo.errors
-from lora_grpo.bench.strategies import _HOMES
+from lora_grpo.bench.plan import _CLASSES
 from lora_grpo.cli import COMMANDS
 from lora_grpo.config_file import describe_settings
 from tests.reference_page import PAGE, page
@@ -92,7 +92,7 @@ def test_every_strategy_is_explained() -> None:
     text = (ROOT / "examples" / "docs" / "benchmark.md").read_text()
     table = text.partition("| strategy |")[2].partition("\n\n")[0]
     assert {name for line in table.splitlines() for name in re.findall(r"`([a-z -]+)`", line.split(" | ")[0])} == {
-        *_HOMES
+        *_CLASSES
     }
 
 

@@ -14,11 +14,10 @@ from lora_grpo.adapters.peft_form.modules import LoraModule
 from lora_grpo.bench.gauges import collect
 from lora_grpo.bench.plan import Cell, Settings, Subject, alone
 from lora_grpo.bench.schema import TruthRow
-from lora_grpo.bench.strategies.base import Strategy, Trainer
+from lora_grpo.bench.strategy import Strategy, Trainer
 from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
 from lora_grpo.errors import EngineError
 from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
-from lora_grpo.types import LogProbs
 
 ORACLE_SEED = 1
 DRIFT_RATE = 1e-4
@@ -97,20 +96,17 @@ def oracle(subject: Subject) -> dict[str, Any]:
     return {"size": size, "base": base, "exact": exact, "noise_nats": noise, "signal_nats": signal}
 
 
-def truth(
-    strategy: Strategy, size: float, base: LogProbs, exact: LogProbs, noise_nats: float, signal_nats: float
-) -> list[dict[str, Any]]:
-    """Worker: serve the adapter of `oracle`, and compare with what the fp32 reference says of it."""
-    tokens = strategy.subject.sequences()
+def truth(strategy: Strategy, **told: Any) -> list[dict[str, Any]]:
+    """Worker: serve the adapter of `oracle`, and compare with what that told of it."""
     before = strategy.trainer.snapshot()
-    strategy.trainer.randomise(size, ORACLE_SEED)
+    strategy.trainer.randomise(told["size"], ORACLE_SEED)
     strategy.sync()
-    error = mean_abs_difference(strategy.logprobs(tokens), exact)
+    error = mean_abs_difference(strategy.logprobs(strategy.subject.sequences()), told["exact"])
     same_bits = strategy.same_bits()
     strategy.trainer.restore(before)
     strategy.sync()
-    noise = max(noise_nats, mean_abs_difference(strategy.base_logprobs, base))
-    return [{"error_nats": error, "noise_nats": noise, "signal_nats": signal_nats, "same_bits": same_bits}]
+    noise = max(told["noise_nats"], mean_abs_difference(strategy.base_logprobs, told["base"]))
+    return [{"error_nats": error, "noise_nats": noise, "signal_nats": told["signal_nats"], "same_bits": same_bits}]
 
 
 def measure(strategy: Strategy, settings: Settings) -> list[dict[str, float]]:

@@ -17,9 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_grpo.bench.gauges import measure_bandwidth
-from lora_grpo.bench.plan import Settings
+from lora_grpo.bench.plan import BASE, NATIVE, STOCK, Settings
 from lora_grpo.bench.shapes import shape_config
-from lora_grpo.bench.strategies import BASE, NATIVE, STOCK
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import package_versions

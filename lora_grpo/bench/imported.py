@@ -5,9 +5,6 @@ import importlib
 
 from lora_grpo.engines import compat
 
-# What fails here fails again in the first step, which says why.
-compat.import_vllm()
-for _name in ("vllm.entrypoints.llm", "lora_grpo.bench.suite", "lora_grpo.bench.strategies.merging"):
-    importlib.import_module(_name)
+for _name in ("vllm.entrypoints.llm", "lora_grpo.bench.suite"):
 # Nobody has to look through all that again for garbage.
 gc.freeze()

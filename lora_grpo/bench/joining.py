@@ -8,9 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_grpo.bench.plan import BESIDE_NATIVE, TABLES
+from lora_grpo.bench.plan import BESIDE_NATIVE, NATIVE, TABLES
 from lora_grpo.bench.schema import BreakEvenRow, DecodeRow, Document, EnduranceRow, SlopeRow, SyncRow, Winner
-from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError
 
 _OF_A_START = ("load_average_1min", "memory_gib", "commit")  # may differ on a card between two starts on one machine

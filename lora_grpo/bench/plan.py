@@ -3,16 +3,33 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from lora_grpo.bench.shapes import shape_config
-from lora_grpo.bench.strategies import AGAIN, NATIVE, STRATEGIES, check_name
 from lora_grpo.config_file import read_settings
 from lora_grpo.errors import ConfigError
 from lora_grpo.sections import Section, nearest_key
 
+NATIVE, SHARED, STOCK, BASE = "native", "native-shared", "native-stock", "base"
+AGAIN = "native again"
+_CLASSES = {
+    NATIVE: "Native",
+    AGAIN: "Native",
+    "native-disk": "NativeDisk",
+    SHARED: "NativeShared",
+    STOCK: "NativeStock",
+    "by-hand": "ByHand",
+    "merge-trl": "MergeTRL",
+    "merge-touched": "MergeTouched",
+    "merge-out-of-place": "MergeOutOfPlace",
+    "merge-fold": "MergeFold",
+    BASE: "BaseOnly",
+}
+STRATEGIES = ("native", "native-disk", "by-hand", "merge-trl", "merge-touched", "merge-out-of-place", "merge-fold")
+"""What is compared; the others differ from one of these in what they hold or compute with, not in their syncs."""
 AT_ONCE = "merge-trl-batched"
 BESIDE_NATIVE = ("sync", "decode", "step", "rollback")
 """The tables in which strategies are compared with what native does beside them."""
@@ -102,6 +119,11 @@ class Settings(Section):
         return self.model or str(self.shape)
 
 
+def load_strategy(name: str) -> Any:
+    """The class; one of your own is named as `package.module:Class`."""
+    return resolve_name(f"lora_grpo.bench.strategies:{_CLASSES[name]}" if name in _CLASSES else name)
+
+
 def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> dict[str, Settings]:
     """Settings by part, in order; `options` win over the file. Raises `ConfigError` for what cannot be."""
     if part != "all" and part not in PARTS:
@@ -117,7 +139,8 @@ def plan_parts(part: str, scenario: Path | None, options: Mapping[str, Any]) -> 
         asked = {"repeat": repeat, "strategies": strategies, **tables.get("all", {}), **tables.get(name, {}), **options}
         parts[name] = made = Settings(**asked)
         for strategy in made.strategies:
-            check_name(strategy)
+            if strategy not in _CLASSES and ":" not in strategy:
+                raise ConfigError(f"unknown strategy {strategy!r}; {nearest_key(strategy, _CLASSES)}")
         if made.model is None:
             shape_config(str(made.shape))
     # A sync alone has proofs to measure.
@@ -142,7 +165,7 @@ class Subject:
     graphs: bool | str = False
     gpu_memory_utilization: float = 0.35
     rows: tuple[int, ...] = ()
-    kv_cache_bytes: int | None = None
+    kv_cache_memory_bytes: int | None = None
     seed: int = 0
 
     @property

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy
 
+from lora_grpo.bench.plan import NATIVE
 from lora_grpo.bench.schema import MEMORY_KINDS, Document, SyncRow, figure, mib, ms, percent
-from lora_grpo.bench.strategies import NATIVE
 
 BLUE, ORANGE, GREY = "tab:blue", "tab:orange", "#b6bac0"
 STYLE = {

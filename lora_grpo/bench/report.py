@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_grpo.bench.plan import NATIVE
 from lora_grpo.bench.plots import draw
 from lora_grpo.bench.schema import BreakEvenRow, Document, figure, ms, percent, tables
-from lora_grpo.bench.strategies import NATIVE
 from lora_grpo.errors import ConfigError, counted
 
 REPORT, SUMMARY = "report.md", "summary.json"  # benchmarks/gpu/run.py leaves the latter: its steps, where models were

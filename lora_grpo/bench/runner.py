@@ -20,8 +20,7 @@ from typing import Any, TypeAlias
 
 from lora_grpo.adapters.files.disk import replace_file
 from lora_grpo.bench.gauges import collect
-from lora_grpo.bench.plan import Cell, Subject
-from lora_grpo.bench.strategies import load_strategy
+from lora_grpo.bench.plan import Cell, Subject, load_strategy
 from lora_grpo.engines import compat
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
 from lora_grpo.metrics.log import capture_output

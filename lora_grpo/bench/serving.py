@@ -1,7 +1,8 @@
 """How long a served policy takes to complete prompts, and a whole GRPO step with it (generate, train, sync)."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from statistics import median
 from typing import Any
 
@@ -9,10 +10,9 @@ import torch
 
 from lora_grpo.bench.fidelity import truth
 from lora_grpo.bench.gauges import Clock
-from lora_grpo.bench.plan import Cell, Settings, Subject, alone, beside_native, results
+from lora_grpo.bench.plan import BASE, SHARED, STOCK, Cell, Settings, Subject, alone, beside_native, results
 from lora_grpo.bench.schema import DecodeRow, StepRow
-from lora_grpo.bench.strategies import BASE, SHARED, STOCK
-from lora_grpo.bench.strategies.base import Strategy
+from lora_grpo.bench.strategy import Strategy
 from lora_grpo.grpo.batch import Batch, group_advantages
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.policy import Policy
@@ -68,34 +68,25 @@ def generate_seconds(strategy: Strategy, rows: int, prompt_tokens: int, length: 
 
 
 def decode_rows(cell: Mapping[str, Any]) -> list[DecodeRow]:
-    medians_s = {
-        strategy: {int(rows): {int(length): median(s) for length, s in of.items()} for rows, of in found.items()}
-        for strategy, found in results(cell).items()
-    }
-    native = next(iter(medians_s.values()))
-    return [
-        _decode_row(
-            {"strategy": strategy, **cell["labels"], "rows": rows, "completion_tokens": length}, own[rows], native[rows]
+    found, made, labels = results(cell), list[DecodeRow](), cell["labels"]
+    native = next(iter(found.values()))
+    sizes = [(rows, length) for rows, by_length in native.items() for length in sorted(map(int, by_length))[1:]]
+    for (rows, length), (strategy, of) in product(sizes, found.items()):
+        own_s, native_s = _decode_seconds(of[rows], length), _decode_seconds(native[rows], length)
+        row = DecodeRow(
+            **{"strategy": strategy, **labels, "rows": int(rows), "completion_tokens": length},
+            tokens_per_s=int(rows) * length / own_s["generate"],
+            prefill_tokens_per_s=int(rows) * labels["prompt_tokens"] / own_s["prefill"],
+            **{f"{phase}_s": seconds for phase, seconds in own_s.items()},
+            **{f"{phase}_ratio_to_native": seconds / native_s[phase] for phase, seconds in own_s.items()},
         )
-        for rows in native
-        for length in sorted(native[rows])[1:]
-        for strategy, own in medians_s.items()
-    ]
+        made.append(row)
+    return made
 
 
-def _decode_row(about: dict[str, Any], own: dict[int, float], native: dict[int, float]) -> DecodeRow:
-    """Of median seconds by completion length, of which the shortest is 1."""
-    rows, length = about["rows"], about["completion_tokens"]
-    own_s, native_s = (
-        {"generate": s[length], "prefill": s[1], "tpot": (s[length] - s[1]) / (length - 1)} for s in (own, native)
-    )
-    return DecodeRow(
-        **about,
-        tokens_per_s=rows * length / own[length],
-        prefill_tokens_per_s=rows * about["prompt_tokens"] / own[1],
-        **{f"{phase}_s": seconds for phase, seconds in own_s.items()},
-        **{f"{phase}_ratio_to_native": seconds / native_s[phase] for phase, seconds in own_s.items()},
-    )
+def _decode_seconds(measured: Mapping[str, Sequence[float]], length: int) -> dict[str, float]:
+    whole, first = median(measured[str(length)]), median(measured["1"])
+    return {"generate": whole, "prefill": first, "tpot": (whole - first) / (length - 1)}
 
 
 def step_cells(settings: Settings, subject: Subject) -> list[Cell]:

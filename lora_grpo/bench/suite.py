@@ -13,11 +13,10 @@ from lora_grpo.adapters.files.disk import tmpfs_home
 from lora_grpo.bench import fidelity, host, serving, shapes, sync
 from lora_grpo.bench.gauges import adapter_crossing, floor_seconds, weights_crossing
 from lora_grpo.bench.joining import finished, read_document
-from lora_grpo.bench.plan import TABLES, Cell, Settings, Subject, by_strategy, compared, one_at_a_time
+from lora_grpo.bench.plan import NATIVE, TABLES, Cell, Settings, Subject, by_strategy, compared, one_at_a_time
 from lora_grpo.bench.runner import Partial, Progress, Runner, WorkerProcess
 from lora_grpo.bench.schema import Document
-from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.strategies.base import memory_cells
+from lora_grpo.bench.strategy import memory_cells
 from lora_grpo.errors import ConfigError
 
 CELLS: dict[str, Callable[[Settings, Subject], list[Cell]]] = {
@@ -179,7 +178,7 @@ class Suite:
             disk=str(self._disk),
             gpu_memory_utilization=self._shares[settings.label],
             rows=settings.rows if settings.graphs == "alone" else (),
-            kv_cache_bytes=None if settings.device == "cpu" else host.KV_CACHE_BYTES,
+            kv_cache_memory_bytes=None if settings.device == "cpu" else host.KV_CACHE_BYTES,
             **{name: getattr(settings, name) for name in asked},
         )
 

@@ -16,11 +16,10 @@ from lora_grpo.adapters.files.disk import STAGING
 from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.bench.fidelity import truth
 from lora_grpo.bench.gauges import cuda_level, floor_seconds, on_tmpfs, percentile_95, resident
-from lora_grpo.bench.plan import Cell, Settings, Subject, alone, beside_native, results
+from lora_grpo.bench.plan import NATIVE, Cell, Settings, Subject, alone, beside_native, results
 from lora_grpo.bench.schema import RollbackRow, SyncRow
-from lora_grpo.bench.strategies import NATIVE
-from lora_grpo.bench.strategies.base import ADAPTER, Strategy
-from lora_grpo.bench.strategies.native import Native
+from lora_grpo.bench.strategies import Native
+from lora_grpo.bench.strategy import ADAPTER, Strategy
 from lora_grpo.engines.delivery.base_match import match_base
 from lora_grpo.engines.delivery.probe import run_probe
 from lora_grpo.grpo.forward import mean_abs_difference
@@ -42,10 +41,8 @@ def sync_cells(settings: Settings, subject: Subject) -> list[Cell]:
         # In the same process, while it is alive: what was timed serves what it claims to.
         planned += [alone("sync/truth", "truth", truth, subject, strategy) for strategy in settings.strategies]
     if settings.canary_rows:
-        warm = {"settings": settings.replace(canary_rows=()), "times": 1}
-        planned.append(
-            alone("sync/proofs", "proof", prove, subject, NATIVE, arguments={"settings": settings}, warm=warm)
-        )
+        warm, asked = {"settings": settings.replace(canary_rows=()), "times": 1}, {"settings": settings}
+        planned.append(alone("sync/proofs", "proof", prove, subject, NATIVE, arguments=asked, warm=warm))
     swept = [strategy for strategy in settings.sweep_strategies if strategy in settings.strategies]
     elsewhere = [replace(subject, rank=rank) for rank in settings.sweep_ranks]
     elsewhere += [replace(subject, targets=targets) for targets in settings.sweep_targets]

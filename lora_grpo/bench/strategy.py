@@ -197,10 +197,8 @@ class Strategy(ABC):
 
 
 def engine_arguments(subject: Subject) -> dict[str, Any]:
-    names = ("max_model_len", "max_num_seqs", "gpu_memory_utilization")
+    names = ("max_model_len", "max_num_seqs", "gpu_memory_utilization", "kv_cache_memory_bytes")
     arguments: dict[str, Any] = {name: getattr(subject, name) for name in names}
-    if subject.kv_cache_bytes is not None:
-        arguments["kv_cache_memory_bytes"] = subject.kv_cache_bytes
     if subject.graphs != "alone" or subject.device == "cpu":
         # Nothing captured, or vLLM's default: compiled, graphs of many sizes.
         return {**arguments, "enforce_eager": subject.graphs is not True}
