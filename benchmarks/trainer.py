@@ -10,8 +10,7 @@ state, forward and backward: what no output layer can undercut. `padded` and `ba
 completion, `ours` and `packed-backbone` once a group where that pays. `canary` is the trainer's part of a canary on 32
 such rows, and `estimate` what is said of the step before it starts. The rows are one group and one micro-batch. Each
 figure is of a process of its own, with one thread unless OMP_NUM_THREADS is set: CPU seconds, and the peak of its
-memory above the level before. What tensors give back goes back to the system at once (MALLOC_MMAP_THRESHOLD_), or the
-peak would hold what glibc's heap keeps. Ratios are of figures of one call.
+memory above the level before, without what glibc's heap would keep (MALLOC_MMAP_THRESHOLD_).
 
 On a GPU (`--device cuda:0`) subjects take turns in one process: seconds of the clock, for a step after two that warmed
 up, and the peak of what torch has allocated. What does not fit the card has no figures."""
@@ -226,8 +225,7 @@ def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:
     batch = LargestBatch(options.rows, options.prompt, options.tokens, group=options.rows)
     started = time.process_time()
     needed = estimate(model, None, engine, batch, False, options.checkpointing == "on")
-    seconds = time.process_time() - started
-    return {"peak_mib": (needed.activations_bytes or 0) / 2**20, "cpu_s": seconds}
+    return {"peak_mib": (needed.activations_bytes or 0) / 2**20, "cpu_s": time.process_time() - started}
 
 
 def _peak_and_time(step: Callable[[], Any], device: str) -> dict[str, float]:

@@ -70,7 +70,8 @@ def judge(rows: Rows, noise: float) -> dict[str, float]:
     left_B = ~(told_B | wrong_B)
     keys_N2, bucket_L = torch.stack([rows.stamped_B, rows.server_B], 1)[left_B].unique(dim=0, return_inverse=True)
     size_N = bucket_L.bincount(minlength=len(keys_N2))
-    gap_VN, distance_VN = (_bucket_means(values[:, left_B], bucket_L, size_N) for values in (gap_VB, distance_VB))
+    sums_VN = gap_VB.new_zeros(len(gap_VB), len(size_N))
+    gap_VN, distance_VN = (sums_VN.index_add(1, bucket_L, v_VB[:, left_B]) / size_N for v_VB in (gap_VB, distance_VB))
     told_N, wrong_N, own_N = _verdict(gap_VN, distance_VN, keys_N2[:, 0])
     wrong_N &= size_N >= MIN_BUCKET
     unknown_N = ~(told_N | wrong_N)
@@ -102,10 +103,6 @@ def _claimed(values_VN: Tensor, claimed_N: Tensor) -> Tensor:
 def _others(values_VN: Tensor, claimed_N: Tensor) -> Tensor:
     """The values, infinite where the version is the one that is claimed."""
     return values_VN.scatter(0, claimed_N[None], torch.inf)
-
-
-def _bucket_means(values_VL: Tensor, bucket_L: Tensor, size_N: Tensor) -> Tensor:
-    return values_VL.new_zeros(len(values_VL), len(size_N)).index_add(1, bucket_L, values_VL) / size_N
 
 
 def _padded(rows: Ragged) -> Tensor:

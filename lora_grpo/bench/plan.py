@@ -250,8 +250,7 @@ def one_at_a_time(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def compared(cells: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What was measured, ready for rows: rounds of one strategy in turn stand behind those of native, or where those
-    are missing, of its second turn."""
+    """Cells ready for rows: rounds of one strategy in turn stand behind native's, else behind its second turn's."""
     for cell in cells.values():
         rounds, kind = cell["rounds"], (cell["table"], cell["labels"])
         if cell["table"] not in BESIDE_NATIVE or len(results(cell)) > 1:

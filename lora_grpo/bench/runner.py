@@ -63,9 +63,8 @@ class Partial:
 
 
 class WorkerProcess:
-    """A worker in a process of its own; what it prints goes to `log`. `alone`: it imports by itself, what it needs and
-    when, and shares no memory with others: for one whose memory is measured, and for CUDA, which a fork cannot start
-    where importing has."""
+    """What it prints goes to `log`. `alone`: it imports by itself, when it needs to, and shares no memory with others:
+    for one whose memory is measured, and for CUDA, which a fork cannot start where importing has."""
 
     def __init__(self, log: Path, *, alone: bool = False) -> None:
         self._log = log
@@ -98,7 +97,6 @@ class WorkerProcess:
         self._channel.close()
 
     def kill(self) -> None:
-        """In the middle of what it does."""
         self._process.kill()
         self._process.join()
 

@@ -174,8 +174,6 @@ class FidelityRow(Row):
 
 
 class DriftRow(Row):
-    """The trainer's frozen base after so many syncs, against what it was."""
-
     cycles: Annotated[int, Column("syncs")]
     mean_relative: Annotated[float, Column("mean drift, % of |W|", percent)]
     max_abs: Annotated[float, Column("largest")]

@@ -27,22 +27,18 @@ def decode_cells(settings: Settings, subject: Subject) -> list[Cell]:
     what they are measured by alternate. With the truth of what no other part looks at."""
     others = [name for name in settings.others if name != STOCK or settings.device == "cpu"]
     together = [name for name in others if name in (BASE, STOCK)]
-    how: dict[str, Any] = {
-        "arguments": {"settings": settings},
-        "warm": {"settings": settings.replace(lengths=(2,), repeat=1, least_s=0.0)},
-        "labels": {"prompt_tokens": settings.prompt_tokens},
-    }
+    asked, labels = {"settings": settings}, {"prompt_tokens": settings.prompt_tokens}
+    how = {"arguments": asked, "warm": {"settings": settings.replace(lengths=(2,), repeat=1, least_s=0.0)}}
     planned: list[Cell] = []
     for group in filter(None, (together, *([name] for name in others if name not in together))):
-        planned.append(beside_native("decode", measure_decode, subject, *group, **how))
+        planned.append(beside_native("decode", measure_decode, subject, *group, **how, labels=labels))
         looked_at = [name for name in group if settings.truth and name in (SHARED, STOCK)]
         planned += [alone("decode/truth", "truth", truth, subject, name) for name in looked_at]
     return planned
 
 
 def measure_decode(strategy: Strategy, settings: Settings) -> dict[str, dict[str, list[float]]]:
-    """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token), each taken
-    as often as is asked for and for `least_s` seconds at least."""
+    """Worker: seconds of whole batches by rows and completion length (1: the prefill and one token)."""
     strategy.renew()
 
     def taken(rows: int, length: int) -> list[float]:
@@ -56,9 +52,8 @@ def measure_decode(strategy: Strategy, settings: Settings) -> dict[str, dict[str
 
 
 def generate_seconds(strategy: Strategy, rows: int, prompt_tokens: int, length: int) -> float:
-    """Seconds to complete `rows` prompts that no cache has seen by exactly `length` tokens each. Drawn at temperature
-    1, but on a GPU greedily: requests that have a seed are drawn there one after the other, which takes as long as the
-    model does at many rows and hides what strategies differ in."""
+    """Seconds to complete `rows` prompts that no cache has seen by exactly `length` tokens each; on a GPU greedily:
+    there requests with a seed are drawn one after the other, which at many rows takes as long as the model does."""
     prompts = strategy.subject.fresh_prompts(rows, prompt_tokens)
     temperature = 1.0 if strategy.subject.device == "cpu" else 0.0
     sampling = Sampling(n=1, max_tokens=length, temperature=temperature, seed=strategy.subject.seed, ignore_eos=True)
@@ -91,11 +86,8 @@ def _decode_seconds(measured: Mapping[str, Sequence[float]], length: int) -> dic
 
 def step_cells(settings: Settings, subject: Subject) -> list[Cell]:
     sizes = {"rows": settings.step_rows, "prompt_tokens": settings.prompt_tokens}
-    how: dict[str, Any] = {
-        "arguments": {"settings": settings},
-        "warm": {"settings": settings.replace(repeat=1)},
-        "labels": {**sizes, "completion_tokens": settings.step_tokens},
-    }
+    labels = {**sizes, "completion_tokens": settings.step_tokens}
+    how = {"arguments": {"settings": settings}, "warm": {"settings": settings.replace(repeat=1)}, "labels": labels}
     return [beside_native("step", measure_steps, subject, name, **how) for name in settings.others]
 
 

@@ -15,21 +15,10 @@ from lora_grpo.sections import nearest_key
 if TYPE_CHECKING:
     import torch
 
-_QWEN = {
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 32768,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-}
-_LLAMA_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
+_QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+_QWEN = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "rope_parameters": _QWEN_ROPE}
+_LLAMA_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
+_LLAMA_ROPE |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _FIELDS = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "vocab_size", "tie_word_embeddings"),

@@ -35,16 +35,11 @@ class Native(Strategy):
         self.connect()
 
     def start_engine(self) -> None:
-        self.engine = VLLMEngine(
-            self.subject.model,
-            max_lora_rank=self.subject.rank,
-            target_modules=None if self.subject.targets == "all-linear" else self.subject.target_modules,
-            **self.engine_options,
-            **engine_arguments(self.subject),
-        )
+        targets = None if self.subject.targets == "all-linear" else self.subject.target_modules
+        options = {"max_lora_rank": self.subject.rank, **self.engine_options, **engine_arguments(self.subject)}
+        self.engine = VLLMEngine(self.subject.model, target_modules=targets, **options)
 
     def connect(self) -> None:
-        """Prove the path from the trainer to the engine."""
         self.store = AdapterStore(self.folder, retention=keep_latest(KEPT_VERSIONS))
         self.pusher = NativeSync(self.trainer.model, self.engine, self.store)
 
@@ -244,8 +239,8 @@ class MergeTouched(MergeTRL):
     def start(self) -> None:
         super().start()
         layers = {self.engine.layer_of(module.path) for module in self.trainer.modules}
-        names = [name for name, _ in super().weights()]
-        self._touched = {name for name in names if self.engine.layer_of(name.rpartition(".")[0]) in layers}
+        named, layer_of = super().weights(), self.engine.layer_of
+        self._touched = {name for name, _ in named if layer_of(name.rpartition(".")[0]) in layers}
 
     def weights(self) -> Named:
         return ((name, tensor) for name, tensor in super().weights() if name in self._touched)

@@ -20,7 +20,6 @@ from lora_grpo.engines.local.weights import drop_weights, lora_tensors
 from lora_grpo.types import Group, Sampling
 
 ADAPTER = "default"
-MEMORY_SYNCS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,11 +215,11 @@ def memory_cells(settings: Settings, subject: Subject) -> list[Cell]:
     return [alone("memory", "memory", measure_memory, subject, name, fresh=True) for name in settings.strategies]
 
 
-def measure_memory(strategy: Strategy) -> list[dict[str, Any]]:
+def measure_memory(strategy: Strategy, syncs: int = 5) -> list[dict[str, Any]]:
     """Worker: the levels on the way here, the peak over some syncs, and what the weights took, which are gone then."""
     device, levels = strategy.subject.device, strategy.levels
     forget_peaks(device)
-    for _ in range(MEMORY_SYNCS):
+    for _ in range(syncs):
         strategy.renew()
     most, reserved = peak(device)
     copy_bytes = strategy.trainer.base_bytes

@@ -85,7 +85,6 @@ class Suite:
             self._partial.notes.append(note)
 
     def _floors(self, device: str) -> dict[str, Any]:
-        """What each model weighs, its adapter and all of it, and the least time that either can take."""
         lines: dict[str, Any] = {}
         for settings in self._parts.values():
             model = self._sizes[settings.label]
@@ -99,7 +98,6 @@ class Suite:
         return lines
 
     def run(self, progress: Progress) -> None:
-        """Measure every cell that an earlier run has not."""
         models = {part: self._model(settings, progress) for part, settings in self._parts.items()}
         cells = [self._told(cell, progress) for cell in self._cells(models)]
         self._host.close()

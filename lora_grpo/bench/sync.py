@@ -35,7 +35,6 @@ _SIZES = ("memory_bytes", "cuda_bytes", "tmpfs_bytes")
 
 
 def sync_cells(settings: Settings, subject: Subject) -> list[Cell]:
-    """Each strategy beside `native`, with its truth; what proofs cost besides; the sweeps of ranks and targets."""
     planned = [_pair(settings, subject, strategy) for strategy in settings.others]
     if settings.truth:
         # In the same process, while it is alive: what was timed serves what it claims to.
