@@ -49,9 +49,7 @@ from lora_grpo.trainer.build import member_spec
 from lora_grpo.types import Completion, Group, Prompt, Sampling
 
 VLLM_ARGS = "--max-model-len 64 --max-num-seqs 256 --gpu-memory-utilization 0.1 --enforce-eager --dtype float32"
-PORT = 8461
-MIN_STEPS = 6
-NOISE_ROWS = 1024
+PORT, MIN_STEPS, NOISE_ROWS = 8461, 6, 1024
 
 Row = tuple[tuple[int, ...], Completion]
 
@@ -171,7 +169,7 @@ def check(trainer: GRPOTrainer, engine: Witnessed, of_the_base: list[Row], noise
     claims = [1 + index % (len(numbers) - 1) for index in range(len(of_the_base))]
 
     def rows_with(part: Sequence[Row], stamped: list[int], here: slice) -> Rows:
-        sampler = [made.logprobs for _, made in part]
+        sampler = [list(made.logprobs) for _, made in part]
         return Rows.of([values[here] for values in logp], sampler, stamped, engine.servers_of(part))
 
     own = rows_with(rows, [numbers.index(made.version) for _, made in rows], slice(0, len(rows)))

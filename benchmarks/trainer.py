@@ -184,8 +184,7 @@ def _trl(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], A
     trainer.model.train()
     if args.gradient_checkpointing:  # as its `train` does
         trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-    ids_BL = ids_BL.to(options.device)
-    prompt_BP, completion_BT = ids_BL[:, : options.prompt], ids_BL[:, options.prompt :]
+    prompt_BP, completion_BT = ids_BL.to(options.device).split([options.prompt, options.tokens], 1)
     inputs = {
         "prompt_ids": prompt_BP,
         "prompt_mask": torch.ones_like(prompt_BP),

@@ -8,12 +8,12 @@ has no direction, so on average it leaves them as far from another version as th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Ragged: TypeAlias = Sequence[Sequence[float]]
+from lora_grpo.types import LogProbs
+
 MIN_BUCKET = 10  # completions of a bucket that may be called wrong: fewer could lie near another version by chance
 
 
@@ -30,7 +30,7 @@ class Rows:
     server_B: Tensor
 
     @classmethod
-    def of(cls, logp: Sequence[Ragged], sampler: Ragged, stamped: Sequence[int], server: Sequence[int]) -> "Rows":
+    def of(cls, logp: Sequence[LogProbs], sampler: LogProbs, stamped: Sequence[int], server: Sequence[int]) -> "Rows":
         """From ragged rows of log-probs; `logp` has such rows for each version."""
         about = (torch.tensor(values) for values in ([len(row) for row in sampler], stamped, server))
         return cls(torch.stack([_padded(rows) for rows in logp]), _padded(sampler), *about)
@@ -105,6 +105,6 @@ def _others(values_VN: Tensor, claimed_N: Tensor) -> Tensor:
     return values_VN.scatter(0, claimed_N[None], torch.inf)
 
 
-def _padded(rows: Ragged) -> Tensor:
+def _padded(rows: LogProbs) -> Tensor:
     """(B, T) float64, zeros after each row's end."""
     return nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)

@@ -19,8 +19,7 @@ from lora_grpo.engines.delivery.probe import MIN_SIGNAL_NATS, SEPARATION
 from lora_grpo.errors import EngineError
 from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
 
-ORACLE_SEED = 1
-DRIFT_RATE = 1e-4
+ORACLE_SEED, DRIFT_RATE = 1, 1e-4
 
 
 class Reference:

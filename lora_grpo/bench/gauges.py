@@ -1,5 +1,4 @@
-"""What all measurements read: a clock that waits for the device, how fast bytes can cross at all, and what a process
-takes, now and at most: what is resident on the CPU, CUDA allocated on a GPU, blocks of files on tmpfs."""
+"""What all measurements read: a clock that waits for the device, how fast bytes can cross, what a process takes."""
 
 import ctypes
 import gc
@@ -14,8 +13,7 @@ import psutil
 import torch
 
 TMPFS = "/dev/shm"
-_BYTES = 64 << 20
-_REPEATS = 20
+_BYTES, _REPEATS = 64 << 20, 20
 
 
 class Clock:

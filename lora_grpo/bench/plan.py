@@ -14,7 +14,7 @@ from lora_grpo.errors import ConfigError
 from lora_grpo.sections import Section, nearest_key
 
 NATIVE, SHARED, STOCK, BASE = "native", "native-shared", "native-stock", "base"
-AGAIN = "native again"
+AGAIN, AT_ONCE = "native again", "merge-trl-batched"
 _CLASSES = {
     NATIVE: "Native",
     AGAIN: "Native",
@@ -30,7 +30,6 @@ _CLASSES = {
 }
 STRATEGIES = ("native", "native-disk", "by-hand", "merge-trl", "merge-touched", "merge-out-of-place", "merge-fold")
 """What is compared; the others differ from one of these in what they hold or compute with, not in their syncs."""
-AT_ONCE = "merge-trl-batched"
 BESIDE_NATIVE = ("sync", "decode", "step", "rollback")
 """The tables in which strategies are compared with what native does beside them."""
 TABLES = ("sync", "decode", "rollback", "proof", "fidelity", "drift", "step", "endurance", "truth", "memory")
@@ -189,10 +188,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Cell:
-    """One piece of measuring: `work` is done by `subjects` in the given order of their indices; (0, 1, 1, 0) has
-    a drifting machine favour neither. `warm` arguments are for a round before those, thrown away. Its rows belong to
-    `table`, with `labels` as columns and `name` in the strategy's place. `fresh` subjects start in new processes and
-    end with the cell."""
+    """`work`, done by `subjects` in the order of their indices: (0, 1, 1, 0) has a drifting machine favour neither.
+    `warm` arguments are for a round before, thrown away. Rows of it belong to `table`, with `labels` as columns and
+    `name` in the strategy's place. `fresh` subjects start in new processes and end with the cell."""
 
     key: str
     table: str

@@ -10,17 +10,9 @@ from lora_grpo.bench.plan import NATIVE
 from lora_grpo.bench.schema import MEMORY_KINDS, Document, SyncRow, figure, mib, ms, percent
 
 BLUE, ORANGE, GREY = "tab:blue", "tab:orange", "#b6bac0"
-STYLE = {
-    "axes.axisbelow": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "font.size": 9,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
+STYLE: dict[str, Any] = {"axes.axisbelow": True, "axes.spines.right": False, "axes.spines.top": False}
+STYLE |= {"axes.titlelocation": "left", "axes.titleweight": "bold", "font.size": 9}
+STYLE |= {"grid.color": "#e6e6e6", "legend.frameon": False, "legend.fontsize": 8}
 _BELOW = {"loc": "upper center", "bbox_to_anchor": (0.4, -0.14)}
 _LINES = ("-", "--", ":", "-.", "-") * 4
 _MARKERS = "os^Dv" * 4  # lines that lie on one another can be told apart by them

@@ -37,8 +37,7 @@ class Partial:
         """`bandwidth` is of this start, begun at `started` (monotonic); a run that is gone on with keeps its first
         start's. Raises `ConfigError` when the file is of a run with other settings or on another machine."""
         self.path, self._fingerprint, self.bandwidth, self._started = path, fingerprint, bandwidth, started
-        self.cells: dict[str, Any] = {}
-        self.notes: list[str] = []
+        self.cells, self.notes = dict[str, Any](), list[str]()
         if path.exists():
             stored = json.loads(path.read_text())
             if stored["fingerprint"] != fingerprint:
@@ -155,8 +154,7 @@ def give_back(strategy: Any) -> None:
 class Runner:
     def __init__(self, log: Path, progress: Progress, *, alive_at_once: int) -> None:
         self._log, self._progress, self._alive_at_once = log, progress, alive_at_once
-        self._alive: dict[Subject, WorkerProcess] = {}
-        self._broken: set[Subject] = set()
+        self._alive, self._broken = dict[Subject, WorkerProcess](), set[Subject]()
 
     def run(self, cells: Sequence[Cell], partial: Partial) -> list[str]:
         """Run what `partial` does not hold yet; returns a sentence for each cell that failed. No worker outlives it."""

@@ -27,9 +27,8 @@ def decode_cells(settings: Settings, subject: Subject) -> list[Cell]:
     what they are measured by alternate. With the truth of what no other part looks at."""
     others = [name for name in settings.others if name != STOCK or settings.device == "cpu"]
     together = [name for name in others if name in (BASE, STOCK)]
-    asked, labels = {"settings": settings}, {"prompt_tokens": settings.prompt_tokens}
+    asked, labels, planned = {"settings": settings}, {"prompt_tokens": settings.prompt_tokens}, list[Cell]()
     how = {"arguments": asked, "warm": {"settings": settings.replace(lengths=(2,), repeat=1, least_s=0.0)}}
-    planned: list[Cell] = []
     for group in filter(None, (together, *([name] for name in others if name not in together))):
         planned.append(beside_native("decode", measure_decode, subject, *group, **how, labels=labels))
         looked_at = [name for name in group if settings.truth and name in (SHARED, STOCK)]

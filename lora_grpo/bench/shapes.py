@@ -53,8 +53,7 @@ def shape_config(name: str) -> dict[str, Any]:
 
 
 def write_model(name: str, directory: Path, *, device: str = "cpu", seed: int = 0) -> Path:
-    """Write a shape's config, random bf16 weights (drawn on `device`) and a tokenizer to `directory`. A directory that
-    is there already is left as it is; returns it."""
+    """Write a shape's config, random bf16 weights and a tokenizer to `directory`, unless that is there; returns it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

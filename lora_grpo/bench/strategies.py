@@ -76,8 +76,7 @@ class NativeDisk(Native):
     """As `Native`, with its versions on an ordinary disk: what tmpfs is worth."""
 
     def start(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             super().start()
 
     @property

@@ -27,10 +27,8 @@ from lora_grpo.grpo.processes import Processes
 from lora_grpo.types import Sampling
 
 WARM = 3  # syncs thrown away: caches, allocators and lazily built state of every strategy settle
-PROVEN = 3  # times that each proof is measured
 ENDURANCE_WARM = 20  # syncs thrown away: enough to fill every place that retention then keeps full
-TENTHS = 10
-SAMPLES = 10  # looks at the memory in each tenth; each takes as long as a sync
+TENTHS, SAMPLES = 10, 10  # the latter: looks at the memory in each tenth; each takes as long as a sync
 _SIZES = ("memory_bytes", "cuda_bytes", "tmpfs_bytes")
 
 
@@ -98,7 +96,7 @@ def _summary(seconds: Sequence[float], made: Sequence[SyncRow | RollbackRow]) ->
     return {"median_s": typical_s, "p95_s": percentile_95(seconds), "ratio_to_native": ratio}
 
 
-def prove(strategy: Native, settings: Settings, times: int = PROVEN) -> list[dict[str, Any]]:
+def prove(strategy: Native, settings: Settings, times: int = 3) -> list[dict[str, Any]]:
     """Worker: seconds of each proof, several times, and of as many pushes."""
     strategy.trainer.step()
     push_s = median([strategy.sync().total_s for _ in range(4 * times)])
@@ -164,8 +162,7 @@ def endurance_cells(settings: Settings, subject: Subject) -> list[Cell]:
 
 def endure(strategy: Strategy, syncs: int) -> list[dict[str, Any]]:
     """Worker: seconds of each sync and, every so often, what was resident; in tenths."""
-    seconds: list[float] = []
-    levels: list[dict[str, Any]] = []
+    seconds, levels = list[float](), list[dict[str, Any]]()
     for done in range(syncs):
         strategy.trainer.nudge()
         seconds.append(strategy.sync().total_s)
