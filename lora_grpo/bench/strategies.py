@@ -166,18 +166,15 @@ class Merging(Strategy):
         return self.trainer.snapshot()
 
     def rollback(self, mark: list[torch.Tensor]) -> Synced:
-        return self._go_through({"trainer": partial(self.trainer.restore, mark), **self.phases()})
-
-    def sync(self) -> Synced:
-        return self._go_through(self.phases())
+        return self.sync(trainer=partial(self.trainer.restore, mark))
 
     def phases(self) -> Phases:
         """What a sync does, before what the prefix cache holds is dropped."""
         return {}
 
-    def _go_through(self, phases: Phases) -> Synced:
+    def sync(self, **before: Callable[[], object]) -> Synced:
         clock = Clock(self.subject.device)
-        for phase, work in {**phases, "cache reset": self.engine.reset_prefix_cache}.items():
+        for phase, work in {**before, **self.phases(), "cache reset": self.engine.reset_prefix_cache}.items():
             with clock(phase):
                 work()
         return Synced(clock.seconds, weights_crossing(self.subject.device, self.moved_bytes))

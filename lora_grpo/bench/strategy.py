@@ -168,8 +168,7 @@ class Strategy(ABC):
         return {}
 
     def served_weight(self, path: str, base_OI: torch.Tensor) -> torch.Tensor:
-        """The weight, fp32, that is computed with at `path`, given the base's; after a sync with `remember_pushed`.
-        Here that of an engine with an adapter."""
+        """The fp32 weight computed with at `path` (here, beside LoRA), given the base's; needs `remember_pushed`."""
         a_RI, b_OR = lora_tensors(self.engine, path, self.version)
         return base_OI + (b_OR.float() @ a_RI.float()).to(base_OI.device)
 
@@ -202,8 +201,8 @@ def engine_arguments(subject: Subject) -> dict[str, Any]:
         # Nothing captured, or vLLM's default: compiled, graphs of many sizes.
         return {**arguments, "enforce_eager": subject.graphs is not True}
     # Graphs of whole decode steps of the rows that are measured.
-    alone = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted({*subject.rows})}
-    return {**arguments, "enforce_eager": False, "compilation_config": alone}
+    captured = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted({*subject.rows})}
+    return {**arguments, "enforce_eager": False, "compilation_config": captured}
 
 
 def checkpoint_name(name: str) -> str:
