@@ -159,13 +159,12 @@ def asked(about: str | None, **defaults: Any) -> argparse.Namespace:
     path that may be left out, a tuple one of its values, the first unless another is asked for."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
-        flag = f"--{name.replace('_', '-')}"
+        how: dict[str, Any] = {"type": Path if default is None else type(default), "default": default}
         if isinstance(default, type):
-            parser.add_argument(flag, type=default, required=True)
+            how = {"type": default, "required": True}
         elif isinstance(default, tuple):
-            parser.add_argument(flag, choices=default, default=default[0])
-        else:
-            parser.add_argument(flag, type=Path if default is None else type(default), default=default)
+            how = {"choices": default, "default": default[0]}
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
     return parser.parse_args()
 
 

@@ -25,11 +25,10 @@ def write_report(document: Document, directory: Path) -> Path:
 def update_readme(document: Document, readme: Path) -> None:
     """Put the figures between the marks for them. Raises `ConfigError` without those."""
     name = "bench" if document.card.get("device") == "cpu" else "gpu"
-    text = readme.read_text()
     short = document.model_copy(update={"break_even": earliest(document.break_even)})
     block = "\n".join([*findings(short), "", *_provenance(document)])
     pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-    changed, count = pattern.subn(lambda found: f"{found[1]}{block}\n{found[2]}", text)
+    changed, count = pattern.subn(lambda found: f"{found[1]}{block}\n{found[2]}", readme.read_text())
     if count != 1:
         raise ConfigError(f"{readme} needs one <!-- {name}:begin --> ... <!-- {name}:end --> for the figures to go in")
     readme.write_text(changed)
