@@ -213,7 +213,7 @@ def invariance(device: str, model: str) -> dict[str, Any]:
     if device != "cpu":
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     from lora_grpo.bench.plan import Subject
-    from lora_grpo.bench.strategies.native import Native
+    from lora_grpo.bench.strategies import Native
     from lora_grpo.engines import compat
 
     compat.import_vllm()
