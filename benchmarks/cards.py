@@ -5,7 +5,6 @@ beside them with a KV cache for one batch of completions. No GPU takes part."""
 
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -27,8 +26,8 @@ BATCH = LargestBatch(rows=8, prompt_tokens=512, completion_tokens=1024)
 TRIES = ((BATCH, False), (BATCH, True), (replace(BATCH, rows=1), True))
 COMPLETIONS = 64  # sampled at the same time
 RESERVED_BYTES = 3 << 29  # for CUDA's own state and for what vLLM's kernels work in
-NF4, SHARED = {"scheme": "nf4"}, {"shared_base": True}
-WAYS: dict[str, dict[str, Any]] = {"two copies": {}, "one copy, shared": SHARED, "two copies in nf4": NF4}
+WAYS = {"two copies": (False, None), "one copy, shared": (True, None), "two copies in nf4": (False, "nf4")}
+"""Whether the base is shared, and how it is quantized."""
 
 
 def main() -> None:
@@ -55,9 +54,9 @@ def _needed_bytes(name: str, way: str, batch: LargestBatch, checkpointing: bool)
     config = AutoConfig.for_model(**MODELS[name])
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
-    model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"), low_cpu_mem_usage=True)
-    engine = EngineConfig(max_loras=2, dtype="bfloat16")
-    estimate = estimate_memory(model, batch, engine, torch.bfloat16, checkpointing=checkpointing, **WAYS[way])
+    lora, engine = LoraConfig(r=16, target_modules="all-linear"), EngineConfig(max_loras=2, dtype="bfloat16")
+    model = get_peft_model(base, lora, low_cpu_mem_usage=True).to(torch.bfloat16)
+    estimate = estimate_memory(model, batch, engine, checkpointing, *WAYS[way])
     head_size = config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * 2
     return estimate.total_bytes + COMPLETIONS * BATCH.length * token_bytes + RESERVED_BYTES

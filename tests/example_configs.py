@@ -57,15 +57,9 @@ def estimate(shape: str) -> MemoryEstimate:
     grpo = config.grpo
     with tempfile.TemporaryDirectory() as folder:
         AutoConfig.for_model(**SHAPES[shape], dtype="bfloat16").save_pretrained(folder)
-        empty = without_memory(ModelConfig(name=folder), lora_config(config.lora))
-    return estimate_memory(
-        empty,
-        LargestBatch(grpo.per_device_train_batch_size, grpo.max_prompt_length or 0, grpo.max_completion_length),
-        EngineConfig(dtype="bfloat16"),
-        torch.bfloat16,
-        checkpointing=bool(grpo.gradient_checkpointing),
-        shared_base=True,
-    )
+        empty = without_memory(ModelConfig(name=folder), lora_config(config.lora)).to(torch.bfloat16)
+    batch = LargestBatch(grpo.per_device_train_batch_size, grpo.max_prompt_length or 0, grpo.max_completion_length)
+    return estimate_memory(empty, batch, EngineConfig(dtype="bfloat16"), bool(grpo.gradient_checkpointing), True, None)
 
 
 def text(shape: str) -> str:

@@ -122,7 +122,8 @@ def test_reporter_writes_log_samples_and_a_plain_line_a_step(tmp_path, capfd):
     with Reporter(tmp_path / "run", 4) as reporter:
         reporter.start({"model": "tiny"})
         reporter.evaluation(0, None, {"reward": 0.45})
-        reporter.phase("generate")
+        with reporter.phase("generate"):
+            pass
         reporter.step(1, STEP)
         reporter.samples(1, rows)
         reporter.message("something to know")

@@ -273,9 +273,9 @@ def test_both_sides_read_the_same_values_in_a_checkpoint(tmp_path: Path) -> None
 
 def test_the_memory_of_quantized_layers(plain_dir: Path) -> None:
     empty = without_memory(ModelConfig(name=str(plain_dir)), LoraConfig(r=8, target_modules="all-linear"))
-    given = (empty, ROW, EngineConfig(dtype="bfloat16"), torch.bfloat16)
+    given = (empty.to(torch.bfloat16), ROW, EngineConfig(dtype="bfloat16"), False, False)
     schemes: tuple[Any, ...] = (None, "nf4", "fp8")
-    plain, nf4, fp8 = (estimate_memory(*given, checkpointing=False, scheme=scheme) for scheme in schemes)
+    plain, nf4, fp8 = (estimate_memory(*given, scheme) for scheme in schemes)
     linear = sum(p.numel() for name, p in load_model(plain_dir).named_parameters() if "_proj.weight" in name)
     assert plain.engine_base_bytes - nf4.engine_base_bytes == pytest.approx(linear * (2 - 0.5625), abs=1)
     assert plain.trainer_base_bytes - nf4.trainer_base_bytes == pytest.approx(linear * (2 - 0.516), rel=1e-3)

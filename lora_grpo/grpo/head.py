@@ -159,12 +159,14 @@ class _Scores(torch.autograd.Function):
         return slope_NH * gradient_N.unsqueeze(1).to(slope_NH.dtype), None, None
 
 
-def head_bytes(layer: Any, tokens: int, dtype: torch.dtype) -> int:
+def head_bytes(layer: Any, tokens: int) -> int:
     """What scoring `tokens` with an output layer takes at most, its gradient by the hidden states included."""
     vocabulary, hidden = layer.weight.shape
     rows, entries = _BLOCK["cuda" if torch.cuda.is_available() else "cpu"]
     rows, entries = min(rows, tokens), min(entries, vocabulary)
-    return tokens * hidden * dtype.itemsize + 4 * (4 * rows * entries + 3 * rows * hidden + entries * hidden)
+    return tokens * hidden * layer.weight.dtype.itemsize + 4 * (
+        4 * rows * entries + 3 * rows * hidden + entries * hidden
+    )
 
 
 # Where nothing can be fused: whole logits.

@@ -2,8 +2,9 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Reporter(AbstractContextManager["Reporter"]):
     def __init__(
         self, run_dir: Path, total_steps: int, *, view: bool = True, trackers: Sequence[str] = (), quiet: bool = True
     ) -> None:
-        self.run_dir = run_dir
+        self.run_dir, self.seconds = run_dir, dict[str, float]()
         check_trackers(trackers)
         check_folder(self.run_dir)
         self._open = ExitStack()
@@ -59,9 +60,13 @@ class Reporter(AbstractContextManager["Reporter"]):
         else:
             self._say(plain_start(self._state))
 
-    def phase(self, name: str) -> None:
-        """What the step does now: generate, reward, train or publish. Shown only."""
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around what a step does: generate, reward, train or publish. Shown while it lasts; `seconds` has how long."""
         self._state.phase = name
+        started = time.perf_counter()
+        yield
+        self.seconds[f"time/{name}_s"] = time.perf_counter() - started
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._log.append("step", **{**metrics, "step": step})

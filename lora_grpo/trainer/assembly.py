@@ -75,7 +75,7 @@ class Assembly:
         asked = engine if self.crew.leads and engine is not None else sync.engine
         if self.crew.leads and isinstance(sync.engine, EngineInEach):
             asked = cast(Engine, CrewEngine(self.crew, asked))
-        return Parts(asked, rendering(asked, tokenizer, model), model, policy, sync)
+        return Parts(asked, rendering(asked, tokenizer, model), policy, sync)
 
     def _planned(self) -> tuple[Room | None, GRPOConfig]:
         """What an engine is started for (None: it is given), and the settings with what they left open. On CUDA every

@@ -22,7 +22,7 @@ from lora_grpo.trainer.crew import launched
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import build_guard
 from lora_grpo.trainer.preflight import MemberSpec
-from lora_grpo.trainer.rollouts import evaluations_until
+from lora_grpo.trainer.rollouts import saved_evaluations
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
@@ -59,8 +59,7 @@ def nothing_left(config: RunConfig) -> tuple[str, dict[str, Any]] | None:
         idle = 0 if head is None else (state_extra(store, head.number) or {}).get("without_signal", 0)
     if head is None or RollbackLog(run_dir).waits_at(head.number):
         return None
-    evaluated = {one.version for one in evaluations_until(run_dir, head.step)}
-    if config.data.eval is not None and head.number not in evaluated:
+    if config.data.eval is not None and head.number not in saved_evaluations(run_dir):
         return None
     if head.step >= config.grpo.total_steps:
         why = f"it has done its {counted(config.grpo.total_steps, 'step')}; raise grpo.total_steps to go on"

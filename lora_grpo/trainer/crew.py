@@ -1,9 +1,7 @@
-"""Several trainer processes: the first runs the trainer, the others do with it what takes all of them.
-
-Prompts, rewards, metrics, decisions and files are then those of one process; all sample, update, publish, go back."""
+"""Several trainer processes: the first runs the trainer, the others do with it what takes all of them."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,16 +11,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import nn
 
-from lora_grpo.adapters.peft_form.serving import Held
-from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import Adapters, Engine, LoadReceipt, Samplings
+from lora_grpo.engines.base import Engine
 from lora_grpo.grpo.optimizer import apply_settings
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.policy import Policy
 from lora_grpo.sync import NativeSync
-from lora_grpo.types import Group, Prompt, derive_seed
+from lora_grpo.types import derive_seed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,12 +39,10 @@ _joined: list[Accelerator] = []  # this process's accelerator, once there is one
 
 @dataclass(frozen=True)
 class Parts:
-    """What one process trains with. With several processes, the first one's `engine` stands for all of theirs.
-    `rendering` is that engine, asked in prompts as the trainer's tokenizer renders them."""
+    """What one process trains with. With several processes, the first one's `engine` stands for all of theirs."""
 
     engine: Engine
-    rendering: Engine
-    model: nn.Module
+    rendering: Engine  # that engine, asked in prompts as the trainer's tokenizer renders them
     policy: Policy
     sync: NativeSync
 
@@ -104,16 +97,9 @@ class CrewEngine:
         self._crew, self._own = crew, own
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("load", "unload", "generate"):
+            return partial(self._crew, call, f"sync.engine.{name}")
         return getattr(self._own, name)
-
-    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
-        return self._crew(call, "sync.engine.load", version)
-
-    def unload(self, version: AdapterVersion) -> None:
-        self._crew(call, "sync.engine.unload", version)
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Samplings, *, adapter: Adapters) -> list[Group]:
-        return self._crew(call, "sync.engine.generate", prompts, sampling, adapter=adapter)
 
 
 # What all processes do; `parts` are each one's own.

@@ -2,9 +2,8 @@
 
 import math
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,10 +34,9 @@ WARN_EVERY = 10  # steps in a row in which every group's rewards were equal: a r
 def train(run: Run, reporter: Reporter) -> None:
     while goes_on(run, reporter):
         apply_requests(run.store, partial(roll_back_between_steps, run), reporter)
-        clock = Clock(reporter)
-        with clock("generate"):
+        with reporter.phase("generate"):
             rollout = run.source.take(run.steps_done + 1)
-        finish_step(run, reporter, clock, rollout)
+        finish_step(run, reporter, rollout)
 
 
 def goes_on(run: Run, reporter: Reporter) -> bool:
@@ -48,11 +46,11 @@ def goes_on(run: Run, reporter: Reporter) -> bool:
     return not gives_up and run.steps_done < run.config.total_steps
 
 
-def finish_step(run: Run, reporter: Reporter, clock: "Clock", rollout: Rollout) -> None:
+def finish_step(run: Run, reporter: Reporter, rollout: Rollout) -> None:
     """Learn from a sampled batch and publish, then evaluate where that is due; or go back as the guard says."""
     error: TrainingError | None = None
     try:
-        _step(run, reporter, clock, rollout)
+        _step(run, reporter, rollout)
     except TrainingError as caught:
         error = caught
     if run.guard is not None and (reason := run.guard.why(run.history, error)) is not None:
@@ -96,11 +94,11 @@ def held_out(run: Run, reporter: Reporter) -> None:
         reporter.evaluation(run.steps_done, result.version, result.metrics)
 
 
-def _step(run: Run, reporter: Reporter, clock: "Clock", rollout: Rollout) -> None:
+def _step(run: Run, reporter: Reporter, rollout: Rollout) -> None:
     config, source, step = run.config, run.source, run.steps_done + 1
-    with clock("reward"):
+    with reporter.phase("reward"):
         rewarded = source.reward(rollout)
-    with clock("train"):
+    with reporter.phase("train"):
         learned = run.crew(learn, config, rewarded, step)
     run.steps_done = step
     run.without_signal = 0 if rewarded.used_groups(config.num_generations) else run.without_signal + 1
@@ -108,10 +106,10 @@ def _step(run: Run, reporter: Reporter, clock: "Clock", rollout: Rollout) -> Non
     metrics |= {"step": step, "version": rollout.version.number}
     # Before the next version is published: retention then looks at rewards, and keeps what the best one needs.
     _record(run, metrics)
-    with clock("publish"):
+    with reporter.phase("publish"):
         publish(run, step, metrics)
-    metrics |= {**(run.sync.last_receipt.metrics if run.sync.last_receipt else {}), **clock.seconds}
-    metrics |= {BACKLOG: run.store.archive_backlog_bytes, "step_time": sum(clock.seconds.values())}
+    metrics |= {**(run.sync.last_receipt.metrics if run.sync.last_receipt else {}), **reporter.seconds}
+    metrics |= {BACKLOG: run.store.archive_backlog_bytes, "step_time": sum(reporter.seconds.values())}
     _write_down(run, reporter, metrics)
     if config.log_completions_every and step % config.log_completions_every == 0:
         reporter.samples(step, sample_rows(rewarded))
@@ -151,27 +149,11 @@ def _warn_without_signal(run: Run, reporter: Reporter, then: str) -> None:
     )
 
 
-class Clock:
-    """Seconds by phase of one step, shown while they pass."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        self.seconds: dict[str, float] = {}
-        self._reporter = reporter
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self._reporter.phase(phase)
-        started = time.perf_counter()
-        yield
-        self.seconds[f"time/{phase}_s"] = time.perf_counter() - started
-
-
 def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> dict[str, Any]:
     """Check the completions' log-probs against the policy's, then update it. Raises `DeliveryError` before updating.
     Called by every process with all completions; each learns from its part of the rows."""
     processes = parts.policy.processes
-    masked = config.mask_truncated_completions
-    rows = Batch.from_groups(rewarded.groups, rewarded.advantages_B, mask_truncated=masked)
+    rows = Batch.from_groups(rewarded.groups, rewarded.advantages_B, mask_truncated=config.mask_truncated_completions)
     checked: dict[str, Any] = {}
 
     def judge(prepared: Batch) -> None:
@@ -179,8 +161,7 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
         gaps_N = known_gaps(filled(prepared.old_logp_BT), prepared.sampler_logp_BT, prepared.mask_BT)
         total, count = processes.sum(torch.stack([gaps_N.sum(), gaps_N.new_tensor(len(gaps_N))])).tolist()
         checked[GAP] = gap = total / count if count else math.nan
-        report = canary(parts, config, rewarded.groups, gap, step)
-        if report is not None:
+        if (report := canary(parts, config, rewarded.groups, gap, step)) is not None:
             checked.update({"canary/verdict": report.verdict, "canary/signal": report.signal})
 
     own = rows.select(torch.arange(len(rows))[processes.part(len(rows))])

@@ -29,8 +29,7 @@ _QUANTIZED_BYTES: dict[Scheme | None, tuple[float | None, float | None]] = {
 """A weight's in trainer and engine, scales included; None: the dtype's. vLLM keeps nf4's scales in fp32. On a CPU the
 engine's fp8 and int4 are plain values in its dtype (`engines/packing.py`)."""
 
-# What makes each part smaller.
-_SMALLER = {
+_SMALLER = {  # by what each part gets smaller
     "trainer base": "hold it in half precision (model.dtype='bfloat16') or once with the engine (share_base_weights)",
     "adapter and optimizer": "lower the adapter's rank",
     "activations": "lower per_device_train_batch_size (and raise gradient_accumulation_steps by as much), shorten "
@@ -43,13 +42,12 @@ _SMALLER = {
 
 @dataclass(frozen=True, slots=True)
 class LargestBatch:
-    """The most that the trainer computes at a time: `rows` of a prompt and a completion each. `group` of them have the
-    same prompt, which a model that takes packed rows computes once."""
+    """The most that the trainer computes at a time: `rows` of a prompt and a completion each."""
 
     rows: int
     prompt_tokens: int
     completion_tokens: int
-    group: int = 1
+    group: int = 1  # rows that have the same prompt, which a model that takes packed rows computes once
 
     @property
     def length(self) -> int:
@@ -101,17 +99,10 @@ def engine_dtype(config: EngineConfig) -> torch.dtype:
 
 
 def estimate_memory(
-    model: Any,
-    batch: LargestBatch,
-    config: EngineConfig,
-    trainer_dtype: torch.dtype,
-    *,
-    checkpointing: bool,
-    shared_base: bool = False,
-    scheme: Scheme | None = None,
+    model: Any, batch: LargestBatch, config: EngineConfig, checkpointing: bool, shared_base: bool, scheme: Scheme | None
 ) -> MemoryEstimate:
-    """The estimate for a PEFT model on the meta device that learns from `batch` at a time; its KV cache is left out.
-    With `shared_base` the trainer's base is the engine's. `scheme` is how linear layers are quantized."""
+    """Of a PEFT model on the meta device, in its base's dtype, that learns from `batch` at a time; no KV cache. With
+    `shared_base` the trainer's base is the engine's. `scheme` is how linear layers are quantized."""
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     head, layers = model.get_output_embeddings(), model.named_modules()
     linear = [layer for name, layer in layers if isinstance(layer, nn.Linear) and ".lora_" not in name]
@@ -126,9 +117,9 @@ def estimate_memory(
         return plain * dtype.itemsize + int(quantized * (each or dtype.itemsize))
 
     return MemoryEstimate(
-        trainer_base_bytes=0 if shared_base else base_bytes(trainer_dtype, trainer_bytes),
+        trainer_base_bytes=0 if shared_base else base_bytes(head.weight.dtype, trainer_bytes),
         adapter_and_optimizer_bytes=trained * ADAM_BYTES,
-        activations_bytes=activation_bytes(model.to(trainer_dtype), batch, trainer_dtype, checkpointing=checkpointing),
+        activations_bytes=activation_bytes(model, batch, checkpointing),
         engine_base_bytes=base_bytes(served, engine_bytes),
         adapter_slots_bytes=slots * served.itemsize,
     )
@@ -137,15 +128,14 @@ def estimate_memory(
 # Activations.
 
 
-def activation_bytes(model: Any, batch: LargestBatch, dtype: torch.dtype, *, checkpointing: bool) -> int | None:
-    """Peak of a forward and backward of `batch` above weights and optimizer; None where no walk is possible. `model` is
-    a PEFT model on the meta device, in `dtype`. Attention counts as one that never holds its scores, which torch's is
-    on the CPU and on GPUs. A model whose code reads values from its tensors cannot be walked through."""
+def activation_bytes(model: Any, batch: LargestBatch, checkpointing: bool) -> int | None:
+    """Peak of a forward and backward of `batch` above weights and optimizer; None for a model whose code reads values
+    from its tensors. Attention counts as one that never holds its scores, which torch's is on the CPU and on GPUs."""
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    head = head_bytes(model.get_output_embeddings(), batch.rows * batch.completion_tokens, dtype)
+    head = head_bytes(model.get_output_embeddings(), batch.rows * batch.completion_tokens)
     for inputs, spans in _ways(model, batch):
         try:
             kept_bytes, peak_bytes = _walk(model, inputs, spans)

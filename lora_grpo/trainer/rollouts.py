@@ -36,8 +36,6 @@ T = TypeVar("T")
 
 @dataclass
 class Rollout:
-    """The batch of one step on its way."""
-
     step: int
     position: dict[str, int]  # where the data stood before its prompts were drawn
     prompts: list[Prompt]
@@ -112,8 +110,7 @@ class Source:
             wanted = f"{prompts} groups of num_generations={self.config.num_generations}"
             raise ConfigError(f"the rollout gave {len(groups)} groups of sizes {sorted(sizes)}; it must give {wanted}")
         for index, group in enumerate(groups):
-            strangers = {completion.version for completion in group.completions} - {version.number}
-            if strangers:
+            if strangers := {completion.version for completion in group.completions} - {version.number}:
                 told = f"prompt {index} was completed by version {sorted(map(str, strangers))}, not by {version}"
                 raise DeliveryError(f"{told}; pass adapter=version to engine.generate")
             if not all(completion.token_ids for completion in group.completions):
@@ -126,8 +123,8 @@ class Source:
         rewards_BF = torch.tensor(values_BF, dtype=torch.float64)
         rewards_B = weighted_rewards(rewards_BF, config.reward_weights)
         advantages_B = group_advantages(rewards_B, config.num_generations, config.scale_rewards)
-        extra = jsonable(context.extra)
-        return Rewarded(rollout.groups, rewards_BF, rewards_B, advantages_B, context.metrics(), extra)
+        logged, extra = context.metrics(), jsonable(context.extra)
+        return Rewarded(rollout.groups, rewards_BF, rewards_B, advantages_B, logged, extra)
 
     def score(self, function: Callable[[], T]) -> T:
         """Call reward functions on other completions."""
@@ -204,11 +201,6 @@ def saved_evaluations(run_dir: Path) -> dict[int, Evaluation]:
             raise StoreCorrupt(f"{path} is damaged ({error}): {fix}") from error
         found[evaluation.version] = evaluation
     return found
-
-
-def evaluations_until(run_dir: Path, step: int) -> list[Evaluation]:
-    saved = saved_evaluations(run_dir)
-    return [saved[number] for number in sorted(saved) if saved[number].step <= step]
 
 
 def _means(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:

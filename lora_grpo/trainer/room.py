@@ -176,10 +176,9 @@ def estimate(
     dtype = base_dtype(model) if isinstance(model, nn.Module) else getattr(torch, model.dtype, None)
     elsewhere = config is None or bool(config.urls)
     scheme = None if elsewhere and given else models.quantization_of(checkpoint_of(model))
-    own, dtype = config or EngineConfig(), dtype or empty.config.dtype or torch.float32
-    needed = estimate_memory(
-        empty, batch, own, dtype, checkpointing=twice, shared_base=one_copy or given, scheme=scheme
-    )
+    empty.to(dtype or empty.config.dtype or torch.float32)
+    own = config or EngineConfig()
+    needed = estimate_memory(empty, batch, own, twice, one_copy or given, scheme)
     if elsewhere:
         return replace(needed, engine_base_bytes=0, adapter_slots_bytes=0)
     return replace(needed, kv_bytes=_cache_bytes(own, needed.engine_base_bytes + needed.adapter_slots_bytes))

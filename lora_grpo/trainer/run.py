@@ -25,7 +25,7 @@ from lora_grpo.trainer.crew import Crew, apply_optimizer_settings, call, led, se
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.overlap import Ahead
 from lora_grpo.trainer.preflight import Preflight
-from lora_grpo.trainer.rollouts import Evaluation, Source, evaluate, evaluations_until, save_evaluation
+from lora_grpo.trainer.rollouts import Evaluation, Source, evaluate, save_evaluation, saved_evaluations
 
 RollBack: TypeAlias = Callable[[Target], RollbackReport]
 
@@ -37,7 +37,7 @@ class Run:
         config, spec, parts = made_of.config, made_of.spec, crew.parts
         self.config, self.run_dir, self.guard = config, Path(spec.run_dir), spec.guard
         self.crew, self.parts = crew, parts
-        self.engine, self.model, self.policy, self.sync = parts.engine, parts.model, parts.policy, parts.sync
+        self.engine, self.model, self.policy, self.sync = parts.engine, parts.policy.model, parts.policy, parts.sync
         self.eval_data, self.rollback_log = made_of.held_out, RollbackLog(self.run_dir)
         data, prompts = made_of.train, config.rows_per_step(crew.processes.count) // config.num_generations
         sampler, kind = PromptSampler(len(data), prompts, config.seed), Ahead if config.max_staleness else Source
@@ -80,17 +80,16 @@ class Run:
         report = _put_back(self, head, waiting=waiting)
         self.crew(call, "policy.reference.set", reference)
         extra = of_trainer(report.extra)
-        position = log.data_position(extra)
-        if position is not None:
+        if (position := log.data_position(extra)) is not None:
             self.source.sampler.load_state_dict(position)
         self.crew(apply_optimizer_settings, log.learning_rate_scale)
         idle = 0 if waiting or extra is None else int(extra["without_signal"])
         # What the steps measured, as the run wrote it down: a guard's baseline is what they say.
         self.history = [_metrics_of(record) for record in records if record["event"] == "step"]
         self.take_up(report.version.step, without_signal=idle)
-        self.evaluations = evaluations_until(self.run_dir, self.steps_done)
+        self.evaluations = [one for one in saved_evaluations(self.run_dir).values() if one.step <= self.steps_done]
         measured = report.extra.get("measured")
-        self.owed = None if measured is None else _metrics_of(measured)
+        self.owed = measured and _metrics_of(measured)
         self.taken_up = True
         return report
 
@@ -130,8 +129,7 @@ def run_info(run: Run) -> dict[str, Any]:
 
 
 def summary(run: Run, seconds: float) -> dict[str, Any]:
-    """What became of it, over the whole run but for `seconds` and the rollouts' counts, which are this process's.
-    `reward_*` are the first and the last held-out reward."""
+    """Of the whole run, but for `seconds` and the rollouts' counts, which are this process's."""
     evaluations, history = run.evaluations, run.history
     gaps = [metrics[GAP] for metrics in history if math.isfinite(metrics[GAP])]
     syncs = [sum(v for name, v in metrics.items() if name.startswith("sync/")) for metrics in history]

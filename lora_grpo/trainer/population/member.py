@@ -82,10 +82,9 @@ class Member:
         trainer = self.runs
         apply_requests(trainer.store, partial(roll_back_between_steps, trainer), self.reporter)
         self.rollout: Rollout = trainer.source.draw(trainer.steps_done + 1)
-        self.clock = loop.Clock(self.reporter)
 
     def learn(self) -> None:
-        loop.finish_step(self.runs, self.reporter, self.clock, self.rollout)
+        loop.finish_step(self.runs, self.reporter, self.rollout)
         self.settle()
 
     def settle(self) -> None:

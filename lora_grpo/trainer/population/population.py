@@ -194,7 +194,7 @@ class Population(AbstractContextManager["Population"]):
         if together:
             with ExitStack() as clocks:
                 for member in joint:
-                    clocks.enter_context(member.clock("generate"))
+                    clocks.enter_context(member.reporter.phase("generate"))
                 try:
                     sample_together(self.engine, [(member.runs, member.rollout) for member in joint])
                 except Exception as error:  # noqa: BLE001 - raised again by the member whose rows fail by themselves too
@@ -207,7 +207,7 @@ class Population(AbstractContextManager["Population"]):
                     member.runs.source.check(member.rollout)
                 else:
                     hold(self.engine, [member.runs])
-                    with member.clock("generate"):
+                    with member.reporter.phase("generate"):
                         member.runs.source.sample(member.rollout, member.runs.version)
 
     @contextmanager
