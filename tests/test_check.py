@@ -20,8 +20,7 @@ from lora_grpo.config_file import config_of_model, load_config, names_a_model, s
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, NoRoom
 from lora_grpo.trainer import build_trainer, room
-from lora_grpo.trainer.checking import SWAPS, Finding, check_run
-from lora_grpo.trainer.random_base import random_base
+from lora_grpo.trainer.checking import SWAPS, Finding, check_run, random_base
 from tests import here
 from tests.families import build
 from tests.test_cli import lora_grpo

@@ -20,8 +20,8 @@ from lora_grpo.config import DataConfig, ModelConfig
 from lora_grpo.data import load_data
 from lora_grpo.engines.local.targets import check_is_base, check_served, checkpoint_config
 from lora_grpo.errors import ConfigError
+from lora_grpo.trainer.checking import random_base
 from lora_grpo.trainer.preflight import checkpoint_tokenizer
-from lora_grpo.trainer.random_base import random_base
 
 CLOSED = "http://127.0.0.1:1"
 NAME = "Qwen/Qwen3-0.6B"

@@ -62,8 +62,7 @@ def check(
     alone = names_a_model(target)
     if random_weights and not alone:
         raise ConfigError(f"--random-weights needs a model's name or directory; {target} holds a run's settings")
-    from lora_grpo.trainer.checking import check_run
-    from lora_grpo.trainer.random_base import random_base
+    from lora_grpo.trainer.checking import check_run, random_base
 
     with random_base(target) if random_weights else nullcontext(target) as model:
         config = config_of_model(model, overrides or ()) if alone else load_config(target, overrides or ())

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,7 +44,8 @@ class Assembly:
 
     def __post_init__(self) -> None:
         self.keep, accelerator = self.made_of.spec.keep or KeepConfig(), launched()
-        if accelerator is not None and accelerator.is_fsdp2:
+        self.sharded = accelerator if accelerator and accelerator.is_fsdp2 else None
+        if self.sharded is not None:
             if self.sharing is True or self.shared is not None:
                 raise ConfigError("share_base_weights with FSDP2 would shard the engine's own weights; leave it False")
             self.sharing = False
@@ -57,7 +58,9 @@ class Assembly:
         store = processes.each(lambda: self._store(planned))
         engine = processes.each(lambda: self._engine(planned))
         with self.reporter.capture():
-            model, optimizer = _distributed(processes.each(lambda: self._model(engine)), config)
+            model, optimizer = processes.each(lambda: self._model(engine)), None
+            if self.sharded is not None:
+                model, optimizer = self.sharded.prepare(model, build_optimizer(model, config))
         policy = Policy(model, config, accelerator=launched(), optimizer=optimizer)
         tokenizer = self.made_of.tokenizer if self.crew.leads else None
         sync = NativeSync(
@@ -152,14 +155,6 @@ class Assembly:
         if engine is not None:
             check_same_device(built, engine)
         return built
-
-
-def _distributed(model: nn.Module, config: GRPOConfig) -> tuple[Any, Any]:
-    """With its optimizer, where accelerate's FSDP2 shards them."""
-    accelerator = launched()
-    if accelerator is None or not accelerator.is_fsdp2:
-        return model, None
-    return accelerator.prepare(model, build_optimizer(model, config))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """From a run's settings to its trainer, and back from a run directory to its engine."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, state_extra
 from lora_grpo.config import LoraSettings, ModelConfig, RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config
-from lora_grpo.data import PromptDataset, load_data
+from lora_grpo.data import load_data
 from lora_grpo.errors import ConfigError, counted
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
@@ -74,11 +75,7 @@ def member_spec(config: RunConfig, *, resume: bool = False) -> MemberSpec:
     return spec_of(_checked(config, resume=resume))
 
 
-def spec_of(
-    config: RunConfig,
-    rewards: list[RewardFunction] | None = None,
-    data: tuple[PromptDataset, PromptDataset | None] | None = None,
-) -> MemberSpec:
+def spec_of(config: RunConfig, rewards: Sequence[RewardFunction] = (), data: Sequence[Any] = ()) -> MemberSpec:
     """A run of a file; `rewards` and `data` where they are loaded already."""
     functions = rewards or [load_reward(reward) for reward in config.rewards]  # before the data, which may be far away
     train, held_out = data or load_data(config.data)

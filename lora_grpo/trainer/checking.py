@@ -1,14 +1,20 @@
 """`lora-grpo check`: what a run would end with, found without training it, and what it would train with."""
 
+import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_grpo.adapters.files.disk import tmpfs_home
 from lora_grpo.adapters.files.places import expected_root, require_kept
@@ -17,7 +23,7 @@ from lora_grpo.adapters.peft_form.modules import lora_modules
 from lora_grpo.config import RunConfig
 from lora_grpo.data import PromptDataset, load_data, load_prompts
 from lora_grpo.engines.compat import import_vllm
-from lora_grpo.engines.local.targets import check_served
+from lora_grpo.engines.local.targets import check_served, checkpoint_config, full_class
 from lora_grpo.errors import ConfigError, LoraGrpoError, UnsupportedAdapter, counted
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
@@ -33,6 +39,7 @@ from lora_grpo.types import Completion, Group, Sampling
 SWAPS = 3
 SWAP_TOKENS = 8
 STAND_IN = "This is a stand-in for a completion."
+KEPT_BY_LAYERS = ("A_log", "D", "dt_bias")  # what state-space layers start from; other values would not be stable
 Part: TypeAlias = tuple[str, Callable[[], str]]
 T = TypeVar("T")
 
@@ -129,8 +136,10 @@ class _Run:
     def engine_parts(self) -> Iterator[Part]:
         sync = self.trainer.sync
         if (probe := sync.probe) is not None:
-            agreed = f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats per token"
-            yield "base match", lambda: agreed
+            yield (
+                "base match",
+                lambda: f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats per token",
+            )
             yield "probe", lambda: f"a loud adapter moves {probe.signal:.3g} nats per token, {probe.error:.2g} apart"
         for number in range(1, SWAPS + 1):
             yield f"swap {number}", partial(self._swap, number)
@@ -193,7 +202,9 @@ class _Run:
 
     def _swap(self, number: int) -> str:
         trainer, sync, temperature = self.trainer, self.trainer.sync, self.grpo.temperature
-        _fill(trainer.model, number)
+        generator = torch.Generator().manual_seed(number)
+        for module in lora_modules(trainer.model, active_adapter(trainer.model)):
+            module.b_OR.data.copy_(torch.randn(module.b_OR.shape, generator=generator) * 0.02)
         version, receipt, data = sync.push(step=number), sync.last_receipt, trainer.source.data
         assert receipt is not None
         prompts, _ = data.select(range(min(2, len(data))))
@@ -215,13 +226,6 @@ def call_once(function: RewardFunction, data: PromptDataset, config: GRPOConfig)
     return f"called on {len(groups)} rows with a stand-in completion"
 
 
-@torch.no_grad()
-def _fill(model: Any, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for module in lora_modules(model, active_adapter(model)):
-        module.b_OR.copy_(torch.randn(module.b_OR.shape, generator=generator) * 0.02)
-
-
 def _no_reward(completions: Sequence[Any], **columns: Any) -> list[None]:
     return [None] * len(completions)
 
@@ -229,3 +233,40 @@ def _no_reward(completions: Sequence[Any], **columns: Any) -> list[None]:
 def _columns(data: PromptDataset) -> str:
     others = ", ".join(data.column_names) or "none"
     return f"{data.label}: {counted(len(data), 'row')}, other columns: {others}"
+
+
+# A base of which only the configuration is there.
+
+
+@contextmanager
+def random_base(model: str) -> Iterator[str]:
+    """A temporary folder with `model`'s configuration, its tokenizer or one of bytes, and weights of a normal
+    distribution, loud enough to tell an adapter from rounding. Raises `ConfigError` for what cannot be built."""
+    config = checkpoint_config(model)
+    try:
+        full = full_class(config)
+        whole = full._from_config(config) if full else AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model}: no model can be built from its configuration: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in whole.named_parameters():
+        if name.rpartition(".")[2] not in KEPT_BY_LAYERS and parameter.ndim > 1:
+            # A layer's output is about as large as its input.
+            drawn = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
+            parameter.data.copy_(drawn)
+    with tempfile.TemporaryDirectory(prefix="lora-grpo-random-") as folder:
+        whole.to(config.dtype or torch.bfloat16).save_pretrained(folder)
+        _copy_tokenizer(Path(model), Path(folder))
+        yield folder
+
+
+def _copy_tokenizer(model: Path, folder: Path) -> None:
+    patterns = ("token*", "vocab*", "merges*", "*.model", "chat_template*")
+    names = [path for pattern in patterns for path in model.glob(pattern)]
+    for path in names:
+        shutil.copy(path, folder)
+    if not names:
+        tokens = ["<eos>", *sorted(ByteLevel.alphabet())]
+        of_bytes = Tokenizer(BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+        of_bytes.pre_tokenizer, of_bytes.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token="<eos>").save_pretrained(folder)

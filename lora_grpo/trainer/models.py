@@ -1,6 +1,6 @@
 """The holders of a base model: the vLLM engine, and on the same device a trainer's PEFT model, or several trainers'."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -141,7 +141,18 @@ def shared_base(choice: Sharing, model: Model, engine: Engine, tell: Callable[[s
     if not (choice is True or (_may_share(choice, model) and hasattr(engine, "shared_model"))):
         return None
     try:
-        return _shared_base(model, engine)
+        if not isinstance(model, ModelConfig):
+            raise ConfigError("share_base_weights=True builds its model: pass the checkpoint's name, not a PeftModel")
+        if (share := getattr(engine, "shared_model", None)) is None:
+            raise ConfigError(f"share_base_weights=True needs a VLLMEngine, not a {type(engine).__name__}")
+        served, wanted = engine.describe_base().dtype, str(model.dtype)
+        if wanted == "auto":
+            own = checkpoint_config(model.name, **model.loading).dtype
+            wanted = str(own or torch.float32).removeprefix("torch.")
+        if served != wanted:
+            fix = f"set model.dtype={served!r}"
+            raise ConfigError(f"the engine's base is {served}, the trainer's would be {wanted}: {fix}")
+        return share()
     except (ConfigError, UnsupportedAdapter) as reason:
         if choice is True:
             raise
@@ -151,21 +162,6 @@ def shared_base(choice: Sharing, model: Model, engine: Engine, tell: Callable[[s
 
 def _may_share(choice: Sharing, model: Model) -> bool:
     return choice == "auto" and isinstance(model, ModelConfig) and torch.cuda.is_available()
-
-
-def _shared_base(model: Model, engine: Engine) -> Any:
-    share = getattr(engine, "shared_model", None)
-    if not isinstance(model, ModelConfig):
-        raise ConfigError("share_base_weights=True builds its model: pass the checkpoint's name, not a PeftModel")
-    if share is None:
-        raise ConfigError(f"share_base_weights=True needs a VLLMEngine, not a {type(engine).__name__}")
-    served, wanted = engine.describe_base().dtype, str(model.dtype)
-    if wanted == "auto":
-        own = checkpoint_config(model.name, **model.loading).dtype
-        wanted = str(own or torch.float32).removeprefix("torch.")
-    if served != wanted:
-        raise ConfigError(f"the engine's base is {served}, the trainer's would be {wanted}: set model.dtype='{served}'")
-    return share()
 
 
 def adapted_leaves(model: Model, peft_config: Any) -> list[str] | None:
@@ -181,23 +177,21 @@ def adapted_modules(model: Model, peft_config: Any) -> list[LoraModule]:
     `UnsupportedAdapter` for an adapter that no engine would serve."""
     if isinstance(model, nn.Module):
         return lora_modules(model, active_adapter(model))
-    named = _lora_config(model, peft_config).target_modules
-    if not isinstance(named, str | None):
-        _check_named(model, named)
     return check_servable(without_memory(model, peft_config), "default")
 
 
 def without_memory(model: Model, peft_config: Any) -> PeftModel:
     """The PEFT model that is trained, on the meta device."""
+    config = deepcopy(_lora_config(model, peft_config))
     if isinstance(model, ModelConfig):
-        empty = skeleton(model.name, **model.loading)
+        name, empty = model.name, skeleton(model.name, **model.loading)
+        _check_named(empty, name, config.target_modules)
     else:
         base = peft_model_of(model).get_base_model()
         with torch.device("meta"):
-            empty = type(base)(deepcopy(base.config))
+            name, empty = type(base).__name__, type(base)(deepcopy(base.config))
     empty.config.quantization_config = None  # of weights that are not there
-    name = model.name if isinstance(model, ModelConfig) else type(empty).__name__
-    return _with_adapter(empty, deepcopy(_lora_config(model, peft_config)), name, low_cpu_mem_usage=True)
+    return _with_adapter(empty, config, name, low_cpu_mem_usage=True)
 
 
 def _with_adapter(base: Any, config: LoraConfig, name: str, **settings: Any) -> PeftModel:
@@ -209,14 +203,12 @@ def _with_adapter(base: Any, config: LoraConfig, name: str, **settings: Any) -> 
         raise ConfigError(f"target_modules={targets!r} on {name}: {str(error).rstrip('.')}; {fix}") from error
 
 
-def _check_named(model: ModelConfig, targets: Iterable[str]) -> None:
+def _check_named(empty: nn.Module, model: str, targets: Any) -> None:
     """Raises `ConfigError` for a name that is no layer's: PEFT skips it where another one is."""
-    empty = skeleton(model.name, **model.loading)
     paths = [path for path, _ in empty.named_modules()]
-    for target in targets:
+    for target in () if isinstance(targets, str | None) else targets:
         if not any(path == target or path.endswith(f".{target}") for path in paths):
-            nearest = nearest_key(target, _linear(empty))
-            raise ConfigError(f"target_modules: {model.name} has no layer {target!r}; {nearest}")
+            raise ConfigError(f"target_modules: {model} has no layer {target!r}; {nearest_key(target, _linear(empty))}")
 
 
 def _linear(model: nn.Module) -> set[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import signature
@@ -25,12 +25,12 @@ from lora_grpo.errors import ConfigError, counted
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
+from lora_grpo.sections import nearest_key
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Model, checkpoint_of
 from lora_grpo.trainer.rollouts import RolloutFunc
 from lora_grpo.trainer.room import Wanted
 from lora_grpo.trl_names import REWARD_MODEL
-from lora_grpo.types import Chat
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,8 @@ class Preflight:
             return served
         own = getattr(self.spec.processing_class, "tokenizer", self.spec.processing_class)
         if not (hasattr(own, "encode") and hasattr(own, "decode")):
-            raise ConfigError(
-                f"processing_class={own!r:.80} is not a tokenizer: pass AutoTokenizer.from_pretrained(NAME)"
-            )
+            fix = "pass AutoTokenizer.from_pretrained(NAME)"
+            raise ConfigError(f"processing_class={own!r:.80} is not a tokenizer: {fix}")
         check_same_vocabulary(own, served)
         return own
 
@@ -173,8 +172,10 @@ class Preflight:
         lengths, known = [], _template_names(self.tokenizer)
         for row, prompt in enumerate(data.prompts()):
             called = f"{data.label}, row {row}: the prompt"
-            if isinstance(prompt, Chat):
-                _check_template_kwargs(prompt, known, called)
+            odd = next((name for name in getattr(prompt, "template_kwargs", ()) if known and name not in known), None)
+            if odd is not None:
+                told = f"{called} has chat_template_kwargs {odd!r}, which the chat template ignores: leave it out"
+                raise ConfigError(f"{told}; {nearest_key(odd, known)}")
             with ENCODING:
                 lengths.append(len(render(self.tokenizer, prompt, called)))
         return lengths
@@ -199,24 +200,13 @@ class Preflight:
         return [row for row, length in enumerate(lengths) if length <= limit]
 
 
-def _template_names(tokenizer: Any) -> set[str] | None:
-    """What a chat template can be given: its own variables, and what renders it takes; None where nothing tells."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not isinstance(template, str):
-        return None
-    try:
-        own = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
-    except TemplateSyntaxError:
-        return None
-    return {*own, *signature(tokenizer.apply_chat_template).parameters}
-
-
-def _check_template_kwargs(chat: Chat, known: set[str] | None, called: str) -> None:
-    for name in chat.template_kwargs:
-        if known is not None and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "leave it out"
-            raise ConfigError(f"{called} has chat_template_kwargs {name!r}, which the chat template ignores; {hint}")
+def _template_names(tokenizer: Any) -> set[str]:
+    """What a chat template can be given: its own variables, and what renders it takes; none where nothing tells."""
+    if isinstance(template := getattr(tokenizer, "chat_template", None), str):
+        with suppress(TemplateSyntaxError):
+            own = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
+            return {*own, *signature(tokenizer.apply_chat_template).parameters}
+    return set()
 
 
 def reward_functions(given: Any) -> list[RewardFunction]:
