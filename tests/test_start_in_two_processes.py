@@ -20,7 +20,7 @@ from lora_grpo.engines.server.launch import Servers, Serving
 from lora_grpo.errors import ConfigError, EngineError, StoreError
 from lora_grpo.grpo.processes import Processes
 from lora_grpo.metrics.log import read_metrics
-from lora_grpo.trainer import assembly, crew, preflight, room
+from lora_grpo.trainer import assembly, preflight, room
 from lora_grpo.trainer.loop import canary
 from tests.test_server_engine_real import LEAVES, VLLM_ARGS, free_ports
 from tests.test_trainer_processes import PerProcess, assert_near, config, run
@@ -108,8 +108,8 @@ def test_the_engine_that_did_start_is_closed(ends: list[dict[str, Any]]) -> None
 def _late(rank: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    accelerator = crew.launched(2.0)
-    assert crew.launched() is accelerator
+    accelerator = assembly.launched(2.0)
+    assert assembly.launched() is accelerator
     processes = Processes(accelerator)
     processes.gather(rank)
     started = time.monotonic()

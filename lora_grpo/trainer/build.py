@@ -18,8 +18,7 @@ from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.log import run_history
 from lora_grpo.metrics.reporter import check_folder
 from lora_grpo.rewards import RewardFunction, load_reward
-from lora_grpo.trainer.assembly import refuse_live
-from lora_grpo.trainer.crew import launched
+from lora_grpo.trainer.assembly import launched, refuse_live
 from lora_grpo.trainer.grpo_trainer import GRPOTrainer
 from lora_grpo.trainer.guards import build_guard
 from lora_grpo.trainer.preflight import MemberSpec
@@ -33,8 +32,7 @@ def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True)
 
 
 def begin_run(model: ModelConfig, spec: MemberSpec, *, resume: bool, **others: Any) -> GRPOTrainer:
-    """The trainer of `spec`, which with `resume` goes on with what its run directory holds. A run of a file has its
-    resolved settings written there last, once nothing is refused. `others` are further arguments of the trainer."""
+    """The trainer of `spec`. A file's settings are written to its run directory last, once nothing is refused."""
     trainer, settings = GRPOTrainer(model, **spec.arguments(), **others), spec.settings
     try:
         if resume:

@@ -17,7 +17,6 @@ from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig
 from lora_grpo.data import PromptDataset, Rows
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
-from lora_grpo.grpo.processes import Processes
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.curves import plot_run
 from lora_grpo.metrics.reporter import Reporter
@@ -25,12 +24,10 @@ from lora_grpo.reference import keep_reference
 from lora_grpo.rewards import RewardFunction
 from lora_grpo.rollback import RollbackReport
 from lora_grpo.trainer import loop
-from lora_grpo.trainer.assembly import Assembly, untouched_when_stopped
-from lora_grpo.trainer.crew import Crew, Unheard, call, launched, led, seed_everything
+from lora_grpo.trainer.assembly import Assembly, Crew, Unheard, call, led, seed_everything, untouched_when_stopped
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Shared, Sharing
-from lora_grpo.trainer.preflight import MemberSpec, Preflight
-from lora_grpo.trainer.rollouts import RolloutFunc
+from lora_grpo.trainer.preflight import MemberSpec, Preflight, RolloutFunc
 from lora_grpo.trainer.run import Run, roll_back, run_info, summary
 from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
 
@@ -91,7 +88,7 @@ class GRPOTrainer(Run):
         **unknown: Any,
     ) -> None:
         _refuse_unknown(unknown, config)
-        crew = Crew(Processes(launched((config or GRPOConfig()).ddp_timeout)))
+        crew = Crew((config or GRPOConfig()).ddp_timeout)
         spec = MemberSpec(
             run_dir,
             reward_funcs,
@@ -220,7 +217,6 @@ def _refuse_unknown(arguments: dict[str, Any], config: Any) -> None:
 
 
 def _what_was_found(recovered: Recovered) -> list[str]:
-    """What a dead process left, and what was lost with it, in sentences."""
     said = {
         "lost before they reached the archive: versions": recovered.lost,
         "trainer states lost before they reached the archive, of versions": recovered.lost_states,

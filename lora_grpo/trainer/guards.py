@@ -1,6 +1,4 @@
-"""Automatic rollback: small policies that look at the steps so far and may give a reason to go back.
-
-Guard(NonFinite(), RewardCollapse(drop=0.3), ReferenceKL(limit=0.5), to="best:reward", learning_rate_factor=0.5)"""
+"""Automatic rollback: small policies that look at the steps so far and may give a reason to go back."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -19,7 +19,7 @@ from lora_grpo.metrics.log import jsonable
 from lora_grpo.metrics.render import BACKLOG, GAP
 from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.rewards import RewardFunction, reward_names
-from lora_grpo.trainer.crew import Parts, call
+from lora_grpo.trainer.assembly import Parts, call
 from lora_grpo.trainer.rollouts import Rewarded, Rollout
 from lora_grpo.trainer.run import Run, apply_requests, guarded, roll_back_between_steps
 from lora_grpo.types import Group
@@ -205,7 +205,6 @@ def step_metrics(rewarded: Rewarded, functions: Sequence[RewardFunction], config
 
 
 def sample_rows(rewarded: Rewarded) -> list[dict[str, Any]]:
-    """Spread over the batch, with what reward functions logged beside each."""
     pairs = [(group.prompt, completion) for group in rewarded.groups for completion in group.completions]
     rows = [
         {"prompt": prompt, "completion": completion.text, "reward": value, "version": completion.version}

@@ -67,23 +67,14 @@ def build_engine(
     if config.urls:
         from lora_grpo.engines.server.engine import VLLMServerEngine
 
-        return VLLMServerEngine(
-            config.urls,
-            model=checkpoint.name,
-            adapters="path" if config.store_address is None else "resolver",
-            trust_remote_code=checkpoint.trust_remote_code,
-            **config.model_dump(include={"max_loras", *_OF_SERVERS}),
-        )
+        asked = config.model_dump(include={"max_loras", *_OF_SERVERS})
+        asked |= {"model": checkpoint.name, "trust_remote_code": checkpoint.trust_remote_code}
+        return VLLMServerEngine(config.urls, adapters="path" if config.store_address is None else "resolver", **asked)
     from lora_grpo.engines.vllm_local import VLLMEngine
 
-    return VLLMEngine(
-        checkpoint.name,
-        **checkpoint.loading,
-        quantization=checkpoint.quantization,
-        target_modules=targets,
-        share_base_weights=share_base_weights,
-        **config.model_dump(exclude={"urls", "store_address", *_OF_SERVERS}),
-    )
+    asked = config.model_dump(exclude={"urls", "store_address", *_OF_SERVERS}) | checkpoint.loading
+    asked |= {"quantization": checkpoint.quantization, "share_base_weights": share_base_weights}
+    return VLLMEngine(checkpoint.name, target_modules=targets, **asked)
 
 
 def quantization_of(model: ModelConfig) -> Scheme | None:
@@ -109,8 +100,7 @@ def load_base(model: ModelConfig, device: torch.device | None = None) -> Any:
 
 
 def build_policy_model(model: Model, peft_config: Any, seed: int, base: Any = None) -> nn.Module:
-    """The PEFT model to train, its adapter in fp32 and drawn from `seed`, on `base` or else a copy of the checkpoint's.
-    A model that is given is used as it is."""
+    """The PEFT model to train: as it is given, or with an adapter in fp32 drawn from `seed`, on `base` or a copy."""
     config = _lora_config(model, peft_config)
     if isinstance(model, nn.Module):
         return model
@@ -135,9 +125,8 @@ def expects_one_copy(choice: Sharing, model: Model, config: EngineConfig) -> boo
 
 
 def shared_base(choice: Sharing, model: Model, engine: Engine, tell: Callable[[str], None]) -> Any | None:
-    """The engine's weights as the trainer's base, or None for a copy of its own. "auto" takes them on CUDA, if they are
-    in the dtype that the trainer's base would have; else it goes on with a copy and tells why, unless the engine is
-    servers. True raises `ConfigError` or `UnsupportedAdapter` with the reason."""
+    """The engine's weights as the trainer's base, or None for a copy of its own. "auto" takes them on CUDA in the dtype
+    that a copy would have, or else tells why not. True raises `ConfigError` or `UnsupportedAdapter` with the reason."""
     if not (choice is True or (_may_share(choice, model) and hasattr(engine, "shared_model"))):
         return None
     try:

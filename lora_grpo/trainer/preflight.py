@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import Environment, TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 from torch import nn
 from transformers import AutoTokenizer
 
+from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.config import EngineConfig, KeepConfig, ModelConfig, RunConfig
 from lora_grpo.data import PromptDataset, Rows, load_prompts
 from lora_grpo.engines.base import Engine
@@ -28,9 +29,14 @@ from lora_grpo.rewards import RewardFunction, check_columns, reward_names
 from lora_grpo.sections import nearest_key
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Model, checkpoint_of
-from lora_grpo.trainer.rollouts import RolloutFunc
 from lora_grpo.trainer.room import Wanted
 from lora_grpo.trl_names import REWARD_MODEL
+from lora_grpo.types import Group, Prompt
+
+RolloutFunc: TypeAlias = Callable[[Sequence[Prompt], Engine, AdapterVersion], list[Group]]
+"""`f(prompts, engine, version)` -> one group a prompt; `Completion.token_mask` marks the tokens the policy sampled.
+
+The engine renders text and chats as the trainer does; `prompt + [message]` keeps a chat's `chat_template_kwargs`."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,7 @@ class MemberSpec:
 
 @dataclass
 class Preflight:
-    """What a run would train with what. Each check raises a `LoraGrpoError`, or says in a sentence what it found.
-    `max_model_len` is the engine's, where it is known; without it only `max_prompt_length` bounds the prompts."""
+    """What a run would train with what. Each check raises a `LoraGrpoError`, or says in a sentence what it found."""
 
     model: Model
     spec: MemberSpec
@@ -121,7 +126,7 @@ class Preflight:
         return f"{self.config.total_steps} of {rows // each} prompts x {each} completions, {updates} updates each"
 
     def check_prompts(self, max_model_len: int | None) -> str:
-        """Every row can be rendered, and fits an engine of `max_model_len`; longer ones go where they may be dropped.
+        """Every row can be rendered, and fits `max_model_len` where that is known; longer ones go where they may.
         `train` and `held_out` are afterwards those rows alone."""
         said = []
         for name, (data, lengths) in self._lengths.items():
@@ -141,8 +146,7 @@ class Preflight:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """What prompts are rendered with: `processing_class`, else a given engine's own, or the checkpoint's; may be
-        None. Raises `ConfigError` when it numbers tokens otherwise than the engine's."""
+        """What prompts are rendered with. Raises `ConfigError` when it numbers tokens otherwise than the engine's."""
         served = checkpoint_tokenizer(self.model) if self.engine is None else getattr(self.engine, "tokenizer", None)
         if self.spec.processing_class is None:
             return served

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,13 +21,9 @@ from lora_grpo.grpo.batch import group_advantages, weighted_rewards
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.log import jsonable
 from lora_grpo.rewards import RewardContext, RewardFunction, reward_names, score
-from lora_grpo.trainer.crew import Parts
+from lora_grpo.trainer.assembly import Parts
+from lora_grpo.trainer.preflight import RolloutFunc
 from lora_grpo.types import Group, Prompt, Sampling, derive_seed
-
-RolloutFunc: TypeAlias = Callable[[Sequence[Prompt], Engine, AdapterVersion], list[Group]]
-"""`f(prompts, engine, version)` -> one group a prompt; `Completion.token_mask` marks the tokens the policy sampled.
-
-The engine renders text and chats as the trainer does; `prompt + [message]` keeps a chat's `chat_template_kwargs`."""
 
 EVALUATIONS = "evaluations"  # of a run directory
 
@@ -78,7 +74,6 @@ class Source:
         return nullcontext()
 
     def take(self, step: int) -> Rollout:
-        """The sampled batch of `step`, all of one version."""
         rollout = self.draw(step)
         self.sample(rollout, self.parts.sync.head)
         return rollout
@@ -88,7 +83,6 @@ class Source:
         return Rollout(step, position, *self.data.select(next(self.sampler)))
 
     def sample(self, rollout: Rollout, version: AdapterVersion) -> None:
-        """Have `version` complete the prompts, and `check` what came."""
         rollout.version = version
         if self.rollout_func is None:
             rollout.groups = self.parts.rendering.generate(rollout.prompts, self.sampling(rollout), adapter=version)
@@ -166,9 +160,8 @@ def evaluate(
     config: GRPOConfig,
     scored: Callable[[Callable[[], Any]], Any] = lambda scoring: scoring(),
 ) -> Evaluation:
-    """Mean of each reward over all held-out prompts, answered greedily; `reward` is their weighted sum. An answer that
-    no function scores has no part in the mean. `scored` calls what calls the reward functions. Columns that hold
-    booleans split the reward: `reward/COLUMN=true`, `reward/COLUMN=false`."""
+    """Means over all held-out prompts, answered greedily; an answer that no function scores has no part in them.
+    `scored` calls what calls the reward functions. Columns of booleans split the reward: `reward/COLUMN=true`."""
     prompts, columns = data.select(range(len(data)))
     greedy = Sampling(n=1, max_tokens=config.max_completion_length, temperature=0.0, seed=config.seed)
     groups = engine.generate(prompts, greedy, adapter=version)
@@ -184,7 +177,6 @@ def evaluate(
 
 
 def save_evaluation(run_dir: Path, result: Evaluation) -> None:
-    """Write every row to RUN/evaluations/NUMBER.json, atomically."""
     path = run_dir / EVALUATIONS / f"{folder_name(result.version)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(asdict(result), indent=1, default=str).encode(), sync=False)

@@ -21,7 +21,7 @@ from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.reference import kept_reference
 from lora_grpo.rollback import RollbackReport
 from lora_grpo.sync import NativeSync
-from lora_grpo.trainer.crew import Crew, apply_optimizer_settings, call, led, seed_everything
+from lora_grpo.trainer.assembly import Crew, apply_optimizer_settings, call, led, seed_everything
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.overlap import Ahead
 from lora_grpo.trainer.preflight import Preflight

@@ -14,7 +14,7 @@ from lora_grpo.engines.requests import sampling_by_prompt
 from lora_grpo.engines.wrapped import RenderingEngine
 from lora_grpo.errors import ConfigError, EngineError
 from lora_grpo.metrics.reporter import Reporter
-from lora_grpo.trainer.crew import launched
+from lora_grpo.trainer.assembly import launched
 from lora_grpo.trainer.models import Shared, Sharing, check_same_device, load_base, shared_base
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.preflight import MemberSpec, Preflight
